@@ -1,306 +1,181 @@
-"""Rules of convolutions and pooling, and of their derivatives.
+"""Convolutions, pooling, padding and resizing.
 
-A convolution connects place o of its output along a dimension with place `o * stride - padding + k *
-dilation` of its input, by place k of its kernel; a transposed one the other way round.
+A convolution connects place o of one side along a dimension with place `o * stride - padding + k *
+dilation` of the other, by place k of its kernel. Its input is that other side; of a transposed one, it
+is the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import product as combinations
+import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Sum, Words, grid
-from everystep.ops.sums import product, single
+from everystep.ops.call import (
+    Call,
+    Formula,
+    Made,
+    NoRuleError,
+    Piece,
+    Sum,
+    Terms,
+    Words,
+    grid,
+    product,
+    single,
+)
+from everystep.ops.record import Record
+from everystep.ops.rows import batched
 
 __all__ = ["CONVOLUTIONS"]
 
 
 class _Geometry(NamedTuple):
-    """How the places of an input and an output are connected, for each dimension."""
+    """How the places of both sides are connected, for each dimension."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def inputs(self, output: Sequence[int], sizes: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-        """Return, for each dimension, the kernel's places and the input's at a place of the output."""
-        found = []
-        for d, (o, size) in enumerate(zip(output, sizes, strict=True)):
-            begin = o * self.stride[d] - self.padding[d]
-            pairs = [(k, begin + k * self.dilation[d]) for k in range(self.kernel[d])]
-            found.append(_apart([(k, i) for k, i in pairs if 0 <= i < size]))
-        return found
+    def connected(
+        self, o: Sequence[range], k: Sequence[range], i: Sequence[range], more: Sequence[int] = (0,)
+    ) -> tuple[NDArray[np.int64], ...]:
+        """Return all combinations of `more` and of connected places that are among those given.
 
-    def outputs(self, input: Sequence[int], sizes: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-        """Return, for each dimension, the kernel's places and the output's of a place of the input."""
-        found = []
-        for d, (i, size) in enumerate(zip(input, sizes, strict=True)):
-            pairs = []
-            for k in range(self.kernel[d]):
-                o, rest = divmod(i + self.padding[d] - k * self.dilation[d], self.stride[d])
-                if not rest and 0 <= o < size:
-                    pairs.append((k, o))
-            found.append(_apart(pairs))
-        return found
-
-    def both(
-        self, k: Sequence[int], outputs: Sequence[int], inputs: Sequence[int]
-    ) -> list[tuple[list[int], list[int]]]:
-        """Return, for each dimension, places of output and input that a place of the kernel connects."""
-        found = []
-        for d, (count, size) in enumerate(zip(outputs, inputs, strict=True)):
-            shift = k[d] * self.dilation[d] - self.padding[d]
-            pairs = [(o, o * self.stride[d] + shift) for o in range(count)]
-            found.append(_apart([(o, i) for o, i in pairs if 0 <= i < size]))
-        return found
+        `more`, then the places o, k and i of each dimension.
+        """
+        pairs = []
+        for d, sides in enumerate(zip(o, k, i, strict=True)):
+            first, kernel = grid(sides[0], sides[1])
+            other = first * self.stride[d] - self.padding[d] + kernel * self.dilation[d]
+            is_in = (other >= sides[2].start) & (other < sides[2].stop)
+            pairs.append(np.stack([first, kernel, other])[:, is_in])
+        leading, *where = grid(more, *(range(pair.shape[1]) for pair in pairs))
+        chosen = [pair[:, at] for pair, at in zip(pairs, where, strict=True)]
+        return leading, *(pair[side] for side in range(3) for pair in chosen)
 
 
-def _apart(pairs: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def _paired(
-    first: Sequence[int], pairs: list[tuple[list[int], list[int]]]
-) -> tuple[Any, list[Any], list[Any]]:
-    """Return all combinations of `first` and of the pairs of each dimension, as indices."""
-    leading, *where = grid(first, *(range(len(a)) for a, _ in pairs))
-    one = [np.asarray(a, dtype=np.int64)[at] for (a, _), at in zip(pairs, where, strict=True)]
-    other = [np.asarray(b, dtype=np.int64)[at] for (_, b), at in zip(pairs, where, strict=True)]
-    return leading, one, other
-
-
-def _spread(value: Any, dims: int) -> tuple[int, ...]:
+def _repeated(value: Any, dims: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else list(value)
     return tuple(values * dims if len(values) == 1 else values)
 
 
-def _geometry(call: Call, kernel: Sequence[int]) -> _Geometry:
-    dims = len(kernel)
-    settings = (_spread(call.value(key), dims) for key in ("stride", "padding", "dilation"))
-    return _Geometry(tuple(kernel), *settings)
+def _ones(places: Sequence[int]) -> list[range]:
+    return [range(place, place + 1) for place in places]
 
 
 def _convolution(call: Call) -> Made:
+    """Return the rule of a convolution, or of its derivative by one of its arguments.
+
+    The side of the places i has as many channels for each group as the weight's second dimension, the
+    side of the places o those of its first dimension.
+    """
+    is_backward = call.kind == "convolution_backward"
+    if is_backward and call.place == 2:
+        n, _, *others = call.shape("grad_output")
+        leading, *where = grid(range(n), *map(range, others))
+        return Sum((single("grad_output", call.piece("grad_output", leading, call.index[0], *where)),))
     weight, shape = call.shape("weight"), call.shape("input")
     if len(weight) != len(shape) or call.value("padding") is None:
         raise NoRuleError("without a batch")
-    geometry, groups = _geometry(call, weight[2:]), call.value("groups")
-    n, channel, *at = call.index
-    if call.value("transposed"):
-        own, inner = divmod(channel, weight[1])
-        count = weight[0] // groups
-        channels = range(own * count, own * count + count)
-        leading, k, i = _paired(channels, geometry.outputs(at, shape[2:]))
-        numbers = call.piece("weight", leading, inner, *k)
+    dims = len(shape) - 2
+    settings = (_repeated(call.value(key), dims) for key in ("stride", "padding", "dilation"))
+    geometry, groups = _Geometry(weight[2:], *settings), call.value("groups")
+    count, inner = weight[0] // groups, weight[1]
+    names = ("input", "grad_output") if is_backward else ("input", "")
+    i_side, o_side = names[::-1] if call.value("transposed") else names
+    first, second, *at = call.index
+    kernels = [range(size) for size in weight[2:]]
+
+    def terms_of(places: Sequence[Any], n: Any, a: Any, b: Any, own: str) -> Terms:
+        """Return the products of the numbers at connected places that are not of the wanted tensor."""
+        o, k, i = places[:dims], places[dims : 2 * dims], places[2 * dims :]
+        group = a // count
+        sides = {o_side: (n, a, *o), i_side: (n, group * inner + b, *i), "weight": (a, b, *k)}
+        order = ("grad_output", "input", "weight")
+        one, other = (
+            (key, call.piece(key, *sides[key])) for key in order if key in sides and key != own
+        )
+        return product(one, other)
+
+    if is_backward and call.place == 1:
+        o, i = ([range(size) for size in call.shape(key)[2:]] for key in (o_side, i_side))
+        rows, *places = geometry.connected(o, _ones(at), i, range(shape[0]))
+        return Sum((terms_of(places, rows, first, second, "weight"),))
+    own = "input" if is_backward else ""
+    other = call.shape("grad_output" if is_backward else "input")[2:]
+    sizes = [range(size) for size in other]
+    if own == o_side:
+        b, *places = geometry.connected(_ones(at), kernels, sizes, range(inner))
+        terms = [terms_of(places, first, second, b, own)]
     else:
-        own = channel // (weight[0] // groups)
-        channels = range(own * weight[1], (own + 1) * weight[1])
-        leading, k, i = _paired(channels, geometry.inputs(at, shape[2:]))
-        numbers = call.piece("weight", channel, leading - own * weight[1], *k)
-    terms = [product(("input", call.piece("input", n, leading, *i)), ("weight", numbers))]
-    if "bias" in call:
-        terms.insert(0, single("bias", call.piece("bias", channel)))
+        group = second // inner
+        channels = range(group * count, group * count + count)
+        a, *places = geometry.connected(sizes, kernels, _ones(at), channels)
+        terms = [terms_of(places, first, a, second % inner, own)]
+    if not is_backward and "bias" in call:
+        terms.insert(0, single("bias", call.piece("bias", second)))
     return Sum(tuple(terms))
 
 
-def _convolution_backward(call: Call) -> Made:
-    return (_of_input, _of_weight, _of_bias)[call.place](call)
-
-
-def _of_input(call: Call) -> Made:
-    weight, output = call.shape("weight"), call.shape("grad_output")
-    geometry, groups = _geometry(call, weight[2:]), call.value("groups")
-    n, channel, *at = call.index
-    if call.value("transposed"):
-        own = channel // (weight[0] // groups)
-        channels = range(own * weight[1], (own + 1) * weight[1])
-        leading, k, o = _paired(channels, geometry.inputs(at, output[2:]))
-        numbers = call.piece("weight", channel, leading - own * weight[1], *k)
-    else:
-        own, inner = divmod(channel, weight[1])
-        count = weight[0] // groups
-        leading, k, o = _paired(
-            range(own * count, own * count + count), geometry.outputs(at, output[2:])
-        )
-        numbers = call.piece("weight", leading, inner, *k)
-    gradient = call.piece("grad_output", n, leading, *o)
-    return Sum((product(("grad_output", gradient), ("weight", numbers)),))
-
-
-def _of_weight(call: Call) -> Made:
-    weight, output, shape = (call.shape(key) for key in ("weight", "grad_output", "input"))
-    geometry, groups = _geometry(call, weight[2:]), call.value("groups")
-    first, second, *k = call.index
-    if call.value("transposed"):
-        own = first // (weight[0] // groups)
-        leading, i, o = _paired(range(shape[0]), geometry.both(k, shape[2:], output[2:]))
-        gradient = call.piece("grad_output", leading, own * weight[1] + second, *o)
-        numbers = call.piece("input", leading, first, *i)
-    else:
-        own = first // (weight[0] // groups)
-        leading, o, i = _paired(range(shape[0]), geometry.both(k, output[2:], shape[2:]))
-        gradient = call.piece("grad_output", leading, first, *o)
-        numbers = call.piece("input", leading, own * weight[1] + second, *i)
-    return Sum((product(("grad_output", gradient), ("input", numbers)),))
-
-
-def _of_bias(call: Call) -> Made:
-    n, _, *sizes = call.shape("grad_output")
-    leading, *where = grid(range(n), *map(range, sizes))
-    return Sum((single("grad_output", call.piece("grad_output", leading, call.index[0], *where)),))
-
-
-def _pooled(call: Call, key: str = "self") -> tuple[_Geometry, tuple[int, ...], int]:
-    """Return the geometry of a pooling, the sizes that it pools, and the dimensions before those."""
-    kernel = call.value("kernel_size")
-    dims = 3 if "3d" in call.kind else 1 if "1d" in call.kind else 2
-    kernel = _spread(kernel, dims)
-    stride = call.value("stride") or kernel
-    dilation = call.value("dilation") if "dilation" in call else 1
-    settings = (_spread(value, dims) for value in (stride, call.value("padding"), dilation))
-    shape = call.shape(key)
-    return _Geometry(kernel, *settings), shape[-dims:], len(shape) - dims
+def _dims(call: Call) -> int:
+    found = re.search(r"([123])d", call.kind)
+    assert found is not None
+    return int(found[1])
 
 
 def _max_pool(call: Call) -> Made:
-    geometry, sizes, before = _pooled(call)
-    if call.value("ceil_mode") and any(geometry.padding):
+    dims = _dims(call)
+    kernel = _repeated(call.value("kernel_size"), dims)
+    keys = ("padding", "dilation")
+    padding, dilation = (_repeated(call.value(key), dims) for key in keys)
+    if call.value("ceil_mode") and any(padding):
         raise NoRuleError("with ceil_mode and padding")
-    pairs = geometry.inputs(call.index[before:], sizes)
-    window = call.piece("self", *call.index[:before], *grid(*(i for _, i in pairs)))
-    return _largest(call, window)
+    geometry = _Geometry(kernel, _repeated(call.value("stride") or kernel, dims), padding, dilation)
+    sizes = [range(size) for size in call.shape("self")[-dims:]]
+    found = geometry.connected(_ones(call.index[-dims:]), [range(size) for size in kernel], sizes)
+    return _largest(call, {"self": call.piece("self", *call.index[:-dims], *found[-dims:])})
 
 
-def _largest(call: Call, window: Piece) -> Made:
+def _largest(call: Call, given: dict[str, Piece], note: str = "") -> Made:
     if call.place == 1:
-        return Words("where the largest of self is", {"self": window})
-    return Formula("max(self)", {"self": window})
-
-
-def _max_pool_backward(call: Call) -> Made:
-    geometry, sizes, before = _pooled(call)
-    at = call.index[before:]
-    outputs = call.shape("grad_output")[before:]
-    _, where = zip(*geometry.outputs(at, outputs), strict=True)
-    places = grid(*where)
-    flat = 0
-    for place, size in zip(at, sizes, strict=True):
-        flat = flat * size + place
-    leading = call.index[:before]
-    chosen = call.tensor("indices")[leading].cpu().numpy()[places] == flat
-    numbers = call.piece("grad_output", *leading, *(axis[chosen] for axis in places))
-    return Sum((single("grad_output", numbers),))
-
-
-def _average_divisor(call: Call, geometry: _Geometry, at: Sequence[int], sizes: Sequence[int]) -> float:
-    """Return what torch divides a window's sum by."""
-    if call.value("divisor_override"):
-        return float(call.value("divisor_override"))
-    count = 1
-    for d, (o, size) in enumerate(zip(at, sizes, strict=True)):
-        padding = geometry.padding[d]
-        begin = o * geometry.stride[d] - padding
-        end = min(begin + geometry.kernel[d], size + padding)
-        if not call.value("count_include_pad"):
-            begin, end = max(begin, 0), min(end, size)
-        count *= end - begin
-    return float(count)
-
-
-def _average_pool(call: Call) -> Made:
-    geometry, sizes, before = _pooled(call)
-    at = call.index[before:]
-    pairs = geometry.inputs(at, sizes)
-    window = call.piece("self", *call.index[:before], *grid(*(i for _, i in pairs)))
-    return Sum((single("self", window),), _average_divisor(call, geometry, at, sizes))
-
-
-def _average_pool_backward(call: Call) -> Made:
-    geometry, sizes, before = _pooled(call)
-    outputs = call.shape("grad_output")[before:]
-    _, where = zip(*geometry.outputs(call.index[before:], outputs), strict=True)
-    return _shares(call, before, where, lambda at: _average_divisor(call, geometry, at, sizes))
-
-
-def _shares(
-    call: Call,
-    before: int,
-    where: Sequence[Sequence[int]],
-    divisor_at: Callable[[tuple[int, ...]], float],
-) -> Made:
-    """Return the sum of gradients at places of an output, each divided by its number."""
-    leading = call.index[:before]
-    terms = []
-    by_divisor: dict[float, list[tuple[int, ...]]] = {}
-    for at in combinations(*where):
-        by_divisor.setdefault(divisor_at(at), []).append(at)
-    for divisor, places in by_divisor.items():
-        axes = np.asarray(places, dtype=np.int64).T
-        terms.append((divisor, call.piece("grad_output", *leading, *axes)))
-    if len(terms) == 1:
-        divisor, piece = terms[0]
-        return Sum((single("grad_output", piece),), divisor)
-    return Sum(tuple(single("grad_output", piece, 1 / divisor) for divisor, piece in terms))
-
-
-def _adaptive(size: int, count: int, o: int) -> range:
-    """Return the window of place o of `count` windows on `size` places."""
-    return range(o * size // count, -(-(o + 1) * size // count))
-
-
-def _adaptive_window(call: Call) -> Piece:
-    """Return the numbers of `self` in the window of the wanted place."""
-    shape = call.shape("self")
-    counts = call.value("output_size")
-    before = len(shape) - len(counts)
-    at, sizes = call.index[before:], shape[before:]
-    windows = [_adaptive(size, n, o) for size, n, o in zip(sizes, counts, at, strict=True)]
-    return call.piece("self", *call.index[:before], *grid(*windows))
-
-
-def _adaptive_pool(call: Call) -> Made:
-    window = _adaptive_window(call)
-    return Sum((single("self", window),), float(window.size))
-
-
-def _adaptive_pool_backward(call: Call) -> Made:
-    shape, outputs = call.shape("self"), call.shape("grad_output")
-    before = len(shape) - (3 if "3d" in call.kind else 2)
-    sizes, counts = shape[before:], outputs[before:]
-    where = [
-        [o for o in range(count) if place in _adaptive(size, count, o)]
-        for place, size, count in zip(call.index[before:], sizes, counts, strict=True)
-    ]
-
-    def divisor_at(at: tuple[int, ...]) -> float:
-        windows = (_adaptive(s, n, o) for s, n, o in zip(sizes, counts, at, strict=True))
-        return float(np.prod([len(window) for window in windows]))
-
-    return _shares(call, before, where, divisor_at)
+        return Words("where the largest of self is", given)
+    return Formula("max(self)", given, note=note)
 
 
 def _adaptive_max_pool(call: Call) -> Made:
-    return _largest(call, _adaptive_window(call))
+    windows = [
+        range(o * size // count, -(-(o + 1) * size // count))
+        for size, count, o in zip(
+            call.shape("self")[-_dims(call) :],
+            call.value("output_size"),
+            call.index[-_dims(call) :],
+            strict=True,
+        )
+    ]
+    return _largest(call, {"self": call.piece("self", *call.index[: -_dims(call)], *grid(*windows))})
 
 
-def _adaptive_max_pool_backward(call: Call) -> Made:
-    sizes = call.shape("self")
-    before = len(sizes) - (3 if "3d" in call.kind else 2)
-    flat = int(np.ravel_multi_index(call.index[before:], sizes[before:]))
-    leading = call.index[:before]
+def _max_pool_backward(call: Call) -> Made:
+    """Return the sum of the gradients at all places of which the largest number was the wanted one."""
+    sizes, dims = call.shape("self"), _dims(call)
+    flat = int(np.ravel_multi_index(call.index[-dims:], sizes[-dims:]))
+    leading = call.index[:-dims]
     places = np.nonzero(call.tensor("indices")[leading].cpu().numpy() == flat)
     return Sum((single("grad_output", call.piece("grad_output", *leading, *places)),))
 
 
 def _fractional_max_pool(call: Call) -> Made:
-    """Return the rule of windows that begin where random numbers say (Graham, 2014, arXiv:1412.6071)."""
+    """Return the rule of windows that random numbers place (Graham, 2014, arXiv:1412.6071)."""
     kernel, counts = call.value("kernel_size"), call.value("output_size")
     dims, shape = len(counts), call.shape("self")
-    kernel, before = _spread(kernel, dims), len(shape) - dims
+    kernel, before = _repeated(kernel, dims), len(shape) - dims
     leading = call.index[:before]
     samples = call.piece("random_samples", *((0,) if before == 1 else ()), *leading, np.arange(dims))
     numbers = call.tensor("random_samples")[(0, *leading) if before == 1 else leading].tolist()
@@ -309,9 +184,7 @@ def _fractional_max_pool(call: Call) -> Made:
     axes = zip(call.index[before:], shape[before:], kernel, counts, numbers, strict=True)
     window = call.piece("self", *leading, *grid(*(_fractional(*axis) for axis in axes)))
     given = {"self": window, "random_samples": samples}
-    if call.place == 1:
-        return Words("where the largest of self is", given)
-    return Formula("max(self)", given, note="in a window that random_samples place")
+    return _largest(call, given, "in a window that random_samples place")
 
 
 def _fractional(o: int, size: int, kernel: int, count: int, sample: float) -> range:
@@ -324,29 +197,63 @@ def _fractional(o: int, size: int, kernel: int, count: int, sample: float) -> ra
     return range(begin, begin + kernel)
 
 
-CONVOLUTIONS: dict[str, Callable[[Call], Made]] = {
-    "convolution": _convolution,
-    "convolution_backward": _convolution_backward,
-    "max_pool2d": _max_pool,
-    "max_pool2d_with_indices": _max_pool,
-    "max_pool3d_with_indices": _max_pool,
-    "max_pool2d_with_indices_backward": _max_pool_backward,
-    "max_pool3d_with_indices_backward": _max_pool_backward,
-    "adaptive_max_pool2d": _adaptive_max_pool,
-    "adaptive_max_pool3d": _adaptive_max_pool,
-    "adaptive_max_pool2d_backward": _adaptive_max_pool_backward,
-    "adaptive_max_pool3d_backward": _adaptive_max_pool_backward,
-    "fractional_max_pool2d": _fractional_max_pool,
-    "fractional_max_pool3d": _fractional_max_pool,
-    "fractional_max_pool2d_backward": _adaptive_max_pool_backward,
-    "fractional_max_pool3d_backward": _adaptive_max_pool_backward,
-    "avg_pool1d": _average_pool,
-    "avg_pool2d": _average_pool,
-    "avg_pool3d": _average_pool,
-    "avg_pool2d_backward": _average_pool_backward,
-    "avg_pool3d_backward": _average_pool_backward,
-    "adaptive_avg_pool2d": _adaptive_pool,
-    "adaptive_avg_pool3d": _adaptive_pool,
-    "adaptive_avg_pool2d_backward": _adaptive_pool_backward,
-    "adaptive_avg_pool3d_backward": _adaptive_pool_backward,
+def _plane(call: Call, *, has_means: bool) -> Made:
+    """Return the rule of an operator that is linear in each channel of each image by itself.
+
+    What it multiplies numbers by is its derivative, which torch knows. has_means: whether it divides by
+    counts of numbers.
+    """
+    dims, key = _dims(call), "grad_output" if call.kind.endswith("_backward") else "self"
+    leading, at = call.index[:-dims], call.index[-dims:]
+    others: dict[str, Any] = {}
+    if key != "self" and "self" in call:  # only its shape counts
+        others["self"] = torch.zeros(1, 1, *call.shape("self")[-dims:], dtype=torch.float64)
+    if "input_size" in call:
+        others["input_size"] = [1, 1, *call.value("input_size")[2:]]
+    with torch.inference_mode(False), torch.enable_grad():
+        plane = torch.zeros(1, 1, *call.shape(key)[-dims:], dtype=torch.float64, requires_grad=True)
+        found = call.again(**{key: plane}, **others)[0]
+        weights = torch.autograd.grad(found[(0, 0, *at)], plane)[0][0, 0].numpy()
+
+    def where(chosen: NDArray[np.bool_]) -> Piece:
+        return call.piece(key, *leading, *np.nonzero(chosen))
+
+    factors = weights[weights != 0]
+    if (factors == 1).all():
+        return Sum((single(key, where(weights != 0)),))
+    if not has_means:
+        return Sum((Terms(f"{key} * weight", {key: where(weights != 0)}, {"weight": factors}),))
+    counts = dict.fromkeys(np.round(1 / factors).tolist())
+    if len(counts) == 1:
+        return Sum((single(key, where(weights != 0)),), *counts)
+    return Sum(tuple(single(key, where(abs(weights * n - 1) < 1e-9), 1 / n) for n in counts))
+
+
+_WEIGHTED = [
+    *("nearest1d", "nearest2d", "nearest3d", "nearest_exact1d", "nearest_exact2d", "nearest_exact3d"),
+    *("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "bilinear2d_aa", "bicubic2d_aa"),
+]
+_MEANS = ["avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"]
+_PLANE, _MEAN = (Record(partial(_plane, has_means=each), batched) for each in (False, True))
+CONVOLUTIONS: dict[str, Record] = {
+    "convolution": Record(_convolution, batched),
+    "convolution_backward": Record(_convolution, partial(batched, own="grad_output", has_sums=True)),
+    "avg_pool1d": Record(_MEAN.made),
+    "max_pool2d": Record(_max_pool),
+    **{f"{kind}{end}": _MEAN for kind in _MEANS for end in ("", "_backward")},
+    **{f"upsample_{how}{end}": _PLANE for how in _WEIGHTED for end in ("", "_backward")},
+    **{f"{how}_pad{n}d_backward": _PLANE for how in ("reflection", "replication") for n in (1, 2, 3)},
+    **{
+        kind: record
+        for n in (2, 3)
+        for kind, record in {
+            f"max_pool{n}d_with_indices": Record(_max_pool, batched),
+            f"max_pool{n}d_with_indices_backward": Record(_max_pool_backward, batched),
+            f"adaptive_max_pool{n}d": Record(_adaptive_max_pool, batched),
+            f"adaptive_max_pool{n}d_backward": Record(_max_pool_backward, batched),
+            f"fractional_max_pool{n}d": Record(_fractional_max_pool, batched),
+            f"fractional_max_pool{n}d_backward": Record(_max_pool_backward, batched),
+        }.items()
+    },
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_2d_backward"), Record(rows=batched)),
 }

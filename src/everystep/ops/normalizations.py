@@ -1,11 +1,14 @@
-"""Rules of softmax, of normalizations and of attention, where a number depends on a whole row."""
+"""Softmax, normalizations and attention, where a number depends on a whole row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from everystep.ops.call import (
     Axis,
@@ -17,25 +20,34 @@ from everystep.ops.call import (
     Sum,
     Terms,
     Words,
+    aligned,
     grid,
+    single,
 )
 from everystep.ops.formula import names_in
-from everystep.ops.sums import single
+from everystep.ops.labels import MIXED, broadcast, reduced
+from everystep.ops.record import Record
+from everystep.ops.rows import (
+    Result,
+    RowsCall,
+    along,
+    asked_of,
+    batched,
+    by_key,
+    filled,
+    none_mixed,
+    of_shape,
+)
 
-__all__ = ["NORMALIZATIONS", "running"]
-
-
-def _row(call: Call, key: str, dim: int) -> Piece:
-    places: list[Axis] = list(call.index)
-    places[dim] = np.arange(call.shape(key)[dim])
-    return call.piece(key, *places)
+__all__ = ["NORMALIZATIONS"]
 
 
 def _softmax(call: Call) -> Made:
     given = {"self": call.piece("self", *call.index)}
     given["row"] = given["self"]
     if call.index:
-        given["row"] = _row(call, "self", call.value("dim") % len(call.index))
+        dim = call.value("dim") % len(call.index)
+        given["row"] = call.along("self", dim, np.arange(call.shape("self")[dim]))
     if "log" in call.kind:
         return Formula("self - logsumexp(row)", given)
     text = "exp(self - logsumexp(row))"
@@ -45,26 +57,77 @@ def _softmax(call: Call) -> Made:
 def _softmax_backward(call: Call) -> Made:
     dim = call.value("dim") % len(call.index)
     given = {key: call.piece(key, *call.index) for key in ("grad_output", "output")}
-    given["gradients"] = _row(call, "grad_output", dim)
+    every = np.arange(call.shape("output")[dim])
+    given["gradients"] = call.along("grad_output", dim, every)
     if "log" in call.kind:
         return Formula("grad_output - exp(output) * sum(gradients)", given)
-    given["outputs"] = _row(call, "output", dim)
+    given["outputs"] = call.along("output", dim, every)
     return Formula("output * (grad_output - sum(gradients * outputs))", given)
 
 
-def _channel(call: Call, key: str, channel: int) -> Piece:
-    shape = call.shape(key)
-    axes = [[channel] if dim == 1 else range(size) for dim, size in enumerate(shape)]
-    return call.piece(key, *grid(*axes))
+def _outer(call: Call) -> int:
+    """Return how many axes a layer norm has before those that it normalizes."""
+    return len(call.shape("input")) - len(call.value("normalized_shape"))
 
 
-def _normalized(call: Call, mean: Piece, scale: Piece, *places: Axis) -> Made:
-    """Return the rule of a number that is normalized by two results.
+def _group_size(call: Call) -> int:
+    return int(call.shape("input")[1] // call.value("group"))
 
-    places: of its weight and bias.
-    """
-    given = {"input": call.piece("input", *call.index), "mean": mean, "scale": scale}
-    return _affine(call, "(input - mean) * scale", given, *places)
+
+def _statistics_at(call: Call, index: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the index of the mean and of the deviation by which a number of `input` is normalized."""
+    if "batch" in call.kind:
+        return (index[1],)
+    if "group" in call.kind:
+        return index[0], index[1] // _group_size(call)
+    outer = _outer(call)
+    return (*index[:outer], *[0] * (len(index) - outer))
+
+
+def _weight_at(call: Call, index: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the index of the weight and of the bias of a number of `input`."""
+    return tuple(index[_outer(call) :]) if "layer" in call.kind else (index[1],)
+
+
+def _together(call: Call, at: Sequence[int]) -> tuple[Any, ...]:
+    """Return the places in `input` of all numbers with a mean of this index."""
+    axes: list[Any] = [*map(range, call.shape("input"))]
+    if "batch" in call.kind:
+        axes[1] = at
+    elif "group" in call.kind:
+        size = _group_size(call)
+        axes[:2] = [at[0]], range(at[1] * size, (at[1] + 1) * size)
+    else:
+        outer = _outer(call)
+        axes[:outer] = [[place] for place in at[:outer]]
+    return grid(*axes)
+
+
+def _norm(call: Call) -> Made:
+    """Return the rule of a normalization; its other results are the means and inverse deviations."""
+    if call.written not in call.operation.results:
+        return _running(call)
+    if "batch" in call.kind and ("no_training" in call.kind or not call.arguments.get("training", True)):
+        return _without_statistics(call)
+    if call.place:
+        piece = call.piece("input", *_together(call, call.index))
+        if call.place == 1:
+            return Sum((single("input", piece),), float(piece.size))
+        return Formula(_DEVIATION, {"input": piece}, {"eps": call.value("eps")})
+    at = _statistics_at(call, call.index)
+    given = {"input": call.piece("input", *call.index)}
+    given |= {key: call.result_piece(place, *at) for place, key in ((1, "mean"), (2, "scale"))}
+    return _affine(call, "(input - mean) * scale", given, *_weight_at(call, call.index))
+
+
+def _without_statistics(call: Call) -> Made:
+    if call.place:
+        return Words("empty")
+    channel = call.index[1]
+    given = {"input": call.piece("input", *call.index)}
+    given |= {key: call.piece(key, channel) for key in ("running_mean", "running_var")}
+    text = "(input - running_mean) / sqrt(running_var + eps)"
+    return _affine(call, text, given, channel, eps=call.value("eps"))
 
 
 _DEVIATION = "1 / sqrt(mean((input - mean(input)) ^ 2) + eps)"
@@ -78,180 +141,69 @@ def _affine(call: Call, text: str, given: dict[str, Piece], *places: Axis, **set
     return Formula(text, given, settings)
 
 
-def _statistics(call: Call, piece: Piece) -> Made:
-    """Return the rule of the mean, or of the inverse of the deviation, of what is normalized."""
-    if call.place == 1:
-        return Sum((single("input", piece),), float(piece.size))
-    return Formula(_DEVIATION, {"input": piece}, {"eps": call.value("eps")})
-
-
-def _batch_norm(call: Call) -> Made:
-    is_training = "no_training" not in call.kind and bool(call.arguments.get("training", True))
-    if call.place and not is_training:
-        return Words("empty")
-    if call.place:
-        return _statistics(call, _channel(call, "input", call.index[0]))
-    channel = call.index[1]
-    if is_training:
-        mean, scale = (call.result_piece(place, channel) for place in (1, 2))
-        return _normalized(call, mean, scale, channel)
-    given = {"input": call.piece("input", *call.index)}
-    given |= {key: call.piece(key, channel) for key in ("running_mean", "running_var")}
-    text = "(input - running_mean) / sqrt(running_var + eps)"
-    return _affine(call, text, given, channel, eps=call.value("eps"))
-
-
-def running(call: Call, key: str) -> Made:
+def _running(call: Call) -> Made:
     """Return the rule of `running_mean` or `running_var`, which a batch normalization writes."""
-    channel = call.index[0]
-    given = {key: call.piece(key, channel)}
+    key = "running_mean" if call.arguments["running_mean"] == call.written else "running_var"
+    given = {key: call.piece(key, *call.index)}
     if not call.arguments.get("training", True):
         return Formula(key, given, note="which it leaves as it is")
-    piece = _channel(call, "input", channel)
+    piece = call.piece("input", *_together(call, call.index))
     new = "mean(input)" if key == "running_mean" else "sum((input - mean(input)) ^ 2) / others"
     settings = {"momentum": call.scalar("momentum"), "others": max(piece.size - 1, 0)}
     text = f"(1 - momentum) * {key} + momentum * {new}"
     return Formula(text, given | {"input": piece}, settings)
 
 
-def _batch_norm_backward(call: Call) -> Made:
-    gradient = "grad_out" if "grad_out" in call.arguments else "grad_output"
+def _norm_backward(call: Call) -> Made:
+    is_batch = "batch" in call.kind
     is_training = bool(call.arguments.get("train", True))
-    channel = call.index[1] if call.place == 0 else call.index[0]
-    grads, inputs = (_channel(call, key, channel) for key in (gradient, "input"))
-    if call.place == 2:
-        return Sum((single(gradient, grads),))
-    keys = ("save_mean", "save_invstd") if is_training else ("running_mean", "running_var")
-    mean, scale = (call.piece(key, channel) for key in keys)
+    keys = ("mean", "rstd")
+    if is_batch:
+        keys = ("save_mean", "save_invstd") if is_training else ("running_mean", "running_var")
     scaled = f"* {keys[1]}" if is_training else f"/ sqrt({keys[1]} + eps)"
-    settings = {"eps": call.value("eps")}
-    if call.place == 1:
-        repeated = {key: _repeated(piece, grads.size) for key, piece in zip(keys, (mean, scale))}  # noqa: B905
-        text = f"{gradient} * (input - {keys[0]}) {scaled}"
-        return Sum((Terms(text, {gradient: grads, "input": inputs} | repeated, settings),))
-    weight = {"weight": call.piece("weight", channel)} if "weight" in call else {}
+    settings = {"eps": call.value("eps")} if is_batch else {}
+    if call.place:
+        return _of_parameter(call, keys, scaled, settings)
+    at, own = _statistics_at(call, call.index), _weight_at(call, call.index)
+    weights = {"weight": call.piece("weight", *own)} if "weight" in call else {}
     if not is_training:
-        given = {gradient: call.piece(gradient, *call.index), keys[1]: scale} | weight
-        return Formula(f"{gradient}{' * weight' * bool(weight)} {scaled}", given, settings)
-    given = {gradient: grads, "input": inputs, keys[0]: mean, keys[1]: scale}
-    return _derivative(call, given, weight)
-
-
-def _repeated(piece: Piece, count: int) -> Piece:
-    places = tuple(np.broadcast_to(np.asarray(axis), count) for axis in piece.places)
-    return piece._replace(places=places)
-
-
-def _layer_norm(call: Call) -> Made:
-    shape = call.shape("input")
-    inner = len(call.value("normalized_shape"))
-    outer = len(shape) - inner
-    if call.place == 0:
-        leading = (*call.index[:outer], *[0] * inner)
-        mean, scale = (call.result_piece(place, *leading) for place in (1, 2))
-        return _normalized(call, mean, scale, *call.index[outer:])
-    axes = [[place] for place in call.index[:outer]] + [range(size) for size in shape[outer:]]
-    return _statistics(call, call.piece("input", *grid(*axes)))
-
-
-def _layer_norm_backward(call: Call) -> Made:
-    shape = call.shape("input")
-    outer = len(shape) - len(call.value("normalized_shape"))
-    if call.place:
-        axes = grid(*map(range, shape[:outer]))
-        inner = [np.full(len(axes[0]) if axes else 1, place) for place in call.index]
-        grads = call.piece("grad_out", *axes, *inner)
-        if call.place == 2:
-            return Sum((single("grad_out", grads),))
-        flat = (*axes, *[np.zeros_like(inner[0])] * len(inner))
-        given = {
-            "grad_out": grads,
-            "input": call.piece("input", *axes, *inner),
-            "mean": call.piece("mean", *flat),
-            "rstd": call.piece("rstd", *flat),
-        }
-        return Sum((Terms("grad_out * (input - mean) * rstd", given),))
-    leading = [[place] for place in call.index[:outer]]
-    axes = grid(*leading, *map(range, shape[outer:]))
-    inputs = call.piece("input", *axes)
-    one = (*call.index[:outer], *[0] * (len(shape) - outer))
+        given = {"grad_out": call.piece("grad_out", *call.index), keys[1]: call.piece(keys[1], *at)}
+        return Formula(f"grad_out{' * weight' * bool(weights)} {scaled}", given | weights, settings)
+    places = _together(call, at)
     given = {
-        "grad_out": call.piece("grad_out", *axes),
-        "input": inputs,
-        "mean": call.piece("mean", *one),
-        "rstd": call.piece("rstd", *one),
+        **{key: call.piece(key, *call.index) for key in ("grad_out", "input")},
+        "gradients": call.piece("grad_out", *places),
+        "inputs": call.piece("input", *places),
+        **{key: call.piece(key, *at) for key in keys},
     }
-    return _derivative(call, given, _affine_pair(call, axes[outer:], call.index[outer:]))
-
-
-def _in_group(call: Call, key: str, row: int, group: int) -> Piece:
-    """Return the numbers of an argument (N, C, ...) that are normalized together."""
-    shape = call.shape(key)
-    size = shape[1] // call.value("group")
-    return call.piece(key, *grid([row], range(group * size, (group + 1) * size), *map(range, shape[2:])))
-
-
-def _group_norm(call: Call) -> Made:
-    if call.place:
-        return _statistics(call, _in_group(call, "input", *call.index))
-    row, channel = call.index[:2]
-    group = channel // (call.shape("input")[1] // call.value("group"))
-    mean, scale = (call.result_piece(place, row, group) for place in (1, 2))
-    return _normalized(call, mean, scale, channel)
-
-
-def _group_norm_backward(call: Call) -> Made:
-    shape = call.shape("input")
-    size = shape[1] // call.value("group")
-    if call.place:
-        (channel,) = call.index
-        grads, inputs = (_channel(call, key, channel) for key in ("grad_out", "input"))
-        if call.place == 2:
-            return Sum((single("grad_out", grads),))
-        rows, groups = grads.places[0], np.full(grads.size, channel // size)
-        given = {"grad_out": grads, "input": inputs}
-        given |= {key: call.piece(key, rows, groups) for key in ("mean", "rstd")}
-        return Sum((Terms("grad_out * (input - mean) * rstd", given),))
-    row, group = call.index[0], call.index[1] // size
-    inputs = _in_group(call, "input", row, group)
-    given = {"grad_out": _in_group(call, "grad_out", row, group), "input": inputs}
-    given |= {key: call.piece(key, row, group) for key in ("mean", "rstd")}
-    return _derivative(call, given, _affine_pair(call, inputs.places[1:2], call.index[1:2]))
-
-
-def _affine_pair(call: Call, places: Sequence[Axis], own: Sequence[int]) -> dict[str, Piece]:
-    """Return the weights of what was normalized together, and that of the wanted number."""
-    if "weight" not in call:
-        return {}
-    return {"weights": call.piece("weight", *places), "weight": call.piece("weight", *own)}
-
-
-def _derivative(call: Call, given: dict[str, Piece], weights: dict[str, Piece]) -> Made:
-    """Return the derivative by the wanted number of what was normalized together.
-
-    given: gradients, inputs, mean and inverse deviation, under the names of the arguments; weights: the
-    weight of the wanted number, and those of all where they differ.
-    """
-    gradient, _, mean, scale = given
-    numbers = {
-        gradient: call.piece(gradient, *call.index),
-        "gradients": given[gradient],
-        "input": call.piece("input", *call.index),
-        "inputs": given["input"],
-        mean: given[mean],
-        scale: given[scale],
-    }
-    own, every = gradient, "gradients"
-    factor = scale
-    if "weights" in weights:
-        own, every = f"{gradient} * weight", "gradients * weights"
-    elif "weight" in weights:
+    mean, scale = keys
+    gradient, every, factor = "grad_out", "gradients", scale
+    if weights and is_batch:
         factor = f"weight * {scale}"
+    elif weights:
+        given["weights"] = call.piece("weight", *_weight_at(call, places))
+        gradient, every = "grad_out * weight", "gradients * weights"
     text = (
-        f"{factor} * ({own} - mean({every}) - normal * mean({every} * normals))"
+        f"{factor} * ({gradient} - mean({every}) - normal * mean({every} * normals))"
         f" where normal = (input - {mean}) * {scale}, normals = (inputs - {mean}) * {scale}"
     )
-    return Formula(text, numbers | weights)
+    return Formula(text, given | weights)
+
+
+def _of_parameter(call: Call, keys: tuple[str, ...], scaled: str, settings: dict[str, Any]) -> Made:
+    """Return the rule of the gradient of a weight, or of a bias: sums over the numbers that have it."""
+    axes: list[Any] = [*map(range, call.shape("input"))]
+    if "layer" in call.kind:
+        axes[_outer(call) :] = [[place] for place in call.index]
+    else:
+        axes[1] = call.index
+    places = grid(*axes)
+    given = {"grad_out": call.piece("grad_out", *places)}
+    if call.place == 2:
+        return Sum((single("grad_out", given["grad_out"]),))
+    given["input"] = call.piece("input", *places)
+    given |= {key: call.piece(key, *_statistics_at(call, places)) for key in keys}
+    return Sum((Terms(f"grad_out * (input - {keys[0]}) {scaled}", given, settings),))
 
 
 def _attention(call: Call) -> Made:
@@ -284,12 +236,7 @@ def _scale(call: Call) -> float:
 
 def _mask(call: Call, *places: Axis) -> Piece:
     """Return numbers of the mask, which is broadcast to rows, heads, queries and keys."""
-    shape = call.shape("attn_mask")
-    count = max((len(axis) for axis in places if not isinstance(axis, int)), default=1)
-    axes = [axis if n > 1 else 0 for axis, n in zip(places[4 - len(shape) :], shape, strict=True)]
-    if all(isinstance(axis, int) for axis in axes):
-        return _repeated(call.piece("attn_mask", *axes), count)
-    return call.piece("attn_mask", *axes)
+    return aligned(call.name("attn_mask"), call.shape("attn_mask"), places)
 
 
 def _sharing(call: Call) -> int:
@@ -345,20 +292,74 @@ def _attention_backward(call: Call) -> Made:
     return Formula(text, used, settings)
 
 
-NORMALIZATIONS: dict[str, Callable[[Call], Made]] = {
-    "softmax": _softmax,
-    "log_softmax": _softmax,
-    "safe_softmax": _softmax,
-    "softmax_backward_data": _softmax_backward,
-    "log_softmax_backward_data": _softmax_backward,
-    "native_batch_norm": _batch_norm,
-    "native_batch_norm_legit": _batch_norm,
-    "native_batch_norm_legit_no_training": _batch_norm,
-    "native_batch_norm_backward": _batch_norm_backward,
-    "native_group_norm": _group_norm,
-    "native_group_norm_backward": _group_norm_backward,
-    "native_layer_norm": _layer_norm,
-    "native_layer_norm_backward": _layer_norm_backward,
-    "scaled_dot_product_flash_attention_for_cpu": _attention,
-    "scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+def _layer_norm_rows(call: RowsCall) -> list[Result]:
+    outer = call["input"].value.dim() - len(call["normalized_shape"])
+    return batched(call, axes=outer, has_sums=call.kind.endswith("_backward"))
+
+
+def _batch_norm_rows(call: RowsCall) -> list[Result]:
+    """The place of a row stays its own, although in training mode its numbers depend on other rows."""
+    call.require_shared("weight", "bias")
+    if not _is_training(call):
+        call.require_shared("running_mean", "running_var")
+    labels = broadcast([call["input"].labels])
+    none_mixed(labels)
+    first, *others = call.results
+    why = "is of all rows together"
+    return [of_shape(labels, first), *(filled(MIXED, other, why) for other in others)]
+
+
+def _is_training(call: RowsCall) -> bool:
+    return bool(call["training"] or call["train"] or call.kind == "batch_norm_with_update")
+
+
+def _batch_norm_backward_rows(call: RowsCall) -> list[Result]:
+    name = "grad_out" if call["grad_out"] is not None else "grad_output"
+    gradient, given = call[name], call["input"]
+    both = broadcast([gradient.labels, given.labels])
+    none_mixed(both)
+    others = [axis for axis in range(both.dim()) if axis != 1]
+    own = reduced(both, others, keepdim=True).expand(both.shape) if _is_training(call) else both
+    keys = reduced(both, range(1, both.dim()))
+    are_apart = not bool((keys == MIXED).any())
+
+    def on(which: int, at: Tensor) -> Tensor:
+        mask = [place == which for place in range(3)]
+        chosen = {name: gradient.value[at], "input": given.value[at]}
+        return call.again(**chosen, output_mask=mask)[which]
+
+    found = []
+    asked = asked_of(call)
+    for place, result in zip(asked, call.results, strict=True):
+        if place == 0:
+            why = "mixes rows: through the mean of the batch, each gradient depends on all rows"
+            found.append(Result(own, why=why))
+        elif are_apart:
+            found.append(by_key(keys, result, partial(on, place)))
+        else:  # a channel of its own for each row, as in instance norm
+            labels = reduced(both, others)
+            found.append(Result(labels.expand(result.shape)))
+    return found
+
+
+_BATCH_NORM = Record(_norm, _batch_norm_rows)
+_ATTENTION = "scaled_dot_product_flash_attention_for_cpu"
+_ON_GPU = "scaled_dot_product_efficient_attention"
+NORMALIZATIONS: dict[str, Record] = {
+    **dict.fromkeys(("softmax", "log_softmax", "safe_softmax"), Record(_softmax, along)),
+    **dict.fromkeys(
+        ("softmax_backward_data", "log_softmax_backward_data"), Record(_softmax_backward, along)
+    ),
+    **dict.fromkeys(("native_batch_norm", "native_batch_norm_legit"), _BATCH_NORM),
+    "native_batch_norm_legit_no_training": Record(_norm),
+    **dict.fromkeys(("cudnn_batch_norm", "miopen_batch_norm"), Record(rows=_batch_norm_rows)),
+    "native_batch_norm_backward": Record(_norm_backward, _batch_norm_backward_rows),
+    "cudnn_batch_norm_backward": Record(rows=_batch_norm_backward_rows),
+    "native_group_norm": Record(_norm, batched),
+    "native_group_norm_backward": Record(_norm_backward, partial(batched, has_sums=True)),
+    "native_layer_norm": Record(_norm, _layer_norm_rows),
+    "native_layer_norm_backward": Record(_norm_backward, _layer_norm_rows),
+    _ATTENTION: Record(_attention, batched),
+    f"{_ATTENTION}_backward": Record(_attention_backward, batched),
+    **dict.fromkeys((_ON_GPU, f"{_ON_GPU}_backward"), Record(rows=batched)),
 }

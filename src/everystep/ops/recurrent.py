@@ -1,13 +1,20 @@
-"""Rules of LSTM layers on a CPU: which numbers of a sequence a number was made from.
+"""LSTM layers on a CPU, which one kernel computes over all time, and another differentiates.
 
-One kernel computes all gates over all time, so what lies in between is not seen.
+What lies between their arguments and results is not seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from everystep.ops.call import Call, Made, NoRuleError, Piece, Words, grid
+from everystep.ops.labels import MIXED, SHARED, Tracked, all_are, broadcast, reduced
+from everystep.ops.record import Record
+from everystep.ops.rows import MixesError, Result, RowsCall, by_key, filled, none_mixed
+from everystep.program.calls import without_autograd
 
 __all__ = ["RECURRENT"]
 
@@ -55,7 +62,77 @@ def _layer_backward(call: Call) -> Made:
     return Words(f"the derivative of an LSTM by its {names[call.place]}", given)
 
 
-RECURRENT: dict[str, Callable[[Call], Made]] = {
-    "mkldnn_rnn_layer": _layer,
-    "mkldnn_rnn_layer_backward": _layer_backward,
+#: Settings of the layer; what it is given is of shape (T, N, C), and its states (N, H).
+_SETTINGS = ("mode", "hidden_size", "num_layers", "has_biases", "bidirectional", "batch_first")
+
+
+def _shared_rows(call: RowsCall, sequences: tuple[str, ...], states: tuple[str, ...]) -> Tensor:
+    """Return the labels of the rows (N) that sequences and states have in common."""
+    given = [(call[name], [0, 2]) for name in sequences] + [(call[name], [1]) for name in states]
+    parts = [reduced(each.labels, axes) for each, axes in given if isinstance(each, Tracked)]
+    return none_mixed(broadcast(parts))
+
+
+def _layer_rows(call: RowsCall) -> list[Result]:
+    call.require_shared("weight0", "weight1", "weight2", "weight3")
+    keys = _shared_rows(call, ("input",), ("hx_", "cx_"))
+    output, *states, workspace = call.results
+    return [
+        Result(keys.reshape(1, -1, 1).expand(output.shape)),
+        *(Result(keys.reshape(-1, 1).expand(state.shape)) for state in states),
+        filled(MIXED, workspace, "is the memory of a kernel, for all rows"),
+    ]
+
+
+def _layer_backward_rows(call: RowsCall) -> list[Result]:
+    weights = ("weight1", "weight2", "weight3", "weight4")
+    call.require_shared(*weights)
+    sequences, states = ("input", "output", "grad_output"), ("hx_", "cx_tmp", "grad_hy", "grad_cy")
+    keys = _shared_rows(call, sequences, states)
+    if keys.numel() and all_are(keys, SHARED):
+        raise MixesError("adds up numbers that are the same for all rows")
+    if len(call.results) != 7:
+        raise MixesError("returns other results than there are gradients")
+
+    def on(place: int) -> Callable[[Tensor], Tensor]:
+        return lambda at: _of_rows(call, weights, sequences, states, at)[place]
+
+    found = [Result(keys.reshape(1, -1, 1).expand(call.results[0].shape))]
+    for place in range(1, 5):
+        found.append(by_key(keys, call.results[place], on(place)))
+    return found + [Result(keys.reshape(-1, 1).expand(each.shape)) for each in call.results[5:]]
+
+
+def _of_rows(
+    call: RowsCall,
+    weights: tuple[str, ...],
+    sequences: tuple[str, ...],
+    states: tuple[str, ...],
+    at: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of some rows alone; the kernel's memory is made again for them."""
+    chosen = {
+        name: call[name].value.index_select(axis, at)
+        for axis, names in ((1, sequences), (0, states))
+        for name in names
+        if isinstance(call[name], Tracked)
+    }
+    # The kernel keeps what its derivative needs only where gradients are asked for.
+    with without_autograd(), torch.enable_grad():
+        output, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
+            chosen["input"],
+            *(call[name].value for name in weights),
+            chosen["hx_"],
+            chosen["cx_tmp"],
+            call["reverse"],
+            call["batch_sizes"],
+            *(call[name] for name in _SETTINGS),
+            True,
+        )
+    return call.again(**chosen | {"output": output}, hy_=hy, cy_=cy, workspace=workspace)
+
+
+RECURRENT: dict[str, Record] = {
+    "mkldnn_rnn_layer": Record(_layer, _layer_rows),
+    "mkldnn_rnn_layer_backward": Record(_layer_backward, _layer_backward_rows),
 }

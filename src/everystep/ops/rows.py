@@ -1,14 +1,20 @@
-"""An operation of a step, with the rows that its arguments belong to."""
+"""Rules of rows: which rows of the batch the results of an operation belong to.
+
+A rule is exact or refuses. Where an operator adds up numbers of several rows, the term of a row is the
+same operator on the numbers of this row alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, elementwise, reduced, rows_in
+from everystep.ops.call import kind_of
+from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, all_are, broadcast, reduced, rows_in
 from everystep.program.arguments import decode, references
 from everystep.program.calls import without_autograd
 from everystep.program.observed import Observed
@@ -19,14 +25,13 @@ __all__ = [
     "Result",
     "RowsCall",
     "RowsRule",
-    "asked_of",
+    "along",
+    "batched",
     "by_key",
-    "first_axis",
-    "leading",
+    "filled",
     "none_mixed",
     "of_shape",
     "sum_of",
-    "with_parameters",
 ]
 
 
@@ -44,7 +49,7 @@ class Result(NamedTuple):
 
 
 class RowsCall:
-    """An operation.
+    """An operation, with the rows that its arguments belong to.
 
     tracked: its inputs by name; is_term: whether a result may be a sum of terms: the loss, a gradient
     of a parameter, or a single number; is_backward: whether it runs after the loss; from_state: names of
@@ -61,7 +66,7 @@ class RowsCall:
         from_state: frozenset[str],
     ) -> None:
         self.operation = seen.operation
-        self.name = seen.operation.name.rstrip("_")
+        self.kind = kind_of(seen.operation)
         self.results = [*seen.results.values()]
         self.is_term = is_term
         self.is_backward = is_backward
@@ -83,6 +88,11 @@ class RowsCall:
         given = [value for name, value in self._given.items() if name not in left_out]
         return [self._tracked[name] for name in references(given)]
 
+    def named(self, *left_out: str) -> dict[str, Tracked]:
+        """Return the arguments that are tensors, by name."""
+        given = {name: value for name, value in self._given.items() if isinstance(value, str)}
+        return {name: self._tracked[value] for name, value in given.items() if name not in left_out}
+
     def is_state(self, name: str) -> bool:
         """Whether an argument is a tensor of the state."""
         return self._given.get(name) in self._from_state
@@ -99,6 +109,15 @@ class RowsCall:
                 if isinstance(each, Tracked) and not each.is_shared:
                     raise MixesError(f"has a {name} that depends on rows")
 
+    def require_rows(self, labels: Tensor) -> None:
+        """Check that what a backward pass adds up belongs to rows.
+
+        Raises:
+            MixesError: all of it is the same for all rows.
+        """
+        if self.is_backward and labels.numel() and all_are(labels, SHARED):
+            raise MixesError("adds up numbers that are the same for all rows")
+
     def again(self, /, **replaced: Any) -> tuple[Tensor, ...]:
         """Run the operator with other arguments, and return its results."""
         written = set(self.operation.written())
@@ -113,6 +132,14 @@ class RowsCall:
         return tuple(leaves(result)) if isinstance(result, list) else _as_tuple(result)
 
 
+def _as_tuple(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+#: Returns what is known of the results of an operation, in order; raises MixesError.
+RowsRule = Callable[[RowsCall], list[Result]]
+
+
 def none_mixed(labels: Tensor, why: str = "combines numbers of several rows") -> Tensor:
     """Return the labels.
 
@@ -124,19 +151,17 @@ def none_mixed(labels: Tensor, why: str = "combines numbers of several rows") ->
     return labels
 
 
-def _as_tuple(result: Any) -> tuple[Any, ...]:
-    return tuple(result) if isinstance(result, tuple) else (result,)
-
-
-#: Returns what is known of the results of an operation, in order; raises MixesError.
-RowsRule = Callable[[RowsCall], list[Result]]
-
-
 def of_shape(labels: Tensor, result: Tensor) -> Result:
     """Return a result with these labels; MixesError: the operator did something else than its rule."""
     if labels.shape != result.shape:
         raise MixesError(f"returns the shape {tuple(result.shape)} for {tuple(labels.shape)}")
     return Result(labels)
+
+
+def filled(label: int, result: Tensor, why: str | None = None) -> Result:
+    """Return a result with the same label everywhere."""
+    labels = torch.full((), label, dtype=torch.int32, device=result.device)
+    return Result(labels.expand(result.shape), why=why)
 
 
 def sum_of(labels: Tensor, terms: Callable[[int], Tensor], parts: Sequence[Tracked]) -> Result:
@@ -147,50 +172,70 @@ def sum_of(labels: Tensor, terms: Callable[[int], Tensor], parts: Sequence[Track
     return Result(labels, terms, is_mean=bool(sums) and all(each.is_mean for each in sums))
 
 
-def by_key(
-    rows: dict[int, Tensor], result: Tensor, on: Callable[[Tensor], Tensor]
-) -> Callable[[int], Tensor]:
-    """Return terms that are computed from the places of a row along an axis; 0 for rows without any.
+def by_key(keys: Tensor, result: Tensor, on: Callable[[Tensor], Tensor]) -> Result:
+    """Return a sum over places with labels, of which `on` computes the terms from some of the places.
 
-    Kernels do not have to bear empty tensors.
+    keys: the labels (count). 0 for rows without a place: kernels do not have to bear empty tensors.
     """
-    return lambda row: on(rows[row]) if row in rows else torch.zeros_like(result)
-
-
-def first_axis(*tracked: Tracked) -> Tensor:
-    """Return the labels of entries along the first axis that tensors share."""
-    return elementwise([reduced(each.labels, range(1, each.labels.dim())) for each in tracked])
-
-
-def leading(labels: Tensor, result: Tensor) -> Tensor:
-    """Return the labels of a result from those along its first axis."""
-    return labels.reshape(-1, *[1] * (result.dim() - 1)).expand(result.shape)
-
-
-def with_parameters(
-    call: RowsCall,
-    laid: Callable[[Tensor, Tensor], Tensor],
-    own: Tensor,
-    keys: Tensor,
-    select: Callable[[int], Callable[[Tensor], Tensor]],
-) -> list[Result]:
-    """Return a gradient by rows, and those of parameters as sums over places.
-
-    laid: expands the labels of places to a tensor; own: labels of the gradient by rows; keys: labels of
-    the places of a sum; select: returns what computes result 1 or 2 from some places.
-    """
-    asked = asked_of(call)
     rows = rows_in(keys)
-    if set(rows) == {SHARED} and call.is_backward and asked != [0]:
-        raise MixesError("adds up numbers that are the same for all rows")
-    found = []
-    for place, result in zip(asked, call.results, strict=True):
-        if place == 0:
-            found.append(Result(laid(own, result)))
-        else:
-            labels = reduced(keys, [0], is_sum=True).expand(result.shape)
-            found.append(Result(labels, by_key(rows, result, select(place))))
-    return found
+    labels = reduced(keys, [0], is_sum=True).expand(result.shape)
+    return Result(labels, lambda row: on(rows[row]) if row in rows else torch.zeros_like(result))
+
+
+def along(call: RowsCall) -> list[Result]:
+    """Return labels of results that are made along an axis, which stays as it was."""
+    axis = -1 if call["dim"] is None else call["dim"]
+    labels = broadcast([reduced(each.labels, [axis], keepdim=True) for each in call.tensors()])
+    none_mixed(labels)
+    return [Result(labels.expand(result.shape)) for result in call.results]
+
+
+_PARAMETERS = ("weight", "bias")
+_MASKS = ("attn_mask", "attn_bias")
+
+
+def batched(call: RowsCall, own: str = "", axes: int = 1, *, has_sums: bool = False) -> list[Result]:
+    """Return labels of results that are made of each place along the first axes alone.
+
+    own: the only argument that the first result depends on, if it is one; axes: how many they are;
+    has_sums: whether the results after the first are gradients of parameters: sums over the places.
+    """
+    call.require_shared(*_PARAMETERS)
+    named = call.named(*_PARAMETERS, *_MASKS)
+    given = {name: reduced(t.labels, range(axes, t.labels.dim())) for name, t in named.items()}
+    keys = broadcast([*given.values()])
+    for mask in (call[name] for name in _MASKS):
+        if isinstance(mask, Tracked) and not mask.is_shared:
+            if mask.labels.dim() != 4:
+                raise MixesError("has a mask of another shape that depends on rows")
+            keys = broadcast([keys, reduced(mask.labels, range(1, 4))])
+    none_mixed(keys)
+    if not has_sums:
+        return [_leading(keys, result) for result in call.results]
+    asked = asked_of(call)
+    if asked != [0]:
+        call.require_rows(keys)
+
+    def on(which: int, at: Tensor) -> Tensor:
+        chosen: dict[str, Any] = {
+            name: each.value.reshape(-1, *each.value.shape[axes:])[at] for name, each in named.items()
+        }
+        count = {} if call["N"] is None else {"N": len(at)}
+        return call.again(**chosen, **count, output_mask=[place == which for place in range(3)])[which]
+
+    return [
+        by_key(keys.reshape(-1), result, partial(on, place))
+        if place
+        else _leading(broadcast([given[own]]) if own else keys, result)
+        for place, result in zip(asked, call.results, strict=True)
+    ]
+
+
+def _leading(labels: Tensor, result: Tensor) -> Result:
+    """Return a result with labels by its first axes."""
+    if result.shape[: labels.dim()] != labels.shape:
+        raise MixesError("returns what has no rows")
+    return Result(labels[(...,) + (None,) * (result.dim() - labels.dim())].expand(result.shape))
 
 
 def asked_of(call: RowsCall) -> list[int]:

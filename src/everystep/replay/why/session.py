@@ -208,7 +208,7 @@ class Session:
             results = {**results, origin.name: empty}
         outputs = trace.outputs(origin.operation)
         call = Call(seen.operation, seen.inputs, results, outputs, origin.place, origin.index)
-        return how_made(call, origin.name), Tensors(seen.inputs, results)
+        return how_made(call), Tensors(seen.inputs, results)
 
     def _not_made(self, number: Number, trace: Trace, origin: Before) -> Why:
         kind: Origin = _ORIGINS.get(origin.kind, "constant")
