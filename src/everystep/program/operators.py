@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.program.allowed import ALLOWED
+from everystep.program.allowed import is_allowed
 from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 from everystep.program.trusting import what_is_unknown
 
@@ -153,7 +153,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
         is_text = "str" in kind and argument.name not in _TEXT_ARGUMENTS
         if is_text or not _ARGUMENT_TYPES.fullmatch(kind):
             return f"takes {argument.name}, a {kind}, so it is not an operation on tensors only"
-    if name not in ALLOWED or torch.Tag.view_copy in tags or _is_taken_apart(schema):
+    if not is_allowed(name) or torch.Tag.view_copy in tags or _is_taken_apart(schema):
         return "is not on the list of allowed operators"
     unsaid = set(_UNDECLARED_WRITES.get(name, ())) - {argument.name for argument in schema.arguments}
     if unsaid:

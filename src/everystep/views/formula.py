@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from everystep.program.elements.optimizers import FUSED, UPDATES, update
+from everystep.ops.optimizers import FUSED, UPDATES, update
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.recording.facts import OptimizerFacts

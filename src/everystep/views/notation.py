@@ -80,12 +80,12 @@ class Call:
 
 def right_side(call: Call) -> str:
     """Return what an operation computes."""
-    written = _WRITTEN.get(call.kind)
+    known = _WRITTEN.get(call.kind)
     try:
-        text = written(call) if written else None
+        text = known(call) if callable(known) else known
+        return text.format_map(call) if text else _as_call(call)
     except (KeyError, ValueError):  # an operator of that name which takes something else
-        text = None
-    return text or _as_call(call)
+        return _as_call(call)
 
 
 def _as_call(call: Call) -> str:
@@ -133,45 +133,29 @@ def _sum_of(left: str, right: str, factor: Any) -> str:
 
 
 def _added(call: Call) -> str:
-    return _sum_of(call["self"], call["other"], call.value("alpha") if "alpha" in call.arguments else 1)
-
-
-def _subtracted(call: Call) -> str:
     alpha = call.value("alpha") if "alpha" in call.arguments else 1
-    return _sum_of(call["self"], call["other"], -alpha)
+    return _sum_of("{self}", "{other}", alpha if call.kind == "add" else -alpha)
 
 
-def _reduced(name: str) -> Callable[[Call], str]:
-    def written(call: Call) -> str:
-        axes = call.value("dim") if "dim" in call.arguments else None
-        if not axes and axes != 0:
-            return f"{name}({call['self']})"
-        some = axes if isinstance(axes, list | tuple) else [axes]
-        return f"{name}({call['self']}, {', '.join(map(str, some))})"
-
-    return written
-
-
-def _matrix_product(call: Call) -> str:
-    product = f"{call['mat1']} · {call['mat2']}"
-    if call.value("beta") != 1 or call.value("alpha") != 1:
-        return ""
-    return f"{product} + {call['self']}"
+def _reduced(call: Call) -> str:
+    axes = call.value("dim") if "dim" in call.arguments else None
+    some = axes if isinstance(axes, list | tuple) else [axes]
+    return f"{call.kind}({', '.join(['{self}', *(str(axis) for axis in some if axis is not None)])})"
 
 
 def _squared_error(call: Call) -> str:
-    error = f"({call['self']} - {call['target']})²"
+    error = "({self} - {target})²"
     return {0: error, 1: f"mean({error})", 2: f"sum({error})"}.get(call.value("reduction"), "")
 
 
 def _squared_error_backward(call: Call) -> str:
-    factor = "" if call["grad_output"] == "1" else f"{call['grad_output']} * "
+    factor = "" if call["grad_output"] == "1" else "{grad_output} * "
     count = f" / {call.tensor('self').numel():,}" if call.value("reduction") == 1 else ""
-    return f"{factor}2 * ({call['self']} - {call['target']}){count}"
+    return factor + "2 * ({self} - {target})" + count
 
 
 def _division(call: Call) -> str:
-    quotient = f"{call['self']} / {call['other']}"
+    quotient = "{self} / {other}"
     mode = call.value("rounding_mode") if "rounding_mode" in call.arguments else None
     return f"{call['rounding_mode']}({quotient})" if mode else quotient
 
@@ -186,28 +170,16 @@ def _is_plain_likelihood(call: Call) -> bool:
 def _negative_log_likelihood(call: Call) -> str:
     if not _is_plain_likelihood(call):
         return ""
-    chosen = f"{call['self']}[{call['target']}]"
-    return {0: f"-{chosen}", 1: f"-mean({chosen})", 2: f"-sum({chosen})"}.get(
-        call.value("reduction"), ""
-    )
+    texts = {0: "-{self}[{target}]", 1: "-mean({self}[{target}])", 2: "-sum({self}[{target}])"}
+    return texts.get(call.value("reduction"), "")
 
 
 def _negative_log_likelihood_backward(call: Call) -> str:
     if not _is_plain_likelihood(call) or call.value("reduction") not in (1, 2):
         return ""
     total = call.tensor("total_weight").item() if call.value("reduction") == 1 else 1
-    factor = f"-{call['grad_output']}" + (f" / {total:,.17g}" if total != 1 else "")
-    return f"{factor} at {call['target']} else 0"
-
-
-def _softmax_backward(call: Call) -> str:
-    gradient, output = call["grad_output"], call["output"]
-    return f"{output} * ({gradient} - sum({gradient} * {output}, {call['dim']}))"
-
-
-def _log_softmax_backward(call: Call) -> str:
-    gradient = call["grad_output"]
-    return f"{gradient} - exp({call['output']}) * sum({gradient}, {call['dim']})"
+    divisor = f" / {total:,.17g}" if total != 1 else ""
+    return "-{grad_output}" + divisor + " at {target} else 0"
 
 
 def _setting(call: Call, key: str, usual: Any) -> str:
@@ -225,91 +197,73 @@ _OF_CONVOLUTIONS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 
 def _convolution(call: Call) -> str:
     name = "conv_transpose" if call.value("transposed") else "conv"
     settings = "".join(_setting(call, key, usual) for key, usual in _OF_CONVOLUTIONS.items())
-    bias = f" + {call['bias']}" if call.value("bias") is not None else ""
-    return f"{name}({call['input']}, {call['weight']}{settings}){bias}"
+    bias = " + {bias}" if call.value("bias") is not None else ""
+    return name + "({input}, {weight}" + settings + ")" + bias
 
 
 def _pooled(call: Call) -> str:
     kernel = call.value("kernel_size")
-    settings = "".join(
-        _setting(call, key, usual)
-        for key, usual in (("stride", kernel), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
-    )
-    return f"max_pool({call['self']}, {TIMES.join(map(str, kernel))}{settings})"
-
-
-def _gelu(call: Call) -> str:
-    return f"gelu({call['self']})" if call["approximate"] == "none" else ""
-
-
-def _gelu_backward(call: Call) -> str:
-    if call["approximate"] != "none":
-        return ""
-    return f"{call['grad_output']} * gelu'({call['self']})"
+    usual = {"stride": kernel, "padding": 0, "dilation": 1, "ceil_mode": False}
+    settings = "".join(_setting(call, key, each) for key, each in usual.items())
+    return "max_pool({self}, " + TIMES.join(map(str, kernel)) + settings + ")"
 
 
 def _embedding_backward(call: Call) -> str:
     if call.value("padding_idx") >= 0 or call.value("scale_grad_by_freq"):
         return ""
-    return f"sum of {call['grad_output']} at {call['indices']}"
+    return "sum of {grad_output} at {indices}"
 
 
 def _threshold_backward(call: Call) -> str:
-    gradient, given, threshold = (call[key] for key in ("grad_output", "self", "threshold"))
     if bool(call.tensor("self").isnan().any()):  # it lets the gradient of NaN through
-        return f"0 if {given} <= {threshold} else {gradient}"
-    return f"{gradient} if {given} > {threshold} else 0"
+        return "0 if {self} <= {threshold} else {grad_output}"
+    return "{grad_output} if {self} > {threshold} else 0"
 
 
 def _normalised(call: Call) -> str:
-    parts = [call["input"], *(call[key] for key in ("weight", "bias") if call.value(key) is not None)]
-    return f"{call.kind}({', '.join(parts)})"
+    given = ["input", *(key for key in ("weight", "bias") if call.value(key) is not None)]
+    return f"{call.kind}({', '.join(call[key] for key in given)})"
 
 
-#: How operators are written, by kind; those that are not here, as calls.
-_WRITTEN: dict[str, Callable[[Call], str]] = {
-    "addmm": _matrix_product,
-    "mm": lambda call: f"{call['self']} · {call['mat2']}",
-    "bmm": lambda call: f"{call['self']} · {call['mat2']}",
-    "mv": lambda call: f"{call['self']} · {call['vec']}",
-    "dot": lambda call: f"{call['self']} · {call['tensor']}",
-    "add": _added,
-    "sub": _subtracted,
-    "mul": lambda call: f"{call['self']} * {call['other']}",
+#: How operators are written, by kind, with their arguments by name; those not here, as calls.
+_WRITTEN: dict[str, str | Callable[[Call], str]] = {
+    "addmm": lambda call: "{mat1} · {mat2} + {self}" * (call.value("beta") == call.value("alpha") == 1),
+    **dict.fromkeys(("mm", "bmm"), "{self} · {mat2}"),
+    "mv": "{self} · {vec}",
+    "dot": "{self} · {tensor}",
+    **dict.fromkeys(("add", "sub"), _added),
+    "mul": "{self} * {other}",
     "div": _division,
-    "gt": lambda call: f"{call['self']} > {call['other']}",
-    "lt": lambda call: f"{call['self']} < {call['other']}",
-    "neg": lambda call: f"-{call['self']}",
-    "reciprocal": lambda call: f"1 / {call['self']}",
-    "pow": lambda call: f"{call['self']}^{call['exponent']}",
-    "sum": _reduced("sum"),
-    "mean": _reduced("mean"),
-    "relu": lambda call: f"relu({call['self']})",
-    "gelu": _gelu,
-    "softmax": lambda call: f"softmax({call['self']}, {call['dim']})",
-    "log_softmax": lambda call: f"log_softmax({call['self']}, {call['dim']})",
+    "gt": "{self} > {other}",
+    "lt": "{self} < {other}",
+    "neg": "-{self}",
+    "reciprocal": "1 / {self}",
+    "pow": "{self}^{exponent}",
+    **dict.fromkeys(("sum", "mean"), _reduced),
+    "relu": "relu({self})",
+    "gelu": lambda call: "gelu({self})" * (call["approximate"] == "none"),
+    "softmax": "softmax({self}, {dim})",
+    "log_softmax": "log_softmax({self}, {dim})",
     "mse_loss": _squared_error,
     "mse_loss_backward": _squared_error_backward,
     "nll_loss": _negative_log_likelihood,
     "nll_loss_backward": _negative_log_likelihood_backward,
     "threshold_backward": _threshold_backward,
-    "tanh_backward": lambda call: f"{call['grad_output']} * (1 - {call['output']}²)",
-    "sigmoid_backward": lambda c: f"{c['grad_output']} * {c['output']} * (1 - {c['output']})",
-    "gelu_backward": _gelu_backward,
-    "softmax_backward_data": _softmax_backward,
-    "log_softmax_backward_data": _log_softmax_backward,
+    "tanh_backward": "{grad_output} * (1 - {output}²)",
+    "sigmoid_backward": "{grad_output} * {output} * (1 - {output})",
+    "gelu_backward": lambda call: "{grad_output} * gelu'({self})" * (call["approximate"] == "none"),
+    "softmax_backward_data": "{output} * ({grad_output} - sum({grad_output} * {output}, {dim}))",
+    "log_softmax_backward_data": "{grad_output} - exp({output}) * sum({grad_output}, {dim})",
     "convolution": _convolution,
-    "batch_norm": _normalised,
-    "layer_norm": _normalised,
-    "group_norm": _normalised,
-    "dropout": lambda call: f"dropout({call['input']}, p={call['p']})",
-    "bernoulli": lambda call: f"1 with probability {call['p']}, else 0",
+    **dict.fromkeys(("batch_norm", "layer_norm", "group_norm"), _normalised),
+    "dropout": "dropout({input}, p={p})",
+    "bernoulli": "1 with probability {p}, else 0",
     "max_pool2d": _pooled,
-    "embedding": lambda call: f"{call['weight']}[{call['indices']}]",
+    "embedding": "{weight}[{indices}]",
     "embedding_dense_backward": _embedding_backward,
-    "local_scalar_dense": lambda call: f"read by Python: {call['self']}",
-    "nonzero": lambda call: f"where {call['self']} is not 0",
-    "masked_select": lambda call: f"{call['self']}[{call['mask']}]",
-    "clone": lambda call: f"copy({call['self']})",
-    "copy": lambda call: f"copy({call['src']})",
+    "local_scalar_dense": "read by Python: {self}",
+    "nonzero": "where {self} is not 0",
+    "masked_select": "{self}[{mask}]",
+    "clone": "copy({self})",
+    "copy": "copy({src})",
 }

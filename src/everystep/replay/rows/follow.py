@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from everystep.ops import RECORDS
+from everystep.ops.labels import MIXED, SHARED, SUM, Reason, Tracked
+from everystep.ops.rows import MixesError, Result, RowsCall, filled
 from everystep.program.observed import Observed
-from everystep.replay.rows.call import Call, MixesError, Result
-from everystep.replay.rows.labels import MIXED, SHARED, SUM, Reason, Tracked
 from everystep.replay.rows.memory import Memory
 from everystep.replay.rows.penalties import Penalties
-from everystep.replay.rows.rules import RULES
 from everystep.replay.step import Step
 from everystep.step.observe import Place, makes_gradients
 
@@ -57,7 +56,7 @@ def follow(step: Step, rows: int) -> Followed:
             tracked = memory.read(place.names[0], value)
             if memory.mixed is not None:
                 # What backward makes of such a loss may look like terms of rows, and is none.
-                tracked = tracked._replace(labels=_filled(MIXED, value), reason=memory.mixed)
+                tracked = tracked._replace(labels=filled(MIXED, value).labels, reason=memory.mixed)
             found[parameter] = tracked
         if index < len(step.operations):
             _take(memory, penalties, index, step.operations[index], terms)
@@ -111,7 +110,7 @@ def _take(memory: Memory, penalties: Penalties, index: int, seen: Observed, term
     for name, tensor in made.items():
         if name in seen.written and torch.equal(tensor, seen.inputs[name]):
             continue
-        result = results.get(name) or Result(_filled(MIXED, tensor))
+        result = results.get(name) or filled(MIXED, tensor)
         is_mixed = bool((result.labels == MIXED).any())
         here = own._replace(why=result.why) if result.why else earlier or own
         reason = here if is_mixed else None
@@ -135,9 +134,9 @@ def _results(
         places.storages[places.tensors[name].storage].kind == "state" and "gradient/" not in name[:9]
         for name in made
     ):
-        return {name: Result(_filled(SHARED, tensor)) for name, tensor in made.items()}, None
+        return {name: filled(SHARED, tensor) for name, tensor in made.items()}, None
     storages = {name: places.tensors[name].storage for name in (*given, *made)}
-    call = Call(
+    call = RowsCall(
         seen,
         given,
         is_term=any(
@@ -146,18 +145,15 @@ def _results(
         is_backward=operation.phase not in ("forward", "loss"),
         from_state=frozenset(n for n in given if places.storages[storages[n]].kind == "state"),
     )
-    if call.name in RULES:
+    record = RECORDS.get(call.kind)
+    if record is not None and record.rows is not None:
         try:
             names = seen.results or seen.written  # some kernels only write
-            return dict(zip(names, RULES[call.name](call), strict=True)), None
+            return dict(zip(names, record.rows(call), strict=True)), None
         except MixesError as error:
             return {}, str(error)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return {}, "has no rule for these arguments"
     if all(each.is_shared for each in given.values()):
-        return {name: Result(_filled(SHARED, tensor)) for name, tensor in made.items()}, None
+        return {name: filled(SHARED, tensor) for name, tensor in made.items()}, None
     return {}, "has no rule"
-
-
-def _filled(label: int, tensor: Tensor) -> Tensor:
-    return torch.full((), label, dtype=torch.int32, device=tensor.device).expand(tensor.shape)

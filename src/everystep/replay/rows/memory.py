@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.ops.labels import MIXED, SHARED, SUM, Reason, Tracked, compressed
 from everystep.program.operation import TensorSpec
-from everystep.replay.rows.labels import MIXED, SHARED, SUM, Reason, Tracked, compressed
 from everystep.replay.step import Step
 
 __all__ = ["Memory"]

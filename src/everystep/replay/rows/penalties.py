@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from everystep.ops.labels import SUM, Tracked
 from everystep.program.observed import Observed
-from everystep.replay.rows.labels import SUM, Tracked
 from everystep.step.observe import Places
 
 __all__ = ["Penalties"]

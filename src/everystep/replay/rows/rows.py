@@ -11,8 +11,8 @@ from torch import Tensor
 
 from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError, did_you_mean
+from everystep.ops.labels import MIXED, SHARED, Reason, Tracked
 from everystep.replay.rows.follow import follow
-from everystep.replay.rows.labels import MIXED, SHARED, Reason, Tracked
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 

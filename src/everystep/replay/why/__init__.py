@@ -1,7 +1,7 @@
 """Why: where a number of a step comes from, followed through its operations and into the steps before.
 
 Each answer is one operation: the numbers that it made this number from, by the operator's rule
-(`program.elements`), and whether its formula gives the same bits for them. Each of these numbers can be
+(`everystep.ops`), and whether its formula gives the same bits for them. Each of these numbers can be
 followed in turn.
 """
 

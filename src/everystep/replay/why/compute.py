@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.elements import Formula, Made, NoRuleError, Piece, Sum, Words
-from everystep.program.elements.call import numbers_of
-from everystep.program.elements.formula import total
+from everystep.ops import Formula, Made, NoRuleError, Piece, Sum, Words
+from everystep.ops.call import numbers_of
+from everystep.ops.formula import total
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Term, Why
 from everystep.replay.why.trace import same_number_bits

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from everystep.program.elements import Made, NoRuleError, Piece, Sum
+from everystep.ops import Made, NoRuleError, Piece, Sum
 from everystep.replay.step import Step
 from everystep.replay.why.trace import Before, Halves, Spot, Trace, Written
 

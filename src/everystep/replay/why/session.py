@@ -9,7 +9,7 @@ from torch import Tensor
 
 from everystep.device import on_cpu
 from everystep.errors import UsageError
-from everystep.program.elements import Call, Made, NoRuleError, Piece, how_made
+from everystep.ops import Call, Made, NoRuleError, Piece, how_made
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Origin, Term, Why
 from everystep.replay.why.compute import Tensors, as_tensor, computed, same_value_bits
@@ -208,7 +208,7 @@ class Session:
             results = {**results, origin.name: empty}
         outputs = trace.outputs(origin.operation)
         call = Call(seen.operation, seen.inputs, results, outputs, origin.place, origin.index)
-        return how_made(call, origin.name), Tensors(seen.inputs, results)
+        return how_made(call), Tensors(seen.inputs, results)
 
     def _not_made(self, number: Number, trace: Trace, origin: Before) -> Why:
         kind: Origin = _ORIGINS.get(origin.kind, "constant")

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from everystep.ops.formula import number_text, parsed, value, written
 from everystep.program.arguments import decode
-from everystep.program.elements.formula import number_text, parsed, value, written
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 
@@ -32,7 +32,10 @@ __all__ = [
     "Words",
     "aligned",
     "grid",
+    "kind_of",
     "numbers_of",
+    "product",
+    "single",
     "tensors_in",
 ]
 
@@ -44,6 +47,11 @@ Axis = NDArray[np.int64] | int
 _DECORATIONS = re.compile(r"^_|(?<=[a-z0-9])_$")
 #: In these dtypes an operator first rounds the numbers among its arguments to float32.
 _ROUNDED = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def kind_of(operation: Operation) -> str:
+    """Return the name of an operator without what distinguishes variants: `addmm` of `addmm_`."""
+    return _DECORATIONS.sub("", operation.name)
 
 
 class NoRuleError(Exception):
@@ -96,6 +104,17 @@ class Terms:
     def of(self, numbers: Mapping[str, Numbers]) -> Numbers:
         """Return the terms of the pieces' numbers."""
         return np.broadcast_to(value(self.text, {**self.settings, **numbers}), self.size)
+
+
+def single(name: str, piece: Piece, factor: float = 1) -> Terms:
+    """Return the numbers of a piece times a factor."""
+    return Terms(f"factor * {name}", {name: piece}, {"factor": factor})
+
+
+def product(one: tuple[str, Piece], other: tuple[str, Piece], factor: float = 1) -> Terms:
+    """Return the products of two pieces, number by number, times a factor."""
+    (a, first), (b, second) = one, other
+    return Terms(f"factor * {a} * {b}", {a: first, b: second}, {"factor": factor})
 
 
 @dataclass(frozen=True)
@@ -195,16 +214,28 @@ class Call:
         self.outputs = outputs
         self.place = place
         self.index = index
-        self.kind = kind or _DECORATIONS.sub("", operation.name)
+        self.written = outputs[place] or ""
+        self.kind = kind or kind_of(operation)
         self.arguments = _with_defaults(operation) if arguments is None else arguments
 
     def standing_for(self, kind: str, arguments: dict[str, Any]) -> Call:
         """Return a call of another operator with the same result."""
-        given = self.operation, self.inputs, self.results, self.outputs, 0, self.index
+        given = self.operation, self.inputs, self.results, [self.written], 0, self.index
         return Call(*given, kind, arguments)
 
     def __contains__(self, key: str) -> bool:
         return self.arguments.get(key) is not None
+
+    def again(self, /, **replaced: Any) -> Sequence[Tensor]:
+        """Run the operator with other arguments, and return its results."""
+        operator = self.operation.resolved
+        known = {p.name for p in parameters(operator)} - replaced.keys()
+        given = {key: value for key, value in self.arguments.items() if key in known}
+        found = operator(
+            **{key: decode(value, lambda name: self.inputs[name].cpu()) for key, value in given.items()},
+            **replaced,
+        )
+        return found if isinstance(found, list | tuple) else [found]
 
     def value(self, key: str) -> Any:
         """Return an argument that is not a tensor."""
@@ -262,6 +293,12 @@ class Call:
         """Return numbers of another result."""
         return Piece(self.output(place), places, is_result=True)
 
+    def along(self, key: str, dim: int, places: Axis) -> Piece:
+        """Return numbers of an argument at the wanted place, but for that along a dimension."""
+        axes: list[Axis] = list(self.index)
+        axes[dim] = places
+        return self.piece(key, *axes)
+
     def aligned(self, key: str) -> Piece:
         """Return the number of an argument that is broadcast to the wanted one."""
         return aligned(self.name(key), self.shape(key), self.index)
@@ -271,13 +308,13 @@ class Call:
         return Piece(self.name(key), grid(*map(range, self.shape(key))))
 
 
-def aligned(name: str, shape: Sequence[int], index: tuple[int, ...]) -> Piece:
-    """Return the number of a tensor that is broadcast to an index."""
+def aligned(name: str, shape: Sequence[int], index: Sequence[Axis]) -> Piece:
+    """Return the number, or the numbers, of a tensor that is broadcast to an index."""
     if len(shape) > len(index):
         raise NoRuleError(f"{name} has more dimensions than the result")
     last = index[len(index) - len(shape) :]
     places = tuple(0 if size == 1 else place for size, place in zip(shape, last, strict=True))
-    if any(place >= size for place, size in zip(places, shape, strict=True)):
+    if any(np.any(np.asarray(p) >= size) for p, size in zip(places, shape, strict=True)):
         raise NoRuleError(f"{name} is not broadcast to the result")
     return Piece(name, places)
 

@@ -20,8 +20,9 @@ __all__ = [
     "SUM",
     "Reason",
     "Tracked",
+    "all_are",
+    "broadcast",
     "compressed",
-    "elementwise",
     "gathered",
     "reduced",
     "rows_in",
@@ -87,7 +88,7 @@ class Tracked(NamedTuple):
     @property
     def is_shared(self) -> bool:
         """Whether all numbers belong to no row."""
-        return bool((_core(self.labels) == SHARED).all())
+        return all_are(self.labels, SHARED)
 
     def term(self, row: int) -> Tensor:
         """Return the part of the tensor that a row makes, or no row (SHARED); the parts add up to it."""
@@ -97,30 +98,19 @@ class Tracked(NamedTuple):
         return torch.where(self.labels == SUM, self.terms(row).reshape(mine.shape), mine)
 
 
-def elementwise(labels: Sequence[Tensor], *, is_sum: bool = False, is_strict: bool = False) -> Tensor:
+def all_are(labels: Tensor, label: int) -> bool:
+    """Tell whether all labels are the same."""
+    return bool((_core(labels) == label).all())
+
+
+def broadcast(labels: Sequence[Tensor], *, is_sum: bool = False, is_strict: bool = False) -> Tensor:
     """Return the labels of numbers that are each made from one number of each tensor, broadcast.
 
-    is_sum: whether they are added up; is_strict: whether what is of no row is then a term of its own.
+    is_sum, is_strict: see `reduced`.
     """
     shape = torch.broadcast_tensors(*labels)[0].shape  # type: ignore[no-untyped-call]
-    first, *others = _narrow([each.expand(shape) for each in labels])
-    if not is_sum:
-        first = torch.where(first == SUM, MIXED, first)
-    for other in others:
-        first = _pair(first, other, is_sum, is_strict)
-    return first.expand(shape)
-
-
-def _pair(one: Tensor, other: Tensor, is_sum: bool, is_strict: bool) -> Tensor:
-    if not is_sum:
-        other = torch.where(other == SUM, MIXED, other)
-        unlike = torch.full_like(one, MIXED)
-    else:
-        is_mixed = (one == MIXED) | (other == MIXED)
-        unlike = torch.where(is_mixed, MIXED, SUM).to(one.dtype)
-    if not is_strict:
-        unlike = torch.where(one == SHARED, other, torch.where(other == SHARED, one, unlike))
-    return torch.where(one == other, one, unlike)
+    together = torch.stack(_narrow([each.expand(shape) for each in labels]))
+    return reduced(together, [0], is_sum=is_sum, is_strict=is_strict).expand(shape)
 
 
 def reduced(
@@ -137,7 +127,7 @@ def reduced(
     """
     axes = [axis % labels.dim() for axis in axes] if labels.dim() else []
     if not axes:
-        return labels if is_sum else elementwise([labels])
+        return labels if is_sum else broadcast([labels])
     core = labels
     for axis in axes:
         if core.stride(axis) == 0 and core.size(axis):

@@ -9,18 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from everystep.program.elements.call import (
-    Call,
-    Formula,
-    Made,
-    NoRuleError,
-    Piece,
-    Words,
-    aligned,
-)
-from everystep.program.elements.formula import names_in
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Words, aligned
+from everystep.ops.formula import names_in
+from everystep.ops.labels import SHARED, Tracked
+from everystep.ops.record import Record
+from everystep.ops.rows import Result, RowsCall, filled
 
-__all__ = ["FUSED", "UPDATES", "Update", "fused", "unscaled", "update"]
+__all__ = ["FUSED", "OPTIMIZERS", "UPDATES", "Update", "update"]
 
 Settings = Mapping[str, Any]
 
@@ -196,7 +191,6 @@ UPDATES: dict[str, Callable[[str, str, Settings, bool], _Formulas]] = {
     "Rprop": _rprop,
     "SGD": _sgd,
 }
-#: The numbers of settings that are tuples.
 #: The lists of each kernel that it writes, as the optimizer calls their tensors.
 _ADAM = {
     "self": "param",
@@ -216,11 +210,9 @@ FUSED: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def fused(call: Call, written: str) -> Made:
-    """Return the rule of a fused optimizer for a number of one of the tensors that it writes.
-
-    written: the name of that tensor.
-    """
+def _fused(call: Call) -> Made:
+    """Return the rule of a fused optimizer for a number of one of the tensors that it writes."""
+    written = call.written
     optimizer, keys = FUSED[call.kind]
     lists = {
         name: call.names(key)
@@ -253,11 +245,9 @@ def fused(call: Call, written: str) -> Made:
     return Formula(text, {name: _piece(call, tensors[name]) for name in used}, settings)
 
 
-def unscaled(call: Call, written: str) -> Made:
-    """Return the rule of the kernel by which a GradScaler divides gradients by its scale.
-
-    written: the name of the tensor that it writes.
-    """
+def _unscaled(call: Call) -> Made:
+    """Return the rule of the kernel by which a GradScaler divides gradients by its scale."""
+    written = call.written
     if written not in call.names("self"):
         text = "1 if a gradient is not finite, else found_inf"
         return Words(text, {"found_inf": _piece(call, written)})
@@ -269,3 +259,20 @@ def _piece(call: Call, name: str) -> Piece:
     """Return the number of a tensor at the wanted place, or its only one."""
     shape = call.inputs[name].shape
     return Piece(name, (0,) * len(shape)) if shape.numel() == 1 else aligned(name, shape, call.index)
+
+
+def _unscaled_rows(call: RowsCall) -> list[Result]:
+    """Gradients, in place, and whether one of them is not finite."""
+    call.require_shared("inv_scale")
+    scale = call["inv_scale"].value
+
+    def of(gradient: Tracked) -> Result:
+        return Result(gradient.labels, lambda row: gradient.term(row) * scale, gradient.is_mean)
+
+    return [*map(of, call["self"]), filled(SHARED, call["found_inf"].labels)]
+
+
+OPTIMIZERS: dict[str, Record] = {
+    **dict.fromkeys(FUSED, Record(_fused)),
+    "amp_foreach_non_finite_check_and_unscale": Record(_unscaled, _unscaled_rows),
+}

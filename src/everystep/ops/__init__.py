@@ -1,0 +1,69 @@
+"""Operators: what everystep knows of ATen's, one record for each, in one module per family.
+
+`how_made` returns which numbers of its inputs an operator made one number of a result from, and how:
+from the operator's definition in torch's documentation. Nothing is guessed by changing inputs and
+looking what changes. `rows_rule` returns the rule of the rows of the batch that results belong to. An
+operator without a record, or with one that does not know it, has none.
+"""
+
+from __future__ import annotations
+
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Sum, Terms, Words
+from everystep.ops.convolutions import CONVOLUTIONS
+from everystep.ops.creating import CREATING
+from everystep.ops.elementwise import ELEMENTWISE, foreach
+from everystep.ops.indexing import INDEXING
+from everystep.ops.losses import LOSSES
+from everystep.ops.movements import MOVEMENTS
+from everystep.ops.normalizations import NORMALIZATIONS
+from everystep.ops.optimizers import OPTIMIZERS
+from everystep.ops.products import PRODUCTS
+from everystep.ops.record import Record
+from everystep.ops.recurrent import RECURRENT
+from everystep.ops.reductions import REDUCTIONS
+
+__all__ = [
+    "RECORDS",
+    "Call",
+    "Formula",
+    "Made",
+    "NoRuleError",
+    "Piece",
+    "Sum",
+    "Terms",
+    "Words",
+    "how_made",
+]
+
+#: By kind; `foreach_` before it has the same, of which only `made` holds.
+RECORDS: dict[str, Record] = {
+    **ELEMENTWISE,
+    **CREATING,
+    **MOVEMENTS,
+    **INDEXING,
+    **REDUCTIONS,
+    **PRODUCTS,
+    **CONVOLUTIONS,
+    **NORMALIZATIONS,
+    **LOSSES,
+    **RECURRENT,
+    **OPTIMIZERS,
+}
+
+
+def how_made(call: Call) -> Made:
+    """Return which numbers one number of a result was made from, and how.
+
+    Raises:
+        NoRuleError: there is no rule for the operator, or none for these arguments.
+    """
+    if call.kind.startswith("foreach_"):
+        call = foreach(call)
+    rule = RECORDS.get(call.kind, Record()).made
+    if rule is None:
+        raise NoRuleError(f"{call.operation.operator} has no rule")
+    try:
+        return rule(call)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+        # A call of an operator in a form that the rule does not foresee is one without a rule.
+        raise NoRuleError(str(error)) from error

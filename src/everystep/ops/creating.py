@@ -1,0 +1,100 @@
+"""Operators that make numbers from nothing, or draw them."""
+
+from __future__ import annotations
+
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Words
+from everystep.ops.elementwise import each_alone
+from everystep.ops.labels import SHARED, Tracked
+from everystep.ops.record import Record
+from everystep.ops.rows import Result, RowsCall, filled
+
+__all__ = ["CREATING"]
+
+
+def _filled(call: Call) -> Made:
+    """Return the rule of an operator that makes numbers from nothing."""
+    if call.kind in ("zero", "zeros", "zeros_like", "new_zeros"):
+        return Formula("0")
+    if call.kind in ("ones", "ones_like", "new_ones"):
+        return Formula("1")
+    if call.kind == "eye":
+        return Formula(str(int(len(set(call.index)) == 1)))
+    if call.kind == "arange":
+        return _in_a_row(call, "start + place * step")
+    if call.kind == "linspace":
+        return _in_a_row(call, "start + place * (end - start) / intervals")
+    for key in ("value", "fill_value", "s"):
+        if isinstance(call.arguments.get(key), str):
+            return Formula("value", {"value": call.piece(key)})
+        if key in call:
+            return Formula("value", settings={"value": call.value(key)})
+    raise NoRuleError(call.kind)
+
+
+def _in_a_row(call: Call, text: str) -> Made:
+    settings = {"start": 0, "step": 1, "place": call.index[0]}
+    settings |= {key: call.value(key) for key in ("start", "step", "end") if key in call}
+    if call.kind == "linspace":
+        settings["intervals"] = max(call.value("steps") - 1, 1)
+    return Formula(text, settings=settings)
+
+
+def _drawn(call: Call) -> Made:
+    """Return the rule of an operator that draws."""
+    given = {}
+    for key in ("self", "p", "mean", "std"):
+        value = call.arguments.get(key)
+        if isinstance(value, str) and call.inputs[value].numel() and not _is_overwritten(call, key):
+            given[key] = call.aligned(key)
+    return Words("drawn by the random generator", given)
+
+
+def _is_overwritten(call: Call, key: str) -> bool:
+    """Tell whether the operator only uses the memory, or the shape, of an argument."""
+    return key == "self" and (call.operation.name.endswith(("_", "_like")) or call.kind != "bernoulli")
+
+
+def _dropout(call: Call) -> Made:
+    if call.place == 1:
+        return Words("drawn by the random generator")
+    p = call.value("p")
+    given = {
+        "input": call.piece("input", *call.index),
+        "mask": call.result_piece(1, *call.index),
+    }
+    return Formula("input * mask / (1 - p)" if p < 1 else "input * mask * 0", given, {"p": p})
+
+
+def _of_no_row(call: RowsCall) -> list[Result]:
+    value = call["value"] if call.kind == "fill" else None
+    if isinstance(value, Tracked):
+        return [Result(value.labels.expand(call.results[0].shape))]
+    return [filled(SHARED, result) for result in call.results]
+
+
+CREATING: dict[str, Record] = {
+    **{
+        kind: Record(_filled, _of_no_row)
+        for kind in (
+            *("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "fill", "zero"),
+            *("new_zeros", "new_ones", "new_full"),
+        )
+    },
+    **dict.fromkeys(("arange", "scalar_tensor", "eye", "linspace"), Record(_filled)),
+    **{
+        kind: Record(_drawn, _of_no_row)
+        for kind in (
+            *("rand_like", "randn_like", "randint_like", "uniform", "normal", "exponential"),
+            *("random", "geometric", "cauchy", "log_normal"),
+        )
+    },
+    **dict.fromkeys(
+        (
+            *("bernoulli", "rand", "randn", "randint", "randperm", "multinomial", "poisson"),
+            "normal_functional",
+        ),
+        Record(_drawn),
+    ),
+    **dict.fromkeys(("empty_like", "new_empty"), Record(rows=_of_no_row)),
+    "native_dropout": Record(_dropout, each_alone),
+}

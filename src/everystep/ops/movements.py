@@ -1,0 +1,109 @@
+"""Operators that only move numbers.
+
+Where the numbers come from, the operator itself tells: it moves their positions, or their labels, in the
+same way (in float64, which every such operator takes; 0 is a place that it fills).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everystep.ops.call import Call, Formula, Made, Piece, tensors_in
+from everystep.ops.labels import SHARED, SUM, Tracked, broadcast
+from everystep.ops.record import Record
+from everystep.ops.rows import MixesError, Result, RowsCall, batched, sum_of
+from everystep.program.arguments import decode
+
+__all__ = ["MOVEMENTS", "of_indices"]
+
+#: Arguments of operators that only move numbers: those that they move.
+_MOVED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("index", "index_select", "gather", "take", "flip", "roll", "rot90"), ("self",)),
+    **dict.fromkeys(("repeat", "tril", "triu", "diag_embed", "constant_pad_nd"), ("self",)),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col"), ("self",)),
+    **dict.fromkeys(("native_channel_shuffle", "masked_select"), ("self",)),
+    **dict.fromkeys(("cat", "stack", "block_diag"), ("tensors",)),
+    **dict.fromkeys(("select_backward", "slice_backward", "diagonal_backward"), ("grad_output",)),
+    **dict.fromkeys(("select_scatter", "diagonal_scatter"), ("self", "src")),
+}
+
+
+def _moved(call: Call, keys: tuple[str, ...]) -> Made:
+    """Return where an operator that only moves numbers took the wanted one from."""
+    positions: dict[str, Tensor] = {}
+    count = 1
+    for name in (name for key in keys for name in tensors_in(call.arguments[key])):
+        if name not in positions:
+            tensor = call.inputs[name]
+            end = count + tensor.numel()
+            positions[name] = torch.arange(count, end, dtype=torch.float64).reshape(tensor.shape)
+            count = end
+    replaced = {key: decode(call.arguments[key], positions.__getitem__) for key in keys}
+    found = call.again(**replaced, **_filling(call))[call.place]
+    at = int(found[call.index])
+    if not at:
+        return Formula("value", settings={"value": call.value("value") or 0}, note="which it fills in")
+    name, own = next((n, p) for n, p in positions.items() if bool((p == at).any()))
+    index = np.unravel_index(int((own == at).flatten().nonzero()), tuple(own.shape))
+    key = next(k for k in keys if name in tensors_in(call.arguments[k]))
+    return Formula(key, {key: Piece(name, tuple(map(int, index)))})
+
+
+def _filling(call: Call | RowsCall) -> dict[str, int]:
+    """Return what an operator that fills in a value is to fill in."""
+    return {"value": 0} if call.kind == "constant_pad_nd" else {}
+
+
+def _moving(call: RowsCall, keys: tuple[str, ...]) -> list[Result]:
+    """Run the operator on labels instead of numbers, and join the labels of what tells where to."""
+    given: dict[str, Any] = {key: call[key] for key in keys}
+    moved = [
+        each for value in given.values() for each in (value if isinstance(value, list) else [value])
+    ]
+
+    def run(of: Any, **more: int) -> Tensor:
+        replaced = {k: [*map(of, v)] if isinstance(v, list) else of(v) for k, v in given.items()}
+        return call.again(**replaced, **more)[0]
+
+    lowest = SUM - 1
+    found = run(lambda each: (each.labels - lowest).double(), **_filling(call)).int()
+    found = torch.where(found == 0, SHARED, found + lowest)  # what is filled in is of no row
+    where = call.tensors(*keys)
+    if not all(each.is_shared for each in where):
+        if call.kind == "gather":
+            found = broadcast([found, where[0].labels])
+        else:
+            indices = call["indices"] if call.kind == "index" else [None]
+            found = broadcast([found, of_indices(indices, found.dim())])
+    return [sum_of(found, lambda row: run(lambda each: each.term(row)), moved)]
+
+
+def of_indices(indices: list[Tracked | None], dims: int) -> Tensor:
+    """Return the labels of indices, broadcast to what they pick, which has so many dimensions."""
+    known = [each for each in indices if each is not None]
+    first = next((place for place, each in enumerate(indices) if each is not None), 0)
+    if not known or any(each is None for each in indices[first : first + len(known)]):
+        raise MixesError("selects by values of rows")
+    found = broadcast([_of_index(each) for each in known])
+    after = dims - first - found.dim()
+    if after < 0:
+        raise MixesError("selects by values of rows")
+    return found.reshape(*[1] * first, *found.shape, *[1] * after)
+
+
+def _of_index(index: Tracked) -> Tensor:
+    """Return the labels of an index: of a mask, those of its places that are true."""
+    is_mask = index.value.dtype in (torch.bool, torch.uint8)
+    return index.labels[index.value.bool()] if is_mask else index.labels
+
+
+_PADDING = [f"{how}_pad{n}d" for how in ("reflection", "replication") for n in (1, 2, 3)]
+MOVEMENTS: dict[str, Record] = {
+    **{kind: Record(partial(_moved, keys=k), partial(_moving, keys=k)) for kind, k in _MOVED.items()},
+    **{kind: Record(partial(_moved, keys=("self",)), batched) for kind in _PADDING},
+}

@@ -1,0 +1,365 @@
+"""Softmax, normalizations and attention, where a number depends on a whole row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from everystep.ops.call import (
+    Axis,
+    Call,
+    Formula,
+    Made,
+    NoRuleError,
+    Piece,
+    Sum,
+    Terms,
+    Words,
+    aligned,
+    grid,
+    single,
+)
+from everystep.ops.formula import names_in
+from everystep.ops.labels import MIXED, broadcast, reduced
+from everystep.ops.record import Record
+from everystep.ops.rows import (
+    Result,
+    RowsCall,
+    along,
+    asked_of,
+    batched,
+    by_key,
+    filled,
+    none_mixed,
+    of_shape,
+)
+
+__all__ = ["NORMALIZATIONS"]
+
+
+def _softmax(call: Call) -> Made:
+    given = {"self": call.piece("self", *call.index)}
+    given["row"] = given["self"]
+    if call.index:
+        dim = call.value("dim") % len(call.index)
+        given["row"] = call.along("self", dim, np.arange(call.shape("self")[dim]))
+    if "log" in call.kind:
+        return Formula("self - logsumexp(row)", given)
+    text = "exp(self - logsumexp(row))"
+    return Formula(f"0 if max(row) == -inf else {text}" if "safe" in call.kind else text, given)
+
+
+def _softmax_backward(call: Call) -> Made:
+    dim = call.value("dim") % len(call.index)
+    given = {key: call.piece(key, *call.index) for key in ("grad_output", "output")}
+    every = np.arange(call.shape("output")[dim])
+    given["gradients"] = call.along("grad_output", dim, every)
+    if "log" in call.kind:
+        return Formula("grad_output - exp(output) * sum(gradients)", given)
+    given["outputs"] = call.along("output", dim, every)
+    return Formula("output * (grad_output - sum(gradients * outputs))", given)
+
+
+def _outer(call: Call) -> int:
+    """Return how many axes a layer norm has before those that it normalizes."""
+    return len(call.shape("input")) - len(call.value("normalized_shape"))
+
+
+def _group_size(call: Call) -> int:
+    return int(call.shape("input")[1] // call.value("group"))
+
+
+def _statistics_at(call: Call, index: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the index of the mean and of the deviation by which a number of `input` is normalized."""
+    if "batch" in call.kind:
+        return (index[1],)
+    if "group" in call.kind:
+        return index[0], index[1] // _group_size(call)
+    outer = _outer(call)
+    return (*index[:outer], *[0] * (len(index) - outer))
+
+
+def _weight_at(call: Call, index: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the index of the weight and of the bias of a number of `input`."""
+    return tuple(index[_outer(call) :]) if "layer" in call.kind else (index[1],)
+
+
+def _together(call: Call, at: Sequence[int]) -> tuple[Any, ...]:
+    """Return the places in `input` of all numbers with a mean of this index."""
+    axes: list[Any] = [*map(range, call.shape("input"))]
+    if "batch" in call.kind:
+        axes[1] = at
+    elif "group" in call.kind:
+        size = _group_size(call)
+        axes[:2] = [at[0]], range(at[1] * size, (at[1] + 1) * size)
+    else:
+        outer = _outer(call)
+        axes[:outer] = [[place] for place in at[:outer]]
+    return grid(*axes)
+
+
+def _norm(call: Call) -> Made:
+    """Return the rule of a normalization; its other results are the means and inverse deviations."""
+    if call.written not in call.operation.results:
+        return _running(call)
+    if "batch" in call.kind and ("no_training" in call.kind or not call.arguments.get("training", True)):
+        return _without_statistics(call)
+    if call.place:
+        piece = call.piece("input", *_together(call, call.index))
+        if call.place == 1:
+            return Sum((single("input", piece),), float(piece.size))
+        return Formula(_DEVIATION, {"input": piece}, {"eps": call.value("eps")})
+    at = _statistics_at(call, call.index)
+    given = {"input": call.piece("input", *call.index)}
+    given |= {key: call.result_piece(place, *at) for place, key in ((1, "mean"), (2, "scale"))}
+    return _affine(call, "(input - mean) * scale", given, *_weight_at(call, call.index))
+
+
+def _without_statistics(call: Call) -> Made:
+    if call.place:
+        return Words("empty")
+    channel = call.index[1]
+    given = {"input": call.piece("input", *call.index)}
+    given |= {key: call.piece(key, channel) for key in ("running_mean", "running_var")}
+    text = "(input - running_mean) / sqrt(running_var + eps)"
+    return _affine(call, text, given, channel, eps=call.value("eps"))
+
+
+_DEVIATION = "1 / sqrt(mean((input - mean(input)) ^ 2) + eps)"
+
+
+def _affine(call: Call, text: str, given: dict[str, Piece], *places: Axis, **settings: float) -> Made:
+    """Return a formula times a weight plus a bias, of those that there are."""
+    for key, sign in (("weight", "*"), ("bias", "+")):
+        if key in call:
+            text, given = f"{text} {sign} {key}", given | {key: call.piece(key, *places)}
+    return Formula(text, given, settings)
+
+
+def _running(call: Call) -> Made:
+    """Return the rule of `running_mean` or `running_var`, which a batch normalization writes."""
+    key = "running_mean" if call.arguments["running_mean"] == call.written else "running_var"
+    given = {key: call.piece(key, *call.index)}
+    if not call.arguments.get("training", True):
+        return Formula(key, given, note="which it leaves as it is")
+    piece = call.piece("input", *_together(call, call.index))
+    new = "mean(input)" if key == "running_mean" else "sum((input - mean(input)) ^ 2) / others"
+    settings = {"momentum": call.scalar("momentum"), "others": max(piece.size - 1, 0)}
+    text = f"(1 - momentum) * {key} + momentum * {new}"
+    return Formula(text, given | {"input": piece}, settings)
+
+
+def _norm_backward(call: Call) -> Made:
+    is_batch = "batch" in call.kind
+    is_training = bool(call.arguments.get("train", True))
+    keys = ("mean", "rstd")
+    if is_batch:
+        keys = ("save_mean", "save_invstd") if is_training else ("running_mean", "running_var")
+    scaled = f"* {keys[1]}" if is_training else f"/ sqrt({keys[1]} + eps)"
+    settings = {"eps": call.value("eps")} if is_batch else {}
+    if call.place:
+        return _of_parameter(call, keys, scaled, settings)
+    at, own = _statistics_at(call, call.index), _weight_at(call, call.index)
+    weights = {"weight": call.piece("weight", *own)} if "weight" in call else {}
+    if not is_training:
+        given = {"grad_out": call.piece("grad_out", *call.index), keys[1]: call.piece(keys[1], *at)}
+        return Formula(f"grad_out{' * weight' * bool(weights)} {scaled}", given | weights, settings)
+    places = _together(call, at)
+    given = {
+        **{key: call.piece(key, *call.index) for key in ("grad_out", "input")},
+        "gradients": call.piece("grad_out", *places),
+        "inputs": call.piece("input", *places),
+        **{key: call.piece(key, *at) for key in keys},
+    }
+    mean, scale = keys
+    gradient, every, factor = "grad_out", "gradients", scale
+    if weights and is_batch:
+        factor = f"weight * {scale}"
+    elif weights:
+        given["weights"] = call.piece("weight", *_weight_at(call, places))
+        gradient, every = "grad_out * weight", "gradients * weights"
+    text = (
+        f"{factor} * ({gradient} - mean({every}) - normal * mean({every} * normals))"
+        f" where normal = (input - {mean}) * {scale}, normals = (inputs - {mean}) * {scale}"
+    )
+    return Formula(text, given | weights)
+
+
+def _of_parameter(call: Call, keys: tuple[str, ...], scaled: str, settings: dict[str, Any]) -> Made:
+    """Return the rule of the gradient of a weight, or of a bias: sums over the numbers that have it."""
+    axes: list[Any] = [*map(range, call.shape("input"))]
+    if "layer" in call.kind:
+        axes[_outer(call) :] = [[place] for place in call.index]
+    else:
+        axes[1] = call.index
+    places = grid(*axes)
+    given = {"grad_out": call.piece("grad_out", *places)}
+    if call.place == 2:
+        return Sum((single("grad_out", given["grad_out"]),))
+    given["input"] = call.piece("input", *places)
+    given |= {key: call.piece(key, *_statistics_at(call, places)) for key in keys}
+    return Sum((Terms(f"grad_out * (input - {keys[0]}) {scaled}", given, settings),))
+
+
+def _attention(call: Call) -> Made:
+    """Return the rule of attention: out = softmax(query · keyᵀ * scale + mask) · value."""
+    if call.value("dropout_p") or call.place > 1:
+        raise NoRuleError("with dropout")
+    *_, size = call.shape("query")
+    m = call.shape("key")[-2]
+    leading, row = call.index[:2], call.index[2]
+    of_keys = leading[0], leading[1] // _sharing(call)
+    count = min(m, row + 1) if bool(call.value("is_causal")) else m
+    given = {
+        "query": call.piece("query", *leading, row, np.arange(size)),
+        "key": call.piece("key", *of_keys, *grid(range(count), range(size))),
+    }
+    scores = "key · query * scale"
+    if "attn_mask" in call:
+        scores += " + attn_mask"
+        given["attn_mask"] = _mask(call, *leading, row, np.arange(count))
+    settings = {"scale": _scale(call)}
+    if call.place == 1:
+        return Formula(f"logsumexp({scores})", given, settings)
+    given["value"] = call.piece("value", *of_keys, np.arange(count), call.index[3])
+    return Formula(f"softmax({scores}) · value", given, settings)
+
+
+def _scale(call: Call) -> float:
+    return float(call.value("scale") if "scale" in call else 1 / math.sqrt(call.shape("query")[-1]))
+
+
+def _mask(call: Call, *places: Axis) -> Piece:
+    """Return numbers of the mask, which is broadcast to rows, heads, queries and keys."""
+    return aligned(call.name("attn_mask"), call.shape("attn_mask"), places)
+
+
+def _sharing(call: Call) -> int:
+    """Return how many heads of queries share a head of keys."""
+    return call.shape("query")[1] // call.shape("key")[1]
+
+
+def _attention_backward(call: Call) -> Made:
+    """Return the numbers of one head that a derivative of attention is made from."""
+    if call.value("dropout_p"):
+        raise NoRuleError("with dropout")
+    row, head = call.index[:2]
+    n, m = call.shape("query")[-2], call.shape("key")[-2]
+    is_query, shared = call.place == 0, _sharing(call)
+    heads = [head] if is_query else range(head * shared, (head + 1) * shared)
+    queries = [call.index[2]] if is_query else range(n)
+    keys = range(m) if is_query else [call.index[2]]
+    if bool(call.value("is_causal")):
+        queries = queries if is_query else range(min(call.index[2], n), n)
+        keys = range(min(m, call.index[2] + 1)) if is_query else keys
+    column = call.index[3]
+    of_keys = row, head // shared if is_query else head
+
+    def by_query(key: str, *last: Sequence[int]) -> Piece:
+        return call.piece(key, row, *grid(heads, queries, *last))
+
+    def by_key(key: str, *last: Sequence[int]) -> Piece:
+        return call.piece(key, *of_keys, *grid(keys, *last))
+
+    names = ("grad_out", "query", "out", "key", "value")
+    sizes = {key: range(call.shape(key)[-1]) for key in names}
+    given = {key: by_query(key, sizes[key]) for key in ("query", "grad_out", "out")}
+    given |= {key: by_key(key, sizes[key]) for key in ("key", "value")}
+    given["logsumexp"] = by_query("logsumexp")
+    scores = "key · query * scale" if is_query else "query · key * scale"
+    if "attn_mask" in call:
+        scores += " + attn_mask"
+        given["attn_mask"] = _mask(call, row, *grid(heads, queries, keys))
+    weights = f"weights = exp({scores} - logsumexp)"
+    settings = {"scale": _scale(call), "size": len(sizes["out"])}
+    if call.place == 2:
+        given["column"] = by_query("grad_out", [column])
+        text = f"weights · column where {weights}"
+    elif is_query:
+        given["column"] = by_key("key", [column])
+        slope = "scale * weights * (value · grad_out - sum(grad_out * out))"
+        text = f"{slope} · column where {weights}"
+    else:
+        given["column"] = by_query("query", [column])
+        slope = "scale * weights * (grad_out · value - row_sums(grad_out * out, size))"
+        text = f"{slope} · column where {weights}"
+    used = {key: piece for key, piece in given.items() if key in names_in(text)}
+    return Formula(text, used, settings)
+
+
+def _layer_norm_rows(call: RowsCall) -> list[Result]:
+    outer = call["input"].value.dim() - len(call["normalized_shape"])
+    return batched(call, axes=outer, has_sums=call.kind.endswith("_backward"))
+
+
+def _batch_norm_rows(call: RowsCall) -> list[Result]:
+    """The place of a row stays its own, although in training mode its numbers depend on other rows."""
+    call.require_shared("weight", "bias")
+    if not _is_training(call):
+        call.require_shared("running_mean", "running_var")
+    labels = broadcast([call["input"].labels])
+    none_mixed(labels)
+    first, *others = call.results
+    why = "is of all rows together"
+    return [of_shape(labels, first), *(filled(MIXED, other, why) for other in others)]
+
+
+def _is_training(call: RowsCall) -> bool:
+    return bool(call["training"] or call["train"] or call.kind == "batch_norm_with_update")
+
+
+def _batch_norm_backward_rows(call: RowsCall) -> list[Result]:
+    name = "grad_out" if call["grad_out"] is not None else "grad_output"
+    gradient, given = call[name], call["input"]
+    both = broadcast([gradient.labels, given.labels])
+    none_mixed(both)
+    others = [axis for axis in range(both.dim()) if axis != 1]
+    own = reduced(both, others, keepdim=True).expand(both.shape) if _is_training(call) else both
+    keys = reduced(both, range(1, both.dim()))
+    are_apart = not bool((keys == MIXED).any())
+
+    def on(which: int, at: Tensor) -> Tensor:
+        mask = [place == which for place in range(3)]
+        chosen = {name: gradient.value[at], "input": given.value[at]}
+        return call.again(**chosen, output_mask=mask)[which]
+
+    found = []
+    asked = asked_of(call)
+    for place, result in zip(asked, call.results, strict=True):
+        if place == 0:
+            why = "mixes rows: through the mean of the batch, each gradient depends on all rows"
+            found.append(Result(own, why=why))
+        elif are_apart:
+            found.append(by_key(keys, result, partial(on, place)))
+        else:  # a channel of its own for each row, as in instance norm
+            labels = reduced(both, others)
+            found.append(Result(labels.expand(result.shape)))
+    return found
+
+
+_BATCH_NORM = Record(_norm, _batch_norm_rows)
+_ATTENTION = "scaled_dot_product_flash_attention_for_cpu"
+_ON_GPU = "scaled_dot_product_efficient_attention"
+NORMALIZATIONS: dict[str, Record] = {
+    **dict.fromkeys(("softmax", "log_softmax", "safe_softmax"), Record(_softmax, along)),
+    **dict.fromkeys(
+        ("softmax_backward_data", "log_softmax_backward_data"), Record(_softmax_backward, along)
+    ),
+    **dict.fromkeys(("native_batch_norm", "native_batch_norm_legit"), _BATCH_NORM),
+    "native_batch_norm_legit_no_training": Record(_norm),
+    **dict.fromkeys(("cudnn_batch_norm", "miopen_batch_norm"), Record(rows=_batch_norm_rows)),
+    "native_batch_norm_backward": Record(_norm_backward, _batch_norm_backward_rows),
+    "cudnn_batch_norm_backward": Record(rows=_batch_norm_backward_rows),
+    "native_group_norm": Record(_norm, batched),
+    "native_group_norm_backward": Record(_norm_backward, partial(batched, has_sums=True)),
+    "native_layer_norm": Record(_norm, _layer_norm_rows),
+    "native_layer_norm_backward": Record(_norm_backward, _layer_norm_rows),
+    _ATTENTION: Record(_attention, batched),
+    f"{_ATTENTION}_backward": Record(_attention_backward, batched),
+    **dict.fromkeys((_ON_GPU, f"{_ON_GPU}_backward"), Record(rows=batched)),
+}

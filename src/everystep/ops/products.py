@@ -1,0 +1,199 @@
+"""Products of matrices and of vectors, which add up products of pairs of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everystep.ops.call import Axis, Call, Made, Piece, Sum, Terms, grid, product, single
+from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast, reduced, rows_in
+from everystep.ops.record import Record
+from everystep.ops.rows import MixesError, Result, RowsCall, none_mixed, of_shape, sum_of
+
+__all__ = ["PRODUCTS"]
+
+#: Of each kind of matrix product: the matrix that it adds to, the two that it multiplies.
+_FACTORS = {
+    "mm": (None, "self", "mat2"),
+    "bmm": (None, "self", "mat2"),
+    "mv": (None, "self", "vec"),
+    "dot": (None, "self", "tensor"),
+    "vdot": (None, "self", "other"),
+    "addmm": ("self", "mat1", "mat2"),
+    "addmv": ("self", "mat", "vec"),
+    "baddbmm": ("self", "batch1", "batch2"),
+    "addbmm": ("self", "batch1", "batch2"),
+    "linear": ("bias", "input", "weight"),
+}
+
+
+def _matrix_product(call: Call) -> Made:
+    """Return the terms of a number of a matrix product, perhaps added to something."""
+    added, left, right = _FACTORS[call.kind]
+    rows, columns = _row(call, left), _column(call, right)
+    alpha = call.scalar("alpha") if "alpha" in call else 1
+    terms = [product((left, rows), (right, columns), alpha)]
+    beta = call.scalar("beta") if "beta" in call else 1
+    if added is not None and added in call and beta != 0:
+        terms.insert(0, single(added, call.aligned(added), beta))
+    return Sum(tuple(terms))
+
+
+def _row(call: Call, key: str) -> Piece:
+    size = call.shape(key)[-1]
+    if call.kind == "addbmm":
+        batch, inner = grid(range(call.shape(key)[0]), range(size))
+        return call.piece(key, batch, call.index[0], inner)
+    is_row = call.kind in ("mv", "addmv")
+    before: tuple[Axis, ...] = call.index if is_row else call.index[:-1]
+    return call.piece(key, *before, np.arange(size))
+
+
+def _column(call: Call, key: str) -> Piece:
+    shape = call.shape(key)
+    if call.kind == "linear":
+        return call.piece(key, call.index[-1], np.arange(shape[-1]))
+    if call.kind == "addbmm":
+        batch, inner = grid(range(shape[0]), range(shape[1]))
+        return call.piece(key, batch, inner, call.index[1])
+    if len(shape) == 1:
+        return call.piece(key, np.arange(shape[0]))
+    return call.piece(key, *call.index[:-2], np.arange(shape[-2]), call.index[-1])
+
+
+def _product_rows(call: RowsCall) -> list[Result]:
+    """Products of matrices: (..., i, k) with (..., k, j), perhaps added to another tensor."""
+    extra, *names = _FACTORS[call.kind]
+    shape, added = call.results[0].shape, None if extra is None else call[extra]
+    # A vector on the left is a matrix of one row, one on the right of one column.
+    vectors = {n: axis for n, axis in zip(names, (0, -1), strict=True) if call[n].value.dim() == 1}
+    factors = {n: _matrix(call[n], vectors[n]) if n in vectors else call[n] for n in names}
+    a, b = factors.values()
+    if call.is_backward and a.is_shared and b.is_shared and not any(map(call.is_state, names)):
+        raise MixesError("adds up numbers that are the same for all rows")
+    labels = broadcast([reduced(a.labels, [-1], keepdim=True), reduced(b.labels, [-2], keepdim=True)])
+    if not bool((labels == MIXED).any()):
+        labels = labels.reshape(shape)
+        return [Result(broadcast([labels] if added is None else [labels, added.labels.expand(shape)]))]
+
+    def run(row: int, **matrices: Tensor) -> Tensor:
+        given = {n: m.squeeze(vectors[n]) if n in vectors else m for n, m in matrices.items()}
+        return call.again(**given, **({} if added is None else {"self": added.term(row)}))[0]
+
+    labels, terms, summed = _sum_of_products(factors, run)
+    labels = labels.reshape(shape)
+    if added is not None:
+        labels = broadcast([labels, added.labels.expand(shape)], is_sum=True, is_strict=True)
+    return [sum_of(labels, terms, summed)]
+
+
+def _matrix(vector: Tracked, axis: int) -> Tracked:
+    terms = vector.terms
+    return vector._replace(
+        value=vector.value.unsqueeze(axis),
+        labels=vector.labels.unsqueeze(axis),
+        terms=None if terms is None else lambda row: terms(row).unsqueeze(axis),
+    )
+
+
+def _sum_of_products(
+    factors: dict[str, Tracked], run: Callable[..., Tensor]
+) -> tuple[Tensor, Callable[[int], Tensor], list[Tracked]]:
+    """Return labels and terms of a product that adds up rows, and the sums among its factors."""
+    names, (a, b) = tuple(factors), factors.values()
+    shape = (*a.labels.shape[:-1], b.labels.shape[-1])
+    sums = [name for name in names if factors[name].has(SUM)]
+    if sums:
+        (name, *more), other = sums, b if sums[0] == names[0] else a
+        if more or not other.is_shared:
+            raise MixesError("multiplies a sum over rows with what depends on rows")
+        whole = factors[name]
+        labels = reduced(whole.labels, [-1 if name == names[0] else -2], keepdim=True, is_sum=True)
+        return labels.expand(shape), lambda row: run(row, **{name: whole.term(row)}), [whole]
+    left = reduced(a.labels, [-2], keepdim=True).transpose(-1, -2)
+    keys = broadcast([left, reduced(b.labels, [-1], keepdim=True)])
+    none_mixed(keys, "multiplies numbers of different rows with each other")
+    labels = reduced(keys, [-2], keepdim=True, is_sum=True).expand(shape)
+    return labels, _product_terms(names, a, b, keys, run), []
+
+
+def _product_terms(
+    names: tuple[str, ...], a: Tracked, b: Tracked, keys: Tensor, run: Callable[..., Tensor]
+) -> Callable[[int], Tensor]:
+    if keys.dim() == 2:
+        rows = rows_in(keys.flatten())
+        nowhere = next(iter(rows.values()))[:0]
+
+        def selected(row: int) -> Tensor:
+            at = rows.get(row, nowhere)
+            return run(row, **{names[0]: a.value[:, at], names[1]: b.value[at]})
+
+        return selected
+
+    def masked(row: int) -> Tensor:
+        one = torch.where(keys.transpose(-1, -2) == row, a.value, torch.zeros_like(a.value))
+        other = torch.where(keys == row, b.value, torch.zeros_like(b.value))
+        return run(row, **{names[0]: one, names[1]: other})
+
+    return masked
+
+
+#: The factors of `_trilinear`, each broadcast along some axes; their product is added up along others.
+_THREE = ("i1", "i2", "i3")
+
+
+def _trilinear(call: Call) -> Made:
+    summed = sorted(call.value("sumdim"))
+    count = len(call.shape("i1")) + len(call.value("expand1"))
+    axes = {name: _others(count, call.value(f"expand{name[1]}")) for name in _THREE}
+    sizes = [1] * count
+    for name in _THREE:
+        for axis, size in zip(axes[name], call.shape(name), strict=True):
+            sizes[axis] = max(sizes[axis], size)
+    places = dict(zip(summed, grid(*(range(sizes[axis]) for axis in summed)), strict=True))
+    places |= dict(zip(_others(count, summed), call.index, strict=True))
+    given = {}
+    for name in _THREE:
+        sides = zip(axes[name], call.shape(name), strict=True)
+        given[name] = call.piece(name, *(places[axis] if size > 1 else 0 for axis, size in sides))
+    return Sum((Terms("i1 * i2 * i3", given),))
+
+
+def _others(count: int, axes: list[int]) -> list[int]:
+    return [axis for axis in range(count) if axis not in axes]
+
+
+def _trilinear_rows(call: RowsCall) -> list[Result]:
+    given = [call[name] for name in _THREE]
+    spread = []
+    for name, each in zip(_THREE, given, strict=True):
+        labels = each.labels
+        for axis in sorted(call[f"expand{name[1]}"]):
+            labels = labels.unsqueeze(axis)
+        spread.append(labels)
+    keys = broadcast(spread)
+    none_mixed(keys, "multiplies numbers of different rows with each other")
+    labels = reduced(keys, call["sumdim"], is_sum=True)
+    if bool((keys == SHARED).any()) and (call.is_backward or bool((labels == SUM).any())):
+        raise MixesError("adds up numbers that are the same for all rows")
+    if not bool((labels == SUM).any()):
+        return [of_shape(labels, call.results[0])]
+
+    def terms(row: int) -> Tensor:
+        parts = {
+            name: torch.where((each.labels == row) | (each.labels == SHARED), each.value, 0)
+            for name, each in zip(_THREE, given, strict=True)
+        }
+        return call.again(**parts)[0]
+
+    return [Result(labels, terms)]
+
+
+PRODUCTS: dict[str, Record] = {
+    **dict.fromkeys(_FACTORS, Record(_matrix_product, _product_rows)),
+    **dict.fromkeys(("addbmm", "linear"), Record(_matrix_product)),
+    "trilinear": Record(_trilinear, _trilinear_rows),
+}

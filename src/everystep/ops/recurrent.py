@@ -1,0 +1,138 @@
+"""LSTM layers on a CPU, which one kernel computes over all time, and another differentiates.
+
+What lies between their arguments and results is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from everystep.ops.call import Call, Made, NoRuleError, Piece, Words, grid
+from everystep.ops.labels import MIXED, SHARED, Tracked, all_are, broadcast, reduced
+from everystep.ops.record import Record
+from everystep.ops.rows import MixesError, Result, RowsCall, by_key, filled, none_mixed
+from everystep.program.calls import without_autograd
+
+__all__ = ["RECURRENT"]
+
+
+def _sequence(call: Call, key: str, times: range, rows: list[int] | range) -> Piece:
+    """Return numbers of a tensor (T, N, C)."""
+    return call.piece(key, *grid(times, rows, range(call.shape(key)[2])))
+
+
+def _state(call: Call, key: str, rows: list[int] | range) -> Piece:
+    """Return numbers of a tensor (N, H)."""
+    return call.piece(key, *grid(rows, range(call.shape(key)[1])))
+
+
+def _layer(call: Call) -> Made:
+    if call.place == 3:
+        raise NoRuleError("memory of the kernel")
+    length, is_reverse = call.shape("input")[0], bool(call.value("reverse"))
+    row = call.index[1] if call.place == 0 else call.index[0]
+    times = range(length)
+    if call.place == 0:
+        time = call.index[0]
+        times = range(time, length) if is_reverse else range(time + 1)
+    given = {"input": _sequence(call, "input", times, [row])}
+    given |= {key: _state(call, key, [row]) for key in ("hx_", "cx_")}
+    given |= {f"weight{n}": call.whole(f"weight{n}") for n in range(4)}
+    what = "state" if call.place else "output"
+    return Words(f"an LSTM's {what} after time {times[0]} to {times[-1]}", given)
+
+
+def _layer_backward(call: Call) -> Made:
+    """Return the numbers of the row, or of all rows for a weight, at all times."""
+    length, count = call.shape("input")[:2]
+    is_weight = 1 <= call.place <= 4
+    rows = range(count) if is_weight else [call.index[1 if call.place == 0 else 0]]
+    given = {}
+    for key in ("grad_output", "input", "output"):
+        if key in call:
+            given[key] = _sequence(call, key, range(length), rows)
+    for key in ("hx_", "cx_tmp", "hy_", "cy_", "grad_hy", "grad_cy"):
+        if key in call:
+            given[key] = _state(call, key, rows)
+    given |= {f"weight{n}": call.whole(f"weight{n}") for n in range(1, 5)}
+    names = ("input", *("weight",) * 4, "first state", "first state")
+    return Words(f"the derivative of an LSTM by its {names[call.place]}", given)
+
+
+#: Settings of the layer; what it is given is of shape (T, N, C), and its states (N, H).
+_SETTINGS = ("mode", "hidden_size", "num_layers", "has_biases", "bidirectional", "batch_first")
+
+
+def _shared_rows(call: RowsCall, sequences: tuple[str, ...], states: tuple[str, ...]) -> Tensor:
+    """Return the labels of the rows (N) that sequences and states have in common."""
+    given = [(call[name], [0, 2]) for name in sequences] + [(call[name], [1]) for name in states]
+    parts = [reduced(each.labels, axes) for each, axes in given if isinstance(each, Tracked)]
+    return none_mixed(broadcast(parts))
+
+
+def _layer_rows(call: RowsCall) -> list[Result]:
+    call.require_shared("weight0", "weight1", "weight2", "weight3")
+    keys = _shared_rows(call, ("input",), ("hx_", "cx_"))
+    output, *states, workspace = call.results
+    return [
+        Result(keys.reshape(1, -1, 1).expand(output.shape)),
+        *(Result(keys.reshape(-1, 1).expand(state.shape)) for state in states),
+        filled(MIXED, workspace, "is the memory of a kernel, for all rows"),
+    ]
+
+
+def _layer_backward_rows(call: RowsCall) -> list[Result]:
+    weights = ("weight1", "weight2", "weight3", "weight4")
+    call.require_shared(*weights)
+    sequences, states = ("input", "output", "grad_output"), ("hx_", "cx_tmp", "grad_hy", "grad_cy")
+    keys = _shared_rows(call, sequences, states)
+    if keys.numel() and all_are(keys, SHARED):
+        raise MixesError("adds up numbers that are the same for all rows")
+    if len(call.results) != 7:
+        raise MixesError("returns other results than there are gradients")
+
+    def on(place: int) -> Callable[[Tensor], Tensor]:
+        return lambda at: _of_rows(call, weights, sequences, states, at)[place]
+
+    found = [Result(keys.reshape(1, -1, 1).expand(call.results[0].shape))]
+    for place in range(1, 5):
+        found.append(by_key(keys, call.results[place], on(place)))
+    return found + [Result(keys.reshape(-1, 1).expand(each.shape)) for each in call.results[5:]]
+
+
+def _of_rows(
+    call: RowsCall,
+    weights: tuple[str, ...],
+    sequences: tuple[str, ...],
+    states: tuple[str, ...],
+    at: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of some rows alone; the kernel's memory is made again for them."""
+    chosen = {
+        name: call[name].value.index_select(axis, at)
+        for axis, names in ((1, sequences), (0, states))
+        for name in names
+        if isinstance(call[name], Tracked)
+    }
+    # The kernel keeps what its derivative needs only where gradients are asked for.
+    with without_autograd(), torch.enable_grad():
+        output, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
+            chosen["input"],
+            *(call[name].value for name in weights),
+            chosen["hx_"],
+            chosen["cx_tmp"],
+            call["reverse"],
+            call["batch_sizes"],
+            *(call[name] for name in _SETTINGS),
+            True,
+        )
+    return call.again(**chosen | {"output": output}, hy_=hy, cy_=cy, workspace=workspace)
+
+
+RECURRENT: dict[str, Record] = {
+    "mkldnn_rnn_layer": Record(_layer, _layer_rows),
+    "mkldnn_rnn_layer_backward": Record(_layer_backward, _layer_backward_rows),
+}

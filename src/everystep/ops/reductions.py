@@ -1,0 +1,179 @@
+"""Operators that combine the numbers along some dimensions."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from math import prod
+
+import numpy as np
+from torch import Tensor
+
+from everystep.ops.call import (
+    Call,
+    Formula,
+    Made,
+    NoRuleError,
+    Piece,
+    Sum,
+    Terms,
+    Words,
+    grid,
+    single,
+)
+from everystep.ops.elementwise import each_alone
+from everystep.ops.labels import SUM, Tracked, reduced
+from everystep.ops.record import Record
+from everystep.ops.rows import Result, RowsCall, along, by_key, none_mixed, of_shape
+
+__all__ = ["REDUCTIONS"]
+
+
+def _dimensions(call: Call) -> tuple[int, ...]:
+    """Return the dimensions that a reduction removes."""
+    count = len(call.shape("self"))
+    value = call.value("dim") if "dim" in call else None
+    listed = [value] if isinstance(value, int) else value
+    return tuple(range(count)) if not listed else tuple(dim % max(count, 1) for dim in listed)
+
+
+def _reduced(call: Call) -> Piece:
+    """Return the numbers that are reduced to the wanted one."""
+    shape, dims = call.shape("self"), _dimensions(call)
+    kept = [dim for dim in range(len(shape)) if dim not in dims]
+    is_kept = len(call.index) == len(shape)
+    own = call.index if is_kept else dict(zip(kept, call.index, strict=True))
+    axes = [range(size) if dim in dims else [own[dim]] for dim, size in enumerate(shape)]
+    return call.piece("self", *grid(*axes))
+
+
+def _total(call: Call) -> Made:
+    piece = _reduced(call)
+    divisor = float(piece.size) if call.kind == "mean" else 1.0
+    if call.kind == "nansum":
+        return Sum((Terms("0 if isnan(self) else self", {"self": piece}),))
+    return Sum((single("self", piece),), divisor)
+
+
+def _cumulated(call: Call) -> Made:
+    dim = _dimensions(call)[0]
+    return Sum((single("self", call.along("self", dim, np.arange(call.index[dim] + 1))),))
+
+
+def _by_formula(call: Call, text: str) -> Made:
+    return Formula(text, {"self": _reduced(call)})
+
+
+def _extreme(call: Call) -> Made:
+    """Return the rule of `max.dim` and the like, which also return where the number is."""
+    if len(call.outputs) < 2:
+        return _by_formula(call, f"{call.kind}(self)")
+    piece = _reduced(call)
+    if call.place == 1:
+        return Formula(f"arg{call.kind}(self)", {"self": piece})
+    return _chosen(call, Piece(piece.name, piece.at(int(call.results[call.output(1)][call.index]))))
+
+
+def _sorted(call: Call) -> Made:
+    """Return the rule of operators whose second result tells where the first was."""
+    dim = call.value("dim") % max(len(call.index), 1)
+    if call.place == 1:
+        return Words(
+            "where in self it is", {"self": call.along("self", dim, np.arange(call.shape("self")[dim]))}
+        )
+    return _chosen(call, call.along("self", dim, int(call.results[call.output(1)][call.index])))
+
+
+def _chosen(call: Call, piece: Piece) -> Made:
+    """Return the rule of a number that was picked; the second result tells where it was."""
+    return Formula("self[indices]", {"self": piece, "indices": call.result_piece(1, *call.index)})
+
+
+def _norm(call: Call) -> Made:
+    order = call.value("ord") if "ord" in call else call.value("p") if "p" in call else 2
+    if not isinstance(order, int | float) or order <= 0:
+        raise NoRuleError("of another order")
+    text = "sum(abs(self) ^ order) ^ (1 / order)"
+    if math.isinf(order):
+        text = "max(abs(self))"
+    elif order == 2:
+        text = "sqrt(sum(self ^ 2))"
+    return Formula(text, {"self": _reduced(call)}, {"order": order})
+
+
+def _spread(call: Call) -> Made:
+    """Return the rule of `var`, `std` and those that return the mean, too."""
+    piece = _reduced(call)
+    if call.place == 1:
+        return Sum((single("self", piece),), float(piece.size))
+    correction = 1.0
+    if "correction" in call:
+        correction = float(call.value("correction"))
+    elif call.arguments.get("unbiased") is False:
+        correction = 0.0
+    text = "sum((self - mean(self)) ^ 2) / count"
+    if call.kind.startswith("std"):
+        text = f"sqrt({text})"
+    return Formula(text, {"self": piece}, {"count": max(piece.size - correction, 0)})
+
+
+def _axes(call: RowsCall, tracked: Tracked) -> list[int]:
+    given = call["dim"]
+    axes = [given] if isinstance(given, int) else [*(given or ())]
+    return [axis % tracked.labels.dim() for axis in axes] or [*range(tracked.labels.dim())]
+
+
+def _total_rows(call: RowsCall) -> list[Result]:
+    whole: Tracked = call["self"]
+    if not whole.labels.dim():
+        return [Result(whole.labels, whole.terms, whole.is_mean)]
+    axes = _axes(call, whole)
+    if prod(whole.labels.size(axis) for axis in axes) > 1:
+        call.require_rows(whole.labels)
+    keeps = bool(call["keepdim"])
+    labels = reduced(whole.labels, axes, keepdim=keeps, is_sum=True, is_strict=call.is_term)
+
+    def terms(row: int) -> Tensor:
+        return call.again(self=whole.term(row))[0]
+
+    if not bool((labels == SUM).any()):
+        return [Result(labels)]
+    sizes = zip(whole.labels.shape, whole.labels.stride(), strict=True)
+    varying = [axis for axis, (size, stride) in enumerate(sizes) if size > 1 and stride]
+    if call.kind == "sum" and len(varying) == 1 and not whole.has(SUM):
+        (key,) = varying
+        keys = reduced(whole.labels, [a for a in range(whole.labels.dim()) if a != key])
+        chosen = by_key(
+            keys, call.results[0], lambda at: call.again(self=whole.value.index_select(key, at))[0]
+        )
+        return [Result(labels, chosen.terms)]
+    is_mean = whole.is_mean if whole.has(SUM) else call.kind == "mean"
+    return [Result(labels, terms, is_mean)]
+
+
+def _reduced_rows(call: RowsCall) -> list[Result]:
+    if isinstance(call["other"], Tracked):
+        return each_alone(call)
+    whole: Tracked = call["self"]
+    labels = reduced(whole.labels, _axes(call, whole), keepdim=bool(call["keepdim"]))
+    none_mixed(labels)
+    return [of_shape(labels, result) for result in call.results]
+
+
+_TEXTS = {
+    **{name: f"{name}(self)" for name in ("prod", "any", "all", "argmax", "argmin", "logsumexp")},
+    "amax": "max(self)",
+    "amin": "min(self)",
+}
+REDUCTIONS: dict[str, Record] = {
+    **dict.fromkeys(("sum", "mean"), Record(_total, _total_rows)),
+    "nansum": Record(_total),
+    **{name: Record(partial(_by_formula, text=text), _reduced_rows) for name, text in _TEXTS.items()},
+    "count_nonzero": Record(partial(_by_formula, text="sum(self != 0)"), _reduced_rows),
+    **dict.fromkeys(("max", "min"), Record(_extreme, _reduced_rows)),
+    **dict.fromkeys(("linalg_vector_norm", "norm"), Record(_norm, _reduced_rows)),
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), Record(_spread, _reduced_rows)),
+    "cumsum": Record(_cumulated, along),
+    **dict.fromkeys(("cumprod", "logcumsumexp"), Record(rows=along)),
+    **dict.fromkeys(("sort", "topk"), Record(_sorted, along)),
+}
