@@ -95,6 +95,21 @@ def test_it_has_the_bits_of_the_loop_and_comes_back(name, tmp_path):
         assert torch.equal(after["2.bias"], before["2.bias"].add(step.gradients["2.bias"], alpha=rate))
 
 
+@pytest.mark.parametrize(("name", "setting"), [*((name, None) for name in OPTIMIZERS), ("adagrad", 0.2)])
+def test_an_optimizer_that_forgets_what_it_keeps_comes_back(name, setting, tmp_path):
+    def change(optimizer, step):
+        if step == 5:
+            optimizer.state.clear()
+        if setting is not None:
+            optimizer.param_groups[0]["initial_accumulator_value"] = setting  # which torch does not read
+
+    make = OPTIMIZERS[name]
+    expected = trained(make, unrecorded, change)
+    found = trained(make, lambda **p: everystep.record(run=tmp_path / "run", **p), change)
+    assert all(map(torch.equal, expected, found))
+    assert_verified(everystep.open(tmp_path / "run"))
+
+
 def test_a_step_that_raises_is_watched_again_from_the_next_one_on(tmp_path):
     def change(optimizer, step):
         if step % 4 == 0:

@@ -183,6 +183,7 @@ class BoundOptimizer:
         Raises:
             ValueError, RuntimeError: they do not fit the tensors.
         """
+        self._optimizer.defaults = {key: values[0] for key, values in settings.items() if values}
         for place, group in enumerate(self._optimizer.param_groups):
             for key, values in settings.items():
                 value = values[place]

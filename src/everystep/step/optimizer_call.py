@@ -28,6 +28,8 @@ _OWN = {
     *("_warned_capturable_if_run_uncaptured", "_step_supports_amp_scaling", "_step_count"),
     "_need_device_dtype_check_for_fused",
 }
+#: What Adagrad reads from its defaults, not from its param groups, where it makes what it keeps.
+_FROM_DEFAULTS = "initial_accumulator_value"
 _NOTHING: dict[str, Any] = {}
 _TRUSTED = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
 _STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
@@ -109,14 +111,17 @@ class OptimizerCalls:
         self, operator: OptimizerOperator, optimizer: torch.optim.Optimizer
     ) -> Settings | None:
         groups = optimizer.param_groups
-        given = [operator, *[group.get(key) for key in operator.settings for group in groups]]
+        default = optimizer.defaults.get(_FROM_DEFAULTS)
+        given = [operator, default, *[group.get(key) for key in operator.settings for group in groups]]
         # They are mostly the same objects as before, and none of them can change.
         known = self._known.get(id(optimizer))
         if known is not None and len(known[0]) == len(given) and all(map(is_, known[0], given)):
             return known[1]
         values = {key: tuple([group.get(key) for group in groups]) for key in operator.settings}
         settings = None
-        if all(map(_is_setting, values.values())) and not any(values.get("differentiable", ())):
+        has_defaults = all(value == default for value in values.get(_FROM_DEFAULTS, ()))
+        is_usual = all(map(_is_setting, values.values())) and not any(values.get("differentiable", ()))
+        if is_usual and has_defaults:
             numbers: list[Number] = []
             _collect((*values.values(),), numbers)
             settings = Settings(values, _without_numbers((*values.values(),)), numbers)
