@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, optim
 
-from everystep.recording.repeats import Taken
+from everystep.recording.contents import Taken
 from everystep.step.build import BuiltPath
 from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
