@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
-from everystep.recording.finding import RUNS, find_run, find_runs
+from everystep.recording.directories import RUNS, find_run, find_runs, remove_unbegun
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.recording.unbegun import remove_unbegun
 from everystep.run import Run, diagnosis_of, progress_of, run_from_objects, run_of
 
 if TYPE_CHECKING:
@@ -244,11 +243,11 @@ def _train_step(
     going: tuple[Run | None, bool, tuple[Run, int] | None],
 ) -> Run:
     from everystep.training.from_step import check_step, train_step
-    from everystep.training.step_function import FunctionRecording
+    from everystep.training.record import Recording
 
     check_step(step, batches, parts, others)
     watcher = progress_of(progress)
-    recording = FunctionRecording(
+    recording = Recording(
         dict(parts),
         place,
         RUNS,

@@ -11,7 +11,7 @@ from tests.page.serving import served
 
 import everystep
 from everystep.experiment import files
-from everystep.recording import data
+from everystep.recording import files as files_of_runs
 
 COMMANDS = [
     ["step", "run", "3"],
@@ -29,7 +29,7 @@ COMMANDS = [
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """Two runs of data that neither holds, as if it were large; return its files."""
-    monkeypatch.setattr(data, "DATA_LIMIT", 10)
+    monkeypatch.setattr(files_of_runs, "DATA_LIMIT", 10)
     random = np.random.default_rng(0)
     for name, columns in (("x", 1000), ("y", 10)):
         np.save(f"{name}.npy", random.standard_normal((8, columns)).astype(np.float32))

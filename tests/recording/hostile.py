@@ -12,7 +12,7 @@ from tests.sealing import seal_files
 
 from everystep.program.program import MOST_ENTRIES
 from everystep.recording.contents import packed, unpacked
-from everystep.recording.data import _digest
+from everystep.recording.files import _digest
 
 REST = "snapshots/000000/rest.safetensors"
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066"

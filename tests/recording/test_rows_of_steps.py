@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 import everystep
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError
-from everystep.recording.contents import packed
+from everystep.recording.contents import Repeats, Taken, packed
 from everystep.recording.continuation import Continuation
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut
-from everystep.recording.repeats import Repeats, Taken
 
 
 class Custom(torch.nn.Module):

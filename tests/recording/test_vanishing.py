@@ -7,7 +7,7 @@ import pytest
 import everystep
 from everystep.errors import RunError
 from everystep.page.shelf import Shelf
-from everystep.recording import connection, numbers, run, summary
+from everystep.recording import connection, run, summary
 
 #: Functions by which a list reads a run, in the order of their calls.
 LOOKS = [
@@ -55,6 +55,6 @@ def test_a_run_replaced_by_another_file_while_it_is_opened_is_refused(recorded, 
 
 
 def test_a_run_removed_before_its_newest_losses_are_read_is_refused(recorded, monkeypatch):
-    before(monkeypatch, numbers, "reading", lambda: shutil.rmtree(recorded))
+    before(monkeypatch, summary, "reading", lambda: shutil.rmtree(recorded))
     with pytest.raises(RunError, match="is not a run"):
-        numbers.read_numbers(recorded)
+        summary.read_numbers(recorded)

@@ -21,7 +21,7 @@ from torch.optim import SGD, Adam
 import everystep
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.batches import Batches
-from everystep.recording import additions
+from everystep.recording import lock
 from everystep.recording.facts import MeasuredFacts, WriterFacts
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.replay import nonfinite
@@ -251,7 +251,7 @@ def test_nothing_but_the_measurement_and_its_writer_is_changed(monkeypatch):
     losses, facts = run.losses, run.facts
     before = files_of(run)
     measuring = WriterFacts(process=7, host="there", since=facts.started + timedelta(days=1))
-    monkeypatch.setattr(additions, "writer_here", lambda: measuring)
+    monkeypatch.setattr(lock, "writer_here", lambda: measuring)
     run.measure(SIZE, name="size", every=10, progress=False)
     assert files_of(run) == before
     assert run.losses.equals(losses)

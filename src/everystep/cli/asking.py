@@ -143,7 +143,7 @@ def doctor(
     number matches, differs or is missing.
     """
     from everystep.api import doctor
-    from everystep.recording.finding import find_run
+    from everystep.recording.directories import find_run
     from everystep.views.answers import as_json
     from everystep.views.diagnosis import diagnosis_data, diagnosis_text, export_numbers
 

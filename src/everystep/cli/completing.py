@@ -27,7 +27,7 @@ __all__ = [
 def run_names() -> list[str]:
     """Return the names of the runs in runs/ and of those in the current directory."""
     from everystep.recording.database import FILE_NAME
-    from everystep.recording.finding import RUNS
+    from everystep.recording.directories import RUNS
 
     found = [path.parent.name for place in (RUNS, Path()) for path in place.glob(f"*/{FILE_NAME}")]
     return sorted(set(found))
@@ -56,8 +56,8 @@ def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
 
     Each with its operator, which zsh and fish show.
     """
+    from everystep.recording.directories import find_run
     from everystep.recording.files import program_file
-    from everystep.recording.finding import find_run
     from everystep.recording.run import RecordedRun
 
     try:
@@ -73,7 +73,7 @@ def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
 
 def measurement_names(ctx: typer.Context) -> list[str]:
     """Return what can be drawn besides the loss of the runs typed so far."""
-    from everystep.recording.finding import find_run
+    from everystep.recording.directories import find_run
     from everystep.recording.run import RecordedRun
 
     found: set[str] = set()

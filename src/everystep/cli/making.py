@@ -69,7 +69,7 @@ def train(
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
-    from everystep.recording.finding import RUNS, is_run
+    from everystep.recording.directories import RUNS, is_run
     from everystep.recording.run import RecordedRun
 
     if steps is not None and epochs is not None:
@@ -121,7 +121,7 @@ def resume(
     quiet: QuietOption = False,
 ) -> None:
     """Continue a training that was killed or stopped, bit-identical to an uninterrupted one."""
-    from everystep.recording.finding import find_run
+    from everystep.recording.directories import find_run
     from everystep.recording.run import RecordedRun
 
     place = find_run(run)

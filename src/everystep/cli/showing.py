@@ -43,7 +43,7 @@ def runs(
 
 def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
     """Yield all runs in one line each, as they are read; hint at damaged ones, and note killed ones."""
-    from everystep.recording.finding import find_runs
+    from everystep.recording.directories import find_runs
     from everystep.recording.run import RecordedRun
 
     for path in find_runs(directory):

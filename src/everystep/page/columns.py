@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from everystep.errors import UsageError, did_you_mean
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts
-from everystep.recording.numbers import Numbers, fingerprint, read_numbers
 from everystep.recording.run import RecordedRun
+from everystep.recording.summary import Numbers, fingerprint, read_numbers
 from everystep.views.reduction import reduce
 from everystep.views.summary import Sparkline, sparkline
 from everystep.views.table import shortest_texts

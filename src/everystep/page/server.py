@@ -21,7 +21,7 @@ from everystep.page.app import UntilEnd, application
 from everystep.page.guard import Guard, is_loopback
 from everystep.page.secret import token_of
 from everystep.page.shelf import shown_name
-from everystep.recording.finding import RUNS, find_run, is_run
+from everystep.recording.directories import RUNS, find_run, is_run
 
 __all__ = ["place_of", "serve"]
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from everystep.errors import RunError, did_you_mean
 from everystep.page.about import summary_data
 from everystep.recording.database import FILE_NAME
-from everystep.recording.numbers import fingerprint
 from everystep.recording.run import RecordedRun
+from everystep.recording.summary import fingerprint
 
 __all__ = ["Shelf", "Summaries", "shown_name"]
 

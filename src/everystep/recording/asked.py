@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from everystep.recording.facts import LossFacts, ModuleFacts, TrainingFacts
-from everystep.recording.texts import model_text, value_text, whole_text
+from everystep.recording.texts import Described, value_text, whole_text
 
 __all__ = [
     "Setting",
@@ -154,18 +154,23 @@ def _named(
             yield Setting(kind, path, owner, name, values, is_torchs)
 
 
+def _other_object(kind: str, path: str, one: Described | None, other: Described | None) -> Setting:
+    """Return the setting that an object as a whole is another one, or is missing."""
+    texts = [each and whole_text(each) for each in (one, other)]
+    both = all(each is None or each.is_torchs for each in (one, other))
+    return Setting(kind, path, None, None, (texts[0], texts[1]), is_torchs=both)
+
+
 def _modules(
     kind: str, one: Mapping[str, ModuleFacts], other: Mapping[str, ModuleFacts], of_own_classes: bool
 ) -> Iterator[Setting]:
     for path in dict.fromkeys((*one, *other)):
         a, b = one.get(path), other.get(path)
         if a is None or b is None or a.class_name != b.class_name:
-            texts = [each and whole_text(each) for each in (a, b)]
             # What lies within a module that only one of them has is not listed again.
             parent = path.rpartition(".")[0]
             if not path or (parent in one) == (parent in other):
-                both = all(each is None or each.is_torchs for each in (a, b))
-                yield Setting(kind, path, None, None, (texts[0], texts[1]), is_torchs=both)
+                yield _other_object(kind, path, a, b)
             continue
         is_known = bool(a.settings and b.settings)
         is_changed = a.arguments != b.arguments or a.is_torchs != b.is_torchs
@@ -180,10 +185,9 @@ def _modules(
 
 def _losses(one: LossFacts | None, other: LossFacts | None, of_own_classes: bool) -> Iterator[Setting]:
     if one is None or other is None or one.class_name != other.class_name:
-        texts = [_loss_text(loss) for loss in (one, other)]
-        if texts[0] != texts[1]:
-            both = all(loss is None or loss.is_torchs for loss in (one, other))
-            yield Setting("loss", "", None, None, (texts[0], texts[1]), is_torchs=both)
+        found = _other_object("loss", "", one, other)
+        if found.values[0] != found.values[1]:
+            yield found
         return
     both = one.is_torchs and other.is_torchs
     if of_own_classes or both:
@@ -192,20 +196,12 @@ def _losses(one: LossFacts | None, other: LossFacts | None, of_own_classes: bool
     yield from _modules("loss", inner[0], inner[1], of_own_classes)
 
 
-def _loss_text(loss: LossFacts | None) -> str | None:
-    if loss is None:
-        return None
-    return model_text(loss.modules) if loss.modules else loss.class_name
-
-
 def _optimizers(one: TrainingFacts, other: TrainingFacts) -> Iterator[Setting]:
     for name in dict.fromkeys((*one.optimizers, *other.optimizers)):
         a, b = one.optimizers.get(name), other.optimizers.get(name)
         path = "" if name == "optimizer" else name
         if a is None or b is None or a.class_name != b.class_name:
-            texts = [each and whole_text(each) for each in (a, b)]
-            both = all(each is None or each.is_torchs for each in (a, b))
-            yield Setting("optimizer", path, None, None, (texts[0], texts[1]), is_torchs=both)
+            yield _other_object("optimizer", path, a, b)
             continue
         for place in range(max(len(a.groups), len(b.groups))):
             groups = [each.groups[place] if place < len(each.groups) else {} for each in (a, b)]
@@ -220,9 +216,7 @@ def _schedules(one: TrainingFacts, other: TrainingFacts, of_own_classes: bool) -
         a, b = one.schedules.get(name), other.schedules.get(name)
         path = "" if name == "schedule" else name
         if a is None or b is None or a.class_name != b.class_name:
-            texts = [each and whole_text(each) for each in (a, b)]
-            both = all(each is None or each.is_torchs for each in (a, b))
-            yield Setting("schedule", path, None, None, (texts[0], texts[1]), is_torchs=both)
+            yield _other_object("schedule", path, a, b)
             continue
         both = a.is_torchs and b.is_torchs
         if of_own_classes or both:

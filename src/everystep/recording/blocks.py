@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from everystep.recording.rows import BYTES, LOSSES, STEP, TEXT, VALUES, Rows
+from everystep.recording.connection import BYTES, LOSSES, STEP, TEXT, VALUES, Rows
 
 if TYPE_CHECKING:
     import numpy as np

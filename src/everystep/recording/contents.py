@@ -1,4 +1,4 @@
-"""Contents: the inputs of a loop's steps, stored once by a digest of their bytes.
+"""Contents: what repeats watched steps, and their inputs, stored once by a digest of their bytes.
 
 A tensor with rows is stored row by row, so that an epoch that shuffles its rows costs 16 bytes per row.
 Files hold the bytes one after the other. If they exceed a budget, the oldest file is deleted, and the
@@ -21,6 +21,7 @@ import xxhash
 
 from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
+from everystep.recording.database import Database, Repeat
 from everystep.recording.files import open_own
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_BATCH_BUDGET",
-    "Contents",
     "Given",
     "Inputs",
+    "Repeats",
+    "Taken",
     "digest_of",
     "given_of",
     "inputs_of",
@@ -124,110 +126,6 @@ def inputs_of(content: bytes | None, what: str) -> Inputs:
         raise RunError(f"{what} cannot be read: the database was changed") from None
 
 
-class Contents:
-    """The one writer of the contents of a run.
-
-    Args:
-        directory: of the run.
-        budget: maximum number of bytes.
-        known: the locations of contents that the run has already (digest, file, place, bytes).
-        recorded: the newest step that may need them.
-
-    lost_to: the last step that needs dropped contents.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        budget: float,
-        known: Sequence[tuple[bytes, int, int, int]] = (),
-        recorded: int = 0,
-    ) -> None:
-        self.lost_to = 0
-        self._folder = directory / FOLDER
-        self._budget = budget
-        self._file: BinaryIO | None = None
-        self._number = 0
-        self._known: dict[bytes, int] = {}
-        self._sizes: dict[int, int] = {}
-        self._newest_step: dict[int, int] = {}
-        self._rows: list[tuple[bytes, int, int, int]] = []
-        self._given: dict[int, tuple[Any, Given, set[int]]] = {}
-        for digest, file, place, size in known:
-            self._known[digest] = file
-            self._sizes[file] = max(self._sizes.get(file, 0), place + size)
-            self._newest_step[file] = recorded
-            self._number = max(self._number, file)
-
-    def add(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Given]:
-        """Store the inputs of a step (tensors on the CPU), unless already stored."""
-        return {name: self._add_once(step, tensor) for name, tensor in tensors.items()}
-
-    def commit(self, database: Database) -> None:
-        """Enter what was added since the last time; to be called in a transaction."""
-        if self._file is not None:
-            self._file.flush()
-        database.write_contents(self._rows)
-        self._rows = []
-        self._given = {place: each for place, each in self._given.items() if each[0]() is not None}
-        if self._file is not None and self._sizes[self._number] >= self._budget / FILES:
-            self._file.close()
-            self._file = None
-        while sum(self._sizes.values()) > self._budget and len(self._sizes) > 1:
-            self._give_up(min(self._sizes), database)
-
-    def move(self, directory: Path) -> None:
-        """Write further files in another place: the run's directory was moved."""
-        self._folder = directory / FOLDER
-
-    def close(self) -> None:
-        """Close the file. What the disk has no place for belongs to no recorded step."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
-
-    def _add_once(self, step: int, tensor: Tensor) -> Given:
-        """Add a tensor; skip one that was added before and is still alive."""
-        known = self._given.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[2] <= self._sizes.keys():
-            for file in known[2]:
-                self._newest_step[file] = step
-            return known[1]
-        given = self._add_tensor(step, tensor)
-        files = {self._known[digest] for digest in given.digests}
-        self._given[id(tensor)] = weakref.ref(tensor), given, files
-        return given
-
-    def _add_tensor(self, step: int, tensor: Tensor) -> Given:
-        return _given(tensor, lambda digest, piece: self._add_piece(step, digest, piece))
-
-    def _add_piece(self, step: int, digest: bytes, piece: Any) -> bytes:
-        file = self._known.get(digest)
-        if file is None:
-            file = self._write(digest, piece)
-        self._newest_step[file] = step
-        return digest
-
-    def _write(self, digest: bytes, piece: Any) -> int:
-        if self._file is None:
-            self._number += 1
-            self._folder.mkdir(exist_ok=True)
-            self._file = (self._folder / f"{self._number}.bin").open("wb")
-            self._sizes[self._number] = 0
-        self._rows.append((digest, self._number, self._sizes[self._number], piece.nbytes))
-        self._file.write(piece.data)
-        self._sizes[self._number] += piece.nbytes
-        self._known[digest] = self._number
-        return self._number
-
-    def _give_up(self, file: int, database: Database) -> None:
-        self.lost_to = max(self.lost_to, self._newest_step.pop(file, 0))
-        del self._sizes[file]
-        self._known = {digest: place for digest, place in self._known.items() if place != file}
-        database.remove_contents(file)
-        (self._folder / f"{file}.bin").unlink(missing_ok=True)
-
-
 def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
     """Tell whether to store a tensor of this many bytes row by row."""
     return bool(shape) and shape[0] > 0 and size // shape[0] >= _SMALLEST_ROW
@@ -316,3 +214,156 @@ def _piece(directory: Path, digest: bytes, kind: bytes, file: int, place: int, s
             "differs"
         )
     return content
+
+
+class Taken(NamedTuple):
+    """Watched steps, as they are written: `count` of them, from `step` on.
+
+    program: its number, None if nothing repeats the steps; numbers: of its operators, and those that
+    Python read; inputs: of each step, on the CPU, by name; nesting: the nesting of its batch; bytes: of
+    new inputs; digests: of the state afterwards, by name, if computed, of a single step only.
+    """
+
+    step: int
+    program: int | None
+    numbers: list[int | float] | None
+    inputs: dict[str, Tensor]
+    nesting: Any
+    bytes: int
+    digests: dict[str, str]
+    count: int = 1  # type: ignore[assignment]  # the method of tuples is not needed
+
+
+class Repeats:
+    """The one writer of what repeats steps, and of the contents of their inputs.
+
+    Args:
+        directory: of the run.
+        database: of the run.
+        budget: maximum bytes of batches and other inputs.
+        recorded: the newest step that the run has.
+
+    lost_to: the last step that needs dropped inputs.
+    """
+
+    def __init__(self, directory: Path, database: Database, budget: float, recorded: int) -> None:
+        self.lost_to = 0
+        self._database = database
+        self._folder = directory / FOLDER
+        self._budget = budget
+        self._file: BinaryIO | None = None
+        self._number = 0
+        self._known: dict[bytes, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._newest_step: dict[int, int] = {}
+        self._rows: list[tuple[bytes, int, int, int]] = []
+        self._given: dict[int, tuple[Any, Given, set[int]]] = {}
+        self._packed_key: Any = None
+        self._packed = b""
+        for digest, file, place, size in database.all_contents():
+            self._known[digest] = file
+            self._sizes[file] = max(self._sizes.get(file, 0), place + size)
+            self._newest_step[file] = recorded
+            self._number = max(self._number, file)
+
+    def write(
+        self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]] | None
+    ) -> None:
+        """Write steps. compare: compares those that the run has already, and returns the others.
+
+        Raises:
+            RunError: a step is not the recorded one.
+            RecordingError: they cannot be written.
+        """
+        found: list[Repeat] = []
+        for row in rows:
+            last = row.step + row.count - 1
+            given = {name: self._add_once(last, tensor) for name, tensor in row.inputs.items()}
+            digests = {"digests": row.digests} if row.digests else {}
+            inputs = self._packed_inputs(row.nesting, given, digests)
+            numbers = packed(row.numbers) if row.numbers else None
+            now = Repeat(row.step, row.program, numbers, inputs, row.count)
+            before = found[-1] if found else None
+            # Steps with batches by rule often have everything in common.
+            is_joined = before is not None and not given and not digests and before.last + 1 == now.step
+            if before is not None and is_joined and before[1:4] == now[1:4]:
+                found[-1] = before._replace(count=before.count + now.count)
+            else:
+                found.append(now)
+        new = found if compare is None else compare(found)
+        with self._database.transaction():
+            lost_to = self.lost_to
+            self._commit_contents()
+            self._database.write_repeats(new)
+            if self.lost_to > lost_to:
+                self._database.write_facts({"batches_lost_to": self.lost_to})
+
+    def move(self, directory: Path) -> None:
+        """Write further files in another place: the run's directory was moved."""
+        self._folder = directory / FOLDER
+
+    def close(self) -> None:
+        """Close the file. What the disk has no place for belongs to no recorded step."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+    def _packed_inputs(self, nesting: Any, given: dict[str, Given], digests: dict[str, Any]) -> bytes:
+        """Return the inputs of a step in database form; pack repeated ones only once."""
+        key = repr(nesting), given, digests
+        if key != self._packed_key:
+            listed = {name: each.to_json() for name, each in given.items()}
+            self._packed_key = key
+            self._packed = packed({"nesting": nesting, "given": listed} | digests)
+        return self._packed
+
+    def _commit_contents(self) -> None:
+        """Enter the contents that were added since the last time; to be called in a transaction."""
+        if self._file is not None:
+            self._file.flush()
+        self._database.write_contents(self._rows)
+        self._rows = []
+        self._given = {place: each for place, each in self._given.items() if each[0]() is not None}
+        if self._file is not None and self._sizes[self._number] >= self._budget / FILES:
+            self._file.close()
+            self._file = None
+        while sum(self._sizes.values()) > self._budget and len(self._sizes) > 1:
+            self._give_up(min(self._sizes))
+
+    def _add_once(self, step: int, tensor: Tensor) -> Given:
+        """Add a tensor; skip one that was added before and is still alive."""
+        known = self._given.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[2] <= self._sizes.keys():
+            for file in known[2]:
+                self._newest_step[file] = step
+            return known[1]
+        given = _given(tensor, lambda digest, piece: self._add_piece(step, digest, piece))
+        files = {self._known[digest] for digest in given.digests}
+        self._given[id(tensor)] = weakref.ref(tensor), given, files
+        return given
+
+    def _add_piece(self, step: int, digest: bytes, piece: Any) -> bytes:
+        file = self._known.get(digest)
+        if file is None:
+            file = self._write(digest, piece)
+        self._newest_step[file] = step
+        return digest
+
+    def _write(self, digest: bytes, piece: Any) -> int:
+        if self._file is None:
+            self._number += 1
+            self._folder.mkdir(exist_ok=True)
+            self._file = (self._folder / f"{self._number}.bin").open("wb")
+            self._sizes[self._number] = 0
+        self._rows.append((digest, self._number, self._sizes[self._number], piece.nbytes))
+        self._file.write(piece.data)
+        self._sizes[self._number] += piece.nbytes
+        self._known[digest] = self._number
+        return self._number
+
+    def _give_up(self, file: int) -> None:
+        self.lost_to = max(self.lost_to, self._newest_step.pop(file, 0))
+        del self._sizes[file]
+        self._known = {digest: place for digest, place in self._known.items() if place != file}
+        self._database.remove_contents(file)
+        (self._folder / f"{file}.bin").unlink(missing_ok=True)

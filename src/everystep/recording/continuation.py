@@ -1,4 +1,4 @@
-"""Continuation: what a run has already, when its training goes on.
+"""Continuation: what a run has already when its training continues, or takes from its parent as a fork.
 
 Training begins at a snapshot. The steps after it that were recorded before are taken again, and compared
 with the recording. Nothing of the run changes until a step is taken that it does not have.
@@ -7,17 +7,23 @@ with the recording. Nothing of the run changes until a step is taken that it doe
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError
-from everystep.recording.contents import unpacked
-from everystep.recording.database import Database, Repeat, cut
+from everystep.recording.contents import FOLDER as BATCHES
+from everystep.recording.contents import inputs_of
+from everystep.recording.database import FILE_NAME, Database, Repeat, SnapshotRow, cut, reading
+from everystep.recording.facts import EarlierFacts
+from everystep.recording.files import CHANGES, changes_in, has_own, sweep, take_file
 from everystep.recording.notice import say
+from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.snapshots import PARAMETERS, REST, SnapshotPlan, read_snapshot, remove_snapshots
 
-__all__ = ["Continuation", "shortened"]
+__all__ = ["Continuation", "inherit", "shortened", "tidy"]
 
 #: Tensors that a message names.
 _MOST_NAMED = 3
@@ -117,18 +123,17 @@ class Continuation:
 
     def _compare(self, row: Repeat, before: Repeat) -> None:
         """Compare the batch; of other inputs, those that both have: a watch in full has fewer."""
-        now, known = (unpacked(each.inputs, f"step {row.step}") or {} for each in (row, before))
-        given, recorded = (each.get("given", {}) for each in (now, known))
-        others = [name for name in given.keys() & recorded.keys() if given[name] != recorded[name]]
-        if now.get("nesting") != known.get("nesting") or any(n.startswith("batch/") for n in others):
+        now, known = (inputs_of(each.inputs, f"step {row.step}") for each in (row, before))
+        both = now.given.keys() & known.given.keys()
+        others = [name for name in both if now.given[name] != known.given[name]]
+        if now.nesting != known.nesting or any(name.startswith("batch/") for name in others):
             raise self.differs(row.step, "the batch is not the recorded one")
         if any(name.startswith("input/") for name in others):
             raise self.differs(
                 row.step,
                 "it reads different numbers from a tensor that is neither of its batch nor of a part",
             )
-        digests = now.get("digests", {})
-        other = [n for n, digest in known.get("digests", {}).items() if digests.get(n, digest) != digest]
+        other = [n for n, digest in known.digests.items() if now.digests.get(n, digest) != digest]
         if other:
             raise self.differs(row.step, f"it leaves a different state ({shortened(other)})")
 
@@ -163,3 +168,114 @@ def shortened(names: Sequence[str]) -> str:
     """Return the first few names of tensors, without their kinds."""
     shown = ", ".join(name.partition("/")[2] for name in names[:_MOST_NAMED])
     return shown + (", ..." if len(names) > _MOST_NAMED else "")
+
+
+def inherit(
+    directory: Path, database: Database, plan: SnapshotPlan, parent: RecordedRun, at: int
+) -> dict[str, Any]:
+    """Take over a parent's recording up to state `at`; hard-link files if possible.
+
+    The state itself is taken over from a loop alone: other forks start with their own. Runs in a
+    transaction of the database. Returns the facts of the fork that follow from the parent, by name.
+
+    Raises:
+        OSError: a file cannot be linked or copied.
+        RunError: the parent refers to files that are not its own.
+        RecordingError: the database cannot be written.
+    """
+    with reading(parent.directory / FILE_NAME) as known:
+        losses = known.losses_between(1, at)
+        measured = [row for row in known.measurements() if row[1] <= at]
+        files = known.files()
+        repeats, contents = cut(known.repeats(1, at), 1, at), known.all_contents()
+    database.write_losses(1, [loss for _, loss in losses])
+    database.write_measurements(measured)
+    database.write_repeats(repeats)
+    if repeats:
+        database.write_contents(contents)
+        for number in {file for _, file, _, _ in contents}:
+            _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
+    # A fork of a loop begins with a snapshot of its parent; others bring their own of that state.
+    is_loop = parent.facts.training.loop is not None
+    for row in [row for row in parent.snapshot_rows() if row.step < at + is_loop]:
+        for name in (PARAMETERS, REST):
+            _take(parent.directory, directory, f"{row.directory}/{name}")
+        database.add_snapshot(row)
+        plan.kept[row.step] = row.bytes
+    changes = changes_in(row.name for row in files)
+    # What the parent's loop changed before its next step, the loop of the fork does, or not.
+    later = {name for step, name in changes.items() if step > at - is_loop}
+    taken = [row for row in files if row.name not in later]
+    for file in taken:
+        _take(parent.directory, directory, file.name)
+    database.write_files(taken)
+    earlier: list[EarlierFacts] = []
+    for stretch in parent.stretches:
+        if stretch.first > at:
+            continue
+        training = stretch.facts
+        source = training.experiment_file or EXPERIMENT_FILE
+        if training.experiment_digest is not None or has_own(parent.directory, source):
+            name = f"experiment-{stretch.first}.toml"
+            _take(parent.directory, directory, source, name)
+            training = training.model_copy(update={"experiment_file": name})
+        earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
+    facts = parent.facts
+    kept: dict[str, Any] = {
+        "earlier": tuple(earlier),
+        "measured": facts.measured,
+        "loss_dtype": facts.loss_dtype,
+        "data_file": facts.training.data_file,
+    }
+    if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
+        kept["nonfinite_step"] = facts.nonfinite_step
+    if facts.batches_lost_to is not None:
+        kept["batches_lost_to"] = min(facts.batches_lost_to, at)
+    plan.pinned = {0} | {each.last for each in earlier}
+    return kept
+
+
+def _take(source: Path, target: Path, name: str, own_name: str | None = None) -> None:
+    """Take over a file. A fork reports what it misses when it is read, as its parent does."""
+    if has_own(source, name):
+        take_file(source, name, target, own_name)
+
+
+def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
+    """Remove what no recorded step belongs to, temporary files, and snapshots that cannot be read.
+
+    Args:
+        directory: of the run.
+        database: of the run.
+        recorded: the newest step that stays.
+        at: the state that the training goes on from; the training writes later ones again.
+    """
+    rows = database.snapshots()
+    removed = [row for row in rows if row.step > recorded]
+    removed += [row for row in rows if at < row.step <= recorded and not _is_sound(directory, row)]
+    with database.transaction():
+        database.forget_after(recorded)
+        database.remove_snapshots([row.step for row in removed])
+    folder = directory / "snapshots"
+    remove_snapshots(folder, [row.step for row in removed], lambda steps: None)
+    kept = {f"{row.step:06d}" for row in database.snapshots()}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+    sweep(directory)
+    files = {row.name for row in database.files()}
+    for path in (*directory.glob(f"{CHANGES}/*"), *directory.glob("programs/*")):
+        if f"{path.parent.name}/{path.name}" not in files:
+            path.unlink(missing_ok=True)
+    used = {file for _, file, _, _ in database.all_contents()}
+    for path in directory.glob(f"{BATCHES}/*.bin"):
+        if path.stem.isdecimal() and int(path.stem) not in used:
+            path.unlink(missing_ok=True)
+
+
+def _is_sound(directory: Path, row: SnapshotRow) -> bool:
+    try:
+        read_snapshot(directory, row)
+    except RunError:
+        return False
+    return True

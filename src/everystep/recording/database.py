@@ -1,4 +1,4 @@
-"""A run's SQLite database. With `blocks` and `readable`, the only module that contains SQL."""
+"""A run's SQLite database: all SQL but that of `connection`, `blocks` and `health`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
 from everystep.recording.blocks import LOSS, Blocks, series_of
-from everystep.recording.changes import changes_in
 from everystep.recording.connection import (
+    BYTES,
     FILE_NAME,
-    LOCK_NAME,
     LONGEST_VALUE,
+    LOSSES,
+    MAYBE_BYTES,
+    MAYBE_STEP,
+    STEP,
+    TEXT,
+    VALUES,
     begin_database,
     connect_reading,
     stillness,
 )
-from everystep.recording.fact_rows import read_facts, rows_of
-from everystep.recording.facts import Facts
-from everystep.recording.files import FileRow
-from everystep.recording.names import LONGEST_NAME, MOST_NAMES
-from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
+from everystep.recording.facts import LONGEST_NAME, MOST_NAMES, Facts, MeasuredFacts, read_facts, rows_of
+from everystep.recording.files import FileRow, changes_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FILE_NAME",
-    "LOCK_NAME",
     "Database",
     "MeasurementEnds",
     "Repeat",
@@ -200,6 +202,23 @@ class Database(Blocks):
             steps, found = zip(*numbers, strict=True)
             self.about_to_append(series_of(name), np.array(steps, np.int64), np.array(found, np.float64))
         self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
+
+    def add_measurements(
+        self,
+        rows: Sequence[tuple[str, int, float]],
+        meanings: Mapping[str, MeasuredFacts] = MappingProxyType({}),
+        replaced: Sequence[str] = (),
+    ) -> None:
+        """Write measurements that were made in hindsight (name, step, value), all or nothing.
+
+        meanings: of names that are new; replaced: names to delete existing values of first.
+        """
+        with self.transaction():
+            for name in replaced:
+                self.remove_measurement(name)
+            if meanings:
+                self.write_facts({"measured": self.facts().measured | dict(meanings)})
+            self.write_measurements(rows)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""

@@ -6,14 +6,16 @@ that of the model, too. A database may come from an untrusted source, so reading
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json, to_jsonable_python
 
 from everystep.bounded import MOST_STEPS
-from everystep.errors import RunError
+from everystep.errors import RunError, UsageError
 from everystep.numerics import Numerics
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EAGERLY",
+    "LONGEST_NAME",
     "LONGEST_NOTE",
+    "MOST_NAMES",
     "BatchFacts",
     "DataFacts",
     "DataFileFacts",
@@ -41,8 +45,13 @@ __all__ = [
     "ScheduleFacts",
     "TrainingFacts",
     "WriterFacts",
+    "check_measurement_names",
+    "read_facts",
+    "rows_of",
 ]
 
+#: Characters of a measurement's name, and how many measurements a run may have.
+LONGEST_NAME, MOST_NAMES = 10_000, 10_000
 #: Characters of a note.
 LONGEST_NOTE = 1000
 #: A seed has 64 bits.
@@ -408,3 +417,70 @@ class Facts(_Fact):
         known.pop("trained", None)
         trained = self.trained.model_fields_set if self.trained else ()
         return known | {name: value for name, value in self.trained or () if name in trained}
+
+
+_OF_RUN = Facts.model_fields.keys() - {"trained"}
+_OF_TRAINING = TrainingFacts.model_fields.keys()
+#: These are written together, before the first step.
+_FROM_THE_BEGINNING = {name for name, field in TrainingFacts.model_fields.items() if field.is_required()}
+
+
+def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return facts by name as rows of the database; halves of surrogate pairs become question marks."""
+    assert facts.keys() <= _OF_RUN | _OF_TRAINING
+    texts = {
+        key: json.dumps(to_jsonable_python(fact, inf_nan_mode="constants"), ensure_ascii=False)
+        for key, fact in facts.items()
+    }
+    return [(key, text.encode("utf-8", "replace").decode()) for key, text in texts.items()]
+
+
+def read_facts(rows: Iterable[tuple[Any, Any]], path: Path) -> Facts:
+    """Return facts from the rows of a run's database; those of a later everystep are left out.
+
+    Raises:
+        RunError: one is not what everystep writes, so that the database was changed.
+    """
+    texts: dict[str, str] = {}
+    for key, text in rows:
+        try:
+            from_json(text)
+        except (TypeError, ValueError):
+            raise _changed(path, key) from None
+        texts[key] = text if isinstance(text, str) else text.decode()
+    own = [_member(key, texts[key]) for key in texts if key in _OF_RUN]
+    if texts.keys() >= _FROM_THE_BEGINNING:
+        trained = [_member(key, texts[key]) for key in texts if key in _OF_TRAINING]
+        own.append(_member("trained", f"{{{','.join(trained)}}}"))
+    try:
+        return Facts.model_validate_json(f"{{{','.join(own)}}}")
+    except ValidationError as error:
+        place = error.errors(include_input=False)[0]["loc"]
+        raise _changed(path, place[1] if place[0] == "trained" else place[0]) from None
+
+
+def _member(key: str, text: str) -> str:
+    return f'"{key}":{text}'
+
+
+def _changed(path: Path, key: Any) -> RunError:
+    return RunError(f"{path} has an invalid value for {str(key)[:80]!r}: the database was changed")
+
+
+def check_measurement_names(names: Collection[str]) -> None:
+    """Check that a run can hold measurements of all these names.
+
+    Raises:
+        UsageError: one is too long, or there are too many.
+    """
+    for name in names:
+        if len(name) > LONGEST_NAME:
+            raise UsageError(
+                f"the name {name[:40]!r}... of a measurement has {len(name):,} characters, and a run "
+                f"holds names of up to {LONGEST_NAME:,}; choose a shorter one"
+            )
+    if len(names) > MOST_NAMES:
+        raise UsageError(
+            f"these are {len(names):,} measurements, and a run holds {MOST_NAMES:,}; log fewer names, "
+            "such as the norm or the mean of many numbers"
+        )

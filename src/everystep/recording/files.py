@@ -1,38 +1,62 @@
 """Files of a run: the one place that opens them.
 
 Names stay within the run, no link is followed, only regular files are read, and no more of them than a
-bound. Files are written as a whole, and digests tell changed ones.
+bound. Files are written as a whole, and digests tell changed ones. The data set is one of them while it
+is small, and so is what code between two steps changed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import shutil
 import stat
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import xxhash
 
-from everystep.bounded import MEMORY, open_regular, read_regular
+from everystep.bounded import MEMORY, open_regular, parse_json, read_regular
 from everystep.errors import RunError
+from everystep.recording.facts import DataFileFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
+    "CHANGES",
+    "DATA_FILE",
+    "DATA_LIMIT",
+    "Change",
     "FileRow",
+    "changes_in",
+    "check_data",
     "check_writable_files",
     "has_own",
     "open_own",
     "own_path",
     "program_file",
+    "read_change",
+    "read_data",
     "read_file",
     "read_own",
     "row_of_file",
     "sweep",
     "take_file",
+    "write_change",
+    "write_data",
     "write_whole",
 ]
 
+CHANGES = "changes"
+_NAME = re.compile(rf"{CHANGES}/(\d{{1,18}})\.safetensors")
+DATA_FILE = "data.safetensors"
+#: Data up to this size is stored in the run; of larger data, its size and digest.
+DATA_LIMIT = 256_000_000
 #: Files that are changed in place: a second name of one would be another run's file.
 _CHANGED = ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "run.sqlite-journal", "run.lock")
 
@@ -200,3 +224,147 @@ def sweep(folder: Path) -> None:
     """Remove the temporary files that a killed process left in a directory."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+class Change(NamedTuple):
+    """What code between two steps changed: tensors by name, and the names of removed ones."""
+
+    tensors: dict[str, Tensor]
+    gone: list[str]
+
+
+def write_change(
+    directory: Path, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()
+) -> FileRow:
+    """Write tensors (on the CPU) as they are after `step` and the code that followed it.
+
+    gone: the names of removed tensors.
+    """
+    from safetensors.torch import save
+
+    folder = directory / CHANGES
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".{step:06d}.tmp"
+    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = save(own, {"gone": json.dumps([*gone])} if gone else None)
+    temporary.write_bytes(content)
+    row = row_of_file(f"{CHANGES}/{step:06d}.safetensors", content)
+    temporary.rename(directory / row.name)
+    return row
+
+
+def changes_in(files: Iterable[str]) -> dict[int, str]:
+    """Return the files of changes among those of a run, by step."""
+    matches = [match for match in map(_NAME.fullmatch, files) if match is not None]
+    return {int(match[1]): match[0] for match in matches}
+
+
+def read_change(content: bytes, place: Path) -> Change:
+    """Return what changed. content: of the file at `place`.
+
+    Raises:
+        RunError: the file is unreadable.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(content)
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        gone = parse_json((header.get("__metadata__") or {}).get("gone", "[]"))
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"{place} cannot be read: {error}") from None
+    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
+
+
+def write_data(
+    directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE
+) -> tuple[DataFileFacts, list[FileRow]]:
+    """Write small data (CPU tensors) into a run; return the fact that describes it, and its file."""
+    from safetensors.torch import save
+
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    is_small = size <= DATA_LIMIT
+    files = []
+    if is_small:
+        content = save(_unshared(tensors))
+        write_whole(directory / name, content)
+        files.append(row_of_file(name, content))
+    # Bits depend on how a tensor lies in memory, too.
+    strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
+    fact = DataFileFacts(
+        file=name, stored=is_small, bytes=size, digest=_digest(tensors), strides=strides
+    )
+    return fact, files
+
+
+def read_data(content: bytes, place: Path, fact: DataFileFacts) -> dict[str, Tensor]:
+    """Return the data of a run: x, y, and validation_x and validation_y if it has them.
+
+    content: of the file at `place`.
+
+    Raises:
+        RunError: the file is unreadable, or has other data.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise RunError(f"{place} cannot be read: {error}") from None
+    check_data(tensors, fact, str(place))
+    try:
+        return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
+    except RuntimeError:
+        raise RunError(
+            f"{place} has no data with the recorded strides: the database was changed"
+        ) from None
+
+
+def check_data(tensors: dict[str, Tensor], fact: DataFileFacts, place: str) -> None:
+    """Check that data is that of a run.
+
+    Raises:
+        RunError: it is not; names the digests.
+    """
+    digest = _digest(tensors)
+    if digest != fact.digest:
+        raise RunError(
+            f"{place} is not the data that the run was trained on: its digest is {digest[:12]}..., "
+            f"but the run recorded {fact.digest[:12]}...; restore the original file"
+        )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_bytes_of(tensors[name]))
+    return digest.hexdigest()
+
+
+def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
+    """Return the tensor as it lay in memory when it was trained on."""
+    import torch
+
+    if stride is None or len(stride) != tensor.ndim or 0 in stride:
+        return tensor.clone()  # in memory of torch's own alignment, which kernels are faster with
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors contiguous and with separate memory, as safetensors requires."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        taken = {other.untyped_storage().data_ptr() for other in found.values()}
+        alone = tensor.contiguous()
+        found[name] = alone.clone() if alone.untyped_storage().data_ptr() in taken else alone
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a CPU tensor of any dtype for hashlib, without a copy."""
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

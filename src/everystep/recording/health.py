@@ -6,9 +6,13 @@ little at any length of a run; looking at the numbers reads them all, and lookin
 
 from __future__ import annotations
 
+import csv
+import io
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError
 from everystep.recording.blocks import (
@@ -20,6 +24,7 @@ from everystep.recording.blocks import (
     digests_of_measurements,
     series_of,
 )
+from everystep.recording.connection import BYTES, LOSSES, STEP, TEXT, VALUES, connect_reading
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
 
@@ -32,9 +37,17 @@ __all__ = [
     "measurement_findings",
     "missing_steps",
     "number_findings",
+    "readable_numbers",
     "structure_findings",
 ]
 
+#: Queries for losses, measurements and digests, and the types of their columns.
+_LOSSES = "SELECT 'loss', step, loss FROM steps ORDER BY step {0}", (TEXT, STEP, LOSSES)
+_MEASUREMENTS = (
+    "SELECT name, step, value FROM measurements ORDER BY name {0}, step {0}",
+    (TEXT, STEP, VALUES),
+)
+_DIGESTS = "SELECT name, first, digest FROM blocks ORDER BY name {0}, first {0}", (TEXT, STEP, BYTES)
 #: A run that was closed has digests of all its losses.
 _CLOSED = ("finished", "stopped", "failed")
 #: Blocks and files of a kind that are named one by one.
@@ -57,11 +70,12 @@ class Finding(NamedTuple):
 
 
 def structure_findings(
-    directory: Path, database: Database, facts: Facts, *, is_written: bool = False
+    directory: Path, database: Database, facts: Facts, is_written: bool
 ) -> list[Finding]:
     """Return what shows without reading all numbers.
 
-    is_written: a process is writing the run, so that files may be ahead of the database.
+    is_written: whether a process held the run before the database was opened, so that files may be ahead
+    of it. Asked later, one that ends meanwhile would leave files that are ahead of what is read.
 
     Raises:
         RunError: the database cannot be read.
@@ -75,7 +89,8 @@ def structure_findings(
     short = missing_steps(facts, newest)
     if short is not None:
         found.append(short)
-    later = None if is_written or short is not None else _later_states(directory, database, newest)
+    is_ahead = is_written and facts.status == "running"
+    later = None if is_ahead or short is not None else _later_states(directory, database, newest)
     if later is not None:
         found.append(
             Finding(
@@ -216,3 +231,44 @@ def _later_states(directory: Path, database: Database, newest: int) -> int | Non
 
 def _span(first: int, last: int) -> str:
     return f"{first:,}" if first >= last else f"{first:,} to {last:,}"
+
+
+def readable_numbers(path: Path) -> str:
+    """Return the losses and measurements that can be read, as CSV: series, step, value, digest.
+
+    series: `loss`, or `measurement/` and its name; value: empty for NaN; digest: `same` if the block of
+    the number has the recorded digest, `differs` if it has another one, `none` if none was recorded.
+
+    path: of the database, which may be cut off or malformed.
+
+    Raises:
+        RunError: it cannot be opened at all.
+    """
+    with closing(connect_reading(path, is_whole=False)) as connection:
+        losses, measured, digests = (_rows(connection, *a) for a in (_LOSSES, _MEASUREMENTS, _DIGESTS))
+    recorded = {(series, first): digest for series, first, digest in digests}
+    now = {(LOSS, first): digest for (_, first), digest in digests_of_measurements(losses).items()}
+    now |= digests_of_measurements(measured)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["series", "step", "value", "digest"])
+    for series, step, value in losses + [(series_of(name), *rest) for name, *rest in measured]:
+        block = series, block_of(step)
+        is_same = recorded[block] == now[block] if block in recorded else None
+        said = {True: "same", False: "differs", None: "none"}[is_same]
+        writer.writerow([series, step, value, said])
+    return text.getvalue()
+
+
+def _rows(connection: sqlite3.Connection, query: str, kinds: Any) -> list[Any]:
+    """Return the rows of a query that can be read: from its beginning, and from its end."""
+    found = {}
+    for direction in ("ASC", "DESC"):
+        try:
+            for row in connection.execute(query.format(direction)):
+                if all(type(value) in kind.types for value, kind in zip(row, kinds, strict=True)):
+                    found[row[:2]] = row
+            break
+        except (sqlite3.Error, UnicodeError):  # damaged from here on; `doctor` says so
+            continue
+    return [found[key] for key in sorted(found)]

@@ -1,4 +1,4 @@
-"""The lock of a run: one process writes, and others learn which one."""
+"""The lock of a run: one process writes, and others learn which one; also to add to a finished run."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import os
 import platform
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from everystep.errors import RunError
-from everystep.recording.connection import FILE_NAME, LOCK_NAME
-from everystep.recording.database import reading
-from everystep.recording.facts import WriterFacts
+from everystep.errors import RecordingError, RunError, UsageError
+from everystep.recording.connection import LOCK_NAME
+from everystep.recording.database import FILE_NAME, Database, reading
+from everystep.recording.facts import LONGEST_NOTE, WriterFacts
 from everystep.recording.files import check_writable_files
 from everystep.recording.notice import say
 
-__all__ = ["Unlocked", "is_locked", "locked", "writer_here"]
-
+__all__ = ["Unlocked", "adding", "is_locked", "locked", "write_note", "writer_here"]
 
 #: What a file system answers that has no locks, as some in a network.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -145,3 +146,45 @@ def _by_whom(directory: Path) -> str:
         return ""
     since = writer.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
     return f": process {writer.process} on {writer.host}, since {since}"
+
+
+def write_note(directory: Path, text: str | None) -> str | None:
+    """Write the note of a run, and return it as written: one line. None, or a blank text, removes it.
+
+    Raises:
+        UsageError: it is too long.
+        RunError: the run is still being trained, or another process is adding to it.
+        RecordingError: it cannot be written to.
+    """
+    line = " ".join((text or "").split()) or None
+    if line is not None and len(line) > LONGEST_NOTE:
+        raise UsageError(
+            f"the note has {len(line):,} characters; write at most {LONGEST_NOTE:,} characters"
+        )
+    with adding(directory) as database, database.transaction():
+        database.write_facts({"note": line})
+    return line
+
+
+@contextmanager
+def adding(directory: Path) -> Iterator[Database]:
+    """Open the database of a finished run to add to it.
+
+    Raises:
+        RunError: it is still being trained, or another process is adding to it.
+        RecordingError: it cannot be written to.
+    """
+    try:
+        lock = locked(directory)
+    except OSError as error:
+        raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None
+    try:
+        database = Database.change(directory / FILE_NAME)
+        try:
+            with database.transaction():
+                database.write_facts({"writer": writer_here()})
+            yield database
+        finally:
+            database.close()
+    finally:
+        lock.release()

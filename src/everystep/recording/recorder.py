@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
 import math
 import os
 import queue
@@ -18,22 +16,25 @@ from typing import TYPE_CHECKING, Any
 from everystep import clock
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
-from everystep.recording.changes import write_change
 from everystep.recording.connection import SPARE_NAME
-from everystep.recording.contents import DEFAULT_BATCH_BUDGET
-from everystep.recording.continuation import Continuation
-from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
+from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Repeats, Taken
+from everystep.recording.continuation import Continuation, inherit, tidy
 from everystep.recording.database import FILE_NAME, Database, cut
+from everystep.recording.directories import GoneError, Home
 from everystep.recording.facts import Facts
-from everystep.recording.files import program_file, row_of_file, write_whole
-from everystep.recording.home import GoneError, Home
-from everystep.recording.inheritance import inherit
+from everystep.recording.files import (
+    DATA_FILE,
+    DATA_LIMIT,
+    program_file,
+    row_of_file,
+    write_change,
+    write_data,
+    write_whole,
+)
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.notice import say
-from everystep.recording.repeats import Repeats, Taken
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
-from everystep.recording.tidy import tidy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from everystep.program.program import Program
     from everystep.step.state import State
 
-__all__ = ["Recorder", "create_directory"]
+__all__ = ["Recorder"]
 
 #: Seconds that one write takes, or that the training waits for the disk, until it is said.
 LATE_SECONDS = 10.0
@@ -51,60 +52,6 @@ MOST_WAITING = 512_000_000
 LARGE_BYTES = 1_000_000
 #: Bytes that a run keeps while it is written: several times what its last facts take.
 _SPARE = 65_536
-
-
-def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
-    """Create a run's directory: that one, or the next free `runs/name-1`, `runs/name-2`, ...
-
-    Raises:
-        RunError: `directory` exists already, or cannot be a run's name.
-        RecordingError: it cannot be created.
-    """
-    if directory is not None:
-        _check_name(directory)
-    candidates = [directory] if directory else (runs / f"{name}-{n}" for n in itertools.count(1))
-    for candidate in candidates:
-        try:
-            candidate.parent.mkdir(parents=True, exist_ok=True)
-            candidate.mkdir()
-        except FileExistsError:
-            if directory is not None and directory.exists():
-                raise RunError(
-                    f"{directory} already exists, and everystep never overwrites a run; choose "
-                    "another directory, or omit it to use the next free one"
-                ) from None
-            if candidate.parent.is_dir():
-                continue
-            raise _cannot_create(candidate, f"{candidate.parent} is not a directory") from None
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                raise RunError(f"a run cannot be named {str(candidate)!r:.80}...: too long") from None
-            raise _cannot_create(candidate, error.strerror) from None
-        return candidate
-    raise AssertionError("the count is endless")
-
-
-def _check_name(directory: Path) -> None:
-    """Check that commands take the name of a new run for a name.
-
-    Raises:
-        RunError: they do not.
-    """
-    for name in (directory.parts[:1] or ("",))[0], directory.name:
-        # Bytes that are no text in the encoding of the file system come as surrogates.
-        shown = "".join(sign for sign in name if not "\udc80" <= sign <= "\udcff")
-        if name.startswith(("-", "~")) or not shown.isprintable():
-            raise RunError(
-                f"a run cannot be named {str(directory)!r:.80}: commands do not take {name!r:.80} for a "
-                "name (an option begins with -, a home directory with ~); choose another name"
-            )
-
-
-def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
-    return RecordingError(
-        f"cannot create the run's directory {directory}: {reason}; choose a writable place (--run, or "
-        "directory= in Python)"
-    )
 
 
 class Recorder:
@@ -349,20 +296,16 @@ class Recorder:
     def _begin(self, facts: Facts, parent: RecordedRun | None, at: int, beginning: State | None) -> None:
         """Write what is known before the first step: all or nothing."""
         with self._database.transaction():
-            inherited = {} if parent is None else self._inherit(parent, at)
+            here, database, inherited = self._home.here, self._database, dict[str, Any]()
+            if parent is not None:
+                inherited = inherit(here, database, self.plan, parent, at)
+                self._programs = self._newest_program()
             if beginning is not None:
-                row = write_snapshot(self._home.here / "snapshots", beginning)
-                self._database.add_snapshot(row)
+                row = write_snapshot(here / "snapshots", beginning)
+                database.add_snapshot(row)
                 self.plan.kept[row.step] = row.bytes
             first = {"status": "running", "writer": writer_here()}
-            self._database.write_facts(first | inherited | facts.rows())
-
-    def _inherit(self, parent: RecordedRun, at: int) -> dict[str, Any]:
-        inherited = inherit(self._home.here, self._database, parent, at)
-        self.plan.kept = {row.step: row.bytes for row in inherited.snapshots}
-        self.plan.pinned = inherited.pinned
-        self._programs = self._newest_program()
-        return inherited.facts
+            database.write_facts(first | inherited | facts.rows())
 
     def _resume(self, facts: Facts) -> None:
         """Take over what the run has, and remove what no recorded step belongs to."""
@@ -416,21 +359,25 @@ class Recorder:
             if self._repeats is not None:
                 self._repeats.move(self._home.here)
 
-    def _in_transaction(self, write: Callable[[], None]) -> None:
-        with self._database.transaction():
-            write()
+    @property
+    def _again(self) -> Continuation | None:
+        """What compares steps with recorded ones, until the first new step."""
+        known = self._continuation
+        return None if known is None or known.is_over else known
 
     def _write_facts(self, facts: dict[str, Any]) -> None:
-        if self._continuation is not None and not self._continuation.is_over:
-            self._continuation.facts(facts)
-        else:
-            self._in_transaction(lambda: self._database.write_facts(facts))
+        if self._again is not None:
+            self._again.facts(facts)
+            return
+        with self._database.transaction():
+            self._database.write_facts(facts)
 
     def _write_measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
-        if self._continuation is not None and not self._continuation.is_over:
-            self._continuation.measurements(rows)
-        else:
-            self._in_transaction(lambda: self._database.write_measurements(rows))
+        if self._again is not None:
+            self._again.measurements(rows)
+            return
+        with self._database.transaction():
+            self._database.write_measurements(rows)
 
     def _write_steps(
         self,
@@ -440,52 +387,39 @@ class Recorder:
         facts: Mapping[str, Any],
         taken: Sequence[Taken],
     ) -> None:
-        again = min(max(0, self._passed + 1 - first_step), len(losses))
+        new = min(max(0, self._passed + 1 - first_step), len(losses))
         if taken:
             self._write_repeats(cut(taken, self._passed + 1, MOST_STEPS))
         self._passed = max(self._passed, first_step + len(losses) - 1)
-        self._write_losses(first_step + again, losses[again:], measured, facts)
-
-    def _write_repeats(self, rows: Sequence[Taken]) -> None:
-        known = self._continuation
-        compare = known.new_repeats if known is not None and not known.is_over else None
-        if self._repeats is None:
-            self._repeats = Repeats(self._home.here, self._database, self._batch_budget, self._last_step)
-        self._repeats.write(rows, compare)
-        self.lost_to = self._repeats.lost_to
-        self._bytes_written += sum(row.bytes for row in rows)
-
-    def _write_losses(
-        self,
-        first_step: int,
-        losses: Sequence[float],
-        measured: Sequence[tuple[str, int, float]],
-        facts: Mapping[str, Any],
-    ) -> None:
-        known = self._continuation
-        is_known = known is not None and not known.is_over
-        if known is not None and is_known:
-            first_step, losses = known.new_losses(first_step, losses)
-            known.measurements(measured)
-            known.facts(facts)
+        first_step, losses = first_step + new, losses[new:]
+        again = self._again
+        if again is not None:
+            first_step, losses = again.new_losses(first_step, losses)
+            again.measurements(measured)
+            again.facts(facts)
         if not losses:
             return
-
-        def write() -> None:
-            if known is not None and is_known:
-                known.begin()
+        with self._database.transaction():
+            if again is not None:
+                again.begin()
             else:
                 self._database.write_measurements(measured)
                 self._database.write_facts(facts)
             self._database.write_losses(first_step, losses)
-
-        self._in_transaction(write)
         self._last_step = first_step + len(losses) - 1
         self._written.put((first_step, losses))
 
+    def _write_repeats(self, rows: Sequence[Taken]) -> None:
+        if self._repeats is None:
+            self._repeats = Repeats(self._home.here, self._database, self._batch_budget, self._last_step)
+        self._repeats.write(rows, None if self._again is None else self._again.new_repeats)
+        self.lost_to = self._repeats.lost_to
+        self._bytes_written += sum(row.bytes for row in rows)
+
     def _write_last_facts(self, facts: dict[str, Any]) -> None:
         last = facts if self._continuation is None else self._continuation.last_facts(facts)
-        self._in_transaction(lambda: self._database.write_facts(last))
+        with self._database.transaction():
+            self._database.write_facts(last)
 
     def _write_program(self, number: int, program: Program) -> None:
         from everystep.program.checked import note_sound
@@ -494,12 +428,14 @@ class Recorder:
         text = program.to_json().encode()
         file = program_file(number)
         write_whole(self._home.here / file, text)
-        self._in_transaction(lambda: self._database.write_files([row_of_file(file, text)]))
+        with self._database.transaction():
+            self._database.write_files([row_of_file(file, text)])
         note_sound(text)  # it comes from torch itself, not from a stranger
 
     def _write_change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str]) -> None:
         row = write_change(self._home.here, step, tensors, gone)
-        self._in_transaction(lambda: self._database.write_files([row]))
+        with self._database.transaction():
+            self._database.write_files([row])
 
     def _forget_after(self, step: int) -> None:
         if self._continuation is not None:  # what it was resumed with is compared again
@@ -517,12 +453,9 @@ class Recorder:
 
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
         fact, files = write_data(self._home.here, tensors, name)
-
-        def write() -> None:
+        with self._database.transaction():
             self._database.write_files(files)
             self._database.write_facts({"data_file": fact})
-
-        self._in_transaction(write)
 
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow
@@ -534,7 +467,8 @@ class Recorder:
         started, began = clock.worked(), clock.now()
         row = write_snapshot(self._home.here / "snapshots", state)
         given_up = self.plan.add(row.step, row.bytes)
-        self._in_transaction(lambda: self._database.add_snapshot(row))
+        with self._database.transaction():
+            self._database.add_snapshot(row)
         remove_snapshots(self._home.here / "snapshots", given_up, self._forget)
         self._snapshot_seconds = clock.worked() - started
         if row.bytes > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
@@ -543,7 +477,8 @@ class Recorder:
         self._snapshots_written += 1
 
     def _forget(self, steps: list[int]) -> None:
-        self._in_transaction(lambda: self._database.remove_snapshots(steps))
+        with self._database.transaction():
+            self._database.remove_snapshots(steps)
 
     def _translated(self, error: BaseException, last_step: int) -> RecordingError:
         if last_step:

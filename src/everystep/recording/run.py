@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import block_of
-from everystep.recording.changes import Change, changes_in, read_change
 from everystep.recording.connection import has_log
 from everystep.recording.contents import Given, read_contents
-from everystep.recording.data import read_data
 from everystep.recording.database import (
     FILE_NAME,
     Database,
@@ -26,7 +24,17 @@ from everystep.recording.database import (
     reading,
 )
 from everystep.recording.facts import DataFileFacts, Facts, TrainingFacts
-from everystep.recording.files import FileRow, has_own, own_path, read_file, read_own
+from everystep.recording.files import (
+    Change,
+    FileRow,
+    changes_in,
+    has_own,
+    own_path,
+    read_change,
+    read_data,
+    read_file,
+    read_own,
+)
 from everystep.recording.health import (
     Finding,
     damage_text,
@@ -37,7 +45,7 @@ from everystep.recording.health import (
 )
 from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import read_snapshot
-from everystep.recording.summary import Summary, summary_of
+from everystep.recording.summary import Summary, fingerprint, summary_of
 
 if TYPE_CHECKING:
     import polars
@@ -76,7 +84,7 @@ class RecordedRun:
     def __init__(self, directory: str | Path, *, may_be_cut: bool = False) -> None:
         self.directory = Path(directory)
         self._has_warned = False
-        self._found: tuple[list[tuple[int, int]], list[Finding]] | None = None
+        self._found: tuple[tuple[int, ...], list[Finding]] | None = None
         if may_be_cut:
             return
         # A writer has a log. To ask for its lock takes longer than to read all of this.
@@ -125,7 +133,7 @@ class RecordedRun:
         """Return steps and losses, the latter in their own precision, and what was measured there."""
         import numpy as np
 
-        edition, is_written = self._edition(), is_locked(self.directory)
+        edition, is_written = fingerprint(self.directory), is_locked(self.directory)
         with reading(self._database_path) as database, database.one_moment():
             facts = database.facts()
             steps, losses = database.losses(count)
@@ -150,21 +158,14 @@ class RecordedRun:
     @property
     def measurements(self) -> polars.DataFrame:
         """All measurements besides the loss: columns name, step and value (Float64)."""
-        measured = self._measurements_since(None)
-        self._warn_of(self.findings())
-        return measured
-
-    def _measurements_since(self, step: int | None) -> polars.DataFrame:
         import polars as pl
 
-        rows = self._measured_since(step)
+        with reading(self._database_path) as database:
+            rows = database.measurements()
         schema = {"name": pl.String, "step": pl.Int64, "value": pl.Float64}
         frame = pl.DataFrame(rows, schema=schema, orient="row")
+        self._warn_of(self.findings())
         return frame.with_columns(pl.col("value").fill_null(math.nan))
-
-    def _measured_since(self, step: int | None) -> list[tuple[str, int, float | None]]:
-        with reading(self._database_path) as database:
-            return database.measurements(step)
 
     @property
     def measurement_names(self) -> list[str]:
@@ -311,7 +312,7 @@ class RecordedRun:
 
     def _summary(self, database: Database, is_written: bool) -> Summary:
         facts = database.facts()
-        found = self._structure_findings(database, facts, is_written)
+        found = structure_findings(self.directory, database, facts, is_written)
         damage = damage_text(self.name, found) if found else None
         summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
         return summary._replace(damage=damage)
@@ -329,7 +330,7 @@ class RecordedRun:
                 f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; everystep "
                 f"doctor {self.name} --export FILE.csv writes the numbers that can be read"
             )
-        self._warn_of(self._structure_findings(database, facts, is_written))
+        self._warn_of(structure_findings(self.directory, database, facts, is_written))
 
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them.
@@ -337,7 +338,7 @@ class RecordedRun:
         Raises:
             RunError: the database cannot be read.
         """
-        edition, is_written = self._edition(), is_locked(self.directory)
+        edition, is_written = fingerprint(self.directory), is_locked(self.directory)
         if self._found is not None and self._found[0] == edition:
             return self._found[1]
         with reading(self._database_path) as database, database.one_moment():
@@ -357,14 +358,8 @@ class RecordedRun:
         since: int,
         is_written: bool,
     ) -> list[Finding]:
-        found = self._structure_findings(database, facts, is_written)
+        found = structure_findings(self.directory, database, facts, is_written)
         return [*found, *number_findings(database, losses, measured, since)]
-
-    def _edition(self) -> list[tuple[int, int]]:
-        """Return what differs after a change of the database: times and sizes of its files."""
-        paths = [self._database_path, self.directory / f"{FILE_NAME}-wal"]
-        stats = [path.stat() for path in paths if path.exists()]
-        return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
 
     def database_problems(self) -> list[str]:
         """Return what SQLite itself finds wrong with the whole database."""
@@ -376,15 +371,6 @@ class RecordedRun:
         """What is missing or altered among the numbers of the run, in a line; None if nothing is."""
         found = self.findings()
         return damage_text(self.name, found) if found else None
-
-    def _structure_findings(self, database: Database, facts: Facts, is_written: bool) -> list[Finding]:
-        """Return what shows without reading all numbers.
-
-        is_written: whether a process held the run before the database was opened. Asked later, one that
-        ends meanwhile would leave files that are ahead of what is read.
-        """
-        is_written &= facts.status == "running"
-        return structure_findings(self.directory, database, facts, is_written=is_written)
 
     def _warn_of(self, found: list[Finding]) -> None:
         """Warn, once, if what was just read is not all, or not as it was recorded."""

@@ -9,6 +9,7 @@ from typing import Any
 from everystep.recording.facts import LossFacts, ModuleFacts, OptimizerFacts, ScheduleFacts
 
 __all__ = [
+    "Described",
     "is_rate",
     "loss_text",
     "model_text",
@@ -76,7 +77,7 @@ def loss_text(loss: LossFacts | None) -> str:
     reduction = loss.settings.get("reduction")
     if loss.modules and isinstance(reduction, str):
         return f"{loss.class_name}(reduction={reduction!r})"
-    return model_text(loss.modules) if loss.modules else loss.class_name
+    return whole_text(loss)
 
 
 def optimizers_text(optimizers: Mapping[str, OptimizerFacts]) -> str:
@@ -96,21 +97,25 @@ def optimizer_parts(optimizers: Mapping[str, OptimizerFacts]) -> tuple[str, dict
 
 
 def _optimizer_text(optimizer: OptimizerFacts) -> str:
-    settings = ", ".join(f"{key}={value}" for key, value in _settings_of(optimizer).items())
-    text = f"{optimizer.class_name}({settings})"
+    text = _call_text(optimizer)
     if not optimizer.is_torchs or optimizer.class_name != "GradientDescent" or not optimizer.groups:
         return text
     return f"{text}: parameter - gradient * {optimizer.groups[0].get('lr')}"
 
 
+def _call_text(optimizer: OptimizerFacts) -> str:
+    settings = ", ".join(f"{key}={value}" for key, value in _settings_of(optimizer).items())
+    return f"{optimizer.class_name}({settings})"
+
+
 def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
     """Return the settings of the first param group, except those that are off (None, False or 0)."""
     group = optimizer.groups[0] if optimizer.groups else {}
-    return {key: _setting_text(value) for key, value in group.items() if value not in (None, False, 0)}
-
-
-def _setting_text(value: Any) -> str:
-    return str(tuple(value) if isinstance(value, list) else value)
+    return {
+        key: str(tuple(value) if isinstance(value, list) else value)
+        for key, value in group.items()
+        if value not in (None, False, 0)
+    }
 
 
 def shortest(number: float) -> str:
@@ -127,14 +132,19 @@ def value_text(value: Any) -> str:
     return repr(tuple(value) if isinstance(value, list) else value)
 
 
-def whole_text(thing: ModuleFacts | OptimizerFacts | ScheduleFacts) -> str:
-    """Return an object in a line: its class and its settings, as a call."""
+#: What has a class, and settings.
+Described = ModuleFacts | LossFacts | OptimizerFacts | ScheduleFacts
+
+
+def whole_text(thing: Described) -> str:
+    """Return an object in a line, as a call of its class; a loss with modules as torch prints it."""
+    if isinstance(thing, LossFacts):
+        return model_text(thing.modules) if thing.modules else thing.class_name
     if isinstance(thing, ModuleFacts):
         is_one_line = "\n" not in thing.arguments
         return f"{thing.class_name}({thing.arguments if is_one_line else '...'})"
     if isinstance(thing, OptimizerFacts):
-        settings = ", ".join(f"{key}={value}" for key, value in _settings_of(thing).items())
-        return f"{thing.class_name}({settings})"
+        return _call_text(thing)
     settings = ", ".join(f"{key}={value_text(value)}" for key, value in thing.settings.items())
     every = f", every {thing.every}" if thing.every else ""
     return f"{thing.class_name}({settings}){every}"

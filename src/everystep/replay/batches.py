@@ -14,8 +14,8 @@ from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data
 from everystep.experiment.specification import load
 from everystep.program.precision import Precision
-from everystep.recording.data import check_data
 from everystep.recording.facts import TrainingFacts
+from everystep.recording.files import check_data
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.columns import Setting
 from everystep.step.eager import BatchSource

@@ -11,9 +11,8 @@ from everystep.program.number_slots import is_number
 from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizers import OptimizerOperator
 from everystep.program.program import Program
-from everystep.recording.contents import inputs_of, packed, unpacked
+from everystep.recording.contents import Taken, inputs_of, packed, unpacked
 from everystep.recording.database import Repeat
-from everystep.recording.repeats import Taken
 from everystep.recording.run import RecordedRun
 from everystep.replay.batches import batches_of
 from everystep.replay.programs import read_program

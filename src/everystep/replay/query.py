@@ -14,9 +14,8 @@ from torch import Tensor
 
 from everystep.bounded import check_steps
 from everystep.errors import ExpressionError, UsageError
-from everystep.recording.additions import adding
-from everystep.recording.facts import MeasuredFacts
-from everystep.recording.names import check_measurement_names
+from everystep.recording.facts import MeasuredFacts, check_measurement_names
+from everystep.recording.lock import adding
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression, Reference
@@ -261,14 +260,14 @@ def measure(
     run = opener.run
     meaning = MeasuredFacts(expression=getattr(question, "text", None) or repr(question), every=every)
     left_out: list[int] = []
-    with adding(run.directory) as additions:
+    with adding(run.directory) as database:
         is_new = _check_name(run, name, meaning, overwrite)
         values = {} if is_new else run.measured(name)
         if isinstance(question, Expression) and question.is_recorded:
             last = run.newest_step()
             answers = [(s, v) for s, v in ask_columns(question, run, (1, last)) if s % every == 0]
             rows = [(name, step, value) for step, value in answers]
-            additions.measurements(rows, {name: meaning}, [name] if is_new else [])
+            database.add_measurements(rows, {name: meaning}, [name] if is_new else [])
             on_progress(last)
             return Measured(name, values | dict(answers), ())
         query = Query(question, run, every=every, skipped=frozenset(values))
@@ -279,7 +278,7 @@ def measure(
                 left_out += diverged
                 # A name is there from its first values on: a process may be killed before it has any.
                 rows = [(name, step, value) for step, value in exact]
-                additions.measurements(rows, {name: meaning}, [name] if is_new else [])
+                database.add_measurements(rows, {name: meaning}, [name] if is_new else [])
                 values, is_new = values | dict(exact), False
     return Measured(name, dict(sorted(values.items())), tuple(sorted(left_out)))
 

@@ -86,7 +86,7 @@ class OpenedRun(RecordedRun):
 
     @note.setter
     def note(self, text: str | None) -> None:
-        from everystep.recording.additions import write_note
+        from everystep.recording.lock import write_note
 
         if not isinstance(text, str | None):
             raise UsageError(f"a note is a text, or None to remove it; this is {type(text).__name__}")

@@ -15,11 +15,12 @@ from everystep import numerics
 from everystep.bounded import check_steps
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.specification import Iteration
+from everystep.training.dataset import called
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
 from everystep.training.place import is_quiet
-from everystep.training.rows import called
-from everystep.training.step_function import FunctionRecording, VouchedStep, run_step
+from everystep.training.record import Recording
+from everystep.training.step_function import VouchedStep, run_step
 
 __all__ = ["check_step", "train_step"]
 
@@ -61,7 +62,7 @@ def train_step(
     step: Step,
     batches: Iterable[Any] | None,
     iteration: Iteration,
-    recording: FunctionRecording[Any],
+    recording: Recording[Any],
     progress: Progress,
 ) -> Outcome:
     """Call a step for each batch, and record each call.
@@ -96,7 +97,7 @@ def _take_all(
     step: Step,
     batches: Iterable[Any] | None,
     iteration: Iteration,
-    recording: FunctionRecording[Any],
+    recording: Recording[Any],
     interrupt: Interrupt,
     progress: Progress,
 ) -> None:
@@ -105,7 +106,7 @@ def _take_all(
     take: Callable[..., dict[str, Any]] = partial(run_step, step, recording)
     if iteration.engine == "program":
         vouched = VouchedStep(step, recording, total, is_quiet(batches))
-        recording.note_function(lambda: vouched.facts)
+        recording.writer.function = lambda: vouched.facts
         take = vouched.take
     for batch in _batches(batches, iteration, recording, progress):
         logged = take(*([] if batches is None else [batch]))
@@ -128,7 +129,7 @@ def _total(iteration: Iteration, batches: Iterable[Any] | None) -> dict[str, int
 def _batches(
     batches: Iterable[Any] | None,
     iteration: Iteration,
-    recording: FunctionRecording[Any],
+    recording: Recording[Any],
     progress: Progress,
 ) -> Iterator[Any]:
     """Yield the batches of as many steps or epochs as asked for, except those of recorded steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import clock
 from everystep.errors import DatasetChangedError
-from everystep.recording.data import DATA_FILE
+from everystep.recording.directories import create_directory
 from everystep.recording.facts import EngineFacts, Facts
-from everystep.recording.recorder import Recorder, create_directory
+from everystep.recording.files import DATA_FILE
+from everystep.recording.recorder import Recorder
 from everystep.recording.run import EXPERIMENT_FILE
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
@@ -22,7 +23,7 @@ from everystep.step.hyperparameters import expected_to_change
 from everystep.step.torchs_own import is_torchs_schedule
 from everystep.training.dataset import DatasetBatches
 from everystep.training.interrupt import Interrupt, interrupt_deferred
-from everystep.training.job import Job, Origin, Outcome, Progress
+from everystep.training.job import Job, Outcome, Progress
 from everystep.training.resumed import facts_resumed
 from everystep.training.stepper import Stepper
 from everystep.training.watched_steps import WatchedSteps
@@ -99,7 +100,7 @@ class _ModelWriter(RunWriter):
             progress.notice,
             progress.advance,
             seconds_before=0.0 if resumed is None else resumed.seconds,
-            is_finite=_nonfinite_before(origin) is None,
+            is_finite=origin is None or origin.is_finite,
         )
         goes_on = "training continues (stop_on_nan = true stops it)"
         ends = "training stops" if job.facts.stop_on_nan else goes_on
@@ -138,7 +139,7 @@ class _ModelWriter(RunWriter):
             if not self._advance(stepper):
                 continue
             if job.evaluation is not None and self._is_evaluation(self.step):
-                self._evaluate()
+                self._evaluate(stepper, job.evaluation)
             if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
@@ -316,33 +317,17 @@ class _ModelWriter(RunWriter):
     def _is_evaluation(self, step: int) -> bool:
         return step % self.job.evaluate_every == 0 or step == self.job.steps
 
-    def _evaluate(self) -> None:
-        evaluation, schedule = self.job.evaluation, self.job.training.schedule
-        if evaluation is None:
-            return
+    def _evaluate(self, stepper: Stepper, evaluation: Evaluation) -> None:
+        """Measure; a schedule that follows the validation loss advances."""
+        schedule = self.job.training.schedule
         follows = schedule if isinstance(schedule, ReduceLROnPlateau) else None
-        if evaluation.has_foreign_code or not is_torchs_schedule(follows):
-            assert self._stepper is not None
-            with self._stepper.foreign_code():
-                measured = _evaluated(evaluation, follows)
-        else:
-            measured = _evaluated(evaluation, follows)
+        is_known = not evaluation.has_foreign_code and is_torchs_schedule(follows)
+        with nullcontext() if is_known else stepper.foreign_code():
+            measured = evaluation.measure()
+            if follows is not None:
+                follows.step(measured["validation_loss"])
         self.measured += [(name, self.step, value) for name, value in measured.items()]
-
-
-def _evaluated(evaluation: Evaluation, follows: ReduceLROnPlateau | None) -> dict[str, float]:
-    """Evaluate, and let a schedule that follows the validation loss do so."""
-    measured = evaluation.measure()
-    if follows is not None:
-        follows.step(measured["validation_loss"])
-    return measured
 
 
 def _next_multiple(step: int, interval: int) -> int:
     return (step // interval + 1) * interval
-
-
-def _nonfinite_before(origin: Origin | None) -> int | None:
-    """Return the first step with a loss that is not finite, if the training starts after it."""
-    step = None if origin is None else origin.run.facts.nonfinite_step
-    return step if origin is not None and step is not None and step <= origin.at else None

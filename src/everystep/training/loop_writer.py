@@ -18,11 +18,12 @@ from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
 from everystep.step.check import state_differences
-from everystep.step.elsewhere import versions_by_name
+from everystep.step.elsewhere import Elsewhere, versions_by_name
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
 from everystep.step.state import State, copy_of
 from everystep.step.taken import TakenByProgram
+from everystep.training.batch import BatchCopies
 from everystep.training.facts import facts_of_loop
 from everystep.training.notices import Notices
 from everystep.training.place import Place
@@ -86,8 +87,9 @@ class LoopWriter(RunWriter):
         advanced: called with a step that was written, and the losses from it on.
         resumed: where a run goes on, None for a new one.
 
-    last_path: what the last step did; state: the live tensors after it; function: returns how the steps
-    of a function ran.
+    parts: what the loop carries; elsewhere: tensors that are not of the parts; copies: of the tensors of
+    batches; state: the live tensors after the last step; function: returns how the steps of a function
+    ran.
     """
 
     def __init__(
@@ -101,9 +103,11 @@ class LoopWriter(RunWriter):
         resumed: ResumedLoop | None = None,
     ) -> None:
         self._whole = parts
-        self._parts = parts.parts
+        self.parts = parts.parts
+        self.elsewhere = Elsewhere()
+        self.copies = BatchCopies()
         self._place = place
-        self.last_path: StepPath | None = None
+        self._last: tuple[StepPath, AnyWatch] | None = None
         self.state: dict[str, Tensor] | None = None
         self.function: Callable[[], FunctionFacts] | None = None
         self._pending: State | None = None
@@ -111,7 +115,7 @@ class LoopWriter(RunWriter):
         self._is_still = False
         if resumed is None:
             beginning = parts.snapshot(0)
-            trained = facts_of_loop(self._parts, LoopFacts.of(self._parts.named))
+            trained = facts_of_loop(self.parts, LoopFacts.of(self.parts.named))
             facts = Facts(name=directory.name, started=now(), steps=0, trained=trained)
             recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
             recorder.snapshot(beginning)
@@ -128,7 +132,7 @@ class LoopWriter(RunWriter):
             self.rates, self._later = resumed.rates, resumed.later
             self._has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
         self._rows = StepRows(recorder)
-        self._versions = versions_by_name(self._parts.state())
+        self._versions = versions_by_name(self.parts.state())
         if message := numerics.warning():
             say(message)
 
@@ -147,22 +151,27 @@ class LoopWriter(RunWriter):
             name = next(iter((*changed, *gone))).partition("/")[2]
             self._notices.changed_between(self.step, name)
 
-    def add(self, step: StepUnderWay[AnyWatch], copied: int, after: dict[str, Tensor]) -> None:
-        """Add a step that is over.
+    @property
+    def last(self) -> tuple[StepPath, AnyWatch]:
+        """The path of the last step, and its watch."""
+        assert self._last is not None
+        return self._last
 
-        Args:
-            copied: bytes from elsewhere that were copied since the beginning.
-            after: the live tensors of the parts.
-        """
+    def state_now(self, *, is_settled: bool) -> dict[str, Tensor]:
+        """Return the live tensors of the parts. is_settled: nothing has run since the last step."""
+        return self.state if is_settled and self.state is not None else self.parts.state()
+
+    def add(self, step: StepUnderWay[AnyWatch], after: dict[str, Tensor]) -> None:
+        """Add a step that is over. after: the live tensors of the parts."""
         self.step += 1
         # Of a tensor that was changed since it was logged, no operation made the loss.
         is_as_logged = changes_of(step.loss) == step.loss_version
         path = step.watch.end(after, step.loss if is_as_logged else None)
-        self.last_path, self.state = path, after
+        self._last, self.state = (path, step.watch), after
         self._keep_what_is_unknown(step, after)
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
         inputs |= self._place.generators
-        given = after, inputs, step.nested, copied
+        given = after, inputs, step.nested, self.elsewhere.copied
         self.taken.append(self._rows.row(self.step, step.watch, path, *given))
         self._note_logged(step, path)
         self._notices.of_step(self.step, step.watch, is_compiled=step.is_compiled)
@@ -183,7 +192,7 @@ class LoopWriter(RunWriter):
 
     def note_versions(self) -> None:
         """Note that the state equals that after the last step, although tensors were written since."""
-        self._versions = versions_by_name(self._parts.state())
+        self._versions = versions_by_name(self.parts.state())
 
     def forget_versions(self) -> None:
         """Discard an incomplete step: no snapshot may hold the current state."""
@@ -210,7 +219,7 @@ class LoopWriter(RunWriter):
         self._keep_pending()
         self.flush()
         # A program writes gradients as Python does, and nothing has run since.
-        is_last = self._is_still or self._versions == versions_by_name(self._parts.state())
+        is_last = self._is_still or self._versions == versions_by_name(self.parts.state())
         if self.step and not is_pending and is_last:
             last = self._snapshot()
             # A draw that found no more batches may have used the generators, and no step did.
@@ -219,7 +228,7 @@ class LoopWriter(RunWriter):
         self.close(status, reason, self._loop_facts())
 
     def _size_of_state(self) -> int:
-        return sum(tensor.nbytes for tensor in self._parts.state().values())
+        return sum(tensor.nbytes for tensor in self.parts.state().values())
 
     def _snapshot(self) -> State:
         """Return the current state, with the place in the batches."""
@@ -293,7 +302,7 @@ class LoopWriter(RunWriter):
 
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(
-            parts=LoopFacts.of(self._parts.named).parts,
+            parts=LoopFacts.of(self.parts.named).parts,
             programs=self.recorder.program_count,
             unseen=tuple(sorted(self._notices.unseen)),
             has_loss=self._has_loss,

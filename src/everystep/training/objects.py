@@ -26,13 +26,15 @@ from torch.utils.data import (
 
 from everystep.errors import DataError, ExperimentError, Fault, RunError, UsageError
 from everystep.program.operation import path_faults
-from everystep.recording.names import check_measurement_names
+from everystep.recording.facts import check_measurement_names
 from everystep.step.follow import is_compiled, scripted_fault
-from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+from everystep.training.dataset import DEFAULT_DATASET_LIMIT, called, unfit
 from everystep.training.measurements import RESERVED_NAMES
-from everystep.training.rows import called, unfit
 
 __all__ = ["Objects", "is_dataset"]
+
+Faults = Iterator[Fault]
+_COPYING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,6 @@ class Objects:
             raise UsageError(faults, "the given objects")
 
 
-_COPYING = threading.Lock()
-
-
 @contextmanager
 def _whole_optimizers() -> Iterator[None]:
     """Make `copy.deepcopy` copy the attributes of an optimizer, which torch drops."""
@@ -168,9 +167,6 @@ def _whole_optimizers() -> Iterator[None]:
 
 def _first_sentence(error: Exception) -> str:
     return str(error).partition(". ")[0].partition("\n")[0]
-
-
-Faults = Iterator[Fault]
 
 
 def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:

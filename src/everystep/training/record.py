@@ -18,22 +18,22 @@ from torch import Tensor
 
 from everystep.errors import RecordingError, RunError, UsageError
 from everystep.program.operation import path_faults
-from everystep.recording.names import check_measurement_names
+from everystep.recording.directories import create_directory
+from everystep.recording.facts import check_measurement_names
 from everystep.recording.notice import say
-from everystep.recording.recorder import Recorder, create_directory
+from everystep.recording.recorder import Recorder
 from everystep.recording.run import RecordedRun
 from everystep.step.cursor import Cursor
-from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.parts import Parts, check_parts
 from everystep.step.parts_state import PartsState
-from everystep.training.batch import BatchCopies, tensors_of, text_of
+from everystep.step.stand_in import Around
+from everystep.training.batch import tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loop_writer import LoopWriter, StepUnderWay, changes_of
 from everystep.training.place import Place
 from everystep.training.resumed import forked_loop, resumed_loop
-from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Recording"]
 
@@ -81,14 +81,13 @@ class Recording(Generic[R]):
             self._optimizer_begins,
             self._optimizer_ends,
         )
-        self._elsewhere = Elsewhere()
         self._paths = KnownPaths()
-        self._copies = BatchCopies()
         self._under_way: StepUnderWay[Cursor] | None = None
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
         self._left_at: int | None = None
-        self._last: AnyWatch | None = None
+        #: What the current step does besides operations, where somebody asks for it.
+        self.around: Around | None = None
         self._iterator: weakref.ref[Any] | None = None
         self._restore: Callable[[], None] = lambda: None
         self._is_writing = False
@@ -106,6 +105,19 @@ class Recording(Generic[R]):
         if self._writer is None:
             raise _not_begun()
         return self._open_run(self._writer.directory)
+
+    @property
+    def writer(self) -> LoopWriter:
+        """What writes the run.
+
+        Raises:
+            UsageError: the recording has not started, or has ended.
+        """
+        if self._writer is None:
+            raise _not_begun()
+        if not self.is_open:
+            raise UsageError("the recording has ended; create another with everystep.record(...)")
+        return self._writer
 
     @property
     def is_open(self) -> bool:
@@ -178,7 +190,7 @@ class Recording(Generic[R]):
     ) -> None:
         if not self.is_open:
             return
-        writer = self._open()
+        writer = self.writer
         try:
             if self._under_way is not None and error is None:
                 self.end_step()  # `next` asked for the batch, and not for another
@@ -214,7 +226,7 @@ class Recording(Generic[R]):
             UsageError: the recording has not started, or has ended.
             RecordingError: writing the run failed.
         """
-        self._open()
+        _ = self.writer
         steps = self._steps(batches)
         self._iterator = weakref.ref(steps)
         return steps
@@ -233,7 +245,7 @@ class Recording(Generic[R]):
                     self._close()  # `zip` asked for it, but another iterable had ended
                 else:
                     self.end_step()
-                    self._left_at = self._open().step
+                    self._left_at = self.writer.step
                 raise
             self.end_step()
         if not count and not is_resumed:
@@ -242,7 +254,7 @@ class Recording(Generic[R]):
     @property
     def step_count(self) -> int:
         """How many steps the run has; those that a resumed loop takes again do not count yet."""
-        return self._open().step
+        return self.writer.step
 
     def _settle(self) -> None:
         """Bring the parts to the snapshot again, at the place from which the loop goes on.
@@ -261,7 +273,7 @@ class Recording(Generic[R]):
                 f"recording.steps(...) starts again; move it inside: recording.steps({name}(...))"
             )
         self._restore()
-        self._open().note_versions()
+        self.writer.note_versions()
 
     @property
     def is_ahead(self) -> bool:
@@ -350,7 +362,7 @@ class Recording(Generic[R]):
             UsageError: a step is already in progress, or the recording has not started or has ended.
             RecordingError: writing the run failed.
         """
-        writer = self._open()
+        writer = self.writer
         if self._under_way is not None:
             raise UsageError("a step is already in progress; a recording has one loop at a time")
         writer.recorder.wait()
@@ -358,10 +370,7 @@ class Recording(Generic[R]):
         state = self._parts.state()
         writer.note_changes(state)
         device = self._parts.device
-        watch = Cursor(self._paths, device, self._follower, self._elsewhere)
-        self._begin(watch, state, batch)
-
-    def _begin(self, watch: Cursor, state: dict[str, Tensor], batch: Any) -> None:
+        watch = Cursor(self._paths, device, self._follower, writer.elsewhere)
         rates = self._parts.rates()
         watch.begin(state)
         self._follower.step_begins()
@@ -391,19 +400,18 @@ class Recording(Generic[R]):
             raise UsageError(faults, "the batch")
         step.nesting.append(text_of(batch, path))
         with self._aside(tensors.values()):
-            step.batch |= self._copies.of(tensors)
+            step.batch |= self.writer.copies.of(tensors)
             step.watch.add_batch(tensors)
 
     def end_step(self) -> None:
         """End the step that `begin_step` began, and record it."""
         step = self._close()
         if step is not None:
-            self._last = step.watch
             if step.is_compiled:
                 self._paths.given_up = "torch.compile is in use"
             with self._writing():
-                self._open().add(step, self._elsewhere.copied, self._parts.state())
-                self._elsewhere.clean()
+                self.writer.add(step, self._parts.state())
+                self.writer.elsewhere.clean()
             self._end_if_asked()
 
     def stop(self, reason: str) -> None:
@@ -412,7 +420,7 @@ class Recording(Generic[R]):
 
     def flush(self) -> None:
         """Write everything recorded so far to disk; this also happens several times a second."""
-        self._open().flush()
+        self.writer.flush()
 
     def _close(self) -> StepUnderWay[Cursor] | None:
         """End the current step without recording it; return it."""
@@ -424,7 +432,7 @@ class Recording(Generic[R]):
     def _abandon(self) -> None:
         """Discard an incomplete step: record neither it nor a snapshot of its state."""
         self._close()
-        self._open().forget_versions()
+        self.writer.forget_versions()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -452,6 +460,8 @@ class Recording(Generic[R]):
             self._under_way.watch.module_done(path, outputs)
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+        if self._under_way is not None and self.around is not None:
+            self.around.optimizer_begins(optimizer)
         if self._under_way is not None and not self._under_way.watch.is_paused:
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
@@ -465,18 +475,6 @@ class Recording(Generic[R]):
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
                 self._under_way.watch.optimizers.ends(name, lambda: self._parts.gradients(optimizer))
-
-    def _open(self) -> LoopWriter:
-        """Return the writer.
-
-        Raises:
-            UsageError: the recording has not started, or has ended.
-        """
-        if self._writer is None:
-            raise _not_begun()
-        if not self.is_open:
-            raise UsageError("the recording has ended; create another with everystep.record(...)")
-        return self._writer
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -8,128 +8,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from everystep import clock
 from everystep.errors import TrainingError, UsageError
 from everystep.recording.facts import FunctionFacts
-from everystep.step.build import BuiltPath
 from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
-from everystep.step.parts import Parts
-from everystep.step.path import Path
 from everystep.step.stand_in import Around, NotReplaceableError, StandIn
 from everystep.step.surroundings import Surroundings
 from everystep.step.verified import CheckPlan
 from everystep.training.batch import key_of, tensors_of, text_of
+from everystep.training.dataset import called
 from everystep.training.loop_writer import StepUnderWay, changes_of
-from everystep.training.record import R, Recording
-from everystep.training.rows import called
-from everystep.training.step_rows import AnyWatch
+from everystep.training.record import Recording
 
-__all__ = ["FunctionRecording", "VouchedStep", "run_step"]
-
-
-class _SeenBatch(NamedTuple):
-    """What is kept of a batch. era: in which nothing changes it."""
-
-    batch: tuple[Any, ...]
-    era: int
-    tensors: dict[str, Tensor]
-    copies: dict[str, Tensor]
-    nesting: list[Any]
-
-
-class FunctionRecording(Recording[R]):
-    """A recording of a step function: its calls, and the steps by programs.
-
-    around: what the current step does besides operations, where somebody asks for it.
-    """
-
-    around: Around | None = None
-    _seen: _SeenBatch | None = None
-
-    @property
-    def parts(self) -> Parts:
-        """What is trained."""
-        return self._parts
-
-    @property
-    def step_count(self) -> int:
-        """How many steps were recorded."""
-        return self._open().step
-
-    @property
-    def last(self) -> tuple[Path, AnyWatch]:
-        """The path of the last step, and its watch."""
-        path = self._open().last_path
-        assert path is not None and self._last is not None
-        return path, self._last
-
-    def state_now(self, *, is_settled: bool) -> dict[str, Tensor]:
-        """Return the live tensors of the parts. is_settled: nothing has run since the last step."""
-        known = self._open().state
-        return known if is_settled and known is not None else self._parts.state()
-
-    def program_of(self, path: Path) -> BuiltPath | str:
-        """Return the program of an observed step, or why it has none."""
-        return self._open().program_of(path)
-
-    def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
-        """Note that programs run steps of a function. facts: returns how, so far."""
-        self._open().function = facts
-
-    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
-        if self.around is not None and self._under_way is not None:
-            self.around.optimizer_begins(optimizer)
-        super()._optimizer_begins(optimizer, has_arguments)
-
-    def take(
-        self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_settled: bool, era: int
-    ) -> dict[str, Any]:
-        """Run a step by a program, on a batch or without one, and record it; return what it logs.
-
-        Args:
-            state: the live tensors of the parts; updated to those after the step.
-            is_settled: nothing has run since the last step, which a program ran.
-            era: the number of the current stretch of such steps.
-
-        Raises:
-            NotReplaceableError: the program cannot run this step; nothing has happened yet.
-            RecordingError: writing the run failed.
-        """
-        writer = self._open()
-        writer.recorder.wait()
-        if not is_settled:
-            writer.note_changes(state)
-        seen, rates = self._batch_of(batch, era), self._parts.rates()
-        try:
-            watch, logged = stand_in.take(state, seen.tensors, is_settled=is_settled)
-        except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
-            writer.forget_versions()
-            raise
-        step = StepUnderWay(watch, rates)
-        step.batch, step.nesting = seen.copies, seen.nesting
-        step.logged, step.loss = dict(logged), logged.get("loss")
-        step.loss_version = changes_of(step.loss)
-        writer.add(step, self._elsewhere.copied, state)
-        return logged
-
-    def _batch_of(self, batch: tuple[Any, ...], era: int) -> _SeenBatch:
-        """Return what is kept of a batch; of the last one again if it is the same, in the same era."""
-        seen = self._seen
-        if seen is None or seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
-            tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
-            copies = self._copies.of(tensors, era)
-            seen = self._seen = _SeenBatch(batch, era, tensors, copies, [*map(text_of, batch)])
-        return seen
-
-    def release(self, stand_in: StandIn) -> None:
-        """Give the parts gradients that no program writes into, before Python runs a step."""
-        writer = self._open()
-        if writer.state is not None and stand_in.release(writer.state):
-            writer.note_versions()
+__all__ = ["VouchedStep", "run_step"]
 
 
 Step = Callable[..., Any]
@@ -143,7 +37,7 @@ MOST_KINDS = 64
 MOST_BYTES = 512_000_000
 
 
-def run_step(step: Step, recording: FunctionRecording[Any], *batch: Any) -> dict[str, Any]:
+def run_step(step: Step, recording: Recording[Any], *batch: Any) -> dict[str, Any]:
     """Run a step in Python, on a batch or without one, and record it; return what it logs.
 
     Raises:
@@ -153,6 +47,16 @@ def run_step(step: Step, recording: FunctionRecording[Any], *batch: Any) -> dict
         logged = _logged(step(*batch))
         recording.log(**logged)
     return logged
+
+
+class _SeenBatch(NamedTuple):
+    """What is kept of a batch. era: in which nothing changes it."""
+
+    batch: tuple[Any, ...]
+    era: int
+    tensors: dict[str, Tensor]
+    copies: dict[str, Tensor]
+    nesting: list[Any]
 
 
 @dataclass
@@ -182,14 +86,13 @@ class VouchedStep:
         TrainingError: no program can run such steps.
     """
 
-    def __init__(
-        self, step: Step, recording: FunctionRecording[Any], steps: int | None, is_quiet: bool
-    ) -> None:
+    def __init__(self, step: Step, recording: Recording[Any], steps: int | None, is_quiet: bool) -> None:
         self._step = step
         self._recording = recording
+        self._writer = recording.writer
         self._steps = steps
         self._is_quiet = is_quiet
-        parts = self._parts = recording.parts
+        parts = self._parts = self._writer.parts
         alone = len(parts.optimizers) == 1
         optimizers = {
             "the optimizer" if alone else name: each for name, each in parts.optimizers.items()
@@ -201,12 +104,13 @@ class VouchedStep:
         self._kinds: dict[Any, _Kind] = {}
         self._renewals = 0
         self._last_batch = self._last_key = None
+        self._seen: _SeenBatch | None = None
         self._parameters: list[Tensor] = []
         #: Whether nothing but steps by programs has happened since the guards were compared, and in
         #: which stretch of such steps this one is.
         self._is_settled = False
         self._era = 0
-        self._after = recording.step_count
+        self._after = self._writer.step
         self._plan = CheckPlan(self._after)
         self._used: list[StandIn] = []
         self._by_program = 0
@@ -238,7 +142,7 @@ class VouchedStep:
             UsageError: the step returns something that cannot be logged.
             TrainingError: no program can run such steps, or a check failed.
         """
-        number = self._recording.step_count + 1
+        number = self._writer.step + 1
         is_settled, self._is_settled = self._is_settled and self._is_quiet, False
         self._era += not is_settled
         if not is_settled and self._has_programs:
@@ -249,7 +153,7 @@ class VouchedStep:
         stand_in = kind.stand_in
         if stand_in is None:
             return self._watch(kind, batch)
-        state = self._recording.state_now(is_settled=is_settled)
+        state = self._writer.state_now(is_settled=is_settled)
         if not stand_in.is_ready(state, self._era):
             return self._by_python(batch)[0]
         if not kind.is_checked or self._plan.is_due(number, self._steps):
@@ -277,7 +181,7 @@ class VouchedStep:
 
     def _key_of(self, batch: tuple[Any, ...], is_settled: bool) -> Any:
         if not is_settled or not batch or batch[0] is not self._last_batch:
-            state = self._recording.state_now(is_settled=is_settled)
+            state = self._writer.state_now(is_settled=is_settled)
             places = {tensor.untyped_storage()._cdata for tensor in state.values()}
             self._last_key = key_of(batch, places)
             self._last_batch = batch[0] if batch else None
@@ -296,16 +200,18 @@ class VouchedStep:
 
     def _by_python(self, batch: tuple[Any, ...]) -> tuple[dict[str, Any], Around]:
         """Run a step in Python; return what it logs, and what it does besides operations."""
+        state = self._writer.state
         for kind in self._kinds.values():
-            if kind.stand_in is not None:  # it writes into gradients that Python may keep
-                self._recording.release(kind.stand_in)
+            # A program writes into gradients that Python may keep: the parts get others.
+            if kind.stand_in is not None and state is not None and kind.stand_in.release(state):
+                self._writer.note_versions()
         around = self._recording.around = Around(self._parts)
         return run_step(self._step, self._recording, *batch), around
 
     def _watch(self, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Run a step in Python; if it is like one before, a program may stand in from then on."""
         logged, around = self._by_python(batch)
-        path, seen = self._recording.last
+        path, seen = self._writer.last
         if not isinstance(seen, Cursor) or not seen.is_followed:
             kind.unlike += 1
             if kind.unlike == MOST_UNLIKE:
@@ -318,7 +224,7 @@ class VouchedStep:
         if "loss" in tensors and path.loss is None:
             unknown.add("loss")
         plain = {name: value for name, value in logged.items() if name not in tensors}
-        built = self._recording.program_of(path)
+        built = self._writer.program_of(path)
         try:
             if unknown:
                 raise NotReplaceableError(f"{min(unknown)} is not the result of an operation")
@@ -339,17 +245,47 @@ class VouchedStep:
         batch: tuple[Any, ...],
         is_settled: bool,
     ) -> dict[str, Any]:
-        started = clock.now()
+        """Run a step by a program, and record it; return what it logs.
+
+        Args:
+            kind: of the batch.
+            stand_in: the program.
+            state: the live tensors of the parts; updated to those after the step.
+            batch: one, or none.
+            is_settled: nothing has run since the last step, which a program ran.
+        """
+        started, writer = clock.now(), self._writer
+        writer.recorder.wait()
+        if not is_settled:
+            writer.note_changes(state)
+        seen, rates = self._batch_of(batch), self._parts.rates()
         try:
-            logged = self._recording.take(stand_in, state, *batch, is_settled=is_settled, era=self._era)
-        except NotReplaceableError:
+            watch, logged = stand_in.take(state, seen.tensors, is_settled=is_settled)
+        except NotReplaceableError:  # nothing has happened yet
             kind.stand_in, kind.is_checked = None, False
             return self._by_python(batch)[0]
+        except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
+            writer.forget_versions()
+            raise
+        step = StepUnderWay(watch, rates)
+        step.batch, step.nesting = seen.copies, seen.nesting
+        step.logged, step.loss = dict(logged), logged.get("loss")
+        step.loss_version = changes_of(step.loss)
+        writer.add(step, state)
         self._by_program += 1
         self._renewals = 0
         self._is_settled = not stand_in.schedules
         self._plan.timed(1, clock.now() - started)
         return logged
+
+    def _batch_of(self, batch: tuple[Any, ...]) -> _SeenBatch:
+        """Return what is kept of a batch; of the last one again if it is the same, in the same era."""
+        seen, era = self._seen, self._era
+        if seen is None or seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
+            tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
+            copies = self._writer.copies.of(tensors, era)
+            seen = self._seen = _SeenBatch(batch, era, tensors, copies, [*map(text_of, batch)])
+        return seen
 
     def _check(
         self, number: int, kind: _Kind, stand_in: StandIn, batch: tuple[Any, ...]
@@ -368,7 +304,7 @@ class VouchedStep:
         before = PartsCopy.of(self._parts)
         copies = {name: tensor.detach().clone() for name, tensor in _tensors_of(batch).items()}
         logged, around = self._by_python(batch)
-        path, seen = self._recording.last
+        path, seen = self._writer.last
         reason = "Python runs different operations than before"
         if path == stand_in.path and isinstance(seen, Cursor) and seen.is_followed:
             reason = _other_schedules(around, stand_in) or (

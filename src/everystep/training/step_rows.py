@@ -11,9 +11,8 @@ from torch import Tensor
 from everystep import clock
 from everystep.program.operators import NotAllowedError
 from everystep.program.program import Program
-from everystep.recording.contents import digest_of
+from everystep.recording.contents import Taken, digest_of
 from everystep.recording.notice import say
-from everystep.recording.repeats import Taken
 from everystep.step.build import BuiltPath, NotCapturableError, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.path import Path

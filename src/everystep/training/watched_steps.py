@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, optim
 
-from everystep.recording.repeats import Taken
+from everystep.recording.contents import Taken
 from everystep.step.build import BuiltPath
 from everystep.step.check import same_bits
 from everystep.step.comparison import PartsCopy

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from everystep import clock
+from everystep.recording.contents import Taken
 from everystep.recording.recorder import Recorder
-from everystep.recording.repeats import Taken
 
 __all__ = ["RunWriter", "now"]
 

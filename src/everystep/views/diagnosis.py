@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everystep.recording.database import FILE_NAME
-from everystep.recording.readable import readable_numbers
+from everystep.recording.health import readable_numbers
 from everystep.views.answers import labelled
 from everystep.views.output_file import write_file
 

@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from everystep.errors import RecordingError, RunError
 from everystep.page.routes.asked import Asked
-from everystep.recording.additions import write_note
+from everystep.recording.lock import write_note
 
 __all__ = ["routes"]
 

@@ -14,8 +14,9 @@ import torch
 
 from everystep import clock
 from everystep.errors import RunError, UsageError
+from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
-from everystep.recording.recorder import Recorder, create_directory
+from everystep.recording.recorder import Recorder
 from everystep.recording.run import RecordedRun
 from everystep.replay.further import FurtherSteps
 from everystep.replay.loop import LoopStepper

@@ -16,8 +16,8 @@ from everystep.experiment.files import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
 from everystep.recording.asked import flat
-from everystep.recording.data import check_data
 from everystep.recording.facts import TrainingFacts
+from everystep.recording.files import check_data
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.batches import stored_data

@@ -1,0 +1,230 @@
+"""Directories of runs: found by name, created, and followed while a run is written."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from everystep.errors import RecordingError, RunError, did_you_mean
+from everystep.recording.connection import LOCK_NAME, SPARE_NAME
+from everystep.recording.contents import FOLDER as BATCHES
+from everystep.recording.database import FILE_NAME, reading
+from everystep.recording.files import CHANGES
+from everystep.recording.lock import locked
+
+__all__ = [
+    "RUNS",
+    "GoneError",
+    "Home",
+    "create_directory",
+    "find_run",
+    "find_runs",
+    "is_run",
+    "remove_unbegun",
+]
+
+_OWN = {"snapshots", "programs", BATCHES, CHANGES, LOCK_NAME, SPARE_NAME}
+RUNS = Path("runs")
+
+
+def is_run(directory: Path) -> bool:
+    """Return whether a directory has a run.
+
+    Raises:
+        RunError: it cannot be looked into.
+    """
+    try:
+        return (directory / FILE_NAME).is_file()
+    except OSError as error:
+        raise RunError(f"{str(directory)!r:.200} cannot be read: {error.strerror}") from None
+
+
+def find_run(name: str | Path, runs: Path = RUNS) -> Path:
+    """Return the directory of a run: a path, or a name under `runs`.
+
+    Raises:
+        RunError: the run does not exist; the message names the most similar one.
+    """
+    for candidate in (Path(name), runs / name):
+        if is_run(candidate):
+            return candidate
+    if Path(name).exists():
+        raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
+    known = [path.parent.name for path in runs.glob(f"*/{FILE_NAME}")]
+    cure = (
+        did_you_mean(str(name), known) if known else f"{runs}/ has no runs; run `everystep train` first"
+    )
+    raise RunError(f"no run {str(name)!r:.200}; {cure or 'run `everystep runs` to list them'}")
+
+
+def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
+    """Yield the directories of all runs directly in `directory`, by name: digits-2 before digits-10.
+
+    Raises:
+        RunError: the directory does not exist, or is a run itself.
+    """
+    here = Path(directory)
+    if is_run(here):
+        around = here / ".." if here.name in ("", "..") else here.parent
+        raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs next to it")
+    if not here.is_dir():
+        is_name = is_run(RUNS / directory)
+        cure = f"it is a run in {RUNS}/" if is_name else "`everystep train` creates the first run"
+        raise RunError(f"{directory} is not a directory; {cure}")
+    found = [path.parent for path in here.glob(f"*/{FILE_NAME}")]
+    yield from sorted(found, key=lambda path: _in_order(path.name))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names by their words, and numbers within them by value."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
+
+
+def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
+    """Create a run's directory: that one, or the next free `runs/name-1`, `runs/name-2`, ...
+
+    Raises:
+        RunError: `directory` exists already, or cannot be a run's name.
+        RecordingError: it cannot be created.
+    """
+    if directory is not None:
+        _check_name(directory)
+    candidates = [directory] if directory else (runs / f"{name}-{n}" for n in itertools.count(1))
+    for candidate in candidates:
+        try:
+            candidate.parent.mkdir(parents=True, exist_ok=True)
+            candidate.mkdir()
+        except FileExistsError:
+            if directory is not None and directory.exists():
+                raise RunError(
+                    f"{directory} already exists, and everystep never overwrites a run; choose "
+                    "another directory, or omit it to use the next free one"
+                ) from None
+            if candidate.parent.is_dir():
+                continue
+            raise _cannot_create(candidate, f"{candidate.parent} is not a directory") from None
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise RunError(f"a run cannot be named {str(candidate)!r:.80}...: too long") from None
+            raise _cannot_create(candidate, error.strerror) from None
+        return candidate
+    raise AssertionError("the count is endless")
+
+
+def _check_name(directory: Path) -> None:
+    """Check that commands take the name of a new run for a name.
+
+    Raises:
+        RunError: they do not.
+    """
+    for name in (directory.parts[:1] or ("",))[0], directory.name:
+        # Bytes that are no text in the encoding of the file system come as surrogates.
+        shown = "".join(sign for sign in name if not "\udc80" <= sign <= "\udcff")
+        if name.startswith(("-", "~")) or not shown.isprintable():
+            raise RunError(
+                f"a run cannot be named {str(directory)!r:.80}: commands do not take {name!r:.80} for a "
+                "name (an option begins with -, a home directory with ~); choose another name"
+            )
+
+
+def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
+    return RecordingError(
+        f"cannot create the run's directory {directory}: {reason}; choose a writable place (--run, or "
+        "directory= in Python)"
+    )
+
+
+def remove_unbegun(directory: Path) -> bool:
+    """Tell whether a run is still to begin: there is none, or it has neither a step nor a state.
+
+    Such a directory is removed if everystep made all that is in it.
+
+    Raises:
+        RunError: another process is writing the run, or its database cannot be read.
+        RecordingError: it cannot be removed.
+    """
+    if not directory.is_dir():
+        return not directory.exists()
+    if (directory / FILE_NAME).exists():
+        with reading(directory / FILE_NAME) as database:
+            if database.newest_step() or database.snapshots():
+                return False
+    names = {path.name for path in directory.iterdir()}
+    if any(name not in _OWN and not name.startswith(FILE_NAME) for name in names):
+        return True  # creating the run there reports that the directory exists
+    try:
+        lock = locked(directory)
+        try:
+            shutil.rmtree(directory)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None
+    return True
+
+
+class GoneError(RecordingError):
+    """The directory of a run that is being written is gone."""
+
+
+class Home:
+    """A directory, by itself and not by its name; the working directory may change meanwhile.
+
+    directory: as the caller wrote it; here: where it is now.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.here = directory.absolute()
+        self._given = directory
+        found = self.here.stat()
+        self._key = found.st_dev, found.st_ino
+        # An open directory can be asked for its name, on Linux.
+        self._handle = os.open(self.here, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else None
+
+    @property
+    def directory(self) -> Path:
+        """The directory as the caller wrote it, as long as that leads to it."""
+        return self._given if self._is_at(self._given) else self.here
+
+    def follow(self) -> bool:
+        """Look where the directory is; return whether it has moved.
+
+        Raises:
+            GoneError: it is gone.
+        """
+        if self._is_at(self.here):
+            return False
+        moved = None if self._handle is None else _name_of(self._handle)
+        if moved is None or not self._is_at(moved):
+            raise GoneError(
+                f"the run's directory {self.here} was removed, or moved out of reach, while it was "
+                "being written, so the training stops; train again, and leave the directory where it is"
+            )
+        self.here = moved
+        return True
+
+    def close(self) -> None:
+        """Forget the directory."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _is_at(self, path: Path) -> bool:
+        try:
+            found = path.stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._key
+
+
+def _name_of(handle: int) -> Path | None:
+    """Return the current path of an open directory, where the system tells."""
+    try:
+        return Path(f"/proc/self/fd/{handle}").readlink()
+    except OSError:
+        return None
