@@ -21,7 +21,7 @@ from everystep.experiment.specification import built_in
 from everystep.recording.directories import find_runs
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import model_text, optimizers_text
-from everystep.views.run_list import runs_tables
+from everystep.views.lists import runs_tables
 
 
 def start(*arguments, **options):

@@ -13,8 +13,8 @@ import torch
 from benchmarks.torture.trainings import Training
 from everystep.errors import RunError
 from everystep.recording.database import FILE_NAME
+from everystep.recording.texts import shortest
 from everystep.run import Run
-from everystep.views.terminal import shortest
 
 __all__ = ["content_of", "different", "lost_lines", "state_of"]
 

@@ -26,7 +26,7 @@ from everystep.recording.facts import (
     ModuleFacts,
     TrainingFacts,
 )
-from everystep.views.summary import facts_in_order
+from everystep.views.facts import facts_in_order
 
 STATIC = Path(everystep.__file__).parent / "page" / "static"
 
@@ -93,14 +93,15 @@ def test_runs_in_a_line_each_also_those_that_cannot_be_read(chapter_run, write_r
     assert "cannot be read" in runs["broken"]["problem"]
     assert runs["broken"]["status"] is None
     assert runs["nan"] | {"started": ""} == {
-        "name": "nan", "status": "stopped", "steps": 2, "planned": 7, "first_loss": "nan",
-        "last_loss": "inf", "nonfinite": None, "optimizer": None, "lr": "", "batch": None,
+        "name": "nan", "directory": str(shelf / "nan"), "status": "stopped", "steps": 2, "planned": 7,
+        "first_loss": "nan",
+        "last_loss": "inf", "nonfinite_step": None, "optimizer": None, "lr": [], "batch_size": None,
         "validation": None, "seconds": None, "started": "", "parent": None, "note": None,
         "damage": None, "problem": None,
     }  # fmt: skip
     assert runs["child"]["parent"] == ["chapter", 20]
-    told = {key: runs["chapter"][key] for key in ("optimizer", "lr", "batch", "nonfinite")}
-    assert told == {"optimizer": "GradientDescent", "lr": "0.0001", "batch": 64, "nonfinite": None}
+    told = [runs["chapter"][key] for key in ("optimizer", "lr", "batch_size", "nonfinite_step")]
+    assert told == ["GradientDescent", [0.0001], 64, None]
     assert runs["chapter"]["seconds"] > 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", runs["chapter"]["started"])
 

@@ -5,12 +5,11 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.page.opened import step_content
 from everystep.views.batch import LONGEST_TEXT, MOST_ITEMS
 
 
 def content_of(run, step):
-    return step_content(run[step], run)
+    return run[step].data()
 
 
 @pytest.fixture(scope="module")

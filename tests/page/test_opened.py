@@ -10,14 +10,13 @@ import everystep
 from everystep.errors import UsageError
 from everystep.page.about import about_data
 from everystep.page.columns import Columns
-from everystep.page.opened import step_content
 from everystep.page.rows import Wanted, page_of
-from everystep.page.tensors import tensor_of
 from everystep.recording.run import RecordedRun
 from everystep.replay.step import statistics
 from everystep.views.formula import update_formulas
 from everystep.views.mathematics import mathematics
 from everystep.views.report import report_html
+from everystep.views.step_data import tensor_of
 from everystep.views.table import loss_table
 
 
@@ -35,7 +34,7 @@ def runs(tmp_path_factory):
 def opened(runs, request):
     run = runs[request.param]
     step = run[3]
-    return run, step, step_content(step, run)
+    return run, step, step.data()
 
 
 def test_it_is_json(opened):
@@ -90,7 +89,7 @@ def test_operations_are_those_of_the_step(opened):
 def test_the_chapter(runs):
     run = runs["chapter"]
     step = run[3]
-    content = step_content(step, run)
+    content = step.data()
     assert (content["run"], content["step"], content["steps"]) == ("chapter", 3, 20)
     assert content["loss"] == step.loss and float(content["loss_text"]) == pytest.approx(step.loss)
     assert content["is_exact"] and content["problems"] == []
@@ -117,13 +116,13 @@ def test_the_chapter(runs):
         ["self", "0.bias", False],
         ["mat1", "x", False],
     ]
-    assert step_content(run[1], run)["dropped"] == []
+    assert run[1].data()["dropped"] == []
 
 
 def test_images_and_classes(runs):
     run = runs["digits"]
     step = run[3]
-    content = step_content(step, run)
+    content = step.data()
     images = tensor_of(step, content["batch"]["images"], run.facts)
     pixels = sklearn.datasets.load_digits().images[:, None]
     # They were scaled for training; as images they are seen as they were.
@@ -141,7 +140,7 @@ def test_what_is_not_finite_is_text(tmp_path):
     run = everystep.train_experiment(
         "two-layer", {"steps": 12, "optimizer.lr": 1.0}, directory=tmp_path / "run", progress=False
     )
-    content = step_content(run[12], run)
+    content = run[12].data()
     assert content["loss"] == "nan"
     given = content["tensors"]["parameters/0.weight"]
     assert given["nonfinite"] > 0 and given["norm"] == "nan"
@@ -174,7 +173,7 @@ def test_modules_within_modules(small, tmp_path):
         progress=False,
     )
     step = run[2]
-    content = step_content(step, run)
+    content = step.data()
     layers = {layer["path"]: layer for layer in content["network"]}
     assert list(layers)[:3] == ["inner.0", "inner.1", "again"] and "inner" not in layers
     assert layers["inner.0"]["depth"] == 1 and layers["inner.0"]["type"] == "Linear"
@@ -197,7 +196,7 @@ def test_memory_that_nothing_was_written_to_is_not_shown(tmp_path):
     # Dropout draws into memory as it finds it.
     run = everystep.train_experiment("digits", {"steps": 2}, directory=tmp_path / "run", progress=False)
     step = run[1]
-    content = step_content(step, run)
+    content = step.data()
     unset = [id for id, seen in content["tensors"].items() if "unset" in seen]
     assert [id.rpartition("/")[2] for id in unset] == ["bernoulli_"]
     for id in unset:
@@ -220,7 +219,7 @@ def test_a_model_that_is_a_layer_is_a_network_of_one(tmp_path):
         directory=tmp_path / "run",
         progress=False,
     )
-    [layer] = step_content(run[2], run)["network"]
+    [layer] = run[2].data()["network"]
     assert (layer["type"], layer["path"], layer["operations"]) == ("Linear", "", [0])
     assert layer["parameters"] == {"weight": "parameters/weight", "bias": "parameters/bias"}
 
@@ -247,14 +246,14 @@ def test_a_layer_follows_the_one_before_only_where_it_uses_it(tmp_path, runs):
         directory=tmp_path / "branches",
         progress=False,
     )
-    layers = step_content(run[2], run)["network"]
+    layers = run[2].data()["network"]
     assert [(layer["path"], layer.get("follows")) for layer in layers] == [
         ("one", None),
         ("other", False),
         ("both", True),
     ]
     for name in ("chapter", "digits"):
-        _, *later = step_content(runs[name][3], runs[name])["network"]
+        _, *later = runs[name][3].data()["network"]
         assert all(layer["follows"] for layer in later)
 
 

@@ -12,7 +12,6 @@ from tests.page.test_worker import slow
 from torch import nn
 
 import everystep
-from everystep.views.rows import rows_text
 
 CLASSES = ["setosa", "versicolor", "virginica"]
 COLOURS = ["red", "blue", ""]
@@ -94,7 +93,7 @@ def test_what_is_unknown_is_said_with_its_reason(server):
     )
     answer = ranked(server, "mixed", 2)
     assert set(answer["orders"]) == {"loss", "gradient"}
-    terminal = rows_text(run[2], name="mixed").splitlines()
+    terminal = run.rows(2).to_text().splitlines()
     assert answer["about"] == terminal[-len(answer["about"]) :]
     assert any("unknown; operation #" in line for line in answer["about"])
     with everystep.record(run=server.directory / "pairs", model=model, optimizer=optimizer) as recording:

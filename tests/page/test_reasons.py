@@ -29,8 +29,8 @@ def test_a_number_of_a_tensor_and_those_that_went_in(run, server):
     assert answer["number"]["name"] == expected.number.name
     assert float(answer["number"]["text"]) == pytest.approx(expected.number.value, rel=1e-7)
     (group,) = answer["groups"]
-    assert (len(group["terms"]), group["left_out"]) == (8, 56)
-    first, second = group["terms"][0]["numbers"]
+    assert (len(group["terms"]), group["count"]) == (8, 64)
+    first, second = group["terms"][0]["numbers"].values()
     assert second["row"] == expected.groups[0].terms[0].numbers["mat2"].row
     assert (first["goes_on"], second["goes_on"]) == (True, False)
     following = asked(server, first["step"], of=first["name"])

@@ -9,10 +9,9 @@ from tests.views.test_report import HOSTILE, Page
 
 import everystep
 from everystep.errors import StepError, UsageError
-from everystep.page.opened import step_content
 from everystep.page.regions import histogram
 from everystep.page.share import MOST_STEPS, shared_report
-from everystep.page.tensors import tensor_of
+from everystep.views.step_data import tensor_of
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def data_of(html):
 def test_the_steps_are_inside(run, report):
     data = data_of(report)
     assert [step["content"]["step"] for step in data["steps"]] == [7, 30]
-    expected = json.loads(json.dumps(step_content(run[7], run)))
+    expected = json.loads(json.dumps(run[7].data()))
     assert data["steps"][0]["content"] == expected
 
 

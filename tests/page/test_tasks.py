@@ -19,8 +19,7 @@ from everystep.page.routes import steps, tasks
 from everystep.page.shelf import Shelf
 from everystep.page.task import Voice, do
 from everystep.page.tasks import Event, Tasks
-from everystep.views.rerun import rerun_sentence, rerun_text
-from everystep.views.what_if import what_if_data
+from everystep.views.comparisons import rerun_sentence
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -129,7 +128,9 @@ def test_every_task(runs):
     loss = said.found["result"]["steps"][0]
     assert loss["step"] == step and np.float32(loss["loss"]) == run.losses["loss"][step - 1]
     assert said.found["result"]["nonfinite"] is None
-    assert said.verified["result"]["exact"] and "replays bit for bit" in said.verified["result"]["text"]
+    assert (
+        said.verified["result"]["is_exact"] and "replays bit for bit" in said.verified["result"]["text"]
+    )
     assert "of all operations are finite" in said.finite["result"]["text"]
     assert said.never["result"]["steps"] == [] and said.never["result"]["text"] == "no step"
     assert "loss +" in said.wrong["error"]["error"] and "result" not in said.wrong
@@ -141,7 +142,7 @@ def check_comparison(result, runs):
         "The losses first differ at step 2; the first operation that differs is #12 of step 1, "
         "aten.mul (update), because of GradientDescent: lr 0.0001 | 0.0002."
     )
-    assert result["runs"] == [HOSTILE, "other"] and not result["same"]
+    assert result["names"] == [HOSTILE, "other"] and not result["is_same"]
     assert result["asked"] == [{"name": "optimizer GradientDescent.lr", "values": ["0.0001", "0.0002"]}]
     assert result["operation"]["causes"] == ["GradientDescent: lr 0.0001 | 0.0002"]
     one, other = result["sides"]
@@ -183,7 +184,7 @@ def test_what_if_ranks_trainings_without_rows(runs):
     each, together, wrong = asked_of(runs, use)
     run = everystep.open(runs / "other")
     found = run.what_if(20, 24, without_rows=[3, 9], each=True, progress=False)
-    assert each["result"] == json.loads(json.dumps(what_if_data(found)))
+    assert each["result"] == json.loads(json.dumps(found.data()))
     assert [case["rows"] for case in each["result"]["cases"]] == [[c.rows[0]] for c in found.cases]
     assert each["result"]["recorded"]["value"] == run.losses["loss"][23]
     assert each["progress"] == {"done": 12, "total": 12, "what": "training"}
@@ -201,9 +202,9 @@ def test_a_rerun_says_where_a_run_parts(runs):
     found, wrong, nothing = asked_of(runs, use)
     expected = everystep.open(runs / "other").rerun(precision="float64", progress=False)
     result = found["result"]
-    assert result["text"] == rerun_text(expected) and result["there"] == "float64"
+    assert result["text"] == expected.to_text() and result["place"]["precision"] == "float64"
     assert result["losses"] == {"steps": [*range(1, 61)], "values": expected.losses.tolist()}
-    assert result["farthest"] == expected.relative.max() > 0
+    assert result["apart"] == expected.relative.max() > 0
     assert result["sentence"] == rerun_sentence(expected)
     assert found["progress"] == {"done": 60, "total": 60, "what": "taking steps"}
     assert "must be float64 or bfloat16" in wrong["error"]["error"]

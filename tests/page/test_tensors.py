@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import everystep
 from everystep.errors import UsageError
 from everystep.page.regions import histogram, matrix, region, regions
-from everystep.page.tensors import tensor_of
 from everystep.recording.facts import Facts
+from everystep.views.step_data import tensor_of
 
 
 def numbers_of(found):

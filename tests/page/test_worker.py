@@ -13,7 +13,6 @@ from tests.sealing import seal_files
 import everystep
 from everystep.errors import RunError
 from everystep.page.desk import Desk, Gone, NoAnswer
-from everystep.page.opened import step_content
 from everystep.page.worker import KEPT_RUNS, Openers, answers
 
 HOSTILE = "<img src=x onerror=alert(1)> '\"&\N{SNOWMAN}"
@@ -49,7 +48,7 @@ def test_the_numbers_are_those_of_the_step(trained):
         asked | {"kind": "histogram", "id": "batch.x"},
     )
     assert content[0] == 200
-    assert json.loads(content[2]) == json.loads(json.dumps(step_content(run[7], run)))
+    assert json.loads(content[2]) == json.loads(json.dumps(run[7].data()))
     assert numbers[1]["columns"] == [3, 50] and numbers[1]["format"] == "float32"
     found = torch.from_numpy(np.frombuffer(numbers[2], "<f4").reshape(100, 47).copy())
     assert found.equal(run[7].gradients["0.weight"][:, 3:50])

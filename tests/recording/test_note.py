@@ -9,7 +9,7 @@ from rich.console import Console
 
 import everystep
 from everystep.errors import RunError, UsageError
-from everystep.views.run_list import runs_tables
+from everystep.views.lists import runs_tables
 
 
 @pytest.fixture

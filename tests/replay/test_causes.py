@@ -27,8 +27,7 @@ from everystep.replay.evidence import Evidence
 from everystep.replay.operations import OperationDifference, TensorDifference
 from everystep.replay.step import Batch
 from everystep.step.check import Size, distance, same_bits, size_of_difference
-from everystep.views.difference import diff_data, diff_sentence, diff_text
-from everystep.views.listed import listed
+from everystep.views.comparisons import diff_sentence, listed
 
 #: Of the kinds in benchmarks/faults, one or two of each family.
 QUICK = """
@@ -82,9 +81,9 @@ def test_a_cause_is_the_same_in_text_sentence_and_data():
     one, other = (Training(optimizer=partial(AdamW, eps=eps))() for eps in (1e-8, 1.1e-8))
     found = one.diff(other, progress=False)
     cause = "AdamW: eps 1e-08 | 1.1e-08"
-    assert f"cause       {cause}" in diff_text(found).splitlines()
+    assert f"cause       {cause}" in found.to_text().splitlines()
     assert f"aten.add_ (update), because of {cause}" in diff_sentence(found)
-    data = diff_data(found)
+    data = found.data()
     assert data["operation"]["causes"] == [cause]
     assert data["asked"] == [{"name": "optimizer AdamW.eps", "values": ["1e-08", "1.1e-08"]}]
 
@@ -198,8 +197,8 @@ def test_a_table_is_listed_by_row_and_name_of_column(tmp_path):
     assert [str(each) for each in listed(found) if "path" not in each.name] == [
         "data.y[2, 0]  54.0 | 55.0"
     ]
-    (tensor,) = diff_data(found)["data"]
-    assert (tensor["name"], tensor["rows"], tensor["columns"]) == ("y", [2], [0])
+    (tensor,) = found.data()["data_tensors"]
+    assert (tensor["tensor"]["name"], tensor["rows"], tensor["columns"]) == ("y", [2], [0])
 
 
 def test_much_data_that_differs_is_counted_by_rows_and_columns():

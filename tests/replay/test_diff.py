@@ -23,10 +23,8 @@ from everystep.errors import DamageWarning
 from everystep.experiment.batches import Batches
 from everystep.numerics import Numerics
 from everystep.recording.snapshots import SnapshotPlan
+from everystep.recording.texts import shortest
 from everystep.step.check import StateDifference
-from everystep.views.answers import as_json
-from everystep.views.difference import diff_data, diff_text
-from everystep.views.terminal import shortest
 
 STEPS = 30
 #: The seed that `new_training` leaves, by which batches are drawn.
@@ -434,9 +432,7 @@ def test_a_longer_run_of_the_same_is_not_the_same(thorough):
     assert (found.steps, found.loss, found.states, found.operation) == ((30, 20), None, (), None)
     what = "result of every operation" if thorough else "loss and every common snapshot"
     same = f"every {what} of the first 20 steps is identical; one run is longer"
-    assert diff_text(found).endswith(
-        same + ("" if thorough else "; --thorough compares every operation")
-    )
+    assert found.to_text().endswith(same + ("" if thorough else "; --thorough compares every operation"))
 
 
 def test_nan_is_the_same_as_nan():
@@ -579,8 +575,8 @@ def test_a_difference_that_is_rounded_away_everywhere_is_found_by_snapshots():
     assert not found.is_same
     assert found.loss is None and found.operation is None and found.common_state is None
     assert found.states == (StateDifference(0, "parameters/2.bias", 1, 1),)
-    assert "identical in all 30 common steps" in diff_text(found)
-    assert diff_text(found).endswith("the runs differ")
+    assert "identical in all 30 common steps" in found.to_text()
+    assert found.to_text().endswith("the runs differ")
 
 
 def test_a_difference_that_only_the_update_keeps_is_found_at_the_update():
@@ -629,7 +625,7 @@ def test_what_shows_in_no_loss_and_no_snapshot_is_found_thoroughly(monkeypatch):
     quick, thorough = (one.diff(other, thorough=asked, progress=False) for asked in (False, True))
     assert quick.operation is None and not quick.is_thorough and not quick.is_same
     assert list(quick.experiments) == ["data.digest"]
-    assert diff_text(quick).endswith("; --thorough compares every operation")
+    assert quick.to_text().endswith("; --thorough compares every operation")
     step, rows = first_step_with(11)
     for found in (unasked, thorough):
         assert not found.is_same and found.loss is None and not found.states
@@ -877,8 +873,9 @@ def test_the_memory_of_a_kernel_is_not_compared_nor_shown(everystep_command):
     _, out, _ = everystep_command("step", "runs/one", 1, "--phase", "forward")
     assert re.search(rf"#{layer}\.4  [0-9,]+ uint8  no numbers, only memory\n", out)
     _, out, _ = everystep_command("step", "runs/one", 1, "--json")
-    results = json.loads(out)["operations"][layer]["results"]
-    assert [*results.values()][3].keys() == {"shape", "dtype", "unset"}
+    content = json.loads(out)
+    unset = content["operations"][layer]["results"][3]["tensor"]
+    assert content["tensors"][unset].keys() == {"shape", "dtype", "unset"}
     code, _, err = everystep_command("why", "runs/one", 1, f"#{layer}.4[5]")
     assert code == 2 and f"result 4 of operation #{layer} is memory of the kernel" in err
     code, out, _ = everystep_command("rerun", "runs/one", "--threads", 2)
@@ -989,17 +986,17 @@ def test_json_says_the_same(everystep_command, options):
     code, out, _ = everystep_command("diff", "sequential-1", "sequential-2", "--json")
     assert code == (0 if found.is_same else 1)
     said = json.loads(out)
-    assert said == json.loads(as_json(diff_data(found)))
-    assert said["same"] == found.is_same and said["runs"] == ["sequential-1", "sequential-2"]
+    assert said == found.data()
+    assert said["is_same"] == found.is_same and said["names"] == ["sequential-1", "sequential-2"]
     assert said["steps"] == list(found.steps)
     assert (said["loss"] is None) == (found.loss is None)
     if found.loss:
-        assert said["loss"] == {"step": found.loss.step, "values": list(found.loss[1:])}
+        assert said["loss"] == found.loss._asdict()
     if found.operation:
         operation = said["operation"]
         assert (operation["step"], operation["index"]) == (found.operation.step, found.operation.index)
         sides = (found.operation.one, found.operation.other)
-        assert [each["operator"] for each in operation["operations"]] == [
+        assert [operation[side]["operator"] for side in ("one", "other")] == [
             each.operation.operator for each in sides
         ]
         assert [each["name"] for each in operation["results"]] == [
@@ -1016,7 +1013,7 @@ def test_json_has_texts_where_numbers_are_not_finite(everystep_command):
     train(infinite)
     code, out, _ = everystep_command("diff", "sequential-1", "sequential-2", "--json")
     said = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
-    assert code == 1 and said["loss"]["values"][1] == "inf"
+    assert code == 1 and said["loss"]["replayed"] == "inf"
     assert said["operation"]["inputs"][0]["values"] == [[float(new_training().y[0, 0]), "inf"]]
 
 

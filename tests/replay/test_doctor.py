@@ -72,7 +72,7 @@ def test_one_bit_in_a_program_is_reported_by_every_command(damaged, everystep_co
     with pytest.raises(RunError, match=r"programs/1\.json was changed after recording"):
         everystep.open(run)[7]
     found = json.loads(everystep_command("doctor", run, "--json")[1])
-    assert not found["healthy"]
+    assert not found["is_healthy"]
 
 
 def test_a_gradient_has_the_shape_of_its_parameter(damaged):

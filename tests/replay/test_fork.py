@@ -491,7 +491,7 @@ def test_the_command_forks_and_the_lineage_shows(everystep_command, monkeypatch)
     assert own.split()[:3] == ["slow", "finished", "12"] and own.endswith("two-layer-1, step 6")
     assert parent.split()[0] == "two-layer-1" and "step" not in parent
     listed = {run["name"]: run["parent"] for run in json.loads(everystep_command("runs", "--json")[1])}
-    assert listed == {"slow": {"run": "two-layer-1", "at": 6}, "two-layer-1": None}
+    assert listed == {"slow": ["two-layer-1", 6], "two-layer-1": None}
     assert everystep.open("slow").summary().parent == ("two-layer-1", 6)
     assert everystep_command("verify", "slow")[0] == 0
     code, out, err = everystep_command("fork", "two-layer-1", "--at", 6)

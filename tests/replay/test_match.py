@@ -102,7 +102,7 @@ def test_what_matches_and_what_does_not_is_said_in_the_terminal(
     code, out, _ = everystep_command(
         "diff", by_autograd.directory, hand.directory, "--by-values", "--step", 1, "--json"
     )
-    assert json.loads(out)["suspects"][1]["operator"] == "aten.mean.dim"
+    assert json.loads(out)["suspects"][1]["observed"]["operator"] == "aten.mean.dim"
     code, _, err = everystep_command("diff", by_autograd.directory, hand.directory, "--step", 1)
     assert code == 2
     assert "--step needs --by-values" in err

@@ -24,8 +24,8 @@ from everystep.experiment.batches import Batches
 from everystep.recording import lock
 from everystep.recording.facts import MeasuredFacts, WriterFacts
 from everystep.recording.snapshots import SnapshotPlan
+from everystep.recording.texts import shortest
 from everystep.replay import nonfinite
-from everystep.views.terminal import shortest
 
 STEPS = 30
 SIZE = "norm(gradients['0.weight'])"
@@ -469,7 +469,7 @@ def test_the_commands_measure_and_find(everystep_command):
     assert (code, out.splitlines()) == (0, lines) and len(lines) == 4
     code, out, _ = everystep_command("when", "sequential-1", condition, "--all", "--json")
     steps = [{"step": step, "loss": loss} for step, loss in run.losses.rows() if loss <= low]
-    assert json.loads(out) == {"steps": steps, "left_out_from": []}
+    assert json.loads(out) == {"run": "sequential-1", "count": 4, "steps": steps, "inexact": []}
     assert everystep_command("when", "sequential-1", "isnan(loss)") == (1, "", "no step matches\n")
     assert everystep_command("when", "sequential-1", "loss > 0", "--all", "--last")[0] == 2
     code, out, err = everystep_command("measure", "sequential-1", "loss", "--name", "size")
@@ -733,20 +733,20 @@ def test_the_command_names_the_cause(everystep_command):
     assert out == f"step {step}: x of the batch has 1 NaN\n  row 13 of the data\n"
     code, out, _ = everystep_command("when", "sequential-1", "nonfinite", "--json")
     assert json.loads(out) == {
+        "run": "sequential-1",
         "step": step,
         "origin": "batch",
+        "index": None,
         "operation": None,
-        "operator": None,
-        "module": None,
         "phase": None,
-        "tensor": "x",
+        "name": "x",
         "by_own_code": "",
         "nans": 1,
         "infinities": 0,
         "rows": [13],
         "rows_of": "the data",
         "mathematics": None,
-        "inputs": [],
+        "inputs": {},
         "why": None,
     }
     train()

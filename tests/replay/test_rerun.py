@@ -14,7 +14,7 @@ from torch import nn
 import everystep
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
 from everystep.replay.rerun import Place
-from everystep.views.rerun import rerun_data, rerun_sentence
+from everystep.views.comparisons import rerun_sentence
 
 pytestmark = pytest.mark.usefixtures("kept_processes")
 
@@ -84,7 +84,7 @@ def test_it_names_the_first_operation_with_other_bits(compatible):
     text = compatible.to_text()
     assert "first difference: operation #0 of step 1, aten.addmm.default of module 0, forward" in text
     assert text.endswith("chapter differs from step 1 on")
-    assert json.loads(json.dumps(rerun_data(compatible)))["parts_at"] == 1
+    assert json.loads(json.dumps(compatible.data()))["parts_at"] == 1
 
 
 def test_the_same_numerics_give_the_same_bits(chapter_run, everystep_command):
@@ -211,7 +211,7 @@ def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
 
 def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible, tmp_path):
     nearer = chapter_run.rerun(precision="float64", beside=[chapter_run], progress=False)
-    distance = rerun_data(nearer)["distance"]["chapter"]
+    distance = nearer.data()["distance"]["chapter"]
     relative = abs(nearer.recorded - nearer.losses) / nearer.losses
     assert distance == {"median": np.median(relative), "largest": relative.max()}
     assert set(compatible.curves) == {"chapter", "chapter, rerun"}
@@ -299,8 +299,8 @@ def test_a_gradient_that_is_zero_but_for_rounding_does_not_count(tmp_path, every
     assert "its terms cancel, and only rounding errors remain: at most " in out
     code, out, _ = everystep_command("rerun", "normalized", "--float64", "--json")
     found = json.loads(out)
-    assert found["beyond_rounding"] is None
-    residue = found["zero_but_for_rounding"]["residue"]
+    assert found["beyond"] is None
+    residue = found["residue"]["residue"]
     assert residue["argument"] is None and residue["there"] < 1e-12 < residue["own"] < 1e-6
     assert all(each["relative"] < 1e-4 for each in found["farthest"])
 

@@ -67,7 +67,8 @@ def test_a_row_of_a_file_has_its_number_in_every_answer(run, everystep_command):
     assert f"\n {BAD}  " in out and "row: its number in good.csv, counted from 0\n" in out
     _, out, _ = everystep_command("rows", *asked, "--json")
     answer = json.loads(out)
-    assert (answer["rows"][0]["row"], answer["rows_of"]) == (BAD, "good.csv")
+    worst = answer["rows"][str(answer["orders"]["loss"][0])]
+    assert (worst["row"], answer["rows_of"]) == (BAD, "good.csv")
     _, out, _ = everystep_command("why", *asked, "loss", "--terms", "1")
     assert f"row {BAD}\n" in out and out.endswith("row: its number in good.csv, counted from 0\n")
     assert step.why(f"batch.y[{place}, 0]").note == f"row {BAD} of good.csv"
@@ -99,7 +100,7 @@ def test_diff_names_the_row_of_the_file_that_differs(run, everystep_command):
     directory = run.directory.parent
     write_table(directory / "bad.csv", bad=499.0)
     other = train(directory, "bad")
-    (difference,) = run.diff(other).data
+    (difference,) = run.diff(other).data_tensors
     assert difference.rows == [BAD]
     _, out, _ = everystep_command("diff", run.directory, other.directory)
     assert f"y[{BAD}, 0]" in out

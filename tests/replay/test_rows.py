@@ -702,8 +702,9 @@ def test_the_command_ranks_rows_and_says_what_is_unknown(tmp_path, monkeypatch):
 
     rows = everystep.open("plain")[3].rows
     given = json.loads(call("plain", 3, "--by", "gradient", "--json").stdout)
-    assert [each["gradient"] for each in given["rows"]] == sorted(rows.gradient.tolist(), reverse=True)
-    assert sorted(each["row"] for each in given["rows"]) == sorted(rows.numbers)
+    ranked = [given["rows"][str(place)] for place in given["orders"]["gradient"]]
+    assert [each["gradient"] for each in ranked] == sorted(rows.gradient.tolist(), reverse=True)
+    assert sorted(each["row"] for each in ranked) == sorted(rows.numbers)
     text = call("plain", -1, "--first", 2).stdout
     assert "rows by loss" in text and "5 more" in text and "is the mean of these" in text
     assert "of 2 of 2 parameters" in text

@@ -17,7 +17,6 @@ import everystep
 from everystep import ExpressionError, UsageError
 from everystep.recording.texts import shortest
 from everystep.replay.why import Why, follow
-from everystep.views.answers import nonfinite_text
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -197,7 +196,7 @@ def test_nan_that_an_operation_makes_has_the_rows_behind_it(small, tmp_path):
     answer = opened.why(found.step.number, "loss")
     began = answer.began
     assert (found.why.number.spot, found.why.rows) == (began.number.spot, (11,))
-    assert began.to_text().partition("\n")[2].rstrip() in nonfinite_text(found)
+    assert began.to_text().partition("\n")[2].rstrip() in found.to_text()
     assert began.observed.operation.name == "log"
     assert began.number.step == found.step.number
     assert began.rows == (11,)
@@ -220,7 +219,7 @@ def test_infinity_of_a_sum_has_the_row_of_its_largest_term(small, tmp_path):
     assert (found.name, found.rows) == ("loss", ())
     largest = found.why.groups[0].terms[0]
     assert [number.row for number in largest.numbers.values()] == [None, 7]
-    assert "row 7" in nonfinite_text(found)
+    assert "row 7" in found.to_text()
 
 
 def test_the_mean_of_nothing_is_followed(tmp_path, everystep_command):
@@ -391,8 +390,8 @@ def test_the_command_prints_what_python_returns(run, everystep_command):
     assert "everystep why" in err
     code, out, _ = everystep_command(*command, "loss", "--json", "--depth", "2")
     data = json.loads(out)
-    assert data["value"] == run[7].loss
-    assert data["causes"][0]["operator"].startswith("aten.")
+    assert data["number"]["value"] == run[7].loss
+    assert data["causes"][0]["observed"]["operator"].startswith("aten.")
     code, _, err = everystep_command(*command, "gradients['0.weight'][9, 9]")
     assert code == 2
     assert "shape (8, 4)" in err
@@ -482,7 +481,7 @@ def test_complex_numbers_are_plain_data_and_text(complex_run, everystep_command)
     asked = ["why", str(complex_run.directory), "3"]
     _, given, _ = everystep_command(*asked, "updates['filter'].after[1]", "--json")
     answer = json.loads(given)
-    assert complex(answer["value"]) == complex_run[3].updates["filter"].after[1].item()
+    assert complex(answer["number"]["value"]) == complex_run[3].updates["filter"].after[1].item()
     _, text, _ = everystep_command(*asked, "gradients['pairs'][1, 1]")
     assert f"  {shortest(complex_run[3].gradients['pairs'][1, 1].item())}  " in text
 

@@ -9,7 +9,7 @@ from everystep.replay.diff import Difference
 from everystep.replay.operations import OperationDifference, TensorDifference
 from everystep.replay.parallel import LossDifference
 from everystep.step.check import StateDifference
-from everystep.views.difference import diff_sentence
+from everystep.views.comparisons import diff_sentence
 
 
 def difference(**found):

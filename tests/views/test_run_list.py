@@ -15,7 +15,7 @@ from everystep.recording.connection import stillness
 from everystep.recording.database import Database
 from everystep.recording.run import RecordedRun
 from everystep.recording.summary import Summary
-from everystep.views import run_list
+from everystep.views import lists as run_list
 
 
 def summary(name, **others):

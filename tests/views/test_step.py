@@ -14,13 +14,14 @@ from torch import nn
 import everystep
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
+from everystep.recording.texts import shortest
 from everystep.replay.replay import Replay
 from everystep.replay.step import statistics
 from everystep.training.objects import Objects
 from everystep.views.lines import TIMES
 from everystep.views.mathematics import mathematics
-from everystep.views.step import PHASES, step_json, step_text
-from everystep.views.terminal import shortest
+from everystep.views.step import PHASES, step_text
+from everystep.views.step_data import step_data
 
 
 @pytest.fixture
@@ -43,6 +44,12 @@ def opened():
         return Replay(run, objects).step(number), run.facts
 
     return opened
+
+
+def data_of(step, **options):
+    data = step_data(step, RecordedRun("run"), **options)
+    json.dumps(data, allow_nan=False)
+    return data
 
 
 def text_of(step, facts, **options):
@@ -118,23 +125,26 @@ def test_the_first_step_has_no_gradients_to_drop(small, opened):
 
 def test_json_has_every_number_of_the_step(small, opened):
     model, x, y = small
-    step, facts = opened(model, x, y, 3, batch_size=7)
-    content = json.loads(step_json(step, facts, values=True))
+    step, _ = opened(model, x, y, 3, batch_size=7)
+    content = data_of(step, values=True)
+    known = content["tensors"]
     assert content["loss"] == step.loss
     assert content["batch"]["rows"] == step.batch.rows.tolist()
     assert content["hyperparameters"] == {"lr": 1e-4}
     for key, tensors in (("gradients", step.gradients), ("dropped", step.dropped)):
-        assert content[key].keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(torch.tensor(content[key][name]["values"]), tensor)
-    for name, update in step.updates.items():
-        assert torch.equal(torch.tensor(content["updates"][name]["after"]["values"]), update.after)
-        assert content["updates"][name]["relative_size"] == update.relative_size
-    for number, (known, seen) in enumerate(zip(content["operations"], step.operations, strict=True)):
-        assert known["number"] == number and known["operator"] == seen.operation.operator
-        for name, tensor in seen.results.items():
-            assert torch.equal(torch.tensor(known["results"][name]["values"]), tensor)
-    assert "values" not in json.loads(step_json(step, facts))["parameters"]["0.weight"]
+        assert {each["parameter"] for each in content[key]} == tensors.keys()
+        for each in content[key]:
+            values = torch.tensor(known[each["tensor"]]["values"])
+            assert torch.equal(values, tensors[each["parameter"]])
+    for given, (name, update) in zip(content["updates"], step.updates.items(), strict=True):
+        assert torch.equal(torch.tensor(known[given["after"]]["values"]), update.after)
+        assert (given["parameter"], given["relative_size"]) == (name, update.relative_size)
+    for number, (given, seen) in enumerate(zip(content["operations"], step.operations, strict=True)):
+        assert given["number"] == number and given["operator"] == seen.operation.operator
+        for each in given["results"]:
+            values = torch.tensor(known[each["tensor"]]["values"])
+            assert torch.equal(values, seen.results[each["name"]])
+    assert "values" not in data_of(step)["tensors"]["parameters/0.weight"]
 
 
 def test_what_is_not_finite_is_highlighted_and_text_in_json(small, opened):
@@ -144,10 +154,10 @@ def test_what_is_not_finite_is_highlighted_and_text_in_json(small, opened):
     page = step_text(step, facts)
     assert "not finite" in page.plain and "the loss is not finite" in page.plain
     assert any(span.style == "bold red" for span in page.spans)
-    content = json.loads(step_json(step, facts, values=True))
+    content = data_of(step, values=True)
     assert content["loss"] == "nan"
-    assert content["batch"]["x"]["values"][0][0] == "inf"
-    assert content["batch"]["x"]["nonfinite"] == 1
+    assert content["tensors"]["batch.x"]["values"][0][0] == "inf"
+    assert content["tensors"]["batch.x"]["nonfinite"] == 1
 
 
 def test_names_are_taken_literally(opened):
@@ -192,7 +202,7 @@ def test_an_eager_step(opened):
     assert "∂loss = 1" in text
     assert "exp_avg    = beta1 * exp_avg + (1 - beta1) * param.grad" in text
     assert re.search(r"by \d+ operations", text)
-    json.loads(step_json(step, facts, values=True))
+    data_of(step, values=True)
 
 
 def test_a_step_that_diverged_says_so(small, opened):
@@ -341,5 +351,5 @@ def test_a_step_of_a_forks_parent_is_shown_by_the_rules_of_the_parent():
     assert "clip_norm" not in text[2]
     assert "update    SGD" in text[3]
     assert "are clipped: clip_norm = 0.5" in text[3]
-    content = {number: json.loads(step_json(fork[number], fork.facts)) for number in (2, 3)}
+    content = {number: fork[number].data() for number in (2, 3)}
     assert (content[2]["clip_norm"], content[3]["clip_norm"]) == (None, 0.5)

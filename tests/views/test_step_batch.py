@@ -1,14 +1,12 @@
 """A batch in the terminal: names of classes, strings, and what statistics of complex numbers are of."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 import everystep
 from everystep.views.lines import TIMES
-from everystep.views.step import step_json, step_text
+from everystep.views.step import step_text
 
 NAMES = ["setosa", "versicolor", "virginica"]
 
@@ -40,7 +38,7 @@ def test_classes_are_shown_by_their_names(flowers):
     operation = text_of(flowers, 1, operation=names.index("aten.nll_loss_forward.default"))
     assert "classes: 0 setosa, 1 versicolor, 2 virginica" in operation
     assert "columns: setosa, versicolor, virginica" in operation
-    assert json.loads(step_json(flowers[1], flowers.facts))["classes"] == NAMES
+    assert flowers[1].data()["batch"]["classes"] == NAMES
 
 
 def test_a_batch_without_classes_names_none(small):
@@ -48,7 +46,7 @@ def test_a_batch_without_classes_names_none(small):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run = everystep.train(model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=1, progress=False)
     assert "classes" not in text_of(run, 1)
-    assert json.loads(step_json(run[1], run.facts))["classes"] is None
+    assert run[1].data()["batch"]["classes"] is None
 
 
 def test_strings_and_complex_numbers_of_a_batch():
@@ -72,11 +70,11 @@ def test_strings_and_complex_numbers_of_a_batch():
     assert "'word 99' (100)" in text_of(run, 1, phase="batch", values=True)
     assert f"2{TIMES}2, |z|" in text
     assert text.endswith("\n|z|: numbers are complex, statistics of absolute values\n")
-    told = json.loads(step_json(run[1], run.facts))
-    assert told["batch_values"]["about.epoch"] == 3
-    assert told["batch_values"]["about.words"][99] == "word 99"
-    assert told["batch"]["wave"]["statistics_of"] == "absolute values"
-    assert "statistics_of" not in told["batch"]["x"]
+    told = run[1].data(values=True)
+    values = {each["name"]: each["texts"] for each in told["batch"]["values"]}
+    assert values["about.epoch"] == ["3"] and values["about.words"][99] == "word 99"
+    assert told["tensors"]["batch/wave"]["statistics_of"] == "absolute values"
+    assert "statistics_of" not in told["tensors"]["batch.x"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

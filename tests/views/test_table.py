@@ -9,8 +9,8 @@ import pytest
 
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
+from everystep.recording.texts import shortest
 from everystep.views.table import loss_table, shortest_texts
-from everystep.views.terminal import shortest
 
 
 def embedded(html):

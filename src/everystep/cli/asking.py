@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument
-from everystep.cli.output import hint, quoted, say, say_written, tell
+from everystep.cli.output import answer, hint, quoted, say, say_written, tell
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
     from everystep.replay.why import Why
-    from everystep.run import Run
 
 __all__ = ["diff", "doctor", "measure", "rows", "verify", "when", "why"]
 
@@ -48,13 +47,13 @@ def why(
     from everystep.api import open
     from everystep.views.answers import as_json
     from everystep.views.console import SafeConsole
-    from everystep.views.why import why_data, why_page
+    from everystep.views.why import why_page
 
     opened = open(run)
     found = opened.why(number, expression, back=back, depth=depth, terms=terms)
     tell(opened.problems)
     if json:
-        say(as_json(why_data(found)))
+        say(as_json(found.data()))
         return
     console = SafeConsole(highlight=False, soft_wrap=True)
     width = max(console.width, 60) if sys.stdout.isatty() else 100
@@ -81,19 +80,13 @@ def rows(
     does, it is named, and what it mixes is unknown. Exits with 1 if what is asked for is unknown.
     """
     from everystep.api import open
-    from everystep.views.answers import as_json
-    from everystep.views.batch import class_names
-    from everystep.views.rows import order_of, rows_data, rows_text
+    from everystep.views.rows import order_of
 
     opened = open(run)
-    step = opened[number]
+    found = opened.rows(number)
     tell(opened.problems)
-    names = class_names(opened.facts)
-    if json:
-        say(as_json(rows_data(step, by=by, parameter=parameter)))
-    else:
-        say(rows_text(step, name=opened.name, by=by, parameter=parameter, first=first, classes=names))
-    if order_of(step.rows, by, parameter) is None:
+    answer(found, json, by=by, parameter=parameter, **({} if json else {"first": first}))
+    if order_of(found, by, parameter) is None:
         raise typer.Exit(1)
 
 
@@ -116,14 +109,9 @@ def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption
     itself. Exits with 1 if something differs.
     """
     from everystep.api import open
-    from everystep.views.answers import as_json, verify_data, verify_text
 
-    opened = open(run)
-    found = opened.verify(processes=processes)
-    if json:
-        say(as_json(verify_data(opened.name, found)))
-    else:
-        say(verify_text(opened.name, opened.facts, found))
+    found = open(run).verify(processes=processes)
+    answer(found, json)
     if not found.is_exact:
         raise typer.Exit(1)
 
@@ -143,14 +131,11 @@ def doctor(
     number matches, differs or is missing.
     """
     from everystep.api import doctor
-    from everystep.recording.directories import find_run
-    from everystep.views.answers import as_json
-    from everystep.views.diagnosis import diagnosis_data, diagnosis_text, export_numbers
 
     found = doctor(run)
-    say(as_json(diagnosis_data(found)) if json else diagnosis_text(found))
+    answer(found, json)
     if export is not None:
-        export_numbers(find_run(run), export)
+        doctor(run, export=export)
         say_written(export)
     if not found.is_healthy:
         raise typer.Exit(1)
@@ -183,23 +168,19 @@ def diff(
     them: to check a backward pass written by hand, for example. Exits with 1 if they differ.
     """
     from everystep.api import open
-    from everystep.views.answers import as_json
-    from everystep.views.difference import diff_data, diff_text
 
     if at is not None and not by_values:
         raise UsageError("--step needs --by-values; without it, diff finds the step itself")
     if thorough and by_values:
         raise UsageError("--thorough and --by-values are mutually exclusive")
     if by_values:
-        from everystep.views.match import match_data, match_text
-
         matched = open(one).match(open(other), at)
-        say(as_json(match_data(matched)) if json else match_text(matched))
+        answer(matched, json)
         if not matched.is_match:
             raise typer.Exit(1)
         return
     found = open(one).diff(open(other), thorough=thorough)
-    say(as_json(diff_data(found)) if json else diff_text(found))
+    answer(found, json)
     if not found.is_same:
         raise typer.Exit(1)
 
@@ -225,7 +206,6 @@ def measure(
     Ctrl-C keeps the values measured so far; run the same command again to continue.
     """
     from everystep.api import open
-    from everystep.views.answers import measured_text
 
     opened = open(run)
     try:
@@ -236,7 +216,7 @@ def measure(
         count = len(opened.measured(name or expression))
         hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
-    say(measured_text(found))
+    answer(found, False)
     hint(f"everystep plot {quoted(run)} -m {quoted(found.name)} -o measured.png")
     if found.left_out:
         raise typer.Exit(1)
@@ -259,32 +239,25 @@ def when(
     `nonfinite` finds the operation that made the first NaN or infinity. Exits with 1 if no step matches.
     """
     from everystep.api import open
-    from everystep.views.answers import as_json, skipped_text, when_text
+    from everystep.views.answers import FINITE, skipped_text, when_text
 
     if last and all:
         raise UsageError("--last and --all are mutually exclusive")
     opened = open(run)
     if condition.strip() == "nonfinite":
-        _first_nonfinite(opened, processes, json)
+        made = opened.first_nonfinite(processes=processes)
+        if made is None:
+            say("null" if json else FINITE)
+            raise typer.Exit(1)
+        answer(made, json)
         return
     found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
     if found.inexact:
         hint(f"everystep: {skipped_text(found.inexact)}; run everystep verify for details")
-    losses = opened.losses_at(found.steps)
     if json:
-        steps_data = [{"step": step, "loss": loss} for step, loss in losses.items()]
-        say(as_json({"steps": steps_data, "left_out_from": list(found.inexact)}))
+        answer(found, json)
     else:
-        say(when_text(found, losses), nl=False)
+        say(when_text(opened.losses_at(found.steps)), nl=False)
     if not found.steps:
         hint("no step matches")
-        raise typer.Exit(1)
-
-
-def _first_nonfinite(run: Run, processes: int | None, json: bool) -> None:
-    from everystep.views.answers import as_json, nonfinite_data, nonfinite_text
-
-    made = run.first_nonfinite(processes=processes)
-    say(as_json(nonfinite_data(made)) if json else nonfinite_text(made))
-    if made is None:
         raise typer.Exit(1)

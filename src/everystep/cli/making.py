@@ -82,8 +82,8 @@ def train(
     loaded = load(experiment, overrides)
 
     from everystep.training.from_experiment import train_experiment
+    from everystep.views.facts import closing
     from everystep.views.progress import Silent, TerminalProgress
-    from everystep.views.terminal import closing
 
     piped = None if sys.stdout.isatty() else say_lines
     progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
@@ -131,8 +131,8 @@ def resume(
         os.environ.update(trained.numerics.environment())
 
     from everystep.run import Run
+    from everystep.views.facts import closing
     from everystep.views.progress import Silent, TerminalProgress
-    from everystep.views.terminal import closing
 
     piped = None if sys.stdout.isatty() else say_lines
     progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
@@ -196,7 +196,7 @@ def fork(
     """Train a new run that equals its parent up to a step and continues with changes."""
     from everystep import numerics
     from everystep.experiment.specification import parse_setting
-    from everystep.views.terminal import closing
+    from everystep.views.facts import closing
 
     numerics.prepare()
     from everystep.api import open

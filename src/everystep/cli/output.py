@@ -18,10 +18,11 @@ from typing import Any
 import typer
 
 from everystep.errors import DamageWarning, EverystepError
-from everystep.views.printed import clean
+from everystep.views.texts import clean
 
 __all__ = [
     "OutputError",
+    "answer",
     "damage_on_stderr",
     "drop_output",
     "hint",
@@ -148,6 +149,13 @@ def tell(problems: list[str]) -> None:
     """Print the problems of a run as hints, not as errors."""
     for problem in problems:
         hint(f"everystep: {problem}")
+
+
+def answer(found: Any, json: bool, **options: Any) -> None:
+    """Print an answer, as JSON or as text; options: of how it is written."""
+    from everystep.views.answers import as_json
+
+    say(as_json(found.data(**options)) if json else found.to_text(**options))
 
 
 def say(text: str, *, nl: bool = True) -> None:

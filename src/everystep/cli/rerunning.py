@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument, row_numbers
-from everystep.cli.output import say, say_written
+from everystep.cli.output import answer, say_written
 from everystep.errors import UsageError
 
 __all__ = ["rerun", "whatif"]
@@ -48,8 +48,6 @@ def rerun(
     its code. Exits with 1 if results differ under different numerics or another torch.
     """
     from everystep.api import open
-    from everystep.views.answers import as_json
-    from everystep.views.rerun import rerun_data, rerun_text
 
     if float64 and bfloat16:
         raise UsageError("--float64 and --bfloat16 are mutually exclusive")
@@ -62,7 +60,7 @@ def rerun(
         python=python,
         beside=[open(each) for each in beside or ()],
     )
-    say(as_json(rerun_data(found)) if json else rerun_text(found))
+    answer(found, json)
     if output is not None:
         from everystep.views.plot import curves_plot, save_plot
 
@@ -103,8 +101,6 @@ def whatif(
     """
     from everystep.api import open
     from everystep.replay.what_if import check_has_rows
-    from everystep.views.answers import as_json
-    from everystep.views.what_if import what_if_data, what_if_text
 
     opened = open(run)
     check_has_rows(opened)
@@ -124,4 +120,4 @@ def whatif(
         by=by,
         processes=processes,
     )
-    say(as_json(what_if_data(found)) if json else what_if_text(found))
+    answer(found, json)

@@ -12,7 +12,7 @@ import typer
 
 from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument
 from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
-from everystep.cli.output import hint, say, say_written, tell
+from everystep.cli.output import answer, hint, say, say_written, tell
 from everystep.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def runs(
     json: JsonOption = False,
 ) -> None:
     """List runs: name, status, steps, first and last loss, start time, note."""
-    from everystep.views.run_list import runs_json
+    from everystep.views.lists import runs_json
 
     killed: list[Path] = []
     summaries = _summaries(directory, killed)
@@ -62,7 +62,7 @@ def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
 def _print_runs(summaries: Iterator[Summary]) -> bool:
     """Print the table of runs as they are read; return whether there are any."""
     from everystep.views.console import SafeConsole
-    from everystep.views.run_list import runs_tables
+    from everystep.views.lists import runs_tables
 
     is_terminal = sys.stdout.isatty()
     # The reader of a pipe cuts lines.
@@ -82,7 +82,7 @@ _MOST_KILLED = 3
 def _say_killed(directories: list[Path]) -> None:
     """Say when the newest killed runs were killed, and how to go on with them."""
     from everystep.recording.run import RecordedRun
-    from everystep.views.ending import ending, going_on
+    from everystep.views.facts import ending, going_on
 
     found = [RecordedRun(directory, may_be_cut=True) for directory in directories]
     for run in sorted(found, key=lambda run: run.last_written)[-_MOST_KILLED:]:
@@ -104,8 +104,8 @@ def losses(
 ) -> None:
     """Print the table of losses, with a column for each measurement."""
     from everystep.api import open
+    from everystep.views.lists import losses_text
     from everystep.views.output_file import write_file
-    from everystep.views.terminal import losses_text
 
     if csv + json + parquet > 1:
         raise UsageError("--csv, --json and --parquet are mutually exclusive")
@@ -227,7 +227,6 @@ def step(
     from everystep.api import open
     from everystep.views.console import SafeConsole
     from everystep.views.step import step_text
-    from everystep.views.step_json import step_json
 
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
@@ -235,7 +234,7 @@ def step(
     found = opened[number]
     tell(opened.problems)
     if json:
-        say(step_json(found, opened.facts, values=values))
+        answer(found, json, values=values)
     else:
         console = SafeConsole(highlight=False, soft_wrap=True)
         text = step_text(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,26 +11,18 @@ from everystep.errors import RunError
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
-from everystep.recording.summary import Summary
-from everystep.recording.texts import is_rate
-from everystep.views import report
-from everystep.views.ending import ending, going_on
-from everystep.views.summary import facts_in_order
-from everystep.views.terminal import number, shortest, shortest_name
+from everystep.recording.texts import is_rate, shortest
+from everystep.views.facts import details, ending, facts_in_order, going_on, seed, shortest_name, times
+from everystep.views.texts import number
 
 if TYPE_CHECKING:
     from everystep.page.columns import RunColumns
 
-__all__ = ["about_data", "plain", "state_data", "summary_data"]
+__all__ = ["about_data", "plain", "state_data"]
 
 #: What the classes of layers begin with that have a weight, and of activation functions.
 _WITH_WEIGHTS = ("Linear", "Bilinear", "Conv", "Embedding", "LazyLinear", "LazyConv")
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "GELU")
-#: What the list of runs says of each.
-_SUMMARY = (
-    *("status", "steps", "planned", "first_loss", "last_loss", "nonfinite", "optimizer", "lr"),
-    *("batch", "validation", "seconds", "started", "parent", "note", "damage"),
-)
 
 
 def plain(value: float | None) -> float | str | None:
@@ -39,32 +30,6 @@ def plain(value: float | None) -> float | str | None:
     if value is None:
         return None
     return float(shortest(value)) if math.isfinite(value) else str(value)
-
-
-def summary_data(name: str, summary: Summary | None, problem: str | None = None) -> dict[str, Any]:
-    """Return a run in one line; None: it cannot be read, for the reason given."""
-    if summary is None:
-        return {"name": name, **dict.fromkeys(_SUMMARY), "problem": problem}
-    return {
-        "name": name,
-        "status": summary.status,
-        "steps": summary.steps,
-        "planned": summary.planned,
-        "first_loss": plain(summary.first_loss),
-        "last_loss": plain(summary.last_loss),
-        "nonfinite": summary.nonfinite_step,
-        "optimizer": summary.optimizer,
-        "lr": ", ".join(f"{rate:.8g}" for rate in summary.lr),
-        "batch": summary.batch_size,
-        "validation": summary.validation
-        and {"name": summary.validation[0], "value": plain(summary.validation[1])},
-        "seconds": summary.seconds,
-        "started": summary.started.astimezone(UTC).isoformat(),
-        "parent": summary.parent,
-        "note": summary.note,
-        "damage": summary.damage,
-        "problem": None,
-    }
 
 
 def state_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, Any]:
@@ -96,9 +61,9 @@ def about_data(
     facts, training = columns.facts, columns.facts.training
     settings, problem = _settings_of(run, training)
     return {
-        "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
-        "details": report.details(facts),
-        "times": report.times(facts),
+        "facts": [*facts_in_order(facts), ("seed", seed(facts))],
+        "details": details(facts),
+        "times": times(facts),
         "name": name,
         **state_data(run, columns, run.status_by(facts)),
         "dtype": str(columns.losses.dtype),

@@ -12,13 +12,12 @@ from markupsafe import Markup
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.page.opened import step_content
 from everystep.page.regions import MOST, histogram, matrix, region
-from everystep.page.tensors import tensor_of
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
 from everystep.run import Run
 from everystep.views.report import report_html
+from everystep.views.step_data import tensor_of
 from everystep.views.table import environment
 
 __all__ = ["MOST_STEPS", "shared_report"]
@@ -95,7 +94,7 @@ class _Kept:
 
     def step(self, step: Step, run: Run) -> dict[str, Any]:
         """Return a step as the page holds it."""
-        content = step_content(step, run)
+        content = step.data()
         shown = {id for id, seen in content["tensors"].items() if "unset" not in seen}
         tensors = {id: tensor_of(step, id, run.facts) for id in shown}
         return {

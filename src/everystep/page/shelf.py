@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.errors import RunError, did_you_mean
-from everystep.page.about import summary_data
 from everystep.recording.database import FILE_NAME
 from everystep.recording.run import RecordedRun
-from everystep.recording.summary import fingerprint
+from everystep.recording.summary import Summary, fingerprint
+from everystep.views.lists import summary_data
 
 __all__ = ["Shelf", "Summaries", "shown_name"]
 
@@ -109,9 +109,10 @@ class Shelf:
             # Of a run whose process is killed no file changes.
             if before == now and summary["status"] not in ("running", None):
                 return summary
-            summary = summary_data(name, RecordedRun(directory, may_be_cut=True).summary())
+            summary = summary_data(RecordedRun(directory, may_be_cut=True).summary())
+            summary |= {"name": name, "directory": shown_name(str(directory))}
         except (RunError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            summary = summary_data(name, None, problem=str(error))
+            summary = dict.fromkeys(Summary._fields) | {"name": name, "problem": str(error)}
         with self._lock:
             self._known[name] = now, summary
         return summary

@@ -26,23 +26,10 @@ from everystep.page.processes import Speaker
 from everystep.page.shelf import shown_name
 from everystep.page.sides import sides
 from everystep.recording.facts import Facts
-from everystep.replay.columns import Found
 from everystep.replay.parent import end_with_stdin
 from everystep.run import Run
-from everystep.views.answers import (
-    measured_text,
-    nonfinite_data,
-    nonfinite_text,
-    plain,
-    verify_data,
-    verify_text,
-    when_text,
-)
-from everystep.views.difference import diff_data, diff_sentence, diff_text
+from everystep.views.answers import FINITE, plain_data
 from everystep.views.progress import Silent
-from everystep.views.rerun import rerun_sentence, rerun_text
-from everystep.views.terminal import shortest
-from everystep.views.what_if import what_if_data
 
 __all__ = ["Voice", "do", "main"]
 
@@ -55,9 +42,11 @@ _POINTS = 20_000
 
 
 class Voice(Speaker):
-    """Tells the server what happens."""
+    """Tells the server what happens; called with the number of steps that were just completed."""
 
     _said = 0.0
+    _done = _total = 0
+    _what = ""
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Tell how far it is, unless it was said just now."""
@@ -66,24 +55,23 @@ class Voice(Speaker):
             self._said = now
             self.say("progress", {"done": min(done, total), "total": total, "what": what})
 
-    def counting(self, what: str, total: int) -> Callable[[int], None]:
-        """Return a function to call with the number of completed steps."""
-        done = 0
-        self.progress(done, total, what)
+    def begin_counting(self, what: str, total: int) -> None:
+        """Begin to count steps, of so many."""
+        self._done, self._total, self._what = 0, total, what
+        self(0)
 
-        def on_steps(steps: int) -> None:
-            nonlocal done
-            done += steps
-            self.progress(done, total, what)
-
-        return on_steps
+    def __call__(self, steps: int) -> None:
+        """Count steps that were just completed."""
+        self._done += steps
+        self.progress(self._done, self._total, self._what)
 
 
 def do(request: dict[str, Any], voice: Voice) -> None:
     """Do a task, and tell what comes of it: `result`, or `error` in words."""
     try:
         voice.say("ready", {})
-        voice.say("result", plain(_TASKS[request["task"]](request, voice)))
+        answer = _TASKS[request["task"]]
+        voice.say("result", plain_data(answer(Run(request["run"]), request["asked"], voice)))
     except EverystepError as error:
         voice.say("error", {"error": memory_message(error) or str(error)})
     except KeyboardInterrupt as stopped:
@@ -103,105 +91,54 @@ def main() -> None:
     do(json.loads(sys.stdin.buffer.readline()), voice)
 
 
-def _measure(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    run, expression = Run(asked["run"]), asked["expression"]
+def _measure(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    expression, name = asked.pop("expression"), asked["name"]
     try:
-        found = run.measure(
-            expression,
-            name=asked["name"],
-            every=asked["every"],
-            overwrite=asked["overwrite"],
-            progress=voice.counting("measuring", len(run)),
-        )
+        found = run.measure(expression, **asked, progress=voice)
     except KeyboardInterrupt:
-        count = len(run.measured(asked["name"] or expression))
+        count = len(run.measured(name or expression))
         raise KeyboardInterrupt(
             f"stopped; {count:,} values are kept, and measuring the same again continues from there"
         ) from None
-    return {
-        "name": found.name,
-        "text": measured_text(found),
-        "values": len(found.values),
-        "left_out": found.left_out,
-    }
+    return found.data() | {"values": len(found.values), "text": found.to_text()}
 
 
-def _when(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    run, condition = Run(asked["run"]), asked["condition"]
-    is_origin = condition.strip() == "nonfinite"
-    # The first NaN or infinity was made in the first step with such a loss, or before.
-    last = run.facts.nonfinite_step if is_origin else None
-    on_steps = voice.counting("looking", last or len(run))
-    if is_origin:
-        made = run.first_nonfinite(progress=on_steps)
-        found = Found(() if made is None else (made.step.number,))
-    else:
-        made = None
-        found = run.when(condition, asked["which"], progress=on_steps)
-    losses = run.losses_at(found.steps[:_LISTED])
-    listed = Found(tuple(losses))
-    return {
-        "count": len(found.steps),
-        "steps": [{"step": step, "loss": shortest(loss)} for step, loss in losses.items()],
-        "left_out_from": found.inexact,
-        "nonfinite": nonfinite_data(made),
-        "text": nonfinite_text(made) if is_origin else when_text(listed, losses) or "no step",
-    }
+def _when(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    if asked["condition"].strip() == "nonfinite":
+        made = run.first_nonfinite(progress=voice)
+        if made is None:
+            return {"nonfinite": None, "steps": [], "count": 0, "text": FINITE}
+        return {"nonfinite": made.data(), "text": made.to_text()}
+    found = run.when(**asked, progress=voice)
+    data = found.data(most=_LISTED)
+    return data | {"nonfinite": None, "text": "" if found.steps else "no step"}
 
 
-def _verify(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    run = Run(asked["run"])
-    found = run.verify(progress=voice.counting("replaying", len(run)))
-    return verify_data(run.name, found) | {"text": verify_text(run.name, run.facts, found)}
+def _verify(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    found = run.verify(progress=voice)
+    return found.data() | {"text": found.to_text()}
 
 
-def _compare(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    one, other = Run(asked["run"]), Run(asked["other"])
-    on_steps = voice.counting("comparing", min(len(one), len(other)))
-    found = one.diff(other, thorough=asked["thorough"], progress=on_steps)
-    return diff_data(found) | {
-        "text": diff_text(found),
-        "sentence": diff_sentence(found),
-        "sides": sides(found.operation, (one, other)),
-    }
+def _compare(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    other = Run(asked["other"])
+    found = run.diff(other, thorough=asked["thorough"], progress=voice)
+    return found.data() | {"text": found.to_text(), "sides": sides(found.operation, (run, other))}
 
 
-def _what_if(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    at, until, rows = asked["at"], asked["until"], set(asked["rows"])
-    trainings = 1 + (len(rows) if asked["each"] else 1)
-    found = Run(asked["run"]).what_if(
-        at,
-        until,
-        without_rows=rows,
-        each=asked["each"],
-        by=asked["by"],
-        progress=voice.counting("training", max(0, until - at) * trainings),
-    )
-    return what_if_data(found)
+def _what_if(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    found = run.what_if(without_rows=set(asked.pop("rows")), **asked, progress=voice)
+    return found.data()
 
 
-def _rerun(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    run = Run(asked["run"])
-    count = len(run) - run.stretches[-1].first + 1 if len(run) else 0
-    found = run.rerun(
-        threads=asked["threads"],
-        capability=asked["capability"],
-        mkl=asked["mkl"],
-        precision=asked["precision"],
-        progress=voice.counting("taking steps", count),
-    )
+def _rerun(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    found = run.rerun(**asked, progress=voice)
     steps = np.arange(found.first, found.first + len(found.losses))
-    return {
-        "there": found.place.precision or "rerun",
-        "farthest": float(found.relative.max()),
-        "sentence": rerun_sentence(found),
-        "text": rerun_text(found),
-        "losses": reduced(steps, found.losses, _POINTS) if found.has_loss else None,
-    }
+    drawn = reduced(steps, found.losses, _POINTS) if found.has_loss else None
+    data = {key: each for key, each in found.data().items() if key not in ("recorded", "others")}
+    return data | {"losses": drawn, "text": found.to_text()}
 
 
-def _fork(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    run = Run(asked["run"])
+def _fork(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     watching = _Watching(voice)
     try:
         made = run.fork(
@@ -245,7 +182,7 @@ def _next_free(run: Run) -> Path:
     return next(place for place in places if not place.exists())
 
 
-_TASKS: dict[str, Callable[[dict[str, Any], Voice], dict[str, Any]]] = {
+_TASKS: dict[str, Callable[[Run, dict[str, Any], Voice], dict[str, Any]]] = {
     "measure": _measure,
     "when": _when,
     "verify": _verify,

@@ -21,22 +21,22 @@ import torch
 from everystep import numerics
 from everystep.errors import DamageWarning, EverystepError, RunError, UsageError
 from everystep.page.memory_limit import limit_memory, memory_message
-from everystep.page.opened import step_json
 from everystep.page.processes import Message, Speaker
 from everystep.page.regions import histogram, npy, regions
-from everystep.page.tensors import tensor_of
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import Facts
 from everystep.replay.parent import end_with_stdin
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
 from everystep.run import Run
-from everystep.views.answers import plain
+from everystep.views.step_data import tensor_of
 
 __all__ = ["Openers", "answers", "main"]
 
 #: Runs that are kept open, so that stepping is quick.
 KEPT_RUNS = 3
+#: Terms of a sum, and rows of each order, that are shown.
+TERMS, MOST_ROWS = 8, 100
 
 #: What the bytes of an answer are, and the bytes.
 Found = tuple[dict[str, Any], bytes]
@@ -160,9 +160,12 @@ def main() -> None:
         speaker.say(*answer)
 
 
+def _as_bytes(data: Any) -> bytes:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+
+
 def _content(openers: Openers, request: dict[str, Any]) -> Found:
-    run, step = openers.step(request["run"], request["step"])
-    return {}, step_json(step, run, openers.facts)
+    return {}, _as_bytes(openers.step(request["run"], request["step"])[1].data())
 
 
 def _numbers(openers: Openers, request: dict[str, Any]) -> Found:
@@ -174,7 +177,7 @@ def _numbers(openers: Openers, request: dict[str, Any]) -> Found:
 
 def _histogram(openers: Openers, request: dict[str, Any]) -> Found:
     _, step = openers.step(request["run"], request["step"])
-    return {}, json.dumps(histogram(tensor_of(step, request["id"], openers.facts))).encode()
+    return {}, _as_bytes(histogram(tensor_of(step, request["id"], openers.facts)))
 
 
 def _file(openers: Openers, request: dict[str, Any]) -> Found:
@@ -183,19 +186,21 @@ def _file(openers: Openers, request: dict[str, Any]) -> Found:
 
 
 def _why(openers: Openers, request: dict[str, Any]) -> Found:
-    from everystep.page.reasons import reason
+    from everystep.replay.why import why
+    from everystep.views.why import spot_of
 
     _, step = openers.step(request["run"], request["step"])
-    found = reason(step, openers.facts, request["id"], request["index"], request["name"])
-    return {}, json.dumps(plain(found), allow_nan=False).encode("utf-8", "replace")
+    name, id = request["name"], request["id"]
+    wanted = name if name else spot_of(step, openers.facts, id, request["index"])
+    found = why(step, wanted, back=1, terms=TERMS)
+    if found.origin == "state" and found.causes and found.began is None:
+        found = found.causes[0]  # it is followed into the state before
+    return {}, _as_bytes(found.data())
 
 
 def _rows(openers: Openers, request: dict[str, Any]) -> Found:
-    from everystep.page.ranking import ranking
-
-    _, step = openers.step(request["run"], request["step"])
-    found = ranking(step, openers.facts)
-    return {}, json.dumps(plain(found), allow_nan=False).encode("utf-8", "replace")
+    run, step = openers.step(request["run"], request["step"])
+    return {}, _as_bytes(run.rows(step.number).data(most=MOST_ROWS))
 
 
 def _report(openers: Openers, request: dict[str, Any]) -> Found:

@@ -61,7 +61,7 @@ class Difference(Shown):
     """How two runs differ.
 
     experiments, numerics: settings, and other things that bits depend on, by name, in both; steps: the
-    number of steps of each; data: tensors of the data that differ, where both runs hold it; loss: the
+    number of steps of each; data_tensors: of the data, that differ, where both runs hold it; loss: the
     first that differs (recorded: of the first run, replayed: of the second), None if all match;
     first_state: where that reaches the model, None without an operation;
     common_state: the last snapshot that both have and that is identical; states: tensors of the first
@@ -84,7 +84,7 @@ class Difference(Shown):
     problems: tuple[str, ...]
     is_complete: bool = True
     is_thorough: bool = False
-    data: tuple[DataDifference, ...] = ()
+    data_tensors: tuple[DataDifference, ...] = ()
     measured: tuple[tuple[str, LossDifference], ...] = ()
     unread: tuple[str, ...] = ()
     renamed: tuple[str, ...] = ()
@@ -184,7 +184,7 @@ def diff(
         problems=tuple(dict.fromkeys(problems)),
         is_complete=is_complete,
         is_thorough=thorough,
-        data=data_differences(one, other),
+        data_tensors=data_differences(one, other),
         measured=tuple(_measured(one, other)),
         unread=tuple(unread),
         renamed=tuple(renamed(one.facts.training, other.facts.training)),

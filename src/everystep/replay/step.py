@@ -23,6 +23,7 @@ from everystep.step.state import State
 
 if TYPE_CHECKING:
     from everystep.replay.rows import Rows
+    from everystep.replay.shown import View
     from everystep.replay.why import Why
 
 __all__ = [
@@ -135,8 +136,7 @@ class Step:
     parameter; operations: in order, with inputs and results; hyperparameters: the lr and similar
     settings, `lr[1]` for the second param group; epoch: from 0; places: the memory that the names of its
     tensors mean; state, end: every tensor of the state before the step, and after it, by its name in the
-    run (`optimizer/0.weight/exp_avg`); earlier: opens another step of the run; to_html: writes it as a
-    notebook shows it; why_text: writes an answer of `why`.
+    run (`optimizer/0.weight/exp_avg`); earlier: opens another step of the run; view: how it is shown.
     """
 
     number: int
@@ -157,8 +157,7 @@ class Step:
     state: dict[str, Tensor] = field(repr=False, compare=False)
     end: dict[str, Tensor] = field(repr=False, compare=False)
     earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
-    to_html: Callable[[Step], str] | None = field(default=None, repr=False, compare=False)
-    why_text: Callable[[Why], str] | None = field(default=None, repr=False, compare=False)
+    view: View | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_exact(self) -> bool:
@@ -247,7 +246,11 @@ class Step:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def _repr_html_(self) -> str | None:
-        return None if self.to_html is None else self.to_html(self)
+        return None if self.view is None else self.view.html(self)
+
+    def data(self, *, values: bool = False) -> dict[str, Any]:
+        """Return everything in it as plain data; values: the numbers of every tensor, too."""
+        return {} if self.view is None else self.view.data(self, values=values)
 
     def __repr__(self) -> str:
         exact = (

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from everystep.replay.processes import Opener
     from everystep.replay.step import Step
-    from everystep.replay.why import Why
     from everystep.training.objects import Objects
 
 __all__ = ["OpenedRun", "Steps"]
@@ -51,22 +50,11 @@ class OpenedRun(RecordedRun):
         opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
         if self._last_opened is not None and self._last_opened[0] is opened:
             return self._last_opened[1]
-        shown = replace(
-            opened, to_html=self._step_html, why_text=self._why_text, earlier=self.__getitem__
-        )
+        from everystep.views.answers import View
+
+        shown = replace(opened, view=View(self), earlier=self.__getitem__)
         self._last_opened = opened, shown
         return shown
-
-    def _step_html(self, step: Step) -> str:
-        from everystep.views.step import step_html
-
-        return step_html(step, self.facts, self.name)
-
-    @staticmethod
-    def _why_text(answer: Why) -> str:
-        from everystep.views.why import why_text
-
-        return why_text(answer)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])

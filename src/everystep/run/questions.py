@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from everystep.errors import UsageError
 from everystep.run.opened import OpenedRun
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from everystep.replay.query import Measured
     from everystep.replay.rerun import Rerun
     from everystep.replay.rows import Rows
+    from everystep.replay.shown import Shown
     from everystep.replay.step import Step
     from everystep.replay.verify import Verification
     from everystep.replay.what_if import WhatIf
@@ -29,6 +30,8 @@ __all__ = ["Counting", "Questions"]
 #: Whether to show a progress bar where stderr is a terminal; or what is called with the number
 #: of steps that were just replayed.
 Counting = bool | Callable[[int], None]
+
+Answer = TypeVar("Answer", bound="Shown | None")
 
 
 class Questions(OpenedRun):
@@ -43,12 +46,8 @@ class Questions(OpenedRun):
             RunError: a needed file is missing or unreadable.
         """
         from everystep.replay.verify import verify
-        from everystep.views.answers import verify_text
-        from everystep.views.progress import counting
 
-        with counting("replaying", len(self), progress) as on_progress:
-            found = verify(self._opener, processes, on_progress)
-        return replace(found, to_text=partial(verify_text, self.name, self.facts, found))
+        return self._answered("replaying", len(self), progress, partial(verify, self._opener, processes))
 
     def diff(self, other: Questions, *, thorough: bool = False, progress: Counting = True) -> Difference:
         """Return how this run differs from another, down to the first operation.
@@ -60,15 +59,12 @@ class Questions(OpenedRun):
             RunError: a run is unreadable.
         """
         from everystep.replay.diff import diff
-        from everystep.views.difference import diff_text
-        from everystep.views.progress import counting
 
         if not isinstance(other, Questions):
             raise UsageError(f"expected another run to compare with, not {other!r:.80}")
         objects = self._objects, other._objects
-        with counting("comparing", min(len(self), len(other)), progress) as on_progress:
-            found = diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
-        return replace(found, to_text=partial(diff_text, found))
+        ask = partial(diff, self, other, thorough=thorough, objects=objects)
+        return self._answered("comparing", min(len(self), len(other)), progress, ask)
 
     def match(self, other: Questions, step: int | None = None) -> Match:
         """Return how a step of this run matches one of another that is written differently, by values.
@@ -84,12 +80,11 @@ class Questions(OpenedRun):
             RunError: a step cannot be opened.
         """
         from everystep.replay.match import match
-        from everystep.views.match import match_text
 
         if not isinstance(other, Questions):
             raise UsageError(f"expected another run to match with, not {other!r:.80}")
-        found = match(self._opener, other._opener, None if step is None else self._number(step))
-        return replace(found, to_text=partial(match_text, found))
+        number = None if step is None else self._number(step)
+        return self._shown(match(self._opener, other._opener, number))
 
     def rerun(
         self,
@@ -121,13 +116,11 @@ class Questions(OpenedRun):
             TrainingError: the process there does not start, or ended early.
         """
         from everystep.replay.rerun import Place, rerun
-        from everystep.views.progress import counting
-        from everystep.views.rerun import rerun_text
 
         place = Place(threads, capability, mkl, precision, python)
-        with counting("taking steps", len(self), progress) as on_progress:
-            found = rerun(self._opener, place, beside, on_progress)
-        return replace(found, to_text=partial(rerun_text, found))
+        ask = partial(rerun, self._opener, place, beside)
+        count = len(self) - self.stretches[-1].first + 1 if len(self) else 0
+        return self._answered("taking steps", count, progress, ask)
 
     def measure(
         self,
@@ -156,21 +149,18 @@ class Questions(OpenedRun):
             RunError: a needed file is missing, unreadable or being written.
         """
         from everystep.replay.query import measure
-        from everystep.views.answers import measured_text
-        from everystep.views.progress import counting
 
         asked, called = self._question(question)
-        with counting("measuring", len(self), progress) as on_progress:
-            found = measure(
-                self._opener,
-                asked,
-                name or called,
-                every=every,
-                overwrite=overwrite,
-                processes=processes,
-                on_progress=on_progress,
-            )
-        return replace(found, to_text=partial(measured_text, found))
+        ask = partial(
+            measure,
+            self._opener,
+            asked,
+            name or called,
+            every=every,
+            overwrite=overwrite,
+            processes=processes,
+        )
+        return self._answered("measuring", len(self), progress, ask)
 
     def when(
         self,
@@ -194,36 +184,23 @@ class Questions(OpenedRun):
             UsageError: the condition does not fit.
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.views.answers import found_text
-
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
-        found = self._find(condition, which, processes, progress)
-        return replace(found, to_text=partial(found_text, found, self.losses_at(found.steps)))
-
-    def _find(
-        self,
-        condition: str | Callable[[Step], Any],
-        which: Literal["first", "last", "all"],
-        processes: int | None,
-        progress: Counting,
-    ) -> Found:
         if isinstance(condition, str) and condition.strip() == "nonfinite":
             from everystep.replay.columns import Found
 
             made = self.first_nonfinite(processes=processes, progress=progress)
-            return Found(() if made is None else (made.step.number,))
+            return self._shown(Found(() if made is None else (made.step.number,)))
         asked, _ = self._question(condition)
         if getattr(asked, "is_recorded", False):
             from everystep.replay.columns import Found, ask_columns, chosen
 
             steps = [step for step, _ in ask_columns(asked, self, (1, len(self)), as_condition=True)]
-            return Found(chosen(steps, which))
+            return self._shown(Found(chosen(steps, which)))
         from everystep.replay.query import when
-        from everystep.views.progress import counting
 
-        with counting("looking", len(self), progress) as on_progress:
-            return when(self._opener, asked, which, processes=processes, on_progress=on_progress)
+        ask = partial(when, self._opener, asked, which, processes=processes)
+        return self._answered("looking", len(self), progress, ask)
 
     def first_nonfinite(
         self, *, processes: int | None = None, progress: Counting = True
@@ -234,12 +211,11 @@ class Questions(OpenedRun):
             RunError: a needed file is missing or unreadable.
         """
         from everystep.replay.nonfinite import find_nonfinite
-        from everystep.views.answers import nonfinite_text
-        from everystep.views.progress import counting
 
-        with counting("looking", self.facts.nonfinite_step or len(self), progress) as on_progress:
-            found = find_nonfinite(self._opener, processes, on_progress)
-        return found and replace(found, to_text=partial(nonfinite_text, found))
+        count = self.facts.nonfinite_step or len(self)
+        return self._answered(
+            "looking", count, progress, partial(find_nonfinite, self._opener, processes)
+        )
 
     def rows(self, step: int) -> Rows:
         """Return how much of the loss of a step, and of each gradient, each row of its batch makes.
@@ -251,10 +227,10 @@ class Questions(OpenedRun):
             StepError: the run has no such step.
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.views.rows import rows_text
+        from everystep.views.answers import View
 
         opened = self[step]
-        return replace(opened.rows, to_text=partial(rows_text, opened, name=self.name))
+        return replace(opened.rows, view=View(self, opened))
 
     def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
         """Return where a number of a step comes from: the operation that made it, and from what.
@@ -309,8 +285,6 @@ class Questions(OpenedRun):
             RunError: the steps cannot be taken again without the rows; gives the reason.
         """
         from everystep.replay.what_if import check_has_rows, what_if
-        from everystep.views.progress import counting
-        from everystep.views.what_if import what_if_text
 
         check_has_rows(self)
         chosen = [operator.index(row) for row in without_rows]
@@ -332,18 +306,21 @@ class Questions(OpenedRun):
         cases = [(row,) for row in rows] if each else [tuple(rows)]
         assert at is not None
         steps = (until - at) * (len(cases) + 1)
-        with counting("training", max(0, steps), progress) as on_progress:
-            found = what_if(
-                self._opener,
-                self._number(at),
-                until,
-                cases,
-                by,
-                self._objects,
-                processes,
-                on_progress,
-            )
-        return replace(found, to_text=partial(what_if_text, found))
+        start = self._number(at)
+        ask = partial(what_if, self._opener, start, until, cases, by, self._objects, processes)
+        return self._answered("training", max(0, steps), progress, ask)
+
+    def _answered(self, what: str, steps: int, progress: Counting, ask: Callable[..., Answer]) -> Answer:
+        """Ask, show how far it is, and return the answer, which shows itself."""
+        from everystep.views.progress import counting
+
+        with counting(what, steps, progress) as on_progress:
+            return self._shown(ask(on_progress=on_progress))
+
+    def _shown(self, answer: Answer) -> Answer:
+        from everystep.views.answers import View
+
+        return answer and replace(answer, view=View(self))  # type: ignore[type-var]
 
     def _question(self, question: str | Callable[[Step], Any]) -> tuple[Any, str]:
         """Return a question in the form that queries take, and its name."""

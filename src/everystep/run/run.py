@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -223,13 +222,16 @@ def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis
     Raises:
         RunError: there is no such run; or, with `export`, its database cannot be opened.
     """
+    from everystep.recording.database import FILE_NAME
+    from everystep.recording.health import readable_numbers
     from everystep.replay.doctor import doctor
-    from everystep.views.diagnosis import diagnosis_text, export_numbers
+    from everystep.views.answers import View
+    from everystep.views.output_file import write_file
 
     found = doctor(directory)
     if export is not None:
-        export_numbers(directory, export)
-    return dataclasses.replace(found, to_text=partial(diagnosis_text, found))
+        write_file(export, readable_numbers(directory / FILE_NAME))
+    return dataclasses.replace(found, view=View(None))
 
 
 def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:

@@ -1,103 +1,174 @@
-"""Answers as text and as JSON: the results of verify, measure and when."""
+"""What runs answer: as text, and as the one plain data that `--json` prints and the page gets."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from everystep.views.terminal import engine_text, number, shortest
+from everystep.recording.run import RecordedRun
+from everystep.recording.texts import shortest
+from everystep.views.comparisons import (
+    diff_sentence,
+    diff_text,
+    distances,
+    listed,
+    match_text,
+    rerun_sentence,
+    rerun_text,
+    tensors_text,
+)
+from everystep.views.facts import engine_text
+from everystep.views.tables import Column, table_text
+from everystep.views.texts import block, counted, labelled, named, number
 
 if TYPE_CHECKING:
-    from everystep.recording.facts import Facts
+    from pathlib import Path
+
     from everystep.replay.columns import Found
+    from everystep.replay.doctor import Diagnosis
     from everystep.replay.nonfinite import NonFinite
     from everystep.replay.query import Measured
+    from everystep.replay.step import Step
     from everystep.replay.verify import Verification
-    from everystep.step.check import StateDifference
+    from everystep.replay.what_if import Case, WhatIf
 
-__all__ = [
-    "NAMED",
-    "as_json",
-    "found_text",
-    "labelled",
-    "measured_text",
-    "nonfinite_data",
-    "nonfinite_text",
-    "plain",
-    "skipped_text",
-    "tensors_text",
-    "verify_data",
-    "verify_text",
-    "when_text",
-]
+__all__ = ["FINITE", "View", "about_numbers", "as_json", "plain_data", "skipped_text", "when_text"]
 
-#: States, tensors and rows that are named before the rest is counted.
-NAMED = 6
+#: What is said where there is no NaN and no infinity.
+FINITE = "all results of all operations are finite"
 
-_WIDTH = 12
+#: Rows of a training that are named before the rest is counted.
+_ROWS_NAMED = 8
+
+
+class View(NamedTuple):
+    """How what a run answers is shown.
+
+    run: None for a diagnosis, which a run that cannot be opened has, too; step: that rows are of.
+    """
+
+    run: Any
+    step: Step | None = None
+
+    def text(self, answer: Any, **options: Any) -> str:
+        """Return an answer as the terminal prints it."""
+        return _TEXTS[type(answer).__name__](answer, self, **options)
+
+    def data(self, answer: Any, **options: Any) -> dict[str, Any]:
+        """Return everything in an answer as plain data, under the names that it has in Python."""
+        kind = type(answer).__name__
+        found: dict[str, Any] = (
+            _DATA[kind](answer, self, **options) if kind in _DATA else plain_data(answer)
+        )
+        is_named = self.run is None or "name" in found or "names" in found
+        return found if is_named else {"run": self.run.name} | found
+
+    def html(self, step: Step) -> str:
+        """Return a step as a notebook shows it."""
+        from everystep.views.step import step_html
+
+        return step_html(step, self.run.facts, self.run.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An answer can be pickled; the run with all that it has opened cannot.
+        return _view_of, (self.run and self.run.directory, self.step)
+
+
+def _view_of(directory: Path | None, step: Step | None) -> View:
+    return View(None if directory is None else RecordedRun(directory), step)
 
 
 def as_json(data: Any) -> str:
-    """Return data as JSON; nan and infinities become strings."""
-    return json.dumps(plain(data), indent=1, ensure_ascii=False)
+    """Return plain data as JSON."""
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def plain(value: Any) -> Any:
-    """Return data that JSON can hold: nan and infinities become strings."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+def plain_data(value: Any) -> Any:
+    """Return what JSON can hold: of an answer its fields, and what `_DERIVED` lists.
 
-
-def verify_text(name: str, facts: Facts, found: Verification) -> str:
-    """Return what matches and what does not, in lines, and the conclusion.
-
-    facts: of the run; they show what backs the recorded steps themselves.
+    NaN and infinities become texts, and so do complex numbers, times and paths. A step is its number, an
+    operation its operator, phase and module.
     """
-    lines = [labelled("recorded", engine_text(facts))]
-    if found.numerics:
-        pairs = (f"{key} {one}, now {two}" for key, (one, two) in found.numerics.items())
-        lines.append(labelled("numerics", "recorded with " + "; ".join(pairs)))
-    lines.append(labelled("replayed", _replayed_text(found)))
-    if not facts.has_loss:
-        lines.append(labelled("losses", "not logged; only the states are compared"))
-    elif found.first_loss is None:
-        is_all = found.steps == found.all_steps
-        count = f"all {found.steps:,}" if is_all else f"{found.steps:,} of {found.all_steps:,}"
-        lines.append(labelled("losses", f"{count} bit-identical"))
-    else:
-        step, recorded, replayed = found.first_loss
-        far = _apart(recorded, replayed, found.loss_distance)
-        lines.append(
-            labelled(
-                "losses",
-                f"{found.different_steps:,} of {found.steps:,} differ, first at step "
-                f"{step:,}:\nrecorded {shortest(recorded)}, replayed {shortest(replayed)}{far}",
-            )
-        )
-    lines.append(labelled("snapshots", _snapshots_text(found)))
-    lines += [labelled("problem", problem) for problem in found.problems]
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {str(key): plain_data(item) for key, item in value.items()}
+    kind = type(value).__name__
+    if kind == "Step":
+        return value.number
+    if kind == "Observed":
+        operation = value.operation
+        return {key: getattr(operation, key) for key in ("operator", "phase", "module")}
+    names = None
+    if is_dataclass(value):
+        names = [each.name for each in fields(value) if each.repr]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        names = list(value._fields)
+    if names is not None:
+        found = {name: getattr(value, name) for name in names} | _derived(kind, value)
+        return {name: plain_data(item) for name, item in found.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain_data(item) for item in value]
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat()
+    return plain_data(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def _derived(kind: str, value: Any) -> dict[str, Any]:
+    """Return what an answer, or a part of one, derives from its fields and is shown with them."""
+    if kind in ("Why", "Number", "Term", "Group"):
+        from everystep.views.why import derived
+
+        return derived(value)
+    return _DERIVED[kind](value) if kind in _DERIVED else {}
+
+
+def _verify_text(found: Verification, view: View) -> str:
+    """Return what matches and what does not, in lines, and the conclusion."""
+    facts = view.run.facts
+    numerics = "; ".join(f"{key} {one}, now {two}" for key, (one, two) in found.numerics.items())
+    lines = [
+        ("recorded", engine_text(facts)),
+        ("numerics", numerics and f"recorded with {numerics}"),
+        ("replayed", _replayed_text(found)),
+        (
+            "losses",
+            _losses_text(found) if facts.has_loss else "not logged; only the states are compared",
+        ),
+        ("snapshots", _snapshots_text(found)),
+        *(("problem", problem) for problem in found.problems),
+    ]
     verdict = "replays bit for bit" if found.is_exact else "does not replay bit for bit"
-    return "\n".join([*lines, "", f"{name} {verdict}"])
+    return block(lines, f"{view.run.name} {verdict}")
 
 
 def _replayed_text(found: Verification) -> str:
     if not found.all_steps:
         return "nothing: the run has no steps"
     threads = ", ".join(
-        f"{steps:,} step{'s' * (steps != 1)} with {count} thread{'s' * (count > 1)}"
+        f"{counted(steps, 'step')} with {counted(count, 'thread')}"
         for count, steps in sorted(found.threads.items())
     )
     missing = found.all_steps - found.steps
-    return (threads or "nothing") + (
-        f"; {missing:,} of {found.all_steps:,} could not be" if missing else ""
-    )
+    left_out = f"; {missing:,} of {found.all_steps:,} could not be" if missing else ""
+    return (threads or "nothing") + left_out
+
+
+def _losses_text(found: Verification) -> str:
+    if found.first_loss is None:
+        is_all = found.steps == found.all_steps
+        count = f"all {found.steps:,}" if is_all else f"{found.steps:,} of {found.all_steps:,}"
+        return f"{count} bit-identical"
+    step, recorded, replayed = found.first_loss
+    pair = f"recorded {shortest(recorded)}, replayed {shortest(replayed)}"
+    far = _apart(recorded, replayed, found.loss_distance)
+    return f"{found.different_steps:,} of {found.steps:,} differ, first at step {step:,}:\n{pair}{far}"
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
@@ -110,27 +181,21 @@ def _apart(recorded: float, replayed: float, units: int | None) -> str:
     return f", {units:,} units in the last place apart"
 
 
-def verify_data(name: str, found: Verification) -> dict[str, Any]:
-    """Return the same as plain data."""
-    loss = found.first_loss
-    return {
-        "run": name,
-        "exact": found.is_exact,
-        "steps": found.steps,
-        "all_steps": found.all_steps,
-        "different_steps": found.different_steps,
-        "first_different_loss": None
-        if loss is None
-        else loss._asdict() | {"units_in_the_last_place": found.loss_distance},
-        "snapshots": {"compared": found.snapshots, "of": found.all_snapshots},
-        "different_tensors": [each._asdict() for each in found.states],
-        "numerics": {key: list(pair) for key, pair in found.numerics.items()},
-        "threads": {str(count): steps for count, steps in found.threads.items()},
-        "problems": list(found.problems),
-    }
+def _snapshots_text(found: Verification) -> str:
+    if not found.states:
+        count = f"all {found.snapshots:,}"
+        if found.snapshots < found.all_snapshots:
+            count = f"{found.snapshots:,} of {found.all_snapshots:,}"
+        if found.snapshots == found.all_snapshots == 1:
+            count = "the only one"
+        return f"{count} after state 0 bit-identical"
+    states = sorted({each.state for each in found.states})
+    first = [each for each in found.states if each.state == states[0]]
+    text = f"{len(states):,} of {found.snapshots:,} differ, first state {states[0]:,}:\n"
+    return text + tensors_text(first)
 
 
-def measured_text(found: Measured) -> str:
+def _measured_text(found: Measured, view: View) -> str:
     """Return the result of measuring, in a line or two."""
     values = list(found.values.items())
     if not values:
@@ -142,43 +207,35 @@ def measured_text(found: Measured) -> str:
         f"{found.name}: {len(values):,} values{span}; "
         f"{number(begin)} at step {first:,}, {number(end)} at step {last:,}"
     )
-    if found.left_out:
-        text += f"\n{skipped_text(found.left_out)}"
-    return text
+    return f"{text}\n{skipped_text(found.left_out)}" if found.left_out else text
 
 
 def skipped_text(steps: Sequence[int]) -> str:
     """Return from which steps on a question was not asked, in each span that was replayed, and why."""
-    named = ", ".join(f"{step:,}" for step in steps[:NAMED])
+    spans = ", ".join(f"{step:,}" for step in steps[:6])
     return (
-        f"steps from {named} on are skipped, because they cannot be replayed, or a replayed loss "
+        f"steps from {spans} on are skipped, because they cannot be replayed, or a replayed loss "
         "differs from the recorded one"
     )
 
 
-def when_text(found: Found, losses: dict[int, float]) -> str:
-    """Return the steps, one per line, with their losses."""
-    return "".join(f"{step}\t{shortest(losses[step])}\n" for step in found.steps)
+def when_text(losses: Mapping[int, float]) -> str:
+    """Return steps, one per line, with their losses."""
+    return "".join(f"{step}\t{shortest(loss)}\n" for step, loss in losses.items())
 
 
-def found_text(found: Found, losses: dict[int, float]) -> str:
-    """Return the steps as `when_text` does, or that there is none, and which were skipped."""
-    text = when_text(found, losses).rstrip("\n") or "no step matches"
-    if found.inexact:
-        text += f"\n{skipped_text(found.inexact)}"
-    return text
+def _found_text(found: Found, view: View) -> str:
+    """Return the steps with their losses, or that there is none, and which were skipped."""
+    text = when_text(view.run.losses_at(found.steps)).rstrip("\n") or "no step matches"
+    return f"{text}\n{skipped_text(found.inexact)}" if found.inexact else text
 
 
-def nonfinite_text(found: NonFinite | None) -> str:
+def _nonfinite_text(found: NonFinite, view: View) -> str:
     """Return what made the first NaN or infinity."""
     from everystep.replay.given import name_in_words
 
-    if found is None:
-        return "all results of all operations are finite"
-    parts = [f"{found.nans:,} NaN"] * bool(found.nans) + [f"{found.infinities:,} infinite"] * bool(
-        found.infinities
-    )
-    what = " and ".join(parts)
+    counts = (found.nans, "NaN"), (found.infinities, "infinite")
+    what = " and ".join(f"{count:,} {kind}" for count, kind in counts if count)
     step, how = found.step.number, _by_own_code(found)
     how = f"; {how}" if how else ""
     if found.operation is None:
@@ -188,19 +245,18 @@ def nonfinite_text(found: NonFinite | None) -> str:
     else:
         operation = found.operation.operation
         module = f" of module {operation.module}" if operation.module else ""
+        made = f"made {found.name} {what}"
+        if how:
+            made = f"put {what} into {name_in_words(found.name.partition('~')[0])}{how}"
+        where = f"step {step:,}, {found.phase}, operation #{found.index}"
         lines = [
-            f"step {step:,}, {found.phase}, operation #{found.index}: {operation.operator}{module} "
-            + (
-                f"made {found.name} {what}"
-                if not how
-                else f"put {what} into {name_in_words(found.name.partition('~')[0])}{how}"
-            ),
+            f"{where}: {operation.operator}{module} {made}",
             *(f"  from {name}: {_range(tensor)}" for name, tensor in found.operation.inputs.items()),
         ]
     if found.rows:
-        more = f" and {len(found.rows) - NAMED:,} more" if len(found.rows) > NAMED else ""
-        numbers = ", ".join(map(str, found.rows[:NAMED])) + more
-        lines.append(f"  row{'s' * (len(found.rows) > 1)} {numbers} of {found.step.batch.whole}")
+        lines.append(
+            f"  row{'s' * (len(found.rows) > 1)} {named(found.rows)} of {found.step.batch.whole}"
+        )
     if found.why is not None:
         from everystep.views.why import why_text
 
@@ -218,92 +274,154 @@ def _by_own_code(found: NonFinite) -> str:
     return f"your own code gave it to the step {when} #{found.index}"
 
 
-def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
-    """Return the same as plain data."""
-    if found is None:
-        return None
-    from everystep.views.mathematics import mathematics
-    from everystep.views.why import why_data
-
-    seen = found.operation
-    operation = seen and seen.operation
-    return {
-        "step": found.step.number,
-        "origin": found.origin,
-        "operation": found.index,
-        "operator": operation and operation.operator,
-        "module": operation and operation.module,
-        "phase": found.phase,
-        "tensor": found.name,
-        "by_own_code": _by_own_code(found),
-        "nans": found.nans,
-        "infinities": found.infinities,
-        "rows": list(found.rows),
-        "rows_of": found.step.batch.whole,
-        "mathematics": None
-        if found.index is None
-        else str(mathematics(found.step.operations)[found.index]),
-        "inputs": [_input(name, tensor) for name, tensor in seen.inputs.items()] if seen else [],
-        "why": found.why and why_data(found.why),
-    }
-
-
-def _input(name: str, tensor: Any) -> dict[str, Any]:
-    """Return what an operation was given, with the range of its finite numbers."""
-    from everystep.replay.step import statistics
-
-    found = statistics(tensor)
-    return {
-        "name": name,
-        "shape": list(tensor.shape),
-        "minimum": found.minimum,
-        "maximum": found.maximum,
-        "not_finite": found.nonfinite,
-    }
-
-
-def _snapshots_text(found: Verification) -> str:
-    if not found.states:
-        count = f"all {found.snapshots:,}"
-        if found.snapshots < found.all_snapshots:
-            count = f"{found.snapshots:,} of {found.all_snapshots:,}"
-        if found.snapshots == found.all_snapshots == 1:
-            count = "the only one"
-        return f"{count} after state 0 bit-identical"
-    states = sorted({each.state for each in found.states})
-    first = [each for each in found.states if each.state == states[0]]
-    text = f"{len(states):,} of {found.snapshots:,} differ, first state {states[0]:,}:\n"
-    return text + tensors_text(first)
-
-
-def tensors_text(differences: Sequence[StateDifference]) -> str:
-    """Return which tensors of a state differ, in lines."""
-    lines = []
-    for each in differences[:NAMED]:
-        if not each.elements:
-            lines.append(f"{each.tensor}: different shape, or missing on one side")
-            continue
-        far = f", {size}" if (size := str(each.size)) else ""
-        lines.append(f"{each.tensor}: {each.elements:,} elements differ{far}")
-    if len(differences) > NAMED:
-        more = len(differences) - NAMED
-        lines.append(f"and {more:,} more tensor{'s' * (more > 1)}")
-    return "\n".join(lines)
-
-
 def _range(tensor: Any) -> str:
     from everystep.replay.step import statistics
-    from everystep.views.lines import TIMES
+    from everystep.views.lines import shape_text
 
-    found = statistics(tensor)
     if not tensor.dim():
         return shortest(tensor.item()) if tensor.is_floating_point() else str(tensor.item())
-    shape = TIMES.join(f"{size:,}" for size in tensor.shape) or "number"
+    found = statistics(tensor)
     bad = f", {found.nonfinite:,} not finite" if found.nonfinite else ""
-    return f"{shape}, {number(found.minimum)} to {number(found.maximum)}{bad}"
+    return f"{shape_text(tensor)}, {number(found.minimum)} to {number(found.maximum)}{bad}"
 
 
-def labelled(label: str, text: str) -> str:
-    """Return lines with a label before the first."""
-    first, *rest = text.splitlines() or [""]
-    return "\n".join([f"{label:<{_WIDTH}}{first}", *(" " * _WIDTH + line for line in rest)])
+def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
+    from everystep.replay.step import statistics
+    from everystep.views.mathematics import mathematics
+
+    inputs = {} if found.operation is None else found.operation.inputs
+    line = None if found.index is None else str(mathematics(found.step.operations)[found.index])
+    return {
+        "operation": found.operation,
+        "phase": found.phase,
+        "mathematics": line,
+        "inputs": {
+            name: {"shape": list(tensor.shape)} | statistics(tensor)._asdict()
+            for name, tensor in inputs.items()
+        },
+        "by_own_code": _by_own_code(found),
+        "rows_of": found.step.batch.whole,
+        "why": found.why,
+    }
+
+
+def _diagnosis_text(found: Diagnosis, view: View | None = None) -> str:
+    """Return what is wrong with a run, and what can be read, in lines."""
+    findings: list[str] = []
+    for each in found.findings:
+        findings += [labelled("place", each.place), labelled("problem", each.problem)]
+        findings += [labelled("cure", each.cure.replace("RUN", found.name)), ""]
+    checked = f"{', '.join(found.checked)}, by their digests" if found.checked else ""
+    lines = [("readable", "\n".join(found.readable) or "nothing"), ("checked", checked)]
+    verdict = f"{found.name} {'is healthy' if found.is_healthy else 'is damaged'}"
+    return "\n".join([*findings, block(lines, verdict)])
+
+
+def _what_if_text(found: WhatIf, view: View) -> str:
+    """Return what became of a number at the last step, a line for each training, the smallest first."""
+    known = found.recorded.value
+    table = table_text(
+        [
+            Column("rows left out", lambda case: named(case.rows, _ROWS_NAMED) or "none"),
+            Column(found.by, lambda c: "-" if c.value is None else number(c.value), is_number=True),
+            Column("change", lambda case: _change(case, known), is_number=True),
+        ],
+        [found.recorded, *found.cases],
+    )
+    title = f"{found.name}, trained again from state {found.at:,}: {found.by} at step {found.until:,}"
+    return "\n".join([title, "", *table, "", about_numbers(found.source)])
+
+
+def _change(case: Case, known: float | None) -> str:
+    if not case.rows:
+        return ""
+    return "-" if known is None or case.value is None else f"{case.value - known:+.4g}"
+
+
+def about_numbers(source: str) -> str:
+    """Return what the numbers of rows are; source: what they are of, empty if they are unknown."""
+    return f"row: its {f'number in {source}, counted from 0' if source else 'place in the batch'}"
+
+
+def _found_data(found: Found, view: View, most: int | None = None) -> dict[str, Any]:
+    """Return steps with their losses; most: of which so many are listed."""
+    losses = view.run.losses_at(found.steps[:most])
+    steps = [{"step": step, "loss": plain_data(loss)} for step, loss in losses.items()]
+    return {"count": len(found.steps), "steps": steps, "inexact": list(found.inexact)}
+
+
+def _why_text(answer: Any, view: View, **options: Any) -> str:
+    from everystep.views.why import why_text
+
+    return why_text(answer, **options)
+
+
+def _rows_text(answer: Any, view: View, **options: Any) -> str:
+    from everystep.views.rows import rows_text
+
+    assert view.step is not None
+    return rows_text(view.step, view.run.facts, name=view.run.name, **options)
+
+
+def _rows_data(answer: Any, view: View, **options: Any) -> dict[str, Any]:
+    from everystep.views.rows import rows_data
+
+    assert view.step is not None
+    return rows_data(view.step, view.run.facts, **options)
+
+
+def _step_text(answer: Any, view: View, **options: Any) -> str:
+    from everystep.views.step import step_text
+
+    return step_text(answer, view.run.facts, name=view.run.name, **options).plain
+
+
+def _step_data(answer: Any, view: View, **options: Any) -> dict[str, Any]:
+    from everystep.views.step_data import step_data
+
+    return step_data(answer, view.run, **options)
+
+
+#: How each answer is written.
+_TEXTS: dict[str, Callable[..., str]] = {
+    "Diagnosis": _diagnosis_text,
+    "Difference": lambda found, view: diff_text(found),
+    "Found": _found_text,
+    "Match": lambda found, view: match_text(found),
+    "Measured": _measured_text,
+    "NonFinite": _nonfinite_text,
+    "Rerun": lambda found, view: rerun_text(found),
+    "Rows": _rows_text,
+    "Step": _step_text,
+    "Verification": _verify_text,
+    "WhatIf": _what_if_text,
+    "Why": _why_text,
+}
+
+#: Answers that hold more than their fields and what these derive.
+_DATA: dict[str, Callable[..., dict[str, Any]]] = {
+    "Found": _found_data,
+    "Rows": _rows_data,
+    "Step": _step_data,
+}
+
+#: What answers, and their parts, derive from their fields.
+_DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "Diagnosis": lambda found: {"is_healthy": found.is_healthy},
+    "Difference": lambda found: {
+        "is_same": found.is_same,
+        "asked": listed(found),
+        "sentence": diff_sentence(found),
+    },
+    "Match": lambda found: {"is_match": found.is_match},
+    "NonFinite": _of_nonfinite,
+    "Rerun": lambda found: {
+        "has_same_bits": found.has_same_bits,
+        "distance": distances(found),
+        "apart": float(found.relative.max()),
+        "sentence": rerun_sentence(found),
+    },
+    "StateDifference": lambda found: {"size": str(found.size)},
+    "TensorDifference": lambda found: {"size": str(found.size)},
+    "Verification": lambda found: {"is_exact": found.is_exact},
+}

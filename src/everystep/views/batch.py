@@ -1,4 +1,4 @@
-"""What a batch holds besides the numbers of its tensors: plain values, and the names of classes."""
+"""What a batch holds besides the numbers of its tensors: plain values, names of classes, columns."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from itertools import islice
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.recording.facts import Facts, ModuleFacts
 from everystep.replay.step import Batch, Step
 
 __all__ = [
     "MOST_VALUES",
     "about_classes",
-    "about_numbers",
+    "about_columns",
     "class_names",
     "classes_text",
+    "columns_of",
     "columns_of_classes",
+    "first_of",
     "last_module",
     "other_values",
     "plain_values",
@@ -35,11 +39,6 @@ def class_names(facts: Facts) -> list[str] | None:
     trained = facts.trained
     known: Sequence[Any] | None = ((trained and trained.preparation) or {}).get("classes")
     return [str(name) for name in known] if isinstance(known, list | tuple) and known else None
-
-
-def about_numbers(source: str) -> str:
-    """Return what the numbers of rows are; source: what they are of, empty if they are unknown."""
-    return f"row: its {f'number in {source}, counted from 0' if source else 'place in the batch'}"
 
 
 def targets(batch: Batch, names: list[str] | None) -> list[str] | None:
@@ -100,12 +99,15 @@ def about_classes(
     return {"y": f"classes: {numbered}"} | dict.fromkeys(columns, f"columns: {', '.join(names)}")
 
 
-def plain_values(nested: Any) -> list[dict[str, Any]]:
-    """Return what a batch has besides tensors: name, the first texts, and their count."""
+def plain_values(nested: Any, *, whole: bool = False) -> list[dict[str, Any]]:
+    """Return what a batch has besides tensors: name, its texts, and their count.
+
+    whole: all names and texts; by default the first of them, cut.
+    """
     found = []
-    for name, value in islice(other_values(nested), MOST_VALUES):
+    for name, value in islice(other_values(nested), None if whole else MOST_VALUES):
         items = value if isinstance(value, list) else [value]
-        texts = [_text(item) for item in items[:MOST_ITEMS]]
+        texts = list(map(str, items)) if whole else [_cut(item) for item in items[:MOST_ITEMS]]
         found.append({"name": name, "texts": texts, "count": len(items)})
     return found
 
@@ -132,6 +134,87 @@ def _plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _text(value: Any) -> str:
+def _cut(value: Any) -> str:
     text = str(value)
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
+
+
+def columns_of(batch: Batch, facts: Facts, count: int) -> list[tuple[str, list[Any]]]:
+    """Return name and values of each column of a batch of `count` rows, those of its targets first.
+
+    Of a table, the columns are in its own units: what was scaled is scaled back, and words are words
+    (a missing one is blank). Whole numbers are texts.
+
+    facts: of the run.
+    """
+    table = _table(facts)
+    found = [*_targets(batch, facts, table, count)]
+    for name, tensor in batch.tensors.items():
+        if name == "x" and table is not None and tensor.shape == (count, len(table.x_names)):
+            found += _of_table(tensor, table)
+        elif name != "y" and tensor.dim() and len(tensor) == tensor.numel() == count:
+            found.append((name, _values(tensor.reshape(count))))
+    for name, value in other_values(batch.nested):
+        if isinstance(value, list) and len(value) == count:
+            found.append((name, list(map(str, value))))
+    return found
+
+
+def about_columns(facts: Facts) -> list[str]:
+    """Return what to say of the columns of a run's table, in lines."""
+    table = _table(facts)
+    columns = [] if table is None else table.columns
+    if all(isinstance(each, CategoricalColumn) or each.fill is None for each in columns):
+        return []
+    return ["columns: a missing number is shown as the mean that stands for it"]
+
+
+def _table(facts: Facts) -> TablePreparation | None:
+    preparation = facts.trained and facts.trained.preparation
+    try:
+        return TablePreparation.model_validate(preparation)
+    except ValidationError:
+        return None
+
+
+def _targets(
+    batch: Batch, facts: Facts, table: TablePreparation | None, count: int
+) -> Iterator[tuple[str, list[Any]]]:
+    y = batch.tensors.get("y")
+    names = table.target if table is not None else ["y"]
+    if (words := targets(batch, class_names(facts))) is not None:
+        yield names[0], words
+    elif y is not None and y.dim() in (1, 2) and y.numel() == count * len(names):
+        columns = y.reshape(count, len(names)).unbind(1)
+        yield from zip(names, map(_values, columns), strict=True)
+
+
+def _of_table(x: Tensor, table: TablePreparation) -> Iterator[tuple[str, list[Any]]]:
+    numbers = x.double().cpu()
+    place = 0
+    for column in table.columns:
+        if isinstance(column, CategoricalColumn):
+            flags = numbers[:, place : place + len(column.categories)].tolist()
+            place += len(column.categories)
+            yield column.name, [_word(row, column.categories) for row in flags]
+            continue
+        values = numbers[:, place]
+        place += 1
+        if scaling := column.scaling:
+            values = values * scaling.deviation[0] + scaling.mean[0]
+        yield column.name, _values(values)
+
+
+def _word(flags: list[float], categories: list[str]) -> str:
+    return next((word for flag, word in zip(flags, categories, strict=True) if flag), "")
+
+
+def _values(numbers: Tensor) -> list[Any]:
+    values: list[Any] = numbers.detach().tolist()
+    return values if numbers.is_floating_point() else list(map(str, values))
+
+
+def first_of(given: Any) -> Tensor | None:
+    """Return what a module gave; of several tensors the first."""
+    found: Tensor | None = given[0] if isinstance(given, tuple | list) and given else given
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.segment import Segment
 
-from everystep.views.printed import clean
+from everystep.views.texts import clean
 
 __all__ = ["SafeConsole"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,24 +13,19 @@ from rich.text import Text
 from torch import Tensor
 
 from everystep.replay.step import statistics
-from everystep.views.printed import one_line
-from everystep.views.terminal import number
+from everystep.views.tables import Cell, fitted, table_lines
+from everystep.views.texts import grouped, one_line
 
 __all__ = [
     "ABSOLUTE",
     "ALL_VALUES",
     "TIMES",
-    "Cell",
     "Page",
-    "grouped",
     "norm",
     "number_cells",
     "number_headings",
     "shape_text",
     "statistics_text",
-    "table_lines",
-    "table_width",
-    "without",
 ]
 
 #: Of tensors with at most so many elements, all are printed; of larger ones, the edges.
@@ -48,9 +43,6 @@ _UNNEEDED = (("min", "max"), ("std",), ("norm before", "norm after"))
 _LABEL = 10
 _INDENT = 2
 _EMPTY = ("", "", True)
-
-#: A cell of a table: its text, its style, whether it is aligned to the right.
-Cell = tuple[str, str, bool]
 
 
 class Page:
@@ -94,10 +86,7 @@ class Page:
 
         Empty columns are left out, and where the page is narrow what matters least.
         """
-        for unneeded in _UNNEEDED:
-            if table_width(rows) > self.width - indent:
-                rows = without(rows, unneeded)
-        for line in table_lines(rows):
+        for line in table_lines(fitted(rows, self.width - indent, _UNNEEDED)):
             self.text.append(" " * indent).append(line).append("\n")
 
     def numbers(self, tensor: Tensor, *, indent: int) -> None:
@@ -117,40 +106,6 @@ class Page:
             dtype = str(tensor.dtype).removeprefix("torch.")
             rows.append([(name, "", False), (dtype, "dim", False), *number_cells(tensor)])
         self.table(rows)
-
-
-def table_lines(rows: Sequence[Sequence[Cell]]) -> list[Text]:
-    """Return rows of cells as lines, aligned; the first are headings."""
-    cells = _used([[(one_line(text), style, right) for text, style, right in row] for row in rows])
-    widths = [max(cell_len(cell[0]) for cell in column) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        line = Text()
-        for place, ((text, style, right), width) in enumerate(zip(row, widths, strict=True)):
-            space = " " * (width - cell_len(text))
-            line.append("  " * bool(place) + (space if right else ""))
-            line.append(text, style=style or None).append("" if right else space)
-        line.rstrip()
-        lines.append(line)
-    return lines
-
-
-def without(rows: Sequence[Sequence[Cell]], headings: Collection[str]) -> list[list[Cell]]:
-    """Return rows of cells without the columns under these headings."""
-    kept = [place for place, cell in enumerate(rows[0]) if cell[0] not in headings]
-    return [[row[place] for place in kept] for row in rows]
-
-
-def table_width(rows: Sequence[Sequence[Cell]]) -> int:
-    """Return the width of a table of these rows."""
-    widths = [max(cell_len(cell[0]) for cell in c) for c in zip(*_used(rows), strict=True)]
-    return sum(widths) + 2 * (len(widths) - 1)
-
-
-def grouped(value: float) -> str:
-    """Return a number in four significant digits, thousands apart."""
-    text = number(value)
-    return f"{int(text):,}" if text.lstrip("-").isdigit() else text
 
 
 def norm(tensor: Tensor) -> float:
@@ -214,11 +169,6 @@ def statistics_text(tensor: Tensor, *, is_unset: bool = False) -> list[tuple[str
             label = "value" if tensor.numel() == 1 and heading == "mean" else heading
             parts += [(f"  {label} ", "dim"), (text, style)]
     return parts
-
-
-def _used(cells: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
-    used = [any(cell[0] for cell in column[1:]) for column in zip(*cells, strict=True)]
-    return [[cell for cell, is_used in zip(row, used, strict=True) if is_used] for row in cells]
 
 
 def _numbers_text(tensor: Tensor, width: int) -> str:

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from everystep.recording.facts import Facts
+from everystep.recording.texts import shortest
 from everystep.views.console import SafeConsole
-from everystep.views.printed import clean
-from everystep.views.terminal import header, number, shortest
+from everystep.views.facts import header
+from everystep.views.texts import clean, number
 
 __all__ = ["Silent", "TerminalProgress", "counting"]
 
@@ -123,9 +124,12 @@ def counting(
 ) -> Iterator[Callable[[int], None]]:
     """Show a bar for `total` steps; yield the function to call with the number of new steps.
 
-    wanted: whether to show a bar; or the function to call instead.
+    wanted: whether to show a bar; or the function to call instead. Its `begin_counting`, if it has that,
+    is called before, with what is counted, and the total.
     """
     if callable(wanted):
+        if begin := getattr(wanted, "begin_counting", None):
+            begin(what, total)
         yield wanted
         return
     console = SafeConsole(stderr=True, highlight=False)

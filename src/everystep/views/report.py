@@ -6,7 +6,6 @@ import base64
 import posixpath
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,17 +13,15 @@ from typing import TYPE_CHECKING
 import polars as pl
 from markupsafe import Markup
 
-from everystep.views.ending import ending, going_on
+from everystep.views.facts import details, ending, facts_in_order, going_on, seed, times
 from everystep.views.output_file import write_file
-from everystep.views.summary import facts_in_order
 from everystep.views.table import environment, loss_table, shortest_texts
-from everystep.views.terminal import number
+from everystep.views.texts import number
 
 if TYPE_CHECKING:
-    from everystep.recording.facts import Facts
     from everystep.recording.run import RecordedRun
 
-__all__ = ["Report", "details", "report_html", "seed", "times"]
+__all__ = ["Report", "report_html"]
 
 #: Rows of the table, which are also the points of the plot.
 ROWS = 50_000
@@ -126,48 +123,6 @@ def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
     """Return the step and the loss, in words, of the first loss that is not finite."""
     rows = losses.filter(~pl.col("loss").is_finite()).head(1) if len(losses) else losses
     return None if rows.is_empty() else (rows["step"].item(), str(rows["loss"].item()))
-
-
-def details(facts: Facts) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Return numerics and versions, each as a title, a few words, and all as (label, text)."""
-    numerics, versions = facts.training.numerics.named(), facts.training.versions
-    return [
-        (
-            "numerics",
-            f"CPU capability {numerics['cpu_capability']}, MKL_CBWR {numerics['mkl_cbwr']}",
-            [(key.replace("_", " "), _word(value)) for key, value in numerics.items()],
-        ),
-        (
-            "versions",
-            ", ".join(f"{name} {versions[name]}" for name in ("everystep", "torch") if name in versions),
-            list(versions.items()),
-        ),
-    ]
-
-
-def seed(facts: Facts) -> str:
-    """Return what the run's random numbers begin with, in words."""
-    seed = facts.training.seed
-    return "the state of torch's generator" if seed is None else str(seed)
-
-
-def times(facts: Facts) -> str:
-    """Return when the run was trained, and how long that took, in lines."""
-    lines = [f"started {_time(facts.started)}"] if facts.started else []
-    if facts.finished:
-        lines.append(f"ended {_time(facts.finished)}")
-    if facts.seconds is not None:
-        lines.append(f"{facts.seconds:.3g} s of training")
-    return "\n".join(lines)
-
-
-def _word(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def _time(time: datetime) -> str:
-    """Return a time in UTC, to the second: the page may be read anywhere."""
-    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _inlined(first: Sequence[str]) -> dict[str, str]:

@@ -7,21 +7,25 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError, UsageError, did_you_mean
-from everystep.views.answers import NAMED
-from everystep.views.batch import about_numbers, targets
-from everystep.views.terminal import number
+from everystep.views.answers import about_numbers, plain_data
+from everystep.views.batch import about_columns, class_names, columns_of, targets
+from everystep.views.tables import Column, table_text
+from everystep.views.texts import named, number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from everystep.recording.facts import Facts
     from everystep.replay.rows import Rows, Share
     from everystep.replay.step import Step
 
-__all__ = ["ORDERS", "RowNumbers", "about_rows", "order_of", "row_numbers", "rows_data", "rows_text"]
+__all__ = ["order_of", "rows_data", "rows_text"]
 
 #: What rows are ranked by.
 ORDERS = ("loss", "gradient")
 _FIRST = 10
+#: Columns of each row besides its numbers.
+MOST_COLUMNS = 40
 
 
 class RowNumbers(NamedTuple):
@@ -60,58 +64,52 @@ def order_of(
 
 def rows_text(
     step: Step,
+    facts: Facts,
     *,
     name: str,
     by: str | None = None,
     parameter: str | None = None,
     first: int = _FIRST,
-    classes: list[str] | None = None,
 ) -> str:
     """Return the worst rows, a line for each, then what is of no row, and what is unknown.
 
-    name: of the run; by, parameter: see `order_of`; first: how many rows; classes: the names of the
-    classes of the targets.
+    facts, name: of the run; by, parameter: see `order_of`; first: how many rows.
     """
     rows = step.rows
     order = order_of(rows, by, parameter)
     title = f"{name}, step {step.number:,}: loss {number(step.loss)}"
     lines = [title if order is None else f"{title}, rows by {order[0]}", ""]
     if order is not None:
-        lines += [*_table(step, order[1], parameter, first, classes), ""]
+        more = [f"{len(order[1]) - first:,} more"] if len(order[1]) > first else []
+        table = table_text(_columns(step, facts, parameter), order[1][:first])
+        lines += [*table, *more, ""]
     return "\n".join([*lines, *about_rows(rows, parameter)]).rstrip()
 
 
-def _table(
-    step: Step, order: list[int], parameter: str | None, first: int, classes: list[str] | None
-) -> list[str]:
-    rows = step.rows
-    columns: list[list[str]] = [["row", *(str(rows.numbers[place]) for place in order[:first])]]
-    loss, gradient, whole = row_numbers(rows, parameter)
-    if loss is not None:
-        columns.append(["loss", *(number(float(loss[place])) for place in order[:first])])
-    if gradient is not None:
-        columns.append(["gradient", *(number(float(gradient[place])) for place in order[:first])])
-        columns.append(["of the norm", *(_percent(float(gradient[p]), whole) for p in order[:first])])
-    lines = [
-        "  ".join(f"{cell:>{_width(each)}}" for cell, each in zip(line, columns, strict=True))
-        for line in zip(*columns, strict=True)
+def _columns(step: Step, facts: Facts, parameter: str | None) -> list[Column[int]]:
+    """Return the columns of the worst rows, which are places in the batch."""
+    loss, gradient, whole = row_numbers(step.rows, parameter)
+    found: list[Column[int]] = [
+        Column("row", lambda place: str(step.rows.numbers[place]), is_number=True)
     ]
-    known = targets(step.batch, classes)
-    if known is not None:
-        lines = [
-            f"{line}  {text}"
-            for line, text in zip(lines, ["y", *(known[place] for place in order[:first])], strict=True)
-        ]
-    more = len(order) - first
-    return [*lines, f"{more:,} more"] if more > 0 else lines
+    for header, values in (("loss", loss), ("gradient", gradient)):
+        if values is not None:
+            found.append(Column(header, _numbers(values), is_number=True))
+    if gradient is not None:
+        share = gradient / whole if whole else None
+        percent = _percents(share)
+        found.append(Column("of the norm", percent, is_number=True))
+    if (known := targets(step.batch, class_names(facts))) is not None:
+        found.append(Column("y", known.__getitem__))
+    return found
 
 
-def _width(cells: list[str]) -> int:
-    return max(map(len, cells))
+def _numbers(values: Tensor) -> Callable[[int], str]:
+    return lambda place: number(float(values[place]))
 
 
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "-"
+def _percents(share: Tensor | None) -> Callable[[int], str]:
+    return lambda place: "-" if share is None else f"{100 * float(share[place]):.1f}%"
 
 
 def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
@@ -138,13 +136,8 @@ def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
     for name in names:
         if name not in known:
             unknown.setdefault(str(rows.gradients[name]), []).append(name)
-    lines += [f"gradient of {_listed(each)}: unknown; {why}" for why, each in unknown.items()]
+    lines += [f"gradient of {named(each)}: unknown; {why}" for why, each in unknown.items()]
     return lines
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _rest(rest: float) -> str:
@@ -155,44 +148,71 @@ def _rest(rest: float) -> str:
     )
 
 
-def rows_data(step: Step, *, by: str | None = None, parameter: str | None = None) -> dict[str, Any]:
-    """Return all rows, ranked, as plain data."""
+def rows_data(
+    step: Step,
+    facts: Facts,
+    *,
+    by: str | None = None,
+    parameter: str | None = None,
+    most: int | None = None,
+) -> dict[str, Any]:
+    """Return rows by their place in the batch, in each order that is known, as plain data.
+
+    by, parameter: see `order_of`; most: rows of each order; the rest is counted.
+    """
     from everystep.replay.rows import Share
 
     rows = step.rows
-    order = order_of(rows, by, parameter)
-    places = range(len(rows.numbers)) if order is None else order[1]
-    loss, gradient, _ = row_numbers(rows, parameter)
-    share = rows.loss_share
+    wanted = [by] if by else ["gradient"] if parameter else ORDERS
+    ranked = (order_of(rows, each, parameter) for each in wanted)
+    orders = dict(each for each in ranked if each is not None)
+    loss, gradient, whole = row_numbers(rows, parameter)
+    share = gradient / whole if gradient is not None and whole else None
+    columns = columns_of(step.batch, facts, len(rows.numbers)) if orders else []
     shares = {name: each for name, each in rows.gradients.items() if parameter in (None, name)}
-    return {
+    about = [*about_rows(rows, parameter), *(about_columns(facts) if columns else [])]
+    more = len(columns) - MOST_COLUMNS
+    if more > 0:
+        about.append(f"columns: the first {MOST_COLUMNS}, and {more:,} more are not shown")
+
+    def number_at(numbers: Tensor | None, place: int) -> float | None:
+        return None if numbers is None else float(numbers[place])
+
+    data = {
         "step": step.number,
-        "by": None if order is None else order[0],
         "rows_of": rows.source or "the batch",
-        "loss": {"value": step.loss, "of_rows": "mean" if share.is_mean else "sum", "rest": share.rest}
-        if isinstance(share, Share)
-        else {"value": step.loss, "unknown": str(share)},
+        "count": len(rows.numbers),
+        "loss": step.loss,
+        "orders": {name: order[:most] for name, order in orders.items()},
+        "about": about,
+        "columns": [
+            {"name": name, "is_number": isinstance(values[0], float)}
+            for name, values in columns[:MOST_COLUMNS]
+        ],
         "gradients": {
             name: {"norm": each.whole, "rest": each.rest}
             if isinstance(each, Share)
             else {"unknown": str(each)}
             for name, each in shares.items()
         },
-        "rows": [
-            {
+        "rows": {
+            place: {
                 "row": rows.numbers[place],
-                "place": place,
-                "loss": None if loss is None else float(loss[place]),
-                "gradient": None if gradient is None else float(gradient[place]),
+                "loss": number_at(loss, place),
+                "gradient": number_at(gradient, place),
+                "share": number_at(share, place),
+                "values": [values[place] for _, values in columns[:MOST_COLUMNS]],
                 "gradients": {
                     name: float(each.norms[place])
                     for name, each in shares.items()
                     if isinstance(each, Share)
                 },
             }
-            for place in places
-        ],
+            for place in sorted({place for order in orders.values() for place in order[:most]})
+        },
     }
+    found: dict[str, Any] = plain_data(data)
+    return found
 
 
 def row_numbers(rows: Rows, parameter: str | None = None) -> RowNumbers:

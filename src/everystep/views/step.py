@@ -6,34 +6,38 @@ import io
 import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import get_args
+from itertools import islice
+from typing import Any, get_args
 
 from rich.text import Text
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
-from everystep.recording.facts import Facts, LoopFacts
-from everystep.recording.texts import loss_text, optimizer_parts
-from everystep.replay.step import Step
-from everystep.views.batch import about_classes, class_names
-from everystep.views.batch_section import write_batch
+from everystep.recording.facts import Facts, LoopFacts, TrainingFacts
+from everystep.recording.texts import loss_text, optimizer_parts, shortest
+from everystep.replay.step import Step, Update
+from everystep.views.batch import (
+    MOST_VALUES,
+    about_classes,
+    class_names,
+    classes_text,
+    other_values,
+    targets,
+)
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import (
     ABSOLUTE,
     Page,
-    grouped,
     norm,
     statistics_text,
 )
 from everystep.views.mathematics import mathematics
-from everystep.views.one_operation import write_operation
-from everystep.views.operation_lines import operation_lines
+from everystep.views.operations import operation_lines, write_operation
 from everystep.views.segments import SegmentSeen, as_it_happened
-from everystep.views.step_json import step_json
-from everystep.views.terminal import shortest
-from everystep.views.update_rows import update_headings, update_row
+from everystep.views.tables import Cell
+from everystep.views.texts import grouped
 
-__all__ = ["PHASES", "step_html", "step_json", "step_text"]
+__all__ = ["PHASES", "step_html", "step_text"]
 
 #: What can be looked at alone.
 PHASES = ("batch", *get_args(Phase))
@@ -44,6 +48,8 @@ HTML_WIDTH = 110
 _HTML = '<pre style="overflow-x: auto; line-height: 1.35; background: none">{code}</pre>'
 
 _INDENT = 2
+#: Rows of a batch that are named.
+_ROWS_SHOWN = 3
 
 
 def step_text(
@@ -136,8 +142,8 @@ class _Opened:
             self.page.tensors({f"{name}.grad": tensor for name, tensor in step.gradients.items()})
         if left := happened.changed_otherwise:
             page.heading("changed", "outside the updates")
-            rows = [update_row(name, step.updates[name], None) for name in left]
-            page.table([update_headings(), *rows])
+            rows = [_update_row(name, step.updates[name], None) for name in left]
+            page.table([_update_headings(), *rows])
         self._complex_numbers()
 
     def _complex_numbers(self) -> None:
@@ -155,8 +161,8 @@ class _Opened:
         self.page.line((f"#{segment.first}{several}", "dim"), indent=_INDENT)
         self._formulas(formulas)
         self.page.blank()
-        rows = [update_row(n, self.step.updates[n], formula) for n, formula in formulas.items()]
-        self.page.table([update_headings(), *rows])
+        rows = [_update_row(n, self.step.updates[n], formula) for n, formula in formulas.items()]
+        self.page.table([_update_headings(), *rows])
 
     def _title_of_update(self, seen: SegmentSeen) -> str:
         """Return the optimizer, its class and its settings."""
@@ -210,7 +216,7 @@ class _Opened:
         )
 
     def _batch(self, alone: bool) -> None:
-        write_batch(self.page, self.step, self.training, self.classes)
+        _write_batch(self.page, self.step, self.training, self.classes)
 
     def _forward(self, alone: bool) -> None:
         self.page.heading("forward")
@@ -254,8 +260,8 @@ class _Opened:
         formulas = update_formulas(step.operations, self.training.optimizers)
         self._formulas(formulas)
         page.blank()
-        rows = [update_row(each, update, formulas.get(each)) for each, update in step.updates.items()]
-        page.table([update_headings(), *rows])
+        rows = [_update_row(each, update, formulas.get(each)) for each, update in step.updates.items()]
+        page.table([_update_headings(), *rows])
         if alone:
             page.blank()
             self._operations("update", alone)
@@ -325,3 +331,67 @@ def _shortened(names: Iterable[str], longest: int = 4) -> str:
     known = list(names)
     more = f", ... ({len(known)} parameters)" if len(known) > longest else ""
     return ", ".join(known[:longest]) + more
+
+
+def _write_batch(page: Page, step: Step, training: TrainingFacts, classes: list[str] | None) -> None:
+    """Write the batch of a step; where values are asked for, all of it.
+
+    classes: the names of the classes, if the data has such.
+    """
+    page.heading("batch", _rows_text(step, training, whole=page.values))
+    page.tensors(step.batch.tensors)
+    if counts := classes_text(step.batch, classes):
+        page.wrapped(f"classes of y: {counts}", "", indent=_INDENT)
+    if page.values and counts and (names := targets(step.batch, classes)):
+        page.wrapped(f"row by row: {', '.join(names)}", "", indent=2 * _INDENT)
+    _write_other_values(page, step.batch.nested)
+
+
+def _rows_text(step: Step, training: TrainingFacts, *, whole: bool) -> str:
+    rows, total = step.batch.rows, training.data.rows
+    if training.loop is not None:
+        return "" if step.batch.tensors else "no tensors"
+    if rows is None:
+        return f"all {total:,} rows, in order"
+    whole_text = "" if step.batch.source == "the data" else f" of {step.batch.source}"
+    shown = rows.tolist() if whole else rows[:_ROWS_SHOWN].tolist()
+    more = ", ..." if len(shown) < len(rows) else ""
+    return f"rows {', '.join(map(str, shown))}{more}{whole_text} ({len(rows):,} of {total:,})"
+
+
+def _write_other_values(page: Page, nested: Any) -> None:
+    """List what the batch holds besides tensors, each in a line."""
+    given = dict(islice(other_values(nested), MOST_VALUES))
+    label = max(map(len, given), default=0)
+    for name, value in given.items():
+        items = value if isinstance(value, list) else [value]
+        texts = ", ".join(repr(item) if isinstance(item, str) else str(item) for item in items)
+        count = f" ({len(items):,})" if isinstance(value, list) else ""
+        line = f"{name:<{label}}  {texts}"
+        width = page.width - _INDENT - len(count)
+        if page.values:
+            page.wrapped(line + count, "", indent=_INDENT)
+        else:
+            cut = line if len(line) <= width else f"{line[: width - 1]}…"
+            page.line((cut + count, ""), indent=_INDENT)
+
+
+def _update_headings() -> list[Cell]:
+    """Return the headings for `_update_row`."""
+    names = ("norm before", "norm after", "norm of change", "relative")
+    return [("parameter", "dim", False), *((n, "dim", True) for n in names), ("by", "dim", False)]
+
+
+def _update_row(name: str, update: Update, formula: Formula | None) -> list[Cell]:
+    """Return a parameter, how far it went, and the operations that took it there, if they are known."""
+    norms = [grouped(norm(each)) for each in (update.before, update.after, update.change)]
+    relative = f"{100 * update.relative_size:.3g}%"
+    by = _operations_text(formula.numbers) if formula else ""
+    return [(name, "", False), *((text, "", True) for text in (*norms, relative)), (by, "dim", False)]
+
+
+def _operations_text(numbers: tuple[int, ...]) -> str:
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) > 2 and last - first + 1 == len(numbers):
+        return f"#{first} to #{last}"
+    return " ".join(f"#{number}" for number in numbers)

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from everystep.views.ending import ending, going_on
+from everystep.views.facts import ending, facts_in_order, going_on
 from everystep.views.reduction import reduce
 from everystep.views.table import environment
-from everystep.views.terminal import engine_text, header_rows, number
+from everystep.views.texts import number
 
 if TYPE_CHECKING:
     import polars
 
-    from everystep.recording.facts import Facts
     from everystep.recording.run import RecordedRun
 
-__all__ = ["Sparkline", "facts_in_order", "sparkline", "summary_html"]
+__all__ = ["Sparkline", "sparkline", "summary_html"]
 
 #: The picture's size in CSS pixels, and the room it leaves at its edges.
 WIDTH, HEIGHT, MARGIN = 320, 72, 5
@@ -63,13 +62,6 @@ def summary_html(run: RecordedRun) -> str:
             line=sparkline(losses),
         )
     )
-
-
-def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
-    """Return what a run is as (label, text), in the words and the order of the terminal's header."""
-    has_taken = facts.training.engine or facts.training.loop
-    how = f"\n{engine_text(facts)}" if has_taken else ""
-    return [(label, f"{text}{how}" if label == "steps" else text) for label, text in header_rows(facts)]
 
 
 def sparkline(losses: polars.DataFrame) -> Sparkline:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from rich.text import Text
 
-from everystep.replay.why import Group, Number, Term, Why
-from everystep.views.batch import about_numbers
-from everystep.views.lines import Cell, Page, table_lines
+from everystep.errors import UsageError
+from everystep.recording.facts import Facts
+from everystep.recording.texts import shortest
+from everystep.replay.step import Step
+from everystep.replay.why import Group, Number, Spot, Term, Why
+from everystep.views.answers import about_numbers
+from everystep.views.lines import Page
 from everystep.views.mathematics import Line, mathematics
-from everystep.views.terminal import number as four_digits
-from everystep.views.terminal import shortest
+from everystep.views.step_data import tensor_of
+from everystep.views.tables import Cell, table_lines
+from everystep.views.texts import named
+from everystep.views.texts import number as four_digits
 
-__all__ = [
-    "check_text",
-    "digits_text",
-    "made_text",
-    "rows_text",
-    "value_text",
-    "why_data",
-    "why_page",
-    "why_text",
-]
+__all__ = ["derived", "spot_of", "why_page", "why_text"]
+
+_INDEX = re.compile(r"\d{1,18}(,\d{1,18})*", re.ASCII)
 
 _INDENT = 2
 #: Lines of the way of a NaN that are shown at each end.
@@ -122,8 +122,8 @@ class _Writer:
             text = f"which numbers it used is not known; it was given all of: {known}"
             self.page.wrapped(text, "dim", indent=_INDENT)
         if each.formula and each.groups and each.origin == "operation":
-            self.page.line(*check_text(each), indent=_INDENT)
-        if rows := rows_text(each):
+            self.page.line(*_check_text(each), indent=_INDENT)
+        if rows := _rows_text(each):
             self.page.wrapped(rows, "", indent=_INDENT)
 
     def _made(self, each: Why) -> str:
@@ -131,10 +131,10 @@ class _Writer:
             return each.note or each.origin
         if each.number.step not in self.lines:
             self.lines[each.number.step] = mathematics(each.step.operations)
-        return made_text(each, self.lines[each.number.step])
+        return _made_text(each, self.lines[each.number.step])
 
 
-def made_text(found: Why, lines: list[Line] | None = None) -> str:
+def _made_text(found: Why, lines: list[Line] | None = None) -> str:
     """Return the operation that made a number, as mathematics.
 
     lines: the mathematics of its step, if it is there already.
@@ -156,7 +156,7 @@ def _below(found: Why) -> Iterator[Why]:
 def _rows(each: Why) -> list[list[Cell]]:
     """Return the numbers of an answer as rows of a table: a term, its numbers, where they are from."""
     most = max(len(_names(term)) for group in each.groups for term in group.terms or (Term({}),))
-    is_sum = any(group.rest is not None or _hasvalue_text(group) for group in each.groups)
+    is_sum = any(group.rest is not None or _has_value(group) for group in each.groups)
     heading: list[Cell] = [("term" if is_sum else "", "dim", is_sum)]
     for place in range(most):
         main = max(each.groups, key=lambda group: group.count)
@@ -169,13 +169,13 @@ def _rows(each: Why) -> list[list[Cell]]:
             rows.append(_row(group, term, most))
         if group.count > len(group.terms):
             left = group.count - len(group.terms)
-            rest = digits_text(group.rest) if group.rest is not None else ""
+            rest = _digits_text(group.rest) if group.rest is not None else ""
             more = f"{left:,} more" + (f" of {group.text}" if not is_sum else "")
             rows.append([(rest, "", True), (more, "dim", False), *[("", "", False)] * (2 * most)])
     return rows
 
 
-def _hasvalue_text(group: Group) -> bool:
+def _has_value(group: Group) -> bool:
     return any(term.value is not None for term in group.terms)
 
 
@@ -184,7 +184,7 @@ def _names(term: Term) -> list[str]:
 
 
 def _row(group: Group, term: Term, most: int) -> list[Cell]:
-    first = (group.text, "dim", False) if term.value is None else (digits_text(term.value), "", True)
+    first = (group.text, "dim", False) if term.value is None else (_digits_text(term.value), "", True)
     cells: list[Cell] = [first]
     where = []
     for number in term.numbers.values():
@@ -197,7 +197,7 @@ def _row(group: Group, term: Term, most: int) -> list[Cell]:
     return [*cells, (", ".join(dict.fromkeys(where)), "dim", False)]
 
 
-def check_text(each: Why) -> list[tuple[str, str]]:
+def _check_text(each: Why) -> list[tuple[str, str]]:
     """Return whether the numbers shown give the number."""
     if each.recomputed is None:
         return [("the formula is not computed here", "dim")]
@@ -211,7 +211,7 @@ def check_text(each: Why) -> list[tuple[str, str]]:
     return [("\N{ALMOST EQUAL TO} ", "bold"), (text, ""), (f"  off by {off}", "dim")]
 
 
-def rows_text(each: Why) -> str:
+def _rows_text(each: Why) -> str:
     """Return the rows of the batch behind a NaN or infinity."""
     if each.rows is None or each.origin == "batch":
         return ""
@@ -219,9 +219,7 @@ def rows_text(each: Why) -> str:
         return "no row of the batch is behind it"
     if len(each.rows) == each.step_rows and len(each.rows) > 1:
         return f"all {len(each.rows):,} rows of the batch are behind it"
-    shown = ", ".join(map(str, each.rows[:10]))
-    more = f" and {len(each.rows) - 10:,} more" if len(each.rows) > 10 else ""
-    return f"row{'s' * (len(each.rows) > 1)} {shown}{more} of {each.step.batch.whole}"
+    return f"row{'s' * (len(each.rows) > 1)} {named(each.rows, 10)} of {each.step.batch.whole}"
 
 
 def value_text(number: Number) -> str:
@@ -239,58 +237,61 @@ def _text_of(value: Any, dtype: str) -> str:
     return shortest(value) if dtype != "float64" else repr(value)
 
 
-def digits_text(value: Any) -> str:
+def _digits_text(value: Any) -> str:
     """Return a term of a sum: it is of double precision, and shown in eight digits."""
     return f"{value:.8g}" if isinstance(value, float | complex) else str(value)
 
 
-def why_data(found: Why) -> dict[str, Any]:
-    """Return the same as plain data, with every number in full precision."""
-    seen = found.observed
+def derived(value: Why | Number | Term | Group) -> dict[str, Any]:
+    """Return what an answer, or a part of it, derives from its fields: its texts, and how it goes on."""
+    if isinstance(value, Number):
+        goes_on = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
+        return {"text": value_text(value), "goes_on": goes_on and not value.name.endswith(".bits")}
+    if isinstance(value, Term):
+        return {"text": None if value.value is None else _digits_text(value.value)}
+    if isinstance(value, Group):
+        return {"rest_text": None if value.rest is None else _digits_text(value.rest)}
+    is_checked = value.formula and value.groups
     return {
-        **_number(found.number),
-        "origin": found.origin,
-        "operation": found.operation,
-        "operator": seen and seen.operation.operator,
-        "phase": None if found.operation is None else found.step.phases[found.operation],
-        "module": seen and seen.operation.module,
-        "formula": found.formula,
-        "divisor": found.divisor,
-        "groups": [
-            {
-                "text": group.text,
-                "count": group.count,
-                "rest": _plain(group.rest),
-                "terms": [
-                    {
-                        "value": _plain(term.value),
-                        "numbers": {key: _number(each) for key, each in term.numbers.items()},
-                        "weights": term.weights,
-                    }
-                    for term in group.terms
-                ],
-            }
-            for group in found.groups
-        ],
-        "recomputed": _plain(found.recomputed),
-        "is_equal": found.is_equal,
-        "unknown": list(found.unknown),
-        "note": found.note,
-        "left_out": found.left_out,
-        "rows": None if found.rows is None else list(found.rows),
-        "causes": [why_data(each) for each in found.causes],
+        "made": None if value.operation is None else _made_text(value),
+        "observed": value.observed,
+        "phase": None if value.operation is None else value.step.phases[value.operation],
+        "check": "".join(text for text, _ in _check_text(value)) if is_checked else "",
+        "rows_text": _rows_text(value),
+        "has_begun": value.began is not None,
     }
 
 
-def _number(number: Number) -> dict[str, Any]:
-    return {
-        "step": number.step,
-        "name": number.name,
-        "value": _plain(number.value),
-        "dtype": number.dtype,
-        "row": number.row,
-    }
+def spot_of(step: Step, facts: Facts, id: str, index: str) -> str | Spot:
+    """Return where a number of a tensor is, for `why`.
 
+    Args:
+        step: the opened step.
+        facts: of the run.
+        id: of the tensor, as `Step.data` names it.
+        index: of the number in it: `3,5`.
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, complex) else value
+    Raises:
+        UsageError: there is no such number, or nothing is known of it.
+    """
+    shape = tuple(tensor_of(step, id, facts).shape)
+    if index and not _INDEX.fullmatch(index):
+        raise UsageError(f"index is {index!r:.80}; write 3,5")
+    place = tuple(map(int, index.split(","))) if index else ()
+    at = str([*place]) if place else ""
+    kind, _, name = id.partition("/")
+    if id in ("batch.x", "batch.y"):
+        return f"{id}{at}"
+    if kind in ("parameters", "buffers", "gradients", "activations"):
+        return f"{kind}[{name!r}]{at}"
+    if kind == "updates":
+        parameter, _, part = name.rpartition("/")
+        return f"updates[{parameter!r}]{'' if part == 'change' else f'.{part}'}{at}"
+    if kind == "batch":
+        return f"tensors[{f'batch/{name}'!r}]{at}"
+    if kind == "operations":
+        number, role, tensor = name.split("/", 2)
+        if len(place) != len(shape) or any(i >= n for i, n in zip(place, shape, strict=True)):
+            raise UsageError(f"{id!r:.200} has shape {shape}, and no number at {place}")
+        return Spot(tensor, place, int(number) + (role == "results"))
+    raise UsageError(f"no operation of step {step.number} makes the numbers of {id!r:.200}")

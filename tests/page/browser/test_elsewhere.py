@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 from tests.page.browser.places import expect_step
 
 import everystep
-from everystep.views.rerun import rerun_sentence
+from everystep.views.comparisons import rerun_sentence
 
 
 @pytest.fixture

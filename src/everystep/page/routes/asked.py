@@ -1,52 +1,52 @@
-"""What the body of a request asks for."""
+"""What the body of a request asks for, field by field; what does not serve raises UsageError."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
 
 from everystep.errors import UsageError
 
-__all__ = ["Asked"]
+__all__ = ["Field", "fields_of", "flag", "line", "settings", "text", "whole", "wholes"]
 
 #: Characters of an expression, or of a value.
 LONGEST_TEXT = 10_000
 #: Bytes of a request.
 MOST_BYTES = 1_000_000
 
+#: Reads a field of a request: all fields, and its name.
+Field = Callable[[dict[str, Any], str], Any]
 
-class Asked:
-    """What a request asks for, field by field; each raises UsageError where it does not serve."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self._fields = fields
+async def fields_of(request: Request) -> dict[str, Any]:
+    """Read the body of a request, up to `MOST_BYTES`.
 
-    @classmethod
-    async def of(cls, request: Request) -> Asked:
-        """Read the body of a request, up to `MOST_BYTES`.
+    Raises:
+        UsageError: it is longer, or not a JSON object.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BYTES:
+            raise UsageError(f"the request is longer than {MOST_BYTES:,} bytes; write it shorter")
+    try:
+        fields = json.loads(bytes(body) or b"{}")
+    except (ValueError, RecursionError):
+        raise UsageError("the request is not JSON") from None
+    if not isinstance(fields, dict):
+        raise UsageError("the request is not a JSON object")
+    return fields
 
-        Raises:
-            UsageError: it is longer, or not a JSON object.
-        """
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_BYTES:
-                raise UsageError(f"the request is longer than {MOST_BYTES:,} bytes; write it shorter")
-        try:
-            fields = json.loads(bytes(body) or b"{}")
-        except (ValueError, RecursionError):
-            raise UsageError("the request is not JSON") from None
-        if not isinstance(fields, dict):
-            raise UsageError("the request is not a JSON object")
-        return cls(fields)
 
-    def text(self, name: str, absent: Any = ..., longest: int = LONGEST_TEXT) -> Any:
-        """Return a text."""
-        value = self._fields.get(name)
+def text(absent: Any = ..., longest: int = LONGEST_TEXT) -> Field:
+    """Return what reads a text; absent: what stands for a missing one, unless it is needed."""
+
+    def read(fields: dict[str, Any], name: str) -> Any:
+        value = fields.get(name)
         if value is None and absent is not ...:
             return absent
         if not isinstance(value, str) or not value.strip():
@@ -55,53 +55,64 @@ class Asked:
             raise UsageError(f"{name} is longer than {longest:,} characters; write it shorter")
         return value
 
-    def whole(self, name: str, absent: Any = ..., least: int = 0) -> Any:
-        """Return a whole number."""
-        value = self._fields.get(name)
+    return read
+
+
+def whole(absent: Any = ..., least: int = 0) -> Field:
+    """Return what reads a whole number."""
+
+    def read(fields: dict[str, Any], name: str) -> Any:
+        value = fields.get(name)
         if value is None and absent is not ...:
             return absent
         if not _is_whole(value, least):
             raise UsageError(f"{name} is {value!r:.80}; write a whole number from {least} on")
         return value
 
-    def wholes(self, name: str) -> list[int]:
-        """Return whole numbers from 0 on, at least one."""
-        value = self._fields.get(name)
-        if isinstance(value, list) and value and all(_is_whole(each) for each in value):
-            return value
-        raise UsageError(f"{name} are {value!r:.80}; write whole numbers from 0 on: [8123, 8124]")
+    return read
 
-    def line(self, name: str) -> str:
-        """Return a text that may be blank."""
-        value = self._fields.get(name)
-        if not isinstance(value, str) or len(value) > LONGEST_TEXT:
-            raise UsageError(f"{name} must be a text of at most {LONGEST_TEXT:,} characters")
-        return value
 
-    def flag(self, name: str) -> bool:
-        """Return true or false, false where it is missing."""
-        value = self._fields.get(name, False)
-        if not isinstance(value, bool):
-            raise UsageError(f"{name} is {value!r:.80}; write true or false")
+def wholes(fields: dict[str, Any], name: str) -> list[int]:
+    """Return whole numbers from 0 on, at least one."""
+    value = fields.get(name)
+    if isinstance(value, list) and value and all(_is_whole(each) for each in value):
         return value
+    raise UsageError(f"{name} are {value!r:.80}; write whole numbers from 0 on: [8123, 8124]")
 
-    def settings(self, name: str) -> dict[str, str]:
-        """Return texts by path, none of which reads a file."""
-        value = self._fields.get(name) or {}
-        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-            raise UsageError(f"{name} must be texts by path, as after --set")
-        if not all(text.isprintable() for text in value.values()):
-            raise UsageError(f"{name} must be texts of one line, as after --set")
-        for path in value:
-            keys = re.findall(r"[^.\[\]]+", path)
-            if not keys or "=" in path:
-                raise UsageError(f"{path!r:.80} is not a setting; write a path: optimizer.lr")
-            if keys[0].strip() == "data":
-                raise UsageError(
-                    f"{path!r:.80} cannot be changed on the page, which reads no files; "
-                    "everystep fork RUN --at STEP --set does it"
-                )
-        return value
+
+def line(fields: dict[str, Any], name: str) -> str:
+    """Return a text that may be blank."""
+    value = fields.get(name)
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        raise UsageError(f"{name} must be a text of at most {LONGEST_TEXT:,} characters")
+    return value
+
+
+def flag(fields: dict[str, Any], name: str) -> bool:
+    """Return true or false, false where it is missing."""
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r:.80}; write true or false")
+    return value
+
+
+def settings(fields: dict[str, Any], name: str) -> dict[str, str]:
+    """Return texts by path, none of which reads a file."""
+    value = fields.get(name) or {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise UsageError(f"{name} must be texts by path, as after --set")
+    if not all(text.isprintable() for text in value.values()):
+        raise UsageError(f"{name} must be texts of one line, as after --set")
+    for path in value:
+        keys = re.findall(r"[^.\[\]]+", path)
+        if not keys or "=" in path:
+            raise UsageError(f"{path!r:.80} is not a setting; write a path: optimizer.lr")
+        if keys[0].strip() == "data":
+            raise UsageError(
+                f"{path!r:.80} cannot be changed on the page, which reads no files; "
+                "everystep fork RUN --at STEP --set does it"
+            )
+    return value
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:

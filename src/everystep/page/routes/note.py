@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from everystep.errors import RecordingError, RunError
-from everystep.page.routes.asked import Asked
+from everystep.page.routes.asked import fields_of, line
 from everystep.recording.lock import write_note
 
 __all__ = ["routes"]
@@ -17,7 +17,7 @@ __all__ = ["routes"]
 
 async def note(request: Request) -> Response:
     """Write the note of a run, and answer with it as written."""
-    text = (await Asked.of(request)).line("note")
+    text = line(await fields_of(request), "note")
     run = request.app.state.shelf.run(request.path_params["name"])
     try:
         written = await asyncio.to_thread(write_note, run.directory, text)

@@ -1,10 +1,9 @@
-"""Tasks, by what they do; each answers with an id, its events say the rest."""
+"""Questions that take long, and forks: the answer is the id of a task, its events say the rest."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -12,7 +11,7 @@ from starlette.routing import Route
 
 from everystep.errors import UsageError
 from everystep.page.event_stream import SILENCE, EventStream, event, last_seen
-from everystep.page.routes.asked import Asked
+from everystep.page.routes.asked import Field, fields_of, flag, settings, text, whole, wholes
 from everystep.page.tasks import Busy, Task
 
 __all__ = ["routes"]
@@ -23,79 +22,61 @@ _LONGEST_NAME = 200
 _SILENCE = 20.0
 
 
-async def measure(request: Request) -> Response:
-    """Add a measurement to a run."""
-    asked = await Asked.of(request)
-    task = {
-        "expression": asked.text("expression"),
-        "name": asked.text("name", None, longest=_LONGEST_NAME),
-        "every": asked.whole("every", 1, least=1),
-        "overwrite": asked.flag("overwrite"),
-    }
-    return await _begun(request, "measure", task)
-
-
-async def when(request: Request) -> Response:
-    """Find the steps at which a condition is true."""
-    asked = await Asked.of(request)
-    task = {"condition": asked.text("condition"), "which": asked.text("which", "first")}
-    return await _begun(request, "when", task)
-
-
-async def verify(request: Request) -> Response:
-    """Take every step of a run again."""
-    await Asked.of(request)
-    return await _begun(request, "verify", {})
-
-
-async def fork(request: Request) -> Response:
-    """Train a run that is its parent's up to a step."""
-    asked = await Asked.of(request)
-    name = asked.text("name", None, longest=_LONGEST_NAME)
-    if name is not None:
-        _check_new(name, request)
-    task = {
-        "at": asked.whole("at"),
-        "settings": asked.settings("settings"),
-        "steps": asked.whole("steps", None, least=1),
-        "name": name,
-    }
-    return await _begun(request, "fork", task)
-
-
-async def what_if(request: Request) -> Response:
-    """Train again without some rows, and compare a number at a step."""
-    asked = await Asked.of(request)
-    task = {
-        "at": asked.whole("at"),
-        "until": asked.whole("until", least=1),
-        "rows": asked.wholes("rows"),
-        "each": asked.flag("each"),
-        "by": asked.text("by", "loss"),
-    }
-    return await _begun(request, "whatif", task)
-
-
-async def rerun(request: Request) -> Response:
-    """Take the steps of a run under other numerics, or in another precision."""
-    asked = await Asked.of(request)
+#: What can be asked of a run: the fields of each question, and how they are read.
+QUESTIONS: dict[str, dict[str, Field]] = {
+    "measure": {
+        "expression": text(),
+        "name": text(None, longest=_LONGEST_NAME),
+        "every": whole(1, least=1),
+        "overwrite": flag,
+    },
+    "when": {"condition": text(), "which": text("first")},
+    "verify": {},
+    "fork": {
+        "name": text(None, longest=_LONGEST_NAME),
+        "at": whole(),
+        "settings": settings,
+        "steps": whole(None, least=1),
+    },
+    "whatif": {
+        "at": whole(),
+        "until": whole(least=1),
+        "rows": wholes,
+        "each": flag,
+        "by": text("loss"),
+    },
     # Another interpreter is a program: no page names one.
-    task = {
-        "threads": asked.whole("threads", None, least=1),
-        "capability": asked.text("capability", None),
-        "mkl": asked.text("mkl", None),
-        "precision": asked.text("precision", None),
-    }
-    return await _begun(request, "rerun", task)
+    "rerun": {
+        "threads": whole(None, least=1),
+        "capability": text(None),
+        "mkl": text(None),
+        "precision": text(None),
+    },
+    "compare": {"one": text(), "other": text(), "thorough": flag},
+}
 
 
-async def compare(request: Request) -> Response:
-    """Find where two runs part."""
-    asked = await Asked.of(request)
-    shelf = request.app.state.shelf
-    one, other = (shelf.run(asked.text(side)) for side in ("one", "other"))
-    task = {"other": str(other.directory.absolute()), "thorough": asked.flag("thorough")}
-    return await _begun(request, "compare", {"run": str(one.directory.absolute())} | task)
+def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
+    """Return what answers a question with the id of the task that was begun."""
+
+    async def begin(request: Request) -> Response:
+        fields = await fields_of(request)
+        asked = {name: read(fields, name) for name, read in QUESTIONS[kind].items()}
+        shelf = request.app.state.shelf
+        if kind == "compare":
+            directory = shelf.run(asked.pop("one")).directory
+            asked["other"] = str(shelf.run(asked["other"]).directory.absolute())
+        else:
+            if kind == "fork" and asked["name"] is not None:
+                _check_new(asked["name"], request)
+            directory = shelf.run(request.path_params["name"]).directory
+        task = {"task": kind, "run": str(directory.absolute()), "asked": asked}
+        try:
+            return JSONResponse({"task": await request.app.state.tasks.begin(task)})
+        except Busy as error:
+            return JSONResponse({"error": str(error)}, 409)
+
+    return begin
 
 
 async def events(request: Request) -> Response:
@@ -113,16 +94,6 @@ async def cancel(request: Request) -> Response:
         return _unknown()
     await task.stop()
     return JSONResponse({})
-
-
-async def _begun(request: Request, kind: str, task: dict[str, Any]) -> Response:
-    if "run" not in task:
-        run = request.app.state.shelf.run(request.path_params["name"])
-        task = {"run": str(run.directory.absolute())} | task
-    try:
-        return JSONResponse({"task": await request.app.state.tasks.begin({"task": kind} | task)})
-    except Busy as error:
-        return JSONResponse({"error": str(error)}, 409)
 
 
 async def _stream(task: Task, after: int) -> AsyncIterator[str]:
@@ -155,13 +126,14 @@ def _check_new(name: str, request: Request) -> None:
 
 
 routes = [
-    Route("/api/runs/{name}/measure", measure, methods=["POST"]),
-    Route("/api/runs/{name}/when", when, methods=["POST"]),
-    Route("/api/runs/{name}/verify", verify, methods=["POST"]),
-    Route("/api/runs/{name}/fork", fork, methods=["POST"]),
-    Route("/api/runs/{name}/whatif", what_if, methods=["POST"]),
-    Route("/api/runs/{name}/rerun", rerun, methods=["POST"]),
-    Route("/api/compare", compare, methods=["POST"]),
+    *(
+        Route(
+            "/api/compare" if kind == "compare" else f"/api/runs/{{name}}/{kind}",
+            _asking(kind),
+            methods=["POST"],
+        )
+        for kind in QUESTIONS
+    ),
     Route("/api/tasks/{id}/events", events),
     Route("/api/tasks/{id}", cancel, methods=["DELETE"]),
 ]

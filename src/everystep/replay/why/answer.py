@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from everystep.program.observed import Observed
@@ -114,8 +113,7 @@ class Why(Shown):
 
     def shown(self) -> Why:
         """Return the same, with how it is written, if its step knows."""
-        text = self.step.why_text
-        return self if text is None else replace(self, to_text=partial(text, self))
+        return replace(self, view=self.step.view)
 
     @property
     def observed(self) -> Observed | None:

@@ -63,7 +63,7 @@ class Banner {
 
   #story({ nonfinite: found, text }) {
     if (!found) return element("p", {}, text);
-    const { step, phase, operation, tensor, nans, infinities, rows, inputs, mathematics, by_own_code: how } = found;
+    const { step, phase, index: operation, name, nans, infinities, rows, inputs, mathematics, by_own_code: how } = found;
     const open = { view: "run", run: this.about.name, step, phase, operation, beside: address.read().beside };
     const counts = [nans && `${whole(nans)} NaN`, infinities && `${whole(infinities)} infinite`].filter(Boolean).join(" and ");
     const where = operation === null ? `Step ${whole(step)}, before any operation` : `Step ${whole(step)}, ${phase}, operation #${operation}`;
@@ -72,11 +72,11 @@ class Banner {
         "p",
         { class: "origin" },
         `${where}: `,
-        mathematics ? element("span", { class: "mono" }, mathematics) : tensor,
+        mathematics ? element("span", { class: "mono" }, mathematics) : name,
         ` has ${counts}${how && `; ${how}`}. `,
         element("a", { href: address.write(open) }, "Open"),
       ),
-      element("ul", { class: "inputs" }, ...inputs.map(inputLine)),
+      element("ul", { class: "inputs" }, ...Object.entries(inputs).map(inputLine)),
       rows.length ? element("p", {}, rowsText(found)) : null,
     ];
   }
@@ -88,7 +88,7 @@ function endingWords(ending, goingOn, nonfinite) {
   return [`${ending}. Go on: `, element("code", {}, goingOn), copying, ...(nonfinite ? [" "] : [])];
 }
 
-function inputLine({ name, shape, minimum, maximum, not_finite: bad }) {
+function inputLine([name, { shape, minimum, maximum, nonfinite: bad }]) {
   const range = minimum === "nan" ? "no finite number" : `${short(minimum)} to ${short(maximum)}`;
   return element("li", {}, element("span", { class: "mono" }, name), ` ${shapeText(shape)}: ${range}${bad ? `, ${whole(bad)} not finite` : ""}`);
 }

@@ -1,9 +1,9 @@
 // Which runs are shown, and in which order.
 
-import { numberOf } from "../shared/format.js";
+import { numberOf, short } from "../shared/format.js";
 
 /** Settings that are marked where a run differs from most of the others. */
-const COMPARED = ["optimizer", "lr", "batch"];
+export const COMPARED = ["optimizer", "lr", "batch_size"];
 
 /** Return runs that a text is in, sorted, as {name, depth}; by name or time, forks stand beneath their parents. */
 export function arranged(runs, { key, direction }, text) {
@@ -21,10 +21,15 @@ export function usualOf(runs) {
   for (const key of COMPARED) {
     const counts = new Map();
     const known = runs.filter((run) => run.optimizer !== null);
-    for (const run of known) counts.set(run[key], (counts.get(run[key]) ?? 0) + 1);
+    for (const run of known) counts.set(settingOf(run, key), (counts.get(settingOf(run, key)) ?? 0) + 1);
     for (const [value, count] of counts) if (2 * count > known.length && count < known.length) usual.set(key, value);
   }
   return usual;
+}
+
+/** Return a setting of a run; learning rates are a text. */
+export function settingOf(run, key) {
+  return key === "lr" ? (run.lr ?? []).map((rate) => short(rate, 8)).join(", ") : run[key];
 }
 
 function nested(runs) {
@@ -50,9 +55,9 @@ function nested(runs) {
 }
 
 function valueOf(run, key) {
-  if (["last_loss", "steps", "batch", "seconds"].includes(key)) return run[key] === null ? null : numberOf(run[key]);
-  if (key === "lr") return run.lr ? Number.parseFloat(run.lr) : null;
-  if (key === "validation") return run.validation ? numberOf(run.validation.value) : null;
+  if (["last_loss", "steps", "batch_size", "seconds"].includes(key)) return run[key] === null ? null : numberOf(run[key]);
+  if (key === "lr") return run.lr?.length ? run.lr[0] : null;
+  if (key === "validation") return run.validation ? numberOf(run.validation[1]) : null;
   if (key === "started") return run.started === null ? null : Date.parse(run.started);
   return run[key];
 }

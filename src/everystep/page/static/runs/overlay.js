@@ -7,10 +7,9 @@ import { duration, short, whole } from "../shared/format.js";
 import { lossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
 import { listenToThose } from "../run/live.js";
+import { COMPARED, settingOf } from "./order.js";
 import { nonfiniteText } from "./row.js";
 
-/** What the list of runs knows of each: all there is to compare where not all are experiments. */
-const LISTED = [["optimizer", "optimizer"], ["lr", "lr"], ["batch", "batch"]];
 /** What people change most comes first. */
 const FIRST = ["optimizer", "schedule", "batch_size", "seed", "model", "loss"];
 /** Compare shows more settings than this. */
@@ -69,7 +68,7 @@ class Overlay {
     const rows = names.map((name, place) => {
       const of = (what) => about[place]?.landmarks.find((mark) => mark.what === what);
       const summary = this.summaries.get(name);
-      const { steps, seconds, nonfinite: step } = summary;
+      const { steps, seconds, nonfinite_step: step } = summary;
       const beside = names.filter((other) => other !== name);
       const where = { view: "run", run: name, step, beside };
       const exploded = step ? element("a", { class: "nonfinite", href: address.write(where) }, nonfiniteText(summary)) : null;
@@ -92,8 +91,9 @@ function settingsOf({ settings }) {
   return new Map(Object.entries(settings).map(([key, value]) => [key, String(value)]));
 }
 
+// What the list of runs knows of each: all there is to compare where not all are experiments.
 function listed(summary) {
-  return new Map(LISTED.map(([key, title]) => [title, summary[key] === null ? "" : String(summary[key])]));
+  return new Map(COMPARED.map((key) => [key, String(settingOf(summary, key) ?? "")]));
 }
 
 function settingsThatDiffer(all) {

@@ -4,10 +4,11 @@ import * as address from "../shared/address.js";
 import { drawing, element } from "../shared/elements.js";
 import { addressOf, ask } from "../shared/server.js";
 import { noteOf } from "../shared/note.js";
-import { ago, duration, numberOf, percent, short, whole } from "../shared/format.js";
+import { COMPARED, settingOf } from "./order.js";
+import { ago, duration, fullText, numberOf, percent, short, whole } from "../shared/format.js";
 
 const REST = 2000; // milliseconds between pictures of a run that is being trained
-const CELLS = ["status", "steps", "last_loss", "picture", "validation", "optimizer", "lr", "batch", "seconds", "started"];
+const CELLS = ["status", "steps", "last_loss", "picture", "validation", "optimizer", "lr", "batch_size", "seconds", "started"];
 
 /** Make the row of a run; return {host, run, update(run), see(isSeen), indent(depth)}. `pick(isPicked)`: is called for its box. */
 export function runRow(run, pick) {
@@ -55,8 +56,8 @@ class RunRow {
 
   /** Mark the settings that most runs have otherwise; `usual`: their values by key. */
   tellUnusual(usual) {
-    const isOther = (key) => usual.has(key) && this.run.optimizer !== null && this.run[key] !== usual.get(key);
-    for (const key of ["optimizer", "lr", "batch"]) this.cells[key].classList.toggle("unusual", isOther(key));
+    const isOther = (key) => usual.has(key) && this.run.optimizer !== null && settingOf(this.run, key) !== usual.get(key);
+    for (const key of COMPARED) this.cells[key].classList.toggle("unusual", isOther(key));
   }
 
   see(isSeen) {
@@ -92,16 +93,18 @@ class RunRow {
 }
 
 // Return the text and the title of each cell that has no more than these.
-function textsOf({ problem, steps, planned, last_loss: loss, validation, optimizer, lr, batch, seconds, started }) {
+function textsOf(run) {
+  const { problem, steps, planned, last_loss: loss, validation, optimizer, batch_size: batch, seconds, started } = run;
   const utc = (time) => `${new Date(time).toISOString().replace("T", " ").slice(0, 19)} UTC`;
-  const share = validation?.name === "accuracy" ? percent(numberOf(validation.value)) : validation ? short(validation.value) : "";
+  const [name, value] = validation ?? [];
+  const share = name === "accuracy" ? percent(numberOf(value)) : validation ? short(value) : "";
   return {
     steps: [steps === null ? "" : steps === planned ? whole(steps) : `${whole(steps)} of ${whole(planned)}`, ""],
     last_loss: [short(loss), String(loss ?? "")],
-    validation: [share, validation ? `${validation.name} on the validation rows: ${validation.value}` : ""],
+    validation: [share, validation ? `${name} on the validation rows: ${fullText(numberOf(value))}` : ""],
     optimizer: [optimizer ?? "", ""],
-    lr: [lr ?? "", ""],
-    batch: [batch === null ? "" : whole(batch), "rows in each step"],
+    lr: [settingOf(run, "lr"), ""],
+    batch_size: [batch === null ? "" : whole(batch), "rows in each step"],
     seconds: [seconds === null || seconds === undefined ? "" : duration(seconds), ""],
     started: [started ? ago(started) : "", started ? utc(started) : ""],
   };
@@ -112,11 +115,11 @@ function damaged({ damage }) {
 }
 
 function nonfinite(run) {
-  return run.nonfinite ? [element("span", { class: "nonfinite" }, nonfiniteText(run))] : [];
+  return run.nonfinite_step ? [element("span", { class: "nonfinite" }, nonfiniteText(run))] : [];
 }
 
 /** Return from which step on the loss of a run is not finite, in words. */
-export function nonfiniteText({ nonfinite: step, last_loss: loss }) {
+export function nonfiniteText({ nonfinite_step: step, last_loss: loss }) {
   return `not finite ${Number.isFinite(numberOf(loss)) ? "at" : "from"} step ${whole(step)}`;
 }
 

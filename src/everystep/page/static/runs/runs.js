@@ -16,7 +16,7 @@ const COLUMNS = [
   { key: "validation", title: "validation", first: "descending" },
   { key: "optimizer", title: "optimizer", first: "ascending" },
   { key: "lr", title: "lr", first: "ascending" },
-  { key: "batch", title: "batch", first: "ascending" },
+  { key: "batch_size", title: "batch", first: "ascending" },
   { key: "seconds", title: "duration", first: "descending" },
   { key: "started", title: "started", first: "descending" },
 ];

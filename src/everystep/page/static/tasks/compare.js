@@ -156,7 +156,7 @@ function textOf(value) {
 function statesOf({ loss, steps, states, common_state: common }) {
   const lines = [];
   const both = whole(Math.min(...steps));
-  if (loss) lines.push(`The losses part at step ${whole(loss.step)}: ${short(loss.values[0], 8)} and ${short(loss.values[1], 8)}.`);
+  if (loss) lines.push(`The losses part at step ${whole(loss.step)}: ${short(loss.recorded, 8)} and ${short(loss.replayed, 8)}.`);
   else lines.push(`The losses of all ${both} common steps are the same.`);
   if (steps[0] !== steps[1]) lines.push(`They took ${whole(steps[0])} and ${whole(steps[1])} steps.`);
   if (common !== null) lines.push(`Of the states on disk, those up to ${whole(common)} are the same.`);
@@ -177,7 +177,7 @@ function stateText({ elements, size }) {
 }
 
 // Where losses or states differ and no operation was found, looking at all of them finds none either.
-function isWorthAll({ thorough, operation, loss, states }) {
+function isWorthAll({ is_thorough: thorough, operation, loss, states }) {
   return !thorough && (operation || !(loss || states.length));
 }
 
@@ -189,7 +189,7 @@ function thoroughOf({ operation }, lookAtAll) {
     element("h2", {}, "More thoroughly"), element("p", { class: "muted" }, says), button("Look at every operation", lookAtAll));
 }
 
-function terminalOf({ names, directory }, { text, thorough }) {
+function terminalOf({ names, directory }, { text, is_thorough: thorough }) {
   const places = names.map((name) => quoted(directory === "runs" ? name : `${directory}/${name}`));
   const command = ["everystep", "diff", ...places, ...(thorough ? ["--thorough"] : [])].join(" ");
   return element("details", { class: "more terminal" }, element("summary", {}, "As text"),

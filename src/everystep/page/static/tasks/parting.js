@@ -14,7 +14,7 @@ const POSITIONS = 4;
 const READABLE = 9999n;
 
 /** Return the view of the operation in which two runs part; `result`: of the comparison. */
-export function partingView({ runs, operation, sides }) {
+export function partingView({ names: runs, operation, sides }) {
   const { step, index, causes, rows } = operation;
   const tensors = [["Result", operation.results, "result"], ["What differs in its inputs", operation.inputs, "input"]];
   return element(

@@ -3,7 +3,7 @@
 import { read, write } from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
 import { languageHelp, toFind, toMeasure } from "./expressions.js";
-import { short, whole } from "../shared/format.js";
+import { fullText, numberOf, short, whole } from "../shared/format.js";
 import { labelled, questionForm } from "./question.js";
 import { rerunning } from "./rerun.js";
 
@@ -95,8 +95,8 @@ function verifying(place) {
     verb: "Verify",
     path: "verify",
     content: () => ({}),
-    done: ({ exact, text }) => [
-      element("p", { class: exact ? "result" : "alarm" }, text.split("\n").at(-1)),
+    done: ({ is_exact: isExact, text }) => [
+      element("p", { class: isExact ? "result" : "alarm" }, text.split("\n").at(-1)),
       element("details", { class: "more" }, element("summary", {}, "Details"), element("pre", { tabIndex: 0 }, text)),
     ],
   });
@@ -124,7 +124,7 @@ function expressionField(label, id) {
   };
 }
 
-function foundSteps(place, { steps, count: all, left_out_from: leftOut = [], nonfinite, text }) {
+function foundSteps(place, { steps, count: all, inexact: leftOut = [], nonfinite, text }) {
   if (nonfinite) return originOf(place, nonfinite, text);
   const from = leftOut.map(whole).join(", ");
   const left = leftOut.length > 0 && element("p", { class: "note" }, `Not asked, as the replay was not exact, or ended: from step ${from}.`);
@@ -144,11 +144,11 @@ function foundSteps(place, { steps, count: all, left_out_from: leftOut = [], non
 }
 
 function foundStep(place, { step, loss }) {
-  const loss4 = element("span", { class: "muted", title: String(loss) }, `loss ${short(loss)}`);
+  const loss4 = element("span", { class: "muted", title: fullText(numberOf(loss)) }, `loss ${short(loss)}`);
   return element("li", {}, stepLink(place, { step }, `step ${whole(step)}`), " ", loss4);
 }
 
-function originOf(place, { step, phase, operation }, text) {
+function originOf(place, { step, phase, index: operation }, text) {
   const [first, ...others] = text.split("\n");
   return [
     element("p", { class: "result" }, first),

@@ -33,7 +33,7 @@ export function rerunning(place) {
       if (result.losses) overlay(place, host, result, drawn);
       return [
         element("p", { class: "result" }, `${result.sentence}.`),
-        result.losses && numberOf(result.farthest) < VISIBLE && element("p", { class: "muted small" }, "In the plot, the curves coincide."),
+        result.losses && numberOf(result.apart) < VISIBLE && element("p", { class: "muted small" }, "In the plot, the curves coincide."),
         host,
         element("details", { class: "more" }, element("summary", {}, "Details"), element("pre", { tabIndex: 0 }, result.text)),
       ];
@@ -52,13 +52,13 @@ function choice(names) {
 }
 
 // The recorded losses, and those elsewhere over them; the answer can be read without.
-async function overlay({ about, goTo }, host, { there, losses }, drawn) {
+async function overlay({ about, goTo }, host, { place, losses }, drawn) {
   drawn.plot?.close();
   drawn.plot = null;
   try {
     const [{ lossPlot }, { serverCurves }] = await Promise.all([import("../plot/plot.js"), import("../plot/source.js")]);
     if (drawn.isClosed || drawn.plot) return;
-    const other = `${about.name}, ${there}`;
+    const other = `${about.name}, ${place.precision ?? "rerun"}`;
     const source = (run, query, options) => (run === other ? between(losses, query) : serverCurves(run, query, options));
     drawn.plot = lossPlot(host, [about.name, other], { source, goTo });
   } catch (error) {

@@ -1,7 +1,7 @@
 // Where a number comes from: the operation that made it, and the numbers that went in, each to be followed.
 
 import { button, element } from "../shared/elements.js";
-import { whole } from "../shared/format.js";
+import { fullText, numberOf, whole } from "../shared/format.js";
 import { setText, show } from "../shared/part.js";
 
 /** Lines of the way of a NaN that are shown before and after what is left out. */
@@ -63,7 +63,9 @@ class Reasons {
     const answer = this.trail.at(-1);
     this.path.replaceChildren(...this.trail.slice(0, -1).map((one, place) => this.#back(one, place)));
     show(this.path, this.trail.length > 1);
-    const began = answer.began ? [...way(answer.through, answer.left_out), element("h4", {}, "It began here"), ...this.#answer(answer.began)] : [];
+    const through = answer.has_begun ? [...answer.causes] : [];
+    const last = through.pop();
+    const began = last ? [...way(through, answer.left_out), element("h4", {}, "It began here"), ...this.#answer(last)] : [];
     this.body.replaceChildren(...this.#answer(answer), ...began);
   }
 
@@ -75,7 +77,7 @@ class Reasons {
     return element("span", {}, button(answer.number.name, back, { class: "plain" }), " › ");
   }
 
-  #answer({ number, made, formula, groups, check, is_equal: isEqual, unknown, note, rows }) {
+  #answer({ number, made, formula, groups, check, is_equal: isEqual, unknown, note, rows_text: rows }) {
     const first = this.trail[0].number.step;
     const step = number.step === first ? null : element("span", { class: "muted" }, ` at step ${whole(number.step)}`);
     const lines = [element("p", { class: "reason-of" }, element("b", {}, number.name), ` = ${number.text}`, step)];
@@ -90,16 +92,17 @@ class Reasons {
   }
 
   #table(groups) {
-    const most = Math.max(...groups.flatMap((group) => group.terms.map((term) => term.numbers.length)), 1);
+    const most = Math.max(...groups.flatMap((group) => group.terms.map((term) => numbersOf(term).length)), 1);
     const rows = groups.flatMap((group) => [...group.terms.map((term) => this.#row(group, term, most)), left(group, most)]);
     return element("div", { class: "wide" }, element("table", { class: "terms" }, element("tbody", {}, rows.filter(Boolean))));
   }
 
   #row(group, term, most) {
-    const head = element("th", { scope: "row", class: term.value === null ? "" : "number" }, term.value ?? group.text);
-    const cells = term.numbers.flatMap((number) => [element("td", {}, this.#name(number)), element("td", { class: "number" }, number.text)]);
-    const empty = Array.from({ length: 2 * (most - term.numbers.length) }, () => element("td"));
-    const row = term.numbers.map((number) => number.row).find((each) => each !== null);
+    const numbers = numbersOf(term);
+    const head = element("th", { scope: "row", class: term.text === null ? "" : "number" }, term.text ?? group.text);
+    const cells = numbers.flatMap((number) => [element("td", {}, this.#name(number)), element("td", { class: "number" }, number.text)]);
+    const empty = Array.from({ length: 2 * (most - numbers.length) }, () => element("td"));
+    const row = numbers.map((number) => number.row).find((each) => each !== null);
     return element("tr", {}, head, cells, empty, element("td", { class: "muted" }, row === undefined ? "" : `row ${whole(row)}`));
   }
 
@@ -110,11 +113,18 @@ class Reasons {
   }
 }
 
+// The numbers of a term, and those by which terms differ that are of no tensor.
+function numbersOf({ numbers, weights }) {
+  const others = Object.entries(weights).map(([name, value]) => ({ name, text: fullText(numberOf(value)), row: null, goes_on: false }));
+  return [...Object.values(numbers), ...others];
+}
+
 function left(group, most) {
-  if (!group.left_out) return null;
-  const of = group.rest === null ? ` of ${group.text}` : "";
-  const head = element("th", { scope: "row", class: "number" }, group.rest ?? "");
-  return element("tr", {}, head, element("td", { colSpan: 2 * most + 1, class: "muted" }, `${whole(group.left_out)} more${of}`));
+  const count = group.count - group.terms.length;
+  if (!count) return null;
+  const of = group.rest_text === null ? ` of ${group.text}` : "";
+  const head = element("th", { scope: "row", class: "number" }, group.rest_text ?? "");
+  return element("tr", {}, head, element("td", { colSpan: 2 * most + 1, class: "muted" }, `${whole(count)} more${of}`));
 }
 
 // What a NaN or infinity came through, in lines.

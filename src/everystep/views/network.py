@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from everystep.page.tensors import first_of
 from everystep.recording.facts import ModuleFacts
 from everystep.replay.step import Step
+from everystep.views.batch import first_of
 
 __all__ = ["network"]
 

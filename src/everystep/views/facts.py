@@ -1,13 +1,14 @@
-"""Output for the terminal: quiet, aligned, in the order of the chapter."""
+"""What a run is, how its steps ran, how it ended, and what to type next, in words.
+
+The terminal, the page, the report and a notebook show the same.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
 from everystep.recording.facts import (
     Facts,
@@ -16,38 +17,29 @@ from everystep.recording.facts import (
     ResumeFacts,
     TrainingFacts,
 )
-from everystep.recording.run import RecordedRun
-from everystep.recording.texts import (
-    loss_text,
-    model_text,
-    optimizers_text,
-    schedule_text,
-    shortest,
-)
+from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
+from everystep.views.texts import counted, labelled, number
 
 __all__ = [
     "closing",
+    "details",
+    "ending",
     "engine_text",
+    "facts_in_order",
+    "going_on",
     "header",
-    "header_rows",
-    "json_number",
-    "losses_text",
-    "number",
-    "shortest",
+    "seed",
     "shortest_name",
+    "times",
 ]
 
 _LABEL_WIDTH = 8
 
 
-def number(value: float | None) -> str:
-    """Return a number in four significant digits, as every view shows it."""
-    return "" if value is None else f"{value:.4g}"
-
-
 def header(facts: Facts) -> str:
     """Return what a run is, in the chapter's order, as text."""
-    return "\n".join(_labelled(label, text) for label, text in header_rows(facts))
+    return "\n".join(labelled(label, text, _LABEL_WIDTH) for label, text in header_rows(facts))
 
 
 def header_rows(facts: Facts) -> list[tuple[str, str]]:
@@ -58,9 +50,8 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
     """
     training = facts.training
     numerics = training.numerics
-    threads = f"{numerics.threads} thread{'s' if numerics.threads != 1 else ''}"
     return [
-        ("device", f"{training.device} ({numerics.processor}, {threads})"),
+        ("device", f"{training.device} ({numerics.processor}, {counted(numerics.threads, 'thread')})"),
         ("data", _data_text(training)),
         ("model", f"{model_text(training.modules)}\n{training.parameters:,} parameters"),
         ("loss", loss_text(training.loss)),
@@ -69,6 +60,13 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
         *([("fork of", _fork_text(facts.fork))] if facts.fork else []),
         *([("resumed", _resumed_text(facts.resumed))] if facts.resumed else []),
     ]
+
+
+def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
+    """Return what a run is, and how its steps ran, as (label, text), in the order of the header."""
+    has_taken = facts.training.engine or facts.training.loop
+    how = f"\n{engine_text(facts)}" if has_taken else ""
+    return [(label, f"{text}{how}" if label == "steps" else text) for label, text in header_rows(facts)]
 
 
 def closing(directory: Path, reason: str | None) -> str:
@@ -83,10 +81,10 @@ def closing(directory: Path, reason: str | None) -> str:
     )
     has_loss = summary.first_loss is not None
     loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if has_loss else ""
-    taken = _counted(summary.steps, "step")
+    taken = counted(summary.steps, "step")
     if summary.parent is not None:
         at = summary.parent[1]
-        taken = f"{_counted(summary.steps - at, 'step')} after the parent's {at:,},"
+        taken = f"{counted(summary.steps - at, 'step')} after the parent's {at:,},"
     lines.append(f"{taken}{seconds}{loss}{measured}")
     lines.append(engine_text(facts) if summary.steps else "only the initial state, state 0, is recorded")
     lines.append(f"recorded in {directory}")
@@ -118,7 +116,7 @@ def engine_text(facts: Facts) -> str:
             if lost
             else ""
         )
-        kept = f"its operations are in {_counted(loop.programs, 'program')}{missing}"
+        kept = f"its operations are in {counted(loop.programs, 'program')}{missing}"
         if loop.function is None:
             return f"by your own loop; {kept}"
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
@@ -129,7 +127,7 @@ def engine_text(facts: Facts) -> str:
     if engine.stands_behind == "alone":
         return "by program alone, without the objects that trained it; not checked against Python"
     checks = (
-        f"checked against Python {_counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
+        f"checked against Python {counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
     )
     vouched = ', which you vouched for (engine="program")' if engine.stands_behind == "vouched" else ""
     found = f"by program{vouched}; {checks}"
@@ -147,33 +145,7 @@ def _function_text(function: FunctionFacts, steps: int) -> str:
     return (
         f'a program, which you vouched for (engine="program"), ran {function.by_program:,} of '
         f"{steps - function.after:,} steps{since}, checked against Python "
-        f"{_counted(function.checks, 'time')}, last at step {function.verified_to:,}"
-    )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> str:
-    """Return a table of losses and measurements as text, every number in full precision.
-
-    table: `RecordedRun.table_columns`.
-    """
-    columns = {name: c if isinstance(c, list) else c.tolist() for name, c in table.items()}
-    if style == "json":
-        values = [[json_number(value) for value in column] for column in columns.values()]
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
-        return json.dumps(rows, indent=1) + "\n"
-    cells = [
-        [name, *("-" if v is None else str(v) if name == "step" else shortest(v) for v in column)]
-        for name, column in columns.items()
-    ]
-    widths = [max(map(len, column)) for column in cells]
-    rows_of_cells = zip(*cells, strict=True)
-    return "".join(
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) + "\n"
-        for row in rows_of_cells
+        f"{counted(function.checks, 'time')}, last at step {function.verified_to:,}"
     )
 
 
@@ -190,12 +162,6 @@ def _resumed_text(resumed: Sequence[ResumeFacts]) -> str:
     began = newest.began.astimezone().strftime("%Y-%m-%d %H:%M")
     lines = [f"after step {newest.at:,}, {began}{times}"]
     return "\n".join(lines + [f"changed: {each}" for each in newest.changed])
-
-
-def _labelled(label: str, text: str) -> str:
-    first, *rest = text.splitlines() or [""]
-    indent = " " * _LABEL_WIDTH
-    return "\n".join([f"{label:<{_LABEL_WIDTH}}{first}", *(indent + line for line in rest)])
 
 
 def _data_text(training: TrainingFacts) -> str:
@@ -224,11 +190,6 @@ def _steps_text(steps: int, training: TrainingFacts) -> str:
     return f"{steps:,}, {batches.batch_size} rows each, {batches.steps_per_epoch:,} to an epoch"
 
 
-def json_number(value: float | None) -> float | int | str | None:
-    """Return what JSON can hold: it has no nan and no infinity."""
-    return str(value) if value is not None and not math.isfinite(value) else value
-
-
 def _latest_measurements(run: RecordedRun) -> dict[str, float]:
     later = run.facts.measured
     return {name: value for name, value in run.latest_measurements.items() if name not in later}
@@ -237,3 +198,71 @@ def _latest_measurements(run: RecordedRun) -> dict[str, float]:
 def shortest_name(directory: Path) -> str:
     """Return what a user need type: the bare name of a run in runs/."""
     return directory.name if directory.parent == Path("runs") else str(directory)
+
+
+def ending(run: RecordedRun, facts: Facts, status: str, steps: int) -> str | None:
+    """Return how a training ended before its last step; None if it did not.
+
+    facts, status, steps: of the run, as already read.
+    """
+    if status == "killed":
+        time = run.last_written.astimezone().strftime("%Y-%m-%d %H:%M")
+        planned = f" of {facts.steps:,}" if facts.steps and facts.steps > steps else ""
+        where = f"after step {steps:,}{planned}" if steps else "before its first step"
+        return f"killed {where}, {time}"
+    if status in ("stopped", "failed"):
+        return f"{status}: {facts.reason}" if facts.reason else status
+    return None
+
+
+def going_on(run: RecordedRun, facts: Facts) -> str:
+    """Return the command, or the call, that goes on with a training."""
+    name = shortest_name(run.directory)
+    trained = facts.trained
+    if trained is not None and trained.loop is not None:
+        return f"everystep.record(..., resume={name!r})"
+    if (run.directory / EXPERIMENT_FILE).exists():
+        return f"everystep resume {shlex.quote(name)}"
+    return f"everystep.open({name!r}).resume(model=..., loss=..., optimizer=...)"
+
+
+def details(facts: Facts) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Return numerics and versions, each as a title, a few words, and all as (label, text)."""
+    numerics, versions = facts.training.numerics.named(), facts.training.versions
+    return [
+        (
+            "numerics",
+            f"CPU capability {numerics['cpu_capability']}, MKL_CBWR {numerics['mkl_cbwr']}",
+            [(key.replace("_", " "), _word(value)) for key, value in numerics.items()],
+        ),
+        (
+            "versions",
+            ", ".join(f"{name} {versions[name]}" for name in ("everystep", "torch") if name in versions),
+            list(versions.items()),
+        ),
+    ]
+
+
+def seed(facts: Facts) -> str:
+    """Return what the run's random numbers begin with, in words."""
+    seed = facts.training.seed
+    return "the state of torch's generator" if seed is None else str(seed)
+
+
+def times(facts: Facts) -> str:
+    """Return when the run was trained, and how long that took, in lines."""
+    lines = [f"started {_time(facts.started)}"] if facts.started else []
+    if facts.finished:
+        lines.append(f"ended {_time(facts.finished)}")
+    if facts.seconds is not None:
+        lines.append(f"{facts.seconds:.3g} s of training")
+    return "\n".join(lines)
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _time(time: datetime) -> str:
+    """Return a time in UTC, to the second: the page may be read anywhere."""
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"

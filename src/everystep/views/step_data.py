@@ -1,87 +1,87 @@
-"""An opened step as plain data for the page; its tensors are named by ids, their numbers come apart."""
+"""An opened step as plain data: what `--json` prints and the page gets.
+
+Its tensors are named by ids, such as `batch.x` or `operations/3/inputs/x`; what their numbers are like
+is in one table of all of them, and the numbers come apart.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from everystep.page.batch import of_classes
-from everystep.page.network import network
-from everystep.page.tensors import first_of, id_of_batch, images_of, unset_ids
+from everystep.errors import UsageError
 from everystep.program.operation import Operation
 from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
-from everystep.recording.texts import loss_text, optimizer_parts
+from everystep.recording.run import RecordedRun
+from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.step import Batch, Step, statistics
-from everystep.run import Run
-from everystep.views.answers import plain
-from everystep.views.batch import class_names, plain_values, targets
+from everystep.views.answers import plain_data
+from everystep.views.batch import (
+    class_names,
+    columns_of_classes,
+    first_of,
+    last_module,
+    plain_values,
+    targets,
+)
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import norm
 from everystep.views.mathematics import Line, mathematics
+from everystep.views.network import network
 from everystep.views.notation import all_arguments, value_text
 from everystep.views.segments import Happened, as_it_happened
-from everystep.views.terminal import shortest
 
-__all__ = ["step_content", "step_json"]
+__all__ = ["step_data", "tensor_of"]
+
+#: Images are drawn as such up to this many pixels along a side.
+_LARGEST_IMAGE = 512
 
 
-def step_json(step: Step, run: Run, facts: Facts) -> bytes:
-    """Return all that the page shows of a step but the numbers of its tensors, as JSON.
+def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str, Any]:
+    """Return everything in a step as plain data; NaN and infinities are texts.
 
-    facts: of the run.
+    values: the numbers of every tensor, too, as nested lists, and all that the batch holds besides.
     """
-    content = _content(step, run, facts)
-    try:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # rarely is something not finite, and a look at every number takes its time
-        text = json.dumps(plain(content), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "replace")
-
-
-def step_content(step: Step, run: Run) -> dict[str, Any]:
-    """Return the same as plain data; NaN and infinities are texts, so that it can be JSON."""
-    found: dict[str, Any] = plain(_content(step, run, run.facts))
-    return found
-
-
-def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
+    facts = run.facts
     training = facts.training_of(step.number)
-    tensors = _Tensors(unset_ids(step), of_classes(step, class_names(facts), training.modules))
+    tensors = _Tensors(step, _of_classes(step, class_names(facts), training.modules), values)
     optimizer, settings = optimizer_parts(training.optimizers)
     loss = loss_text(training.loss)
     loop = training.loop
     happened = as_it_happened(step, training, loop) if loop else None
     content = {
-        "run": run.name,
         "step": step.number,
-        "steps": len(run),
+        "steps": run.newest_step(),
         "epoch": step.epoch,
         "loss": step.loss,
         "loss_text": shortest(step.loss),
+        "recorded_loss": step.recorded_loss,
         "recorded_loss_text": shortest(step.recorded_loss),
         "is_exact": step.is_exact,
         "diverged_at": step.diverged_at,
         "is_of_loop": loop is not None,
         "has_loss": training.has_loss,
-        "problems": run.problems,
+        "problems": getattr(run, "problems", []),
         "hyperparameters": step.hyperparameters,
         "clip_norm": training.clip_norm,
         "optimizer": {"name": optimizer, "settings": settings},
         "loss_function": {"name": training.loss.class_name if training.loss else loss, "text": loss},
-        "batch": _batch(step.batch, facts, tensors),
+        "batch": _batch(step.batch, facts, tensors, values),
+        "parameters": tensors.of("parameters", step.parameters),
+        "buffers": tensors.of("buffers", step.buffers),
         "network": _network(step, training.modules, tensors),
         "operations": _operations(step, tensors),
         "segments": _segments(happened, training) if happened else None,
         "changed_otherwise": happened.changed_otherwise if happened else [],
-        # What is pending at the beginning of a loop's step is state, and need not be dropped in it.
-        "dropped": tensors.of("dropped", {} if happened else step.dropped),
+        "dropped": tensors.of("dropped", step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
         "updates": _updates(step, _formulas(step, training, happened), tensors),
     }
-    return content | {"tensors": tensors.known}
+    found: dict[str, Any] = plain_data(content | {"tensors": tensors.known})
+    return found
 
 
 class _Tensors:
@@ -90,9 +90,10 @@ class _Tensors:
     Many ids are of the same memory, and are looked at once.
     """
 
-    def __init__(self, unset: frozenset[str], of_classes: Mapping[str, str]) -> None:
-        self._unset = unset
+    def __init__(self, step: Step, of_classes: Mapping[str, str], values: bool) -> None:
+        self._unset = unset_ids(step)
         self._of_classes = of_classes
+        self._values = values
         self.known: dict[str, dict[str, Any]] = {}
         self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
         # As long as they are held, no other tensor can come to lie in their memory.
@@ -106,7 +107,16 @@ class _Tensors:
         }
         if about := self._of_classes.get(id):
             own["classes"] = about
-        self.known[id] = own | ({"unset": True} if id in self._unset else self._look(tensor))
+        if id in self._unset:
+            self.known[id] = own | {"unset": True}
+            return id
+        self.known[id] = own | self._look(tensor)
+        if tensor.is_complex():
+            self.known[id]["statistics_of"] = "absolute values"
+        if self._values:
+            is_complex = tensor.is_complex()
+            content = torch.view_as_real(tensor.detach().resolve_conj()) if is_complex else tensor
+            self.known[id]["values"] = content.tolist()
         return id
 
     def of(self, kind: str, named: dict[str, Tensor]) -> list[dict[str, str]]:
@@ -132,7 +142,7 @@ class _Tensors:
         return self._seen[place]
 
 
-def _batch(batch: Batch, facts: Facts, tensors: _Tensors) -> dict[str, Any]:
+def _batch(batch: Batch, facts: Facts, tensors: _Tensors, values: bool) -> dict[str, Any]:
     images = images_of(next(iter(batch.tensors.values())), facts) if batch.tensors else None
     names = class_names(facts)
     return {
@@ -145,7 +155,7 @@ def _batch(batch: Batch, facts: Facts, tensors: _Tensors) -> dict[str, Any]:
         "images": None if images is None else tensors.add("batch.images", images),
         "targets": targets(batch, names),
         "classes": names,
-        "values": plain_values(batch.nested),
+        "values": plain_values(batch.nested, whole=values),
     }
 
 
@@ -156,8 +166,6 @@ def _network(step: Step, modules: Mapping[str, ModuleFacts], tensors: _Tensors) 
             activation = first_of(step.activations[layer["path"]])
             assert activation is not None
             tensors.add(layer["activation"], activation)
-        for name in layer["parameters"].values():
-            tensors.add(name, step.parameters[name.partition("/")[2]])
     return layers
 
 
@@ -233,3 +241,103 @@ def _updates(step: Step, formulas: dict[str, Formula], tensors: _Tensors) -> lis
             | formula._asdict()
         )
     return found
+
+
+def _of_classes(
+    step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
+) -> dict[str, str]:
+    """Return the ids of tensors that are about classes.
+
+    `values`: their numbers are classes; `columns`: they have a column for each class: the output of a
+    Sequential, and what its loss makes of it.
+    """
+    if names is None or targets(step.batch, names) is None:
+        return {}
+    shape = len(step.batch.tensors["y"]), len(names)
+    last = last_module(modules)
+    columns = columns_of_classes(step, names, last)
+    found = {id_of_batch("y"): "values"}
+    output = None if last is None else first_of(step.activations.get(last))
+    if output is not None and output.shape == shape:
+        found[f"activations/{last}"] = "columns"
+    for number, seen in enumerate(step.operations):
+        for role, given in (("inputs", seen.inputs), ("results", seen.results)):
+            for name, tensor in given.items():
+                if name == "y" and role == "inputs":
+                    found[f"operations/{number}/{role}/{name}"] = "values"
+                elif name in columns and tensor.shape == shape:
+                    found[f"operations/{number}/{role}/{name}"] = "columns"
+    return found
+
+
+def tensor_of(step: Step, id: str, facts: Facts) -> Tensor:
+    """Return a tensor of a step by its id, such as `batch.x` or `operations/3/inputs/x`.
+
+    facts: of the run.
+
+    Raises:
+        UsageError: the step has no such tensor.
+    """
+    kind, _, name = id.partition("/")
+    found: Any = None
+    of_batch = {id_of_batch(name): tensor for name, tensor in step.batch.tensors.items()}
+    if id in of_batch:
+        found = of_batch[id]
+    elif id == "batch.images" and of_batch:
+        found = images_of(next(iter(of_batch.values())), facts)
+    elif kind in ("parameters", "buffers", "dropped", "gradients", "activations"):
+        found = first_of(getattr(step, kind).get(name))
+    elif kind == "updates":
+        parameter, _, which = name.rpartition("/")
+        if parameter in step.updates and which in ("before", "after", "change"):
+            found = getattr(step.updates[parameter], which)
+    elif kind == "operations":
+        found = _of_operation(step, name)
+    if id in unset_ids(step):
+        raise UsageError(
+            f"{id} has no numbers: it is memory of the kernel, or nothing was written to it yet"
+        )
+    if not isinstance(found, Tensor):
+        raise UsageError(f"step {step.number} has no tensor {id!r:.200}; see the step's list of tensors")
+    return found
+
+
+def id_of_batch(name: str) -> str:
+    """Return the id of a tensor of the batch."""
+    return f"batch.{name}" if name in ("x", "y") else f"batch/{name}"
+
+
+def unset_ids(step: Step) -> frozenset[str]:
+    """Return the ids of tensors of operations that hold no numbers (`Step.unset`)."""
+    return frozenset(f"operations/{number}/{role}/{name}" for number, role, name in step.unset)
+
+
+def images_of(x: Tensor, facts: Facts) -> Tensor | None:
+    """Return the images that a batch is, as they were before they were scaled; None: it is none.
+
+    Args:
+        x: (N, 1 or 3, H, W).
+        facts: of the run.
+    """
+    shape = x.shape
+    if len(shape) != 4 or shape[1] not in (1, 3) or max(shape[2:]) > _LARGEST_IMAGE:
+        return None
+    if not x.is_floating_point():
+        return None
+    preparation = facts.trained and facts.trained.preparation
+    scaling = (preparation or {}).get("scaling") or {}
+    try:
+        mean, deviation = (x.new_tensor(scaling[key]).view(shape[1:]) for key in ("mean", "deviation"))
+    except (KeyError, TypeError, ValueError, RuntimeError):  # they were not, or not as everystep does it
+        return x
+    return x * deviation + mean
+
+
+def _of_operation(step: Step, name: str) -> Tensor | None:
+    number, _, rest = name.partition("/")
+    role, _, own = rest.partition("/")
+    known = {str(place): seen for place, seen in enumerate(step.operations)}
+    if number not in known or role not in ("inputs", "results"):
+        return None
+    named: dict[str, Tensor] = getattr(known[number], role)
+    return named.get(own)

@@ -1,0 +1,492 @@
+"""Two runs compared, and a run repeated elsewhere: what differs, where it begins, and why, as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from everystep.recording.texts import shortest
+from everystep.views.texts import NAMED, block, named, number
+
+if TYPE_CHECKING:
+    from everystep.program.observed import Observed
+    from everystep.program.operation import Operation
+    from everystep.replay.data import DataDifference
+    from everystep.replay.diff import Difference
+    from everystep.replay.match import Match, Suspect
+    from everystep.replay.operations import OperationDifference, TensorDifference
+    from everystep.replay.rerun import Rerun
+    from everystep.replay.rounding import Apart
+    from everystep.step.check import StateDifference
+
+__all__ = [
+    "Listed",
+    "diff_sentence",
+    "diff_text",
+    "distances",
+    "listed",
+    "match_text",
+    "operation_name",
+    "rerun_sentence",
+    "rerun_text",
+    "tensors_text",
+]
+
+#: Causes that a sentence names.
+MOST_CAUSES = 2
+#: Numbers of the data that are shown with both values.
+MOST_CELLS = 6
+#: Rows and columns of the data that are named.
+MOST_PLACES = 8
+#: Characters of a value.
+LONGEST = 60
+
+
+def diff_text(found: Difference) -> str:
+    """Return where two runs differ, in lines."""
+    common = min(found.steps)
+    losses = f"identical in all {common:,} common steps"
+    if found.loss is not None:
+        pair = " and ".join(map(shortest, found.loss[1:]))
+        losses = f"differ from step {found.loss.step:,} on: {pair}"
+    numerics = (f"{name}  {one} | {two}" for name, (one, two) in found.numerics.items())
+    lines = [
+        ("runs", "\n".join(found.names)),
+        ("experiments", "\n".join(map(str, listed(found)))),
+        ("numerics", "\n".join(numerics)),
+        ("steps", "" if found.steps[0] == found.steps[1] else "{:,} and {:,}".format(*found.steps)),
+        ("losses", losses),
+    ]
+    for name, each in found.measured:
+        pair = " and ".join(map(shortest, each[1:]))
+        lines.append(("measured", f"{name} differs from step {each.step:,} on: {pair}"))
+    lines.append(("states", _states_text(found)))
+    lines += [("batch", f"{each} differs; no operation reads it") for each in found.unread]
+    verdict = _diff_verdict(found) + _hint(found)
+    problems = [("problem", problem) for problem in found.problems]
+    if found.operation is None:
+        return block([*lines, *problems], verdict)
+    states = [("state", text) for text in _first_state_texts(found)]
+    of_operation = [*_operation_lines(found.operation, found.names), *states, *problems]
+    return block(lines, block(of_operation, verdict))
+
+
+def diff_sentence(found: Difference) -> str:
+    """Return the same in one sentence: where they differ, at which operation, and why."""
+    if found.loss is not None:
+        parts = [f"The losses first differ at step {found.loss.step:,}"]
+    elif found.operation is not None or found.states:
+        parts = [f"The losses of all {min(found.steps):,} common steps are identical"]
+    else:
+        verdict = _diff_verdict(found)
+        return f"{verdict[0].upper()}{verdict[1:]}."
+    operation = found.operation
+    if operation is not None:
+        at = "" if found.loss and found.loss.step == operation.step else f" of step {operation.step:,}"
+        parts.append(
+            f"the first operation that differs is #{operation.index}{at}" + _what(found, operation)
+        )
+        parts += _first_state_texts(found)
+    elif found.states and found.loss is None:
+        first = found.states[0]
+        parts.append(f"{first.tensor} of state {first.state:,} differs")
+    return "; ".join(parts) + "."
+
+
+def _states_text(found: Difference) -> str:
+    common = found.common_state
+    same = "no snapshot is identical" if common is None else f"identical up to state {common:,}"
+    if not found.states:
+        return same if common is not None else "the runs have no snapshot of the same state"
+    return f"{same}; state {found.states[0].state:,} differs:\n" + tensors_text(list(found.states))
+
+
+def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list[tuple[str, str]]:
+    pair = found.one, found.other
+    sides = ["no operation" if each is None else operation_name(each.operation) for each in pair]
+    where = sides[0] if sides[0] == sides[1] else f"{names[0]}: {sides[0]}\n{names[1]}: {sides[1]}"
+    lines = [("operation", f"#{found.index} of step {found.step:,}\n{where}")]
+    lines += [("result", _tensor_text(each)) for each in found.results]
+    lines += [("input", _tensor_text(each)) for each in found.inputs]
+    if found.rows:
+        rows = ", ".join(
+            (f"{a}" if a == b else f"{a} and {b}") + f" at position {place}" * (not place == a == b)
+            for place, a, b in found.rows[:NAMED]
+        )
+        rows += ", ..." if len(found.rows) > NAMED else ""
+        numbers = "" if found.rows_of == "the batch" else f"; in {found.rows_of}, counted from 0"
+        lines.append(("rows", rows + numbers))
+    return lines + [("cause", cause) for cause in found.causes]
+
+
+def _first_state_texts(found: Difference) -> list[str]:
+    """Return when the difference of an operation reaches the model, unless that is in its own step."""
+    first, operation = found.first_state, found.operation
+    if first is None or operation is None or first.state == operation.step:
+        return []
+    if first.state is None:
+        return [f"no parameter and no buffer differs up to state {first.last:,}"]
+    return [
+        f"no parameter and no buffer differs before state {first.state:,}, in which {first.name} does"
+    ]
+
+
+def _what(found: Difference, operation: OperationDifference) -> str:
+    """Return the operation, of both runs if it differs, and why the result differs."""
+    one, other = operation.one, operation.other
+    names = [None if each is None else _operation_name(each) for each in (one, other)]
+    reason = _reason(found, operation)
+    if None in names:
+        return f", {names[0] or names[1]}, which only {found.names[one is None]} has{reason}"
+    if names[0] != names[1]:
+        sides = ", ".join(f"{name} in {run}" for name, run in zip(names, found.names, strict=True))
+        return f": {sides}{reason}"
+    return f", {names[0]}{reason or ('' if operation.causes else ', with identical inputs')}"
+
+
+def _operation_name(observed: Observed) -> str:
+    """Return the operator without its overload, and its location: `aten.addmm (forward, 0)`."""
+    operation = observed.operation
+    name = operation.operator
+    if name.startswith("aten."):
+        name = ".".join(name.split(".")[:2])
+    return f"{name} ({', '.join(filter(None, (operation.phase, operation.module)))})"
+
+
+def _reason(found: Difference, operation: OperationDifference) -> str:
+    """Return why an operation differs, as the end of a sentence."""
+    from everystep.replay.causes import ANOTHER_OPERATION, COMPUTED_OTHERWISE
+
+    causes = operation.causes
+    if causes and causes[0].startswith(ANOTHER_OPERATION):
+        return causes[0].removeprefix(ANOTHER_OPERATION)
+    if causes and causes[0].startswith(COMPUTED_OTHERWISE):
+        pairs = [f"{key} {one} and {other}" for key, (one, other) in found.numerics.items()]
+        numerics = ", ".join(pairs) or "all recorded numerics are, too"
+        return f", although its inputs are identical: {numerics}"
+    if causes:
+        return f", because of {'; '.join(causes[:MOST_CAUSES])}"
+    names = list(dict.fromkeys(_input_name(each.name) for each in operation.inputs))
+    verb = "differs" if len(names) == 1 else "differ"
+    return f", because {' and '.join(names[:2])} already {verb}" if names else ""
+
+
+def _input_name(name: str) -> str:
+    """Return what an operation receives, in words."""
+    kind, _, rest = name.partition("~")[0].partition("/")
+    if kind in ("x", "y"):
+        return f"{kind} of the batch"
+    if kind == "gradient":
+        return f"the gradient of {rest}"
+    return rest if kind in ("parameter", "buffer") else name
+
+
+def _tensor_text(found: TensorDifference) -> str:
+    if not found.positions:
+        return f"{found.name}: different shape or dtype"
+    lines = [f"{found.name}: {found.elements:,} of {found.of:,} elements differ{_far(found)}"]
+    for position, pair in zip(found.positions[:3], found.values, strict=False):
+        place = f"[{', '.join(map(str, position))}]  " if position else ""
+        lines.append(f"  {place}{' and '.join(map(_value_text, pair))}")
+    if found.elements > 3:
+        lines.append("  ...")
+    return "\n".join(lines)
+
+
+def tensors_text(differences: Sequence[StateDifference]) -> str:
+    """Return which tensors of a state differ, in lines."""
+    lines = [
+        f"{each.tensor}: {each.elements:,} elements differ{_far(each)}"
+        if each.elements
+        else f"{each.tensor}: different shape, or missing on one side"
+        for each in differences[:NAMED]
+    ]
+    if len(differences) > NAMED:
+        lines.append(
+            f"and {len(differences) - NAMED:,} more tensor{'s' * (len(differences) > NAMED + 1)}"
+        )
+    return "\n".join(lines)
+
+
+def _far(found: TensorDifference | StateDifference) -> str:
+    """Return how far tensors are apart, as the end of a sentence; empty where that is unknown."""
+    return f", {size}" if (size := str(found.size)) else ""
+
+
+def _value_text(value: Any) -> str:
+    return shortest(value) if isinstance(value, float) else str(value)
+
+
+def operation_name(operation: Operation | Apart) -> str:
+    """Return an operation in words: `aten.addmm.default of module 0, forward`."""
+    module = f" of module {operation.module}" if operation.module else ""
+    return f"{operation.operator}{module}, {operation.phase}"
+
+
+def _diff_verdict(found: Difference) -> str:
+    if any((found.loss, found.states, found.operation)):
+        return "the runs differ"
+    if found.unread:
+        return f"the batches differ: {found.unread[0]}, which no operation reads"
+    if found.measured:
+        names = ", ".join(name for name, _ in found.measured[:NAMED])
+        return f"the runs differ in what was measured: {names}"
+    if not found.is_complete:
+        return "no loss and no state that could be compared differs; not everything could be compared"
+    if found.is_same and found.problems:
+        return "nothing that could be compared differs"
+    names = "; only names differ" if found.renamed and found.is_same else ""
+    if found.is_same and not found.numerics and found.is_thorough:
+        return f"the runs are bit-identical{names}"
+    what = "result of every operation" if found.is_thorough else "loss and every common snapshot"
+    same = f"every {what} of the first {min(found.steps):,} steps is identical"
+    if found.steps[0] != found.steps[1] and not found.experiments:
+        return f"{same}; one run is longer"
+    return f"{same}, bit for bit{names}" if found.is_same or found.is_thorough else same
+
+
+def _hint(found: Difference) -> str:
+    """Return how more is compared, where nothing differs in what was."""
+    differs = (found.loss, found.states, found.operation, found.measured, found.problems)
+    return "" if found.is_thorough or any(differs) else "; --thorough compares every operation"
+
+
+class Listed(NamedTuple):
+    """A line of the list: a setting and its value in both runs, or one text about it."""
+
+    name: str
+    values: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}  {' | '.join(self.values)}"
+
+
+def listed(found: Difference) -> list[Listed]:
+    """Return what was asked for differently, one line for each setting or number of the data."""
+    settings = [
+        Listed(name, _pair_texts(pair))
+        for name, pair in found.experiments.items()
+        if name != "data.digest" or not found.data_tensors
+    ]
+    return settings + [line for each in found.data_tensors for line in _data_lines(each)]
+
+
+def _data_lines(found: DataDifference) -> Iterator[Listed]:
+    tensor = found.tensor
+    shown = list(zip(tensor.positions, tensor.values, strict=True))[:MOST_CELLS]
+    for position, (one, other) in shown:
+        row, *rest = position
+        others = [found.names[rest[0]]] if found.names and rest else [str(place) for place in rest]
+        place = ", ".join([str(row), *others])
+        yield Listed(f"data.{tensor.name}[{place}]", (_value_text(one), _value_text(other)))
+    left = tensor.elements - len(shown)
+    if left:
+        columns = [found.names[column] if found.names else column for column in found.columns]
+        where = f"in {_places('row', found.rows)}"
+        where += f" and {_places('column', columns)}" if columns else ""
+        more = f"and {left:,} more of {tensor.of:,} numbers, {where}; {tensor.size}".rstrip("; ")
+        yield Listed(f"data.{tensor.name}", (more,))
+
+
+def _places(what: str, places: Sequence[Any]) -> str:
+    return f"{what}{'s' * (len(places) > 1)} {named(places, MOST_PLACES)}"
+
+
+def _pair_texts(pair: tuple[Any, Any]) -> tuple[str, str]:
+    """Return two values in a line each; cut, unless they differ only later."""
+    one, other = (_text(value) for value in pair)
+    short = [text if len(text) <= LONGEST else text[:24] + "..." for text in (one, other)]
+    return (short[0], short[1]) if short[0] != short[1] else (one, other)
+
+
+def _text(value: Any) -> str:
+    return str(tuple(value) if isinstance(value, list) else value).replace("\n", " ")
+
+
+def match_text(found: Match) -> str:
+    """Return what of the first run's step the second does not have, and where that begins, in lines."""
+    one, other = found.names
+    lines = [
+        ("runs", f"{one}\n{other}"),
+        ("step", f"{found.step:,}, loss {' | '.join(map(shortest, found.losses))}"),
+    ]
+    if found.precisions is not None:
+        text = " and ".join(map("{} computes in {}".format, found.names, found.precisions))
+        lines.append(("compared", f"in double precision, from the same state: {text}"))
+    if found.begin:
+        lines.append(("before", f"{other} does not have {named(found.begin)}"))
+    has = f"{other} has {found.found} of the {found.of} gradients, parameters and buffers of {one}"
+    lines.append(("after", f"{has}, within {found.rounding:g} of their largest number"))
+    if found.end:
+        lines.append(("missing", named(found.end)))
+        sides = zip(found.suspects, found.names, reversed(found.names), strict=True)
+        lines += [("first", _suspect_text(each, *runs)) for each, *runs in sides if each is not None]
+    return block(lines, f"step {found.step:,} {'matches' if found.is_match else 'does not match'}")
+
+
+def _suspect_text(found: Suspect, name: str, other: str) -> str:
+    given = "from what both have" if found.has_known_inputs else "from results in between"
+    lines = [
+        f"result of {name} that {other} does not have, {given}:",
+        f"#{found.operation} {operation_name(found.observed.operation)}",
+    ]
+    if math.isfinite(found.distance) and found.nearest is not None:
+        far = f"off by {found.distance:.2g} of the largest number"
+        lines.append(f"nearest in {other}: #{found.nearest}, {far}")
+    return "\n".join(lines)
+
+
+def rerun_text(found: Rerun) -> str:
+    """Return where the steps of a run part from the recording elsewhere, and by how much, in lines."""
+    last = found.first + len(found.losses) - 1
+    changed = (f"{name}: {one} | {there}" for name, (one, there) in found.changed.items())
+    lines = [
+        ("run", f"{found.name}, steps {found.first:,} to {last:,}"),
+        ("changed", "\n".join(changed)),
+        ("losses", _losses_text(found)),
+        ("bits", "" if found.operation is None else _bits_text(found.operation)),
+        ("rounding", _rounding_text(found)),
+        ("nearer", _nearer_text(found) if found.others else ""),
+        *(("note", problem) for problem in found.problems),
+    ]
+    return block(lines, _rerun_verdict(found))
+
+
+def rerun_sentence(found: Rerun) -> str:
+    """Return the conclusion in a sentence: where a run parts, and by how much at most."""
+    if not found.has_loss or not found.relative.any():
+        return _rerun_verdict(found)
+    far = int(found.relative.argmax())
+    apart = (
+        f"farthest from the recorded losses at step {found.first + far:,}, by "
+        f"{number(float(found.relative[far]))} times the recorded one"
+    )
+    if found.place.precision is not None:
+        return f"In {found.place.precision}, the losses of {found.name} are {apart}"
+    return f"{_rerun_verdict(found)}; its losses are {apart}"
+
+
+def _losses_text(found: Rerun) -> str:
+    if not found.has_loss:
+        return "not logged; only the states are compared"
+    if not found.relative.any():
+        return f"all {len(found.losses):,} bit-identical"
+    first, far = int(np.flatnonzero(found.relative)[0]), int(found.relative.argmax())
+    lines = []
+    if found.place.precision is None:
+        before = f"bit-identical up to step {found.first + first - 1:,}; " if first else ""
+        lines.append(f"{before}step {found.first + first:,}: {_pair(found, first)}")
+    lines += [
+        f"farthest apart at step {found.first + far:,}: {_pair(found, far)}, "
+        f"{number(float(found.relative[far]))} of the recorded loss",
+        f"the last: {_pair(found, len(found.losses) - 1)}",
+    ]
+    return "\n".join(lines)
+
+
+def _pair(found: Rerun, place: int) -> str:
+    return f"{shortest(float(found.recorded[place]))} | {shortest(float(found.losses[place]))}"
+
+
+def _bits_text(found: OperationDifference) -> str:
+    observed = found.one or found.other
+    assert observed is not None
+    where = f"#{found.index} of step {found.step:,}, {operation_name(observed.operation)}"
+    lines = [f"first difference: operation {where}"]
+    lines += [f"{e.name}: {e.elements:,} of {e.of:,} numbers{_far(e)}" for e in found.results]
+    return "\n".join([*lines, *(["its inputs are the same"] if not found.inputs else [])])
+
+
+def _rounding_text(found: Rerun) -> str:
+    count = len(found.compared)
+    steps = "1 step was" if count == 1 else f"{count} steps were"
+    lines = [
+        f"{steps} repeated from recorded states, step {found.compared[0]:,} to {found.compared[-1]:,}"
+    ]
+    if found.beyond is None:
+        lines.append(f"all results are within {found.rounding:g} of their largest number")
+    else:
+        lines.append(
+            f"first result that is farther apart than {found.rounding:g} of its largest number:\n"
+            f"  {_apart_text(found.beyond)}\n  {_why_apart(found.beyond, found)}"
+        )
+    if found.residue is not None:
+        lines.append(
+            "results that are zero except for rounding do not count; the first:\n"
+            f"  {_apart_text(found.residue)}\n  {_why_apart(found.residue, found)}"
+        )
+    far = [each for each in found.farthest if each.relative > 0 and each != found.beyond]
+    if far:
+        lines += ["farthest apart:", *(f"  {_apart_text(each)}" for each in far)]
+    return "\n".join(lines)
+
+
+def _why_apart(each: Apart, found: Rerun) -> str:
+    """Return in a sentence why the results of an operation are farther apart than its inputs."""
+    there = f"in {found.place.precision}" if found.place.precision else "in the rerun"
+    residue = each.residue
+    if residue is None:
+        return (
+            "its inputs differ by less than that: the operation enlarges the difference, as the "
+            "subtraction of nearly equal numbers does"
+        )
+    sizes = f"{residue.own:.2g} recorded, {residue.there:.2g} {there}"
+    if each.is_residue:
+        return (
+            f"its terms cancel, and only rounding errors remain: at most {sizes}, from inputs of up to "
+            f"{residue.of:.2g}"
+        )
+    return (
+        f"numbers of its input {residue.argument} are zero except for rounding (at most {sizes}; the "
+        f"largest of all is {residue.of:.2g}), and the result depends on their sign or their ratio, as "
+        "the first step of Adam does, or the gradient of a ReLU"
+    )
+
+
+def _apart_text(found: Apart) -> str:
+    far = f"{found.relative:.2g}" if np.isfinite(found.relative) else "differs"
+    return f"{far:<8} #{found.operation} of step {found.step:,}, {operation_name(found)}"
+
+
+def _nearer_text(found: Rerun) -> str:
+    rows = sorted(distances(found).items(), key=lambda item: item[1]["median"])
+    steps = _common(found)
+    return "\n".join(
+        f"{name}: losses {row['median']:.2g} away in the median, {row['largest']:.2g} at most"
+        + (f", over {steps:,} steps" if steps < len(found.losses) else "")
+        for name, row in rows
+    )
+
+
+def distances(found: Rerun) -> dict[str, dict[str, float]]:
+    """Return how far the losses of each run are from those elsewhere, relative to these."""
+    from everystep.replay.rerun import relative_distance
+
+    count = _common(found)
+    distances = {}
+    for name, losses in ({found.name: found.recorded} | found.others).items():
+        relative = relative_distance(found.losses[:count], losses[:count])
+        distances[name] = {"median": float(np.median(relative)), "largest": float(relative.max())}
+    return distances
+
+
+def _common(found: Rerun) -> int:
+    """Return how many steps all runs have that are laid beside each other."""
+    return min(len(losses) for losses in (found.losses, *found.others.values()))
+
+
+def _rerun_verdict(found: Rerun) -> str:
+    if found.place.precision is not None:
+        if not found.has_loss:
+            return f"{found.name} was repeated in {found.place.precision}"
+        far = number(float(found.relative.max()))
+        there = f"the losses in {found.place.precision}"
+        return f"{there} are within {far} of those of {found.name}, relative to these"
+    if found.has_same_bits:
+        return f"{found.name} is bit-identical under these conditions"
+    if found.parts_at is None:
+        return f"{found.name} differs under these conditions, but its steps from recorded states do not"
+    return f"{found.name} differs from step {found.parts_at:,} on"
