@@ -20,8 +20,7 @@ from everystep.views.answers import plain
 from everystep.views.batch import class_names, plain_values, targets
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import norm
-from everystep.views.mathematics import Line, mathematics
-from everystep.views.notation import all_arguments, value_text
+from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
 from everystep.views.segments import Happened, as_it_happened
 from everystep.views.terminal import shortest
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from everystep.replay.step import Step
 from everystep.views.lines import Page, statistics_text
-from everystep.views.mathematics import Line
-from everystep.views.notation import all_arguments, value_text
+from everystep.views.mathematics import Line, all_arguments, value_text
 
 __all__ = ["write_operation"]
 

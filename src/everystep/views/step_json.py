@@ -14,8 +14,7 @@ from everystep.recording.facts import Facts
 from everystep.replay.step import Step, Update, statistics
 from everystep.views.batch import class_names, other_values
 from everystep.views.formula import Formula, update_formulas
-from everystep.views.mathematics import Line, mathematics
-from everystep.views.notation import all_arguments
+from everystep.views.mathematics import Line, all_arguments, mathematics
 
 __all__ = ["step_json"]
 
