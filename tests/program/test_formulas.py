@@ -19,8 +19,7 @@ from torch.nn import functional
 import everystep
 from everystep.ops import RECORDS
 from everystep.views.lines import TIMES
-from everystep.views.mathematics import mathematics
-from everystep.views.notation import kind_of
+from everystep.views.mathematics import kind_of, mathematics
 
 #: Operators, or their results, for which there are only words, and why.
 WORDS = {
@@ -54,7 +53,7 @@ WORDS |= {
 #: Kinds that no case has: a program never holds them, or they draw as those in WORDS do.
 NOT_TRIED = {
     *("cauchy", "geometric", "log_normal", "normal_functional", "poisson", "randint_like", "random"),
-    *("lift_fresh", "max_pool2d", "avg_pool1d", "linear"),
+    *("max_pool2d", "avg_pool1d", "linear"),
 }
 DRAWN = [
     ("bernoulli.default", (torch.rand(3),), {}),

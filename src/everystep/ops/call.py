@@ -80,26 +80,39 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Terms:
-    """Terms of a sum, one for each number of its pieces.
+class Formula:
+    """A formula of numbers.
 
-    text: one term, in the language of formulas, with the names of the pieces and settings in it; given:
-    pieces of the same length, by name; settings: numbers, or arrays with one for each term, by name.
+    text: the formula, in its language, with the names of the pieces and settings in it; given: the
+    pieces, those that only name a place among them; settings: numbers by name; note: what else there is
+    to say.
     """
 
     text: str
-    given: dict[str, Piece]
+    given: dict[str, Piece] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The formula as it is shown."""
+        return written(self.text, self.settings, self.given)
+
+    def of(self, numbers: Mapping[str, Numbers]) -> Any:
+        """Return what it gives for the numbers of the pieces."""
+        return np.reshape(value(self.text, {**self.settings, **numbers}), 1)[0]
+
+
+class Terms(Formula):
+    """Terms of a sum, one for each number of its pieces.
+
+    text: one term; given: pieces of the same length; settings: numbers, or arrays of one for each term.
+    """
 
     @property
     def size(self) -> int:
         """How many terms they are."""
         return max((piece.size for piece in self.given.values()), default=0)
-
-    @property
-    def shown(self) -> str:
-        """One term as it is shown."""
-        return written(self.text, self.settings, self.given)
 
     def of(self, numbers: Mapping[str, Numbers]) -> Numbers:
         """Return the terms of the pieces' numbers."""
@@ -136,30 +149,6 @@ class Sum:
             return whole
         divisor = int(self.divisor) if float(self.divisor).is_integer() else self.divisor
         return f"({whole}) / {f'{divisor:,}' if isinstance(divisor, int) else number_text(divisor)}"
-
-
-@dataclass(frozen=True)
-class Formula:
-    """Anything that is computed and not a sum.
-
-    text: the formula, in its language, with the names of the pieces and settings in it; given: the
-    pieces, those that only name a place among them; settings: numbers by name; note: what else there is
-    to say.
-    """
-
-    text: str
-    given: dict[str, Piece] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def shown(self) -> str:
-        """The formula as it is shown."""
-        return written(self.text, self.settings, self.given)
-
-    def of(self, numbers: Mapping[str, Numbers]) -> Any:
-        """Return what it gives for the numbers of the pieces."""
-        return np.reshape(value(self.text, {**self.settings, **numbers}), 1)[0]
 
 
 @dataclass(frozen=True)
@@ -339,12 +328,9 @@ def numbers_of(tensor: Tensor, piece: Piece) -> Numbers:
 
 
 def _with_defaults(operation: Operation) -> dict[str, Any]:
-    try:
-        known, given = parameters(operation.resolved), operation.given()
-    except ValueError as error:  # an eager step may contain any operator
-        raise NoRuleError(str(error)) from None
+    known = parameters(operation.resolved)
     defaults = {p.name: {"text": p.default} if isinstance(p.default, str) else p.default for p in known}
-    return defaults | given
+    return defaults | operation.given()
 
 
 def _refuse(name: str) -> Tensor:

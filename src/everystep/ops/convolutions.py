@@ -34,6 +34,8 @@ from everystep.ops.rows import batched
 
 __all__ = ["CONVOLUTIONS"]
 
+_TIMES = "\N{MULTIPLICATION SIGN}"
+
 
 class _Geometry(NamedTuple):
     """How the places of both sides are connected, for each dimension."""
@@ -229,6 +231,30 @@ def _plane(call: Call, *, has_means: bool) -> Made:
     return Sum(tuple(single(key, where(abs(weights * n - 1) < 1e-9), 1 / n) for n in counts))
 
 
+def _settings_text(call: Call, usual: dict[str, Any]) -> str:
+    """Return the settings that change something, each as one number where its sizes are alike."""
+    texts = []
+    for key, size in usual.items():
+        value = call.value(key)
+        sizes = [value] if isinstance(value, int) else value
+        if sizes and sizes != size and any(each != size for each in sizes):
+            texts.append(f", {key} {_TIMES.join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))}")
+    return "".join(texts)
+
+
+def _convolution_line(call: Call) -> str:
+    usual = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
+    name = "conv_transpose" if call.value("transposed") else "conv"
+    given = "({input}, {weight}" + _settings_text(call, usual) + ")"
+    return name + given + (" + {bias}" if "bias" in call else "")
+
+
+def _max_pool_line(call: Call) -> str:
+    kernel = call.value("kernel_size")
+    usual = {"stride": kernel, "padding": 0, "dilation": 1, "ceil_mode": False}
+    return "max_pool({self}, " + _TIMES.join(map(str, kernel)) + _settings_text(call, usual) + ")"
+
+
 _WEIGHTED = [
     *("nearest1d", "nearest2d", "nearest3d", "nearest_exact1d", "nearest_exact2d", "nearest_exact3d"),
     *("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "bilinear2d_aa", "bicubic2d_aa"),
@@ -236,10 +262,10 @@ _WEIGHTED = [
 _MEANS = ["avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"]
 _PLANE, _MEAN = (Record(partial(_plane, has_means=each), batched) for each in (False, True))
 CONVOLUTIONS: dict[str, Record] = {
-    "convolution": Record(_convolution, batched),
+    "convolution": Record(_convolution, batched, _convolution_line),
     "convolution_backward": Record(_convolution, partial(batched, own="grad_output", has_sums=True)),
     "avg_pool1d": Record(_MEAN.made),
-    "max_pool2d": Record(_max_pool),
+    "max_pool2d": Record(_max_pool, line=_max_pool_line),
     **{f"{kind}{end}": _MEAN for kind in _MEANS for end in ("", "_backward")},
     **{f"upsample_{how}{end}": _PLANE for how in _WEIGHTED for end in ("", "_backward")},
     **{f"{how}_pad{n}d_backward": _PLANE for how in ("reflection", "replication") for n in (1, 2, 3)},
@@ -247,7 +273,7 @@ CONVOLUTIONS: dict[str, Record] = {
         kind: record
         for n in (2, 3)
         for kind, record in {
-            f"max_pool{n}d_with_indices": Record(_max_pool, batched),
+            f"max_pool{n}d_with_indices": Record(_max_pool, batched, _max_pool_line if n == 2 else ""),
             f"max_pool{n}d_with_indices_backward": Record(_max_pool_backward, batched),
             f"adaptive_max_pool{n}d": Record(_adaptive_max_pool, batched),
             f"adaptive_max_pool{n}d_backward": Record(_max_pool_backward, batched),

@@ -90,11 +90,11 @@ CREATING: dict[str, Record] = {
     },
     **dict.fromkeys(
         (
-            *("bernoulli", "rand", "randn", "randint", "randperm", "multinomial", "poisson"),
+            *("rand", "randn", "randint", "randperm", "multinomial", "poisson"),
             "normal_functional",
         ),
         Record(_drawn),
     ),
-    **dict.fromkeys(("empty_like", "new_empty"), Record(rows=_of_no_row)),
-    "native_dropout": Record(_dropout, each_alone),
+    "bernoulli": Record(_drawn, line="1 with probability {p}, else 0"),
+    "native_dropout": Record(_dropout, each_alone, "dropout({input}, p={p})"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece
 from everystep.ops.formula import names_in
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast
-from everystep.ops.record import MadeRule, Record
+from everystep.ops.record import LineRule, MadeRule, Record
 from everystep.ops.rows import Result, RowsCall, RowsRule, along, of_shape, sum_of
 from everystep.program.operators import parameters
 
@@ -37,6 +38,7 @@ def by_formula(call: Call, text: str, **places: Piece) -> Made:
     return Formula(text, given, settings)
 
 
+#: Of the first result, of the numbers of arguments at its place.
 _FORMULAS: dict[str, str] = {
     "add": "self + alpha * other",
     "sub": "self - alpha * other",
@@ -67,7 +69,7 @@ _FORMULAS: dict[str, str] = {
     "frac": "self - trunc(self)",
     "sgn": "sign(self)",
     "copy": "src",
-    **dict.fromkeys(("clone", "to_copy", "lift_fresh"), "self"),
+    **dict.fromkeys(("clone", "to_copy"), "self"),
     "xlogy": "0 if self == 0 and not isnan(other) else self * log(other)",
     "native_dropout_backward": "grad_output * mask * scale",
     **{
@@ -190,19 +192,6 @@ def _prelu_backward(call: Call) -> Made:
     return Formula("0 if self > 0 else self * grad_output", given)
 
 
-_BY_ARGUMENTS: dict[str, MadeRule] = {
-    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
-    "div": _division,
-    "round": _round,
-    "elu_backward": _elu_backward,
-    "gelu": _gelu,
-    "gelu_backward": _gelu_backward,
-    "log_sigmoid_forward": _log_sigmoid,
-    "log_sigmoid_backward": _log_sigmoid_backward,
-    "prelu_kernel_backward": _prelu_backward,
-}
-
-
 def _outer(call: Call) -> Made:
     """Return the rule of `addr`, which adds an outer product, and reads `self` only where it counts."""
     row, column = call.index
@@ -243,6 +232,25 @@ def foreach(call: Call) -> Call:
     if kind in ("addcmul", "addcdiv") and isinstance(arguments.get("value"), str):
         raise NoRuleError("the factors are in a tensor")
     return call.standing_for(kind, arguments)
+
+
+def _added_line(call: Call) -> str:
+    alpha = call.value("alpha") if "alpha" in call else 1
+    alpha = alpha if call.kind == "add" else -alpha
+    size = abs(alpha)
+    factor = "" if size == 1 else f"{size:,} * " if isinstance(size, int) else f"{size} * "
+    return "{self} " + ("-" if alpha < 0 else "+") + f" {factor}" + "{other}"
+
+
+def _division_line(call: Call) -> str:
+    mode = call.value("rounding_mode") if "rounding_mode" in call else None
+    return f"{mode}({{self}} / {{other}})" if mode else "{self} / {other}"
+
+
+def _threshold_backward_line(call: Call) -> str:
+    if bool(call.tensor("self").isnan().any()):  # it lets the gradient of NaN through
+        return "0 if {self} <= {threshold} else {grad_output}"
+    return "{grad_output} if {self} > {threshold} else 0"
 
 
 def each_alone(call: RowsCall) -> list[Result]:
@@ -311,15 +319,44 @@ def _constant(tracked: Tracked) -> Tracked:
 
 _MADE: dict[str, MadeRule] = {
     **{name: partial(by_formula, text=text) for name, text in _FORMULAS.items()},
-    **_BY_ARGUMENTS,
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
+    "div": _division,
+    "round": _round,
+    "elu_backward": _elu_backward,
+    "gelu": _gelu,
+    "gelu_backward": _gelu_backward,
+    "log_sigmoid_forward": _log_sigmoid,
+    "log_sigmoid_backward": _log_sigmoid_backward,
+    "prelu_kernel_backward": _prelu_backward,
 }
 #: Of what is linear: a sum over rows stays one.
 _LINEAR: dict[str, RowsRule] = {
     **dict.fromkeys(("clone", "copy", "to_copy", "neg", "add", "sub", "rsub"), _added),
     **dict.fromkeys(("mul", "div"), _scaled),
 }
+#: Written as their formula is.
+_AS_FORMULA = ("mul", "gt", "lt", "neg", "reciprocal", "tanh_backward", "sigmoid_backward")
+_LINES: dict[str, str | LineRule] = {
+    **{
+        kind: re.sub("[a-z_]+", r"{\g<0>}", _FORMULAS[kind]).replace(" ^ 2", "²") for kind in _AS_FORMULA
+    },
+    **dict.fromkeys(("add", "sub"), _added_line),
+    "div": _division_line,
+    "pow": "{self}^{exponent}",
+    "relu": "relu({self})",
+    "gelu": lambda call: "gelu({self})" * (call.value("approximate") == "none"),
+    "gelu_backward": lambda call: (
+        "{grad_output} * gelu'({self})" * (call.value("approximate") == "none")
+    ),
+    "threshold_backward": _threshold_backward_line,
+    "clone": "copy({self})",
+    "copy": "copy({src})",
+}
 ELEMENTWISE: dict[str, Record] = {
-    **{name: Record(rule, _LINEAR.get(name, each_alone)) for name, rule in _MADE.items()},
+    **{
+        name: Record(rule, _LINEAR.get(name, each_alone), _LINES.get(name, ""))
+        for name, rule in _MADE.items()
+    },
     **{name: Record(rows=each_alone) for name in _WITHOUT_FORMULA},
     **{name: Record(_glu, along) for name in ("glu", "glu_backward")},
     "addr": Record(_outer),

@@ -177,12 +177,21 @@ def _scatter_rows(call: RowsCall) -> list[Result]:
     return [Result(whole.labels.clone().scatter_(call["dim"], where, labels.contiguous()))]
 
 
+def _embedding_backward_line(call: Call) -> str:
+    if call.value("padding_idx") >= 0 or call.value("scale_grad_by_freq"):
+        return ""
+    return "sum of {grad_output} at {indices}"
+
+
 INDEXING: dict[str, Record] = {
-    "embedding": Record(_embedding, _embedding_rows),
-    "embedding_dense_backward": Record(_embedding_backward, _embedding_backward_rows),
+    "embedding": Record(_embedding, _embedding_rows, "{weight}[{indices}]"),
+    "embedding_dense_backward": Record(
+        _embedding_backward, _embedding_backward_rows, _embedding_backward_line
+    ),
     "index_put": Record(_put, _index_put_rows),
     "index_add": Record(_put),
     "index_copy": Record(_put),
     "scatter": Record(_put, _scatter_rows),
+    "nonzero": Record(line="where {self} is not 0"),
     "scatter_add": Record(_put, _scatter_add_rows),
 }

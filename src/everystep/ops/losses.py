@@ -11,7 +11,7 @@ from everystep.ops.call import Axis, Call, Formula, Made, Piece, Sum, Terms, ali
 from everystep.ops.elementwise import by_formula, each_alone
 from everystep.ops.formula import names_in
 from everystep.ops.labels import SHARED, Tracked, broadcast, reduced
-from everystep.ops.record import Record
+from everystep.ops.record import LineRule, Record
 from everystep.ops.rows import Result, RowsCall, filled, none_mixed, of_shape
 
 __all__ = ["LOSSES"]
@@ -280,6 +280,40 @@ def _of_classes(call: RowsCall) -> tuple[Tensor, int]:
     return broadcast([own, target.reshape(own.shape)]), axis
 
 
+def _squared_error_line(call: Call) -> str:
+    error = "({self} - {target})²"
+    return {0: error, 1: f"mean({error})", 2: f"sum({error})"}.get(call.value("reduction"), "")
+
+
+def _squared_error_backward_line(call: Call) -> str:
+    gradient = call.tensor("grad_output")
+    factor = "" if gradient.numel() == 1 and gradient.item() == 1 else "{grad_output} * "
+    count = f" / {call.tensor('self').numel():,}" if call.value("reduction") == _MEAN else ""
+    return factor + "2 * ({self} - {target})" + count
+
+
+def _nll_line(call: Call) -> str:
+    """Return the line where all rows count alike."""
+    if "weight" in call or call.tensor("self").dim() > 2:
+        return ""
+    if bool((call.tensor("target") == call.value("ignore_index")).any()):
+        return ""
+    mode = call.value("reduction")
+    if call.kind == "nll_loss_forward":
+        picked = "{self}[{target}]"
+        return {0: f"-{picked}", 1: f"-mean({picked})", 2: f"-sum({picked})"}.get(mode, "")
+    if mode == 0:
+        return ""
+    total = call.tensor("total_weight").item() if mode == _MEAN else 1
+    divisor = f" / {total:,.17g}" if total != 1 else ""
+    return "-{grad_output}" + divisor + " at {target} else 0"
+
+
+_LINES: dict[str, LineRule] = {
+    "mse_loss": _squared_error_line,
+    "mse_loss_backward": _squared_error_backward_line,
+    **dict.fromkeys(("nll_loss_forward", "nll_loss_backward"), _nll_line),
+}
 _CLASSES = {
     **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _nll),
     **dict.fromkeys(("multi_margin_loss", "multilabel_margin_loss_forward"), _margin),
@@ -290,8 +324,12 @@ _CLASSES_BACKWARD = {
     "multilabel_margin_loss_backward": _multilabel_margin_backward,
 }
 LOSSES: dict[str, Record] = {
-    **dict.fromkeys(_TERMS, Record(_loss, _loss_rows)),
-    **dict.fromkeys(_SLOPES, Record(_loss_backward, each_alone)),
-    **{kind: Record(rule, _classes_rows) for kind, rule in _CLASSES.items()},
-    **{kind: Record(rule, _classes_backward_rows) for kind, rule in _CLASSES_BACKWARD.items()},
+    kind: Record(rule, rows, _LINES.get(kind, ""))
+    for rules, rows in (
+        (dict.fromkeys(_TERMS, _loss), _loss_rows),
+        (dict.fromkeys(_SLOPES, _loss_backward), each_alone),
+        (_CLASSES, _classes_rows),
+        (_CLASSES_BACKWARD, _classes_backward_rows),
+    )
+    for kind, rule in rules.items()
 }

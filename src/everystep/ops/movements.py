@@ -1,7 +1,7 @@
 """Operators that only move numbers.
 
-Where the numbers come from, the operator itself tells: it moves their positions, or their labels, in the
-same way (in float64, which every such operator takes; 0 is a place that it fills).
+Where the numbers come from, the operator itself tells: it moves their positions (in float64, which every
+such operator takes), or their labels, in the same way; 0 is a place that it fills.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _moving(call: RowsCall, keys: tuple[str, ...]) -> list[Result]:
         return call.again(**replaced, **more)[0]
 
     lowest = SUM - 1
-    found = run(lambda each: (each.labels - lowest).double(), **_filling(call)).int()
+    found = run(lambda each: each.labels - lowest, **_filling(call))
     found = torch.where(found == 0, SHARED, found + lowest)  # what is filled in is of no row
     where = call.tensors(*keys)
     if not all(each.is_shared for each in where):
@@ -103,7 +103,12 @@ def _of_index(index: Tracked) -> Tensor:
 
 
 _PADDING = [f"{how}_pad{n}d" for how in ("reflection", "replication") for n in (1, 2, 3)]
+_LINES = {"masked_select": "{self}[{mask}]"}
 MOVEMENTS: dict[str, Record] = {
-    **{kind: Record(partial(_moved, keys=k), partial(_moving, keys=k)) for kind, k in _MOVED.items()},
+    "local_scalar_dense": Record(line="read by Python: {self}"),
+    **{
+        kind: Record(partial(_moved, keys=k), partial(_moving, keys=k), _LINES.get(kind, ""))
+        for kind, k in _MOVED.items()
+    },
     **{kind: Record(partial(_moved, keys=("self",)), batched) for kind in _PADDING},
 }

@@ -310,7 +310,7 @@ def _batch_norm_rows(call: RowsCall) -> list[Result]:
 
 
 def _is_training(call: RowsCall) -> bool:
-    return bool(call["training"] or call["train"] or call.kind == "batch_norm_with_update")
+    return bool(call["training"] or call["train"])
 
 
 def _batch_norm_backward_rows(call: RowsCall) -> list[Result]:
@@ -342,22 +342,33 @@ def _batch_norm_backward_rows(call: RowsCall) -> list[Result]:
     return found
 
 
-_BATCH_NORM = Record(_norm, _batch_norm_rows)
+def _norm_line(call: Call) -> str:
+    given = ["input", *(key for key in ("weight", "bias") if key in call)]
+    return f"{call.kind.partition('_')[2]}({', '.join(f'{{{key}}}' for key in given)})"
+
+
 _ATTENTION = "scaled_dot_product_flash_attention_for_cpu"
 _ON_GPU = "scaled_dot_product_efficient_attention"
 NORMALIZATIONS: dict[str, Record] = {
-    **dict.fromkeys(("softmax", "log_softmax", "safe_softmax"), Record(_softmax, along)),
-    **dict.fromkeys(
-        ("softmax_backward_data", "log_softmax_backward_data"), Record(_softmax_backward, along)
+    "softmax": Record(_softmax, along, "softmax({self}, {dim})"),
+    "log_softmax": Record(_softmax, along, "log_softmax({self}, {dim})"),
+    "safe_softmax": Record(_softmax, along),
+    "softmax_backward_data": Record(
+        _softmax_backward, along, "{output} * ({grad_output} - sum({grad_output} * {output}, {dim}))"
     ),
-    **dict.fromkeys(("native_batch_norm", "native_batch_norm_legit"), _BATCH_NORM),
+    "log_softmax_backward_data": Record(
+        _softmax_backward, along, "{grad_output} - exp({output}) * sum({grad_output}, {dim})"
+    ),
+    "native_batch_norm": Record(_norm, _batch_norm_rows, _norm_line),
+    "native_batch_norm_legit": Record(_norm, _batch_norm_rows),
     "native_batch_norm_legit_no_training": Record(_norm),
-    **dict.fromkeys(("cudnn_batch_norm", "miopen_batch_norm"), Record(rows=_batch_norm_rows)),
+    "cudnn_batch_norm": Record(None, _batch_norm_rows, _norm_line),
+    "miopen_batch_norm": Record(None, _batch_norm_rows),
     "native_batch_norm_backward": Record(_norm_backward, _batch_norm_backward_rows),
     "cudnn_batch_norm_backward": Record(rows=_batch_norm_backward_rows),
-    "native_group_norm": Record(_norm, batched),
+    "native_group_norm": Record(_norm, batched, _norm_line),
     "native_group_norm_backward": Record(_norm_backward, partial(batched, has_sums=True)),
-    "native_layer_norm": Record(_norm, _layer_norm_rows),
+    "native_layer_norm": Record(_norm, _layer_norm_rows, _norm_line),
     "native_layer_norm_backward": Record(_norm_backward, _layer_norm_rows),
     _ATTENTION: Record(_attention, batched),
     f"{_ATTENTION}_backward": Record(_attention_backward, batched),

@@ -70,12 +70,15 @@ def update(optimizer: str, settings: Settings, *, t: str, is_first: bool = False
 _Formulas = tuple[dict[str, str], dict[str, str]]
 
 
-def _adam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
-    definitions = {
+def _moments(g: str) -> dict[str, str]:
+    return {
         "m": f"beta1 * exp_avg + (1 - beta1) * {g}",
         "v": f"beta2 * exp_avg_sq + (1 - beta2) * {g} ^ 2",
     }
-    results = {"exp_avg": "m", "exp_avg_sq": "v"}
+
+
+def _adam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    definitions, results = _moments(g), {"exp_avg": "m", "exp_avg_sq": "v"}
     largest = "v"
     if s.get("amsgrad"):
         largest = "w"
@@ -123,10 +126,9 @@ def _nadam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
         "now": "beta1 * (1 - 0.5 * 0.96 ^ (t * momentum_decay))",
         "next": "beta1 * (1 - 0.5 * 0.96 ^ ((t + 1) * momentum_decay))",
         "q": "mu_product * now",
-        "m": f"beta1 * exp_avg + (1 - beta1) * {g}",
-        "v": f"beta2 * exp_avg_sq + (1 - beta2) * {g} ^ 2",
+        **_moments(g),
+        "square": "v / (1 - beta2 ^ t)",
     }
-    definitions["square"] = "v / (1 - beta2 ^ t)"
     step = f"(1 - now) / (1 - q) * {g} + next / (1 - q * next) * m"
     parameter = f"{p} - lr * ({step}) / (sqrt(square) + eps)"
     return definitions, {"mu_product": "q", "exp_avg": "m", "exp_avg_sq": "v", "param": parameter}
@@ -134,8 +136,7 @@ def _nadam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
 
 def _radam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
     definitions = {
-        "m": f"beta1 * exp_avg + (1 - beta1) * {g}",
-        "v": f"beta2 * exp_avg_sq + (1 - beta2) * {g} ^ 2",
+        **_moments(g),
         "limit": "2 / (1 - beta2) - 1",
         "r": "limit - 2 * t * beta2 ^ t / (1 - beta2 ^ t)",
         "c": "sqrt((r - 4) * (r - 2) * limit / ((limit - 4) * (limit - 2) * r))",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.ops.call import Axis, Call, Made, Piece, Sum, Terms, grid, product, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast, reduced, rows_in
-from everystep.ops.record import Record
+from everystep.ops.record import LineRule, Record
 from everystep.ops.rows import MixesError, Result, RowsCall, none_mixed, of_shape, sum_of
 
 __all__ = ["PRODUCTS"]
@@ -192,8 +192,18 @@ def _trilinear_rows(call: RowsCall) -> list[Result]:
     return [Result(labels, terms)]
 
 
+def _sum_line(call: Call) -> str:
+    return "{mat1} · {mat2} + {self}" if call.value("beta") == call.value("alpha") == 1 else ""
+
+
+_LINES: dict[str, str | LineRule] = {
+    **dict.fromkeys(("mm", "bmm"), "{self} · {mat2}"),
+    "mv": "{self} · {vec}",
+    "dot": "{self} · {tensor}",
+    "addmm": _sum_line,
+}
 PRODUCTS: dict[str, Record] = {
-    **dict.fromkeys(_FACTORS, Record(_matrix_product, _product_rows)),
+    **{kind: Record(_matrix_product, _product_rows, _LINES.get(kind, "")) for kind in _FACTORS},
     **dict.fromkeys(("addbmm", "linear"), Record(_matrix_product)),
     "trilinear": Record(_trilinear, _trilinear_rows),
 }

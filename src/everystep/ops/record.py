@@ -8,18 +8,23 @@ from typing import NamedTuple
 from everystep.ops.call import Call, Made
 from everystep.ops.rows import RowsRule
 
-__all__ = ["MadeRule", "Record"]
+__all__ = ["LineRule", "MadeRule", "Record"]
 
 #: Returns which numbers a number was made from; raises NoRuleError.
 MadeRule = Callable[[Call], Made]
+#: Returns a line as `Record` has it, for some arguments; empty for those that it does not foresee.
+LineRule = Callable[[Call], str]
 
 
 class Record(NamedTuple):
     """What is known of an operator; None: nothing.
 
     made: which numbers one number of a result was made from, and how; rows: the rows of the batch that
-    results belong to. The functions that make records of a kind of operators derive both from the kind.
+    results belong to; line: what it computes as people write it, with its arguments by name in braces,
+    where that is not a call of the operator. Where the kind of an operator implies a rule, its family
+    derives it.
     """
 
     made: MadeRule | None = None
     rows: RowsRule | None = None
+    line: str | LineRule = ""

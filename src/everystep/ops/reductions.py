@@ -160,13 +160,19 @@ def _reduced_rows(call: RowsCall) -> list[Result]:
     return [of_shape(labels, result) for result in call.results]
 
 
+def _total_line(call: Call) -> str:
+    axes = call.value("dim") if "dim" in call else []
+    texts = map(str, axes if isinstance(axes, list) else [axes])
+    return f"{call.kind}({', '.join(['{self}', *texts])})"
+
+
 _TEXTS = {
     **{name: f"{name}(self)" for name in ("prod", "any", "all", "argmax", "argmin", "logsumexp")},
     "amax": "max(self)",
     "amin": "min(self)",
 }
 REDUCTIONS: dict[str, Record] = {
-    **dict.fromkeys(("sum", "mean"), Record(_total, _total_rows)),
+    **dict.fromkeys(("sum", "mean"), Record(_total, _total_rows, _total_line)),
     "nansum": Record(_total),
     **{name: Record(partial(_by_formula, text=text), _reduced_rows) for name, text in _TEXTS.items()},
     "count_nonzero": Record(partial(_by_formula, text="sum(self != 0)"), _reduced_rows),

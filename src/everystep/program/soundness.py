@@ -39,7 +39,7 @@ _VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scale
 #: other devices and where there is no memory.
 WITH_STATISTICS = {
     *("native_batch_norm", "native_layer_norm", "native_group_norm", "_native_batch_norm_legit"),
-    *("_batch_norm_with_update", "_fused_rms_norm"),
+    "_fused_rms_norm",
 }
 
 #: They trust the numbers in their second argument, which goes with the first: how rows were swapped.
@@ -278,10 +278,6 @@ def _none_repeats(given: Given) -> bool:
     )
 
 
-def _bags_fit(given: Given) -> bool:
-    return _are_dense(given, "weight")
-
-
 def _dimensions_fit(given: Given) -> bool:
     """The dimensions of a Fourier transform, counted from the front."""
     dimensions = given["dim"]
@@ -365,23 +361,15 @@ def _softmax_fits(given: Given) -> bool:
 #: What kernels that trust shapes need, of the specs and numbers that they are given.
 _SHAPES: dict[str, Callable[[Given], bool]] = {
     "_cdist_backward": _distances_fit,
-    "_embedding_bag": _bags_fit,
-    "_fft_c2c": _dimensions_fit,
-    "_fft_c2r": _dimensions_fit,
-    "_fft_r2c": _dimensions_fit,
-    "_fused_adagrad_": _fused_fit,
-    "_fused_adam_": _fused_fit,
-    "_fused_adamw_": _fused_fit,
-    "_fused_sgd_": _fused_fit,
-    "_log_softmax_backward_data": _softmax_fits,
-    "_native_batch_norm_legit": _batch_norm_fits,
+    "_embedding_bag": lambda given: _are_dense(given, "weight"),
+    **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _dimensions_fit),
+    **dict.fromkeys(("_fused_adagrad_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"), _fused_fit),
+    **dict.fromkeys(("_log_softmax_backward_data", "_softmax_backward_data"), _softmax_fits),
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), _batch_norm_fits),
     "_native_batch_norm_legit_no_training": _batch_norm_fits,
     "_scaled_dot_product_flash_attention_for_cpu": _attention_fits,
-    "_softmax_backward_data": _softmax_fits,
     "_weight_norm_interface": _weight_norm_fits,
-    "median": _none_repeats,
+    **dict.fromkeys(("median", "nanmedian"), _none_repeats),
     "mkldnn_rnn_layer": _rnn_fits,
-    "nanmedian": _none_repeats,
-    "native_batch_norm": _batch_norm_fits,
     "native_group_norm": _are_dense,
 }

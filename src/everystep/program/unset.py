@@ -61,14 +61,8 @@ def unset_results(operation: Operation) -> frozenset[str]:
 
 
 def unread_inputs(operation: Operation) -> frozenset[str]:
-    """Return the names of inputs of which an operation reads no numbers.
-
-    Empty for an operator that this torch does not know.
-    """
-    try:
-        given = operation.given()
-    except ValueError:  # an eager step may contain any operator
-        return frozenset()
+    """Return the names of inputs of which an operation reads no numbers."""
+    given = operation.given()
     name, overload = operation.name, operation.operator.partition(".")[2]
     is_like = name.endswith("_like") or name.startswith("new_") or overload in _ONLY_SHAPES
     unread = _MEMORY_ARGUMENTS | ({"self"} if is_like or overwrites(operation) else set())

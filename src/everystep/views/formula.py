@@ -16,7 +16,7 @@ from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.recording.facts import OptimizerFacts
 from everystep.recording.texts import optimizers_text
-from everystep.views.notation import all_arguments, kind_of
+from everystep.views.mathematics import all_arguments, kind_of
 
 __all__ = ["Formula", "update_formulas"]
 

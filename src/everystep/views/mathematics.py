@@ -10,18 +10,25 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from everystep.ops import RECORDS, Call, NoRuleError
+from everystep.ops.record import Record
+from everystep.program.arguments import references
 from everystep.program.observed import Observed
-from everystep.views.notation import Call, right_side
+from everystep.program.operation import Operation
+from everystep.program.operators import parameters
 
-__all__ = ["Line", "mathematics"]
+__all__ = ["Line", "all_arguments", "kind_of", "mathematics", "value_text"]
 
 _VIEW = re.compile(r"~\d+$")
 _NUMBERED = re.compile(r"#\d+(\.\d+)?")
+#: What the names of kernels have, and their mathematics does not.
+_DECORATIONS = re.compile(r"^_|^_?native_|^_?cudnn_|_with_indices|_forward$|(?<=[a-z0-9])_$")
+_ATTENTION = re.compile(r"scaled_dot_product_\w*attention(_for_cpu)?")
 
 
 class Line(NamedTuple):
@@ -78,7 +85,7 @@ class _Reader:
         """Return the next operation as mathematics."""
         operation = seen.operation
         names = {name: self._name(name, tensor) for name, tensor in seen.inputs.items()}
-        call = Call(seen, names)
+        call = NamedCall(seen, names)
         results = [name for name in operation.results if name] or list(seen.results)
         called = {}
         for place, name in enumerate(results):
@@ -110,7 +117,7 @@ class _Reader:
             called = "1" if is_one else base
         return called if name == base else _as_view(called, tensor, self._shapes.get(base))
 
-    def _differentiated(self, call: Call, size: int) -> str | None:
+    def _differentiated(self, call: NamedCall, size: int) -> str | None:
         """Return what a backward operation gives the whole gradient of, where that is sure."""
         gradient = next(iter(call.tensors.values()), "")
         made = self._made.get("loss" if gradient == "1" else gradient.removeprefix("∂"))
@@ -122,7 +129,7 @@ class _Reader:
         return source
 
 
-def _source(made: _Made, call: Call) -> str:
+def _source(made: _Made, call: NamedCall) -> str:
     """Return what `made` was made of that the operation may give the gradient of; "" if unknown."""
     first = next(iter(made.tensors.values()), "")
     if call.kind == "mm" and made.kind in ("addmm", "mm"):
@@ -166,3 +173,83 @@ def _as_view(called: str, tensor: Tensor, base: tuple[int, ...] | None) -> str:
     if tensor.numel() == whole and not tensor.is_contiguous():
         return f"permute({called})"
     return called
+
+
+def kind_of(operation: Operation) -> str:
+    """Return the operator's name without what only kernels have: `relu` of `aten.relu_.default`."""
+    return _ATTENTION.sub("attention", _DECORATIONS.sub("", operation.name))
+
+
+def all_arguments(operation: Operation) -> dict[str, tuple[Any, bool]]:
+    """Return the arguments of an operation by name, and whether each was passed or is the default."""
+    known, given = parameters(operation.resolved), operation.given()
+    return {p.name: (given[p.name], True) if p.name in given else (p.default, False) for p in known}
+
+
+def value_text(value: Any, name_of: Callable[[str], str] = str) -> str:
+    """Return an encoded argument as text, with tensors as `name_of` calls them."""
+    if isinstance(value, str):
+        return name_of(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(value_text(item, name_of) for item in value)}]"
+    if isinstance(value, dict):
+        return ", ".join(map(str, value.values()))
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+class NamedCall:
+    """An operation with what its arguments are called."""
+
+    def __init__(self, seen: Observed, names: Mapping[str, str]) -> None:
+        self.seen = seen
+        self.kind = kind_of(seen.operation)
+        self.names = names
+        self.arguments = all_arguments(seen.operation)
+        self.tensors = {
+            key: names.get(value, value)
+            for key, (value, _) in self.arguments.items()
+            if isinstance(value, str)
+        }
+
+    def __getitem__(self, key: str) -> str:
+        return value_text(self.arguments[key][0], lambda name: self.names.get(name, name))
+
+
+def right_side(call: NamedCall) -> str:
+    """Return what an operation computes."""
+    operation, inputs, results = call.seen.operation, call.seen.inputs, call.seen.results
+    own = Call(operation, inputs, results, [None], 0, ())
+    line = RECORDS.get(own.kind, Record()).line
+    try:
+        text = line(own) if callable(line) else line
+        return text.format_map(call) if text else _as_call(call)
+    except (KeyError, NoRuleError):  # an operator of that name which takes something else
+        return _as_call(call)
+
+
+def _as_call(call: NamedCall) -> str:
+    """Return `name(arguments)`: tensors, and what is not the default, by name after what is left out.
+
+    The settings of a backward operation are those of the operation that it is of.
+    """
+    defaults = {each.name: each.default for each in parameters(call.seen.operation.resolved)}
+    is_backward = "backward" in call.kind
+    texts, is_named = [], False
+    for key, (value, is_given) in call.arguments.items():
+        tensors = list(references(value))
+        if not tensors and (is_backward or not is_given or _is_usual(value, defaults.get(key))):
+            is_named = not is_backward
+            continue
+        text = call[key] if len(tensors) <= 3 else f"{len(tensors)} tensors"
+        is_named |= not tensors
+        texts.append(f"{key}={text}" if is_named else text)
+    return f"{call.kind}({', '.join(texts)})"
+
+
+def _is_usual(value: Any, default: Any) -> bool:
+    """Tell whether an argument changes nothing of what is computed."""
+    if isinstance(value, dict):
+        return not {"text", "float"} & value.keys() or value.get("text") == default
+    if isinstance(value, list | tuple) and isinstance(default, int):
+        return all(each == default for each in value)
+    return value == default or (default is None and (value is False or value == []))

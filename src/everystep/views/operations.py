@@ -10,8 +10,7 @@ from torch import Tensor
 from everystep.program.observed import Observed
 from everystep.replay.step import Step
 from everystep.views.lines import Page, number_cells, number_headings, statistics_text
-from everystep.views.mathematics import Line
-from everystep.views.notation import all_arguments, value_text
+from everystep.views.mathematics import Line, all_arguments, value_text
 from everystep.views.tables import Cell, table_lines, table_width, without
 
 __all__ = ["operation_lines", "write_operation"]

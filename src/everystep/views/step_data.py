@@ -29,9 +29,8 @@ from everystep.views.batch import (
 )
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import norm
-from everystep.views.mathematics import Line, mathematics
+from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
 from everystep.views.network import network
-from everystep.views.notation import all_arguments, value_text
 from everystep.views.segments import Happened, as_it_happened
 
 __all__ = ["step_data", "tensor_of"]

@@ -125,13 +125,9 @@ class Trace:
     def outputs(self, number: int) -> list[str | None]:
         """Return the tensors that an operation wrote: its results, then the arguments it wrote into."""
         seen = self.step.operations[number]
-        try:
-            written_into = seen.operation.written()
-        except ValueError:  # an eager step may contain any operator
-            written_into = []
         outputs: list[str | None] = [*seen.operation.results]
         known = {*filter(None, outputs)}
-        return outputs + [name for name in written_into if name not in known]
+        return outputs + [name for name in seen.operation.written() if name not in known]
 
     def spec(self, name: str) -> TensorSpec:
         """Return the layout of a tensor; one that no operation names has a storage of its own."""
