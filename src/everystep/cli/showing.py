@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument
+from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument, StepArgument
 from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
 from everystep.cli.output import answer, hint, say, say_written, tell
 from everystep.errors import RunError, UsageError
@@ -198,9 +198,7 @@ def report(
 
 def step(
     run: RunArgument,
-    number: Annotated[
-        int, typer.Argument(metavar="STEP", help="Step to open, from 1, or from the end: -1.")
-    ],
+    number: StepArgument,
     phase: Annotated[
         str | None,
         typer.Option(
