@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
-    from everystep.experiment.specification import Experiment, Iteration
+    from everystep.experiment.specification import Experiment
     from everystep.replay.doctor import Diagnosis
     from everystep.training.record import Recording
 
@@ -205,9 +205,24 @@ def train(
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
-        budgets = (snapshot_budget, batch_budget)
-        going = _resumed(place, resume), anyway
-        return _train_step(model, data, parts, others, iteration, place, budgets, progress, going)
+        from everystep.training.from_step import check_step, train_step
+        from everystep.training.function_recording import FunctionRecording
+
+        check_step(model, data, parts, others)
+        watcher = progress_of(progress)
+        recording = FunctionRecording(
+            dict(parts),
+            place,
+            RUNS,
+            snapshot_budget,
+            batch_budget,
+            Run,
+            watcher.advance,
+            resumed=_resumed(place, resume),
+            is_accepted=anyway,
+        )
+        batches = cast("Iterable[Any] | None", data)
+        return run_of(train_step(model, batches, iteration, recording, watcher))
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     # What they are is checked where all faults are found at once.
     live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
@@ -224,35 +239,6 @@ def train(
     else:
         outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher)
     return run_from_objects(outcome, replace(objects, metrics=dict(metrics or {})))
-
-
-def _train_step(
-    step: Any,
-    batches: Any,
-    parts: Any,
-    others: dict[str, Any],
-    iteration: Iteration,
-    place: Path | None,
-    budgets: tuple[int, float],
-    progress: bool,
-    going: tuple[Run | None, bool],
-) -> Run:
-    from everystep.training.from_step import check_step, train_step
-    from everystep.training.function_recording import FunctionRecording
-
-    check_step(step, batches, parts, others)
-    watcher = progress_of(progress)
-    recording = FunctionRecording(
-        dict(parts),
-        place,
-        RUNS,
-        *budgets,
-        Run,
-        watcher.advance,
-        resumed=going[0],
-        is_accepted=going[1],
-    )
-    return run_of(train_step(step, batches, iteration, recording, watcher))
 
 
 def record(

@@ -43,8 +43,8 @@ def why(
     numbers shown and rounded once, gives the same bits.
     """
     from everystep.api import open
-    from everystep.views.console import SafeConsole
     from everystep.views.plain import as_json
+    from everystep.views.tables import SafeConsole
     from everystep.views.why import why_page
 
     opened = open(run)

@@ -61,8 +61,8 @@ def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
 
 def _print_runs(summaries: Iterator[Summary]) -> bool:
     """Print the table of runs as they are read; return whether there are any."""
-    from everystep.views.console import SafeConsole
     from everystep.views.lists import runs_tables
+    from everystep.views.tables import SafeConsole
 
     is_terminal = sys.stdout.isatty()
     # The reader of a pipe cuts lines.
@@ -223,8 +223,8 @@ def step(
     everystep replays the step from the nearest snapshot, and compares its loss with the recorded one.
     """
     from everystep.api import open
-    from everystep.views.console import SafeConsole
     from everystep.views.step import step_text
+    from everystep.views.tables import SafeConsole
 
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")

@@ -84,7 +84,7 @@ def csv(request: Request) -> Response:
 
 async def note(request: Request) -> Response:
     """Write the note of a run, and answer with it as written."""
-    text = line(await fields_of(request), "note")
+    text = line((await fields_of(request)).get("note"), "note")
     run = request.app.state.shelf.run(request.path_params["name"])
     try:
         written = await asyncio.to_thread(write_note, run.directory, text)
