@@ -60,7 +60,7 @@ def of_page(run, kind, **asked):
     """Return the answer of a task of the page."""
     voice = Said()
     for name, read in QUESTIONS[kind].items():
-        asked.setdefault(name, read(asked, name)) if name not in ("one", "other") else None
+        asked.setdefault(name, read(asked.get(name), name)) if name not in ("one", "other") else None
     asked.pop("one", None)
     page_task.do({"task": kind, "run": str(run), "asked": asked}, voice)
     return voice.said["result"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
-    from everystep.experiment.specification import Experiment, Iteration
+    from everystep.experiment.specification import Experiment
     from everystep.replay.doctor import Diagnosis
     from everystep.training.record import Recording
 
@@ -208,9 +208,25 @@ def train(
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
-        budgets = (snapshot_budget, batch_budget)
-        going = _resumed(place, resume), anyway, _forked(fork, at)
-        return _train_step(model, data, parts, others, iteration, place, budgets, progress, going)
+        from everystep.training.from_step import check_step, train_step
+        from everystep.training.record import Recording
+
+        check_step(model, data, parts, others)
+        watcher = progress_of(progress)
+        recording = Recording(
+            dict(parts),
+            place,
+            RUNS,
+            snapshot_budget,
+            batch_budget,
+            Run,
+            watcher.advance,
+            resumed=_resumed(place, resume),
+            is_accepted=anyway,
+            fork=_forked(fork, at),
+        )
+        batches = cast("Iterable[Any] | None", data)
+        return run_of(train_step(model, batches, iteration, recording, watcher))
     if fork is not None or at is not None:
         raise UsageError("a training of a model is forked by its run: everystep.open(run).fork(at, ...)")
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
@@ -229,36 +245,6 @@ def train(
     else:
         outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher)
     return run_from_objects(outcome, replace(objects, metrics=dict(metrics or {})))
-
-
-def _train_step(
-    step: Any,
-    batches: Any,
-    parts: Any,
-    others: dict[str, Any],
-    iteration: Iteration,
-    place: Path | None,
-    budgets: tuple[int, float],
-    progress: bool,
-    going: tuple[Run | None, bool, tuple[Run, int] | None],
-) -> Run:
-    from everystep.training.from_step import check_step, train_step
-    from everystep.training.record import Recording
-
-    check_step(step, batches, parts, others)
-    watcher = progress_of(progress)
-    recording = Recording(
-        dict(parts),
-        place,
-        RUNS,
-        *budgets,
-        Run,
-        watcher.advance,
-        resumed=going[0],
-        is_accepted=going[1],
-        fork=going[2],
-    )
-    return run_of(train_step(step, batches, iteration, recording, watcher))
 
 
 def record(

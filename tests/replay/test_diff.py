@@ -968,43 +968,6 @@ def test_a_run_that_is_not_there_is_wrong_use(everystep_command):
     assert (code, out) == (2, "") and "no run 'sequential-3'; did you mean sequential-1?" in err
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"change": ulp("0.weight", 1, 2)},
-        {"change": swap(3, 7)},
-        {"optimizer": partial(momentum, lr=0.03)},
-        {"model": dropout},
-        {"steps": 12},
-        {},
-    ],
-    ids=["ulp", "rows", "lr", "model", "steps", "same"],
-)
-def test_json_says_the_same(everystep_command, options):
-    one, other = train(), train(**options)
-    found = one.diff(other, progress=False)
-    code, out, _ = everystep_command("diff", "sequential-1", "sequential-2", "--json")
-    assert code == (0 if found.is_same else 1)
-    said = json.loads(out)
-    assert said == found.data()
-    assert said["is_same"] == found.is_same and said["names"] == ["sequential-1", "sequential-2"]
-    assert said["steps"] == list(found.steps)
-    assert (said["loss"] is None) == (found.loss is None)
-    if found.loss:
-        assert said["loss"] == found.loss._asdict()
-    if found.operation:
-        operation = said["operation"]
-        assert (operation["step"], operation["index"]) == (found.operation.step, found.operation.index)
-        sides = (found.operation.one, found.operation.other)
-        assert [operation[side]["operator"] for side in ("one", "other")] == [
-            each.operation.operator for each in sides
-        ]
-        assert [each["name"] for each in operation["results"]] == [
-            each.name for each in found.operation.results
-        ]
-        assert operation["causes"] == found.operation.causes
-
-
 def test_json_has_texts_where_numbers_are_not_finite(everystep_command):
     def infinite(made):
         made.y[0, 0] = math.inf

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.asking import diff, doctor, measure, rows, verify, when, why
+from everystep.cli.asking import diff, doctor, measure, rerun, rows, verify, whatif, when, why
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import (
@@ -24,7 +24,6 @@ from everystep.cli.output import (
     prepare_streams,
     shortened,
 )
-from everystep.cli.rerunning import rerun, whatif
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
 from everystep.errors import EverystepError
 

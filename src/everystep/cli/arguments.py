@@ -19,6 +19,7 @@ __all__ = [
     "RunArgument",
     "RunsArgument",
     "SettingsOption",
+    "StepArgument",
     "row_numbers",
 ]
 
@@ -34,6 +35,7 @@ RunsArgument = Annotated[
         metavar="RUN...", help="Run directories, or their names in runs/.", autocompletion=run_names
     ),
 ]
+StepArgument = Annotated[int, typer.Argument(metavar="STEP", help="Step, from 1, or from the end: -1.")]
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a value: optimizer.lr=1e-3. Repeatable."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from everystep.cli.completing import (
 )
 from everystep.cli.output import hint, say, say_lines
 from everystep.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from everystep.views.progress import Silent
 
 __all__ = ["experiments", "fork", "resume", "train"]
 
@@ -82,11 +85,8 @@ def train(
     loaded = load(experiment, overrides)
 
     from everystep.training.from_experiment import train_experiment
-    from everystep.views.facts import closing
-    from everystep.views.progress import Silent, TerminalProgress
 
-    piped = None if sys.stdout.isatty() else say_lines
-    progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
+    progress = _progress(quiet)
     name = Path(experiment).stem
     budget = snapshot_budget * 1_000_000
     if resume_run and run is None:
@@ -98,8 +98,7 @@ def train(
         outcome = resume_experiment(asked, progress, loaded)
     else:
         outcome = train_experiment(loaded, name, run, RUNS, budget, progress)
-    if not quiet:
-        hint(closing(outcome.directory, outcome.reason))
+    _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
 
@@ -131,17 +130,11 @@ def resume(
         os.environ.update(trained.numerics.environment())
 
     from everystep.run import Run
-    from everystep.views.facts import closing
-    from everystep.views.progress import Silent, TerminalProgress
 
-    piped = None if sys.stdout.isatty() else say_lines
-    progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
-    made = Run(place).resume(
-        steps, anyway=anyway, snapshot_budget=snapshot_budget * 1_000_000, progress=progress
-    )
+    budget = snapshot_budget * 1_000_000
+    made = Run(place).resume(steps, anyway=anyway, snapshot_budget=budget, progress=_progress(quiet))
     facts = made.facts
-    if not quiet:
-        hint(closing(made.directory, facts.reason))
+    _close(made.directory, facts.reason, quiet)
     if facts.status != "finished":
         raise typer.Exit(1)
 
@@ -196,7 +189,6 @@ def fork(
     """Train a new run that equals its parent up to a step and continues with changes."""
     from everystep import numerics
     from everystep.experiment.specification import parse_setting
-    from everystep.views.facts import closing
 
     numerics.prepare()
     from everystep.api import open
@@ -212,10 +204,25 @@ def fork(
         snapshot_budget=snapshot_budget * 1_000_000,
         progress=not quiet,
     )
-    if not quiet:
-        hint(closing(made.directory, made.facts.reason))
+    _close(made.directory, made.facts.reason, quiet)
     if made.status != "finished":
         raise typer.Exit(1)
+
+
+def _progress(quiet: bool) -> Silent:
+    """Return what watches a training: nothing but notices, or the terminal; a pipe gets lines."""
+    from everystep.views.progress import Silent, TerminalProgress
+
+    piped = None if sys.stdout.isatty() else say_lines
+    return Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
+
+
+def _close(directory: Path, reason: str | None, quiet: bool) -> None:
+    """Print how a training ended, and what to type next."""
+    from everystep.views.facts import closing
+
+    if not quiet:
+        hint(closing(directory, reason))
 
 
 def _target(text: str) -> tuple[int, float]:

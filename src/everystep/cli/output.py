@@ -153,7 +153,7 @@ def tell(problems: list[str]) -> None:
 
 def answer(found: Any, json: bool, **options: Any) -> None:
     """Print an answer, as JSON or as text; options: of how it is written."""
-    from everystep.views.answers import as_json
+    from everystep.views.plain import as_json
 
     say(as_json(found.data(**options)) if json else found.to_text(**options))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument
+from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument, StepArgument
 from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
 from everystep.cli.output import answer, hint, say, say_written, tell
 from everystep.errors import RunError, UsageError
@@ -61,8 +61,8 @@ def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
 
 def _print_runs(summaries: Iterator[Summary]) -> bool:
     """Print the table of runs as they are read; return whether there are any."""
-    from everystep.views.console import SafeConsole
     from everystep.views.lists import runs_tables
+    from everystep.views.tables import SafeConsole
 
     is_terminal = sys.stdout.isatty()
     # The reader of a pipe cuts lines.
@@ -198,9 +198,7 @@ def report(
 
 def step(
     run: RunArgument,
-    number: Annotated[
-        int, typer.Argument(metavar="STEP", help="Step to open, from 1, or from the end: -1.")
-    ],
+    number: StepArgument,
     phase: Annotated[
         str | None,
         typer.Option(
@@ -225,8 +223,8 @@ def step(
     everystep replays the step from the nearest snapshot, and compares its loss with the recorded one.
     """
     from everystep.api import open
-    from everystep.views.console import SafeConsole
     from everystep.views.step import step_text
+    from everystep.views.tables import SafeConsole
 
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")

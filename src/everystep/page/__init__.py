@@ -9,9 +9,7 @@ live      server-sent events                       watches  what the file system
 about     what is known about a run, as JSON
 
 desk      asks the worker                          worker   opens steps, in a process with torch
-opened    a step as JSON                           network  its layers
-tensors   its tensors by their ids                 regions  the numbers of one
-share     a report with steps inside
+regions   the numbers of a tensor                  share    a report with steps inside
 tasks     starts and stops tasks                   task     a task, in a process with torch
 sides     where two runs part                      processes  how these are started and ended
 

@@ -12,13 +12,12 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import is_rate, shortest
-from everystep.views.facts import details, ending, facts_in_order, going_on, seed, shortest_name, times
-from everystep.views.texts import number
+from everystep.views.facts import facts_data, landmarks, shortest_name, state_data
 
 if TYPE_CHECKING:
     from everystep.page.columns import RunColumns
 
-__all__ = ["about_data", "plain", "state_data"]
+__all__ = ["about_data", "live_data"]
 
 #: What the classes of layers begin with that have a weight, and of activation functions.
 _WITH_WEIGHTS = ("Linear", "Bilinear", "Conv", "Embedding", "LazyLinear", "LazyConv")
@@ -32,21 +31,11 @@ def plain(value: float | None) -> float | str | None:
     return float(shortest(value)) if math.isfinite(value) else str(value)
 
 
-def state_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, Any]:
-    """Return how far a run has come; of one that ended early, how, and how to go on."""
-    facts = columns.facts
-    early = ending(run, facts, status, columns.steps)
-    return {
-        "status": status,
-        "reason": facts.reason,
-        "ending": early,
-        "going_on": early and going_on(run, facts),
-        "note": facts.note,
-        "steps": columns.steps,
-        "planned": columns.steps if facts.steps is None else facts.steps,
+def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, Any]:
+    """Return what of a run changes while it is trained."""
+    return state_data(run, columns.facts, status, columns.steps) | {
         "last_loss": plain(float(columns.losses[-1])) if columns.steps else None,
         "measurements": [_measurement(ends) for ends in columns.ends],
-        "seconds": facts.seconds,
     }
 
 
@@ -61,14 +50,12 @@ def about_data(
     facts, training = columns.facts, columns.facts.training
     settings, problem = _settings_of(run, training)
     return {
-        "facts": [*facts_in_order(facts), ("seed", seed(facts))],
-        "details": details(facts),
-        "times": times(facts),
+        **facts_data(facts),
         "name": name,
-        **state_data(run, columns, run.status_by(facts)),
+        **live_data(run, columns, run.status_by(facts)),
         "dtype": str(columns.losses.dtype),
         "has_loss": facts.has_loss,
-        **(_landmarks(columns) if facts.has_loss else {"landmarks": [], "nonfinite": None}),
+        **landmarks(*(each if facts.has_loss else each[:0] for each in columns.curve(None))),
         "directory": _argument(run.directory),
         "parent": [facts.fork.parent, facts.fork.at] if facts.fork else None,
         "forks": forks,
@@ -108,22 +95,6 @@ def _argument(directory: Path) -> str:
     is_below = directory.is_relative_to(here)
     argument = shortest_name(directory.relative_to(here) if is_below else directory)
     return argument.encode("utf-8", "backslashreplace").decode()
-
-
-def _landmarks(columns: RunColumns) -> dict[str, Any]:
-    """Return the first, the last and the smallest loss, and the first that is not finite."""
-    steps = {"first": 1, "last": columns.steps} if columns.steps else {}
-    if columns.smallest is not None:
-        steps["smallest"] = columns.smallest
-    losses = {what: columns.losses[step - 1] for what, step in steps.items()}
-    nonfinite = columns.first_nonfinite
-    return {
-        "landmarks": [
-            {"what": what, "step": step, "short": number(losses[what]), "full": shortest(losses[what])}
-            for what, step in steps.items()
-        ],
-        "nonfinite": nonfinite and {"step": nonfinite, "loss": str(columns.losses[nonfinite - 1])},
-    }
 
 
 def _measurement(ends: MeasurementEnds) -> dict[str, Any]:

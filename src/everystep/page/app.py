@@ -20,7 +20,7 @@ from everystep.page.columns import Columns
 from everystep.page.desk import Desk
 from everystep.page.live import Live
 from everystep.page.problem import problem_page
-from everystep.page.routes import note, runs, steps, tasks
+from everystep.page.routes import runs, steps, tasks
 from everystep.page.shelf import Shelf
 from everystep.page.tasks import Tasks
 
@@ -44,7 +44,7 @@ def application(directory: Path) -> Starlette:
         await _close_desks(app)
 
     app = Starlette(
-        routes=[*_PAGES, *_ASSETS, *runs.routes, *note.routes, *steps.routes, *tasks.routes],
+        routes=[*_PAGES, *_ASSETS, *runs.routes, *steps.routes, *tasks.routes],
         exception_handlers={
             EverystepError: _told,
             HTTPException: _http_error,

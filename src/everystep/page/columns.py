@@ -85,18 +85,6 @@ class RunColumns:
         """Return steps and values of a measurement, or of the losses (None)."""
         return (np.arange(1, self.steps + 1), self.losses) if name is None else self.series(name)
 
-    @cached_property
-    def smallest(self) -> int | None:
-        """The first step with the smallest finite loss."""
-        finite = np.isfinite(self.losses)
-        return int(np.argmin(np.where(finite, self.losses, np.inf))) + 1 if finite.any() else None
-
-    @cached_property
-    def first_nonfinite(self) -> int | None:
-        """The first step with a loss that is not finite."""
-        found = np.flatnonzero(~np.isfinite(self.losses))
-        return int(found[0]) + 1 if len(found) else None
-
     def remembered(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what `make` made for this key, as long as it was asked for lately."""
         with self.lock:

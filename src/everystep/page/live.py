@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from everystep.errors import RunError
-from everystep.page.about import state_data
+from everystep.page.about import live_data
 from everystep.page.columns import Columns, RunColumns, reduced
 from everystep.page.event_stream import event
 from everystep.page.shelf import Shelf, Summaries
@@ -83,7 +83,7 @@ class Live:
                 columns: RunColumns = sight.columns
                 after = _agreed(before, columns, after)
                 before = columns
-                state = state_data(sight.run, columns, sight.status)
+                state = live_data(sight.run, columns, sight.status)
                 if state != sent:
                     yield event("state", state, after)
                     sent = state

@@ -95,15 +95,13 @@ def page_of(
 def frame_of(columns: RunColumns, rows: Rows) -> pl.DataFrame:
     """Return rows as a table: step, loss if it is logged, and measurements, null where there is none."""
     found = {"step": pl.Series(rows + 1, dtype=pl.Int64)}
-    for title, name in columns.titles.items():
-        if name is None:
-            found[title] = pl.Series(columns.losses[rows])
-        else:
-            found[title] = _measured(columns, name, rows)
-    return pl.DataFrame(found)
+    return pl.DataFrame(found | {title: _column(columns, title, rows) for title in columns.titles})
 
 
-def _measured(columns: RunColumns, name: str, rows: Rows) -> pl.Series:
+def _column(columns: RunColumns, title: str, rows: Rows) -> pl.Series:
+    name = columns.titles[title]
+    if name is None:
+        return pl.Series(columns.losses[rows])
     steps, values = columns.series(name)
     if not len(steps):
         return pl.repeat(None, len(rows), dtype=pl.Float64, eager=True)
@@ -134,26 +132,14 @@ def _filtered(columns: RunColumns, wanted: Wanted) -> Rows:
 
 
 def _order(columns: RunColumns, sort: str, descending: bool) -> Rows:
+    """Return all rows in the order of a column, equal ones in order of their steps."""
     every = np.arange(columns.steps)
     if sort == "step":
         return every[::-1] if descending else every
-    name = columns.titles[sort]
-    if name is None:
-        return _argsort(columns.losses, descending)
-    steps, values = columns.series(name)
-    is_row = (steps >= 1) & (steps <= columns.steps)  # state 0 has no row
-    rows = steps[is_row] - 1
-    is_blank = np.ones(columns.steps, dtype=bool)
-    is_blank[rows] = False
-    return np.concatenate([rows[_argsort(values[is_row], descending)], every[is_blank]])
-
-
-def _argsort(values: NDArray[Any], descending: bool) -> Rows:
-    """Return the order of values, equal ones in order of their steps, NaN as the largest."""
-    if not descending:
-        return np.argsort(values, kind="stable")
-    backwards = np.argsort(values[::-1], kind="stable")[::-1]
-    return len(values) - 1 - backwards
+    frame = pl.DataFrame({"row": every, "value": _column(columns, sort, every)})
+    order = frame.sort("value", descending=descending, nulls_last=True, maintain_order=True)
+    found: Rows = order["row"].to_numpy()
+    return found
 
 
 def whole(name: str, text: str) -> int | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from everystep import numerics
 from everystep.errors import DamageWarning, EverystepError, RunError, UsageError
@@ -24,7 +25,6 @@ from everystep.page.memory_limit import limit_memory, memory_message
 from everystep.page.processes import Message, Speaker
 from everystep.page.regions import histogram, npy, regions
 from everystep.recording.database import FILE_NAME
-from everystep.recording.facts import Facts
 from everystep.replay.parent import end_with_stdin
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
@@ -43,14 +43,10 @@ Found = tuple[dict[str, Any], bytes]
 
 
 class Openers:
-    """The runs that were asked for last, with all that was gone through in them.
-
-    facts: of the run that was asked for last, as they were then.
-    """
+    """The runs that were asked for last, with all that was gone through in them."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, tuple[tuple[Any, ...], Run]] = OrderedDict()
-        self.facts = Facts()
 
     def run(self, directory: str) -> Run:
         """Return a run; one that was replaced under the same name is opened again.
@@ -94,8 +90,7 @@ class Openers:
             status = path.stat()
         except OSError as error:
             raise RunError(f"the run {run.name} is not there any more: {error.strerror}") from None
-        self.facts = run.facts
-        return status.st_dev, status.st_ino, self.facts.started
+        return status.st_dev, status.st_ino, run.facts.started
 
 
 class Interruption:
@@ -128,7 +123,7 @@ def answers(
         try:
             request = json.loads(line)
             with interruption or nullcontext():
-                about, content = _KINDS[request["kind"]](openers, request)
+                about, content = _answer(openers, request)
             status = 200
         except KeyboardInterrupt:
             openers.forget(request["run"])
@@ -164,60 +159,61 @@ def _as_bytes(data: Any) -> bytes:
     return json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
-def _content(openers: Openers, request: dict[str, Any]) -> Found:
-    return {}, _as_bytes(openers.step(request["run"], request["step"])[1].data())
+def _content(step: Step, run: Run, asked: dict[str, Any]) -> Found:
+    return {}, _as_bytes(step.data())
 
 
-def _numbers(openers: Openers, request: dict[str, Any]) -> Found:
-    _, step = openers.step(request["run"], request["step"])
-    tensor = tensor_of(step, request["id"], openers.facts)
-    wanted = (request[key] for key in ("index", "count", "rows", "columns", "most"))
-    return regions(tensor, *wanted)
+def _tensor(step: Step, run: Run, asked: dict[str, Any]) -> Tensor:
+    return tensor_of(step, asked["id"], run.facts)
 
 
-def _histogram(openers: Openers, request: dict[str, Any]) -> Found:
-    _, step = openers.step(request["run"], request["step"])
-    return {}, _as_bytes(histogram(tensor_of(step, request["id"], openers.facts)))
+def _numbers(step: Step, run: Run, asked: dict[str, Any]) -> Found:
+    wanted = (asked[key] for key in ("index", "count", "rows", "columns", "most"))
+    return regions(_tensor(step, run, asked), *wanted)
 
 
-def _file(openers: Openers, request: dict[str, Any]) -> Found:
-    _, step = openers.step(request["run"], request["step"])
-    return {}, npy(tensor_of(step, request["id"], openers.facts))
+def _histogram(step: Step, run: Run, asked: dict[str, Any]) -> Found:
+    return {}, _as_bytes(histogram(_tensor(step, run, asked)))
 
 
-def _why(openers: Openers, request: dict[str, Any]) -> Found:
+def _file(step: Step, run: Run, asked: dict[str, Any]) -> Found:
+    return {}, npy(_tensor(step, run, asked))
+
+
+def _why(step: Step, run: Run, asked: dict[str, Any]) -> Found:
     from everystep.replay.why import why
     from everystep.views.why import spot_of
 
-    _, step = openers.step(request["run"], request["step"])
-    name, id = request["name"], request["id"]
-    wanted = name if name else spot_of(step, openers.facts, id, request["index"])
+    wanted = asked["name"] or spot_of(step, run.facts, asked["id"], asked["index"])
     found = why(step, wanted, back=1, terms=TERMS)
     if found.origin == "state" and found.causes and found.began is None:
         found = found.causes[0]  # it is followed into the state before
     return {}, _as_bytes(found.data())
 
 
-def _rows(openers: Openers, request: dict[str, Any]) -> Found:
-    run, step = openers.step(request["run"], request["step"])
+def _rows(step: Step, run: Run, asked: dict[str, Any]) -> Found:
     return {}, _as_bytes(run.rows(step.number).data(most=MOST_ROWS))
 
 
-def _report(openers: Openers, request: dict[str, Any]) -> Found:
-    from everystep.page.share import shared_report  # imports much that steps do without
-
-    return {}, shared_report(openers.run(request["run"]), request["steps"]).encode("utf-8", "replace")
-
-
-_KINDS: dict[str, Callable[[Openers, dict[str, Any]], Found]] = {
+#: What can be asked of a step.
+_KINDS: dict[str, Callable[[Step, Run, dict[str, Any]], Found]] = {
     "content": _content,
     "numbers": _numbers,
     "histogram": _histogram,
     "file": _file,
-    "report": _report,
     "why": _why,
     "rows": _rows,
 }
+
+
+def _answer(openers: Openers, asked: dict[str, Any]) -> Found:
+    if asked["kind"] == "report":
+        from everystep.page.share import shared_report  # imports much that steps do without
+
+        page = shared_report(openers.run(asked["run"]), asked["steps"])
+        return {}, page.encode("utf-8", "replace")
+    run, step = openers.step(asked["run"], asked["step"])
+    return _KINDS[asked["kind"]](step, run, asked)
 
 
 def _status_of(error: EverystepError) -> int:

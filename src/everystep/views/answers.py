@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.recording.run import RecordedRun
@@ -22,8 +19,9 @@ from everystep.views.comparisons import (
     tensors_text,
 )
 from everystep.views.facts import engine_text
+from everystep.views.plain import DERIVED, plain_data
 from everystep.views.tables import Column, table_text
-from everystep.views.texts import block, counted, labelled, named, number
+from everystep.views.texts import about_numbers, block, counted, labelled, named, number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from everystep.replay.verify import Verification
     from everystep.replay.what_if import Case, WhatIf
 
-__all__ = ["FINITE", "View", "about_numbers", "as_json", "plain_data", "skipped_text", "when_text"]
+__all__ = ["FINITE", "View", "skipped_text", "when_text"]
 
 #: What is said where there is no NaN and no infinity.
 FINITE = "all results of all operations are finite"
@@ -80,53 +78,6 @@ class View(NamedTuple):
 
 def _view_of(directory: Path | None, step: Step | None) -> View:
     return View(None if directory is None else RecordedRun(directory), step)
-
-
-def as_json(data: Any) -> str:
-    """Return plain data as JSON."""
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def plain_data(value: Any) -> Any:
-    """Return what JSON can hold: of an answer its fields, and what `_DERIVED` lists.
-
-    NaN and infinities become texts, and so do complex numbers, times and paths. A step is its number, an
-    operation its operator, phase and module.
-    """
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, dict):
-        return {str(key): plain_data(item) for key, item in value.items()}
-    kind = type(value).__name__
-    if kind == "Step":
-        return value.number
-    if kind == "Observed":
-        operation = value.operation
-        return {key: getattr(operation, key) for key in ("operator", "phase", "module")}
-    names = None
-    if is_dataclass(value):
-        names = [each.name for each in fields(value) if each.repr]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        names = list(value._fields)
-    if names is not None:
-        found = {name: getattr(value, name) for name in names} | _derived(kind, value)
-        return {name: plain_data(item) for name, item in found.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain_data(item) for item in value]
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat()
-    return plain_data(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def _derived(kind: str, value: Any) -> dict[str, Any]:
-    """Return what an answer, or a part of one, derives from its fields and is shown with them."""
-    if kind in ("Why", "Number", "Term", "Group"):
-        from everystep.views.why import derived
-
-        return derived(value)
-    return _DERIVED[kind](value) if kind in _DERIVED else {}
 
 
 def _verify_text(found: Verification, view: View) -> str:
@@ -286,6 +237,7 @@ def _range(tensor: Any) -> str:
 
 
 def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
+    import everystep.views.why  # noqa: F401  # it registers what the parts of `found.why` derive
     from everystep.replay.step import statistics
     from everystep.views.mathematics import mathematics
 
@@ -338,16 +290,18 @@ def _change(case: Case, known: float | None) -> str:
     return "-" if known is None or case.value is None else f"{case.value - known:+.4g}"
 
 
-def about_numbers(source: str) -> str:
-    """Return what the numbers of rows are; source: what they are of, empty if they are unknown."""
-    return f"row: its {f'number in {source}, counted from 0' if source else 'place in the batch'}"
-
-
 def _found_data(found: Found, view: View, most: int | None = None) -> dict[str, Any]:
     """Return steps with their losses; most: of which so many are listed."""
     losses = view.run.losses_at(found.steps[:most])
     steps = [{"step": step, "loss": plain_data(loss)} for step, loss in losses.items()]
     return {"count": len(found.steps), "steps": steps, "inexact": list(found.inexact)}
+
+
+def _why_data(answer: Any, view: View) -> dict[str, Any]:
+    import everystep.views.why  # noqa: F401  # it registers what the parts of the answer derive
+
+    found: dict[str, Any] = plain_data(answer)
+    return found
 
 
 def _why_text(answer: Any, view: View, **options: Any) -> str:
@@ -403,10 +357,10 @@ _DATA: dict[str, Callable[..., dict[str, Any]]] = {
     "Found": _found_data,
     "Rows": _rows_data,
     "Step": _step_data,
+    "Why": _why_data,
 }
 
-#: What answers, and their parts, derive from their fields.
-_DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
+DERIVED |= {
     "Diagnosis": lambda found: {"is_healthy": found.is_healthy},
     "Difference": lambda found: {
         "is_same": found.is_same,

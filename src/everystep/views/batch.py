@@ -20,11 +20,10 @@ __all__ = [
     "about_classes",
     "about_columns",
     "class_names",
+    "classes_of_tensors",
     "classes_text",
     "columns_of",
-    "columns_of_classes",
     "first_of",
-    "last_module",
     "other_values",
     "plain_values",
     "targets",
@@ -61,14 +60,14 @@ def classes_text(batch: Batch, names: list[str] | None) -> str | None:
     return ", ".join(f"{name} ({counts[name]:,})" for name in order)
 
 
-def last_module(modules: Mapping[str, ModuleFacts]) -> str | None:
+def _last_module(modules: Mapping[str, ModuleFacts]) -> str | None:
     """Return the path of the module that makes the output of a Sequential; None for other models."""
     outer = modules.get("")
     last = [path for path in modules if path and "." not in path][-1:]
     return last[0] if last and outer is not None and outer.class_name == "Sequential" else None
 
 
-def columns_of_classes(step: Step, names: list[str], last: str | None) -> set[str]:
+def _columns_of_classes(step: Step, names: list[str], last: str | None) -> set[str]:
     """Return the names of results with a column for each class: the output, and what a loss makes of it.
 
     last: the path of the module that makes the output.
@@ -83,20 +82,46 @@ def columns_of_classes(step: Step, names: list[str], last: str | None) -> set[st
     }
 
 
-def about_classes(
+def classes_of_tensors(
     step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
 ) -> dict[str, str]:
-    """Return what to say of the tensors of operations that are about classes, by their names.
+    """Return the ids of tensors that are about classes.
 
-    Classes that are called by their numbers need no explanation.
+    `values`: their numbers are classes; `columns`: they have a column for each class: the output of a
+    Sequential, and what its loss makes of it.
     """
     if names is None or targets(step.batch, names) is None:
         return {}
-    if names == [str(number) for number in range(len(names))]:
+    shape = len(step.batch.tensors["y"]), len(names)
+    last = _last_module(modules)
+    columns = _columns_of_classes(step, names, last)
+    found = {"batch.y": "values"}
+    output = None if last is None else first_of(step.activations.get(last))
+    if output is not None and output.shape == shape:
+        found[f"activations/{last}"] = "columns"
+    for number, seen in enumerate(step.operations):
+        for role, given in (("inputs", seen.inputs), ("results", seen.results)):
+            for name, tensor in given.items():
+                if name == "y" and role == "inputs":
+                    found[f"operations/{number}/{role}/{name}"] = "values"
+                elif name in columns and tensor.shape == shape:
+                    found[f"operations/{number}/{role}/{name}"] = "columns"
+    return found
+
+
+def about_classes(
+    step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
+) -> dict[str, str]:
+    """Return what to say of the tensors that are about classes, by their ids.
+
+    Classes that are called by their numbers need no explanation.
+    """
+    if names is None or names == [str(number) for number in range(len(names))]:
         return {}
-    columns = columns_of_classes(step, names, last_module(modules))
     numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names))
-    return {"y": f"classes: {numbered}"} | dict.fromkeys(columns, f"columns: {', '.join(names)}")
+    texts = {"values": f"classes: {numbered}", "columns": f"columns: {', '.join(names)}"}
+    found = classes_of_tensors(step, names, modules)
+    return {id: texts[kind] for id, kind in found.items()}
 
 
 def plain_values(nested: Any, *, whole: bool = False) -> list[dict[str, Any]]:

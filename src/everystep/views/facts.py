@@ -9,6 +9,10 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from everystep.recording.facts import (
     Facts,
@@ -18,20 +22,20 @@ from everystep.recording.facts import (
     TrainingFacts,
 )
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
+from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text, shortest
 from everystep.views.texts import counted, labelled, number
 
 __all__ = [
     "closing",
-    "details",
     "ending",
     "engine_text",
+    "facts_data",
     "facts_in_order",
     "going_on",
     "header",
-    "seed",
+    "landmarks",
     "shortest_name",
-    "times",
+    "state_data",
 ]
 
 _LABEL_WIDTH = 8
@@ -224,6 +228,57 @@ def going_on(run: RecordedRun, facts: Facts) -> str:
     if (run.directory / EXPERIMENT_FILE).exists():
         return f"everystep resume {shlex.quote(name)}"
     return f"everystep.open({name!r}).resume(model=..., loss=..., optimizer=...)"
+
+
+def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[str, Any]:
+    """Return how far a run has come; of one that ended early, how, and how to go on.
+
+    facts, status, steps: of the run, as already read.
+    """
+    early = ending(run, facts, status, steps)
+    return {
+        "status": status,
+        "reason": facts.reason,
+        "ending": early,
+        "going_on": early and going_on(run, facts),
+        "note": facts.note,
+        "steps": steps,
+        "planned": steps if facts.steps is None else facts.steps,
+        "seconds": facts.seconds,
+    }
+
+
+def facts_data(facts: Facts) -> dict[str, Any]:
+    """Return everything that a run says of itself, in words, as the page and the report show it."""
+    return {
+        "facts": [*facts_in_order(facts), ("seed", seed(facts))],
+        "details": details(facts),
+        "times": times(facts),
+    }
+
+
+def landmarks(steps: NDArray[Any], losses: NDArray[Any]) -> dict[str, Any]:
+    """Return the first, the last and the smallest loss, and the first that is not finite.
+
+    steps, losses: of all steps, or of an excerpt that has them, in order (steps).
+    """
+    finite = np.isfinite(losses)
+    places = {"first": 0, "last": len(losses) - 1} if len(losses) else {}
+    if finite.any():
+        places["smallest"] = int(np.argmin(np.where(finite, losses, np.inf)))
+    bad = int(finite.argmin()) if not finite.all() else None
+    return {
+        "landmarks": [
+            {
+                "what": what,
+                "step": int(steps[place]),
+                "short": number(losses[place]),
+                "full": shortest(losses[place]),
+            }
+            for what, place in places.items()
+        ],
+        "nonfinite": None if bad is None else {"step": int(steps[bad]), "loss": str(losses[bad])},
+    }
 
 
 def details(facts: Facts) -> list[tuple[str, str, list[tuple[str, str]]]]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
-from everystep.views.answers import as_json, plain_data
+from everystep.views.plain import as_json, plain_data
 from everystep.views.tables import Column, table_text
 from everystep.views.texts import number, one_line
 

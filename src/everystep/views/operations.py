@@ -74,7 +74,7 @@ def _path(module: str | None, longest: int = 18) -> str:
 def write_operation(page: Page, step: Step, place: int, line: Line, about: Mapping[str, str]) -> None:
     """Write an operation, below the heading.
 
-    place: its number in the step; line: it as mathematics; about: what to say of a tensor, by its name.
+    place: its number in the step; line: it as mathematics; about: what to say of a tensor, by its id.
     """
     seen = step.operations[place]
     page.labelled("formula", f"{line.left or f'#{place}'} = {line.right}")
@@ -96,7 +96,8 @@ def write_operation(page: Page, step: Step, place: int, line: Line, about: Mappi
         page.heading(label)
         for name, tensor in tensors.items():
             is_unset = (place, label, name) in step.unset
-            _tensor(page, names.get(name, name), name, tensor, about.get(name), is_unset)
+            said = about.get(f"operations/{place}/{label}/{name}")
+            _tensor(page, names.get(name, name), name, tensor, said, is_unset)
 
 
 def _tensor(

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
-from everystep.views.console import SafeConsole
 from everystep.views.facts import header
+from everystep.views.tables import SafeConsole
 from everystep.views.texts import clean, number
 
 __all__ = ["Silent", "TerminalProgress", "counting"]

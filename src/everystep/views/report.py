@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import polars as pl
 from markupsafe import Markup
 
-from everystep.views.facts import details, ending, facts_in_order, going_on, seed, times
+from everystep.views.facts import facts_data, landmarks, state_data
 from everystep.views.output_file import write_file
-from everystep.views.table import environment, loss_table, shortest_texts
-from everystep.views.texts import number
+from everystep.views.table import environment, loss_table
 
 if TYPE_CHECKING:
     from everystep.recording.run import RecordedRun
@@ -75,24 +74,16 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
     facts = run.facts
     steps = table.frame.filter(pl.col("step") > 0)["step"]
     count = int(steps[-1]) if len(steps) else 0
-    losses = table.frame.select("step", "loss").drop_nulls() if facts.has_loss else pl.DataFrame()
-    status = run.status
-    early = ending(run, facts, status, count)
+    losses = table.frame.select("step", "loss").drop_nulls() if facts.has_loss else table.frame[:0]
+    columns = [losses["step"].to_numpy(), losses[losses.columns[-1]].to_numpy()]
     return (
         environment()
         .get_template("report.html")
         .render(
             name=run.name,
-            status=status,
-            ending=early,
-            going_on=early and going_on(run, facts),
-            steps=count,
-            planned=facts.steps,
-            landmarks=_landmarks(losses),
-            nonfinite=_first_nonfinite(losses),
-            rows=[*facts_in_order(facts), ("seed", seed(facts))],
-            details=details(facts),
-            times=times(facts),
+            **state_data(run, facts, run.status, count),
+            **facts_data(facts),
+            **landmarks(*columns),
             opened=opened,
             first=_FIRST,
             modules={"imports": _inlined((_FIRST, *modules))},
@@ -103,26 +94,6 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
             **table.content(),
         )
     )
-
-
-def _landmarks(losses: pl.DataFrame) -> list[tuple[str, int, str, str]]:
-    """Return the first, the last and the smallest loss: what, step, four digits, all digits."""
-    if losses.is_empty():
-        return []
-    found = [("first", losses.head(1)), ("last", losses.tail(1))]
-    finite = losses.filter(pl.col("loss").is_finite())
-    if len(finite):
-        found.append(("smallest", finite.filter(pl.col("loss") == finite["loss"].min()).head(1)))
-    return [
-        (what, row["step"].item(), number(row["loss"].item()), shortest_texts(row["loss"])[0])
-        for what, row in found
-    ]
-
-
-def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
-    """Return the step and the loss, in words, of the first loss that is not finite."""
-    rows = losses.filter(~pl.col("loss").is_finite()).head(1) if len(losses) else losses
-    return None if rows.is_empty() else (rows["step"].item(), str(rows["loss"].item()))
 
 
 def _inlined(first: Sequence[str]) -> dict[str, str]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError, UsageError, did_you_mean
-from everystep.views.answers import about_numbers, plain_data
 from everystep.views.batch import about_columns, class_names, columns_of, targets
+from everystep.views.plain import plain_data
 from everystep.views.tables import Column, table_text
-from everystep.views.texts import named, number
+from everystep.views.texts import about_numbers, named, number
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,12 +18,10 @@ from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.step import Batch, Step, statistics
-from everystep.views.answers import plain_data
 from everystep.views.batch import (
     class_names,
-    columns_of_classes,
+    classes_of_tensors,
     first_of,
-    last_module,
     plain_values,
     targets,
 )
@@ -31,6 +29,7 @@ from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import norm
 from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
 from everystep.views.network import network
+from everystep.views.plain import plain_data
 from everystep.views.segments import Happened, as_it_happened
 
 __all__ = ["step_data", "tensor_of"]
@@ -46,7 +45,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     """
     facts = run.facts
     training = facts.training_of(step.number)
-    tensors = _Tensors(step, _of_classes(step, class_names(facts), training.modules), values)
+    tensors = _Tensors(step, classes_of_tensors(step, class_names(facts), training.modules), values)
     optimizer, settings = optimizer_parts(training.optimizers)
     loss = loss_text(training.loss)
     loop = training.loop
@@ -239,33 +238,6 @@ def _updates(step: Step, formulas: dict[str, Formula], tensors: _Tensors) -> lis
             | {"relative_size": update.relative_size}
             | formula._asdict()
         )
-    return found
-
-
-def _of_classes(
-    step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
-) -> dict[str, str]:
-    """Return the ids of tensors that are about classes.
-
-    `values`: their numbers are classes; `columns`: they have a column for each class: the output of a
-    Sequential, and what its loss makes of it.
-    """
-    if names is None or targets(step.batch, names) is None:
-        return {}
-    shape = len(step.batch.tensors["y"]), len(names)
-    last = last_module(modules)
-    columns = columns_of_classes(step, names, last)
-    found = {id_of_batch("y"): "values"}
-    output = None if last is None else first_of(step.activations.get(last))
-    if output is not None and output.shape == shape:
-        found[f"activations/{last}"] = "columns"
-    for number, seen in enumerate(step.operations):
-        for role, given in (("inputs", seen.inputs), ("results", seen.results)):
-            for name, tensor in given.items():
-                if name == "y" and role == "inputs":
-                    found[f"operations/{number}/{role}/{name}"] = "values"
-                elif name in columns and tensor.shape == shape:
-                    found[f"operations/{number}/{role}/{name}"] = "columns"
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from everystep.views.facts import ending, facts_in_order, going_on
+from everystep.views.facts import facts_in_order, state_data
 from everystep.views.reduction import reduce
 from everystep.views.table import environment
 from everystep.views.texts import number
@@ -42,21 +42,15 @@ class Sparkline(NamedTuple):
 
 def summary_html(run: RecordedRun) -> str:
     """Return a run as a small table of facts and a picture of the loss: a piece of HTML, no scripts."""
-    facts, status = run.facts, run.status
-    losses = run.losses
-    early = ending(run, facts, status, len(losses))
+    facts, losses = run.facts, run.losses
     ends = [losses["loss"].item(0), losses["loss"].item(-1)] if len(losses) else []
     return (
         environment()
         .get_template("summary.html")
         .render(
             name=run.name,
-            status=status,
             damage=run.damage,
-            ending=early,
-            going_on=early and going_on(run, facts),
-            steps=len(losses),
-            planned=len(losses) if facts.steps is None else facts.steps,
+            **state_data(run, facts, run.status, len(losses)),
             ends=[(number(loss), str(loss)) for loss in ends],
             rows=facts_in_order(facts),
             line=sparkline(losses),

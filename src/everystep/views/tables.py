@@ -1,17 +1,28 @@
-"""Tables in the terminal: declared columns, and rows of cells laid out in aligned lines."""
+"""Tables in the terminal: declared columns, rows of cells in aligned lines, and what prints them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rich.cells import cell_len
+from rich.console import Console
+from rich.segment import Segment
 from rich.text import Text
 
-from everystep.views.texts import one_line
+from everystep.views.texts import clean, one_line
 
-__all__ = ["Cell", "Column", "fitted", "table_lines", "table_text", "table_width", "without"]
+__all__ = [
+    "Cell",
+    "Column",
+    "SafeConsole",
+    "fitted",
+    "table_lines",
+    "table_text",
+    "table_width",
+    "without",
+]
 
 #: A cell of a table: its text, its style, whether it is aligned to the right.
 Cell = tuple[str, str, bool]
@@ -87,3 +98,13 @@ def table_width(rows: Sequence[Sequence[Cell]]) -> int:
 def _used(cells: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
     used = [any(cell[0] for cell in column[1:]) for column in zip(*cells, strict=True)]
     return [[cell for cell, is_used in zip(row, used, strict=True) if is_used] for row in cells]
+
+
+class SafeConsole(Console):
+    """A console that cleans whatever it prints; colours and progress bars are its own."""
+
+    def render(self, *given: Any, **named: Any) -> Iterator[Segment]:
+        """Yield the pieces of something to print, cleaned."""
+        for segment in super().render(*given, **named):
+            is_text = segment.control is None
+            yield segment._replace(text=clean(segment.text)) if is_text else segment

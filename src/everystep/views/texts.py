@@ -6,7 +6,18 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["NAMED", "block", "clean", "counted", "grouped", "labelled", "named", "number", "one_line"]
+__all__ = [
+    "NAMED",
+    "about_numbers",
+    "block",
+    "clean",
+    "counted",
+    "grouped",
+    "labelled",
+    "named",
+    "number",
+    "one_line",
+]
 
 #: States, tensors, names and rows that are named before the rest is counted.
 NAMED = 6
@@ -63,3 +74,8 @@ def labelled(label: str, text: str, width: int = _WIDTH) -> str:
 def block(lines: Iterable[tuple[str, str]], verdict: str) -> str:
     """Return an answer: lines with labels, where a text is not empty, and below them the conclusion."""
     return "\n".join([*(labelled(*line) for line in lines if line[1]), "", verdict])
+
+
+def about_numbers(source: str) -> str:
+    """Return what the numbers of rows are; source: what they are of, empty if they are unknown."""
+    return f"row: its {f'number in {source}, counted from 0' if source else 'place in the batch'}"

@@ -13,15 +13,15 @@ from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.replay.step import Step
 from everystep.replay.why import Group, Number, Spot, Term, Why
-from everystep.views.answers import about_numbers
 from everystep.views.lines import Page
 from everystep.views.mathematics import Line, mathematics
+from everystep.views.plain import DERIVED
 from everystep.views.step_data import tensor_of
 from everystep.views.tables import Cell, table_lines
-from everystep.views.texts import named
+from everystep.views.texts import about_numbers, named
 from everystep.views.texts import number as four_digits
 
-__all__ = ["derived", "spot_of", "why_page", "why_text"]
+__all__ = ["spot_of", "why_page", "why_text"]
 
 _INDEX = re.compile(r"\d{1,18}(,\d{1,18})*", re.ASCII)
 
@@ -242,15 +242,14 @@ def _digits_text(value: Any) -> str:
     return f"{value:.8g}" if isinstance(value, float | complex) else str(value)
 
 
-def derived(value: Why | Number | Term | Group) -> dict[str, Any]:
-    """Return what an answer, or a part of it, derives from its fields: its texts, and how it goes on."""
-    if isinstance(value, Number):
-        goes_on = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
-        return {"text": value_text(value), "goes_on": goes_on and not value.name.endswith(".bits")}
-    if isinstance(value, Term):
-        return {"text": None if value.value is None else _digits_text(value.value)}
-    if isinstance(value, Group):
-        return {"rest_text": None if value.rest is None else _digits_text(value.rest)}
+def _of_number(value: Number) -> dict[str, Any]:
+    """Return the text of a number, and whether it can be followed further."""
+    goes_on = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
+    return {"text": value_text(value), "goes_on": goes_on and not value.name.endswith(".bits")}
+
+
+def _of_answer(value: Why) -> dict[str, Any]:
+    """Return the texts of an answer, and the operation."""
     is_checked = value.formula and value.groups
     return {
         "made": None if value.operation is None else _made_text(value),
@@ -260,6 +259,18 @@ def derived(value: Why | Number | Term | Group) -> dict[str, Any]:
         "rows_text": _rows_text(value),
         "has_begun": value.began is not None,
     }
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None else _digits_text(value)
+
+
+DERIVED |= {
+    "Number": _of_number,
+    "Term": lambda term: {"text": _optional(term.value)},
+    "Group": lambda group: {"rest_text": _optional(group.rest)},
+    "Why": _of_answer,
+}
 
 
 def spot_of(step: Step, facts: Facts, id: str, index: str) -> str | Spot:

@@ -18,8 +18,8 @@ LONGEST_TEXT = 10_000
 #: Bytes of a request.
 MOST_BYTES = 1_000_000
 
-#: Reads a field of a request: all fields, and its name.
-Field = Callable[[dict[str, Any], str], Any]
+#: Reads a field of a request: its value, None where it is missing, and its name.
+Field = Callable[[Any, str], Any]
 
 
 async def fields_of(request: Request) -> dict[str, Any]:
@@ -45,60 +45,59 @@ async def fields_of(request: Request) -> dict[str, Any]:
 def text(absent: Any = ..., longest: int = LONGEST_TEXT) -> Field:
     """Return what reads a text; absent: what stands for a missing one, unless it is needed."""
 
-    def read(fields: dict[str, Any], name: str) -> Any:
-        value = fields.get(name)
-        if value is None and absent is not ...:
-            return absent
+    def read(value: Any, name: str) -> Any:
         if not isinstance(value, str) or not value.strip():
             raise UsageError(f"{name} is missing; write it as a text")
         if len(value) > longest:
             raise UsageError(f"{name} is longer than {longest:,} characters; write it shorter")
         return value
 
-    return read
+    return _unless_absent(read, absent)
 
 
 def whole(absent: Any = ..., least: int = 0) -> Field:
     """Return what reads a whole number."""
 
-    def read(fields: dict[str, Any], name: str) -> Any:
-        value = fields.get(name)
-        if value is None and absent is not ...:
-            return absent
+    def read(value: Any, name: str) -> Any:
         if not _is_whole(value, least):
             raise UsageError(f"{name} is {value!r:.80}; write a whole number from {least} on")
         return value
 
-    return read
+    return _unless_absent(read, absent)
 
 
-def wholes(fields: dict[str, Any], name: str) -> list[int]:
+def _unless_absent(read: Field, absent: Any) -> Field:
+    def read_or_not(value: Any, name: str) -> Any:
+        return absent if value is None and absent is not ... else read(value, name)
+
+    return read_or_not
+
+
+def wholes(value: Any, name: str) -> list[int]:
     """Return whole numbers from 0 on, at least one."""
-    value = fields.get(name)
     if isinstance(value, list) and value and all(_is_whole(each) for each in value):
         return value
     raise UsageError(f"{name} are {value!r:.80}; write whole numbers from 0 on: [8123, 8124]")
 
 
-def line(fields: dict[str, Any], name: str) -> str:
+def line(value: Any, name: str) -> str:
     """Return a text that may be blank."""
-    value = fields.get(name)
     if not isinstance(value, str) or len(value) > LONGEST_TEXT:
         raise UsageError(f"{name} must be a text of at most {LONGEST_TEXT:,} characters")
     return value
 
 
-def flag(fields: dict[str, Any], name: str) -> bool:
+def flag(value: Any, name: str) -> bool:
     """Return true or false, false where it is missing."""
-    value = fields.get(name, False)
+    value = False if value is None else value
     if not isinstance(value, bool):
         raise UsageError(f"{name} is {value!r:.80}; write true or false")
     return value
 
 
-def settings(fields: dict[str, Any], name: str) -> dict[str, str]:
+def settings(value: Any, name: str) -> dict[str, str]:
     """Return texts by path, none of which reads a file."""
-    value = fields.get(name) or {}
+    value = value or {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise UsageError(f"{name} must be texts by path, as after --set")
     if not all(text.isprintable() for text in value.values()):

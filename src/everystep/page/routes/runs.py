@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
 from urllib.parse import quote
@@ -10,12 +11,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from everystep.errors import RecordingError, RunError
 from everystep.page.about import about_data
 from everystep.page.columns import RunColumns, reduced
 from everystep.page.event_stream import EventStream, last_seen
 from everystep.page.live import MOMENT, Live
+from everystep.page.routes.asked import fields_of, line
 from everystep.page.rows import frame_of, page_of, rows_of, wanted_of, whole
 from everystep.page.shelf import Shelf, shown_name
+from everystep.recording.lock import write_note
 
 __all__ = ["routes"]
 
@@ -45,8 +49,7 @@ def about(request: Request) -> Response:
 def sparkline(request: Request) -> Response:
     """Answer with a small picture of the losses."""
     run = request.app.state.shelf.run(request.path_params["name"])
-    line = request.app.state.columns.sparkline(run)
-    return JSONResponse(line._asdict())
+    return JSONResponse(request.app.state.columns.sparkline(run)._asdict())
 
 
 def curve(request: Request) -> Response:
@@ -77,6 +80,17 @@ def csv(request: Request) -> Response:
     file = quote(f"{request.path_params['name']} losses.csv", safe="")
     headers = {"Content-Disposition": f"attachment; filename=losses.csv; filename*=UTF-8''{file}"}
     return Response(frame.write_csv(), headers=headers, media_type="text/csv")
+
+
+async def note(request: Request) -> Response:
+    """Write the note of a run, and answer with it as written."""
+    text = line((await fields_of(request)).get("note"), "note")
+    run = request.app.state.shelf.run(request.path_params["name"])
+    try:
+        written = await asyncio.to_thread(write_note, run.directory, text)
+    except (RecordingError, RunError) as error:
+        return JSONResponse({"error": str(error)}, 409)
+    return JSONResponse({"note": written})
 
 
 async def run_events(request: Request) -> Response:
@@ -115,4 +129,5 @@ routes = [
     Route("/api/runs/{name}/table", table),
     Route("/api/runs/{name}/losses.csv", csv),
     Route("/api/runs/{name}/events", run_events),
+    Route("/api/runs/{name}/note", note, methods=["POST"]),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -19,51 +20,46 @@ _WHOLE = re.compile(r"\d{1,18}", re.ASCII)
 _RANGE = re.compile(r"(\d{1,18}):(\d{1,18})", re.ASCII)
 
 
-async def content(request: Request) -> Response:
-    """Answer with all of a step but the numbers of its tensors."""
-    return await _asked(request, "content", step=_step(request))
+#: What can be asked of a step: its address, and the fields of the question, as the address has them.
+QUESTIONS: dict[str, tuple[str, Callable[[Mapping[str, str]], dict[str, Any]]]] = {
+    "content": ("", lambda query: {}),
+    "numbers": (
+        "/tensor",
+        lambda query: {
+            "id": _id(query),
+            "index": _whole("index", query.get("index", "0")),
+            "count": _whole("count", query.get("count", "1")),
+            "rows": _range("rows", query.get("rows")),
+            "columns": _range("columns", query.get("columns")),
+            "most": _whole("most", query.get("most", "512")),
+        },
+    ),
+    "histogram": ("/histogram", lambda query: {"id": _id(query)}),
+    "file": ("/file", lambda query: {"id": _id(query)}),
+    "why": (
+        "/why",
+        lambda query: {
+            "id": None if query.get("of") else _id(query),
+            "index": query.get("index", ""),
+            "name": query.get("of"),
+        },
+    ),
+    "rows": ("/rows", lambda query: {}),
+}
 
 
-async def tensor(request: Request) -> Response:
-    """Answer with the numbers of a region of a tensor."""
-    query = request.query_params
-    return await _asked(
-        request,
-        "numbers",
-        step=_step(request),
-        id=_id(request),
-        index=_whole("index", query.get("index", "0")),
-        count=_whole("count", query.get("count", "1")),
-        rows=_range("rows", query.get("rows")),
-        columns=_range("columns", query.get("columns")),
-        most=_whole("most", query.get("most", "512")),
-    )
+def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
+    """Return what answers a question about a step."""
 
+    async def ask(request: Request) -> Response:
+        step = _whole("step", request.path_params["step"])
+        state = request.app.state
+        # Ranking rows may take seconds, and who goes from step to step does not wait for it.
+        desk = state.second_desk if kind == "rows" else state.desk
+        asked = QUESTIONS[kind][1](request.query_params)
+        return await _answered(request, desk, kind, step=step, **asked)
 
-async def histogram(request: Request) -> Response:
-    """Answer with the histogram of a tensor."""
-    return await _asked(request, "histogram", step=_step(request), id=_id(request))
-
-
-async def why(request: Request) -> Response:
-    """Answer with where a number comes from: of a tensor (`id`, `index`), or `of` a name."""
-    query = request.query_params
-    name = query.get("of")
-    id = None if name else _id(request)
-    return await _asked(
-        request, "why", step=_step(request), id=id, index=query.get("index", ""), name=name
-    )
-
-
-async def rows(request: Request) -> Response:
-    """Answer with the rows that make most of the loss and of the gradients."""
-    # It may take seconds, and who goes from step to step does not wait for it.
-    return await _answered(request, request.app.state.second_desk, "rows", step=_step(request))
-
-
-async def file(request: Request) -> Response:
-    """Answer with a tensor as a file of NumPy's."""
-    return await _asked(request, "file", step=_step(request), id=_id(request))
+    return ask
 
 
 async def report(request: Request) -> Response:
@@ -75,10 +71,6 @@ async def report(request: Request) -> Response:
         return await _answered(request, desk, "report", steps=steps)
     finally:
         await desk.close()
-
-
-async def _asked(request: Request, kind: str, **asked: Any) -> Response:
-    return await _answered(request, request.app.state.desk, kind, **asked)
 
 
 async def _answered(request: Request, desk: Desk, kind: str, **asked: Any) -> Response:
@@ -114,13 +106,8 @@ def _response(kind: str, answer: Answer, name: str) -> Response:
     return Response(answer.content, media_type="application/json")
 
 
-def _step(request: Request) -> int:
-    return _whole("step", request.path_params["step"])
-
-
-def _id(request: Request) -> str:
-    id = request.query_params.get("id")
-    if not id:
+def _id(query: Mapping[str, str]) -> str:
+    if not (id := query.get("id")):
         raise UsageError("no tensor given: add ?id=batch.x; the step's content lists its tensors")
     return id
 
@@ -141,11 +128,9 @@ def _range(label: str, text: str | None) -> tuple[int, int] | None:
 
 
 routes = [
-    Route("/api/runs/{name}/steps/{step}", content),
-    Route("/api/runs/{name}/steps/{step}/tensor", tensor),
-    Route("/api/runs/{name}/steps/{step}/histogram", histogram),
-    Route("/api/runs/{name}/steps/{step}/file", file),
-    Route("/api/runs/{name}/steps/{step}/why", why),
-    Route("/api/runs/{name}/steps/{step}/rows", rows),
+    *(
+        Route(f"/api/runs/{{name}}/steps/{{step}}{address}", _asking(kind))
+        for kind, (address, _) in QUESTIONS.items()
+    ),
     Route("/api/runs/{name}/report", report),
 ]

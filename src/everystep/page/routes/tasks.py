@@ -61,7 +61,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
 
     async def begin(request: Request) -> Response:
         fields = await fields_of(request)
-        asked = {name: read(fields, name) for name, read in QUESTIONS[kind].items()}
+        asked = {name: read(fields.get(name), name) for name, read in QUESTIONS[kind].items()}
         shelf = request.app.state.shelf
         if kind == "compare":
             directory = shelf.run(asked.pop("one")).directory

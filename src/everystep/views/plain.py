@@ -1,0 +1,55 @@
+"""Answers as plain data: what JSON can hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+__all__ = ["DERIVED", "as_json", "plain_data"]
+
+#: What answers, and their parts, derive from their fields and are shown with, by the name of the class.
+DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {}
+
+
+def as_json(data: Any) -> str:
+    """Return plain data as JSON."""
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def plain_data(value: Any) -> Any:
+    """Return what JSON can hold: of an answer its fields, and what it derives from them.
+
+    NaN and infinities become texts, and so do complex numbers, times and paths. A step is its number, an
+    operation its operator, phase and module.
+    """
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {str(key): plain_data(item) for key, item in value.items()}
+    kind = type(value).__name__
+    if kind == "Step":
+        return value.number
+    if kind == "Observed":
+        operation = value.operation
+        return {key: getattr(operation, key) for key in ("operator", "phase", "module")}
+    names = None
+    if is_dataclass(value):
+        names = [each.name for each in fields(value) if each.repr]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        names = list(value._fields)
+    if names is not None:
+        found = {name: getattr(value, name) for name in names}
+        if kind in DERIVED:
+            found |= DERIVED[kind](value)
+        return {name: plain_data(item) for name, item in found.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain_data(item) for item in value]
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat()
+    return plain_data(value.tolist()) if hasattr(value, "tolist") else str(value)
