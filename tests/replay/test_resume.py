@@ -66,7 +66,7 @@ def dying(monkeypatch):
     failed, finished = loop._ModelWriter._close_failed, LoopWriter.finish
     monkeypatch.setattr(loop._ModelWriter, "_close_failed", finish_failed)
     monkeypatch.setattr(LoopWriter, "finish", finish)
-    monkeypatch.setattr("everystep.training.loop.STRETCH_SECONDS", 0.0)
+    monkeypatch.setattr("everystep.training.writer.STRETCH_SECONDS", 0.0)
     monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(Recorder, "_put", put)
     monkeypatch.setattr(

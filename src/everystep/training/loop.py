@@ -31,9 +31,6 @@ from everystep.training.writer import RunWriter, now
 
 __all__ = ["run_job"]
 
-#: Steps run in stretches of about so many seconds; Ctrl-C waits for the end of one.
-STRETCH_SECONDS = 0.02
-
 
 def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress: Progress) -> Outcome:
     """Train, and record every step.
@@ -227,7 +224,10 @@ class _ModelWriter(RunWriter):
         Returns whether a step ran; if not, a failed check went back to an earlier one.
         """
         before, started = self.step, clock.now()
-        stepper.advance(self._next_stop())
+        job = self.job
+        every = None if job.evaluation is None else job.evaluate_every
+        one_by_one = job.facts.stop_on_nan
+        stepper.advance(self.next_stop(job.steps, one_by_one=one_by_one, every=every))
         self.step = stepper.step
         if self.step > before:
             self.timed(started, self._size_of_state, self.step - before)
@@ -248,18 +248,6 @@ class _ModelWriter(RunWriter):
             shapes = {name: tuple(part.shape) for name, part in zip("xy", rows, strict=True)}
             data = self.job.facts.data.model_copy(update={"lazy": False} | shapes)
             self.recorder.facts({"data": data})
-
-    def _next_stop(self) -> int:
-        step, job = self.step, self.job
-        if not self.has_timed_steps or job.facts.stop_on_nan:
-            return step + 1
-        stops = [job.steps, *([self.recorder.recorded] if step < self.recorder.recorded else [])]
-        stops.append(step + max(1, int(STRETCH_SECONDS / self.step_seconds)))
-        if job.evaluation is not None:
-            stops.append(_next_multiple(step, job.evaluate_every))
-        if self.recorder.plan.interval is not None:
-            stops.append(_next_multiple(step, self.recorder.plan.interval))
-        return min(stops)
 
     def _keep_engine(self, stepper: Stepper) -> None:
         """Write down which programs there are, how far they are verified, and what is eager, and why."""
@@ -327,7 +315,3 @@ class _ModelWriter(RunWriter):
             if follows is not None:
                 follows.step(measured["validation_loss"])
         self.measured += [(name, self.step, value) for name, value in measured.items()]
-
-
-def _next_multiple(step: int, interval: int) -> int:
-    return (step // interval + 1) * interval

@@ -19,6 +19,8 @@ __all__ = ["RunWriter", "now"]
 FLUSH_SECONDS = 0.1
 #: Steps that are timed, one by one, before the snapshots' interval is chosen.
 TIMED_STEPS = 8
+#: Steps run in stretches of about so many seconds; Ctrl-C waits for the end of one.
+STRETCH_SECONDS = 0.02
 
 
 def now() -> datetime:
@@ -97,6 +99,22 @@ class RunWriter:
         self.step_seconds = min(self.step_seconds, (clock.now() - began) / count)
         if self.has_timed_steps and not self.recorder.has_interval:
             self.recorder.choose_interval(self.step_seconds, size())
+
+    def next_stop(self, last: int, *, one_by_one: bool, every: int | None = None) -> int:
+        """Return the step up to which steps may run without a look at signals and snapshots.
+
+        Args:
+            last: the last step of the training.
+            one_by_one: look after each step.
+            every: look after the multiples of this, too.
+        """
+        step, recorder = self.step, self.recorder
+        if one_by_one or not self.has_timed_steps:
+            return step + 1
+        stops = [last, *([recorder.recorded] if step < recorder.recorded else [])]
+        stops.append(step + max(1, int(STRETCH_SECONDS / self.step_seconds)))
+        stops += [(step // each + 1) * each for each in (every, recorder.plan.interval) if each]
+        return min(stops)
 
     def is_snapshot_due(self) -> bool:
         """Tell whether the current state should be kept."""

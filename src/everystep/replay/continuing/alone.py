@@ -6,11 +6,8 @@ Where programs took every step, they can take more. Nothing compares these steps
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from everystep import clock
 from everystep.errors import RunError, UsageError
@@ -26,14 +23,9 @@ from everystep.step.state import State
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
 from everystep.training.resumed import facts_resumed, resume_facts
-from everystep.training.writer import now
+from everystep.training.writer import RunWriter, now
 
 __all__ = ["fork_alone", "reason_against", "resume_alone"]
-
-#: Seconds of steps between two looks at signals and snapshots.
-STRETCH_SECONDS = 0.05
-#: Steps that are timed before the snapshots' interval is chosen.
-TIMED_STEPS = 8
 
 
 def reason_against(run: RecordedRun) -> str | None:
@@ -141,7 +133,15 @@ def _go_on(
         further = FurtherSteps(run, lr)
         stepper.go_on(further.row)
         state = stepper.capture()
-        recorder, started = record(state), time.perf_counter()
+        recorder = record(state)
+        writer = RunWriter(
+            recorder,
+            at,
+            progress.notice,
+            progress.advance,
+            seconds_before=0.0 if resumed is None else resumed.seconds,
+            is_finite=(run.facts.nonfinite_step or at + 1) > at,
+        )
         progress.begin(recorder.directory, facts)
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
@@ -154,66 +154,49 @@ def _go_on(
         if at not in recorder.plan.kept:
             recorder.snapshot(state)
         try:
-            was_finite = (run.facts.nonfinite_step or at + 1) > at
-            rules = facts.training.stop_on_nan, was_finite
-            reason = _take(stepper, further, recorder, steps, rules, interrupt, progress)
-            before = 0.0 if resumed is None else resumed.seconds
-            seconds = None if before is None else before + time.perf_counter() - started
+            stops_on_nan = facts.training.stop_on_nan
+            reason = _take(stepper, further, writer, steps, stops_on_nan, interrupt)
             status = "finished" if reason is None else "stopped"
-            ends = {"status": status, "reason": reason, "finished": now(), "seconds": seconds}
+            writer.close(status, reason, {})
         except BaseException as error:
             recorder.finish({"status": "failed", "reason": str(error), "finished": now()})
             raise
         finally:
             progress.end()
-        recorder.finish(ends)
     return Outcome(recorder.directory, status, reason, interrupt.is_by_user)
 
 
 def _take(
     stepper: LoopStepper,
     further: FurtherSteps,
-    recorder: Recorder,
+    writer: RunWriter,
     last: int,
-    rules: tuple[bool, bool],
+    stops_on_nan: bool,
     interrupt: Interrupt,
-    progress: Progress,
 ) -> str | None:
-    """Take steps up to the last one, record them, and take snapshots; return why it stopped before.
+    """Take steps up to the last one, record them, and take snapshots; return why it stopped before."""
 
-    rules: whether it stops at a loss that is not finite, and whether all losses before were finite.
-    """
-    assert stepper.state is not None
-    (stops_on_nan, is_finite), begin, step_seconds, reason = rules, stepper.state, 0.0, None
-    newest = begin
-    while stepper.state < last and not interrupt:
-        recorder.check()
-        first, started = stepper.state + 1, clock.now()
-        is_timed = step_seconds and not stops_on_nan
-        count = max(1, int(STRETCH_SECONDS / step_seconds)) if is_timed else 1
-        ends = [last, stepper.state + count]
-        if recorder.plan.interval is not None:
-            ends.append((stepper.state // recorder.plan.interval + 1) * recorder.plan.interval)
-        losses = stepper.run(min(ends))
-        step_seconds = (clock.now() - started) / len(losses)
-        found = torch.nonzero(~torch.isfinite(losses)).flatten().tolist() if is_finite else []
-        facts = {"nonfinite_step": first + found[0]} if found else {}
-        taken = [further.taken(number) for number in range(first, stepper.state + 1)]
-        recorder.losses(first, losses.tolist(), (), facts, taken)
-        is_finite = is_finite and not found
-        if stepper.state >= begin + TIMED_STEPS and not recorder.has_interval:
-            size = sum(tensor.nbytes for tensor in stepper.named_state().values())
-            recorder.choose_interval(step_seconds, size)
-        if recorder.plan.is_due(stepper.state) and not recorder.is_behind:
-            recorder.snapshot(stepper.capture())
-            newest = stepper.state
-        for at, written in recorder.written():
-            progress.advance(at, written)
-        if stops_on_nan and not math.isfinite(loss := losses[-1].item()):
-            reason = f"the loss is {loss} at step {stepper.state} (stop_on_nan)"
+    def size() -> int:
+        return sum(tensor.nbytes for tensor in stepper.named_state().values())
+
+    reason, newest = None, writer.step
+    while writer.step < last and not interrupt:
+        writer.recorder.check()
+        first, started = writer.step + 1, clock.now()
+        losses = stepper.run(writer.next_stop(last, one_by_one=stops_on_nan)).tolist()
+        writer.step += len(losses)
+        writer.timed(started, size, len(losses))
+        writer.taken = [further.taken(number) for number in range(first, writer.step + 1)]
+        writer.write(first, losses, {})
+        if writer.is_snapshot_due():
+            writer.recorder.snapshot(stepper.capture())
+            newest = writer.step
+        writer.show_written()
+        if stops_on_nan and not math.isfinite(losses[-1]):
+            reason = f"the loss is {losses[-1]} at step {writer.step} (stop_on_nan)"
             break
-    if newest < stepper.state:
-        recorder.snapshot(stepper.capture())
+    if newest < writer.step:
+        writer.recorder.snapshot(stepper.capture())
     return reason or interrupt.reason
 
 
