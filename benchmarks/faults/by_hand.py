@@ -192,7 +192,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if str(func) != "aten.lift_fresh.default":
+        if func.namespace == "aten" and str(func) != "aten.lift_fresh.default":
             given = result.detach().clone() if isinstance(result, Tensor) else torch.tensor(result)
             self.seen.append(Seen("update", None, str(func), [given]))
         return result
