@@ -57,13 +57,12 @@ def how_made(call: Call) -> Made:
     Raises:
         NoRuleError: there is no rule for the operator, or none for these arguments.
     """
-    if call.kind.startswith("foreach_"):
-        call = foreach(call)
-    rule = RECORDS.get(call.kind, Record()).made
+    kind = call.kind.removeprefix("foreach_")
+    rule = RECORDS.get(kind, Record()).made
     if rule is None:
         raise NoRuleError(f"{call.operation.operator} has no rule")
     try:
-        return rule(call)
+        return rule(call if kind == call.kind else foreach(call))
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         # A call of an operator in a form that the rule does not foresee is one without a rule.
         raise NoRuleError(str(error)) from error
