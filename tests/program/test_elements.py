@@ -543,6 +543,7 @@ CASES = [
          {"lr": 0.1, "lr_decay": decay, "weight_decay": decay, "eps": 1e-2, "maximize": bool(decay)})
         for decay in (0.0, 0.2)
     ),
+    ("index_put.default", (rand(4, 3), [ints(4, 6)], rand(1, 1), True), {}),
 ]  # fmt: skip
 
 

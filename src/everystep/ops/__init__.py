@@ -1,9 +1,9 @@
 """Operators: what everystep knows of ATen's, one record for each, in one module per family.
 
-`how_made` returns which numbers of its inputs an operator made one number of a result from, and how:
-from the operator's definition in torch's documentation. Nothing is guessed by changing inputs and
-looking what changes. `rows_rule` returns the rule of the rows of the batch that results belong to. An
-operator without a record, or with one that does not know it, has none.
+A record has three rules: which numbers of its inputs an operator made one number of a result from, and
+how; which rows of the batch its results belong to; and the line that people write for it. They follow
+the operator's definition in torch's documentation. Nothing is guessed by changing inputs and looking
+what changes. What a program may call is listed in `program.allowed`: it does not follow from a record.
 """
 
 from __future__ import annotations
@@ -57,13 +57,12 @@ def how_made(call: Call) -> Made:
     Raises:
         NoRuleError: there is no rule for the operator, or none for these arguments.
     """
-    if call.kind.startswith("foreach_"):
-        call = foreach(call)
-    rule = RECORDS.get(call.kind, Record()).made
+    kind = call.kind.removeprefix("foreach_")
+    rule = RECORDS.get(kind, Record()).made
     if rule is None:
         raise NoRuleError(f"{call.operation.operator} has no rule")
     try:
-        return rule(call)
+        return rule(call if kind == call.kind else foreach(call))
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         # A call of an operator in a form that the rule does not foresee is one without a rule.
         raise NoRuleError(str(error)) from error

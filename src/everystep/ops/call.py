@@ -258,6 +258,10 @@ class Call:
         """Return an argument that is a tensor."""
         return self.inputs[self.name(key)]
 
+    def tensor_of(self, piece: Piece) -> Tensor:
+        """Return the tensor that a piece is of."""
+        return (self.results if piece.is_result else self.inputs)[piece.name]
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of an argument."""
         return tuple(self.tensor(key).shape)

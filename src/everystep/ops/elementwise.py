@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece
-from everystep.ops.formula import names_in
+from everystep.ops.formula import BINARY, UNARY, names_in
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast
 from everystep.ops.record import LineRule, MadeRule, Record
 from everystep.ops.rows import Result, RowsCall, RowsRule, along, of_shape, sum_of
@@ -72,18 +72,8 @@ _FORMULAS: dict[str, str] = {
     **dict.fromkeys(("clone", "to_copy"), "self"),
     "xlogy": "0 if self == 0 and not isnan(other) else self * log(other)",
     "native_dropout_backward": "grad_output * mask * scale",
-    **{
-        name: f"{name}(self, other)"
-        for name in ("atan2", "bitwise_and", "bitwise_or", "fmod", "logaddexp", "remainder")
-    },
-    **{
-        name: f"{name}(self)"
-        for name in (
-            *("abs", "exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sqrt", "sin", "cos"),
-            *("tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "erf", "erfc", "floor", "ceil"),
-            *("trunc", "sign", "isnan", "isinf"),
-        )
-    },
+    **{name: f"{name}(self)" for name in UNARY},
+    **{name: f"{name}(self, other)" for name in BINARY},
     # Activation functions.
     "threshold": "value if self <= threshold else self",
     "hardtanh": "min(max(self, min_val), max_val)",

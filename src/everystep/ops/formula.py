@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["names_in", "number_text", "parsed", "total", "value", "written"]
+__all__ = ["BINARY", "UNARY", "names_in", "number_text", "parsed", "total", "value", "written"]
 
 _NAME = re.compile(r"(?<![\w.])[a-z]\w*(?!\w|\()")
 _WORDS = {"if", "else", "and", "or", "not", "where", "pi", "inf", "nan"}
@@ -175,18 +175,27 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+#: Functions of one number and of two, by the names of torch's operators.
+UNARY: dict[str, Callable[[Any], Any]] = {
     **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "log10")},
     **{name: getattr(np, name) for name in ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh")},
-    **{name: getattr(np, name) for name in ("floor", "ceil", "trunc", "round", "sign", "abs", "fmod")},
-    **{name: getattr(np, name) for name in ("isnan", "isinf", "prod", "any", "all", "argmax", "argmin")},
-    **{name: getattr(np, name) for name in ("logaddexp", "remainder")},
+    **{name: getattr(np, name) for name in ("floor", "ceil", "trunc", "sign", "abs", "isnan", "isinf")},
     "asin": np.arcsin,
     "acos": np.arccos,
     "atan": np.arctan,
-    "atan2": np.arctan2,
     "erf": _erf,
     "erfc": _erfc,
+}
+BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    **{name: getattr(np, name) for name in ("fmod", "logaddexp", "remainder")},
+    "atan2": np.arctan2,
+    "bitwise_and": lambda a, b: np.bitwise_and(np.asarray(a, np.int64), np.asarray(b, np.int64)),
+    "bitwise_or": lambda a, b: np.bitwise_or(np.asarray(a, np.int64), np.asarray(b, np.int64)),
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **UNARY,
+    **BINARY,
+    **{name: getattr(np, name) for name in ("round", "prod", "any", "all", "argmax", "argmin")},
     "max": _extreme(np.max, np.maximum),
     "min": _extreme(np.min, np.minimum),
     "sum": total,
@@ -194,6 +203,4 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "logsumexp": _logsumexp,
     "softmax": lambda x: np.exp(x - _logsumexp(x)),
     "row_sums": _row_sums,
-    "bitwise_and": lambda a, b: np.bitwise_and(np.asarray(a, np.int64), np.asarray(b, np.int64)),
-    "bitwise_or": lambda a, b: np.bitwise_or(np.asarray(a, np.int64), np.asarray(b, np.int64)),
 }

@@ -33,9 +33,9 @@ def _put(call: Call) -> Made:
     if not count:
         return Sum((own,))
     if bool(call.arguments.get("accumulate")) or call.kind in ("index_add", "scatter_add"):
-        # A number alone is added to each place.
         factor = call.scalar("alpha") if "alpha" in call else 1
-        return Sum((own, single(key, piece, factor if call.shape(key) else factor * count)))
+        # A number that is broadcast is added to each place.
+        return Sum((own, single(key, piece, factor * (count // piece.size))))
     if count > 1:
         raise NoRuleError("several numbers are put into one place")
     return Sum((single(key, piece),))

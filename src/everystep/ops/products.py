@@ -33,35 +33,30 @@ _FACTORS = {
 def _matrix_product(call: Call) -> Made:
     """Return the terms of a number of a matrix product, perhaps added to something."""
     added, left, right = _FACTORS[call.kind]
-    rows, columns = _row(call, left), _column(call, right)
+    row, column = _row_and_column(call, left, right)
     alpha = call.scalar("alpha") if "alpha" in call else 1
-    terms = [product((left, rows), (right, columns), alpha)]
+    terms = [product((left, row), (right, column), alpha)]
     beta = call.scalar("beta") if "beta" in call else 1
     if added is not None and added in call and beta != 0:
         terms.insert(0, single(added, call.aligned(added), beta))
     return Sum(tuple(terms))
 
 
-def _row(call: Call, key: str) -> Piece:
-    size = call.shape(key)[-1]
+def _row_and_column(call: Call, left: str, right: str) -> tuple[Piece, Piece]:
+    """Return the numbers of both factors that meet in the wanted one."""
+    shape = call.shape(left)
+    inner: Axis = np.arange(shape[-1])
+    before: tuple[Axis, ...] = call.index[: len(shape) - 1]
+    leading: tuple[Axis, ...] = call.index[:-2]
     if call.kind == "addbmm":
-        batch, inner = grid(range(call.shape(key)[0]), range(size))
-        return call.piece(key, batch, call.index[0], inner)
-    is_row = call.kind in ("mv", "addmv")
-    before: tuple[Axis, ...] = call.index if is_row else call.index[:-1]
-    return call.piece(key, *before, np.arange(size))
-
-
-def _column(call: Call, key: str) -> Piece:
-    shape = call.shape(key)
+        batch, inner = grid(range(shape[0]), range(shape[-1]))
+        before, leading = (batch, call.index[0]), (batch,)
+    column: tuple[Axis, ...] = (inner,)
     if call.kind == "linear":
-        return call.piece(key, call.index[-1], np.arange(shape[-1]))
-    if call.kind == "addbmm":
-        batch, inner = grid(range(shape[0]), range(shape[1]))
-        return call.piece(key, batch, inner, call.index[1])
-    if len(shape) == 1:
-        return call.piece(key, np.arange(shape[0]))
-    return call.piece(key, *call.index[:-2], np.arange(shape[-2]), call.index[-1])
+        column = (call.index[-1], inner)
+    elif len(call.shape(right)) > 1:
+        column = (*leading, inner, call.index[-1])
+    return call.piece(left, *before, inner), call.piece(right, *column)
 
 
 def _product_rows(call: RowsCall) -> list[Result]:

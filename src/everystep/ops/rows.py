@@ -26,6 +26,7 @@ __all__ = [
     "RowsCall",
     "RowsRule",
     "along",
+    "asked_of",
     "batched",
     "by_key",
     "filled",

@@ -14,15 +14,13 @@ import torch
 
 __all__ = ["FORWARD", "OF_BACKWARD_ALONE", "RENAMED", "known_names", "what_is_unknown"]
 
+_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 #: Kernels that trust what the forward pass kept: the operator of the forward pass (where it is not
 #: `name` or `name_forward` of `name_backward`), and the first of its results that they receive.
 FORWARD: dict[str, tuple[str, int]] = {
     "_embedding_bag_per_sample_weights_backward": ("_embedding_bag", 1),
     "_pdist_backward": ("_pdist", 0),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        0,
-    ),
+    f"{_ATTENTION}_backward": (_ATTENTION, 0),
     "embedding_dense_backward": ("embedding", 1),
     "mkldnn_rnn_layer_backward": ("mkldnn_rnn_layer", 0),
 } | {
@@ -90,7 +88,7 @@ _ARGUMENTS: dict[str, list[str]] = {
     "_native_batch_norm_legit_no_training": [
         f"{_BATCH_NORM}Tensor running_mean, Tensor running_var, float momentum, float eps"
     ],
-    "_scaled_dot_product_flash_attention_for_cpu": [
+    _ATTENTION: [
         "Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, "
         "Optional[Tensor] attn_mask, Optional[float] scale"
     ],

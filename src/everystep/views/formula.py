@@ -165,15 +165,15 @@ def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
     of: frozenset[str] = frozenset().union(*(term.parameters for term in terms))
     if kind in ("clone", "copy") and terms:
         return terms[-1]._replace(numbers=numbers, parameters=of)
-    positional = [_call_text(v) for k, v in arguments.items() if k not in ("alpha", "value")]
-    keywords = [f"{k}={_call_text(v)}" for k, v in arguments.items() if k in ("alpha", "value")]
-    calls = f"torch.{kind}({', '.join([*positional, *keywords])})"
+    texts = {key: _text(value, "calls") for key, value in arguments.items()}
+    keywords = [f"{key}={texts.pop(key)}" for key in ("alpha", "value") if key in texts]
+    calls = f"torch.{kind}({', '.join([*texts.values(), *keywords])})"
     if kind == "neg" and len(terms) == 1:
         return _Term(f"-{terms[0].within(_PRODUCT)}", calls, _SUM, numbers, of)
     sign = _OPERATORS.get(kind)
     left, right, *_ = *arguments.values(), None, None
     if sign is None or not isinstance(left, _Term) or not isinstance(right, _Term):
-        inner = ", ".join(_operator_text(value) for value in arguments.values())
+        inner = ", ".join(_text(value, "operators") for value in arguments.values())
         return _Term(f"{kind}({inner})", calls, _ATOM, numbers, of)
     strength = _PRODUCT if sign in "*/" else _SUM
     second = right.within(strength + 1 if sign in "-/" else strength)
@@ -182,20 +182,16 @@ def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
         factor = alpha.operators
         if factor.startswith("-"):
             sign, factor = ("-" if sign == "+" else "+"), factor[1:]
-        second = (
-            f"{factor} * {right.within(_PRODUCT)}"
-            if factor not in ("1", "1.0")
-            else right.within(_PRODUCT)
-        )
+        second = right.within(_PRODUCT)
+        if factor not in ("1", "1.0"):
+            second = f"{factor} * {second}"
     return _Term(f"{left.within(strength)} {sign} {second}", calls, strength, numbers, of)
 
 
-def _call_text(value: Any) -> str:
-    return f"[{', '.join(map(_call_text, value))}]" if isinstance(value, list) else value.calls
-
-
-def _operator_text(value: Any) -> str:
-    return f"[{', '.join(map(_operator_text, value))}]" if isinstance(value, list) else value.operators
+def _text(value: Any, notation: str) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_text(each, notation) for each in value)}]"
+    return str(getattr(value, notation))
 
 
 #: Settings that make another algorithm, not another number of it.

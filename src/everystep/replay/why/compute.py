@@ -10,25 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.ops import Formula, Made, NoRuleError, Piece, Sum, Words
+from everystep.ops import Call, Formula, Made, NoRuleError, Piece, Sum, Words
 from everystep.ops.call import numbers_of
 from everystep.ops.formula import total
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Term, Why
 from everystep.replay.why.trace import same_number_bits
 
-__all__ = ["Tensors", "as_tensor", "computed", "same_value_bits"]
-
-
-class Tensors:
-    """The tensors of an operation, before and after."""
-
-    def __init__(self, inputs: dict[str, Tensor], results: dict[str, Tensor]) -> None:
-        self._inputs, self._results = inputs, results
-
-    def of(self, piece: Piece) -> Tensor:
-        """Return the tensor of a piece."""
-        return (self._results if piece.is_result else self._inputs)[piece.name]
+__all__ = ["as_tensor", "computed", "same_value_bits"]
 
 
 def as_tensor(number: Number) -> Tensor:
@@ -41,11 +30,11 @@ NumberAt = Callable[[Piece, int], Number]
 
 
 def computed(
-    number: Number, step: Step, operation: int, made: Made, tensors: Tensors, at: NumberAt, terms: int
+    number: Number, step: Step, operation: int, made: Made, call: Call, at: NumberAt, terms: int
 ) -> Why:
     """Return the answer for a number that an operation made.
 
-    made: how, by the rule of the operator; tensors: of the operation; at: makes numbers of pieces;
+    made: how, by the rule of the operator; call: the operation; at: makes numbers of pieces;
     terms: how many numbers of each kind are shown.
 
     Raises:
@@ -53,9 +42,9 @@ def computed(
     """
     try:
         if isinstance(made, Sum):
-            groups, value = _sum(made, tensors, at, terms)
+            groups, value = _sum(made, call, at, terms)
         else:
-            groups, value = _formula(made, tensors, at, terms)
+            groups, value = _formula(made, call, at, terms)
     except TypeError as error:  # a function of real numbers only
         raise NoRuleError("the rule does not give this complex number") from error
     if np.iscomplexobj(value) and not np.isclose(value, number.value, rtol=1e-3, equal_nan=True):
@@ -75,10 +64,10 @@ def computed(
     )
 
 
-def _sum(made: Sum, tensors: Tensors, at: NumberAt, count: int) -> tuple[tuple[Group, ...], Any]:
+def _sum(made: Sum, call: Call, at: NumberAt, count: int) -> tuple[tuple[Group, ...], Any]:
     groups, shown = [], []
     for terms in made.terms:
-        given = {key: numbers_of(tensors.of(p), p) for key, p in terms.given.items()}
+        given = {key: numbers_of(call.tensor_of(p), p) for key, p in terms.given.items()}
         values = terms.of(given)
         largest = _largest(values, count)
         others = np.delete(values, largest)
@@ -98,11 +87,11 @@ def _sum(made: Sum, tensors: Tensors, at: NumberAt, count: int) -> tuple[tuple[G
 
 
 def _formula(
-    made: Formula | Words, tensors: Tensors, at: NumberAt, count: int
+    made: Formula | Words, call: Call, at: NumberAt, count: int
 ) -> tuple[tuple[Group, ...], Any]:
     groups, given = [], {}
     for key, piece in made.given.items():
-        given[key] = numbers_of(tensors.of(piece), piece)
+        given[key] = numbers_of(call.tensor_of(piece), piece)
         rows = tuple(Term({key: at(piece, k)}) for k in _largest(given[key], count))
         groups.append(Group(key, rows, piece.size))
     return tuple(groups), None if isinstance(made, Words) else made.of(given)

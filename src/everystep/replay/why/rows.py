@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from everystep.ops import Made, NoRuleError, Piece, Sum
+from everystep.ops import Made, NoRuleError, Piece, Sum, how_made
 from everystep.replay.step import Step
 from everystep.replay.why.trace import Before, Halves, Spot, Trace, Written
 
@@ -44,7 +44,7 @@ def rows_behind(session: Session, number: Number) -> tuple[int, ...] | None:
             found |= _rows(trace, Piece(spot.name, spot.index))
             continue
         try:
-            made, _ = session.rule(trace.step, origin)
+            made = how_made(session.call(trace.step, origin))
         except NoRuleError:
             return None
         for piece in _pieces(made):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from everystep.device import on_cpu
 from everystep.errors import UsageError
-from everystep.ops import Call, Made, NoRuleError, Piece, how_made
+from everystep.ops import Call, NoRuleError, Piece, how_made
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Origin, Term, Why
-from everystep.replay.why.compute import Tensors, as_tensor, computed, same_value_bits
+from everystep.replay.why.compute import as_tensor, computed, same_value_bits
 from everystep.replay.why.rows import row_at
 from everystep.replay.why.trace import (
     Before,
@@ -149,18 +149,15 @@ class Session:
         step, operation = trace.step, origin.operation
         if origin.part is not None:
             return self._part(number, step, origin, terms)
-        try:
-            made, tensors = self.rule(step, origin)
-        except NoRuleError:
-            return Why(number, "operation", step, operation, unknown=tuple(seen.inputs))
 
         def at(piece: Piece, k: int) -> Number:
             index = piece.at(k)
             spot = Spot(piece.name, index, operation + piece.is_result)
-            return self.number(step.number, spot, tensors.of(piece).detach()[index])
+            return self.number(step.number, spot, call.tensor_of(piece).detach()[index])
 
+        call = self.call(step, origin)
         try:
-            return computed(number, step, operation, made, tensors, at, terms)
+            return computed(number, step, operation, how_made(call), call, at, terms)
         except NoRuleError:
             return Why(number, "operation", step, operation, unknown=tuple(seen.inputs))
 
@@ -195,20 +192,15 @@ class Session:
             note=f"its {'imaginary' if key == 'imag' else 'real'} part: {whole.number.name} is complex",
         )
 
-    def rule(self, step: Step, origin: Written) -> tuple[Made, Tensors]:
-        """Return how an operation made a number, and its tensors.
-
-        Raises:
-            NoRuleError: which numbers it made it from is not known.
-        """
+    def call(self, step: Step, origin: Written) -> Call:
+        """Return the operation that made a number, for its rule."""
         trace, seen = self.trace(step.number), step.operations[origin.operation]
         results = seen.results
         if origin.name not in results:  # written, but nobody looked at it: only its dtype counts
             empty = torch.empty(0, dtype=trace.spec(origin.name).torch_dtype)
             results = {**results, origin.name: empty}
         outputs = trace.outputs(origin.operation)
-        call = Call(seen.operation, seen.inputs, results, outputs, origin.place, origin.index)
-        return how_made(call), Tensors(seen.inputs, results)
+        return Call(seen.operation, seen.inputs, results, outputs, origin.place, origin.index)
 
     def _not_made(self, number: Number, trace: Trace, origin: Before) -> Why:
         kind: Origin = _ORIGINS.get(origin.kind, "constant")
