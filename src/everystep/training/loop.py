@@ -230,12 +230,9 @@ class _ModelWriter(RunWriter):
         stepper.advance(self.next_stop(job.steps, one_by_one=one_by_one, every=every))
         self.step = stepper.step
         if self.step > before:
-            self.timed(started, self._size_of_state, self.step - before)
+            self.timed(started, self.job.training.named_state, self.step - before)
         self._keep_engine(stepper)
         return self.step > before
-
-    def _size_of_state(self) -> int:
-        return sum(tensor.nbytes for tensor in self.job.training.named_state().values())
 
     def _keep_rows(self) -> None:
         """Record the rows of a Dataset that was read at every step, if they stayed the same."""

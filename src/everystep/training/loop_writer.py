@@ -175,7 +175,7 @@ class LoopWriter(RunWriter):
         self.taken.append(self._rows.row(self.step, step.watch, path, *given))
         self._note_logged(step, path)
         self._notices.of_step(self.step, step.watch, is_compiled=step.is_compiled)
-        self.timed(step.started, self._size_of_state)
+        self.timed(step.started, self.parts.state)
         self._keep_pending(self._rows.program_of(path))
         self._compare_with_later()
         if self.is_snapshot_due():
@@ -226,9 +226,6 @@ class LoopWriter(RunWriter):
             rest = last.rest | self._place.at_end
             self.recorder.snapshot(State(last.step, last.parameters, rest, last.settings))
         self.close(status, reason, self._loop_facts())
-
-    def _size_of_state(self) -> int:
-        return sum(tensor.nbytes for tensor in self.parts.state().values())
 
     def _snapshot(self) -> State:
         """Return the current state, with the place in the batches."""

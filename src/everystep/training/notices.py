@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
-
 from everystep.recording.notice import say
+from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Notices"]
 
 #: What is not seen is said so often; the rest is in the run's facts.
 MOST_SAID = 3
-
-
-class _Seen(Protocol):
-    """What is known of a step."""
-
-    @property
-    def unseen(self) -> Iterable[str]: ...
-    @property
-    def changed_elsewhere(self) -> str | None: ...
 
 
 class Notices:
@@ -40,7 +29,7 @@ class Notices:
             "values, but no step shows how they came about",
         )
 
-    def of_step(self, step: int, seen: _Seen, *, is_compiled: bool) -> None:
+    def of_step(self, step: int, seen: AnyWatch, *, is_compiled: bool) -> None:
         """Report what the recording of a step lacks. is_compiled: torch.compile ran in it."""
         for reason in seen.unseen:
             if reason not in self.unseen and len(self.unseen) < MOST_SAID:

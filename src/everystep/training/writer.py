@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from everystep import clock
 from everystep.recording.contents import Taken
 from everystep.recording.recorder import Recorder
@@ -88,17 +90,18 @@ class RunWriter:
         self.measured += changed
         self.rates = rates
 
-    def timed(self, began: float, size: Callable[[], int], count: int = 1) -> None:
+    def timed(self, began: float, state: Callable[[], dict[str, Tensor]], count: int = 1) -> None:
         """Note the time of `count` steps that just ran, and choose the snapshots' interval from it.
 
         Args:
             began: when, on the clock.
-            size: returns the bytes of the current state.
+            state: returns the live tensors that the training carries.
             count: of steps.
         """
         self.step_seconds = min(self.step_seconds, (clock.now() - began) / count)
         if self.has_timed_steps and not self.recorder.has_interval:
-            self.recorder.choose_interval(self.step_seconds, size())
+            size = sum(tensor.nbytes for tensor in state().values())
+            self.recorder.choose_interval(self.step_seconds, size)
 
     def next_stop(self, last: int, *, one_by_one: bool, every: int | None = None) -> int:
         """Return the step up to which steps may run without a look at signals and snapshots.
