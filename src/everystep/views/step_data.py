@@ -42,7 +42,7 @@ _LARGEST_IMAGE = 512
 def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str, Any]:
     """Return everything in a step as plain data; NaN and infinities are texts.
 
-    values: the numbers of every tensor, too, as nested lists, and all that the batch holds besides.
+    values: the numbers of every tensor, too, as nested lists, and all other values of the batch.
     """
     facts = run.facts
     training = facts.training_of(step.number)
