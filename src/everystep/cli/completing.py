@@ -6,6 +6,7 @@ Where a function returns nothing that fits, the shell offers files and directori
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -13,13 +14,11 @@ import typer
 from everystep.errors import RunError
 
 __all__ = [
-    "device_names",
-    "engine_names",
     "experiment_names",
     "experiments_and_files",
     "measurement_names",
+    "one_of",
     "operation_numbers",
-    "phase_names",
     "run_names",
 ]
 
@@ -46,9 +45,9 @@ def experiments_and_files() -> list[str]:
     return [*experiment_names(), *files]
 
 
-def phase_names() -> list[str]:
-    """Return the phases that `everystep step` can show alone, in order."""
-    return ["batch", "forward", "loss", "zero_grad", "backward", "update", "other"]
+def one_of(*names: str) -> Callable[[], list[str]]:
+    """Return what offers these names."""
+    return lambda: list(names)
 
 
 def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
@@ -83,16 +82,6 @@ def measurement_names(ctx: typer.Context) -> list[str]:
         except RunError:
             continue
     return sorted(found)
-
-
-def device_names() -> list[str]:
-    """Return the kinds of devices that torch itself has."""
-    return ["cpu", "cuda", "mps", "xpu", "auto"]
-
-
-def engine_names() -> list[str]:
-    """Return the engines."""
-    return ["auto", "program", "eager"]
 
 
 def _arguments(ctx: typer.Context, name: str) -> list[str]:

@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everystep.cli.arguments import BudgetOption, QuietOption, RunArgument, SettingsOption, row_numbers
-from everystep.cli.completing import (
-    device_names,
-    engine_names,
-    experiment_names,
-    experiments_and_files,
-)
+from everystep.cli.completing import experiment_names, experiments_and_files, one_of
 from everystep.cli.output import hint, say, say_lines
 from everystep.errors import UsageError, did_you_mean
 
@@ -41,7 +36,10 @@ def train(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.", autocompletion=device_names),
+        typer.Option(
+            help="cpu, cuda, cuda:1, mps, xpu, or auto.",
+            autocompletion=one_of("cpu", "cuda", "mps", "xpu", "auto"),
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data, model and batches.")] = None,
     threads: Annotated[int | None, typer.Option(help="Number of threads that torch uses.")] = None,
@@ -50,7 +48,7 @@ def train(
         typer.Option(
             help="eager: Python runs every step; auto: programs run the steps if all code is torch's; "
             "program: the same, and you vouch for your own code.",
-            autocompletion=engine_names,
+            autocompletion=one_of("auto", "program", "eager"),
         ),
     ] = None,
     run: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument, StepArgument
-from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
+from everystep.cli.completing import measurement_names, one_of, operation_numbers, run_names
 from everystep.cli.output import answer, hint, say, say_written, tell
 from everystep.errors import RunError, UsageError
 
@@ -203,7 +203,9 @@ def step(
         str | None,
         typer.Option(
             help="Show only this phase: batch, forward, loss, zero_grad, backward, update.",
-            autocompletion=phase_names,
+            autocompletion=one_of(
+                "batch", "forward", "loss", "zero_grad", "backward", "update", "other"
+            ),
         ),
     ] = None,
     operation: Annotated[

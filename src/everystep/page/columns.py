@@ -24,7 +24,7 @@ from everystep.recording.run import RecordedRun
 from everystep.recording.summary import Numbers, fingerprint, read_numbers
 from everystep.views.reduction import reduce
 from everystep.views.summary import Sparkline, sparkline
-from everystep.views.table import shortest_texts
+from everystep.views.table import column_title, shortest_texts
 
 __all__ = ["MOST_COLUMNS", "Columns", "RunColumns", "reduced"]
 
@@ -62,10 +62,7 @@ class RunColumns:
     def titles(self) -> dict[str, str | None]:
         """The columns of the table besides the step: what each is of; None: the loss, if it is there."""
         found: dict[str, str | None] = {"loss": None} if self.facts.has_loss else {}
-        for ends in self.ends[:MOST_COLUMNS]:
-            is_taken = ends.name in ("step", "loss")
-            found[f"{ends.name} (measured)" if is_taken else ends.name] = ends.name
-        return found
+        return found | {column_title(ends.name): ends.name for ends in self.ends[:MOST_COLUMNS]}
 
     def series(self, name: str) -> Series:
         """Return the steps and values of a measurement.

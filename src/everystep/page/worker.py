@@ -212,8 +212,9 @@ def _answer(openers: Openers, asked: dict[str, Any]) -> Found:
 
         page = shared_report(openers.run(asked["run"]), asked["steps"])
         return {}, page.encode("utf-8", "replace")
+    answer = _KINDS[asked["kind"]]
     run, step = openers.step(asked["run"], asked["step"])
-    return _KINDS[asked["kind"]](step, run, asked)
+    return answer(step, run, asked)
 
 
 def _status_of(error: EverystepError) -> int:

@@ -50,9 +50,9 @@ class OpenedRun(RecordedRun):
         opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
         if self._last_opened is not None and self._last_opened[0] is opened:
             return self._last_opened[1]
-        from everystep.views.answers import View
+        from everystep.views.answers import RunView
 
-        shown = replace(opened, view=View(self), earlier=self.__getitem__)
+        shown = replace(opened, view=RunView(self), earlier=self.__getitem__)
         self._last_opened = opened, shown
         return shown
 

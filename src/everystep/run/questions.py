@@ -227,10 +227,10 @@ class Questions(OpenedRun):
             StepError: the run has no such step.
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.views.answers import View
+        from everystep.views.answers import RunView
 
         opened = self[step]
-        return replace(opened.rows, view=View(self, opened))
+        return replace(opened.rows, view=RunView(self, opened))
 
     def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
         """Return where a number of a step comes from: the operation that made it, and from what.
@@ -318,9 +318,9 @@ class Questions(OpenedRun):
             return self._shown(ask(on_progress=on_progress))
 
     def _shown(self, answer: Answer) -> Answer:
-        from everystep.views.answers import View
+        from everystep.views.answers import RunView
 
-        return answer and replace(answer, view=View(self))  # type: ignore[type-var]
+        return answer and replace(answer, view=RunView(self))  # type: ignore[type-var]
 
     def _question(self, question: str | Callable[[Step], Any]) -> tuple[Any, str]:
         """Return a question in the form that queries take, and its name."""

@@ -225,13 +225,13 @@ def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis
     from everystep.recording.database import FILE_NAME
     from everystep.recording.health import readable_numbers
     from everystep.replay.doctor import doctor
-    from everystep.views.answers import View
+    from everystep.views.answers import RunView
     from everystep.views.output_file import write_file
 
     found = doctor(directory)
     if export is not None:
         write_file(export, readable_numbers(directory / FILE_NAME))
-    return dataclasses.replace(found, view=View(None))
+    return dataclasses.replace(found, view=RunView(None))
 
 
 def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from everystep.replay.verify import Verification
     from everystep.replay.what_if import Case, WhatIf
 
-__all__ = ["FINITE", "View", "skipped_text", "when_text"]
+__all__ = ["FINITE", "RunView", "skipped_text", "when_text"]
 
 #: What is said where there is no NaN and no infinity.
 FINITE = "all results of all operations are finite"
@@ -43,7 +43,7 @@ FINITE = "all results of all operations are finite"
 _ROWS_NAMED = 8
 
 
-class View(NamedTuple):
+class RunView(NamedTuple):
     """How what a run answers is shown.
 
     run: None for a diagnosis, which a run that cannot be opened has, too; step: that rows are of.
@@ -62,8 +62,7 @@ class View(NamedTuple):
         found: dict[str, Any] = (
             _DATA[kind](answer, self, **options) if kind in _DATA else plain_data(answer)
         )
-        is_named = self.run is None or "name" in found or "names" in found
-        return found if is_named else {"run": self.run.name} | found
+        return found if self.run is None else {"run": self.run.name} | found
 
     def html(self, step: Step) -> str:
         """Return a step as a notebook shows it."""
@@ -76,11 +75,11 @@ class View(NamedTuple):
         return _view_of, (self.run and self.run.directory, self.step)
 
 
-def _view_of(directory: Path | None, step: Step | None) -> View:
-    return View(None if directory is None else RecordedRun(directory), step)
+def _view_of(directory: Path | None, step: Step | None) -> RunView:
+    return RunView(None if directory is None else RecordedRun(directory), step)
 
 
-def _verify_text(found: Verification, view: View) -> str:
+def _verify_text(found: Verification, view: RunView) -> str:
     """Return what matches and what does not, in lines, and the conclusion."""
     facts = view.run.facts
     numerics = "; ".join(f"{key} {one}, now {two}" for key, (one, two) in found.numerics.items())
@@ -146,7 +145,7 @@ def _snapshots_text(found: Verification) -> str:
     return text + tensors_text(first)
 
 
-def _measured_text(found: Measured, view: View) -> str:
+def _measured_text(found: Measured, view: RunView) -> str:
     """Return the result of measuring, in a line or two."""
     values = list(found.values.items())
     if not values:
@@ -175,13 +174,13 @@ def when_text(losses: Mapping[int, float]) -> str:
     return "".join(f"{step}\t{shortest(loss)}\n" for step, loss in losses.items())
 
 
-def _found_text(found: Found, view: View) -> str:
+def _found_text(found: Found, view: RunView) -> str:
     """Return the steps with their losses, or that there is none, and which were skipped."""
     text = when_text(view.run.losses_at(found.steps)).rstrip("\n") or "no step matches"
     return f"{text}\n{skipped_text(found.inexact)}" if found.inexact else text
 
 
-def _nonfinite_text(found: NonFinite, view: View) -> str:
+def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     """Return what made the first NaN or infinity."""
     from everystep.replay.given import name_in_words
 
@@ -257,7 +256,7 @@ def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
     }
 
 
-def _diagnosis_text(found: Diagnosis, view: View | None = None) -> str:
+def _diagnosis_text(found: Diagnosis, view: RunView | None = None) -> str:
     """Return what is wrong with a run, and what can be read, in lines."""
     findings: list[str] = []
     for each in found.findings:
@@ -269,7 +268,7 @@ def _diagnosis_text(found: Diagnosis, view: View | None = None) -> str:
     return "\n".join([*findings, block(lines, verdict)])
 
 
-def _what_if_text(found: WhatIf, view: View) -> str:
+def _what_if_text(found: WhatIf, view: RunView) -> str:
     """Return what became of a number at the last step, a line for each training, the smallest first."""
     known = found.recorded.value
     table = table_text(
@@ -290,47 +289,47 @@ def _change(case: Case, known: float | None) -> str:
     return "-" if known is None or case.value is None else f"{case.value - known:+.4g}"
 
 
-def _found_data(found: Found, view: View, most: int | None = None) -> dict[str, Any]:
-    """Return steps with their losses; most: of which so many are listed."""
+def _found_data(found: Found, view: RunView, most: int | None = None) -> dict[str, Any]:
+    """Return steps with their losses; most: how many are listed."""
     losses = view.run.losses_at(found.steps[:most])
     steps = [{"step": step, "loss": plain_data(loss)} for step, loss in losses.items()]
     return {"count": len(found.steps), "steps": steps, "inexact": list(found.inexact)}
 
 
-def _why_data(answer: Any, view: View) -> dict[str, Any]:
+def _why_data(answer: Any, view: RunView) -> dict[str, Any]:
     import everystep.views.why  # noqa: F401  # it registers what the parts of the answer derive
 
     found: dict[str, Any] = plain_data(answer)
     return found
 
 
-def _why_text(answer: Any, view: View, **options: Any) -> str:
+def _why_text(answer: Any, view: RunView, **options: Any) -> str:
     from everystep.views.why import why_text
 
     return why_text(answer, **options)
 
 
-def _rows_text(answer: Any, view: View, **options: Any) -> str:
+def _rows_text(answer: Any, view: RunView, **options: Any) -> str:
     from everystep.views.rows import rows_text
 
     assert view.step is not None
     return rows_text(view.step, view.run.facts, name=view.run.name, **options)
 
 
-def _rows_data(answer: Any, view: View, **options: Any) -> dict[str, Any]:
+def _rows_data(answer: Any, view: RunView, **options: Any) -> dict[str, Any]:
     from everystep.views.rows import rows_data
 
     assert view.step is not None
     return rows_data(view.step, view.run.facts, **options)
 
 
-def _step_text(answer: Any, view: View, **options: Any) -> str:
+def _step_text(answer: Any, view: RunView, **options: Any) -> str:
     from everystep.views.step import step_text
 
     return step_text(answer, view.run.facts, name=view.run.name, **options).plain
 
 
-def _step_data(answer: Any, view: View, **options: Any) -> dict[str, Any]:
+def _step_data(answer: Any, view: RunView, **options: Any) -> dict[str, Any]:
     from everystep.views.step_data import step_data
 
     return step_data(answer, view.run, **options)

@@ -1,4 +1,4 @@
-"""What a batch holds besides the numbers of its tensors: plain values, names of classes, columns."""
+"""What a batch holds apart from the numbers of its tensors: plain values, classes, columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two runs compared, and a run repeated elsewhere: what differs, where it begins, and why, as text."""
+"""Two runs compared, and a run under different conditions: what differs, where, and why, as text."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def _suspect_text(found: Suspect, name: str, other: str) -> str:
 
 
 def rerun_text(found: Rerun) -> str:
-    """Return where the steps of a run part from the recording elsewhere, and by how much, in lines."""
+    """Return where the steps of a rerun diverge from the recording, and by how much, in lines."""
     last = found.first + len(found.losses) - 1
     changed = (f"{name}: {one} | {there}" for name, (one, there) in found.changed.items())
     lines = [
@@ -462,7 +462,7 @@ def _nearer_text(found: Rerun) -> str:
 
 
 def distances(found: Rerun) -> dict[str, dict[str, float]]:
-    """Return how far the losses of each run are from those elsewhere, relative to these."""
+    """Return how far the losses of each run are from those of the rerun, relative to these."""
     from everystep.replay.rerun import relative_distance
 
     count = _common(found)
@@ -474,7 +474,7 @@ def distances(found: Rerun) -> dict[str, dict[str, float]]:
 
 
 def _common(found: Rerun) -> int:
-    """Return how many steps all runs have that are laid beside each other."""
+    """Return how many steps all compared runs have."""
     return min(len(losses) for losses in (found.losses, *found.others.values()))
 
 

@@ -220,7 +220,7 @@ def ending(run: RecordedRun, facts: Facts, status: str, steps: int) -> str | Non
 
 
 def going_on(run: RecordedRun, facts: Facts) -> str:
-    """Return the command, or the call, that goes on with a training."""
+    """Return the command, or the call, that continues a training."""
     name = shortest_name(run.directory)
     trained = facts.trained
     if trained is not None and trained.loop is not None:
@@ -249,7 +249,7 @@ def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[
 
 
 def facts_data(facts: Facts) -> dict[str, Any]:
-    """Return everything that a run says of itself, in words, as the page and the report show it."""
+    """Return everything that is known of a run, in words, as the page and the report show it."""
     return {
         "facts": [*facts_in_order(facts), ("seed", seed(facts))],
         "details": details(facts),

@@ -41,7 +41,7 @@ _LARGEST_IMAGE = 512
 def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str, Any]:
     """Return everything in a step as plain data; NaN and infinities are texts.
 
-    values: the numbers of every tensor, too, as nested lists, and all that the batch holds besides.
+    values: the numbers of every tensor, too, as nested lists, and all other values of the batch.
     """
     facts = run.facts
     training = facts.training_of(step.number)
@@ -78,8 +78,10 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "gradients": tensors.of("gradients", _as_made(step)),
         "updates": _updates(step, _formulas(step, training, happened), tensors),
     }
-    found: dict[str, Any] = plain_data(content | {"tensors": tensors.known})
-    return found
+    content["tensors"] = tensors.known
+    # Of these there are many, and none of their values is a number that could be NaN.
+    plain = ("operations", "network")
+    return {key: each if key in plain else plain_data(each) for key, each in content.items()}
 
 
 class _Tensors:
@@ -186,10 +188,10 @@ def _operations(step: Step, tensors: _Tensors) -> list[dict[str, Any]]:
     ]
 
 
-def _arguments(operation: Operation, line: Line) -> list[tuple[str, str, bool]]:
+def _arguments(operation: Operation, line: Line) -> list[list[str | bool]]:
     """Return name, text, and whether it is the default."""
     return [
-        (key, value_text(value, lambda name: line.given.get(name, name)), not is_given)
+        [key, value_text(value, lambda name: line.given.get(name, name)), not is_given]
         for key, (value, is_given) in all_arguments(operation).items()
     ]
 

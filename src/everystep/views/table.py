@@ -25,7 +25,7 @@ from everystep.views.reduction import extremes
 if TYPE_CHECKING:
     from everystep.recording.run import RecordedRun
 
-__all__ = ["LossTable", "environment", "loss_table", "shortest_texts"]
+__all__ = ["LossTable", "column_title", "environment", "loss_table", "shortest_texts"]
 
 #: Rows that stand in the page as plain HTML, for where scripts do not run.
 STATIC_ROWS = 10
@@ -125,7 +125,7 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         raise UsageError(f"rows must be at least {FEWEST_ROWS}, not {rows}")
     losses = run.losses
     measured = {
-        _title(str(name)): part.select("step", pl.col("value").alias(_title(str(name))))
+        column_title(str(name)): part.select("step", pl.col("value").alias(column_title(str(name))))
         for (name,), part in run.measurements.partition_by("name", as_dict=True).items()
     }
     frame = losses
@@ -220,7 +220,7 @@ def _datatables() -> str:
     return b64encode(gzip.compress(bundle, mtime=0)).decode("ascii")
 
 
-def _title(measurement: str) -> str:
+def column_title(measurement: str) -> str:
     """Return the title of a measurement's column; the columns of the losses keep their own."""
     return f"{measurement} (measured)" if measurement in ("step", "loss") else measurement
 

@@ -53,10 +53,10 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
 
     async def ask(request: Request) -> Response:
         step = _whole("step", request.path_params["step"])
+        asked = QUESTIONS[kind][1](request.query_params)
         state = request.app.state
         # Ranking rows may take seconds, and who goes from step to step does not wait for it.
         desk = state.second_desk if kind == "rows" else state.desk
-        asked = QUESTIONS[kind][1](request.query_params)
         return await _answered(request, desk, kind, step=step, **asked)
 
     return ask

@@ -80,7 +80,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def events(request: Request) -> Response:
-    """Say what a task says, as server-sent events, until it ends."""
+    """Report what a task reports, as server-sent events, until it ends."""
     task = _task(request)
     if task is None:
         return _unknown()
