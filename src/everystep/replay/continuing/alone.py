@@ -175,17 +175,13 @@ def _take(
     interrupt: Interrupt,
 ) -> str | None:
     """Take steps up to the last one, record them, and take snapshots; return why it stopped before."""
-
-    def size() -> int:
-        return sum(tensor.nbytes for tensor in stepper.named_state().values())
-
     reason, newest = None, writer.step
     while writer.step < last and not interrupt:
         writer.recorder.check()
         first, started = writer.step + 1, clock.now()
         losses = stepper.run(writer.next_stop(last, one_by_one=stops_on_nan)).tolist()
         writer.step += len(losses)
-        writer.timed(started, size, len(losses))
+        writer.timed(started, stepper.named_state, len(losses))
         writer.taken = [further.taken(number) for number in range(first, writer.step + 1)]
         writer.write(first, losses, {})
         if writer.is_snapshot_due():
