@@ -113,7 +113,7 @@ def train(
     directory: str | Path | None = None,
     resume: bool | str | Path = False,
     anyway: bool = False,
-    fork: str | Path | None = None,
+    fork: str | Path | Run | None = None,
     at: int | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
@@ -212,6 +212,7 @@ def train(
         from everystep.training.record import Recording
 
         check_step(model, data, parts, others)
+        resumed = _resumed(place, resume)
         watcher = progress_of(progress)
         recording = Recording(
             dict(parts),
@@ -221,9 +222,9 @@ def train(
             batch_budget,
             Run,
             watcher.advance,
-            resumed=_resumed(place, resume),
+            resumed=resumed,
             is_accepted=anyway,
-            fork=_forked(fork, at),
+            fork=_forked(fork, at, resumed),
         )
         batches = cast("Iterable[Any] | None", data)
         return run_of(train_step(model, batches, iteration, recording, watcher))
@@ -252,7 +253,7 @@ def record(
     run: str | Path | None = None,
     resume: bool | str | Path = False,
     anyway: bool = False,
-    fork: str | Path | None = None,
+    fork: str | Path | Run | None = None,
     at: int | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
@@ -299,6 +300,7 @@ def record(
     from everystep.training.record import Recording
 
     place = None if run is None else Path(run)
+    resumed = _resumed(place, resume, "run")
     return Recording(
         parts,
         place,
@@ -306,22 +308,37 @@ def record(
         snapshot_budget,
         batch_budget,
         Run,
-        resumed=_resumed(place, resume, "run"),
+        resumed=resumed,
         is_accepted=anyway,
-        fork=_forked(fork, at),
+        fork=_forked(fork, at, resumed),
     )
 
 
-def _forked(fork: str | Path | None, at: int | None) -> tuple[Run, int] | None:
-    """Return the run to make a fork of, and the step after which it begins; None for no fork.
+def _forked(
+    fork: str | Path | Run | None, at: int | None, resumed: Run | None
+) -> tuple[Run, int] | None:
+    """Return the run to make a fork of, and the step after which it begins; None for no new fork.
+
+    resumed: the run to go on with, which must then be that fork.
 
     Raises:
-        UsageError: only one of the two is given.
+        UsageError: only one of the two is given, there is no such step, or the run is another one.
         RunError: the run does not exist.
     """
-    if (fork is None) != (at is None):
+    if fork is None and at is None:
+        return None
+    if fork is None or not isinstance(at, int) or isinstance(at, bool) or at < 0:
         raise UsageError("a fork needs a run and a step: fork=RUN, at=STEP")
-    return None if fork is None or at is None else (Run(find_run(fork)), at)
+    parent = fork if isinstance(fork, Run) else Run(find_run(fork))
+    if resumed is None:
+        return parent, at
+    made = resumed.facts.fork
+    if made is None or (made.parent, made.at) != (parent.name, at):
+        raise UsageError(
+            f"{resumed.name} exists, and is not the fork of {parent.name} at step {at}; choose another "
+            "directory, or omit fork and at"
+        )
+    return None
 
 
 def _resumed(place: Path | None, resume: bool | str | Path, name: str = "directory") -> Run | None:

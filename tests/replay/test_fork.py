@@ -702,6 +702,71 @@ def contents_of(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+def test_a_fork_of_a_loop_with_other_settings_is_refused():
+    tuned(partial(everystep.record, run="runs/parent"))
+
+    def fork(make=None, freezes=False):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        model[0].requires_grad_(not freezes)
+        optimizer = torch.optim.Adam(make(model) if make else model.parameters(), lr=0.01)
+        schedule = StepLR(optimizer, 2, gamma=0.5 if make is None and not freezes else 0.9)
+        with everystep.record(fork="parent", at=8, model=model, optimizer=optimizer, schedule=schedule):
+            pass
+
+    cure = (
+        "pass the parts as they were then, and change what should differ once recording.step_count is 8"
+    )
+    with pytest.raises(RunError, match=f"schedule: other settings .*{cure}"):
+        fork()
+    with pytest.raises(RunError, match=f"optimizer: other settings .*{cure}"):
+        fork(lambda model: model[2].parameters())
+    with pytest.raises(RunError, match=f"which parameters are trained: other settings .*{cure}"):
+        fork(freezes=True)
+    with pytest.raises(RunError, match="the loop ends after step 0, before the fork at step 8"):
+        tuned(partial(everystep.record, fork="parent", at=8), steps=0)
+    with pytest.raises(UsageError, match="a fork needs a run and a step"):
+        everystep.record(fork="parent", at=-1, model=nn.Linear(1, 1))
+    with pytest.raises(UsageError, match="parent exists, and is not the fork of parent at step 8"):
+        everystep.record(run="runs/parent", resume=True, fork="parent", at=8, model=nn.Linear(1, 1))
+    assert [path.name for path in Path("runs").iterdir()] == ["parent"]
+
+
+def test_a_loop_that_marks_its_steps_makes_forks_of_its_beginning_alone():
+    def record(**settings):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with everystep.record(model=model, optimizer=optimizer, **settings) as recording:
+            while recording.step_count < 6:
+                with recording.step():
+                    loss = model(torch.ones(2, 4)).square().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    recording.log(loss=loss)
+                optimizer.param_groups[0]["lr"] *= 0.5
+        return recording.run
+
+    parent = record(run="runs/parent")
+    fork = record(fork="parent", at=0)
+    assert fork.losses.equals(parent.losses) and fork.verify(progress=False).is_exact
+    with pytest.raises(RunError, match=r"marks its steps with recording\.step, .* fork it at step 0"):
+        record(fork="parent", at=3)
+
+
+def test_a_fork_with_an_optimizer_of_fewer_parameters_is_refused():
+    model = mlp()
+    optimizer = momentum(model.parameters())
+    data = torch.randn(8, 4), torch.randn(8, 2)
+    settings = {"loss": nn.functional.mse_loss, "steps": 6, "progress": False}
+    parent = everystep.train(model, data, optimizer=optimizer, **settings)
+    other = mlp()
+    with pytest.raises(RunError, match="different param groups"):
+        parent.fork(3, model=other, loss=nn.MSELoss(), optimizer=momentum(other[2].parameters()))
+    fork = parent.fork(3, model=other, loss=nn.L1Loss(), optimizer=momentum(other.parameters()))
+    assert len(fork) == 6 and fork.verify(progress=False).is_exact
+
+
 def test_a_fork_of_a_loop_that_differs_too_early_is_refused_and_leaves_nothing():
     tuned(partial(everystep.record, run="runs/parent"))
     with pytest.raises(RunError, match=r"parent cannot be forked at step 13: .*step_count is 13"):

@@ -135,7 +135,10 @@ def test_data_that_a_metric_writes_into_is_kept_from_there_on(batch_size, capfd)
     run = by_train(make(), **settings)
     assert run.losses["loss"].to_list() == losses
     verified(run)
-    assert "from step 11 on: your code changes the data" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert (
+        "from step 11 on: your code changes the data" in err and "begin with the data as it was" in err
+    )
 
 
 def test_a_layer_that_a_metric_freezes_and_unfreezes_replays():

@@ -195,9 +195,11 @@ def inherit(
         database.write_contents(contents)
         for number in {file for _, file, _, _ in contents}:
             _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
-    # A fork of a loop begins with a snapshot of its parent; others bring their own of that state.
+    # A fork of a loop begins with a snapshot of its parent; others bring their own of that state. The
+    # last one has what came after the loop's last step, too.
     is_loop = parent.facts.training.loop is not None
-    for row in [row for row in parent.snapshot_rows() if row.step < at + is_loop]:
+    begins_there = is_loop and (at < parent.newest_step() or not at)
+    for row in [row for row in parent.snapshot_rows() if row.step < at + begins_there]:
         for name in (PARAMETERS, REST):
             _take(parent.directory, directory, f"{row.directory}/{name}")
         database.add_snapshot(row)

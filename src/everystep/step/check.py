@@ -166,12 +166,12 @@ def state_differences(
 ) -> list[StateDifference]:
     """Return the tensors of two states that differ, except Python's and NumPy's generators.
 
-    only_model: compare only parameters and buffers; only_seen: only what operations of steps can change,
-    which excludes random generators.
+    only_model: compare only parameters and buffers that both have; only_seen: only what operations of
+    steps can change, which excludes random generators.
     """
     found = []
     both = [_compared(state, only_seen=only_seen) for state in (recorded, replayed)]
-    for name in sorted(both[0] | both[1]):
+    for name in sorted(both[0] & both[1] if only_model else both[0] | both[1]):
         if only_model and not name.startswith(("parameters/", "buffer/")):
             continue
         # A pending gradient is in a snapshot only where the next step uses it.

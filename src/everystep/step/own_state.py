@@ -41,6 +41,8 @@ _OF_TORCH = {
 }
 #: Objects that stay as they are: code, modules, and objects that cannot be copied.
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
+#: Where the classes of functions, methods and operators are defined.
+_WITH_CODE = ("builtins", "functools", "torch", "types")
 
 
 def keeps_own_state(optimizer: torch.optim.Optimizer | None) -> bool:
@@ -147,7 +149,7 @@ class _Capturing:
         if type(value) in (list, tuple, deque):
             kind = type(value).__name__
             return {kind: [self.encoded(item, f"{place}.{i}") for i, item in enumerate(value)]}
-        if callable(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__"):
+        if _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__"):
             return {"left": type(value).__name__}
         skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else set()
         own = {n: v for n, v in vars(value).items() if n not in skipped}
@@ -180,6 +182,11 @@ class _Capturing:
         if type(key) is tuple:
             return {"tuple": list(key)}
         return {"id": self._ids[key]} if type(key) is int and key in self._ids else key
+
+
+def _is_code(value: Any) -> bool:
+    """Tell whether a value is a function or the like; an object of another class may count its calls."""
+    return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 
 
 def _is_plain(value: Any) -> bool:

@@ -6,6 +6,7 @@ them, and of modules the plain attributes that changed since the recording began
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -82,6 +83,24 @@ class PartsState:
         settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
         return State(step, parameters, rest, settings)
 
+    def check_begins_as(self, state: State, cure: str) -> None:
+        """Check that what the parts hold besides numbers is what they held in a state.
+
+        cure: how to change it instead.
+
+        Raises:
+            RunError: it is not; names the parts.
+        """
+        now, then = (each.settings for each in (self.snapshot(state.step), state))
+        held = then.get("held", {})
+        other = [name for name, each in now["held"].items() if not _is_equal(each, held.get(name))]
+        if now["frozen"] != then.get("frozen"):
+            other.append("which parameters are trained")
+        if other:
+            raise RunError(
+                f"{', '.join(other)}: other settings than those that the recording began with; {cure}"
+            )
+
     def _of_optimizer(
         self, optimizer: torch.optim.Optimizer, live: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Any]:
@@ -97,16 +116,16 @@ class PartsState:
     def restore(self, state: State, only: Collection[str] | None = None) -> None:
         """Bring the parts to a state that was written in this or another process.
 
-        only: some parts, where the others may be those of another training, and what they compute with
-            is theirs to set; None: all, as they were.
+        only: some parts, as far as the state has them; which parameters are trained, and by which group
+            of an optimizer, is not restored. None: all parts, as they were.
 
         Raises:
             RunError: it is the state of other parts; lists what does not fit.
         """
-        parts = self._parts if only is None else self._parts.only(only)
-        held = state.settings.get("held", {})
-        wanted = parts.named.keys()
-        if not isinstance(held, dict) or not (held.keys() == wanted or (only and wanted <= held.keys())):
+        parts, held = self._parts, state.settings.get("held", {})
+        if only is not None and isinstance(held, dict):
+            parts = parts.only([name for name in only if name in held])
+        elif not isinstance(held, dict) or held.keys() != parts.named.keys():
             known = ", ".join(held) if isinstance(held, dict) else "none"
             raise RunError(
                 f"the run was recorded with the parts {known}, not {', '.join(parts.named)}; pass the "
@@ -117,8 +136,10 @@ class PartsState:
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
         try:
             for name in parts.named:
-                self._restore_part(parts, name, held[name], saved)
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+                self._restore_part(parts, name, held[name], saved, is_whole=only is None)
+        except KeyError as error:
+            raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
+        except (ValueError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
         _fill(parts, state, saved, is_whole=only is None)
         if only is None:
@@ -129,13 +150,20 @@ class PartsState:
         state.generators.restore(parts.device)
 
     def _restore_part(
-        self, parts: Parts, name: str, held: Mapping[str, Any], saved: Mapping[str, Tensor]
+        self,
+        parts: Parts,
+        name: str,
+        held: Mapping[str, Any],
+        saved: Mapping[str, Tensor],
+        *,
+        is_whole: bool,
     ) -> None:
         part, names = parts.named[name], parts.parameter_names()
         if isinstance(part, nn.Module):
             modules = dict(part.named_modules())
-            for path, attributes in (self._at_first[name] | held["attributes"]).items():
-                for attribute, value in attributes.items():
+            first, later = self._at_first[name], held["attributes"]
+            for path in first | later:
+                for attribute, value in (first.get(path, {}) | later.get(path, {})).items():
                     object.__setattr__(modules[path], attribute, value)
         elif isinstance(part, torch.optim.Optimizer):
             own_class, known = type(part).__qualname__, held["optimizer"]["class"]
@@ -145,7 +173,8 @@ class PartsState:
                 restore(part, names, saved, held["own"])
                 return
             own = "" if len(parts.optimizers) == 1 else f"{name}."
-            _restore_groups(part, names, held["optimizer"]["groups"])
+            if is_whole:
+                _restore_groups(part, names, held["optimizer"]["groups"])
             in_it = {p: names[p] for group in part.param_groups for p in group["params"]}
             restore_optimizer(part, in_it, held["optimizer"], saved, f"optimizer/{own}")
         elif isinstance(part, Tensor):
@@ -223,6 +252,11 @@ def _changed(
 
 def _is_same(one: Any, two: Any) -> bool:
     return type(one) is type(two) and (one == two or (one != one and two != two))
+
+
+def _is_equal(one: Any, two: Any) -> bool:
+    """Tell whether two settings are written alike."""
+    return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
 
 
 def _geometry(tensor: Tensor) -> str:

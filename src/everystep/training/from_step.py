@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from everystep import numerics
 from everystep.bounded import check_steps
-from everystep.errors import ExperimentError, Fault
+from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.experiment.specification import Iteration
 from everystep.training.dataset import called
 from everystep.training.interrupt import Interrupt, interrupt_deferred
@@ -103,6 +103,8 @@ def _take_all(
 ) -> None:
     """Call the step for each batch, until a signal or a loss that is not finite ends the training."""
     total = _total(iteration, batches)["steps"] or None
+    if iteration.steps is not None and iteration.steps < (known := recording.run.newest_step()):
+        raise UsageError(f"the run has {known:,} steps already; set more steps than {iteration.steps:,}")
     take: Callable[..., dict[str, Any]] = partial(run_step, step, recording)
     if iteration.engine == "program":
         vouched = VouchedStep(step, recording, total, is_quiet(batches))
@@ -138,12 +140,13 @@ def _batches(
         total = iteration.steps if iteration.steps is not None else iteration.epochs or 0
         yield from [None] * (total - count)
         return
-    while count != iteration.steps and (iteration.epochs is None or epoch < iteration.epochs):
+    last, epochs = (math.inf if n is None else n for n in (iteration.steps, iteration.epochs))
+    while count < last and epoch < epochs:
         before, is_skipping = count, recording.is_ahead
         for batch in recording.drawn(batches):
             count += 1
             yield batch
-            if count == iteration.steps:
+            if count == last:
                 return
         epoch += 1
         if count == before and not is_skipping:

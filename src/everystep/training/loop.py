@@ -307,8 +307,14 @@ class _ModelWriter(RunWriter):
         schedule = self.job.training.schedule
         follows = schedule if isinstance(schedule, ReduceLROnPlateau) else None
         is_known = not evaluation.has_foreign_code and is_torchs_schedule(follows)
+        had_rule = self.watched.has_rule
         with nullcontext() if is_known else stepper.foreign_code():
             measured = evaluation.measure()
             if follows is not None:
                 follows.step(measured["validation_loss"])
+        if had_rule and not self.watched.has_rule:
+            self._notice(
+                f"after step {self.step}, your code changed the data: the run keeps the batches of "
+                "later steps, but a resume and a fork begin with the data as it was"
+            )
         self.measured += [(name, self.step, value) for name, value in measured.items()]

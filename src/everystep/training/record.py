@@ -175,6 +175,11 @@ class Recording(Generic[R]):
         place, runs = self._directories
         directory = create_directory(place, f"{parent.name}-fork", runs)
         try:
+            begin = parent.state_near(0)
+            if begin is not None:
+                count = f"once recording.step_count is {at}"
+                cure = f"pass the parts as they were then, and change what should differ {count}"
+                PartsState(self._parts).check_begins_as(begin, cure)
             facts = facts.model_copy(update={"name": directory.name})
             Recorder(directory, facts, self._budgets[0], parent, at, self._budgets[1]).finish({})
             return self._gone_on(RecordedRun(directory), is_new=True)
@@ -201,16 +206,25 @@ class Recording(Generic[R]):
         finally:
             self._follower.finish()
             _recording.remove(self)
+        is_failed = error is not None
+        was_asked = self._interrupt.reason is not None or self._stopped is not None
+        if self._fork is not None and not (is_failed or was_asked) and writer.step < self._fork[1]:
+            is_failed = True
+            at = self._fork[1]
+            error = RunError(f"the loop ends after step {writer.step}, before the fork at step {at}")
         try:
             with self._writing():
                 writer.finish(*_status(error, self._interrupt.reason or self._stopped))
         except (RecordingError, RunError):
+            is_failed = True
             if error is None:
                 raise
         finally:
             self._interrupt.leave()
-            if error is not None and self._fork is not None and writer.step <= self._fork[1]:
-                shutil.rmtree(writer.directory, ignore_errors=True)  # it has no step of its own
+            if is_failed and self._fork is not None and _has_no_more(writer.directory, self._fork[1]):
+                shutil.rmtree(writer.directory, ignore_errors=True)
+        if is_failed and kind is None and error is not None:
+            raise error
         if error is None and self._interrupt.is_by_user:
             raise KeyboardInterrupt
 
@@ -530,3 +544,11 @@ def _number(name: str, value: Any) -> float | Tensor:
     raise UsageError(
         f"log: {name} is a {type(value).__name__}; log a number, or a tensor with one element"
     )
+
+
+def _has_no_more(directory: Path, at: int) -> bool:
+    """Tell whether a fork has no steps but its parent's."""
+    try:
+        return RecordedRun(directory).newest_step() <= at
+    except RunError:
+        return False

@@ -212,8 +212,13 @@ def forked_loop(parent: RecordedRun, parts: Parts, at: int) -> Facts:
         RunError: the parent is of another kind, or has no such step.
     """
     _check_is_loop(parent, "fork it with everystep fork")
-    if not 0 <= at <= (newest := parent.newest_step()):
+    if at > (newest := parent.newest_step()):
         raise RunError(f"{parent.name} has no step {at}: it has {newest:,} steps")
+    if at and not any(_goal(parent, state) for state in [parent.state_near(newest)] if state):
+        raise RunError(
+            f"{parent.name} marks its steps with recording.step, so nothing shows what its loop does "
+            "between them; fork loops over recording.steps(batches), or fork it at step 0"
+        )
     trained = facts_of_loop(parts, LoopFacts.of(parts.named))
     fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
     return Facts(started=datetime.now(UTC), steps=at, trained=trained, fork=fork)

@@ -35,6 +35,7 @@ from everystep.replay.continuing.again import (
 from everystep.replay.continuing.alone import fork_alone
 from everystep.replay.processes import Opener
 from everystep.replay.replay import no_such_step
+from everystep.step.check import same_bits
 from everystep.step.eager import EagerStep, Training
 from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State
@@ -155,7 +156,7 @@ class Fork:
         known = self.run.state_near(self.at, after=self.stretch.first - 2)
         if schedule is None or known is None:
             return state
-        training.restore(known)
+        training.restore(known, ("model", "optimizer", "schedule"))
         batches = self.stretch.facts.batches
         # Epochs are the parent's up to here.
         advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
@@ -268,7 +269,8 @@ def _fork_objects(
         goes_on = type(own.schedule).__name__ in {each.class_name for each in facts.schedules.values()}
         if goes_on:
             state = asked.with_schedule(job.training, state)
-        before = _bring_objects_to(job.training, state, keep=not is_own and not goes_on)
+        first = None if is_own else asked.run.state_near(0)
+        before = _bring_objects_to(job.training, state, first, keep=not is_own and not goes_on)
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
         else:
@@ -329,13 +331,20 @@ def _set_rate(training: Training, lr: float) -> None:
         training.schedule.base_lrs = [lr for _ in training.optimizer.param_groups]
 
 
-def _bring_objects_to(training: Training, state: State, keep: bool) -> dict[str, float]:
-    """Bring live objects to the parent's state; `keep`: the settings of the optimizer stay."""
+def _bring_objects_to(
+    training: Training, state: State, first: State | None, *, keep: bool
+) -> dict[str, float]:
+    """Bring live objects to the parent's state.
+
+    first: state 0 of the parent; a loss that holds other numbers than it did there stays as it is. None:
+    the objects are those that trained the parent. keep: the settings of the optimizer stay.
+    """
     optimizer = training.optimizer
     fresh = _settings_of(optimizer)
     same = type(optimizer).__qualname__ == state.optimizer("optimizer")["class"]
     try:
-        training.restore(state, ("model", "loss", *["optimizer"] * same))
+        known = [] if first is not None and _has_other_loss(training, first) else ["loss"]
+        training.restore(state, ("model", *known, *["optimizer"] * same))
     except RunError as error:
         raise RunError(f"the objects do not fit the run's state: {error}") from None
     before = training.hyperparameters() if same else {}
@@ -343,6 +352,18 @@ def _bring_objects_to(training: Training, state: State, keep: bool) -> dict[str,
         for group, settings in zip(optimizer.param_groups, fresh, strict=True):
             group.update(settings)
     return before
+
+
+def _has_other_loss(training: Training, first: State) -> bool:
+    """Tell whether the tensors of the loss are not those of a state."""
+    known = first.named()
+    live = training.parts.only(["model", "loss"]).state()
+    own = training.parts.only(["model"]).state()
+    return any(
+        name not in known or not same_bits(tensor.cpu(), known[name])
+        for name, tensor in live.items()
+        if name not in own
+    )
 
 
 def _made_data(run: RecordedRun, experiment: Experiment) -> Data | None:

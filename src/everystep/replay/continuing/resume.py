@@ -118,7 +118,8 @@ class Resume:
         check_changes(run, changed, is_accepted=self.is_accepted)
         if state is not None:
             check_rules(run, state.step)
-            job.training.restore(state)
+            everything = ("model", "loss", "optimizer", "schedule")
+            job.training.restore(state, everything if self.is_accepted else None)
         at = begin if self.is_accepted else recorded
         origin = Origin(
             run=run,
