@@ -51,8 +51,8 @@ def main() -> None:
             ]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
             found: dict[str, Any] = json.loads(done.stdout)
-        snapshots += found["snapshots"]["compared"]
-        if not found["exact"] or found["steps"] != arguments.steps:
+        snapshots += found["snapshots"]
+        if not found["is_exact"] or found["steps"] != arguments.steps:
             different += 1
             print(f"{case.name}: {done.stdout}")
     print(
