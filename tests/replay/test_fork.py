@@ -754,6 +754,30 @@ def test_a_loop_that_marks_its_steps_makes_forks_of_its_beginning_alone():
         record(fork="parent", at=3)
 
 
+def test_a_loss_and_a_schedule_with_other_settings_are_those_of_the_fork():
+    def train(weight, gamma):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = momentum(model.parameters())
+        objects = {
+            "model": model,
+            "optimizer": optimizer,
+            "loss": nn.CrossEntropyLoss(torch.tensor(weight)),
+        }
+        return objects | {"schedule": StepLR(optimizer, 1, gamma=gamma)}
+
+    data = torch.randn(8, 4), torch.tensor([0, 1] * 4)
+    settings = {"steps": 6, "progress": False}
+    made = train([1.0, 1.0], 0.5)
+    parent = everystep.train(made.pop("model"), data, **made, **settings)
+    same = parent.fork(3, **train([1.0, 1.0], 0.5), progress=False)
+    assert same.losses.equals(parent.losses) and same.measured("lr") == parent.measured("lr")
+    other = parent.fork(3, **train([1.0, 5.0], 0.1), progress=False)
+    assert other.losses["loss"][3] != parent.losses["loss"][3]
+    rates = other.measured("lr")
+    assert rates[5] == pytest.approx(0.1 * rates[4]) and other.verify(progress=False).is_exact
+
+
 def test_a_fork_with_an_optimizer_of_fewer_parameters_is_refused():
     model = mlp()
     optimizer = momentum(model.parameters())

@@ -88,7 +88,7 @@ def _losses() -> Iterator[Kind]:
         yield Kind(name, one, other, 1, loss(operator), (cause,))
     rows = (
         ((0.1, 0.2), loss("aten.mul.Scalar"), ("other of aten.mul ...",)),
-        ((0.0, 0.1), Place("backward", None, "aten.nll_loss_backward.default"), ()),
+        ((0.0, 0.1), Place("backward", None, "aten.ones_like.default"), ()),
     )
     for pair, place, more in rows:
         one, other = (
@@ -158,7 +158,7 @@ def _optimizers() -> Iterator[Kind]:
         (Adam, {}, "fused", (None, True), 1, "aten.zeros_like.default"),
         (Adagrad, {}, "lr_decay", (0, 0.1), 2, "aten.addcdiv_.default"),
         (Adamax, {}, "eps", (1e-8, 1e-3), 1, "aten.add_.Tensor"),
-        (NAdam, {}, "momentum_decay", (0.004, 0.01), 1, "aten.addcdiv_.default"),
+        (NAdam, {}, "momentum_decay", (0.004, 0.01), 1, "aten.mul_.Tensor"),
         (RAdam, {}, "eps", (1e-8, 1e-3), 6, "aten.add_.Tensor"),
         (Rprop, {}, "etas", ((0.5, 1.2), (0.5, 1.3)), 2, "aten.index_put_.default"),
         (ASGD, {}, "lambd", (1e-4, 1e-2), 1, "aten.mul_.Tensor"),
@@ -168,7 +168,8 @@ def _optimizers() -> Iterator[Kind]:
     for make, common, setting, pair, step, operator in rows:
         one, other = (Training(optimizer=_optimizer(make, common | {setting: value})) for value in pair)
         shown = f"{pair[0]!r} | {pair[1]!r}"
-        causes = (f"{make.__name__}: {setting} {shown}", *COMPUTED.get((make, setting), ()))
+        computed = () if common.get("fused") else COMPUTED.get((make, setting), ())
+        causes = (f"{make.__name__}: {setting} {shown}", *computed)
         yield Kind(f"{make.__name__} {setting}, {shown}", one, other, step, update(operator), causes)
 
 
@@ -177,7 +178,7 @@ COMPUTED: dict[Any, tuple[str, ...]] = {
     (Adam, "lr"): ("value of aten.addcdiv_ ...",),
     (AdamW, "weight_decay"): ("other of aten.mul_ ...",),
     (Adagrad, "lr_decay"): ("value of aten.addcdiv_ ...",),
-    (NAdam, "momentum_decay"): ("value of aten.addcdiv_ ...",),
+    (NAdam, "momentum_decay"): ("other of aten.mul_ ...",),
     (ASGD, "lambd"): ("other of aten.mul_ ...",),
 }
 

@@ -175,7 +175,7 @@ def _experiments() -> Iterator[Kind]:
         one,
         partial(_experiment, optimizer={"name": "AdamW", "lr": 0.01, "eps": 1e-7}),
         1,
-        Place("update", None, "aten._fused_adamw_.tensor_lr"),
+        Place("update", None, "aten._fused_adamw_.default"),
         ("AdamW: eps 1e-08 | 1e-07",),
         ("optimizer AdamW.eps  1e-08 | 1e-07",),
     )

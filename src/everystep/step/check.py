@@ -166,14 +166,14 @@ def state_differences(
 ) -> list[StateDifference]:
     """Return the tensors of two states that differ, except Python's and NumPy's generators.
 
-    only_model: compare only parameters and buffers that both have; only_seen: only what operations of
-    steps can change, which excludes random generators.
+    only_model: compare only the state_dict of the model; only_seen: only what operations of steps can
+    change, which excludes random generators.
     """
     found = []
     both = [_compared(state, only_seen=only_seen) for state in (recorded, replayed)]
-    for name in sorted(both[0] & both[1] if only_model else both[0] | both[1]):
-        if only_model and not name.startswith(("parameters/", "buffer/")):
-            continue
+    if only_model:
+        both = [{f"parameters/{name}" for name in state.parameters} for state in (recorded, replayed)]
+    for name in sorted(both[0] | both[1]):
         # A pending gradient is in a snapshot only where the next step uses it.
         if name.startswith("gradient/") and not (name in both[0] and name in both[1]):
             continue

@@ -208,7 +208,8 @@ def fork(
         return _fork_experiment(replace(asked, settings=settings), opener, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
-        return _fork_objects(asked, objects, is_own, opener, progress), objects
+        is_new = not is_own or given["schedule"] is not None
+        return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
     others = set(asked.changed) - {"lr", "steps"}
     check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
     asked.check()
@@ -246,11 +247,17 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
 
 
 def _fork_objects(
-    asked: Fork, objects: Objects, is_own: bool, opener: Opener, progress: Progress
+    asked: Fork,
+    objects: Objects,
+    is_own: bool,
+    has_new_schedule: bool,
+    opener: Opener,
+    progress: Progress,
 ) -> Outcome:
     """Train the objects in place, or copies of those that trained the run itself (`is_own`).
 
-    The settings of an optimizer that is not the run's own apply.
+    The settings of an optimizer that is not the run's own apply. A schedule continues from the parent's,
+    unless it is a new one (`has_new_schedule`) with other settings.
     """
     asked.check()
     objects.check_complete()
@@ -266,7 +273,9 @@ def _fork_objects(
         trained.model.to(device)
         torch.manual_seed(settings.get("seed", facts.batches.seed))
         job = objects_job(trained, iteration, device, progress)
-        goes_on = type(own.schedule).__name__ in {each.class_name for each in facts.schedules.values()}
+        is_known = not has_new_schedule or job.facts.schedules == facts.schedules
+        known = {each.class_name for each in facts.schedules.values()} if is_known else set()
+        goes_on = type(own.schedule).__name__ in known
         if goes_on:
             state = asked.with_schedule(job.training, state)
         first = None if is_own else asked.run.state_near(0)
