@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -84,12 +87,22 @@ def do(request: dict[str, Any], voice: Voice) -> None:
 
 def main() -> None:
     """Do the task that stdin tells."""
+    sys.unraisablehook = _not_lost
     end_with_stdin(in_order=True)
     warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
     limit_memory()
     numerics.prepare()
     voice = Voice.begin()
     do(json.loads(sys.stdin.buffer.readline()), voice)
+
+
+def _not_lost(lost: sys.UnraisableHookArgs) -> None:
+    """Interrupt again: Python drops an interrupt that arrives while an object is deleted."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        # From another thread: here it would be dropped as well.
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _measure(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
