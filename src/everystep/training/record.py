@@ -152,13 +152,15 @@ class Recording(Generic[R]):
         return LoopWriter(directory, whole, place, *self._budgets, self._advanced)
 
     def _gone_on(self, run: RecordedRun, *, is_new: bool = False) -> LoopWriter:
-        """Go on with a run: bring the parts to its newest snapshot. is_new: it is a fork just made.
+        """Continue a run: bring the parts to its newest snapshot. is_new: it is a fork just made.
 
         Raises:
             RunError: the run or the parts are other ones.
         """
         whole, place = PartsState(self._parts), self._place
-        resumed = resumed_loop(run, self._parts, is_accepted=self._is_accepted, is_new=is_new)
+        # A new fork has nothing to discard: its steps up to the fork are its parent's.
+        is_accepted = self._is_accepted and not is_new
+        resumed = resumed_loop(run, self._parts, is_accepted=is_accepted, is_new=is_new)
         whole.restore(resumed.state)
         if resumed.goal is not None:
             place.resume(resumed.goal, resumed.state.step, resumed.draw, self._settle)
@@ -166,7 +168,7 @@ class Recording(Generic[R]):
         return LoopWriter(run.directory, whole, place, *self._budgets, self._advanced, resumed)
 
     def _forked(self, parent: RecordedRun, at: int) -> LoopWriter:
-        """Make a run of a parent's steps up to `at`, and go on with it.
+        """Make a run of a parent's steps up to `at`, and continue it.
 
         Raises:
             RunError: the parent or the parts are other ones.

@@ -182,9 +182,14 @@ def resumed_loop(
             f"{run.name} has no readable snapshot to continue from: {reason}; record it again"
         )
     check_rules(run, state.step)
+    begun = 0 if before.fork is None else before.fork.at
+    if is_accepted and state.step < begun:
+        raise RunError(
+            f"{run.name} cannot discard steps of its parent: it has no snapshot from step {begun:,} on; "
+            "fork the parent again"
+        )
     at, later = (state.step, None) if is_accepted else (recorded, state)
     earlier = run.state_near(state.step - 1, on_problem=problems.append)
-    begun = 0 if before.fork is None else before.fork.at
     if later is None or earlier is None or earlier.step < max(begun, _changed_at(before)):
         later = None
     else:
