@@ -30,7 +30,6 @@ from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.step.check import same_bits  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
 from everystep.training.stepper import Stepper  # noqa: E402
-from everystep.training.watched_steps import WatchedSteps  # noqa: E402
 
 __all__ = ["coverage_page"]
 
@@ -93,14 +92,15 @@ def outcome(make: Make) -> Outcome:
     """Train once by the engine and once by hand, and compare."""
     training, by_hand = make(), make()
     torch.manual_seed(0)
-    watched = WatchedSteps(training, Unwritten(), is_by_rule=True)
-    stepper = Stepper(training, watched, STEPS, "program")  # most modules are in one of the tests' own
+    stepper = Stepper(
+        training, Unwritten(), STEPS, "program"
+    )  # most modules are in one of the tests' own
     try:
         stepper.advance(STEPS)
     except TrainingError as error:
         return Outcome(False, str(error))
     finally:
-        watched.finish()
+        stepper.watched.finish()
     stepper.finish()
     torch.manual_seed(0)
     step = EagerStep(by_hand)

@@ -24,7 +24,7 @@ from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.bound import BoundProgram  # noqa: E402
 from everystep.program.calls import without_autograd  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
-from everystep.training.watched_steps import WatchedSteps  # noqa: E402
+from everystep.training.stepper import Stepper  # noqa: E402
 
 __all__ = ["main"]
 
@@ -64,13 +64,13 @@ def _print_row(workload: Workload) -> None:
 
 def _bound(training: Training) -> BoundProgram:
     """Return the program of a training's steps, on its tensors, after some steps."""
-    watched = WatchedSteps(training, Unwritten(), is_by_rule=True)
+    stepper = Stepper(training, Unwritten(), 3, "eager")
     for number in (1, 2, 3):
-        watched.take(number, *training.batch(number))
+        stepper.watch(number, *training.batch(number))
     batch = dict(zip("xy", training.batch(3), strict=True))
-    stand_in = watched.stand_in(**batch)
-    watched.finish()
-    stand_in.is_ready(watched.parts.state(), 0)
+    stand_in = stepper.stand_in(**batch)
+    stepper.watched.finish()
+    stand_in.is_ready(training.parts.state(), 0)
     bound = stand_in.live
     assert bound is not None
     stand_in.load(batch)

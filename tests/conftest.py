@@ -41,7 +41,6 @@ from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.step import verified  # noqa: E402
 from everystep.step.eager import Training  # noqa: E402
 from everystep.training.stepper import Stepper  # noqa: E402
-from everystep.training.watched_steps import WatchedSteps  # noqa: E402
 
 # Its assertions report what they compared, whichever test imports it first.
 pytest.register_assert_rewrite("tests.training.by_hand")
@@ -185,10 +184,10 @@ def step_of():
     """Take a step of a training in Python; return its program, its numbers and what it brought."""
 
     def step_of(training, step=1):
-        watched = WatchedSteps(training, Unwritten(), is_by_rule=True)
-        watched.take(step, *training.batch(step))
-        watched.finish()
-        return watched.program_of_last()
+        stepper = Stepper(training, Unwritten(), step, "eager")
+        stepper.watch(step, *training.batch(step))
+        stepper.watched.finish()
+        return stepper.watched.program_of_last()
 
     return step_of
 
@@ -204,8 +203,7 @@ def stepper_of():
     """Return what runs the steps of a training, and writes nothing."""
 
     def stepper_of(training, steps, engine="auto"):
-        watched = WatchedSteps(training, Unwritten(), is_by_rule=True)
-        return Stepper(training, watched, steps, engine)
+        return Stepper(training, Unwritten(), steps, engine)
 
     return stepper_of
 

@@ -4,7 +4,7 @@ import torch
 from tests.conftest import Unwritten
 from torch import nn
 
-from everystep.training.watched_steps import WatchedSteps
+from everystep.training.stepper import Stepper
 
 PARAMETERS = ("0.weight", "0.bias", "2.weight", "2.bias")
 
@@ -68,13 +68,13 @@ def test_an_optimizer_creates_its_state_in_the_first_step_only(small, make_train
 
 def test_settings_of_an_optimizer_are_numbers_of_the_step(small, make_trainee):
     training = make_trainee(*small)
-    watched = WatchedSteps(training, Unwritten(), is_by_rule=True)
+    stepper = Stepper(training, Unwritten(), 3, "eager")
     found = []
     for step, rate in ((1, 0.5), (2, 1e-3), (3, 0.25)):
         training.optimizer.param_groups[0]["lr"] = rate
-        watched.take(step, *training.batch(step))
-        found.append(watched.program_of_last())
-    watched.finish()
+        stepper.watch(step, *training.batch(step))
+        found.append(stepper.watched.program_of_last())
+    stepper.watched.finish()
     _, first, second = found  # gradients of the step before are there only from step 2 on
     assert first.built.program is second.built.program
     assert (first.numbers[-1], second.numbers[-1]) == (1e-3, 0.25)

@@ -23,8 +23,9 @@ from torch.optim import lr_scheduler
 import everystep
 from everystep.recording import snapshots
 from everystep.recording.recorder import Recorder
+from everystep.step.stand_in import StandIn
 from everystep.training import writer
-from everystep.training.watched_steps import WatchedSteps
+from everystep.training.stepper import Stepper
 
 
 @pytest.fixture
@@ -32,18 +33,18 @@ def failing_check(monkeypatch):
     """Let the first check at or after a step find different bits, as a faulty kernel would."""
 
     def fail_from(first):
-        take, compare, steps = WatchedSteps.take, WatchedSteps.difference, []
+        watch, compare, steps = Stepper.watch, StandIn.difference, []
 
         def noting(self, number, x, y):
             steps.append(number)
-            return take(self, number, x, y)
+            return watch(self, number, x, y)
 
         def failing(self, *given):
             reason = compare(self, *given)
             return "its program gives different bits" if steps[-1] >= first else reason
 
-        monkeypatch.setattr(WatchedSteps, "take", noting)
-        monkeypatch.setattr(WatchedSteps, "difference", failing)
+        monkeypatch.setattr(Stepper, "watch", noting)
+        monkeypatch.setattr(StandIn, "difference", failing)
 
     return fail_from
 

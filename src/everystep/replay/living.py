@@ -34,7 +34,6 @@ from everystep.step.state import State
 from everystep.training.dataset import DatasetBatches
 from everystep.training.objects import Objects
 from everystep.training.stepper import Engine, Stepper
-from everystep.training.watched_steps import WatchedSteps
 
 __all__ = ["Living"]
 
@@ -90,10 +89,10 @@ class Living:
         )
         self._between = run.change_files()
         self._settled: int | None = None
-        self._watched = WatchedSteps(
-            training, _Unwritten(), is_by_rule=not isinstance(batch, DatasetBatches)
-        )
-        self._stepper = Stepper(training, self._watched, MOST_STEPS, engine)
+        is_by_rule = not isinstance(batch, DatasetBatches)
+        given = training, _Unwritten(), MOST_STEPS, engine
+        self._stepper = Stepper(*given, is_by_rule=is_by_rule)
+        self._watched = self._stepper.watched
 
     def load(self, state: State) -> None:
         """Bring the training to a state from disk.
@@ -165,7 +164,7 @@ class Living:
         with self._watching():
             batch = dict(zip("xy", self._training.batch(number), strict=True))
             given = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
-            watched.take(number, *batch.values())
+            self._stepper.watch(number, *batch.values())
         self.state = number
         program = watched.program_of_last()
         if program is None:

@@ -103,9 +103,11 @@ class Parts:
         return f"{name}."
 
     def module_paths(self) -> dict[int, str]:
-        """Return the path of each module, by its id."""
+        """Return the path of each module of a model, by its id."""
         found: dict[int, str] = {}
         for name, module in self.modules.items():
+            if name in self.apart:
+                continue
             prefix = self.prefix(name)
             for path, inner in module.named_modules():
                 found.setdefault(id(inner), f"{prefix}{path}".rstrip("."))

@@ -26,7 +26,6 @@ from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.resumed import facts_resumed
 from everystep.training.stepper import Stepper
-from everystep.training.watched_steps import WatchedSteps
 from everystep.training.writer import RunWriter, now
 
 __all__ = ["run_job"]
@@ -103,7 +102,6 @@ class _ModelWriter(RunWriter):
         ends = "training stops" if job.facts.stop_on_nan else goes_on
         self.advice = f"{ends}. ", "; a smaller lr often helps"
         self.job = job
-        self.watched = WatchedSteps(job.training, recorder, is_by_rule=job.data is not None)
         self._stepper: Stepper | None = None
         self.rates = self._expected()
         if origin is not None:
@@ -122,15 +120,16 @@ class _ModelWriter(RunWriter):
             self._close_failed(error)
             raise
         finally:
-            self.watched.finish()
+            if self._stepper is not None:
+                self._stepper.watched.finish()
         return reason
 
     def _run(self, interrupt: Interrupt) -> str | None:
         """Run all steps; return None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
-        settings = job.steps, job.engine, job.start
-        stepper = self._stepper = Stepper(job.training, self.watched, *settings)
+        settings = job.training, self.recorder, job.steps, job.engine, job.start
+        stepper = self._stepper = Stepper(*settings, is_by_rule=job.data is not None)
         self._keep_engine(stepper)
         while self.step < job.steps:
             if not self._advance(stepper):
@@ -185,9 +184,9 @@ class _ModelWriter(RunWriter):
         self.recorder.check()
         if self._stepper is None:
             return
-        hyperparameters = self._stepper.hyperparameters
+        taken, hyperparameters = self._stepper.taken, self._stepper.hyperparameters
         first, values = self._stepper.collect()
-        self.taken += self.watched.collect()
+        self.taken += taken
         for step, each in hyperparameters:
             self.note_rates(step, each)
         losses: list[float] = values.tolist()
@@ -251,13 +250,13 @@ class _ModelWriter(RunWriter):
         engine = EngineFacts(
             asked=self.job.engine,
             stands_behind=stepper.acceleration.stands_behind,
-            programs=self.watched.programs,
+            programs=stepper.watched.programs,
             by_program=stepper.by_program,
             checks=len(stepper.checked),
             verified_to=stepper.checked[-1] if stepper.checked else 0,
             eager_from=stepper.eager_from and max(stepper.eager_from, self.recorder.recorded + 1),
             reason=stepper.reason,
-            unseen=self.watched.unseen,
+            unseen=stepper.watched.unseen,
         )
         if engine == self._engine:
             return
@@ -307,12 +306,12 @@ class _ModelWriter(RunWriter):
         schedule = self.job.training.schedule
         follows = schedule if isinstance(schedule, ReduceLROnPlateau) else None
         is_known = not evaluation.has_foreign_code and is_torchs_schedule(follows)
-        had_rule = self.watched.has_rule
+        had_rule = stepper.has_rule
         with nullcontext() if is_known else stepper.foreign_code():
             measured = evaluation.measure()
             if follows is not None:
                 follows.step(measured["validation_loss"])
-        if had_rule and not self.watched.has_rule:
+        if had_rule and not stepper.has_rule:
             self._notice(
                 f"after step {self.step}, your code changed the data: the run keeps the batches of "
                 "later steps, but a resume and a fork begin with the data as it was"

@@ -3,77 +3,31 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from everystep import clock, numerics
+from everystep import numerics
 from everystep.recording.continuation import shortened
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
 from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
 from everystep.step.check import state_differences
-from everystep.step.elsewhere import Elsewhere, versions_by_name
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
-from everystep.step.state import State, copy_of
-from everystep.step.taken import TakenByProgram
-from everystep.training.batch import BatchCopies
+from everystep.step.state import State
 from everystep.training.facts import facts_of_loop
-from everystep.training.notices import Notices
 from everystep.training.place import Place
 from everystep.training.resumed import ResumedLoop
-from everystep.training.step_rows import AnyWatch, StepRows, WrittenProgram
+from everystep.training.step_rows import AnyWatch
+from everystep.training.watched_steps import StepUnderWay, WatchedSteps
 from everystep.training.writer import RunWriter, now
 
-__all__ = ["LoopWriter", "StepUnderWay", "changes_of"]
-
-W = TypeVar("W", bound=AnyWatch, covariant=True)
-
-
-def changes_of(value: Any) -> int:
-    """Return how often a tensor was changed in place; 0 of all else, or if torch does not count."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
-
-
-class StepUnderWay(Generic[W]):
-    """A step in progress: its watch, its batch, and logged values.
-
-    rates: the learning rates that it uses: as it began, or as an optimizer found them.
-    """
-
-    def __init__(self, watch: W, rates: dict[str, float]) -> None:
-        self.watch = watch
-        self.rates = rates
-        self.batch: dict[str, Tensor] = {}
-        self.nesting: list[Any] = []
-        self.logged: dict[str, Any] = {}
-        self.loss: Any = None
-        self.loss_version = 0
-        self.started = clock.now()
-        self._compiled = _compiled()
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether torch.compile compiled a function in it."""
-        return _compiled() > self._compiled
-
-    @property
-    def nested(self) -> Any:
-        """How the batch was nested; of several, a list."""
-        if len(self.nesting) > 1:
-            return {"list": self.nesting}
-        return self.nesting[0] if self.nesting else None
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether the loop has done nothing with it yet."""
-        return self.watch.is_empty and not self.logged
+__all__ = ["LoopWriter"]
 
 
 class LoopWriter(RunWriter):
@@ -87,9 +41,7 @@ class LoopWriter(RunWriter):
         advanced: called with a step that was written, and the losses from it on.
         resumed: where a run goes on, None for a new one.
 
-    parts: what the loop carries; elsewhere: tensors that are not of the parts; copies: of the tensors of
-    batches; state: the live tensors after the last step; function: returns how the steps of a function
-    ran.
+    parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran.
     """
 
     def __init__(
@@ -104,15 +56,9 @@ class LoopWriter(RunWriter):
     ) -> None:
         self._whole = parts
         self.parts = parts.parts
-        self.elsewhere = Elsewhere()
-        self.copies = BatchCopies()
         self._place = place
-        self._last: tuple[StepPath, AnyWatch] | None = None
-        self.state: dict[str, Tensor] | None = None
         self.function: Callable[[], FunctionFacts] | None = None
         self._pending: State | None = None
-        self._notices = Notices()
-        self._is_still = False
         if resumed is None:
             beginning = parts.snapshot(0)
             trained = facts_of_loop(self.parts, LoopFacts.of(self.parts.named))
@@ -131,72 +77,29 @@ class LoopWriter(RunWriter):
             super().__init__(recorder, at, say, advanced, seconds_before=before, is_finite=is_finite)
             self.rates, self._later = resumed.rates, resumed.later
             self._has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
-        self._rows = StepRows(recorder)
-        self._versions = versions_by_name(self.parts.state())
+        self.watched = WatchedSteps(self.parts, recorder)
         if message := numerics.warning():
             say(message)
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store what the loop changed since the last step, outside of any. state: the current one."""
-        now = versions_by_name(state)
-        if now == self._versions:
-            return
-        changed = {n: state[n] for n in now if self._versions.get(n) != now[n]}
-        gone = [name for name in self._versions.keys() - now.keys() if not name.startswith("gradient/")]
-        if not changed and not gone:
-            return
-        copies = {name: copy_of(tensor) for name, tensor in changed.items()}
-        self.recorder.change(self.step, copies, gone)
-        if self._versions:
-            name = next(iter((*changed, *gone))).partition("/")[2]
-            self._notices.changed_between(self.step, name)
-
-    @property
-    def last(self) -> tuple[StepPath, AnyWatch]:
-        """The path of the last step, and its watch."""
-        assert self._last is not None
-        return self._last
-
-    def state_now(self, *, is_settled: bool) -> dict[str, Tensor]:
-        """Return the live tensors of the parts. is_settled: nothing has run since the last step."""
-        return self.state if is_settled and self.state is not None else self.parts.state()
+        if (changed := self.watched.note_changes(self.step, state)) is not None:
+            self.watched.report_change(self.step, changed)
 
     def add(self, step: StepUnderWay[AnyWatch], after: dict[str, Tensor]) -> None:
         """Add a step that is over. after: the live tensors of the parts."""
         self.step += 1
-        # Of a tensor that was changed since it was logged, no operation made the loss.
-        is_as_logged = changes_of(step.loss) == step.loss_version
-        path = step.watch.end(after, step.loss if is_as_logged else None)
-        self._last, self.state = (path, step.watch), after
-        self._keep_what_is_unknown(step, after)
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
         inputs |= self._place.generators
-        given = after, inputs, step.nested, self.elsewhere.copied
-        self.taken.append(self._rows.row(self.step, step.watch, path, *given))
+        self.taken.append(self.watched.end(self.step, step, after, inputs))
+        path, _ = self.watched.last
         self._note_logged(step, path)
-        self._notices.of_step(self.step, step.watch, is_compiled=step.is_compiled)
         self.timed(step.started, self.parts.state)
-        self._keep_pending(self._rows.program_of(path))
+        self._keep_pending(self.watched.program_of(path))
         self._compare_with_later()
         if self.is_snapshot_due():
             self._pending = self._snapshot()
-        self._is_still = isinstance(step.watch, TakenByProgram) and step.watch.is_still
-        if not self._is_still:
-            self._versions = versions_by_name(after)
         self.flush_if_due()
-
-    def program_of(self, path: StepPath) -> BuiltPath | str:
-        """Return the program of a path, or why it has none."""
-        known = self._rows.program_of(path)
-        return known if isinstance(known, str) else known.built
-
-    def note_versions(self) -> None:
-        """Note that the state equals that after the last step, although tensors were written since."""
-        self._versions = versions_by_name(self.parts.state())
-
-    def forget_versions(self) -> None:
-        """Discard an incomplete step: no snapshot may hold the current state."""
-        self._versions, self._is_still = {}, False
 
     def take_back(self) -> None:
         """Discard the last step, which an exception left."""
@@ -207,7 +110,7 @@ class LoopWriter(RunWriter):
         self.measured = [row for row in self.measured if row[1] <= self.step]
         if self._pending is not None and self._pending.step > self.step:
             self._pending = None
-        self.forget_versions()
+        self.watched.forget_versions()
 
     def finish(self, status: str, reason: str | None) -> None:
         """Take the last snapshot, if the state is still that of the last step, and close the run.
@@ -218,9 +121,7 @@ class LoopWriter(RunWriter):
         is_pending = self._pending is not None and self._pending.step == self.step
         self._keep_pending()
         self.flush()
-        # A program writes gradients as Python does, and nothing has run since.
-        is_last = self._is_still or self._versions == versions_by_name(self.parts.state())
-        if self.step and not is_pending and is_last:
+        if self.step and not is_pending and self.watched.is_as_after(self.parts.state()):
             last = self._snapshot()
             # A draw that found no more batches may have used the generators, and no step did.
             rest = last.rest | self._place.at_end
@@ -246,12 +147,6 @@ class LoopWriter(RunWriter):
             self.measured.append((title, self.step, value))
         self.note_rates(self.step, step.rates)
 
-    def _keep_what_is_unknown(self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor]) -> None:
-        """Store what the step changed unseen."""
-        if step.watch.changed_unseen:
-            changed = {name: copy_of(state[name]) for name in step.watch.changed_unseen}
-            self.recorder.change(self.step, changed)
-
     def _compare_with_later(self) -> None:
         """Compare the state of a resumed loop with a snapshot that it reaches again.
 
@@ -271,13 +166,13 @@ class LoopWriter(RunWriter):
             problem = f"the state is not the recorded one ({shortened(different)})"
             raise self.recorder.differs(self.step, problem)
 
-    def _keep_pending(self, following: WrittenProgram | str | None = None) -> None:
+    def _keep_pending(self, following: BuiltPath | str | None = None) -> None:
         """Write the snapshot that waits: with its gradients only if the step after it has used them."""
         if self._pending is None:
             return
         state, self._pending = self._pending, None
-        if isinstance(following, WrittenProgram):
-            used = following.built.program.state_names
+        if isinstance(following, BuiltPath):
+            used = following.program.state_names
             rest = {
                 name: tensor
                 for name, tensor in state.rest.items()
@@ -301,14 +196,8 @@ class LoopWriter(RunWriter):
         loop = LoopFacts(
             parts=LoopFacts.of(self.parts.named).parts,
             programs=self.recorder.program_count,
-            unseen=tuple(sorted(self._notices.unseen)),
+            unseen=self.watched.unseen,
             has_loss=self._has_loss,
             function=None if self.function is None else self.function(),
         )
         return {"loop": loop, "steps": max(self.step, self.recorder.recorded)}
-
-
-def _compiled() -> int:
-    """Return the number of functions that torch.compile has processed in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return int(dynamo.counters["frames"]["total"]) if dynamo is not None else 0

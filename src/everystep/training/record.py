@@ -8,7 +8,7 @@ import shutil
 import signal
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -24,16 +24,14 @@ from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
 from everystep.recording.run import RecordedRun
 from everystep.step.cursor import Cursor
-from everystep.step.follow import Follower
-from everystep.step.known_paths import KnownPaths
 from everystep.step.parts import Parts, check_parts
 from everystep.step.parts_state import PartsState
-from everystep.step.stand_in import Around
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.interrupt import Interrupt
-from everystep.training.loop_writer import LoopWriter, StepUnderWay, changes_of
+from everystep.training.loop_writer import LoopWriter
 from everystep.training.place import Place
 from everystep.training.resumed import forked_loop, resumed_loop
+from everystep.training.watched_steps import StepUnderWay
 
 __all__ = ["Recording"]
 
@@ -73,21 +71,9 @@ class Recording(Generic[R]):
         self._directories = directory, runs
         self._budgets = snapshot_budget, batch_budget
         self._writer: LoopWriter | None = None
-        self._optimizer_names = self._parts.optimizer_names()
-        self._follower = Follower(
-            self._parts.module_paths(),
-            self._optimizer_names,
-            self._module_done,
-            self._optimizer_begins,
-            self._optimizer_ends,
-        )
-        self._paths = KnownPaths()
-        self._under_way: StepUnderWay[Cursor] | None = None
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
         self._left_at: int | None = None
-        #: What the current step does besides operations, where somebody asks for it.
-        self.around: Around | None = None
         self._iterator: weakref.ref[Any] | None = None
         self._restore: Callable[[], None] = lambda: None
         self._is_writing = False
@@ -139,7 +125,7 @@ class Recording(Generic[R]):
             self._writer = self._forked(*self._fork)
         else:
             self._writer = self._begun() if self._resumed is None else self._gone_on(self._resumed)
-        self._follower.begin()
+        self._writer.watched.follow()
         self._interrupt.listen()
         _recording.append(self)
         return self
@@ -206,7 +192,7 @@ class Recording(Generic[R]):
             elif error is not None and self._left_at == writer.step:
                 writer.take_back()
         finally:
-            self._follower.finish()
+            writer.watched.finish()
             _recording.remove(self)
         is_failed = error is not None
         was_asked = self._interrupt.reason is not None or self._stopped is not None
@@ -258,7 +244,8 @@ class Recording(Generic[R]):
                 if not self.is_open:  # the recording ended with an error in the loop
                     raise
                 if self._under_way is not None and self._under_way.is_untouched:
-                    self._close()  # `zip` asked for it, but another iterable had ended
+                    # `zip` asked for it, but another iterable had ended.
+                    self.writer.watched.close()
                 else:
                     self.end_step()
                     self._left_at = self.writer.step
@@ -289,7 +276,7 @@ class Recording(Generic[R]):
                 f"recording.steps(...) starts again; move it inside: recording.steps({name}(...))"
             )
         self._restore()
-        self.writer.note_versions()
+        self.writer.watched.note_versions()
 
     @property
     def is_ahead(self) -> bool:
@@ -299,6 +286,10 @@ class Recording(Generic[R]):
     def drawn(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield batches without making steps of them; of a resumed loop, from its place on."""
         return self._place.draw(batches)
+
+    @property
+    def _under_way(self) -> StepUnderWay[Cursor] | None:
+        return None if self._writer is None else self._writer.watched.under_way
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
@@ -341,8 +332,7 @@ class Recording(Generic[R]):
                 if name != "loss" and isinstance(value, Tensor):
                     step.watch.logged(name, value)
         if "loss" in values:
-            step.loss = values["loss"]
-            step.loss_version = changes_of(step.loss)
+            step.has_loss(values["loss"])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -350,15 +340,8 @@ class Recording(Generic[R]):
 
         It must not change anything that the loop carries; otherwise replays differ from there on.
         """
-        watch = self._under_way.watch if self._under_way is not None else None
-        if watch is None or watch.is_paused:
+        with self._writer.watched.paused() if self._writer is not None else nullcontext():
             yield
-            return
-        watch.is_paused = True
-        try:
-            yield
-        finally:
-            watch.is_paused = False
 
     def _aside(self, values: Iterable[Any]) -> AbstractContextManager[Any]:
         """Return a context in which what everystep computes from some values is not part of the step.
@@ -379,24 +362,18 @@ class Recording(Generic[R]):
             RecordingError: writing the run failed.
         """
         writer = self.writer
-        if self._under_way is not None:
+        if writer.watched.under_way is not None:
             raise UsageError("a step is already in progress; a recording has one loop at a time")
         writer.recorder.wait()
         self._place.at_end = {}
         state = self._parts.state()
         writer.note_changes(state)
-        device = self._parts.device
-        watch = Cursor(self._paths, device, self._follower, writer.elsewhere)
-        rates = self._parts.rates()
-        watch.begin(state)
-        self._follower.step_begins()
-        watch.__enter__()
-        self._under_way = StepUnderWay(watch, rates)
+        writer.watched.begin(state)
         if batch is not None:
             try:
                 self.add_batch(batch)
             except BaseException:
-                self._close()
+                writer.watched.close()
                 raise
 
     def add_batch(self, batch: Any) -> None:
@@ -416,18 +393,15 @@ class Recording(Generic[R]):
             raise UsageError(faults, "the batch")
         step.nesting.append(text_of(batch, path))
         with self._aside(tensors.values()):
-            step.batch |= self.writer.copies.of(tensors)
+            step.batch |= self.writer.watched.copies.of(tensors)
             step.watch.add_batch(tensors)
 
     def end_step(self) -> None:
         """End the step that `begin_step` began, and record it."""
-        step = self._close()
+        step = self.writer.watched.close()
         if step is not None:
-            if step.is_compiled:
-                self._paths.given_up = "torch.compile is in use"
             with self._writing():
                 self.writer.add(step, self._parts.state())
-                self.writer.elsewhere.clean()
             self._end_if_asked()
 
     def stop(self, reason: str) -> None:
@@ -438,17 +412,10 @@ class Recording(Generic[R]):
         """Write everything recorded so far to disk; this also happens several times a second."""
         self.writer.flush()
 
-    def _close(self) -> StepUnderWay[Cursor] | None:
-        """End the current step without recording it; return it."""
-        step, self._under_way = self._under_way, None
-        if step is not None:
-            step.watch.__exit__(None, None, None)
-        return step
-
     def _abandon(self) -> None:
         """Discard an incomplete step: record neither it nor a snapshot of its state."""
-        self._close()
-        self.writer.forget_versions()
+        self.writer.watched.close()
+        self.writer.watched.forget_versions()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -470,27 +437,6 @@ class Recording(Generic[R]):
         """On SIGTERM: end the loop after the step in progress, or at once between two steps."""
         if self._under_way is None and not self._is_writing:
             raise SystemExit(_TERMINATED)
-
-    def _module_done(self, path: str, outputs: list[Tensor]) -> None:
-        if self._under_way is not None and not self._under_way.watch.is_paused:
-            self._under_way.watch.module_done(path, outputs)
-
-    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
-        if self._under_way is not None and self.around is not None:
-            self.around.optimizer_begins(optimizer)
-        if self._under_way is not None and not self._under_way.watch.is_paused:
-            name = self._optimizer_names.get(id(optimizer))
-            with self.paused():
-                self._under_way.rates |= self._parts.rates(optimizer)
-                self._under_way.watch.optimizers.begins(
-                    optimizer, name, has_arguments, lambda: self._parts.gradients(optimizer)
-                )
-
-    def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._under_way is not None and not self._under_way.watch.is_paused:
-            name = self._optimizer_names.get(id(optimizer))
-            with self.paused():
-                self._under_way.watch.optimizers.ends(name, lambda: self._parts.gradients(optimizer))
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -20,8 +20,8 @@ from everystep.step.surroundings import Surroundings
 from everystep.step.verified import CheckPlan
 from everystep.training.batch import key_of, tensors_of, text_of
 from everystep.training.dataset import called
-from everystep.training.loop_writer import StepUnderWay, changes_of
 from everystep.training.record import Recording
+from everystep.training.watched_steps import StepUnderWay
 
 __all__ = ["VouchedStep", "run_step"]
 
@@ -90,6 +90,7 @@ class VouchedStep:
         self._step = step
         self._recording = recording
         self._writer = recording.writer
+        self._watched = recording.writer.watched
         self._steps = steps
         self._is_quiet = is_quiet
         parts = self._parts = self._writer.parts
@@ -153,7 +154,7 @@ class VouchedStep:
         stand_in = kind.stand_in
         if stand_in is None:
             return self._watch(kind, batch)
-        state = self._writer.state_now(is_settled=is_settled)
+        state = self._state(is_settled)
         if not stand_in.is_ready(state, self._era):
             return self._by_python(batch)[0]
         if not kind.is_checked or self._plan.is_due(number, self._steps):
@@ -181,7 +182,7 @@ class VouchedStep:
 
     def _key_of(self, batch: tuple[Any, ...], is_settled: bool) -> Any:
         if not is_settled or not batch or batch[0] is not self._last_batch:
-            state = self._writer.state_now(is_settled=is_settled)
+            state = self._state(is_settled)
             places = {tensor.untyped_storage()._cdata for tensor in state.values()}
             self._last_key = key_of(batch, places)
             self._last_batch = batch[0] if batch else None
@@ -200,18 +201,18 @@ class VouchedStep:
 
     def _by_python(self, batch: tuple[Any, ...]) -> tuple[dict[str, Any], Around]:
         """Run a step in Python; return what it logs, and what it does besides operations."""
-        state = self._writer.state
+        state = self._watched.state
         for kind in self._kinds.values():
             # A program writes into gradients that Python may keep: the parts get others.
             if kind.stand_in is not None and state is not None and kind.stand_in.release(state):
-                self._writer.note_versions()
-        around = self._recording.around = Around(self._parts)
+                self._watched.note_versions()
+        around = self._watched.around = Around(self._parts)
         return run_step(self._step, self._recording, *batch), around
 
     def _watch(self, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Run a step in Python; if it is like one before, a program may stand in from then on."""
         logged, around = self._by_python(batch)
-        path, seen = self._writer.last
+        path, seen = self._watched.last
         if not isinstance(seen, Cursor) or not seen.is_followed:
             kind.unlike += 1
             if kind.unlike == MOST_UNLIKE:
@@ -224,7 +225,7 @@ class VouchedStep:
         if "loss" in tensors and path.loss is None:
             unknown.add("loss")
         plain = {name: value for name, value in logged.items() if name not in tensors}
-        built = self._writer.program_of(path)
+        built = self._watched.program_of(path)
         try:
             if unknown:
                 raise NotReplaceableError(f"{min(unknown)} is not the result of an operation")
@@ -265,12 +266,12 @@ class VouchedStep:
             kind.stand_in, kind.is_checked = None, False
             return self._by_python(batch)[0]
         except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
-            writer.forget_versions()
+            self._watched.forget_versions()
             raise
         step = StepUnderWay(watch, rates)
         step.batch, step.nesting = seen.copies, seen.nesting
-        step.logged, step.loss = dict(logged), logged.get("loss")
-        step.loss_version = changes_of(step.loss)
+        step.logged = dict(logged)
+        step.has_loss(logged.get("loss"))
         writer.add(step, state)
         self._by_program += 1
         self._renewals = 0
@@ -283,7 +284,7 @@ class VouchedStep:
         seen, era = self._seen, self._era
         if seen is None or seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
             tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
-            copies = self._writer.copies.of(tensors, era)
+            copies = self._watched.copies.of(tensors, era)
             seen = self._seen = _SeenBatch(batch, era, tensors, copies, [*map(text_of, batch)])
         return seen
 
@@ -304,7 +305,7 @@ class VouchedStep:
         before = PartsCopy.of(self._parts)
         copies = {name: tensor.detach().clone() for name, tensor in _tensors_of(batch).items()}
         logged, around = self._by_python(batch)
-        path, seen = self._writer.last
+        path, seen = self._watched.last
         reason = "Python runs different operations than before"
         if path == stand_in.path and isinstance(seen, Cursor) and seen.is_followed:
             reason = _other_schedules(around, stand_in) or (
@@ -350,6 +351,11 @@ class VouchedStep:
         self._refuse(next(self._surroundings.reasons(), None))
         if self._renewals > MOST_RENEWALS:
             self._refuse(f"{changed} repeatedly")
+
+    def _state(self, is_settled: bool) -> dict[str, Tensor]:
+        """Return the live tensors of the parts. is_settled: nothing has run since the last step."""
+        known = self._watched.state if is_settled else None
+        return self._parts.state() if known is None else known
 
     def _carried(self) -> dict[str, Tensor]:
         """Return what the parts carry, except gradients."""

@@ -11,21 +11,29 @@ schedule or a metric of the user's has run, everystep compares what programs rel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from everystep import clock
 from everystep.errors import DatasetChangedError, TrainingError
 from everystep.program.calls import without_autograd
+from everystep.recording.contents import Taken
 from everystep.step.acceleration import Acceleration
+from everystep.step.check import same_bits
 from everystep.step.comparison import PartsCopy
+from everystep.step.cursor import Cursor
 from everystep.step.eager import EagerStep, Training
+from everystep.step.generators import Generators
 from everystep.step.losses import Losses
 from everystep.step.stand_in import CreatesTensorsError, NotReplaceableError, StandIn
+from everystep.step.state import copy_of
 from everystep.step.verified import CheckPlan, WayBack
+from everystep.training.batch import text_of
+from everystep.training.step_rows import StepWriter
 from everystep.training.watched_steps import WatchedSteps
 
 __all__ = ["Engine", "Stepper"]
@@ -41,16 +49,17 @@ class Stepper:
 
     Args:
         training: the training; modified in place.
-        watched: takes steps in Python, and keeps what repeats each step.
+        writer: of the run.
         steps: the last step.
         engine: `eager`; `program`, which trusts code that is not torch's, and raises if no program can
             run a step; or `auto`.
         start: the initial state of the training; steps are counted from there.
+        is_by_rule: whether the run has the rows of the batches, so that a rule finds those of each step.
 
     step: the last step that ran; reason: why Python runs steps, or None; eager_from: the first of these;
     by_program: how many steps programs have run; checked: the steps at which a program passed a check;
-    hyperparameters: (step, the lr and similar settings by name) of each step since the last `collect`
-    before which they may have changed.
+    watched: its steps; taken: the rows of the steps since the last `collect`; hyperparameters: (step,
+    the lr and similar settings by name) of each of these steps before which they may have changed.
 
     Raises:
         TrainingError: `engine="program"`, and no program can run a step.
@@ -59,21 +68,27 @@ class Stepper:
     def __init__(
         self,
         training: Training,
-        watched: WatchedSteps,
+        writer: StepWriter,
         steps: int,
         engine: Engine = "auto",
         start: int = 0,
+        *,
+        is_by_rule: bool = True,
     ) -> None:
         self.training = training
         self.start = self.step = start
         self.reason: str | None = None
         self.eager_from: int | None = None
         self.by_program = 0
+        self.taken: list[Taken] = []
         self.hyperparameters: list[tuple[int, dict[str, float]]] = []
-        self._watched = watched
+        self.watched = WatchedSteps(training.parts, writer)
+        self._is_by_rule = is_by_rule
+        #: How often the rows of the data had been changed when the rule was last known to hold.
+        self._data_versions: list[int | None] | None = None
         self._steps = steps
         self._engine = engine
-        self._advance_schedule = EagerStep(training).advance
+        self._eager = EagerStep(training)
         self._plan = CheckPlan(start)
         self._losses = Losses()
         #: The programs, by the shape of their batches; the step before the first that they may run.
@@ -81,6 +96,9 @@ class Stepper:
         self._since = start
         #: The program that ran the last step, None if Python did.
         self._last: StandIn | None = None
+        #: Of the last step that Python took: its loss, and how its batch was nested.
+        self._seen_loss = torch.empty(0)
+        self._nesting: Any = None
         self._renewals = 0
         self._era = 0
         self._has_other_code_run = False
@@ -94,6 +112,11 @@ class Stepper:
     def is_full(self) -> bool:
         """Whether losses must be collected before more steps can run."""
         return self._losses.room <= 0
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether a rule still finds the rows of each step: not if the data was changed."""
+        return self._is_by_rule and self._data_versions in (None, self.training.batch.versions())
 
     def last_loss(self) -> float:
         """Return the loss of the last step."""
@@ -139,7 +162,7 @@ class Stepper:
     def restart(self, step: int) -> None:
         """Continue after another state, which somebody has brought the training to."""
         self._losses.drop(self._losses.count)
-        self._watched.forget_after(step)
+        self._forget_after(step)
         self.step, self._last, self._era = step, None, self._era + 1
         if self.reason is None:
             self._keep_way_back()
@@ -152,13 +175,22 @@ class Stepper:
         they are made again.
         """
         self._hand_over_gradients(as_copies=True)
-        with self._watched.noting_changes(self.step):
-            yield
+        # By value: torch does not count every change.
+        before = {name: tensor.detach().clone() for name, tensor in self._carried().items()}
+        yield
+        now = self._carried()
+        changed = [n for n, each in now.items() if n not in before or not same_bits(each, before[n])]
+        drawn = {name: copy_of(now[name]) for name in changed if name.startswith("generator/")}
+        self.watched.note_changes(self.step, self.watched.parts.state(), changed, drawn)
         self._way_back.close()
         self._has_other_code_run, self._era = True, self._era + 1
         self._check_dataset()
         if self.reason is None:
             self._compare_guards()
+
+    def _carried(self) -> dict[str, Tensor]:
+        generators = Generators.capture(self.training.device).tensors()
+        return self.training.named_state() | {f"generator/{name}": t for name, t in generators.items()}
 
     def _hand_over_gradients(self, *, as_copies: bool) -> None:
         """Set the gradients of the last step where other code looks for them.
@@ -166,8 +198,8 @@ class Stepper:
         as_copies: for code that may keep them while programs continue to write into their own.
         """
         if self._last is not None:
-            self._last.hand_out(self._watched.parts.state(), as_copies=as_copies)
-            self._watched.note_versions()
+            self._last.hand_out(self.watched.parts.state(), as_copies=as_copies)
+            self.watched.note_versions()
 
     def _check_dataset(self) -> None:
         """Check that a Dataset read once would still return the same rows, as far as that is fast.
@@ -183,7 +215,7 @@ class Stepper:
     def collect(self) -> tuple[int, Tensor]:
         """Return the step of the first loss not yet collected, and the losses from there on."""
         first = self.step - self._losses.count + 1
-        self.hyperparameters = []
+        self.taken, self.hyperparameters = [], []
         return first, self._losses.collect()
 
     def finish(self) -> None:
@@ -205,7 +237,7 @@ class Stepper:
 
     def _compare_guards(self) -> None:
         """Compare what programs depend on after other code has run; make them again if it changed."""
-        if not self._watched.has_rule:
+        if not self.has_rule:
             self._leave_to_python("your code changes the data")
             return
         changed = self.acceleration.difference(self.training.named_state())
@@ -232,7 +264,7 @@ class Stepper:
     def _ready(self, number: int) -> StandIn | None:
         """Return the program of a step on the current tensors, None if it has none."""
         stand_in = self._stand_ins.get(self.training.batch.shape(number))
-        if stand_in is None or not stand_in.is_ready(self._watched.parts.state(), self._era):
+        if stand_in is None or not stand_in.is_ready(self.watched.parts.state(), self._era):
             return None
         return stand_in
 
@@ -245,24 +277,58 @@ class Stepper:
         if self.training.schedule is not None or self.reason is not None:
             self.hyperparameters.append((number, self.training.hyperparameters()))
         x, y = self.training.batch(number)
-        self._keep_loss(number, self._watched.take(number, x, y))
+        self._keep_loss(number, self.watch(number, x, y))
         self._check_dataset()
         return x, y
+
+    def watch(self, number: int, x: Tensor, y: Tensor) -> Tensor:
+        """Run a whole step in Python on a batch, watched, and advance the schedule; return the loss.
+
+        Raises:
+            as `EagerStep.take`.
+        """
+        watched, eager = self.watched, self._eager
+        watched.follow()
+        state = watched.parts.state()
+        watched.note_changes(number - 1, state)
+        inputs, tensors = self._inputs(x, y), {"x": x, "y": y}
+        step = watched.begin(state)
+        try:
+            step.watch.add_batch(tensors)
+            step.nesting.append(text_of((x, y)))
+            loss = eager.take(x, y, step.has_loss, watched.enter)
+            watched.enter("other")
+            if eager.advance is not None:
+                eager.advance(number)
+        finally:
+            watched.close()
+        self.taken.append(watched.end(number, step, watched.parts.state(), inputs))
+        self._seen_loss, self._nesting = loss, step.nested
+        return loss
+
+    def _inputs(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Return the batch as a row has it: nothing where a rule finds it."""
+        if self.has_rule:
+            self._data_versions = self.training.batch.versions()
+            return {}
+        # A step, or other code, has written into the data itself: from then on a rule finds other rows.
+        copies = self.watched.copies.of({"x": x, "y": y})
+        return {f"batch/{name}": copy for name, copy in copies.items()}
 
     def _make(self, number: int) -> None:
         """Run a step in Python, and make a program for such steps of what it has done."""
         is_first = self._since == self.step
         if is_first:
             self.acceleration.begin()
-        before = None if is_first else PartsCopy.of(self._watched.parts)
+        before = None if is_first else PartsCopy.of(self.watched.parts)
         x, y = self._by_python(number)
         started = clock.now()
         try:
-            stand_in = self._watched.stand_in(x, y)
+            stand_in = self.stand_in(x, y)
             # The first step may begin without gradients, and make what later ones find.
             if before is None:
                 return
-            reason = self._watched.difference(stand_in, None, before, x, y)
+            reason = self._difference(stand_in, None, before, x, y)
         except CreatesTensorsError as error:
             if before is None:
                 return
@@ -275,6 +341,49 @@ class Stepper:
         self._stand_ins[self.training.batch.shape(number)] = stand_in
         self._plan.captured(number, clock.now() - started)
 
+    def stand_in(self, x: Tensor, y: Tensor) -> StandIn:
+        """Return a program that runs steps like the last one, which Python took on such a batch.
+
+        Raises:
+            NotReplaceableError: there is none; gives the reason.
+        """
+        path, seen = self.watched.last
+        built = self.watched.program_of(path)
+        if isinstance(built, str):
+            raise NotReplaceableError(built)
+        if path.loss is None or path.storages[path.tensors[path.loss].storage].kind != "temporary":
+            raise NotReplaceableError("the loss is not the result of an operation of the step")
+        assert isinstance(seen, Cursor)
+        batch = {"x": x, "y": y}
+        did: Any = [self.training.optimizer], []
+        fixed = batch if self.training.batch.is_fixed else {}
+        known = self.watched.parts, built, path, seen, *did, batch, {}
+        return StandIn(*known, is_quiet=True, fixed=fixed)
+
+    def _difference(
+        self,
+        stand_in: StandIn,
+        numbers: Sequence[int | float] | None,
+        before: PartsCopy,
+        x: Tensor,
+        y: Tensor,
+    ) -> str | None:
+        """Compare a program with the last step, which Python took; return in words what differs.
+
+        Args:
+            stand_in: the program.
+            numbers: that were predicted for the step, None if none were.
+            before: the state before it.
+            x, y: its batch.
+        """
+        path, seen = self.watched.last
+        if path != stand_in.path:
+            return "Python runs different operations than before"
+        assert isinstance(seen, Cursor)
+        numbers = seen.numbers if numbers is None else numbers
+        logged = {"loss": self._seen_loss}
+        return stand_in.difference(numbers, seen, before, {"x": x, "y": y}, logged)
+
     def _check(self, number: int, stand_in: StandIn) -> None:
         """Run a step in Python, and compare its program with it; Python's step counts.
 
@@ -286,9 +395,9 @@ class Stepper:
         if numbers is None:
             self._make(number)
             return
-        before = PartsCopy.of(self._watched.parts)
+        before = PartsCopy.of(self.watched.parts)
         x, y = self._by_python(number)
-        reason = self._watched.difference(stand_in, numbers, before, x, y)
+        reason = self._difference(stand_in, numbers, before, x, y)
         if reason is None:
             self._plan.passed(number, clock.now() - started)
         elif self._way_back.step >= number - 1:
@@ -306,7 +415,7 @@ class Stepper:
         self._way_back.go(self.training, number, reason)
         self._losses.drop(number - verified)
         self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
-        self._watched.forget_after(verified)
+        self._forget_after(verified)
         self.step, self._last = verified, None
         self._leave_to_python(f"{reason} at step {number}", verified + 1)
 
@@ -327,8 +436,8 @@ class Stepper:
                 continue
             self.hyperparameters.append((number, self.training.hyperparameters()))
             self._run_alike(stand_in, numbers, number)
-            if self._advance_schedule is not None:
-                self._advance_schedule(number)
+            if self._eager.advance is not None:
+                self._eager.advance(number)
         self._renewals = 0
         self._check_dataset()
         self._plan.timed(self.step - first + 1, clock.now() - started)
@@ -363,8 +472,19 @@ class Stepper:
         finally:
             if self.step >= begin:
                 stand_in.end(taken)
-                self._watched.add(begin, self.step - begin + 1, taken, stand_in.path)
-                self.by_program += self.step - begin + 1
+                count = self.step - begin + 1
+                self.taken += self.watched.ran(begin, count, taken, stand_in.path, self._nesting)
+                self.by_program += count
+
+    def _forget_after(self, step: int) -> None:
+        """Discard what was kept of later steps: the training goes back to the state after this one."""
+        self.taken = [
+            row._replace(count=min(row.count, step - row.step + 1))
+            for row in self.taken
+            if row.step <= step
+        ]
+        self.watched.forget_generator()
+        self.watched.note_versions()
 
     def _keep_loss(self, number: int, loss: Tensor) -> None:
         self._losses.make_room(loss)

@@ -1,79 +1,130 @@
-"""Watched steps: those of a training that Python or a program takes, and what repeats each of them.
+"""Watched steps: those of a training as they run, and what repeats each of them.
 
-Python's steps are watched as those of a user's own loop are.
+There is one way for a recorded loop, a step function and a model: a cursor watches the steps that Python
+takes, torch's hooks tell which module and optimizer runs, and each step becomes a row of the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from torch import Tensor, optim
+import torch
+from torch import Tensor
 
+from everystep import clock
 from everystep.recording.contents import Taken
 from everystep.step.build import BuiltPath
-from everystep.step.check import same_bits
-from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
-from everystep.step.eager import EagerStep, Training
-from everystep.step.elsewhere import Elsewhere, version_of, versions_by_name
+from everystep.step.elsewhere import Elsewhere, versions_by_name
 from everystep.step.follow import Follower
-from everystep.step.generators import Generators
 from everystep.step.known_paths import KnownPaths
+from everystep.step.parts import Parts
 from everystep.step.path import Path
-from everystep.step.stand_in import NotReplaceableError, StandIn
+from everystep.step.stand_in import Around
 from everystep.step.state import copy_of
 from everystep.step.taken import TakenByProgram
-from everystep.training.batch import BatchCopies, text_of
+from everystep.training.batch import BatchCopies
 from everystep.training.notices import Notices
-from everystep.training.step_rows import StepRows, StepWriter
+from everystep.training.step_rows import AnyWatch, StepRows, StepWriter
 
-__all__ = ["WatchedSteps"]
+__all__ = ["StepUnderWay", "WatchedSteps", "changes_of"]
+
+W = TypeVar("W", bound=AnyWatch, covariant=True)
+
+
+def changes_of(value: Any) -> int:
+    """Return how often a tensor was changed in place; 0 of all else, or if torch does not count."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 class LastProgram(NamedTuple):
-    """The program of a step that Python took, with the numbers of the step, and what it brought."""
+    """The program of the last step, the numbers of the step, and what it brought by `input/name`."""
 
     built: BuiltPath
     numbers: list[int | float]
     inputs: dict[str, Tensor]
 
 
-class WatchedSteps:
-    """Takes steps in Python while a cursor watches them, and keeps what repeats each step.
+class StepUnderWay(Generic[W]):
+    """A step in progress: its watch, its batch, and logged values.
 
-    Args:
-        training: what is trained.
-        writer: of the run.
-        is_by_rule: whether the run has the rows of the batches, so that a rule finds those of each step.
-
-    parts: what it carries from step to step.
+    rates: the learning rates that it uses: as it began, or as an optimizer found them.
     """
 
-    def __init__(self, training: Training, writer: StepWriter, *, is_by_rule: bool) -> None:
-        self.parts = training.parts
-        self._training = training
+    def __init__(self, watch: W, rates: dict[str, float]) -> None:
+        self.watch = watch
+        self.rates = rates
+        self.batch: dict[str, Tensor] = {}
+        self.nesting: list[Any] = []
+        self.logged: dict[str, Any] = {}
+        self.loss: Any = None
+        self.started = clock.now()
+        self._loss_version = 0
+        self._compiled = _compiled()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile compiled a function in it."""
+        return _compiled() > self._compiled
+
+    @property
+    def nested(self) -> Any:
+        """How the batch was nested; of several, a list."""
+        if len(self.nesting) > 1:
+            return {"list": self.nesting}
+        return self.nesting[0] if self.nesting else None
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the loop has done nothing with it yet."""
+        return self.watch.is_empty and not self.logged
+
+    def has_loss(self, loss: Any) -> None:
+        """Note the loss of the step."""
+        self.loss, self._loss_version = loss, changes_of(loss)
+
+    def end(self, after: Mapping[str, Tensor]) -> Path:
+        """Return what the step did. after: the live tensors of the parts."""
+        # Of a tensor that was changed since it was logged, no operation made the loss.
+        is_as_logged = changes_of(self.loss) == self._loss_version
+        return self.watch.end(after, self.loss if is_as_logged else None)
+
+
+class WatchedSteps:
+    """Watches the steps of a training, and keeps what repeats each step.
+
+    Args:
+        parts: what is carried from step to step.
+        writer: of the run.
+
+    copies: of the tensors of batches; state: the live tensors after the last step; under_way: the step
+    in progress; around: what it does besides operations, where somebody asks for it; last: the path of
+    the last step, and its watch.
+    """
+
+    last: tuple[Path, AnyWatch]
+
+    def __init__(self, parts: Parts, writer: StepWriter) -> None:
+        self.parts = parts
+        self.copies = BatchCopies()
+        self.state: dict[str, Tensor] | None = None
+        self.under_way: StepUnderWay[Cursor] | None = None
+        self.around: Around | None = None
         self._writer = writer
-        self._eager = EagerStep(training)
         self._rows = StepRows(writer)
-        self._taken: list[Taken] = []
         self._notices = Notices()
-        self._elsewhere = Elsewhere()
         self._paths = KnownPaths()
-        self._copies = BatchCopies()
-        self._is_by_rule = is_by_rule
-        #: How often the rows of the data had been changed when the rule was last known to hold.
-        self._data_versions: list[int | None] | None = None
-        self._versions: dict[str, tuple[int, int | None, int]] | None = None
-        self._under_way: Cursor | None = None
-        #: The last step that Python took, what it did, and its loss.
-        self._last: tuple[Cursor, Path, Tensor] | None = None
-        #: The loss of the step under way, and how often it had been changed.
-        self._logged: tuple[Tensor | None, int | None] = None, 0
-        self._follower: Follower | None = None
-        self._nesting: Any = None
+        self._elsewhere = Elsewhere()
+        self._versions = versions_by_name(parts.state())
+        self._is_still = False
+        self._optimizer_names = parts.optimizer_names()
+        hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
+        self._follower = Follower(parts.module_paths(), self._optimizer_names, *hooks)
+        self._follows = False
 
     @property
     def programs(self) -> tuple[int, ...]:
@@ -85,213 +136,186 @@ class WatchedSteps:
         """What no program holds, in words."""
         return tuple(sorted(self._notices.unseen))
 
-    @property
-    def has_rule(self) -> bool:
-        """Whether a rule still finds the rows of each step: not if the data was changed."""
-        return self._is_by_rule and self._data_versions in (None, self._training.batch.versions())
+    def follow(self) -> None:
+        """Follow modules and optimizers, until `finish`."""
+        if not self._follows:
+            self._follower.begin()
+            self._follows = True
 
-    def take(self, number: int, x: Tensor, y: Tensor) -> Tensor:
-        """Take a whole step on a batch, and advance the schedule; return the loss.
+    def finish(self) -> None:
+        """Follow modules and optimizers no longer."""
+        if self._follows:
+            self._follower.finish()
+            self._follows = False
 
-        Raises:
-            as `EagerStep.take`.
-        """
-        follower = self._follower or self._begin()
-        state = self.parts.state()
-        self._note_changes(number - 1, state)
-        watch = Cursor(self._paths, self._training.device, follower, self._elsewhere)
+    def begin(self, state: dict[str, Tensor]) -> StepUnderWay[Cursor]:
+        """Begin to watch a step. state: the live tensors of the parts."""
+        watch = Cursor(self._paths, self.parts.device, self._follower, self._elsewhere)
+        step = StepUnderWay(watch, self.parts.rates())
         watch.begin(state)
-        follower.step_begins()
-        inputs = self._inputs(x, y)
-        with watch:
-            watch.add_batch({"x": x, "y": y})
-            self._under_way = watch
-            try:
-                loss = self._eager.take(x, y, self._log, follower.enter)
-                follower.enter("other")
-                if self._eager.advance is not None:
-                    self._eager.advance(number)
-            finally:
-                self._under_way = None
-        after = self.parts.state()
-        (logged, version), self._logged = self._logged, (None, 0)
-        # Of a tensor that was changed since then, no operation made the loss.
-        is_as_logged = logged is not None and version_of(logged) == version
-        path = watch.end(after, logged if is_as_logged else None)
+        self._follower.step_begins()
+        watch.__enter__()
+        self.under_way = step
+        return step
+
+    @property
+    def enter(self) -> Any:
+        """Called with each phase of a step where it begins, if that is known."""
+        return self._follower.enter
+
+    def close(self) -> StepUnderWay[Cursor] | None:
+        """Watch the step in progress no longer; return it."""
+        step, self.under_way = self.under_way, None
+        if step is not None:
+            step.watch.__exit__(None, None, None)
+        return step
+
+    def end(
+        self,
+        number: int,
+        step: StepUnderWay[AnyWatch],
+        after: dict[str, Tensor],
+        inputs: dict[str, Tensor],
+    ) -> Taken:
+        """Return the row of a step that is over.
+
+        Args:
+            number: of the step.
+            step: closed, or taken by a program.
+            after: the live tensors of the parts.
+            inputs: what it was given that the watch does not know, by the names that rows have.
+        """
+        watch, path = step.watch, step.end(after)
+        self.last, self.state = (path, watch), after
         if watch.changed_unseen:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
         copied = self._elsewhere.copied
-        self._nesting = text_of((x, y))
-        self._taken.append(self._rows.row(number, watch, path, after, inputs, self._nesting, copied))
+        row = self._rows.row(number, watch, path, after, inputs, step.nested, copied)
+        if step.is_compiled:
+            self._paths.given_up = "torch.compile is in use"
+        self._notices.of_step(number, watch, is_compiled=step.is_compiled)
+        self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
+        if not self._is_still:
+            self._versions = versions_by_name(after)
         self._elsewhere.clean()
-        self._notices.of_step(number, watch, is_compiled=False)
-        self._versions = versions_by_name(after)
-        self._last = watch, path, loss
-        return loss
+        return row
 
-    def program_of_last(self) -> LastProgram | None:
-        """Return the program of the last step that Python took, None if it has none."""
-        assert self._last is not None
-        watch, path, _ = self._last
-        known = self._rows.program_of(path)
-        if isinstance(known, str):
-            return None
-        brought = {f"input/{n}": watch.content(place) for n, place in known.built.inputs.items()}
-        inputs = {name: content for name, content in brought.items() if content is not None}
-        return LastProgram(known.built, known.built.numbers(watch.numbers), inputs)
-
-    def stand_in(self, x: Tensor, y: Tensor) -> StandIn:
-        """Return a program that runs steps like the last one, which Python took on such a batch.
-
-        Raises:
-            NotReplaceableError: there is none; gives the reason.
-        """
-        assert self._last is not None
-        watch, path, _ = self._last
-        known = self._rows.program_of(path)
-        if isinstance(known, str):
-            raise NotReplaceableError(known)
-        if path.loss is None or path.storages[path.tensors[path.loss].storage].kind != "temporary":
-            raise NotReplaceableError("the loss is not the result of an operation of the step")
-        batch = {"x": x, "y": y}
-        return StandIn(
-            self.parts,
-            known.built,
-            path,
-            watch,
-            optimizers=[self._training.optimizer],
-            schedules=[],
-            batch=batch,
-            plain={},
-            is_quiet=True,
-            fixed=batch if self._training.batch.is_fixed else {},
-        )
-
-    def difference(
-        self,
-        stand_in: StandIn,
-        numbers: Sequence[int | float] | None,
-        before: PartsCopy,
-        x: Tensor,
-        y: Tensor,
-    ) -> str | None:
-        """Compare a program with the last step, which Python took; return in words what differs.
-
-        Args:
-            stand_in: the program.
-            numbers: that were predicted for the step, None if none were.
-            before: the state before it.
-            x, y: its batch.
-        """
-        assert self._last is not None
-        watch, path, loss = self._last
-        if path != stand_in.path:
-            return "Python runs different operations than before"
-        numbers = watch.numbers if numbers is None else numbers
-        return stand_in.difference(numbers, watch, before, {"x": x, "y": y}, {"loss": loss})
-
-    def add(self, first: int, count: int, taken: TakenByProgram, path: Path) -> None:
-        """Note that a program has run `count` steps from `first` on, with the same numbers."""
-        row = self._rows.row(first, taken, path, {}, {}, self._nesting)
+    def ran(
+        self, first: int, count: int, taken: TakenByProgram, path: Path, nesting: Any
+    ) -> list[Taken]:
+        """Return the rows of `count` steps from `first` on that a program ran with the same numbers."""
+        row = self._rows.row(first, taken, path, {}, {}, nesting)
         if count > 1 and taken.generators:  # which are those before the first step
             inputs = {n: t for n, t in row.inputs.items() if not n.startswith("generator/")}
-            self._taken += [row, row._replace(step=first + 1, inputs=inputs, count=count - 1)]
-        else:
-            self._taken.append(row._replace(count=count))
+            return [row, row._replace(step=first + 1, inputs=inputs, count=count - 1)]
+        return [row._replace(count=count)]
 
-    def collect(self) -> list[Taken]:
-        """Return the rows of the steps taken since the last call."""
-        taken, self._taken = self._taken, []
-        return taken
+    def program_of(self, path: Path) -> BuiltPath | str:
+        """Return the program of a path, or why it has none."""
+        known = self._rows.program_of(path)
+        return known if isinstance(known, str) else known.built
 
-    def forget_after(self, step: int) -> None:
-        """Discard what was kept of later steps: the training goes back to the state after this one."""
-        self._taken = [
-            row._replace(count=min(row.count, step - row.step + 1))
-            for row in self._taken
-            if row.step <= step
-        ]
-        self._rows.forget_generator()
-        self.note_versions()
+    def program_of_last(self) -> LastProgram | None:
+        """Return the program of the last step, None if it has none."""
+        path, watch = self.last
+        built = self.program_of(path)
+        if isinstance(built, str):
+            return None
+        brought = {f"input/{n}": watch.content(place) for n, place in built.inputs.items()}
+        inputs = {name: content for name, content in brought.items() if content is not None}
+        return LastProgram(built, built.numbers(watch.numbers), inputs)
 
-    def note_versions(self) -> None:
-        """Note that what has changed since the last step belongs to it, or was recorded."""
-        if self._versions is not None:
-            self._versions = versions_by_name(self.parts.state())
+    def note_changes(
+        self,
+        step: int,
+        state: dict[str, Tensor],
+        known: Collection[str] = (),
+        drawn: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> str | None:
+        """Store what was changed after a step, outside of any; return the name of a tensor that was.
 
-    @contextmanager
-    def noting_changes(self, step: int) -> Iterator[None]:
-        """Store what the code within changes after a step, by value: torch counts not every change."""
-        before = {name: tensor.detach().clone() for name, tensor in self._carried().items()}
-        yield
-        changed = {
-            name: tensor
-            for name, tensor in self._carried().items()
-            if name not in before or not same_bits(tensor, before[name])
-        }
-        drawn = {name: copy_of(each) for name, each in changed.items() if name.startswith("generator/")}
-        if self._versions is not None:
-            self._versions = {n: each for n, each in self._versions.items() if n not in changed}
-        self._note_changes(step, self.parts.state(), drawn)
-        self.note_versions()
-
-    def _carried(self) -> dict[str, Tensor]:
-        generators = Generators.capture(self._training.device).tensors()
-        return self._training.named_state() | {f"generator/{name}": t for name, t in generators.items()}
-
-    def finish(self) -> None:
-        """Stop following modules and optimizers."""
-        if self._follower is not None:
-            self._follower.finish()
-            self._follower = None
-
-    def _begin(self) -> Follower:
-        training = self._training
-        paths = {id(module): path for path, module in training.model.named_modules()}
-        names: dict[int, str | None] = {id(training.optimizer): None}
-        hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
-        self._follower = Follower(paths, names, *hooks)
-        self._follower.begin()
-        return self._follower
-
-    def _inputs(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Return the batch as a row has it: nothing where a rule finds it."""
-        if self.has_rule:
-            self._data_versions = self._training.batch.versions()
-            return {}
-        # A step, or other code, has written into the data itself: from then on a rule finds other rows.
-        copies = self._copies.of({"x": x, "y": y})
-        return {f"batch/{name}": copy for name, copy in copies.items()}
-
-    def _note_changes(
-        self, step: int, state: dict[str, Tensor], drawn: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> None:
-        """Store what code between two steps has changed: a metric, a schedule, a Dataset.
-
-        drawn: the states of generators from which it has drawn, by `generator/name`.
+        Args:
+            step: the last one.
+            state: the live tensors of the parts.
+            known: the names of tensors that were changed although torch may not count it.
+            drawn: the states of generators from which other code has drawn, by `generator/name`.
         """
         before, now = self._versions, versions_by_name(state)
-        if before is None or (before == now and not drawn):
-            return
-        changed = {name: copy_of(state[name]) for name in now if before.get(name) != now[name]}
-        changed |= drawn
+        if before == now and not known and not drawn:
+            return None
+        changed = {n: copy_of(state[n]) for n in now if n in known or before.get(n) != now[n]}
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
-        if changed or gone:
-            self._writer.change(step, changed, gone)
+        if changed or gone or drawn:
+            self._writer.change(step, changed | dict(drawn), gone)
+        self._versions = now
+        return next(iter((*changed, *gone)), None) if before else None
 
-    def _log(self, loss: Tensor) -> None:
-        self._logged = loss, version_of(loss)
+    def report_change(self, step: int, name: str) -> None:
+        """Report that a loop changed a tensor after a step."""
+        self._notices.changed_between(step, name.partition("/")[2])
+
+    def is_as_after(self, state: dict[str, Tensor]) -> bool:
+        """Tell whether the state is still that after the last step."""
+        # A program writes gradients as Python does, and nothing has run since.
+        return self._is_still or self._versions == versions_by_name(state)
+
+    def note_versions(self) -> None:
+        """Note that the state equals that after the last step, although tensors were written since."""
+        self._versions = versions_by_name(self.parts.state())
+
+    def forget_versions(self) -> None:
+        """Discard an incomplete step: no snapshot may hold the current state."""
+        self._versions, self._is_still = {}, False
+
+    def forget_generator(self) -> None:
+        """Note the random generator again at the next draw: the training goes on after another state."""
+        self._rows.forget_generator()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude what runs within from the step in progress."""
+        watch = self.under_way.watch if self.under_way is not None else None
+        if watch is None or watch.is_paused:
+            yield
+            return
+        watch.is_paused = True
+        try:
+            yield
+        finally:
+            watch.is_paused = False
+
+    def _watch(self) -> Cursor | None:
+        """Return what watches the step in progress, None if nothing does."""
+        watch = self.under_way.watch if self.under_way is not None else None
+        return None if watch is None or watch.is_paused else watch
 
     def _module_done(self, path: str, outputs: list[Tensor]) -> None:
-        if self._under_way is not None:
-            self._under_way.module_done(path, outputs)
+        if (watch := self._watch()) is not None:
+            watch.module_done(path, outputs)
 
-    def _optimizer_begins(self, optimizer: optim.Optimizer, has_arguments: bool) -> None:
-        if self._under_way is not None:
-            gradients = self.parts.gradients
-            self._under_way.optimizers.begins(optimizer, None, has_arguments, gradients)
+    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+        if self.under_way is not None and self.around is not None:
+            self.around.optimizer_begins(optimizer)
+        if (watch := self._watch()) is not None:
+            assert self.under_way is not None
+            name = self._optimizer_names.get(id(optimizer))
+            with self.paused():
+                self.under_way.rates |= self.parts.rates(optimizer)
+                gradients = self._gradients_of(optimizer)
+                watch.optimizers.begins(optimizer, name, has_arguments, gradients)
 
-    def _optimizer_ends(self, optimizer: optim.Optimizer) -> None:
-        if self._under_way is not None:
-            self._under_way.optimizers.ends(None, self.parts.gradients)
+    def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        if (watch := self._watch()) is not None:
+            name = self._optimizer_names.get(id(optimizer))
+            with self.paused():
+                watch.optimizers.ends(name, self._gradients_of(optimizer))
+
+    def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Any:
+        return lambda: self.parts.gradients(optimizer)
+
+
+def _compiled() -> int:
+    """Return the number of functions that torch.compile has processed in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["frames"]["total"]) if dynamo is not None else 0
