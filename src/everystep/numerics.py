@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["ENVIRONMENT", "Numerics", "in_force", "prepare", "warning"]
+__all__ = ["ENVIRONMENT", "Numerics", "in_effect", "in_force", "prepare", "warning"]
 
 #: No machine computes one step with more.
 MOST_THREADS = 4096
@@ -226,6 +226,41 @@ def warning() -> str | None:
             "everystep.numerics.prepare() first, or start Python with MKL_CBWR=AVX2,STRICT"
         )
     return None
+
+
+def in_effect() -> tuple[Any, ...]:
+    """Return settings of this process that bits depend on, as far as they are read in microseconds.
+
+    Two results that differ mean that something was set in between; `Numerics` tells what.
+    """
+    import torch
+
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.get_deterministic_debug_mode(),
+        torch.get_float32_matmul_precision(),
+        *[getattr(torch._C, name)() for name in _switches()],
+    )
+
+
+@cache
+def _switches() -> tuple[str, ...]:
+    """Return the names of torch's functions that tell which kernels may be used."""
+    import torch
+
+    names = [
+        "_get_mkldnn_enabled",
+        "_get_mkldnn_deterministic",
+        "_get_nnpack_enabled",
+        "_get_cudnn_enabled",
+        "_get_cudnn_benchmark",
+        "_get_flash_sdp_enabled",
+        "_get_mem_efficient_sdp_enabled",
+        "_get_math_sdp_enabled",
+        "_get_cudnn_sdp_enabled",
+    ]
+    return tuple(name for name in names if hasattr(torch._C, name))
 
 
 @contextmanager

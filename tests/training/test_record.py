@@ -648,3 +648,24 @@ def test_a_rate_that_the_loop_logs_has_a_name_of_its_own(made):
     run = recording.run
     assert run.measured("lr (logged)") == logged
     assert run[3].hyperparameters == {"lr": 0.1} and run[4].hyperparameters == {"lr": 0.05}
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_setting_of_torch_that_the_loop_changes_is_recorded_or_reported(made, first, capsys):
+    model, optimizer, batch = made
+    try:
+        with everystep.record(model=model, optimizer=optimizer) as recording:
+            for number, (x, y) in enumerate(recording.steps([batch] * 6), 1):
+                if number == first:
+                    torch.backends.nnpack.set_flags(False)
+                loss = nn.functional.mse_loss(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+    finally:
+        torch.backends.nnpack.set_flags(True)
+    name = "torch.backends.nnpack.set_flags"
+    is_reported = f"step {first} runs with {name} = False, which was True" in capsys.readouterr().err
+    assert is_reported == (first > 1)
+    assert recording.run.facts.training.numerics.settings[name] == (first > 1)

@@ -59,6 +59,7 @@ class LoopWriter(RunWriter):
         self._place = place
         self.function: Callable[[], FunctionFacts] | None = None
         self._pending: State | None = None
+        self._in_effect = numerics.in_effect()
         if resumed is None:
             beginning = parts.snapshot(0)
             trained = facts_of_loop(self.parts, LoopFacts.of(self.parts.named))
@@ -77,6 +78,7 @@ class LoopWriter(RunWriter):
             super().__init__(recorder, at, say, advanced, seconds_before=before, is_finite=is_finite)
             self.rates, self._later = resumed.rates, resumed.later
             self._has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
+        self._numerics = facts.training.numerics
         self.watched = WatchedSteps(self.parts, recorder)
         if message := numerics.warning():
             say(message)
@@ -84,7 +86,7 @@ class LoopWriter(RunWriter):
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store what the loop changed since the last step, outside of any. state: the current one."""
         if (changed := self.watched.note_changes(self.step, state)) is not None:
-            self.watched.report_change(self.step, changed)
+            self.watched.notices.changed_between(self.step, changed.partition("/")[2])
 
     def add(self, step: StepUnderWay[AnyWatch], after: dict[str, Tensor]) -> None:
         """Add a step that is over. after: the live tensors of the parts."""
@@ -94,6 +96,7 @@ class LoopWriter(RunWriter):
         self.taken.append(self.watched.end(self.step, step, after, inputs))
         path, _ = self.watched.last
         self._note_logged(step, path)
+        self._note_numerics()
         self.timed(step.started, self.parts.state)
         self._keep_pending(self.watched.program_of(path))
         self._compare_with_later()
@@ -133,6 +136,19 @@ class LoopWriter(RunWriter):
         tensors, settings = self._place.settings()
         state = self._whole.snapshot(self.step)
         return State(state.step, state.parameters, state.rest | tensors, state.settings | settings)
+
+    def _note_numerics(self) -> None:
+        """Note what was set, of all that bits depend on; report it if steps before had another value."""
+        now = numerics.in_effect()
+        if now == self._in_effect:
+            return
+        self._in_effect = now
+        values = numerics.Numerics.read(self.parts.device)
+        if self.step == self.start + 1:
+            self._numerics = values
+            self.recorder.facts({"numerics": values})
+        for name, (then, here) in self._numerics.differences(values).items():
+            self.watched.notices.set_within(self.step, name, then, here)
 
     def _note_logged(self, step: StepUnderWay[AnyWatch], path: StepPath) -> None:
         self.losses.append(step.logged.pop("loss", None))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from everystep.recording.notice import say
 from everystep.training.step_rows import AnyWatch
 
@@ -52,6 +54,14 @@ class Notices:
                 "stores it again at every step, unless you pass the object that holds it to "
                 "everystep.record(...)",
             )
+
+    def set_within(self, step: int, name: str, before: Any, now: Any) -> None:
+        """Report a setting that bits depend on, and that the loop has changed."""
+        self._once(
+            f"set {name}",
+            f"step {step} runs with {name} = {now}, which was {before} when the recording began; a "
+            f"replay uses {before}, so it may differ from here on; set it before the recording begins",
+        )
 
     def _once(self, kind: str, message: str) -> None:
         if kind not in self._said:

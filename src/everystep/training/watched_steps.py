@@ -101,9 +101,9 @@ class WatchedSteps:
         parts: what is carried from step to step.
         writer: of the run.
 
-    copies: of the tensors of batches; state: the live tensors after the last step; under_way: the step
-    in progress; around: what it does besides operations, where somebody asks for it; last: the path of
-    the last step, and its watch.
+    copies: of the tensors of batches; notices: about the steps; state: the live tensors after the last
+    step; under_way: the step in progress; around: what it does besides operations, where somebody asks
+    for it; last: the path of the last step, and its watch.
     """
 
     last: tuple[Path, AnyWatch]
@@ -116,7 +116,7 @@ class WatchedSteps:
         self.around: Around | None = None
         self._writer = writer
         self._rows = StepRows(writer)
-        self._notices = Notices()
+        self.notices = Notices()
         self._paths = KnownPaths()
         self._elsewhere = Elsewhere()
         self._versions = versions_by_name(parts.state())
@@ -134,7 +134,7 @@ class WatchedSteps:
     @property
     def unseen(self) -> tuple[str, ...]:
         """What no program holds, in words."""
-        return tuple(sorted(self._notices.unseen))
+        return tuple(sorted(self.notices.unseen))
 
     def follow(self) -> None:
         """Follow modules and optimizers, until `finish`."""
@@ -194,7 +194,7 @@ class WatchedSteps:
         row = self._rows.row(number, watch, path, after, inputs, step.nested, copied)
         if step.is_compiled:
             self._paths.given_up = "torch.compile is in use"
-        self._notices.of_step(number, watch, is_compiled=step.is_compiled)
+        self.notices.of_step(number, watch, is_compiled=step.is_compiled)
         self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
         if not self._is_still:
             self._versions = versions_by_name(after)
@@ -250,10 +250,6 @@ class WatchedSteps:
             self._writer.change(step, changed | dict(drawn), gone)
         self._versions = now
         return next(iter((*changed, *gone)), None) if before else None
-
-    def report_change(self, step: int, name: str) -> None:
-        """Report that a loop changed a tensor after a step."""
-        self._notices.changed_between(step, name.partition("/")[2])
 
     def is_as_after(self, state: dict[str, Tensor]) -> bool:
         """Tell whether the state is still that after the last step."""
