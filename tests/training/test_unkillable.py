@@ -142,7 +142,7 @@ def test_a_measurement_without_values_leaves_no_name():
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["_keep_what_is_unknown", "is_snapshot_due", "flush"])
+@pytest.mark.parametrize("moment", ["_note_logged", "is_snapshot_due", "flush"])
 def test_a_signal_while_a_step_is_recorded_waits_until_it_is(monkeypatch, kind, moment):
     recorded, calls = getattr(LoopWriter, moment), []
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import clock
@@ -107,7 +108,7 @@ class _ModelWriter(RunWriter):
         if origin is not None:
             self.rates = self.rates | origin.hyperparameters
             self.note_rates(job.start + 1, job.training.hyperparameters())
-        self._loss_dtype: Any = None
+        self._loss_dtype: torch.dtype | None = None
         self._snapshot_step = -1 if origin is None else job.start
         self._engine: EngineFacts | None = None
 
@@ -144,7 +145,7 @@ class _ModelWriter(RunWriter):
             if interrupt:
                 self.flush()
                 return interrupt.reason
-            self.flush_if_due(is_full=stepper.is_full)
+            self.flush_if_due()
         self.flush()
         return None
 
@@ -196,9 +197,10 @@ class _ModelWriter(RunWriter):
                 self.recorder.measurements(measured)
             return
         found: dict[str, Any] = {}
-        if values.dtype != self._loss_dtype:
-            self._loss_dtype = values.dtype
-            found["loss_dtype"] = str(values.dtype).removeprefix("torch.")
+        widest = torch.promote_types(values.dtype, self._loss_dtype or values.dtype)
+        if widest != self._loss_dtype:
+            self._loss_dtype = widest
+            found["loss_dtype"] = str(widest).removeprefix("torch.")
         self.write(first, losses, found)
         self.recorder.wait()
         self.show_written()

@@ -11,6 +11,7 @@ schedule or a metric of the user's has run, everystep compares what programs rel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -28,7 +29,6 @@ from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import EagerStep, Training
 from everystep.step.generators import Generators
-from everystep.step.losses import Losses
 from everystep.step.stand_in import CreatesTensorsError, NotReplaceableError, StandIn
 from everystep.step.state import copy_of
 from everystep.step.verified import CheckPlan, WayBack
@@ -90,7 +90,8 @@ class Stepper:
         self._engine = engine
         self._eager = EagerStep(training)
         self._plan = CheckPlan(start)
-        self._losses = Losses()
+        self._losses: list[Tensor] = []
+        self._last_loss = math.nan
         #: The programs, by the shape of their batches; the step before the first that they may run.
         self._stand_ins: dict[Any, StandIn] = {}
         self._since = start
@@ -109,18 +110,13 @@ class Stepper:
             self._keep_way_back()
 
     @property
-    def is_full(self) -> bool:
-        """Whether losses must be collected before more steps can run."""
-        return self._losses.room <= 0
-
-    @property
     def has_rule(self) -> bool:
         """Whether a rule still finds the rows of each step: not if the data was changed."""
         return self._is_by_rule and self._data_versions in (None, self.training.batch.versions())
 
     def last_loss(self) -> float:
         """Return the loss of the last step."""
-        return self._losses.last()
+        return float(self._losses[-1]) if self._losses else self._last_loss
 
     @property
     def checked(self) -> list[int]:
@@ -128,7 +124,7 @@ class Stepper:
         return self._plan.checked
 
     def advance(self, last: int) -> None:
-        """Run steps up to `last`, or until there are enough losses to collect.
+        """Run steps up to `last`.
 
         A failed check may move `step` back to the last checked step; what was collected of later steps
         is then void.
@@ -137,7 +133,7 @@ class Stepper:
             TrainingError: `engine="program"`, and no program can run a step; or a check failed, and
                 training cannot go back.
         """
-        while self.step < last and not self.is_full:
+        while self.step < last:
             number = self.step + 1
             if self.step in self.checked[-1:] and self._way_back.step != self.step:
                 # Not before now: what follows a step (an evaluation, say) belongs to its state.
@@ -155,13 +151,13 @@ class Stepper:
                 self._check(number, stand_in)
             else:
                 last_unchecked = self._plan.until(self._steps) - 1
-                self._run(number, min(last, last_unchecked, self.step + self._losses.room))
+                self._run(number, min(last, last_unchecked))
             if self.step < number:
                 return
 
     def restart(self, step: int) -> None:
         """Continue after another state, which somebody has brought the training to."""
-        self._losses.drop(self._losses.count)
+        self._losses = []
         self._forget_after(step)
         self.step, self._last, self._era = step, None, self._era + 1
         if self.reason is None:
@@ -214,9 +210,14 @@ class Stepper:
 
     def collect(self) -> tuple[int, Tensor]:
         """Return the step of the first loss not yet collected, and the losses from there on."""
-        first = self.step - self._losses.count + 1
-        self.taken, self.hyperparameters = [], []
-        return first, self._losses.collect()
+        losses, first = self._losses, self.step - len(self._losses) + 1
+        self._losses, self.taken, self.hyperparameters = [], [], []
+        if not losses:
+            return first, torch.empty(0)
+        # One loss may be wider than others, or have a dimension.
+        found = torch.cat([loss.reshape(1) for loss in losses])
+        self._last_loss = float(found[-1])
+        return first, found
 
     def finish(self) -> None:
         """Set the gradients of the last step where a user looks for them."""
@@ -413,7 +414,7 @@ class Stepper:
         """
         verified = self._way_back.step
         self._way_back.go(self.training, number, reason)
-        self._losses.drop(number - verified)
+        self._losses = self._losses[: max(0, len(self._losses) - number + verified)]
         self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
         self._forget_after(verified)
         self.step, self._last = verified, None
@@ -455,7 +456,6 @@ class Stepper:
         batch, live, begin = self.training.batch, stand_in.live, self.step + 1
         assert live is not None
         self._last, shape = stand_in, batch.shape(begin)
-        self._losses.make_room(live.loss)
         taken = stand_in.begin(numbers)
         if batch.is_fixed:
             stand_in.load(dict(zip("xy", batch(begin), strict=True)))
@@ -467,7 +467,7 @@ class Stepper:
                             break
                         batch.into(number, *stand_in.places)
                     live.run()
-                    self._losses.keep(live.loss)
+                    self._losses.append(live.loss.clone())
                     self.step = number
         finally:
             if self.step >= begin:
@@ -487,8 +487,7 @@ class Stepper:
         self.watched.note_versions()
 
     def _keep_loss(self, number: int, loss: Tensor) -> None:
-        self._losses.make_room(loss)
-        self._losses.keep(loss.detach())
+        self._losses.append(loss.detach())
         self.step = number
 
     def _keep_way_back(self) -> None:

@@ -130,9 +130,9 @@ class RunWriter:
         is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
         return is_due or self.step == recorder.recorded
 
-    def flush_if_due(self, *, is_full: bool = False) -> None:
-        """Flush if the last time is long enough ago, or if no more can wait."""
-        if is_full or time.perf_counter() >= self._flush_at:
+    def flush_if_due(self) -> None:
+        """Flush if the last time is long enough ago."""
+        if time.perf_counter() >= self._flush_at:
             self.flush()
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
 
