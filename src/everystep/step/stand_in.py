@@ -149,7 +149,7 @@ class StandIn:
     `is_ready` was given last.
 
     Raises:
-        NotReplaceableError: the next step may do something else; says what.
+        NotReplaceableError: the next step may do something else; gives the reason.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class StandIn:
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
         interpreter = Interpreter(built.program, parts.device)
         self._state = interpreter.state
-        #: Copies of the tensors of which Python reads numbers that it does not log.
+        #: Copies of the tensors from which Python reads numbers that it does not log.
         self._unchanging: dict[str, Tensor] = {}
         self._moves = [name for name in self._state if name.startswith("gradient/")]
         self._is_quiet = is_quiet

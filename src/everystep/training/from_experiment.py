@@ -67,7 +67,7 @@ def experiment_job(
 ) -> Job:
     """Create everything that an experiment names, in the chapter's order; seeds torch's generator.
 
-    data: replaces the experiment's, of which no file is read then.
+    data: replaces the data of the experiment, and no file of it is read.
 
     Raises:
         UsageError: the data or the model is invalid, or in files that the user has not named; gives the

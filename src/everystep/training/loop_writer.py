@@ -39,7 +39,7 @@ class LoopWriter(RunWriter):
         place: where it is in its batches.
         snapshot_budget, batch_budget: bytes that the run may keep.
         advanced: called with a step that was written, and the losses from it on.
-        resumed: where a run goes on, None for a new one.
+        resumed: where a run continues, None for a new one.
 
     parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran.
     """

@@ -9,7 +9,7 @@ from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Notices"]
 
-#: What is not seen is said so often; the rest is in the run's facts.
+#: What is not seen is reported so often; the rest is in the run's facts.
 MOST_SAID = 3
 
 

@@ -2,7 +2,7 @@
 
 A loader cannot be rewound. It goes to its place by its own state where it has one (`state_dict`, as
 torchdata's StatefulDataLoader), by its sampler alone where torch's own DataLoader reads in this process,
-and otherwise by drawing batches again without using them. The random generators are as they were before
+and else by drawing batches again without using them. The random generators are as they were before
 each draw that used them.
 """
 
@@ -70,8 +70,8 @@ class Place:
     Args:
         device: of the parts, for its random generator.
 
-    generators: those before the last draw, by name, if it used them, and found them otherwise than the
-    draw before it had left them; at_end: those before a draw that found no more batches, by the names
+    generators: those before the last draw, by name, if it used them, and found them different from what the
+    draw before it had left; at_end: those before a draw that found no more batches, by the names
     that a state has.
     """
 
@@ -95,7 +95,7 @@ class Place:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the place that a training goes on from is still to be found."""
+        """Whether the place from which a training continues is still to be found."""
         return self._goal is not None
 
     def resume(self, goal: Recorded, step: int, history: History, reached: Callable[[], None]) -> None:

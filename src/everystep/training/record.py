@@ -260,7 +260,7 @@ class Recording(Generic[R]):
         return self.writer.step
 
     def _settle(self) -> None:
-        """Bring the parts to the snapshot again, at the place from which the loop goes on.
+        """Bring the parts to the snapshot again, at the place from which the loop continues.
 
         Raises:
             UsageError: something around `steps` counts the batches, and begins again.
@@ -280,7 +280,7 @@ class Recording(Generic[R]):
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the place that a loop goes on from is still to be found, in its batches."""
+        """Whether the place from which a loop continues is still to be found, in its batches."""
         return self._place.is_ahead
 
     def drawn(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -338,7 +338,7 @@ class Recording(Generic[R]):
     def paused(self) -> Iterator[None]:
         """Exclude the body of the `with` statement from the step, such as an evaluation.
 
-        It must not change anything that the loop carries; otherwise replays differ from there on.
+        It must not change anything that the loop carries; or replays differ from there on.
         """
         with self._writer.watched.paused() if self._writer is not None else nullcontext():
             yield
@@ -355,7 +355,7 @@ class Recording(Generic[R]):
         """Begin a step if you can use neither `steps` nor `step`; `end_step` ends it.
 
         Args:
-            batch: the batch of the step, if already known; otherwise pass it to `add_batch`.
+            batch: the batch of the step, if already known; else pass it to `add_batch`.
 
         Raises:
             UsageError: a step is already in progress, or the recording has not started or has ended.

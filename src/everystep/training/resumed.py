@@ -103,7 +103,7 @@ def _changed_at(facts: Facts) -> int:
 
 
 def resume_facts(run: RecordedRun, at: int, changed: tuple[str, ...] = ()) -> ResumeFacts:
-    """Return the facts of going on, after step `at`, with what changed."""
+    """Return the facts of continuing after step `at`, with what changed."""
     facts = run.facts
     now = datetime.now(UTC).replace(microsecond=0)
     return ResumeFacts(at=at, began=now, seconds=_seconds(run, facts), changed=changed)
@@ -132,7 +132,7 @@ def facts_resumed(run: RecordedRun, trained: TrainingFacts, steps: int, resumed:
 
 
 class ResumedLoop(NamedTuple):
-    """Where a loop goes on.
+    """Where a loop continues.
 
     state: on disk; later: another one, which the loop must reach again, None if there is none; facts: of
     the run, to be written with its first new step; is_finite: whether each loss so far was; has_loss:
@@ -154,7 +154,7 @@ class ResumedLoop(NamedTuple):
 def resumed_loop(
     run: RecordedRun, parts: Parts, *, is_accepted: bool, is_new: bool = False
 ) -> ResumedLoop:
-    """Return where a recorded loop goes on.
+    """Return where a recorded loop continues.
 
     That is the second newest snapshot if there is one: the state at the newest is then compared, which
     shows that nothing the loop carries was left out.
@@ -162,7 +162,7 @@ def resumed_loop(
     Args:
         run: of a loop.
         parts: as they were before the training.
-        is_accepted: go on although something changed.
+        is_accepted: continue although something changed.
         is_new: the run is a fork that has just been made.
 
     Raises:

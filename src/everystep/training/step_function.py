@@ -169,7 +169,7 @@ class VouchedStep:
     def _kind_of(self, batch: tuple[Any, ...], is_settled: bool) -> _Kind | None:
         """Return what is known of such steps, None if Python runs them.
 
-        They are alike if their batches are, and the same gradients are pending.
+        They are of one kind if their batches are, and the same gradients are pending.
         """
         if not is_settled:
             self._parameters = [*self._parts.parameter_names()]
