@@ -24,7 +24,7 @@ __all__ = ["Job", "Origin", "Outcome", "Progress"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a training starts that is not new: a state of a run, of which it makes a fork, or which it continues.
+    """Where a training starts that is not new: a state of a run that it forks or continues.
 
     at: the state; hyperparameters: the lr and similar settings there; has_new_data: whether the data is
     not the run's; fork: the facts about a fork; resumed: those about continuing.

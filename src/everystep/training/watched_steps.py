@@ -265,7 +265,7 @@ class WatchedSteps:
         self._versions, self._is_still = {}, False
 
     def forget_generator(self) -> None:
-        """Note the random generator again at the next draw: the training continues after another state."""
+        """Note the random generator again at the next draw: training continues after another state."""
         self._rows.forget_generator()
 
     @contextmanager
