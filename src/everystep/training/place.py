@@ -71,8 +71,8 @@ class Place:
         device: of the parts, for its random generator.
 
     generators: those before the last draw, by name, if it used them, and found them different from what
-    the draw before it had left; at_end: those before a draw that found no more batches, by the names that
-    a state has.
+    the draw before it had left; at_end: those before a draw that found no more batches, by the names
+    that a state has.
     """
 
     def __init__(self, device: torch.device) -> None:
