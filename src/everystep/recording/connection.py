@@ -30,6 +30,7 @@ __all__ = [
     "connect_reading",
     "fingerprint",
     "has_log",
+    "last_written",
     "stillness",
 ]
 
@@ -179,6 +180,15 @@ def stillness(path: Path) -> tuple[int, ...] | None:
     except RunError:
         return None
     return None if has_logs or len(found) % 3 else found
+
+
+def last_written(path: Path) -> float:
+    """Return when a database was last written, in seconds since 1970.
+
+    Raises:
+        RunError: there is no such database.
+    """
+    return max(status.st_mtime for status in _statuses(path))
 
 
 def _statuses(path: Path) -> list[os.stat_result]:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
-from everystep.recording.connection import fingerprint, has_log
+from everystep.recording.connection import fingerprint, has_log, last_written
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import (
     FILE_NAME,
@@ -59,6 +59,8 @@ __all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch"]
 
 EXPERIMENT_FILE = "experiment.toml"
 
+_Found = TypeVar("_Found")
+
 
 def _from(step: int, steps: NDArray[np.int64], values: NDArray[np.float64]) -> Series:
     """Return the numbers of a series from a step on."""
@@ -96,7 +98,7 @@ class RecordedRun:
             return
         # A writer has a log. To ask for its lock takes longer than to read all of this.
         is_written = has_log(self._database_path) and is_locked(self.directory)
-        read_quickly(self._database_path, lambda database: self._check_whole(database, is_written))
+        self._read(lambda database: self._check_whole(database, is_written))
 
     @property
     def name(self) -> str:
@@ -106,7 +108,7 @@ class RecordedRun:
     @property
     def facts(self) -> Facts:
         """Everything known besides numbers per step: status, times, how it was trained."""
-        return read_quickly(self._database_path, Database.facts)
+        return self._read(Database.facts)
 
     @property
     def status(self) -> str:
@@ -124,9 +126,7 @@ class RecordedRun:
     @property
     def last_written(self) -> datetime:
         """When its database was last written."""
-        log = self._database_path.with_name(f"{FILE_NAME}-wal")
-        times = [path.stat().st_mtime for path in (self._database_path, log) if path.exists()]
-        return datetime.fromtimestamp(max(times), UTC)
+        return datetime.fromtimestamp(last_written(self._database_path), UTC)
 
     @property
     def losses(self) -> polars.DataFrame:
@@ -171,8 +171,7 @@ class RecordedRun:
         """All measurements besides the loss: columns name, step and value (Float64)."""
         import polars as pl
 
-        with reading(self._database_path) as database:
-            found = database.measurements()
+        found = self._read(Database.measurements)
         frames = [
             pl.DataFrame({"name": [name] * len(steps), "step": steps, "value": values})
             for name, (steps, values) in found.items()
@@ -184,8 +183,7 @@ class RecordedRun:
     @property
     def measurement_names(self) -> list[str]:
         """The names of all measurements besides the loss."""
-        with reading(self._database_path) as database:
-            return database.measurement_names()
+        return self._read(Database.measurement_names)
 
     @property
     def latest_measurements(self) -> dict[str, float]:
@@ -260,8 +258,7 @@ class RecordedRun:
             RunError: a loss is missing, but a later one exists.
         """
         first = max(first, 1)
-        with reading(self._database_path) as database:
-            steps, losses = database.series(LOSS, first, last)
+        steps, losses = self._read(lambda database: database.series(LOSS, first, last))
         for expected, step in enumerate(steps.tolist(), start=first):
             if step != expected:
                 raise self._gap(expected, step)
@@ -323,12 +320,12 @@ class RecordedRun:
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
-        return read_quickly(self._database_path, Database.newest_step)
+        return self._read(Database.newest_step)
 
     def summary(self) -> Summary:
         """Return the run in one line."""
         is_written = is_locked(self.directory)
-        return read_quickly(self._database_path, lambda database: self._summary(database, is_written))
+        return self._read(lambda database: self._summary(database, is_written))
 
     def _summary(self, database: Database, is_written: bool) -> Summary:
         facts = database.facts()
@@ -403,7 +400,7 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is not one of the run.
         """
-        row = read_quickly(self._database_path, lambda database: database.file(name))
+        row = self._read(lambda database: database.file(name))
         if row is None:
             path = own_path(self.directory, name)
             raise RunError(
@@ -414,7 +411,7 @@ class RecordedRun:
 
     def files(self) -> list[FileRow]:
         """Return the files with digests, by name."""
-        return read_quickly(self._database_path, Database.files)
+        return self._read(Database.files)
 
     def change_files(self) -> dict[int, str]:
         """Return the files of what code between two steps changed, by step."""
@@ -438,13 +435,11 @@ class RecordedRun:
 
     def snapshot_rows(self) -> list[SnapshotRow]:
         """Return the database rows of the snapshots, in order."""
-        with reading(self._database_path) as database:
-            return database.snapshots()
+        return self._read(Database.snapshots)
 
     def repeats(self, first: int, last: int) -> list[Repeat]:
         """Return the rows that repeat any of steps `first` to `last`: see `Database.repeats`."""
-        with reading(self._database_path) as database:
-            return database.repeats(first, last)
+        return self._read(lambda database: database.repeats(first, last))
 
     def contents(self, given: Mapping[str, Given]) -> dict[str, Tensor | None]:
         """Return the inputs of a step, on the CPU; None for dropped ones.
@@ -454,9 +449,12 @@ class RecordedRun:
         """
         if not given:  # opening the database takes as long as a small step
             return {}
-        with reading(self._database_path) as database:
-            places = database.contents({d for each in given.values() for d in each.digests})
+        digests = {digest for each in given.values() for digest in each.digests}
+        places = self._read(lambda database: database.contents(digests))
         return {name: read_contents(self.directory, places, each) for name, each in given.items()}
+
+    def _read(self, read: Callable[[Database], _Found]) -> _Found:
+        return read_quickly(self._database_path, read)
 
     @property
     def _database_path(self) -> Path:
