@@ -271,8 +271,8 @@ class Blocks:
         """Write measurements (name, step, value)."""
         rows = [*rows]
         series: dict[str, list[tuple[int, float | None]]] = {}
-        for name, *row in rows:
-            series.setdefault(series_of(name), []).append((row[0], row[1]))
+        for name, step, value in rows:
+            series.setdefault(series_of(name), []).append((step, value))
         for name, numbers in series.items():
             self._append(name, numbers)
         self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)

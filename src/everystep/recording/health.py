@@ -253,7 +253,7 @@ def readable_numbers(path: Path) -> str:
     with closing(connect_reading(path, is_whole=False)) as connection:
         rows = _rows(connection, *_LOSSES) + _rows(connection, *_MEASUREMENTS)
         recorded = {row[:2]: row[2] for row in _rows(connection, *_DIGESTS)}
-    now = {}
+    now: dict[tuple[str, int], bytes] = {}
     for name, group in groupby(rows, key=itemgetter(0)):
         _, steps, values = zip(*group, strict=True)
         digests = digests_of(np.array(steps), np.array(values, np.float64))
