@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
@@ -92,27 +92,14 @@ class Repeat(NamedTuple):
         return self.step + self.count - 1
 
 
-class _OfSteps(Protocol):
-    """A row of `count` consecutive steps, from `step` on."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    def _replace(self, *, step: int, count: int) -> Self: ...
-
-
-_Row = TypeVar("_Row", bound=_OfSteps)
-
-
-def cut(rows: Sequence[_Row], first: int, last: int) -> list[_Row]:
+def cut(rows: Sequence[Repeat], first: int, last: int) -> list[Repeat]:
     """Return the rows of steps `first` to `last` alone: one that reaches beyond them is shortened.
 
     rows: in the order of their steps; no two have a step in common.
     """
-    begin = bisect_left(rows, first, key=lambda row: row.step + row.count - 1)
+    begin = bisect_left(rows, first, key=lambda row: row.last)
     end = bisect_right(rows, last, key=lambda row: row.step)
-    spans = ((r, max(r.step, first), min(r.step + r.count - 1, last)) for r in rows[begin:end])
+    spans = ((row, max(row.step, first), min(row.last, last)) for row in rows[begin:end])
     return [row._replace(step=a, count=b - a + 1) for row, a, b in spans if a <= b]
 
 
