@@ -20,8 +20,6 @@ from torch.optim import AdamW
 import everystep
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, TensorSpec
-from everystep.recording.asked import asked_differences
-from everystep.recording.facts import ModuleFacts
 from everystep.replay.causes import COMPUTED_OTHERWISE, causes_of
 from everystep.replay.evidence import Evidence
 from everystep.replay.operations import OperationDifference, TensorDifference
@@ -160,22 +158,6 @@ def test_models_are_listed_by_leaf():
         "model.3  Linear(in_features=8, out_features=3, bias=True) | Tanh()",
         "model.4  None | Linear(in_features=8, out_features=3, bias=True)",
     ]
-
-
-def test_modules_of_runs_that_were_recorded_before_their_settings_are_listed_as_torch_prints_them():
-    facts = Training()().facts.training
-    pair = [
-        facts.model_copy(update={"modules": {"0": ModuleFacts(class_name="Dropout", arguments=text)}})
-        for text in ("p=0.2, inplace=False", "p=0.21, inplace=False")
-    ]
-    assert asked_differences(*pair) == {
-        "model.0 Dropout.arguments": ("p=0.2, inplace=False", "p=0.21, inplace=False")
-    }
-    new = ModuleFacts(
-        class_name="Dropout", arguments="p=0.2, inplace=False", settings={"p": 0.2}, is_torchs=True
-    )
-    known = facts.model_copy(update={"modules": {"0": new}})
-    assert asked_differences(pair[0], known) == {}
 
 
 def test_a_table_is_listed_by_row_and_name_of_column(tmp_path):

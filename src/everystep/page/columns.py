@@ -18,10 +18,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from everystep.errors import UsageError, did_you_mean
+from everystep.recording.connection import fingerprint
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts
 from everystep.recording.run import RecordedRun
-from everystep.recording.summary import Numbers, fingerprint, read_numbers
+from everystep.recording.summary import Numbers, read_numbers
 from everystep.views.reduction import reduce
 from everystep.views.summary import Sparkline, sparkline
 from everystep.views.table import column_title, shortest_texts

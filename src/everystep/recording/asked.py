@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
-from everystep.recording.facts import LossFacts, ModuleFacts, TrainingFacts
-from everystep.recording.texts import Described, value_text, whole_text
+from everystep.recording.facts import (
+    Described,
+    LossFacts,
+    ModuleFacts,
+    OptimizerFacts,
+    ScheduleFacts,
+    TrainingFacts,
+)
+from everystep.recording.texts import value_text, whole_text
 
 __all__ = [
     "Setting",
@@ -101,13 +109,13 @@ def settings_that_differ(
         *_plain("seed", one.seed, other.seed),
         *_named("data", _data(one), _data(other)),
         *_batches(one, other),
-        *_modules("model", one.modules, other.modules, of_own_classes),
+        *_objects("model", one.modules, other.modules, of_own_classes),
     ]
     if not any(each.kind == "model" for each in found):
         found += _plain("parameters", one.parameters, other.parameters)
     found += _losses(one.loss, other.loss, of_own_classes)
-    found += _optimizers(one, other)
-    found += _schedules(one, other, of_own_classes)
+    found += _objects("optimizer", one.optimizers, other.optimizers, of_own_classes)
+    found += _objects("schedule", one.schedules, other.schedules, of_own_classes)
     found += _plain("clip_norm", one.clip_norm, other.clip_norm)
     found += _plain("evaluate_every", one.evaluate_every, other.evaluate_every)
     if one.loop and other.loop and of_own_classes:
@@ -161,67 +169,41 @@ def _other_object(kind: str, path: str, one: Described | None, other: Described 
     return Setting(kind, path, None, None, (texts[0], texts[1]), is_torchs=both)
 
 
-def _modules(
-    kind: str, one: Mapping[str, ModuleFacts], other: Mapping[str, ModuleFacts], of_own_classes: bool
+def _objects(
+    kind: str, one: Mapping[str, Described], other: Mapping[str, Described], of_own_classes: bool
 ) -> Iterator[Setting]:
-    for path in dict.fromkeys((*one, *other)):
-        a, b = one.get(path), other.get(path)
+    """Yield what differs in objects of a kind: optimizers and schedules by name, modules by path."""
+    for name in dict.fromkeys((*one, *other)):
+        a, b = one.get(name), other.get(name)
+        is_module = isinstance(a or b, ModuleFacts)
+        path = "" if name == kind and not is_module else name
         if a is None or b is None or a.class_name != b.class_name:
             # What lies within a module that only one of them has is not listed again.
             parent = path.rpartition(".")[0]
-            if not path or (parent in one) == (parent in other):
+            if not path or not is_module or (parent in one) == (parent in other):
                 yield _other_object(kind, path, a, b)
             continue
-        is_known = bool(a.settings and b.settings)
-        is_changed = a.arguments != b.arguments or a.is_torchs != b.is_torchs
-        if is_known and (of_own_classes or is_changed):
-            both = a.is_torchs and b.is_torchs
-            found = list(_named(kind, a.settings, b.settings, path, a.class_name, is_torchs=both))
+        both = a.is_torchs and b.is_torchs
+        named = partial(_named, kind, path=path, owner=a.class_name, is_torchs=both)
+        if isinstance(a, ModuleFacts) and isinstance(b, ModuleFacts):
+            is_printed_same = a.arguments == b.arguments and a.is_torchs == b.is_torchs
+            found = [*named(a.settings, b.settings)] if of_own_classes or not is_printed_same else []
+            if not found and a.arguments != b.arguments:  # of an attribute that is not plain
+                found = [Setting(kind, path, a.class_name, "arguments", (a.arguments, b.arguments))]
             yield from found
-            is_known = bool(found)
-        if not is_known and a.arguments != b.arguments:  # recorded by an everystep before settings
-            yield Setting(kind, path, a.class_name, "arguments", (a.arguments, b.arguments))
+            continue
+        if of_own_classes or both or isinstance(a, OptimizerFacts):
+            yield from named(a.settings, b.settings)
+        if isinstance(a, ScheduleFacts) and isinstance(b, ScheduleFacts):
+            yield from named({"every": a.every}, {"every": b.every})
 
 
 def _losses(one: LossFacts | None, other: LossFacts | None, of_own_classes: bool) -> Iterator[Setting]:
-    if one is None or other is None or one.class_name != other.class_name:
-        found = _other_object("loss", "", one, other)
-        if found.values[0] != found.values[1]:
-            yield found
-        return
-    both = one.is_torchs and other.is_torchs
-    if of_own_classes or both:
-        yield from _named("loss", one.settings, other.settings, "", one.class_name, is_torchs=both)
-    inner = [{path: m for path, m in loss.modules.items() if path} for loss in (one, other)]
-    yield from _modules("loss", inner[0], inner[1], of_own_classes)
-
-
-def _optimizers(one: TrainingFacts, other: TrainingFacts) -> Iterator[Setting]:
-    for name in dict.fromkeys((*one.optimizers, *other.optimizers)):
-        a, b = one.optimizers.get(name), other.optimizers.get(name)
-        path = "" if name == "optimizer" else name
-        if a is None or b is None or a.class_name != b.class_name:
-            yield _other_object("optimizer", path, a, b)
-            continue
-        for place in range(max(len(a.groups), len(b.groups))):
-            groups = [each.groups[place] if place < len(each.groups) else {} for each in (a, b)]
-            suffix = f"[{place}]" if place else ""
-            pair = [{f"{key}{suffix}": value for key, value in group.items()} for group in groups]
-            both = a.is_torchs and b.is_torchs
-            yield from _named("optimizer", pair[0], pair[1], path, a.class_name, is_torchs=both)
-
-
-def _schedules(one: TrainingFacts, other: TrainingFacts, of_own_classes: bool) -> Iterator[Setting]:
-    for name in dict.fromkeys((*one.schedules, *other.schedules)):
-        a, b = one.schedules.get(name), other.schedules.get(name)
-        path = "" if name == "schedule" else name
-        if a is None or b is None or a.class_name != b.class_name:
-            yield _other_object("schedule", path, a, b)
-            continue
-        both = a.is_torchs and b.is_torchs
-        if of_own_classes or both:
-            yield from _named("schedule", a.settings, b.settings, path, a.class_name, is_torchs=both)
-        yield from _named("schedule", {"every": a.every}, {"every": b.every}, path, a.class_name)
+    pair = [{} if loss is None else {"loss": loss} for loss in (one, other)]
+    yield from _objects("loss", pair[0], pair[1], of_own_classes)
+    if one is not None and other is not None and one.class_name == other.class_name:
+        inner = [{path: m for path, m in loss.modules.items() if path} for loss in (one, other)]
+        yield from _objects("loss", inner[0], inner[1], of_own_classes)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

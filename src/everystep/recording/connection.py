@@ -1,4 +1,4 @@
-"""Connections to a run's database: its schema, how to create or open one, and how its rows are read.
+"""Connections to a run's database: its schema, and how to create or open one.
 
 A database may come from an untrusted source. everystep reads it only if its tables are exactly those
 that it creates: a view in place of a table could compute forever.
@@ -12,41 +12,25 @@ import sqlite3
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError
 from everystep.recording.files import own_path
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 __all__ = [
     "APPLICATION_ID",
-    "BYTES",
     "FILE_NAME",
     "LOCK_NAME",
     "LONGEST_VALUE",
-    "LOSSES",
-    "MAYBE_BYTES",
-    "MAYBE_STEP",
     "SCHEMA_VERSION",
     "SPARE_NAME",
-    "STEP",
-    "TEXT",
-    "TICK",
-    "VALUES",
-    "Kinds",
-    "Rows",
     "begin_database",
     "connect_reading",
+    "fingerprint",
     "has_log",
+    "last_written",
     "stillness",
 ]
 
@@ -54,7 +38,7 @@ FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -121,7 +105,7 @@ CREATE TABLE blocks (
 """
 
 #: Nanoseconds of the coarsest clock of a file system with times below a second.
-TICK = 50_000_000
+_TICK = 50_000_000
 #: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.
 _PATIENCE = 1.0
 #: Bytes that a text or a blob may have, where it is written and where it is read.
@@ -169,27 +153,58 @@ def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False
     return connection
 
 
+def fingerprint(directory: Path) -> tuple[int, ...]:
+    """Return what differs after every change of a run's database: its files' times and sizes.
+
+    Raises:
+        RunError: the run is gone.
+    """
+    found: list[int] = []
+    for status in _statuses(directory / FILE_NAME):
+        found += [status.st_ino, status.st_mtime_ns, status.st_size]
+    # Two changes within a tick of the file system's clock have the same time, so fingerprints of a
+    # file that just changed all differ.
+    now = time.time_ns()
+    return tuple(found if abs(now - max(found[1::3])) > _TICK else [*found, now])
+
+
 def stillness(path: Path) -> tuple[int, ...] | None:
-    """Return what differs when a database has been written; None: somebody may be writing it now.
+    """Return the fingerprint of a database; None: somebody may be writing it now.
 
     What was read between two calls that return the same is of one moment, without any lock: a writer
     needs a log, and changes the file only as it empties the log.
     """
-    for suffix in ("-wal", "-journal"):
-        try:
-            if Path(f"{path}{suffix}").stat().st_size:
-                return None
-        except FileNotFoundError:
-            pass
-        except OSError:
-            return None
     try:
-        found = path.stat()
-    except OSError:
+        has_logs = any(status.st_size for status in _statuses(path)[1:])
+        found = fingerprint(path.parent)
+    except RunError:
         return None
-    # Two changes within a tick of the file system's clock have the same time.
-    is_settled = abs(time.time_ns() - found.st_mtime_ns) > TICK
-    return (found.st_ino, found.st_mtime_ns, found.st_size) if is_settled else None
+    return None if has_logs or len(found) % 3 else found
+
+
+def last_written(path: Path) -> float:
+    """Return when a database was last written, in seconds since 1970.
+
+    Raises:
+        RunError: there is no such database.
+    """
+    return max(status.st_mtime for status in _statuses(path))
+
+
+def _statuses(path: Path) -> list[os.stat_result]:
+    """Return the status of a database, and of its logs.
+
+    Raises:
+        RunError: there is no such database.
+    """
+    try:
+        found = [path.stat()]
+    except OSError:
+        raise RunError(f"{path.parent} is not a run any more: {path.name} is missing") from None
+    for suffix in ("-wal", "-journal"):
+        with suppress(FileNotFoundError):
+            found.append(Path(f"{path}{suffix}").stat())
+    return found
 
 
 def _check_files(path: Path) -> None:
@@ -307,100 +322,3 @@ def _own_tables() -> set[tuple[str, str, str | None]]:
         return _tables(connection)
     finally:
         connection.close()
-
-
-class Kinds(NamedTuple):
-    """The types that the values of a column have (NULL is None), and in words what others would be."""
-
-    types: frozenset[type[Any]]
-    others: str
-
-
-STEP = Kinds(frozenset({int}), "steps or places that are not whole numbers")
-MAYBE_STEP = Kinds(STEP.types | {NoneType}, STEP.others)
-TEXT = Kinds(frozenset({str}), "names that are not texts")
-BYTES = Kinds(frozenset({bytes}), "contents that are not bytes")
-MAYBE_BYTES = Kinds(BYTES.types | {NoneType}, BYTES.others)
-LOSSES = Kinds(frozenset({float, NoneType}), "losses that are not numbers")
-VALUES = Kinds(LOSSES.types, "measurements that are not numbers")
-
-
-class Rows:
-    """Reads rows of an open database."""
-
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self.connection = connection
-        self.path = path
-
-    def rows(self, query: str, *arguments: Any) -> list[Any]:
-        """Return the rows of a query.
-
-        Raises:
-            RunError: the database cannot be read.
-        """
-        try:
-            return self.connection.execute(query, arguments).fetchall()
-        except (sqlite3.Error, UnicodeError) as error:
-            raise self._unreadable(error) from None
-
-    def checked(self, kinds: Sequence[Kinds], query: str, *arguments: Any) -> list[Any]:
-        """Return the rows of a query, in which each column has only values of some types.
-
-        Raises:
-            RunError: a value has another type, or the database cannot be read.
-        """
-        rows = self.rows(query, *arguments)
-        for column, allowed in zip(zip(*rows, strict=True), kinds, strict=True) if rows else ():
-            self._check(column, allowed)
-        return rows
-
-    def numbers(self, query: str, *arguments: Any, kinds: Kinds | None = None) -> list[Any]:
-        """Return the only column of a query; fast for millions of rows.
-
-        Raises:
-            RunError: a value has none of the types in `kinds`, or the database cannot be read.
-        """
-        try:
-            found = list(chain.from_iterable(self.connection.execute(query, arguments)))
-        except (sqlite3.Error, UnicodeError) as error:
-            raise self._unreadable(error) from None
-        if kinds is not None:
-            self._check(found, kinds)
-        return found
-
-    def integers(self, query: str, *arguments: Any, kinds: Kinds) -> NDArray[np.int64]:
-        """Return the only column of a query, of whole numbers, as an array.
-
-        Raises:
-            RunError: a value has none of the types in `kinds`, or the database cannot be read.
-        """
-        import numpy as np
-
-        return np.array(self.numbers(query, *arguments, kinds=kinds), np.int64)
-
-    def floats(self, query: str, *arguments: Any, kinds: Kinds) -> NDArray[np.float64]:
-        """Return the only column of a query as an array; NULL is NaN. Fast for millions of rows.
-
-        Raises:
-            RunError: a value has none of the types in `kinds`, or the database cannot be read.
-        """
-        import numpy as np
-
-        try:
-            found = chain.from_iterable(self.connection.execute(query, arguments))
-            return np.fromiter(found, np.float64)
-        except (sqlite3.Error, UnicodeError) as error:
-            raise self._unreadable(error) from None
-        except (TypeError, ValueError):  # NULL, or what should not be there
-            return np.array(self.numbers(query, *arguments, kinds=kinds), np.float64)
-
-    def _unreadable(self, error: Exception) -> RunError:
-        is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
-        cure = (
-            f"; everystep doctor {self.path.parent.name} reports what can be read" if is_damaged else ""
-        )
-        return RunError(f"{self.path} cannot be read: {error}{cure}")
-
-    def _check(self, values: Iterable[Any], allowed: Kinds) -> None:
-        if not set(map(type, values)) <= allowed.types:
-            raise RunError(f"{self.path} has {allowed.others}: the database was changed")

@@ -22,7 +22,7 @@ import xxhash
 from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
 from everystep.recording.database import Database, Repeat
-from everystep.recording.files import open_own
+from everystep.recording.files import bytes_of, open_own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,23 +133,23 @@ def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
 
 def given_of(tensor: Tensor) -> Given:
     """Return what a run holds of a tensor (on the CPU) that is an input of a step; stores nothing."""
-    return _given(tensor, lambda digest, piece: digest)
+    return _given_and_pieces(tensor)[0]
 
 
-def _given(tensor: Tensor, keep: Callable[[bytes, Any], bytes]) -> Given:
-    """Return what a run holds of a tensor. keep: is called with each digest and its bytes."""
+def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[Any]]:
+    """Return what a run holds of a tensor, and the bytes of each of its digests."""
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-    whole = _bytes_of(tensor)
+    whole = bytes_of(tensor)
     is_by_row = _is_by_row(shape, len(whole))
     pieces = whole.reshape(shape[0], -1) if is_by_row else [whole]
     kind = _kind(dtype, shape, is_by_row)
-    return Given(dtype, shape, tuple(keep(_digest(kind, piece), piece) for piece in pieces))
+    return Given(dtype, shape, tuple(_digest(kind, piece) for piece in pieces)), pieces
 
 
 def digest_of(tensor: Tensor) -> str:
     """Return a digest of a tensor: XXH3, 128 bits, over dtype, shape and bytes, in hexadecimal."""
     kind = _kind(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), False)
-    return _digest(kind, _bytes_of(tensor.cpu())).hex()
+    return _digest(kind, bytes_of(tensor.cpu())).hex()
 
 
 def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
@@ -161,14 +161,6 @@ def _digest(kind: bytes, piece: Any) -> bytes:
     machine = xxhash.xxh3_128(kind)
     machine.update(piece)
     return machine.digest()
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a tensor on the CPU as an array of NumPy's."""
-    import torch
-
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()
 
 
 def read_contents(
@@ -337,19 +329,16 @@ class Repeats:
             for file in known[2]:
                 self._newest_step[file] = step
             return known[1]
-        given = _given(tensor, lambda digest, piece: self._add_piece(step, digest, piece))
+        given, pieces = _given_and_pieces(tensor)
+        for digest, piece in zip(given.digests, pieces, strict=True):
+            if digest not in self._known:
+                self._write(digest, piece)
+            self._newest_step[self._known[digest]] = step
         files = {self._known[digest] for digest in given.digests}
         self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
 
-    def _add_piece(self, step: int, digest: bytes, piece: Any) -> bytes:
-        file = self._known.get(digest)
-        if file is None:
-            file = self._write(digest, piece)
-        self._newest_step[file] = step
-        return digest
-
-    def _write(self, digest: bytes, piece: Any) -> int:
+    def _write(self, digest: bytes, piece: Any) -> None:
         if self._file is None:
             self._number += 1
             self._folder.mkdir(exist_ok=True)
@@ -359,7 +348,6 @@ class Repeats:
         self._file.write(piece.data)
         self._sizes[self._number] += piece.nbytes
         self._known[digest] = self._number
-        return self._number
 
     def _give_up(self, file: int) -> None:
         self.lost_to = max(self.lost_to, self._newest_step.pop(file, 0))

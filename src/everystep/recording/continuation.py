@@ -14,6 +14,7 @@ from typing import Any
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError
+from everystep.recording.blocks import LOSS
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, SnapshotRow, cut, reading
@@ -52,7 +53,7 @@ class Continuation:
         self._database = database
         self._facts = dict(facts)
         self._measurements: list[tuple[str, int, float]] = []
-        self._recorded_values: dict[tuple[str, int], float | None] | None = None
+        self._recorded_values: dict[tuple[str, int], float] | None = None
         self._has_differed = False
 
     def facts(self, facts: Mapping[str, Any]) -> None:
@@ -64,7 +65,11 @@ class Continuation:
         again = [row for row in rows if row[1] <= self.recorded]
         if again and self._recorded_values is None:
             known = self._database.measurements(min(step for _, step, _ in again))
-            self._recorded_values = {(name, step): value for name, step, value in known}
+            self._recorded_values = {
+                (name, step): value
+                for name, (steps, values) in known.items()
+                for step, value in zip(steps.tolist(), values.tolist(), strict=True)
+            }
         for row in rows:
             place = row[:2]
             if self._recorded_values is None or place not in self._recorded_values:
@@ -101,10 +106,9 @@ class Continuation:
             RunError: one differs.
         """
         again = [*losses[: max(0, self.recorded - first + 1)]]
-        known = self._database.losses_between(first, first + len(again) - 1) if again else []
-        for loss, (step, expected) in zip(again, known, strict=True):
-            if not _is_same(loss, expected):
-                recorded = math.nan if expected is None else expected
+        known = self._database.series(LOSS, first, first + len(again) - 1)[1].tolist()
+        for step, (loss, recorded) in enumerate(zip(again, known, strict=True), start=first):
+            if not _is_same(loss, recorded):
                 raise self.differs(step, f"the loss is {loss!r}, but {recorded!r} was recorded")
         return first + len(again), [*losses[len(again) :]]
 
@@ -159,9 +163,9 @@ class Continuation:
         )
 
 
-def _is_same(number: float, recorded: float | None) -> bool:
-    """Tell whether a number is the recorded one; None means NaN."""
-    return math.isnan(number) if recorded is None else number == recorded
+def _is_same(number: float, recorded: float) -> bool:
+    """Tell whether a number is the recorded one; NaN is NaN."""
+    return number == recorded or (math.isnan(number) and math.isnan(recorded))
 
 
 def shortened(names: Sequence[str]) -> str:
@@ -184,12 +188,13 @@ def inherit(
         RecordingError: the database cannot be written.
     """
     with reading(parent.directory / FILE_NAME) as known:
-        losses = known.losses_between(1, at)
-        measured = [row for row in known.measurements() if row[1] <= at]
+        losses, measured = known.series(LOSS, 1, at)[1], known.measurements(last=at)
         files = known.files()
         repeats, contents = cut(known.repeats(1, at), 1, at), known.all_contents()
-    database.write_losses(1, [loss for _, loss in losses])
-    database.write_measurements(measured)
+    database.write_losses(1, losses.tolist())
+    for name, (steps, values) in measured.items():
+        rows = zip(steps.tolist(), values.tolist(), strict=True)
+        database.write_measurements((name, *row) for row in rows)
     database.write_repeats(repeats)
     if repeats:
         database.write_contents(contents)

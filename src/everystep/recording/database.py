@@ -9,33 +9,29 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
-from everystep.recording.blocks import LOSS, Blocks, series_of
-from everystep.recording.connection import (
+from everystep.recording.blocks import (
     BYTES,
-    FILE_NAME,
-    LONGEST_VALUE,
     LOSSES,
     MAYBE_BYTES,
     MAYBE_STEP,
     STEP,
     TEXT,
     VALUES,
+    Blocks,
+)
+from everystep.recording.connection import (
+    FILE_NAME,
+    LONGEST_VALUE,
     begin_database,
     connect_reading,
     stillness,
 )
-from everystep.recording.facts import LONGEST_NAME, MOST_NAMES, Facts, MeasuredFacts, read_facts, rows_of
+from everystep.recording.facts import Facts, MeasuredFacts, read_facts, rows_of
 from everystep.recording.files import FileRow, changes_in
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from everystep.recording.blocks import Series
 
 __all__ = [
     "FILE_NAME",
@@ -96,27 +92,14 @@ class Repeat(NamedTuple):
         return self.step + self.count - 1
 
 
-class _OfSteps(Protocol):
-    """A row of `count` consecutive steps, from `step` on."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    def _replace(self, *, step: int, count: int) -> Self: ...
-
-
-_Row = TypeVar("_Row", bound=_OfSteps)
-
-
-def cut(rows: Sequence[_Row], first: int, last: int) -> list[_Row]:
+def cut(rows: Sequence[Repeat], first: int, last: int) -> list[Repeat]:
     """Return the rows of steps `first` to `last` alone: one that reaches beyond them is shortened.
 
     rows: in the order of their steps; no two have a step in common.
     """
-    begin = bisect_left(rows, first, key=lambda row: row.step + row.count - 1)
+    begin = bisect_left(rows, first, key=lambda row: row.last)
     end = bisect_right(rows, last, key=lambda row: row.step)
-    spans = ((r, max(r.step, first), min(r.step + r.count - 1, last)) for r in rows[begin:end])
+    spans = ((row, max(row.step, first), min(row.last, last)) for row in rows[begin:end])
     return [row._replace(step=a, count=b - a + 1) for row, a, b in spans if a <= b]
 
 
@@ -172,37 +155,6 @@ class Database(Blocks):
                     self.connection.execute("ROLLBACK")
                 raise
 
-    @contextmanager
-    def one_moment(self) -> Iterator[None]:
-        """Read a consistent view of the database inside, whatever the writer does meanwhile."""
-        self.connection.execute("BEGIN")
-        try:
-            yield
-        finally:
-            self.connection.execute("ROLLBACK")
-
-    def write_losses(self, first_step: int, losses: Iterable[float | None]) -> None:
-        """Write the losses of consecutive steps."""
-        import numpy as np
-
-        rows = [*enumerate(losses, start=first_step)]
-        values = np.array([loss for _, loss in rows], np.float64)
-        self.about_to_append(LOSS, np.arange(first_step, first_step + len(rows)), values)
-        self.connection.executemany("INSERT INTO steps VALUES (?, ?)", rows)
-
-    def write_measurements(self, rows: Iterable[tuple[str, int, float | None]]) -> None:
-        """Write measurements (name, step, value)."""
-        import numpy as np
-
-        rows = [*rows]
-        series: dict[str, list[tuple[int, float | None]]] = {}
-        for name, step, value in rows:
-            series.setdefault(name, []).append((step, value))
-        for name, numbers in series.items():
-            steps, found = zip(*numbers, strict=True)
-            self.about_to_append(series_of(name), np.array(steps, np.int64), np.array(found, np.float64))
-        self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
-
     def add_measurements(
         self,
         rows: Sequence[tuple[str, int, float]],
@@ -255,9 +207,8 @@ class Database(Blocks):
 
     def forget_after(self, step: int) -> list[str]:
         """Delete losses, measurements and changes of later steps; return the files to remove."""
-        self.open_blocks_after(step)
-        for table in ("steps", "measurements", "repeats"):
-            self.connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+        self.forget_numbers_after(step)
+        self.connection.execute("DELETE FROM repeats WHERE step > ?", (step,))
         shorten = "UPDATE repeats SET count = min(count, ? - step + 1)"
         self.connection.execute(f"{shorten} WHERE step = (SELECT max(step) FROM repeats)", (step,))
         changes = changes_in(row.name for row in self.files())
@@ -269,31 +220,6 @@ class Database(Blocks):
         """Return all facts."""
         return read_facts(self.rows("SELECT * FROM facts"), self.path)
 
-    def losses(self, last: int | None = None) -> Series:
-        """Return all steps, in their order, and their losses; or only the last ones."""
-        import numpy as np
-
-        newest, first = self.newest_step(), self.first_step()
-        if last is not None:
-            first = newest - last + 1 if first is None else max(first, newest - last + 1)
-        query = "SELECT loss FROM steps WHERE step >= ? ORDER BY step"
-        losses = self.floats(query, 1 if first is None else first, kinds=LOSSES)
-        if first is None or len(losses) == newest - first + 1:  # so there is no gap
-            return np.arange(newest + 1 - len(losses), newest + 1), losses
-        query = "SELECT step FROM steps WHERE step >= ? ORDER BY step"
-        return self.integers(query, first, kinds=STEP), losses
-
-    def losses_between(self, first: int, last: int) -> list[tuple[int, float | None]]:
-        """Return (step, loss) of steps `first` to `last`, in their order."""
-        query = "SELECT step, loss FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
-        most = 2**63 - 1  # SQLite has no larger number
-        ends = (max(-most, min(first, most)), max(-most, min(last, most)))
-        return self.checked((STEP, LOSSES), query, *ends)
-
-    def losses_after(self, step: int) -> NDArray[np.float64]:
-        """Return the losses of the steps after `step`, in their order."""
-        return self.floats("SELECT loss FROM steps WHERE step > ? ORDER BY step", step, kinds=LOSSES)
-
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
         newest: int = self.numbers("SELECT coalesce(max(step), 0) FROM steps")[0]
@@ -302,10 +228,10 @@ class Database(Blocks):
     def ends(self) -> tuple[int, float | None, float | None]:
         """Return how many steps there are, and the first and the last loss."""
         # Steps are numbered from 1 without gaps; counting them would read them all.
-        rows = self.checked(
-            (STEP, LOSSES, LOSSES),
+        rows = self.rows(
             "SELECT coalesce(max(step), 0), (SELECT loss FROM steps ORDER BY step LIMIT 1), "
             "(SELECT loss FROM steps ORDER BY step DESC LIMIT 1) FROM steps",
+            kinds=(STEP, LOSSES, LOSSES),
         )
         newest, first, last = rows[0]
         return self._bounded(newest), first, last
@@ -318,68 +244,37 @@ class Database(Blocks):
             )
         return newest
 
-    def measured(self, name: str) -> dict[int, float | None]:
-        """Return the values of one measurement by step."""
-        query = "SELECT step, value FROM measurements WHERE name = ? ORDER BY step"
-        return dict(self.checked((STEP, VALUES), query, name))
-
-    def measured_after(self, name: str, step: int) -> Series:
-        """Return the steps after `step` at which something was measured, and the values there."""
-        among = "FROM measurements WHERE name = ? AND step > ? ORDER BY step"
-        return (
-            self.integers(f"SELECT step {among}", name, step, kinds=STEP),
-            self.floats(f"SELECT value {among}", name, step, kinds=VALUES),
-        )
-
     def measurement_ends(self) -> list[MeasurementEnds]:
         """Return how many values each measurement has, and the first and the last, by name."""
-        self._check_names()
-        rows = self.checked(
-            (TEXT, STEP, VALUES, VALUES),
+        self.measurement_names()  # which checks them
+        rows = self.rows(
             "SELECT name, count, "
             "(SELECT value FROM measurements AS m WHERE m.name = found.name AND step = low), "
             "(SELECT value FROM measurements AS m WHERE m.name = found.name AND step = high) "
             "FROM (SELECT name, count(*) AS count, min(step) AS low, max(step) AS high "
             "FROM measurements GROUP BY name ORDER BY name) AS found",
+            kinds=(TEXT, STEP, VALUES, VALUES),
         )
         return [MeasurementEnds(*row) for row in rows]
 
     def last_measured(self, name: str) -> float | None:
         """Return the newest value of one measurement; None where there is none, or it is NaN."""
         query = "SELECT value FROM measurements WHERE name = ? ORDER BY step DESC LIMIT 1"
-        return next((value for (value,) in self.checked((VALUES,), query, name)), None)
-
-    def measurement_names(self) -> list[str]:
-        """Return what was measured."""
-        self._check_names()
-        query = "SELECT DISTINCT name FROM measurements ORDER BY name"
-        return [name for (name,) in self.checked((TEXT,), query)]
-
-    def remove_measurement(self, name: str) -> None:
-        """Delete a measurement."""
-        self.remove_blocks(series_of(name))
-        self.connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
-
-    def measurements(self, since: int | None = None) -> list[tuple[str, int, float | None]]:
-        """Return (name, step, value) in order of names, then steps; of step `since` and later."""
-        self._check_names()
-        since = -(2**63) if since is None else since
-        query = "SELECT name, step, value FROM measurements WHERE step >= ? ORDER BY name, step"
-        return self.checked((TEXT, STEP, VALUES), query, since)
+        return next(iter(self.numbers(query, name, kinds=VALUES)), None)
 
     def snapshots(self) -> list[SnapshotRow]:
         """Return the snapshots in order of their steps."""
-        rows = self.checked(_SNAPSHOT, "SELECT * FROM snapshots ORDER BY step")
+        rows = self.rows("SELECT * FROM snapshots ORDER BY step", kinds=_SNAPSHOT)
         return [SnapshotRow(*row) for row in rows]
 
     def file(self, name: str) -> FileRow | None:
         """Return a file of the run, None if it has none of this name."""
-        rows = self.checked(_FILE, "SELECT * FROM files WHERE name = ?", name)
+        rows = self.rows("SELECT * FROM files WHERE name = ?", name, kinds=_FILE)
         return FileRow(*rows[0]) if rows else None
 
     def files(self) -> list[FileRow]:
         """Return the files of the run, by name."""
-        return [FileRow(*row) for row in self.checked(_FILE, "SELECT * FROM files ORDER BY name")]
+        return [FileRow(*row) for row in self.rows("SELECT * FROM files ORDER BY name", kinds=_FILE)]
 
     def repeats(self, first: int, last: int) -> list[Repeat]:
         """Return the rows that repeat any of steps `first` to `last`, in their order.
@@ -399,7 +294,7 @@ class Database(Blocks):
         """
         begin = "(SELECT coalesce(max(step), 1) FROM repeats WHERE step <= ?)"
         query = f"SELECT * FROM repeats WHERE step BETWEEN {begin} AND ? ORDER BY step LIMIT ?"
-        rows = [Repeat(*row) for row in self.checked(_REPEAT, query, first, last, limit)]
+        rows = [Repeat(*row) for row in self.rows(query, first, last, limit, kinds=_REPEAT)]
         are_apart = all(row.last < later.step for row, later in pairwise(rows))
         if not are_apart or any(not 1 <= row.step <= row.last <= MOST_STEPS for row in rows):
             raise RunError(
@@ -410,23 +305,13 @@ class Database(Blocks):
     def all_contents(self) -> list[tuple[bytes, int, int, int]]:
         """Return the locations of all contents (digest, file, place, bytes)."""
         query = "SELECT digest, file, place, bytes FROM contents"
-        return self.checked((BYTES, *_PLACE), query)
+        return self.rows(query, kinds=(BYTES, *_PLACE))
 
     def contents(self, digests: Iterable[bytes]) -> dict[bytes, tuple[int, int, int]]:
         """Return the locations of contents (file, place, bytes), as far as known."""
         query = "SELECT file, place, bytes FROM contents WHERE digest = ?"
-        found = ((digest, self.checked(_PLACE, query, digest)) for digest in digests)
+        found = ((digest, self.rows(query, digest, kinds=_PLACE)) for digest in digests)
         return {digest: rows[0] for digest, rows in found if rows}
-
-    def gaps(self, most: int = 10) -> list[tuple[int, int]]:
-        """Return the first and last of the steps that are missing between others, from 1."""
-        count, newest = self.numbers("SELECT count(*) FROM steps")[0], self.newest_step()
-        # Counting all is much faster than looking at each.
-        if count == newest and (self.first_step() or 1) > 0:
-            return []
-        before = "SELECT step, lag(step, 1, 0) OVER (ORDER BY step) AS before FROM steps WHERE step > 0"
-        query = f"SELECT before + 1, step - 1 FROM ({before}) WHERE step > before + 1 LIMIT ?"
-        return self.rows(query, most)
 
     def first_step(self) -> int | None:
         """Return the smallest number of a step."""
@@ -440,22 +325,6 @@ class Database(Blocks):
         except (sqlite3.Error, UnicodeError) as error:  # so damaged that the check itself ends
             return [str(error)]
         return [str(text) for (text,) in found if text != "ok"]
-
-    def _check_names(self) -> None:
-        """Check how many names of measurements there are, and that none is too long."""
-        # Each name is found from the one before it, without reading their values.
-        query = (
-            "WITH RECURSIVE found(name, place) AS (SELECT (SELECT min(name) FROM measurements), 1 "
-            "UNION ALL SELECT (SELECT min(name) FROM measurements WHERE name > found.name), place + 1 "
-            "FROM found WHERE name IS NOT NULL AND place <= ?) "
-            "SELECT count(name), max(length(name)) FROM found"
-        )
-        count, longest = self.rows(query, MOST_NAMES)[0]
-        if count > MOST_NAMES or (longest or 0) > LONGEST_NAME:
-            raise RunError(
-                f"{self.path} has more than {MOST_NAMES:,} measurements, or one with a name of more "
-                f"than {LONGEST_NAME:,} characters, which everystep does not read"
-            )
 
 
 def _connected(path: Path) -> sqlite3.Connection:
@@ -487,13 +356,13 @@ def read_quickly(path: Path, read: Callable[[Database], Found]) -> Found:
             found = read(database)
             if stillness(path) == before:
                 return found
-    with reading(path) as database, database.one_moment():
+    with reading(path) as database:
         return read(database)
 
 
 @contextmanager
 def reading(path: Path, *, is_still: bool = False) -> Iterator[Database]:
-    """Open a run's database to read, even if it is being written or is read-only.
+    """Open a run's database to read it as it is at one moment, also while it is written.
 
     is_still: as of `connect_reading`.
 
@@ -503,6 +372,7 @@ def reading(path: Path, *, is_still: bool = False) -> Iterator[Database]:
     """
     try:
         connection = connect_reading(path, is_still=is_still)
+        connection.execute("BEGIN")
     except (OSError, sqlite3.Error, UnicodeError) as error:  # removed, or replaced, between two looks
         raise RunError(f"{path} cannot be read: {error}") from None
     try:

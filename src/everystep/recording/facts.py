@@ -31,6 +31,7 @@ __all__ = [
     "BatchFacts",
     "DataFacts",
     "DataFileFacts",
+    "Described",
     "EarlierFacts",
     "EngineFacts",
     "Facts",
@@ -150,7 +151,7 @@ class ModuleFacts(_Fact):
 
     settings: its public attributes that are plain values, and by the names of its own parameters and
     buffers their dtype, with `frozen` if no gradient is wanted, or None if there is none; also the names
-    of its hooks. is_torchs: whether it is torch's own. Older runs have neither.
+    of its hooks. is_torchs: whether it is torch's own.
     """
 
     class_name: str
@@ -165,6 +166,15 @@ class OptimizerFacts(_Fact):
     class_name: str
     is_torchs: bool
     groups: tuple[Settings, ...]
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of all param groups: `lr` of the first, `lr[1]` of the second."""
+        return {
+            f"{key}[{place}]" if place else key: value
+            for place, group in enumerate(self.groups)
+            for key, value in group.items()
+        }
 
 
 class ScheduleFacts(_Fact):
@@ -189,6 +199,10 @@ class LossFacts(_Fact):
     is_torchs: bool
     settings: Settings
     modules: dict[str, ModuleFacts]
+
+
+#: What has a class, and settings.
+Described = ModuleFacts | LossFacts | OptimizerFacts | ScheduleFacts
 
 
 class EngineFacts(_Fact):

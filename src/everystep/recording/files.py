@@ -33,6 +33,7 @@ __all__ = [
     "DATA_LIMIT",
     "Change",
     "FileRow",
+    "bytes_of",
     "changes_in",
     "check_data",
     "check_writable_files",
@@ -44,6 +45,7 @@ __all__ = [
     "read_data",
     "read_file",
     "read_own",
+    "read_tensors",
     "row_of_file",
     "sweep",
     "take_file",
@@ -265,16 +267,25 @@ def read_change(content: bytes, place: Path) -> Change:
     Raises:
         RunError: the file is unreadable.
     """
+    tensors, gone = read_tensors(content, "gone", str(place))
+    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
+
+
+def read_tensors(content: bytes, key: str, place: str) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of a safetensors file, and the value that its metadata has as JSON under a key.
+
+    Raises:
+        RunError: the file is unreadable; names its place.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         tensors = load(content)
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        gone = parse_json((header.get("__metadata__") or {}).get("gone", "[]"))
-    except (SafetensorError, ValueError) as error:
+        return tensors, parse_json((header.get("__metadata__") or {}).get(key, "null"))
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{place} cannot be read: {error}") from None
-    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
 
 
 def write_data(
@@ -306,13 +317,7 @@ def read_data(content: bytes, place: Path, fact: DataFileFacts) -> dict[str, Ten
     Raises:
         RunError: the file is unreadable, or has other data.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise RunError(f"{place} cannot be read: {error}") from None
+    tensors, _ = read_tensors(content, "", str(place))
     check_data(tensors, fact, str(place))
     try:
         return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
@@ -340,7 +345,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(_bytes_of(tensors[name]))
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
 
 
@@ -363,8 +368,8 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a CPU tensor of any dtype for hashlib, without a copy."""
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a CPU tensor of any dtype as an array of NumPy's."""
     import torch
 
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -9,32 +9,40 @@ from __future__ import annotations
 import csv
 import io
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError
 from everystep.recording.blocks import (
     BLOCK,
+    BYTES,
     FACTS,
     LOSS,
+    LOSSES,
+    STEP,
+    TEXT,
+    VALUES,
     block_of,
-    digest_of_numbers,
-    digests_of_measurements,
+    digests_of,
     series_of,
 )
-from everystep.recording.connection import BYTES, LOSSES, STEP, TEXT, VALUES, connect_reading
+from everystep.recording.connection import connect_reading
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
 
 if TYPE_CHECKING:
-    from everystep.recording.blocks import Measured, Series
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from everystep.recording.blocks import Series
 
 __all__ = [
     "Finding",
     "damage_text",
-    "measurement_findings",
     "missing_steps",
     "number_findings",
     "readable_numbers",
@@ -44,7 +52,7 @@ __all__ = [
 #: Queries for losses, measurements and digests, and the types of their columns.
 _LOSSES = "SELECT 'loss', step, loss FROM steps ORDER BY step {0}", (TEXT, STEP, LOSSES)
 _MEASUREMENTS = (
-    "SELECT name, step, value FROM measurements ORDER BY name {0}, step {0}",
+    "SELECT 'measurement/' || name, step, value FROM measurements ORDER BY name {0}, step {0}",
     (TEXT, STEP, VALUES),
 )
 _DIGESTS = "SELECT name, first, digest FROM blocks ORDER BY name {0}, first {0}", (TEXT, STEP, BYTES)
@@ -124,60 +132,67 @@ def missing_steps(facts: Facts, newest: int) -> Finding | None:
 
 def number_findings(
     database: Database,
-    losses: Series | None = None,
-    measured: Measured | None = None,
+    known: Mapping[str, Series] | None = None,
     since: int = 0,
+    only: str | None = None,
 ) -> list[Finding]:
-    """Return which losses and measurements are missing or not as recorded.
+    """Return which losses and measurements are missing or not as recorded, or were not recorded.
 
-    losses, measured: all of them, if they have been read already; since: look only at blocks that end
-    later.
+    known: series that have been read already; since: look only at blocks that end later; only: look
+    only at this series.
 
     Raises:
         RunError: the database cannot be read.
     """
-    newest = database.newest_step()
-    is_whole = losses is not None and len(losses[0]) == newest and (not newest or losses[0][0] == 1)
-    found = [
+    recorded: dict[str, dict[int, bytes]] = {LOSS: {}} if only is None else {only: {}}
+    for name, first, digest in database.blocks(only):
+        if name != FACTS and first + BLOCK > since:
+            recorded.setdefault(name, {})[first] = digest
+    found: list[Finding] = []
+    if only is None:
+        if not database.is_gapless():
+            found += _gap_findings(database.steps())
+        try:
+            recorded |= {
+                s: {} for n in database.measurement_names() if (s := series_of(n)) not in recorded
+            }
+        except RunError as error:
+            found.append(Finding(f"{FILE_NAME}, measurements", str(error)))
+    altered = []
+    for name in sorted(recorded, key=lambda name: (name != LOSS, name)):
+        try:
+            series = (known or {}).get(name) or database.series(name, block_of(since) if since else None)
+        except RunError as error:
+            if name != LOSS:
+                found.append(Finding(f"{FILE_NAME}, measurements", str(error)))
+                continue
+            now = _digests_by_block(database, recorded[LOSS])
+        else:
+            now = digests_of(*series)
+        blocks = sorted(now.keys() | recorded[name].keys())
+        altered += [(name, first) for first in blocks if now.get(first) != recorded[name].get(first)]
+    return found + _altered_findings(altered, database.newest_step())
+
+
+def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, bytes]:
+    """Return the digests of the blocks of losses that can be read."""
+    found: dict[int, bytes] = {}
+    for first in blocks:
+        with suppress(RunError):
+            found |= digests_of(*database.series(LOSS, first, first + BLOCK - 1))
+    return found
+
+
+def _gap_findings(steps: NDArray[np.int64]) -> list[Finding]:
+    """Return which steps are missing between others, from 1."""
+    before = [0, *steps[steps > 0].tolist()]
+    gaps = [(a + 1, b - 1) for a, b in pairwise(before) if b > a + 1]
+    return [
         Finding(
             f"{FILE_NAME}, steps", f"steps {_span(first, last)} are missing, and later ones are there"
         )
-        for first, last in ([] if is_whole else database.gaps()[:_MOST_NAMED])
+        for first, last in gaps[:_MOST_NAMED]
     ]
-    altered = [
-        (name, first)
-        for name, first, digest in database.blocks(LOSS)
-        if first + BLOCK > since
-        if not _is_sound(database, losses, first, digest)
-    ]
-    found += _altered_findings(altered, newest)
-    try:
-        rows = (
-            database.measurements(block_of(since) if since else None) if measured is None else measured
-        )
-    except RunError as error:
-        return [*found, Finding(f"{FILE_NAME}, measurements", str(error))]
-    return [*found, *measurement_findings(database, rows, since)]
-
-
-def measurement_findings(
-    database: Database, rows: Measured, since: int = 0, only: str | None = None
-) -> list[Finding]:
-    """Return which measurements are missing or not as recorded, or under names that were not recorded.
-
-    rows: all of them, of blocks that end after `since`; only: of the measurement with this name.
-
-    Raises:
-        RunError: the database cannot be read.
-    """
-    recorded = {
-        (name, first): digest
-        for name, first, digest in database.blocks(None if only is None else series_of(only))
-        if name not in (LOSS, FACTS) and first + BLOCK > since
-    }
-    now = digests_of_measurements(rows)
-    altered = [block for block in now.keys() | recorded.keys() if now.get(block) != recorded.get(block)]
-    return _altered_findings(sorted(altered), database.newest_step())
 
 
 def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[Finding]:
@@ -204,17 +219,6 @@ def damage_text(name: str, findings: Sequence[Finding]) -> str:
     """Return in a line that a run is damaged, and what to do."""
     more = f" (and {len(findings) - 1:,} more)" if len(findings) > 1 else ""
     return f"{name} is damaged: {findings[0]}{more}; run everystep doctor {name} for details"
-
-
-def _is_sound(database: Database, losses: Series | None, first: int, digest: bytes) -> bool:
-    if losses is not None:
-        steps, values = losses
-        begin, end = steps.searchsorted([first, first + BLOCK])
-        return digest_of_numbers(steps[begin:end], values[begin:end]) == digest
-    try:
-        return digest_of_numbers(*database.block(LOSS, first)) == digest
-    except RunError:
-        return False
 
 
 def _later_states(directory: Path, database: Database, newest: int) -> int | None:
@@ -244,19 +248,23 @@ def readable_numbers(path: Path) -> str:
     Raises:
         RunError: it cannot be opened at all.
     """
+    import numpy as np
+
     with closing(connect_reading(path, is_whole=False)) as connection:
-        losses, measured, digests = (_rows(connection, *a) for a in (_LOSSES, _MEASUREMENTS, _DIGESTS))
-    recorded = {(series, first): digest for series, first, digest in digests}
-    now = {(LOSS, first): digest for (_, first), digest in digests_of_measurements(losses).items()}
-    now |= digests_of_measurements(measured)
+        rows = _rows(connection, *_LOSSES) + _rows(connection, *_MEASUREMENTS)
+        recorded = {row[:2]: row[2] for row in _rows(connection, *_DIGESTS)}
+    now: dict[tuple[str, int], bytes] = {}
+    for name, group in groupby(rows, key=itemgetter(0)):
+        _, steps, values = zip(*group, strict=True)
+        digests = digests_of(np.array(steps), np.array(values, np.float64))
+        now |= {(name, first): digest for first, digest in digests.items()}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["series", "step", "value", "digest"])
-    for series, step, value in losses + [(series_of(name), *rest) for name, *rest in measured]:
+    for series, step, value in rows:
         block = series, block_of(step)
         is_same = recorded[block] == now[block] if block in recorded else None
-        said = {True: "same", False: "differs", None: "none"}[is_same]
-        writer.writerow([series, step, value, said])
+        writer.writerow([series, step, value, {True: "same", False: "differs", None: "none"}[is_same]])
     return text.getvalue()
 
 

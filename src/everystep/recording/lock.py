@@ -8,7 +8,7 @@ import platform
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -16,9 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from everystep.errors import RecordingError, RunError, UsageError
-from everystep.recording.connection import LOCK_NAME
-from everystep.recording.database import FILE_NAME, Database, reading
-from everystep.recording.facts import LONGEST_NOTE, WriterFacts
+from everystep.recording.connection import LOCK_NAME, last_written
+from everystep.recording.database import FILE_NAME, Database, read_quickly
+from everystep.recording.facts import LONGEST_NOTE, Facts, WriterFacts
 from everystep.recording.files import check_writable_files
 from everystep.recording.notice import say
 
@@ -104,24 +104,28 @@ def writer_here() -> WriterFacts:
     return WriterFacts(process=os.getpid(), host=platform.node(), since=now)
 
 
+def _facts_of(directory: Path) -> Facts:
+    """Return the facts of a run, none if it cannot be read."""
+    try:
+        return read_quickly(directory / FILE_NAME, Database.facts)
+    except RunError:
+        return Facts()
+
+
 def _names_a_writer(directory: Path, *, other: bool = False) -> bool:
     """Tell whether the process that a run names as its writer seems to be writing it.
 
     other: only a process other than this one.
     """
-    path = directory / FILE_NAME
-    try:
-        with reading(path) as database:
-            facts = database.facts()
-    except RunError:
-        return False
+    facts = _facts_of(directory)
     writer = facts.writer
     if facts.status != "running" or writer is None:
         return False
     if writer.host == platform.node():
         return not (other and writer.process == os.getpid()) and _is_alive(writer.process)
-    times = [each.stat().st_mtime for each in (path, Path(f"{path}-wal")) if each.exists()]
-    return time.time() - max(times, default=0.0) < _RECENT
+    with suppress(RunError):
+        return time.time() - last_written(directory / FILE_NAME) < _RECENT
+    return False
 
 
 def _is_alive(process: int) -> bool:
@@ -137,11 +141,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _by_whom(directory: Path) -> str:
-    try:
-        with reading(directory / FILE_NAME) as database:
-            writer = database.facts().writer
-    except RunError:
-        return ""
+    writer = _facts_of(directory).writer
     if writer is None:
         return ""
     since = writer.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -19,7 +19,7 @@ from everystep.errors import RecordingError, RunError
 from everystep.recording.connection import SPARE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Repeats, Taken
 from everystep.recording.continuation import Continuation, inherit, tidy
-from everystep.recording.database import FILE_NAME, Database, cut
+from everystep.recording.database import FILE_NAME, Database, Repeat, cut
 from everystep.recording.directories import GoneError, Home
 from everystep.recording.facts import Facts
 from everystep.recording.files import (
@@ -389,7 +389,7 @@ class Recorder:
     ) -> None:
         new = min(max(0, self._passed + 1 - first_step), len(losses))
         if taken:
-            self._write_repeats(cut(taken, self._passed + 1, MOST_STEPS))
+            self._write_repeats(taken)
         self._passed = max(self._passed, first_step + len(losses) - 1)
         first_step, losses = first_step + new, losses[new:]
         again = self._again
@@ -412,9 +412,14 @@ class Recorder:
     def _write_repeats(self, rows: Sequence[Taken]) -> None:
         if self._repeats is None:
             self._repeats = Repeats(self._home.here, self._database, self._batch_budget, self._last_step)
-        self._repeats.write(rows, None if self._again is None else self._again.new_repeats)
+        self._repeats.write(rows, self._new_repeats)
         self.lost_to = self._repeats.lost_to
         self._bytes_written += sum(row.bytes for row in rows)
+
+    def _new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
+        """Return the rows of steps that the run does not have."""
+        rows = cut(rows, self._passed + 1, MOST_STEPS)
+        return rows if self._again is None else self._again.new_repeats(rows)
 
     def _write_last_facts(self, facts: dict[str, Any]) -> None:
         last = facts if self._continuation is None else self._continuation.last_facts(facts)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from everystep.errors import DamageWarning, ExperimentError, RunError
-from everystep.recording.blocks import block_of
-from everystep.recording.connection import has_log
+from everystep.recording.blocks import LOSS, block_of, series_of
+from everystep.recording.connection import fingerprint, has_log, last_written
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import (
     FILE_NAME,
@@ -38,25 +38,34 @@ from everystep.recording.files import (
 from everystep.recording.health import (
     Finding,
     damage_text,
-    measurement_findings,
     missing_steps,
     number_findings,
     structure_findings,
 )
 from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import read_snapshot
-from everystep.recording.summary import Summary, fingerprint, summary_of
+from everystep.recording.summary import Summary, summary_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from everystep.recording.blocks import Measured, Series
+    from everystep.recording.blocks import Series
     from everystep.step.state import State
 
 __all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch"]
 
 EXPERIMENT_FILE = "experiment.toml"
+
+_Found = TypeVar("_Found")
+
+
+def _from(step: int, steps: NDArray[np.int64], values: NDArray[np.float64]) -> Series:
+    """Return the numbers of a series from a step on."""
+    begin = steps.searchsorted(step)
+    return steps[begin:], values[begin:]
 
 
 class Stretch(NamedTuple):
@@ -89,7 +98,7 @@ class RecordedRun:
             return
         # A writer has a log. To ask for its lock takes longer than to read all of this.
         is_written = has_log(self._database_path) and is_locked(self.directory)
-        read_quickly(self._database_path, lambda database: self._check_whole(database, is_written))
+        self._read(lambda database: self._check_whole(database, is_written))
 
     @property
     def name(self) -> str:
@@ -99,7 +108,7 @@ class RecordedRun:
     @property
     def facts(self) -> Facts:
         """Everything known besides numbers per step: status, times, how it was trained."""
-        return read_quickly(self._database_path, Database.facts)
+        return self._read(Database.facts)
 
     @property
     def status(self) -> str:
@@ -117,61 +126,64 @@ class RecordedRun:
     @property
     def last_written(self) -> datetime:
         """When its database was last written."""
-        log = self._database_path.with_name(f"{FILE_NAME}-wal")
-        times = [path.stat().st_mtime for path in (self._database_path, log) if path.exists()]
-        return datetime.fromtimestamp(max(times), UTC)
+        return datetime.fromtimestamp(last_written(self._database_path), UTC)
 
     @property
     def losses(self) -> polars.DataFrame:
         """The loss of every step: columns step (Int64) and loss, in the loss's own precision."""
         import polars as pl
 
-        (steps, losses), _ = self._last_numbers(None)
+        steps, losses = self._last_numbers(None)[LOSS]
         return pl.DataFrame({"step": steps, "loss": losses})
 
-    def _last_numbers(self, count: int | None) -> tuple[Series, Measured | None]:
-        """Return steps and losses, the latter in their own precision, and what was measured there."""
+    def _last_numbers(self, count: int | None) -> dict[str, Series]:
+        """Return all series of the last steps, the losses in their own precision."""
         import numpy as np
 
         edition, is_written = fingerprint(self.directory), is_locked(self.directory)
-        with reading(self._database_path) as database, database.one_moment():
+        with reading(self._database_path) as database:
             facts = database.facts()
-            steps, losses = database.losses(count)
-            since = 0 if count is None or not len(steps) else int(steps[0])
-            known = None if since else (steps, losses)
-            measured = None
+            since = 0 if count is None else database.newest_step() - count + 1
+            since = since if since > 1 else 0
+            begin = block_of(since) if since else None
+            found = {LOSS: database.series(LOSS, begin)}
             with suppress(RunError):  # of which a finding says more
-                measured = database.measurements(block_of(since) if since else None)
-            found = self._findings_in(database, facts, known, measured, since, is_written)
+                measured = database.measurements(begin)
+                found |= {series_of(name): series for name, series in measured.items()}
+            damage = self._findings_in(database, facts, found, since, is_written)
         if not since:
-            self._found = edition, found
-        first = since or 1
-        if len(steps) and (steps[0] != first or steps[-1] - first >= len(steps)):
-            gap = int((steps - first != np.arange(len(steps))).argmax())
-            raise self._gap(first + gap, int(steps[gap]))
-        self._warn_of(found)
+            self._found = edition, damage
+        if since:
+            found = {name: _from(since, *series) for name, series in found.items()}
+        steps, losses = found[LOSS]
+        expected = np.arange(max(1, since), max(1, since) + len(steps))
+        if (steps != expected).any():
+            gap = int((steps != expected).argmax())
+            raise self._gap(int(expected[gap]), int(steps[gap]))
+        self._warn_of(damage)
         if facts.loss_dtype != "float64":
             with np.errstate(over="ignore"):
-                losses = losses.astype(np.float32)
-        return (steps, losses), measured
+                found[LOSS] = steps, losses.astype(np.float32)
+        return found
 
     @property
     def measurements(self) -> polars.DataFrame:
         """All measurements besides the loss: columns name, step and value (Float64)."""
         import polars as pl
 
-        with reading(self._database_path) as database:
-            rows = database.measurements()
-        schema = {"name": pl.String, "step": pl.Int64, "value": pl.Float64}
-        frame = pl.DataFrame(rows, schema=schema, orient="row")
+        found = self._read(Database.measurements)
+        frames = [
+            pl.DataFrame({"name": [name] * len(steps), "step": steps, "value": values})
+            for name, (steps, values) in found.items()
+        ]
         self._warn_of(self.findings())
-        return frame.with_columns(pl.col("value").fill_null(math.nan))
+        empty = pl.DataFrame(schema={"name": pl.String, "step": pl.Int64, "value": pl.Float64})
+        return pl.concat([empty, *frames])
 
     @property
     def measurement_names(self) -> list[str]:
         """The names of all measurements besides the loss."""
-        with reading(self._database_path) as database:
-            return database.measurement_names()
+        return self._read(Database.measurement_names)
 
     @property
     def latest_measurements(self) -> dict[str, float]:
@@ -182,11 +194,12 @@ class RecordedRun:
 
     def measured(self, name: str) -> dict[int, float]:
         """Return the values of one measurement by step, in order."""
-        with reading(self._database_path) as database, database.one_moment():
-            rows = database.measured(name)
-            found = measurement_findings(database, [(name, *row) for row in rows.items()], only=name)
+        series = series_of(name)
+        with reading(self._database_path) as database:
+            steps, values = database.series(series)
+            found = number_findings(database, {series: (steps, values)}, only=series)
         self._warn_of(found)
-        return {step: math.nan if value is None else value for step, value in rows.items()}
+        return dict(zip(steps.tolist(), values.tolist(), strict=True))
 
     def table_frame(self, last: int | None = None) -> polars.DataFrame:
         """Return the losses of all or the last steps, with a column for each measurement.
@@ -204,16 +217,19 @@ class RecordedRun:
         """Return the columns of `table_frame`: `step` and `loss` as arrays (steps), each measurement as
         a list of numbers, None where there is none.
         """
-        (steps, losses), measured = self._last_numbers(last)
+        found = self._last_numbers(last)
+        steps, losses = found.pop(LOSS)
         columns: dict[str, Any] = {"step": steps, "loss": losses}
         first = int(steps[0]) if len(steps) else 1
-        for name, step, value in measured or ():
-            if last is not None and step < first:
+        for series, (at, values) in found.items():
+            if last is not None and not len(at):
                 continue
-            title = f"{name} (measured)" if name in ("step", "loss") else name
-            column = columns.setdefault(title, [None] * len(steps))
-            if 0 <= step - first < len(steps):
-                column[step - first] = math.nan if value is None else value
+            name = series.partition("/")[2]
+            column: list[float | None] = [None] * len(steps)
+            for step, value in zip(at.tolist(), values.tolist(), strict=True):
+                if 0 <= step - first < len(steps):
+                    column[step - first] = value
+            columns[f"{name} (measured)" if name in ("step", "loss") else name] = column
         return columns
 
     @property
@@ -241,12 +257,13 @@ class RecordedRun:
         Raises:
             RunError: a loss is missing, but a later one exists.
         """
-        with reading(self._database_path) as database:
-            rows = database.losses_between(first, last)
-        for expected, (step, _) in enumerate(rows, start=max(first, 1)):
+        first = max(first, 1)
+        steps, losses = self._read(lambda database: database.series(LOSS, first, last))
+        for expected, step in enumerate(steps.tolist(), start=first):
             if step != expected:
                 raise self._gap(expected, step)
-        return [math.nan if loss is None else loss for _, loss in rows]
+        found: list[float] = losses.tolist()
+        return found
 
     def losses_at(self, steps: Sequence[int]) -> dict[int, float]:
         """Return the losses of existing steps.
@@ -303,12 +320,12 @@ class RecordedRun:
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
-        return read_quickly(self._database_path, Database.newest_step)
+        return self._read(Database.newest_step)
 
     def summary(self) -> Summary:
         """Return the run in one line."""
         is_written = is_locked(self.directory)
-        return read_quickly(self._database_path, lambda database: self._summary(database, is_written))
+        return self._read(lambda database: self._summary(database, is_written))
 
     def _summary(self, database: Database, is_written: bool) -> Summary:
         facts = database.facts()
@@ -341,25 +358,16 @@ class RecordedRun:
         edition, is_written = fingerprint(self.directory), is_locked(self.directory)
         if self._found is not None and self._found[0] == edition:
             return self._found[1]
-        with reading(self._database_path) as database, database.one_moment():
-            losses = None
-            with suppress(RunError):  # of which each block says where it is
-                losses = database.losses()
-            found = self._findings_in(database, database.facts(), losses, None, 0, is_written)
+        with reading(self._database_path) as database:
+            found = self._findings_in(database, database.facts(), {}, 0, is_written)
         self._found = edition, found
         return found
 
     def _findings_in(
-        self,
-        database: Database,
-        facts: Facts,
-        losses: Series | None,
-        measured: Measured | None,
-        since: int,
-        is_written: bool,
+        self, database: Database, facts: Facts, known: dict[str, Series], since: int, is_written: bool
     ) -> list[Finding]:
         found = structure_findings(self.directory, database, facts, is_written)
-        return [*found, *number_findings(database, losses, measured, since)]
+        return [*found, *number_findings(database, known, since)]
 
     def database_problems(self) -> list[str]:
         """Return what SQLite itself finds wrong with the whole database."""
@@ -392,7 +400,7 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is not one of the run.
         """
-        row = read_quickly(self._database_path, lambda database: database.file(name))
+        row = self._read(lambda database: database.file(name))
         if row is None:
             path = own_path(self.directory, name)
             raise RunError(
@@ -403,7 +411,7 @@ class RecordedRun:
 
     def files(self) -> list[FileRow]:
         """Return the files with digests, by name."""
-        return read_quickly(self._database_path, Database.files)
+        return self._read(Database.files)
 
     def change_files(self) -> dict[int, str]:
         """Return the files of what code between two steps changed, by step."""
@@ -427,13 +435,11 @@ class RecordedRun:
 
     def snapshot_rows(self) -> list[SnapshotRow]:
         """Return the database rows of the snapshots, in order."""
-        with reading(self._database_path) as database:
-            return database.snapshots()
+        return self._read(Database.snapshots)
 
     def repeats(self, first: int, last: int) -> list[Repeat]:
         """Return the rows that repeat any of steps `first` to `last`: see `Database.repeats`."""
-        with reading(self._database_path) as database:
-            return database.repeats(first, last)
+        return self._read(lambda database: database.repeats(first, last))
 
     def contents(self, given: Mapping[str, Given]) -> dict[str, Tensor | None]:
         """Return the inputs of a step, on the CPU; None for dropped ones.
@@ -443,9 +449,12 @@ class RecordedRun:
         """
         if not given:  # opening the database takes as long as a small step
             return {}
-        with reading(self._database_path) as database:
-            places = database.contents({d for each in given.values() for d in each.digests})
+        digests = {digest for each in given.values() for digest in each.digests}
+        places = self._read(lambda database: database.contents(digests))
         return {name: read_contents(self.directory, places, each) for name, each in given.items()}
+
+    def _read(self, read: Callable[[Database], _Found]) -> _Found:
+        return read_quickly(self._database_path, read)
 
     @property
     def _database_path(self) -> Path:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from everystep.bounded import parse_json
 from everystep.errors import RunError
 from everystep.recording.database import SnapshotRow
-from everystep.recording.files import read_own
+from everystep.recording.files import read_own, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,19 +87,17 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     Raises:
         RunError: it is missing, or was changed.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     from everystep.step.state import State
 
+    place = f"snapshot {run / row.directory}"
     parameters, rest = check_snapshot(run, row)
-    directory = run / row.directory
+    tensors, settings = read_tensors(rest, "everystep", place)
+    settings = {} if settings is None else settings
     try:
-        return State(row.step, load(parameters), load(rest), _settings(rest))
-    except (ValidationError, AttributeError, TypeError):
-        raise RunError(f"snapshot {directory} has settings that everystep did not write") from None
-    except (SafetensorError, ValueError) as error:
-        raise RunError(f"snapshot {directory} cannot be read: {error}") from None
+        _Settings.model_validate(settings)
+    except ValidationError:
+        raise RunError(f"{place} has settings that everystep did not write") from None
+    return State(row.step, read_tensors(parameters, "", place)[0], tensors, settings)
 
 
 def check_snapshot(run: Path, row: SnapshotRow) -> tuple[bytes, bytes]:
@@ -121,15 +118,6 @@ def check_snapshot(run: Path, row: SnapshotRow) -> tuple[bytes, bytes]:
     return parameters, rest
 
 
-def _settings(content: bytes) -> dict[str, Any]:
-    """Return what a state holds besides tensors: a text in the header of its file."""
-    size = int.from_bytes(content[:8], "little")
-    metadata = parse_json(content[8 : 8 + size]).get("__metadata__") or {}
-    settings: dict[str, Any] = parse_json(metadata.get("everystep", "{}"))
-    _Settings.model_validate(settings)
-    return settings
-
-
 class _Group(BaseModel):
     """The settings of a param group: the names of its parameters, and others."""
 
@@ -146,15 +134,20 @@ class _Optimizer(BaseModel):
     values: dict[str, Any]
 
 
+class _HeldByPart(BaseModel):
+    """What a part holds besides tensors."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    optimizer: _Optimizer | None = None
+
+
 class _Settings(BaseModel):
     """What a state holds besides tensors, as far as everystep relies on it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     step: int | None = None
-    optimizer: _Optimizer | None = None
-    schedule: dict[str, Any] | None = None
     names: list[str] | None = None
-    held: dict[str, Any] | None = None
+    held: dict[str, _HeldByPart] | None = None
     frozen: list[str] | None = None
     place: dict[str, Any] | None = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everystep.errors import RunError
-from everystep.recording.connection import TICK
+from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
 from everystep.recording.facts import Facts, TrainingFacts
 
-__all__ = ["Numbers", "Summary", "fingerprint", "read_numbers", "summary_of"]
+__all__ = ["Numbers", "Summary", "read_numbers", "summary_of"]
 
 
 class Summary(NamedTuple):
@@ -111,37 +110,14 @@ class Numbers(NamedTuple):
     series: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]
 
 
-def fingerprint(directory: Path) -> tuple[int, ...]:
-    """Return what differs after every change of a run's database: its files' times and sizes.
-
-    Raises:
-        RunError: the run is gone.
-    """
-    found: list[int] = []
-    for name in (FILE_NAME, f"{FILE_NAME}-wal"):
-        try:
-            stat = (directory / name).stat()
-        except OSError:
-            if name == FILE_NAME:
-                raise RunError(f"{directory} is not a run any more: {FILE_NAME} is missing") from None
-            continue
-        found += [stat.st_ino, stat.st_mtime_ns, stat.st_size]
-    # Two changes within a tick of the file system's clock have the same time, so fingerprints of a
-    # file that just changed all differ.
-    now = time.time_ns()
-    if abs(now - max(found[1::3])) < TICK:
-        found.append(now)
-    return tuple(found)
-
-
 def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | None = None) -> Numbers:
     """Read the losses after a step, and the values after a step each of the measurements in `series`.
 
     Raises:
         RunError: the run is unreadable, or another program changed its database.
     """
-    with reading(directory / FILE_NAME) as database, database.one_moment():
-        losses, newest = database.losses_after(after), database.newest_step()
+    with reading(directory / FILE_NAME) as database:
+        losses, newest = database.series(LOSS, after + 1)[1], database.newest_step()
         if len(losses) != max(0, newest - after):
             raise RunError(
                 f"{directory} has {len(losses):,} losses after step {after:,}, but its newest step is "
@@ -152,5 +128,7 @@ def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | No
             steps=newest,
             losses=losses,
             ends=database.measurement_ends(),
-            series={name: database.measured_after(name, step) for name, step in (series or {}).items()},
+            series={
+                name: database.series(series_of(name), step + 1) for name, step in (series or {}).items()
+            },
         )

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from everystep.recording.facts import LossFacts, ModuleFacts, OptimizerFacts, ScheduleFacts
+from everystep.recording.facts import Described, LossFacts, ModuleFacts, OptimizerFacts, ScheduleFacts
 
 __all__ = [
-    "Described",
     "is_rate",
     "loss_text",
     "model_text",
@@ -130,10 +129,6 @@ def shortest(number: float) -> str:
 def value_text(value: Any) -> str:
     """Return a setting as Python writes it; a list, which JSON has, as a tuple."""
     return repr(tuple(value) if isinstance(value, list) else value)
-
-
-#: What has a class, and settings.
-Described = ModuleFacts | LossFacts | OptimizerFacts | ScheduleFacts
 
 
 def whole_text(thing: Described) -> str:
