@@ -416,13 +416,13 @@ def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
 
 
 def test_data_from_elsewhere_is_kept_once_or_not_at_all(made, monkeypatch):
-    from everystep.step import seen_tensors
+    from everystep.step import under_way
 
     model, optimizer, _ = made
     data, targets = torch.randn(1000, 4), torch.randn(1000, 2)
     sizes = []
-    for most in (seen_tensors.MOST_BYTES, 10_000):
-        monkeypatch.setattr(seen_tensors, "MOST_BYTES", most)
+    for most in (under_way.MOST_BYTES, 10_000):
+        monkeypatch.setattr(under_way, "MOST_BYTES", most)
         with everystep.record(model=model, optimizer=optimizer) as recording:
             for number in range(40):
                 with recording.step():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
@@ -17,7 +16,7 @@ from everystep.step.replaced import run_engine
 if TYPE_CHECKING:
     from everystep.step.cursor import Cursor
 
-__all__ = ["OTHER_WHEN_WATCHED", "BackwardPasses", "Graph", "graph_of", "leaves_if_other"]
+__all__ = ["BackwardPasses", "Graph", "graph_of"]
 
 _sum: Any = torch.ones(1, requires_grad=True).expand(2)
 _ACCUMULATE = type(_sum.grad_fn.next_functions[0][0])
@@ -26,18 +25,12 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _kinds: dict[type, bool] = {}
 
 
-#: What is said of a pass with such a node.
-OTHER_WHEN_WATCHED = (
-    "the gradient of prod, or of the value of masked_fill, is not bit-identical when it is watched"
-)
-
-
 class Graph(NamedTuple):
     """What a backward pass runs.
 
-    key: its nodes and edges, and the settings of the pass; leaves: the tensors whose gradients it adds
-    to; given: other tensors that it starts from; is_other: whether torch computes other bits where the
-    pass is watched.
+    key: its nodes and edges, and the settings of the pass, None if its operations may depend on
+    something else; leaves: the tensors whose gradients it adds to; given: other tensors that it starts
+    from; is_other: whether torch computes other bits where the pass is watched.
     """
 
     key: Any
@@ -46,11 +39,11 @@ class Graph(NamedTuple):
     is_other: bool
 
 
-def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: int) -> Graph | None:
-    """Return the graph of a backward pass, None if its operations may depend on something else.
+def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: int) -> Graph:
+    """Return the graph of a backward pass.
 
-    That is Python (hooks, functions of one's own, a second derivative), or nodes from before the step,
-    whose arguments the step has not shown.
+    What its operations may depend on besides is Python (hooks, functions of one's own, a second
+    derivative), or nodes from before the step, whose arguments the step has not shown.
 
     Args:
         outputs, args, kwargs: of `torch.autograd._engine_run_backward`.
@@ -59,36 +52,26 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
     """
     gradients, retain, create, inputs = (*args, (), ())[:4]
     accumulates = kwargs.get("accumulate_grad", True)
-    if create or known_handles != handles() or (accumulates and inputs) or _top_hooks(True) is not None:
-        return None
-    order: list[Any] = []
-    number: dict[Any, int] = {}
+    roots = [output.grad_fn if isinstance(output, Tensor) else None for output in outputs]
+    is_sure = not create and known_handles == handles() and not (accumulates and inputs)
+    is_sure = is_sure and _top_hooks(True) is None and None not in roots
+    order: list[Any] = [*dict.fromkeys(node for node in roots if node is not None)]
+    number: dict[Any, int] = {node: place for place, node in enumerate(order)}
     kinds: list[type] = []
-    edges: list[int] = []
+    edges: list[int] = [number[node] for node in roots if node is not None]
     leaves: list[Tensor] = []
     is_other = False
-    for output in outputs:
-        node = output.grad_fn if isinstance(output, Tensor) else None
-        if node is None:
-            return None
-        if node not in number:
-            number[node] = len(order)
-            order.append(node)
-        edges.append(number[node])
     for node in order:
         kind = type(node)
         is_own = _kinds.get(kind)
         if is_own is None:
             is_own = _kinds[kind] = kind.__module__ == "builtins"
-        if not is_own:
-            return None
         kinds.append(kind)
         if kind is _ACCUMULATE:
             leaves.append(node.variable)
-        elif node._sequence_nr() < since:
-            return None
-        elif _has_other_bits(node):
-            is_other = True
+        elif not is_own or node._sequence_nr() < since:
+            is_sure = False
+        is_other = is_other or _has_other_bits(node)
         for other, place in node.next_functions:
             if other is None:
                 edges.append(-1)
@@ -101,29 +84,16 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
             if place:
                 edges.append(-2 - place)
         edges.append(-1000)
-    for leaf in leaves:
-        if leaf._backward_hooks or leaf._post_accumulate_grad_hooks or leaf.layout is not torch.strided:
-            return None
+    is_sure = is_sure and not any(map(_is_special, leaves))
     settings = retain, accumulates, torch._C._is_any_autocast_enabled(), len(outputs), len(gradients)
-    given = (*outputs, *gradients, *(inputs or ()))
-    return Graph((tuple(kinds), tuple(edges), settings), leaves, given, is_other)
+    key = (tuple(kinds), tuple(edges), settings) if is_sure else None
+    return Graph(key, leaves, (*outputs, *gradients, *(inputs or ())), is_other)
 
 
-def leaves_if_other(outputs: Iterable[Any]) -> list[Tensor] | None:
-    """Return the leaves of a pass that has other bits where it is watched, None of any other."""
-    roots = (output.grad_fn for output in outputs if isinstance(output, Tensor))
-    waiting: list[Any] = [node for node in roots if node is not None]
-    met: set[Any] = set(waiting)
-    is_other, leaves = False, []
-    while waiting:
-        node = waiting.pop()
-        is_other = is_other or _has_other_bits(node)
-        if type(node) is _ACCUMULATE:
-            leaves.append(node.variable)
-        following = {each for each, _ in node.next_functions if each is not None} - met
-        met |= following
-        waiting += following
-    return leaves if is_other else None
+def _is_special(leaf: Tensor) -> bool:
+    """Tell whether Python runs where a leaf gets its gradient, or whether it is sparse."""
+    has_hooks = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
+    return bool(has_hooks) or leaf.layout is not torch.strided
 
 
 def _has_other_bits(node: Any) -> bool:
@@ -150,21 +120,19 @@ class BackwardPasses:
         """Run a backward pass; see `torch.autograd._engine_run_backward`."""
         cursor = self._cursor
         if not cursor.is_paused:
-            cursor.optimizers.recover()
+            cursor.recover()
         if cursor.is_paused or _get_current_dispatch_mode() is not cursor:
             return run_engine(outputs, *args, **kwargs)
-        graph = None
-        if not cursor.has_saved_hooks:
-            graph = graph_of(outputs, args, kwargs, self._since, self._handles)
-        if graph is None or cursor.paths.have_hooks(graph.leaves):
-            leaves = leaves_if_other(outputs)
-            if leaves is None:
+        graph = graph_of(outputs, args, kwargs, self._since, self._handles)
+        is_sure = graph.key is not None and not cursor.has_saved_hooks
+        if not is_sure or cursor.paths.have_hooks(graph.leaves):
+            if not graph.is_other:
                 return run_engine(outputs, *args, **kwargs)
-            return self._run_by_content(leaves, outputs, args, kwargs, runs_python=True)
+            return self._run_by_content(graph.leaves, outputs, args, kwargs, runs_python=True)
         self._handles = handles()  # looking for hooks has registered some
         if graph.is_other:
             return self._run_by_content(graph.leaves, outputs, args, kwargs)
-        if cursor.at is None:
+        if not cursor.is_remembered:
             return run_engine(outputs, *args, **kwargs)
         return self._run_graph(graph, outputs, args, kwargs)
 
@@ -174,15 +142,14 @@ class BackwardPasses:
         if not self._begins(graph):
             return run_engine(outputs, *args, **kwargs)
         entry = cursor.at
-        assert entry is not None
-        jump = entry.jump if cursor.is_followed else None
+        jump = entry.jump
         # Numbers that the graph was made with are in its nodes, and not in its key.
         if jump is not None and [*map(repr, cursor.numbers)] == jump[2]:
             result = self._unwatched(outputs, args, kwargs)
             self._jump(entry, graph, result)
             return result
         result = run_engine(outputs, *args, **kwargs)
-        if cursor.at is not None:
+        if cursor.is_remembered:
             self._ends(entry, begin, _left(graph.leaves, result))
         return result
 
@@ -201,10 +168,10 @@ class BackwardPasses:
         cursor = self._cursor
         known = cursor.happens("end of backward", tensors=left)
         end = cursor.at
-        if not known or end is None or entry.jump is not None or not _can_jump(entry, end):
+        if not known or entry.jump is not None or not _can_jump(entry, end):
             return
         exports = {number for number in end.key[-1] if number is not None}
-        if exports.issuperset(cursor.paths.tensors.alive(entry.met, end.met)):
+        if exports.issuperset(cursor.tensors.alive(entry.met, end.met)):
             numbers = cursor.numbers
             entry.jump = end, numbers[begin:], [*map(repr, numbers[:begin])]
 
@@ -213,7 +180,7 @@ class BackwardPasses:
         cursor = self._cursor
         end, numbers, _ = entry.jump
         cursor.numbers += numbers
-        tensors = cursor.paths.tensors
+        tensors = cursor.tensors
         tensors.drop_between(entry.met, end.met)
         for number, tensor in zip(end.key[-1], _left(graph.leaves, result), strict=True):
             if number is not None and number >= entry.met and tensor is not None:
@@ -251,7 +218,7 @@ def _can_jump(entry: Entry, end: Entry) -> bool:
     """Tell whether what is between two points depends on nothing but what was compared before."""
     at = end.parent
     while at is not None and at is not entry:
-        if at.key[0] != "call" or at.contents or at.draws or at.shaped:
+        if at.key[0] != "call" or at.contents or at.draws > entry.draws or at.shaped:
             return False
         if torch.Tag.data_dependent_output in at.func.tags:
             return False

@@ -104,12 +104,9 @@ def _maker(codes: str, words: str, results: str, has_before: bool, has_after: bo
         lines.append(f"if not all([fits(KW[k], v) for k, v in kwargs.items()]): {fail}")
     if has_before:
         lines.append("before(args, kwargs)")
-    given = ", ".join(names)
-    lines.append(
-        f"result = call({given}{', ' if given else ''}**kwargs)"
-        if words != "none"
-        else f"result = call({given})"
-    )
+    given = ", ".join([*names, *(["**kwargs"] if words != "none" else [])])
+    lines.append(f"try: result = call({given})")
+    lines.append("except BaseException: del N[count:]; raise")
     if has_after:
         lines.append("after(result)")
     if results == "one":

@@ -18,9 +18,10 @@ from everystep.program.operation import Operation, Phase
 from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, BoundOptimizer
 from everystep.program.program import Program
 from everystep.step.build import BuiltPath, build_path
+from everystep.step.cursor import Cursor
 from everystep.step.elsewhere import Elsewhere
+from everystep.step.known_paths import KnownPaths
 from everystep.step.path import Path
-from everystep.step.watch import Watch
 
 __all__ = ["Expanded", "Expander"]
 
@@ -89,7 +90,7 @@ class Expander:
             return Expanded(self._interpreter, [*numbers], {})
         own = self._interpreter.numbers_of(numbers)
         stand_ins = _StandIns(self._interpreter, state, self._device)
-        watched: list[tuple[Path, Watch]] = []
+        watched: list[tuple[Path, Cursor]] = []
         for place in self._places:
             if not self._is_told[place]:
                 stand_ins.set(before(place, self._read[place]))
@@ -146,14 +147,14 @@ class _StandIns:
         for name, tensor in values.items():
             self._tensor(name).copy_(tensor)
 
-    def take(self, operation: Operation) -> tuple[Path, Watch]:
+    def take(self, operation: Operation) -> tuple[Path, Cursor]:
         """Take the step of an optimizer, whose numbers are in the operation, and watch it."""
         given = {name: self._tensor(name) for name in operation.reads()}
         arguments = [decode(value, self._tensor) for value in operation.arguments]
         settings = {key: decode(value, self._tensor) for key, value in operation.keywords.items()}
         optimizer = BoundOptimizer(OPTIMIZERS[operation.operator], *arguments)
         following: Any = _Following(operation)
-        watch = Watch(self._device, following, Elsewhere())
+        watch = Cursor(KnownPaths(), self._device, following, Elsewhere())
         watch.begin(given)
         with watch:
             made = optimizer.step(settings)
@@ -184,7 +185,7 @@ class _Spliced:
         self,
         interpreter: Interpreter,
         places: Sequence[int],
-        watched: Sequence[tuple[Path, Watch]],
+        watched: Sequence[tuple[Path, Cursor]],
         device: torch.device,
     ) -> None:
         program = interpreter.program

@@ -70,12 +70,6 @@ class Generators:
             random.setstate(self.python)
             np.random.set_state(self.numpy)
 
-    def same_as(self, other: Generators) -> bool:
-        """Tell whether torch's generators were the same when these were read."""
-        one, two = self.torch_device, other.torch_device
-        same_on_device = one is two or (one is not None and two is not None and torch.equal(one, two))
-        return same_on_device and torch.equal(self.torch_cpu, other.torch_cpu)
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the states as tensors, by name."""
         _, words, gauss = self.python

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABCMeta
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -56,131 +55,110 @@ class _Absent:
 ABSENT = _Absent()
 
 
-class _Read(NamedTuple):
-    """A value that was read. where: its name in messages; again: reads it once more."""
+class _Guard(NamedTuple):
+    """What must stay as it is.
+
+    where: its name in messages; read: reads it; value: what it was; changes: returns in words what has
+    changed, given this guard and the value now, or None.
+    """
 
     where: str
-    again: Callable[[], Any]
+    read: Callable[[], Any]
     value: Any
-
-
-class _Contents(NamedTuple):
-    """What a dict or a list held."""
-
-    where: str
-    container: Any
-    keys: list[Any]
-    values: list[Any]
-
-
-class _Geometry(NamedTuple):
-    """All of a tensor but its numbers. hooks: whether it has any."""
-
-    kind: type
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    device: torch.device
-    requires_grad: bool
-    hooks: bool
-    has_graph: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Geometry:
-        """Return the current geometry of a tensor."""
-        hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
-        return cls(
-            type(tensor),
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride() if tensor.layout == torch.strided else (),
-            int(tensor.storage_offset()) if tensor.layout == torch.strided else 0,
-            tensor.device,
-            tensor.requires_grad,
-            bool(hooks),
-            tensor.grad_fn is not None,
-        )
+    changes: Callable[[_Guard, Any], str | None]
 
 
 class Guards:
     """What must still hold for a program to stand in for the Python that it was captured from."""
 
     def __init__(self) -> None:
-        self._reads: dict[Any, _Read] = {}
-        self._contents: dict[int, _Contents] = {}
-        self._tensors: dict[int, tuple[str, Tensor, _Geometry, Tensor | bytes | None]] = {}
-        self._versions: dict[int, int] = {}
-        self._flat: tuple[list[Any], list[Any], list[int]] | None = None
+        #: By what compares them, and by their place, in the order in which they are compared.
+        self._known: dict[Any, dict[Any, _Guard]] = {
+            changes: {} for changes in (_contents_change, _value_changes, _geometry_changes)
+        }
+        self._tensors: list[tuple[str, Tensor, int, Tensor | bytes]] = []
 
-    def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> Any:
-        """Read a value by `again(*given)`, and note it under a key for its place."""
-        if key not in self._reads:
-            self._reads[key] = _Read(where, partial(again, *given), again(*given))
-        return self._reads[key].value
+    def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> None:
+        """Note a value that `again(*given)` reads, under a key for its place."""
+        self._note(key, where, partial(again, *given), _value_changes)
 
     def contents(self, container: Any, where: str) -> None:
         """Note what a dict or a list holds: which objects, in which order."""
-        if id(container) not in self._contents:
-            self._contents[id(container)] = _Contents(where, container, *_keys_and_values(container))
-            self._flat = None
+        self._note(
+            (id(container), "*contents"), where, partial(_contents_of, container), _contents_change
+        )
 
     def tensor(self, tensor: Tensor, where: str, *, is_state: bool) -> None:
         """Note a tensor: its geometry, and its numbers unless they are state, which may change."""
-        if id(tensor) not in self._tensors:
-            numbers = None if is_state else _numbers_of(tensor)
-            self._tensors[id(tensor)] = where, tensor, _Geometry.of(tensor), numbers
-            self._versions[id(tensor)] = tensor._version
+        is_known = id(tensor) in self._known[_geometry_changes]
+        if not is_known and not is_state:
+            self._tensors.append((where, tensor, tensor._version, _numbers_of(tensor)))
+        self._note(id(tensor), where, partial(_geometry_of, tensor), _geometry_changes)
+
+    def _note(
+        self,
+        key: Any,
+        where: str,
+        read: Callable[[], Any],
+        changes: Callable[[_Guard, Any], str | None],
+    ) -> None:
+        known = self._known[changes]
+        if key not in known:
+            known[key] = _Guard(where, read, read(), changes)
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
         """Return in words what changed, or None.
 
         is_thorough: compare the values of tensors that are not state, and not only their versions.
         """
-        return next(self._differences(is_thorough), None)
+        for guard in (guard for known in self._known.values() for guard in known.values()):
+            now = guard.read()
+            found = None if now is guard.value else guard.changes(guard, now)
+            if found is not None:
+                return found
+        for where, tensor, version, numbers in self._tensors:
+            if tensor._version != version or (is_thorough and not _same_numbers(tensor, numbers)):
+                return f"the values of {where} change"
+        return None
 
-    def _differences(self, is_thorough: bool) -> Iterator[str]:
-        if not self._same_contents():
-            for each in self._contents.values():
-                yield from _changes(each)
-            self._renew()
-        for read in self._reads.values():
-            now = read.again()
-            if now is not read.value and not same_value(now, read.value):
-                yield f"{read.where} changes"
-        for where, tensor, geometry, numbers in self._tensors.values():
-            if _Geometry.of(tensor) != geometry:
-                yield f"shape, dtype, requires_grad or hooks of {where} change"
-            elif numbers is None:
-                continue
-            elif tensor._version != self._versions[id(tensor)] or (
-                is_thorough and not _same_numbers(tensor, numbers)
-            ):
-                yield f"the values of {where} change"
 
-    def _same_contents(self) -> bool:
-        """Compare all contents at once, by identity: that is fast, and runs no user code."""
-        if self._flat is None:
-            each = self._contents.values()
-            self._flat = (
-                list(chain.from_iterable(contents.keys for contents in each)),
-                list(chain.from_iterable(contents.values for contents in each)),
-                [len(contents.values) for contents in each],
-            )
-        keys, values, lengths = self._flat
-        containers = [contents.container for contents in self._contents.values()]
-        if list(map(len, containers)) != lengths:
-            return False
-        now = chain.from_iterable(c.values() if isinstance(c, dict) else c for c in containers)
-        names = chain.from_iterable(c for c in containers if isinstance(c, dict))
-        return all(map(is_, now, values)) and all(map(is_, names, keys))
+def _value_changes(guard: _Guard, now: Any) -> str | None:
+    return None if same_value(now, guard.value) else f"{guard.where} changes"
 
-    def _renew(self) -> None:
-        """Replace noted values by equal current ones, so that the next comparison is fast again."""
-        for place, old in self._contents.items():
-            keys, values = _keys_and_values(old.container)
-            self._contents[place] = old._replace(keys=keys, values=values)
-        self._flat = None
+
+def _contents_of(container: Any) -> tuple[list[Any], list[Any]]:
+    """Return the keys and the values of a dict, or the items of a list."""
+    if isinstance(container, dict):
+        return [*container], [*container.values()]
+    return [], [*container]
+
+
+def _contents_change(guard: _Guard, now: Any) -> str | None:
+    (old_keys, old), (keys, values) = guard.value, now
+    # By identity: that is fast, and runs no user code.
+    if len(values) == len(old) and all(map(is_, keys, old_keys)) and all(map(is_, values, old)):
+        return None
+    if len(values) != len(old) or not all(map(same_value, keys, old_keys)):
+        return f"the content of {guard.where} changes"
+    for place, (value, before) in enumerate(zip(values, old, strict=True)):
+        if not same_value(value, before):
+            return f"{keys[place]} of {guard.where} changes" if keys else f"{guard.where} changes"
+    return None
+
+
+def _geometry_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return all of a tensor but its numbers."""
+    is_strided = tensor.layout == torch.strided
+    hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+    lies = (tensor.stride(), int(tensor.storage_offset())) if is_strided else ()
+    of_autograd = tensor.requires_grad, bool(hooks), tensor.grad_fn is not None
+    return type(tensor), tensor.dtype, tensor.shape, tensor.device, lies, of_autograd
+
+
+def _geometry_changes(guard: _Guard, now: Any) -> str | None:
+    if now == guard.value:
+        return None
+    return f"shape, dtype, requires_grad or hooks of {guard.where} change"
 
 
 def has_comparable_numbers(tensor: Tensor) -> bool:
@@ -206,23 +184,6 @@ def _same_numbers(tensor: Tensor, numbers: Tensor | bytes) -> bool:
 
 def _digest(array: np.ndarray[Any, Any]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(array).view(np.uint8).data, digest_size=16).digest()
-
-
-def _keys_and_values(container: Any) -> tuple[list[Any], list[Any]]:
-    if isinstance(container, dict):
-        return list(container), list(container.values())
-    return [], list(container)
-
-
-def _changes(old: _Contents) -> Iterator[str]:
-    keys, values = _keys_and_values(old.container)
-    if len(values) != len(old.values) or not all(map(same_value, keys, old.keys)):
-        yield f"the content of {old.where} changes"
-        return
-    names = [f"{key} of {old.where}" for key in keys] or [old.where] * len(values)
-    for name, value, before in zip(names, values, old.values, strict=True):
-        if not same_value(value, before):
-            yield f"{name} changes"
 
 
 def is_plain(value: Any) -> bool:

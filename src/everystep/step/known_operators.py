@@ -18,9 +18,9 @@ from everystep.program.operators import (
     resolve,
     writes,
 )
-from everystep.step.seen_tensors import is_plain
+from everystep.step.met_tensors import is_plain
 
-__all__ = ["KnownOperator", "gathers_data", "known_operator"]
+__all__ = ["KnownOperator", "gathers_data", "is_shaped_by_numbers", "known_operator", "run_counted"]
 
 #: They change a tensor's geometry or memory, which its next use shows.
 _OTHER_GEOMETRY = {
@@ -36,7 +36,8 @@ class KnownOperator(NamedTuple):
     """What is known about an operator, looked up once.
 
     how: `pass` (it computes nothing), `make` (it only allocates memory), `see`, `decompose` (its parts
-    are seen), or why it is not seen.
+    are seen), or why it is not seen; places: its parameters, and whether each is a slot for numbers;
+    resizes: whether it gives its `out` a shape that depends on numbers.
     """
 
     how: str
@@ -47,6 +48,7 @@ class KnownOperator(NamedTuple):
     draws: bool = False
     makes_dtype: bool = False
     has_out: bool = False
+    resizes: bool = False
     is_read: bool = False
     is_zeroing: bool = False
     writes_list: bool = False
@@ -82,6 +84,7 @@ def known_operator(func: Any) -> KnownOperator:
             draws_random_numbers(func),
             _makes_dtype(func),
             any(argument.is_out for argument in func._schema.arguments),
+            _resizes(func),
             text == READ,
             name in _ZEROING,
             "foreach" in name and bool(writes(func)),
@@ -96,6 +99,13 @@ def _makes_dtype(func: Any) -> bool:
     """Tell whether an operator creates a tensor from none, by default in the process's dtype."""
     kinds = {p.name: p.kind for p in parameters(func)}
     return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
+
+
+def _resizes(func: Any) -> bool:
+    packet = func.overloadpacket
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    is_shaped = any(torch.Tag.dynamic_output_shape in each.tags for each in overloads)
+    return is_shaped and any(argument.is_out for argument in func._schema.arguments)
 
 
 def _is_composite(func: Any) -> bool:
@@ -142,3 +152,23 @@ def gathers_data(
             return is_part
         reads_places = reads_places or is_part
     return is_outside and reads_places
+
+
+def is_shaped_by_numbers(func: Any, args: Any) -> bool:
+    """Tell whether the shapes of an operation's results depend on numbers."""
+    if func.overloadpacket.__name__ == "_pack_padded_sequence":  # torch has no tag on it
+        return True
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func.overloadpacket.__name__ not in ("index", "_unsafe_index"):
+        return True
+    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+
+
+def run_counted(func: Any, *args: Any, **keywords: Any) -> Any:
+    """Run an operator on lists; torch counts its writes as it does without a watch.
+
+    Its kernel may write each tensor by a separate operator, which torch does not count below a mode.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return func(*args, **keywords)

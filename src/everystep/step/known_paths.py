@@ -12,7 +12,7 @@ from torch import Tensor
 from everystep.step.hooks import handles, has_hooks_on_node
 from everystep.step.met_tensors import MetTensors
 from everystep.step.optimizer_call import OptimizerCalls
-from everystep.step.path import Entry, Marks, geometry
+from everystep.step.path import Entry, Mark, MetTensor, geometry
 
 __all__ = ["KnownPaths"]
 
@@ -20,7 +20,6 @@ __all__ = ["KnownPaths"]
 _MOST_LEARNED = 200
 #: After so many new steps in a row, some are watched without being remembered, so many at most.
 _PATIENCE, _LONGEST_REST = 4, 512
-_BEGIN = Marks(0, 0, 0, 0, 0, 0, 0)
 
 
 class KnownPaths:
@@ -52,27 +51,37 @@ class KnownPaths:
             return False
         return True
 
-    def root(self, state: Mapping[str, Tensor], same: int) -> Entry:
+    def root(self, state: Mapping[str, Tensor], same: int, *, is_remembered: bool) -> Entry:
         """Return the point at which steps begin that have such a state.
 
-        same: how many of its tensors, the first ones, are as they were at the last call.
+        Args:
+            state: the tensors.
+            same: how many of them, the first ones, are as they were at the last call.
+            is_remembered: whether later steps may follow this one.
         """
-        tensors = [*state.values()]
         lies = self._lies[:same]
-        for tensor in tensors[same:]:
+        for tensor in [*state.values()][same:]:
             storage = tensor.untyped_storage()
-            lies.append((geometry(tensor), storage.nbytes(), storage._cdata))
+            lies.append((geometry(tensor), storage.nbytes(), tensor.is_cpu, storage._cdata))
         self._lies = lies
         places: dict[int, int] = {}
-        shared = [places.setdefault(each[2], number) for number, each in enumerate(lies)]
-        looks = [*state, *shared, *[each[:2] for each in lies]]
-        if self._last is None or self._last[0] != looks:
-            key = tuple(looks)
-            root = self._roots.get(key)
-            if root is None:
-                root = self._roots[key] = Entry("root", None, _BEGIN, len(tensors))
+        shared = [places.setdefault(each[3], number) for number, each in enumerate(lies)]
+        looks = [*state, *shared, *[each[:3] for each in lies]]
+        if self._last is not None and self._last[0] == looks and is_remembered:
+            return self._last[1]
+        key = tuple(looks)
+        root = self._roots.get(key) if is_remembered else None
+        if root is None:
+            met = tuple(
+                MetTensor(origin, "state", size, on_cpu, True, own)
+                for origin, (own, size, on_cpu, _) in zip(shared, lies, strict=True)
+            )
+            marks = tuple(Mark("state", name, (number,)) for number, name in enumerate(state))
+            root = Entry("root", None, met, marks=marks)
+        if is_remembered:
+            self._roots[key] = root
             self._last = looks, root
-        return self._last[1]
+        return root
 
     def have_hooks(self, leaves: Iterable[Tensor]) -> bool:
         """Tell whether Python runs where autograd adds to the gradients of some tensors."""

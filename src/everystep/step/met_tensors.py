@@ -5,18 +5,30 @@ A tensor is known by identity, through a weak reference: with a strong one, auto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from everystep.program.arguments import DTYPES
 from everystep.program.memory import ALIGNMENT
-from everystep.step.path import geometry
-from everystep.step.seen_tensors import is_plain
+from everystep.step.path import FLOAT, INT, Entry, MetTensor, extent_of, geometry
 
-__all__ = ["MetTensors", "StrangeError"]
+__all__ = ["MetTensors", "UnseenError", "held", "is_plain", "tensor_tokens"]
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+_DTYPES = frozenset(DTYPES.values())
+#: Types of constants that a program can hold.
+_CONSTANTS = {
+    *(bool, int, float, str, type(None)),
+    *(torch.dtype, torch.layout, torch.memory_format, torch.device),
+}
+
+
+class UnseenError(Exception):
+    """An operation that a program cannot hold; the message gives the reason."""
 
 
 def _gone() -> None:
@@ -27,29 +39,29 @@ def _looks(tensor: Tensor) -> Any:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
-class StrangeError(Exception):
-    """Something that cannot be compared at a later step."""
-
-
 class MetTensors:
     """The tensors of one step after another of a recording.
 
     met, lies: a weak reference to each tensor, and the address at which it lies; numbers: those of the
-    step, in the order of its operations; count: how many tensors the step has met.
+    step, in the order of its operations; known: what is known of each tensor. Checks note the first two
+    alone; `catch_up` adds the rest.
     """
 
     def __init__(self) -> None:
         self.met: list[Any] = [_gone] * 1024
         self.lies: list[int] = [0] * 1024
         self.numbers: list[int | float] = []
-        self.count = 0
-        self._indexed = 0
+        self.known: list[MetTensor] = []
         self._number_of: dict[int, int] = {}
         self._places: dict[int, tuple[Any, int]] = {}
         #: These, of as many tensors of the state as have stayed the same.
         self._lasting: tuple[int, dict[int, int], dict[int, tuple[Any, int]]] = (0, {}, {})
         self._looks: list[Any] = []
+        #: Memory that the call under way has brought.
         self._brought: list[int] = []
+        #: Of the memory of a batch: where its first tensor begins, in bytes, aligned.
+        self._bases: dict[int, int] = {}
+        self._extents: dict[int, list[tuple[int, int]]] | None = None
 
     def same(self, state: Mapping[str, Tensor]) -> int:
         """Return how many tensors of a state, the first ones, are as they were at the last `begin`."""
@@ -59,64 +71,120 @@ class MetTensors:
                 return number
         return min(len(state), len(self._looks))
 
-    def begin(self, state: Mapping[str, Tensor], same: int) -> None:
-        """Begin a step, which knows the tensors of the state. same: as `same` has returned it."""
+    def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
+        """Begin a step with the tensors of the state. same: as `same` has returned it."""
         del self.numbers[:]
         self._brought.clear()
+        self._bases, self._extents = {}, None
         tensors = [*state.values()]
-        known, number_of, places = self._lasting
-        if known > same:
-            known, number_of, places = 0, {}, {}
+        lasting, number_of, places = self._lasting
+        if lasting > same:
+            lasting, number_of, places = 0, {}, {}
         self._number_of, self._places = number_of.copy(), places.copy()
-        for number in range(known, len(tensors)):
-            if known < number == same:
+        for number in range(lasting, len(tensors)):
+            if lasting < number == same:
                 self._lasting = same, self._number_of.copy(), self._places.copy()
-            self.meet(tensors[number], number)
-        if known < same == len(tensors):
+            self.put(tensors[number], number, root.new[number].origin)
+        if lasting < same == len(tensors):
             self._lasting = same, self._number_of.copy(), self._places.copy()
         self._looks[same:] = map(_looks, tensors[same:])
-        self.count = self._indexed = len(tensors)
+        self.known = [*root.new]
 
-    def meet(self, tensor: Tensor, number: int, origin: int | None = None) -> None:
-        """Note a tensor by a number. origin: the one by which its memory is known, None if it is new."""
+    def put(self, tensor: Tensor, number: int, origin: int) -> None:
+        """Note a tensor by a number. origin: the number of the first tensor on its memory."""
         if number >= len(self.met):
             self.met.extend([_gone] * len(self.met))
             self.lies.extend([0] * len(self.lies))
         self.met[number], self.lies[number] = ref(tensor), tensor.data_ptr()
         self._number_of[id(tensor)] = number
-        if origin is None:
-            storage = tensor.untyped_storage()
-            self._places.setdefault(storage._cdata, (ref(storage), number))
+        if origin == number:
+            self.keep_place(tensor, number)
 
-    def new(self, tensor: Tensor, origin: int | None) -> int:
-        """Give a tensor the next number, and return it."""
-        number = self.count
-        self.meet(tensor, number, origin)
-        self.count = self._indexed = number + 1
+    def meet(self, tensor: Tensor, kind: str, *, is_named: bool = False) -> int:
+        """Give a tensor the next number, and return it.
+
+        Args:
+            tensor: the tensor.
+            kind: where its memory comes from, if the step does not know it.
+            is_named: whether it is a tensor of the state or the batch itself.
+        """
+        number, storage = len(self.known), tensor.untyped_storage()
+        origin = self.place(storage)
+        if origin is None:
+            origin = number
+            self._brought.append(storage._cdata)
+        else:
+            kind = self.known[origin].kind
+        self.put(tensor, number, origin)
+        is_kept = is_named and kind in ("batch", "input")
+        own = self.geometry(tensor, origin)
+        self._add(MetTensor(origin, kind, storage.nbytes(), tensor.is_cpu, is_kept, own))
         return number
 
-    def known(self, tensor: Tensor) -> int | None:
-        """Return the number of a tensor that the step has met, None if it has not."""
-        self._index()
-        number = self._number_of.get(id(tensor))
-        if number is None or self.met[number]() is not tensor:
-            return None
-        return number if self.lies[number] == tensor.data_ptr() else None
+    def _add(self, known: MetTensor) -> None:
+        self.known.append(known)
+        if self._extents is not None and known.is_named:
+            self._extents.setdefault(known.origin, []).append(extent_of(known.geometry))
 
-    def _index(self) -> None:
-        """Index the tensors that checks have noted."""
-        for number in range(self._indexed, self.count):
-            tensor = self.met[number]()
-            if tensor is not None:
+    def catch_up(self, at: Entry) -> None:
+        """Note all that is known of the tensors met up to an entry, and forget what came after it."""
+        if len(self.known) > at.met:  # of a call that has failed
+            del self.known[at.met :]
+            self._extents = None
+            self.forget_brought()
+        new: list[Entry] = []
+        entry: Entry | None = at
+        while entry is not None and entry.met > len(self.known):
+            new.append(entry)
+            entry = entry.parent
+        for entry in reversed(new):
+            for known in entry.new:
+                number = len(self.known)
+                self._add(known)
+                tensor = self.met[number]()
+                if tensor is None or not self._is_as_met(tensor, number):
+                    continue
                 self._number_of[id(tensor)] = number
-        self._indexed = max(self._indexed, self.count)
+                if self.place(tensor.untyped_storage()) is None:
+                    self.keep_place(tensor, known.origin)
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Return the number of a tensor that the step has met and that lies as then, or None."""
+        number = self._number_of.get(id(tensor))
+        if number is None or number >= len(self.known) or self.met[number]() is not tensor:
+            return None
+        return number if self._is_as_met(tensor, number) else None
+
+    def _is_as_met(self, tensor: Tensor, number: int) -> bool:
+        known = self.known[number]
+        return (
+            self.lies[number] == tensor.data_ptr()
+            and self.geometry(tensor, known.origin) == known.geometry
+        )
+
+    def geometry(self, tensor: Tensor, origin: int) -> tuple[Any, ...]:
+        """Return where a tensor lies in memory; in that of a batch, from the first tensor on."""
+        own, base = geometry(tensor), self._bases.get(origin)
+        return (*own[:3], own[3] - base // tensor.itemsize) if base else own
 
     def drop(self, tensor: Tensor) -> None:
         """Forget a tensor that got other memory, although it is the same object."""
-        self._index()
-        number = self._number_of.get(id(tensor))
-        if number is not None and self.met[number]() is tensor:
-            self.met[number] = _gone
+        for number, other in self.alive(0, len(self.known)).items():
+            if other is tensor:
+                self.met[number] = _gone
+
+    def forget(self, storages: Iterable[int]) -> None:
+        """Treat memory as new, and so the tensors on it. storages: their `_cdata`."""
+        left = {*storages}
+        for storage in left:
+            self._places.pop(storage, None)
+        for number, tensor in self.alive(0, len(self.known)).items():
+            if tensor.untyped_storage()._cdata in left:
+                self.met[number] = _gone
+
+    def all_but_state(self) -> list[int]:
+        """Return the `_cdata` of all memory but that of the state."""
+        return [s for s, (_, place) in self._places.items() if self.known[place].kind != "state"]
 
     def drop_between(self, begin: int, end: int) -> None:
         """Forget tensors that steps before this one have met."""
@@ -128,7 +196,7 @@ class MetTensors:
         return {number: tensor for number, tensor in found.items() if tensor is not None}
 
     def place(self, storage: torch.UntypedStorage) -> int | None:
-        """Return the tensor by which the step knows some memory, None if it does not."""
+        """Return the number of the first tensor on some memory, None if the step does not know it."""
         known = self._places.get(storage._cdata)
         return known[1] if known is not None and known[0]() is storage else None
 
@@ -151,8 +219,23 @@ class MetTensors:
         """Tell whether a tensor after the step is the one that a number, or a place, stands for."""
         if type(token) is tuple:
             known = self.place(tensor.untyped_storage())
-            return known == token[0] and bool(geometry(tensor) == token[1])
+            return known == token[0] and bool(self.geometry(tensor, token[0]) == token[1])
         return bool(self.met[token]() is tensor and self.lies[token] == tensor.data_ptr())
+
+    def origins_of(self, numbers: Iterable[int]) -> tuple[int, ...]:
+        """Return the first tensor on the memory of each tensor, each once."""
+        return tuple(dict.fromkeys([self.known[number].origin for number in numbers]))
+
+    def is_within(self, number: int) -> bool:
+        """Tell whether a tensor is within one that is kept, if the batch or the state has its memory."""
+        if self._extents is None:
+            self._extents = {}
+            for each in filter(lambda each: each.is_named, self.known):
+                self._extents.setdefault(each.origin, []).append(extent_of(each.geometry))
+        tensor = self.known[number]
+        begin, end = extent_of(tensor.geometry)
+        kept = self._extents.get(tensor.origin)
+        return kept is None or any(one <= begin and end <= two for one, two in kept)
 
     # Tokens.
 
@@ -160,27 +243,29 @@ class MetTensors:
         """Return the token of an argument, and note a tensor that the step meets here.
 
         Raises:
-            StrangeError: no token can stand for it.
+            UnseenError: no token can stand for it; gives the reason.
         """
         if isinstance(value, Tensor):
             if not is_plain(value):
-                raise StrangeError
-            number = self.known(value)
+                raise UnseenError(_what_is_special(value))
+            number = self.number(value)
             if number is not None:
                 return "r", number
-            storage = value.untyped_storage()
-            place = self.place(storage)
-            if place is not None:
-                return "a", self.new(value, place), place, geometry(value)
-            return "x", self.new(value, None), storage.nbytes(), geometry(value)
+            place = self.place(value.untyped_storage())
+            number = self.meet(value, "input")
+            known = self.known[number]
+            if place is None:
+                return "x", number, known.bytes, known.geometry
+            return "a", number, place, known.geometry
         kind = type(value)
         if isinstance(value, list | tuple):
             return "l", tuple([self.token(item, is_slot) for item in value])
         if is_slot and (kind is int or kind is float):
+            self.numbers.append(value)
             return "n", kind
-        if isinstance(value, torch.Generator | torch.SymInt | torch.SymFloat | torch.SymBool):
-            raise StrangeError
-        return "c", value
+        if kind not in _CONSTANTS:
+            raise UnseenError(f"takes a {kind.__name__}")
+        return "c", value, kind, repr(value)
 
     def fits(self, token: Any, value: Any) -> bool:
         """Tell whether an argument is the one of a token; note it if the step meets it here."""
@@ -192,8 +277,8 @@ class MetTensors:
             if not isinstance(value, list | tuple) or len(value) != len(items):
                 return False
             return all([self.fits(t, v) for t, v in zip(items, value, strict=True)])  # noqa: C419
-        if kind == "c":  # repr tells -0.0 from 0.0, and finds NaN equal
-            return type(value) is type(token[1]) and repr(value) == repr(token[1])
+        if kind == "c":
+            return type(value) is token[2] and repr(value) == token[3]
         if kind == "n":
             if type(value) is not token[1]:
                 return False
@@ -206,42 +291,91 @@ class MetTensors:
     def _fits_new(self, token: Any, value: Tensor) -> bool:
         kind, number, known, expected = token
         storage = value.untyped_storage()
-        if geometry(value) != expected:
-            return False
         if kind == "a":
             origin = self.met[known]()
             is_there = origin is not None and origin.untyped_storage() is storage
+            if self.geometry(value, known) != expected:
+                return False
             if not is_there and self.place(storage) != known:
                 return False
-            self.meet(value, number, known)
+            self.put(value, number, known)
             return True
+        if geometry(value) != expected:
+            return False
         if storage.nbytes() != known or self.place(storage) is not None:
             return False
         self._brought.append(storage._cdata)
-        self.meet(value, number)
+        self.put(value, number, number)
         return True
 
-    def batch(self, tensors: Mapping[str, Tensor]) -> tuple[Any, list[Tensor]]:
-        """Return what the operations depend on of a batch, and the tensors that it brings.
-
-        Raises:
-            StrangeError: one of them is sparse, nested or of a class of its own.
-        """
+    def batch(self, tensors: Mapping[str, Tensor]) -> tuple[Any, list[int], list[Tensor]]:
+        """Return what the operations depend on of a batch, the number of each tensor, and new ones."""
         found: list[Any] = ["batch"]
+        numbers: list[int] = []
         new: list[Tensor] = []
         first: dict[int, tuple[int, int]] = {}
         for name, tensor in tensors.items():
-            if not is_plain(tensor):
-                raise StrangeError
-            known = self.known(tensor)
-            if known is not None or any(tensor is other for other in new):
-                found.append((name, known, next((n for n, t in enumerate(new) if t is tensor), None)))
+            known = self.number(tensor)
+            again = next((n for n, t in enumerate(new) if t is tensor), None)
+            if known is not None or again is not None:
+                found.append((name, known, again))
+                numbers.append(known if again is None else len(self.known) + again)  # type: ignore
                 continue
             offset, storage = int(tensor.storage_offset()), tensor.untyped_storage()
-            place = self.place(storage)
-            begin, order = first.setdefault(storage._cdata, (offset, len(first)))
+            place, number = self.place(storage), len(self.known) + len(new)
+            if storage._cdata not in first:
+                first[storage._cdata] = offset, len(first)
+                if place is None:
+                    begin = offset * tensor.itemsize
+                    self._bases[number] = begin - begin % ALIGNMENT
+            begin, order = first[storage._cdata]
             # Not of the state: it may be any part of more data.
             lies = (offset - begin, offset * tensor.itemsize % ALIGNMENT) if place is None else offset
             found.append((name, tensor.dtype, tuple(tensor.shape), tensor.stride(), place, order, lies))
+            numbers.append(number)
             new.append(tensor)
-        return tuple(found), new
+        return tuple(found), numbers, new
+
+
+def held(token: Any) -> Any:
+    """Return an argument as an observed operation holds it."""
+    kind, value = token[:2]
+    if kind == "l":
+        return tuple(map(held, value))
+    if kind == "n":
+        return INT if value is int else FLOAT
+    if kind == "c":
+        return ("text", value) if isinstance(value, str) else value
+    return f"%{value}"
+
+
+def tensor_tokens(tokens: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tokens of tensors, those in lists included."""
+    for token in tokens:
+        if token[0] == "l":
+            yield from tensor_tokens(token[1])
+        elif token[0] in ("r", "a", "x"):
+            yield token
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether a program can hold a tensor: dense, not a subclass, with stored values."""
+    return (
+        type(tensor) in _PLAIN_TENSORS
+        and tensor.layout == torch.strided
+        and tensor.dtype in _DTYPES
+        and tensor.device.type != "meta"
+        and not tensor.is_nested
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not tensor._is_zerotensor()
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+    )
+
+
+def _what_is_special(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return "takes a sparse tensor"
+    if type(tensor) not in _PLAIN_TENSORS:
+        return f"takes a {type(tensor).__name__}, a tensor subclass"
+    return f"takes a {tensor.dtype} tensor that is nested, conjugated or has no storage"

@@ -7,20 +7,23 @@ the tensors that it is given, and these are noted. Other optimizers are watched 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
+from everystep.step.met_tensors import UnseenError, held, is_plain
 from everystep.step.optimizer_call import OptimizerCall
-from everystep.step.seen_tensors import UnseenError, is_plain
-from everystep.step.watch import Kept
-
-if TYPE_CHECKING:
-    from everystep.step.cursor import Cursor
+from everystep.step.path import SeenOperation
+from everystep.step.under_way import UnderWay, as_gradients
 
 __all__ = ["OptimizerStep", "OptimizerSteps"]
+
+#: What an optimizer keeps of each parameter, by key.
+Kept = list[dict[str, Tensor]]
+#: Returns the gradients of an optimizer's parameters, by name.
+Gradients = Callable[[], Mapping[str, Tensor]]
 
 
 class OptimizerStep(NamedTuple):
@@ -35,7 +38,7 @@ class OptimizerStep(NamedTuple):
     layout: Any
 
 
-class _UnderWay(NamedTuple):
+class _Running(NamedTuple):
     """A step of an optimizer that runs unwatched. before: what it kept; versions: of the state."""
 
     optimizer: torch.optim.Optimizer
@@ -48,85 +51,130 @@ class OptimizerSteps:
     """Notes the steps of optimizers while a step is watched; those of torch's own run unwatched.
 
     Args:
-        cursor: watches the step.
+        step: the step under way, and the mode that watches it.
 
     seen: those that are one operation.
     """
 
-    def __init__(self, cursor: Cursor) -> None:
+    def __init__(self, step: UnderWay) -> None:
         self.seen: list[OptimizerStep] = []
-        self._cursor = cursor
-        self._under_way: _UnderWay | None = None
+        self._step = step
+        self._running: _Running | None = None
 
     def begins(
         self,
         optimizer: torch.optim.Optimizer,
         name: str | None,
         has_arguments: bool,
-        gradients: Callable[[], Mapping[str, Tensor]],
+        gradients: Gradients,
     ) -> None:
         """Note that an optimizer starts a step.
 
         Args:
+            optimizer: the optimizer.
             name: of the optimizer.
             has_arguments: whether it is given a closure, or something else.
             gradients: returns those of its parameters, by name.
         """
-        cursor = self._cursor
+        step = self._step
         self.recover()
-        is_ours = _get_current_dispatch_mode() is cursor and not has_arguments
-        call = cursor.paths.calls.of(optimizer) if is_ours else None
-        if call is None or not cursor.may_have_met(call):
-            cursor.uses("optimizer begins", name, gradients())
+        is_ours = _get_current_dispatch_mode() is step and not has_arguments
+        call = step.paths.calls.of(optimizer) if is_ours else None
+        if call is None or not self._may_be_one(call):
+            step.uses("optimizer begins", name, gradients())
             return
-
-        def note() -> None:
-            cursor.optimizer_uses(gradients())
-
-        cursor.happens("optimizer", call.operator, name, call.layout, tensors=call.tensors(), note=note)
-        if not cursor.is_followed and not self._can_hold(call):
-            cursor.leave()
+        what = "optimizer", call.operator, name, call.layout
+        step.happens(*what, tensors=call.tensors(), marked=lambda: as_gradients(gradients()))
+        if not step.is_followed and not self._can_hold(call):
+            step.leave()
             return
-        self._under_way = _UnderWay(optimizer, call, call.kept(), cursor.state_versions())
+        self._running = _Running(optimizer, call, call.kept(), step.state_versions())
         _pop_mode()
+
+    def _may_be_one(self, call: OptimizerCall) -> bool:
+        """Tell whether the path knows what an optimizer uses, unless one like it is expected anyway."""
+        step, expected = self._step, self._step.at.next
+        if not step.is_remembered or (expected is not None and expected.key[0] == "optimizer"):
+            return True
+        step.tensors.catch_up(step.at)
+        return all(step.tensors.number(tensor) is not None for tensor in call.tensors())
 
     def _can_hold(self, call: OptimizerCall) -> bool:
         """Tell whether a program can hold the step: it knows all memory that the step uses."""
-        cursor = self._cursor
+        step, tensors = self._step, self._step.tensors
         with torch._C._DisableTorchDispatch():
-            tensors = call.tensors()
-            if not all(is_plain(t) and cursor.place_of(t) is not None for t in tensors):
+            given = call.tensors()
+            if not all(is_plain(tensor) and step.is_on_known(tensor) for tensor in given):
                 return False
             parameters = [p for group in call.parameters for p in group]
             if any(p.grad is None or p.grad.dtype != p.dtype for p in parameters):
                 return False
+            tensors.catch_up(step.at)
             try:
-                cursor.encode(tensors)
+                for tensor in given:
+                    number = tensors.token(tensor, False)[1]
+                    step.check_readable(number)
+                    if step.is_unread(number):
+                        return False
             except UnseenError:
                 return False
         return True
 
-    def ends(self, name: str | None, gradients: Callable[[], Mapping[str, Tensor]]) -> None:
+    def ends(self, name: str | None, gradients: Gradients) -> None:
         """Note that an optimizer ended a step."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is None:
-            self._cursor.uses("optimizer ends", name, gradients())
+        running, self._running = self._running, None
+        step = self._step
+        if running is None:
+            step.uses("optimizer ends", name, gradients())
             return
-        cursor, call = self._cursor, under_way.call
-        _push_mode(cursor)
+        _push_mode(step)
+        begin = len(step.numbers)
+        with torch._C._DisableTorchDispatch():
+            self._note(running.call, running.before, name, gradients)
+            step.allow_changes(running.versions)
+        settings = running.call.settings
+        end = begin + len(settings.numbers)
+        self.seen.append(OptimizerStep(running.optimizer, begin, end, settings.layout))
+
+    def _note(self, call: OptimizerCall, kept: Kept, name: str | None, gradients: Gradients) -> None:
+        """Note a step, which has run unwatched, as one operation.
+
+        kept: what the optimizer kept before it, by parameter and key.
+        """
+        step, tensors = self._step, self._step.tensors
         places = [(g, index) for g, group in enumerate(call.parameters) for index in range(len(group))]
         made = [
             (*place, key, tensor)
-            for place, known, now in zip(places, under_way.before, call.kept(), strict=True)
+            for place, known, now in zip(places, kept, call.kept(), strict=True)
             for key, tensor in now.items()
             if known.get(key) is not tensor
         ]
-        begin, settings = len(cursor.numbers), call.settings
-        with torch._C._DisableTorchDispatch():
-            cursor.optimizer_stepped(call, under_way.before, made, name, gradients)
-            cursor.allow_changes(under_way.versions)
-        end = begin + len(settings.numbers)
-        self.seen.append(OptimizerStep(under_way.optimizer, begin, end, settings.layout))
+        new, where = [each[3] for each in made], [each[:3] for each in made]
+        key = "optimizer ends", *where
+        if step.goes_on(key, new):
+            step.numbers += call.settings.numbers
+            return
+        tensors.catch_up(step.at)
+        own = iter(kept)
+        keeps = [[[x for pair in next(own).items() for x in pair] for _ in g] for g in call.parameters]
+        own_gradients = [[parameter.grad for parameter in group] for group in call.parameters]
+        given = call.parameters, own_gradients, keeps, where
+        arguments = tuple([held(tensors.token(value, False)) for value in given])
+        settings = [(key, held(tensors.token(v, True))) for key, v in call.settings.values.items()]
+        results = [tensors.meet(tensor, "temporary") for tensor in new]
+        written = [p for group in call.parameters for p in group]
+        written += [tensor for each in kept for tensor in each.values()]
+        operation = SeenOperation(
+            phase="update",
+            module=name,
+            operator=call.operator,
+            arguments=arguments,
+            keywords=tuple(settings),
+            results=tuple(f"%{number}" for number in results),
+            writes=tensors.origins_of(map(step.number, written)),
+            numbers=len(call.settings.numbers),
+        )
+        step.add(key, operation, step.marks(as_gradients(gradients())))
 
     def recover(self) -> None:
         """Watch again after an optimizer's step that raised: what was not seen is kept by content.
@@ -134,7 +182,7 @@ class OptimizerSteps:
         torch has no hook there. An optimizer of its own runs no module, no backward pass and no other
         optimizer: if one of these follows, it has raised.
         """
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            _push_mode(self._cursor)
-            self._cursor.note_unwatched([], [], under_way.versions, runs_python=True)
+        running, self._running = self._running, None
+        if running is not None:
+            _push_mode(self._step)
+            self._step.note_unwatched([], [], running.versions, runs_python=True)

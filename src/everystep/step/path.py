@@ -7,14 +7,14 @@ them:
     ("r", k)                       the tensor k, the same object on the same memory
     ("a", k, place, geometry)      another tensor on memory that the step knows; it becomes k
     ("x", k, bytes, geometry)      the first tensor on memory from outside; it becomes k
-    ("c", value)                   a constant
+    ("c", value, type, text)       a constant; the text tells -0.0 from 0.0, and finds NaN equal
     ("n", type)                    a slot: the number belongs to the step
     ("l", tokens)                  a list
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.program.memory import ALIGNMENT
 from everystep.program.number_slots import READ
 from everystep.program.program import Phase
 
@@ -30,16 +31,16 @@ __all__ = [
     "INT",
     "Ending",
     "Entry",
-    "Learned",
-    "Marks",
+    "Mark",
+    "MetTensor",
     "Path",
+    "PathWriter",
     "SeenOperation",
     "SeenTensor",
     "StorageKind",
-    "Tables",
+    "extent_of",
     "flattened",
     "geometry",
-    "is_name",
 ]
 
 
@@ -84,45 +85,12 @@ class SeenOperation(NamedTuple):
         return _tensors_in((*self.arguments, *(value for _, value in self.keywords)))
 
 
-def is_name(value: Any) -> bool:
-    """Tell whether an argument of an observed operation is a tensor, or has one in it."""
-    if isinstance(value, tuple):
-        return any(map(is_name, value))
-    return isinstance(value, str) and value.startswith("%")
-
-
 class StorageKind(NamedTuple):
     """Where a storage comes from: `state`, `input` or `temporary`. host: in the CPU's memory."""
 
     kind: str
     bytes: int
     host: bool
-
-
-class Marks(NamedTuple):
-    """How far a watch has come: how many operations, tensors, ... it has noted."""
-
-    operations: int
-    tensors: int
-    storages: int
-    numbers: int
-    draws: int
-    unseen: int
-    marked: int
-
-
-class Tables(NamedTuple):
-    """Everything that a watch noted about a step, so that another watch can continue from any point.
-
-    marked: gradients, activations and logged values, by kind and name, in the order in which they were
-    noted.
-    """
-
-    operations: tuple[SeenOperation, ...]
-    tensors: tuple[SeenTensor, ...]
-    storages: tuple[StorageKind, ...]
-    named: tuple[tuple[str, int], ...]
-    marked: tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -188,57 +156,240 @@ def _tensors_in(value: Any) -> list[int]:
     return []
 
 
-class Learned(NamedTuple):
-    """What a watch noted of a whole step; places: the storage of each tensor that the step met."""
+class MetTensor(NamedTuple):
+    """A tensor when a step met it.
 
-    tables: Tables
-    places: tuple[int | None, ...]
+    origin: the number of the first tensor on its memory; kind: where that memory comes from: `state`,
+    `batch`, `input` (from elsewhere) or `temporary`; bytes, on_cpu: of that memory; is_named: whether it
+    is a tensor of the state or the batch itself; geometry: dtype, shape, stride and offset; in the
+    memory of a batch, the offset counts from the first tensor there.
+    """
+
+    origin: int
+    kind: str
+    bytes: int
+    on_cpu: bool
+    is_named: bool
+    geometry: tuple[Any, ...]
+
+
+class Mark(NamedTuple):
+    """A tensor that has a name: `state`, `batch`, `gradient`, `logged`, or an output of a module.
+
+    kind: an `output` counts as the activation; a `last output` only if the module has none yet.
+    """
+
+    kind: str
+    name: str
+    numbers: tuple[int, ...]
 
 
 class Ending(NamedTuple):
     """How a step ended.
 
-    names, bound: of the state afterwards, and the token of each tensor; changes: how often each was
-    changed; loss: the token of the logged tensor, or the place of the number that was read, or None.
+    origins: of each storage of the path, the number of the first tensor that the step met there; names,
+    bound: of the state afterwards, and the token of each tensor; changes: how often each was changed;
+    loss: the token of the logged tensor, or the place of the number that was read, or None; reads: the
+    places of the numbers that were read.
     """
 
     path: Path
-    names: tuple[str, ...]
-    bound: tuple[Any, ...]
-    changes: tuple[int | None, ...]
-    loss: Any
+    origins: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    bound: tuple[Any, ...] = ()
+    changes: tuple[int | None, ...] = ()
+    loss: Any = None
+    reads: tuple[int, ...] = ()
 
 
 class Entry:
     """What a step does at one point.
 
-    key: the kind, and what is compared; func, where: the operator of a call, and the modules in which it
-    runs; check: makes the call if it is this one, else returns MISS; met: the number of tensors that the
-    step has met after it; marks: the position of the watch after it; contents: arguments that brought
-    memory from elsewhere, by their place, and its storage; draws: whether it draws random numbers;
-    shaped: whether the call does not determine the shapes or dtypes of its results; kept: results with
-    memory that is met again without them, by their place and number; jump: of a backward pass that can
-    run unwatched, the entry after it, its numbers, and the numbers before it.
+    key: the kind, and what is compared; new: the tensors that the step meets here; operation: what a
+    program does here, with the numbers of met tensors; marks: what has a name here; met, draws: how many
+    tensors the step has met, and how often it has drawn random numbers, after it.
+
+    Of a call: func, where: the operator, and the modules in which it runs; check: makes the call if it
+    is this one, else returns MISS; contents: arguments that brought memory from elsewhere, by their
+    place, and the number of the first tensor there; shaped: whether the call does not determine the
+    shapes or dtypes of its results, which are those of the entry after it; kept: results with memory
+    that is met again without them, by their place and number.
+
+    jump: of a backward pass that can run unwatched, the entry after it, its numbers, and the numbers
+    before it.
     """
 
     __slots__ = (
-        *("check", "children", "contents", "draws", "ending", "func", "jump", "kept", "key", "learned"),
-        *("marks", "met", "next", "parent", "shaped", "where"),
+        *("check", "children", "contents", "draws", "ending", "func", "jump", "kept", "key", "marks"),
+        *("met", "new", "next", "operation", "parent", "shaped", "where"),
     )
 
-    def __init__(self, key: Any, parent: Entry | None, marks: Marks, met: int) -> None:
-        self.key, self.parent, self.marks, self.met = key, parent, marks, met
+    def __init__(
+        self,
+        key: Any,
+        parent: Entry | None,
+        new: tuple[MetTensor, ...],
+        operation: SeenOperation | None = None,
+        marks: tuple[Mark, ...] = (),
+    ) -> None:
+        self.key, self.parent, self.new = key, parent, new
+        self.operation, self.marks = operation, marks
+        self.met: int = len(new) + (parent.met if parent is not None else 0)
+        self.draws: int = parent.draws if parent is not None else 0
         self.func: Any = None
         self.where: Any = None
         self.check: Callable[..., Any] | None = None
         self.next: Entry | None = None
         self.children: dict[Any, Entry] = {}
         self.contents: tuple[tuple[int, int], ...] = ()
-        self.draws = self.shaped = False
+        self.shaped = False
         self.kept: tuple[tuple[int, int], ...] = ()
-        self.learned: Learned | None = None
         self.ending: Ending | None = None
         self.jump: Any = None
+
+    def from_root(self) -> list[Entry]:
+        """Return the entries from the beginning of the step to this one."""
+        found, entry = [self], self.parent
+        while entry is not None:
+            found.append(entry)
+            entry = entry.parent
+        return found[::-1]
+
+
+class PathWriter:
+    """Writes the path of a step: its tensors and storages have numbers of their own, in order of use.
+
+    Args:
+        met: the tensors that the step has met, by number.
+        has_host: whether memory of the CPU is apart from that of the training.
+    """
+
+    def __init__(self, met: Sequence[MetTensor], *, has_host: bool) -> None:
+        self.origins: list[int] = []
+        self._met = met
+        self._has_host = has_host
+        self._tensors: list[SeenTensor] = []
+        self._storages: list[StorageKind] = []
+        self._number_of: dict[SeenTensor, int] = {}
+        self._place_of: dict[int, int] = {}
+
+    def path(
+        self,
+        end: Entry,
+        state: Mapping[str, int],
+        loss: Callable[[Sequence[SeenOperation]], int | None],
+    ) -> Path:
+        """Return the path that ends with an entry.
+
+        Args:
+            end: the entry.
+            state: the tensors of the state afterwards, by name.
+            loss: returns the tensor logged as the loss, given the operations.
+        """
+        named: dict[str, int] = {}
+        before: dict[str, int] = {}
+        gradients: dict[str, int] = {}
+        activations: dict[str, tuple[int, ...]] = {}
+        logged: dict[str, int] = {}
+        operations: list[SeenOperation] = []
+        seen: list[SeenOperation] = []
+        written: set[int] = set()
+        for entry in end.from_root():
+            if entry.operation is not None and not entry.shaped:
+                seen.append(entry.operation)
+                operations.append(self._renumbered(entry.operation))
+                written.update(operations[-1].writes)
+            for mark in entry.marks:
+                numbers = tuple(map(self._number, mark.numbers))
+                storage = self._storages[self._tensors[numbers[0]].storage]
+                if mark.kind == "state":
+                    named[mark.name] = before[mark.name] = numbers[0]
+                elif mark.kind == "batch" and storage.kind == "input":
+                    named.setdefault(mark.name, numbers[0])
+                elif mark.kind == "gradient" and self._tensors[numbers[0]].storage in written:
+                    gradients.setdefault(mark.name, numbers[0])
+                elif mark.kind == "logged":
+                    logged[mark.name] = numbers[0]
+                elif mark.kind == "output" or (
+                    mark.kind == "last output" and mark.name not in activations
+                ):
+                    activations.pop(mark.name, None)
+                    activations[mark.name] = numbers
+        after = {name: self._number(met) for name, met in state.items()}
+        loss_number = loss(seen)
+        loss_number = None if loss_number is None else self._number(loss_number)
+        self._move_batch(named.values())
+        return Path(
+            operations=tuple(operations),
+            tensors=tuple(self._tensors),
+            storages=tuple(self._storages),
+            named=tuple(named.items()),
+            ends=tuple((n, number) for n, number in after.items() if before.get(n) != number),
+            gone=tuple(name for name in before if name not in after),
+            gradients=tuple(gradients.items()),
+            loss=loss_number,
+            activations=tuple(activations.items()),
+            logged=tuple(logged.items()),
+        )
+
+    def _number(self, met: int) -> int:
+        tensor = self._met[met]
+        seen = SeenTensor(self._place(tensor.origin), *tensor.geometry)
+        if seen not in self._number_of:
+            self._number_of[seen] = len(self._tensors)
+            self._tensors.append(seen)
+        return self._number_of[seen]
+
+    def _place(self, origin: int) -> int:
+        if origin not in self._place_of:
+            self._place_of[origin] = len(self._storages)
+            first = self._met[origin]
+            kind = "input" if first.kind == "batch" else first.kind
+            self._storages.append(StorageKind(kind, first.bytes, self._has_host and first.on_cpu))
+            self.origins.append(origin)
+        return self._place_of[origin]
+
+    def _renumbered(self, operation: SeenOperation) -> SeenOperation:
+        return operation._replace(
+            arguments=self._named(operation.arguments),
+            keywords=tuple([(key, self._named(value)) for key, value in operation.keywords]),
+            results=self._named(operation.results),
+            writes=tuple(map(self._place, operation.writes)),
+        )
+
+    def _named(self, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("%"):
+            return f"%{self._number(int(value[1:]))}"
+        if isinstance(value, tuple) and value[:1] != ("text",):
+            return tuple(map(self._named, value))
+        return value
+
+    def _move_batch(self, named: Iterable[int]) -> None:
+        """Let the tensors of the batch lie at the beginning of their memory.
+
+        A batch may be any part of more data. What remains of its place is its alignment.
+        """
+        tensors, storages = self._tensors, self._storages
+        places = {tensors[number].storage for number in named}
+        for storage in (place for place in places if storages[place].kind == "input"):
+            own = [n for n, tensor in enumerate(tensors) if tensor.storage == storage]
+            begin = min(tensors[n].offset * tensors[n].dtype.itemsize for n in own)
+            begin -= begin % ALIGNMENT
+            for number in own:
+                tensor = tensors[number]
+                offset = tensor.offset - begin // tensor.dtype.itemsize
+                tensors[number] = tensor._replace(offset=offset)
+            ends = (extent_of(tensors[number][1:])[1] for number in own)
+            storages[storage] = storages[storage]._replace(bytes=max(ends))
+
+
+def extent_of(geometry: tuple[Any, ...]) -> tuple[int, int]:
+    """Return the first byte of a tensor in its memory, and the one after its last."""
+    dtype, shape, stride, offset = geometry
+    if 0 in shape:
+        return offset * dtype.itemsize, offset * dtype.itemsize
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return offset * dtype.itemsize, (offset + last + 1) * dtype.itemsize
 
 
 def geometry(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,452 @@
+"""Under way: a step that is watched, on the paths of the steps before it.
+
+What a program cannot hold (a custom operator, a sparse tensor, an explicit generator) runs unseen, and
+the tensors that it returns or changes are *inputs* of the step, kept by content. So are all tensors that
+the loop uses from elsewhere. Such a step is not remembered: no later step follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.program.number_slots import READ
+from everystep.program.operator_mode import OperatorMode
+from everystep.step.elsewhere import Elsewhere, version_of, versions_of
+from everystep.step.follow import Follower
+from everystep.step.known_paths import KnownPaths
+from everystep.step.met_tensors import UnseenError, is_plain
+from everystep.step.path import Ending, Entry, Mark, Path, PathWriter, SeenOperation
+
+__all__ = ["UnderWay", "as_gradients"]
+
+#: What is said of a backward pass that runs unwatched, and whose operations are unknown.
+_OTHER_WHEN_WATCHED = (
+    "the gradient of prod, or of the value of masked_fill, is not bit-identical when it is watched"
+)
+
+#: Memory from elsewhere of more bytes than this is not kept; what is computed from it is.
+MOST_BYTES = 100_000_000
+#: Stands for a logged tensor that the step has not met: its content is kept each time.
+_UNKNOWN = ("unknown",)
+#: Tensors that have a name: the kind, the name, and the tensors.
+Marked = Iterable[tuple[str, str, Iterable[Tensor]]]
+
+
+class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
+    """Notes what one step does, from `begin` to `end`; a `Cursor` shows it each call.
+
+    Args:
+        paths: of the recording.
+        device: of the training.
+        follower: knows which module and which optimizer runs.
+        elsewhere: copies of what steps before brought from elsewhere.
+
+    numbers: of the step; generators: states of torch's generator before draws, by their number from 0,
+    where they differ from what the previous draw left; drawn: that state after the last draw, None if
+    there was none; unseen: what was not seen, in words, and how often; changed_elsewhere: a tensor that
+    the step has changed and that is in no part, in words, or None; changed_unseen: names of the state
+    that something has changed which the dispatcher did not show.
+
+    at: the point of the path at which the step is; is_remembered: whether later steps may follow it;
+    is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
+    not; tensors: that it has met; contents: the bytes of what it brought from elsewhere, by the number
+    of the first tensor there.
+    """
+
+    def __init__(
+        self, paths: KnownPaths, device: torch.device, follower: Follower, elsewhere: Elsewhere
+    ) -> None:
+        super().__init__()
+        self.paths = paths
+        self.numbers = paths.tensors.numbers
+        self.generators: dict[int, Tensor] = {}
+        self.drawn: Tensor | None = None
+        self.unseen: dict[str, int] = {}
+        self.changed_elsewhere: str | None = None
+        self.changed_unseen: list[str] = []
+        self.is_paused = self.is_remembered = self.is_followed = False
+        self.at: Entry
+        self.followed: Entry | None = None
+        self._device = device
+        self.follower = follower
+        self.outside = elsewhere
+        self.tensors = paths.tensors
+        self.contents: dict[int, Tensor] = {}
+        self.written_elsewhere: dict[int, str] = {}
+        self._origins: tuple[int, ...] = ()
+        self._state: Mapping[str, Tensor] = {}
+        self._versions: list[int | None] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was computed."""
+        return not self.unseen and all(entry.operation is None for entry in self.at.from_root())
+
+    def content(self, storage: int) -> Tensor | None:
+        """Return the bytes of an input that is not in the batch, as first seen.
+
+        storage: its number in the path that `end` has returned.
+        """
+        return self.contents.get(self._origins[storage])
+
+    def begin(self, state: Mapping[str, Tensor]) -> None:
+        """Note the tensors of the state before the step."""
+        self._state, self.paths.step = state, self
+        self._versions = versions_of(state.values())
+        self.is_remembered = self.paths.may_follow()
+        same = self.tensors.same(state)
+        if not all(map(is_plain, [*state.values()][same:])):
+            self.is_remembered = False
+            state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
+            same = self.tensors.same(state)
+        self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
+        self.tensors.begin(state, same, root)
+        self.is_followed = bool(root.children) or root.ending is not None
+
+    # What happens besides calls.
+
+    def add_batch(self, tensors: Mapping[str, Tensor]) -> None:
+        """Note the tensors of the batch, which nothing has used yet; they are copied elsewhere."""
+        with torch._C._DisableTorchDispatch():
+            plain = {name: tensor for name, tensor in tensors.items() if is_plain(tensor)}
+            if len(plain) < len(tensors):
+                self.leave()
+            self.tensors.catch_up(self.at)
+            key, numbers, new = self.tensors.batch(plain)
+            if not self.goes_on(key, new):
+                for tensor in new:
+                    self.tensors.meet(tensor, "batch", is_named=True)
+                names = zip(plain, numbers, strict=True)
+                self.add(key, marks=[Mark("batch", name, (number,)) for name, number in names])
+
+    def module_done(self, path: str, outputs: list[Tensor]) -> None:
+        """Note the output of a module; of several calls, the last that gradients flow through."""
+        has_gradients = torch.is_grad_enabled()
+        kind = "output" if has_gradients else "last output"
+        self.happens(
+            *("module", path, has_gradients), tensors=outputs, marked=lambda: [(kind, path, outputs)]
+        )
+
+    def logged(self, name: str, tensor: Tensor) -> None:
+        """Note that a number besides the loss was logged."""
+        self.happens(*("logged", name), tensors=[tensor], marked=lambda: [("logged", name, [tensor])])
+
+    def uses(self, kind: str, name: str | None, gradients: Mapping[str, Tensor]) -> None:
+        """Note which gradients an optimizer uses that is watched.
+
+        This step did not make what remains from the step before.
+        """
+        self.happens(
+            *(kind, name, (*gradients,)),
+            tensors=gradients.values(),
+            marked=lambda: as_gradients(gradients),
+        )
+
+    def happens(
+        self,
+        *what: Any,
+        tensors: Collection[Tensor | None],
+        marked: Callable[[], Marked] = lambda: (),
+    ) -> bool:
+        """Follow or note something besides calls; return whether a path can hold it.
+
+        Args:
+            what: is compared with other steps.
+            tensors: that have a part in it; the step must have met them, unless they are only logged.
+            marked: returns those of them that have a name.
+        """
+        self.recover()
+        expected = self.at.next
+        if self.is_remembered and expected is not None and expected.key[:-1] == what:
+            met, known = self.tensors.met, expected.key[-1]
+            if len(known) == len(tensors) and all(
+                t is None if k is None else met[k]() is t for k, t in zip(known, tensors, strict=True)
+            ):
+                self.at = expected
+                return True
+        with torch._C._DisableTorchDispatch():
+            self.tensors.catch_up(self.at)
+            numbers = tuple([None if t is None else self.tensors.number(t) for t in tensors])
+            strange = [t for n, t in zip(numbers, tensors, strict=True) if n is None and t is not None]
+            if strange and not (what[0] == "logged" and not any(map(self.is_on_known, strange))):
+                self.leave()
+            key = *what, numbers
+            if not self.goes_on(key):
+                self.add(key, marks=self.marks(marked()))
+        return self.is_remembered
+
+    def recover(self) -> None:
+        """Watch again if what ran unwatched has raised."""
+
+    def is_on_known(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is on memory that the step knows, or on none."""
+        return not is_plain(tensor) or self.tensors.place(tensor.untyped_storage()) is not None
+
+    def marks(self, marked: Marked) -> list[Mark]:
+        """Return the marks of tensors that have a name."""
+        found = []
+        for kind, name, tensors in marked:
+            plain = [tensor for tensor in tensors if is_plain(tensor)]
+            if kind in ("gradient", "logged"):  # what is from elsewhere is the result of no operation
+                plain = [
+                    t for t in plain if self.is_on_known(t) and (kind != "logged" or t.numel() == 1)
+                ]
+            if plain:
+                found.append(Mark(kind, name, tuple(map(self.number, plain))))
+        return found
+
+    def number(self, tensor: Tensor) -> int:
+        """Return the number of a tensor; what is on memory from elsewhere is kept by content."""
+        number = self.tensors.number(tensor)
+        number = self.tensors.meet(tensor, "input") if number is None else number
+        if self.is_unread(number):
+            self.keep_content(number, tensor)
+        return number
+
+    def is_unread(self, number: int) -> bool:
+        """Tell whether a tensor is on memory from elsewhere that no operation has read yet."""
+        origin = self.tensors.known[number].origin
+        return self.tensors.known[origin].kind == "input" and origin not in self.contents
+
+    def check_readable(self, number: int) -> None:
+        """Check that a program can hold a tensor as an argument.
+
+        Raises:
+            UnseenError: it cannot; gives the reason.
+        """
+        size = self.tensors.known[self.tensors.known[number].origin].bytes
+        if size > MOST_BYTES and self.is_unread(number):
+            raise UnseenError(f"uses a slice of {size / 1e6:,.0f} MB that is not in any part")
+        if not self.tensors.is_within(number):
+            raise UnseenError("uses memory next to a tensor of the batch or the state")
+
+    def keep_content(self, number: int, tensor: Tensor) -> None:
+        """Keep the content of the memory of a tensor that is unread."""
+        self.contents[self.tensors.known[number].origin] = self.outside.of(tensor)
+
+    def keep_place_of(self, number: int) -> None:
+        """From now on, note the memory of a result when it is made: it is met again without it."""
+        entry = self.at
+        while entry.parent is not None and number < entry.parent.met:
+            entry = entry.parent
+        if entry.check is not None:
+            new = [each for each in entry.key[4] if each[1] == number and each not in entry.kept]
+            entry.kept = tuple(sorted((*entry.kept, *new)))
+
+    def goes_on(self, key: Any, new: Sequence[Tensor] = ()) -> bool:
+        """Go to the point after something that an earlier step did here, too; return whether one did.
+
+        new: the tensors that it brings.
+        """
+        entry = self.at.children.get(key) if self.is_remembered else None
+        if entry is None:
+            return False
+        known = enumerate(zip(new, entry.new, strict=True), start=self.at.met)
+        for number, (tensor, as_met) in known:
+            self.tensors.put(tensor, number, as_met.origin)
+        self.at.next = self.at = entry
+        return True
+
+    def add(self, key: Any, operation: SeenOperation | None = None, marks: Sequence[Mark] = ()) -> Entry:
+        """Add what has just happened to the path, and go there."""
+        at, tensors = self.at, self.tensors
+        tensors.keep_brought()
+        place = (self.follower.where, key) if key[0] == "call" else key
+        entry = at.children.get(place) if self.is_remembered else None
+        if entry is not None and entry.met != len(tensors.known):
+            self.leave()
+            entry = None
+        if entry is None:
+            if self.is_followed:
+                self.is_followed, self.followed = False, at
+            entry = Entry(key, at, tuple(tensors.known[at.met :]), operation, tuple(marks))
+            if self.is_remembered:
+                at.children[place] = entry
+        if self.is_remembered:
+            at.next = entry
+        self.at = entry
+        return entry
+
+    def undo(self) -> None:
+        """Forget what a call has brought that raised; the loop may catch it, and continue."""
+        self.tensors.catch_up(self.at)
+        self.tensors.forget_brought()
+        known: Container[int] = range(self.at.met)
+        if self.is_remembered:
+            known = {origin for entry in self.at.from_root() for _, origin in entry.contents}
+        self.contents = {n: content for n, content in self.contents.items() if n in known}
+
+    def leave(self) -> None:
+        """Watch the rest of the step without following or remembering it."""
+        self.is_remembered = self.is_followed = False
+
+    def allow_changes(self, since: list[tuple[Tensor, int | None]]) -> None:
+        """Do not count the changes of the state since `state_versions` returned `since`."""
+        for place, ((_, before), (_, now)) in enumerate(zip(since, self.state_versions(), strict=True)):
+            known = self._versions[place]
+            if before is not None and now is not None and known is not None:
+                self._versions[place] = known + now - before
+
+    def state_versions(self) -> list[tuple[Tensor, int | None]]:
+        """Return the tensors of the state, each with how often it was changed."""
+        tensors = [*self._state.values()]
+        return [*zip(tensors, versions_of(tensors), strict=True)]
+
+    def note_unwatched(
+        self,
+        before: Iterable[Tensor | None],
+        left: Iterable[Tensor | None],
+        versions: Iterable[tuple[Tensor, int | None]],
+        *,
+        runs_python: bool,
+    ) -> None:
+        """Note that a backward pass ran unwatched: the tensors that it has left are from elsewhere.
+
+        Args:
+            before: the gradients before it.
+            left: those after it, and its results.
+            versions: what `state_versions` returned before it.
+            runs_python: whether code of the user's may have run in it, and changed anything.
+        """
+        with torch._C._DisableTorchDispatch():
+            self.unseen[_OTHER_WHEN_WATCHED] = self.unseen.get(_OTHER_WHEN_WATCHED, 0) + 1
+            changed = [gradient for gradient in before if gradient is not None]
+            if runs_python:
+                changed += [tensor for tensor, version in versions if version_of(tensor) != version]
+            self.tensors.catch_up(self.at)
+            others = self.tensors.all_but_state() if runs_python else []
+            self.note_unseen(changed, left, others)
+
+    def note_unseen(
+        self, changed: Iterable[Tensor], made: Iterable[Any], storages: Iterable[int] = ()
+    ) -> None:
+        """Note what ran unseen: what it has changed and made is kept by content.
+
+        storages: more memory that it may have changed.
+        """
+        self.leave()
+        changed = [tensor for tensor in changed if is_plain(tensor)]
+        storages = {*storages, *[tensor.untyped_storage()._cdata for tensor in changed]}
+        self.tensors.catch_up(self.at)
+        self.tensors.forget(storages)
+        for storage in storages:
+            self.outside.forget(storage)  # a kernel may not count its changes
+        for tensor in (*changed, *made):
+            if isinstance(tensor, Tensor) and is_plain(tensor):
+                self.number(tensor)
+        self.add(("unseen",))
+
+    # The end.
+
+    def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
+        """Return what the step did.
+
+        Args:
+            state: afterwards.
+            loss: what was logged as the loss: a tensor, or a number that Python has read from one.
+        """
+        with torch._C._DisableTorchDispatch():
+            ending = self.at.ending if self.is_remembered else None
+            if ending is not None and self._ends_as(ending, state, loss):
+                changes = self._changes(state, ending.bound)
+                if changes != ending.changes:
+                    pairs = zip(state, changes, ending.changes, strict=True)
+                    self.changed_unseen = [name for name, one, two in pairs if one != two]
+                if self.is_followed:
+                    self.paths.followed()
+            else:
+                self.is_followed = False
+                ending = self._write(state, loss)
+        self._origins = ending.origins
+        self.numbers = self.numbers.copy()  # the list itself belongs to the recording
+        return ending.path
+
+    def _ends_as(self, ending: Ending, state: Mapping[str, Tensor], loss: Any) -> bool:
+        """Tell whether the step has ended as an earlier one."""
+        lies_as, known = self.tensors.lies_as, ending.loss
+        if ending.names != tuple(state) or not all(map(lies_as, state.values(), ending.bound)):
+            return False
+        if isinstance(loss, Tensor) and known is not None and known[0] == "tensor" and known[1]:
+            return lies_as(loss, known[1])
+        return bool(self._loss_token(loss, ending.path, ending.reads) == known)
+
+    def _write(self, state: Mapping[str, Tensor], loss: Any) -> Ending:
+        """Write the path of the step down."""
+        tensors, at = self.tensors, self.at
+        tensors.catch_up(at)
+        brought = len(self.contents)
+        bound = tuple(map(self._bound, state.values())) if self.is_remembered else ()
+        after = {name: self.number(tensor) for name, tensor in state.items() if is_plain(tensor)}
+        logged = None
+        if isinstance(loss, Tensor) and loss.numel() == 1 and is_plain(loss):
+            logged = self.number(loss)
+        writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
+        path = writer.path(at, after, partial(self._loss, loss, logged))
+        written = self.written_elsewhere.keys() - self.tensors.origins_of(after.values())
+        texts = [text for origin, text in self.written_elsewhere.items() if origin in written]
+        self.changed_elsewhere = texts[0] if texts else None
+        ending = Ending(path, tuple(writer.origins))
+        if self.is_remembered:
+            reads = tuple(path.places_of_reads())
+            token = self._loss_token(loss, path, reads)
+            if None not in bound and token != _UNKNOWN and len(self.contents) == brought:
+                changes = self._changes(state, bound)
+                ending = Ending(path, ending.origins, tuple(state), bound, changes, token, reads)
+                at.ending = ending
+            else:
+                at.ending = None
+            self.paths.learned()
+        return ending
+
+    def _loss(self, loss: Any, number: int | None, operations: Sequence[SeenOperation]) -> int | None:
+        """Return the number of the tensor that was logged as the loss, or from which Python read it."""
+        if isinstance(loss, Tensor):
+            return number
+        place = len(self.numbers)
+        for operation in reversed(operations):
+            place -= operation.numbers
+            if str(operation.operator) == READ and self.numbers[place] == loss:
+                return int(operation.arguments[0][1:])
+        return None
+
+    def _bound(self, tensor: Tensor) -> Any:
+        """Return the number of a tensor of the state, or the memory that it got in the step."""
+        number = self.tensors.number(tensor)
+        if number is not None or not is_plain(tensor):
+            return number
+        place = self.tensors.place(tensor.untyped_storage())
+        if place is None:
+            return None
+        self.keep_place_of(place)
+        return place, self.tensors.geometry(tensor, place)
+
+    def _loss_token(self, loss: Any, path: Path, reads: Sequence[int]) -> Any:
+        """Return the number of the logged tensor, or the place of the logged number among those read."""
+        if isinstance(loss, Tensor):
+            self.tensors.catch_up(self.at)
+            number = self.tensors.number(loss)
+            return _UNKNOWN if number is None and path.loss is not None else ("tensor", number)
+        if loss is None or path.loss is None:
+            return None
+        found = [place for place in reads if self.numbers[place] == loss]
+        return ("read", found[-1]) if found else None
+
+    def _changes(self, state: Mapping[str, Tensor], bound: tuple[Any, ...]) -> tuple[int | None, ...]:
+        """Return how often each tensor was changed that was in the state at the beginning."""
+        before, count = self._versions, len(self._versions)
+        return tuple(
+            [
+                None if type(n) is tuple or n >= count or now is None else now - (before[n] or 0)
+                for now, n in zip(versions_of(state.values()), bound, strict=True)
+            ]
+        )
+
+
+def as_gradients(gradients: Mapping[str, Tensor]) -> Marked:
+    """Return gradients, by the name of their parameter, as tensors that have a name."""
+    return [("gradient", name, [tensor]) for name, tensor in gradients.items()]
