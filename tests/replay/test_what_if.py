@@ -10,7 +10,7 @@ from torch import nn
 import everystep
 from everystep.errors import ExperimentError, ExpressionError, RunError, UsageError
 from everystep.experiment.batches import Batches
-from everystep.replay import what_if
+from everystep.replay import processes, what_if
 from everystep.replay.processes import workers
 
 ROWS, STEPS = 20, 14
@@ -70,7 +70,7 @@ def test_processes_share_the_trainings(tmp_path, monkeypatch):
     monkeypatch.setattr(what_if, "GROUP", 3)
     asked, alone = [], run.what_if(4, 11, **rows, processes=1)
     monkeypatch.setattr(
-        what_if,
+        processes,
         "workers",
         lambda facts, count, threads: asked.append((count, threads)) or workers(facts, count, threads),
     )

@@ -8,39 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from everystep.program.bound import BoundProgram
-from everystep.program.memory import copy_on_cpu
 from everystep.program.program import Program
 from everystep.replay.expression import Reference
-from everystep.replay.step import Batch, Step
-from everystep.step.observe import Observation, Place, gradients_by_parameter, makes_gradients
+from everystep.replay.replay_stepper import ReplayStepper
+from everystep.replay.step import Step
+from everystep.step.observe import Place, gradients_by_parameter, makes_gradients
 
 __all__ = ["OpenedStep", "Probe"]
 
 Values = dict[Reference, Tensor]
-
-
-class Observed(Protocol):
-    """What takes the steps of a training, one by one.
-
-    state: the step after which its state is.
-    """
-
-    state: int | None
-
-    def named_state(self) -> dict[str, Tensor]:
-        """Return the live tensors of the state by name."""
-
-    def batch(self, number: int) -> Batch:
-        """Return the batch of a step."""
-
-    def observe(self) -> Observation:
-        """Run the next step, and return everything in it."""
 
 
 class Probe:
@@ -54,7 +36,7 @@ class Probe:
 
     def __init__(
         self,
-        stepper: Observed,
+        stepper: ReplayStepper,
         references: Collection[Reference],
         answer: Callable[[int, float], bool],
     ) -> None:
@@ -83,33 +65,13 @@ class Probe:
         """Answer the question at a step; return whether to continue."""
         return self._finish(number, bound.loss.item())
 
-    def observe(self) -> float:
-        """Run a step that no bound program runs, and observe it; return its loss.
-
-        Raises:
-            RunError: there is neither a program nor a model to run it.
-        """
-        stepper = self._stepper
-        assert stepper.state is not None
-        number = stepper.state + 1
-        self._live = stepper.named_state()
-        of_state = {r for r in self._copied if r.kind in ("parameters", "buffers", "updates")}
-        self._copies = {r: copy_on_cpu(self._state(_name_of_state(r))) for r in of_state}
-        batch = stepper.batch(number).tensors
-        observation = stepper.observe()
-        self._live = {name: tensor.cpu() for name, tensor in stepper.named_state().items()}
+    def opened(self, step: Step) -> None:
+        """Answer the question at a step that was opened, since no bound program runs it."""
+        found = OpenedStep(step)
+        self._copies = {r: found.value_of(r) for r in self._copied if found.has(r)}
+        self._live = {f"parameter/{name}": update.after for name, update in step.updates.items()}
         self._is_live = False
-        seen: dict[str, dict[str, Tensor]] = {
-            "batch": batch,
-            "gradients": observation.gradients,
-            "activations": {path: given[0] for path, given in observation.activations.items() if given},
-        }
-        for reference in self._copied - of_state:
-            if reference.name in seen[reference.kind]:
-                self._copies[reference] = seen[reference.kind][reference.name]
-        loss: float = observation.loss.item()
-        self._finish(number, loss)
-        return loss
+        self._finish(step.number, step.loss)
 
     def has(self, reference: Reference) -> bool:
         """Tell whether a value exists: not before the first step, nor for a module that did not run."""
@@ -183,7 +145,7 @@ class OpenedStep:
     """What an expression names of a step that was opened, as `Probe` has it of a step that runs."""
 
     def __init__(self, step: Step) -> None:
-        self._step = step
+        self.step = step
 
     def has(self, reference: Reference) -> bool:
         """Tell whether a value exists: not of the step before, nor of a module that did not run."""
@@ -197,7 +159,7 @@ class OpenedStep:
             RunError: rows are unknown; gives the reason.
         """
         if reference.kind == "rows":
-            rows = self._step.rows
+            rows = self.step.rows
             return rows.loss if reference.name == "loss" else rows.gradient
         value = self._named(reference.kind)[reference.name]
         if reference.kind == "updates":
@@ -208,7 +170,7 @@ class OpenedStep:
 
     def _named(self, kind: str) -> Mapping[str, Any]:
         named: Mapping[str, Any] = (
-            self._step.batch.tensors if kind == "batch" else getattr(self._step, kind)
+            self.step.batch.tensors if kind == "batch" else getattr(self.step, kind)
         )
         return named
 

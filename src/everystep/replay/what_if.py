@@ -6,8 +6,7 @@ is exact: it has the bits of the same training by hand without those rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -18,9 +17,9 @@ from everystep.recording.run import RecordedRun
 from everystep.replay.batches import batches_of
 from everystep.replay.columns import Evaluator, read_question
 from everystep.replay.expression import Expression
-from everystep.replay.hooks import Probe
+from everystep.replay.hooks import OpenedStep
 from everystep.replay.living import Living
-from everystep.replay.processes import Opener, cores, in_worker, recorded_numerics, workers
+from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.query import check_question
 from everystep.replay.replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
@@ -32,11 +31,6 @@ __all__ = ["Case", "WhatIf", "check_has_rows", "what_if"]
 
 #: Trainings between two reports of progress.
 GROUP = 8
-#: If all trainings take less than this, this process takes them alone: others must start first.
-ALONE_SECONDS = 4.0
-
-#: The rows of a training, its value and its losses, as a `Case` has them.
-_Trained = tuple[tuple[int, ...], float | None, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -120,8 +114,8 @@ def what_if(
             f"{wanted[0]} is known of the recorded steps only; use what step {until} has"
         )
     check_question(question, opener)
-    state = opener.state(at)
-    (with_all,) = (Case(*each) for each in opener.call(_train, state, until, [()], question, objects))
+    trained = opener.state(at), until, question, objects
+    (with_all,) = opener.call(_train, [()], *trained)
     recorded = run.losses_between(at + 1, until)
     if not all(map(same_number, with_all.losses, recorded)):
         raise RunError(
@@ -130,10 +124,17 @@ def what_if(
         )
     on_progress(until - at)
     others: list[Case] = []
-    groups = [cases[first : first + GROUP] for first in range(0, len(cases), GROUP)]
-    share = _processes(run, (until - at) * len(cases), processes, len(groups))
-    for found in _shared(opener, share, groups, (state, until), (question, objects)):
-        others += [Case(*each) for each in found]
+    groups = [(cases[first : first + GROUP], *trained) for first in range(0, len(cases), GROUP)]
+    threads = recorded_numerics(run.facts).threads
+    # None computes with fewer threads than the run: nothing could show that this gives the same bits.
+    count = process_count(run, (until - at) * len(cases), processes, len(groups), threads)
+    results = (
+        shared(opener, count, threads, _train, groups)
+        if count > 1
+        else (opener.call(_train, *group) for group in groups)
+    )
+    for found in results:
+        others += found
         on_progress((until - at) * len(found))
     others.sort(key=lambda case: (case.value is None or case.value != case.value, case.value or 0.0))
     source = batches_of(run.facts.training).source
@@ -184,75 +185,29 @@ def _check(run: RecordedRun, at: int, until: int) -> None:
         )
 
 
-def _processes(run: RecordedRun, steps: int, asked: int | None, groups: int) -> int:
-    """Return how many processes share the trainings.
-
-    None computes with fewer threads than the run: nothing could show that this gives other bits.
-    """
-    facts = run.facts
-    if facts.training.device != "cpu":
-        return 1
-    if asked is None:
-        seconds = (facts.seconds or 0.0) * steps / max(1, run.newest_step())
-        if seconds < ALONE_SECONDS:
-            return 1
-        asked = cores() // recorded_numerics(facts).threads
-    return max(1, min(asked, groups))
-
-
-def _shared(
-    opener: Opener,
-    count: int,
-    groups: Sequence[Sequence[tuple[int, ...]]],
-    ends: tuple[State, int],
-    asked: tuple[Expression, Objects | None],
-) -> Iterator[list[_Trained]]:
-    """Train all groups in so many processes, and yield each when it is done."""
-    if count == 1:
-        for group in groups:
-            yield opener.call(_train, *ends, group, *asked)
-        return
-    run = opener.run
-    threads = recorded_numerics(run.facts).threads
-    place = run.directory, opener.objects, threads
-    with workers(run.facts, count, threads) as executor:
-        futures = [executor.submit(in_worker, *place, _train, *ends, group, *asked) for group in groups]
-        for future in as_completed(futures):
-            yield future.result()
-
-
 def _train(
     replay: Replay,
+    cases: Sequence[tuple[int, ...]],
     state: State,
     until: int,
-    cases: Sequence[tuple[int, ...]],
     question: Expression,
     objects: Objects | None,
-) -> list[_Trained]:
-    """Train from a state, once for each case; return its rows, its value and its losses."""
+) -> list[Case]:
+    """Train from a state, once for each case."""
     run, at = replay.run, state.step
     stretch = replay.stretches[replay.stretch_of(at + 1)]
     batches = batches_of(stretch.facts)
-    tensors = {each for each in question.references if each.kind not in ("loss", "step")}
+    has_tensors = any(each.kind not in ("loss", "step") for each in question.references)
+    evaluator = Evaluator(question, run, False)
     found = []
     with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
-        stepper = Living(run, stretch, objects or Objects())
-        stepper.load(state)
-        saved = stepper.save()
-        evaluator, values = Evaluator(question, run, False), list[float | None]()
-
-        def answer(number: int, loss: float) -> bool:
-            values.append(evaluator.answer(number, loss, probe))
-            return True
-
-        probe = Probe(stepper, tensors, answer)
+        training = Living(run, stretch, objects or Objects(), state)
         for rows in cases:
-            stepper.use(batches.without_rows(rows, at + 1, until) if rows else batches)
-            stepper.restore(at, saved)
-            if tensors:
-                losses = [*stepper.run(until - 1).tolist(), probe.observe()]
-            else:
-                losses = stepper.run(until).tolist()
-                answer(until, losses[-1])
-            found.append((rows, values[-1], tuple(losses)))
+            training.begin(batches.without_rows(rows, at + 1, until) if rows else batches)
+            losses = training.run(until - has_tensors)
+            last = OpenedStep(training.open()) if has_tensors else None
+            if last is not None:
+                losses.append(last.step.loss)
+            value = evaluator.answer(until, losses[-1], last)
+            found.append(Case(rows, value, tuple(losses)))
     return found

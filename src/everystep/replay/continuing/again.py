@@ -96,9 +96,8 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
         return replay.state(number)
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
     with replay.in_force(number):
-        stepper = Living(run, stretch, objects or Objects(), "eager")
-        stepper.load(begin)
-        losses = stepper.run(number).tolist()
+        stepper = Living(run, stretch, objects or Objects(), begin, "eager")
+        losses = stepper.run(number)
         first = begin.step + 1
         replay.compare(first, losses, replay.recorded_losses(first, number))
         return stepper.capture()

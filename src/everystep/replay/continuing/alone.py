@@ -15,10 +15,10 @@ from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.recorder import Recorder
 from everystep.recording.run import RecordedRun
-from everystep.replay.further import FurtherSteps
-from everystep.replay.loop import LoopStepper
 from everystep.replay.processes import needs_worker
+from everystep.replay.recorded_steps import FurtherSteps
 from everystep.replay.replay import Replay
+from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
@@ -129,9 +129,8 @@ def _go_on(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        assert isinstance(stepper, LoopStepper)
-        further = FurtherSteps(run, lr)
-        stepper.go_on(further.row)
+        further = FurtherSteps(run, stepper.steps.rule, lr)
+        stepper.go_on(further)
         state = stepper.capture()
         recorder = record(state)
         writer = RunWriter(
@@ -167,7 +166,7 @@ def _go_on(
 
 
 def _take(
-    stepper: LoopStepper,
+    stepper: ReplayStepper,
     further: FurtherSteps,
     writer: RunWriter,
     last: int,
