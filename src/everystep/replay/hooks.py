@@ -6,7 +6,7 @@ ends, gradients when the backward phase ends. Everything else runs at full speed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from everystep.program.bound import BoundProgram
-from everystep.program.program import Program
 from everystep.replay.expression import Reference
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.step import Step
-from everystep.step.observe import Place, gradients_by_parameter, makes_gradients
+from everystep.step.observe import gradient_places
 
 __all__ = ["OpenedStep", "Probe"]
 
@@ -94,7 +93,7 @@ class Probe:
     def _plan(self, bound: BoundProgram) -> tuple[list[Any], Values]:
         """Return the calls of a step with copies in between, and where the copies are."""
         program, given_after = bound.program, bound.program.given_after()
-        gradients = _gradients_of(program)
+        gradients = gradient_places(program)
         copies: Values = {}
         after: dict[int, list[Any]] = {}
         for reference in self._copied:
@@ -173,35 +172,6 @@ class OpenedStep:
             self.step.batch.tensors if kind == "batch" else getattr(self.step, kind)
         )
         return named
-
-
-def _gradients_of(program: Program) -> dict[str, Place]:
-    """Return where each gradient is read, by parameter: as backward leaves it, before an update uses it.
-
-    See `StepObserver`, which reads them in an opened step.
-    """
-    found = {}
-    for parameter, name in gradients_by_parameter(program).items():
-        storage = program.tensors[name].storage
-        is_there, left, place = program.storages[storage].kind != "temporary", 0, None
-        for index, operation in enumerate(program.operations):
-            makes = makes_gradients(operation)
-            is_used = operation.phase == "update" and not makes
-            if is_used and storage in _storages(operation.reads(), program):
-                place = left or (index if is_there and parameter in program.gradients else None)
-                if place is not None:
-                    break
-            if storage in _storages((*filter(None, operation.results), *operation.written()), program):
-                is_there, left = True, index + 1 if makes else left
-        if place is None and (left or (is_there and parameter in program.gradients)):
-            place = left or len(program.operations)
-        if place is not None:
-            found[parameter] = Place((name,), place)
-    return found
-
-
-def _storages(names: Iterable[str], program: Program) -> set[str]:
-    return {program.tensors[name].storage for name in names}
 
 
 def _name_of_state(reference: Reference) -> str:
