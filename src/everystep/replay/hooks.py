@@ -42,19 +42,14 @@ class Probe:
         self._stepper = stepper
         self._answer = answer
         self._previous = [reference for reference in references if reference.is_previous]
-        self._own = {reference._replace(is_previous=False) for reference in references}
-        # An update is known by the parameter before it; after it, the parameter itself is there.
-        self._copied = {r._replace(part="before") if r.kind == "updates" else r for r in self._own}
+        #: Of an update, the parameter before it; after it, the parameter itself is there.
+        self._copied = {_copied(reference._replace(is_previous=False)) for reference in references}
         self._plans: dict[BoundProgram, tuple[list[Any], Values]] = {}
         self._copies: Values = {}
         self._before: Values = {}
-        self._live: dict[str, Tensor] = {}
-        self._is_live = False
 
     def calls(self, bound: BoundProgram) -> list[Any]:
         """Return the calls of a step, with copies in between."""
-        if not self._is_live:
-            self._live, self._is_live = self._stepper.named_state(), True
         if bound not in self._plans:
             self._plans[bound] = self._plan(bound)
         calls, self._copies = self._plans[bound]
@@ -68,15 +63,13 @@ class Probe:
         """Answer the question at a step that was opened, since no bound program runs it."""
         found = OpenedStep(step)
         self._copies = {r: found.value_of(r) for r in self._copied if found.has(r)}
-        self._live = {f"parameter/{name}": update.after for name, update in step.updates.items()}
-        self._is_live = False
         self._finish(step.number, step.loss)
 
     def has(self, reference: Reference) -> bool:
         """Tell whether a value exists: not before the first step, nor for a module that did not run."""
         if reference.is_previous:
             return reference in self._before
-        return reference.kind == "updates" or reference in self._copies
+        return _copied(reference) in self._copies
 
     def value_of(self, reference: Reference) -> Tensor:
         """Return the value of a reference in the last step; valid until the next step."""
@@ -84,10 +77,10 @@ class Probe:
             return self._before[reference]
         if reference.kind != "updates":
             return self._copies[reference]
-        before = self._copies[reference._replace(part="before")]
+        before = self._copies[_copied(reference)]
         if reference.part == "before":
             return before
-        after = self._state(f"parameter/{reference.name}")
+        after = self._state(f"parameter/{reference.name}").to(before.device)
         return after if reference.part == "after" else after - before
 
     def _plan(self, bound: BoundProgram) -> tuple[list[Any], Values]:
@@ -137,7 +130,7 @@ class Probe:
         return goes_on
 
     def _state(self, name: str) -> Tensor:
-        return self._live[name].detach()
+        return self._stepper.named_state()[name].detach()
 
 
 class OpenedStep:
@@ -148,8 +141,10 @@ class OpenedStep:
 
     def has(self, reference: Reference) -> bool:
         """Tell whether a value exists: not of the step before, nor of a module that did not run."""
-        kind, name = reference.kind, reference.name
-        return not reference.is_previous and (kind == "rows" or name in self._named(kind))
+        if reference.is_previous or reference.kind == "rows":
+            return not reference.is_previous
+        found = self._named(reference.kind).get(reference.name)
+        return found is not None and not (isinstance(found, tuple) and not found)
 
     def value_of(self, reference: Reference) -> Tensor:
         """Return the value of a reference.
@@ -172,6 +167,11 @@ class OpenedStep:
             self.step.batch.tensors if kind == "batch" else getattr(self.step, kind)
         )
         return named
+
+
+def _copied(reference: Reference) -> Reference:
+    """Return what is copied for a reference."""
+    return reference._replace(part="before") if reference.kind == "updates" else reference
 
 
 def _name_of_state(reference: Reference) -> str:
