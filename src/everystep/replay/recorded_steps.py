@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,7 +27,14 @@ from everystep.recording.files import program_file
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.batches import batches_of
 
-__all__ = ["FurtherSteps", "NotReplayedError", "RecordedSteps", "StepInputs", "read_program"]
+__all__ = [
+    "FurtherSteps",
+    "NotReplayedError",
+    "RecordedSteps",
+    "StepInputs",
+    "StepsAtRate",
+    "read_program",
+]
 
 #: Rows of the database, and losses, that are read at once.
 BLOCK = 256
@@ -297,7 +304,55 @@ class RecordedSteps:
         return tensors | {prefix + name: content for name, content in cast.items()}
 
 
-class FurtherSteps(RecordedSteps):
+class StepsAtRate(RecordedSteps):
+    """Recorded steps at another learning rate, of all param groups of torch's own optimizers.
+
+    Args:
+        run, stretch, rule: as of `RecordedSteps`.
+        lr: the learning rate.
+    """
+
+    def __init__(
+        self, run: RecordedRun, stretch: Stretch, rule: RowsOf | None, lr: float | None
+    ) -> None:
+        super().__init__(run, stretch, rule)
+        self._lr = lr
+
+    def loss(self, number: int) -> float:
+        """Return NaN: the recorded loss is not that of the step."""
+        return math.nan
+
+    def numbers(self, row: Repeat) -> list[int | float]:
+        """Return the numbers of a step, with the learning rate in them.
+
+        Raises:
+            NotReplayedError: they cannot be read.
+            RunError: the step has an optimizer with a learning rate that is not a number of the step.
+        """
+        numbers = super().numbers(row)
+        if self._lr is None:
+            return numbers
+        interpreter, found, count = self.program_of(row), list[int | float](), 0
+        operations = interpreter.program.operations
+        for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
+            place = 0
+            is_optimizer = isinstance(operation.resolved, OptimizerOperator)
+            for key, value in operation.keywords.items() if is_optimizer else ():
+                size = count_numbers(value)
+                if key == "lr":
+                    own[place : place + size] = [self._lr] * size
+                    count += size
+                place += size
+            found += own
+        if not count and any(operation.phase == "update" for operation in operations):
+            raise RunError(
+                f"{self.run.name} has no learning rate that its programs know as a number: only "
+                "optimizers of torch's own have one, where it is not a tensor; fork the run instead"
+            )
+        return found
+
+
+class FurtherSteps(StepsAtRate):
     """What each step of a run would be, by its rules, whether the run has it or not.
 
     Args:
@@ -307,8 +362,7 @@ class FurtherSteps(RecordedSteps):
     """
 
     def __init__(self, run: RecordedRun, rule: RowsOf | None = None, lr: float | None = None) -> None:
-        super().__init__(run, run.stretches[-1], rule)
-        self._lr = lr
+        super().__init__(run, run.stretches[-1], rule, lr)
         self._batches = batches_of(self.facts)
         self._newest = run.newest_step()
         #: The newest step by its number of rows.
@@ -383,27 +437,10 @@ class FurtherSteps(RecordedSteps):
         inputs = self.given(row)
         # Where the recorded step found its generator, this one finds it as the step before has left it.
         given = {name: each for name, each in inputs.given.items() if not name.startswith("generator/")}
-        numbers = self._with_rate(self.program_of(row), self.numbers(row))
         listed = {name: each.to_json() for name, each in given.items()}
-        text = packed({"nesting": inputs.nesting, "given": listed})
-        made = Repeat(row.step, row.program, packed(numbers) if numbers else None, text)
+        made = row._replace(inputs=packed({"nesting": inputs.nesting, "given": listed}))
         tensors = self.stored(made) if given else {}
-        return made, Taken(row.step, row.program, numbers, tensors, inputs.nesting, 0, {})
-
-    def _with_rate(self, interpreter: Interpreter, numbers: Sequence[int | float]) -> list[int | float]:
-        """Return the numbers of a step with the learning rate that its optimizers have here."""
-        found: list[int | float] = []
-        of_operations = interpreter.numbers_of(numbers)
-        for operation, own in zip(interpreter.program.operations, of_operations, strict=True):
-            place = 0
-            for key, value in operation.keywords.items():
-                if self._lr is not None and isinstance(operation.resolved, OptimizerOperator):
-                    count = count_numbers(value)
-                    if key == "lr":
-                        own[place : place + count] = [self._lr] * count
-                    place += count
-            found += own
-        return found
+        return made, Taken(row.step, row.program, self.numbers(row), tensors, inputs.nesting, 0, {})
 
 
 def read_program(run: RecordedRun, number: int) -> Program:

@@ -30,7 +30,7 @@ from everystep.step.observe import Observation
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
-__all__ = ["Replay", "no_such_step", "opened_step", "same_number"]
+__all__ = ["Replay", "no_such_step", "open_next", "opened_step", "same_number"]
 
 #: States are kept in memory about so many seconds of replay apart, so that stepping back is quick.
 KEPT_SECONDS = 0.005
@@ -132,26 +132,12 @@ class Replay:
 
     def next_step(self) -> Step:
         """Open the step after the current state; call it inside `in_force`."""
-        stepper = self.stepper
-        assert stepper.state is not None
-        stepper.settle()
-        number = stepper.state + 1
-        recorded = self.recorded_loss(number)
-        dropped = stepper.gradients()
-        before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
-        batch = stepper.batch(number)
-        observation = stepper.observe()
-        self.compare(number, [float(observation.loss)], [recorded])
-        after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
+        step = open_next(self.stepper)
+        recorded = self.recorded_loss(step.number)
+        self.compare(step.number, [step.loss], [recorded])
         diverged = self.diverged_at
-        return replace(
-            opened_step(number, observation, batch, before, after),
-            recorded_loss=recorded,
-            diverged_at=diverged if diverged is not None and diverged <= number else None,
-            dropped={n: each for n, each in dropped.items() if not _is_added_to(observation, n)},
-            hyperparameters=stepper.hyperparameters(),
-            epoch=stepper.epoch(number),
-        )
+        is_exact = diverged is None or diverged > step.number
+        return replace(step, recorded_loss=recorded, diverged_at=None if is_exact else diverged)
 
     def recorded_loss(self, number: int) -> float:
         """Return the recorded loss of a step.
@@ -331,6 +317,24 @@ def no_such_step(run: RecordedRun, number: int) -> StepError:
 def same_number(one: float, two: float) -> bool:
     """Tell whether two losses are equal; NaN equals NaN."""
     return one == two or (one != one and two != two)
+
+
+def open_next(stepper: ReplayStepper) -> Step:
+    """Run the next step, and return everything in it; its loss is not compared."""
+    assert stepper.state is not None
+    stepper.settle()
+    number = stepper.state + 1
+    dropped = stepper.gradients()
+    before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
+    batch = stepper.batch(number)
+    observation = stepper.observe()
+    after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
+    return replace(
+        opened_step(number, observation, batch, before, after),
+        dropped={n: each for n, each in dropped.items() if not _is_added_to(observation, n)},
+        hyperparameters=stepper.hyperparameters(),
+        epoch=stepper.epoch(number),
+    )
 
 
 def opened_step(
