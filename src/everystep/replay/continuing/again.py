@@ -13,7 +13,7 @@ from everystep import numerics
 from everystep.errors import EverystepError, RunError, TrainingError
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.run import RecordedRun
-from everystep.replay.batches import stored_data
+from everystep.replay.batches import settings_of, stored_data
 from everystep.replay.continuing.alone import reason_against
 from everystep.replay.living import Living
 from everystep.replay.replay import Replay
@@ -147,12 +147,8 @@ def torchs_errors(what: str) -> Iterator[None]:
 
 def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
     """Return the lr and similar settings as last recorded up to a step."""
-    found: dict[str, float] = {}
-    for name in filter(is_hyperparameter, run.measurement_names):
-        values = [value for step, value in run.measured(name).items() if step <= at]
-        if values:
-            found[name] = values[-1]
-    return found
+    settings = settings_of(run, filter(is_hyperparameter, run.measurement_names), 0)
+    return {name: value for name, each in settings.items() if (value := each.at(at)) is not None}
 
 
 def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
