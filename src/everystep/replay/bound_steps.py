@@ -244,15 +244,15 @@ class BoundSteps:
 
     def _bring(self, bound: BoundStep, interpreter: Interpreter) -> bool:
         """Bring the state to the memory that a program is bound to; return whether it fits."""
-        moved = {name: mine for name, mine in bound.own.items() if self._state.get(name) is not mine}
+        try:
+            interpreter.lay_state(self._state)
+        except ProgramError:
+            return False
+        moved = {name: mine for name, mine in bound.own.items() if self._state[name] is not mine}
         if moved:
-            try:
-                interpreter.lay_state(self._state)
-            except ProgramError:
-                return False
             values = {name: self._state[name].clone() for name in moved}
             held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
-            if not held.isdisjoint(map(_place, moved.values())):
+            if not (held - {0}).isdisjoint(map(_place, moved.values())):
                 del self._bound[next(n for n, each in self._bound.items() if each is bound)]
                 return False  # the state has something else there by now
             for name, mine in moved.items():
