@@ -1,6 +1,7 @@
 """Trainings without some rows, and with other targets: as a training by hand that never saw them."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 import everystep
 from everystep.errors import ExperimentError, ExpressionError, RunError, UsageError
 from everystep.experiment.batches import Batches
-from everystep.replay import what_if
+from everystep.replay import processes, what_if
 from everystep.replay.processes import workers
 
 ROWS, STEPS = 20, 14
@@ -70,7 +71,7 @@ def test_processes_share_the_trainings(tmp_path, monkeypatch):
     monkeypatch.setattr(what_if, "GROUP", 3)
     asked, alone = [], run.what_if(4, 11, **rows, processes=1)
     monkeypatch.setattr(
-        what_if,
+        processes,
         "workers",
         lambda facts, count, threads: asked.append((count, threads)) or workers(facts, count, threads),
     )
@@ -319,3 +320,72 @@ def test_a_loop_is_refused_before_its_batch_is_read(tmp_path):
             recording.log(loss=loss)
     with pytest.raises(RunError, match="recorded from your own loop"):
         recording.run.what_if(1, 3, without_rows_of=2, each=True, progress=False)
+
+
+def loop(rate=None, at=4, record=None, logs_item=False, optimizer=ADAM):
+    """The losses of a loop with dropout, which may be recorded, at another rate after a step."""
+    model, x, y, optimizer = made(0.3, optimizer)
+    recording = everystep.record(run=record, model=model, optimizer=optimizer) if record else None
+    losses = []
+    with recording or nullcontext():
+        batches = [slice(n % 4 * 5, n % 4 * 5 + 5) for n in range(STEPS)]
+        for step, rows in enumerate(recording.steps(batches) if recording else batches):
+            if step == at and rate is not None:
+                optimizer.param_groups[0]["lr"] = rate
+            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item() if logs_item else float(loss.detach()))
+            if recording:
+                recording.log(loss=loss)
+    return losses
+
+
+def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command):
+    recorded = loop(record=tmp_path / "loop")
+    run = everystep.open(tmp_path / "loop")
+    found = run.what_if(4, lr=[0.5, 0.001], by="norm(parameters['0.weight'])", progress=False)
+    assert list(found.recorded.losses) == recorded[4:]
+    assert sorted(case.lr for case in found.cases) == [0.001, 0.5]
+    for case in found.cases:
+        assert list(case.losses) == loop(case.lr)[4:]
+    code, out, _ = everystep_command("whatif", run.directory, "--at", 4, "--lr", 0.5, "--json")
+    (case,) = json.loads(out)["cases"]
+    assert (code, case["lr"], case["value"]) == (0, 0.5, loop(0.5)[-1])
+
+
+def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_objects(tmp_path):
+    model, x, y, optimizer = made(optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+
+    def step(batch):
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    parts = {"model": model, "optimizer": optimizer}
+    options = {"steps": 6, "directory": tmp_path / "step", "progress": False}
+    run = everystep.train(step, [(x, y)] * 6, parts=parts, **options)
+    (case,) = everystep.open(run.directory).what_if(2, lr=0.5, progress=False).cases
+    assert case.losses[0] == run.losses["loss"][2]  # an update at the rate comes after it
+    assert set(case.losses[1:]).isdisjoint(run.losses["loss"])
+    run = trained(tmp_path / "run")
+    (case,) = everystep.open(run.directory).what_if(4, lr=0.5, progress=False).cases
+    fork = run.fork(4, lr=0.5, directory=tmp_path / "fork", progress=False)
+    assert list(case.losses) == fork.losses["loss"].to_list()[4:]
+
+
+def test_other_numbers_for_python_and_unknown_rates_are_said(tmp_path):
+    loop(record=tmp_path / "reads", logs_item=True)
+    found = everystep.open(tmp_path / "reads").what_if(4, lr=0.5, progress=False)
+    assert found.cases[0].differs_from == 6  # the first loss after an update at the rate
+    assert "from step 6 on, Python would read other numbers" in found.to_text()
+    run = trained(tmp_path / "run")
+    with pytest.raises(UsageError, match="either rows are left out, or lr is another"):
+        run.what_if(4, lr=0.5, without_rows=[2], progress=False)
+    own = type("Own", (torch.optim.SGD,), {})
+    loop(record=tmp_path / "own", optimizer=partial(own, lr=0.1))
+    with pytest.raises(RunError, match="no learning rate that its programs know as a number"):
+        everystep.open(tmp_path / "own").what_if(4, lr=0.5, progress=False)

@@ -335,23 +335,28 @@ def whatif(
     each: Annotated[
         bool, typer.Option("--each", help="Leave out each row alone, not all at once.")
     ] = False,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(help="Another learning rate; may be repeated, one training each."),
+    ] = None,
     by: Annotated[
         str, typer.Option(metavar="EXPRESSION", help="What to compare: norm(gradients['0.weight']).")
     ] = "loss",
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train again from a step without some rows, and rank them by what the loss becomes.
+    """Train again from a step with a change, and rank the trainings by what the loss becomes.
 
-    These are exact trainings: each has the bits of a training by hand without those rows. Nothing is
-    recorded; everystep fork --without-rows records one.
+    Without rows, each has the bits of a training by hand without those rows. At another learning rate,
+    programs repeat the recorded steps, of any run. Nothing is recorded; everystep fork records one.
     """
     from everystep.api import open
     from everystep.replay.what_if import check_has_rows
 
     opened = open(run)
-    check_has_rows(opened)
-    if without_rows is None and without_rows_of is None:
+    if not lr:
+        check_has_rows(opened)
+    if without_rows is None and without_rows_of is None and not lr:
         raise UsageError(
             "no rows to leave out: add --without-rows 8123,8124, or --without-rows-of STEP; "
             f"everystep rows {run} STEP ranks those of a step"
@@ -364,6 +369,7 @@ def whatif(
         without_rows=row_numbers(without_rows),
         without_rows_of=without_rows_of,
         each=each,
+        lr=lr or (),
         by=by,
         processes=processes,
     )

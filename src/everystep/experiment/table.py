@@ -121,8 +121,17 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     frame = frame.select([*features, *target])
     if frame.height == 0:
         raise DataError(f"{data.path} has no rows")
-    faults = _target_faults(frame, numbers, target, classes, data.missing)
-    faults += _feature_faults(frame, numbers, features, data.missing)
+    if classes and len(target) > 1:
+        problem = "a classification loss needs a single target column of classes"
+        faults.append(Fault("data.target", problem))
+    for name in target:
+        if problem := _target_problem(frame[name], numbers, target, classes, data.missing):
+            faults.append(Fault("data.target", f"{name!r} {problem}"))
+        elif not classes and (problem := _slip(frame[name], numbers)):
+            faults.append(Fault(f"column {name!r}", problem))
+    for name in features:
+        if problem := _feature_problem(frame[name], numbers, data.missing):
+            faults.append(Fault(f"column {name!r}", problem))
     if faults:
         raise DataError(faults)
     rows = numbers[-1] + 1
@@ -228,82 +237,50 @@ def _missing(column: pl.Series) -> pl.Series:
     return column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()
 
 
-def _target_faults(
-    frame: pl.DataFrame, numbers: Numbers, target: list[str], classes: bool, missing: str
-) -> list[Fault]:
-    faults = []
-    if classes and len(target) > 1:
-        faults.append(
-            Fault("data.target", "a classification loss needs a single target column of classes")
+def _target_problem(
+    column: pl.Series, numbers: Numbers, target: list[str], classes: bool, missing: str
+) -> str:
+    """Return why a column cannot be a target, which words of another kind decide; empty if it can."""
+    absent = int(_missing(column).sum())
+    if absent and missing != "drop":
+        return f'is missing in {absent} of {len(column)} rows; set data.missing = "drop" to drop them'
+    if column.dtype.is_float() and column.is_infinite().any():
+        return "has infinite values"
+    if classes:
+        return ""
+    if _is_numeric(column):
+        large = _too_large(column, numbers)
+        return f"has {large}" if large else ""
+    if _is_date(column):
+        return f"contains {_dates_text(column)}"
+    if len(target) == 1 and column.drop_nulls().n_unique() == 2:  # yes or no
+        return ""
+    return (
+        f"contains text, but the loss needs numbers{_first_word(column, numbers)}; for classes, use a "
+        'classification loss: name = "CrossEntropyLoss"'
+    )
+
+
+def _feature_problem(column: pl.Series, numbers: Numbers, missing: str) -> str:
+    """Return why a column cannot be a feature; empty if it can."""
+    absent = int(_missing(column).sum())
+    if absent == len(column):
+        return "has no values; leave it out"
+    if absent and missing == "error":
+        return (
+            f'{absent} of {len(column)} values are missing; set data.missing to "drop" (drops those '
+            'rows) or "mean", or leave the column out'
         )
-    for name in target:
-        column = frame[name]
-        absent = int(_missing(column).sum())
-        if absent and missing != "drop":
-            faults.append(
-                Fault(
-                    "data.target",
-                    f"{name!r} is missing in {absent} of {frame.height} rows; set data.missing = "
-                    '"drop" to drop them',
-                )
-            )
-        elif column.dtype.is_float() and column.is_infinite().any():
-            faults.append(Fault("data.target", f"{name!r} has infinite values"))
-        elif not classes and _is_numeric(column) and (large := _too_large(column, numbers)):
-            faults.append(Fault("data.target", f"{name!r} has {large}"))
-        elif not classes and _is_date(column):
-            faults.append(Fault("data.target", f"{name!r} contains {_dates_text(column)}"))
-        elif not classes and not _is_numeric(column) and not _is_yes_or_no(column, target):
-            faults.append(
-                Fault(
-                    "data.target",
-                    f"{name!r} contains text, but the loss needs numbers{_first_word(column, numbers)}; "
-                    'for classes, use a classification loss: name = "CrossEntropyLoss"',
-                )
-            )
-        elif not classes and not _is_numeric(column):
-            faults += _mostly_numbers(column, numbers)
-    return faults
-
-
-def _is_yes_or_no(column: pl.Series, target: list[str]) -> bool:
-    return len(target) == 1 and column.drop_nulls().n_unique() == 2
-
-
-def _feature_faults(
-    frame: pl.DataFrame, numbers: Numbers, features: list[str], missing: str
-) -> list[Fault]:
-    faults = []
-    for name in features:
-        column = frame[name]
-        absent = int(_missing(column).sum())
-        if absent == frame.height:
-            faults.append(Fault(f"column {name!r}", "has no values; leave it out"))
-        elif absent and missing == "error":
-            faults.append(
-                Fault(
-                    f"column {name!r}",
-                    f'{absent} of {frame.height} values are missing; set data.missing to "drop" '
-                    '(drops those rows) or "mean", or leave the column out',
-                )
-            )
-        elif column.dtype.is_float() and column.drop_nulls().is_infinite().any():
-            faults.append(Fault(f"column {name!r}", "has infinite values; remove those rows"))
-        elif _is_numeric(column) and (large := _too_large(column, numbers)):
-            faults.append(Fault(f"column {name!r}", f"has {large}"))
-        elif _is_date(column):
-            cure = f"{_dates_text(column)}, or leave the column out of data.features"
-            faults.append(Fault(f"column {name!r}", f"contains {cure}"))
-        elif not (_is_numeric(column) or column.dtype in (pl.String, pl.Categorical, pl.Enum)):
-            faults.append(
-                Fault(
-                    f"column {name!r}",
-                    f"is {column.dtype}, neither numbers nor text; leave it out of data.features",
-                )
-            )
-        elif not _is_numeric(column):
-            faults += _mostly_numbers(column, numbers)
-    return faults
+    if column.dtype.is_float() and column.drop_nulls().is_infinite().any():
+        return "has infinite values; remove those rows"
+    if _is_numeric(column):
+        large = _too_large(column, numbers)
+        return f"has {large}" if large else ""
+    if _is_date(column):
+        return f"contains {_dates_text(column)}, or leave the column out of data.features"
+    if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+        return f"is {column.dtype}, neither numbers nor text; leave it out of data.features"
+    return _slip(column, numbers)
 
 
 def _too_large(column: pl.Series, numbers: Numbers) -> str:
@@ -316,34 +293,29 @@ def _too_large(column: pl.Series, numbers: Numbers) -> str:
     return f"{found}; scale the numbers in the file"
 
 
-def _mostly_numbers(column: pl.Series, numbers: Numbers) -> list[Fault]:
-    """Find a column of numbers with a few words among them: a slip, not a category."""
-    words = column.cast(pl.String).drop_nulls()
+def _slip(column: pl.Series, numbers: Numbers) -> str:
+    """Return what is wrong with a column of numbers that some of its words hide; empty if it is none.
+
+    These are a few words among them, and decimal commas or thousands separators.
+    """
+    if _is_numeric(column):
+        return ""
+    words = column.cast(pl.String)
     is_number = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
-    if is_number.sum() * 2 <= len(words):
-        return _with_own_marks(column, words, numbers)
-    return [
-        Fault(
-            f"column {column.name!r}",
+    count = len(words.drop_nulls())
+    if is_number.sum() * 2 > count:
+        return (
             f"text in a numeric column{_first_word(column, numbers)}; correct it, leave the value "
-            "empty, or leave the column out of data.features",
+            "empty, or leave the column out of data.features"
         )
-    ]
-
-
-def _with_own_marks(column: pl.Series, words: pl.Series, numbers: Numbers) -> list[Fault]:
-    """Find a column of numbers with decimal commas or thousands separators."""
-    marked = words.str.contains(_OWN_MARKS)
-    if marked.sum() * 2 <= len(words):
-        return []
-    place = column.cast(pl.String).str.contains(_OWN_MARKS).fill_null(False).arg_max() or 0
-    return [
-        Fault(
-            f"column {column.name!r}",
-            f"numbers with commas or thousands separators ({column[place]!r} in "
-            f"{_row(numbers, place)}); write 1234.5, or leave the column out of data.features",
-        )
-    ]
+    is_marked = words.str.contains(_OWN_MARKS).fill_null(False)
+    if is_marked.sum() * 2 <= count:
+        return ""
+    place = is_marked.arg_max() or 0
+    return (
+        f"numbers with commas or thousands separators ({column[place]!r} in {_row(numbers, place)}); "
+        "write 1234.5, or leave the column out of data.features"
+    )
 
 
 def _dates_text(column: pl.Series) -> str:

@@ -8,19 +8,19 @@ into existing memory. Numbers of the step are put in their places before a run.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode
-from everystep.program.batch_memory import Anchor, BatchMemory, anchors_in_place
 from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
-from everystep.program.memory import plan_memory, tensor_on
+from everystep.program.memory import ALIGNMENT, copy_into, plan_memory, tensor_on
 from everystep.program.number_slots import READ, Number, is_number, is_number_slot
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters
@@ -33,6 +33,13 @@ __all__ = ["BoundProgram"]
 
 #: Puts a number of the step where an operation finds it.
 _Put = Callable[[Number], None]
+
+
+class _Anchor(NamedTuple):
+    """Where a storage of a program begins (in bytes) on a storage of torch, perhaps before it."""
+
+    storage: torch.UntypedStorage
+    start: int = 0
 
 
 class BoundProgram:
@@ -79,12 +86,13 @@ class BoundProgram:
         self._optimizers: list[SteadyOptimizer] = []
         steady = steady_operations(program)
         given = [name for name in batch if name in program.tensors]
-        here = anchors_in_place(program, {name: fixed[name] for name in given if name in fixed}, device)
-        loaded = [name for name in given if program.tensors[name].storage not in here]
-        self._batch = BatchMemory(program, loaded, device)
+        here = _in_place(program, {name: fixed[name] for name in given if name in fixed}, device)
+        #: The tensors of the batch that have memory here.
+        self._batch = [name for name in given if program.tensors[name].storage not in here]
+        own = _batch_memory(program, self._batch, device)
         temporary = _temporary(program, device, steady)
         known = {program.tensors[name].storage: state[name] for name in program.state_names}
-        anchors = here | self._batch.anchors | temporary
+        anchors = here | own | temporary
         anchors |= _given(program, {**known, **inputs}, anchors)
         self._tensors = {
             name: tensor_on(anchors[spec.storage].storage, spec, anchors[spec.storage].start)
@@ -92,7 +100,10 @@ class BoundProgram:
         }
         sizes = {each.storage.data_ptr(): each.storage.nbytes() for each in temporary.values()}
         self.temporary_bytes = sum(sizes.values())
-        self._batch.bind(self.tensor)
+        used = Counter(spec.storage for spec in program.tensors.values())
+        given_on = Counter(program.tensors[name].storage for name in self._batch)
+        #: Storages that views of the batch lie on, perhaps of what is between the numbers of a tensor.
+        self._viewed = {storage for storage, count in given_on.items() if used[storage] > count}
         if fixed:
             self.load(fixed)
         nan = torch.full((), math.nan, dtype=torch.float64)
@@ -109,7 +120,12 @@ class BoundProgram:
 
     def load(self, batch: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a batch, of the geometry of the program, to where it reads them."""
-        self._batch.load(batch)
+        for name in self._batch:
+            target, source = self.tensor(name), batch[name]
+            if self.program.tensors[name].storage in self._viewed:
+                _bytes_of(target).copy_(_bytes_of(source))
+            else:
+                copy_into(target, source)
 
     def put(self, numbers: Sequence[Number]) -> None:
         """Put the numbers of a step where its operations find them.
@@ -243,7 +259,65 @@ def _slots(value: Any, target: Any, place: Any) -> Iterator[_Put]:
         yield put
 
 
-def _given(program: Program, memory: Mapping[str, Tensor], others: Collection[str]) -> dict[str, Anchor]:
+def _in_place(program: Program, fixed: Mapping[str, Tensor], device: torch.device) -> dict[str, _Anchor]:
+    """Return where tensors of a batch are that a program can read where they are, by storage."""
+    written = {program.tensors[name].storage for op in program.operations for name in op.changed()}
+    found = {}
+    for name, tensor in fixed.items():
+        spec = program.tensors[name]
+        begin = spec.offset * tensor.itemsize
+        others = [t for n, t in program.tensors.items() if t.storage == spec.storage and n != name]
+        is_alone = all(begin <= t.offset * t.torch_dtype.itemsize and t.end <= spec.end for t in others)
+        place = torch.device("cpu") if program.storages[spec.storage].host else device
+        geometry = tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
+        lies_so = geometry == (spec.torch_dtype, spec.shape, spec.stride)
+        # Where kernels meet other boundaries of memory, they may add up in another order.
+        is_aligned = (tensor.data_ptr() - begin) % ALIGNMENT == 0
+        is_here = tensor.device.type == place.type and tensor.layout == torch.strided
+        if is_alone and lies_so and is_aligned and is_here and spec.storage not in written:
+            start = int(tensor.storage_offset()) * tensor.itemsize - begin
+            found[spec.storage] = _Anchor(tensor.untyped_storage(), start)
+    return found
+
+
+def _batch_memory(program: Program, names: Sequence[str], device: torch.device) -> dict[str, _Anchor]:
+    """Return memory for tensors of the batch, by storage: a batch may be any part of more data.
+
+    Raises:
+        ProgramError: the program reads memory around the tensors of the batch.
+    """
+    found = {}
+    for storage in dict.fromkeys(program.tensors[name].storage for name in names):
+        on = {name for name, spec in program.tensors.items() if spec.storage == storage}
+        extents = [_extent(program, name) for name in names if name in on]
+        begin, end = min(b for b, _ in extents), max(e for _, e in extents)
+        begin -= begin % ALIGNMENT
+        if any(not begin <= b <= e <= end for b, e in (_extent(program, name) for name in on)):
+            raise ProgramError("the step reads memory around its batch")
+        place = torch.device("cpu") if program.storages[storage].host else device
+        memory = torch.empty(end - begin, dtype=torch.uint8, device=place).untyped_storage()
+        found[storage] = _Anchor(memory, -begin)
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return all memory between the first and the last number of a tensor."""
+    begin = int(tensor.storage_offset()) * tensor.itemsize
+    count = sum((s - 1) * d for s, d in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    size = count * tensor.itemsize if tensor.numel() else 0
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage(), begin, (size,), (1,))
+
+
+def _extent(program: Program, name: str) -> tuple[int, int]:
+    """Return the first and the last byte (excluded) of a tensor in its storage."""
+    spec = program.tensors[name]
+    return spec.offset * spec.torch_dtype.itemsize, spec.end
+
+
+def _given(
+    program: Program, memory: Mapping[str, Tensor], others: Collection[str]
+) -> dict[str, _Anchor]:
     """Return where the storages are that the caller gives, by name.
 
     others: those that have memory already.
@@ -259,11 +333,11 @@ def _given(program: Program, memory: Mapping[str, Tensor], others: Collection[st
             raise ProgramError(
                 f"the program needs {storage.bytes} bytes of {name}, which has only {given.nbytes()}"
             )
-        found[name] = Anchor(given)
+        found[name] = _Anchor(given)
     return found
 
 
-def _temporary(program: Program, device: torch.device, steady: Collection[int]) -> dict[str, Anchor]:
+def _temporary(program: Program, device: torch.device, steady: Collection[int]) -> dict[str, _Anchor]:
     """Return where the temporary storages are: one block has all that need not persist.
 
     steady: places of operations that do not run at each step.
@@ -282,9 +356,9 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     try:
         shared = memory(plan.size)
         own = {
-            name: Anchor(memory(program.storages[name].bytes, is_host=program.storages[name].host))
+            name: _Anchor(memory(program.storages[name].bytes, is_host=program.storages[name].host))
             for name in alone
         }
     except RuntimeError as error:
         raise ProgramError(f"not enough memory for the program: {error}") from None
-    return own | {name: Anchor(shared, start) for name, start in plan.offsets.items()}
+    return own | {name: _Anchor(shared, start) for name, start in plan.offsets.items()}

@@ -216,30 +216,37 @@ class _Instruction:
 
     def with_numbers(self, numbers: Iterator[Number]) -> Operation:
         """Return the operation with the numbers of a step in it."""
+        arguments, keywords = self._given(numbers, lambda value: value, json_floats)
+        if self._reads_number:
+            next(numbers, None)
+        changed = {"arguments": tuple(arguments), "keywords": keywords}
+        return self.operation.model_copy(update=changed)
+
+    def _given(
+        self,
+        numbers: Iterator[Number],
+        other: Callable[[Any], Any],
+        number: Callable[[Number], Any] = lambda number: number,
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments. number, other: make them of the step's numbers, and of what else it has.
+
+        Raises:
+            ValueError, OverflowError: a number is not of the kind that the program has in its place.
+        """
 
         def put(value: Any, is_slot: bool) -> Any:
             if isinstance(value, list | tuple):
                 return [put(item, is_slot) for item in value]
-            is_of_step = is_slot and is_number(value)
-            return json_floats(_next(numbers, value)) if is_of_step else value
+            if is_slot and is_number(value):
+                return number((int if isinstance(value, int) else float)(next(numbers)))
+            return other(value)
 
-        arguments = tuple(put(*each) for each in self._positional)
-        keywords = {key: put(*each) for key, each in self._keywords.items()}
-        if self._reads_number:
-            next(numbers, None)
-        return self.operation.model_copy(update={"arguments": arguments, "keywords": keywords})
+        positional = [put(*each) for each in self._positional]
+        return positional, {key: put(*each) for key, each in self._keywords.items()}
 
     def run(self, environment: Environment, numbers: Iterator[Number]) -> str | None:
         """Call the operator; return the deviation from the program in words, or None."""
-
-        def put(value: Any, is_slot: bool) -> Any:
-            if isinstance(value, list | tuple):
-                return [put(item, is_slot) for item in value]
-            is_of_step = is_slot and is_number(value)
-            return _next(numbers, value) if is_of_step else decode(value, environment.tensor)
-
-        arguments = [put(*each) for each in self._positional]
-        keywords = {key: put(*each) for key, each in self._keywords.items()}
+        arguments, keywords = self._given(numbers, lambda value: decode(value, environment.tensor))
         result = self._call(*arguments, **keywords)
         if self._reads_number:
             known = next(numbers)
@@ -250,15 +257,6 @@ class _Instruction:
             if name is not None:
                 environment.put(name, tensor)
         return None
-
-
-def _next(numbers: Iterator[Number], value: Any) -> Number:
-    """Return the step's number for a slot in its program.
-
-    Raises:
-        ValueError, OverflowError: it is not of the kind that the program has there.
-    """
-    return (int if isinstance(value, int) else float)(next(numbers))
 
 
 class Environment:

@@ -7,8 +7,9 @@ faster, once it is bound, which takes some milliseconds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,11 +25,10 @@ from everystep.program.program import Program
 from everystep.program.steady_operations import has_fixed_shapes
 from everystep.recording.contents import Given, Inputs
 from everystep.recording.database import Repeat
-from everystep.step.check import same_bits
+from everystep.replay.recorded_steps import RecordedSteps
 
-__all__ = ["BoundStep", "BoundSteps", "replace_state"]
+__all__ = ["BATCH", "BoundStep", "BoundSteps"]
 
-Number = int | float
 #: A program is bound once it has run, or is about to run, so many steps.
 WORTH = 8
 #: Bytes of their own that bound programs may have, together.
@@ -42,54 +42,50 @@ BATCH, INPUT, GENERATOR = "batch/", "input/", "generator/"
 class BoundStep:
     """A program that is bound, and what it was given last.
 
+    steps: where its numbers and inputs come from; own: the tensors of the state that it is bound to;
     batch: the names of the tensors of the batch that it reads; outside, contents: the other inputs that
-    it has, and where their bytes are, by storage; is_by_rule: whether its batch is of a rule;
-    places: where the state is; era: of `BoundSteps`, when it was last known to be there; reads: the
-    operations that read a number; steps: that it ran; numbers, inputs: of the row that was put into it,
-    as the database has them; recorded: these numbers; generator: the state to draw from, if any;
-    digests: of the state after the step.
+    it has, and where their bytes are, by storage; rule: where its batch comes from, None if it is among
+    the inputs; era: of `BoundSteps`, when the state was last known to be on its own tensors; count: the
+    steps that it ran; put, loaded: numbers and inputs of the row that was put into it, as the database
+    has them; recorded: these numbers; generator: the state to draw from, if any; digests: of the state
+    after the step.
     """
 
     live: BoundProgram
+    steps: RecordedSteps
+    own: dict[str, Tensor]
     batch: list[str]
     outside: dict[str, Given]
     contents: dict[str, Tensor]
-    is_by_rule: bool
-    places: list[int]
+    rule: RowsOf | None
     era: int
-    reads: list[int]
-    steps: int = 0
-    numbers: bytes | None = _NOTHING
-    inputs: bytes | None = _NOTHING
-    recorded: list[Number] = field(default_factory=list)
+    count: int = 0
+    put: bytes | None = _NOTHING
+    loaded: bytes | None = _NOTHING
+    recorded: list[int | float] = field(default_factory=list)
     generator: Tensor | None = None
     digests: dict[str, str] = field(default_factory=dict)
 
-    def put(self, row: Repeat, numbers: Callable[[Repeat], list[Number]]) -> bool:
-        """Put the numbers of a row; return whether they fit."""
-        if row.numbers == self.numbers:
-            return True
-        self.numbers = _NOTHING
-        self.recorded = numbers(row)
-        try:
-            self.live.put(self.recorded)
-        except (ProgramError, ValueError, OverflowError):
-            return False
-        self.numbers = row.numbers
-        return True
-
-    def is_for(self, given: Inputs, *, is_by_rule: bool) -> bool:
+    def is_for(self, given: Inputs, rule: RowsOf | None) -> bool:
         """Tell whether it is bound to inputs of the same names as those of a step."""
-        return is_by_rule == self.is_by_rule and self.outside.keys() == _outside(given).keys()
+        return rule is self.rule and self.outside.keys() == _outside(given).keys()
 
-    def load(self, row: Repeat, given: Inputs, tensors: Callable[[Repeat], dict[str, Tensor]]) -> bool:
-        """Load the inputs of a row; return whether they fit.
+    def begin(self, row: Repeat) -> bool:
+        """Put the numbers and the inputs of a step where it reads them; return whether they fit."""
+        if row.inputs != self.loaded and not self._load(row):
+            return False
+        if row.numbers != self.put:
+            self.put, self.recorded = _NOTHING, self.steps.numbers(row)
+            try:
+                self.live.put(self.recorded)
+            except (ProgramError, ValueError, OverflowError):
+                return False
+            self.put = row.numbers
+        return self.rule is None or self.rule.is_fixed or self._load_rows(row.step, self.rule)
 
-        tensors: returns them by name.
-        """
-        if row.inputs == self.inputs:
-            return True
-        self.inputs = _NOTHING
+    def _load(self, row: Repeat) -> bool:
+        self.loaded = _NOTHING
+        given = self.steps.given(row)
         names = [name for name in given.given if name.startswith(GENERATOR)]
         if names not in ([], [f"{GENERATOR}0"]):
             return False  # it sets a generator between two draws
@@ -97,7 +93,7 @@ class BoundStep:
         outside = _outside(given)
         is_other = outside != self.outside
         if any(f"{BATCH}{name}" in given.given for name in self.batch) or names or is_other:
-            found = tensors(row)
+            found = self.steps.inputs(row).tensors
             others = [(c, found.get(f"{INPUT}{name}")) for name, c in self.contents.items()]
             if any(o is None or (o.shape, o.dtype) != (c.shape, c.dtype) for c, o in others):
                 return False
@@ -107,31 +103,33 @@ class BoundStep:
             self.outside = outside
             self.generator = found.get(f"{GENERATOR}0")
             batch = {name: found.get(f"{BATCH}{name}") for name in self.batch}
-            if not _fit(batch, self.live):
+            if not _fit(batch, self.live.program):
                 return False
             specs = self.live.program.tensors
             self.live.load({n: _laid_as(t, specs[n]) for n, t in batch.items() if t is not None})
-        self.inputs = row.inputs
+        self.loaded = row.inputs
         return True
 
-    def load_rows(self, step: int, rule: RowsOf) -> bool:
-        """Write the rows of a batch to where the program reads them; return whether they fit."""
-        if rule.is_fixed:
-            return True
+    def _load_rows(self, step: int, rule: RowsOf) -> bool:
         targets = [self.live.tensor(name) for name in self.batch]
         count = rule.shape(step)
         if self.batch == ["x", "y"] and all(t.is_contiguous() and len(t) == count for t in targets):
             rule.into(step, *targets)
             return True
         batch = {n: tensor for n, tensor in zip("xy", rule(step), strict=True) if n in self.batch}
-        if not _fit(batch, self.live):
-            return False
-        self.live.load(batch)
-        return True
+        fits = _fit(batch, self.live.program)
+        if fits:
+            self.live.load(batch)
+        return fits
+
+    @cached_property
+    def _reading(self) -> list[int]:
+        """The operations that read a number."""
+        return [n for n, each in enumerate(self.live.program.operations) if each.operator == READ]
 
     def different_read(self) -> str | None:
         """Return the first number that the step read and that differs from the recording, in words."""
-        for place, index in zip(self.live.reads, self.reads, strict=True):
+        for place, index in zip(self.live.reads, self._reading, strict=True):
             found, known = self.live.numbers[place], self.recorded[place]
             if found != known and (found == found or known == known):
                 reason = f"returns {found} to Python, but the recording has {known}"
@@ -144,12 +142,10 @@ class BoundSteps:
 
     Args:
         state: the tensors that they run on, by name; the dictionary is shared with whoever replays.
-        device: where they run.
     """
 
-    def __init__(self, state: dict[str, Tensor], device: torch.device) -> None:
+    def __init__(self, state: dict[str, Tensor]) -> None:
         self._state = state
-        self._device = device
         self._bound: dict[int, BoundStep] = {}
         self._interpreted: Counter[int] = Counter()
         #: Programs that the interpreter runs.
@@ -157,106 +153,43 @@ class BoundSteps:
         self._era = 0
         self._latest: BoundStep | None = None
 
-    def touched(self) -> None:
-        """Something else has changed the state, or replaced tensors of it."""
+    def touched(self, interpreted: int | None = None) -> None:
+        """Something else has changed the state: the interpreter, with a program, or other code."""
+        if interpreted is not None:
+            self._interpreted[interpreted] += 1
         self._era += 1
         self._latest = None
 
-    def interpreted(self, row: Repeat) -> None:
-        """The interpreter has run a step."""
-        if row.program is not None:
-            self._interpreted[row.program] += 1
-        self.touched()
-
-    def find(self, row: Repeat, interpreter: Interpreter) -> BoundStep | None:
-        """Return the program of a step, if it is bound to the state as it is now."""
-        assert row.program is not None
-        bound = self._bound.get(row.program)
-        if bound is None or bound.era == self._era:
-            return bound
-        places = self._laid(interpreter)
-        if places == bound.places:
-            bound.era = self._era
-            return bound
-        self.drop(row.program)
-        return None
-
-    def drop(self, program: int) -> None:
-        """Give up a bound program; if it did not pay, for good."""
-        if self._bound.pop(program).steps < WORTH:
-            self._left.add(program)
-
-    def is_worth(self, row: Repeat, ahead: Sequence[Repeat]) -> bool:
-        """Tell whether to bind the program of a step. ahead: the steps that are about to run."""
-        if row.program is None or row.program in self._left:
-            return False
-        count = sum(each.program == row.program for each in ahead)
-        return count + self._interpreted[row.program] >= WORTH
-
-    def bind(
-        self,
-        row: Repeat,
-        interpreter: Interpreter,
-        given: Inputs,
-        tensors: Mapping[str, Tensor],
-        rule: RowsOf | None,
-    ) -> BoundStep | None:
-        """Bind the program of a step to the state; return None if the interpreter must run it.
+    def begin(self, row: Repeat, last: int, steps: RecordedSteps) -> BoundStep | None:
+        """Prepare a step; return the program that runs it, None if the interpreter must.
 
         Args:
             row: of the step.
-            interpreter: its program.
-            given, tensors: its inputs.
-            rule: where rows of the batch come from, None if they are among the inputs.
+            last: the last step that is about to run.
+            steps: what repeats them.
         """
-        assert row.program is not None
-        program = interpreter.program
-        names = set("xy") if rule is not None else {n.removeprefix(BATCH) for n in tensors}
-        batch = [name for name in interpreter.inputs if name in names]
-        outside = {n.removeprefix(INPUT): t for n, t in tensors.items() if n.startswith(INPUT)}
-        outside = {name: each for name, each in outside.items() if name in program.storages}
-        places = self._laid(interpreter)
-        live = None
-        contents = {
-            name: tensor.to("cpu" if program.storages[name].host else self._device, copy=True)
-            for name, tensor in outside.items()
-        }
-        if places is not None and _can_be_bound(program, batch, outside):
-            live = self._live(program, row.step, batch, contents, rule)
-        if places is None or live is None:
-            self._left.add(row.program)
+        interpreter, number = steps.program_of(row), row.program
+        assert number is not None
+        bound = self._bound.get(number)
+        if bound is None or row.inputs != bound.loaded:
+            steps.read_ahead(row.step, last)
+            given = steps.given(row)
+            rule = None if f"{BATCH}x" in given.given else steps.rule
+            if bound is None and self._is_worth(number, steps.ahead(row.step, last)):
+                bound = self._bind(row, interpreter, steps, rule)
+            if bound is None:
+                return None
+            if not bound.is_for(given, rule):
+                if self._bound.pop(number).count < WORTH:
+                    self._left.add(number)
+                return None
+        if bound.era != self._era and not self._bring(bound, interpreter):
             return None
-        reads = [n for n, each in enumerate(program.operations) if each.operator == READ]
-        known = _outside(given), contents, rule is not None
-        bound = self._bound[row.program] = BoundStep(live, batch, *known, places, self._era, reads)
-        while len(self._bound) > 1 and self._bytes() > MOST_BYTES:
-            del self._bound[next(iter(self._bound))]
-        return bound
-
-    def _live(
-        self,
-        program: Program,
-        step: int,
-        batch: list[str],
-        contents: Mapping[str, Tensor],
-        rule: RowsOf | None,
-    ) -> BoundProgram | None:
-        rows = {} if rule is None else dict(zip("xy", rule(step), strict=True))
-        rows = {name: rows[name] for name in batch if name in rows}
-        fixed = rows if rule is not None and rule.is_fixed else {}
-        if not all(_is_alike_spec(tensor, program.tensors[name]) for name, tensor in rows.items()):
-            return None
-        try:
-            return BoundProgram(program, self._state, contents, batch, self._device, fixed=fixed)
-        except ProgramError:
-            return None
-
-    def _bytes(self) -> int:
-        return sum(each.live.temporary_bytes for each in self._bound.values())
+        return bound if bound.begin(row) else None
 
     def end(self, bound: BoundStep) -> None:
         """Let the state be as a step that just ran leaves it."""
-        bound.steps += 1
+        bound.count += 1
         if bound is self._latest:
             return
         for name in bound.live.program.gone:
@@ -267,17 +200,71 @@ class BoundSteps:
         bound.era = self._era
         self._latest = bound
 
-    def _laid(self, interpreter: Interpreter) -> list[int] | None:
-        """Lay out the state as a program expects; return where it is, None if it does not fit."""
-        before = [self._state.get(name) for name in interpreter.state]
+    def _is_worth(self, program: int, ahead: Sequence[Repeat]) -> bool:
+        count = sum(each.program == program for each in ahead)
+        return program not in self._left and count + self._interpreted[program] >= WORTH
+
+    def _bind(
+        self, row: Repeat, interpreter: Interpreter, steps: RecordedSteps, rule: RowsOf | None
+    ) -> BoundStep | None:
+        """Bind the program of a step to the state; return None if the interpreter must run it."""
+        assert row.program is not None
+        program, device = interpreter.program, steps.device
+        given, tensors = steps.given(row), steps.inputs(row).tensors
+        names = set("xy") if rule is not None else {n.removeprefix(BATCH) for n in tensors}
+        batch = [name for name in interpreter.inputs if name in names]
+        contents = {
+            name: tensors[f"{INPUT}{name}"].to("cpu" if storage.host else device, copy=True)
+            for name, storage in program.storages.items()
+            if f"{INPUT}{name}" in tensors
+        }
+        try:
+            interpreter.lay_state(self._state)
+            self.touched()
+            if not _can_be_bound(program, batch, contents):
+                raise ProgramError("it cannot run many steps on the same memory")
+            rows = {} if rule is None else dict(zip("xy", rule(row.step), strict=True))
+            rows = {name: rows[name] for name in batch if name in rows}
+            if not _fit(rows, program):
+                raise ProgramError("it is of another batch")
+            fixed = rows if rule is not None and rule.is_fixed else {}
+            live = BoundProgram(program, self._state, contents, batch, device, fixed=fixed)
+        except ProgramError:
+            self._left.add(row.program)
+            return None
+        own = {name: self._state[name] for name in interpreter.state}
+        known = _outside(given), contents, rule, self._era
+        bound = self._bound[row.program] = BoundStep(live, steps, own, batch, *known)
+        while len(self._bound) > 1 and self._bytes() > MOST_BYTES:
+            del self._bound[next(iter(self._bound))]
+        return bound
+
+    def _bytes(self) -> int:
+        return sum(each.live.temporary_bytes for each in self._bound.values())
+
+    def _bring(self, bound: BoundStep, interpreter: Interpreter) -> bool:
+        """Bring the state to the memory that a program is bound to; return whether it fits."""
         try:
             interpreter.lay_state(self._state)
         except ProgramError:
-            return None
-        now = [self._state[name] for name in interpreter.state]
-        if any(one is not other for one, other in zip(before, now, strict=True)):
+            return False
+        moved = {name: mine for name, mine in bound.own.items() if self._state[name] is not mine}
+        if moved:
+            values = {name: self._state[name].clone() for name in moved}
+            held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
+            if not (held - {0}).isdisjoint(map(_place, moved.values())):
+                del self._bound[next(n for n, each in self._bound.items() if each is bound)]
+                return False  # the state has something else there by now
+            for name, mine in moved.items():
+                copy_into(mine, values[name])
+            self._state.update(moved)
             self.touched()
-        return [tensor.untyped_storage().data_ptr() for tensor in now]
+        bound.era = self._era
+        return True
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _can_be_bound(program: Program, batch: Sequence[str], outside: Collection[str]) -> bool:
@@ -317,40 +304,10 @@ def _laid_as(tensor: Tensor, spec: TensorSpec) -> Tensor:
     return laid
 
 
-def _fit(batch: Mapping[str, Tensor | None], live: BoundProgram) -> bool:
+def _fit(batch: Mapping[str, Tensor | None], program: Program) -> bool:
+    """Tell whether the tensors of a batch have the shapes and dtypes that a program expects."""
+    specs = ((each, program.tensors[name]) for name, each in batch.items())
     return all(
-        each is not None and _is_alike_spec(each, live.program.tensors[name])
-        for name, each in batch.items()
+        each is not None and (tuple(each.shape), each.dtype) == (spec.shape, spec.torch_dtype)
+        for each, spec in specs
     )
-
-
-def _is_alike_spec(tensor: Tensor, spec: TensorSpec) -> bool:
-    return tuple(tensor.shape) == spec.shape and tensor.dtype == spec.torch_dtype
-
-
-def replace_state(
-    state: dict[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    copies: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-) -> None:
-    """Give tensors of a state other values, in their memory if they fit: programs may be bound to it.
-
-    copies: returns copies of those that do not fit, which replace the tensors of the state.
-    """
-    on: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        on.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
-    left = dict(tensors)
-    for names in on.values():
-        if not all(name in tensors and _is_alike(state[name], tensors[name]) for name in names):
-            continue
-        for name in names:
-            copy_into(state[name], tensors[name])
-        if len(names) == 1 or all(same_bits(state[name], tensors[name]) for name in names):
-            for name in names:
-                del left[name]
-    state.update(copies(left))
-
-
-def _is_alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and other.layout == torch.strided

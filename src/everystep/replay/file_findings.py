@@ -15,7 +15,7 @@ from everystep.recording.files import program_file
 from everystep.recording.health import Finding
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import check_snapshot
-from everystep.replay.programs import read_program
+from everystep.replay.recorded_steps import read_program
 
 __all__ = ["MOST_NAMED", "checked_files", "file_findings"]
 

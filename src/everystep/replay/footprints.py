@@ -13,7 +13,7 @@ from everystep.recording.files import program_file
 from everystep.recording.run import RecordedRun
 from everystep.replay.given import draws
 from everystep.replay.replay import Replay
-from everystep.replay.step import ReplayStepper
+from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.check import bytes_of
 
 __all__ = ["draws_at_random", "footprints", "model_digests", "programs_of"]

@@ -22,16 +22,17 @@ from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.program.program import Program
-from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.batches import batch_source, settings_of, stored_data
-from everystep.replay.step import Batch
-from everystep.step.eager import BatchSource, Training
+from everystep.replay.replay import opened_step
+from everystep.replay.step import Batch, Step
+from everystep.step.eager import Training
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
-from everystep.step.observe import Observation, StepObserver
+from everystep.step.observe import StepObserver
 from everystep.step.state import State
 from everystep.training.dataset import DatasetBatches
+from everystep.training.from_experiment import experiment_job
 from everystep.training.objects import Objects
 from everystep.training.stepper import Engine, Stepper
 
@@ -54,53 +55,34 @@ class _Unwritten:
 
 
 class Living:
-    """A training of a run, alive again.
+    """A training of a run, alive again, at a state.
 
     Args:
         run: the run.
         stretch: the part of it that the training is of.
         objects: those that trained it, if it has no experiment.
+        state: to begin with.
         engine: `auto`: programs may take steps; `eager`: Python takes all, as objects may hold more than
             tensors.
 
-    state: the step after which its state is, None before one is loaded.
-
     Raises:
-        RunError: there are no objects, or a file of the run is missing or unreadable.
+        RunError: there are no objects, they do not fit the state, or a file of the run is missing or
+            unreadable.
     """
 
     def __init__(
-        self, run: RecordedRun, stretch: Stretch, objects: Objects, engine: Engine = "auto"
+        self,
+        run: RecordedRun,
+        stretch: Stretch,
+        objects: Objects,
+        state: State,
+        engine: Engine = "auto",
     ) -> None:
-        facts = stretch.facts
-        device = select(facts.device)
-        batch = batch_source(run, facts, objects, device)
-        training = _training(run, facts, objects, batch, device)
-        if training is None:
-            raise RunError(
-                f"steps other than the recorded ones need the objects that trained {run.name}: "
-                "everystep.open(run, model=..., loss=..., optimizer=...)"
-            )
-        self.state: int | None = None
         self._run = run
-        self._training = training
-        self._settings = settings_of(
-            run, filter(is_hyperparameter, run.measurement_names), stretch.first
-        )
+        self._training = training = _training(run, stretch, objects)
+        names = filter(is_hyperparameter, run.measurement_names)
+        self._settings = settings_of(run, names, stretch.first)
         self._between = run.change_files()
-        self._settled: int | None = None
-        is_by_rule = not isinstance(batch, DatasetBatches)
-        given = training, _Unwritten(), MOST_STEPS, engine
-        self._stepper = Stepper(*given, is_by_rule=is_by_rule)
-        self._watched = self._stepper.watched
-
-    def load(self, state: State) -> None:
-        """Bring the training to a state from disk.
-
-        Raises:
-            RunError: it does not belong to this training.
-        """
-        training = self._training
         try:
             training.restore(state, ("model", "loss", "optimizer"))
         except RunError as error:
@@ -108,109 +90,92 @@ class Living:
                 f"state {state.step} does not fit the training: {error}; open the run with objects as "
                 "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
             ) from None
-        self._moved(state.step)
+        self._beginning = training.snapshot(state.step)
+        is_by_rule = not isinstance(training.batch, DatasetBatches)
+        given = training, _Unwritten(), MOST_STEPS, engine
+        self._stepper = Stepper(*given, is_by_rule=is_by_rule)
+        self._watched = self._stepper.watched
+        self._begun(state.step)
 
-    def save(self) -> State:
-        """Return a copy of the current state."""
-        assert self.state is not None
-        return self._training.snapshot(self.state)
+    def begin(self, batches: Batches) -> None:
+        """Begin once more, with these batches of the same rows."""
+        assert isinstance(self._training.batch, RowsOf)
+        self._training.batch.use(batches)
+        self._training.restore(self._beginning)
+        self._begun(self._beginning.step)
 
-    def restore(self, step: int, saved: State) -> None:
-        """Bring the training back to what `save` returned after `step`."""
-        self._training.restore(saved)
-        self._moved(step)
+    def _begun(self, step: int) -> None:
+        self._settled = step
+        self._stepper.restart(step)
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
-        assert self.state is not None
         self._settle()
         if self._training.has_tensor_settings:
-            self._set_hyperparameters(self.state + 1)
-        return self._training.snapshot(self.state)
+            self._set_hyperparameters(self._stepper.step + 1)
+        return self._training.snapshot(self._stepper.step)
 
-    def use(self, batches: Batches) -> None:
-        """From the next step on, let steps see these batches of the same rows."""
-        assert isinstance(self._training.batch, RowsOf)
-        self._training.batch.use(batches)
-
-    def run(self, last: int) -> Tensor:
-        """Run the steps up to `last`; return their losses (steps), on the CPU.
+    def run(self, last: int) -> list[float]:
+        """Run the steps up to `last`; return their losses.
 
         Raises:
             RunError: a step fails.
         """
-        assert self.state is not None
-        losses: list[Tensor] = []
-        while self.state < last:
-            stepper = self._ready()
+        losses: list[float] = []
+        while self._stepper.step < last:
+            number = self._ready()
             alone = self._settings or self._between  # which may change before each step
             with self._watching():
-                stepper.advance(self.state + 1 if alone else last)
-            losses.append(stepper.collect()[1])
-            self.state = stepper.step
-        return torch.cat(losses).cpu() if losses else torch.empty(0)
+                self._stepper.advance(number if alone else last)
+            losses += self._stepper.collect()[1].tolist()
+        return losses
 
-    def observe(self) -> Observation:
+    def open(self) -> Step:
         """Run the next step in Python, and return everything in it.
 
         Raises:
             RunError: it fails, or no program holds what it does.
         """
-        assert self.state is not None
-        self._ready()
-        watched, number, device = self._watched, self.state + 1, self._training.device
-        before = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
+        number, watched, device = self._ready(), self._watched, self._training.device
+        named = watched.parts.state
+        before = {name: tensor.clone() for name, tensor in named().items()}
         generators = Generators.capture(device)
         with self._watching():
             batch = dict(zip("xy", self._training.batch(number), strict=True))
             given = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
             self._stepper.watch(number, *batch.values())
-        self.state = number
         program = watched.program_of_last()
         if program is None:
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
-        after = Generators.capture(device)
+        ends = Generators.capture(device), {name: copy_on_cpu(each) for name, each in named().items()}
+        copies = {name: copy_on_cpu(tensor) for name, tensor in before.items()}
         generators.restore(device)
         interpreter = Interpreter(program.built.program, device)
         observer = StepObserver(interpreter, program.numbers)
         with without_autograd():
             inputs = interpreter.lay_inputs(given | program.inputs)
             done = interpreter.run(before, inputs, program.numbers, {}, observer.look)
-        after.restore(device)
+        ends[0].restore(device)
+        self._stepper.restart(number)
         assert done.loss is not None
-        return observer.observation(done.loss)
+        tensors = {name: copy_on_cpu(tensor) for name, tensor in batch.items()}
+        seen = Batch(tensors, None, tuple(tensors.values()))
+        return opened_step(number, observer.observation(done.loss), seen, copies, ends[1])
 
-    def named_state(self) -> dict[str, Tensor]:
-        """Return the live tensors of the state by name."""
-        return self._training.named_state()
-
-    def batch(self, number: int) -> Batch:
-        """Return a copy of the batch of a step, on the CPU."""
-        tensors = {n: copy_on_cpu(t) for n, t in zip("xy", self._training.batch(number), strict=True)}
-        return Batch(tensors, None, tuple(tensors.values()))
-
-    def _ready(self) -> Stepper:
-        """Return what takes the next step, with the training as it was before that step."""
-        assert self.state is not None
+    def _ready(self) -> int:
+        """Bring the training to what it was before the next step; return the number of that step."""
         self._settle()
-        self._set_hyperparameters(self.state + 1)
-        if self._stepper.step != self.state:
-            self._stepper.restart(self.state)
-        return self._stepper
-
-    def _moved(self, step: int) -> None:
-        self.state = self._settled = step
-        if isinstance(self._training.batch, DatasetBatches):
-            self._training.batch.forget()
-        self._stepper.restart(step)
+        number = self._stepper.step + 1
+        self._set_hyperparameters(number)
+        return number
 
     def _settle(self) -> None:
         """Apply what other code changed after the last step, before anything else runs."""
-        assert self.state is not None
-        if self.state not in self._between or self._settled == self.state:
+        step = self._stepper.step
+        if step not in self._between or self._settled == step:
             return
-        self._settled = self.state
-        tensors = self._run.change(self._between[self.state]).tensors
+        self._settled = step
+        tensors = self._run.change(self._between[step]).tensors
         live = self._training.named_state()
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -242,10 +207,11 @@ class Living:
             self._watched.finish()
 
 
-def _training(
-    run: RecordedRun, facts: TrainingFacts, objects: Objects, batch: BatchSource, device: torch.device
-) -> Training | None:
-    """Return the training with its model, from the user or from the experiment, if there is one."""
+def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
+    """Return the training with its model, from the user or from the experiment, without a schedule."""
+    facts = stretch.facts
+    device = select(facts.device)
+    batch = batch_source(run, facts, objects, device)
     if objects.model is not None:
         objects.check_complete()
         own = objects.copied()
@@ -254,9 +220,10 @@ def _training(
     # Without its file, a run is still replayed as far as its programs go.
     experiment = None if run.lost_experiment(facts) else run.experiment(facts)
     if experiment is None:
-        return None
-    from everystep.training.from_experiment import experiment_job
-
+        raise RunError(
+            f"steps other than the recorded ones need the objects that trained {run.name}: "
+            "everystep.open(run, model=..., loss=..., optimizer=...)"
+        )
     try:
         # Data that the run holds is not read from its source, which may be gone, or named by a stranger.
         training = experiment_job(load(experiment), run.name, device, stored_data(run, facts)).training

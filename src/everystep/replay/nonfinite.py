@@ -27,8 +27,9 @@ from everystep.recording.run import RecordedRun
 from everystep.replay.parallel import Span, Visitor, parallel, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
+from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.shown import Shown
-from everystep.replay.step import ReplayStepper, Step
+from everystep.replay.step import Step
 from everystep.replay.why import Spot, Why, why
 
 __all__ = ["NonFinite", "find_nonfinite"]

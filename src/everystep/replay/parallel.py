@@ -7,8 +7,8 @@ more with as many threads as in the training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
-from everystep.replay.processes import Opener, cores, in_worker, needs_worker, workers
+from everystep.replay.processes import Opener, cores, needs_worker, process_count, shared
+from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.replay import Replay, same_number
-from everystep.replay.step import NotReplayedError
 from everystep.step.check import StateDifference, state_differences
 
 __all__ = [
@@ -32,8 +32,6 @@ __all__ = [
     "spans",
 ]
 
-#: If the training took less than this, this process replays it alone: others must start first.
-ALONE_SECONDS = 4.0
 #: Steps that run between two looks at the losses.
 STRIDE = 256
 #: Neighbouring spans that a process is given at once, if there are enough.
@@ -48,6 +46,11 @@ class Span(NamedTuple):
     first: int
     last: int
     at: int
+
+    @property
+    def steps(self) -> int:
+        """How many they are."""
+        return self.last - self.first + 1
 
 
 class LossDifference(NamedTuple):
@@ -87,7 +90,7 @@ class Replayed:
     @property
     def taken(self) -> int:
         """The number of steps that were taken, for a visitor that needs all of them."""
-        return (self.stopped_at or self.span.last + 1) - self.span.first
+        return self.span.steps if self.stopped_at is None else self.stopped_at - self.span.first
 
     @property
     def unsound_from(self) -> int | None:
@@ -106,31 +109,26 @@ class Visitor:
 
     may_share = False
     is_done = False
-    _failed: RunError | None = None
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Return the state to start from: that before the span, or an earlier one."""
-        self._failed = None
         return span.first - 1
 
     def take(self, replay: Replay, last: int) -> list[float]:
         """Run the steps from the replay's current state up to `last`; return their losses.
 
-        If a step fails, return the losses of those before it: the next call raises.
+        If nothing repeats a step, return the losses of those before it: the next call raises.
 
         Raises:
-            RunError: the next step fails.
+            RunError: a step fails.
         """
-        if self._failed is not None:
-            raise self._failed
         losses: list[float] = []
         try:
             while replay.stepper.state < last and not self.is_done:  # type: ignore[operator]
                 losses += self.some(replay, last)
-        except RunError as error:
+        except NotReplayedError:
             if not losses:
                 raise
-            self._failed = error
         return losses
 
     def some(self, replay: Replay, last: int) -> list[float]:
@@ -193,69 +191,36 @@ def parallel(
     Raises:
         RunError: a needed file is missing or unreadable.
     """
-    run, objects, facts = opener.run, opener.objects, opener.run.facts
-    threads = facts.training.numerics.threads
-    count = _processes(run, wanted, processes)
-    if count == 1 and not needs_worker(facts):
+    run, threads = opener.run, opener.run.facts.training.numerics.threads
+    count = process_count(run, sum(span.steps for span in wanted), processes, len(wanted), threads=1)
+    if count == 1 and not needs_worker(run.facts):
         replay = opener.replay_here(may_share=visitor.may_share)
         for span in wanted:
             yield _replay(replay, span, visitor, threads)
-            on_progress(span.last - span.first + 1)
+            on_progress(span.steps)
         return
-    again: list[Span] = []
-    each = 1 if count > 1 else threads
-    with workers(facts, count, each) as executor:
-        futures: dict[Future[list[Replayed]], list[Span]] = {
-            executor.submit(
-                in_worker, run.directory, objects, each, _replay_group, group, visitor, each
-            ): group
-            for group in _groups(wanted, count)
-        }
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            found = future.result()
-            for replayed in found:
-                if replayed.is_exact or threads == each:
+    left = [*wanted]
+    # A run that was trained with more threads, which matters, is not continued with one.
+    for each in (1, threads) if count > 1 else (threads,):
+        size = max(1, min(GROUP, len(left) // (4 * count)))
+        groups = [(left[n : n + size], visitor, each) for n in range(0, len(left), size)]
+        with closing(shared(opener, count if each == 1 else 1, each, _replay_group, groups)) as found:
+            for group in found:
+                sound = [replayed for replayed in group if replayed.is_exact or threads == each]
+                for replayed in sound:
+                    left.remove(replayed.span)
                     yield replayed
-                    on_progress(replayed.span.last - replayed.span.first + 1)
-                else:
-                    again.append(replayed.span)
-            if again:
-                # The run was trained with more threads, and that matters: do not continue with one.
-                for other, group in futures.items():
-                    if not other.cancelled() and other.cancel():
-                        again += group
-    if again:
-        with workers(facts, 1, threads) as executor:
-            for span in sorted(again):
-                work = executor.submit(
-                    in_worker, run.directory, objects, threads, _replay_group, [span], visitor, threads
-                )
-                yield work.result()[0]
-                on_progress(span.last - span.first + 1)
+                    on_progress(replayed.span.steps)
+                if len(sound) < len(group):
+                    break
+        if not left:
+            return
 
 
-def _groups(wanted: list[Span], count: int) -> Iterator[list[Span]]:
-    """Yield neighboring spans together: one continues where the other ends."""
-    size = max(1, min(GROUP, len(wanted) // (4 * count)))
-    for begin in range(0, len(wanted), size):
-        yield wanted[begin : begin + size]
-
-
-def _processes(run: RecordedRun, wanted: list[Span], asked: int | None) -> int:
-    facts = run.facts
-    if facts.training.device != "cpu":
-        return 1
-    most = min(asked or cores(), len(wanted))
-    if asked is not None:
-        return max(1, most)
-    steps = sum(span.last - span.first + 1 for span in wanted)
-    seconds = (facts.seconds or 0.0) * steps / max(1, run.newest_step())
-    return 1 if seconds < ALONE_SECONDS else max(1, most)
-
-
-def _replay_group(replay: Replay, group: list[Span], visitor: Visitor, threads: int) -> list[Replayed]:
+def _replay_group(
+    replay: Replay, group: Sequence[Span], visitor: Visitor, threads: int
+) -> list[Replayed]:
+    """Replay neighboring spans: one continues where the other ends."""
     return [_replay(replay, span, visitor, threads) for span in group]
 
 

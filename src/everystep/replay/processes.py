@@ -10,14 +10,15 @@ import os
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -37,7 +38,18 @@ from everystep.training.objects import Objects
 if TYPE_CHECKING:
     from loky import ProcessPoolExecutor
 
-__all__ = ["Opener", "cores", "in_worker", "needs_worker", "recorded_numerics", "workers"]
+__all__ = [
+    "Opener",
+    "cores",
+    "needs_worker",
+    "process_count",
+    "recorded_numerics",
+    "shared",
+    "workers",
+]
+
+#: If the training took less than this, this process replays it alone: others must start first.
+ALONE_SECONDS = 4.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,6 +118,44 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
         of_parent.close()
 
 
+def process_count(run: RecordedRun, steps: int, asked: int | None, tasks: int, threads: int) -> int:
+    """Return how many processes share so many steps of a run, 1 for this one alone.
+
+    asked: number of processes, None for one per core if worth their start; threads: of each.
+    """
+    facts = run.facts
+    if facts.training.device != "cpu":
+        return 1
+    if asked is None:
+        seconds = (facts.seconds or 0.0) * steps / max(1, run.newest_step())
+        asked = 1 if seconds < ALONE_SECONDS else cores() // threads
+    return max(1, min(asked, tasks))
+
+
+def shared(
+    opener: Opener,
+    count: int,
+    threads: int,
+    task: Callable[..., T],
+    given: Iterable[tuple[Any, ...]],
+) -> Generator[T, None, None]:
+    """Do something with replays of a run in processes, and yield each result when it is there.
+
+    Args:
+        opener: of the run.
+        count: the number of processes.
+        threads: of each.
+        task: what to do; called with a replay, and once with each of `given`.
+
+    Raises:
+        whatever the task raises.
+    """
+    place = opener.run.directory, opener.objects, threads
+    with workers(opener.run.facts, count, threads) as executor:
+        for future in as_completed([executor.submit(_in_worker, *place, task, *each) for each in given]):
+            yield future.result()
+
+
 @lru_cache(maxsize=2)
 def _replay(directory: Path, threads: int | None, edition: Edition) -> Replay:
     return Replay(RecordedRun(directory), threads=threads)
@@ -116,12 +166,12 @@ def _edition_of(run: RecordedRun) -> Edition:
 
 
 def _stamp(run: RecordedRun) -> tuple[int, int]:
-    # Not of the log beside it, which a reader makes and removes.
+    # Not of the log, which a reader makes and removes.
     status = (run.directory / FILE_NAME).stat()
     return status.st_mtime_ns, status.st_size
 
 
-def in_worker(
+def _in_worker(
     directory: Path,
     objects: Objects | None,
     threads: int | None,
@@ -163,14 +213,15 @@ class Opener:
     def __init__(self, run: RecordedRun, objects: Objects | None = None) -> None:
         numerics.prepare()
         self.run = run
-        self.objects = _needed(run, objects)
+        # A replay needs them where the run does not hold their data.
+        files = [stretch.facts.data_file for stretch in run.stretches]
+        self.objects = objects if any(f is not None and not f.stored for f in files) else None
         self._replay: Replay | None = None
         self._worker: ProcessPoolExecutor | None = None
         self._workers = ExitStack()
         weakref.finalize(self, self._workers.close)
-        self._engine: EngineFacts | None = None
-        self._has_begun = False
-        self._edition: Edition = None
+        #: What was known of the run when it was last chosen where to replay it.
+        self._known: tuple[Edition, EngineFacts | None] | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -185,21 +236,11 @@ class Opener:
         return found
 
     def step(self, number: int) -> Step:
-        """Open a step.
-
-        Raises:
-            StepError: the run has no such step, or not yet.
-            RunError: a needed file is missing or unreadable.
-        """
+        """Open a step; see `Replay.step`."""
         return self.call(Replay.step, number)
 
     def state(self, number: int) -> State:
-        """Return the state after a step (0: before the first).
-
-        Raises:
-            StepError: the run has no such step, or not yet.
-            RunError: a needed file is missing or unreadable.
-        """
+        """Return the state after a step; see `Replay.state`."""
         return self.call(Replay.state, number)
 
     def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
@@ -214,10 +255,10 @@ class Opener:
         assert self._worker is not None
         place = self.run.directory, self.objects, None
         try:
-            result: T = self._worker.submit(in_worker, *place, task, *given, **named).result()
+            result: T = self._worker.submit(_in_worker, *place, task, *given, **named).result()
         except BrokenProcessPool:
             self._workers.close()
-            self._worker, self._has_begun = None, False  # the next question starts another one
+            self._worker = self._known = None  # the next question starts another one
             raise _ended_too_early() from None
         return result
 
@@ -234,12 +275,13 @@ class Opener:
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
-        if self._has_begun and self._edition is not None and self._edition == _stamp(self.run):
+        before = None if self._known is None else self._known[0]
+        if before is not None and before == _stamp(self.run):
             return
-        facts = self.run.facts
-        was_running, self._edition = self._edition is None, _edition_of(self.run)
+        facts, edition = self.run.facts, _edition_of(self.run)
         engine = facts.training.engine
-        if self._has_begun and was_running and engine is not None and engine == self._engine:
+        if self._known == (None, engine) and engine is not None:
+            self._known = edition, engine
             return
         self._replay = None
         if not needs_worker(facts):
@@ -248,13 +290,4 @@ class Opener:
             threads = facts.training.numerics.threads
             self._worker = self._workers.enter_context(workers(facts, 1, threads))
         # Not before: what has failed is tried, and reported, again.
-        self._engine, self._has_begun = engine, True
-
-
-def _needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
-    """Return the objects if the run cannot be replayed without their data, else None."""
-    for stretch in run.stretches:
-        file = stretch.facts.data_file
-        if file is not None and not file.stored:
-            return objects
-    return None
+        self._known = edition, engine

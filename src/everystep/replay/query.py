@@ -126,7 +126,9 @@ class Query(Visitor):
         if self._probe is None:
             self._probe = Probe(replay.stepper, self._tensors(), self._answer)
         if not replay.stepper.can_watch(number):
-            return [self._probe.observe()]
+            step = replay.next_step()
+            self._probe.opened(step)
+            return [step.loss]
         while number < last and self._is_looked_at(number + 1):
             number += 1
         return replay.stepper.watch(number, self._probe).tolist()

@@ -22,14 +22,15 @@ from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
 from everystep.replay.batches import rule_of
-from everystep.replay.loop import LoopStepper
-from everystep.replay.step import ReplayStepper, Step, Update
+from everystep.replay.recorded_steps import RecordedSteps
+from everystep.replay.replay_stepper import ReplayStepper, Saved
+from everystep.replay.step import Batch, Step, Update
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.observe import Observation
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
-__all__ = ["Replay", "no_such_step", "same_number"]
+__all__ = ["Replay", "no_such_step", "open_next", "opened_step", "same_number"]
 
 #: States are kept in memory about so many seconds of replay apart, so that stepping back is quick.
 KEPT_SECONDS = 0.005
@@ -73,7 +74,7 @@ class Replay:
         self._steppers: dict[int, ReplayStepper] = {}
         self._at = 0
         self._generators: Generators | None = None
-        self._kept: OrderedDict[tuple[int, int], tuple[int, Any]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], tuple[int, Saved]] = OrderedDict()
         self._opened: OrderedDict[int, Step] = OrderedDict()
         self._step_seconds = 0.0
 
@@ -131,43 +132,12 @@ class Replay:
 
     def next_step(self) -> Step:
         """Open the step after the current state; call it inside `in_force`."""
-        stepper = self.stepper
-        assert stepper.state is not None
-        stepper.settle()
-        number = stepper.state + 1
-        recorded = self.recorded_loss(number)
-        dropped = stepper.gradients()
-        before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
-        batch = stepper.batch(number)
-        observation = stepper.observe()
-        loss = float(observation.loss)
-        self.compare(number, [loss], [recorded])
-        after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
-        return Step(
-            number=number,
-            loss=loss,
-            recorded_loss=recorded,
-            diverged_at=self._diverged_by(number),
-            batch=batch,
-            parameters=_of_kind(before, "parameter"),
-            buffers=_of_kind(before, "buffer"),
-            activations={
-                path: given[0] if len(given) == 1 else given
-                for path, given in observation.activations.items()
-            },
-            dropped={n: each for n, each in dropped.items() if not _is_added_to(observation, n)},
-            gradients=observation.gradients,
-            updates={
-                name: Update(tensor, after[f"parameter/{name}"])
-                for name, tensor in _of_kind(before, "parameter").items()
-            },
-            operations=tuple(observation.operations),
-            hyperparameters=stepper.hyperparameters(),
-            epoch=stepper.epoch(number),
-            places=observation.places,
-            state=before,
-            end=after,
-        )
+        step = open_next(self.stepper)
+        recorded = self.recorded_loss(step.number)
+        self.compare(step.number, [step.loss], [recorded])
+        diverged = self.diverged_at
+        is_exact = diverged is None or diverged > step.number
+        return replace(step, recorded_loss=recorded, diverged_at=None if is_exact else diverged)
 
     def recorded_loss(self, number: int) -> float:
         """Return the recorded loss of a step.
@@ -298,11 +268,6 @@ class Replay:
                     self.diverged_at = step
                 return
 
-    def _diverged_by(self, number: int) -> int | None:
-        """Return the first step that diverged, if it is not after step `number`."""
-        diverged = self.diverged_at
-        return diverged if diverged is not None and diverged <= number else None
-
     def _spacing(self) -> int:
         return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
 
@@ -320,7 +285,8 @@ class Replay:
         if at not in self._steppers:
             stretch, conversion = self.stretches[at], self._conversion
             rule = rule_of(self.run, stretch, self._objects, conversion)
-            self._steppers[at] = LoopStepper(self.run, stretch, rule, self._diverge, conversion)
+            steps = RecordedSteps(self.run, stretch, rule, conversion)
+            self._steppers[at] = ReplayStepper(steps, self._diverge)
         return self._steppers[at]
 
     def _diverge(self, step: int, problem: str) -> None:
@@ -351,6 +317,60 @@ def no_such_step(run: RecordedRun, number: int) -> StepError:
 def same_number(one: float, two: float) -> bool:
     """Tell whether two losses are equal; NaN equals NaN."""
     return one == two or (one != one and two != two)
+
+
+def open_next(stepper: ReplayStepper) -> Step:
+    """Run the next step, and return everything in it; its loss is not compared."""
+    assert stepper.state is not None
+    stepper.settle()
+    number = stepper.state + 1
+    dropped = stepper.gradients()
+    before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
+    batch = stepper.batch(number)
+    observation = stepper.observe()
+    after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
+    return replace(
+        opened_step(number, observation, batch, before, after),
+        dropped={n: each for n, each in dropped.items() if not _is_added_to(observation, n)},
+        hyperparameters=stepper.hyperparameters(),
+        epoch=stepper.epoch(number),
+    )
+
+
+def opened_step(
+    number: int,
+    observation: Observation,
+    batch: Batch,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+) -> Step:
+    """Return a step that was observed. before, after: copies of the tensors of the state, by name."""
+    loss = float(observation.loss)
+    return Step(
+        number=number,
+        loss=loss,
+        recorded_loss=loss,
+        diverged_at=None,
+        batch=batch,
+        parameters=_of_kind(before, "parameter"),
+        buffers=_of_kind(before, "buffer"),
+        activations={
+            path: given[0] if len(given) == 1 else given
+            for path, given in observation.activations.items()
+        },
+        dropped={},
+        gradients=observation.gradients,
+        updates={
+            name: Update(tensor, after[f"parameter/{name}"])
+            for name, tensor in _of_kind(before, "parameter").items()
+        },
+        operations=tuple(observation.operations),
+        hyperparameters={},
+        epoch=0,
+        places=observation.places,
+        state=before,
+        end=after,
+    )
 
 
 def _converted(state: State, conversion: Precision) -> State:

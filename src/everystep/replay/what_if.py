@@ -1,13 +1,13 @@
-"""What if: steps of a run once more, from a state, without some rows of the data.
+"""What if: steps of a run once more, from a state, without some rows of the data, or at another rate.
 
 Programs take the steps with batches that are as recorded, and Python those that lack rows. Each training
-is exact: it has the bits of the same training by hand without those rows.
+is exact: it has the bits of the same training by hand. At another learning rate, the programs of the
+recorded steps run again, of any run; what your code decided stays as recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -15,14 +15,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.recording.run import RecordedRun
-from everystep.replay.batches import batches_of
+from everystep.replay.batches import batches_of, rule_of
 from everystep.replay.columns import Evaluator, read_question
 from everystep.replay.expression import Expression
-from everystep.replay.hooks import Probe
+from everystep.replay.hooks import OpenedStep
 from everystep.replay.living import Living
-from everystep.replay.processes import Opener, cores, in_worker, recorded_numerics, workers
+from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.query import check_question
-from everystep.replay.replay import Replay, no_such_step, same_number
+from everystep.replay.recorded_steps import RecordedSteps, StepsAtRate
+from everystep.replay.replay import Replay, no_such_step, open_next, same_number
+from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.shown import Shown
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
@@ -32,32 +34,31 @@ __all__ = ["Case", "WhatIf", "check_has_rows", "what_if"]
 
 #: Trainings between two reports of progress.
 GROUP = 8
-#: If all trainings take less than this, this process takes them alone: others must start first.
-ALONE_SECONDS = 4.0
-
-#: The rows of a training, its value and its losses, as a `Case` has them.
-_Trained = tuple[tuple[int, ...], float | None, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What became of a training without some rows.
+    """What became of a training with something changed.
 
-    rows: of the data; value: of the expression, None if it has none at that step; losses: of the steps
-    (steps).
+    rows: of the data, left out; value: of the expression, None if it has none at that step; losses: of
+    the steps (steps), NaN where the step logs none that an operation returned; lr: the learning rate,
+    None for the recorded ones; differs_from: the first step in which Python would read another number
+    than it did, so that your code could do something else from there on; None if there is none.
     """
 
     rows: tuple[int, ...]
     value: float | None
     losses: tuple[float, ...]
+    lr: float | None = None
+    differs_from: int | None = None
 
 
 @dataclass(frozen=True)
 class WhatIf(Shown):
-    """Trainings from state `at` to step `until`, each without some rows.
+    """Trainings from state `at` to step `until`, each without some rows, or at another learning rate.
 
     by: the expression that is compared at the last step; source: what the rows are of; recorded: what
-    it is with all rows; cases: in order of their values, the smallest first.
+    it is with nothing changed; cases: in order of their values, the smallest first.
     """
 
     name: str
@@ -78,19 +79,19 @@ def what_if(
     opener: Opener,
     at: int,
     until: int,
-    cases: Sequence[tuple[int, ...]],
+    cases: Sequence[tuple[int, ...]] | Sequence[float],
     by: str,
     objects: Objects | None,
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> WhatIf:
-    """Train from a state to a step, once for each choice of rows to leave out.
+    """Train from a state to a step, once for each choice of rows to leave out, or learning rate.
 
     Args:
         opener: of the run.
         at: the state.
         until: the last step.
-        cases: the rows to leave out.
+        cases: the rows to leave out of each training, or the learning rate of each.
         by: an expression of the last step.
         objects: those that trained the run, if it has no experiment.
         processes: number of processes, each with the threads of the run; default: as many as there are
@@ -101,7 +102,7 @@ def what_if(
         StepError: the run has no such step.
         UsageError: rows do not exist, are in no batch, or a batch would be empty.
         ExpressionError: the expression is invalid, or needs what only the recorded run has.
-        RunError: the steps cannot be taken again without the rows; gives the reason.
+        RunError: the steps cannot be taken again with the change; gives the reason.
     """
     run = opener.run
     count = run.newest_step()
@@ -110,7 +111,8 @@ def what_if(
             raise no_such_step(run, number)
     if until <= at:
         raise UsageError(f"the trainings start after step {at}, so they cannot end at step {until}")
-    _check(run, at, until)
+    is_of_rates = isinstance(cases[0], float)
+    _check(run, at, until, is_of_rates=is_of_rates)
     question = read_question(by, run)
     wanted = [
         each for each in question.references if each.kind in ("measurements", "rows") or each.is_previous
@@ -120,24 +122,33 @@ def what_if(
             f"{wanted[0]} is known of the recorded steps only; use what step {until} has"
         )
     check_question(question, opener)
-    state = opener.state(at)
-    (with_all,) = (Case(*each) for each in opener.call(_train, state, until, [()], question, objects))
-    recorded = run.losses_between(at + 1, until)
-    if not all(map(same_number, with_all.losses, recorded)):
+    train: Callable[..., list[Case]] = _train_at if is_of_rates else _train_without
+    trained = opener.state(at), until, question, objects
+    (recorded,) = opener.call(train, [None], *trained)
+    losses = run.losses_between(at + 1, until)
+    if not all(map(same_number, recorded.losses, losses)):
+        change = "at other rates" if is_of_rates else "without rows"
         raise RunError(
             f"steps {at + 1:,} to {until:,} of {run.name} cannot be replayed bit for bit, so trainings "
-            "without rows cannot be compared with them; run everystep verify for details"
+            f"{change} cannot be compared with them; run everystep verify for details"
         )
     on_progress(until - at)
     others: list[Case] = []
-    groups = [cases[first : first + GROUP] for first in range(0, len(cases), GROUP)]
-    share = _processes(run, (until - at) * len(cases), processes, len(groups))
-    for found in _shared(opener, share, groups, (state, until), (question, objects)):
-        others += [Case(*each) for each in found]
+    groups = [(cases[first : first + GROUP], *trained) for first in range(0, len(cases), GROUP)]
+    threads = recorded_numerics(run.facts).threads
+    # None computes with fewer threads than the run: nothing could show that this gives the same bits.
+    share = process_count(run, (until - at) * len(cases), processes, len(groups), threads)
+    results = (
+        shared(opener, share, threads, train, groups)
+        if share > 1
+        else (opener.call(train, *group) for group in groups)
+    )
+    for found in results:
+        others += found
         on_progress((until - at) * len(found))
     others.sort(key=lambda case: (case.value is None or case.value != case.value, case.value or 0.0))
-    source = batches_of(run.facts.training).source
-    return WhatIf(run.name, at, until, by, source, with_all, tuple(others))
+    source = "the data" if is_of_rates else batches_of(run.facts.training).source
+    return WhatIf(run.name, at, until, by, source, recorded, tuple(others))
 
 
 def check_has_rows(run: RecordedRun) -> None:
@@ -158,8 +169,8 @@ def check_has_rows(run: RecordedRun) -> None:
         )
 
 
-def _check(run: RecordedRun, at: int, until: int) -> None:
-    """Check that the run decides what its steps see and do, once rows are left out.
+def _check(run: RecordedRun, at: int, until: int, *, is_of_rates: bool) -> None:
+    """Check that the run decides what its steps see and do, once something is changed.
 
     Raises:
         RunError: something else does.
@@ -171,6 +182,11 @@ def _check(run: RecordedRun, at: int, until: int) -> None:
             f"step {until} of {name} was trained with different settings than state {at}; start later"
         )
     for each in facts.schedules.values():
+        if is_of_rates:
+            raise RunError(
+                f"the learning rate of {name} follows {each.class_name}; fork the run instead: "
+                "run.fork(at, lr=...)"
+            )
         if each.class_name == ReduceLROnPlateau.__name__ or not each.is_torchs:
             raise RunError(
                 f"the learning rate of {name} follows {each.class_name}, which may depend on losses; "
@@ -180,79 +196,70 @@ def _check(run: RecordedRun, at: int, until: int) -> None:
     if changed:
         raise RunError(
             f"after step {changed[0]}, code between the steps changed tensors of {name}, and may change "
-            "others without the rows; fork the run instead"
+            f"others {'at another rate' if is_of_rates else 'without the rows'}; fork the run instead"
         )
 
 
-def _processes(run: RecordedRun, steps: int, asked: int | None, groups: int) -> int:
-    """Return how many processes share the trainings.
-
-    None computes with fewer threads than the run: nothing could show that this gives other bits.
-    """
-    facts = run.facts
-    if facts.training.device != "cpu":
-        return 1
-    if asked is None:
-        seconds = (facts.seconds or 0.0) * steps / max(1, run.newest_step())
-        if seconds < ALONE_SECONDS:
-            return 1
-        asked = cores() // recorded_numerics(facts).threads
-    return max(1, min(asked, groups))
-
-
-def _shared(
-    opener: Opener,
-    count: int,
-    groups: Sequence[Sequence[tuple[int, ...]]],
-    ends: tuple[State, int],
-    asked: tuple[Expression, Objects | None],
-) -> Iterator[list[_Trained]]:
-    """Train all groups in so many processes, and yield each when it is done."""
-    if count == 1:
-        for group in groups:
-            yield opener.call(_train, *ends, group, *asked)
-        return
-    run = opener.run
-    threads = recorded_numerics(run.facts).threads
-    place = run.directory, opener.objects, threads
-    with workers(run.facts, count, threads) as executor:
-        futures = [executor.submit(in_worker, *place, _train, *ends, group, *asked) for group in groups]
-        for future in as_completed(futures):
-            yield future.result()
-
-
-def _train(
+def _train_without(
     replay: Replay,
+    cases: Sequence[tuple[int, ...] | None],
     state: State,
     until: int,
-    cases: Sequence[tuple[int, ...]],
     question: Expression,
     objects: Objects | None,
-) -> list[_Trained]:
-    """Train from a state, once for each case; return its rows, its value and its losses."""
+) -> list[Case]:
+    """Train from a state, once without each choice of rows."""
     run, at = replay.run, state.step
     stretch = replay.stretches[replay.stretch_of(at + 1)]
     batches = batches_of(stretch.facts)
-    tensors = {each for each in question.references if each.kind not in ("loss", "step")}
+    evaluator, looks = Evaluator(question, run, False), _looks(question)
     found = []
     with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
-        stepper = Living(run, stretch, objects or Objects())
-        stepper.load(state)
-        saved = stepper.save()
-        evaluator, values = Evaluator(question, run, False), list[float | None]()
-
-        def answer(number: int, loss: float) -> bool:
-            values.append(evaluator.answer(number, loss, probe))
-            return True
-
-        probe = Probe(stepper, tensors, answer)
+        training = Living(run, stretch, objects or Objects(), state)
         for rows in cases:
-            stepper.use(batches.without_rows(rows, at + 1, until) if rows else batches)
-            stepper.restore(at, saved)
-            if tensors:
-                losses = [*stepper.run(until - 1).tolist(), probe.observe()]
-            else:
-                losses = stepper.run(until).tolist()
-                answer(until, losses[-1])
-            found.append((rows, values[-1], tuple(losses)))
+            training.begin(batches.without_rows(rows, at + 1, until) if rows else batches)
+            losses = training.run(until - looks)
+            last = training.open() if looks else None
+            losses += [last.loss] if last else []
+            value = evaluator.answer(until, losses[-1], OpenedStep(last) if last else None)
+            found.append(Case(rows or (), value, tuple(losses)))
     return found
+
+
+def _train_at(
+    replay: Replay,
+    rates: Sequence[float | None],
+    state: State,
+    until: int,
+    question: Expression,
+    objects: Objects | None,
+) -> list[Case]:
+    """Let programs train from a state, once at each learning rate."""
+    run, at = replay.run, state.step
+    stretch = replay.stretches[replay.stretch_of(at + 1)]
+    evaluator, looks = Evaluator(question, run, False), _looks(question)
+    rule = rule_of(run, stretch, objects or Objects())
+    found = []
+    with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
+        for rate in rates:
+            differing: list[int] = []
+            steps = (
+                RecordedSteps(run, stretch, rule)
+                if rate is None
+                else StepsAtRate(run, stretch, rule, rate)
+            )
+            stepper = ReplayStepper(steps, lambda step, how: differing.append(step))  # noqa: B023
+            stepper.load(state)
+            losses: list[float] = []
+            while at + len(losses) < until - looks:
+                losses += stepper.run(until - looks).tolist()
+            last = open_next(stepper) if looks else None
+            losses += [last.loss] if last else []
+            value = evaluator.answer(until, losses[-1], OpenedStep(last) if last else None)
+            found.append(Case((), value, tuple(losses), rate, min(differing, default=None)))
+    return found
+
+
+def _looks(question: Expression) -> bool:
+    """Tell whether the last step must be opened for a question."""
+    return any(each.kind not in ("loss", "step") for each in question.references)

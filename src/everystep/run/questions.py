@@ -355,13 +355,16 @@ class Questions(RecordedRun):
         without_rows: Iterable[int] = (),
         without_rows_of: int | None = None,
         each: bool = False,
+        lr: float | Iterable[float] = (),
         by: str = "loss",
         processes: int | None = None,
         progress: Counting = True,
     ) -> WhatIf:
-        """Train again from a state, with rows of the data left out, and return what becomes of the loss.
+        """Train again from a state with something changed, and return what becomes of the loss.
 
-        Nothing is recorded. The steps have the bits of a training by hand without those rows.
+        Nothing is recorded. Without rows of the data, the steps have the bits of a training by hand
+        without those rows. At other learning rates, programs repeat the recorded steps, of any run; what
+        your code decided stays as recorded.
 
         Args:
             at: the step after which the trainings start; default: the one before `without_rows_of`.
@@ -369,6 +372,8 @@ class Questions(RecordedRun):
             without_rows: rows of the data to leave out of the batches that they are in.
             without_rows_of: the step of which all rows are left out.
             each: leave out one row after the other, not all at once.
+            lr: learning rates to train at, each in a training of its own, for all param groups of
+                torch's own optimizers; not together with rows.
             by: an expression of step `until` to compare: `norm(gradients['0.weight'])`.
             processes: number of processes, each with as many threads as the run was trained with;
                 default: as many as there are cores for, if worth their start.
@@ -381,8 +386,12 @@ class Questions(RecordedRun):
         """
         from everystep.replay.what_if import check_has_rows, what_if
 
-        check_has_rows(self)
+        rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
         chosen = [operator.index(row) for row in without_rows]
+        if rates and (chosen or without_rows_of is not None):
+            raise UsageError("either rows are left out, or lr is another: pass one of them")
+        if not rates:
+            check_has_rows(self)
         if at is None and without_rows_of is None:
             raise UsageError(
                 "no start: pass at, the step after which the trainings start, or "
@@ -396,9 +405,9 @@ class Questions(RecordedRun):
             count = 0 if first is None or not first.dim() else len(first)
             chosen += range(count) if batch.rows is None else batch.rows.tolist()
         rows = sorted(set(chosen))
-        if not rows:
+        if not rows and not rates:
             raise UsageError("no rows to leave out: pass without_rows, or without_rows_of")
-        cases = [(row,) for row in rows] if each else [tuple(rows)]
+        cases: Any = rates or ([(row,) for row in rows] if each else [tuple(rows)])
         assert at is not None
         steps = (until - at) * (len(cases) + 1)
         start = self._number(at)

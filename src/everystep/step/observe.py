@@ -19,7 +19,7 @@ __all__ = [
     "Place",
     "Places",
     "StepObserver",
-    "gradients_by_parameter",
+    "gradient_places",
     "makes_gradients",
 ]
 
@@ -66,17 +66,6 @@ class Observation(NamedTuple):
     places: Places
 
 
-def _places_of(program: Program, after: Mapping[str, int], gradients: Mapping[str, Place]) -> Places:
-    return Places(
-        tensors=program.tensors,
-        storages=program.storages,
-        activations={path: Place(n, after[path] + 1) for path, n in program.activations.items()},
-        gradients=gradients,
-        loss=program.loss,
-        ends=program.ends,
-    )
-
-
 class StepObserver:
     """Observes everything in a step of the interpreter.
 
@@ -88,76 +77,60 @@ class StepObserver:
     """
 
     def __init__(self, interpreter: Interpreter, numbers: list[int | float]) -> None:
-        program = interpreter.program
+        self._interpreter = interpreter
+        self._program = program = interpreter.program
         self._operations: list[Observed] = []
         self._activations: dict[str, tuple[Tensor, ...]] = {}
         self._gradients: dict[str, Tensor] = {}
-        self._read: dict[str, Place] = {}
-        #: What backward last left of each gradient that no optimizer has used yet, and where.
-        self._left: dict[str, tuple[Tensor, Place]] = {}
-        self._gradients_on: dict[str, list[tuple[str, str]]] = {}
-        for parameter, name in gradients_by_parameter(program).items():
-            on = self._gradients_on.setdefault(program.tensors[name].storage, [])
-            on.append((parameter, name))
-        self._interpreter = interpreter
-        self._program = program
+        self._read = gradient_places(program)
         self._with_numbers = interpreter.operations_with(numbers)
-        self._due: dict[int, list[str]] = {}
+        #: What to copy once so many operations have run: activations by path, gradients by parameter.
+        self._due: dict[int, list[tuple[str, tuple[str, ...]]]] = {}
         for path, index in interpreter.given_after.items():
-            self._due.setdefault(index, []).append(path)
+            self._due.setdefault(index + 1, []).append((path, program.activations[path]))
+        self._left: dict[int, list[str]] = {}
+        for parameter, place in self._read.items():
+            self._left.setdefault(place.after, []).append(parameter)
         #: Copies of tensors by their names, of each storage.
         self._copies: dict[str, dict[str, Tensor]] = {}
         self._inputs: dict[str, Tensor] = {}
 
     def observation(self, loss: Tensor) -> Observation:
         """Return the observation of the step with this loss."""
-        places = _places_of(self._program, self._interpreter.given_after, self._read)
-        order = dict.fromkeys([*self._program.gradients, *self._gradients])
+        program, after = self._program, self._interpreter.given_after
+        places = Places(
+            tensors=program.tensors,
+            storages=program.storages,
+            activations={path: Place(n, after[path] + 1) for path, n in program.activations.items()},
+            gradients=self._read,
+            loss=program.loss,
+            ends=program.ends,
+        )
+        order = dict.fromkeys([*program.gradients, *self._gradients])
         gradients = {name: self._gradients[name] for name in order if name in self._gradients}
         return Observation(loss, self._operations, self._activations, gradients, places)
 
     def look(self, index: int, environment: Environment) -> None:
         """Look at the memory before an operation, that is, after the previous one."""
-        operations = self._program.operations
         if index:
             self._look_after(index - 1, environment)
-        for path in self._due.get(index - 1, ()):
-            names = self._program.activations[path]
+        for path, names in self._due.get(index, ()):
             self._activations[path] = tuple(self._copy(name, environment) for name in names)
-        is_over = index == len(operations)
-        if is_over:
-            self._read_gradients(self._gradients_on, index, environment)
-        elif operations[index].phase == "update" and not makes_gradients(operations[index]):
-            used = {self._storage(name) for name in operations[index].reads()}
-            self._read_gradients(used, index, environment)
-        if not is_over:
-            self._inputs = {n: self._copy(n, environment) for n in operations[index].reads()}
-
-    def _read_gradients(self, storages: Iterable[str], index: int, environment: Environment) -> None:
-        """Keep the gradients that are used from here on: as backward left them, not as clipped."""
-        for parameter, name in (each for s in storages for each in self._gradients_on.get(s, ())):
-            if parameter in self._gradients:
-                continue
-            if parameter in self._left:
-                self._gradients[parameter], self._read[parameter] = self._left[parameter]
-            elif parameter in self._program.gradients and environment.is_there(name):
-                self._gradients[parameter] = self._copy(name, environment)
-                self._read[parameter] = Place((name,), index)
+        for parameter in self._left.get(index, ()):
+            self._gradients[parameter] = self._copy(self._read[parameter].names[0], environment)
+        if index < len(self._program.operations):
+            reads = self._program.operations[index].reads()
+            self._inputs = {name: self._copy(name, environment) for name in reads}
 
     def _look_after(self, index: int, environment: Environment) -> None:
         operation = self._with_numbers[index]
         written = self._interpreter.written[index]
         names = [name for name in operation.results if name] or written
-        changed = {self._storage(name) for name in (*names, *written)}
-        for storage in changed:
+        for storage in {self._storage(name) for name in (*names, *written)}:
             self._copies.pop(storage, None)
         results = {name: self._copy(name, environment) for name in names}
         others = {name: self._copy(name, environment) for name in written if name not in results}
         self._operations.append(Observed(operation, self._inputs, results, others))
-        if makes_gradients(operation):
-            for parameter, name in (each for s in changed for each in self._gradients_on.get(s, ())):
-                if environment.is_there(name):
-                    self._left[parameter] = self._copy(name, environment), Place((name,), index + 1)
 
     def _copy(self, name: str, environment: Environment) -> Tensor:
         copies = self._copies.setdefault(self._storage(name), {})
@@ -174,7 +147,43 @@ def makes_gradients(operation: Operation) -> bool:
     return operation.phase == "backward" or operation.name.rstrip("_") == UNSCALES
 
 
-def gradients_by_parameter(program: Program) -> dict[str, str]:
+def gradient_places(program: Program) -> dict[str, Place]:
+    """Return where each gradient is read, by parameter: as backward leaves it, before an update uses it.
+
+    Clipping is part of the update.
+    """
+    found: dict[str, Place] = {}
+    left: dict[str, int] = {}
+    on: dict[str, list[tuple[str, str]]] = {}
+    for parameter, name in _gradients_by_parameter(program).items():
+        on.setdefault(program.tensors[name].storage, []).append((parameter, name))
+    there = {name for name, storage in program.storages.items() if storage.kind != "temporary"}
+
+    def storages(names: Iterable[str]) -> set[str]:
+        return {program.tensors[name].storage for name in names}
+
+    def read(used: Iterable[str], index: int) -> None:
+        for storage in used:
+            for parameter, name in on.get(storage, ()):
+                place = left.get(parameter)
+                if place is None and storage in there and parameter in program.gradients:
+                    place = index
+                if place is not None:
+                    found.setdefault(parameter, Place((name,), place))
+
+    for index, operation in enumerate(program.operations):
+        makes = makes_gradients(operation)
+        if operation.phase == "update" and not makes:
+            read(storages(operation.reads()), index)
+        changed = storages((*filter(None, operation.results), *operation.written()))
+        there |= changed
+        if makes:
+            left |= {parameter: index + 1 for s in changed for parameter, _ in on.get(s, ())}
+    read(on, len(program.operations))
+    return found
+
+
+def _gradients_by_parameter(program: Program) -> dict[str, str]:
     """Return the names of the gradients that a step makes or leaves behind, by parameter."""
     pending = (name for name in (*program.state_names, *program.ends) if name.startswith(_GRADIENT))
     left = {name.removeprefix(_GRADIENT): program.ends.get(name, name) for name in pending}

@@ -271,20 +271,34 @@ def _diagnosis_text(found: Diagnosis, view: RunView | None = None) -> str:
 def _what_if_text(found: WhatIf, view: RunView) -> str:
     """Return what became of a number at the last step, a line for each training, the smallest first."""
     known = found.recorded.value
+    is_of_rates = any(case.lr is not None for case in found.cases)
+
+    def changed(case: Case) -> str:
+        if is_of_rates:
+            return "as recorded" if case.lr is None else f"{case.lr:g}"
+        return named(case.rows, _ROWS_NAMED) or "none"
+
     table = table_text(
         [
-            Column("rows left out", lambda case: named(case.rows, _ROWS_NAMED) or "none"),
+            Column("lr" if is_of_rates else "rows left out", changed),
             Column(found.by, lambda c: "-" if c.value is None else number(c.value), is_number=True),
             Column("change", lambda case: _change(case, known), is_number=True),
         ],
         [found.recorded, *found.cases],
     )
     title = f"{found.name}, trained again from state {found.at:,}: {found.by} at step {found.until:,}"
-    return "\n".join([title, "", *table, "", about_numbers(found.source)])
+    differs = min((c.differs_from for c in found.cases if c.differs_from is not None), default=None)
+    notes = [] if is_of_rates else [about_numbers(found.source)]
+    if differs is not None:
+        notes.append(
+            f"from step {differs:,} on, Python would read other numbers than it did; if your code "
+            "decides by them, a training of your own differs"
+        )
+    return "\n".join([title, "", *table, *([""] if notes else []), *notes])
 
 
 def _change(case: Case, known: float | None) -> str:
-    if not case.rows:
+    if not case.rows and case.lr is None:
         return ""
     return "-" if known is None or case.value is None else f"{case.value - known:+.4g}"
 

@@ -13,7 +13,7 @@ from everystep import numerics
 from everystep.errors import EverystepError, RunError, TrainingError
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.run import RecordedRun
-from everystep.replay.batches import stored_data
+from everystep.replay.batches import settings_of, stored_data
 from everystep.replay.continuing.alone import reason_against
 from everystep.replay.living import Living
 from everystep.replay.replay import Replay
@@ -96,9 +96,8 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
         return replay.state(number)
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
     with replay.in_force(number):
-        stepper = Living(run, stretch, objects or Objects(), "eager")
-        stepper.load(begin)
-        losses = stepper.run(number).tolist()
+        stepper = Living(run, stretch, objects or Objects(), begin, "eager")
+        losses = stepper.run(number)
         first = begin.step + 1
         replay.compare(first, losses, replay.recorded_losses(first, number))
         return stepper.capture()
@@ -148,12 +147,8 @@ def torchs_errors(what: str) -> Iterator[None]:
 
 def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
     """Return the lr and similar settings as last recorded up to a step."""
-    found: dict[str, float] = {}
-    for name in filter(is_hyperparameter, run.measurement_names):
-        values = [value for step, value in run.measured(name).items() if step <= at]
-        if values:
-            found[name] = values[-1]
-    return found
+    settings = settings_of(run, filter(is_hyperparameter, run.measurement_names), 0)
+    return {name: value for name, each in settings.items() if (value := each.at(at)) is not None}
 
 
 def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 from everystep import clock
-from everystep.errors import RunError, UsageError
-from everystep.recording.directories import create_directory
-from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
+from everystep.errors import RunError
+from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.recorder import Recorder
 from everystep.recording.run import RecordedRun
-from everystep.replay.further import FurtherSteps
-from everystep.replay.loop import LoopStepper
-from everystep.replay.processes import needs_worker
+from everystep.replay.processes import needs_worker, recorded_numerics
+from everystep.replay.recorded_steps import FurtherSteps
 from everystep.replay.replay import Replay
+from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
-from everystep.training.resumed import facts_resumed, resume_facts
 from everystep.training.writer import RunWriter, now
 
-__all__ = ["fork_alone", "reason_against", "resume_alone"]
+__all__ = ["continue_alone", "facts_alone", "reason_against"]
 
 
 def reason_against(run: RecordedRun) -> str | None:
@@ -41,85 +38,33 @@ def reason_against(run: RecordedRun) -> str | None:
     return FurtherSteps(run).reason_against()
 
 
-def resume_alone(run: RecordedRun, steps: int, budget: int, progress: Progress) -> Outcome:
-    """Go on with a run by its programs.
-
-    Raises:
-        RunError: they cannot, or a replay differs from the recording.
-        RecordingError: writing the run failed.
-    """
-    at = run.newest_step()
-    resumed = resume_facts(run, at)
-    facts = facts_resumed(run, _facts(run, at), steps, resumed)
-    return _go_on(
-        run,
-        at,
-        steps,
-        lambda state: Recorder(run.directory, facts, budget, at=at, is_resumed=True),
-        facts.model_copy(update={"name": run.name}),
-        progress,
-        resumed=resumed,
-    )
-
-
-def fork_alone(
+def continue_alone(
     run: RecordedRun,
     at: int,
-    steps: int,
-    lr: float | None,
-    directory: Path | None,
-    runs: Path,
-    budget: int,
-    progress: Progress,
-) -> Outcome:
-    """Train a new run that equals another up to a step, and goes on by its programs.
-
-    lr: another learning rate; None: the run's.
-
-    Raises:
-        UsageError: there is no step to take.
-        RunError: they cannot go on, or a replay differs from the recording.
-        RecordingError: writing the run failed.
-    """
-    if steps <= at:
-        raise UsageError(
-            f"the fork starts after step {at} but would end at step {steps}; set more steps"
-        )
-    # An experiment of the parent does not describe the fork.
-    trained = _facts(run, at).model_copy(update={"experiment_file": None, "experiment_digest": None})
-    place = create_directory(directory, f"{run.name}-fork", runs)
-    changed = {} if lr is None else {"lr": lr}
-    fork = ForkFacts(parent=run.name, directory=str(run.directory), at=at, changed=changed)
-    facts = Facts(name=place.name, started=now(), steps=steps, trained=trained, fork=fork)
-    return _go_on(
-        run,
-        at,
-        steps,
-        lambda state: Recorder(place, facts, budget, run, at, beginning=state),
-        facts,
-        progress,
-        lr=lr,
-    )
-
-
-def _go_on(
-    run: RecordedRun,
-    at: int,
-    steps: int,
-    record: Callable[[State], Recorder],
     facts: Facts,
+    record: Callable[[State], Recorder],
     progress: Progress,
-    *,
     lr: float | None = None,
-    resumed: ResumeFacts | None = None,
 ) -> Outcome:
-    reason = reason_against(run)
-    if reason is not None:
-        raise RunError(f"{run.name} needs the objects that trained it: {reason}")
+    """Take steps of a run by its programs, and record them.
+
+    Args:
+        run: programs can go on with it alone, see `reason_against`.
+        at: the step before the first of them.
+        facts: of what is trained.
+        record: returns the recorder, given the state after `at`.
+        progress: watches the training.
+        lr: another learning rate; None: the run's.
+
+    Raises:
+        RunError: this process cannot compute as the run did, or a replay differs from the recording.
+        RecordingError: writing the run failed.
+    """
     if needs_worker(run.facts):
+        environment = " ".join(f"{k}={v}" for k, v in recorded_numerics(run.facts).environment().items())
         raise RunError(
             f"{run.name} was trained under numerics that this process cannot have any more; start "
-            f"Python with {_environment(run)}"
+            f"Python with {environment}"
         )
     replay = Replay(run)
     with interrupt_deferred() as interrupt, replay.in_force(max(at, 1)):
@@ -129,9 +74,8 @@ def _go_on(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        assert isinstance(stepper, LoopStepper)
-        further = FurtherSteps(run, lr)
-        stepper.go_on(further.row)
+        further = FurtherSteps(run, stepper.steps.rule, lr)
+        stepper.go_on(further)
         state = stepper.capture()
         recorder = record(state)
         writer = RunWriter(
@@ -139,7 +83,7 @@ def _go_on(
             at,
             progress.notice,
             progress.advance,
-            seconds_before=0.0 if resumed is None else resumed.seconds,
+            seconds_before=facts.resumed[-1].seconds if facts.resumed else 0.0,
             is_finite=(run.facts.nonfinite_step or at + 1) > at,
         )
         progress.begin(recorder.directory, facts)
@@ -154,8 +98,7 @@ def _go_on(
         if at not in recorder.plan.kept:
             recorder.snapshot(state)
         try:
-            stops_on_nan = facts.training.stop_on_nan
-            reason = _take(stepper, further, writer, steps, stops_on_nan, interrupt)
+            reason = _take(stepper, further, writer, facts, interrupt)
             status = "finished" if reason is None else "stopped"
             writer.close(status, reason, {})
         except BaseException as error:
@@ -166,16 +109,25 @@ def _go_on(
     return Outcome(recorder.directory, status, reason, interrupt.is_by_user)
 
 
+def facts_alone(run: RecordedRun, at: int) -> TrainingFacts:
+    """Return the facts of the steps that programs alone take after a step."""
+    stretch = [each for each in run.stretches if each.first <= at + 1][-1]
+    engine = stretch.facts.engine
+    assert engine is not None
+    alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
+    return stretch.facts.model_copy(update={"engine": engine.model_copy(update=alone)})
+
+
 def _take(
-    stepper: LoopStepper,
+    stepper: ReplayStepper,
     further: FurtherSteps,
     writer: RunWriter,
-    last: int,
-    stops_on_nan: bool,
+    facts: Facts,
     interrupt: Interrupt,
 ) -> str | None:
     """Take steps up to the last one, record them, and take snapshots; return why it stopped before."""
-    reason, newest = None, writer.step
+    reason, newest, last = None, writer.step, facts.steps or 0
+    stops_on_nan = facts.training.stop_on_nan
     while writer.step < last and not interrupt:
         writer.recorder.check()
         first, started = writer.step + 1, clock.now()
@@ -194,16 +146,3 @@ def _take(
     if newest < writer.step:
         writer.recorder.snapshot(stepper.capture())
     return reason or interrupt.reason
-
-
-def _facts(run: RecordedRun, at: int) -> TrainingFacts:
-    """Return the facts of the steps that programs alone take after a step."""
-    stretch = [each for each in run.stretches if each.first <= at + 1][-1]
-    engine = stretch.facts.engine
-    assert engine is not None
-    alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
-    return stretch.facts.model_copy(update={"engine": engine.model_copy(update=alone)})
-
-
-def _environment(run: RecordedRun) -> str:
-    return " ".join(f"{k}={v}" for k, v in run.facts.training.numerics.environment().items())

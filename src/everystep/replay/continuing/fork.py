@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from everystep.experiment.data import Data
 from everystep.experiment.files import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
-from everystep.recording.facts import ForkFacts
+from everystep.recording.directories import create_directory
+from everystep.recording.facts import Facts, ForkFacts
+from everystep.recording.recorder import Recorder
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.batches import stored_data
@@ -32,7 +34,7 @@ from everystep.replay.continuing.again import (
     torchs_errors,
     with_data,
 )
-from everystep.replay.continuing.alone import fork_alone
+from everystep.replay.continuing.alone import continue_alone, facts_alone
 from everystep.replay.processes import Opener
 from everystep.replay.replay import no_such_step
 from everystep.step.check import same_bits
@@ -45,6 +47,7 @@ from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects
+from everystep.training.writer import now
 
 __all__ = ["Fork", "fork"]
 
@@ -94,6 +97,20 @@ class Fork:
         """The part of the parent that the state belongs to."""
         return [stretch for stretch in self.run.stretches if stretch.first <= self.at + 1][-1]
 
+    def facts(self, steps: int) -> ForkFacts:
+        """Return the facts of a fork that ends at a step.
+
+        Raises:
+            UsageError: it has no step to take.
+        """
+        if steps <= self.at:
+            raise UsageError(
+                f"the fork starts after step {self.at} but would end at step {steps}; set more "
+                f"steps (steps={self.at + 500})"
+            )
+        parent = {"parent": self.run.name, "directory": str(self.run.directory)}
+        return ForkFacts(**parent, at=self.at, changed=self.changed)
+
     def state(self, opener: Opener, objects: Objects | None = None) -> State:
         """Return the parent's state.
 
@@ -123,17 +140,7 @@ class Fork:
 
         hyperparameters: the lr and similar settings in the parent's state.
         """
-        if job.steps <= self.at:
-            raise UsageError(
-                f"the fork starts after step {self.at} but would end at step {job.steps}; set more "
-                f"steps (steps={self.at + 500})"
-            )
-        fork = ForkFacts(
-            parent=self.run.name,
-            directory=str(self.run.directory),
-            at=self.at,
-            changed=self.changed,
-        )
+        fork = self.facts(job.steps)
         job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
         # With a schedule, all is recorded; otherwise, only what changed.
@@ -213,9 +220,24 @@ def fork(
     others = set(asked.changed) - {"lr", "steps"}
     check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
     asked.check()
-    last, lr = asked.settings.get("steps") or run.facts.steps or 0, asked.settings.get("lr")
-    outcome = fork_alone(run, asked.at, last, lr, asked.directory, asked.runs, asked.budget, progress)
-    return outcome, None
+    return _fork_alone(asked, progress), None
+
+
+def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
+    """Let the programs of the parent take the steps."""
+    run, at, steps = asked.run, asked.at, asked.settings.get("steps") or asked.run.facts.steps or 0
+    fork, lr = asked.facts(steps), asked.settings.get("lr")
+    # An experiment of the parent does not describe the fork.
+    none = {"experiment_file": None, "experiment_digest": None}
+    trained = facts_alone(run, at).model_copy(update=none)
+    place = create_directory(asked.directory, f"{run.name}-fork", asked.runs)
+    fork = fork.model_copy(update={"changed": {} if lr is None else {"lr": lr}})
+    facts = Facts(name=place.name, started=now(), steps=steps, trained=trained, fork=fork)
+
+    def record(state: State) -> Recorder:
+        return Recorder(place, facts, asked.budget, run, at, beginning=state)
+
+    return continue_alone(run, at, facts, record, progress, lr)
 
 
 def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
@@ -235,10 +257,24 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         if new.data == old.data:  # also where the seed that it was drawn with changes
             data = stored_data(asked.run, facts) or _made_data(asked.run, old)
         job = experiment_job(new, asked.run.name, device, data)
-        fresh = _settings_of(job.training.optimizer)  # a schedule brings the parent's
-        if old.optimizer.name == new.optimizer.name and old.schedule == new.schedule:
-            state = asked.with_schedule(job.training, state)
-        before = _bring_to(job.training, state, old, new, fresh)
+        training = job.training
+        fresh = _settings_of(training.optimizer)  # a schedule brings the parent's
+        same_optimizer = old.optimizer.name == new.optimizer.name
+        same_schedule = same_optimizer and old.schedule == new.schedule
+        if same_schedule:
+            state = asked.with_schedule(training, state)
+        keywords = old.optimizer.keywords, new.optimizer.keywords
+        keys = {*keywords[0], *keywords[1]}
+        changed = {key for key in keys if keywords[0].get(key) != keywords[1].get(key)}
+        kinds = ["model", *["loss"] * (old.loss == new.loss), *["optimizer"] * same_optimizer]
+        try:
+            own = changed if same_schedule else {key for group in fresh for key in group}
+            before = _bring(training, state, kinds, fresh, own)
+        except RunError as error:
+            fault = Fault("model.layers", f"the parent's parameters do not fit: {error}")
+            raise ExperimentError([fault], "the fork") from None
+        if same_schedule and training.schedule is not None and "lr" in changed:
+            _set_rate(training, training.optimizer.param_groups[0]["lr"])
         if new.seed != old.seed:
             torch.manual_seed(new.seed)
         if data is not None:
@@ -278,8 +314,19 @@ def _fork_objects(
         goes_on = type(own.schedule).__name__ in known
         if goes_on:
             state = asked.with_schedule(job.training, state)
+        training = job.training
+        # A loss that holds other numbers than the parent's did in state 0 stays as it is.
         first = None if is_own else asked.run.state_near(0)
-        before = _bring_objects_to(job.training, state, first, keep=not is_own and not goes_on)
+        kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
+        kinds += ["optimizer"] * (
+            type(training.optimizer).__qualname__ == state.optimizer("optimizer")["class"]
+        )
+        fresh = _settings_of(training.optimizer)
+        try:
+            own_settings = set() if is_own or goes_on else {key for group in fresh for key in group}
+            before = _bring(training, state, kinds, fresh, own_settings)
+        except RunError as error:
+            raise RunError(f"the objects do not fit the run's state: {error}") from None
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
         else:
@@ -295,38 +342,31 @@ def _settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
-def _bring_to(
+def _bring(
     training: Training,
     state: State,
-    old: Experiment,
-    new: Experiment,
+    kinds: Sequence[str],
     fresh: list[dict[str, Any]],
+    own: Collection[str],
 ) -> dict[str, float]:
-    """Bring a training to the parent's state, except for the changes; return the parent's lr.
+    """Bring a training to the parent's state; return the parent's lr and similar settings.
 
-    fresh: the optimizer's settings in the new experiment, by param group.
+    Args:
+        training: of the fork.
+        state: of the parent.
+        kinds: what to bring, as in `Training.restore`.
+        fresh: the settings of the fork's optimizer, by param group.
+        own: those of them that stay.
+
+    Raises:
+        RunError: something does not fit the state.
     """
-    optimizer, schedule = training.optimizer, training.schedule
-    same_optimizer = old.optimizer.name == new.optimizer.name
-    same_schedule = same_optimizer and old.schedule == new.schedule
-    kinds = ["model", *["loss"] * (old.loss == new.loss), *["optimizer"] * same_optimizer]
-    try:
-        training.restore(state, kinds)
-    except RunError as error:
-        raise ExperimentError(
-            [Fault("model.layers", f"the parent's parameters do not fit: {error}")], "the fork"
-        ) from None
-    if not same_optimizer:
+    training.restore(state, kinds)
+    if "optimizer" not in kinds:
         return {}
     before = training.hyperparameters()
-    keywords = old.optimizer.keywords, new.optimizer.keywords
-    changed = {
-        key for key in {*keywords[0], *keywords[1]} if keywords[0].get(key) != keywords[1].get(key)
-    }
-    for group, settings in zip(optimizer.param_groups, fresh, strict=True):
-        group.update({k: v for k, v in settings.items() if not same_schedule or k in changed})
-    if same_schedule and schedule is not None and "lr" in changed:
-        _set_rate(training, optimizer.param_groups[0]["lr"])
+    for group, settings in zip(training.optimizer.param_groups, fresh, strict=True):
+        group.update({key: value for key, value in settings.items() if key in own})
     return before
 
 
@@ -338,29 +378,6 @@ def _set_rate(training: Training, lr: float) -> None:
             group["initial_lr"] = lr
     if training.schedule is not None and hasattr(training.schedule, "base_lrs"):
         training.schedule.base_lrs = [lr for _ in training.optimizer.param_groups]
-
-
-def _bring_objects_to(
-    training: Training, state: State, first: State | None, *, keep: bool
-) -> dict[str, float]:
-    """Bring live objects to the parent's state.
-
-    first: state 0 of the parent; a loss that holds other numbers than it did there stays as it is. None:
-    the objects are those that trained the parent. keep: the settings of the optimizer stay.
-    """
-    optimizer = training.optimizer
-    fresh = _settings_of(optimizer)
-    same = type(optimizer).__qualname__ == state.optimizer("optimizer")["class"]
-    try:
-        known = [] if first is not None and _has_other_loss(training, first) else ["loss"]
-        training.restore(state, ("model", *known, *["optimizer"] * same))
-    except RunError as error:
-        raise RunError(f"the objects do not fit the run's state: {error}") from None
-    before = training.hyperparameters() if same else {}
-    if keep:
-        for group, settings in zip(optimizer.param_groups, fresh, strict=True):
-            group.update(settings)
-    return before
 
 
 def _has_other_loss(training: Training, first: State) -> bool:

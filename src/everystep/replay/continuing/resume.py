@@ -18,6 +18,7 @@ from everystep.experiment.specification import Experiment, Iteration, check_iter
 from everystep.recording.asked import flat
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
+from everystep.recording.recorder import Recorder
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.batches import stored_data
@@ -30,7 +31,7 @@ from everystep.replay.continuing.again import (
     torchs_errors,
     with_data,
 )
-from everystep.replay.continuing.alone import resume_alone
+from everystep.replay.continuing.alone import continue_alone, facts_alone
 from everystep.step.eager import training_parts
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
@@ -40,7 +41,13 @@ from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects, is_dataset
-from everystep.training.resumed import changes, check_changes, check_rules, resume_facts
+from everystep.training.resumed import (
+    changes,
+    check_changes,
+    check_rules,
+    facts_resumed,
+    resume_facts,
+)
 
 __all__ = ["Resume", "resume", "resume_experiment", "resume_objects"]
 
@@ -186,7 +193,14 @@ def resume(
         return resume_objects(asked, trained, is_own, progress), objects
     check_alone(run, "resume(")
     asked.check()
-    return resume_alone(run, asked.last, asked.budget, progress), None
+    at = len(asked)
+    facts = facts_resumed(run, facts_alone(run, at), asked.last, resume_facts(run, at))
+
+    def record(state: State) -> Recorder:
+        return Recorder(run.directory, facts, asked.budget, at=at, is_resumed=True)
+
+    named = facts.model_copy(update={"name": run.name})
+    return continue_alone(run, at, named, record, progress), None
 
 
 def resume_experiment(

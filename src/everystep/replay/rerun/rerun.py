@@ -19,7 +19,7 @@ from everystep.program.program import Program
 from everystep.recording.run import RecordedRun
 from everystep.replay.operations import OperationDifference, first_difference
 from everystep.replay.processes import Opener, recorded_numerics
-from everystep.replay.programs import read_program
+from everystep.replay.recorded_steps import read_program
 from everystep.replay.replay import Replay
 from everystep.replay.rerun.child import footprints
 from everystep.replay.rerun.other_process import OtherProcess, other_process

@@ -1,0 +1,470 @@
+"""Recorded steps: what repeats each step of a run: its program, its numbers and its inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.device import select
+from everystep.errors import ProgramError, RunError
+from everystep.experiment.batches import RowsOf
+from everystep.program.arguments import DTYPES
+from everystep.program.interpreter import Interpreter
+from everystep.program.memory import copy_on_cpu
+from everystep.program.number_slots import count_numbers
+from everystep.program.operators import draws_random_numbers
+from everystep.program.optimizers import OptimizerOperator
+from everystep.program.precision import Precision
+from everystep.program.program import Program
+from everystep.recording.contents import Given, Inputs, Taken, inputs_of, packed, unpacked
+from everystep.recording.database import Repeat, cut
+from everystep.recording.files import program_file
+from everystep.recording.run import RecordedRun, Stretch
+from everystep.replay.batches import batches_of
+
+__all__ = [
+    "FurtherSteps",
+    "NotReplayedError",
+    "RecordedSteps",
+    "StepInputs",
+    "StepsAtRate",
+    "read_program",
+]
+
+#: Rows of the database, and losses, that are read at once.
+BLOCK = 256
+#: Steps that are looked at in advance: to bind their program, and to read their inputs at once.
+LOOK_AHEAD = 64
+#: Bytes of contents that stay in memory, because later steps may need them again.
+KEPT_BYTES = 64_000_000
+#: Bytes of contents that are read ahead at once.
+AHEAD_BYTES = 16_000_000
+#: Steps with their inputs decoded.
+KEPT_STEPS = 512
+
+
+class NotReplayedError(RunError):
+    """A step that cannot be replayed; the message gives the reason."""
+
+
+class StepInputs(NamedTuple):
+    """The inputs of a step: tensors by `batch/name` and `input/name`, and the nesting of the batch.
+
+    digests: of the state after the step, by name, if it has any.
+    """
+
+    tensors: dict[str, Tensor]
+    nesting: Any
+    digests: dict[str, Any]
+
+
+class RecordedSteps:
+    """What repeats each step of a stretch, as a run has it.
+
+    Steps share contents: the rows of a batch return in each epoch. These are read once, for many steps
+    together, as far as `KEPT_BYTES` go.
+
+    Args:
+        run: the run.
+        stretch: the steps, of a user's loop or of everystep's own.
+        rule: returns the batches of everystep's own steps, None where each row holds its batch.
+        conversion: of the programs and their inputs, None as recorded.
+    """
+
+    def __init__(
+        self,
+        run: RecordedRun,
+        stretch: Stretch,
+        rule: RowsOf | None,
+        conversion: Precision | None = None,
+    ) -> None:
+        self.run = run
+        self.first = stretch.first
+        self.facts = stretch.facts
+        self.rule = rule
+        self.device = select(stretch.facts.device)
+        self.conversion = conversion
+        self._programs: dict[int, Interpreter] = {}
+        self._recorded: dict[int, Program] = {}
+        self._rows: dict[int, Repeat] = {}
+        self._losses: dict[int, float] = {}
+        self._given: dict[bytes | None, Inputs] = {}
+        #: The bytes of an input, or of a row of one, by their digest.
+        self._pieces: dict[bytes, Tensor] = {}
+        self._bytes = self._read_to = 0
+        if conversion is not None:
+            for number in self.facts.programs:
+                self.program(number)  # each tells what else is converted
+
+    def row(self, number: int) -> Repeat:
+        """Return what repeats a step, as a row of this step alone.
+
+        Raises:
+            NotReplayedError: the run has none, or it cannot be read.
+        """
+        if number not in self._rows:
+            last = number + BLOCK - 1
+            with _reading():
+                rows = cut(self.run.repeats(number, last), number, last)
+            steps = ((row, row.step + place) for row in rows for place in range(row.count))
+            self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
+        if number not in self._rows:
+            raise NotReplayedError(
+                f"{self.run.name} has no record of step {number}: the database was changed"
+            )
+        return self._rows[number]
+
+    def ahead(self, first: int, last: int) -> list[Repeat]:
+        """Return the rows of the next steps, as far as they have been read."""
+        steps = range(first, min(last, first + LOOK_AHEAD) + 1)
+        return [self._rows[step] for step in steps if step in self._rows]
+
+    def program_of(self, row: Repeat) -> Interpreter:
+        """Return the program of a step.
+
+        Raises:
+            NotReplayedError: it has none, or it cannot be read.
+        """
+        if row.program is None:
+            raise NotReplayedError(
+                f"step {row.step} of {self.run.name} cannot be replayed: it did something that a "
+                "program cannot hold, as a notice reported when it was recorded"
+            )
+        return self.program(row.program)
+
+    def program(self, number: int) -> Interpreter:
+        """Return a program by its number.
+
+        Raises:
+            NotReplayedError: it cannot be read.
+        """
+        if number not in self._programs:
+            with _reading():
+                program = self._recorded[number] = read_program(self.run, number)
+            if self.conversion is not None:
+                program = self.conversion.program(program)
+            self._programs[number] = Interpreter(program, self.device)
+        return self._programs[number]
+
+    def numbers(self, row: Repeat) -> list[int | float]:
+        """Return the numbers of a step.
+
+        Raises:
+            NotReplayedError: they cannot be read.
+        """
+        with _reading():
+            found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
+        if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
+            raise NotReplayedError(
+                f"step {row.step} of {self.run.name} has invalid numbers: the database was changed"
+            )
+        return found
+
+    def loss(self, number: int) -> float:
+        """Return the recorded loss of a step, NaN if there is none."""
+        if number not in self._losses:
+            recorded = self.run.losses_between(number, number + BLOCK - 1)
+            self._losses = dict(enumerate(recorded, start=number))
+        return self._losses.get(number, math.nan)
+
+    def digested_before(self, number: int) -> int:
+        """Return the last step before one with digests of the state, 0 if there is none."""
+        earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
+        rows = ((step, row) for step in reversed(earlier) for row in self.run.repeats(step, step))
+        return next((step for step, row in rows if self.given(row).digests), 0)
+
+    def given(self, row: Repeat) -> Inputs:
+        """Return the inputs of a step without their contents.
+
+        Raises:
+            NotReplayedError: they cannot be read.
+        """
+        if row.inputs not in self._given:
+            if len(self._given) >= KEPT_STEPS:
+                self._given.clear()
+            with _reading():
+                self._given[row.inputs] = inputs_of(row.inputs, _what(self.run, row))
+        return self._given[row.inputs]
+
+    def inputs(self, row: Repeat) -> StepInputs:
+        """Return the inputs of a step, on the CPU; the tensors are the caller's own.
+
+        Raises:
+            NotReplayedError: one was dropped, or cannot be read.
+        """
+        given = self.given(row)
+        tensors = self.stored(row)
+        if self.rule is not None and "batch/x" not in tensors:
+            rows = zip("xy", self.rule(row.step), strict=True)
+            tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
+        if self.conversion is not None and row.program is not None:
+            self.program(row.program)
+            tensors = self._converted(self.conversion, row.program, tensors)
+        return StepInputs(tensors, given.nesting, given.digests)
+
+    def stored(self, row: Repeat) -> dict[str, Tensor]:
+        """Return the inputs of a step that the run holds by content, as recorded.
+
+        Raises:
+            NotReplayedError: one was dropped, or cannot be read.
+        """
+        given = self.given(row).given
+        found: dict[str, Tensor | None] = dict.fromkeys(given)
+        for name, each in given.items():
+            pieces = [self._pieces[digest] for digest in each.digests if digest in self._pieces]
+            if pieces and len(pieces) == len(each.digests):
+                found[name] = torch.cat(pieces).view(DTYPES[each.dtype]).reshape(each.shape)
+        if alone := {name: given[name] for name, tensor in found.items() if tensor is None}:
+            with _reading():
+                found |= self.run.contents(alone)
+        missing = next((name for name, tensor in found.items() if tensor is None), None)
+        if missing is not None:
+            raise NotReplayedError(
+                f"{_what(self.run, row)} was dropped ({missing}), because the batches exceeded the "
+                "budget (batch_budget of everystep.record); later steps may still open"
+            )
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def read_ahead(self, number: int, last: int) -> None:
+        """Read contents that the next steps need, unless that was done.
+
+        What cannot be read is reported by the step itself.
+        """
+        if number <= self._read_to:
+            return
+        self.row(number)
+        rows = self.ahead(number, last)
+        self._read_to = number + len(rows) - 1
+        wanted: dict[tuple[str, tuple[int, ...], bool], dict[bytes, None]] = {}
+        size = 0
+        try:
+            for row in rows if len(rows) > 1 else ():
+                for given in self.given(row).given.values():
+                    size += self._want(given, wanted)
+                if size > AHEAD_BYTES:
+                    break
+            if size:
+                self._keep(wanted, size)
+        except RunError:
+            return
+
+    def forget_ahead(self) -> None:
+        """Read again what the next steps need: they are others than before."""
+        self._read_to = 0
+
+    def _want(
+        self, given: Given, wanted: dict[tuple[str, tuple[int, ...], bool], dict[bytes, None]]
+    ) -> int:
+        """Add what is not known yet of an input; return how many bytes that is.
+
+        wanted: digests, by dtype, shape, and whether they are of rows.
+        """
+        if given.dtype not in DTYPES or math.prod(given.shape) == 0:
+            return 0
+        is_by_row = len(given.digests) > 1
+        kind = given.dtype, given.shape[1:] if is_by_row else given.shape, is_by_row
+        listed = wanted.setdefault(kind, {})
+        before = len(listed)
+        listed.update(dict.fromkeys(d for d in given.digests if d not in self._pieces))
+        size = math.prod(given.shape) * DTYPES[given.dtype].itemsize
+        return (len(listed) - before) * (size // len(given.digests))
+
+    def _keep(
+        self, wanted: dict[tuple[str, tuple[int, ...], bool], dict[bytes, None]], size: int
+    ) -> None:
+        """Read contents, and keep them by their digests."""
+        asked: dict[str, Given] = {}
+        for (dtype, shape, is_by_row), digests in wanted.items():
+            if is_by_row and digests:
+                asked[f"{len(asked)}"] = Given(dtype, (len(digests), *shape), tuple(digests))
+            elif digests:
+                asked |= {f"{len(asked) + n}": Given(dtype, shape, (d,)) for n, d in enumerate(digests)}
+        if self._bytes + size > KEPT_BYTES:
+            self._pieces.clear()
+            self._bytes = 0
+        self._bytes += size
+        for name, tensor in self.run.contents(asked).items():
+            if tensor is not None:
+                pieces = tensor.reshape(len(asked[name].digests), -1).view(torch.uint8)
+                self._pieces.update(zip(asked[name].digests, pieces, strict=True))
+
+    def _converted(
+        self, conversion: Precision, program: int, inputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the inputs of a step, tensors of the batch and bytes of others, converted."""
+        prefix = "input/"
+        others = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
+        cast = conversion.contents(self._recorded[program], others)
+        tensors = {name: conversion.tensor(name, tensor) for name, tensor in inputs.items()}
+        return tensors | {prefix + name: content for name, content in cast.items()}
+
+
+class StepsAtRate(RecordedSteps):
+    """Recorded steps at another learning rate, of all param groups of torch's own optimizers.
+
+    Args:
+        run, stretch, rule: as of `RecordedSteps`.
+        lr: the learning rate.
+    """
+
+    def __init__(
+        self, run: RecordedRun, stretch: Stretch, rule: RowsOf | None, lr: float | None
+    ) -> None:
+        super().__init__(run, stretch, rule)
+        self._lr = lr
+
+    def loss(self, number: int) -> float:
+        """Return NaN: the recorded loss is not that of the step."""
+        return math.nan
+
+    def numbers(self, row: Repeat) -> list[int | float]:
+        """Return the numbers of a step, with the learning rate in them.
+
+        Raises:
+            NotReplayedError: they cannot be read.
+            RunError: the step has an optimizer with a learning rate that is not a number of the step.
+        """
+        numbers = super().numbers(row)
+        if self._lr is None:
+            return numbers
+        interpreter, found, count = self.program_of(row), list[int | float](), 0
+        operations = interpreter.program.operations
+        for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
+            place = 0
+            is_optimizer = isinstance(operation.resolved, OptimizerOperator)
+            for key, value in operation.keywords.items() if is_optimizer else ():
+                size = count_numbers(value)
+                if key == "lr":
+                    own[place : place + size] = [self._lr] * size
+                    count += size
+                place += size
+            found += own
+        if not count and any(operation.phase == "update" for operation in operations):
+            raise RunError(
+                f"{self.run.name} has no learning rate that its programs know as a number: only "
+                "optimizers of torch's own have one, where it is not a tensor; fork the run instead"
+            )
+        return found
+
+
+class FurtherSteps(StepsAtRate):
+    """What each step of a run would be, by its rules, whether the run has it or not.
+
+    Args:
+        run: its batches follow from a rule, and no schedule changes its settings.
+        rule: returns its batches, None if no step is to be taken.
+        lr: another learning rate than the run's, None for that.
+    """
+
+    def __init__(self, run: RecordedRun, rule: RowsOf | None = None, lr: float | None = None) -> None:
+        super().__init__(run, run.stretches[-1], rule, lr)
+        self._batches = batches_of(self.facts)
+        self._newest = run.newest_step()
+        #: The newest step by its number of rows.
+        self._alike: dict[int, Repeat] = {}
+        self._made: dict[tuple[Any, ...], tuple[Repeat, Taken]] = {}
+
+    def row(self, number: int) -> Repeat:
+        """Return what repeats a step, for a replay."""
+        return self._step(number)[0]._replace(step=number)
+
+    def taken(self, number: int) -> Taken:
+        """Return a step as it is written."""
+        return self._step(number)[1]._replace(step=number)
+
+    def ahead(self, first: int, last: int) -> list[Repeat]:
+        """Return the rows of the next steps."""
+        return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
+
+    def reason_against(self) -> str | None:
+        """Return why there are no such steps after the run's last, None if there are."""
+        epoch = range(self._newest + 1, self._newest + 1 + self._batches.steps_per_epoch)
+        if not all(map(self._can_take, epoch)):
+            return "it has too few steps: no program takes later ones"
+        return self._reason_against_changes()
+
+    def _can_take(self, number: int) -> bool:
+        """Tell whether there is a program: not one of a first step, which makes what later ones find."""
+        try:
+            ends = self.program_of(self._like(number)).program.ends
+        except NotReplayedError:
+            return False
+        return all(name.startswith("gradient/") for name in ends)
+
+    def _reason_against_changes(self) -> str | None:
+        """Return what code between the steps did that programs would not do, None if it did nothing.
+
+        What it drew matters only to steps that draw, too.
+        """
+        changes = sorted(self.run.change_files().items())
+        for step, file in changes:
+            change = self.run.change(file)
+            names = sorted({*change.tensors, *change.gone})
+            own = [name for name in names if not name.startswith("generator/")]
+            if own:
+                return f"code after step {step} changed {own[0].partition('/')[2]}"
+        programs = map(self.program, self.facts.programs)
+        operations = (each for program in programs for each in program.program.operations)
+        if changes and any(draws_random_numbers(each.resolved) for each in operations):
+            return "code between the steps drew random numbers, and the steps draw, too"
+        return None
+
+    def _step(self, number: int) -> tuple[Repeat, Taken]:
+        """Return a step: its operations are those of a recorded one."""
+        row = self._like(number)
+        key = row[1:4]
+        if key not in self._made:
+            self._made[key] = self._further(row)
+        return self._made[key]
+
+    def _like(self, number: int) -> Repeat:
+        """Return the step itself if the run has it, else the newest one with as many rows."""
+        if number <= self._newest:
+            return super().row(number)
+        rows = self._batches.rows_of(number)
+        if rows not in self._alike:
+            epoch = range(self._newest, max(0, self._newest - self._batches.steps_per_epoch), -1)
+            alike = next((n for n in epoch if self._batches.rows_of(n) == rows), 0)
+            self._alike[rows] = super().row(alike)
+        return self._alike[rows]
+
+    def _further(self, row: Repeat) -> tuple[Repeat, Taken]:
+        inputs = self.given(row)
+        # Where the recorded step found its generator, this one finds it as the step before has left it.
+        given = {name: each for name, each in inputs.given.items() if not name.startswith("generator/")}
+        listed = {name: each.to_json() for name, each in given.items()}
+        made = row._replace(inputs=packed({"nesting": inputs.nesting, "given": listed}))
+        tensors = self.stored(made) if given else {}
+        return made, Taken(row.step, row.program, self.numbers(row), tensors, inputs.nesting, 0, {})
+
+
+def read_program(run: RecordedRun, number: int) -> Program:
+    """Read a program of a run with its digest, by its number.
+
+    Raises:
+        RunError: it cannot be read, was changed, or is not valid.
+    """
+    name = program_file(number)
+    content = run.read_file(name)
+    try:
+        return Program.from_json(content)
+    except ProgramError as error:
+        raise ProgramError(f"{run.directory / name}: {error}") from None
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Report that something of the run cannot be read as what keeps a step from being replayed."""
+    try:
+        yield
+    except RunError as error:
+        raise NotReplayedError(str(error)) from None
+
+
+def _what(run: RecordedRun, row: Repeat) -> str:
+    return f"the input of step {row.step} of {run.name}"

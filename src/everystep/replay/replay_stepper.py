@@ -1,0 +1,469 @@
+"""The replay's stepper: takes the recorded steps of a stretch again, with programs alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ProgramError, RunError
+from everystep.program.bound import BoundProgram
+from everystep.program.calls import Call, without_autograd
+from everystep.program.interpreter import Environment, Interpreted, Interpreter
+from everystep.program.memory import copy_on_cpu
+from everystep.program.operators import REFUSALS
+from everystep.recording.contents import digest_of
+from everystep.recording.database import Repeat
+from everystep.replay.batches import batches_of, settings_of
+from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps
+from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps
+from everystep.replay.step import Batch
+from everystep.step.build import NotCapturableError
+from everystep.step.expanded import Expanded, Expander
+from everystep.step.generators import Generators
+from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
+from everystep.step.observe import Observation, StepObserver
+from everystep.step.own_state import PREFIX
+from everystep.step.state import State, copy_of
+from everystep.training.batch import nested_again
+
+__all__ = ["Hook", "ReplayStepper", "Saved"]
+
+#: Tensors that a message names.
+MOST_NAMED = 3
+_GENERATOR = re.compile(r"generator/([0-9]{1,9})")
+_RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
+
+
+class _FoundError(Exception):
+    """Ends a run of a program that has come far enough."""
+
+
+class Hook(Protocol):
+    """Observes steps while bound programs run them. A step has the same bits with and without it."""
+
+    def calls(self, bound: BoundProgram) -> list[Call]:
+        """Return the calls of a step, with observing calls in between."""
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Observe a step that just ran; return whether to continue."""
+
+
+class Saved(NamedTuple):
+    """A copy of the tensors of a state, and of the random generators."""
+
+    tensors: dict[str, Tensor]
+    generators: Generators
+
+
+class ReplayStepper:
+    """Takes steps again, in any order of loading and running.
+
+    Args:
+        steps: what repeats each of them.
+        diverged: called with a step that differs from the recording, and how, in words.
+
+    state: the step after which the current state is, None before one is loaded; has_gradients_in_state:
+    whether a state holds the gradients that the next step drops: if not, they are made once more.
+    """
+
+    def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], None]) -> None:
+        self.state: int | None = None
+        self.steps = steps
+        self._run = steps.run
+        self._is_own_loop = self.has_gradients_in_state = steps.facts.loop is not None
+        self._diverged = diverged
+        self._expanders: dict[Interpreter, Expander] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._bound = BoundSteps(self._tensors)
+        self._loaded: State | None = None
+        self._loaded_at: int | None = None
+        #: A snapshot of everystep's own steps has what changed after its step.
+        self._between = {
+            step: name
+            for step, name in self._run.change_files().items()
+            if self._is_own_loop or step >= steps.first
+        }
+        self._settled: int | None = None
+        self._has_diverged = False
+        is_held = _RATE.fullmatch if self._is_own_loop else is_hyperparameter
+        names = filter(is_held, self._run.measurement_names)
+        self._settings = settings_of(self._run, names, steps.first)
+
+    # The state.
+
+    def load(self, state: State) -> None:
+        """Restore a state from disk.
+
+        Raises:
+            RunError: it is not a state of watched steps.
+        """
+        names = state.settings.get("names")
+        if not isinstance(names, list):
+            raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
+        named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
+        self._begin(state.step, self._here({n: named[n] for n in names if n in named}))
+        self._loaded, self._loaded_at = state, state.step
+        self._has_diverged = False
+        state.generators.restore(self.steps.device)
+
+    def save(self) -> Saved:
+        """Return a copy of the current state."""
+        return Saved(_copies(self._tensors), Generators.capture(self.steps.device))
+
+    def restore(self, step: int, saved: Saved) -> None:
+        """Bring everything back to what `save` returned after `step`."""
+        self._begin(step, _copies(saved.tensors))
+        saved.generators.restore(self.steps.device)
+
+    def _begin(self, step: int, tensors: dict[str, Tensor]) -> None:
+        self._tensors.clear()
+        self._tensors |= tensors
+        self._bound.touched()
+        self.steps.forget_ahead()
+        self.state, self._settled, self._loaded_at = step, None, None
+
+    def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.steps.device, copy=True) for name, tensor in tensors.items()}
+
+    def go_on(self, steps: RecordedSteps) -> None:
+        """From here on take these steps, with nothing between them."""
+        self.steps, self._between = steps, {}
+        self._bound = BoundSteps(self._tensors)
+
+    def settle(self) -> None:
+        """Apply what code changed after the last step, outside of any step."""
+        if self.state is None or self.state == self._settled or self.state not in self._between:
+            return
+        self._settled = self.state
+        tensors, gone = self._run.change(self._between[self.state])
+        for name in gone:
+            self._tensors.pop(name, None)
+        tensors = {n: each for n, each in tensors.items() if not n.startswith("generator/")}
+        if self.steps.conversion is not None:
+            convert = self.steps.conversion.tensor
+            tensors = {name: convert(name, each) for name, each in tensors.items()}
+        self._tensors |= self._here(tensors)
+        self._bound.touched()
+
+    def capture(self) -> State:
+        """Return the current state in the form that is written to disk."""
+        assert self.state is not None and self._loaded is not None
+        dropped: set[str] = set()
+        if not self._is_own_loop:  # its snapshots have what changed after the step
+            self.settle()
+            dropped = {n for n in self._tensors if n.startswith("gradient/")} - self._names_read()
+        copies = {name: copy_of(t) for name, t in self._tensors.items() if name not in dropped}
+        known = self._loaded.parameters
+        parameters = {
+            path: copies[f"{kind}/{path}"]
+            for path in known
+            for kind in ("buffer", "parameter")
+            if f"{kind}/{path}" in copies
+        }
+        # Layers may have come on the way.
+        new = (name.partition("/") for name in copies if name.startswith("parameter/"))
+        parameters |= {
+            path: copies[f"parameter/{path}"]
+            for _, _, path in new
+            if path not in known and "#" not in path and f"parameter/{path}" not in self._loaded.rest
+        }
+        rest = {
+            name: tensor
+            for name, tensor in copies.items()
+            if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
+        }
+        generators = Generators.capture(self.steps.device).tensors()
+        rest |= {f"generator/{name}": tensor for name, tensor in generators.items()}
+        if not self._is_own_loop and self.state in self._between:  # what code has drawn since the step
+            changed = self._run.change(self._between[self.state]).tensors
+            rest |= {name: each for name, each in changed.items() if name.startswith("generator/")}
+        settings = self._loaded.settings | {"step": self.state, "names": [*copies]}
+        state = State(self.state, parameters, rest, settings)
+        return state if self._is_own_loop else state.with_optimizer("optimizer", self._groups())
+
+    def _names_read(self) -> set[str]:
+        """Return the names of the state that any program reads, as far as they can be read."""
+        found: set[str] = set()
+        for number in self.steps.facts.programs:  # one that was not needed yet may read a gradient
+            with suppress(NotReplayedError):
+                found |= self.steps.program(number).state.keys()
+        return found
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return the live tensors of the state by name."""
+        return self._tensors
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return copies of the gradients that are pending, by parameter."""
+        prefix = "gradient/"
+        return {
+            name.removeprefix(prefix): copy_on_cpu(tensor)
+            for name, tensor in self._tensors.items()
+            if name.startswith(prefix)
+        }
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients of the last step are available."""
+        return self.has_gradients_in_state or self._loaded_at != self.state
+
+    def hyperparameters(self) -> dict[str, float]:
+        """Return the learning rates of the last step, and other settings that ever changed."""
+        assert self.state is not None
+        found = {name: each.at(self.state) for name, each in self._settings.items()}
+        known = {name: value for name, value in found.items() if value is not None}
+        if self._is_own_loop:
+            return known
+        rates = {}
+        for index, group in enumerate(self._loaded_groups()):
+            rate = group.get("lr", self._tensors.get(f"group/{index}/lr"))
+            if isinstance(rate, int | float | Tensor):
+                rates[f"lr[{index}]" if index else "lr"] = float(rate)
+        return rates | known
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the param groups of everystep's own steps with the numbers that the last one used."""
+        groups = [dict(group) for group in self._loaded_groups()]
+        for name, setting in self._settings.items():
+            value = setting.at(self.state or 0)
+            if value is not None:
+                set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
+        return groups
+
+    def _loaded_groups(self) -> list[dict[str, Any]]:
+        found = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []
+        return [*found]
+
+    # What a step is given.
+
+    def epoch(self, number: int) -> int:
+        """Return the epoch of a step, from 0; a user's loop has no epochs."""
+        return 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
+
+    def generators(self, number: int) -> dict[str, Tensor]:
+        """Return the states of the random generators that the next step draws from, by name."""
+        given = self.steps.inputs(self.steps.row(number)).tensors
+        drawn = {name: tensor for name, tensor in given.items() if _GENERATOR.fullmatch(name)}
+        return Generators.capture(self.steps.device).tensors() | drawn
+
+    def batch(self, number: int) -> Batch:
+        """Return the batch of a step in its original nesting, on the CPU.
+
+        Raises:
+            RunError: it was dropped.
+        """
+        inputs = self.steps.inputs(self.steps.row(number))
+        named = inputs.tensors.items()
+        tensors = {n.removeprefix(BATCH): t for n, t in named if n.startswith(BATCH)}
+        nested = nested_again(inputs.nesting, tensors)
+        if self._is_own_loop:
+            return Batch(tensors, None, nested)
+        batches = batches_of(self.steps.facts)
+        return Batch(tensors, batches.numbers_of(number), nested, batches.source)
+
+    def given(self, number: int) -> bytes:
+        """Return a fingerprint of the next step's inputs besides its state: numbers and inputs."""
+        self.settle()
+        row = self.steps.row(number)
+        given = repr(sorted(self.steps.given(row).given.items())).encode()
+        if self.steps.rule is not None:
+            tensors = self.steps.inputs(row).tensors
+            given += b"".join(digest_of(tensors[f"batch/{name}"]).encode() for name in "xy")
+        return (row.numbers or b"") + given
+
+    def module_paths(self) -> list[str]:
+        """Return the paths of modules, of which not each need run at each step."""
+        programs = [self.steps.program(n).program for n in self.steps.facts.programs]
+        return list(dict.fromkeys(path for program in programs for path in program.activations))
+
+    # Steps.
+
+    def run(self, last: int) -> Tensor:
+        """Run the steps up to `last`; return their losses (steps), on the CPU.
+
+        If a step logged no loss, or a loss that no operation returned, this is the recorded one. If a
+        step cannot be taken, the losses of those before it; the next call raises.
+
+        Raises:
+            RunError: nothing repeats the next step, or its inputs were dropped.
+        """
+        return self._advance(last)
+
+    def watch(self, last: int, hook: Hook) -> Tensor:
+        """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
+
+        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that none
+        runs, or when the hook returns so.
+
+        Raises:
+            RunError: as `run`.
+        """
+        return self._advance(last, hook)
+
+    def can_watch(self, number: int) -> bool:
+        """Tell whether a hook can observe the next step: a program that is bound runs it."""
+        try:
+            self.settle()
+            row = self.steps.row(number)
+            return self._bound.begin(row, number + LOOK_AHEAD, self.steps) is not None
+        except NotReplayedError:  # which running the step reports
+            return False
+
+    def observe(self) -> Observation:
+        """Run the next step, and return everything in it.
+
+        Raises:
+            RunError: as `run`.
+        """
+        assert self.state is not None
+        self.settle()
+        row = self.steps.row(self.state + 1)
+        interpreter = self.steps.program_of(row)
+        if interpreter not in self._expanders:
+            self._expanders[interpreter] = Expander(interpreter, self.steps.device)
+        given = self.steps.numbers(row), self._tensors, partial(self._before, row)
+        try:
+            with without_autograd():
+                expansion = self._expanders[interpreter].expanded(*given)
+        except (ProgramError, NotCapturableError, *REFUSALS) as error:
+            raise self._not_replayed(row.step, error) from None
+        observer = StepObserver(expansion.interpreter, expansion.numbers)
+        loss = self._interpret(row, observer.look, expansion)
+        found = observer.observation(torch.tensor(loss, dtype=torch.float64))
+        has_unseen = bool(self.steps.facts.unseen)
+        return found._replace(places=found.places._replace(has_unseen=has_unseen))
+
+    def _before(self, row: Repeat, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return copies of tensors of a step's program, by name, as they are before an operation."""
+        found: dict[str, Tensor] = {}
+
+        def look(place: int, environment: Environment) -> None:
+            if place == index:
+                found.update((name, environment.tensor(name).clone()) for name in names)
+                raise _FoundError
+
+        drawn = Generators.capture(self.steps.device)
+        step = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
+        with suppress(_FoundError):
+            _run(step, _copies(self._tensors), self.steps.inputs(row).tensors, look)
+        drawn.restore(self.steps.device)
+        return found
+
+    def _advance(self, last: int, hook: Hook | None = None) -> Tensor:
+        losses: list[float] = []
+        assert self.state is not None
+        try:
+            with without_autograd():
+                while self.state < last:
+                    self.settle()
+                    row = self.steps.row(self.state + 1)
+                    bound = self._bound.begin(row, last, self.steps)
+                    if bound is not None:
+                        losses.append(self._run_bound(row.step, bound, hook))
+                    elif hook is None:
+                        losses.append(self._interpret(row))
+                    if hook is not None and (bound is None or not hook.after(row.step, bound.live)):
+                        break
+        except NotReplayedError:
+            if not losses:
+                raise
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def _run_bound(self, number: int, bound: BoundStep, hook: Hook | None) -> float:
+        """Run a step by a bound program that is ready for it; return its loss."""
+        live = bound.live
+        calls = live.calls if hook is None else hook.calls(live)
+        if live.draws and bound.generator is not None:
+            torch.set_rng_state(bound.generator)
+        try:
+            for call in calls:
+                call()
+        except REFUSALS as error:
+            raise self._not_replayed(number, error) from None
+        self._bound.end(bound)
+        self.state = number
+        if live.program.loss is None:
+            live.loss.fill_(self.steps.loss(number))
+        self._compare(number, bound.different_read() if live.reads else None, bound.digests)
+        return live.loss.item()
+
+    def _interpret(
+        self,
+        row: Repeat,
+        look: Callable[[int, Environment], None] | None = None,
+        expansion: Expanded | None = None,
+    ) -> float:
+        """Run a step, or its expansion, by the interpreter; return its loss."""
+        inputs = self.steps.inputs(row)
+        interpreter = self.steps.program_of(row)
+        step = expansion or Expanded(interpreter, self.steps.numbers(row), {})
+        self._bound.touched(row.program)
+        try:
+            with without_autograd():
+                taken = _run(step, self._tensors, inputs.tensors, look)
+        except (ProgramError, ValueError) as error:
+            raise NotReplayedError(self._failure(row.step, str(error))) from None
+        self.state = row.step
+        self._compare(row.step, taken.differs, inputs.digests)
+        return self.steps.loss(row.step) if taken.loss is None else float(taken.loss)
+
+    def _not_replayed(self, number: int, error: Exception) -> NotReplayedError:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return NotReplayedError(self._failure(number, reason))
+
+    def _failure(self, number: int, reason: str) -> str:
+        return f"step {number} of {self._run.name} cannot be replayed: {reason}"
+
+    def _compare(self, number: int, differs: str | None, digests: Mapping[str, str]) -> None:
+        """Report how a step differs from the recording; of the state after it, the first time."""
+        if differs is not None:
+            self._diverged(number, f"step {number} differs from the recording: {differs}")
+        if not digests or self._has_diverged or self.steps.conversion is not None:
+            return
+        present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
+        other = [name for name, digest in present if digest_of(self._tensors[name]) != digest]
+        if not other:
+            return
+        self._has_diverged = True
+        names = ", ".join(name.partition("/")[2] for name in other[:MOST_NAMED])
+        more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
+        self._diverged(
+            number,
+            f"after step {number}, the state differs from the recording: {names}{more}. Either the "
+            f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
+            "torch does not see it (NumPy, a thread, a compiled graph)",
+        )
+
+
+def _run(
+    step: Expanded,
+    state: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    look: Callable[[int, Environment], None] | None,
+) -> Interpreted:
+    """Run a step on a state, with its inputs by the names that a row has."""
+    interpreter, numbers, more = step
+    drawn = ((_GENERATOR.fullmatch(name), tensor) for name, tensor in inputs.items())
+    generators = {int(found[1]): tensor for found, tensor in drawn if found}
+    return interpreter.run(state, interpreter.lay_inputs(inputs | more), numbers, generators, look)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors that share memory as these do."""
+    memory: dict[int, torch.UntypedStorage] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        copy = memory.get(storage._cdata)
+        if copy is None:
+            copy = memory[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        found[name] = empty.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return found
