@@ -12,8 +12,8 @@ from everystep.errors import RunError
 from everystep.recording.files import program_file
 from everystep.recording.run import RecordedRun
 from everystep.replay.given import draws
+from everystep.replay.loop import LoopStepper
 from everystep.replay.replay import Replay
-from everystep.replay.step import ReplayStepper
 from everystep.step.check import bytes_of
 
 __all__ = ["draws_at_random", "footprints", "model_digests", "programs_of"]
@@ -65,7 +65,7 @@ def model_digests(replay: Replay, first: int, last: int) -> list[dict[str, bytes
     return found
 
 
-def _add_state(digest: Any, stepper: ReplayStepper) -> None:
+def _add_state(digest: Any, stepper: LoopStepper) -> None:
     for name, tensor in sorted(stepper.named_state().items()):
         digest.update(name.encode())
         digest.update(bytes_of(tensor))

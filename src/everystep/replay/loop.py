@@ -28,7 +28,7 @@ from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.batches import batches_of, settings_of
 from everystep.replay.bound_steps import BoundStep, BoundSteps, replace_state
 from everystep.replay.programs import read_program
-from everystep.replay.step import Batch, Hook, NotReplayedError, ReplayStepper, reading
+from everystep.replay.step import Batch, Hook, NotReplayedError, reading
 from everystep.replay.stored_inputs import StoredInputs
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
@@ -73,7 +73,7 @@ class _Inputs(NamedTuple):
     digests: dict[str, Any]
 
 
-class LoopStepper(ReplayStepper):
+class LoopStepper:
     """Replays watched steps, in any order of loading and running.
 
     Args:

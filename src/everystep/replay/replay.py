@@ -23,7 +23,7 @@ from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
 from everystep.replay.batches import rule_of
 from everystep.replay.loop import LoopStepper
-from everystep.replay.step import ReplayStepper, Step, Update
+from everystep.replay.step import Step, Update
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.observe import Observation
 from everystep.step.state import State
@@ -70,7 +70,7 @@ class Replay:
         self._objects = objects or Objects()
         self._threads = threads
         self._conversion = conversion
-        self._steppers: dict[int, ReplayStepper] = {}
+        self._steppers: dict[int, LoopStepper] = {}
         self._at = 0
         self._generators: Generators | None = None
         self._kept: OrderedDict[tuple[int, int], tuple[int, Any]] = OrderedDict()
@@ -113,11 +113,11 @@ class Replay:
             return self.go_to(number).capture()
 
     @property
-    def stepper(self) -> ReplayStepper:
+    def stepper(self) -> LoopStepper:
         """The stepper, at the current state of the replay."""
         return self._stepper_of(self._at)
 
-    def go_to(self, state: int, at: int | None = None) -> ReplayStepper:
+    def go_to(self, state: int, at: int | None = None) -> LoopStepper:
         """Run the steps up to a state, in the stretch `at`; call it inside `in_force`."""
         at = self.stretch_of(state) if at is None else at
         stepper = self._stepper_of(at)
@@ -245,7 +245,7 @@ class Replay:
             self._advance(stepper, number - 1)
         self.go_to(number - 1, at)
 
-    def _start_near(self, stepper: ReplayStepper, at: int, state: int) -> None:
+    def _start_near(self, stepper: LoopStepper, at: int, state: int) -> None:
         """Restore the nearest available state up to the wanted one."""
         lowest = self.stretches[at].first - 1
         here = -1
@@ -267,7 +267,7 @@ class Replay:
         elif here < 0:
             self._load_first(stepper, at)
 
-    def _load_first(self, stepper: ReplayStepper, at: int) -> None:
+    def _load_first(self, stepper: LoopStepper, at: int) -> None:
         """Load the state that a stretch begins with; if it cannot be read, from the stretch before."""
         boundary = self.stretches[at].first - 1
         state = self.run.state_near(boundary, on_problem=self._note, after=boundary - 1)
@@ -279,10 +279,10 @@ class Replay:
         self._load(stepper, state)
         self._at = at
 
-    def _load(self, stepper: ReplayStepper, state: State) -> None:
+    def _load(self, stepper: LoopStepper, state: State) -> None:
         stepper.load(state if self._conversion is None else _converted(state, self._conversion))
 
-    def _advance(self, stepper: ReplayStepper, last: int) -> None:
+    def _advance(self, stepper: LoopStepper, last: int) -> None:
         assert stepper.state is not None
         first = stepper.state + 1
         started = clock.now()
@@ -306,7 +306,7 @@ class Replay:
     def _spacing(self) -> int:
         return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
 
-    def _keep(self, stepper: ReplayStepper) -> None:
+    def _keep(self, stepper: LoopStepper) -> None:
         assert stepper.state is not None
         place = self._at, stepper.state
         if place in self._kept:
@@ -316,7 +316,7 @@ class Replay:
         while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
 
-    def _stepper_of(self, at: int) -> ReplayStepper:
+    def _stepper_of(self, at: int) -> LoopStepper:
         if at not in self._steppers:
             stretch, conversion = self.stretches[at], self._conversion
             rule = rule_of(self.run, stretch, self._objects, conversion)

@@ -18,8 +18,7 @@ from everystep.program.calls import Call
 from everystep.program.observed import Observed
 from everystep.program.operation import Phase
 from everystep.program.unset import overwrites, unset_results
-from everystep.step.observe import Observation, Places
-from everystep.step.state import State
+from everystep.step.observe import Places
 
 if TYPE_CHECKING:
     from everystep.replay.rows import Rows
@@ -30,7 +29,6 @@ __all__ = [
     "Batch",
     "Hook",
     "NotReplayedError",
-    "ReplayStepper",
     "Segment",
     "Statistics",
     "Step",
@@ -62,6 +60,15 @@ class Batch:
     def whole(self) -> str:
         """What its rows are numbered in: the source of the data, or the batch where that is unknown."""
         return "the batch" if self.rows is None else self.source
+
+    @property
+    def count(self) -> int:
+        """How many rows it has: as many as its first tensor that has any."""
+        return next((len(tensor) for tensor in self.tensors.values() if tensor.dim()), 0)
+
+    def number(self, place: int) -> int:
+        """Return the number of a row in the data, its place in the batch where that is unknown."""
+        return place if self.rows is None else int(self.rows[place])
 
     @property
     def x(self) -> Tensor:
@@ -289,79 +296,6 @@ class Hook(Protocol):
 
     def after(self, number: int, bound: BoundProgram) -> bool:
         """Observe a step that just ran; return whether to continue."""
-
-
-class ReplayStepper(Protocol):
-    """What a replay needs from a recorded training, of everystep or of a user's loop.
-
-    state: the step after which the current state is, None before one is loaded.
-    """
-
-    state: int | None
-    #: Whether a state holds the gradients that the next step needs: otherwise they are made once more.
-    has_gradients_in_state: bool
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether the gradients of the last step are available."""
-        return True
-
-    def load(self, state: State) -> None:
-        """Restore a state from disk."""
-
-    def save(self) -> Any:
-        """Return a copy of the current state; it has `tensors`."""
-
-    def restore(self, step: int, saved: Any) -> None:
-        """Restore what `save` returned after `step`."""
-
-    def capture(self) -> State:
-        """Return the current state in the form that is written to disk."""
-
-    def settle(self) -> None:
-        """Apply the recorded changes after the last step, before anything else runs."""
-
-    def run(self, last: int) -> Tensor:
-        """Run the steps up to `last`; return their losses (steps), on the CPU."""
-
-    def watch(self, last: int, hook: Hook) -> Tensor:
-        """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
-
-        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that none
-        runs, or when the hook returns so.
-        """
-        raise AssertionError("no bound program runs its steps")
-
-    def can_watch(self, number: int) -> bool:
-        """Tell whether a hook can observe the next step: a program that is bound runs it."""
-
-    def observe(self) -> Observation:
-        """Run the next step, and return everything in it."""
-
-    def named_state(self) -> dict[str, Tensor]:
-        """Return the live tensors of the state by name."""
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return copies of the gradients that the last step left, by parameter."""
-
-    def hyperparameters(self) -> dict[str, float]:
-        """Return the learning rates and similar settings."""
-
-    def module_paths(self) -> list[str]:
-        """Return the paths of all modules; a step need not run each of them."""
-
-    def given(self, number: int) -> bytes:
-        """Return a fingerprint of the next step's inputs besides its state: settings and batch."""
-
-    def generators(self, number: int) -> dict[str, Tensor]:
-        """Return the states of the random generators that the next step draws from, by name."""
-
-    def batch(self, number: int) -> Batch:
-        """Return the batch of a step."""
-
-    def epoch(self, number: int) -> int:
-        """Return the epoch of a step, from 0; a user's loop has no epochs."""
-        return 0
 
 
 class Statistics(NamedTuple):

@@ -297,9 +297,7 @@ class Questions(OpenedRun):
         if without_rows_of is not None:
             step = self[self._number(without_rows_of)]
             at, batch = step.number - 1 if at is None else at, step.batch
-            first = next(iter(batch.tensors.values()), None)
-            count = 0 if first is None or not first.dim() else len(first)
-            chosen += range(count) if batch.rows is None else batch.rows.tolist()
+            chosen += map(batch.number, range(batch.count))
         rows = sorted(set(chosen))
         if not rows:
             raise UsageError("no rows to leave out: pass without_rows, or without_rows_of")

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import cmath
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
+
+from everystep.ops import Call, Formula, NoRuleError, Piece, Sum, Words, how_made
+from everystep.ops.call import numbers_of
+from everystep.ops.formula import total
 from everystep.program.observed import Observed
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
-from everystep.replay.why.rows import batch_rows
-from everystep.replay.why.trace import Spot, Written, is_finite
+from everystep.replay.why.trace import Spot, same_number_bits
 
 if TYPE_CHECKING:
     from everystep.replay.why.session import Session
 
-__all__ = ["Group", "Number", "Origin", "Term", "Why"]
+__all__ = ["Group", "Kind", "Number", "Term", "Why", "answered"]
 
-Origin = Literal[
-    "operation", "batch", "outside", "state", "setting", "constant", "unseen", "difference", "parts"
-]
+Kind = Literal["operation", "batch", "outside", "state", "constant", "unseen", "difference", "parts"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,13 @@ class Number:
     @property
     def is_made(self) -> bool:
         """Whether an operation of its step made it."""
-        return isinstance(self.session.trace(self.step).origin(self.spot), Written)
+        origin = self.session.trace(self.step).origin(self.spot)
+        return origin is not None and origin.operation is not None
+
+    def has_bits_of(self, value: Any) -> bool:
+        """Tell whether a value of its dtype has its bits."""
+        dtype = getattr(torch, self.dtype)
+        return same_number_bits(torch.tensor(value, dtype=dtype), torch.tensor(self.value, dtype=dtype))
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class Why(Shown):
     """
 
     number: Number
-    origin: Origin
+    origin: Kind
     step: Step = field(repr=False, compare=False)
     operation: int | None = None
     formula: str = ""
@@ -123,13 +135,13 @@ class Why(Shown):
     @property
     def began(self) -> Why | None:
         """Where a NaN or infinity began, if this is one that came from somewhere else."""
-        is_bad = not is_finite(self.number.value) and self.origin != "difference"
+        is_bad = not cmath.isfinite(self.number.value) and self.origin != "difference"
         return self.causes[-1] if is_bad and self.causes else None
 
     @property
     def step_rows(self) -> int:
         """How many rows the batch has."""
-        return batch_rows(self.step)
+        return self.step.batch.count
 
     @property
     def numbers(self) -> list[Number]:
@@ -139,3 +151,93 @@ class Why(Shown):
     def __repr__(self) -> str:
         made = f"#{self.operation} {self.observed.operation.operator}" if self.observed else self.origin
         return f"<step {self.number.step:,}: {self.number.name} = {self.number.value!r}, {made}>"
+
+
+#: Makes the number of the tensor of a piece at one of its places.
+NumberAt = Callable[[Piece, int], Number]
+_Groups = tuple[Group, ...]
+
+
+def answered(asked: Why, call: Call, at: NumberAt, count: int) -> Why:
+    """Return an answer with how its operation made the number, by the rule of the operator.
+
+    call: the operation; at: makes numbers of pieces; count: how many of each kind are shown.
+
+    Raises:
+        NoRuleError: there is no rule, or it does not give such complex numbers: it was written for real
+            ones.
+    """
+    number, made = asked.number, how_made(call)
+    try:
+        if isinstance(made, Sum):
+            groups, value = _of_sum(made, call, at, count)
+        else:
+            groups, value = _of_formula(made, call, at, count)
+    except TypeError as error:  # a function of real numbers only
+        raise NoRuleError("the rule does not give this complex number") from error
+    if np.iscomplexobj(value) and not np.isclose(value, number.value, rtol=1e-3, equal_nan=True):
+        raise NoRuleError("the rule does not give this complex number")
+    recomputed = _rounded(value, getattr(torch, number.dtype))
+    return replace(
+        asked,
+        formula=made.shown,
+        groups=groups,
+        divisor=made.divisor,
+        recomputed=recomputed,
+        is_equal=recomputed is not None and number.has_bits_of(recomputed),
+        note=made.note,
+    )
+
+
+def _of_sum(made: Sum, call: Call, at: NumberAt, count: int) -> tuple[_Groups, Any]:
+    groups, shown = [], []
+    for terms in made.terms:
+        values = terms.of({key: numbers_of(call.tensor_of(p), p) for key, p in terms.given.items()})
+        largest = _largest(values, count)
+        others = np.delete(values, largest)
+        rest = total(others) if len(others) else None
+        weights = {key: of for key, of in terms.settings.items() if isinstance(of, np.ndarray)}
+        rows = tuple(
+            Term(
+                {key: at(p, k) for key, p in terms.given.items()},
+                _plain(values[k]),
+                {key: float(of[k]) for key, of in weights.items()},
+            )
+            for k in largest
+        )
+        shown += [row.value for row in rows] + ([] if rest is None else [rest])
+        groups.append(Group(terms.shown, rows, len(values), rest))
+    with np.errstate(all="ignore"):  # the mean of nothing is NaN
+        return tuple(groups), np.divide(total(shown) if len(shown) != 1 else shown[0], made.divisor)
+
+
+def _of_formula(
+    made: Formula | Words, call: Call, at: NumberAt, count: int
+) -> tuple[tuple[Group, ...], Any]:
+    groups, given = [], {}
+    for key, piece in made.given.items():
+        given[key] = numbers_of(call.tensor_of(piece), piece)
+        rows = tuple(Term({key: at(piece, k)}) for k in _largest(given[key], count))
+        groups.append(Group(key, rows, piece.size))
+    return tuple(groups), None if isinstance(made, Words) else made.of(given)
+
+
+def _plain(value: Any) -> float:
+    return complex(value) if np.iscomplexobj(value) else float(value)  # type: ignore[return-value]
+
+
+def _largest(values: Any, count: int) -> Any:
+    """Return the places of the largest values by size, NaN first."""
+    sizes, nans = np.abs(values), np.isnan(values)
+    order = np.lexsort((-np.where(nans, np.inf, sizes), ~nans))  # stable
+    return order[:count]
+
+
+def _rounded(value: Any, dtype: torch.dtype) -> Any:
+    """Return what a formula gives, rounded once to a dtype; None if that has no such number."""
+    if value is None:
+        return None
+    if dtype.is_complex:
+        return torch.tensor(complex(value), dtype=torch.complex128).to(dtype).item()
+    is_known = dtype.is_floating_point or math.isfinite(value)
+    return torch.tensor(float(value), dtype=torch.float64).to(dtype).item() if is_known else None

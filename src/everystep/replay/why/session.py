@@ -1,7 +1,9 @@
-"""A session: the opened steps that an answer goes through."""
+"""A session: the opened steps that an answer goes through, and the answers for numbers of them."""
 
 from __future__ import annotations
 
+from cmath import isfinite
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -9,25 +11,19 @@ from torch import Tensor
 
 from everystep.device import on_cpu
 from everystep.errors import UsageError
-from everystep.ops import Call, NoRuleError, Piece, how_made
+from everystep.ops import NoRuleError, Piece, Sum, how_made
 from everystep.replay.step import Step
-from everystep.replay.why.answer import Group, Number, Origin, Term, Why
-from everystep.replay.why.compute import as_tensor, computed, same_value_bits
-from everystep.replay.why.rows import row_at
-from everystep.replay.why.trace import (
-    Before,
-    Halves,
-    Spot,
-    Trace,
-    Written,
-    same_number_bits,
-)
+from everystep.replay.why.answer import Group, Number, Term, Why, answered
+from everystep.replay.why.trace import Origin, Spot, Trace, same_number_bits
 
-__all__ = ["MOST_TOGETHER", "Session"]
+__all__ = ["Session"]
 
 #: So many steps are opened together on the way back.
 MOST_TOGETHER = 8
-_ORIGINS: dict[str, Origin] = {"input": "batch", "state": "state"}
+#: So many answers at each end of the way of a NaN are kept: each holds its step.
+LONGEST = 8
+#: Numbers that are followed to the rows behind them before giving up.
+MOST_FOLLOWED = 20_000
 
 
 class Session:
@@ -37,71 +33,43 @@ class Session:
         step: where it begins.
         back: how many steps before are followed, as far as known; they are opened in the order in which
             they ran, since a replay goes forward.
+        terms: how many terms of a sum the answers have that numbers are followed to.
     """
 
-    def __init__(self, step: Step, back: int = 0) -> None:
+    def __init__(self, step: Step, back: int, terms: int) -> None:
         self._first = step
+        self._terms = terms
         self._together = min(max(back, 1), MOST_TOGETHER)
-        self._traces = {step.number: Trace(step)}
+        self._traces: dict[int, Trace] = {}
+        self._followed: set[tuple[int, str]] = set()
 
-    def open(self, number: int) -> Trace:
-        """Open a step.
+    def trace(self, number: int) -> Trace:
+        """Return the trace of a step, which is opened if it is not open.
 
         Raises:
             UsageError: the steps before are not there.
         """
         if number not in self._traces:
-            if self._first.earlier is None:
-                raise UsageError(
-                    "this step does not know the run that it is of, so the steps before cannot be "
-                    "followed; use everystep.open(run).why(step, expression, back=...)"
-                )
-            for each in range(max(number - self._together + 1, 1), number):
-                self._first.earlier(each)
-            self._traces[number] = Trace(self._first.earlier(number))
+            self._traces[number] = Trace(self._opened(number))
         return self._traces[number]
 
-    def trace(self, number: int) -> Trace:
-        """Return the trace of a step that was opened before; opens it again if it was let go of."""
-        if number == self._first.number and number not in self._traces:
-            self._traces[number] = Trace(self._first)
-        return self.open(number)
+    def _opened(self, number: int) -> Step:
+        if number == self._first.number:
+            return self._first
+        if self._first.earlier is None:
+            raise UsageError(
+                "this step does not know the run that it is of, so the steps before cannot be "
+                "followed; use everystep.open(run).why(step, expression, back=...)"
+            )
+        for each in range(max(number - self._together + 1, 1), number):
+            self._first.earlier(each)
+        return self._first.earlier(number)
 
-    def forget_after(self, number: int) -> None:
-        """Let go of the steps after one: a NaN may have a long way."""
-        self._traces = {n: trace for n, trace in self._traces.items() if n <= number}
-
-    def goes_far(self) -> None:
-        """Expect to go back many steps."""
-        self._together = MOST_TOGETHER
-
-    @property
-    def goes_back(self) -> bool:
-        """Whether it can open the steps before."""
-        return self._first.earlier is not None
-
-    def read(self, step: Step, spot: Spot) -> Tensor:
-        """Return the number at a spot."""
-        trace = self.trace(step.number)
-        origin = trace.origin(spot)
-        if isinstance(origin, Halves):
-            return torch.complex(self.read(step, origin.real), self.read(step, origin.imaginary))
-        found = trace.after(origin) if isinstance(origin, Written) else trace.at_first(origin)
-        if found is not None:
-            return found
-        for number, seen in enumerate(step.operations):
-            if spot.name in seen.inputs and trace.origin(replace(spot, after=number)) == origin:
-                element = seen.inputs[spot.name][spot.index]
-                return element if spot.half is None else torch.view_as_real(element)[spot.half]
-        raise UsageError(
-            f"nothing in step {step.number} reads {spot.name}, so its numbers are not known"
-        )
-
-    def number(self, step: int, spot: Spot, value: Tensor) -> Number:
-        """Return a number that was read at a spot."""
+    def number(self, step: int, spot: Spot, value: Tensor | None = None) -> Number:
+        """Return the number at a spot; value: it (0-dimensional), if it was read already."""
         trace = self.trace(step)
-        origin = trace.origin(spot)
-        name, row = _called(trace, origin)
+        value = trace.read(spot) if value is None else value
+        name, row = _called(trace, spot)
         dtype = str(value.dtype).removeprefix("torch.")
         return Number(name, value.item(), dtype, step, row, spot, self)
 
@@ -109,143 +77,238 @@ class Session:
         """Return a number of the state as the step before left it, None if it is another one there."""
         trace = self.trace(number.step)
         origin = trace.origin(number.spot)
-        if not isinstance(origin, Before) or origin.kind != "state" or number.step == 1:
+        if origin is None or origin.operation is not None or trace.kind(origin.name) != "state":
             return None
-        if not self.goes_back:
+        if number.step == 1 or self._first.earlier is None:
             return None
-        before = self.open(number.step - 1)
-        left = before.step.end.get(origin.name)
-        now = trace.at_first(origin)
+        before = self.trace(number.step - 1).step
+        left, now = before.end.get(origin.name), trace.written(origin)
         if left is None or now is None or left.shape != trace.step.state[origin.name].shape:
             return None
-        name = before.step.places.ends.get(origin.name, origin.name)
         half = None if origin.part is None else origin.part.half_of(left.dtype)
         if origin.part is not None and half is None:
             return None
-        element = left[origin.index]
-        value = element if origin.part is None else origin.part.of(element)
+        value = origin.read(left)
         if not same_number_bits(value, now):
             return None
-        spot = Spot(name, origin.index, len(before.step.operations), half)
-        return self.number(number.step - 1, spot, value)
+        name = before.places.ends.get(origin.name, origin.name)
+        spot = Spot(name, origin.index, len(before.operations), half)
+        return self.number(before.number, spot, value)
 
     @on_cpu()
     def why(self, number: Number, terms: int) -> Why:
-        """Return where a number comes from."""
+        """Return where a number comes from; terms: how many of a sum."""
         trace = self.trace(number.step)
-        origin = trace.origin(number.spot)
-        if isinstance(origin, Before):
-            return self._not_made(number, trace, origin)
-        if isinstance(origin, Halves):
-            return self._halves(number, trace.step, origin)
-        seen = trace.step.operations[origin.operation]
-        after = trace.after(origin)
-        if after is not None and not same_number_bits(after, as_tensor(number)):
+        step, origin = trace.step, trace.origin(number.spot)
+        if origin is None:
+            halves = zip(("real", "imaginary"), number.spot.halves, strict=True)
+            parts = {key: self.number(step.number, spot) for key, spot in halves}
+            return _of_two(Why(number, "parts", step, formula="complex(real, imaginary)"), parts)
+        if origin.operation is None:
+            return _not_made(number, trace, origin)
+        made = Why(number, "operation", step, origin.operation)
+        after = trace.written(origin)
+        if after is not None and not number.has_bits_of(after.item()):
             note = (
                 f"operation #{origin.operation} wrote {after.item()!r} there; something that is not an "
                 "operation of the step has changed it since"
             )
-            return Why(number, "unseen", trace.step, origin.operation, note=note)
-        step, operation = trace.step, origin.operation
+            return replace(made, origin="unseen", note=note)
         if origin.part is not None:
-            return self._part(number, step, origin, terms)
+            return self._part(made, trace, origin, terms)
+        call, operation = trace.call(origin), origin.operation
 
-        def at(piece: Piece, k: int) -> Number:
-            index = piece.at(k)
+        def at(piece: Piece, place: int) -> Number:
+            index = piece.at(place)
             spot = Spot(piece.name, index, operation + piece.is_result)
             return self.number(step.number, spot, call.tensor_of(piece).detach()[index])
 
-        call = self.call(step, origin)
         try:
-            return computed(number, step, operation, how_made(call), call, at, terms)
+            return answered(made, call, at, terms)
         except NoRuleError:
-            return Why(number, "operation", step, operation, unknown=tuple(seen.inputs))
+            return replace(made, unknown=tuple(call.inputs))
 
-    def _halves(self, number: Number, step: Step, origin: Halves) -> Why:
-        """Return the answer for a complex number of which the parts were written one by one."""
-        spots = {"real": origin.real, "imaginary": origin.imaginary}
-        numbers = {key: self.number(step.number, s, self.read(step, s)) for key, s in spots.items()}
-        groups = tuple(Group(key, (Term({key: each}),), 1) for key, each in numbers.items())
-        return Why(number, "parts", step, formula="complex(real, imaginary)", groups=groups)
-
-    def _part(self, number: Number, step: Step, origin: Written, terms: int) -> Why:
+    def _part(self, made: Why, trace: Trace, origin: Origin, terms: int) -> Why:
         """Return the answer for a number that is a part of what an operation wrote."""
-        trace = self.trace(step.number)
-        dtype, part = trace.spec(origin.name).torch_dtype, origin.part
-        if part is None or part.half_of(dtype) is None:
+        assert origin.operation is not None and origin.part is not None
+        dtype, number = trace.spec(origin.name).torch_dtype, made.number
+        half = origin.part.half_of(dtype)
+        if half is None:
             note = f"it wrote {dtype} there, and these are some of its bits".replace("torch.", "")
-            seen = step.operations[origin.operation]
-            return Why(
-                number, "operation", step, origin.operation, unknown=tuple(seen.inputs), note=note
-            )
+            return replace(made, unknown=tuple(trace.call(origin).inputs), note=note)
         spot = Spot(origin.name, origin.index, origin.operation + 1)
-        whole = self.why(self.number(step.number, spot, self.read(step, spot)), terms)
+        whole = self.why(self.number(number.step, spot), terms)
         if whole.origin == "unseen":
             return replace(whole, number=number)
-        key = "imag" if part.half_of(dtype) else "real"
-        recomputed = whole.recomputed if whole.recomputed is None else getattr(whole.recomputed, key)
+        known = whole.recomputed
+        if known is not None:
+            known = known.imag if half else known.real
         return replace(
             whole,
             number=number,
-            recomputed=recomputed,
-            is_equal=recomputed is not None and same_value_bits(recomputed, number),
-            note=f"its {'imaginary' if key == 'imag' else 'real'} part: {whole.number.name} is complex",
+            recomputed=known,
+            is_equal=known is not None and number.has_bits_of(known),
+            note=f"its {'imaginary' if half else 'real'} part: {whole.number.name} is complex",
         )
 
-    def call(self, step: Step, origin: Written) -> Call:
-        """Return the operation that made a number, for its rule."""
-        trace, seen = self.trace(step.number), step.operations[origin.operation]
-        results = seen.results
-        if origin.name not in results:  # written, but nobody looked at it: only its dtype counts
-            empty = torch.empty(0, dtype=trace.spec(origin.name).torch_dtype)
-            results = {**results, origin.name: empty}
-        outputs = trace.outputs(origin.operation)
-        return Call(seen.operation, seen.inputs, results, outputs, origin.place, origin.index)
+    def difference(self, text: str, after: Number, before: Number) -> Why:
+        """Return the answer for what an update changed, by the numbers after and before it."""
+        value = (torch.tensor(after.value) - torch.tensor(before.value)).item()
+        own = replace(after, name=text, value=value, row=None)
+        asked = Why(own, "difference", self.trace(after.step).step, formula="after - before")
+        return _of_two(asked, {"after": after, "before": before})
 
-    def _not_made(self, number: Number, trace: Trace, origin: Before) -> Why:
-        kind: Origin = _ORIGINS.get(origin.kind, "constant")
-        step = trace.step
-        note = ""
-        if kind == "batch" and origin.name.removeprefix("batch/") not in step.batch.tensors:
-            kind, note = "outside", "given to the step by your own code: not of the batch"
-            if step.places.has_unseen:
-                note += ", or made by an operation that is kept as numbers only"
-        elif kind == "batch":
-            note = _row_text(step, number.row)
-        elif kind == "setting":
-            note = "a setting of the optimizer at this step"
-        elif kind == "constant":
-            note = "a constant: the same in every step that has these operations"
-        elif number.step == 1:
-            note = "the state before the first step"
-        else:
-            note = f"the state after step {number.step - 1:,}"
-        return Why(number, kind, step, note=note)
+    def followed(self, answer: Why, depth: int, back: int) -> Why:
+        """Return an answer with its causes.
+
+        depth: how many operations deep; back: how many steps back.
+        """
+        if not isfinite(answer.number.value):
+            return self._to_its_beginning(answer)
+        causes = tuple(self._causes(answer, depth, back))
+        return replace(answer, causes=causes) if causes else answer
+
+    def _causes(self, answer: Why, depth: int, back: int) -> Iterator[Why]:
+        if answer.origin == "state":
+            yield from self._before(answer.number, depth, back)
+            return
+        # Of each kind of terms, the numbers of the largest.
+        for number in (n for g in answer.groups for term in g.terms[:1] for n in term.numbers.values()):
+            if not number.is_made:
+                yield from self._before(number, depth, back)
+            elif depth > 1 or answer.origin in ("difference", "parts"):
+                yield from self._one(number, depth - 1, back)
+
+    def _before(self, number: Number, depth: int, back: int) -> Iterator[Why]:
+        if not back or number.step == 1:
+            return
+        earlier = number.earlier
+        if earlier is not None:
+            yield from self._one(earlier, depth, back - 1)
+        elif (answer := number.why()).origin == "state":
+            note = f"not what step {number.step - 1:,} left: made, or changed, between the steps"
+            yield replace(answer, note=note)
+
+    def _one(self, number: Number, depth: int, back: int) -> Iterator[Why]:
+        place = number.step, f"{number.name} {number.spot.after if not number.is_made else ''}"
+        if place not in self._followed:
+            self._followed.add(place)
+            yield self.followed(number.why(terms=self._terms), max(depth, 1), back)
+
+    def _to_its_beginning(self, answer: Why) -> Why:
+        """Return the answer for a NaN or infinity, with all that it came through up to its beginning."""
+        chain: list[Why] = []
+        left_out = 0
+        self._together = MOST_TOGETHER
+        current = answer
+        while (number := _next_nonfinite(current)) is not None:
+            current = number.why(terms=self._terms)
+            chain.append(current)
+            if len(chain) > 2 * LONGEST:
+                del chain[LONGEST]
+                left_out += 1
+            # The way may be long, and a step holds all its tensors.
+            self._traces = {n: trace for n, trace in self._traces.items() if n <= number.step}
+        rows = self._rows_behind(current.number)
+        if not chain:
+            return replace(answer, rows=rows)
+        causes = (*chain[:-1], replace(current, rows=rows))
+        return replace(answer, causes=causes, left_out=left_out)
+
+    def _rows_behind(self, number: Number) -> tuple[int, ...] | None:
+        """Return the rows that went into a number, as the data numbers them, None if not known.
+
+        By the rules of the operators alone; a rule may be missing, or the way too long.
+        """
+        trace = self.trace(number.step)
+        found: set[int] = set()
+        seen: set[Origin | Spot] = set()
+        waiting = [number.spot]
+        while waiting:
+            spot = waiting.pop()
+            origin = trace.origin(spot)
+            if (origin or spot) in seen:
+                continue
+            seen.add(origin or spot)
+            if len(seen) > MOST_FOLLOWED:
+                return None
+            if origin is None:
+                waiting += spot.halves
+                continue
+            if origin.operation is None:
+                found |= trace.rows(Piece(spot.name, spot.index))
+                continue
+            try:
+                made = how_made(trace.call(origin))
+            except NoRuleError:
+                return None
+            for part in made.terms if isinstance(made, Sum) else (made,):
+                for piece in part.given.values():
+                    after = origin.operation + piece.is_result
+                    if min(trace.writers(piece.name), default=after) < after:
+                        waiting += [Spot(piece.name, piece.at(k), after) for k in range(piece.size)]
+                    else:
+                        found |= trace.rows(piece)
+            if len(found) == trace.step.batch.count:
+                break
+        return tuple(trace.step.batch.number(place) for place in sorted(found))
 
 
-def _row_text(step: Step, row: int | None) -> str:
-    return "of the batch" if row is None else f"row {row} of {step.batch.whole}"
+def _next_nonfinite(answer: Why) -> Number | None:
+    """Return a number that brought a NaN or infinity here, None if it began here, or is from outside."""
+    if answer.origin == "state":
+        return answer.number.earlier
+    bad = [number for number in answer.numbers if not isfinite(number.value)]
+    is_nan = answer.number.value != answer.number.value
+    bad.sort(key=lambda number: (number.value != number.value) is not is_nan)
+    return bad[0] if bad else None
 
 
-def _called(trace: Trace, origin: Written | Before | Halves) -> tuple[str, int | None]:
+def _of_two(answer: Why, numbers: dict[str, Number]) -> Why:
+    groups = tuple(Group(name, (Term({name: each}),), 1) for name, each in numbers.items())
+    return replace(answer, groups=groups)
+
+
+def _not_made(number: Number, trace: Trace, origin: Origin) -> Why:
+    """Return the answer for a number that was there before the step."""
+    step, storage = trace.step, trace.kind(origin.name)
+    if storage == "temporary":
+        note = "a constant: the same in every step that has these operations"
+        return Why(number, "constant", step, note=note)
+    if storage == "state":
+        first = number.step == 1
+        note = (
+            "the state before the first step" if first else f"the state after step {number.step - 1:,}"
+        )
+        return Why(number, "state", step, note=note)
+    if origin.name.removeprefix("batch/") in step.batch.tensors:
+        note = "of the batch" if number.row is None else f"row {number.row} of {step.batch.whole}"
+        return Why(number, "batch", step, note=note)
+    note = "given to the step by your own code: not of the batch"
+    if step.places.has_unseen:
+        note += ", or made by an operation that is kept as numbers only"
+    return Why(number, "outside", step, note=note)
+
+
+def _called(trace: Trace, spot: Spot) -> tuple[str, int | None]:
     """Return the expression for a number, and its row, if it is of the batch."""
-    if isinstance(origin, Halves):
-        halves = [_called(trace, trace.origin(each)) for each in (origin.real, origin.imaginary)]
-        return f"complex({halves[0][0]}, {halves[1][0]})", halves[0][1]
+    origin = trace.origin(spot)
+    if origin is None:
+        (real, row), (imaginary, _) = (_called(trace, each) for each in spot.halves)
+        return f"complex({real}, {imaginary})", row
     index = str([*origin.index]) if origin.index else ""
     if origin.part is not None:
         half = origin.part.half_of(trace.spec(origin.name).torch_dtype)
         index += ".bits" if half is None else (".real", ".imag")[half]
-    if isinstance(origin, Written):
+    if origin.operation is not None:
         place = f".{origin.place + 1}" if origin.place else ""
         return f"#{origin.operation}{place}{index}", None
     kind, _, rest = origin.name.partition("/")
     step, row = trace.step, None
-    if origin.kind == "input":
+    if trace.kind(origin.name) == "input":
         path = origin.name.removeprefix("batch/")
-        row = row_at(step, origin.name, origin.index)
-        if row is not None and step.batch.rows is not None:
-            row = int(step.batch.rows[row])
+        at = trace.row(origin)
+        row = None if at is None else step.batch.number(at)
         if path in ("x", "y"):
             return f"batch.{path}{index}", row
     if kind in ("parameter", "buffer") and rest in getattr(step, f"{kind}s"):

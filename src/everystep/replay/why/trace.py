@@ -6,30 +6,21 @@ operation before it was read that wrote this place.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from everystep.errors import UsageError
+from everystep.ops import Call, Piece
 from everystep.program.operation import TensorSpec, usual_geometry
 from everystep.replay.step import Step
 from everystep.step.check import same_bits
 
-__all__ = [
-    "Before",
-    "Halves",
-    "Part",
-    "Spot",
-    "Trace",
-    "Written",
-    "index_at",
-    "is_finite",
-    "same_number_bits",
-]
+__all__ = ["Origin", "Part", "Spot", "Trace", "same_number_bits"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +35,11 @@ class Spot:
     after: int
     half: int | None = None
 
+    @property
+    def halves(self) -> tuple[Spot, Spot]:
+        """Its real and its imaginary part."""
+        return replace(self, half=0), replace(self, half=1)
+
 
 class Part(NamedTuple):
     """Bytes of an element that are read as a number of another dtype. offset: of the first of them."""
@@ -56,46 +52,36 @@ class Part(NamedTuple):
         is_half = element.is_complex and element.to_real() == self.dtype
         return self.offset // self.dtype.itemsize if is_half else None
 
-    def of(self, element: Tensor) -> Tensor:
-        """Return the number (0-dimensional) that these bytes of an element are."""
-        content = element.resolve_conj().reshape(1).clone().view(torch.uint8)
-        return content[self.offset : self.offset + self.dtype.itemsize].clone().view(self.dtype)[0]
-
 
 @dataclass(frozen=True)
-class Written:
-    """An operation wrote the number.
+class Origin:
+    """What wrote a number: an operation, or something before the step.
 
-    operation: its number in the step; place: of the tensor among its results; name, index: the tensor
-    that it wrote, and where in it; part: of the element there, None if it was read as it was written.
+    name, index: the tensor that was written, and where in it; part: of the element there, None if it was
+    read as it was written; operation: its number in the step, None if the number was there before the
+    step; place: of the tensor among its results.
     """
 
+    name: str
+    index: tuple[int, ...]
+    part: Part | None = None
+    operation: int | None = None
+    place: int = 0
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return the number (0-dimensional) from the tensor."""
+        element = tensor[self.index]
+        if self.part is None:
+            return element
+        offset, dtype = self.part
+        content = element.resolve_conj().reshape(1).clone().view(torch.uint8)
+        return content[offset : offset + dtype.itemsize].clone().view(dtype)[0]
+
+
+class _Write(NamedTuple):
     operation: int
     place: int
     name: str
-    index: tuple[int, ...]
-    part: Part | None = None
-
-
-@dataclass(frozen=True)
-class Before:
-    """The number was there before the step.
-
-    kind: of its storage, as `Storage` has it; part: as `Written` has it.
-    """
-
-    kind: str
-    name: str
-    index: tuple[int, ...]
-    part: Part | None = None
-
-
-@dataclass(frozen=True)
-class Halves:
-    """The real and the imaginary part of a complex number were written one by one."""
-
-    real: Spot
-    imaginary: Spot
 
 
 class Trace:
@@ -108,11 +94,11 @@ class Trace:
     def __init__(self, step: Step) -> None:
         self.step = step
         self._specs: dict[str, TensorSpec] = {}
-        self._writes: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        self._writes: dict[str, list[_Write]] = defaultdict(list)
         for number in range(len(step.operations)):
             for place, name in enumerate(self.outputs(number)):
                 if name is not None:
-                    self._writes[self.spec(name).storage].append((number, place, name))
+                    self._writes[self.storage(name)].append(_Write(number, place, name))
         self._whole: dict[str, list[str]] = defaultdict(list)
         #: The sizes of the numbers on each storage, in bytes.
         self._sizes: dict[str, set[int]] = defaultdict(set)
@@ -124,10 +110,9 @@ class Trace:
 
     def outputs(self, number: int) -> list[str | None]:
         """Return the tensors that an operation wrote: its results, then the arguments it wrote into."""
-        seen = self.step.operations[number]
-        outputs: list[str | None] = [*seen.operation.results]
-        known = {*filter(None, outputs)}
-        return outputs + [name for name in seen.operation.written() if name not in known]
+        operation = self.step.operations[number].operation
+        outputs: list[str | None] = [*operation.results]
+        return outputs + [name for name in operation.written() if name not in outputs]
 
     def spec(self, name: str) -> TensorSpec:
         """Return the layout of a tensor; one that no operation names has a storage of its own."""
@@ -142,89 +127,114 @@ class Trace:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return TensorSpec(dtype=dtype, shape=shape, **usual_geometry(name, shape))
 
-    def origin(self, spot: Spot) -> Written | Before | Halves:
-        """Return what wrote a number, or what it was before the step."""
+    def storage(self, name: str) -> str:
+        """Return the storage of a tensor."""
+        return self.spec(name).storage
+
+    def writers(self, name: str) -> list[int]:
+        """Return the operations that wrote on the storage of a tensor, by their numbers in order."""
+        return [write.operation for write in self._writes.get(self.storage(name), [])]
+
+    def kind(self, name: str) -> str:
+        """Return the kind of the storage of a tensor."""
+        storage = self.step.places.storages.get(self.storage(name))
+        return "state" if storage is None else storage.kind
+
+    def origin(self, spot: Spot) -> Origin | None:
+        """Return what wrote a number, None if the parts of a complex one were written one by one."""
         spec = self.spec(spot.name)
         begin, dtype = _byte(spec, spot.index), spec.torch_dtype
         if spot.half is not None:
             dtype = dtype.to_real()
             begin += spot.half * dtype.itemsize
-        found = self._origin(spot, begin, dtype)
         if dtype.is_complex and self._sizes[spec.storage] != {dtype.itemsize}:
-            halves = replace(spot, half=0), replace(spot, half=1)
-            elements = [_element(self.origin(each)) for each in halves]
-            if elements[0] != elements[1]:
-                return Halves(*halves)
-        return found
-
-    def _origin(self, spot: Spot, begin: int, dtype: torch.dtype) -> Written | Before:
-        """Return where the first byte of a number is from."""
-        spec = self.spec(spot.name)
-        for number, place, name in reversed(self._writes.get(spec.storage, [])):
-            if number < spot.after:
-                index = index_at(self.spec(name), begin)
+            real, imaginary = (self.origin(each) for each in spot.halves)
+            assert real is not None and imaginary is not None
+            if replace(real, part=None) != replace(imaginary, part=None):
+                return None
+        for write in reversed(self._writes.get(spec.storage, [])):
+            if write.operation < spot.after:
+                index = index_at(self.spec(write.name), begin)
                 if index is not None:
-                    return Written(number, place, name, index, self._part(name, index, begin, dtype))
+                    part = self._part(write.name, index, begin, dtype)
+                    return Origin(write.name, index, part, write.operation, write.place)
         before = self.before(spot.name, begin, dtype)
-        half = self._part(spot.name, spot.index, begin, dtype)
-        return before or Before(self._kind(spec), spot.name, spot.index, half)
+        return before or Origin(spot.name, spot.index, self._part(spot.name, spot.index, begin, dtype))
 
-    def before(self, name: str, byte: int, dtype: torch.dtype | None = None) -> Before | None:
+    def before(self, name: str, byte: int, dtype: torch.dtype) -> Origin | None:
         """Return what a byte of a tensor's storage belonged to before the step, if that has a name.
 
-        dtype: that it is read as; default: that of the tensor.
+        dtype: that it is read as.
         """
-        spec = self.spec(name)
-        for whole in self._whole.get(spec.storage, []):
+        for whole in self._whole.get(self.storage(name), []):
             index = index_at(self.spec(whole), byte)
             if index is not None:
-                part = self._part(whole, index, byte, dtype or spec.torch_dtype)
-                return Before(self._kind(spec), whole, index, part)
+                return Origin(whole, index, self._part(whole, index, byte, dtype))
         return None
 
     def _part(self, name: str, index: tuple[int, ...], byte: int, dtype: torch.dtype) -> Part | None:
         spec = self.spec(name)
         return None if spec.torch_dtype == dtype else Part(byte - _byte(spec, index), dtype)
 
-    def is_written(self, name: str, before: int) -> bool:
-        """Tell whether one of the first operations wrote on the storage of a tensor."""
-        writes = self._writes.get(self.spec(name).storage, [])
-        return bool(writes) and writes[0][0] < before
+    def read(self, spot: Spot) -> Tensor:
+        """Return a number (0-dimensional).
 
-    def _kind(self, spec: TensorSpec) -> str:
-        storage = self.step.places.storages.get(spec.storage)
-        return "state" if storage is None else storage.kind
+        Raises:
+            UsageError: nobody looked at it.
+        """
+        origin = self.origin(spot)
+        if origin is None:
+            return torch.complex(*(self.read(each) for each in spot.halves))
+        found = self.written(origin)
+        if found is not None:
+            return found
+        for number, seen in enumerate(self.step.operations):
+            if spot.name in seen.inputs and self.origin(replace(spot, after=number)) == origin:
+                element = seen.inputs[spot.name][spot.index]
+                return element if spot.half is None else torch.view_as_real(element)[spot.half]
+        raise UsageError(
+            f"nothing in step {self.step.number} reads {spot.name}, so its numbers are not known"
+        )
 
-    def after(self, written: Written) -> Tensor | None:
-        """Return the number (0-dimensional) that an operation wrote, None if nobody looked at it."""
-        seen = self.step.operations[written.operation]
-        tensors = seen.results
-        tensor = tensors.get(written.name)
-        if tensor is None and self._is_last(written):
-            tensor = self.step.end.get(written.name)
-        return None if tensor is None else _read(tensor[written.index], written.part)
+    def written(self, origin: Origin) -> Tensor | None:
+        """Return a number (0-dimensional) as it was written, None if nobody looked at it then."""
+        step, name = self.step, origin.name
+        if origin.operation is not None:
+            seen = step.operations[origin.operation]
+            tensor = (seen.results | seen.written).get(name)
+            return None if tensor is None else origin.read(tensor)
+        tensor = step.state.get(name)
+        if tensor is None and self.kind(name) == "input":
+            tensor = step.batch.tensors.get(name.removeprefix("batch/"))
+        is_same = tensor is not None and tuple(tensor.shape) == self.spec(name).shape
+        return origin.read(tensor) if tensor is not None and is_same else None
 
-    def _is_last(self, written: Written) -> bool:
-        writes = self._writes[self.spec(written.name).storage]
-        return writes[-1][0] == written.operation
+    def call(self, origin: Origin) -> Call:
+        """Return the operation that made a number, for its rule."""
+        assert origin.operation is not None
+        seen = self.step.operations[origin.operation]
+        results = {**seen.results, **seen.written}
+        outputs = self.outputs(origin.operation)
+        return Call(seen.operation, seen.inputs, results, outputs, origin.place, origin.index)
 
-    def at_first(self, before: Before) -> Tensor | None:
-        """Return a number before the step, None if nobody looked at it."""
-        name = before.name.removeprefix("batch/")
-        known = self.step.state.get(before.name)
-        if known is None and before.kind == "input":
-            known = self.step.batch.tensors.get(name)
-        spec = self.spec(before.name)
-        is_same = known is not None and tuple(known.shape) == spec.shape
-        return _read(known[before.index], before.part) if known is not None and is_same else None
+    def row(self, origin: Origin) -> int | None:
+        """Return the place in the batch of the row that a number of a tensor of the batch belongs to."""
+        tensor = self.step.batch.tensors.get(origin.name.removeprefix("batch/"))
+        has_rows = tensor is not None and origin.index and len(tensor) == self.step.batch.count
+        return origin.index[0] if has_rows else None
 
-
-def _element(origin: Written | Before | Halves) -> Written | Before | Halves:
-    return origin if isinstance(origin, Halves) else replace(origin, part=None)
-
-
-def _read(element: Tensor, part: Part | None) -> Tensor:
-    return element if part is None else part.of(element)
+    def rows(self, piece: Piece) -> set[int]:
+        """Return the rows of the numbers of a piece, if it is of the batch."""
+        if not piece.size or self.kind(piece.name) != "input":
+            return set()
+        spec = self.spec(piece.name)
+        offsets = np.full(piece.size, spec.offset)
+        for axis, stride in zip(piece.places, spec.stride, strict=True):
+            offsets = offsets + np.asarray(axis) * stride
+        size, dtype = spec.torch_dtype.itemsize, spec.torch_dtype
+        origins = (self.before(piece.name, n * size, dtype) for n in np.unique(offsets).tolist())
+        found = {None if origin is None else self.row(origin) for origin in origins}
+        return {row for row in found if row is not None}
 
 
 def _byte(spec: TensorSpec, index: tuple[int, ...]) -> int:
@@ -234,39 +244,27 @@ def _byte(spec: TensorSpec, index: tuple[int, ...]) -> int:
 
 def index_at(spec: TensorSpec, byte: int) -> tuple[int, ...] | None:
     """Return the index of the element that holds a byte of its storage, None if none does."""
-    if 0 in spec.shape:
-        return None
+    dims = range(len(spec.shape))
+    moving = [dim for dim in dims if spec.shape[dim] > 1 and spec.stride[dim]]
+    moving.sort(key=lambda dim: spec.stride[dim], reverse=True)
     rest = byte // spec.torch_dtype.itemsize - spec.offset
-    if rest < 0:
-        return None
-    wanted = rest
-    index = [0] * len(spec.shape)
-    for dim in sorted(range(len(spec.shape)), key=lambda d: spec.stride[d], reverse=True):
-        if spec.shape[dim] > 1 and spec.stride[dim]:
-            index[dim] = min(rest // spec.stride[dim], spec.shape[dim] - 1)
-            rest -= index[dim] * spec.stride[dim]
-    if not rest:
-        return tuple(index)
-    return _searched(spec, wanted) if _overlaps(spec) else None
+    found = None if 0 in spec.shape else _indices(spec, moving, rest)
+    return None if found is None else tuple(found.get(dim, 0) for dim in dims)
 
 
-def _overlaps(spec: TensorSpec) -> bool:
-    """Tell whether dimensions of a tensor are interleaved, so that division finds no place."""
-    reached = 0
-    for stride, size in sorted(zip(spec.stride, spec.shape, strict=True)):
-        if size > 1 and stride:
-            if stride <= reached:
-                return True
-            reached += stride * (size - 1)
-    return False
-
-
-def _searched(spec: TensorSpec, wanted: int) -> tuple[int, ...] | None:
-    offsets = np.zeros((), dtype=np.int64)
-    for stride, size in zip(spec.stride, spec.shape, strict=True):
-        offsets = np.add.outer(offsets, np.arange(size, dtype=np.int64) * stride)
-    found = np.argwhere(offsets == wanted)
-    return tuple(map(int, found[0])) if len(found) else None
+def _indices(spec: TensorSpec, moving: list[int], rest: int) -> dict[int, int] | None:
+    """Return the indices by dimension with which some dimensions reach a number of elements further."""
+    if not moving:
+        return None if rest else {}
+    dim, *later = moving
+    stride, reach = spec.stride[dim], sum((spec.shape[each] - 1) * spec.stride[each] for each in later)
+    # More than one index is possible only where dimensions are interleaved.
+    most, least = min(rest // stride, spec.shape[dim] - 1), max(-((reach - rest) // stride), 0)
+    for index in range(most, least - 1, -1):
+        found = _indices(spec, later, rest - index * stride)
+        if found is not None:
+            return {dim: index, **found}
+    return None
 
 
 def same_number_bits(one: Tensor, other: Tensor) -> bool:
@@ -276,10 +274,3 @@ def same_number_bits(one: Tensor, other: Tensor) -> bool:
     if one.is_floating_point() and bool(torch.isnan(one)) and bool(torch.isnan(other)):
         return True
     return same_bits(one.reshape(1), other.reshape(1))
-
-
-def is_finite(value: Any) -> bool:
-    """Tell whether a number is neither NaN nor infinite."""
-    if isinstance(value, complex):
-        return math.isfinite(value.real) and math.isfinite(value.imag)
-    return math.isfinite(value)
