@@ -183,7 +183,7 @@ class OpenedStep:
     """What an expression names of a step that was opened, as `Probe` has it of a step that runs."""
 
     def __init__(self, step: Step) -> None:
-        self._step = step
+        self.step = step
 
     def has(self, reference: Reference) -> bool:
         """Tell whether a value exists: not of the step before, nor of a module that did not run."""
@@ -197,7 +197,7 @@ class OpenedStep:
             RunError: rows are unknown; gives the reason.
         """
         if reference.kind == "rows":
-            rows = self._step.rows
+            rows = self.step.rows
             return rows.loss if reference.name == "loss" else rows.gradient
         value = self._named(reference.kind)[reference.name]
         if reference.kind == "updates":
@@ -208,7 +208,7 @@ class OpenedStep:
 
     def _named(self, kind: str) -> Mapping[str, Any]:
         named: Mapping[str, Any] = (
-            self._step.batch.tensors if kind == "batch" else getattr(self._step, kind)
+            self.step.batch.tensors if kind == "batch" else getattr(self.step, kind)
         )
         return named
 
