@@ -15,8 +15,8 @@ from torch import nn
 
 import everystep
 from everystep import ExpressionError, UsageError
+from everystep.answers.why import Why, session
 from everystep.recording.texts import shortest
-from everystep.replay.why import Why, session
 
 
 @pytest.mark.parametrize("name", NETWORKS)

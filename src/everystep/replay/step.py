@@ -21,9 +21,9 @@ from everystep.program.unset import overwrites, unset_results
 from everystep.step.observe import Places
 
 if TYPE_CHECKING:
-    from everystep.replay.rows import Rows
+    from everystep.answers.rows import Rows
+    from everystep.answers.why import Why
     from everystep.replay.shown import View
-    from everystep.replay.why import Why
 
 __all__ = [
     "Batch",
@@ -209,14 +209,14 @@ class Step:
             UsageError: the expression is not one number that the step made or read.
             RunError: an earlier step cannot be opened.
         """
-        from everystep.replay.why import why
+        from everystep.answers.why import why
 
         return why(self, expression, back=back, depth=depth, terms=terms)
 
     @cached_property
     def rows(self) -> Rows:
         """How much of the loss, and of each gradient, each row of the batch makes."""
-        from everystep.replay.rows import rows_of
+        from everystep.answers.rows import rows_of
 
         return rows_of(self)
 

@@ -16,12 +16,11 @@ from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.recording.run import RecordedRun
 from everystep.replay.batches import batches_of
-from everystep.replay.columns import Evaluator, read_question
+from everystep.replay.columns import Evaluator, check_question, read_question
 from everystep.replay.expression import Expression
 from everystep.replay.hooks import Probe
 from everystep.replay.living import Living
 from everystep.replay.processes import Opener, cores, in_worker, recorded_numerics, workers
-from everystep.replay.query import check_question
 from everystep.replay.replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
 from everystep.step.generators import generators_preserved

@@ -24,6 +24,11 @@ class Reference(NamedTuple):
     #: of updates: empty (after - before), `before` or `after`
     part: str = ""
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether recorded columns have it."""
+        return self.kind in ("loss", "step", "measurements")
+
     def __str__(self) -> str:
         name = (
             f".{self.name}"
@@ -55,7 +60,7 @@ class Expression:
     @property
     def is_recorded(self) -> bool:
         """Whether the recorded columns (loss, step, measurements) are enough to answer it."""
-        return all(reference.kind in ("loss", "step", "measurements") for reference in self.references)
+        return all(reference.is_recorded for reference in self.references)
 
     def evaluate(self, value_of: ValueOf) -> Any:
         """Return its value on a step: a plain number, or a tensor.

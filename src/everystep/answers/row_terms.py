@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.answers.trace import Trace
 from everystep.ops import RECORDS
 from everystep.ops.labels import MIXED, SHARED, SUM, Reason, Tracked, compressed
 from everystep.ops.rows import MixesError, Result, RowsCall, filled
 from everystep.program.observed import Observed
 from everystep.program.operation import TensorSpec
 from everystep.replay.step import Step
-from everystep.replay.why.trace import Trace
 from everystep.step.observe import Place, makes_gradients
 
 __all__ = ["Followed", "follow"]

@@ -11,13 +11,13 @@ import re
 
 import torch
 
+from everystep.answers.trace import Spot, Trace
+from everystep.answers.why.answer import Number
+from everystep.answers.why.session import Session
 from everystep.errors import ExpressionError, did_you_mean
 from everystep.replay.expression import Expression, Reference, parse
 from everystep.replay.expression.question import error_at
 from everystep.replay.step import Step
-from everystep.replay.why.answer import Number
-from everystep.replay.why.session import Session
-from everystep.replay.why.trace import Spot, Trace
 
 __all__ = ["numbers_named"]
 

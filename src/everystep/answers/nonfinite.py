@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.answers.why import Spot, Why, why
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.program.bound import BoundProgram
@@ -28,7 +29,6 @@ from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
-from everystep.replay.why import Spot, Why, why
 
 __all__ = ["NonFinite", "find_nonfinite"]
 

@@ -1,7 +1,4 @@
-"""Query: asks a question at every step of a run.
-
-A measurement in hindsight is a query, and so is a search for steps at which a condition is true.
-"""
+"""Measurements in hindsight, and steps at which a condition is true: a question asked at every step."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.training.measurements import RESERVED_NAMES
 
-__all__ = ["Measured", "Question", "check_question", "measure", "when"]
+__all__ = ["Measured", "Question", "measure", "when"]
 
 #: An expression, or what makes a number of an opened step.
 Question = Expression | Callable[[Step], Any]
@@ -74,9 +71,6 @@ class Query(Visitor):
     looks_back: whether it needs tensors of the step before; may_share: see `Visitor`.
     """
 
-    #: What is known without the tensors of a step.
-    recorded = ("loss", "step", "measurements")
-
     def __init__(
         self,
         question: Question,
@@ -96,7 +90,7 @@ class Query(Visitor):
         self.may_share = isinstance(question, Expression)
         if isinstance(question, Expression):
             self._asked = Evaluator(question, run, as_condition)
-            self._tensors = {r for r in question.references if r.kind not in self.recorded}
+            self._tensors = {r for r in question.references if not r.is_recorded}
         else:
             self._asked = _Function(question, as_condition)
         self.looks_back = any(reference.is_previous for reference in self._tensors)
@@ -175,31 +169,6 @@ class Query(Visitor):
 
     def _is_looked_at(self, number: int) -> bool:
         return self._is_due(number) or (self.looks_back and self._is_due(number + 1))
-
-
-def check_question(expression: Expression, opener: Opener) -> None:
-    """Check the names in an expression against the first step of a run.
-
-    Raises:
-        ExpressionError: a name does not exist, or tensors of the step before are asked for beside rows.
-        RunError: the run has no step, or it cannot be opened.
-    """
-    has_rows = any(reference.kind == "rows" for reference in expression.references)
-    before = [r for r in expression.references if r.is_previous and r.kind not in Query.recorded]
-    if has_rows and before:
-        raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
-    replay = opener.replay_here()
-    step = replay.step(1)
-    activations = replay.stepper.module_paths()
-    expression.check(
-        {
-            "parameters": list(step.parameters),
-            "buffers": list(step.buffers),
-            "gradients": list(step.gradients | step.parameters),
-            "activations": activations,
-            "updates": list(step.updates),
-        }
-    )
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from everystep.answers.trace import Spot, same_number_bits
 from everystep.ops import Call, Formula, NoRuleError, Piece, Sum, Words, how_made
 from everystep.ops.call import numbers_of
 from everystep.ops.formula import total
 from everystep.program.observed import Observed
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
-from everystep.replay.why.trace import Spot, same_number_bits
 
 if TYPE_CHECKING:
-    from everystep.replay.why.session import Session
+    from everystep.answers.why.session import Session
 
 __all__ = ["Group", "Kind", "Number", "Term", "Why", "answered"]
 

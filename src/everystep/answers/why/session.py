@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from everystep.answers.trace import Origin, Spot, Trace, same_number_bits
+from everystep.answers.why.answer import Group, Number, Term, Why, answered
 from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.ops import NoRuleError, Piece, Sum, how_made
 from everystep.replay.step import Step
-from everystep.replay.why.answer import Group, Number, Term, Why, answered
-from everystep.replay.why.trace import Origin, Spot, Trace, same_number_bits
 
 __all__ = ["Session"]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from everystep.answers.trace import Spot
+from everystep.answers.why.answer import Group, Number, Term, Why
+from everystep.answers.why.named import numbers_named
+from everystep.answers.why.session import Session
 from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.replay.step import Step
-from everystep.replay.why.answer import Group, Number, Term, Why
-from everystep.replay.why.named import numbers_named
-from everystep.replay.why.session import Session
-from everystep.replay.why.trace import Spot
 
 __all__ = ["Group", "Number", "Spot", "Term", "Why", "why"]
 
