@@ -32,7 +32,7 @@ from everystep.replay.step import Step
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
-Origin = Literal["operation", "batch", "state", "between", "outside"]
+_Cause = Literal["operation", "batch", "state", "between", "outside"]
 #: An operation by its place and operator, or a tensor of the state by its name.
 _Meant = tuple[int, str] | str
 
@@ -51,7 +51,7 @@ class NonFinite(Shown):
     """
 
     step: Step
-    origin: Origin
+    origin: _Cause
     index: int | None
     name: str
     nans: int
@@ -289,7 +289,7 @@ def _first_made(step: Step) -> NonFinite | None:
             is_outside = (
                 source in tensors and step.places.storages[tensors[source].storage].kind == "input"
             )
-            origin: Origin = "outside" if is_outside else "operation"
+            origin: _Cause = "outside" if is_outside else "operation"
             return NonFinite(step, origin, index, name, *found, _rows(step, tensor))
     return None
 
@@ -301,7 +301,7 @@ def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
     is_changed = left is not None and _count(left) is None
     found = _count(tensor)
     assert found is not None
-    origin: Origin = "between" if is_changed else "state"
+    origin: _Cause = "between" if is_changed else "state"
     return NonFinite(step, origin, None, name.removeprefix("parameter/"), *found, ())
 
 

@@ -66,7 +66,7 @@ def check_question(expression: Expression, opener: Opener) -> None:
     """Check the names in an expression against the first step of a run.
 
     Raises:
-        ExpressionError: a name does not exist, or tensors of the step before are asked for beside rows.
+        ExpressionError: a name does not exist, or rows and tensors of the step before are asked for.
         RunError: the run has no step, or it cannot be opened.
     """
     has_rows = any(reference.kind == "rows" for reference in expression.references)
