@@ -10,7 +10,6 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,19 +93,21 @@ class Trace:
     def __init__(self, step: Step) -> None:
         self.step = step
         self._specs: dict[str, TensorSpec] = {}
+        #: Of each storage: what lies there before the step, as if an operation -1 had written it, and
+        #: what operations write.
         self._writes: dict[str, list[_Write]] = defaultdict(list)
-        for number in range(len(step.operations)):
-            for place, name in enumerate(self.outputs(number)):
-                if name is not None:
-                    self._writes[self.storage(name)].append(_Write(number, place, name))
-        self._whole: dict[str, list[str]] = defaultdict(list)
         #: The sizes of the numbers on each storage, in bytes.
         self._sizes: dict[str, set[int]] = defaultdict(set)
-        for name in (*step.places.tensors, *step.state):
+        for name in reversed([*step.places.tensors, *step.state]):
             spec = self.spec(name)
             self._sizes[spec.storage].add(spec.torch_dtype.itemsize)
             if "~" not in name:
-                self._whole[spec.storage].append(name)
+                self._writes[spec.storage].append(_Write(-1, 0, name))
+        for number in range(len(step.operations)):
+            for place, made in enumerate(self.outputs(number)):
+                if made is not None:
+                    self._writes[self.storage(made)].append(_Write(number, place, made))
+        self._origins: dict[Spot, Origin | None] = {}
 
     def outputs(self, number: int) -> list[str | None]:
         """Return the tensors that an operation wrote: its results, then the arguments it wrote into."""
@@ -133,7 +134,8 @@ class Trace:
 
     def writers(self, name: str) -> list[int]:
         """Return the operations that wrote on the storage of a tensor, by their numbers in order."""
-        return [write.operation for write in self._writes.get(self.storage(name), [])]
+        writes = self._writes.get(self.storage(name), [])
+        return [write.operation for write in writes if write.operation >= 0]
 
     def kind(self, name: str) -> str:
         """Return the kind of the storage of a tensor."""
@@ -142,6 +144,11 @@ class Trace:
 
     def origin(self, spot: Spot) -> Origin | None:
         """Return what wrote a number, None if the parts of a complex one were written one by one."""
+        if spot not in self._origins:
+            self._origins[spot] = self._origin(spot)
+        return self._origins[spot]
+
+    def _origin(self, spot: Spot) -> Origin | None:
         spec = self.spec(spot.name)
         begin, dtype = _byte(spec, spot.index), spec.torch_dtype
         if spot.half is not None:
@@ -157,20 +164,9 @@ class Trace:
                 index = index_at(self.spec(write.name), begin)
                 if index is not None:
                     part = self._part(write.name, index, begin, dtype)
-                    return Origin(write.name, index, part, write.operation, write.place)
-        before = self.before(spot.name, begin, dtype)
-        return before or Origin(spot.name, spot.index, self._part(spot.name, spot.index, begin, dtype))
-
-    def before(self, name: str, byte: int, dtype: torch.dtype) -> Origin | None:
-        """Return what a byte of a tensor's storage belonged to before the step, if that has a name.
-
-        dtype: that it is read as.
-        """
-        for whole in self._whole.get(self.storage(name), []):
-            index = index_at(self.spec(whole), byte)
-            if index is not None:
-                return Origin(whole, index, self._part(whole, index, byte, dtype))
-        return None
+                    operation = None if write.operation < 0 else write.operation
+                    return Origin(write.name, index, part, operation, write.place)
+        return Origin(spot.name, spot.index, self._part(spot.name, spot.index, begin, dtype))
 
     def _part(self, name: str, index: tuple[int, ...], byte: int, dtype: torch.dtype) -> Part | None:
         spec = self.spec(name)
@@ -225,15 +221,11 @@ class Trace:
 
     def rows(self, piece: Piece) -> set[int]:
         """Return the rows of the numbers of a piece, if it is of the batch."""
-        if not piece.size or self.kind(piece.name) != "input":
+        if self.kind(piece.name) != "input":
             return set()
-        spec = self.spec(piece.name)
-        offsets = np.full(piece.size, spec.offset)
-        for axis, stride in zip(piece.places, spec.stride, strict=True):
-            offsets = offsets + np.asarray(axis) * stride
-        size, dtype = spec.torch_dtype.itemsize, spec.torch_dtype
-        origins = (self.before(piece.name, n * size, dtype) for n in np.unique(offsets).tolist())
-        found = {None if origin is None else self.row(origin) for origin in origins}
+        half = 0 if self.spec(piece.name).torch_dtype.is_complex else None
+        spots = (Spot(piece.name, piece.at(k), 0, half) for k in range(piece.size))
+        found = {self.row(origin) for spot in spots if (origin := self.origin(spot)) is not None}
         return {row for row in found if row is not None}
 
 
