@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from everystep.answers.why import Number, Why
 from everystep.replay.step import Step
-from everystep.replay.why import Number, Why
 
 __all__ = ["ALL", "by_hand", "complaints", "evaluated", "value_of"]
 

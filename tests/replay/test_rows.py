@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import everystep
 from everystep import ExpressionError, RunError, UsageError
+from everystep.answers.rows import Share
 from everystep.cli import app
-from everystep.replay.rows import Share
 
 N, STEP = 20, 3
 

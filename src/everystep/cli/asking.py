@@ -13,7 +13,7 @@ from everystep.cli.output import answer, hint, quoted, say, say_written, tell
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
-    from everystep.replay.why import Why
+    from everystep.answers.why import Why
 
 __all__ = ["diff", "doctor", "measure", "rerun", "rows", "verify", "whatif", "when", "why"]
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ class Formula:
     given: dict[str, Piece] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    divisor: ClassVar[float] = 1.0
 
     @property
     def shown(self) -> str:
@@ -136,6 +137,7 @@ class Sum:
 
     terms: tuple[Terms, ...]
     divisor: float = 1.0
+    note: ClassVar[str] = ""
 
     @property
     def shown(self) -> str:
@@ -155,11 +157,13 @@ class Sum:
 class Words:
     """Which numbers a number was made from, where no formula gives it from them.
 
-    text: how it was made, in words.
+    note: how it was made, in words.
     """
 
-    text: str
+    note: str
     given: dict[str, Piece] = field(default_factory=dict)
+    shown: ClassVar[str] = ""
+    divisor: ClassVar[float] = 1.0
 
 
 Made = Sum | Formula | Words

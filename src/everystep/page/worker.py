@@ -181,7 +181,7 @@ def _file(step: Step, run: Run, asked: dict[str, Any]) -> Found:
 
 
 def _why(step: Step, run: Run, asked: dict[str, Any]) -> Found:
-    from everystep.replay.why import why
+    from everystep.answers.why import why
     from everystep.views.why import spot_of
 
     wanted = asked["name"] or spot_of(step, run.facts, asked["id"], asked["index"])

@@ -1,4 +1,4 @@
-"""Questions that recorded columns (losses and measurements) answer. Imports no torch."""
+"""Questions in the form of expressions, and those that recorded columns answer. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from everystep.errors import ExpressionError
 from everystep.recording.run import RecordedRun
 from everystep.replay.expression import Expression, Reference, parse
 from everystep.replay.shown import Shown
@@ -14,6 +15,7 @@ from everystep.step.hyperparameters import is_hyperparameter
 
 if TYPE_CHECKING:
     from everystep.replay.hooks import OpenedStep, Probe
+    from everystep.replay.processes import Opener
 
 __all__ = [
     "Answers",
@@ -22,6 +24,7 @@ __all__ = [
     "Setting",
     "Which",
     "ask_columns",
+    "check_question",
     "chosen",
     "read_question",
     "recorded_at",
@@ -57,6 +60,31 @@ def read_question(text: str, run: RecordedRun) -> Expression:
     expression = parse(text, names)
     expression.check({"measurements": names})
     return expression
+
+
+def check_question(expression: Expression, opener: Opener) -> None:
+    """Check the names in an expression against the first step of a run.
+
+    Raises:
+        ExpressionError: a name does not exist, or rows and tensors of the step before are asked for.
+        RunError: the run has no step, or it cannot be opened.
+    """
+    has_rows = any(reference.kind == "rows" for reference in expression.references)
+    before = [r for r in expression.references if r.is_previous and not r.is_recorded]
+    if has_rows and before:
+        raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
+    replay = opener.replay_here()
+    step = replay.step(1)
+    activations = replay.stepper.module_paths()
+    expression.check(
+        {
+            "parameters": list(step.parameters),
+            "buffers": list(step.buffers),
+            "gradients": list(step.gradients | step.parameters),
+            "activations": activations,
+            "updates": list(step.updates),
+        }
+    )
 
 
 def ask_columns(

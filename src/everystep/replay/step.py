@@ -18,9 +18,9 @@ from everystep.program.unset import overwrites, unset_results
 from everystep.step.observe import Places
 
 if TYPE_CHECKING:
-    from everystep.replay.rows import Rows
+    from everystep.answers.rows import Rows
+    from everystep.answers.why import Why
     from everystep.replay.shown import View
-    from everystep.replay.why import Why
 
 __all__ = [
     "Batch",
@@ -54,6 +54,15 @@ class Batch:
     def whole(self) -> str:
         """What its rows are numbered in: the source of the data, or the batch where that is unknown."""
         return "the batch" if self.rows is None else self.source
+
+    @property
+    def count(self) -> int:
+        """How many rows it has: as many as its first tensor that has any."""
+        return next((len(tensor) for tensor in self.tensors.values() if tensor.dim()), 0)
+
+    def number(self, place: int) -> int:
+        """Return the number of a row in the data, its place in the batch where that is unknown."""
+        return place if self.rows is None else int(self.rows[place])
 
     @property
     def x(self) -> Tensor:
@@ -194,14 +203,14 @@ class Step:
             UsageError: the expression is not one number that the step made or read.
             RunError: an earlier step cannot be opened.
         """
-        from everystep.replay.why import why
+        from everystep.answers.why import why
 
         return why(self, expression, back=back, depth=depth, terms=terms)
 
     @cached_property
     def rows(self) -> Rows:
         """How much of the loss, and of each gradient, each row of the batch makes."""
-        from everystep.replay.rows import rows_of
+        from everystep.answers.rows import rows_of
 
         return rows_of(self)
 

@@ -16,12 +16,11 @@ from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.recording.run import RecordedRun
 from everystep.replay.batches import batches_of, rule_of
-from everystep.replay.columns import Evaluator, read_question
+from everystep.replay.columns import Evaluator, check_question, read_question
 from everystep.replay.expression import Expression
 from everystep.replay.hooks import OpenedStep
 from everystep.replay.living import Living
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
-from everystep.replay.query import check_question
 from everystep.replay.recorded_steps import RecordedSteps, StepsAtRate
 from everystep.replay.replay import Replay, no_such_step, open_next, same_number
 from everystep.replay.replay_stepper import ReplayStepper

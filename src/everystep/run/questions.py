@@ -15,19 +15,19 @@ from everystep.recording.run import RecordedRun
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from everystep.answers.measure import Measured
+    from everystep.answers.nonfinite import NonFinite
+    from everystep.answers.rows import Rows
+    from everystep.answers.why import Why
     from everystep.replay.columns import Found
     from everystep.replay.diff import Difference
     from everystep.replay.match import Match
-    from everystep.replay.nonfinite import NonFinite
     from everystep.replay.processes import Opener
-    from everystep.replay.query import Measured
     from everystep.replay.rerun import Rerun
-    from everystep.replay.rows import Rows
     from everystep.replay.shown import Shown
     from everystep.replay.step import Step
     from everystep.replay.verify import Verification
     from everystep.replay.what_if import WhatIf
-    from everystep.replay.why import Why
     from everystep.training.objects import Objects
 
 __all__ = ["Counting", "Questions", "Steps"]
@@ -243,7 +243,7 @@ class Questions(RecordedRun):
             UsageError: the question does not fit, or the name is taken.
             RunError: a needed file is missing, unreadable or being written.
         """
-        from everystep.replay.query import measure
+        from everystep.answers.measure import measure
 
         asked, called = self._question(question)
         ask = partial(
@@ -292,7 +292,7 @@ class Questions(RecordedRun):
 
             steps = [step for step, _ in ask_columns(asked, self, (1, len(self)), as_condition=True)]
             return self._shown(Found(chosen(steps, which)))
-        from everystep.replay.query import when
+        from everystep.answers.measure import when
 
         ask = partial(when, self._opener, asked, which, processes=processes)
         return self._answered("looking", len(self), progress, ask)
@@ -305,7 +305,7 @@ class Questions(RecordedRun):
         Raises:
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.replay.nonfinite import find_nonfinite
+        from everystep.answers.nonfinite import find_nonfinite
 
         count = self.facts.nonfinite_step or len(self)
         return self._answered(
@@ -401,9 +401,7 @@ class Questions(RecordedRun):
         if without_rows_of is not None:
             step = self[self._number(without_rows_of)]
             at, batch = step.number - 1 if at is None else at, step.batch
-            first = next(iter(batch.tensors.values()), None)
-            count = 0 if first is None or not first.dim() else len(first)
-            chosen += range(count) if batch.rows is None else batch.rows.tolist()
+            chosen += map(batch.number, range(batch.count))
         rows = sorted(set(chosen))
         if not rows and not rates:
             raise UsageError("no rows to leave out: pass without_rows, or without_rows_of")
@@ -435,12 +433,10 @@ class Questions(RecordedRun):
             return question, getattr(question, "__name__", "measurement")
         if not isinstance(question, str):
             raise UsageError(f"expected an expression or a function of a step, not {question!r:.80}")
-        from everystep.replay.columns import read_question
+        from everystep.replay.columns import check_question, read_question
 
         expression = read_question(question, self)
         if not expression.is_recorded:
-            from everystep.replay.query import check_question
-
             check_question(expression, self._opener)
         return expression, question
 

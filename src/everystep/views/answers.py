@@ -26,10 +26,10 @@ from everystep.views.texts import about_numbers, block, counted, labelled, named
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from everystep.answers.measure import Measured
+    from everystep.answers.nonfinite import NonFinite
     from everystep.replay.columns import Found
     from everystep.replay.doctor import Diagnosis
-    from everystep.replay.nonfinite import NonFinite
-    from everystep.replay.query import Measured
     from everystep.replay.step import Step
     from everystep.replay.verify import Verification
     from everystep.replay.what_if import Case, WhatIf

@@ -15,8 +15,8 @@ from everystep.views.texts import about_numbers, named, number
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from everystep.answers.rows import Rows, Share
     from everystep.recording.facts import Facts
-    from everystep.replay.rows import Rows, Share
     from everystep.replay.step import Step
 
 __all__ = ["order_of", "rows_data", "rows_text"]
@@ -114,7 +114,7 @@ def _percents(share: Tensor | None) -> Callable[[int], str]:
 
 def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
     """Return what the numbers are, and why some are unknown, in lines."""
-    from everystep.replay.rows import Share
+    from everystep.answers.rows import Share
 
     lines = [about_numbers(rows.source)]
     share = rows.loss_share
@@ -160,7 +160,7 @@ def rows_data(
 
     by, parameter: see `order_of`; most: rows of each order; the rest is counted.
     """
-    from everystep.replay.rows import Share
+    from everystep.answers.rows import Share
 
     rows = step.rows
     wanted = [by] if by else ["gradient"] if parameter else ORDERS
@@ -231,6 +231,6 @@ def _known(numbers: Callable[[], Tensor]) -> Tensor | None:
 
 def _shares(rows: Rows, names: Sequence[str]) -> list[Share]:
     """Return what is known of some parameters."""
-    from everystep.replay.rows import Share
+    from everystep.answers.rows import Share
 
     return [each for name in names if isinstance(each := rows.gradients[name], Share)]

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.text import Text
 
+from everystep.answers.why import Group, Number, Spot, Term, Why
 from everystep.errors import UsageError
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.replay.step import Step
-from everystep.replay.why import Group, Number, Spot, Term, Why
 from everystep.views.lines import Page
 from everystep.views.mathematics import Line, mathematics
 from everystep.views.plain import DERIVED

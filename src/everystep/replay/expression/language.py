@@ -10,7 +10,6 @@ import ast
 import math
 import operator
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 __all__ = [
@@ -52,11 +51,8 @@ def is_number(value: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """Return a number, or the one element of a tensor, as a plain number."""
-    return value if is_number(value) else _single(value).item()
-
-
-def _single(value: Any) -> Any:
-    """Return a tensor of one real element; raise ValueError for any other."""
+    if is_number(value):
+        return value
     if value.numel() != 1:
         shape = tuple(value.shape)
         raise ValueError(
@@ -64,7 +60,7 @@ def _single(value: Any) -> Any:
         )
     if value.is_complex():
         raise ValueError("this is a complex number; use abs(...) of it")
-    return value
+    return value.item()
 
 
 def truth(value: Any) -> bool:
@@ -75,36 +71,21 @@ def truth(value: Any) -> bool:
     return bool(value)
 
 
-def _as_number(value: Any) -> Any:
-    """Return a tensor of one element as what a plain number is to other tensors."""
-    return value if is_number(value) else _single(value).reshape(()).double()
-
-
 def _where(condition: Any, yes: Any, no: Any) -> Any:
     """Return, for each element, `yes` where the condition holds, and `no` elsewhere."""
-    if all(map(is_number, (condition, yes, no))):
+    values = condition, yes, no
+    if all(map(is_number, values)):
         return yes if condition else no
     import torch
 
-    condition, yes, no = _all_tensors(condition, yes, no)
-    return torch.where(condition if condition.dtype == torch.bool else condition != 0, yes, no)
-
-
-def _all_tensors(*values: Any) -> list[Any]:
-    """Return values, at least one of which is a tensor, with numbers as tensors of one element."""
-    import torch
-
     device = next(value.device for value in values if not is_number(value))
-    return [
-        torch.full((), value, dtype=_dtype_of(value), device=device) if is_number(value) else value
+    condition, yes, no = (
+        torch.tensor(value, dtype=None if isinstance(value, bool) else torch.float64, device=device)
+        if is_number(value)
+        else value
         for value in values
-    ]
-
-
-def _dtype_of(number: Any) -> Any:
-    import torch
-
-    return torch.bool if isinstance(number, bool) else torch.float64
+    )
+    return torch.where(condition if condition.dtype == torch.bool else condition != 0, yes, no)
 
 
 def bounded(number: Any) -> Any:
@@ -217,21 +198,15 @@ def _extreme(choose: Callable[[list[Any]], Any], values: tuple[Any, ...]) -> Any
         if not values[0].numel():
             raise ValueError(f"a tensor of shape {shape} is empty and has no {name}")
         return getattr(values[0], name)()
-    if all(map(is_number, values)):
-        return math.nan if any(map(math.isnan, values)) else choose([*values])
-    import torch
-
-    return reduce(getattr(torch, f"{choose.__name__}imum"), _all_tensors(*map(_as_number, values)))
+    numbers = [*map(plain, values)]
+    return math.nan if any(map(math.isnan, numbers)) else choose(numbers)
 
 
 def _clip(x: Any, low: Any, high: Any) -> Any:
-    low, high = _as_number(low), _as_number(high)
-    if is_number(low) and is_number(high):
-        if not is_number(x):
-            return x.clamp(low, high)
-        return math.nan if math.isnan(low) or math.isnan(high) else min(max(x, low), high)
-    x, low, high = _all_tensors(x, low, high)
-    return x.clamp(low, high)
+    low, high = plain(low), plain(high)
+    if not is_number(x):
+        return x.clamp(low, high)
+    return math.nan if math.isnan(low) or math.isnan(high) else min(max(x, low), high)
 
 
 def _quantile(x: Any, q: Any) -> Any:

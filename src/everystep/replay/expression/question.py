@@ -1,31 +1,15 @@
-"""A parsed question about a step; what is refused; and error messages that show the position."""
+"""A parsed question about a step, and error messages that show the position."""
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from everystep.errors import ExpressionError, Fault, did_you_mean
-from everystep.replay.expression.language import CONSTANTS, FUNCTIONS, plain, truth
+from everystep.replay.expression.language import plain, truth
 
-__all__ = [
-    "LANGUAGE",
-    "MAPPINGS",
-    "Evaluate",
-    "Expression",
-    "Reference",
-    "ValueOf",
-    "column",
-    "error_at",
-    "excerpt",
-    "syntax_error",
-    "why_no_function",
-    "why_no_name",
-    "why_refused",
-]
+__all__ = ["Evaluate", "Expression", "Reference", "ValueOf", "column", "error_at"]
 
 
 class Reference(NamedTuple):
@@ -39,6 +23,11 @@ class Reference(NamedTuple):
     is_previous: bool
     #: of updates: empty (after - before), `before` or `after`
     part: str = ""
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether recorded columns have it."""
+        return self.kind in ("loss", "step", "measurements")
 
     def __str__(self) -> str:
         name = (
@@ -71,7 +60,7 @@ class Expression:
     @property
     def is_recorded(self) -> bool:
         """Whether the recorded columns (loss, step, measurements) are enough to answer it."""
-        return all(reference.kind in ("loss", "step", "measurements") for reference in self.references)
+        return all(reference.is_recorded for reference in self.references)
 
     def evaluate(self, value_of: ValueOf) -> Any:
         """Return its value on a step: a plain number, or a tensor.
@@ -122,98 +111,11 @@ class Expression:
             raise error_at(self.text, str(error)) from None
 
 
-_NAMES = ("parameters", "buffers", "gradients", "activations", "updates", "measurements")
-#: What is followed by a name in brackets, and how.
-MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
-    "activations": "activations['0']",
-    "measurements": "measurements['lr']",
-}
-#: Names that are not values by themselves, and what to write in their place.
-_INCOMPLETE = MAPPINGS | {
-    "batch": "batch.x or batch.y",
-    "rows": "rows.loss or rows.gradient",
-    "previous": "previous.loss",
-}
-#: What an expression cannot end with.
-_UNFINISHED = re.compile(r"([-+*/%@<>=,.(\[]+|\b(and|or|not))\s*$")
-#: The names that mean something in any expression.
-LANGUAGE = frozenset({"loss", "step", *CONSTANTS, *_INCOMPLETE, *FUNCTIONS})
-
-
 def error_at(text: str, problem: str, start: int = 0, end: int = 0) -> ExpressionError:
     """Return an error that shows the text, and marks it from start to end."""
     shown, first = excerpt(text, start)
     marks = "^" * min(end - start, max(len(shown) - first, 1))
     return ExpressionError("\n  ".join([problem, shown, *([" " * first + marks] if marks else [])]))
-
-
-def syntax_error(text: str, error: SyntaxError) -> ExpressionError:
-    """Return the error for what `ast` cannot read."""
-    start = max((error.offset or 1) - 1, 0)
-    message = re.split("[.;] ", error.msg)[0]
-    if not text:
-        message = "the expression is empty; write, for example, loss > 1"
-    elif text[start : start + 1] == "=" or "'=='" in error.msg:
-        message = "expressions cannot assign; to compare, write =="
-    elif text[start : start + 1] in ("&", "|", "!"):
-        message = "combine conditions with and, or, not"
-    elif message == "invalid syntax" and (last := _UNFINISHED.search(text)) is not None:
-        return error_at(text, f"something is missing after {last[0].strip()}", last.start(), last.end())
-    elif message == "invalid syntax":
-        message = "the expression is invalid from here on"
-    return error_at(text, message, start, start + 1)
-
-
-def why_refused(node: ast.AST) -> str:
-    """Explain why the language does not support a Python construct."""
-    match node:
-        case ast.Lambda():
-            return "lambda is not supported; write the value itself"
-        case ast.NamedExpr():
-            return "expressions cannot assign; to compare, write =="
-        case ast.JoinedStr():
-            return "f-strings are not supported; write the name itself, in quotes"
-        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            return "comprehensions are not supported; sum(...) and similar functions cover all elements"
-        case ast.Tuple() | ast.List() | ast.Set() | ast.Dict():
-            return "an expression is a single value; use one expression per value"
-        case ast.Invert():
-            return "~ is not supported; negate a condition with not"
-        case ast.Is() | ast.IsNot() | ast.In() | ast.NotIn():
-            return "is and in are not supported; to compare, write == or !="
-        case ast.operator():
-            return "supported operators: + - * / // % ** @; combine conditions with and, or"
-    return f"{type(node).__name__} is not supported"
-
-
-def why_no_name(node: ast.expr, name: str, is_previous: bool, bare: Collection[str]) -> str:
-    """Explain why a name, without its `previous.`, means nothing. `bare` are measurements."""
-    if name in _INCOMPLETE:
-        return f"{name} alone is not a value; write {_INCOMPLETE[name]}"
-    if is_previous and name.split(".")[0] == "previous":
-        return "previous.previous is not supported: an expression sees a step and the one before it"
-    if name in FUNCTIONS:
-        return f"{name} is a function; write {name}(...)"
-    if isinstance(node, ast.Attribute) and (not name or "." in name):
-        if node.attr in FUNCTIONS:
-            return f".{node.attr} is not supported; write {node.attr}(...) around the value"
-        return (
-            f"unknown attribute .{node.attr}; known are batch.x, batch.y, rows.loss, rows.gradient, "
-            "updates[...].before and .after"
-        )
-    known = sorted((LANGUAGE - {*CONSTANTS} if is_previous else LANGUAGE) | {*bare})
-    return f"unknown name {name}; " + (
-        did_you_mean(name, known) or "write tensors as gradients['0.weight']"
-    )
-
-
-def why_no_function(node: ast.expr) -> str:
-    """Explain why this cannot be called."""
-    if isinstance(node, ast.Attribute) and node.attr in FUNCTIONS:
-        return f"values have no methods; write {node.attr}(...) around the value"
-    name = node.id if isinstance(node, ast.Name) else "this"
-    cure = did_you_mean(name, [*FUNCTIONS]) or "known functions: " + " ".join(FUNCTIONS)
-    return f"{name} is not a function; {cure}"
 
 
 def excerpt(text: str, start: int = 0) -> tuple[str, int]:

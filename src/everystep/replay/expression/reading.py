@@ -10,7 +10,7 @@ from functools import reduce
 from itertools import pairwise
 from typing import Any
 
-from everystep.errors import ExpressionError
+from everystep.errors import ExpressionError, did_you_mean
 from everystep.replay.expression.language import (
     ARGUMENTS,
     CONSTANTS,
@@ -23,18 +23,12 @@ from everystep.replay.expression.language import (
     truth,
 )
 from everystep.replay.expression.question import (
-    LANGUAGE,
-    MAPPINGS,
     Evaluate,
     Expression,
     Reference,
     ValueOf,
     column,
     error_at,
-    syntax_error,
-    why_no_function,
-    why_no_name,
-    why_refused,
 )
 
 __all__ = ["parse"]
@@ -43,6 +37,42 @@ _LONGEST = 10_000  # characters
 _DEEPEST = 100  # levels of nesting
 #: What torch raises for values that do not fit, and the functions of the language.
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
+
+_NAMES = ("parameters", "buffers", "gradients", "activations", "updates", "measurements")
+#: What is followed by a name in brackets, and how.
+_MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
+    "activations": "activations['0']",
+    "measurements": "measurements['lr']",
+}
+#: Names that are not values by themselves, and what to write in their place.
+_INCOMPLETE = _MAPPINGS | {
+    "batch": "batch.x or batch.y",
+    "rows": "rows.loss or rows.gradient",
+    "previous": "previous.loss",
+}
+#: What an expression cannot end with.
+_UNFINISHED = re.compile(r"([-+*/%@<>=,.(\[]+|\b(and|or|not))\s*$")
+#: The names that mean something in any expression.
+_LANGUAGE = frozenset({"loss", "step", *CONSTANTS, *_INCOMPLETE, *FUNCTIONS})
+#: Why the language does not support what Python has.
+_REFUSED: dict[type[ast.AST], str] = {
+    ast.Lambda: "lambda is not supported; write the value itself",
+    ast.NamedExpr: "expressions cannot assign; to compare, write ==",
+    ast.JoinedStr: "f-strings are not supported; write the name itself, in quotes",
+    ast.Invert: "~ is not supported; negate a condition with not",
+    **dict.fromkeys(
+        (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+        "comprehensions are not supported; sum(...) and similar functions cover all elements",
+    ),
+    **dict.fromkeys(
+        (ast.Tuple, ast.List, ast.Set, ast.Dict),
+        "an expression is a single value; use one expression per value",
+    ),
+    **dict.fromkeys(
+        (ast.Is, ast.IsNot, ast.In, ast.NotIn),
+        "is and in are not supported; to compare, write == or !=",
+    ),
+}
 
 
 def parse(text: str, measurements: Collection[str] = ()) -> Expression:
@@ -61,7 +91,7 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
         with warnings.catch_warnings(action="ignore"):  # about escapes that are none
             body = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise syntax_error(text, error) from None
+        raise _syntax_error(text, error) from None
     except (RecursionError, MemoryError):
         raise error_at(text, "the expression is nested too deeply; split it") from None
     except ValueError as error:  # half a character
@@ -69,12 +99,12 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
     end = column(text, body.end_col_offset)
     if "#" in text[end:]:
         raise error_at(text, "comments are not supported", text.index("#", end), len(text))
-    reader = _Reader(text, frozenset(measurements) - LANGUAGE)
+    reader = _Reader(text, frozenset(measurements) - _LANGUAGE)
     evaluate = reader.read(body)
     return Expression(text, frozenset(reader.references), evaluate)
 
 
-class _Reader:
+class _Reader(ast.NodeVisitor):
     """Turns the nodes of an expression into closures, and notes what they refer to."""
 
     def __init__(self, text: str, bare: frozenset[str]) -> None:
@@ -84,14 +114,15 @@ class _Reader:
         self.depth = 0
 
     def read(self, node: ast.expr) -> Evaluate:
-        if type(node) not in _NODES:
-            raise self.error(node, why_refused(node))
         self.depth += 1
         if self.depth > _DEEPEST:
             raise self.error(node, "the expression is nested too deeply; split it")
-        evaluate = _NODES[type(node)](self, node)
+        evaluate: Evaluate = self.visit(node)
         self.depth -= 1
         return evaluate
+
+    def generic_visit(self, node: Any) -> Evaluate:
+        raise self.error(node, _why_refused(node))
 
     def error(self, node: ast.expr, problem: str | Exception) -> ExpressionError:
         """Return the error at a node; of torch's messages, which can be long, the first line."""
@@ -113,10 +144,10 @@ class _Reader:
         if isinstance(sign, ast.Not):
             return lambda value: not truth(value)
         if type(sign) not in OPERATIONS:
-            raise self.error(node, why_refused(sign))
+            raise self.error(node, _why_refused(sign))
         return OPERATIONS[type(sign)]
 
-    def constant(self, node: ast.Constant) -> Evaluate:
+    def visit_Constant(self, node: ast.Constant) -> Evaluate:
         if isinstance(node.value, str):
             raise self.error(node, "text is only supported as a name in brackets: gradients['0.weight']")
         if not is_number(node.value):
@@ -126,7 +157,7 @@ class _Reader:
         number = bounded(node.value)
         return lambda value_of: number
 
-    def name(self, node: ast.Name | ast.Attribute) -> Evaluate:
+    def visit_Name(self, node: ast.Name | ast.Attribute) -> Evaluate:
         name, is_previous = _dotted(node)
         if name in CONSTANTS and not is_previous:
             return lambda value_of: CONSTANTS[name]
@@ -144,7 +175,10 @@ class _Reader:
             mapping, is_previous = _dotted(node.value.value)
             if mapping == "updates" and node.attr in ("before", "after"):
                 return self.refer(mapping, self.key(node.value), is_previous, node.attr)
-        raise self.error(node, why_no_name(node, name, is_previous, self.bare))
+        raise self.error(node, _why_no_name(node, name, is_previous, self.bare))
+
+    def visit_Attribute(self, node: ast.Attribute) -> Evaluate:
+        return self.visit_Name(node)
 
     def refer(self, kind: str, name: str, is_previous: bool, part: str = "") -> Evaluate:
         reference = Reference(kind, name, is_previous, part)
@@ -156,9 +190,9 @@ class _Reader:
 
         return recall
 
-    def subscript(self, node: ast.Subscript) -> Evaluate:
+    def visit_Subscript(self, node: ast.Subscript) -> Evaluate:
         mapping, is_previous = _dotted(node.value)
-        if mapping in MAPPINGS:
+        if mapping in _MAPPINGS:
             return self.refer(mapping, self.key(node), is_previous)
         whole = self.read(node.value)
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
@@ -168,7 +202,7 @@ class _Reader:
     def key(self, node: ast.Subscript) -> str:
         if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
             return node.slice.value
-        example = MAPPINGS[_dotted(node.value)[0]]
+        example = _MAPPINGS[_dotted(node.value)[0]]
         raise self.error(node.slice, f"expected a name in quotes in these brackets: {example}")
 
     def index(self, node: ast.expr | None) -> int | slice | None:
@@ -183,10 +217,10 @@ class _Reader:
                 return -value
         raise self.error(node, "index with integers and slices: [0], [-1, :3]")
 
-    def call(self, node: ast.Call) -> Evaluate:
+    def visit_Call(self, node: ast.Call) -> Evaluate:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name not in FUNCTIONS:
-            raise self.error(node.func, why_no_function(node.func))
+            raise self.error(node.func, _why_no_function(node.func))
         if node.keywords:
             raise self.error(
                 node.keywords[0].value, f"{name} takes no keyword arguments; pass only the value"
@@ -200,7 +234,7 @@ class _Reader:
             return self.apply(node, function, *node.args)
         return self.apply(node, lambda *values: plain(function(*values)), *node.args)
 
-    def binary(self, node: ast.BinOp) -> Evaluate:
+    def visit_BinOp(self, node: ast.BinOp) -> Evaluate:
         # a + b + c + ... is nested as deep as it is long; here it is a loop.
         nodes = [node]
         while isinstance(nodes[-1].left, ast.BinOp):
@@ -217,10 +251,10 @@ class _Reader:
 
         return combined
 
-    def unary(self, node: ast.UnaryOp) -> Evaluate:
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> Evaluate:
         return self.apply(node, self.operation(node, node.op), node.operand)
 
-    def comparison(self, node: ast.Compare) -> Evaluate:
+    def visit_Compare(self, node: ast.Compare) -> Evaluate:
         comparisons = [self.operation(node, op) for op in node.ops]
 
         def chain(*values: Any) -> Any:  # elementwise
@@ -230,7 +264,7 @@ class _Reader:
 
         return self.apply(node, chain, node.left, *node.comparators)
 
-    def connection(self, node: ast.BoolOp) -> Evaluate:
+    def visit_BoolOp(self, node: ast.BoolOp) -> Evaluate:
         operands = [(place, self.read(place)) for place in node.values]
         decides = isinstance(node.op, ast.Or)
 
@@ -244,7 +278,7 @@ class _Reader:
 
         return connected
 
-    def choice(self, node: ast.IfExp) -> Evaluate:
+    def visit_IfExp(self, node: ast.IfExp) -> Evaluate:
         test = self.apply(node.test, truth, node.test)
         yes, no = self.read(node.body), self.read(node.orelse)
         return lambda value_of: (yes if test(value_of) else no)(value_of)
@@ -268,15 +302,55 @@ def _elements(value: Any, index: tuple[int | slice | None, ...]) -> Any:
     return value[index]
 
 
-_NODES: dict[type[ast.expr], Callable[[_Reader, Any], Evaluate]] = {
-    ast.Constant: _Reader.constant,
-    ast.Name: _Reader.name,
-    ast.Attribute: _Reader.name,
-    ast.Subscript: _Reader.subscript,
-    ast.Call: _Reader.call,
-    ast.BinOp: _Reader.binary,
-    ast.UnaryOp: _Reader.unary,
-    ast.Compare: _Reader.comparison,
-    ast.BoolOp: _Reader.connection,
-    ast.IfExp: _Reader.choice,
-}
+def _syntax_error(text: str, error: SyntaxError) -> ExpressionError:
+    """Return the error for what `ast` cannot read."""
+    start = max((error.offset or 1) - 1, 0)
+    message = re.split("[.;] ", error.msg)[0]
+    if not text:
+        message = "the expression is empty; write, for example, loss > 1"
+    elif text[start : start + 1] == "=" or "'=='" in error.msg:
+        message = "expressions cannot assign; to compare, write =="
+    elif text[start : start + 1] in ("&", "|", "!"):
+        message = "combine conditions with and, or, not"
+    elif message == "invalid syntax" and (last := _UNFINISHED.search(text)) is not None:
+        return error_at(text, f"something is missing after {last[0].strip()}", last.start(), last.end())
+    elif message == "invalid syntax":
+        message = "the expression is invalid from here on"
+    return error_at(text, message, start, start + 1)
+
+
+def _why_refused(node: ast.AST) -> str:
+    """Explain why the language does not support a Python construct."""
+    operators = "supported operators: + - * / // % ** @; combine conditions with and, or"
+    other = f"{type(node).__name__} is not supported"
+    return _REFUSED.get(type(node), operators if isinstance(node, ast.operator) else other)
+
+
+def _why_no_name(node: ast.expr, name: str, is_previous: bool, bare: Collection[str]) -> str:
+    """Explain why a name, without its `previous.`, means nothing. `bare` are measurements."""
+    if name in _INCOMPLETE:
+        return f"{name} alone is not a value; write {_INCOMPLETE[name]}"
+    if is_previous and name.split(".")[0] == "previous":
+        return "previous.previous is not supported: an expression sees a step and the one before it"
+    if name in FUNCTIONS:
+        return f"{name} is a function; write {name}(...)"
+    if isinstance(node, ast.Attribute) and (not name or "." in name):
+        if node.attr in FUNCTIONS:
+            return f".{node.attr} is not supported; write {node.attr}(...) around the value"
+        return (
+            f"unknown attribute .{node.attr}; known are batch.x, batch.y, rows.loss, rows.gradient, "
+            "updates[...].before and .after"
+        )
+    known = sorted((_LANGUAGE - {*CONSTANTS} if is_previous else _LANGUAGE) | {*bare})
+    return f"unknown name {name}; " + (
+        did_you_mean(name, known) or "write tensors as gradients['0.weight']"
+    )
+
+
+def _why_no_function(node: ast.expr) -> str:
+    """Explain why this cannot be called."""
+    if isinstance(node, ast.Attribute) and node.attr in FUNCTIONS:
+        return f"values have no methods; write {node.attr}(...) around the value"
+    name = node.id if isinstance(node, ast.Name) else "this"
+    cure = did_you_mean(name, [*FUNCTIONS]) or "known functions: " + " ".join(FUNCTIONS)
+    return f"{name} is not a function; {cure}"

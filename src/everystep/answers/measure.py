@@ -1,7 +1,4 @@
-"""Query: asks a question at every step of a run.
-
-A measurement in hindsight is a query, and so is a search for steps at which a condition is true.
-"""
+"""Measurements in hindsight, and steps at which a condition is true: a question asked at every step."""
 
 from __future__ import annotations
 
@@ -27,10 +24,37 @@ from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.training.measurements import RESERVED_NAMES
 
-__all__ = ["Measured", "Question", "check_question", "measure", "when"]
+__all__ = ["Measured", "Question", "measure", "when"]
 
 #: An expression, or what makes a number of an opened step.
 Question = Expression | Callable[[Step], Any]
+
+
+class _Function:
+    """A function of an opened step, asked as `Evaluator` evaluates an expression."""
+
+    previous_loss: float | None = None
+
+    def __init__(self, function: Callable[[Step], Any], as_condition: bool) -> None:
+        self._function = function
+        self._convert: type[float] | Callable[[Any], bool] = bool if as_condition else float
+
+    def answer(self, number: int, loss: float, probe: Probe | OpenedStep | None) -> float | None:
+        """Return the answer at a step, None if the function returns it.
+
+        Raises:
+            ExpressionError: the function returns something that is not a number.
+        """
+        assert isinstance(probe, OpenedStep)
+        answer = self._function(probe.step)
+        if answer is None:
+            return None
+        try:
+            return float(self._convert(answer))
+        except (TypeError, ValueError, RuntimeError):
+            is_tensor = isinstance(answer, Tensor)
+            got = f"a tensor of shape {tuple(answer.shape)}" if is_tensor else f"{answer!r:.80}"
+            raise ExpressionError(f"the function must return one number, not {got}") from None
 
 
 class Query(Visitor):
@@ -47,9 +71,6 @@ class Query(Visitor):
     looks_back: whether it needs tensors of the step before; may_share: see `Visitor`.
     """
 
-    #: What is known without the tensors of a step.
-    recorded = ("loss", "step", "measurements")
-
     def __init__(
         self,
         question: Question,
@@ -60,19 +81,24 @@ class Query(Visitor):
         only_first: bool = False,
         skipped: frozenset[int] = frozenset(),
     ) -> None:
-        self._question = question
         self._every = every
         self._as_condition = as_condition
         self._only_first = only_first
         self._skipped = skipped
-        self._evaluator = (
-            Evaluator(question, run, as_condition) if isinstance(question, Expression) else None
-        )
+        self._asked: Evaluator | _Function
+        self._tensors: set[Reference] = set()
+        self.may_share = isinstance(question, Expression)
+        if isinstance(question, Expression):
+            self._asked = Evaluator(question, run, as_condition)
+            self._tensors = {r for r in question.references if not r.is_recorded}
+        else:
+            self._asked = _Function(question, as_condition)
+        self.looks_back = any(reference.is_previous for reference in self._tensors)
+        #: Whether a step must be opened: for a function, and for rows.
+        self._opens = not self.may_share or any(r.kind == "rows" for r in self._tensors)
         self._answers: Answers = []
         self._first = 1
         self._probe: Probe | None = None
-        self.may_share = isinstance(question, Expression)
-        self.looks_back = any(reference.is_previous for reference in self._tensors())
 
     @property
     def is_done(self) -> bool:  # type: ignore[override]
@@ -85,9 +111,8 @@ class Query(Visitor):
         self._answers, self._probe, self._first = [], None, span.first
         earlier = self.looks_back and span.first > replay.stretches[span.at].first
         start = span.first - 1 - earlier
-        if self._evaluator is not None:
-            known = replay.recorded_losses(start, start)
-            self._evaluator.previous_loss = known[0] if known else None
+        known = replay.recorded_losses(start, start)
+        self._asked.previous_loss = known[0] if known else None
         return start
 
     def some(self, replay: Replay, last: int) -> list[float]:
@@ -96,72 +121,38 @@ class Query(Visitor):
         assert stepper.state is not None
         number = stepper.state + 1
         if not self._is_looked_at(number):
-            until = min(last, self._next_due(number) - 1 - self.looks_back)
+            next_due = -(-(number + 1) // self._every) * self._every
+            until = min(last, next_due - 1 - self.looks_back)
             losses: list[float] = stepper.run(max(number, until)).tolist()
-        elif self._evaluator is None:
-            losses = [self._open(replay, number)]
+        elif self._opens:
+            step = replay.next_step()
+            self._answer(number, step.loss, OpenedStep(step))
+            losses = [step.loss]
         else:
-            losses = self._look(replay, number, last)
-        if self._evaluator is not None:
-            self._evaluator.previous_loss = losses[-1]
+            self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
+            if stepper.can_watch(number):
+                while number < last and self._is_looked_at(number + 1):
+                    number += 1
+                losses = stepper.watch(number, self._probe).tolist()
+            else:
+                step = replay.next_step()
+                self._probe.opened(step)
+                losses = [step.loss]
+        self._asked.previous_loss = losses[-1]
         return losses
 
     def result(self) -> Answers:
         """Return the answers of the span."""
         return self._answers
 
-    def _open(self, replay: Replay, number: int) -> float:
-        """Open a step, and ask the question; return its loss."""
-        assert not isinstance(self._question, Expression)
-        step = replay.next_step()
-        self._keep(number, self._number_of(self._question(step)))
-        return step.loss
-
-    def _look(self, replay: Replay, number: int, last: int) -> list[float]:
-        """Run steps, and observe what the expression names; return their losses."""
-        if any(reference.kind == "rows" for reference in self._tensors()):
-            step = replay.next_step()
-            self._answer(number, step.loss, OpenedStep(step))
-            return [step.loss]
-        if self._probe is None:
-            self._probe = Probe(replay.stepper, self._tensors(), self._answer)
-        if not replay.stepper.can_watch(number):
-            step = replay.next_step()
-            self._probe.opened(step)
-            return [step.loss]
-        while number < last and self._is_looked_at(number + 1):
-            number += 1
-        return replay.stepper.watch(number, self._probe).tolist()
-
     def _answer(self, number: int, loss: float, opened: OpenedStep | None = None) -> bool:
         """Answer at a step that just ran, if it is due; return whether to continue."""
-        assert self._evaluator is not None
         if self._is_due(number):
-            self._keep(number, self._evaluator.answer(number, loss, opened or self._probe))
-        self._evaluator.previous_loss = loss
+            answer = self._asked.answer(number, loss, opened or self._probe)
+            if answer is not None and (answer or not self._as_condition):
+                self._answers.append((number, answer))
+        self._asked.previous_loss = loss
         return not self.is_done
-
-    def _keep(self, number: int, answer: float | None) -> None:
-        if answer is not None and (answer or not self._as_condition):
-            self._answers.append((number, answer))
-
-    def _number_of(self, answer: Any) -> float | None:
-        if answer is None:
-            return None
-        try:
-            return float(bool(answer)) if self._as_condition else float(answer)
-        except (TypeError, ValueError, RuntimeError):
-            got = (
-                f"a tensor of shape {tuple(answer.shape)}"
-                if isinstance(answer, Tensor)
-                else f"{answer!r:.80}"
-            )
-            raise ExpressionError(f"the function must return one number, not {got}") from None
-
-    def _tensors(self) -> set[Reference]:
-        if not isinstance(self._question, Expression):
-            return set()
-        return {r for r in self._question.references if r.kind not in self.recorded}
 
     def due(self, run: RecordedRun) -> list[Span]:
         """Return the spans of a run in which a step is due."""
@@ -176,39 +167,10 @@ class Query(Visitor):
         ]
 
     def _is_due(self, number: int) -> bool:
-        is_new = number >= self._first and number not in self._skipped
-        return number % self._every == 0 and is_new
+        return number >= self._first and number % self._every == 0 and number not in self._skipped
 
     def _is_looked_at(self, number: int) -> bool:
         return self._is_due(number) or (self.looks_back and self._is_due(number + 1))
-
-    def _next_due(self, number: int) -> int:
-        return -(-(number + 1) // self._every) * self._every
-
-
-def check_question(expression: Expression, opener: Opener) -> None:
-    """Check the names in an expression against the first step of a run.
-
-    Raises:
-        ExpressionError: a name does not exist, or tensors of the step before are asked for beside rows.
-        RunError: the run has no step, or it cannot be opened.
-    """
-    has_rows = any(reference.kind == "rows" for reference in expression.references)
-    before = [r for r in expression.references if r.is_previous and r.kind not in Query.recorded]
-    if has_rows and before:
-        raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
-    replay = opener.replay_here()
-    step = replay.step(1)
-    activations = replay.stepper.module_paths()
-    expression.check(
-        {
-            "parameters": list(step.parameters),
-            "buffers": list(step.buffers),
-            "gradients": list(step.gradients | step.parameters),
-            "activations": activations,
-            "updates": list(step.updates),
-        }
-    )
 
 
 @dataclass(frozen=True)
@@ -221,11 +183,8 @@ class Measured(Shown):
 
     def __repr__(self) -> str:
         steps = [*self.values]
-        ends = [
-            f", {self.values[step]:.4g} at step {step:,}"
-            for step in dict.fromkeys(steps[:1] + steps[-1:])
-        ]
-        shown = "".join(ends)
+        ends = dict.fromkeys(steps[:1] + steps[-1:])
+        shown = "".join(f", {self.values[step]:.4g} at step {step:,}" for step in ends)
         return f"<measured {self.name}: {len(self.values):,} values{shown}>"
 
 
@@ -264,24 +223,28 @@ def measure(
     left_out: list[int] = []
     with adding(run.directory) as database:
         is_new = _check_name(run, name, meaning, overwrite)
-        values = {} if is_new else run.measured(name)
-        if isinstance(question, Expression) and question.is_recorded:
-            last = run.newest_step()
-            answers = [(s, v) for s, v in ask_columns(question, run, (1, last)) if s % every == 0]
+        values = {} if is_new else {**run.measured(name)}
+
+        def keep(answers: Answers) -> None:
+            nonlocal is_new
+            # A name is there from its first values on: a process may be killed before it has any.
             rows = [(name, step, value) for step, value in answers]
             database.add_measurements(rows, {name: meaning}, [name] if is_new else [])
+            values.update(answers)
+            is_new = False
+
+        if isinstance(question, Expression) and question.is_recorded:
+            last = run.newest_step()
+            keep([(s, v) for s, v in ask_columns(question, run, (1, last)) if s % every == 0])
             on_progress(last)
-            return Measured(name, values | dict(answers), ())
-        query = Query(question, run, every=every, skipped=frozenset(values))
-        replayed = parallel(opener, query.due(run), query, processes, on_progress)
-        with closing(replayed):  # type: ignore[type-var]  # a generator
-            for each in replayed:
-                exact, diverged = _exact(each)
-                left_out += diverged
-                # A name is there from its first values on: a process may be killed before it has any.
-                rows = [(name, step, value) for step, value in exact]
-                database.add_measurements(rows, {name: meaning}, [name] if is_new else [])
-                values, is_new = values | dict(exact), False
+        else:
+            query = Query(question, run, every=every, skipped=frozenset(values))
+            replayed = parallel(opener, query.due(run), query, processes, on_progress)
+            with closing(replayed):  # type: ignore[type-var]  # a generator
+                for each in replayed:
+                    exact, diverged = _exact(each)
+                    left_out += diverged
+                    keep(exact)
     return Measured(name, dict(sorted(values.items())), tuple(sorted(left_out)))
 
 
@@ -299,32 +262,25 @@ def when(
         UsageError: the condition does not fit.
         RunError: a needed file is missing or unreadable.
     """
-    run = opener.run
-    last = run.newest_step()
     found: list[int] = []
     inexact: list[int] = []
-    done: list[Span] = []
-    query = Query(condition, run, as_condition=True, only_first=which == "first")
-    due = query.due(run)[:: -1 if which == "last" else 1]
+    done: set[Span] = set()
+    query = Query(condition, opener.run, as_condition=True, only_first=which == "first")
+    due = query.due(opener.run)[:: -1 if which == "last" else 1]
     replayed = parallel(opener, due, query, processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
             exact, diverged = _exact(each)
             found += [step for step, _ in exact]
             inexact += diverged
-            done.append(each.span)
+            done.add(each.span)
             best = chosen(sorted(found), which)
-            if which != "all" and best and _is_settled(done, best[0], which, last):
-                break
+            if which != "all" and best:
+                # No span that is still to come can hold an earlier step (or a later one).
+                own = next(place for place, s in enumerate(due) if s.first <= best[0] <= s.last)
+                if done.issuperset(due[:own]):
+                    break
     return Found(chosen(sorted(found), which), tuple(sorted(inexact)))
-
-
-def _is_settled(done: list[Span], step: int, which: Which, last: int) -> bool:
-    """Tell whether no span that is still to come can hold an earlier step (or a later one)."""
-    own = next(span for span in done if span.first <= step <= span.last)
-    if which == "first":
-        return sum(p.last - p.first + 1 for p in done if p.last < own.first) == own.first - 1
-    return sum(p.last - p.first + 1 for p in done if p.first > own.last) == last - own.last
 
 
 def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.answers.row_terms import follow
 from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError, did_you_mean
 from everystep.ops.labels import MIXED, SHARED, Reason, Tracked
-from everystep.replay.rows.follow import follow
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 

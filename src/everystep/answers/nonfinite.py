@@ -7,7 +7,7 @@ is an answer of `why`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.answers.why import Spot, Why, why
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.program.bound import BoundProgram
@@ -23,18 +24,15 @@ from everystep.program.observed import Observed
 from everystep.program.operation import Phase
 from everystep.program.optimizers import OPTIMIZERS
 from everystep.program.unset import unset_results
-from everystep.recording.run import RecordedRun
 from everystep.replay.parallel import Span, Visitor, parallel, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
-from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
-from everystep.replay.why import Spot, Why, why
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
-Origin = Literal["operation", "batch", "state", "between", "outside"]
+_Cause = Literal["operation", "batch", "state", "between", "outside"]
 #: An operation by its place and operator, or a tensor of the state by its name.
 _Meant = tuple[int, str] | str
 
@@ -53,7 +51,7 @@ class NonFinite(Shown):
     """
 
     step: Step
-    origin: Origin
+    origin: _Cause
     index: int | None
     name: str
     nans: int
@@ -86,11 +84,6 @@ class NonFinite(Shown):
         return why(self.step, Spot(self.name, tuple(place), self.index + 1))
 
 
-class _Counts(NamedTuple):
-    nans: int
-    infinities: int
-
-
 class FiniteCheck(Visitor):
     """Runs steps, and stops at the first with a value that is unintentionally not finite.
 
@@ -104,7 +97,6 @@ class FiniteCheck(Visitor):
         self._meant = meant
         self._found: int | None = None
         self._plans: dict[BoundProgram, tuple[list[Any], Tensor]] = {}
-        self._training: ReplayStepper | None = None
 
     @property
     def is_done(self) -> bool:  # type: ignore[override]
@@ -118,14 +110,15 @@ class FiniteCheck(Visitor):
 
     def some(self, replay: Replay, last: int) -> list[float]:
         """Run the next steps, up to the first that is not finite; return their losses."""
-        stepper = self._training = replay.stepper
+        stepper = replay.stepper
         assert stepper.state is not None
         number = stepper.state + 1
         if stepper.can_watch(number):
             losses: list[float] = stepper.watch(last, self).tolist()
             return losses
         step = replay.next_step()
-        self._note(number, _first_made(step) is None)
+        if _first_made(step) is not None:
+            self._found = number
         return [step.loss]
 
     def calls(self, bound: BoundProgram) -> list[Any]:
@@ -136,12 +129,9 @@ class FiniteCheck(Visitor):
 
     def after(self, number: int, bound: BoundProgram) -> bool:
         """Note whether everything in a step was finite; return whether it was."""
-        finite = bool(self._plans[bound][1].all())
-        return self._note(number, finite)
-
-    def _note(self, number: int, finite: bool) -> bool:
-        self._found = self._found if finite else number
-        return finite
+        if not bool(self._plans[bound][1].all()):
+            self._found = number
+        return self._found is None
 
     def result(self) -> int | None:
         """Return the step, or None."""
@@ -156,42 +146,37 @@ class FiniteCheck(Visitor):
         program = bound.program
         flags = torch.ones(len(program.operations) + 1, dtype=torch.bool, device=bound.loss.device)
         after: dict[int, list[Any]] = {}
-        inputs = [n for n in program.tensors if program.storage_of(n).kind == "input" and "~" not in n]
-        self._check(after, -1, flags, [bound.tensor(name) for name in inputs], [])
+
+        def check(index: int, names: Collection[str], meant: Collection[str] = ()) -> None:
+            tensors = ((name, bound.tensor(name)) for name in names)
+            tests = [
+                (_is_number if name in meant else torch.isfinite, tensor)
+                for name, tensor in tensors
+                if tensor.is_floating_point() or tensor.is_complex()
+            ]
+            if tests:
+                after[index] = [partial(_test, flags[index], tests)]
+
+        check(-1, [n for n in program.tensors if program.storage_of(n).kind == "input" and "~" not in n])
         is_same_place = True
         for index, operation in enumerate(program.operations):
             names = {*filter(None, operation.results), *operation.written()} - unset_results(operation)
             is_optimizer = operation.operator in OPTIMIZERS
             is_same_place &= not is_optimizer
             is_meant = is_same_place and (index, operation.operator) in self._meant
-            meant = names if is_meant else names & self._meant if is_optimizer else set()
-            both = ([bound.tensor(n) for n in each] for each in (names - meant, meant))
-            self._check(after, index, flags, *both)
+            check(index, names, names if is_meant else names & self._meant if is_optimizer else ())
         return bound.calls_with(after), flags
 
-    def _check(
-        self,
-        after: dict[int, list[Any]],
-        index: int,
-        flags: Tensor,
-        tensors: list[Tensor],
-        may_be_infinite: list[Tensor],
-    ) -> None:
-        """Add the check of tensors after an operation."""
-        both = [
-            [t for t in ts if t.is_floating_point() or t.is_complex()]
-            for ts in (tensors, may_be_infinite)
-        ]
-        if any(both):
-            after[index] = [partial(self._look, flags[index], *both)]
 
-    @staticmethod
-    def _look(flag: Tensor, tensors: list[Tensor], may_be_infinite: list[Tensor]) -> None:
-        flag.fill_(True)
-        for tensor in tensors:
-            flag.logical_and_(torch.isfinite(tensor).all())
-        for tensor in may_be_infinite:
-            flag.logical_and_((~torch.isnan(tensor)).all())
+def _is_number(tensor: Tensor) -> Tensor:
+    return ~torch.isnan(tensor)
+
+
+def _test(flag: Tensor, tests: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]]) -> None:
+    """Note in a flag whether tests hold for all numbers of their tensors."""
+    flag.fill_(True)
+    for test, tensor in tests:
+        flag.logical_and_(test(tensor).all())
 
 
 @on_cpu()
@@ -214,23 +199,20 @@ def find_nonfinite(
         return None
     if opener.objects is not None:
         opener = Opener(run, opener.objects)  # with what they carry besides tensors as it was
-    first = _opened(opener, 1)
-    if (made := _first_made(first)) is not None:
-        return made
-    meant = _not_finite_in(first)
-    bound, begin, made = min(last, run.facts.nonfinite_step or last), 1, None
-    while made is None and begin <= bound:
-        number = _first_suspect(opener, begin, bound, meant, processes, on_progress)
-        if number is None:
+    bound = min(last, run.facts.nonfinite_step or last)
+    meant: frozenset[_Meant] = frozenset()
+    suspect, begin = 1, 1  # the first step has the operations with intentional infinities
+    while True:
+        step = replace(opener.step(suspect), earlier=opener.step)  # it knows those before
+        if (made := _first_made(step)) is not None:
+            return made
+        meant |= _not_finite_in(step)
+        found = None
+        if begin <= bound:
+            found = _first_suspect(opener, begin, bound, meant, processes, on_progress)
+        if found is None:
             return None
-        suspect = _opened(opener, number)
-        made, begin, meant = _first_made(suspect), number + 1, meant | _not_finite_in(suspect)
-    return made
-
-
-def _opened(opener: Opener, number: int) -> Step:
-    """Open a step that knows those before."""
-    return replace(opener.step(number), earlier=opener.step)
+        suspect, begin = found, found + 1
 
 
 def _first_suspect(
@@ -246,18 +228,18 @@ def _first_suspect(
     Raises:
         RunError: a replay differs from the recording before that step.
     """
-    run = opener.run
-    steps: dict[int, int | None] = {}
+    run, wanted = opener.run, spans(opener.run, begin, bound)
+    found: dict[Span, int | None] = {}
     diverged: list[int] = []
-    replayed = parallel(opener, spans(run, begin, bound), FiniteCheck(meant), processes, on_progress)
+    replayed = parallel(opener, wanted, FiniteCheck(meant), processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
-            steps[each.span.first] = each.result
+            found[each.span] = each.result
             diverged += [each.first_loss.step] if each.first_loss else []
             diverged += [each.stopped_at] if each.stopped_at else []
-            if each.result is not None and _covers(steps, run, (begin, bound), each.result):
+            if each.result is not None and all(s in found for s in wanted if s.first <= each.result):
                 break
-    suspect = min((step for step in steps.values() if step is not None), default=None)
+    suspect = min((step for step in found.values() if step is not None), default=None)
     if diverged and (suspect is None or min(diverged) <= suspect):
         raise RunError(
             f"the replay of {run.name} differs from its recording at step {min(diverged)}, or ends "
@@ -266,107 +248,88 @@ def _first_suspect(
     return suspect
 
 
-def _covers(steps: dict[int, int | None], run: RecordedRun, ends: tuple[int, int], found: int) -> bool:
-    """Tell whether all spans before the step found have been replayed."""
-    return all(span.first in steps for span in spans(run, *ends) if span.first <= found)
-
-
-def _of_update(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a state that an optimizer changes."""
-    return {n: t for n, t in state.items() if n.startswith(("parameter/", "optimizer/"))}
-
-
 def _not_finite_in(step: Step) -> frozenset[_Meant]:
     """Return the operations of a step with results that are not finite, and what an optimizer has so."""
     operations = (
         (index, each.operation.operator)
         for index, each in enumerate(step.operations)
-        if _count(each.made.values()) != (0, 0)
+        if any(map(_count, each.made.values()))
     )
-    kept = (name for name, tensor in _of_update(step.end).items() if _count([tensor]) != (0, 0))
+    kept = (n for n, t in step.end.items() if n.startswith(("parameter/", "optimizer/")) and _count(t))
     return frozenset((*operations, *kept))
 
 
 def _first_made(step: Step) -> NonFinite | None:
     """Return what made the first NaN or infinity in a step, or brought it in, if anything did."""
     for name, tensor in step.batch.tensors.items():
-        counts = _count([tensor])
-        if counts != (0, 0):
-            return NonFinite(step, "batch", None, name, *counts, _rows(step, tensor))
+        if found := _count(tensor):
+            return NonFinite(step, "batch", None, name, *found, _rows(step, tensor))
     for name, tensor in step.parameters.items():
-        if _count([tensor]) != (0, 0):
+        if _count(tensor):
             return _from_state(step, f"parameter/{name}", tensor)
-    kept = _kept_storages(step)
+    tensors = step.places.tensors
+    names = [name for name in tensors if name.startswith(("parameter/", "gradient/"))]
+    names += [name for place in step.places.gradients.values() for name in place.names]
+    # Where parameters and gradients are, no infinity is meant.
+    kept = {tensors[name].storage for name in names if name in tensors}
     for index, observed in enumerate(step.operations):
-        inputs, results = observed.read, observed.made
-        may_be_meant = _count(inputs.values()) != (0, 0) or _is_among_arguments(observed)
-        for name, tensor in results.items():
-            nans, infinities = _count([tensor])
-            spec = step.places.tensors.get(name)
-            is_kept = spec is not None and spec.storage in kept
-            if not nans and (not infinities or (may_be_meant and not is_kept)):
+        given = {name: found for name, tensor in observed.read.items() if (found := _count(tensor))}
+        may_be_meant = bool(given) or _is_among_arguments(observed)
+        for name, tensor in observed.made.items():
+            found = _count(tensor)
+            is_kept = name in tensors and tensors[name].storage in kept
+            if found is None or (not found.nans and may_be_meant and not is_kept):
                 continue
             # No operation before has made one that counts: what has one already was brought in.
-            given = _given_as(inputs, is_nan=nans > 0)
-            base = (given or "").partition("~")[0]
-            if base in step.state and _count([step.state[base]]) != (0, 0):
+            brought = (n for n, each in given.items() if (each.nans if found.nans else each.infinities))
+            source = next(brought, "")
+            base = source.partition("~")[0]
+            if base in step.state and _count(step.state[base]):
                 return _from_state(step, base, step.state[base])
-            is_outside = given is not None and _is_from_outside(step, given)
-            origin: Origin = "outside" if is_outside else "operation"
-            return NonFinite(step, origin, index, name, nans, infinities, _rows(step, tensor))
+            is_outside = (
+                source in tensors and step.places.storages[tensors[source].storage].kind == "input"
+            )
+            origin: _Cause = "outside" if is_outside else "operation"
+            return NonFinite(step, origin, index, name, *found, _rows(step, tensor))
     return None
-
-
-def _given_as(inputs: Mapping[str, Tensor], *, is_nan: bool) -> str | None:
-    """Return the first input with a NaN, or with an infinity."""
-    counts = {name: _count([tensor]) for name, tensor in inputs.items()}
-    return next((n for n, each in counts.items() if (each.nans if is_nan else each.infinities)), None)
-
-
-def _is_from_outside(step: Step, name: str) -> bool:
-    """Tell whether no operation made a tensor, and it is not of the state."""
-    spec = step.places.tensors.get(name)
-    kind = None if spec is None else step.places.storages[spec.storage].kind
-    return kind in ("input", "constant")
 
 
 def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
     """Return the answer for a tensor of the state before a step."""
     before = step.earlier(step.number - 1) if step.earlier and step.number > 1 else None
     left = None if before is None else before.end.get(name)
-    is_changed = left is not None and _count([left]) == (0, 0)
-    origin: Origin = "between" if is_changed else "state"
-    return NonFinite(step, origin, None, name.removeprefix("parameter/"), *_count([tensor]), ())
-
-
-def _kept_storages(step: Step) -> set[str]:
-    """Return where parameters and gradients are: there, no infinity is meant."""
-    names = [name for name in step.places.tensors if name.startswith(("parameter/", "gradient/"))]
-    names += [name for place in step.places.gradients.values() for name in place.names]
-    return {step.places.tensors[name].storage for name in names if name in step.places.tensors}
+    is_changed = left is not None and _count(left) is None
+    found = _count(tensor)
+    assert found is not None
+    origin: _Cause = "between" if is_changed else "state"
+    return NonFinite(step, origin, None, name.removeprefix("parameter/"), *found, ())
 
 
 def _is_among_arguments(observed: Observed) -> bool:
     """Tell whether an infinity is among the arguments."""
-    text = (*observed.operation.arguments, *observed.operation.keywords.values())
+    operation = observed.operation
     return any(
         (isinstance(value, dict) and value.get("float") in ("inf", "-inf"))
         or (isinstance(value, float) and math.isinf(value))
-        for value in text
+        for value in (*operation.arguments, *operation.keywords.values())
     )
 
 
-def _count(tensors: Any) -> _Counts:
-    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    nans = sum(int(torch.isnan(tensor).sum()) for tensor in floats)
-    return _Counts(nans, sum(int(torch.isinf(tensor).sum()) for tensor in floats))
+class _Counts(NamedTuple):
+    nans: int
+    infinities: int
+
+
+def _count(tensor: Tensor) -> _Counts | None:
+    """Return how many numbers of a tensor are not finite, None if all are."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
+        return None
+    return _Counts(int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum()))
 
 
 def _rows(step: Step, tensor: Tensor) -> tuple[int, ...]:
     """Return the rows of the data in which a tensor with a row for each of the batch is not finite."""
-    first = next(iter(step.batch.tensors.values()), None)
-    rows = len(first) if first is not None and first.ndim else 0
-    if tensor.ndim == 0 or len(tensor) != rows:
+    if tensor.ndim == 0 or len(tensor) != step.batch.count:
         return ()
-    places = torch.nonzero(~torch.isfinite(tensor).reshape(rows, -1).all(1)).flatten()
-    return tuple((places if step.batch.rows is None else step.batch.rows[places.cpu()]).tolist())
+    places = torch.nonzero(~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)).flatten()
+    return tuple(map(step.batch.number, places.tolist()))

@@ -1,0 +1,268 @@
+"""Trace: which operation of a step wrote a number, through views, slices and transposes.
+
+A tensor is a layout on a storage. So a number is a place on a storage, and what made it is the last
+operation before it was read that wrote this place.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import UsageError
+from everystep.ops import Call, Piece
+from everystep.program.operation import TensorSpec, usual_geometry
+from everystep.replay.step import Step
+from everystep.step.check import same_bits
+
+__all__ = ["Origin", "Part", "Spot", "Trace", "same_number_bits"]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A number as it was read: of which tensor, at which index, after how many operations.
+
+    half: of a complex number, 0 for its real part, 1 for its imaginary part, None for both.
+    """
+
+    name: str
+    index: tuple[int, ...]
+    after: int
+    half: int | None = None
+
+    @property
+    def halves(self) -> tuple[Spot, Spot]:
+        """Its real and its imaginary part."""
+        return replace(self, half=0), replace(self, half=1)
+
+
+class Part(NamedTuple):
+    """Bytes of an element that are read as a number of another dtype. offset: of the first of them."""
+
+    offset: int
+    dtype: torch.dtype
+
+    def half_of(self, element: torch.dtype) -> int | None:
+        """Return which part of a complex number it is (see `Spot`), None if it is neither."""
+        is_half = element.is_complex and element.to_real() == self.dtype
+        return self.offset // self.dtype.itemsize if is_half else None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What wrote a number: an operation, or something before the step.
+
+    name, index: the tensor that was written, and where in it; part: of the element there, None if it was
+    read as it was written; operation: its number in the step, None if the number was there before the
+    step; place: of the tensor among its results.
+    """
+
+    name: str
+    index: tuple[int, ...]
+    part: Part | None = None
+    operation: int | None = None
+    place: int = 0
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return the number (0-dimensional) from the tensor."""
+        element = tensor[self.index]
+        if self.part is None:
+            return element
+        offset, dtype = self.part
+        content = element.resolve_conj().reshape(1).clone().view(torch.uint8)
+        return content[offset : offset + dtype.itemsize].clone().view(dtype)[0]
+
+
+class _Write(NamedTuple):
+    operation: int
+    place: int
+    name: str
+
+
+class Trace:
+    """The writes of a step.
+
+    Args:
+        step: the opened step.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self._specs: dict[str, TensorSpec] = {}
+        #: Of each storage: what lies there before the step, as if an operation -1 had written it, and
+        #: what operations write.
+        self._writes: dict[str, list[_Write]] = defaultdict(list)
+        #: The sizes of the numbers on each storage, in bytes.
+        self._sizes: dict[str, set[int]] = defaultdict(set)
+        for name in reversed([*step.places.tensors, *step.state]):
+            spec = self.spec(name)
+            self._sizes[spec.storage].add(spec.torch_dtype.itemsize)
+            if "~" not in name:
+                self._writes[spec.storage].append(_Write(-1, 0, name))
+        for number in range(len(step.operations)):
+            for place, made in enumerate(self.outputs(number)):
+                if made is not None:
+                    self._writes[self.storage(made)].append(_Write(number, place, made))
+        self._origins: dict[Spot, Origin | None] = {}
+
+    def outputs(self, number: int) -> list[str | None]:
+        """Return the tensors that an operation wrote: its results, then the arguments it wrote into."""
+        operation = self.step.operations[number].operation
+        outputs: list[str | None] = [*operation.results]
+        return outputs + [name for name in operation.written() if name not in outputs]
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return the layout of a tensor; one that no operation names has a storage of its own."""
+        if name not in self._specs:
+            known = self.step.places.tensors.get(name)
+            self._specs[name] = known or self._own_layout(name)
+        return self._specs[name]
+
+    def _own_layout(self, name: str) -> TensorSpec:
+        tensor = self.step.state[name] if name in self.step.state else self.step.end[name]
+        shape = tuple(tensor.shape)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return TensorSpec(dtype=dtype, shape=shape, **usual_geometry(name, shape))
+
+    def storage(self, name: str) -> str:
+        """Return the storage of a tensor."""
+        return self.spec(name).storage
+
+    def writers(self, name: str) -> list[int]:
+        """Return the operations that wrote on the storage of a tensor, by their numbers in order."""
+        writes = self._writes.get(self.storage(name), [])
+        return [write.operation for write in writes if write.operation >= 0]
+
+    def kind(self, name: str) -> str:
+        """Return the kind of the storage of a tensor."""
+        storage = self.step.places.storages.get(self.storage(name))
+        return "state" if storage is None else storage.kind
+
+    def origin(self, spot: Spot) -> Origin | None:
+        """Return what wrote a number, None if the parts of a complex one were written one by one."""
+        if spot not in self._origins:
+            self._origins[spot] = self._origin(spot)
+        return self._origins[spot]
+
+    def _origin(self, spot: Spot) -> Origin | None:
+        spec = self.spec(spot.name)
+        begin, dtype = _byte(spec, spot.index), spec.torch_dtype
+        if spot.half is not None:
+            dtype = dtype.to_real()
+            begin += spot.half * dtype.itemsize
+        if dtype.is_complex and self._sizes[spec.storage] != {dtype.itemsize}:
+            real, imaginary = (self.origin(each) for each in spot.halves)
+            assert real is not None and imaginary is not None
+            if replace(real, part=None) != replace(imaginary, part=None):
+                return None
+        for write in reversed(self._writes.get(spec.storage, [])):
+            if write.operation < spot.after:
+                index = index_at(self.spec(write.name), begin)
+                if index is not None:
+                    part = self._part(write.name, index, begin, dtype)
+                    operation = None if write.operation < 0 else write.operation
+                    return Origin(write.name, index, part, operation, write.place)
+        return Origin(spot.name, spot.index, self._part(spot.name, spot.index, begin, dtype))
+
+    def _part(self, name: str, index: tuple[int, ...], byte: int, dtype: torch.dtype) -> Part | None:
+        spec = self.spec(name)
+        return None if spec.torch_dtype == dtype else Part(byte - _byte(spec, index), dtype)
+
+    def read(self, spot: Spot) -> Tensor:
+        """Return a number (0-dimensional).
+
+        Raises:
+            UsageError: nobody looked at it.
+        """
+        origin = self.origin(spot)
+        if origin is None:
+            return torch.complex(*(self.read(each) for each in spot.halves))
+        found = self.written(origin)
+        if found is not None:
+            return found
+        for number, seen in enumerate(self.step.operations):
+            if spot.name in seen.inputs and self.origin(replace(spot, after=number)) == origin:
+                element = seen.inputs[spot.name][spot.index]
+                return element if spot.half is None else torch.view_as_real(element)[spot.half]
+        raise UsageError(
+            f"nothing in step {self.step.number} reads {spot.name}, so its numbers are not known"
+        )
+
+    def written(self, origin: Origin) -> Tensor | None:
+        """Return a number (0-dimensional) as it was written, None if nobody looked at it then."""
+        step, name = self.step, origin.name
+        if origin.operation is not None:
+            seen = step.operations[origin.operation]
+            tensor = (seen.results | seen.written).get(name)
+            return None if tensor is None else origin.read(tensor)
+        tensor = step.state.get(name)
+        if tensor is None and self.kind(name) == "input":
+            tensor = step.batch.tensors.get(name.removeprefix("batch/"))
+        is_same = tensor is not None and tuple(tensor.shape) == self.spec(name).shape
+        return origin.read(tensor) if tensor is not None and is_same else None
+
+    def call(self, origin: Origin) -> Call:
+        """Return the operation that made a number, for its rule."""
+        assert origin.operation is not None
+        seen = self.step.operations[origin.operation]
+        results = {**seen.results, **seen.written}
+        outputs = self.outputs(origin.operation)
+        return Call(seen.operation, seen.inputs, results, outputs, origin.place, origin.index)
+
+    def row(self, origin: Origin) -> int | None:
+        """Return the place in the batch of the row that a number of a tensor of the batch belongs to."""
+        tensor = self.step.batch.tensors.get(origin.name.removeprefix("batch/"))
+        has_rows = tensor is not None and origin.index and len(tensor) == self.step.batch.count
+        return origin.index[0] if has_rows else None
+
+    def rows(self, piece: Piece) -> set[int]:
+        """Return the rows of the numbers of a piece, if it is of the batch."""
+        if self.kind(piece.name) != "input":
+            return set()
+        half = 0 if self.spec(piece.name).torch_dtype.is_complex else None
+        spots = (Spot(piece.name, piece.at(k), 0, half) for k in range(piece.size))
+        found = {self.row(origin) for spot in spots if (origin := self.origin(spot)) is not None}
+        return {row for row in found if row is not None}
+
+
+def _byte(spec: TensorSpec, index: tuple[int, ...]) -> int:
+    offset = spec.offset + sum(i * s for i, s in zip(index, spec.stride, strict=True))
+    return offset * spec.torch_dtype.itemsize
+
+
+def index_at(spec: TensorSpec, byte: int) -> tuple[int, ...] | None:
+    """Return the index of the element that holds a byte of its storage, None if none does."""
+    dims = range(len(spec.shape))
+    moving = [dim for dim in dims if spec.shape[dim] > 1 and spec.stride[dim]]
+    moving.sort(key=lambda dim: spec.stride[dim], reverse=True)
+    rest = byte // spec.torch_dtype.itemsize - spec.offset
+    found = None if 0 in spec.shape else _indices(spec, moving, rest)
+    return None if found is None else tuple(found.get(dim, 0) for dim in dims)
+
+
+def _indices(spec: TensorSpec, moving: list[int], rest: int) -> dict[int, int] | None:
+    """Return the indices by dimension with which some dimensions reach a number of elements further."""
+    if not moving:
+        return None if rest else {}
+    dim, *later = moving
+    stride, reach = spec.stride[dim], sum((spec.shape[each] - 1) * spec.stride[each] for each in later)
+    # More than one index is possible only where dimensions are interleaved.
+    most, least = min(rest // stride, spec.shape[dim] - 1), max(-((reach - rest) // stride), 0)
+    for index in range(most, least - 1, -1):
+        found = _indices(spec, later, rest - index * stride)
+        if found is not None:
+            return {dim: index, **found}
+    return None
+
+
+def same_number_bits(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two numbers have the same bits; NaN is the same as any NaN."""
+    if one.dtype != other.dtype:
+        return False
+    if one.is_floating_point() and bool(torch.isnan(one)) and bool(torch.isnan(other)):
+        return True
+    return same_bits(one.reshape(1), other.reshape(1))

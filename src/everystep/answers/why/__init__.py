@@ -1,0 +1,49 @@
+"""Why: where a number of a step comes from, followed through its operations and into the steps before.
+
+Each answer is one operation: the numbers that it made this number from, by the operator's rule
+(`everystep.ops`), and whether its formula gives the same bits for them. Each of these numbers can be
+followed in turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from everystep.answers.trace import Spot
+from everystep.answers.why.answer import Group, Number, Term, Why
+from everystep.answers.why.named import numbers_named
+from everystep.answers.why.session import Session
+from everystep.device import on_cpu
+from everystep.errors import UsageError
+from everystep.replay.step import Step
+
+__all__ = ["Group", "Number", "Spot", "Term", "Why", "why"]
+
+
+@on_cpu()
+def why(step: Step, expression: str | Spot, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
+    """Return where a number of a step comes from.
+
+    Args:
+        step: the opened step.
+        expression: names the number, or is where it was read.
+        back: how many steps before to follow what was there before the step.
+        depth: how many operations deep to follow the largest numbers.
+        terms: how many terms of a sum to return one by one.
+
+    Raises:
+        UsageError: an argument is invalid, or the expression is not one number of the step.
+        RunError: an earlier step cannot be opened.
+    """
+    for name, value, least in (("back", back, 0), ("depth", depth, 1), ("terms", terms, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UsageError(f"{name} must be an integer of at least {least}, not {value!r:.80}")
+    session, asked = Session(step, back, terms), ""
+    if isinstance(expression, Spot):
+        numbers = [session.number(step.number, expression)]
+    else:
+        asked = expression.strip()
+        numbers = numbers_named(expression, session, step.number)
+    is_update = len(numbers) == 2
+    answer = session.difference(asked, *numbers) if is_update else numbers[0].why(terms=terms)
+    return session.followed(replace(answer, asked=asked), depth, back).shown()
