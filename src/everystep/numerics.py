@@ -13,7 +13,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from operator import attrgetter
@@ -240,13 +240,13 @@ def in_effect() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.get_deterministic_debug_mode(),
         torch.get_float32_matmul_precision(),
-        *[getattr(torch._C, name)() for name in _switches()],
+        *[read() for read in _switches()],
     )
 
 
 @cache
-def _switches() -> tuple[str, ...]:
-    """Return the names of torch's functions that tell which kernels may be used."""
+def _switches() -> tuple[Callable[[], bool], ...]:
+    """Return torch's functions that tell which kernels may be used."""
     import torch
 
     names = [
@@ -260,7 +260,7 @@ def _switches() -> tuple[str, ...]:
         "_get_math_sdp_enabled",
         "_get_cudnn_sdp_enabled",
     ]
-    return tuple(name for name in names if hasattr(torch._C, name))
+    return tuple(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
 
 
 @contextmanager

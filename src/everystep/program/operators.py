@@ -33,6 +33,7 @@ __all__ = [
 REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError)
 #: What `torch.ops` has for each name: all overloads of an operator.
 _Packet: Any = type(torch.ops.aten.mul)
+_LISTS = (list, tuple)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
 #: Exceptions to the rules for operators: one gives a number to Python, the shapes of the results of two
@@ -242,10 +243,14 @@ def draws_random_numbers(operator: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in operator.tags
 
 
-def leaves(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in an argument or a result: itself, or those in its lists."""
+def leaves(value: Any) -> list[Tensor]:
+    """Return the tensors in an argument or a result: itself, or those in its lists."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from leaves(item)
+        return [value]
+    found: list[Tensor] = []
+    for item in value if isinstance(value, _LISTS) else ():
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, _LISTS):
+            found += leaves(item)
+    return found

@@ -21,8 +21,9 @@ __all__ = ["BackwardPasses", "Graph", "graph_of"]
 _sum: Any = torch.ones(1, requires_grad=True).expand(2)
 _ACCUMULATE = type(_sum.grad_fn.next_functions[0][0])
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-#: Classes of nodes, and whether they are torch's own, written in C++.
-_kinds: dict[type, bool] = {}
+#: Of classes of nodes: whether they are torch's own, written in C++, and whether `_has_other_bits` asks.
+_kinds: dict[type, tuple[bool, bool]] = {}
+_OTHER_KINDS = {"MaskedFillBackward1", "ProdBackward0", "ProdBackward1"}
 
 
 class Graph(NamedTuple):
@@ -63,15 +64,16 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
     is_other = False
     for node in order:
         kind = type(node)
-        is_own = _kinds.get(kind)
-        if is_own is None:
-            is_own = _kinds[kind] = kind.__module__ == "builtins"
+        known_kind = _kinds.get(kind)
+        if known_kind is None:
+            known_kind = _kinds[kind] = kind.__module__ == "builtins", kind.__name__ in _OTHER_KINDS
+        is_own, may_be_other = known_kind
         kinds.append(kind)
         if kind is _ACCUMULATE:
             leaves.append(node.variable)
         elif not is_own or node._sequence_nr() < since:
             is_sure = False
-        is_other = is_other or _has_other_bits(node)
+        is_other = is_other or (may_be_other and _has_other_bits(node))
         for other, place in node.next_functions:
             if other is None:
                 edges.append(-1)
@@ -102,10 +104,7 @@ def _has_other_bits(node: Any) -> bool:
     torch asks there whether a tensor is like one of a subclass (isTensorSubclassLike), as any is while a
     mode is in force: prod, and the value that masked_fill fills with, take a way that works for those.
     """
-    kind = type(node).__name__
-    if kind == "MaskedFillBackward1":
-        return node.next_functions[1][0] is not None
-    return kind in ("ProdBackward0", "ProdBackward1")
+    return type(node).__name__ != "MaskedFillBackward1" or node.next_functions[1][0] is not None
 
 
 class BackwardPasses:

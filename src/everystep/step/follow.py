@@ -161,7 +161,7 @@ class Follower:
         self._moved()
         if path and id(module) in self.modules and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
-            self._module_done(path, list(leaves(given)))
+            self._module_done(path, leaves(given))
 
     def update_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         """Note that an optimizer begins its step."""

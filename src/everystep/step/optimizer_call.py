@@ -41,32 +41,29 @@ class Settings(NamedTuple):
     """The settings of an optimizer.
 
     values: by key, a list by param group; layout: all but the numbers, comparable; numbers: in the order
-    in which a program has them.
+    in which a program has them; tensors: among the values.
     """
 
     values: dict[str, tuple[Any, ...]]
     layout: tuple[Any, ...]
     numbers: list[Number]
+    tensors: list[Tensor]
 
 
 class OptimizerCall(NamedTuple):
     """A step of an optimizer that is one operation.
 
-    operator: of a program; parameters: by group, those that have a gradient; state: of the optimizer.
+    operator: of a program; parameters: by group, those that have a gradient; entries: what the optimizer
+    keeps of each; tensors: the parameters, their gradients, those of the entries and of the settings;
+    state: of the optimizer.
     """
 
     operator: OptimizerOperator
     settings: Settings
     parameters: list[list[Tensor]]
+    entries: list[list[dict[str, Any]]]
+    tensors: list[Tensor]
     state: Mapping[Tensor, dict[str, Any]]
-
-    def tensors(self) -> list[Tensor]:
-        """Return the parameters, their gradients, what the optimizer keeps of them, and its settings."""
-        found: list[Any] = []
-        for parameter in (p for group in self.parameters for p in group):
-            found += (parameter, parameter.grad, *self.state.get(parameter, _NOTHING).values())
-        found += leaves([*self.settings.values.values()])
-        return found
 
     def kept(self) -> list[dict[str, Tensor]]:
         """Return what the optimizer keeps of each parameter, by key."""
@@ -75,8 +72,7 @@ class OptimizerCall(NamedTuple):
     @property
     def layout(self) -> tuple[Any, ...]:
         """What a step depends on besides numbers and tensors, comparable."""
-        state = self.state
-        keys = [tuple([(*state.get(p, _NOTHING),) for p in group]) for group in self.parameters]
+        keys = [tuple([(*entry,) for entry in entries]) for entries in self.entries]
         return (*keys, self.settings.layout)
 
 
@@ -104,8 +100,16 @@ class OptimizerCalls:
             return None
         groups = optimizer.param_groups
         parameters = [[p for p in group["params"] if p.grad is not None] for group in groups]
-        call = OptimizerCall(operator, settings, parameters, optimizer.state)
-        return call if all(isinstance(tensor, Tensor) for tensor in call.tensors()) else None
+        state = optimizer.state
+        entries = [[state.get(p, _NOTHING) for p in group] for group in parameters]
+        tensors: list[Any] = []
+        for group, kept in zip(parameters, entries, strict=True):
+            for parameter, entry in zip(group, kept, strict=True):
+                tensors += (parameter, parameter.grad, *entry.values())
+        tensors += settings.tensors
+        if not all(issubclass(kind, Tensor) for kind in {*map(type, tensors)}):
+            return None
+        return OptimizerCall(operator, settings, parameters, entries, tensors, state)
 
     def _settings(
         self, operator: OptimizerOperator, optimizer: torch.optim.Optimizer
@@ -123,8 +127,10 @@ class OptimizerCalls:
         is_usual = all(map(_is_setting, values.values())) and not any(values.get("differentiable", ()))
         if is_usual and has_defaults:
             numbers: list[Number] = []
-            _collect((*values.values(),), numbers)
-            settings = Settings(values, _without_numbers((*values.values(),)), numbers)
+            given_values = (*values.values(),)
+            _collect(given_values, numbers)
+            layout = _without_numbers(given_values)
+            settings = Settings(values, layout, numbers, leaves(given_values))
         self._known[id(optimizer)] = given, settings
         return settings
 
@@ -140,20 +146,22 @@ class _Code:
         tables: list[Mapping[str, Any]] = [vars(base) for base in bases]
         tables += [vars(sys.modules[base.__module__]) for base in bases]
         self._kind = kind
+        # torch wraps `step` once there is an object.
         self._functions = [
-            (table, name, value)
+            (table, {n: each for n, each in table.items() if type(each) is FunctionType and n != "step"})
             for table in tables
-            for name, value in table.items()
-            if type(value) is FunctionType
-            and name != "step"  # which torch wraps once there is an object
         ]
-        self._is_known = all(_is_written_by_torch(value) for _, _, value in self._functions)
+        functions = (each for _, named in self._functions for each in named.values())
+        self._is_known = all(map(_is_written_by_torch, functions))
         self._step: Any = None
 
     def is_torchs(self) -> bool:
         """Tell whether all of them are torch's, now."""
-        if not self._is_known or any(table.get(name) is not f for table, name, f in self._functions):
+        if not self._is_known:
             return False
+        for table, named in self._functions:
+            if not all(map(is_, map(table.get, named), named.values())):
+                return False
         step = self._kind.step
         if step is not self._step:
             if not _is_written_by_torch(step):

@@ -84,7 +84,7 @@ class OptimizerSteps:
             step.uses("optimizer begins", name, gradients())
             return
         what = "optimizer", call.operator, name, call.layout
-        step.happens(*what, tensors=call.tensors(), marked=lambda: as_gradients(gradients()))
+        step.happens(*what, tensors=call.tensors, marked=lambda: as_gradients(gradients()))
         if not step.is_followed and not self._can_hold(call):
             step.leave()
             return
@@ -97,13 +97,13 @@ class OptimizerSteps:
         if not step.is_remembered or (expected is not None and expected.key[0] == "optimizer"):
             return True
         step.tensors.catch_up(step.at)
-        return all(step.tensors.number(tensor) is not None for tensor in call.tensors())
+        return all(step.tensors.number(tensor) is not None for tensor in call.tensors)
 
     def _can_hold(self, call: OptimizerCall) -> bool:
         """Tell whether a program can hold the step: it knows all memory that the step uses."""
         step, tensors = self._step, self._step.tensors
         with torch._C._DisableTorchDispatch():
-            given = call.tensors()
+            given = call.tensors
             if not all(is_plain(tensor) and step.is_on_known(tensor) for tensor in given):
                 return False
             parameters = [p for group in call.parameters for p in group]
