@@ -122,6 +122,6 @@ def test_masks_of_a_count_met_before_are_followed(tmp_path):
                 loss.backward()
                 optimizer.step()
                 recording.log(loss=loss)
-            followed.append(recording.writer.last[1].is_followed)
+            followed.append(recording.writer.watched.last[1].is_followed)
     assert sum(followed[16:]) >= 12
     assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact
