@@ -278,7 +278,7 @@ class Cursor(UnderWay):
         Returns the places of the arguments that bring it, and the numbers of the first tensors there.
         """
         found = []
-        for place, each in enumerate(_all_items([args, keywords])):
+        for place, each in enumerate(flattened([args, keywords])):
             number = self.tensors.number(each) if isinstance(each, Tensor) else None
             if number is not None and self.is_unread(number):
                 self.keep_content(number, each)
@@ -308,7 +308,7 @@ class Cursor(UnderWay):
 
         def before(args: Any, kwargs: Any) -> None:
             step: Cursor = paths.step
-            given = _all_items([args, kwargs]) if entry.contents else []
+            given = flattened([args, kwargs]) if entry.contents else []
             for place, origin in entry.contents:
                 step.contents[origin] = step.outside.of(given[place])
             if known.draws:
@@ -366,12 +366,3 @@ class Cursor(UnderWay):
         """Forget a tensor that has got other memory."""
         self.tensors.catch_up(self.at)
         self.tensors.drop(tensor)
-
-
-def _all_items(value: Any) -> list[Any]:
-    """Return all items of arguments, in order."""
-    if isinstance(value, dict):
-        value = [*value.values()]
-    if isinstance(value, list | tuple):
-        return [each for item in value for each in _all_items(item)]
-    return [value]
