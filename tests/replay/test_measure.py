@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import everystep
+from everystep.answers import nonfinite
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.batches import Batches
 from everystep.recording import lock
 from everystep.recording.facts import MeasuredFacts, WriterFacts
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.recording.texts import shortest
-from everystep.replay import nonfinite
 
 STEPS = 30
 SIZE = "norm(gradients['0.weight'])"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.training.measurements import RESERVED_NAMES
 
-__all__ = ["Measured", "Question", "measure", "when"]
+__all__ = ["Measured", "Question", "measure", "until", "when"]
 
 #: An expression, or what makes a number of an opened step.
 Question = Expression | Callable[[Step], Any]
@@ -262,25 +263,38 @@ def when(
         UsageError: the condition does not fit.
         RunError: a needed file is missing or unreadable.
     """
-    found: list[int] = []
-    inexact: list[int] = []
-    done: set[Span] = set()
     query = Query(condition, opener.run, as_condition=True, only_first=which == "first")
     due = query.due(opener.run)[:: -1 if which == "last" else 1]
-    replayed = parallel(opener, due, query, processes, on_progress)
+
+    def is_found(each: Replayed) -> bool:
+        return which != "all" and bool(_exact(each)[0])
+
+    done = [_exact(each) for each in until(is_found, opener, due, query, processes, on_progress)]
+    found = sorted(step for answers, _ in done for step, _ in answers)
+    return Found(chosen(found, which), tuple(sorted(step for _, each in done for step in each)))
+
+
+def until(
+    is_found: Callable[[Replayed], bool],
+    opener: Opener,
+    due: list[Span],
+    visitor: Visitor,
+    processes: int | None,
+    on_progress: Callable[[int], None],
+) -> list[Replayed]:
+    """Replay spans until something is found in one, and all before it are replayed; return what was.
+
+    Raises:
+        RunError: a needed file is missing or unreadable.
+    """
+    done: dict[Span, Replayed] = {}
+    replayed = parallel(opener, due, visitor, processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
-            exact, diverged = _exact(each)
-            found += [step for step, _ in exact]
-            inexact += diverged
-            done.add(each.span)
-            best = chosen(sorted(found), which)
-            if which != "all" and best:
-                # No span that is still to come can hold an earlier step (or a later one).
-                own = next(place for place, s in enumerate(due) if s.first <= best[0] <= s.last)
-                if done.issuperset(due[:own]):
-                    break
-    return Found(chosen(sorted(found), which), tuple(sorted(inexact)))
+            done[each.span] = each
+            if any(is_found(done[span]) for span in takewhile(done.__contains__, due)):
+                break
+    return [*done.values()]
 
 
 def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.answers.measure import until
 from everystep.answers.why import Spot, Why, why
 from everystep.device import on_cpu
 from everystep.errors import RunError
@@ -24,7 +24,7 @@ from everystep.program.observed import Observed
 from everystep.program.operation import Phase
 from everystep.program.optimizers import OPTIMIZERS
 from everystep.program.unset import unset_results
-from everystep.replay.parallel import Span, Visitor, parallel, spans
+from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
 from everystep.replay.shown import Shown
@@ -206,46 +206,23 @@ def find_nonfinite(
         step = replace(opener.step(suspect), earlier=opener.step)  # it knows those before
         if (made := _first_made(step)) is not None:
             return made
+        if begin > bound:
+            return None
         meant |= _not_finite_in(step)
-        found = None
-        if begin <= bound:
-            found = _first_suspect(opener, begin, bound, meant, processes, on_progress)
+        due, check = spans(run, begin, bound), FiniteCheck(meant)
+        done = until(lambda each: each.result is not None, opener, due, check, processes, on_progress)
+        found = min((each.result for each in done if each.result is not None), default=None)
+        diverged = [each.first_loss.step for each in done if each.first_loss]
+        diverged += [each.stopped_at for each in done if each.stopped_at]
+        if diverged and (found is None or min(diverged) <= found):
+            differs = f"the replay of {run.name} differs from its recording at step {min(diverged)}"
+            raise RunError(
+                f"{differs}, or ends there, so its first NaN or infinity cannot be determined; "
+                "run everystep verify for details"
+            )
         if found is None:
             return None
         suspect, begin = found, found + 1
-
-
-def _first_suspect(
-    opener: Opener,
-    begin: int,
-    bound: int,
-    meant: frozenset[_Meant],
-    processes: int | None,
-    on_progress: Callable[[int], None],
-) -> int | None:
-    """Return the first step from `begin` to `bound` with a value that is not finite, or None.
-
-    Raises:
-        RunError: a replay differs from the recording before that step.
-    """
-    run, wanted = opener.run, spans(opener.run, begin, bound)
-    found: dict[Span, int | None] = {}
-    diverged: list[int] = []
-    replayed = parallel(opener, wanted, FiniteCheck(meant), processes, on_progress)
-    with closing(replayed):  # type: ignore[type-var]  # a generator
-        for each in replayed:
-            found[each.span] = each.result
-            diverged += [each.first_loss.step] if each.first_loss else []
-            diverged += [each.stopped_at] if each.stopped_at else []
-            if each.result is not None and all(s in found for s in wanted if s.first <= each.result):
-                break
-    suspect = min((step for step in found.values() if step is not None), default=None)
-    if diverged and (suspect is None or min(diverged) <= suspect):
-        raise RunError(
-            f"the replay of {run.name} differs from its recording at step {min(diverged)}, or ends "
-            "there, so its first NaN or infinity cannot be determined; run everystep verify for details"
-        )
-    return suspect
 
 
 def _not_finite_in(step: Step) -> frozenset[_Meant]:

@@ -174,25 +174,16 @@ class Cursor(UnderWay):
     ) -> Any:
         """Run a call, and write it down."""
         at, tensors, count = self.at, self.tensors, len(self.numbers)
-        is_seen = known.how == "see"  # the numbers of a view belong to its geometry
+        is_seen = known.how == "see"
         try:
-            if known.how not in ("pass", "make", "see"):
-                raise UnseenError(known.how)
-            pairs = zip(args, known.places, strict=False)
-            tokens = tuple([tensors.token(v, s and is_seen) for v, (_, s) in pairs])
-            slots = known.slots if is_seen else ()
-            named = tuple([(k, tensors.token(v, k in slots)) for k, v in keywords.items()])
+            tokens, named = self._tokens(known, args, keywords)
             flat = [*tensor_tokens((*tokens, *(token for _, token in named)))]
             given = {name: token for (name, _), token in zip(known.places, tokens, strict=False)}
             given |= dict(named)
             into = tensor_tokens(given[name] for name in known.writes if name in given)
             written = [token[1] for token in into]
             if is_seen:
-                for token in flat:
-                    self.check_readable(token[1])
-                origins = tensors.origins_of(written)
-                if known.has_out and not all(tensors.known[origin].bytes for origin in origins):
-                    raise UnseenError("allocates memory for an empty tensor")
+                self._check(known, flat, written)
         except UnseenError as error:
             del self.numbers[count:]
             tensors.catch_up(at)
@@ -206,9 +197,7 @@ class Cursor(UnderWay):
             self.leave()
         contents = self._bring(args, keywords) if is_seen else ()
         if known.draws:
-            now = torch.get_rng_state()
-            if self.drawn is None or not torch.equal(now, self.drawn):
-                self.generators[at.draws] = now
+            self.note_generator(at.draws)
         self._note_written(written)
         call = partial(run_counted, func) if known.writes_list else func
         try:
@@ -217,10 +206,7 @@ class Cursor(UnderWay):
             del self.numbers[count:]
             self.undo()
             raise
-        if known.draws:
-            self.drawn = torch.get_rng_state()
-        if known.is_read:
-            self.numbers.append(result)
+        self._note_result(known, result)
         made = flattened(result)
         if not all(is_plain(each) for each in made if isinstance(each, Tensor)):
             self.leave()
@@ -234,7 +220,7 @@ class Cursor(UnderWay):
                 arguments=tuple(map(held, tokens)),
                 keywords=tuple([(name, held(token)) for name, token in named]),
                 results=(),
-                writes=self.tensors.origins_of(written),
+                writes=tensors.origins_of(written),
                 numbers=len(self.numbers) - count,
             )
         is_shaped = self.is_remembered and (
@@ -255,6 +241,41 @@ class Cursor(UnderWay):
         if is_shaped:
             self._add_shapes(entry, result)
         return result
+
+    def _tokens(
+        self, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+        """Return the tokens of arguments.
+
+        Raises:
+            UnseenError: a path cannot hold the call.
+        """
+        if known.how not in ("pass", "make", "see"):
+            raise UnseenError(known.how)
+        is_seen = known.how == "see"  # the numbers of a view belong to its geometry
+        token, slots = self.tensors.token, known.slots if is_seen else ()
+        pairs = zip(args, known.places, strict=False)
+        tokens = tuple([token(value, is_slot and is_seen) for value, (_, is_slot) in pairs])
+        return tokens, tuple([(name, token(value, name in slots)) for name, value in keywords.items()])
+
+    def _check(self, known: KnownOperator, tokens: Iterable[Any], written: Iterable[int]) -> None:
+        """Check that a program can hold an operation with these tensors.
+
+        Raises:
+            UnseenError: it cannot.
+        """
+        for token in tokens:
+            self.check_readable(token[1])
+        origins = self.tensors.origins_of(written)
+        if known.has_out and not all(self.tensors.known[origin].bytes for origin in origins):
+            raise UnseenError("allocates memory for an empty tensor")
+
+    def _note_result(self, known: KnownOperator, result: Any) -> None:
+        """Note what a call gives to Python, or how it leaves torch's generator."""
+        if known.draws:
+            self.drawn = torch.get_rng_state()
+        if known.is_read:
+            self.numbers.append(result)
 
     def _remember_places(self, tokens: Iterable[Any]) -> None:
         """From now on, note the memory of results when they are made that is met again without them."""
@@ -278,7 +299,7 @@ class Cursor(UnderWay):
         Returns the places of the arguments that bring it, and the numbers of the first tensors there.
         """
         found = []
-        for place, each in enumerate(_all_items([args, keywords])):
+        for place, each in enumerate(flattened([args, keywords])):
             number = self.tensors.number(each) if isinstance(each, Tensor) else None
             if number is not None and self.is_unread(number):
                 self.keep_content(number, each)
@@ -308,20 +329,14 @@ class Cursor(UnderWay):
 
         def before(args: Any, kwargs: Any) -> None:
             step: Cursor = paths.step
-            given = _all_items([args, kwargs]) if entry.contents else []
+            given = flattened([args, kwargs]) if entry.contents else []
             for place, origin in entry.contents:
                 step.contents[origin] = step.outside.of(given[place])
             if known.draws:
-                now = torch.get_rng_state()
-                if step.drawn is None or not torch.equal(now, step.drawn):
-                    step.generators[draws] = now
+                step.note_generator(draws)
 
         def after(result: Any) -> None:
-            step: Cursor = paths.step
-            if known.is_read:
-                step.numbers.append(result)
-            else:
-                step.drawn = torch.get_rng_state()
+            paths.step._note_result(known, result)
 
         entry.check = check_of(
             *(tokens, named, [(-1, places[0][1])] if is_alone and places else places),
@@ -366,12 +381,3 @@ class Cursor(UnderWay):
         """Forget a tensor that has got other memory."""
         self.tensors.catch_up(self.at)
         self.tensors.drop(tensor)
-
-
-def _all_items(value: Any) -> list[Any]:
-    """Return all items of arguments, in order."""
-    if isinstance(value, dict):
-        value = [*value.values()]
-    if isinstance(value, list | tuple):
-        return [each for item in value for each in _all_items(item)]
-    return [value]

@@ -79,7 +79,7 @@ class Guards:
         self._tensors: list[tuple[str, Tensor, int, Tensor | bytes]] = []
 
     def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> None:
-        """Note a value that `again(*given)` reads, under a key for its place."""
+        """Note a value, or a list made of values, that `again(*given)` reads; key: for its place."""
         self._note(key, where, partial(again, *given), _value_changes)
 
     def contents(self, container: Any, where: str) -> None:
@@ -123,7 +123,10 @@ class Guards:
 
 
 def _value_changes(guard: _Guard, now: Any) -> str | None:
-    return None if same_value(now, guard.value) else f"{guard.where} changes"
+    before = guard.value
+    if type(now) is list and len(now) == len(before) and all(map(same_value, now, before)):
+        return None
+    return None if same_value(now, before) else f"{guard.where} changes"
 
 
 def _contents_of(container: Any) -> tuple[list[Any], list[Any]]:

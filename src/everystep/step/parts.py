@@ -236,39 +236,35 @@ class _Layout:
         self.tensors = tensors
         self.gradient_names = [(parameter, f"gradient/{name}") for parameter, name in names.items()]
         inner = [m for module in modules.values() for m in module.modules()]
-        tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
-        for optimizer in optimizers.values():
-            tables += [optimizer.state, *optimizer.param_groups]
-            tables += [entries for _, entries in entries_of(optimizer)]
-        self._optimizers = [(o, o.state, o.param_groups) for o in optimizers.values()]
-        groups = [group["params"] for o in optimizers.values() for group in o.param_groups]
-        self._tables = [(table, [*table], [*table.values()], _objects(table)) for table in tables]
-        self._groups = [(group, [*group]) for group in groups]
-        self._counts = [(o.param_groups, len(o.param_groups)) for o in optimizers.values()]
-        self._is_sure = not any(map(keeps_own_state, optimizers.values()))
+        self._tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
+        self._optimizers = [*optimizers.values()]
+        for optimizer in self._optimizers:
+            self._tables += [entries for _, entries in entries_of(optimizer)]
+        self._is_sure = not any(map(keeps_own_state, self._optimizers))
+        self._known = self._objects()
 
     def holds(self) -> bool:
         """Tell whether they are still in the same places."""
-        return (
-            self._is_sure
-            and all(o.state is state and o.param_groups is g for o, state, g in self._optimizers)
-            and all(len(groups) == count for groups, count in self._counts)
-            and all(len(g) == len(k) and all(map(is_, g, k)) for g, k in self._groups)
-            and all(_has_objects(*each) for each in self._tables)
-        )
+        now = self._objects() if self._is_sure else []
+        return self._is_sure and len(now) == len(self._known) and all(map(is_, now, self._known))
 
-
-def _objects(table: Mapping[Any, Any]) -> list[Any]:
-    """Return the keys of a table, and the tensors and what may hold some in it."""
-    return [*table, *[value for value in table.values() if isinstance(value, _WITH_TENSORS)]]
-
-
-def _has_objects(table: Mapping[Any, Any], keys: list[Any], values: list[Any], known: list[Any]) -> bool:
-    """Tell whether a table holds the same objects as before, whatever numbers it holds besides."""
-    if len(table) == len(keys) and all(map(is_, table, keys)) and all(map(is_, table.values(), values)):
-        return True
-    objects = _objects(table)
-    return len(objects) == len(known) and all(map(is_, objects, known))
+    def _objects(self) -> list[Any]:
+        """Return all that is or may hold a tensor, and its keys: not the numbers besides."""
+        found: list[Any] = []
+        tables = self._tables.copy()
+        for optimizer in self._optimizers:
+            groups = optimizer.param_groups
+            tables += [optimizer.state, *groups]
+            found += (
+                optimizer.state,
+                groups,
+                *groups,
+                *[p for group in groups for p in group["params"]],
+            )
+        for table in tables:
+            found += table
+            found += [value for value in table.values() if isinstance(value, _WITH_TENSORS)]
+        return found
 
 
 def check_parts(named: Mapping[str, Any]) -> None:

@@ -398,10 +398,9 @@ def geometry(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def flattened(value: Any) -> list[Any]:
-    """Return the items of a result or of arguments, those of lists included."""
-    if isinstance(value, Tensor):
-        return [value]
-    found: list[Any] = []
-    for item in value if isinstance(value, list | tuple) else [] if value is None else [value]:
-        found += item if isinstance(item, list | tuple) else [item]
-    return found
+    """Return all items of arguments or results, in order: those of dicts, lists and tuples."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return [each for item in value for each in flattened(item)]
+    return [value]

@@ -7,8 +7,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from operator import is_
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -66,8 +65,6 @@ class Surroundings:
         self._optimizers = optimizers
         self._named_state = named_state
         self._device = device
-        self._settings: dict[str, Any] = {}
-        self._functions: list[Any] = []
         self._state: Mapping[str, Tensor] | None = None
 
     def reasons(self) -> Iterator[str]:
@@ -98,6 +95,9 @@ class Surroundings:
     def begin(self) -> None:
         """Note everything again, before capturing a program that depends on it."""
         guards = self.guards = Guards()
+        guards.read("functions", "a function of torch", _functions_of_torch)
+        for name, read in _process_settings(self._device).items():
+            guards.read(name, name, read)
         for name, part in self._modules.items():
             for path, module in own_modules(part):
                 where = f"module {path}" if path and name == "the model" else name
@@ -113,8 +113,6 @@ class Surroundings:
         for name, optimizer in self._optimizers.items():
             if is_torchs_optimizer(optimizer):
                 self._guard_optimizer(name)
-        self._settings = _process_settings(self._device)
-        self._functions = _functions_of_torch()
 
     def _guard_optimizer(self, name: str) -> None:
         """Note what makes an optimizer torch's own, and which parameters it has."""
@@ -138,16 +136,9 @@ class Surroundings:
         """
         self._state = state
         try:
-            return self._difference()
+            return self.guards.difference() or self._hooked_node()
         finally:
             self._state = None
-
-    def _difference(self) -> str | None:
-        now = _process_settings(self._device)
-        if not all(map(is_, _functions_of_torch(), self._functions)):
-            return "a function of torch changes"
-        changed = (f"{name} changes" for name, value in self._settings.items() if now[name] != value)
-        return next(changed, None) or self.guards.difference() or self._hooked_node()
 
     def _hooked_node(self) -> str | None:
         """Return in words which parameter has a hook on its node in the graph, or None.
@@ -164,22 +155,22 @@ class Surroundings:
             found = next(hooked, None)
         return None if found is None else f"other code has a hook on the graph node of {found}"
 
-    def _shared(self) -> str:
+    def _shared(self) -> list[int]:
         """Return, for each tensor of the state, the first that uses the same memory."""
         first: dict[int, int] = {}
         state = self._state or self._named_state()
         places = (tensor.untyped_storage()._cdata for tensor in state.values())
-        return str([first.setdefault(place, index) for index, place in enumerate(places)])
+        return [first.setdefault(place, index) for index, place in enumerate(places)]
 
 
-def _parameters_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return which parameters are in which group."""
-    return str([list(map(id, group["params"])) for group in optimizer.param_groups])
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return which parameters are in which group, and None after each group."""
+    return [each for group in optimizer.param_groups for each in (*group["params"], None)]
 
 
-def _functions_in(module: types.ModuleType) -> str:
+def _functions_in(module: types.ModuleType) -> list[Any]:
     """Return which functions a module of Python has."""
-    return str([id(value) for value in vars(module).values() if type(value) is types.FunctionType])
+    return [value for value in vars(module).values() if type(value) is types.FunctionType]
 
 
 def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
@@ -195,25 +186,29 @@ def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
 # Settings of the process.
 
 
-def _process_settings(device: torch.device) -> dict[str, Any]:
-    """Return the settings by name; equal as long as none has changed."""
-    found: dict[str, Any] = {
-        "the default dtype": torch.get_default_dtype(),
-        "the default device": str(torch.get_default_device()),
-        "the number of threads": torch.get_num_threads(),
-        "grad mode": torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "anomaly detection": torch.is_anomaly_enabled(),
-        "the fast path of attention": torch.backends.mha.get_fastpath_enabled(),
-        "the number of active function modes": torch._C._len_torch_function_stack(),
-        "the number of active dispatch modes": torch._C._len_torch_dispatch_stack(),
-        "hooks on all modules": _hooks_on_all(),
-        "hooks on saved tensors": _has_tensor_hooks(),
-        "the number of methods of Tensor": len(vars(torch.Tensor).keys() - OF_WATCHES),
+def _process_settings(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Return what reads each setting, by name."""
+    found: dict[str, Callable[[], Any]] = {
+        "the default dtype": torch.get_default_dtype,
+        "the default device": lambda: str(torch.get_default_device()),
+        "the number of threads": torch.get_num_threads,
+        "grad mode": torch.is_grad_enabled,
+        "inference mode": torch.is_inference_mode_enabled,
+        "anomaly detection": torch.is_anomaly_enabled,
+        "the fast path of attention": torch.backends.mha.get_fastpath_enabled,
+        "the number of active function modes": torch._C._len_torch_function_stack,
+        "the number of active dispatch modes": torch._C._len_torch_dispatch_stack,
+        "hooks on all modules": _hooks_on_all,
+        "hooks on saved tensors": _has_tensor_hooks,
+        "the number of methods of Tensor": lambda: len(vars(torch.Tensor).keys() - OF_WATCHES),
     }
     for kind in {"cpu", device.type}:
-        found[f"autocast on {kind}"] = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return found | {name: _flag(name) for name in _flags()}
+        found[f"autocast on {kind}"] = partial(_autocast, kind)
+    return found | {name: partial(_flag, name) for name in _flags()}
+
+
+def _autocast(kind: str) -> Any:
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 def _flag(name: str) -> Any:

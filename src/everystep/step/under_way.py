@@ -285,6 +285,15 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Watch the rest of the step without following or remembering it."""
         self.is_remembered = self.is_followed = False
 
+    def note_generator(self, draw: int) -> None:
+        """Note the state of torch's generator before a draw, if the last draw left another.
+
+        draw: the number of draws before.
+        """
+        now = torch.get_rng_state()
+        if self.drawn is None or not torch.equal(now, self.drawn):
+            self.generators[draw] = now
+
     def allow_changes(self, since: list[tuple[Tensor, int | None]]) -> None:
         """Do not count the changes of the state since `state_versions` returned `since`."""
         for place, ((_, before), (_, now)) in enumerate(zip(since, self.state_versions(), strict=True)):

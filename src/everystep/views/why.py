@@ -217,7 +217,7 @@ def _rows_text(each: Why) -> str:
         return ""
     if not each.rows:
         return "no row of the batch is behind it"
-    if len(each.rows) == each.step_rows and len(each.rows) > 1:
+    if len(each.rows) == each.step.batch.count and len(each.rows) > 1:
         return f"all {len(each.rows):,} rows of the batch are behind it"
     return f"row{'s' * (len(each.rows) > 1)} {named(each.rows, 10)} of {each.step.batch.whole}"
 

@@ -139,11 +139,6 @@ class Why(Shown):
         return self.causes[-1] if is_bad and self.causes else None
 
     @property
-    def step_rows(self) -> int:
-        """How many rows the batch has."""
-        return self.step.batch.count
-
-    @property
     def numbers(self) -> list[Number]:
         """The numbers that are shown."""
         return [n for group in self.groups for term in group.terms for n in term.numbers.values()]
@@ -211,9 +206,7 @@ def _of_sum(made: Sum, call: Call, at: NumberAt, count: int) -> tuple[_Groups, A
         return tuple(groups), np.divide(total(shown) if len(shown) != 1 else shown[0], made.divisor)
 
 
-def _of_formula(
-    made: Formula | Words, call: Call, at: NumberAt, count: int
-) -> tuple[tuple[Group, ...], Any]:
+def _of_formula(made: Formula | Words, call: Call, at: NumberAt, count: int) -> tuple[_Groups, Any]:
     groups, given = [], {}
     for key, piece in made.given.items():
         given[key] = numbers_of(call.tensor_of(piece), piece)
