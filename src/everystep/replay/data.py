@@ -12,8 +12,8 @@ from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import RecordedRun
-from everystep.replay.operations import TensorDifference, tensor_difference
-from everystep.step.check import as_integers, same_bits
+from everystep.replay.operations import TensorDifference, rows_that_differ, tensor_difference
+from everystep.step.check import same_bits
 
 __all__ = ["DataDifference", "data_differences"]
 
@@ -35,43 +35,35 @@ class DataDifference(NamedTuple):
 def data_differences(one: RecordedRun, other: RecordedRun) -> tuple[DataDifference, ...]:
     """Return the tensors of the data that differ, if both runs hold it, and those of the same shape."""
     facts = [run.facts.training for run in (one, other)]
-    files = [each.data_file for each in facts]
-    if files[0] is None or files[1] is None or files[0].digest == files[1].digest:
-        return ()
-    if not (files[0].stored and files[1].stored):
+    files = [each.data_file for each in facts if each.data_file is not None and each.data_file.stored]
+    if len(files) < 2 or files[0].digest == files[1].digest:
         return ()
     try:
         pair = one.data(files[0]), other.data(files[1])
-    except RunError:  # the replay says what it needs of it
+    except RunError:  # the replay reports what it needs of it
         return ()
-    found = []
-    for name, tensor in sorted(pair[0].items()):
-        its = pair[1].get(name)
-        if its is None or its.shape != tensor.shape or its.dtype != tensor.dtype or not tensor.ndim:
-            continue
-        if same_bits(tensor, its):
-            continue
-        differs = as_integers(tensor) != as_integers(its)
-        rows = differs.reshape(len(tensor), -1).any(1)
-        columns = differs.any(0) if differs.ndim == 2 else torch.zeros(0, dtype=torch.bool)
-        names = _column_names(facts) if name.endswith("x") else []
-        found.append(
-            DataDifference(
-                tensor_difference(name, tensor, its),
-                _numbers(facts[0], name, torch.nonzero(rows).flatten()),
-                torch.nonzero(columns).flatten().tolist(),
-                names if len(names) == len(columns) else [],
-            )
-        )
-    return tuple(found)
+    both = ((name, tensor, pair[1].get(name)) for name, tensor in sorted(pair[0].items()))
+    return tuple(
+        _difference(name, tensor, its, facts)
+        for name, tensor, its in both
+        if its is not None and its.shape == tensor.shape and its.dtype == tensor.dtype and tensor.ndim
+        if not same_bits(tensor, its)
+    )
 
 
-def _numbers(facts: TrainingFacts, name: str, places: Tensor) -> list[int]:
-    """Return the numbers of rows of a tensor in the source of the data."""
-    numbers = facts.data.numbers()
-    if numbers is None:
-        return places.tolist()
-    return numbers[1 if name.startswith("validation_") else 0][places].tolist()
+def _difference(name: str, one: Tensor, other: Tensor, facts: list[TrainingFacts]) -> DataDifference:
+    rows = torch.nonzero(rows_that_differ(one, other)).flatten()
+    numbers = facts[0].data.numbers()
+    if numbers is not None:  # in the source of the data
+        rows = numbers[1 if name.startswith("validation_") else 0][rows]
+    columns = rows_that_differ(one.mT, other.mT) if one.ndim == 2 else rows.new_empty(0)
+    names = _column_names(facts) if name.endswith("x") else []
+    return DataDifference(
+        tensor_difference(name, one, other),
+        rows.tolist(),
+        torch.nonzero(columns).flatten().tolist(),
+        names if len(names) == len(columns) else [],
+    )
 
 
 def _column_names(facts: list[TrainingFacts]) -> list[str]:

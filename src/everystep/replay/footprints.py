@@ -1,93 +1,53 @@
-"""Footprints: digests of what each step is given and makes, by which two runs are compared."""
+"""Footprints: digests of what each step is given and makes, by which two replays are compared."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Any
-
 import torch
+import xxhash
 
-from everystep.errors import RunError
-from everystep.recording.files import program_file
-from everystep.recording.run import RecordedRun
-from everystep.replay.given import draws
+from everystep.recording.contents import digest_of
 from everystep.replay.replay import Replay
-from everystep.replay.step import ReplayStepper
 from everystep.step.check import bytes_of
 
-__all__ = ["draws_at_random", "footprints", "model_digests", "programs_of"]
+__all__ = ["BEFORE", "footprints"]
+
+#: The name of the digest of the state before the first step.
+BEFORE = "before"
 
 
-def footprints(replay: Replay, first: int, last: int, by_operation: bool, is_random: bool) -> list[str]:
-    """Replay steps; return a digest of the inputs and results of each."""
+def footprints(
+    replay: Replay, first: int, last: int, *, by_operation: bool = False, is_random: bool = False
+) -> list[dict[str, str]]:
+    """Replay steps; return digests of the inputs and results of each by name, and of the state after it.
+
+    by_operation: also of what each operation makes; is_random: also of the generator that steps draw
+    from.
+    """
     found = []
-    at = -1
     with replay.in_force(first):
         for number in range(first, last + 1):
-            digest = hashlib.sha256()
-            if replay.stretch_of(number) != at:
-                at = replay.stretch_of(number)
-                stepper = replay.go_to(number - 1, at)
-                _add_state(digest, stepper)
-            given = stepper.given(number)
+            at = replay.stretch_of(number)
+            stepper = replay.go_to(number - 1, at)
+            digests: dict[str, str] = {}
+            if number in (first, replay.stretches[at].first):
+                named = sorted(stepper.named_state().items())
+                digests[BEFORE] = repr([(name, digest_of(tensor)) for name, tensor in named])
+            digests["given"] = xxhash.xxh3_128(stepper.given(number)).hexdigest()
             if is_random:
-                digest.update(bytes_of(torch.get_rng_state()))
-            digest.update(given)
+                digests["generator"] = digest_of(torch.get_rng_state())
             if by_operation:
+                made = xxhash.xxh3_128()
                 observation = stepper.observe()
                 losses = [float(observation.loss)]
-                for observed in observation.operations:
-                    digest.update(observed.operation.operator.encode())
-                    for tensor in observed.made.values():
-                        digest.update(bytes_of(tensor))
+                for seen in observation.operations:
+                    made.update(seen.operation.operator.encode())
+                    for tensor in seen.made.values():
+                        made.update(bytes_of(tensor))
+                digests["operations"] = made.hexdigest()
             else:
                 losses = stepper.run(number).tolist()
+            digests["loss"] = repr(losses)
             replay.compare(number, losses, replay.recorded_losses(number, number))
-            _add_state(digest, stepper)
-            found.append(digest.hexdigest())
+            state = stepper.named_state().items()
+            found.append(digests | {name: digest_of(tensor) for name, tensor in state})
     return found
-
-
-def model_digests(replay: Replay, first: int, last: int) -> list[dict[str, bytes]]:
-    """Return digests of the parameters and buffers, by name, of each state from `first` to `last`."""
-    found = []
-    with replay.in_force(first):
-        for number in range(first, last + 1):
-            state = replay.go_to(number).named_state()
-            found.append(
-                {
-                    name: hashlib.sha256(bytes_of(tensor)).digest()
-                    for name, tensor in state.items()
-                    if name.startswith(("parameter/", "buffer/"))
-                }
-            )
-    return found
-
-
-def _add_state(digest: Any, stepper: ReplayStepper) -> None:
-    for name, tensor in sorted(stepper.named_state().items()):
-        digest.update(name.encode())
-        digest.update(bytes_of(tensor))
-
-
-def draws_at_random(run: RecordedRun) -> bool:
-    """Tell whether a step of the run draws random numbers, if programs show it; otherwise it may."""
-    if run.facts.training.loop or run.facts.training.unseen:
-        return True
-    try:
-        return any(
-            draws(operation["operator"])
-            for each in programs_of(run)
-            for operation in json.loads(each)["operations"]
-        )
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return True
-
-
-def programs_of(run: RecordedRun) -> list[bytes]:
-    """Return the programs of a run as they lie on disk; none if one of them cannot be read."""
-    try:
-        return [run.read_file(program_file(number)) for number in run.facts.training.programs]
-    except RunError:
-        return []

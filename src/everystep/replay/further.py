@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -20,13 +21,8 @@ from everystep.replay.programs import read_program
 __all__ = ["FurtherSteps"]
 
 Number = int | float
-
-
-class _Further(NamedTuple):
-    """A step, as a replay reads it and as a recorder writes it."""
-
-    row: Repeat
-    taken: Taken
+#: A step, as a replay reads it and as a recorder writes it.
+Further = tuple[Repeat, Taken]
 
 
 class FurtherSteps:
@@ -42,45 +38,39 @@ class FurtherSteps:
         self._lr = lr
         self._batches = batches_of(run.facts.training)
         self._newest: dict[int, Repeat | None] = {}
-        self._programs: dict[int, Program] = {}
-        self._known: dict[tuple[int, bytes | None, bytes | None], _Further] = {}
+        self._program = cache(lambda number: read_program(run, number))
+        self._known: dict[tuple[int, bytes | None, bytes | None], Further] = {}
 
     def reason_against(self) -> str | None:
-        """Return why there are no such steps after the run's last, None if there are."""
-        newest = self._run.newest_step()
-        for number in range(newest + 1, newest + 1 + self._batches.steps_per_epoch):
-            row = self._like(number)
-            if row is None or row.program is None or self._makes_state(row.program):
-                return "it has too few steps: no program takes later ones"
-        return self._reason_against_changes()
+        """Return why there are no such steps after the run's last, None if there are.
 
-    def _reason_against_changes(self) -> str | None:
-        """Return what code between the steps did that programs would not do, None if it did nothing.
-
-        What it drew matters only to steps that draw, too.
+        What code between the steps drew matters only to steps that draw, too.
         """
         run = self._run
-        has_drawn = False
-        for step, file in sorted(run.change_files().items()):
+        newest = run.newest_step()
+        for number in range(newest + 1, newest + 1 + self._batches.steps_per_epoch):
+            row = self._like(number)
+            if row is None or row.program is None or _makes_state(self._program(row.program)):
+                return "it has too few steps: no program takes later ones"
+        changes = run.change_files()
+        for step, file in sorted(changes.items()):
             change = run.change(file)
-            names = sorted({*change.tensors, *change.gone})
-            own = [name for name in names if not name.startswith("generator/")]
+            own = sorted(n for n in {*change.tensors, *change.gone} if not n.startswith("generator/"))
             if own:
                 return f"code after step {step} changed {own[0].partition('/')[2]}"
-            has_drawn = True
-        if has_drawn and any(map(self._draws, run.facts.training.programs)):
+        if changes and any(_draws(self._program(each)) for each in run.facts.training.programs):
             return "code between the steps drew random numbers, and the steps draw, too"
         return None
 
     def row(self, number: int) -> Repeat:
         """Return what repeats a step, for a replay."""
-        return self._step(number).row._replace(step=number)
+        return self._step(number)[0]._replace(step=number)
 
     def taken(self, number: int) -> Taken:
         """Return a step as it is written."""
-        return self._step(number).taken._replace(step=number)
+        return self._step(number)[1]._replace(step=number)
 
-    def _step(self, number: int) -> _Further:
+    def _step(self, number: int) -> Further:
         """Return a step: its operations are those of a recorded one."""
         row = self._like(number)
         assert row is not None and row.program is not None
@@ -102,51 +92,47 @@ class FurtherSteps:
             self._newest[rows] = found
         return found
 
-    def _further(self, row: Repeat, program: int) -> _Further:
+    def _further(self, row: Repeat, program: int) -> Further:
         what = f"step {row.step} of {self._run.name}"
         inputs = inputs_of(row.inputs, what)
         # Where the recorded step found its generator, this one finds it as the step before has left it.
         given = {name: each for name, each in inputs.given.items() if not name.startswith("generator/")}
         numbers = unpacked(row.numbers, what) or []
         if self._lr is not None:
-            numbers = self._with_rate(program, numbers, self._lr)
+            numbers = _with_rate(self._program(program), numbers, self._lr)
         listed = {name: each.to_json() for name, each in given.items()}
         text = packed({"nesting": inputs.nesting, "given": listed})
         contents = self._run.contents(given)
         tensors = {name: tensor for name, tensor in contents.items() if tensor is not None}
-        return _Further(
+        return (
             Repeat(row.step, program, packed(numbers) if numbers else None, text),
             Taken(row.step, program, numbers, tensors, inputs.nesting, 0, {}),
         )
 
-    def _program(self, number: int) -> Program:
-        if number not in self._programs:
-            self._programs[number] = read_program(self._run, number)
-        return self._programs[number]
 
-    def _makes_state(self, program: int) -> bool:
-        """Tell whether steps with a program make tensors that later ones find, as the first does."""
-        return any(not name.startswith("gradient/") for name in self._program(program).ends)
+def _makes_state(program: Program) -> bool:
+    """Tell whether steps with a program make tensors that later ones find, as the first does."""
+    return any(not name.startswith("gradient/") for name in program.ends)
 
-    def _draws(self, program: int) -> bool:
-        return any(draws_random_numbers(each.resolved) for each in self._program(program).operations)
 
-    def _with_rate(self, program: int, numbers: list[Number], lr: float) -> list[Number]:
-        """Return the numbers of a step with another learning rate."""
-        found: list[Number] = []
-        interpreter = Interpreter(self._program(program), torch.device("cpu"))
-        for operation, own in zip(
-            interpreter.program.operations, interpreter.numbers_of(numbers), strict=True
-        ):
-            place = 0
-            for key, value in operation.keywords.items():
-                if isinstance(operation.resolved, OptimizerOperator):
-                    count = _count(value)
-                    if key == "lr":
-                        own[place : place + count] = [lr] * count
-                    place += count
-            found += own
-        return found
+def _draws(program: Program) -> bool:
+    return any(draws_random_numbers(each.resolved) for each in program.operations)
+
+
+def _with_rate(program: Program, numbers: list[Number], lr: float) -> list[Number]:
+    """Return the numbers of a step with another learning rate."""
+    found: list[Number] = []
+    owned = Interpreter(program, torch.device("cpu")).numbers_of(numbers)
+    for operation, own in zip(program.operations, owned, strict=True):
+        place = 0
+        for key, value in operation.keywords.items():
+            if isinstance(operation.resolved, OptimizerOperator):
+                count = _count(value)
+                if key == "lr":
+                    own[place : place + count] = [lr] * count
+                place += count
+        found += own
+    return found
 
 
 def _count(value: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from everystep.recording.database import Repeat
 from everystep.recording.run import RecordedRun
 from everystep.replay.step import reading
 
-__all__ = ["StoredInputs"]
+__all__ = ["StoredInputs", "pieces_of"]
 
 #: Bytes of contents that stay in memory, because later steps may need them again.
 KEPT_BYTES = 64_000_000
@@ -24,13 +24,6 @@ KEPT_BYTES = 64_000_000
 AHEAD_BYTES = 16_000_000
 #: Steps with their inputs decoded.
 KEPT_STEPS = 512
-
-
-class _Wanted(NamedTuple):
-    """Contents to read: inputs as a whole, and rows by dtype and shape."""
-
-    whole: dict[bytes, Given]
-    rows: dict[tuple[str, tuple[int, ...]], dict[bytes, None]]
 
 
 class StoredInputs:
@@ -62,18 +55,29 @@ class StoredInputs:
 
     def read_ahead(self, rows: Iterable[Repeat]) -> None:
         """Read contents that the next steps need. What cannot be read is reported by the step itself."""
-        wanted = _Wanted({}, {})
+        wanted: dict[bytes, Given] = {}
         size = 0
-        try:
+        with suppress(RunError):
             for row in rows:
                 for given in self.given(row).given.values():
-                    size += self._want(given, wanted)
+                    for digest, piece in pieces_of(given).items():
+                        if digest not in self._pieces and digest not in wanted:
+                            wanted[digest] = piece
+                            size += _bytes_of(piece)
                 if size > AHEAD_BYTES:
                     break
             if size:
                 self._read(wanted, size)
-        except RunError:
-            return
+
+    def _read(self, wanted: dict[bytes, Given], size: int) -> None:
+        if self._bytes + size > KEPT_BYTES:
+            self._pieces.clear()
+            self._bytes = 0
+        self._bytes += size
+        asked = {digest.hex(): piece for digest, piece in wanted.items() if _bytes_of(piece)}
+        for digest, tensor in self._run.contents(asked).items():
+            if tensor is not None:
+                self._pieces[bytes.fromhex(digest)] = tensor.reshape(-1).view(torch.uint8)
 
     def tensors(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step by name, on the CPU; the tensors are the caller's own.
@@ -101,33 +105,12 @@ class StoredInputs:
     def _what(self, row: Repeat) -> str:
         return f"the input of step {row.step} of {self._run.name}"
 
-    def _want(self, given: Given, wanted: _Wanted) -> int:
-        """Add what is not known yet of an input; return how many bytes that is."""
-        if given.dtype not in DTYPES or math.prod(given.shape) == 0:
-            return 0
-        size = math.prod(given.shape) * DTYPES[given.dtype].itemsize
-        if len(given.digests) == 1:
-            if given.digests[0] in self._pieces or given.digests[0] in wanted.whole:
-                return 0
-            wanted.whole[given.digests[0]] = given
-            return size
-        rows = wanted.rows.setdefault((given.dtype, given.shape[1:]), {})
-        before = len(rows)
-        rows.update(dict.fromkeys(d for d in given.digests if d not in self._pieces))
-        return (len(rows) - before) * (size // len(given.digests))
 
-    def _read(self, wanted: _Wanted, size: int) -> None:
-        asked = {f"{n}": given for n, given in enumerate(wanted.whole.values())}
-        asked |= {
-            f"rows of {dtype} {shape}": Given(dtype, (len(digests), *shape), tuple(digests))
-            for (dtype, shape), digests in wanted.rows.items()
-            if digests
-        }
-        if self._bytes + size > KEPT_BYTES:
-            self._pieces.clear()
-            self._bytes = 0
-        self._bytes += size
-        for name, tensor in self._run.contents(asked).items():
-            if tensor is not None:
-                pieces = tensor.reshape(len(asked[name].digests), -1).view(torch.uint8)
-                self._pieces.update(zip(asked[name].digests, pieces, strict=True))
+def pieces_of(given: Given) -> dict[bytes, Given]:
+    """Return each piece that a run holds of an input by its digest: all of it, or a row."""
+    shape = given.shape if len(given.digests) == 1 else (1, *given.shape[1:])
+    return {digest: Given(given.dtype, shape, (digest,)) for digest in given.digests}
+
+
+def _bytes_of(given: Given) -> int:
+    return math.prod(given.shape) * DTYPES[given.dtype].itemsize if given.dtype in DTYPES else 0

@@ -182,7 +182,7 @@ def _found_text(found: Found, view: RunView) -> str:
 
 def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     """Return what made the first NaN or infinity."""
-    from everystep.replay.given import name_in_words
+    from everystep.replay.operations import name_in_words
 
     counts = (found.nans, "NaN"), (found.infinities, "infinite")
     what = " and ".join(f"{count:,} {kind}" for count, kind in counts if count)

@@ -1,8 +1,4 @@
-"""The same run elsewhere: its programs under other numerics, in another precision, by another torch.
-
-`place` says where, `other_process` and `child` are the two ends of the process that replays there, and
-`rerun` compares what both computed.
-"""
+"""The same run elsewhere: its programs under other numerics, in another precision, by another torch."""
 
 from everystep.replay.rerun.place import Place
 from everystep.replay.rerun.rerun import Rerun, relative_distance, rerun
