@@ -18,12 +18,12 @@ from torch.nn import functional
 from torch.optim import AdamW
 
 import everystep
+from everystep.answers.causes import COMPUTED_OTHERWISE, Evidence, causes_of
+from everystep.answers.operations import OperationDifference, TensorDifference
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, TensorSpec
 from everystep.recording.asked import asked_differences
 from everystep.recording.facts import ModuleFacts
-from everystep.replay.causes import COMPUTED_OTHERWISE, Evidence, causes_of
-from everystep.replay.operations import OperationDifference, TensorDifference
 from everystep.replay.step import Batch
 from everystep.step.check import Size, distance, same_bits, size_of_difference
 from everystep.views.comparisons import diff_sentence, listed
@@ -63,7 +63,7 @@ def test_step_operation_and_cause_are_those_that_were_planted(name):
 
 
 def test_a_buffer_that_no_loss_shows_is_found_without_being_asked_for(monkeypatch):
-    monkeypatch.setattr("everystep.replay.diff.THOROUGH_SECONDS", 0.0)
+    monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", 0.0)
     one, other = (
         Training(with_module(partial(nn.BatchNorm1d, 8, momentum=momentum)))() for momentum in (0.1, 0.2)
     )

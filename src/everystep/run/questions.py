@@ -12,16 +12,16 @@ from everystep.errors import UsageError
 from everystep.run.opened import OpenedRun
 
 if TYPE_CHECKING:
+    from everystep.answers.diff import Difference
+    from everystep.answers.match import Match
+    from everystep.answers.rerun import Rerun
+    from everystep.answers.verify import Verification
     from everystep.replay.columns import Found
-    from everystep.replay.diff import Difference
-    from everystep.replay.match import Match
     from everystep.replay.nonfinite import NonFinite
     from everystep.replay.query import Measured
-    from everystep.replay.rerun import Rerun
     from everystep.replay.rows import Rows
     from everystep.replay.shown import Shown
     from everystep.replay.step import Step
-    from everystep.replay.verify import Verification
     from everystep.replay.what_if import WhatIf
     from everystep.replay.why import Why
 
@@ -45,7 +45,7 @@ class Questions(OpenedRun):
         Raises:
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.replay.verify import verify
+        from everystep.answers.verify import verify
 
         return self._answered("replaying", len(self), progress, partial(verify, self._opener, processes))
 
@@ -58,7 +58,7 @@ class Questions(OpenedRun):
         Raises:
             RunError: a run is unreadable.
         """
-        from everystep.replay.diff import diff
+        from everystep.answers.diff import diff
 
         if not isinstance(other, Questions):
             raise UsageError(f"expected another run to compare with, not {other!r:.80}")
@@ -79,7 +79,7 @@ class Questions(OpenedRun):
             StepError: a run has no such step.
             RunError: a step cannot be opened.
         """
-        from everystep.replay.match import match
+        from everystep.answers.match import match
 
         if not isinstance(other, Questions):
             raise UsageError(f"expected another run to match with, not {other!r:.80}")
@@ -115,7 +115,7 @@ class Questions(OpenedRun):
             RunError: the steps cannot be taken there; gives the reason.
             TrainingError: the process there does not start, or ended early.
         """
-        from everystep.replay.rerun import Place, rerun
+        from everystep.answers.rerun import Place, rerun
 
         place = Place(threads, capability, mkl, precision, python)
         ask = partial(rerun, self._opener, place, beside)

@@ -1,6 +1,6 @@
 """The same run elsewhere: its programs under other numerics, in another precision, by another torch."""
 
-from everystep.replay.rerun.place import Place
-from everystep.replay.rerun.rerun import Rerun, relative_distance, rerun
+from everystep.answers.rerun.place import Place
+from everystep.answers.rerun.rerun import Rerun, relative_distance, rerun
 
 __all__ = ["Place", "Rerun", "relative_distance", "rerun"]

@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.answers.operations import draws
+from everystep.answers.rounding import relative_difference, tolerance
 from everystep.errors import ProgramError, RunError
 from everystep.program.observed import Observed
 from everystep.program.precision import Precision
-from everystep.replay.operations import draws
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
-from everystep.replay.rounding import relative_difference, tolerance
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.step.state import State

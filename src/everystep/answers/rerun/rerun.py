@@ -11,6 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from everystep.answers.footprints import BEFORE, footprints
+from everystep.answers.operations import OperationDifference, StepPair
+from everystep.answers.rerun.child import opened
+from everystep.answers.rerun.place import OtherProcess, Place, other_process
+from everystep.answers.rounding import Apart, apart, tolerance
 from everystep.device import on_cpu, select
 from everystep.errors import RunError, UsageError
 from everystep.numerics import Numerics
@@ -20,14 +25,9 @@ from everystep.program.precision import counters
 from everystep.program.program import Program
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
-from everystep.replay.footprints import BEFORE, footprints
-from everystep.replay.operations import OperationDifference, StepPair
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.programs import read_program
 from everystep.replay.replay import Replay
-from everystep.replay.rerun.child import opened
-from everystep.replay.rerun.place import OtherProcess, Place, other_process
-from everystep.replay.rounding import Apart, apart, tolerance
 from everystep.replay.shown import Shown
 from everystep.step.check import state_differences
 from everystep.step.state import State

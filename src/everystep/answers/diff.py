@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from everystep.answers.causes import Evidence, causes_of
+from everystep.answers.data import DataDifference, data_differences
+from everystep.answers.footprints import footprints
+from everystep.answers.operations import OperationDifference, draws, name_in_words
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.recording.asked import asked_differences, renamed
 from everystep.recording.files import program_file
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
-from everystep.replay.causes import Evidence, causes_of
 from everystep.replay.columns import recorded_at
-from everystep.replay.data import DataDifference, data_differences
-from everystep.replay.footprints import footprints
-from everystep.replay.operations import OperationDifference, draws, name_in_words
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.replay import same_number

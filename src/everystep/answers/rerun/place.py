@@ -15,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from everystep.answers.rerun.child import PROTOCOL
 from everystep.errors import ExperimentError, Fault, RunError, TrainingError, UsageError
 from everystep.numerics import MOST_THREADS, Numerics
-from everystep.replay.rerun.child import PROTOCOL
 
 __all__ = ["OtherProcess", "Place", "other_process"]
 
@@ -154,7 +154,7 @@ def other_process(place: Place, environment: dict[str, str]) -> Iterator[OtherPr
     Raises:
         TrainingError: it does not start, or has no everystep that understands this one.
     """
-    code = "from everystep.replay.rerun.child import main; main()"
+    code = "from everystep.answers.rerun.child import main; main()"
     with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
         with (Path(folder) / "errors").open("wb") as errors:
             # -P: what lies in the working directory is not imported.

@@ -12,12 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.observed import Observed
-from everystep.recording.asked import Setting, settings_that_differ
-from everystep.recording.facts import TrainingFacts
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.texts import shortest, value_text
-from everystep.replay.operations import (
+from everystep.answers.operations import (
     Argument,
     OperationDifference,
     OperationPair,
@@ -28,6 +23,11 @@ from everystep.replay.operations import (
     name_in_words,
     tensor_difference,
 )
+from everystep.program.observed import Observed
+from everystep.recording.asked import Setting, settings_that_differ
+from everystep.recording.facts import TrainingFacts
+from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.texts import shortest, value_text
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
 from everystep.step.check import same_bits

@@ -8,11 +8,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from everystep.answers.operations import TensorDifference, rows_that_differ, tensor_difference
 from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import RecordedRun
-from everystep.replay.operations import TensorDifference, rows_that_differ, tensor_difference
 from everystep.step.check import same_bits
 
 __all__ = ["DataDifference", "data_differences"]
