@@ -97,7 +97,7 @@ def clock_that_ticks(monkeypatch):
     """Let a millisecond pass whenever a thread looks at the clock, however fast the machine is."""
     for name in ("now", "worked"):
         monkeypatch.setattr(clock, name, partial(_tick, threading.local()))
-    monkeypatch.setattr("everystep.replay.diff.THOROUGH_SECONDS", math.inf)
+    monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", math.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def kept_processes():
     """Let one process after another rerun in the same environment: starting one takes seconds."""
-    module = import_module("everystep.replay.rerun.rerun")
+    module = import_module("everystep.answers.rerun.rerun")
     kept, real = {}, module.other_process
 
     @contextmanager

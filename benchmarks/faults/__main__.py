@@ -34,7 +34,7 @@ import everystep  # noqa: E402
 from benchmarks.faults.by_hand import Parting, parting  # noqa: E402
 from benchmarks.faults.kinds.judging import all_kinds, judged, table  # noqa: E402
 from benchmarks.faults.setups import KINDS, Setup, random_setup  # noqa: E402
-from everystep.replay.diff import Difference  # noqa: E402
+from everystep.answers.diff import Difference  # noqa: E402
 
 __all__ = ["main"]
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
+    from everystep.answers.doctor import Diagnosis
     from everystep.experiment.specification import Experiment
-    from everystep.replay.doctor import Diagnosis
     from everystep.training.record import Recording
 
 __all__ = ["doctor", "open", "record", "runs", "train", "train_experiment"]

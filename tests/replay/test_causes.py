@@ -18,11 +18,10 @@ from torch.nn import functional
 from torch.optim import AdamW
 
 import everystep
+from everystep.answers.causes import COMPUTED_OTHERWISE, Evidence, causes_of
+from everystep.answers.operations import OperationDifference, TensorDifference
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, TensorSpec
-from everystep.replay.causes import COMPUTED_OTHERWISE, causes_of
-from everystep.replay.evidence import Evidence
-from everystep.replay.operations import OperationDifference, TensorDifference
 from everystep.replay.step import Batch
 from everystep.step.check import Size, distance, same_bits, size_of_difference
 from everystep.views.comparisons import diff_sentence, listed
@@ -62,7 +61,7 @@ def test_step_operation_and_cause_are_those_that_were_planted(name):
 
 
 def test_a_buffer_that_no_loss_shows_is_found_without_being_asked_for(monkeypatch):
-    monkeypatch.setattr("everystep.replay.diff.THOROUGH_SECONDS", 0.0)
+    monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", 0.0)
     one, other = (
         Training(with_module(partial(nn.BatchNorm1d, 8, momentum=momentum)))() for momentum in (0.1, 0.2)
     )
@@ -94,7 +93,6 @@ def with_numerics(numerics):
     )
     seen = Observed(operation, {"x": tensor}, {"y": tensor})
     results = [TensorDifference("y", 1, 2, [(0,)], [(1.0, 2.0)], None)]
-    unknown = partial(pytest.fail, "nothing of it should be needed")
     given = TensorSpec(storage="x", dtype="float32", shape=(2,), stride=(1,))
     step = SimpleNamespace(
         operations=[seen],
@@ -102,9 +100,8 @@ def with_numerics(numerics):
         batch=Batch({"x": tensor}),
         places=SimpleNamespace(tensors={"x": given}),
     )
-    evidence = Evidence(
-        *(("one", "other"), (step, step), [], {}, {}, unknown, unknown, numerics, False, False, False)
-    )
+    evidence = Evidence.__new__(Evidence)
+    evidence.steps, evidence.settings, evidence.numerics = (step, step), [], numerics
     return causes_of(OperationDifference(1, 0, seen, seen, results), evidence)
 
 

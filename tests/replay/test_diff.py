@@ -621,7 +621,7 @@ def test_what_shows_in_no_loss_and_no_snapshot_is_found_thoroughly(monkeypatch):
     one = train(negative, model=model, optimizer=only_weights, batch_size=6)
     other = train(partial(negative, by=1.0), model=model, optimizer=only_weights, batch_size=6)
     unasked = one.diff(other, progress=False)  # where that takes a moment
-    monkeypatch.setattr("everystep.replay.diff.THOROUGH_SECONDS", 0.0)
+    monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", 0.0)
     quick, thorough = (one.diff(other, thorough=asked, progress=False) for asked in (False, True))
     assert quick.operation is None and not quick.is_thorough and not quick.is_same
     assert list(quick.experiments) == ["data.digest"]

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import everystep
+from everystep.answers.rerun import Place
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
-from everystep.replay.rerun import Place
 from everystep.views.comparisons import rerun_sentence
 
 pytestmark = pytest.mark.usefixtures("kept_processes")

@@ -2,11 +2,11 @@
 
 import pytest
 
+from everystep.answers.causes import COMPUTED_OTHERWISE
+from everystep.answers.diff import Difference
+from everystep.answers.operations import OperationDifference, TensorDifference
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation
-from everystep.replay.causes import COMPUTED_OTHERWISE
-from everystep.replay.diff import Difference
-from everystep.replay.operations import OperationDifference, TensorDifference
 from everystep.replay.parallel import LossDifference
 from everystep.step.check import StateDifference
 from everystep.views.comparisons import diff_sentence

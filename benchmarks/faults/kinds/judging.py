@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.faults.kinds import learning, loops, modules, surroundings
 from benchmarks.faults.kinds.sides import Kind, Place
-from everystep.replay.diff import Difference
+from everystep.answers.diff import Difference
 from everystep.views.comparisons import listed
 
 __all__ = ["Judgement", "all_kinds", "judged", "table"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.answers.operations import OperationDifference
 from everystep.program.observed import Observed
-from everystep.replay.operations import OperationDifference
 from everystep.run import Run
 from everystep.step.check import as_integers
 from everystep.views.mathematics import mathematics

@@ -17,7 +17,7 @@ from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
 from everystep.recording.run import RecordedRun, Stretch
-from everystep.replay.columns import Setting
+from everystep.replay.columns import HeldNumber
 from everystep.step.eager import BatchSource
 from everystep.training.dataset import DatasetBatches, length_of, read_rows
 from everystep.training.objects import Objects
@@ -142,7 +142,7 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     return Data(tensors["x"], tensors["y"], validation, numbering=facts.data.numbering)
 
 
-def settings_of(run: RecordedRun, names: Iterable[str], first: int) -> dict[str, Setting]:
+def settings_of(run: RecordedRun, names: Iterable[str], first: int) -> dict[str, HeldNumber]:
     """Return what changed from step `first` on; what held before is in the state that it begins with.
 
     names: of measurements that are settings.
@@ -151,5 +151,5 @@ def settings_of(run: RecordedRun, names: Iterable[str], first: int) -> dict[str,
     for name in names:
         values = {step: value for step, value in run.measured(name).items() if step >= first}
         if values:
-            found[name] = Setting(values)
+            found[name] = HeldNumber(values)
     return found

@@ -21,7 +21,7 @@ __all__ = [
     "Answers",
     "Evaluator",
     "Found",
-    "Setting",
+    "HeldNumber",
     "Which",
     "ask_columns",
     "check_question",
@@ -113,7 +113,7 @@ def chosen(steps: list[int], which: Which) -> tuple[int, ...]:
     return tuple({"first": steps[:1], "last": steps[-1:], "all": steps}[which])
 
 
-class Setting:
+class HeldNumber:
     """A number that is recorded when it changes, such as a learning rate.
 
     values: by the first step that uses it, in order.
@@ -138,7 +138,7 @@ def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
     training, values = run.facts.training, run.measured(name)
     is_rate = name.partition("[")[0].rpartition(".")[2] == "lr" and bool(training.optimizers)
     is_held = is_rate if training.loop else is_hyperparameter(name)
-    return Setting(values).at if is_held else values.get
+    return HeldNumber(values).at if is_held else values.get
 
 
 class _NothingThereError(Exception):

@@ -15,18 +15,18 @@ from everystep.recording.run import RecordedRun
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from everystep.answers.diff import Difference
+    from everystep.answers.match import Match
     from everystep.answers.measure import Measured
     from everystep.answers.nonfinite import NonFinite
+    from everystep.answers.rerun import Rerun
     from everystep.answers.rows import Rows
+    from everystep.answers.verify import Verification
     from everystep.answers.why import Why
     from everystep.replay.columns import Found
-    from everystep.replay.diff import Difference
-    from everystep.replay.match import Match
     from everystep.replay.processes import Opener
-    from everystep.replay.rerun import Rerun
     from everystep.replay.shown import Shown
     from everystep.replay.step import Step
-    from everystep.replay.verify import Verification
     from everystep.replay.what_if import WhatIf
     from everystep.training.objects import Objects
 
@@ -140,7 +140,7 @@ class Questions(RecordedRun):
         Raises:
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.replay.verify import verify
+        from everystep.answers.verify import verify
 
         return self._answered("replaying", len(self), progress, partial(verify, self._opener, processes))
 
@@ -153,7 +153,7 @@ class Questions(RecordedRun):
         Raises:
             RunError: a run is unreadable.
         """
-        from everystep.replay.diff import diff
+        from everystep.answers.diff import diff
 
         if not isinstance(other, Questions):
             raise UsageError(f"expected another run to compare with, not {other!r:.80}")
@@ -174,7 +174,7 @@ class Questions(RecordedRun):
             StepError: a run has no such step.
             RunError: a step cannot be opened.
         """
-        from everystep.replay.match import match
+        from everystep.answers.match import match
 
         if not isinstance(other, Questions):
             raise UsageError(f"expected another run to match with, not {other!r:.80}")
@@ -210,7 +210,7 @@ class Questions(RecordedRun):
             RunError: the steps cannot be taken there; gives the reason.
             TrainingError: the process there does not start, or ended early.
         """
-        from everystep.replay.rerun import Place, rerun
+        from everystep.answers.rerun import Place, rerun
 
         place = Place(threads, capability, mkl, precision, python)
         ask = partial(rerun, self._opener, place, beside)

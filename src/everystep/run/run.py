@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
-    from everystep.replay.doctor import Diagnosis
+    from everystep.answers.doctor import Diagnosis
     from everystep.training.job import Outcome, Progress
     from everystep.training.objects import Objects
     from everystep.views.report import Report
@@ -222,9 +222,9 @@ def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis
     Raises:
         RunError: there is no such run; or, with `export`, its database cannot be opened.
     """
+    from everystep.answers.doctor import doctor
     from everystep.recording.database import FILE_NAME
     from everystep.recording.health import readable_numbers
-    from everystep.replay.doctor import doctor
     from everystep.views.answers import RunView
     from everystep.views.output_file import write_file
 

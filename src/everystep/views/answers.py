@@ -26,12 +26,12 @@ from everystep.views.texts import about_numbers, block, counted, labelled, named
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from everystep.answers.doctor import Diagnosis
     from everystep.answers.measure import Measured
     from everystep.answers.nonfinite import NonFinite
+    from everystep.answers.verify import Verification
     from everystep.replay.columns import Found
-    from everystep.replay.doctor import Diagnosis
     from everystep.replay.step import Step
-    from everystep.replay.verify import Verification
     from everystep.replay.what_if import Case, WhatIf
 
 __all__ = ["FINITE", "RunView", "skipped_text", "when_text"]
@@ -182,7 +182,7 @@ def _found_text(found: Found, view: RunView) -> str:
 
 def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     """Return what made the first NaN or infinity."""
-    from everystep.replay.given import name_in_words
+    from everystep.answers.operations import name_in_words
 
     counts = (found.nans, "NaN"), (found.infinities, "infinite")
     what = " and ".join(f"{count:,} {kind}" for count, kind in counts if count)

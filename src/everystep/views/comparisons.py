@@ -12,14 +12,14 @@ from everystep.recording.texts import shortest
 from everystep.views.texts import NAMED, block, named, number
 
 if TYPE_CHECKING:
+    from everystep.answers.data import DataDifference
+    from everystep.answers.diff import Difference
+    from everystep.answers.match import Match, Suspect
+    from everystep.answers.operations import OperationDifference, TensorDifference
+    from everystep.answers.rerun import Rerun
+    from everystep.answers.rounding import Apart
     from everystep.program.observed import Observed
     from everystep.program.operation import Operation
-    from everystep.replay.data import DataDifference
-    from everystep.replay.diff import Difference
-    from everystep.replay.match import Match, Suspect
-    from everystep.replay.operations import OperationDifference, TensorDifference
-    from everystep.replay.rerun import Rerun
-    from everystep.replay.rounding import Apart
     from everystep.step.check import StateDifference
 
 __all__ = [
@@ -158,7 +158,7 @@ def _operation_name(observed: Observed) -> str:
 
 def _reason(found: Difference, operation: OperationDifference) -> str:
     """Return why an operation differs, as the end of a sentence."""
-    from everystep.replay.causes import ANOTHER_OPERATION, COMPUTED_OTHERWISE
+    from everystep.answers.causes import ANOTHER_OPERATION, COMPUTED_OTHERWISE
 
     causes = operation.causes
     if causes and causes[0].startswith(ANOTHER_OPERATION):
@@ -463,7 +463,7 @@ def _nearer_text(found: Rerun) -> str:
 
 def distances(found: Rerun) -> dict[str, dict[str, float]]:
     """Return how far the losses of each run are from those of the rerun, relative to these."""
-    from everystep.replay.rerun import relative_distance
+    from everystep.answers.rerun import relative_distance
 
     count = _common(found)
     distances = {}

@@ -12,21 +12,23 @@ both programs take the step in double precision, from the same state.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from everystep.answers.operations import draws
+from everystep.answers.rounding import relative_difference, tolerance
 from everystep.errors import ProgramError, RunError
 from everystep.program.observed import Observed
 from everystep.program.precision import Precision
-from everystep.replay.given import draws
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
-from everystep.replay.rounding import relative_difference, tolerance
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.step.state import State
@@ -100,27 +102,18 @@ def match(one: Opener, other: Opener, step: int | None = None) -> Match:
         StepError: a run has no such step.
         RunError: a step cannot be opened.
     """
-    if step is not None:
-        return _match(one, other, step)
-    last = min(each.run.newest_step() for each in (one, other))
-    if last < 1:
-        raise RunError("one of the runs has no steps to match")
-    found = _match(one, other, 1)
-    if not found.is_match or last == 1:
-        return found
-    high = _match(one, other, last)
-    if high.is_match:
-        return high
-    # What has left the other stays away from it, so the first such step is found by halving.
-    low, wrong = 1, last
-    while wrong - low > 1:
-        middle = (low + wrong) // 2
-        found = _match(one, other, middle)
-        if found.is_match:
-            low = middle
-        else:
-            wrong, high = middle, found
-    return high
+    matches = cache(partial(_match, one, other))
+    if step is None:
+        last = min(each.run.newest_step() for each in (one, other))
+        if last < 1:
+            raise RunError("one of the runs has no steps to match")
+        step = 1
+        if matches(1).is_match:
+            # What has left the other stays away from it, so the first such step is found by halving.
+            step = last
+            if not matches(last).is_match:
+                step = 2 + bisect_left(range(2, last), True, key=lambda n: not matches(n).is_match)
+    return matches(step)
 
 
 def _match(one: Opener, other: Opener, number: int) -> Match:
@@ -134,12 +127,13 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
         precisions, limit = (one_name, other_name), tolerance(*coarsest)
         # Later, rounding has led to other states, and both steps begin with the same.
         before = [(n, t) for n, t in before if number == 1 or n.startswith("batch")]
-    begin = _missing(before, _Values(steps[1], limit), limit)
+    others = _Values(steps[1], limit)
+    begin = tuple(name for name, tensor in before if not others.has(tensor))
     if precisions is not None:
         steps, limit = _in_double(one, other, number), ROUNDING_IN_DOUBLE
     values = [_Values(step, limit) for step in steps]
     ends = dict(_after(steps[0]))
-    end = _missing(ends.items(), values[1], limit)
+    end = tuple(name for name, tensor in ends.items() if not values[1].has(tensor))
     return Match(
         names=(one.run.name, other.run.name),
         step=number,
@@ -152,11 +146,6 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
         of=len(ends),
         suspects=(values[0].suspect(values[1]), values[1].suspect(values[0])),
     )
-
-
-def _missing(tensors: Iterable[tuple[str, Tensor]], others: _Values, limit: float) -> tuple[str, ...]:
-    """Return the names of the tensors that others do not have."""
-    return tuple(name for name, tensor in tensors if others.nearest(tensor)[1] > limit)
 
 
 def _coarsest(step: Step) -> torch.dtype:
@@ -241,6 +230,10 @@ class _Values:
             for tensor in seen.made.values():
                 self._by_size[tensor.numel()].append((index, tensor))
 
+    def has(self, tensor: Tensor) -> bool:
+        """Tell whether there is such a tensor, up to rounding."""
+        return self.nearest(tensor)[1] <= self._limit
+
     def nearest(self, tensor: Tensor) -> tuple[int | None, float]:
         """Return the operation with the nearest result, and how far that is; None: no operation's.
 
@@ -265,20 +258,15 @@ class _Values:
         """
         constant = self._of_constants()
         mains = [_main_result(seen).values() for seen in self._operations]
-        known = [all(others.nearest(t)[1] <= self._limit for t in tensors) for tensors in mains]
+        known = [all(map(others.has, tensors)) for tensors in mains]
         for index in reversed(range(len(known))):
             known[index] = known[index] or any(known[later] for later in self._consumers(index))
         for index, seen in enumerate(self._operations):
             if known[index] or not seen.results or index in constant:
                 continue
             name, tensor = next(iter(seen.results.items()))
-            given = all(
-                others.nearest(each)[1] <= self._limit
-                for each in seen.inputs.values()
-                if each.is_floating_point()
-            )
-            nearest, distance = others.nearest(tensor)
-            return Suspect(index, seen, name, given, nearest, distance)
+            given = all(others.has(t) for t in seen.inputs.values() if t.is_floating_point())
+            return Suspect(index, seen, name, given, *others.nearest(tensor))
         return None
 
     def _of_constants(self) -> set[int]:

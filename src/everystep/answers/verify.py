@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +85,9 @@ def verify(
     damaged = [str(finding) for finding in run.findings()] + run.database_problems()
     replayed.sort(key=lambda each: each.span)
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]
-    threads: dict[int, int] = {}
+    threads: Counter[int] = Counter()
     for each in replayed:
-        if each.taken:
-            threads[each.threads] = threads.get(each.threads, 0) + each.taken
+        threads[each.threads] += each.taken
     return Verification(
         steps=sum(each.taken for each in replayed),
         all_steps=steps,
@@ -99,7 +99,7 @@ def verify(
         states=tuple(difference for each in replayed for difference in each.states),
         numerics=_other_numerics(run, replayed[0].numerics if replayed else None),
         problems=(*damaged, *dict.fromkeys(p for each in replayed for p in each.problems)),
-        threads=threads,
+        threads=dict(+threads),
     )
 
 

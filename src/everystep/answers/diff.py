@@ -6,35 +6,29 @@ on, everystep replays both, and compares them step by step, then operation by op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
+from everystep.answers.causes import Evidence, causes_of
+from everystep.answers.data import DataDifference, data_differences
+from everystep.answers.footprints import footprints
+from everystep.answers.operations import OperationDifference, draws, name_in_words
 from everystep.device import on_cpu
 from everystep.errors import RunError
-from everystep.recording.asked import asked_differences, renamed, settings_that_differ
-from everystep.recording.facts import TrainingFacts
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.asked import asked_differences, renamed
+from everystep.recording.files import program_file
+from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
-from everystep.replay.causes import causes_of
 from everystep.replay.columns import recorded_at
-from everystep.replay.data import DataDifference, data_differences
-from everystep.replay.evidence import Evidence, around
-from everystep.replay.footprints import draws_at_random, footprints, model_digests, programs_of
-from everystep.replay.given import name_in_words
-from everystep.replay.operations import (
-    OperationDifference,
-    first_difference,
-)
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.replay import same_number
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.step.check import StateDifference, same_bits, state_differences
+from everystep.step.state import State
 from everystep.training.objects import Objects
 
 __all__ = ["Difference", "FirstState", "diff"]
@@ -142,7 +136,8 @@ def diff(
         RunError: a run is unreadable.
     """
     loss = _first_loss(one, other)
-    common, states, problems = _snapshots(one, other)
+    random = _draws_at_random(one) or _draws_at_random(other)
+    common, states, problems = _snapshots(one, other, compares_generators=random)
     steps = (one.newest_step(), other.newest_step())
     experiments = asked_differences(one.facts.training, other.facts.training)
     numerics = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
@@ -156,7 +151,7 @@ def diff(
     is_complete = not problems
     if last:
         first = 1 if thorough else 1 + max((state for state in common if state < last), default=0)
-        search = Lockstep(one, other, objects, on_progress)
+        search = _Lockstep((one, other), objects, numerics, random, on_progress)
         try:
             # A state that differs shows in the step after it at the latest.
             operation = search.first(first, min(max(last, first), *steps))
@@ -193,115 +188,103 @@ def diff(
 
 
 def _first_loss(one: RecordedRun, other: RecordedRun) -> LossDifference | None:
-    pair = [run.losses["loss"].to_numpy().astype(np.float64) for run in (one, other)]
-    count = min(map(len, pair))
-    return _first_number(np.arange(1, count + 1), pair[0][:count], pair[1][:count])
+    pair = (run.losses["loss"].to_numpy().tolist() for run in (one, other))
+    return _first_number(enumerate(zip(*pair, strict=False), start=1))
 
 
 def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossDifference]]:
     """Yield the measurements that differ at steps that both runs have, and where they begin to."""
     last = min(one.newest_step(), other.newest_step())
     for name in sorted({*one.measurement_names} & {*other.measurement_names}):
-        own = [run.measured(name) for run in (one, other)]
-        pair = [recorded_at(run, name) for run in (one, other)]
-        known = [
-            (step, a, b)
-            for step in sorted({*own[0], *own[1]})
-            for a, b in [[at(step) for at in pair]]
-            if step <= last and a is not None and b is not None
-        ]
-        steps, a, b = np.array(known, dtype=np.float64).reshape(-1, 3).T
-        difference = _first_number(steps.astype(np.int64), a, b)
+        steps = sorted(step for step in {*one.measured(name), *other.measured(name)} if step <= last)
+        at = recorded_at(one, name), recorded_at(other, name)
+        difference = _first_number((step, (at[0](step), at[1](step))) for step in steps)
         if difference is not None:
             yield name, difference
 
 
 def _first_number(
-    steps: NDArray[np.int64], one: NDArray[np.float64], other: NDArray[np.float64]
+    pairs: Iterable[tuple[int, tuple[float | None, float | None]]],
 ) -> LossDifference | None:
-    """Return the first of two series of numbers that differs; NaN is the same as any NaN."""
-    different = np.flatnonzero((one != other) & ~(np.isnan(one) & np.isnan(other)))
-    if not len(different):
-        return None
-    first = int(different[0])
-    return LossDifference(int(steps[first]), float(one[first]), float(other[first]))
+    """Return the first pair of numbers that differs, by step; NaN is the same as any NaN."""
+    for step, (one, other) in pairs:
+        if one is not None and other is not None and not same_number(one, other):
+            return LossDifference(step, one, other)
+    return None
 
 
 def _snapshots(
-    one: RecordedRun, other: RecordedRun
+    one: RecordedRun, other: RecordedRun, *, compares_generators: bool
 ) -> tuple[list[int], list[StateDifference], list[str]]:
-    """Return the common states before the first that differs, and what differs in that one."""
+    """Return the common states before the first that differs, and what differs in that one.
+
+    Those up to the last that both files hold as their digests say; also which files do not.
+    """
     rows = [{row.step: row for row in run.snapshot_rows()} for run in (one, other)]
     common: list[int] = []
+    different: list[StateDifference] = []
     problems: list[str] = []
-    random = draws_at_random(one) or draws_at_random(other)
-    for step in sorted(rows[0].keys() & rows[1].keys()):
-        pair = rows[0][step], rows[1][step]
-        if pair[0].digest != pair[1].digest:
-            try:
-                states = [read_snapshot(r.directory, p) for r, p in zip((one, other), pair, strict=True)]
-            except RunError as error:
-                problems.append(str(error))
-                continue
-            different = [
-                each
-                for each in state_differences(*states)
-                if random or not each.tensor.startswith("generator/")
-            ]
-            if different:
-                return _readable(common, one, other, problems), different, problems
-        common.append(step)
-    return _readable(common, one, other, problems), [], problems
 
-
-def _readable(common: list[int], one: RecordedRun, other: RecordedRun, problems: list[str]) -> list[int]:
-    """Return the common states up to the last of which both files are as their digests say."""
-    left = list(common)
-    while left:
+    def states(step: int) -> list[State]:
+        """Read a state of both; none if one cannot be read."""
         try:
-            for run in (one, other):
-                row = next(row for row in run.snapshot_rows() if row.step == left[-1])
-                read_snapshot(run.directory, row)
-            break
+            return [
+                read_snapshot(run.directory, known[step])
+                for run, known in zip((one, other), rows, strict=True)
+            ]
         except RunError as error:
             problems.append(str(error))
-            left.pop()
-    return left
+            return []
+
+    for step in sorted(rows[0].keys() & rows[1].keys()):
+        if rows[0][step].digest != rows[1][step].digest:
+            pair = states(step)
+            if not pair:
+                continue
+            found = state_differences(pair[0], pair[1])
+            different = [
+                each for each in found if compares_generators or not each.tensor.startswith("generator/")
+            ]
+            if different:
+                break
+        common.append(step)
+    while common and not states(common[-1]):
+        common.pop()
+    return common, different, problems
 
 
-class Lockstep:
-    """Replays two runs side by side."""
+class _Lockstep:
+    """Replays two runs side by side.
+
+    unread: tensors of a batch that differ, and that no operation reads, in words.
+    """
 
     def __init__(
         self,
-        one: RecordedRun,
-        other: RecordedRun,
+        runs: tuple[RecordedRun, RecordedRun],
         objects: tuple[Objects | None, Objects | None],
+        numerics: dict[str, tuple[Any, Any]],
+        is_random: bool,
         on_progress: Callable[[int], None],
     ) -> None:
-        #: Tensors of a batch that differ, and that no operation reads, in words.
         self.unread: list[str] = []
-        self._runs = (one, other)
-        self._openers = (Opener(one, objects[0]), Opener(other, objects[1]))
+        self._openers = Opener(runs[0], objects[0]), Opener(runs[1], objects[1])
         self._on_progress = on_progress
+        self._numerics = [f"{name} {a} and {b}" for name, (a, b) in numerics.items()]
         # Under the same numerics, the same program gives the same for the same inputs.
-        differences = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
-        self._numerics = [f"{name} {a} and {b}" for name, (a, b) in differences.items()]
-        is_own_loop = any(run.facts.training.loop for run in self._runs)
-        self._by_operation = (
-            bool(self._numerics) or is_own_loop or programs_of(one) != programs_of(other)
-        )
-        self._is_random = draws_at_random(one) or draws_at_random(other)
+        is_own_loop = any(run.facts.training.loop for run in runs)
+        is_same = not is_own_loop and not numerics and _programs_of(runs[0]) == _programs_of(runs[1])
+        self._by_operation = not is_same
+        self._is_random = is_random
 
     def first(self, first: int, last: int) -> OperationDifference | None:
         """Return the first operation, of steps `first` to `last`, with another result."""
         for number in self._suspicious(first, last):
-            one, other = (opener.step(number) for opener in self._openers)
-            evidence = self._evidence(one, other)
-            found = first_difference(one, other, has_rows=evidence.has_rows)
+            evidence = Evidence(self._openers, number, self._numerics)
+            found = evidence.first_difference(has_rows=evidence.has_rows)
             if found is not None:
                 return replace(found, causes=causes_of(found, evidence))
-            self.unread += self.unread or _other_batch(one, other)
+            self.unread = self.unread or _other_batch(*evidence.steps)
         return None
 
     def first_state(self, first: int, last: int) -> FirstState:
@@ -309,79 +292,64 @@ class Lockstep:
         begin, count = first, 1
         while begin <= last:
             end = min(last, begin + count - 1)
-            pair = [opener.call(model_digests, begin, end) for opener in self._openers]
-            for state, (one, other) in enumerate(zip(*pair, strict=True), start=begin):
+            for state, one, other in self._footprints(begin, end):
                 for name in one:
-                    if name in other and one[name] != other[name]:
+                    is_of_model = name.startswith(("parameter/", "buffer/"))
+                    if is_of_model and name in other and one[name] != other[name]:
                         return FirstState(state, name_in_words(name), last)
             begin, count = end + 1, min(8 * count, STRIDE)
         return FirstState(None, "", last)
 
-    def _evidence(self, one: Step, other: Step) -> Evidence:
-        """Return what is known of both runs at a step."""
-        number = one.number
-        facts = [_facts_at(run, number) for run in self._runs]
-        classes = [
-            {name: each.class_name for name, each in named.items()}
-            for named in (facts[0].modules, facts[0].optimizers)
-        ]
-        openers = self._openers
-        return Evidence(
-            names=(self._runs[0].name, self._runs[1].name),
-            steps=(one, other),
-            settings=settings_that_differ(*facts),
-            modules=classes[0],
-            optimizers=classes[1],
-            look=lambda: (openers[0].call(around, number), openers[1].call(around, number)),
-            look_at_first=lambda: (openers[0].state(0), openers[1].state(0)),
-            numerics=self._numerics,
-            is_seeded=all((run.directory / EXPERIMENT_FILE).exists() for run in self._runs),
-            is_data_drawn=all(each.data.source == "random" for each in facts),
-            has_rows=not any(each.loop for each in facts),
-            unseen=tuple(
-                dict.fromkeys(text for each in facts if each.loop for text in each.loop.unseen)
-            ),
-        )
-
     def divergences(self) -> list[str]:
         """Report in words which replays differ from their recording."""
-        diverged = [opener.diverged_at for opener in self._openers]
         return [
-            f"the replay of {run.name} differs from its recording from step {step} on; results for "
-            "later steps are not those of the original run"
-            for run, step in zip(self._runs, diverged, strict=True)
-            if step is not None
+            f"the replay of {opener.run.name} differs from its recording from step "
+            f"{opener.diverged_at} on; results for later steps are not those of the original run"
+            for opener in self._openers
+            if opener.diverged_at is not None
         ]
 
     def _suspicious(self, first: int, last: int) -> Iterator[int]:
         """Yield steps that differ between both runs, in order."""
+        how = {"by_operation": self._by_operation, "is_random": self._is_random}
         for begin in range(first, last + 1, STRIDE):
             end = min(last, begin + STRIDE - 1)
-            pair = [
-                opener.call(footprints, begin, end, self._by_operation, self._is_random)
-                for opener in self._openers
-            ]
-            for step, (one, other) in enumerate(zip(*pair, strict=True), start=begin):
-                if one != other:
-                    yield step
+            yield from (step for step, a, b in self._footprints(begin, end, **how) if a != b)
             self._on_progress(end - begin + 1)
 
+    def _footprints(
+        self, first: int, last: int, **how: bool
+    ) -> Iterator[tuple[int, dict[str, str], dict[str, str]]]:
+        """Yield steps with their footprints in both runs."""
+        one, other = (opener.call(footprints, first, last, **how) for opener in self._openers)
+        yield from zip(range(first, last + 1), one, other, strict=True)
 
-def _facts_at(run: RecordedRun, step: int) -> TrainingFacts:
-    """Return how a step of a run was trained."""
-    return max((each for each in run.stretches if each.first <= step), key=lambda each: each.first).facts
+
+def _programs_of(run: RecordedRun) -> list[bytes]:
+    """Return the programs of a run as they lie on disk; none if one of them cannot be read."""
+    try:
+        return [run.read_file(program_file(number)) for number in run.facts.training.programs]
+    except RunError:
+        return []
+
+
+def _draws_at_random(run: RecordedRun) -> bool:
+    """Tell whether a step of the run draws random numbers, if programs show it; otherwise it may."""
+    training = run.facts.training
+    if training.loop or training.unseen:
+        return True
+    try:  # without checking all of a program, which takes as long as a small diff
+        programs = [json.loads(program)["operations"] for program in _programs_of(run)]
+        return any(draws(each["operator"]) for program in programs for each in program)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return True
 
 
 def _other_batch(one: Step, other: Step) -> list[str]:
     """Return the tensors of a batch that differ, in words."""
     pair = one.batch.tensors, other.batch.tensors
-    names = [
-        name
+    return [
+        f"{name} of step {one.number:,}"
         for name in dict.fromkeys((*pair[0], *pair[1]))
-        if name not in pair[0] or not _is_same(pair[0][name], pair[1].get(name))
+        if not (name in pair[0] and name in pair[1] and same_bits(pair[0][name], pair[1][name]))
     ]
-    return [f"{name} of step {one.number:,}" for name in names]
-
-
-def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    return other is not None and same_bits(one, other)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from everystep.device import on_cpu
-from everystep.errors import UsageError
+from everystep.answers.footprints import BEFORE, footprints
+from everystep.answers.operations import OperationDifference, StepPair
+from everystep.answers.rerun.child import opened
+from everystep.answers.rerun.place import OtherProcess, Place, other_process
+from everystep.answers.rounding import Apart, apart, tolerance
+from everystep.device import on_cpu, select
+from everystep.errors import RunError, UsageError
 from everystep.numerics import Numerics
 from everystep.program.number_slots import READ
+from everystep.program.observed import Observed
 from everystep.program.precision import counters
 from everystep.program.program import Program
 from everystep.recording.run import RecordedRun
-from everystep.replay.operations import OperationDifference, first_difference
+from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.replay import Replay
-from everystep.replay.rerun.child import footprints
-from everystep.replay.rerun.other_process import OtherProcess, other_process
-from everystep.replay.rerun.place import Place
-from everystep.replay.rounding import Apart, apart, tolerance
 from everystep.replay.shown import Shown
+from everystep.step.check import state_differences
+from everystep.step.state import State
 
 if TYPE_CHECKING:
     import polars
@@ -145,29 +150,25 @@ def rerun(
     known = recorded_numerics(facts)
     recorded = np.array(run.losses_between(first, last))
     with other_process(place, place.environment(known)) as process:
-        answer = process.ask(
-            "open",
-            run=str(run.directory.absolute()),
-            threads=place.threads or known.threads,
-            precision=place.precision,
-            first=first,
-        )
-        search = _Search(opener, process, first, last)
-        losses = np.array([*search.losses(recorded, place.precision is None, on_progress)])
-        operation, parts_at = None, None
-        if place.precision is None and search.differs_by is not None:
-            parts_at = search.parting_step()
-            if parts_at is not None:
-                one = opener.step(parts_at)
-                operation = first_difference(one, process.step(one, opener.state(parts_at - 1)))
+        threads = place.threads or known.threads
+        process.call(opened, run.directory.absolute(), threads, place.precision)
+        numerics = process.call(_begin, first)
+        losses, differ = _losses(opener, process, recorded, place.precision is None, on_progress)
+        operation, parts_at = None, None if differ is None else _parting_step(opener, process, differ)
+        if parts_at is not None:
+            operation = _taken_twice(opener, process, parts_at).first_difference()
         size = max(1, opener.step(first).bytes)
-        steps = _spread(first, last, max(2, min(COMPARED, MOST_BYTES // size)))
+        count = min(max(2, min(COMPARED, MOST_BYTES // size)), last - first + 1)
+        steps = np.linspace(first, last, count).round().astype(int).tolist()
         limit = _rounding(facts.loss_dtype, place)
-        found = _compared(opener, process, steps, limit)
+        found: list[Apart] = []
+        for step in steps:
+            found += apart(*_taken_twice(opener, process, step).steps, limit)
+    numbers = [each for each in found if not each.is_residue]
     return Rerun(
         name=run.name,
         place=place,
-        changed=_changed(known, answer["numerics"], place),
+        changed=_changed(known, numerics, place),
         first=first,
         recorded=recorded,
         losses=losses,
@@ -176,70 +177,109 @@ def rerun(
         operation=operation,
         compared=tuple(steps),
         rounding=limit,
-        beyond=_first_beyond(found, limit),
+        beyond=next((each for each in numbers if not each.relative <= limit), None),
         residue=next((each for each in found if each.is_residue and not each.follows), None),
-        farthest=_farthest([each for each in found if not each.is_residue]),
+        farthest=_farthest(numbers),
         others={each.name: np.array(each.losses_between(first, last)) for each in others},
         problems=tuple(dict.fromkeys([*_taken_over(run), *_diverged(opener), *opener.problems])),
     )
 
 
-class _Search:
-    """Takes steps elsewhere, and finds where they part from the recording.
+def _begin(replay: Replay, first: int) -> dict[str, Any]:
+    """Go to the state before a step; return what bits depend on there, by name."""
+    with replay.in_force(first):
+        replay.go_to(first - 1, replay.stretch_of(first))
+        return Numerics.read(select(replay.run.facts.training.device)).named()
 
-    differs_by: the first step by which a loss or a state differs, None: none does.
+
+def _run(replay: Replay, last: int, is_compared: bool) -> tuple[list[float], bool]:
+    """Run steps from the current state on, whatever was recorded; return their losses.
+
+    is_compared: return, too, whether the last state differs from the snapshot of it.
     """
-
-    def __init__(self, opener: Opener, process: OtherProcess, first: int, last: int) -> None:
-        self._opener = opener
-        self._process = process
-        self._first, self._last = first, last
-        self._states = [r.step for r in opener.run.snapshot_rows() if first - 1 <= r.step < last + 1]
-        self._same = first - 1
-        self.differs_by: int | None = None
-
-    def losses(
-        self,
-        recorded: NDArray[np.float64],
-        are_compared: bool,
-        on_progress: Callable[[int], None],
-    ) -> Iterator[float]:
-        """Yield the losses there. recorded: of the same steps; are_compared: look where bits differ."""
-        done = self._first - 1
-        while done < self._last:
-            ends = [s for s in self._states if s > done] if are_compared else []
-            end = min([done + STRIDE, self._last, *ends[:1]])
-            losses = self._process.ask("run", last=end)["losses"]
-            if are_compared and self.differs_by is None:
-                begin = done - self._first + 1
-                apart_at = relative_distance(recorded[begin : begin + len(losses)], np.array(losses))
-                if apart_at.any():
-                    self.differs_by = done + 1 + int(np.flatnonzero(apart_at)[0])
-                elif end in self._states and self._process.ask("compare")["differ"]:
-                    self.differs_by = end
-                elif end in self._states:
-                    self._same = end
-            yield from losses
-            on_progress(len(losses))
-            done = end
-
-    def parting_step(self) -> int | None:
-        """Return the first step with another result, None if it cannot be found again."""
-        assert self.differs_by is not None
-        for begin in range(self._same + 1, self.differs_by + 1, STRIDE):
-            end = min(begin + STRIDE - 1, self.differs_by)
-            here: list[str] = self._opener.call(_own_footprints, begin, end)
-            there = self._process.footprints(begin, end, self._opener.state(begin - 1))
-            for step, (one, other) in enumerate(zip(here, there, strict=True), start=begin):
-                if one != other:
-                    return step
-        return None
+    with replay.in_force(last):
+        losses = replay.stepper.run(last).tolist()
+        if not is_compared:
+            return losses, False
+        here = replay.stepper.capture()
+    row = next(each for each in replay.snapshot_rows() if each.step == last)
+    recorded = read_snapshot(replay.run.directory, row)
+    return losses, bool(state_differences(recorded, here, only_seen=True))
 
 
-def _spread(first: int, last: int, count: int) -> list[int]:
-    """Return the first of some steps, the last, and others between, evenly."""
-    steps = np.linspace(first, last, min(count, last - first + 1)).round().astype(int)
-    return [int(step) for step in steps]
+def _footprints_from(replay: Replay, state: State, last: int) -> list[dict[str, str]]:
+    """Replay the steps after a state; return digests of each."""
+    with replay.in_force(state.step + 1):
+        replay.begin(state)
+    return footprints(replay, state.step + 1, last)
+
+
+def _step_from(
+    replay: Replay, state: State
+) -> tuple[float, list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]]:
+    """Replay the step after a state; return its loss, and what its operations read and made."""
+    with replay.in_force(state.step + 1):
+        replay.begin(state)
+        found = replay.next_step()
+    return found.loss, [(seen.inputs, seen.results, seen.written) for seen in found.operations]
+
+
+def _taken_twice(opener: Opener, process: OtherProcess, number: int) -> StepPair:
+    """Return a step as this process replays it, and there from the same state."""
+    own = opener.step(number)
+    loss, rows = process.call(_step_from, opener.state(number - 1))
+    if len(rows) != len(own.operations):
+        raise RunError(f"step {number} has different operations in the rerun: the run was changed")
+    pairs = zip(own.operations, rows, strict=True)
+    operations = tuple(Observed(seen.operation, *row) for seen, row in pairs)
+    return StepPair(own, replace(own, operations=operations, loss=loss))
+
+
+def _losses(
+    opener: Opener,
+    process: OtherProcess,
+    recorded: NDArray[np.float64],
+    is_compared: bool,
+    on_progress: Callable[[int], None],
+) -> tuple[NDArray[np.float64], range | None]:
+    """Return the losses there, and the steps among which is the first with another result.
+
+    recorded: losses of the same steps; is_compared: look where bits differ.
+    """
+    last = opener.run.newest_step()
+    first = last - len(recorded) + 1
+    states = [row.step for row in opener.run.snapshot_rows()] if is_compared else []
+    found: list[float] = []
+    same, differ = first - 1, None
+    while len(found) < len(recorded):
+        begin = first + len(found)
+        end = min([begin + STRIDE - 1, last, *[step for step in states if step >= begin][:1]])
+        looks = is_compared and differ is None
+        losses, is_other = process.call(_run, end, looks and end in states)
+        found += losses
+        on_progress(end - begin + 1)
+        if looks:
+            known = recorded[begin - first : end - first + 1]
+            relative = relative_distance(known, np.array(losses))
+            if relative.any():
+                differ = range(same + 1, begin + int(np.flatnonzero(relative)[0]) + 1)
+            elif is_other:
+                differ = range(same + 1, end + 1)
+            elif end in states:
+                same = end
+    return np.array(found), differ
+
+
+def _parting_step(opener: Opener, process: OtherProcess, steps: range) -> int | None:
+    """Return the first of some steps with another result, None if it cannot be found again."""
+    for begin in steps[::STRIDE]:
+        end = min(begin + STRIDE - 1, steps[-1])
+        here = opener.call(footprints, begin, end)
+        there = process.call(_footprints_from, opener.state(begin - 1), end)
+        for step, (one, other) in enumerate(zip(here, there, strict=True), start=begin):
+            if one | {BEFORE: ""} != other | {BEFORE: ""}:
+                return step
+    return None
 
 
 def _farthest(found: Sequence[Apart]) -> tuple[Apart, ...]:
@@ -250,30 +290,10 @@ def _farthest(found: Sequence[Apart]) -> tuple[Apart, ...]:
     return tuple(kinds.values())[:FARTHEST]
 
 
-def _own_footprints(replay: Replay, first: int, last: int) -> list[str]:
-    with replay.in_force(first):
-        replay.go_to(first - 1, replay.stretch_of(first))
-    return footprints(replay, first, last)
-
-
 def _rounding(dtype: str, place: Place) -> float:
     """Return how far apart numbers are by rounding alone, of a run with losses of a dtype and there."""
     own = torch.float64 if dtype == "float64" else torch.float32
     return tolerance(own, *([] if place.precision is None else [getattr(torch, place.precision)]))
-
-
-def _first_beyond(found: Sequence[Apart], limit: float) -> Apart | None:
-    """Return the first result that is farther apart than a limit, unless rounding alone makes it."""
-    return next((each for each in found if not each.relative <= limit and not each.is_residue), None)
-
-
-def _compared(opener: Opener, process: OtherProcess, steps: Sequence[int], limit: float) -> list[Apart]:
-    """Return how far results of steps are apart."""
-    found: list[Apart] = []
-    for step in steps:
-        own = opener.step(step)
-        found += apart(own, process.step(own, opener.state(step - 1)), limit)
-    return found
 
 
 def _changed(known: Numerics, there: dict[str, Any], place: Place) -> dict[str, tuple[Any, Any]]:

@@ -1,0 +1,225 @@
+"""Doctor: what is wrong with a run, what can still be read, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from everystep.errors import EverystepError, RunError
+from everystep.recording.blocks import BLOCK
+from everystep.recording.contents import FOLDER as BATCHES
+from everystep.recording.contents import Given, inputs_of, read_contents
+from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
+from everystep.recording.facts import Facts
+from everystep.recording.files import program_file
+from everystep.recording.health import Finding, number_findings
+from everystep.recording.run import RecordedRun
+from everystep.recording.snapshots import check_snapshot
+from everystep.replay.recorded_steps import read_program
+from everystep.replay.shown import Shown
+
+__all__ = ["Diagnosis", "doctor"]
+
+#: Findings of a kind that are named one by one.
+MOST_NAMED = 20
+_RESTORE = "restore it from a copy of the run"
+#: Kinds of files that are compared with their digests, as a diagnosis lists them.
+_KINDS = ("data", "experiment", "programs", "changes between steps")
+
+
+@dataclass(frozen=True)
+class Diagnosis(Shown):
+    """What is wrong with a run.
+
+    findings: each with its place and a cure; readable: what can still be read, in words; checked: what
+    was compared with its digest.
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+    readable: tuple[str, ...]
+    checked: tuple[str, ...] = ()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing is wrong in what was checked."""
+        return not self.findings
+
+    def __repr__(self) -> str:
+        found = "; ".join(map(str, self.findings)) or "nothing is wrong in what was checked"
+        return f"<diagnosis of {self.name}: {found}>"
+
+
+def doctor(directory: Path) -> Diagnosis:
+    """Look at everything that a run consists of; writes nothing, and replays nothing (`verify` does).
+
+    Raises:
+        RunError: there is no such run.
+    """
+    if not (directory / FILE_NAME).exists() and not directory.is_dir():
+        raise RunError(f"{directory} is not a run: {FILE_NAME} is missing")
+    name = directory.resolve().name.encode("utf-8", "replace").decode()
+    found = [*_link_findings(directory)]
+    try:
+        run = RecordedRun(directory, may_be_cut=True)
+        facts = run.facts
+    except RunError as error:
+        found.append(Finding(FILE_NAME, str(error)))
+        return Diagnosis(name, tuple(found), (*_states_without_database(directory),))
+    checked: list[str] = []
+    if run.status != "running":
+        found += _database_findings(run)
+        checked += ["losses", "measurements", "facts"]
+    states: dict[SnapshotRow, str | None] = {}
+    try:
+        states = {row: _problem(partial(check_snapshot, directory, row)) for row in run.snapshot_rows()}
+    except RunError as error:
+        found.append(Finding(f"{FILE_NAME}, snapshots", str(error)))
+    found += _state_findings(run, states)
+    checked.append("states")
+    if facts.trained is not None:
+        files = [*_files(run)]
+        problems = ((place, _problem(read)) for _, place, read in files)
+        found += [Finding(place, each, _RESTORE) for place, each in problems if each is not None]
+        found += _batch_findings(run)
+        checked += [kind for kind in _KINDS if any(each == kind for each, *_ in files)]
+        checked += ["batches"] * any(stretch.facts.loop is not None for stretch in run.stretches)
+    return Diagnosis(name, tuple(found), (*_readable(run, facts, states),), tuple(checked))
+
+
+def _problem(read: Callable[[], object]) -> str | None:
+    """Return what is wrong with a file, as reading it reports it."""
+    try:
+        read()
+    except (EverystepError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _link_findings(directory: Path) -> Iterator[Finding]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink():
+            place = str(path.relative_to(directory))
+            yield Finding(place, "it is a link, which everystep did not make", "replace it by the file")
+
+
+def _database_findings(run: RecordedRun) -> Iterator[Finding]:
+    for problem in run.database_problems():
+        yield Finding(FILE_NAME, problem.partition(": ")[2])
+    try:
+        yield from run.findings()
+    except RunError as error:
+        yield Finding(FILE_NAME, str(error))
+
+
+def _state_findings(run: RecordedRun, states: dict[SnapshotRow, str | None]) -> Iterator[Finding]:
+    """Yield which states are missing or altered, and which steps have no state to open from.
+
+    states: what is wrong with each, None if nothing is.
+    """
+    sound = [row.step for row, problem in states.items() if problem is None]
+    for row, problem in states.items():
+        if any(step < row.step for step in sound):
+            cure = f"{_RESTORE}; until then, steps after it open from the state before it"
+        else:
+            cure = f"{_RESTORE}; without it, {_unopened(run, row.step, sound)}"
+        if problem is not None:
+            yield Finding(row.directory, problem, cure)
+    is_begun = bool(states) or run.facts.trained is not None
+    if is_begun and 0 not in {row.step for row in states}:
+        problem = f"the state before the first step is missing: {_unopened(run, 0, sound)}"
+        yield Finding("snapshots", problem, _RESTORE)
+
+
+def _unopened(run: RecordedRun, state: int, sound: list[int]) -> str:
+    """Return which steps have no state to open from, where none up to `state` is sound."""
+    newest, trained = run.newest_step(), run.facts.trained
+    last = min((step for step in sound if step > state), default=newest)
+    # A step drops the gradients of the one before, which only the state of a loop has.
+    last += trained is None or trained.loop is None
+    which = "no step" if last >= newest else f"none of steps 1 to {last:,}"
+    return f"{which} can be opened, and the run cannot be verified"
+
+
+def _files(run: RecordedRun) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Yield the files of a run besides states and batches: the kind, the place, and what reads each.
+
+    The kind is empty where no digest of the file is known.
+    """
+    for stretch in run.stretches:
+        training = stretch.facts
+        data = training.data_file
+        if data is not None and data.stored:
+            yield "data", data.file, partial(run.data, data)
+        for number in dict.fromkeys(training.programs):
+            yield "programs", program_file(number), partial(read_program, run, number)
+        kind = "" if training.experiment_digest is None else "experiment"
+        yield kind, training.experiment_file or "experiment.toml", partial(run.experiment, training)
+    for name in run.change_files().values():
+        yield "changes between steps", name, partial(run.change, name)
+
+
+def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
+    """Yield which files of batches are not as they were recorded, by the digests of their rows."""
+    altered: set[int] = set()
+    cure = f"{_RESTORE}; without it, steps that need it cannot be replayed"
+    with reading(run.directory / FILE_NAME) as database:
+        try:
+            for given in _given(database):
+                places = database.contents(given.digests)
+                file = next((place[0] for place in places.values()), 0)
+                if file not in altered and len(altered) < MOST_NAMED:
+                    problem = _problem(partial(read_contents, run.directory, places, given))
+                    if problem is not None:
+                        altered.add(file)
+                        yield Finding(f"{BATCHES}/{file}.bin", problem, cure)
+        except RunError as error:
+            yield Finding(f"{FILE_NAME}, repeats", str(error))
+
+
+def _given(database: Database) -> Iterator[Given]:
+    """Yield what steps were given, row by row, each once."""
+    seen: set[bytes] = set()
+    step = 0
+    while rows := database.repeats_after(step, BLOCK):
+        for row in rows:
+            for given in inputs_of(row.inputs, f"the input of step {row.step}").given.values():
+                new = {d: piece for d, piece in _pieces_of(given).items() if d not in seen}
+                seen |= new.keys()
+                yield from new.values()
+        step = rows[-1].last
+
+
+def _readable(run: RecordedRun, facts: Facts, states: dict[SnapshotRow, str | None]) -> Iterator[str]:
+    """Yield what can be read, in words."""
+    with reading(run.directory / FILE_NAME) as database:
+        yield from _readable_numbers(database, facts)
+    if states:
+        good = [row.step for row, problem in states.items() if problem is None]
+        ends = f": {good[0]:,} to {good[-1]:,}" if len(good) > 1 else f": {good[0]:,}" if good else ""
+        yield f"states: {len(good):,} of {len(states):,}{ends}"
+
+
+def _readable_numbers(database: Database, facts: Facts) -> Iterator[str]:
+    try:
+        newest, altered = database.newest_step(), number_findings(database)
+    except RunError:
+        return
+    planned = f" of {facts.steps:,}" if facts.steps and facts.steps != newest else ""
+    yield f"losses: {newest:,}{planned}" + (", except those named above" if altered else "")
+
+
+def _states_without_database(directory: Path) -> Iterator[str]:
+    """Yield which states can be loaded by safetensors alone."""
+    found = sorted(directory.glob("snapshots/[0-9]*/parameters.safetensors"))
+    if found:
+        names = ", ".join(path.parent.name for path in found[:MOST_NAMED])
+        yield f"parameters of states {names}: snapshots/STEP/parameters.safetensors"
+
+
+def _pieces_of(given: Given) -> dict[bytes, Given]:
+    """Return each piece that a run holds of an input by its digest: all of it, or a row."""
+    shape = given.shape if len(given.digests) == 1 else (1, *given.shape[1:])
+    return {digest: Given(given.dtype, shape, (digest,)) for digest in given.digests}

@@ -1,0 +1,54 @@
+"""The process that replays a run elsewhere: tasks come on stdin, and results go to stdout, as pickles.
+
+Its other end is `place`, which starts it and is the only one that it reads from.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everystep.errors import DamageWarning, EverystepError
+from everystep.program.precision import Precision
+from everystep.recording.run import RecordedRun
+from everystep.replay.parent import end_with_stdin
+from everystep.replay.replay import Replay
+
+__all__ = ["PROTOCOL", "main", "opened"]
+
+#: Of the tasks and results: both ends must have the same.
+PROTOCOL = 5
+
+
+def opened(run: Path, threads: int, precision: str | None) -> Replay:
+    """Return a replay of a run, to which the tasks after this one are done."""
+    wanted = None if precision is None else Precision(getattr(torch, precision))
+    return Replay(RecordedRun(run), threads=threads, conversion=wanted)
+
+
+def main() -> None:
+    """Do tasks until there are no more."""
+    end_with_stdin()
+    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
+    _send(PROTOCOL)
+    replay: Replay | None = None
+    with suppress(EOFError):
+        while True:
+            task, given, named = pickle.load(sys.stdin.buffer)
+            try:
+                if task is opened:
+                    replay = opened(*given)
+                _send(None if task is opened else task(replay, *given, **named))
+            except (EverystepError, RuntimeError, OSError) as error:
+                _send(RuntimeError(str(error).strip().partition("\n")[0] or type(error).__name__))
+
+
+def _send(result: Any) -> None:
+    pickle.dump(result, sys.stdout.buffer)
+    sys.stdout.flush()
