@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -238,8 +239,7 @@ class _Layout:
         inner = [m for module in modules.values() for m in module.modules()]
         self._tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
         self._optimizers = [*optimizers.values()]
-        for optimizer in self._optimizers:
-            self._tables += [entries for _, entries in entries_of(optimizer)]
+        self._entries = [entries for o in self._optimizers for _, entries in entries_of(o)]
         self._is_sure = not any(map(keeps_own_state, self._optimizers))
         self._known = self._objects()
 
@@ -250,17 +250,12 @@ class _Layout:
 
     def _objects(self) -> list[Any]:
         """Return all that is or may hold a tensor, and its keys: not the numbers besides."""
-        found: list[Any] = []
-        tables = self._tables.copy()
+        found: list[Any] = [*chain(*self._tables), *chain(*map(dict.values, self._tables))]
+        tables: list[Mapping[Any, Any]] = [*self._entries]
         for optimizer in self._optimizers:
             groups = optimizer.param_groups
             tables += [optimizer.state, *groups]
-            found += (
-                optimizer.state,
-                groups,
-                *groups,
-                *[p for group in groups for p in group["params"]],
-            )
+            found += (optimizer.state, groups, *groups, *chain(*[group["params"] for group in groups]))
         for table in tables:
             found += table
             found += [value for value in table.values() if isinstance(value, _WITH_TENSORS)]
