@@ -52,8 +52,8 @@ def test_the_first_of_equal_rows_and_the_first_nonfinite_row_are_kept():
 
 
 def test_rows_keep_their_other_columns_and_gaps_in_the_steps_do_no_harm():
-    frame = pl.DataFrame({"at": [0, 1, 2, 1000, 1001], "x": [1, 9, 4, 3, 2], "name": list("abcde")})
-    reduced = reduce(frame, 2, step="at", value="x")
+    frame = pl.DataFrame({"step": [0, 1, 2, 1000, 1001], "x": [1, 9, 4, 3, 2], "name": list("abcde")})
+    reduced = reduce(frame, 2, value="x")
     assert reduced.rows() == [(0, 1, "a"), (1, 9, "b"), (1000, 3, "d"), (1001, 2, "e")]
 
 

@@ -28,7 +28,7 @@ def lines_of(runs, width=None):
     file = io.StringIO()
     console = Console(file=file, width=width or 1000)
     for table in run_list.runs_tables(runs, width):
-        console.print(table)
+        console.print(table, end="")
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 

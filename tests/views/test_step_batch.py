@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.views.lines import TIMES
 from everystep.views.step import step_text
+from everystep.views.texts import TIMES
 
 NAMES = ["setosa", "versicolor", "virginica"]
 

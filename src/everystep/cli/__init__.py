@@ -18,9 +18,9 @@ from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import (
     OutputError,
-    damage_on_stderr,
     drop_output,
     hint,
+    hint_at_damage,
     prepare_streams,
     shortened,
 )
@@ -38,32 +38,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-#: What a command does, in a line of the list of commands on 80 columns.
-for command, line in (
-    (train, "Train an experiment, and record every step."),
-    (resume, "Continue a training that was killed or stopped."),
-    (experiments, "List the built-in experiments, or print one to copy."),
-    (runs, "List runs."),
-    (losses, "Print the loss and the measurements of every step."),
-    (table, "Write a page with a table of the losses to browse."),
-    (plot, "Plot the loss of one run or several."),
-    (report, "Write everything about a run as one page."),
-    (step, "Open a step: batch, operations, gradients, updates."),
-    (verify, "Replay every step, and compare it bit for bit."),
-    (doctor, "Report what is wrong with a run, and what is readable."),
-    (diff, "Show where two runs differ, down to the operation."),
-    (rerun, "Repeat the steps under different numerics, and compare."),
-    (fork, "Continue a run from any step, with changes."),
-    (whatif, "Train again without some rows, and rank them."),
-    (measure, "Add a measurement to a finished run."),
-    (when, "Find the first step at which something is true."),
-    (why, "Show where a number of a step comes from."),
-    (rows, "Rank the rows of a step by loss or gradient."),
-    (view, "Open runs as a local web page."),
+for command in (
+    *(train, resume, experiments, runs, losses, table, plot, report, step, verify, doctor, diff, rerun),
+    *(fork, whatif, measure, when, why, rows, view),
 ):
     # -1 is a step, not an option.
     settings = {"ignore_unknown_options": True} if command in (step, why, rows) else {}
-    app.command(short_help=line, context_settings=settings)(command)
+    app.command(context_settings=settings)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -88,16 +69,14 @@ _OF_NAMES = {
 def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
     prepare_streams()
+    damage = hint_at_damage()
     try:
-        with damage_on_stderr() as is_damaged:
-            try:
-                app()
-            except SystemExit as end:
-                if end.code or not is_damaged():
-                    raise
-                sys.exit(1)
-            finally:
-                sys.stdout.flush()
+        try:
+            app()
+        except SystemExit as end:
+            sys.exit(end.code or int(bool(damage)))
+        finally:
+            sys.stdout.flush()
     except OutputError as error:
         drop_output(error)
         sys.exit(error.exit_code)

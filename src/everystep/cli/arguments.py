@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everystep.cli.completing import run_names
 from everystep.errors import UsageError
+
+if TYPE_CHECKING:
+    from everystep.run import Run
 
 __all__ = [
     "BudgetOption",
@@ -20,6 +23,7 @@ __all__ = [
     "RunsArgument",
     "SettingsOption",
     "StepArgument",
+    "open_run",
     "row_numbers",
 ]
 
@@ -52,6 +56,17 @@ ProcessesOption = Annotated[
 PageOption = Annotated[
     Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write (.html).")
 ]
+
+
+def open_run(name: str) -> Run:
+    """Return the run in a directory, or of that name in runs/.
+
+    Raises:
+        RunError: there is none, or it cannot be read.
+    """
+    from everystep import api
+
+    return api.open(name)
 
 
 def row_numbers(text: str | None) -> list[int]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument, StepArgument, row_numbers
-from everystep.cli.output import answer, hint, quoted, say, say_written, tell
+from everystep.cli.arguments import (
+    JsonOption,
+    ProcessesOption,
+    RunArgument,
+    StepArgument,
+    open_run,
+    row_numbers,
+)
+from everystep.cli.output import answer, hint, page_width, quoted, say, say_written
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,27 +42,18 @@ def why(
     ] = 5,
     json: JsonOption = False,
 ) -> None:
-    """Show where a number comes from: the operation that made it, and the numbers it was made from.
+    """Show where a number of a step comes from.
 
-    Each of these can be asked for in turn. NaN and infinity are followed to where they began, with the
-    rows of the batch behind them. "=" is shown where the formula, computed in double precision from the
-    numbers shown and rounded once, gives the same bits.
+    Names the operation that made it, and the numbers it was made from. Each of these can be asked for in
+    turn. NaN and infinity are followed to where they began, with the rows of the batch behind them. "="
+    is shown where the formula, computed in double precision from the numbers shown and rounded once,
+    gives the same bits.
     """
-    from everystep.api import open
-    from everystep.views.plain import as_json
-    from everystep.views.tables import SafeConsole
-    from everystep.views.why import why_page
-
-    opened = open(run)
+    opened = open_run(run)
     found = opened.why(number, expression, back=back, depth=depth, terms=terms)
-    tell(opened.problems)
-    if json:
-        say(as_json(found.data()))
-        return
-    console = SafeConsole(highlight=False, soft_wrap=True)
-    width = max(console.width, 60) if sys.stdout.isatty() else 100
-    console.print(why_page(found, name=opened.name, width=width), end="")
-    _hint_next(run, found)
+    answer(found, json, opened.problems, text={"width": page_width()})
+    if not json:
+        _hint_next(run, found)
 
 
 def rows(
@@ -72,20 +69,19 @@ def rows(
     first: Annotated[int, typer.Option(min=1, metavar="N", help="Rows to print.")] = 10,
     json: JsonOption = False,
 ) -> None:
-    """Rank the rows of a step's batch by their loss, or by how much of the gradient they make.
+    """Rank the rows of a step by loss or gradient.
 
-    Exact for what the step itself added up row by row. Where an operation mixes rows, as batch norm
-    does, it is named, and what it mixes is unknown. Exits with 1 if what is asked for is unknown.
+    The rows are those of its batch, and the gradient is what each adds to it. Exact for what the step
+    itself added up row by row. Where an operation mixes rows, as batch norm does, it is named, and what
+    it mixes is unknown. Exits with 1 if what is asked for is unknown.
     """
-    from everystep.api import open
     from everystep.views.rows import order_of
 
-    opened = open(run)
+    opened = open_run(run)
     found = opened.rows(number)
-    tell(opened.problems)
-    answer(found, json, by=by, parameter=parameter, **({} if json else {"first": first}))
-    if order_of(found, by, parameter) is None:
-        raise typer.Exit(1)
+    is_known = order_of(found, by, parameter) is not None
+    first_rows = {"first": first}
+    answer(found, json, opened.problems, is_yes=is_known, text=first_rows, by=by, parameter=parameter)
 
 
 def _hint_next(run: str, found: Why) -> None:
@@ -101,17 +97,13 @@ def _hint_next(run: str, found: Why) -> None:
 
 
 def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:
-    """Replay every step, and compare every loss and every snapshot, bit for bit.
+    """Replay every step, and compare it bit for bit.
 
-    This shows that the replay matches the recording; the line `recorded` shows what backs the recording
-    itself. Exits with 1 if something differs.
+    Compares every loss and every snapshot. This shows that the replay matches the recording; the line
+    `recorded` shows what backs the recording itself. Exits with 1 if something differs.
     """
-    from everystep.api import open
-
-    found = open(run).verify(processes=processes)
-    answer(found, json)
-    if not found.is_exact:
-        raise typer.Exit(1)
+    found = open_run(run).verify(processes=processes)
+    answer(found, json, is_yes=found.is_exact)
 
 
 def doctor(
@@ -122,7 +114,7 @@ def doctor(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Report what is wrong with a run, and what is still readable.
+    """Report what is wrong with a run, and what is readable.
 
     Compares numbers, states, data, programs and batches with their digests; everystep verify replays the
     steps. Exits with 1 if something is wrong. The last column of the CSV shows if the digest of a
@@ -160,27 +152,22 @@ def diff(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show where two runs differ: experiments, losses, states, down to the first operation.
+    """Show where two runs differ, down to the operation.
 
-    With --by-values, the tensors of a step are looked for in the other run, whatever operations made
-    them: to check a backward pass written by hand, for example. Exits with 1 if they differ.
+    Compares experiments, losses and states. With --by-values, the tensors of a step are looked for in
+    the other run, whatever operations made them: to check a backward pass written by hand, for example.
+    Exits with 1 if they differ.
     """
-    from everystep.api import open
-
     if at is not None and not by_values:
         raise UsageError("--step needs --by-values; without it, diff finds the step itself")
     if thorough and by_values:
         raise UsageError("--thorough and --by-values are mutually exclusive")
     if by_values:
-        matched = open(one).match(open(other), at)
-        answer(matched, json)
-        if not matched.is_match:
-            raise typer.Exit(1)
+        matched = open_run(one).match(open_run(other), at)
+        answer(matched, json, is_yes=matched.is_match)
         return
-    found = open(one).diff(open(other), thorough=thorough)
-    answer(found, json)
-    if not found.is_same:
-        raise typer.Exit(1)
+    found = open_run(one).diff(open_run(other), thorough=thorough)
+    answer(found, json, is_yes=found.is_same)
 
 
 def measure(
@@ -197,15 +184,14 @@ def measure(
     ] = False,
     processes: ProcessesOption = None,
 ) -> None:
-    """Add a measurement to a finished run, as if it had been made during training.
+    """Add a measurement to a finished run.
 
-    An expression can use loss, step, batch.x, batch.y, parameters['0.weight'], buffers[...],
-    gradients[...], activations['1'], updates[...], previous.loss (and so on), and measurements by name.
-    Ctrl-C keeps the values measured so far; run the same command again to continue.
+    It is as if it had been made during training. An expression can use loss, step, batch.x, batch.y,
+    parameters['0.weight'], buffers[...], gradients[...], activations['1'], updates[...], previous.loss
+    (and so on), and measurements by name. Ctrl-C keeps the values measured so far; run the same command
+    again to continue.
     """
-    from everystep.api import open
-
-    opened = open(run)
+    opened = open_run(run)
     try:
         found = opened.measure(
             expression, name=name, every=every, overwrite=overwrite, processes=processes
@@ -214,7 +200,7 @@ def measure(
         count = len(opened.measured(name or expression))
         hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
-    answer(found, False)
+    answer(found)
     hint(f"everystep plot {quoted(run)} -m {quoted(found.name)} -o measured.png")
     if found.left_out:
         raise typer.Exit(1)
@@ -232,16 +218,16 @@ def when(
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the first step at which an expression is true; print the step and its loss.
+    """Find the first step at which something is true.
 
-    `nonfinite` finds the operation that made the first NaN or infinity. Exits with 1 if no step matches.
+    Prints the step and its loss. `nonfinite` finds the operation that made the first NaN or infinity.
+    Exits with 1 if no step matches.
     """
-    from everystep.api import open
     from everystep.views.answers import FINITE, skipped_text, when_text
 
     if last and all:
         raise UsageError("--last and --all are mutually exclusive")
-    opened = open(run)
+    opened = open_run(run)
     if condition.strip() == "nonfinite":
         made = opened.first_nonfinite(processes=processes)
         if made is None:
@@ -289,23 +275,22 @@ def rerun(
     log: Annotated[bool, typer.Option("--log", help="Plot on a log axis.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Repeat the steps of a run under different numerics, and report where they diverge, and how far.
+    """Repeat the steps under different numerics, and compare.
 
-    Also in another precision, or with another torch. The programs of the run compute the steps, without
-    its code. Exits with 1 if results differ under different numerics or another torch.
+    Reports where they diverge, and how far; also in another precision, or with another torch. The
+    programs of the run compute the steps, without its code. Exits with 1 if results differ under
+    different numerics or another torch.
     """
-    from everystep.api import open
-
     if float64 and bfloat16:
         raise UsageError("--float64 and --bfloat16 are mutually exclusive")
-    opened = open(run)
+    opened = open_run(run)
     found = opened.rerun(
         threads=threads,
         capability=capability,
         mkl=mkl,
         precision="float64" if float64 else "bfloat16" if bfloat16 else None,
         python=python,
-        beside=[open(each) for each in beside or ()],
+        beside=[open_run(each) for each in beside or ()],
     )
     answer(found, json)
     if output is not None:
@@ -350,10 +335,9 @@ def whatif(
     Without rows, each has the bits of a training by hand without those rows. At another learning rate,
     programs repeat the recorded steps, of any run. Nothing is recorded; everystep fork records one.
     """
-    from everystep.api import open
     from everystep.replay.what_if import check_has_rows
 
-    opened = open(run)
+    opened = open_run(run)
     if not lr:
         check_has_rows(opened)
     if without_rows is None and without_rows_of is None and not lr:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everystep.cli.arguments import BudgetOption, QuietOption, RunArgument, SettingsOption, row_numbers
+from everystep.cli.arguments import (
+    BudgetOption,
+    QuietOption,
+    RunArgument,
+    SettingsOption,
+    open_run,
+    row_numbers,
+)
 from everystep.cli.completing import experiment_names, experiments_and_files, one_of
 from everystep.cli.output import hint, say, say_lines
 from everystep.errors import UsageError, did_you_mean
@@ -117,7 +124,10 @@ def resume(
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
-    """Continue a training that was killed or stopped, bit-identical to an uninterrupted one."""
+    """Continue a training that was killed or stopped.
+
+    The run is bit-identical to one that was not interrupted.
+    """
     from everystep.recording.directories import find_run
     from everystep.recording.run import RecordedRun
 
@@ -143,14 +153,14 @@ def experiments(
         typer.Argument(metavar="NAME", help="The experiment to print.", autocompletion=experiment_names),
     ] = None,
 ) -> None:
-    """List the built-in experiments, or print one to copy and change."""
+    """List the built-in experiments, or print one to copy."""
     from everystep.experiment.specification import built_in
+    from everystep.views.terminal import keyed, table_text
 
     known = built_in()
     if name is None:
-        width = max(map(len, known))
-        for each, path in known.items():
-            say(f"{each:<{width}}  {_first_sentence(path)}")
+        rows = [{"name": each, "about": _first_sentence(path)} for each, path in known.items()]
+        say("\n".join(table_text([keyed("name", ""), keyed("about", "")], rows)))
         hint("everystep experiments NAME > my.toml; everystep train my.toml")
         return
     if name not in known:
@@ -184,15 +194,16 @@ def fork(
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a new run that equals its parent up to a step and continues with changes."""
+    """Continue a run from any step, with changes.
+
+    The fork is a new run, which equals its parent up to that step.
+    """
     from everystep import numerics
     from everystep.experiment.specification import parse_setting
 
     numerics.prepare()
-    from everystep.api import open
-
     changes: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
-    made = open(run).fork(
+    made = open_run(run).fork(
         at,
         changes,
         steps=steps,

@@ -10,29 +10,34 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from everystep.errors import DamageWarning, EverystepError
-from everystep.views.texts import clean
+from everystep.views.texts import clean, size_text
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 __all__ = [
     "OutputError",
     "answer",
-    "damage_on_stderr",
     "drop_output",
     "hint",
+    "hint_at_damage",
+    "page_width",
     "prepare_streams",
     "quoted",
     "say",
     "say_lines",
     "say_written",
     "shortened",
-    "tell",
+    "show",
+    "terminal_width",
 ]
 
 #: What stands for a character that the terminal's encoding lacks.
@@ -115,27 +120,24 @@ def _own_stream(now: Any, first: Any, raw: io.FileIO) -> Any:
 
 def say_written(path: Path) -> None:
     """Print the path of a file that was written, and its size."""
-    size = path.stat().st_size
-    hint(f"{path} ({size / 1000:,.0f} kB)" if size >= 1000 else f"{path} ({size} bytes)")
+    hint(f"{path} ({size_text(path.stat().st_size)})")
 
 
-@contextmanager
-def damage_on_stderr() -> Iterator[Callable[[], bool]]:
-    """Print warnings of damaged runs as hints; yields what returns whether there were any."""
+def hint_at_damage() -> list[str]:
+    """Let warnings of damaged runs be hints, each once; return the list that gathers them."""
     said: list[str] = []
+    show_others = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, DamageWarning):
-            showwarning(message, category, *place, **more)
+            show_others(message, category, *place, **more)
         elif str(message) not in said:
             said.append(str(message))
             hint(f"everystep: {message}")
 
-    with warnings.catch_warnings():
-        showwarning = warnings.showwarning
-        warnings.simplefilter("always", DamageWarning)
-        warnings.showwarning = show
-        yield lambda: bool(said)
+    warnings.simplefilter("always", DamageWarning)
+    warnings.showwarning = show_warning
+    return said
 
 
 def quoted(text: str) -> str:
@@ -145,22 +147,59 @@ def quoted(text: str) -> str:
     return shlex.quote(text)
 
 
-def tell(problems: list[str]) -> None:
-    """Print the problems of a run as hints, not as errors."""
-    for problem in problems:
-        hint(f"everystep: {problem}")
+def answer(
+    found: Any,
+    json: bool = False,
+    problems: Sequence[str] = (),
+    *,
+    is_yes: bool = True,
+    text: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Print an answer as JSON, or as lines with styles.
 
+    problems: of the run, printed as hints; is_yes: what the exit code tells; options: of what is
+    written; text: more of them, for the lines.
 
-def answer(found: Any, json: bool, **options: Any) -> None:
-    """Print an answer, as JSON or as text; options: of how it is written."""
+    Raises:
+        Exit: the answer is no.
+    """
     from everystep.views.plain import as_json
 
-    say(as_json(found.data(**options)) if json else found.to_text(**options))
+    for problem in problems:
+        hint(f"everystep: {problem}")
+    if json:
+        say(as_json(found.data(**options)))
+    else:
+        shown = found.view.shown(found, **options, **(text or {}))
+        say(shown) if isinstance(shown, str) else show(shown)
+    if not is_yes:
+        raise typer.Exit(1)
 
 
 def say(text: str, *, nl: bool = True) -> None:
     """Print data on stdout; nothing in it steers the terminal."""
     typer.echo(clean(text), nl=nl)
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal; None if stdout is not one."""
+    from everystep.views.terminal import SafeConsole
+
+    return SafeConsole().width if sys.stdout.isatty() else None
+
+
+def page_width() -> int:
+    """Return the columns of a page of text: those of the terminal, but not too few."""
+    return max(terminal_width() or 100, 60)
+
+
+def show(text: Text) -> None:
+    """Print lines with styles on stdout, now; nothing in them steers the terminal."""
+    from everystep.views.terminal import SafeConsole
+
+    SafeConsole(highlight=False, soft_wrap=True).print(text, end="")
+    sys.stdout.flush()
 
 
 def shortened(message: str) -> str:

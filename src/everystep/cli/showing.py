@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument, StepArgument
+from everystep.cli.arguments import (
+    JsonOption,
+    PageOption,
+    RunArgument,
+    RunsArgument,
+    StepArgument,
+    open_run,
+)
 from everystep.cli.completing import measurement_names, one_of, operation_numbers, run_names
-from everystep.cli.output import answer, hint, say, say_written, tell
+from everystep.cli.output import answer, hint, page_width, say, say_written, show, terminal_width
 from everystep.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -27,18 +33,25 @@ def runs(
     ] = Path("runs"),
     json: JsonOption = False,
 ) -> None:
-    """List runs: name, status, steps, first and last loss, start time, note."""
-    from everystep.views.lists import runs_json
+    """List runs.
+
+    Shows name, status, steps, first and last loss, start time, parent and note, as the width allows.
+    """
+    from everystep.views.lists import runs_json, runs_tables
 
     killed: list[Path] = []
     summaries = _summaries(directory, killed)
     if json:
         for text in runs_json(summaries):
             say(text, nl=False)
-    elif _print_runs(summaries):
-        _say_killed(killed)
-    else:
+        return
+    has_some = False
+    for table in runs_tables(summaries, terminal_width()):
+        show(table)
+        has_some = True
+    if not has_some:
         hint(f"{directory} has no runs; everystep train creates the first")
+    _say_killed(killed)
 
 
 def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
@@ -57,22 +70,6 @@ def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
         if summary.status == "killed":
             killed.append(path)
         yield summary
-
-
-def _print_runs(summaries: Iterator[Summary]) -> bool:
-    """Print the table of runs as they are read; return whether there are any."""
-    from everystep.views.lists import runs_tables
-    from everystep.views.tables import SafeConsole
-
-    is_terminal = sys.stdout.isatty()
-    # The reader of a pipe cuts lines.
-    console = SafeConsole(highlight=False, width=None if is_terminal else 1000)
-    has_some = False
-    for table in runs_tables(summaries, console.width if is_terminal else None):
-        console.print(table)
-        sys.stdout.flush()
-        has_some = True
-    return has_some
 
 
 #: Runs that the list names below it.
@@ -102,8 +99,7 @@ def losses(
         typer.Option("-o", "--output", metavar="FILE", help="Write to FILE instead of stdout."),
     ] = None,
 ) -> None:
-    """Print the table of losses, with a column for each measurement."""
-    from everystep.api import open
+    """Print the loss and the measurements of every step."""
     from everystep.views.lists import losses_text
     from everystep.views.output_file import write_file
 
@@ -111,24 +107,21 @@ def losses(
         raise UsageError("--csv, --json and --parquet are mutually exclusive")
     if parquet and output is None:
         raise UsageError("Parquet is binary; write it to a file: --parquet -o losses.parquet")
-    opened = open(run)
-    if parquet and output is not None:
-        content = io.BytesIO()  # where polars writes a file itself, a full disk is an error of its own
-        opened.table_frame(last).write_parquet(content)
-        write_file(output, content.getvalue())
+    opened = open_run(run)
+    content: str | bytes
+    if parquet:
+        file = io.BytesIO()  # where polars writes a file itself, a full disk is an error of its own
+        opened.table_frame(last).write_parquet(file)
+        content = file.getvalue()
+    elif csv:
+        content = opened.table_frame(last).write_csv()
+    else:  # without polars: its import takes longer than printing some thousand steps
+        content = losses_text(opened.table_columns(last), "json" if json else "plain")
+    if output is not None:
+        write_file(output, content)
         say_written(output)
-        return
-    # Without polars: its import takes longer than printing some thousand steps.
-    text = (
-        opened.table_frame(last).write_csv()
-        if csv
-        else losses_text(opened.table_columns(last), "json" if json else "plain")
-    )
-    if output is None:
-        say(text, nl=False)
-    else:
-        write_file(output, text)
-        say_written(output)
+    elif isinstance(content, str):
+        say(content, nl=False)
 
 
 def table(
@@ -138,10 +131,11 @@ def table(
         int, typer.Option(min=1, help="Maximum number of rows to embed; a longer run is excerpted.")
     ] = 100_000,
 ) -> None:
-    """Write the losses as a page with a browsable table: sort, search, page, copy, CSV."""
-    from everystep.api import open
+    """Write a page with a table of the losses to browse.
 
-    page = open(run).table(rows)
+    The table can be sorted, searched, copied, and saved as CSV.
+    """
+    page = open_run(run).table(rows)
     page.save(output)
     say_written(output)
 
@@ -164,11 +158,13 @@ def plot(
         ),
     ] = None,
 ) -> None:
-    """Plot the loss at each iteration; several runs share one plot."""
-    from everystep.api import open
+    """Plot the loss of one run or several.
+
+    The loss is drawn at each iteration; several runs share one plot.
+    """
     from everystep.views.plot import loss_plot, save_plot
 
-    drawn = loss_plot([open(run) for run in runs], log=log, measurements=measurements or [])
+    drawn = loss_plot([open_run(run) for run in runs], log=log, measurements=measurements or [])
     save_plot(drawn, output)
     say_written(output)
 
@@ -181,11 +177,10 @@ def report(
         typer.Option("--step", metavar="N", help="Embed this step; -1: the newest. Repeatable."),
     ] = None,
 ) -> None:
-    """Write everything about a run as one self-contained page."""
-    from everystep.api import open
+    """Write everything about a run as one page."""
     from everystep.views.output_file import write_file
 
-    opened = open(run)
+    opened = open_run(run)
     if steps:
         from everystep.page.share import shared_report
 
@@ -220,33 +215,16 @@ def step(
     values: Annotated[bool, typer.Option("--values", help="Print the values of tensors.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Open a step: its batch, each operation with its results, gradients and updates.
+    """Open a step: batch, operations, gradients, updates.
 
     everystep replays the step from the nearest snapshot, and compares its loss with the recorded one.
     """
-    from everystep.api import open
-    from everystep.views.step import step_text
-    from everystep.views.tables import SafeConsole
-
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
-    opened = open(run)
+    opened = open_run(run)
     found = opened[number]
-    tell(opened.problems)
-    if json:
-        answer(found, json, values=values)
-    else:
-        console = SafeConsole(highlight=False, soft_wrap=True)
-        text = step_text(
-            found,
-            opened.facts,
-            name=opened.name,
-            phase=phase,
-            operation=operation,
-            values=values,
-            width=max(console.width, 60) if sys.stdout.isatty() else 100,
-        )
-        console.print(text, end="")
+    text = {"phase": phase, "operation": operation, "width": page_width()}
+    answer(found, json, opened.problems, text=text, values=values)
 
 
 def view(
@@ -275,10 +253,10 @@ def view(
         ),
     ] = None,
 ) -> None:
-    """Open runs as a local web page: watch a training, walk through its steps, compare, measure, fork.
+    """Open runs as a local web page.
 
-    Prints the address, which gives access to anyone who has it, and serves until Ctrl-C. New runs appear
-    automatically.
+    Watch a training, walk through its steps, compare, measure, fork. Prints the address, which gives
+    access to anyone who has it, and serves until Ctrl-C. New runs appear automatically.
     """
     from everystep.page.server import place_of, serve
 

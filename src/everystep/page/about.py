@@ -11,8 +11,9 @@ from everystep.errors import RunError
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
-from everystep.recording.texts import is_rate, shortest
+from everystep.recording.texts import is_rate
 from everystep.views.facts import facts_data, landmarks, shortest_name, state_data
+from everystep.views.plain import plain_number
 
 if TYPE_CHECKING:
     from everystep.page.columns import RunColumns
@@ -24,17 +25,10 @@ _WITH_WEIGHTS = ("Linear", "Bilinear", "Conv", "Embedding", "LazyLinear", "LazyC
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "GELU")
 
 
-def plain(value: float | None) -> float | str | None:
-    """Return a number as JSON can hold it, in the fewest digits; nan, inf and -inf are texts."""
-    if value is None:
-        return None
-    return float(shortest(value)) if math.isfinite(value) else str(value)
-
-
 def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, Any]:
     """Return what of a run changes while it is trained."""
     return state_data(run, columns.facts, status, columns.steps) | {
-        "last_loss": plain(float(columns.losses[-1])) if columns.steps else None,
+        "last_loss": plain_number(float(columns.losses[-1])) if columns.steps else None,
         "measurements": [_measurement(ends) for ends in columns.ends],
     }
 
@@ -98,7 +92,7 @@ def _argument(directory: Path) -> str:
 
 
 def _measurement(ends: MeasurementEnds) -> dict[str, Any]:
-    first, last = (plain(math.nan if end is None else end) for end in (ends.first, ends.last))
+    first, last = (plain_number(math.nan if end is None else end) for end in (ends.first, ends.last))
     found = {"name": ends.name, "count": ends.values, "first": first, "last": last}
     return found | {"is_rate": is_rate(ends.name)}
 
@@ -115,5 +109,5 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, list):
         return {path: [_flat(item).get("") for item in value]}
     if isinstance(value, float):
-        return {path: plain(value)}
+        return {path: plain_number(value)}
     return {path: value if isinstance(value, bool | int | str) else str(value)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
+from everystep.views.texts import dtype_text
 
 __all__ = ["MOST", "Region", "histogram", "matrix", "npy", "region", "regions"]
 
@@ -95,7 +96,7 @@ def region(
     lowest, highest = _finite_range(floats)
     about = {
         "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtype_text(tensor),
         "rows": [top, bottom],
         "columns": [left, right],
         "height": drawn.shape[0],
@@ -103,7 +104,7 @@ def region(
         "slices": slices,
         "index": index,
         "block": block,
-        "format": str(drawn.dtype).removeprefix("torch."),
+        "format": dtype_text(drawn),
         "lowest": lowest,
         "highest": highest,
     }

@@ -13,6 +13,7 @@ from everystep.program.observed import Observed
 from everystep.run import Run
 from everystep.step.check import as_integers
 from everystep.views.mathematics import mathematics
+from everystep.views.texts import dtype_text
 
 __all__ = ["sides"]
 
@@ -85,7 +86,7 @@ def _tensor(tensor: Tensor, other: Tensor | None) -> dict[str, Any]:
     within = [[i, j] for i, j in places.tolist() if top <= i < bottom and left <= j < right]
     return {
         "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtype_text(tensor),
         "values": numbers[top:bottom, left:right].tolist(),
         "window": window,
         "different": within,

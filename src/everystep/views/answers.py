@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.recording.run import RecordedRun
@@ -20,11 +21,13 @@ from everystep.views.comparisons import (
 )
 from everystep.views.facts import engine_text
 from everystep.views.plain import DERIVED, plain_data
-from everystep.views.tables import Column, table_text
-from everystep.views.texts import about_numbers, block, counted, labelled, named, number
+from everystep.views.terminal import Column, table_text
+from everystep.views.texts import about_numbers, block, counted, labelled, named, number, shape_text
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from rich.text import Text
 
     from everystep.answers.doctor import Diagnosis
     from everystep.answers.measure import Measured
@@ -54,6 +57,10 @@ class RunView(NamedTuple):
 
     def text(self, answer: Any, **options: Any) -> str:
         """Return an answer as the terminal prints it."""
+        return str(self.shown(answer, **options))
+
+    def shown(self, answer: Any, **options: Any) -> str | Text:
+        """Return an answer as the terminal prints it, some with styles."""
         return _TEXTS[type(answer).__name__](answer, self, **options)
 
     def data(self, answer: Any, **options: Any) -> dict[str, Any]:
@@ -210,7 +217,7 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     if found.why is not None:
         from everystep.views.why import why_text
 
-        lines.append(why_text(found.why, has_title=False))
+        lines.append(why_text(found.why).plain.partition("\n")[2].rstrip())
     return "\n".join(lines)
 
 
@@ -226,7 +233,6 @@ def _by_own_code(found: NonFinite) -> str:
 
 def _range(tensor: Any) -> str:
     from everystep.replay.step import statistics
-    from everystep.views.lines import shape_text
 
     if not tensor.dim():
         return shortest(tensor.item()) if tensor.is_floating_point() else str(tensor.item())
@@ -236,10 +242,10 @@ def _range(tensor: Any) -> str:
 
 
 def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
-    import everystep.views.why  # noqa: F401  # it registers what the parts of `found.why` derive
     from everystep.replay.step import statistics
     from everystep.views.mathematics import mathematics
 
+    _in("why")
     inputs = {} if found.operation is None else found.operation.inputs
     line = None if found.index is None else str(mathematics(found.step.operations)[found.index])
     return {
@@ -310,47 +316,13 @@ def _found_data(found: Found, view: RunView, most: int | None = None) -> dict[st
     return {"count": len(found.steps), "steps": steps, "inexact": list(found.inexact)}
 
 
-def _why_data(answer: Any, view: RunView) -> dict[str, Any]:
-    import everystep.views.why  # noqa: F401  # it registers what the parts of the answer derive
-
-    found: dict[str, Any] = plain_data(answer)
-    return found
-
-
-def _why_text(answer: Any, view: RunView, **options: Any) -> str:
-    from everystep.views.why import why_text
-
-    return why_text(answer, **options)
-
-
-def _rows_text(answer: Any, view: RunView, **options: Any) -> str:
-    from everystep.views.rows import rows_text
-
-    assert view.step is not None
-    return rows_text(view.step, view.run.facts, name=view.run.name, **options)
-
-
-def _rows_data(answer: Any, view: RunView, **options: Any) -> dict[str, Any]:
-    from everystep.views.rows import rows_data
-
-    assert view.step is not None
-    return rows_data(view.step, view.run.facts, **options)
-
-
-def _step_text(answer: Any, view: RunView, **options: Any) -> str:
-    from everystep.views.step import step_text
-
-    return step_text(answer, view.run.facts, name=view.run.name, **options).plain
-
-
-def _step_data(answer: Any, view: RunView, **options: Any) -> dict[str, Any]:
-    from everystep.views.step_data import step_data
-
-    return step_data(answer, view.run, **options)
+def _in(module: str) -> Any:
+    """Return a module of the views that imports torch; `why` has what the parts of an answer derive."""
+    return import_module(f"everystep.views.{module}")
 
 
 #: How each answer is written.
-_TEXTS: dict[str, Callable[..., str]] = {
+_TEXTS: dict[str, Callable[..., str | Text]] = {
     "Diagnosis": _diagnosis_text,
     "Difference": lambda found, view: diff_text(found),
     "Found": _found_text,
@@ -358,19 +330,23 @@ _TEXTS: dict[str, Callable[..., str]] = {
     "Measured": _measured_text,
     "NonFinite": _nonfinite_text,
     "Rerun": lambda found, view: rerun_text(found),
-    "Rows": _rows_text,
-    "Step": _step_text,
+    "Rows": lambda found, view, **options: _in("rows").rows_text(
+        view.step, view.run.facts, name=view.run.name, **options
+    ),
+    "Step": lambda found, view, **options: _in("step").step_text(
+        found, view.run.facts, name=view.run.name, **options
+    ),
     "Verification": _verify_text,
     "WhatIf": _what_if_text,
-    "Why": _why_text,
+    "Why": lambda found, view, **options: _in("why").why_text(found, name=view.run.name, **options),
 }
 
 #: Answers that hold more than their fields and what these derive.
 _DATA: dict[str, Callable[..., dict[str, Any]]] = {
     "Found": _found_data,
-    "Rows": _rows_data,
-    "Step": _step_data,
-    "Why": _why_data,
+    "Rows": lambda found, view, **options: _in("rows").rows_data(view.step, view.run.facts, **options),
+    "Step": lambda found, view, **options: _in("step_data").step_data(found, view.run, **options),
+    "Why": lambda found, view: _in("why") and plain_data(found),
 }
 
 DERIVED |= {

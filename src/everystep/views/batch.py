@@ -67,21 +67,6 @@ def _last_module(modules: Mapping[str, ModuleFacts]) -> str | None:
     return last[0] if last and outer is not None and outer.class_name == "Sequential" else None
 
 
-def _columns_of_classes(step: Step, names: list[str], last: str | None) -> set[str]:
-    """Return the names of results with a column for each class: the output, and what a loss makes of it.
-
-    last: the path of the module that makes the output.
-    """
-    shape = len(step.batch.tensors["y"]), len(names)
-    return {
-        name
-        for seen in step.operations
-        if seen.operation.phase == "loss" or (last is not None and seen.operation.module == last)
-        for name, tensor in seen.results.items()
-        if tensor.shape == shape and tensor.is_floating_point()
-    }
-
-
 def classes_of_tensors(
     step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
 ) -> dict[str, str]:
@@ -94,11 +79,17 @@ def classes_of_tensors(
         return {}
     shape = len(step.batch.tensors["y"]), len(names)
     last = _last_module(modules)
-    columns = _columns_of_classes(step, names, last)
     found = {"batch.y": "values"}
     output = None if last is None else first_of(step.activations.get(last))
     if output is not None and output.shape == shape:
         found[f"activations/{last}"] = "columns"
+    columns = {
+        name
+        for seen in step.operations
+        if seen.operation.phase == "loss" or (last is not None and seen.operation.module == last)
+        for name, tensor in seen.results.items()
+        if tensor.shape == shape and tensor.is_floating_point()
+    }
     for number, seen in enumerate(step.operations):
         for role, given in (("inputs", seen.inputs), ("results", seen.results)):
             for name, tensor in given.items():

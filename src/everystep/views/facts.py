@@ -23,7 +23,7 @@ from everystep.recording.facts import (
 )
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text, shortest
-from everystep.views.texts import counted, labelled, number
+from everystep.views.texts import counted, labelled, number, time_text
 
 __all__ = [
     "closing",
@@ -81,7 +81,9 @@ def closing(directory: Path, reason: str | None) -> str:
     seconds = "" if facts.seconds is None else f" in {facts.seconds:.3g} s"
     lines = [] if reason is None else [f"stopped: {reason}", ""]
     measured = "".join(
-        f", {name} {number(value)}" for name, value in _latest_measurements(run).items() if name != "lr"
+        f", {name} {number(value)}"
+        for name, value in run.latest_measurements.items()
+        if name != "lr" and name not in facts.measured
     )
     has_loss = summary.first_loss is not None
     loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if has_loss else ""
@@ -93,21 +95,16 @@ def closing(directory: Path, reason: str | None) -> str:
     lines.append(engine_text(facts) if summary.steps else "only the initial state, state 0, is recorded")
     lines.append(f"recorded in {directory}")
     argument = shlex.quote(shortest_name(directory))
-    lines += [
-        "",
-        "next:",
-        f"  everystep view {argument}",
-    ]
+    following = [f"fork {argument} --at 0 --steps 500"]
     if summary.steps:
-        lines += [
-            f"  everystep step {argument} {summary.steps}",
-            f"  everystep table {argument} -o losses.html",
-            f"  everystep plot {argument} -o loss.png",
-            f"  everystep report {argument} -o report.html",
+        following = [
+            f"step {argument} {summary.steps}",
+            f"table {argument} -o losses.html",
+            f"plot {argument} -o loss.png",
+            f"report {argument} -o report.html",
         ]
-    else:
-        lines.append(f"  everystep fork {argument} --at 0 --steps 500")
-    return "\n".join(lines)
+    commands = (f"  everystep {command}" for command in (f"view {argument}", *following))
+    return "\n".join([*lines, "", "next:", *commands])
 
 
 def engine_text(facts: Facts) -> str:
@@ -163,8 +160,7 @@ def _fork_text(fork: ForkFacts) -> str:
 def _resumed_text(resumed: Sequence[ResumeFacts]) -> str:
     newest = resumed[-1]
     times = f" (the last of {len(resumed)} times)" if len(resumed) > 1 else ""
-    began = newest.began.astimezone().strftime("%Y-%m-%d %H:%M")
-    lines = [f"after step {newest.at:,}, {began}{times}"]
+    lines = [f"after step {newest.at:,}, {time_text(newest.began)}{times}"]
     return "\n".join(lines + [f"changed: {each}" for each in newest.changed])
 
 
@@ -194,11 +190,6 @@ def _steps_text(steps: int, training: TrainingFacts) -> str:
     return f"{steps:,}, {batches.batch_size} rows each, {batches.steps_per_epoch:,} to an epoch"
 
 
-def _latest_measurements(run: RecordedRun) -> dict[str, float]:
-    later = run.facts.measured
-    return {name: value for name, value in run.latest_measurements.items() if name not in later}
-
-
 def shortest_name(directory: Path) -> str:
     """Return what a user need type: the bare name of a run in runs/."""
     return directory.name if directory.parent == Path("runs") else str(directory)
@@ -210,10 +201,9 @@ def ending(run: RecordedRun, facts: Facts, status: str, steps: int) -> str | Non
     facts, status, steps: of the run, as already read.
     """
     if status == "killed":
-        time = run.last_written.astimezone().strftime("%Y-%m-%d %H:%M")
         planned = f" of {facts.steps:,}" if facts.steps and facts.steps > steps else ""
         where = f"after step {steps:,}{planned}" if steps else "before its first step"
-        return f"killed {where}, {time}"
+        return f"killed {where}, {time_text(run.last_written)}"
     if status in ("stopped", "failed"):
         return f"{status}: {facts.reason}" if facts.reason else status
     return None
@@ -249,11 +239,31 @@ def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[
 
 
 def facts_data(facts: Facts) -> dict[str, Any]:
-    """Return everything that is known of a run, in words, as the page and the report show it."""
+    """Return everything that is known of a run, in words, as the page and the report show it.
+
+    facts: as (label, text); details: numerics and versions, each as a title, a few words, and all as
+    (label, text); times: when it was trained, and how long that took, in lines.
+    """
+    training = facts.training
+    numerics, versions = training.numerics.named(), training.versions
+    seed = "the state of torch's generator" if training.seed is None else str(training.seed)
+    times = [("started", facts.started), ("ended", facts.finished)]
+    seconds = [] if facts.seconds is None else [f"{facts.seconds:.3g} s of training"]
     return {
-        "facts": [*facts_in_order(facts), ("seed", seed(facts))],
-        "details": details(facts),
-        "times": times(facts),
+        "facts": [*facts_in_order(facts), ("seed", seed)],
+        "details": [
+            (
+                "numerics",
+                f"CPU capability {numerics['cpu_capability']}, MKL_CBWR {numerics['mkl_cbwr']}",
+                [(key.replace("_", " "), _word(value)) for key, value in numerics.items()],
+            ),
+            (
+                "versions",
+                ", ".join(f"{n} {versions[n]}" for n in ("everystep", "torch") if n in versions),
+                list(versions.items()),
+            ),
+        ],
+        "times": "\n".join([*(f"{what} {_time(time)}" for what, time in times if time), *seconds]),
     }
 
 
@@ -279,39 +289,6 @@ def landmarks(steps: NDArray[Any], losses: NDArray[Any]) -> dict[str, Any]:
         ],
         "nonfinite": None if bad is None else {"step": int(steps[bad]), "loss": str(losses[bad])},
     }
-
-
-def details(facts: Facts) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Return numerics and versions, each as a title, a few words, and all as (label, text)."""
-    numerics, versions = facts.training.numerics.named(), facts.training.versions
-    return [
-        (
-            "numerics",
-            f"CPU capability {numerics['cpu_capability']}, MKL_CBWR {numerics['mkl_cbwr']}",
-            [(key.replace("_", " "), _word(value)) for key, value in numerics.items()],
-        ),
-        (
-            "versions",
-            ", ".join(f"{name} {versions[name]}" for name in ("everystep", "torch") if name in versions),
-            list(versions.items()),
-        ),
-    ]
-
-
-def seed(facts: Facts) -> str:
-    """Return what the run's random numbers begin with, in words."""
-    seed = facts.training.seed
-    return "the state of torch's generator" if seed is None else str(seed)
-
-
-def times(facts: Facts) -> str:
-    """Return when the run was trained, and how long that took, in lines."""
-    lines = [f"started {_time(facts.started)}"] if facts.started else []
-    if facts.finished:
-        lines.append(f"ended {_time(facts.finished)}")
-    if facts.seconds is not None:
-        lines.append(f"{facts.seconds:.3g} s of training")
-    return "\n".join(lines)
 
 
 def _word(value: object) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +12,6 @@ from everystep.views.batch import first_of
 
 __all__ = ["network"]
 
-_VIEW = re.compile(r"~\d+$")
 #: What an operation is given besides what comes from the layer before.
 _OWN = ("parameter/", "buffer/")
 
@@ -57,11 +55,11 @@ def _follows(step: Step, before: list[int], operations: list[int]) -> bool:
     reached: set[str] = set()
     for number in range(before[0], operations[-1] + 1):
         seen = step.operations[number]
-        uses = any(_VIEW.sub("", name) in reached for name in seen.inputs)
+        uses = not reached.isdisjoint(_bases(seen.inputs))
         if uses and number in operations:
             return True
         if uses or number in before:
-            reached |= {_VIEW.sub("", name) for name in seen.results}
+            reached |= _bases(seen.results)
     return False
 
 
@@ -110,10 +108,13 @@ def _input_shape(step: Step, operations: list[int]) -> list[int] | None:
     made: set[str] = set()
     for number in operations:
         seen = step.operations[number]
+        made |= _bases(seen.results)
         for name, tensor in seen.inputs.items():
-            if not name.startswith(_OWN) and _VIEW.sub("", name) not in made | {
-                _VIEW.sub("", result) for result in seen.results
-            }:
+            if not name.startswith(_OWN) and _bases([name]).isdisjoint(made):
                 return list(tensor.shape)
-        made |= {_VIEW.sub("", name) for name in seen.results}
     return None
+
+
+def _bases(names: Iterable[str]) -> set[str]:
+    """Return the names of the tensors that these are views of, or are."""
+    return {name.partition("~")[0] for name in names}

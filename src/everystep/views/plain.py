@@ -9,7 +9,9 @@ from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-__all__ = ["DERIVED", "as_json", "plain_data"]
+from everystep.recording.texts import shortest
+
+__all__ = ["DERIVED", "as_json", "plain_data", "plain_number"]
 
 #: What answers, and their parts, derive from their fields and are shown with, by the name of the class.
 DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {}
@@ -18,6 +20,13 @@ DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {}
 def as_json(data: Any) -> str:
     """Return plain data as JSON."""
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def plain_number(value: float | None) -> float | str | None:
+    """Return a number in the fewest digits that give it back; nan, inf and -inf are texts."""
+    if value is None or not math.isfinite(value):
+        return value if value is None else str(value)
+    return float(shortest(value))
 
 
 def plain_data(value: Any) -> Any:

@@ -61,17 +61,9 @@ def loss_plot(
     """
     if not runs:
         raise UsageError("nothing to plot; pass at least one run")
-    names = _names(runs)
-    notes: list[str] = []
-    points, marks = [], []
-    for run, name in zip(runs, names, strict=True):
-        frame = run.losses
-        if damage := run.damage:
-            notes.append(_plain("\n".join(wrap(damage, _CAPTION_WIDTH))))
-        points.append(_drawable(frame, name, "loss", log, notes))
-        marks.append(_nonfinite(frame, name, notes))
-    lines = _measured(runs, names, measurements, log, notes)
-    return _plot(names, points, marks, lines, measurements, log, notes)
+    curves = dict(zip(_names(runs), (run.losses for run in runs), strict=True))
+    damage = [_plain("\n".join(wrap(run.damage, _CAPTION_WIDTH))) for run in runs if run.damage]
+    return _plot(curves, runs, measurements, log, damage)
 
 
 def curves_plot(curves: Mapping[str, pl.DataFrame], log: bool = False) -> p9.ggplot:
@@ -79,22 +71,23 @@ def curves_plot(curves: Mapping[str, pl.DataFrame], log: bool = False) -> p9.ggp
 
     log: as in `loss_plot`.
     """
-    notes: list[str] = []
-    names = list(map(_plain, curves))
-    points = [_drawable(c, n, "loss", log, notes) for n, c in zip(names, curves.values(), strict=True)]
-    marks = [_nonfinite(c, n, notes) for n, c in zip(names, curves.values(), strict=True)]
-    return _plot(names, points, marks, pd.DataFrame(), (), log, notes)
+    return _plot({_plain(name): frame for name, frame in curves.items()}, (), (), log, [])
 
 
 def _plot(
-    names: Sequence[str],
-    points: Sequence[pd.DataFrame],
-    marks: Sequence[pd.DataFrame],
-    lines: pd.DataFrame,
+    curves: Mapping[str, pl.DataFrame],
+    runs: Sequence[RecordedRun],
     measurements: Sequence[str],
     log: bool,
-    notes: Sequence[str],
+    notes: list[str],
 ) -> p9.ggplot:
+    """Return the plot of losses by name; runs: that have the measurements."""
+    names = list(curves)
+    points, marks = [], []
+    for name, curve in curves.items():
+        points.append(_drawable(curve, name, "loss", log, notes))
+        marks.append(_nonfinite(curve, name, notes))
+    lines = _measured(runs, names, measurements, log, notes)
     several = len(names) > 1
     frame = pd.concat(points)
     plot = p9.ggplot(frame, p9.aes("step", "value")) + _layers(several, frame, pd.concat(marks), lines)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -15,7 +16,7 @@ from rich.text import Text
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.views.facts import header
-from everystep.views.tables import SafeConsole
+from everystep.views.terminal import SafeConsole
 from everystep.views.texts import clean, number
 
 __all__ = ["Silent", "TerminalProgress", "counting"]
@@ -85,7 +86,7 @@ class TerminalProgress(Silent):
                 if step in (1, self._last) or step % self._every == 0
             )
             self._lines(text)
-        self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")
+        self._update(first_step + len(losses) - 1, text=f"loss {number(losses[-1])}")
 
     def notice(self, message: str) -> None:
         """Print a notice above the bar."""
@@ -98,15 +99,12 @@ class TerminalProgress(Silent):
             self._bar = None
 
     def _start(self, what: str, total: int, text: str) -> None:
-        if not (self._console.is_terminal or self._console.is_jupyter):
-            return
         self._bar = _bar(self._console, what, total, text)
         self._bar.start()
 
-    def _update(self, completed: int, text: str | None = None) -> None:
+    def _update(self, completed: int, **fields: Any) -> None:
         if self._bar is not None:
-            fields = {} if text is None else {"text": text}
-            self._bar.update(self._bar.task_ids[0], completed=completed, **fields)  # type: ignore[arg-type]
+            self._bar.update(self._bar.task_ids[0], completed=completed, **fields)
 
 
 class _Speed(ProgressColumn):
@@ -132,15 +130,12 @@ def counting(
             begin(what, total)
         yield wanted
         return
-    console = SafeConsole(stderr=True, highlight=False)
-    if not wanted or not (console.is_terminal or console.is_jupyter):
-        yield lambda steps: None
-        return
-    with _bar(console, what, total, "") as bar:
+    with _bar(SafeConsole(stderr=True, highlight=False), what, total, "", is_shown=wanted) as bar:
         yield lambda steps: bar.advance(bar.task_ids[0], steps)
 
 
-def _bar(console: Console, what: str, total: int, text: str) -> Progress:
+def _bar(console: Console, what: str, total: int, text: str, *, is_shown: bool = True) -> Progress:
+    """Return a bar, which only a person sees: on a terminal, or in a notebook."""
     bar = Progress(
         TextColumn("{task.description:<8}"),
         BarColumn(bar_width=32),
@@ -149,6 +144,7 @@ def _bar(console: Console, what: str, total: int, text: str) -> Progress:
         _Speed(),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
+        disable=not (is_shown and (console.is_terminal or console.is_jupyter)),
     )
     bar.add_task(what, total=total, text=text, width=len(str(total)))
     return bar

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["extremes", "reduce"]
 
 
-def reduce(
-    frame: polars.DataFrame, buckets: int, step: str = "step", value: str = "loss"
-) -> polars.DataFrame:
+def reduce(frame: polars.DataFrame, buckets: int, value: str = "loss") -> polars.DataFrame:
     """Return the rows of `frame` that a plot needs so that no spike is lost.
 
     The range of steps is divided into buckets of equal width. For each bucket, it keeps the first row
@@ -24,26 +22,23 @@ def reduce(
     first and the last row of all. Rows are returned unchanged, with all their columns, in order.
 
     Args:
-        frame: in ascending order of its steps; a missing value counts as NaN.
+        frame: in ascending order of the column `step`; a missing value counts as NaN.
         buckets: their number, at least 1. A frame of up to twice as many rows is returned unchanged; of
             a longer one, at most three rows per bucket and two more are kept.
-        step: the column of the steps, integers.
         value: the column of the values, numbers.
     """
     assert buckets >= 1
     if len(frame) <= 2 * buckets:
         return frame
-    return _extremes(frame, _starts(frame[step].to_numpy(), buckets), value)
+    return _extremes(frame, _starts(frame["step"].to_numpy(), buckets), value)
 
 
-def extremes(
-    frame: polars.DataFrame, width: int, step: str = "step", value: str = "loss"
-) -> polars.DataFrame:
+def extremes(frame: polars.DataFrame, width: int, value: str = "loss") -> polars.DataFrame:
     """Return the rows that `reduce` keeps, with buckets of steps 1 to `width`, and so on.
 
     A frame of up to two rows for each bucket is returned unchanged.
     """
-    steps = frame[step].to_numpy()
+    steps = frame["step"].to_numpy()
     starts = np.unique(np.searchsorted(steps, np.arange(1, steps[-1] + 1, width)))
     return frame if len(frame) <= 2 * len(starts) else _extremes(frame, starts, value)
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from everystep.views.facts import facts_data, landmarks, state_data
 from everystep.views.output_file import write_file
 from everystep.views.table import environment, loss_table
+from everystep.views.texts import size_text
 
 if TYPE_CHECKING:
     from everystep.recording.run import RecordedRun
@@ -43,7 +44,7 @@ class Report(str):
         return report
 
     def __repr__(self) -> str:
-        return f"<report of {self._name}: {len(self) / 1000:,.0f} kB of HTML; save(path) writes it>"
+        return f"<report of {self._name}: {size_text(len(self))} of HTML; save(path) writes it>"
 
     def _repr_html_(self) -> str:
         return (

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError, UsageError, did_you_mean
 from everystep.views.batch import about_columns, class_names, columns_of, targets
 from everystep.views.plain import plain_data
-from everystep.views.tables import Column, table_text
+from everystep.views.terminal import keyed, table_text
 from everystep.views.texts import about_numbers, named, number
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from everystep.answers.rows import Rows, Share
@@ -23,20 +26,8 @@ __all__ = ["order_of", "rows_data", "rows_text"]
 
 #: What rows are ranked by.
 ORDERS = ("loss", "gradient")
-_FIRST = 10
 #: Columns of each row besides its numbers.
 MOST_COLUMNS = 40
-
-
-class RowNumbers(NamedTuple):
-    """What rows are ranked by: the loss of each, and the 2-norm of its term in the gradients (N).
-
-    None where that is unknown; whole: the 2-norm of the gradients themselves.
-    """
-
-    loss: Tensor | None
-    gradient: Tensor | None
-    whole: float
 
 
 def order_of(
@@ -54,12 +45,9 @@ def order_of(
     if parameter is not None and parameter not in rows.gradients:
         cure = did_you_mean(parameter, list(rows.gradients))
         raise UsageError(f"step {rows.step} has no gradient of {parameter!r:.80}; {cure}")
-    numbers = row_numbers(rows, parameter)
-    for name in [by] if by else ["gradient"] if parameter else ORDERS:
-        values = numbers.loss if name == "loss" else numbers.gradient
-        if values is not None:
-            return name, rows.ranked(values)
-    return None
+    known = _numbers(rows, parameter)
+    wanted = [by] if by else ["gradient"] if parameter else ORDERS
+    return next(((name, rows.ranked(known[name])) for name in wanted if name in known), None)
 
 
 def rows_text(
@@ -69,47 +57,32 @@ def rows_text(
     name: str,
     by: str | None = None,
     parameter: str | None = None,
-    first: int = _FIRST,
+    first: int = 10,
 ) -> str:
     """Return the worst rows, a line for each, then what is of no row, and what is unknown.
 
     facts, name: of the run; by, parameter: see `order_of`; first: how many rows.
     """
-    rows = step.rows
-    order = order_of(rows, by, parameter)
     title = f"{name}, step {step.number:,}: loss {number(step.loss)}"
-    lines = [title if order is None else f"{title}, rows by {order[0]}", ""]
-    if order is not None:
-        more = [f"{len(order[1]) - first:,} more"] if len(order[1]) > first else []
-        table = table_text(_columns(step, facts, parameter), order[1][:first])
-        lines += [*table, *more, ""]
-    return "\n".join([*lines, *about_rows(rows, parameter)]).rstrip()
-
-
-def _columns(step: Step, facts: Facts, parameter: str | None) -> list[Column[int]]:
-    """Return the columns of the worst rows, which are places in the batch."""
-    loss, gradient, whole = row_numbers(step.rows, parameter)
-    found: list[Column[int]] = [
-        Column("row", lambda place: str(step.rows.numbers[place]), is_number=True)
-    ]
-    for header, values in (("loss", loss), ("gradient", gradient)):
-        if values is not None:
-            found.append(Column(header, _numbers(values), is_number=True))
-    if gradient is not None:
-        share = gradient / whole if whole else None
-        percent = _percents(share)
-        found.append(Column("of the norm", percent, is_number=True))
-    if (known := targets(step.batch, class_names(facts))) is not None:
-        found.append(Column("y", known.__getitem__))
-    return found
-
-
-def _numbers(values: Tensor) -> Callable[[int], str]:
-    return lambda place: number(float(values[place]))
-
-
-def _percents(share: Tensor | None) -> Callable[[int], str]:
-    return lambda place: "-" if share is None else f"{100 * float(share[place]):.1f}%"
+    order = order_of(step.rows, by, parameter)
+    if order is None:
+        return "\n".join([title, "", *about_rows(step.rows, parameter)])
+    found = rows_data(step, facts, by=order[0], parameter=parameter, most=first)
+    classes = targets(step.batch, class_names(facts))
+    has_norm = "gradient" in _numbers(step.rows, parameter)
+    rows = []
+    for place in order[1][:first]:
+        row = found["rows"][str(place)]
+        share = "-" if row["share"] is None else f"{100 * float(row['share']):.1f}%"
+        numbers = {key: "" if row[key] is None else number(float(row[key])) for key in ORDERS}
+        numbers |= {"row": str(row["row"]), "of the norm": share if has_norm else ""}
+        rows.append(numbers | {"y": "" if classes is None else classes[place]})
+    headers = ("row", *ORDERS, "of the norm")
+    columns = [*(keyed(each, is_number=True) for each in headers), keyed("y")]
+    more = [f"{len(order[1]) - first:,} more"] if len(order[1]) > first else []
+    table = table_text(columns, rows)
+    title = f"{title}, rows by {order[0]}"
+    return "\n".join([title, "", *table, *more, "", *about_rows(step.rows, parameter)])
 
 
 def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
@@ -166,17 +139,16 @@ def rows_data(
     wanted = [by] if by else ["gradient"] if parameter else ORDERS
     ranked = (order_of(rows, each, parameter) for each in wanted)
     orders = dict(each for each in ranked if each is not None)
-    loss, gradient, whole = row_numbers(rows, parameter)
-    share = gradient / whole if gradient is not None and whole else None
+    known = _numbers(rows, parameter)
+    whole = math.hypot(*(each.whole for each in _shares(rows, [parameter] if parameter else rows.known)))
+    if whole and "gradient" in known:
+        known["share"] = known["gradient"] / whole
     columns = columns_of(step.batch, facts, len(rows.numbers)) if orders else []
     shares = {name: each for name, each in rows.gradients.items() if parameter in (None, name)}
     about = [*about_rows(rows, parameter), *(about_columns(facts) if columns else [])]
     more = len(columns) - MOST_COLUMNS
     if more > 0:
         about.append(f"columns: the first {MOST_COLUMNS}, and {more:,} more are not shown")
-
-    def number_at(numbers: Tensor | None, place: int) -> float | None:
-        return None if numbers is None else float(numbers[place])
 
     data = {
         "step": step.number,
@@ -198,9 +170,10 @@ def rows_data(
         "rows": {
             place: {
                 "row": rows.numbers[place],
-                "loss": number_at(loss, place),
-                "gradient": number_at(gradient, place),
-                "share": number_at(share, place),
+                **{
+                    name: float(known[name][place]) if name in known else None
+                    for name in (*ORDERS, "share")
+                },
                 "values": [values[place] for _, values in columns[:MOST_COLUMNS]],
                 "gradients": {
                     name: float(each.norms[place])
@@ -215,18 +188,21 @@ def rows_data(
     return found
 
 
-def row_numbers(rows: Rows, parameter: str | None = None) -> RowNumbers:
-    """Return what rows are ranked by, the gradients being those of which the rows are known."""
+def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
+    """Return what is known of what rows are ranked by (N).
+
+    The loss of each, and the 2-norm of its term in the gradients, those of which the rows are known.
+    """
     names = [parameter] if parameter else rows.known
-    whole = math.hypot(*(share.whole for share in _shares(rows, names)))
-    return RowNumbers(_known(lambda: rows.loss), _known(lambda: rows.gradient_of(*names)), whole)
-
-
-def _known(numbers: Callable[[], Tensor]) -> Tensor | None:
-    try:
-        return numbers()
-    except RunError:
-        return None
+    asked: dict[str, Callable[[], Tensor]] = {
+        "loss": lambda: rows.loss,
+        "gradient": lambda: rows.gradient_of(*names),
+    }
+    found = {}
+    for name, ask in asked.items():
+        with suppress(RunError):
+            found[name] = ask()
+    return found
 
 
 def _shares(rows: Rows, names: Sequence[str]) -> list[Share]:

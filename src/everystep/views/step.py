@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any, get_args
+from typing import get_args
 
 from rich.text import Text
+from torch import Tensor
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
-from everystep.recording.facts import Facts, LoopFacts, TrainingFacts
+from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.step import Step, Update
+from everystep.replay.step import Step
 from everystep.views.batch import (
     MOST_VALUES,
     about_classes,
@@ -25,17 +26,19 @@ from everystep.views.batch import (
     targets,
 )
 from everystep.views.formula import Formula, update_formulas
-from everystep.views.lines import (
-    ABSOLUTE,
-    Page,
-    norm,
-    statistics_text,
-)
-from everystep.views.mathematics import mathematics
-from everystep.views.operations import operation_lines, write_operation
+from everystep.views.mathematics import all_arguments, mathematics, value_text
 from everystep.views.segments import SegmentSeen, as_it_happened
-from everystep.views.tables import Cell
-from everystep.views.texts import grouped
+from everystep.views.tensor_texts import (
+    ABSOLUTE,
+    NUMBERS,
+    norm,
+    numbers_of,
+    statistics_text,
+    write_numbers,
+    write_tensors,
+)
+from everystep.views.terminal import Cell, Column, Page, Styled, Table, keyed
+from everystep.views.texts import cut, grouped
 
 __all__ = ["PHASES", "step_html", "step_text"]
 
@@ -50,6 +53,28 @@ _HTML = '<pre style="overflow-x: auto; line-height: 1.35; background: none">{cod
 _INDENT = 2
 #: Rows of a batch that are named.
 _ROWS_SHOWN = 3
+#: The numbers of tensors of an operation with at most so many elements are shown unasked.
+FEW_VALUES = 64
+#: Characters of the path of a module.
+_LONGEST_PATH = 18
+
+#: What the terminal shows of an operation in a line.
+OPERATIONS: tuple[Column[Mapping[str, Cell]], ...] = (
+    keyed("number", "", style="dim"),
+    keyed("module", style="cyan"),
+    keyed("formula", least=34),
+    *NUMBERS,
+    keyed("operator", style="dim", rank=4),
+)
+#: What it shows of the update of a parameter.
+UPDATES: tuple[Column[Mapping[str, Cell]], ...] = (
+    keyed("parameter"),
+    keyed("norm before", is_number=True, rank=1),
+    keyed("norm after", is_number=True, rank=1),
+    keyed("norm of change", is_number=True),
+    keyed("relative", is_number=True),
+    keyed("by", style="dim"),
+)
 
 
 def step_text(
@@ -83,7 +108,7 @@ def step_text(
     if operation is not None and not 0 <= operation <= last:
         known = f"operations are numbered from 0 to {last}" if last >= 0 else "it has none"
         raise UsageError(f"step {step.number} has no operation {operation}: {known}")
-    opened = _Opened(step, facts, Page(width, values))
+    opened = _Opened(step, facts, Page(width), values)
     if operation is not None:
         opened.operation(name, operation)
     else:
@@ -101,14 +126,15 @@ def step_html(step: Step, facts: Facts, name: str) -> str:
 
 
 class _Opened:
-    """A step on its way to a page."""
+    """A step on its way to a page. values: whether the numbers of tensors are shown."""
 
-    def __init__(self, step: Step, facts: Facts, page: Page) -> None:
+    def __init__(self, step: Step, facts: Facts, page: Page, values: bool) -> None:
         self.step = step
         self.steps = facts.steps or 0
         self.training = facts.training_of(step.number)
         self.classes = class_names(facts)
         self.page = page
+        self.values = values
         self.lines = mathematics(step.operations)
 
     def whole(self, name: str, phase: str | None) -> None:
@@ -116,82 +142,70 @@ class _Opened:
         self._heading(name)
         if phase is None and self.training.loop is not None:
             self._as_it_happened(self.training.loop)
-            return
-        for each in PHASES:
-            if phase in (None, each):
-                getattr(self, f"_{each}")(phase is not None or self.page.values)
-        self._complex_numbers()
-
-    def _as_it_happened(self, loop: LoopFacts) -> None:
-        """Write a step of a loop: its batch, its segments in their order, and what has changed."""
-        step, page = self.step, self.page
-        self._batch(False)
-        happened = as_it_happened(step, self.training, loop)
-        for number, seen in enumerate(happened.segments):
-            segment = seen.segment
-            if seen.formulas:
-                self._segment_of_update(seen)
-                continue
-            title = self._title_of_update(seen) if segment.phase == "update" else segment.part or ""
-            page.heading(segment.phase.replace("_", " "), title)
-            numbers = range(segment.first, segment.last + 1)
-            for place in numbers if number else (-1, *numbers):
-                page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
-        if step.gradients:
-            page.heading("grads", "as backward left them")
-            self.page.tensors({f"{name}.grad": tensor for name, tensor in step.gradients.items()})
-        if left := happened.changed_otherwise:
-            page.heading("changed", "outside the updates")
-            rows = [_update_row(name, step.updates[name], None) for name in left]
-            page.table([_update_headings(), *rows])
-        self._complex_numbers()
-
-    def _complex_numbers(self) -> None:
-        """Write what the sign in the tables means."""
+        else:
+            alone = phase is not None or self.values
+            for each in PHASES if phase is None else (phase,):
+                self._phase(each, alone)
         if f", {ABSOLUTE}" in self.page.text.plain:
             self.page.blank()
             self.page.line((f"{ABSOLUTE}: numbers are complex, statistics of absolute values", "dim"))
 
-    def _segment_of_update(self, seen: SegmentSeen) -> None:
-        """Write what an optimizer did: its formulas, and how far each parameter went."""
-        segment, formulas = seen.segment, seen.formulas
-        self.page.heading("update", self._title_of_update(seen))
-        count = segment.last - segment.first + 1
-        several = f" to #{segment.last}, {count:,} operations" if count > 1 else ""
-        self.page.line((f"#{segment.first}{several}", "dim"), indent=_INDENT)
-        self._formulas(formulas)
-        self.page.blank()
-        rows = [_update_row(n, self.step.updates[n], formula) for n, formula in formulas.items()]
-        self.page.table([_update_headings(), *rows])
-
-    def _title_of_update(self, seen: SegmentSeen) -> str:
-        """Return the optimizer, its class and its settings."""
-        optimizer = self.training.optimizers.get(seen.optimizer or "")
-        names = [seen.segment.part or "", optimizer.class_name if optimizer else ""]
-        settings = [f"{name} = {shortest(value)}" for name, value in seen.settings.items()]
-        return ", ".join(filter(None, [": ".join(filter(None, names)), *settings]))
-
     def operation(self, name: str, place: int) -> None:
-        """Write one operation."""
-        page = self.page
+        """Write one operation with its arguments, inputs and results."""
+        page, seen, line = self.page, self.step.operations[place], self.lines[place]
         title = ", ".join([*([name] if name else []), f"step {self.step.number:,}"])
         page.line((f"{title}, operation #{place} of #0 to #{len(self.step.operations) - 1}", "bold"))
         page.blank()
         if not self.step.is_exact:
             page.labelled("replayed", self._exactness(), "yellow")
+        page.labelled("formula", f"{line.left or f'#{place}'} = {line.right}")
+        page.labelled("operator", seen.operation.operator)
+        page.labelled("phase", seen.operation.phase)
+        if seen.operation.module is not None:
+            page.labelled("module", seen.operation.module)
+        arguments = [
+            {
+                "name": key,
+                "value": value_text(value, lambda name: line.given.get(name, name)),
+                "default": "" if is_given else "default",
+            }
+            for key, (value, is_given) in all_arguments(seen.operation).items()
+        ]
+        if arguments:
+            page.heading("arguments")
+            columns = (
+                keyed("name", "", style="dim"),
+                keyed("value", ""),
+                keyed("default", "", style="dim"),
+            )
+            page.table(columns, arguments)
         about = about_classes(self.step, self.classes, self.training.modules)
-        write_operation(page, self.step, place, self.lines[place], about)
+        for role, tensors, called in (
+            ("inputs", seen.inputs, line.given),
+            ("results", seen.results, line.made),
+        ):
+            page.heading(role)
+            for own, tensor in tensors.items():
+                title = called.get(own, own)
+                strides = f"strides ({', '.join(map(str, tensor.stride()))})"
+                also = f"{own}, " if own != title else ""
+                page.line((title, "bold"), (f"  {also}{strides}", "dim"), indent=_INDENT)
+                is_unset = (place, role, own) in self.step.unset
+                page.line(*statistics_text(tensor, is_unset=is_unset), indent=2 * _INDENT)
+                if text := about.get(f"operations/{place}/{role}/{own}"):
+                    page.wrapped(text, "dim", indent=2 * _INDENT)
+                if (self.values or tensor.numel() <= FEW_VALUES) and not is_unset:
+                    write_numbers(page, tensor, indent=2 * _INDENT)
 
     def _heading(self, name: str) -> None:
         step, page = self.step, self.page
         title = f"step {step.number:,} of {self.steps:,}"
         page.line((f"{name}, {title}" if name else title, "bold"))
         page.blank()
-        if self.training.has_loss:
-            page.labelled("loss", f"{grouped(step.loss)}, in full {shortest(step.loss)}")
-        else:
-            page.labelled("loss", "not logged")
-        if self.training.has_loss and not math.isfinite(step.loss):
+        has_loss = self.training.has_loss
+        loss = f"{grouped(step.loss)}, in full {shortest(step.loss)}" if has_loss else "not logged"
+        page.labelled("loss", loss)
+        if has_loss and not math.isfinite(step.loss):
             page.labelled("", "the loss is not finite", "bold red")
         page.labelled("replayed", self._exactness(), "" if step.is_exact else "yellow")
         if step.batch.rows is not None:
@@ -215,39 +229,95 @@ class _Opened:
             "recording"
         )
 
-    def _batch(self, alone: bool) -> None:
-        _write_batch(self.page, self.step, self.training, self.classes)
+    def _as_it_happened(self, loop: LoopFacts) -> None:
+        """Write a step of a loop: its batch, its segments in their order, and what has changed."""
+        step, page = self.step, self.page
+        self._batch()
+        happened = as_it_happened(step, self.training, loop)
+        for number, seen in enumerate(happened.segments):
+            segment = seen.segment
+            title = self._title_of_update(seen) if segment.phase == "update" else segment.part or ""
+            page.heading(segment.phase.replace("_", " "), title)
+            if not seen.formulas:
+                self._list(range(segment.first, segment.last + 1), has_headings=number == 0)
+                continue
+            count = segment.last - segment.first + 1
+            several = f" to #{segment.last}, {count:,} operations" if count > 1 else ""
+            page.line((f"#{segment.first}{several}", "dim"), indent=_INDENT)
+            self._updated(seen.formulas, seen.formulas)
+        if step.gradients:
+            page.heading("grads", "as backward left them")
+            self._tensors(_gradients(step.gradients))
+        if left := happened.changed_otherwise:
+            page.heading("changed", "outside the updates")
+            page.table(UPDATES, [self._update_row(name, None) for name in left])
 
-    def _forward(self, alone: bool) -> None:
-        self.page.heading("forward")
-        self._operations("forward", alone)
+    def _title_of_update(self, seen: SegmentSeen) -> str:
+        """Return the optimizer, its class and its settings."""
+        optimizer = self.training.optimizers.get(seen.optimizer or "")
+        names = [seen.segment.part or "", optimizer.class_name if optimizer else ""]
+        settings = [f"{name} = {shortest(value)}" for name, value in seen.settings.items()]
+        return ", ".join(filter(None, [": ".join(filter(None, names)), *settings]))
 
-    def _loss(self, alone: bool) -> None:
-        self.page.heading("loss", loss_text(self.training.loss))
-        self._operations("loss", alone)
+    def _batch(self) -> None:
+        """Write the batch; where values are asked for, all of it."""
+        page, batch = self.page, self.step.batch
+        page.heading("batch", self._rows_text())
+        self._tensors(batch.tensors)
+        if counts := classes_text(batch, self.classes):
+            page.wrapped(f"classes of y: {counts}", indent=_INDENT)
+        if self.values and counts and (names := targets(batch, self.classes)):
+            page.wrapped(f"row by row: {', '.join(names)}", indent=2 * _INDENT)
+        given = dict(islice(other_values(batch.nested), MOST_VALUES))
+        label = max(map(len, given), default=0)
+        for name, value in given.items():
+            items = value if isinstance(value, list) else [value]
+            texts = ", ".join(repr(item) if isinstance(item, str) else str(item) for item in items)
+            count = f" ({len(items):,})" if isinstance(value, list) else ""
+            line = f"{name:<{label}}  {texts}"
+            if not self.values:
+                line = cut(line, page.width - _INDENT - len(count))
+            page.wrapped(line + count, indent=_INDENT)
+
+    def _rows_text(self) -> str:
+        batch, total = self.step.batch, self.training.data.rows
+        if self.training.loop is not None:
+            return "" if batch.tensors else "no tensors"
+        if batch.rows is None:
+            return f"all {total:,} rows, in order"
+        whole = "" if batch.source == "the data" else f" of {batch.source}"
+        shown = batch.rows.tolist() if self.values else batch.rows[:_ROWS_SHOWN].tolist()
+        more = ", ..." if len(shown) < len(batch.rows) else ""
+        return f"rows {', '.join(map(str, shown))}{more}{whole} ({len(batch.rows):,} of {total:,})"
+
+    def _phase(self, phase: str, alone: bool) -> None:
+        """Write what happened in a phase; alone: in full."""
+        if phase == "batch":
+            self._batch()
+        elif phase == "zero_grad":
+            self._zero_grad(alone)
+        elif phase == "update":
+            self._update(alone)
+        elif phase != "other" or alone or self._places(phase):
+            self.page.heading(phase, loss_text(self.training.loss) if phase == "loss" else "")
+            self._operations(phase, alone)
+            if phase == "backward":
+                self.page.blank()
+                self._tensors(_gradients(self.step.gradients))
 
     def _zero_grad(self, alone: bool) -> None:
-        before, dropped = self.step.number - 1, self.step.dropped
+        before, dropped = self.step.number - 1, _gradients(self.step.dropped)
         if not dropped:
             self.page.heading("zero_grad", "no gradients to drop yet")
             return
         self.page.heading("zero_grad", f"drops the gradients of step {before:,}")
         if alone:
-            self.page.tensors({f"{name}.grad": tensor for name, tensor in dropped.items()})
+            self._tensors(dropped)
         else:
-            norms = {f"{name}.grad": grouped(norm(tensor)) for name, tensor in dropped.items()}
-            self.page.table(
-                [[("gradient", "dim", False), ("norm", "dim", True)]]
-                + [[(name, "", False), (text, "", True)] for name, text in norms.items()]
-            )
-        if any(seen.operation.phase == "zero_grad" for seen in self.step.operations):
+            norms = [{"gradient": name, "norm": grouped(norm(each))} for name, each in dropped.items()]
+            self.page.table((keyed("gradient"), keyed("norm", is_number=True)), norms)
+        if self._places("zero_grad"):
             self._operations("zero_grad", alone)
-
-    def _backward(self, alone: bool) -> None:
-        self.page.heading("backward")
-        self._operations("backward", alone)
-        self.page.blank()
-        self.page.tensors({f"{name}.grad": tensor for name, tensor in self.step.gradients.items()})
 
     def _update(self, alone: bool) -> None:
         step, page = self.step, self.page
@@ -257,56 +327,76 @@ class _Opened:
         page.heading("update", ", ".join([name, *(f"{key} = {value}" for key, value in shown.items())]))
         if self.training.clip_norm is not None:
             page.line((self._clipping(self.training.clip_norm), ""), indent=_INDENT)
-        formulas = update_formulas(step.operations, self.training.optimizers)
-        self._formulas(formulas)
-        page.blank()
-        rows = [_update_row(each, update, formulas.get(each)) for each, update in step.updates.items()]
-        page.table([_update_headings(), *rows])
+        self._updated(step.updates, update_formulas(step.operations, self.training.optimizers))
         if alone:
             page.blank()
             self._operations("update", alone)
-            self._updates_in_full()
-
-    def _other(self, alone: bool) -> None:
-        if alone or any(seen.operation.phase == "other" for seen in self.step.operations):
-            self.page.heading("other")
-            self._operations("other", alone)
-
-    def _formulas(self, formulas: Mapping[str, Formula]) -> None:
-        """Write both notations, once for all the parameters that share them."""
-        of_formula: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
-        for parameter, formula in formulas.items():
-            of_formula.setdefault((formula.operators, formula.calls), []).append(parameter)
-        for (operators, calls), names in of_formula.items():
-            if len(of_formula) > 1:
-                self.page.line((_shortened(names), "dim"), indent=_INDENT)
-            for line in operators:
-                self.page.wrapped(line, "", indent=_INDENT)
-            for line in calls:
-                self.page.wrapped(line, "dim", indent=_INDENT)
+            for title in ("before", "after", "change"):
+                page.blank()
+                tensors = {name: getattr(update, title) for name, update in step.updates.items()}
+                self._tensors(tensors, title)
 
     def _clipping(self, limit: float) -> str:
         whole = sum(norm(gradient) ** 2 for gradient in self.step.gradients.values()) ** 0.5
         effect = "are not clipped" if whole + 1e-6 <= limit else "are clipped"  # as torch does
         return f"first, the gradients, with norm {grouped(whole)}, {effect}: clip_norm = {limit:g}"
 
-    def _updates_in_full(self) -> None:
-        for title in ("before", "after", "change"):
-            self.page.blank()
-            updates = self.step.updates.items()
-            self.page.tensors({name: getattr(update, title) for name, update in updates}, title)
+    def _updated(self, names: Iterable[str], formulas: Mapping[str, Formula]) -> None:
+        """Write both notations, once for all the parameters that share them, and how far each went."""
+        of_formula: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        for parameter, formula in formulas.items():
+            of_formula.setdefault((formula.operators, formula.calls), []).append(parameter)
+        for (operators, calls), parameters in of_formula.items():
+            if len(of_formula) > 1:
+                self.page.line((_shortened(parameters), "dim"), indent=_INDENT)
+            for style, lines in (("", operators), ("dim", calls)):
+                for line in lines:
+                    self.page.wrapped(line, style, indent=_INDENT)
+        self.page.blank()
+        self.page.table(UPDATES, [self._update_row(name, formulas.get(name)) for name in names])
+
+    def _update_row(self, name: str, formula: Formula | None) -> Mapping[str, Cell]:
+        """Return a parameter, how far it went, and the operations that took it there, if known."""
+        update = self.step.updates[name]
+        norms = (grouped(norm(each)) for each in (update.before, update.after, update.change))
+        return dict(zip(("norm before", "norm after", "norm of change"), norms, strict=True)) | {
+            "parameter": name,
+            "relative": f"{100 * update.relative_size:.3g}%",
+            "by": _operations_text(formula.numbers) if formula else "",
+        }
 
     def _operations(self, phase: str, alone: bool) -> None:
         """List the operations of a phase: a line for each, or alone all that is known of them."""
-        places = [i for i, seen in enumerate(self.step.operations) if seen.operation.phase == phase]
-        if places and alone:
+        places = self._places(phase)
+        if not places:
+            self.page.line(("no operations", "dim"), indent=_INDENT)
+        elif alone:
             for place in places:
                 self._operation_in_full(place)
-        elif places:
-            for place in places if phase in ("loss", "other") else (-1, *places):
-                self.page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
         else:
-            self.page.line(("no operations", "dim"), indent=_INDENT)
+            self._list(places, has_headings=phase not in ("loss", "other"))
+
+    def _places(self, phase: str) -> list[int]:
+        return [i for i, seen in enumerate(self.step.operations) if seen.operation.phase == phase]
+
+    def _list(self, places: Sequence[int], *, has_headings: bool) -> None:
+        for place in (-1, *places) if has_headings else places:
+            self.page.line(*self._rows[place + 1], indent=_INDENT)
+
+    @cached_property
+    def _rows(self) -> list[list[Styled]]:
+        """A line for the headings, and one for each operation; aligned through the whole page."""
+        rows: list[dict[str, Cell]] = []
+        for place, (seen, line) in enumerate(zip(self.step.operations, self.lines, strict=True)):
+            rows.append({"number": f"#{place}"})
+            if seen.operation.phase != "update":
+                rows[-1] |= {
+                    "module": _path(seen.operation.module or ""),
+                    "formula": line.short,
+                    "operator": seen.operation.operator,
+                }
+                rows[-1] |= numbers_of(next(iter(seen.made.values()))) if seen.made else {}
+        return list(Table(OPERATIONS, self.page.width - _INDENT).lines(rows))
 
     def _operation_in_full(self, place: int) -> None:
         seen, line, page = self.step.operations[place], self.lines[place], self.page
@@ -318,76 +408,24 @@ class _Opened:
             several = [(f"{line.made.get(name, name)}  ", "")] if len(seen.results) > 1 else []
             is_unset = (place, "results", name) in self.step.unset
             page.line(*several, *statistics_text(tensor, is_unset=is_unset), indent=indent)
-            if page.values and not is_unset:
-                page.numbers(tensor, indent=indent)
+            if self.values and not is_unset:
+                write_numbers(page, tensor, indent=indent)
 
-    @cached_property
-    def _rows(self) -> list[Text]:
-        """A line for the headings, and one for each operation."""
-        return operation_lines(self.step.operations, self.lines, self.page.width - _INDENT)
+    def _tensors(self, named: Mapping[str, Tensor], title: str = "") -> None:
+        write_tensors(self.page, named, title, values=self.values)
 
 
-def _shortened(names: Iterable[str], longest: int = 4) -> str:
-    known = list(names)
-    more = f", ... ({len(known)} parameters)" if len(known) > longest else ""
-    return ", ".join(known[:longest]) + more
+def _gradients(of_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.grad": tensor for name, tensor in of_parameters.items()}
 
 
-def _write_batch(page: Page, step: Step, training: TrainingFacts, classes: list[str] | None) -> None:
-    """Write the batch of a step; where values are asked for, all of it.
-
-    classes: the names of the classes, if the data has such.
-    """
-    page.heading("batch", _rows_text(step, training, whole=page.values))
-    page.tensors(step.batch.tensors)
-    if counts := classes_text(step.batch, classes):
-        page.wrapped(f"classes of y: {counts}", "", indent=_INDENT)
-    if page.values and counts and (names := targets(step.batch, classes)):
-        page.wrapped(f"row by row: {', '.join(names)}", "", indent=2 * _INDENT)
-    _write_other_values(page, step.batch.nested)
+def _shortened(names: Sequence[str], longest: int = 4) -> str:
+    more = f", ... ({len(names)} parameters)" if len(names) > longest else ""
+    return ", ".join(names[:longest]) + more
 
 
-def _rows_text(step: Step, training: TrainingFacts, *, whole: bool) -> str:
-    rows, total = step.batch.rows, training.data.rows
-    if training.loop is not None:
-        return "" if step.batch.tensors else "no tensors"
-    if rows is None:
-        return f"all {total:,} rows, in order"
-    whole_text = "" if step.batch.source == "the data" else f" of {step.batch.source}"
-    shown = rows.tolist() if whole else rows[:_ROWS_SHOWN].tolist()
-    more = ", ..." if len(shown) < len(rows) else ""
-    return f"rows {', '.join(map(str, shown))}{more}{whole_text} ({len(rows):,} of {total:,})"
-
-
-def _write_other_values(page: Page, nested: Any) -> None:
-    """List what the batch holds besides tensors, each in a line."""
-    given = dict(islice(other_values(nested), MOST_VALUES))
-    label = max(map(len, given), default=0)
-    for name, value in given.items():
-        items = value if isinstance(value, list) else [value]
-        texts = ", ".join(repr(item) if isinstance(item, str) else str(item) for item in items)
-        count = f" ({len(items):,})" if isinstance(value, list) else ""
-        line = f"{name:<{label}}  {texts}"
-        width = page.width - _INDENT - len(count)
-        if page.values:
-            page.wrapped(line + count, "", indent=_INDENT)
-        else:
-            cut = line if len(line) <= width else f"{line[: width - 1]}…"
-            page.line((cut + count, ""), indent=_INDENT)
-
-
-def _update_headings() -> list[Cell]:
-    """Return the headings for `_update_row`."""
-    names = ("norm before", "norm after", "norm of change", "relative")
-    return [("parameter", "dim", False), *((n, "dim", True) for n in names), ("by", "dim", False)]
-
-
-def _update_row(name: str, update: Update, formula: Formula | None) -> list[Cell]:
-    """Return a parameter, how far it went, and the operations that took it there, if they are known."""
-    norms = [grouped(norm(each)) for each in (update.before, update.after, update.change)]
-    relative = f"{100 * update.relative_size:.3g}%"
-    by = _operations_text(formula.numbers) if formula else ""
-    return [(name, "", False), *((text, "", True) for text in (*norms, relative)), (by, "dim", False)]
+def _path(module: str) -> str:
+    return module if len(module) <= _LONGEST_PATH else "…" + module[-_LONGEST_PATH + 1 :]
 
 
 def _operations_text(numbers: tuple[int, ...]) -> str:

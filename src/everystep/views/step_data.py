@@ -26,16 +26,18 @@ from everystep.views.batch import (
     targets,
 )
 from everystep.views.formula import Formula, update_formulas
-from everystep.views.lines import norm
 from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
 from everystep.views.network import network
 from everystep.views.plain import plain_data
 from everystep.views.segments import Happened, as_it_happened
+from everystep.views.tensor_texts import norm
+from everystep.views.texts import dtype_text
 
 __all__ = ["step_data", "tensor_of"]
 
 #: Images are drawn as such up to this many pixels along a side.
 _LARGEST_IMAGE = 512
+_PARTS_OF_UPDATE = ("before", "after", "change")
 
 
 def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class _Tensors:
         """Look at a tensor; returns its id."""
         own: dict[str, Any] = {
             "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dtype": dtype_text(tensor),
         }
         if about := self._of_classes.get(id):
             own["classes"] = about
@@ -233,7 +235,7 @@ def _updates(step: Step, formulas: dict[str, Formula], tensors: _Tensors) -> lis
     found = []
     for name, update in step.updates.items():
         formula = formulas.get(name) or Formula((), (), ())
-        parts = {"before": update.before, "after": update.after, "change": update.change}
+        parts = {part: getattr(update, part) for part in _PARTS_OF_UPDATE}
         found.append(
             {"parameter": name}
             | {part: tensors.add(f"updates/{name}/{part}", tensor) for part, tensor in parts.items()}
@@ -251,28 +253,30 @@ def tensor_of(step: Step, id: str, facts: Facts) -> Tensor:
     Raises:
         UsageError: the step has no such tensor.
     """
-    kind, _, name = id.partition("/")
-    found: Any = None
-    of_batch = {id_of_batch(name): tensor for name, tensor in step.batch.tensors.items()}
-    if id in of_batch:
-        found = of_batch[id]
-    elif id == "batch.images" and of_batch:
-        found = images_of(next(iter(of_batch.values())), facts)
+    kind, _, rest = id.partition("/")
+    found: dict[str, Any] = {id_of_batch(name): each for name, each in step.batch.tensors.items()}
+    if id == "batch.images" and found:
+        found[id] = images_of(next(iter(found.values())), facts)
     elif kind in ("parameters", "buffers", "dropped", "gradients", "activations"):
-        found = first_of(getattr(step, kind).get(name))
+        found[id] = first_of(getattr(step, kind).get(rest))
     elif kind == "updates":
-        parameter, _, which = name.rpartition("/")
-        if parameter in step.updates and which in ("before", "after", "change"):
-            found = getattr(step.updates[parameter], which)
+        parameter, _, part = rest.rpartition("/")
+        if parameter in step.updates and part in _PARTS_OF_UPDATE:
+            found[id] = getattr(step.updates[parameter], part)
     elif kind == "operations":
-        found = _of_operation(step, name)
+        number, _, own = rest.partition("/")
+        role, _, name = own.partition("/")
+        seen = {str(place): each for place, each in enumerate(step.operations)}.get(number)
+        if seen is not None and role in ("inputs", "results"):
+            found[id] = getattr(seen, role).get(name)
     if id in unset_ids(step):
         raise UsageError(
             f"{id} has no numbers: it is memory of the kernel, or nothing was written to it yet"
         )
-    if not isinstance(found, Tensor):
+    tensor = found.get(id)
+    if not isinstance(tensor, Tensor):
         raise UsageError(f"step {step.number} has no tensor {id!r:.200}; see the step's list of tensors")
-    return found
+    return tensor
 
 
 def id_of_batch(name: str) -> str:
@@ -304,13 +308,3 @@ def images_of(x: Tensor, facts: Facts) -> Tensor | None:
     except (KeyError, TypeError, ValueError, RuntimeError):  # they were not, or not as everystep does it
         return x
     return x * deviation + mean
-
-
-def _of_operation(step: Step, name: str) -> Tensor | None:
-    number, _, rest = name.partition("/")
-    role, _, own = rest.partition("/")
-    known = {str(place): seen for place, seen in enumerate(step.operations)}
-    if number not in known or role not in ("inputs", "results"):
-        return None
-    named: dict[str, Tensor] = getattr(known[number], role)
-    return named.get(own)

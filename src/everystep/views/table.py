@@ -9,7 +9,10 @@ from __future__ import annotations
 import gzip
 import shlex
 from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,27 +36,20 @@ STATIC_ROWS = 10
 FEWEST_ROWS = 100
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class LossTable:
     """The losses and measurements of a run, as a table; it shows in a notebook.
 
-    frame: the rows of the table: step, loss (unless the run logs none), and a column for each
-        measurement, null if it has none.
+    name: of the run; frame: the rows of the table: step, loss (unless the run logs none), and a column
+    for each measurement, null if it has none; total: rows of the whole table; excerpt: which of them
+    `frame` has, None if all; damage: what is missing of the run.
     """
 
-    def __init__(
-        self,
-        name: str,
-        frame: pl.DataFrame,
-        total: int,
-        excerpt: str | None,
-        damage: str | None = None,
-    ) -> None:
-        """total: rows of the whole table; excerpt: which of them `frame` has, None if all."""
-        self.frame = frame
-        self._name = name
-        self._total = total
-        self._excerpt = excerpt
-        self._damage = damage
+    name: str
+    frame: pl.DataFrame
+    total: int
+    excerpt: str | None
+    damage: str | None = None
 
     def __repr__(self) -> str:
         return f"{self.caption()}\n{self.frame}"
@@ -63,11 +59,11 @@ class LossTable:
 
     def caption(self) -> str:
         """Return a sentence about the rows, and how to get all if they are an excerpt."""
-        if self._damage is not None:
-            return self._damage
-        if self._excerpt is None:
-            return f"{self._total:,} rows, complete"
-        return f"{self._excerpt_text()}; all: {self._command()}"
+        if self.damage is not None:
+            return self.damage
+        if self.excerpt is None:
+            return f"{self.total:,} rows, complete"
+        return f"{self._excerpt_sentence()}; all: {self.command}"
 
     def fragment(self) -> str:
         """Return the table as HTML to embed in another page, more than once if needed."""
@@ -78,21 +74,21 @@ class LossTable:
         steps, *numbers = self.frame.get_columns()
         columns = [steps.to_list(), *map(shortest_texts, numbers)]
         return {
-            "damage": self._damage,
-            "excerpt": None if self._excerpt is None else self._excerpt_text(),
-            "command": self._command(),
+            "damage": self.damage,
+            "excerpt": self.excerpt and self._excerpt_sentence(),
+            "command": self.command,
             "titles": self.frame.columns,
             "total": len(self.frame),
             "static": list(zip(*(column[:STATIC_ROWS] for column in columns), strict=True)),
-            "data": {"name": self._name, "titles": self.frame.columns, "columns": columns},
+            "data": {"name": self.name, "titles": self.frame.columns, "columns": columns},
             "datatables": _datatables(),
         }
 
     def html(self) -> str:
         """Return a complete page."""
-        is_whole = self._excerpt is None and self._damage is None
+        is_whole = self.excerpt is None and self.damage is None
         lead = "The loss of every step" if is_whole else "The losses"
-        return _rendered("table.html", name=self._name, lead=lead, fragment=Markup(self.fragment()))
+        return _rendered("table.html", name=self.name, lead=lead, fragment=Markup(self.fragment()))
 
     def save(self, path: str | Path) -> None:
         """Write a complete page.
@@ -102,11 +98,13 @@ class LossTable:
         """
         write_file(path, self.html())
 
-    def _excerpt_text(self) -> str:
-        return f"{len(self.frame):,} of {self._total:,} rows: {self._excerpt}"
+    def _excerpt_sentence(self) -> str:
+        return f"{len(self.frame):,} of {self.total:,} rows: {self.excerpt}"
 
-    def _command(self) -> str:
-        return f"everystep losses {shlex.quote(self._name)} --csv"
+    @property
+    def command(self) -> str:
+        """What to type for all rows."""
+        return f"everystep losses {shlex.quote(self.name)} --csv"
 
 
 def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
@@ -147,23 +145,14 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         *(extremes(part, wide, value=name)["step"] for name, part in measured.items() if wide),
     ]
     some = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
-    excerpt = _excerpt_text(stride, stride if run.facts.has_loss else None, wide)
-    return LossTable(run.name, some, total, excerpt, run.damage)
-
-
-def _excerpt_text(stride: int, losses: int | None, measurements: int | None) -> str:
-    """Return which rows an excerpt has.
-
-    stride: between evenly spaced steps; losses, measurements: the steps of which it has the smallest and
-    the largest of them; None if there are none.
-    """
-    spans = {"loss": losses, "value of each measurement": measurements}
-    found = [
+    spans = {"loss": stride if run.facts.has_loss else None, "value of each measurement": wide}
+    found = (
         f"of each {span:,} steps the smallest and the largest {what}, and the first that is not finite"
         for what, span in spans.items()
         if span is not None
-    ]
-    return "; ".join([f"every {stride:,}th step", *found, "the first and the last step"])
+    )
+    excerpt = "; ".join([f"every {stride:,}th step", *found, "the first and the last step"])
+    return LossTable(run.name, some, total, excerpt, run.damage)
 
 
 def shortest_texts(values: pl.Series) -> list[str]:
@@ -227,9 +216,5 @@ def column_title(measurement: str) -> str:
 
 def _round_up(number: float) -> int:
     """Return the next of 1, 2, 5, 10, 20, 50, ..."""
-    power = 1
-    while True:
-        for leading in (1, 2, 5):
-            if leading * power >= number:
-                return leading * power
-        power *= 10
+    sizes: Iterator[int] = (leading * 10**power for power in count() for leading in (1, 2, 5))
+    return next(size for size in sizes if size >= number)

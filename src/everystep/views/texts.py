@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len, set_cell_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "NAMED",
+    "TIMES",
     "about_numbers",
     "block",
     "clean",
     "counted",
+    "cut",
+    "dtype_text",
     "grouped",
     "labelled",
     "named",
     "number",
     "one_line",
+    "shape_text",
+    "size_text",
+    "time_text",
 ]
 
 #: States, tensors, names and rows that are named before the rest is counted.
 NAMED = 6
+
+#: Between the sizes of a shape.
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 #: Characters of a label of an answer.
 _WIDTH = 12
@@ -40,7 +55,14 @@ def clean(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Return a text as part of a line: whatever is not printable is replaced, line breaks, too."""
+    if text.isprintable():
+        return text
     return "".join(each if each.isprintable() else "\ufffd" for each in text)
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text of at most so many columns of the terminal; a longer one ends with an ellipsis."""
+    return text if cell_len(text) <= most else set_cell_size(text, most - 1).rstrip("….") + "…"
 
 
 def number(value: float | None) -> str:
@@ -52,6 +74,26 @@ def grouped(value: float) -> str:
     """Return a number in four significant digits, thousands apart."""
     text = number(value)
     return f"{int(text):,}" if text.lstrip("-").isdigit() else text
+
+
+def shape_text(tensor: Tensor) -> str:
+    """Return a shape as sizes multiplied, and `number` of one without dimensions."""
+    return TIMES.join(f"{size:,}" for size in tensor.shape) if tensor.dim() else "number"
+
+
+def dtype_text(tensor: Tensor) -> str:
+    """Return the dtype of a tensor without torch's prefix: `float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes."""
+    return f"{count / 1000:,.0f} kB" if count >= 1000 else f"{count} bytes"
+
+
+def time_text(time: datetime) -> str:
+    """Return a time to the minute, where the reader is."""
+    return f"{time.astimezone():%Y-%m-%d %H:%M}"
 
 
 def counted(count: int, noun: str) -> str:

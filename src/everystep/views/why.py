@@ -8,20 +8,19 @@ from typing import Any
 
 from rich.text import Text
 
-from everystep.answers.why import Group, Number, Spot, Term, Why
+from everystep.answers.why import Number, Spot, Term, Why
 from everystep.errors import UsageError
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.replay.step import Step
-from everystep.views.lines import Page
 from everystep.views.mathematics import Line, mathematics
 from everystep.views.plain import DERIVED
 from everystep.views.step_data import tensor_of
-from everystep.views.tables import Cell, table_lines
+from everystep.views.terminal import Cell, Column, Page
 from everystep.views.texts import about_numbers, named
 from everystep.views.texts import number as four_digits
 
-__all__ = ["spot_of", "why_page", "why_text"]
+__all__ = ["spot_of", "why_text"]
 
 _INDEX = re.compile(r"\d{1,18}(,\d{1,18})*", re.ASCII)
 
@@ -30,21 +29,12 @@ _INDENT = 2
 _ENDS = 5
 
 
-def why_text(found: Why, *, has_title: bool = True) -> str:
-    """Return where a number comes from, in lines.
-
-    has_title: whether the first names the step.
-    """
-    text = why_page(found).plain
-    return text if has_title else text.partition("\n")[2].rstrip()
-
-
-def why_page(found: Why, *, name: str = "", width: int = 100) -> Text:
+def why_text(found: Why, *, name: str = "", width: int = 100) -> Text:
     """Return where a number comes from as text, to print with `soft_wrap=True`.
 
     name: of the run.
     """
-    page = Page(width, values=False)
+    page = Page(width)
     _Writer(page, found).write(name)
     return page.text
 
@@ -114,9 +104,7 @@ class _Writer:
         if each.note:
             self.page.line((each.note, "dim"), indent=_INDENT)
         if each.groups:
-            headings, *lines = table_lines(_rows(each))
-            for line in [headings] * bool(headings.plain.strip()) + lines:
-                self.page.text.append(" " * 2 * _INDENT).append(line).append("\n")
+            self.page.table(_columns(each), list(_rows(each)), indent=2 * _INDENT)
         if each.unknown:
             known = ", ".join(each.unknown)
             text = f"which numbers it used is not known; it was given all of: {known}"
@@ -153,48 +141,54 @@ def _below(found: Why) -> Iterator[Why]:
         yield from _below(each)
 
 
-def _rows(each: Why) -> list[list[Cell]]:
-    """Return the numbers of an answer as rows of a table: a term, its numbers, where they are from."""
-    most = max(len(_names(term)) for group in each.groups for term in group.terms or (Term({}),))
-    is_sum = any(group.rest is not None or _has_value(group) for group in each.groups)
-    heading: list[Cell] = [("term" if is_sum else "", "dim", is_sum)]
+#: A term of a sum, or what stands for several: its text, its numbers with their texts, its row.
+_Row = tuple[Cell, list[tuple[Cell, str]], str]
+
+
+def _columns(each: Why) -> list[Column[_Row]]:
+    """Return the columns of the numbers of an answer: a term, its numbers, where they are from."""
+    most = max(len(_numbers(term)) for group in each.groups for term in group.terms or (Term({}),))
+    main = max(each.groups, key=lambda group: group.count)
+    names = [*main.terms[0].numbers, *main.terms[0].weights] if _is_sum(each) and main.terms else []
+    columns: list[Column[_Row]] = [
+        Column("term" if _is_sum(each) else "", lambda row: row[0], is_number=_is_sum(each))
+    ]
     for place in range(most):
-        main = max(each.groups, key=lambda group: group.count)
-        names = _names(main.terms[0]) if is_sum and main.terms else []
-        title = names[place] if place < len(names) else " "
-        heading += [(title, "dim", False), (" ", "dim", True)]
-    rows: list[list[Cell]] = [[*heading, (" ", "dim", False)]]
+        title = names[place] if place < len(names) else ""
+        columns += [
+            Column(title, lambda row, place=place: _at(row, place)[0]),  # type: ignore[misc]
+            Column("", lambda row, place=place: _at(row, place)[1], is_number=True),  # type: ignore[misc]
+        ]
+    return [*columns, Column("", lambda row: row[2], style="dim")]
+
+
+def _at(row: _Row, place: int) -> tuple[Cell, str]:
+    return row[1][place] if place < len(row[1]) else ("", "")
+
+
+def _is_sum(each: Why) -> bool:
+    terms = (term for group in each.groups for term in group.terms)
+    return any(group.rest is not None for group in each.groups) or any(
+        t.value is not None for t in terms
+    )
+
+
+def _rows(each: Why) -> Iterator[_Row]:
     for group in each.groups:
         for term in group.terms:
-            rows.append(_row(group, term, most))
+            first = (group.text, "dim") if term.value is None else _digits_text(term.value)
+            rows = (number.row for number in term.numbers.values() if number.row is not None)
+            yield first, _numbers(term), ", ".join(dict.fromkeys(f"row {row:,}" for row in rows))
         if group.count > len(group.terms):
-            left = group.count - len(group.terms)
-            rest = _digits_text(group.rest) if group.rest is not None else ""
-            more = f"{left:,} more" + (f" of {group.text}" if not is_sum else "")
-            rows.append([(rest, "", True), (more, "dim", False), *[("", "", False)] * (2 * most)])
-    return rows
+            rest = "" if group.rest is None else _digits_text(group.rest)
+            of = "" if _is_sum(each) else f" of {group.text}"
+            yield rest, [((f"{group.count - len(group.terms):,} more{of}", "dim"), "")], ""
 
 
-def _has_value(group: Group) -> bool:
-    return any(term.value is not None for term in group.terms)
-
-
-def _names(term: Term) -> list[str]:
-    return [*term.numbers, *term.weights]
-
-
-def _row(group: Group, term: Term, most: int) -> list[Cell]:
-    first = (group.text, "dim", False) if term.value is None else (_digits_text(term.value), "", True)
-    cells: list[Cell] = [first]
-    where = []
-    for number in term.numbers.values():
-        cells += [(number.name, "", False), (value_text(number), "", True)]
-        if number.row is not None:
-            where.append(f"row {number.row:,}")
-    for weight in term.weights.values():
-        cells += [("", "", False), (shortest(weight), "", True)]
-    cells += [("", "", False)] * (2 * (most - len(_names(term))))
-    return [*cells, (", ".join(dict.fromkeys(where)), "dim", False)]
+def _numbers(term: Term) -> list[tuple[Cell, str]]:
+    """Return the names and the texts of the numbers of a term; its weights have no names."""
+    numbers = [(number.name, value_text(number)) for number in term.numbers.values()]
+    return [*numbers, *(("", shortest(weight)) for weight in term.weights.values())]
 
 
 def _check_text(each: Why) -> list[tuple[str, str]]:
