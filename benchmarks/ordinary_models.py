@@ -1,6 +1,6 @@
 """The steps of which ordinary models a program can repeat, and why not those of the others.
 
-`python -m benchmarks.ordinary_models [name ...]`. Ten models as users write them, the smallest
+`python -m benchmarks.ordinary_models [name ...]`. Four models as users write them, the smallest
 architecture of each family of torchvision, and some of Hugging Face, with weights drawn here: each is
 trained by everystep and by a loop written out by hand, and must have the same bits. A library that is
 not installed is left out, by name; `pip install -e ".[bench]"` installs them all. With names, only

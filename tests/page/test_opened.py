@@ -4,6 +4,7 @@ import math
 import pytest
 import sklearn.datasets
 import torch
+from tests.descent import trained
 from torch import nn
 
 import everystep
@@ -160,18 +161,10 @@ class Nested(nn.Module):
         return self.out(self.again(self.again(self.inner(x)) + x))
 
 
-def test_modules_within_modules(small, tmp_path):
+def test_modules_within_modules(small):
     _, x, y = small
     model = Nested()
-    run = everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3),
-        steps=2,
-        directory=tmp_path / "run",
-        progress=False,
-    )
+    run = trained(model, (x, y), steps=2)
     step = run[2]
     content = step.data()
     layers = {layer["path"]: layer for layer in content["network"]}
@@ -208,17 +201,9 @@ def test_memory_that_nothing_was_written_to_is_not_shown(tmp_path):
     assert "unset" not in content["tensors"][result]
 
 
-def test_a_model_that_is_a_layer_is_a_network_of_one(tmp_path):
+def test_a_model_that_is_a_layer_is_a_network_of_one():
     model = nn.Linear(4, 2)
-    run = everystep.train(
-        model,
-        (torch.randn(8, 4), torch.randn(8, 2)),
-        loss=nn.MSELoss(),
-        optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3),
-        steps=2,
-        directory=tmp_path / "run",
-        progress=False,
-    )
+    run = trained(model, (torch.randn(8, 4), torch.randn(8, 2)), steps=2)
     [layer] = run[2].data()["network"]
     assert (layer["type"], layer["path"], layer["operations"]) == ("Linear", "", [0])
     assert layer["parameters"] == {"weight": "parameters/weight", "bias": "parameters/bias"}
@@ -235,17 +220,9 @@ class Branches(nn.Module):
         return self.one(self.both(torch.cat([self.one(x), self.other(x)], 1)))
 
 
-def test_a_layer_follows_the_one_before_only_where_it_uses_it(tmp_path, runs):
+def test_a_layer_follows_the_one_before_only_where_it_uses_it(runs):
     model = Branches()
-    run = everystep.train(
-        model,
-        (torch.randn(5, 4), torch.randn(5, 4)),
-        loss=nn.MSELoss(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        steps=2,
-        directory=tmp_path / "branches",
-        progress=False,
-    )
+    run = trained(model, (torch.randn(5, 4), torch.randn(5, 4)), steps=2)
     layers = run[2].data()["network"]
     assert [(layer["path"], layer.get("follows")) for layer in layers] == [
         ("one", None),

@@ -11,9 +11,6 @@ from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
-from everystep.program.program import Program
-from everystep.step.check import same_bits
-from everystep.step.eager import EagerStep
 
 CPU = torch.device("cpu")
 
@@ -45,64 +42,6 @@ def training(small, make_trainee):
 @pytest.fixture
 def bind(step_of):
     return lambda training: Bound(training, step_of(training))
-
-
-def test_it_continues_with_the_bits_of_python(training, bind):
-    bound = bind(training)
-    losses = bound.losses(20)
-    eager = EagerStep(training)
-    assert losses == [eager.take(*training.batch(1)).item() for _ in range(20)]
-    state = training.named_state()
-    assert all(same_bits(tensor, state[name]) for name, tensor in bound.state.items())
-
-
-def test_a_state_of_other_strides_is_laid_out_as_the_program_has_it(make_trainee, bind):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
-    model = model.to(memory_format=torch.channels_last)
-    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    training = make_trainee(model, x, torch.randn(2, 2))
-    bound = bind(training)
-    eager = EagerStep(training)
-    assert bound.losses(3) == [eager.take(*training.batch(1)).item() for _ in range(3)]
-
-
-def test_read_from_json_it_is_the_same(training, step_of):
-    last = step_of(training)
-    again = Program.from_json(last.built.program.to_json())
-    one, other = Bound(training, last), Bound(training, last, again)
-    assert one.losses(5) == other.losses(5)
-    assert all(same_bits(tensor, other.state[name]) for name, tensor in one.state.items())
-
-
-def test_observed_it_is_the_same_step(training, step_of):
-    last = step_of(training)
-    one, other = Bound(training, last), Bound(training, last)
-    tanh = next(i for i, each in enumerate(other.program.operations) if each.name == "tanh")
-    seen = []
-    look = {-1: [lambda: seen.append("first")]}
-    look[tanh] = [lambda: seen.append(other.live.tensor("tanh").clone())]
-    calls = other.live.calls_with(look)
-    expected = one.losses(1)
-    other.live.put(other.numbers)
-    with without_autograd():
-        for call in calls:
-            call()
-    assert [other.live.loss.item()] == expected
-    assert seen[0] == "first"
-    model, (x, _) = training.model, training.batch(1)
-    assert same_bits(seen[1], torch.tanh(model[0](x)).detach())
-
-
-def test_a_step_has_its_own_numbers(make_trainee, small, bind):
-    training = make_trainee(*small, optimizer=lambda p: torch.optim.SGD(p, 0.1))
-    bound = bind(training)
-    assert 0.1 in bound.numbers
-    bound.numbers = [0.02 if number == 0.1 else number for number in bound.numbers]
-    training.optimizer.param_groups[0]["lr"] = 0.02
-    eager = EagerStep(training)
-    assert bound.losses(3) == [eager.take(*training.batch(1)).item() for _ in range(3)]
-    with pytest.raises(ProgramError, match=r"the step has 0 numbers, but its program needs \d"):
-        bound.live.put([])
 
 
 def test_missing_or_too_small_memory_is_named(small, make_trainee, step_of):

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from benchmarks.why_by_hand import ALL, complaints, evaluated
+from tests.descent import descend
 from tests.program.test_elements import CASES, positive, rand
 from torch import nn
 from torch.nn import functional
@@ -382,11 +383,7 @@ def test_a_formula_without_decay_is_not_shown_once_there_is_a_decay(
         for number, (inputs, targets) in enumerate(recording.steps([(x, y)] * 5), 1):
             if number == 3:
                 optimizer.param_groups[0]["weight_decay"] = 0.5
-            optimizer.zero_grad()
-            loss = (model(inputs) - targets).square().mean()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, (model(inputs) - targets).square().mean()))
     for number in (2, 4):
         step = recording.run[number]
         _, out, _ = everystep_command("step", recording.run.directory, str(number), "--json")

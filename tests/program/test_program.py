@@ -18,7 +18,7 @@ from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
-from everystep.program.memory import ALIGNMENT, plan_memory, tensor_on
+from everystep.program.memory import tensor_on
 from everystep.program.program import Program
 from everystep.recording.files import program_file
 
@@ -79,29 +79,6 @@ def changed(data, **changes):
             place = place[key]
         place[last] = value
     return json.dumps(data)
-
-
-def test_it_is_read_as_it_was_written(program):
-    assert Program.from_json(program.to_json()) == program
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda p: torch.optim.AdamW(p, 0.1, fused=True),
-        lambda p: torch.optim.Adam(p, 0.1),
-        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-    ],
-    ids=["fused", "Adam", "momentum"],
-)
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(8), nn.Dropout(0.5), nn.GELU("tanh"), nn.LayerNorm(8)])
-def test_programs_of_many_kinds_are_read_as_they_were_written(
-    make_trainee, program_of, optimizer, layer
-):
-    model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 2))
-    x, y = torch.randn(6, 4), torch.randn(6, 2)
-    program = program_of(make_trainee(model, x, y, optimizer=optimizer, clip_norm=1.0))
-    assert Program.from_json(program.to_json()) == program
 
 
 TRAININGS = {
@@ -228,28 +205,6 @@ def place_of(data, way):
     for key in way:
         data = data[key]
     return data
-
-
-def test_memory_is_shared_only_by_those_that_do_not_live_at_once(make_trainee, program_of):
-    layers = [layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.Tanh())]
-    model = nn.Sequential(*layers)
-    program = program_of(make_trainee(model, torch.randn(4, 8), torch.randn(4, 8)))
-    names = program.of_kind("temporary")
-    plan = plan_memory(program, names)
-    lives = {name: [] for name in names}
-    for index, operation in enumerate(program.operations):
-        for tensor in filter(None, (*operation.reads(), *operation.results)):
-            if program.tensors[tensor].storage in lives:
-                lives[program.tensors[tensor].storage].append(index)
-    alive = {name: (min(at), max(at)) for name, at in lives.items() if at}
-    for name, (first, last) in alive.items():
-        start, end = plan.offsets[name], plan.offsets[name] + program.storages[name].bytes
-        assert start % ALIGNMENT == 0
-        assert end <= plan.size
-        for other, (other_first, other_last) in alive.items():
-            if other != name and first <= other_last and other_first <= last:
-                beginning = plan.offsets[other]
-                assert end <= beginning or beginning + program.storages[other].bytes <= start
 
 
 def test_what_an_operation_writes_is_in_the_order_of_its_arguments_in_every_process():

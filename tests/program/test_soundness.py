@@ -31,7 +31,7 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.sweep(every=5)
+@pytest.mark.sweep(every=10)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_program_of_every_module_of_torch_is_read_as_it_was_written(case, make_trainee, program_of):
     model, x, y, loss = case.make()

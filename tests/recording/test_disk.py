@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.descent import descend
 from tests.page.serving import written
 
 import everystep
@@ -33,11 +34,7 @@ def loop(directory, events=()):
     with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
         for _ in range(40):
             with recording.step(torch.randn(8, 4)):
-                loss = model(torch.randn(8, 4)).pow(2).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(loss=descend(optimizer, model(torch.randn(8, 4)).pow(2).mean()))
             dict(events).get(recording.step_count, lambda: None)()
     return recording.run
 

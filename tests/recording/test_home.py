@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.descent import descend
 
 import everystep
 from everystep.errors import RecordingError
@@ -75,11 +76,7 @@ def test_a_loop_follows_its_directory_too(tmp_path):
     with everystep.record(run="runs/a", model=model, optimizer=optimizer) as recording:
         for number in range(40):
             with recording.step(torch.randn(8, 4)):
-                loss = model(torch.randn(8, 4)).pow(2).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(loss=descend(optimizer, model(torch.randn(8, 4)).pow(2).mean()))
             if number == 20:
                 recording.flush()
                 os.chdir("runs")

@@ -18,7 +18,6 @@ import everystep
 from everystep.errors import RunError
 from everystep.recording import database as database_module
 from everystep.recording.database import Database, reading
-from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import SnapshotPlan
 
 any_float32 = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
@@ -224,17 +223,6 @@ def test_snapshots_stay_within_the_budget_at_multiples_of_a_power_of_two(size, s
         assert sum(plan.kept.values()) <= 1000 or len(plan.kept) == 2
         assert all(s % plan.interval == 0 or s == max(plan.kept) for s in plan.kept)
     assert plan.interval & (plan.interval - 1) == 0
-
-
-def test_the_interval_is_chosen_for_the_state_as_it_is_not_for_the_first():
-    recorder = Recorder.__new__(Recorder)
-    recorder.plan, recorder._snapshots_written = SnapshotPlan(10**9), 1
-    recorder._snapshot_bytes, recorder._snapshot_seconds = 2_000_000, 0.03
-    intervals = []
-    for size in (2_000_000, 6_000_000):  # Adam has two more tensors for each parameter
-        recorder.choose_interval(0.1, size)
-        intervals.append(recorder.plan.interval)
-    assert intervals == [16, 32]
 
 
 def test_thinned_snapshots_are_gone_from_disk_too(small):

@@ -41,11 +41,10 @@ def _between(by_step, first, last):
 
 
 @st.composite
-def rows_of_steps(draw, *, has_gaps=True):
+def rows_of_steps(draw):
     """Draw rows in order."""
     rows, step = [], 1
     for _ in range(draw(st.integers(0, 6))):
-        step += draw(st.integers(0, 3)) if has_gaps else 0
         count = draw(st.integers(1, 5))
         inputs = packed({"nesting": draw(st.integers(0, 1)), "given": {}})
         rows.append(Repeat(step, draw(st.sampled_from([None, 1])), None, inputs, count))
@@ -53,56 +52,7 @@ def rows_of_steps(draw, *, has_gaps=True):
     return rows
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    with closing(Database.create(tmp_path_factory.mktemp("rows") / FILE_NAME)) as made:
-        yield made
-
-
-def _replace_all(database, rows):
-    with database.transaction():
-        database.forget_after(0)
-        database.write_repeats(rows)
-
-
-@given(rows_of_steps(), st.integers(0, 30), st.integers(0, 30))
-def test_a_cut_keeps_what_rows_say_of_each_step(rows, first, last):
-    assert _by_step(cut(rows, first, last)) == _between(_by_step(rows), first, last)
-
-
-@given(rows=rows_of_steps(), first=st.integers(0, 30), length=st.integers(0, 9), most=st.integers(1, 3))
-def test_rows_that_reach_into_a_range_are_read(database, rows, first, length, most):
-    last = first + length
-    _replace_all(database, rows)
-    assert database.repeats(first, last) == [r for r in rows if r.step <= last and r.last >= first]
-    found, step = [], first
-    while some := database.repeats_after(step, most):
-        assert len(some) <= most
-        found += some
-        step = some[-1].last
-    assert found == [row for row in rows if row.last > first]
-
-
-@given(rows=rows_of_steps(), step=st.integers(0, 30))
-def test_forgotten_steps_shorten_the_row_that_reaches_beyond(database, rows, step):
-    _replace_all(database, rows)
-    with database.transaction():
-        database.forget_after(step)
-    assert database.repeats(1, MOST_STEPS) == cut(rows, 1, step)
-
-
-def test_reading_a_step_looks_at_one_row(database):
-    """However many there are: the row that has it is found by its key."""
-    statements = []
-    _replace_all(database, [Repeat(step, 1, None, None, 2) for step in range(1, 4000, 2)])
-    database.connection.set_trace_callback(statements.append)
-    assert database.repeats(2000, 2000) == [Repeat(1999, 1, None, None, 2)]
-    database.connection.set_trace_callback(None)
-    plan = [row[3] for row in database.connection.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
-    assert not any(line.startswith("SCAN") for line in plan), plan
-
-
-@given(taken=rows_of_steps(has_gaps=False), cuts=st.data())
+@given(taken=rows_of_steps(), cuts=st.data())
 def test_a_resumed_training_compares_recorded_steps_and_returns_the_others(taken, cuts):
     steps = sum(row.count for row in taken)
     recorded = cuts.draw(st.integers(0, steps))

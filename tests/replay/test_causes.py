@@ -13,6 +13,7 @@ from benchmarks.faults.kinds.judging import all_kinds, judged
 from benchmarks.faults.kinds.sides import Training, with_module
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.descent import descend
 from torch import nn
 from torch.nn import functional
 from torch.optim import AdamW
@@ -119,11 +120,7 @@ def test_an_optimizer_that_keeps_more_is_named(tmp_path):
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1, **settings)
         with everystep.record(run=tmp_path / name, model=model, optimizer=optimizer) as recording:
             for x in recording.steps([torch.randn(4, 3) for _ in range(3)]):
-                loss = model(x).pow(2).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
         return recording.run
 
     one, other = trained("one"), trained("other", amsgrad=True)
@@ -294,11 +291,7 @@ def small():
 
 def usual(model, optimizer, x, y):
     """A step: forward, loss, zero_grad, backward, update."""
-    loss = functional.mse_loss(model(x), y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss
+    return descend(optimizer, functional.mse_loss(model(x), y))
 
 
 def loop(name, *, step=usual, model=small, after=lambda number, model: None, steps=6, batches=None):
@@ -372,11 +365,7 @@ def two_products(swaps, model, optimizer, x, y):
     q, k = model[0](x), model[1](x)
     if swaps:
         q, k = k, q
-    loss = functional.mse_loss((q @ k.T)[:, :3], y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss
+    return descend(optimizer, functional.mse_loss((q @ k.T)[:, :3], y))
 
 
 def test_a_product_of_the_same_tensors_in_another_order_is_said_to_be(said):
@@ -394,11 +383,7 @@ def test_a_product_of_the_same_tensors_in_another_order_is_said_to_be(said):
 def adversaries(detaches, model, optimizer, x, y):
     """A step of two networks, of which the first may get no gradient by the loss of the second."""
     fake = model[0](x)
-    loss = functional.softplus(model[1](fake.detach() if detaches else fake)).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss
+    return descend(optimizer, functional.softplus(model[1](fake.detach() if detaches else fake)).mean())
 
 
 def test_a_detach_that_was_forgotten_is_another_operation_not_another_layout(said):
@@ -485,11 +470,7 @@ def test_calls_that_only_one_step_has_are_named(said):
 )
 def test_a_reduction_is_called_by_its_name(said, loss, cause):
     def step(reduction, model, optimizer, x, y):
-        found = loss(model(x), y, reduction=reduction)
-        optimizer.zero_grad()
-        found.backward()
-        optimizer.step()
-        return found
+        return descend(optimizer, loss(model(x), y, reduction=reduction))
 
     for name, reduction in (("one", "mean"), ("other", "sum")):
         loop(name, step=partial(step, reduction), steps=2)

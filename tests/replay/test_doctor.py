@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.descent import descend
 from tests.sealing import seal_files
 from tests.training.by_hand import by_train, new_training
 from torch import nn
@@ -231,11 +232,11 @@ def test_rows_of_batches_are_compared_with_their_digests(tmp_path, everystep_com
     x, y = torch.randn(20, 40), torch.randn(20, 2)
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for rows in recording.steps(range(0, 20, 4)):
-            loss = nn.functional.mse_loss(model(x[rows : rows + 4]), y[rows : rows + 4])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(
+                loss=descend(
+                    optimizer, nn.functional.mse_loss(model(x[rows : rows + 4]), y[rows : rows + 4])
+                )
+            )
     run = recording.run.directory
     code, out, _ = everystep_command("doctor", run)
     assert code == 0 and "batches, by their digests" in out

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.descent import descend
 from tests.training.by_hand import Made, bits, by_train, contents, mlp, momentum, new_training
 from tests.training.engine_cases import CASES
 from tests.training.loops import unrecorded
@@ -665,11 +666,7 @@ def tuned(record, steps=24, rate=None, at=0):
                 done = getattr(recording, "step_count", done)
                 if rate is not None and done >= at:
                     optimizer.param_groups[0]["lr"] = rate
-                loss = nn.functional.mse_loss(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(loss=descend(optimizer, nn.functional.mse_loss(model(x), y)))
                 done += 1
             schedule.step()
     return recording, [value.detach() for value in model.state_dict().values()]
@@ -739,11 +736,7 @@ def test_a_loop_that_marks_its_steps_makes_forks_of_its_beginning_alone():
         with everystep.record(model=model, optimizer=optimizer, **settings) as recording:
             while recording.step_count < 6:
                 with recording.step():
-                    loss = model(torch.ones(2, 4)).square().mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    recording.log(loss=loss)
+                    recording.log(loss=descend(optimizer, model(torch.ones(2, 4)).square().mean()))
                 optimizer.param_groups[0]["lr"] *= 0.5
         return recording.run
 
@@ -822,11 +815,7 @@ def test_a_fork_of_a_step_function_has_the_parents_bits(engine):
 
         def step(batch):
             x, y = batch
-            optimizer.zero_grad()
-            loss = nn.functional.mse_loss(model(x), y)
-            loss.backward()
-            optimizer.step()
-            return loss
+            return descend(optimizer, nn.functional.mse_loss(model(x), y))
 
         parts = {"model": model, "optimizer": optimizer}
         settings = {"parts": parts, "engine": engine, "progress": False} | settings

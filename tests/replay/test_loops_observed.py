@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.descent import descend
 from tests.training.loops import LOOPS
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -49,11 +50,7 @@ def two_shapes_and_changes(record):
     batches = [(x[:8], y[:8]), (x[8:20], y[8:20])] * (STEPS // 2)
     with record(model=model, optimizer=optimizer) as recording:
         for number, (a, b) in enumerate(recording.steps(batches)):
-            loss = ((model(a) - b) ** 2 * weight).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, ((model(a) - b) ** 2 * weight).mean()))
             if number in (7, 15):
                 with torch.no_grad():
                     model[0].weight.mul_(0.5)
@@ -65,10 +62,7 @@ def called_twice_without_loss(record):
     optimizer = torch.optim.RMSprop(model.parameters(), 0.01)
     with record(model=model, optimizer=optimizer) as recording:
         for _ in recording.steps(range(STEPS)):
-            loss = model(model(x)).square().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(optimizer, model(model(x)).square().sum())
             recording.log(loss=1.0)
 
 
@@ -129,11 +123,7 @@ def test_the_first_infinity_in_a_loop_is_found_at_its_step(tmp_path):
     with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
         for number in recording.steps(range(1, STEPS)):
             batch = x * (1e38 if number == 20 else 1.0)
-            loss = (model(batch) ** 2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, (model(batch) ** 2).mean()))
     run = everystep.open(tmp_path / "run")
     found = run.first_nonfinite(processes=1, progress=False)
     assert found is not None and found.step.number == 20
@@ -148,11 +138,7 @@ def test_a_step_that_cannot_be_replayed_ends_the_verification_there(tmp_path):
         run=tmp_path / "run", batch_budget=60_000, model=model, optimizer=optimizer
     ) as recording:
         for a, b in recording.steps(zip(x.split(64), y.split(64), strict=True)):
-            loss = mse_loss(model(a), b)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, mse_loss(model(a), b)))
     run = everystep.open(tmp_path / "run")
     found = run.verify(processes=1, progress=False)
     assert not found.is_exact and found.steps < found.all_steps

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from tests.descent import descend
 from torch import nn
 
 import everystep
@@ -157,9 +158,7 @@ def rounded(directory, dtype=torch.float32, *, autocast=False, module=nn.Tanh, n
                 given = given + torch.randn_like(given)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = nn.functional.cross_entropy(model(given), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(optimizer, loss)
             recording.log(loss=loss)
     return recording.run
 
@@ -234,11 +233,7 @@ def test_neither_a_counter_of_steps_nor_a_constant_is_suspect(everystep_command)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     with everystep.record(run="torchs", model=model, optimizer=optimizer) as recording:
         for x in recording.steps(batches):
-            optimizer.zero_grad()
-            loss = model(x).pow(2).mean()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
     adam_by_hand("right", batches, is_corrected=True)
     adam_by_hand("wrong", batches, is_corrected=False)
     code, out, _ = everystep_command("diff", "torchs", "right", "--by-values")

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.descent import descend
 from torch import nn
 
 import everystep
@@ -110,10 +111,7 @@ def test_double_precision_is_the_loop_by_hand_in_double_precision(small, tmp_pat
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for _ in range(STEPS):
-        loss = nn.functional.mse_loss(model(x.double()), y.double())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = descend(optimizer, nn.functional.mse_loss(model(x.double()), y.double()))
         losses.append(loss.item())
     assert found.losses.tolist() == losses
     assert 0 < found.relative.max() < 1e-5
@@ -139,10 +137,7 @@ def loop(optimizer, x, y, model, log=lambda loss: None, batches=iter):
     """A loop as its author wrote it."""
     losses = []
     for rows in batches([slice(0, 12), slice(8, 20)] * 5):
-        loss = nn.functional.mse_loss(model(x[rows]), y[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = descend(optimizer, nn.functional.mse_loss(model(x[rows]), y[rows]))
         log(loss)
         losses.append(loss.item())
     return losses
@@ -312,11 +307,7 @@ def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     with everystep.record(run="attention", model=model, optimizer=optimizer) as recording:
         for x in recording.steps([torch.randn(4, 6, 8) for _ in range(2)]):
-            loss = model(x, x, x, need_weights=False)[0].pow(2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, model(x, x, x, need_weights=False)[0].pow(2).mean()))
     _, out, _ = everystep_command("rerun", "attention", "--float64")
     assert "aten.addcdiv_.default, update" in out
     assert "numbers of its input tensor1 are zero except for rounding (at most " in out

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_optimizer import Prodigy
+from tests.descent import descend
 from tests.training import step_functions
 from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import CASES
@@ -408,11 +409,12 @@ def by_epochs(record, *, dataset, epochs=4, workers=0, wrap=None, loader=DataLoa
         for _ in range(epochs):
             for batch in wrap(recording, batches) if wrap else recording.steps(batches):
                 number, (x, y) = batch if wrap else (0, batch)
-                loss = (functional.l1_loss if number % 2 else functional.mse_loss)(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(
+                    loss=descend(
+                        optimizer,
+                        (functional.l1_loss if number % 2 else functional.mse_loss)(model(x), y),
+                    )
+                )
             schedule.step()
     return [value.detach() for value in model.state_dict().values()]
 
@@ -472,11 +474,9 @@ def test_what_a_loop_carries_besides_its_parts_is_found(dying):
         with record(model=model, optimizer=optimizer, **parts) as recording:
             for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
                 counter["count"] += 1
-                loss = functional.mse_loss(model(x), y) / counter["count"]
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(
+                    loss=descend(optimizer, functional.mse_loss(model(x), y) / counter["count"])
+                )
         return counter["count"]
 
     with pytest.raises(RunError, match="pass what the loop carries from step to step"):
@@ -572,11 +572,7 @@ def test_an_optimizer_with_an_infinite_setting_is_the_same_again(dying):
         assert optimizer.param_groups[0]["growth_rate"] == float("inf")
         with record(model=model, optimizer=optimizer) as recording:
             for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-                loss = functional.mse_loss(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
         return model.weight.detach()
 
     seeded()
@@ -645,11 +641,9 @@ def test_a_loop_that_was_opened_before_knows_the_steps_of_a_resume():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         with everystep.record(model=model, optimizer=optimizer, **to) as recording:
             for number in recording.steps(range(steps)):
-                loss = model(torch.full((8, 4), number / 10)).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(
+                    loss=descend(optimizer, model(torch.full((8, 4), number / 10)).square().mean())
+                )
         return recording.run
 
     opened = everystep.open(train(10, run="runs/part").directory)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.rows import planted, trained
+from tests.descent import descend
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -391,11 +392,7 @@ def test_a_penalty_belongs_to_no_row(loop):
     record, one, two, optimizer = loop
 
     def body(x, y):
-        optimizer.zero_grad()
-        loss = ((two(one(x)) - y) ** 2).mean() + 0.1 * (two.weight**2).sum()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, ((two(one(x)) - y) ** 2).mean() + 0.1 * (two.weight**2).sum())
 
     step = record(body)
     losses, norms = _of_both(step, one, two, lambda out, y: ((out - y) ** 2).mean())
@@ -429,11 +426,7 @@ def test_what_mixes_rows_is_named(loop, body, why):
     record, one, two, optimizer = loop
 
     def whole(x, y):
-        optimizer.zero_grad()
-        loss = body(two(one(x)), y)
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, body(two(one(x)), y))
 
     rows = record(whole).rows
     assert rows.known == []
@@ -457,11 +450,7 @@ def test_the_sum_that_first_mixes_rows_is_named_before_what_is_not_linear_in_it(
     record, one, two, optimizer = loop
 
     def whole(x, y):
-        optimizer.zero_grad()
-        loss = body(two(one(x)))
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, body(two(one(x))))
 
     step = record(whole)
     names = [seen.operation.name for seen in step.operations]
@@ -476,11 +465,7 @@ def test_a_gradient_that_no_number_of_a_row_went_into_is_not_said_to_be_of_no_ro
     record, one, two, optimizer = loop
 
     def body(x, y):
-        optimizer.zero_grad()
-        loss = two(one(x)).mean()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, two(one(x)).mean())
 
     step = record(body)
     _, norms = _of_both(step, one, two, lambda out, y: out.mean())
@@ -642,10 +627,7 @@ def test_tensors_of_a_batch_that_share_numbers_of_different_rows(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
         for x, y in recording.steps([(series[:-1], series[1:])] * 2):
-            optimizer.zero_grad()
-            loss = ((model(x) - y) ** 2).mean()
-            loss.backward()
-            optimizer.step()
+            loss = descend(optimizer, ((model(x) - y) ** 2).mean())
             recording.log(loss=loss)
     step = everystep.open(tmp_path / "run")[2]
     losses, norms = _by_hand(model, step.parameters, step.batch, nn.MSELoss())
@@ -673,11 +655,7 @@ def test_batches_without_rows_in_common(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
         for x, y in recording.steps([(torch.randn(4, 6), torch.randn(3))] * 2):
-            optimizer.zero_grad()
-            loss = (model(x).sum(0) * y).sum()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, (model(x).sum(0) * y).sum()))
     rows = everystep.open(tmp_path / "run").rows(2)
     assert rows.numbers == () and "no first axis in common (x (4, 6)" in str(rows.loss_share)
 

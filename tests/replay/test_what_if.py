@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests.descent import descend
 from torch import nn
 
 import everystep
@@ -41,10 +42,7 @@ def by_hand(without=(), after=0, targets=None, batch_size=6, dropout=0.0, steps=
         rows = range(ROWS) if rows is None else rows.tolist()
         since = without if isinstance(without, dict) else dict.fromkeys(without, after)
         rows = [row for row in rows if step <= since.get(row, STEPS)]
-        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = descend(optimizer, nn.functional.cross_entropy(model(x[rows]), y[rows]))
         losses.append(loss.item())
     return losses
 
@@ -100,11 +98,11 @@ def test_what_if_is_the_training_by_hand_without_the_rows(tmp_path, batch_size, 
     assert list(together.losses) == hand[4:]
 
 
-@pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize(
-    "optimizer", [ADAM, partial(ADAM, fused=True), partial(torch.optim.SGD, lr=0.05, momentum=0.9)]
+    ("optimizer", "at"),
+    [(ADAM, 0), (partial(ADAM, fused=True), 1), (partial(torch.optim.SGD, lr=0.05, momentum=0.9), 0)],
 )
-def test_each_of_several_trainings_is_what_it_is_alone(tmp_path, at, optimizer):
+def test_each_of_several_trainings_is_what_it_is_alone(tmp_path, optimizer, at):
     run = trained(tmp_path / "run", optimizer=optimizer)
     found = run.what_if(at, STEPS, without_rows=range(4), each=True, progress=False)
     assert len(found.cases) == 4
@@ -271,11 +269,7 @@ def test_a_training_that_needs_its_objects_or_its_loop_says_so(tmp_path):
     model, x, y, optimizer = made()
     with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "loop") as recording:
         for rows in recording.steps([slice(0, 9), slice(9, 20)] * 2):
-            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, nn.functional.cross_entropy(model(x[rows]), y[rows])))
     with pytest.raises(RunError, match="recorded from your own loop"):
         recording.run.what_if(1, 3, without_rows=[2], progress=False)
 
@@ -313,11 +307,7 @@ def test_a_loop_is_refused_before_its_batch_is_read(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with everystep.record(run=tmp_path / "loop", model=model, optimizer=optimizer) as recording:
         for batch in recording.steps([{"rows": torch.randn(4, 3)}] * 3):
-            loss = model(batch["rows"]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, model(batch["rows"]).square().mean()))
     with pytest.raises(RunError, match="recorded from your own loop"):
         recording.run.what_if(1, 3, without_rows_of=2, each=True, progress=False)
 

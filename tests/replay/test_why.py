@@ -11,6 +11,7 @@ import pytest
 import torch
 from benchmarks.why import NETWORKS, asked, followed
 from benchmarks.why_by_hand import ALL, complaints
+from tests.descent import descend, trained
 from torch import nn
 
 import everystep
@@ -36,16 +37,7 @@ def test_each_line_is_what_it_says_computed_by_hand(name, tmp_path):
 def run(small, tmp_path):
     model, x, y = small
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=optimizer,
-        steps=20,
-        batch_size=5,
-        directory=tmp_path / "run",
-        progress=False,
-    )
+    trained(model, (x, y), optimizer=optimizer, steps=20, batch_size=5, directory=tmp_path / "run")
     return everystep.open(tmp_path / "run")
 
 
@@ -137,17 +129,7 @@ def test_a_change_between_two_steps_is_not_taken_for_an_update(tmp_path):
 def test_nan_is_followed_to_the_row_that_brought_it(small, tmp_path, monkeypatch):
     model, x, y = small
     x[13, 2] = math.nan
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=optimizer,
-        steps=30,
-        batch_size=5,
-        directory=tmp_path / "run",
-        progress=False,
-    )
+    trained(model, (x, y), steps=30, batch_size=5, directory=tmp_path / "run")
     opened = everystep.open(tmp_path / "run")
     first = opened.first_nonfinite()
     answer = opened.why(30, "parameters['2.weight'][0, 0]")
@@ -179,19 +161,9 @@ def test_nan_that_an_operation_makes_has_the_rows_behind_it(small, tmp_path):
     model = Logarithm()
     with torch.no_grad():
         model.layer.weight.fill_(0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    directory = tmp_path / "run"
-    everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=optimizer,
-        steps=4,
-        batch_size=5,
-        directory=directory,
-        progress=False,
-    )
-    opened = everystep.open(directory)
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    trained(model, (x, y), optimizer=still, steps=4, batch_size=5, directory=tmp_path / "run")
+    opened = everystep.open(tmp_path / "run")
     found = opened.first_nonfinite()
     answer = opened.why(found.step.number, "loss")
     began = answer.began
@@ -203,18 +175,11 @@ def test_nan_that_an_operation_makes_has_the_rows_behind_it(small, tmp_path):
     assert all(math.isfinite(number.value) for number in began.numbers)
 
 
-def test_infinity_of_a_sum_has_the_row_of_its_largest_term(small, tmp_path):
+def test_infinity_of_a_sum_has_the_row_of_its_largest_term(small):
     model, x, y = small
     y[7] = 1e20  # its square is beyond float32
-    run = everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-        steps=2,
-        directory=tmp_path / "run",
-        progress=False,
-    )
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    run = trained(model, (x, y), optimizer=still, steps=2)
     found = run.first_nonfinite()
     assert (found.name, found.rows) == ("loss", ())
     largest = found.why.groups[0].terms[0]
@@ -347,33 +312,22 @@ class Unreadable(torch.optim.SGD):
 
 def test_a_step_that_python_took_needs_no_objects(small, tmp_path):
     model, x, y = small
-    everystep.train(
+    trained(
         model,
         (x, y),
         loss=lambda prediction, target: (prediction - target).square().sum() * float(len(x)),
         optimizer=Unreadable(model.parameters(), lr=0.001),
-        steps=3,
-        directory=tmp_path / "run",
-        engine="eager",
-        progress=False,
+        **{"steps": 3, "directory": tmp_path / "run", "engine": "eager"},
     )
     run = everystep.open(tmp_path / "run")
     found = run.why(2, "loss")
     assert found.is_equal and found.number.value == run.losses["loss"][1]
 
 
-def test_a_step_that_python_replays_is_followed_too(small, tmp_path):
+def test_a_step_that_python_replays_is_followed_too(small):
     model, x, y = small
-    opened = everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
-        steps=4,
-        directory=tmp_path / "run",
-        engine="eager",
-        progress=False,
-    )
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    opened = trained(model, (x, y), optimizer=adam, steps=4, engine="eager")
     chance = random.Random(0)
     for expression in ("gradients['0.weight'][3, 1]", "activations['1'][2, 3]", "loss"):
         step = opened[3]
@@ -431,11 +385,7 @@ def complex_run(tmp_path_factory):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
         for x in recording.steps([torch.randn(5, 4) for _ in range(4)]):
-            optimizer.zero_grad()
-            loss = (model(x) - 1).pow(2).mean()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, (model(x) - 1).pow(2).mean()))
     return everystep.open(directory)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.descent import descend
 from torch import nn
 from torch.nn import functional
 
@@ -17,10 +18,7 @@ def trained(record):
         for _ in range(12):
             x = torch.randn(8, 4)
             with recording.step((x,)):
-                loss = functional.softplus(model(x)).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss = descend(optimizer, functional.softplus(model(x)).mean())
                 recording.log(loss=loss)
             losses.append(loss.item())
     return losses

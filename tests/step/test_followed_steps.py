@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from tests.descent import descend
 from tests.step.loops_to_mistake import LOOPS
-from tests.step.loops_to_mistake.loop import STEPS, descend, trained, update
+from tests.step.loops_to_mistake.loop import STEPS, trained, update
 from tests.training.by_hand import bits
 from tests.training.loops import unrecorded
 from torch import nn
@@ -117,11 +118,7 @@ def test_masks_of_a_count_met_before_are_followed(tmp_path):
         for number in range(1, 31):
             mask = torch.arange(6) < 2 + number % 3
             with recording.step({"x": x, "y": y, "mask": mask}):
-                loss = ((model(x[mask])[:, 0] - y[mask]) ** 2).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(loss=descend(optimizer, ((model(x[mask])[:, 0] - y[mask]) ** 2).mean()))
             followed.append(recording.writer.watched.last[1].is_followed)
     assert sum(followed[16:]) >= 12
     assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact

@@ -10,6 +10,7 @@ import random
 
 import numpy as np
 import torch
+from tests.descent import descend
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -42,9 +43,39 @@ def unrecorded(**parts):
     return Unrecorded()
 
 
+class Noted:
+    """A recording that notes each loss that is logged."""
+
+    def __init__(self, recording, losses):
+        self._recording, self._losses = recording, losses
+
+    def __enter__(self):
+        self._recording = self._recording.__enter__() or self._recording
+        return self
+
+    def __exit__(self, *error):
+        return self._recording.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self._recording, name)
+
+    def log(self, **values):
+        self._recording.log(**values)
+        if "loss" in values:
+            loss = values["loss"]
+            self._losses.append(loss.item() if isinstance(loss, torch.Tensor) else loss)
+
+
 def loop(function):
-    LOOPS[function.__name__] = function
-    return function
+    """Add a loop, which is a function of steps and `record` that returns its models."""
+
+    def run(steps, record):
+        losses = []
+        models = function(steps, lambda **parts: Noted(record(**parts), losses))
+        return losses, [model.state_dict() for model in models]
+
+    LOOPS[function.__name__] = run
+    return run
 
 
 def data(rows=64, inputs=6, outputs=3):
@@ -76,7 +107,6 @@ def classifier_with_dropout(steps, record):
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
     with record(model=model, optimizer=optimizer) as recording:
         for inputs, labels in recording.steps(endless(loader(x, y), steps)):
             optimizer.zero_grad()
@@ -86,8 +116,7 @@ def classifier_with_dropout(steps, record):
             optimizer.step()
             accuracy = (logits.argmax(1) == labels).float().mean().item()
             recording.log(loss=loss, accuracy=accuracy)
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]
 
 
 @loop
@@ -98,7 +127,6 @@ def gan_with_two_optimizers(steps, record):
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.999))
     criterion = nn.BCEWithLogitsLoss()
-    losses = []
     parts = {"generator": generator, "discriminator": discriminator}
     with record(**parts, optimizer_g=optimizer_g, optimizer_d=optimizer_d) as recording:
         for (real,) in recording.steps(endless(loader(x), steps)):
@@ -115,8 +143,7 @@ def gan_with_two_optimizers(steps, record):
             loss_g.backward()
             optimizer_g.step()
             recording.log(loss=loss_g, loss_d=loss_d)
-            losses.append(loss_g.item())
-    return losses, [generator.state_dict(), discriminator.state_dict()]
+    return [generator, discriminator]
 
 
 class LanguageModel(nn.Module):
@@ -141,7 +168,6 @@ def language_model_with_accumulation_and_clipping(steps, record):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 10))
     batches = [{"ids": part[:, :-1], "labels": part[:, 1:]} for part in ids.split(8)]
-    losses = []
     with record(model=model, optimizer=optimizer, schedule=schedule) as recording:
         for number, batch in enumerate(recording.steps(endless(batches, steps))):
             logits = model(batch["ids"])
@@ -153,8 +179,7 @@ def language_model_with_accumulation_and_clipping(steps, record):
                 schedule.step()
                 optimizer.zero_grad()
             recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]
 
 
 class VariationalAutoencoder(nn.Module):
@@ -173,7 +198,6 @@ def variational_autoencoder(steps, record):
     x, _ = data()
     model = VariationalAutoencoder()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = []
     with record(model=model, optimizer=optimizer) as recording:
         for (batch,) in recording.steps(endless(loader(x), steps)):
             decoded, mean, log_variance = model(batch)
@@ -183,8 +207,7 @@ def variational_autoencoder(steps, record):
             loss.backward()
             optimizer.step()
             recording.log(loss=loss, divergence=divergence)
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]
 
 
 @loop
@@ -192,17 +215,13 @@ def bfloat16_autocast(steps, record):
     x, y = data()
     model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-    losses = []
     with record(model=model, optimizer=optimizer) as recording:
         for inputs, targets in recording.steps(endless(loader(x, y), steps)):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = functional.mse_loss(model(inputs), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(optimizer, loss)
             recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]
 
 
 @loop
@@ -211,7 +230,6 @@ def gradient_scaler_with_an_overflow(steps, record):
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=20)
-    losses = []
     with record(model=model, optimizer=optimizer, scaler=scaler) as recording:
         for number, (inputs, targets) in enumerate(recording.steps(endless(loader(x, y), steps))):
             optimizer.zero_grad()
@@ -224,8 +242,7 @@ def gradient_scaler_with_an_overflow(steps, record):
             scaler.step(optimizer)
             scaler.update()
             recording.log(loss=loss, scale=scaler.get_scale())
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]
 
 
 @loop
@@ -238,17 +255,12 @@ def averaged_weights_with_batch_norm(steps, record):
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True
     )
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3)
-    losses = []
     with record(model=model, average=average, optimizer=optimizer) as recording:
         for inputs, targets in recording.steps(endless(loader(x, y), steps)):
-            loss = functional.mse_loss(model(inputs), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = descend(optimizer, functional.mse_loss(model(inputs), targets))
             average.update_parameters(model)
             recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [model.state_dict(), average.state_dict()]
+    return [model, average]
 
 
 class RandomDepth(nn.Module):
@@ -268,23 +280,16 @@ def depth_drawn_from_pythons_random(steps, record):
     x, y = data()
     model = RandomDepth()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    losses = []
     with record(model=model, optimizer=optimizer) as recording:
         for inputs, targets in recording.steps(endless(loader(x, y), steps)):
-            loss = functional.mse_loss(model(inputs), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss.item())
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+            recording.log(loss=descend(optimizer, functional.mse_loss(model(inputs), targets)))
+    return [model]
 
 
 @loop
 def reinforce(steps, record):
     policy = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
-    losses = []
     place = torch.zeros(4)
     with record(policy=policy, optimizer=optimizer) as recording:
         for number in range(steps):
@@ -297,13 +302,9 @@ def reinforce(steps, record):
                     rewards.append(1.0 if action.item() == number % 2 else -0.5)
                     place = torch.tensor([action.item(), number % 2, rewards[-1], 1.0])
                 returns = torch.tensor([sum(rewards[i:]) for i in range(3)])
-                loss = -(torch.stack(logs) * (returns - returns.mean())).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss = descend(optimizer, -(torch.stack(logs) * (returns - returns.mean())).sum())
                 recording.log(loss=loss, reward=sum(rewards))
-            losses.append(loss.item())
-    return losses, [policy.state_dict()]
+    return [policy]
 
 
 @loop
@@ -317,19 +318,14 @@ def two_schedules_and_layers_unfrozen_on_the_way(steps, record):
     )
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
-    losses = []
     with record(model=model, optimizer=optimizer, warmup=warmup, cosine=cosine) as recording:
         for number, (inputs, targets) in enumerate(recording.steps(endless(loader(x, y), steps))):
             if number == 15:
                 body.requires_grad_(True)
-            loss = functional.smooth_l1_loss(model(inputs), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = descend(optimizer, functional.smooth_l1_loss(model(inputs), targets))
             (warmup if number < 10 else cosine).step()
             recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]
 
 
 @loop
@@ -337,7 +333,6 @@ def lbfgs_with_line_search(steps, record):
     x, y = data()
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2, line_search_fn="strong_wolfe")
-    losses = []
     with record(model=model, optimizer=optimizer) as recording:
         for inputs, targets in recording.steps([(x, y)] * min(steps, 8)):
 
@@ -349,8 +344,7 @@ def lbfgs_with_line_search(steps, record):
 
             loss = optimizer.step(closure)
             recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]
 
 
 @loop
@@ -358,7 +352,7 @@ def target_network_with_a_replay_buffer(steps, record):
     online = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
     target = copy.deepcopy(online)
     optimizer = torch.optim.Adam(online.parameters(), lr=1e-3)
-    buffer, losses = [], []
+    buffer = []
     generator = np.random.default_rng(0)
     with record(online=online, target=target, optimizer=optimizer) as recording:
         for number in range(steps):
@@ -377,15 +371,11 @@ def target_network_with_a_replay_buffer(steps, record):
                 with torch.no_grad():
                     best = torch.tensor([b[2] for b in batch]) + 0.9 * target(followers).max(1).values
                 chosen = online(states).gather(1, actions[:, None]).squeeze(1)
-                loss = functional.huber_loss(chosen, best)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss = descend(optimizer, functional.huber_loss(chosen, best))
                 if number % 10 == 0:
                     target.load_state_dict(online.state_dict())
                 recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [online.state_dict(), target.state_dict()]
+    return [online, target]
 
 
 @loop
@@ -393,7 +383,6 @@ def masks_whose_counts_vary(steps, record):
     x, y = data()
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
     with record(model=model, optimizer=optimizer) as recording:
         for inputs, targets in recording.steps(endless(loader(x, y, batch_size=8), steps)):
             errors = (model(inputs) - targets) ** 2
@@ -402,12 +391,9 @@ def masks_whose_counts_vary(steps, record):
                 large.mean()
                 + 0.1 * errors.flatten()[torch.nonzero(errors.flatten() < 1).flatten()].sum()
             )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(optimizer, loss)
             recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]
 
 
 class Doubled(torch.autograd.Function):
@@ -429,7 +415,6 @@ def sparse_embeddings_and_own_functions(steps, record):
     embedding, head = nn.Embedding(20, 6, sparse=True), nn.Linear(6, 3)
     sparse = torch.optim.SparseAdam(embedding.parameters(), lr=1e-2)
     dense = torch.optim.Adagrad(head.parameters(), lr=1e-2)
-    losses = []
     with record(embedding=embedding, head=head, sparse=sparse, dense=dense) as recording:
         for ids, targets in recording.steps(endless(loader(words, y), steps)):
             h = torch.utils.checkpoint.checkpoint(
@@ -442,8 +427,7 @@ def sparse_embeddings_and_own_functions(steps, record):
             sparse.step()
             dense.step()
             recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [embedding.state_dict(), head.state_dict()]
+    return [embedding, head]
 
 
 @loop
@@ -453,20 +437,14 @@ def speech_with_ctc_and_lstm(steps, record):
     texts = torch.randint(1, 5, (32, 4), generator=generator)
     recurrent, head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 5)
     optimizer = torch.optim.Adam([*recurrent.parameters(), *head.parameters()], lr=1e-2)
-    losses = []
     with record(recurrent=recurrent, head=head, optimizer=optimizer) as recording:
         for sound, text in recording.steps(
             endless(loader(sounds, texts, batch_size=8), min(steps, 100))
         ):
             logits = head(recurrent(sound)[0]).log_softmax(-1).transpose(0, 1)
             lengths = torch.full((len(sound),), 12), torch.full((len(sound),), 4)
-            loss = functional.ctc_loss(logits, text, *lengths)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
-            losses.append(loss.item())
-    return losses, [recurrent.state_dict(), head.state_dict()]
+            recording.log(loss=descend(optimizer, functional.ctc_loss(logits, text, *lengths)))
+    return [recurrent, head]
 
 
 @loop
@@ -476,7 +454,6 @@ def hand_written_momentum_and_augmentation(steps, record):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     velocity = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     hidden = torch.zeros(3)
-    losses = []
     with record(model=model) as recording:
         for number in range(steps):
             rows = np.random.randint(0, 64, 16)
@@ -497,5 +474,4 @@ def hand_written_momentum_and_augmentation(steps, record):
                         recording.log(validation=functional.mse_loss(model(x), y))
                     model.train()
                 recording.log(loss=loss.item())
-            losses.append(loss.item())
-    return losses, [model.state_dict()]
+    return [model]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tests.descent import descend
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -52,28 +53,38 @@ def network(*layers):
     return nn.Sequential(*(layers or (nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))))
 
 
-def usual(optimizer, model=None, before=lambda: None, after=lambda: None, batches=None, **parts):
-    """Return the case of a usual step."""
+def sgd(parameters, lr=0.1):
+    return torch.optim.SGD(parameters, lr=lr)
+
+
+def adam(parameters, lr=0.01):
+    return torch.optim.Adam(parameters, lr=lr)
+
+
+def mean_square(model, x, y):
+    return functional.mse_loss(model(x), y)
+
+
+def usual(make, model=None, loss=mean_square, before=lambda: None, after=lambda: None, **others):
+    """Return the case of a usual step; others: its batches, its reason, and further parts."""
     model = network() if model is None else model
-    updating = optimizer(model.parameters())
+    optimizer = make(model.parameters())
 
     def step(batch):
-        x, y = batch
         before()
-        loss = functional.mse_loss(model(x), y)
-        updating.zero_grad()
-        loss.backward()
-        updating.step()
+        found = descend(optimizer, loss(model, *batch))
         after()
-        return loss
+        return found
 
-    return Case(step, batches or rows(), {"model": model, "optimizer": updating, **parts})
+    named = {name: others.pop(name) for name in ("reason", "least") if name in others}
+    batches = others.pop("batches", None) or rows()
+    return Case(step, batches, {"model": model, "optimizer": optimizer, **others}, **named)
 
 
 for _name, _make in {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd": sgd,
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adam": adam,
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "adam_fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
@@ -96,11 +107,10 @@ for _name, _make in {
 def zeroed_at_the_end():
     """Gradients that are zeroed in place, after the update."""
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = sgd(model.parameters())
 
     def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(model(x), y)
+        loss = mean_square(model, *batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -110,32 +120,16 @@ def zeroed_at_the_end():
 
 
 @case
-def accumulated_gradients():
-    """Gradients that are never zeroed."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
-
-    def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
-
-
-@case
 def micro_batches():
     """Several passes and one update, clipped."""
     model = network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = adam(model.parameters())
 
     def step(batch):
         x, y = batch
         total = 0.0
         for part, target in zip(x.chunk(4), y.chunk(4), strict=True):
-            loss = functional.mse_loss(model(part), target) / 4
+            loss = mean_square(model, part, target) / 4
             loss.backward()
             total = total + loss.detach()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -150,11 +144,11 @@ def micro_batches():
 def clipped_by_value():
     """Clipping of each number."""
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = sgd(model.parameters())
 
     def step(batch):
         optimizer.zero_grad()
-        loss = functional.mse_loss(model(batch[0]), batch[1])
+        loss = mean_square(model, *batch)
         loss.backward()
         nn.utils.clip_grad_value_(model.parameters(), 0.01)
         optimizer.step()
@@ -220,66 +214,42 @@ def momentum_by_hand():
 @case
 def averaged_by_hand():
     """An average of the weights, with batch norm."""
-    model = network(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
-    average = network(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    model, average = (
+        network(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)) for _ in "ab"
+    )
     average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
-    def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-                slow.lerp_(fast, 0.05)
-        return loss
+    @torch.no_grad()
+    def follow():
+        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+            slow.lerp_(fast, 0.05)
 
-    return Case(step, rows(), {"model": model, "average": average, "optimizer": optimizer})
+    return usual(adam, model, after=follow, average=average)
 
 
 @case
 def dropout_and_noise():
     """Random numbers, also of the step's own."""
     model = network(nn.Linear(4, 8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-
-    def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(model(x + 0.1 * torch.randn_like(x)), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+    return usual(adam, model, lambda m, x, y: mean_square(m, x + 0.1 * torch.randn_like(x), y))
 
 
 @case
 def autocast():
     """In bfloat16."""
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 
-    def step(batch):
-        x, y = batch
+    def loss(model, x, y):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = functional.mse_loss(model(x).float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
+            return functional.mse_loss(model(x).float(), y)
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+    return usual(lambda p: torch.optim.AdamW(p, lr=0.01), loss=loss)
 
 
 @case
 def gan():
     """Two models, two optimizers, two schedules."""
     generator, critic = network(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4)), network()
-    of_g = torch.optim.Adam(generator.parameters(), lr=0.01)
-    of_c = torch.optim.Adam(critic.parameters(), lr=0.02)
+    of_g, of_c = adam(generator.parameters()), adam(critic.parameters(), lr=0.02)
     slower = torch.optim.lr_scheduler.StepLR(of_g, 7, 0.5)
     cyclic = torch.optim.lr_scheduler.OneCycleLR(of_c, max_lr=0.05, total_steps=5000)
 
@@ -287,15 +257,9 @@ def gan():
         real = batch[0]
         fake = generator(torch.randn(len(real), 2))
         of_critic = functional.softplus(-critic(real)).mean()
-        of_critic = of_critic + functional.softplus(critic(fake.detach())).mean()
-        of_c.zero_grad()
-        of_critic.backward()
-        of_c.step()
+        of_critic = descend(of_c, of_critic + functional.softplus(critic(fake.detach())).mean())
         cyclic.step()
-        loss = functional.softplus(-critic(fake)).mean()
-        of_g.zero_grad()
-        loss.backward()
-        of_g.step()
+        loss = descend(of_g, functional.softplus(-critic(fake)).mean())
         slower.step()
         return {"loss": loss, "critic": of_critic, "weight": 2.5}
 
@@ -306,20 +270,14 @@ def gan():
 @case
 def gradient_penalty():
     """A gradient of a gradient."""
-    critic = network()
-    optimizer = torch.optim.Adam(critic.parameters(), lr=0.01)
 
-    def step(batch):
-        x = batch[0].clone().requires_grad_()
+    def loss(critic, x, y):
+        x = x.clone().requires_grad_()
         score = critic(x)
         (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
-        loss = score.mean() + ((gradient.norm(dim=1) - 1) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return score.mean() + ((gradient.norm(dim=1) - 1) ** 2).mean()
 
-    return Case(step, rows(), {"critic": critic, "optimizer": optimizer})
+    return usual(adam, loss=loss)
 
 
 class Autoencoder(nn.Module):
@@ -340,17 +298,14 @@ class Autoencoder(nn.Module):
 def autoencoder():
     """Batches that are dicts, and several losses."""
     model = Autoencoder()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = adam(model.parameters())
     batches = [{"x": x, "ids": torch.arange(len(x)), "scale": 0.5} for x, _ in rows(shuffle=False)]
 
     def step(batch):
         found, mean, log = model(batch["x"])
         rebuilt = functional.mse_loss(found, batch["x"], reduction="sum") / len(found)
         divergence = -0.5 * (1 + log - mean.pow(2) - log.exp()).sum(1).mean()
-        loss = rebuilt + batch["scale"] * divergence
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = descend(optimizer, rebuilt + batch["scale"] * divergence)
         return {"loss": loss, "rebuilt": rebuilt, "divergence": divergence}
 
     return Case(step, batches, {"model": model, "optimizer": optimizer})
@@ -368,10 +323,9 @@ def tied_and_frozen():
     def step(tokens):
         hidden = frozen(embedding(tokens[:, :-1])).relu()
         logits = hidden @ embedding.weight.T
-        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), weights)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = descend(
+            optimizer, functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), weights)
+        )
         with torch.no_grad():
             accuracy = (logits.argmax(-1) == tokens[:, 1:]).float().mean()
         return {"loss": loss, "accuracy": accuracy}
@@ -384,71 +338,57 @@ def attention():
     """Layers of a transformer, in training mode."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.ModuleList([layer, nn.Linear(8, 1)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     batches = [(torch.randn(4, 5, 8), torch.randn(4, 1)) for _ in range(3)]
-
-    def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(model[1](model[0](x).mean(1)), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return Case(step, batches, {"model": model, "optimizer": optimizer})
+    return usual(
+        lambda p: torch.optim.AdamW(p, lr=0.01),
+        model,
+        lambda m, x, y: functional.mse_loss(m[1](m[0](x).mean(1)), y),
+        batches=batches,
+    )
 
 
 @case
 def short_last_batch():
     """Two kinds of batches."""
-    return usual(lambda p: torch.optim.Adam(p, lr=0.01), batches=rows(count=40))
+    return usual(adam, batches=rows(count=40))
 
 
 @case
 def views_of_more():
     """Batches that are parts of more data."""
     x, y = torch.randn(64, 4), torch.randn(64, 1)
-    batches = [(x[i : i + 15], y[i : i + 15]) for i in range(0, 60, 15)]
-    return usual(lambda p: torch.optim.SGD(p, lr=0.1), batches=batches)._replace(least=5)
+    return usual(sgd, batches=[(x[i : i + 15], y[i : i + 15]) for i in range(0, 60, 15)], least=5)
 
 
 @case
 def views_of_a_batch_with_gaps():
     data = torch.randn(40, 9)
-
-    def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(made.parts["model"](x[:, 1:] * x[:1, 0]), y[: len(x)])
-        made.parts["optimizer"].zero_grad()
-        loss.backward()
-        made.parts["optimizer"].step()
-        return loss
-
     batches = [(data[i : i + 8, 2:7], data[i, 8].expand(9, 1)) for i in (0, 8, 16, 24)]
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), batches=batches)
-    return made._replace(step=step)
+    return usual(
+        sgd, None, lambda m, x, y: mean_square(m, x[:, 1:] * x[:1, 0], y[: len(x)]), batches=batches
+    )
 
 
 @case
 def gradients_that_are_added_to():
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.01))
+    model = network()
+    optimizer = sgd(model.parameters(), lr=0.01)
 
     def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(made.parts["model"](x), y)
+        loss = mean_square(model, *batch)
         loss.backward()
-        made.parts["optimizer"].step()
-        for parameter in made.parts["model"].parameters():
+        optimizer.step()
+        for parameter in model.parameters():
             parameter.grad.mul_(0.5)
         return loss
 
-    return made._replace(step=step)
+    return Case(step, rows(), {"model": model, "optimizer": optimizer})
 
 
 @case
 def gradients_kept_at_short_batches():
     """Python takes the short batches, and keeps the gradients of a program."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), batches=rows(count=72))
+    made = usual(sgd, batches=rows(count=72))
     kept = []
 
     def step(batch):
@@ -464,20 +404,9 @@ def gradients_kept_at_short_batches():
 @case
 def changed_batch():
     """A step that writes into its batch, which is met again."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def step(batch):
-        x, y = batch
-        x.mul_(0.9)
-        loss = functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
     batches = [(torch.randn(16, 4), torch.randn(16, 1)) for _ in range(3)]
-    return Case(step, batches, {"model": model, "optimizer": optimizer}, "changes its batch")
+    loss = lambda m, x, y: mean_square(m, x.mul_(0.9), y)  # noqa: E731
+    return usual(sgd, loss=loss, batches=batches, reason="changes its batch")
 
 
 class Trainer:
@@ -485,31 +414,27 @@ class Trainer:
 
     def __init__(self):
         self.model = network()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        self.optimizer = adam(self.model.parameters())
         self.loss = nn.SmoothL1Loss()
 
     def compute(self, x, y):
         return self.loss(self.model(x), y)
 
     def step(self, batch):
-        self.optimizer.zero_grad()
-        loss = self.compute(*batch)
-        loss.backward()
-        self.optimizer.step()
-        return loss
+        return descend(self.optimizer, self.compute(*batch))
 
 
 @case
 def number_returned():
     """A step that returns a number of Python's."""
-    made = usual(lambda p: torch.optim.Adam(p, lr=0.1))
+    made = usual(adam)
     return made._replace(step=lambda batch: made.step(batch).item())
 
 
 @case
 def number_in_a_dict():
     """A step that returns its loss as a number, and the rate, and a tensor."""
-    made = usual(lambda p: torch.optim.Adam(p, lr=0.1))
+    made = usual(adam)
 
     def step(batch):
         loss = made.step(batch)
@@ -531,123 +456,65 @@ def method():
 @case
 def branched_by_chance():
     """A step that asks Python's generator."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def step(batch):
-        x, y = batch
-        if random.random() < 0.5:
-            x = -x
-        loss = functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return Case(
-        step, rows(), {"model": model, "optimizer": optimizer}, "Python runs different operations"
+    return usual(
+        sgd,
+        loss=lambda m, x, y: mean_square(m, -x if random.random() < 0.5 else x, y),
+        reason="Python runs different operations",
     )
 
 
 @case
 def branched_by_a_number():
     """A step that decides by its loss."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        if loss > 1.0:
-            loss = loss * 2
-        loss.backward()
-        optimizer.step()
-        return loss
+    def loss(model, x, y):
+        found = mean_square(model, x, y)
+        return found * 2 if found > 1.0 else found
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "and may branch on it")
+    return usual(sgd, loss=loss, reason="and may branch on it")
 
 
 @case
 def number_computed():
     """A step that computes with a number of Python's."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-    return made._replace(step=lambda batch: made.step(batch).item() * 2, reason="and may branch on it")
+    made = usual(sgd, reason="and may branch on it")
+    return made._replace(step=lambda batch: made.step(batch).item() * 2)
 
 
 @case
 def other_number_returned():
     """A step that returns another number than its loss as Python's."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-    model = made.parts["model"]
+    made = usual(sgd, reason="norm is returned as a Python number")
 
     def step(batch):
         loss = made.step(batch)
-        return {"loss": loss.item(), "norm": float(model[0].weight.detach().norm())}
+        return {"loss": loss.item(), "norm": float(made.parts["model"][0].weight.detach().norm())}
 
-    return made._replace(step=step, reason="norm is returned as a Python number")
+    return made._replace(step=step)
 
 
 @case
 def outside_of_parts():
     """A step that keeps a sum in a tensor which is in no part."""
     total = torch.zeros(())
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(model(x), y)
-        total.add_(loss.detach())
-        optimizer.zero_grad()
-        (loss + total * 0).backward()
-        optimizer.step()
-        return loss
+    def loss(model, x, y):
+        found = mean_square(model, x, y)
+        total.add_(found.detach())
+        return found + total * 0
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "a tensor that is in no part")
+    return usual(sgd, loss=loss, reason="a tensor that is in no part")
 
 
 @case
 def second_model_in_no_part():
     """A step that takes gradients of a model which nobody named."""
     head = nn.Linear(1, 1)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def step(batch):
-        x, y = batch
-        loss = functional.mse_loss(head(model(x)), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return Case(
-        step,
-        rows(),
-        {"model": model, "optimizer": optimizer},
-        "the same calls of torch functions do not recur",
+    return usual(
+        sgd,
+        loss=lambda m, x, y: functional.mse_loss(head(m(x)), y),
+        reason="the same calls of torch functions do not recur",
     )
-
-
-class OwnOptimizer(torch.optim.Optimizer):
-    """Counts its steps in an attribute."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, {})
-        self.count = 0
-
-    @torch.no_grad()
-    def step(self):
-        self.count += 1
-        for parameter in self.param_groups[0]["params"]:
-            parameter.sub_(parameter.grad, alpha=0.1 / math.sqrt(self.count))
-
-
-@case
-def own_optimizer():
-    """An optimizer of the user's own."""
-    return usual(OwnOptimizer)._replace(reason="OwnOptimizer is not one of torch's own optimizers")
 
 
 @case
@@ -655,10 +522,13 @@ def averaged_by_torch():
     """torch's averaged model, which reads a number."""
     model = network()
     average = torch.optim.swa_utils.AveragedModel(model)
-    made = usual(
-        lambda p: torch.optim.SGD(p, lr=0.1), model, after=lambda: average.update_parameters(model)
+    return usual(
+        sgd,
+        model,
+        after=lambda: average.update_parameters(model),
+        average=average,
+        reason="and may branch on it",
     )
-    return made._replace(parts=made.parts | {"average": average}, reason="and may branch on it")
 
 
 @case
@@ -666,7 +536,7 @@ def hooked():
     """A model with a forward hook."""
     model = network()
     model[0].register_forward_hook(lambda module, inputs, output: output * 2)
-    return usual(lambda p: torch.optim.SGD(p, lr=0.1), model)._replace(reason="a forward hook")
+    return usual(sgd, model, reason="a forward hook")
 
 
 # What makes two steps alike.
@@ -686,10 +556,10 @@ def pairs(count, rows=16):
 def accumulated_over_batches():
     """Gradients that are pending after some steps, and not after others."""
     model = network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = adam(model.parameters())
 
     def step(batch):
-        loss = functional.mse_loss(model(batch["x"]), batch["y"]) / 4
+        loss = mean_square(model, batch["x"], batch["y"]) / 4
         loss.backward()
         if batch["last"]:
             optimizer.step()
@@ -705,7 +575,7 @@ def several_heads():
     """Gradients of a head stay while another is trained."""
     body, heads = nn.Linear(4, 8), nn.ModuleDict({"a": nn.Linear(8, 1), "b": nn.Linear(8, 1)})
     model = nn.ModuleList([body, heads])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = sgd(model.parameters())
 
     def step(batch):
         optimizer.zero_grad()
@@ -723,14 +593,11 @@ def several_heads():
 def schedule_at_the_end_of_an_epoch():
     """A schedule that goes on in steps of one kind changes those of another."""
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = sgd(model.parameters())
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
 
     def step(batch):
-        loss = functional.mse_loss(model(batch["x"]), batch["y"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = descend(optimizer, mean_square(model, batch["x"], batch["y"]))
         if batch["last"]:
             schedule.step()
         return loss
@@ -747,15 +614,15 @@ def scheduled(factor):
 
 def followed_by(make):
     """Return a case with a schedule for its optimizer, which advances at each step."""
-    case = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-    schedule = make(case.parts["optimizer"])
+    made = usual(sgd)
+    schedule = make(made.parts["optimizer"])
 
     def step(batch):
-        loss = case.step(batch)
+        loss = made.step(batch)
         schedule.step()
         return loss
 
-    return case._replace(step=step, parts=case.parts | {"schedule": schedule})
+    return made._replace(step=step, parts=made.parts | {"schedule": schedule})
 
 
 @case
@@ -782,84 +649,46 @@ def schedule_of_another_package():
 @case
 def recurrent():
     """Weights that are used several times."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.GRU(1, 8, batch_first=True), nn.Linear(8, 1)
-
-        def forward(self, x):
-            _, hidden = self.first(x.unsqueeze(-1))
-            return self.last(hidden[-1])
-
-    return usual(lambda p: torch.optim.SGD(p, lr=0.1), Net())
-
-
-@case
-def helper_without_gradients():
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-    average = [p.detach().clone() for p in made.parts["model"].parameters()]
-
-    @torch.no_grad()
-    def follow(weight):
-        for slow, parameter in zip(average, made.parts["model"].parameters(), strict=True):
-            slow.lerp_(parameter, weight)
-
-    def step(batch):
-        loss = made.step(batch)
-        follow(0.1)
-        return loss
-
-    named = {f"average{place}": tensor for place, tensor in enumerate(average)}
-    return made._replace(step=step, parts=made.parts | named)
+    model = nn.ModuleList([nn.GRU(1, 8, batch_first=True), nn.Linear(8, 1)])
+    return usual(sgd, model, lambda m, x, y: functional.mse_loss(m[1](m[0](x.unsqueeze(-1))[1][-1]), y))
 
 
 @case
 def critic_frozen_meanwhile():
     critic = network(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+    made = usual(sgd, critic=critic)
 
     def step(batch):
         x, _ = batch
         critic.requires_grad_(False)
         noise = torch.zeros_like(x).requires_grad_()
-        loss = critic(made.parts["model"](x + noise)).mean()
-        made.parts["optimizer"].zero_grad()
-        loss.backward()
-        made.parts["optimizer"].step()
+        loss = descend(made.parts["optimizer"], critic(made.parts["model"](x + noise)).mean())
         for parameter in critic.parameters():
             parameter.requires_grad_()
         return {"loss": loss, "slope": noise.grad.norm()}
 
-    return made._replace(step=step, parts=made.parts | {"critic": critic})
+    return made._replace(step=step)
 
 
 @case
 def layer_frozen_every_other_time():
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+    model = network()
 
-    def step(batch):
-        first = made.parts["model"][0].weight
-        first.requires_grad_(not first.requires_grad)
-        return made.step(batch)
+    def turn():
+        model[0].weight.requires_grad_(not model[0].weight.requires_grad)
 
-    return made._replace(step=step, reason="requires_grad or hooks of 0.weight change repeatedly")
+    return usual(sgd, model, before=turn, reason="requires_grad or hooks of 0.weight change repeatedly")
 
 
 @case
 def rate_that_is_logged():
     """A number that the step's own schedule changes."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-    optimizer = made.parts["optimizer"]
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
-
-    def step(batch):
-        loss = made.step(batch)
-        schedule.step()
-        return {"loss": loss, "rate": optimizer.param_groups[0]["lr"]}
-
-    reason = "rate is computed by Python"
-    return made._replace(step=step, parts=made.parts | {"schedule": schedule}, reason=reason)
+    made = followed_by(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5))
+    groups = made.parts["optimizer"].param_groups
+    return made._replace(
+        step=lambda batch: {"loss": made.step(batch), "rate": groups[0]["lr"]},
+        reason="rate is computed by Python",
+    )
 
 
 @case
@@ -868,30 +697,25 @@ def attribute_of_a_batch():
     batches = pairs(8)
     for number, (x, _) in enumerate(batches):
         x.scale = 3.0 if number == 6 else 1.0
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), batches=batches)
-    return made._replace(step=lambda batch: made.step(batch) * batch[0].scale, least=0)
+    made = usual(sgd, batches=batches, least=0)
+    return made._replace(step=lambda batch: made.step(batch) * batch[0].scale)
 
 
 @case
 def mask_that_torch_looks_at():
     """torch's own Python decides by whether a mask is causal."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     causal = nn.Transformer.generate_square_subsequent_mask(5)
     other = causal.clone()
     other[0, 1] = 0.0
-
-    def step(batch):
-        loss = model(batch[0], mask=batch[1]).pow(2)[:, :, :3].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
     batches = [(torch.randn(2, 5, 8), other if number in (7, 10) else causal) for number in range(12)]
-    parts = {"model": model, "optimizer": optimizer}
-    return Case(step, batches, parts, "or a function of torch, reads a number")
+    return usual(
+        adam,
+        nn.TransformerEncoder(layer, 1),
+        lambda m, x, mask: m(x, mask=mask).pow(2)[:, :, :3].mean(),
+        batches=batches,
+        reason="or a function of torch, reads a number",
+    )
 
 
 @case
@@ -904,10 +728,7 @@ def values_of_other_kinds():
         (sign,) = batch["sign"]
         factor = torch.copysign(torch.ones(()), torch.full((), float(sign))) * len(batch["count"])
         loss = functional.mse_loss(model(batch["x"]), batch["y"]) * factor
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, loss)
 
     batches = [
         {"x": x, "y": y, "count": range(1 + number % 3), "sign": {-0.0 if number > 4 else 0.0: "a"}}
@@ -924,10 +745,7 @@ def one_learned_number():
 
     def step(batch):
         loss = (temperature * batch - 1).pow(2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, loss)
 
     batches = [torch.tensor(1.0), torch.tensor(2.0)]
     return Case(step, batches, {"temperature": temperature, "optimizer": optimizer}, least=0)
@@ -937,4 +755,22 @@ def one_learned_number():
 def mode_that_is_set_already():
     """A step that begins with `model.train()`."""
     model = network(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
-    return usual(lambda p: torch.optim.Adam(p, lr=0.01), model, before=model.train)
+    return usual(adam, model, before=model.train)
+
+
+@case
+def own_optimizer():
+    """An optimizer of the user's own, which counts its steps in an attribute."""
+
+    class OwnOptimizer(torch.optim.SGD):
+        count = 0
+
+        def step(self):
+            self.count += 1
+            for parameter in self.param_groups[0]["params"]:
+                parameter.grad.div_(math.sqrt(self.count))
+            super().step()
+
+    return usual(
+        lambda p: OwnOptimizer(p, lr=0.1), reason="OwnOptimizer is not one of torch's own optimizers"
+    )

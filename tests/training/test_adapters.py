@@ -22,7 +22,7 @@ import everystep.transformers
 #: What these packages warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-STEPS = 36
+STEPS = 18
 
 
 #: Takes directories of runs from stdin, a line each.

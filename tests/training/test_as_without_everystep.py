@@ -3,9 +3,12 @@
 Each case is a loop of somebody else's kind. It is run alone, recorded, and as a step function.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from tests.descent import descend
 from tests.training.by_hand import bits
 from tests.training.loops import unrecorded
 from torch import nn
@@ -28,11 +31,7 @@ def usual(model, loss_of, lr=0.1, **others):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9)
 
     def step(x):
-        loss = loss_of(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, loss_of(x))
 
     return {"model": model, "optimizer": optimizer} | others, step
 
@@ -84,17 +83,6 @@ def a_validation_that_decides_on_the_rate(monkeypatch):
         return loss
 
     return parts | {"judge": judge, "schedule": schedule}, validated
-
-
-@case
-def a_function_of_torch_that_is_replaced(monkeypatch):
-    """As packages do that add a weight or a label smoothing."""
-    original = functional.cross_entropy
-    monkeypatch.setattr(
-        functional, "cross_entropy", lambda *args, **named: original(*args, **named) * 2.0
-    )
-    model, criterion = network(), nn.CrossEntropyLoss()
-    return usual(model, lambda x: criterion(model(x).flatten(0, 1), torch.zeros(12, dtype=torch.long)))
 
 
 @case
@@ -212,26 +200,6 @@ def a_filled_mask(monkeypatch):
 
 
 @case
-def optimizers_that_step_in_the_backward_pass(monkeypatch):
-    model = network()
-    optimizers = {p: torch.optim.Adam([p], lr=1e-2) for p in model.parameters()}
-
-    def update(parameter):
-        optimizers[parameter].step()
-        optimizers[parameter].zero_grad()
-
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(update)
-
-    def step(x):
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
-
-    return {"model": model} | {f"o{n}": each for n, each in enumerate(optimizers.values())}, step
-
-
-@case
 def an_operation_that_fails_and_is_tried_in_another_way(monkeypatch):
     model = network()
 
@@ -244,25 +212,6 @@ def an_operation_that_fails_and_is_tried_in_another_way(monkeypatch):
         return out.square().mean()
 
     return usual(model, loss)
-
-
-@case
-def a_gradient_that_an_inner_tensor_retains(monkeypatch):
-    model = network()
-
-    def step(x):
-        hidden = model[0](x)
-        hidden.retain_grad()
-        loss = model[2](model[1](hidden)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        model[0].weight.grad.add_(hidden.grad.mean() * 0.1)
-        optimizer.step()
-        return loss
-
-    parts, _ = usual(model, None)
-    optimizer = parts["optimizer"]
-    return parts, step
 
 
 @case
@@ -285,27 +234,6 @@ def a_graph_from_before_the_step(monkeypatch):
         return loss
 
     return parts | {"scale": scale}, step
-
-
-@case
-def an_exponent_that_changes(monkeypatch):
-    """The gradient of a power is another operation where the exponent is 0 or 1."""
-    model, exponents = network(), iter([0.0, 0.0, 2.0, 1.0, 0.0, 3.0] * 4)
-    return usual(model, lambda x: (model(x).abs() ** next(exponents) + model(x)).sum(), lr=1e-4)
-
-
-@case
-def sequences_of_other_lengths_at_each_step(monkeypatch):
-    """The lengths are read where no operation of torch's dispatcher shows it."""
-    lstm, head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 1)
-    model = nn.ModuleDict({"lstm": lstm, "head": head})
-    lengths = iter([[3, 2, 1, 1], [3, 2, 1, 1], [2, 2, 2, 1], [3, 3, 3, 3], [3, 2, 1, 1]] * 5)
-
-    def loss(x):
-        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(next(lengths)), batch_first=True)
-        return head(lstm(packed)[1][0][-1]).square().mean()
-
-    return usual(model, loss)
 
 
 @case
@@ -407,9 +335,7 @@ def test_a_model(first, last):
         for _ in range(20):
             loss = functional.l1_loss(model(x), y.expand_as(model(x)))
             losses.append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(optimizer, loss)
         return losses
 
     def by_train(model, x, y, optimizer):
@@ -423,34 +349,26 @@ def test_a_model(first, last):
     assert trained(by_train) == trained(by_hand)
 
 
-def test_a_compiled_model_is_refused_with_the_cure(tmp_path):
-    model = torch.compile(network(), backend="eager")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"is compiled .* pass the uncompiled module"):
-        everystep.train(
-            model,
-            (torch.randn(4, 8), torch.randn(4, 8)),
-            loss=nn.MSELoss(),
-            optimizer=optimizer,
-            steps=2,
-            directory=tmp_path / "run",
-            progress=False,
-        )
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_scripted_module_is_refused_with_the_cure():
-    model = torch.jit.script(network())
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda m: torch.compile(m, backend="eager"), r"is compiled .* pass the uncompiled module"),
+        (torch.jit.script, r"is scripted .* pass the module it was made from"),
+    ],
+)
+def test_a_compiled_or_scripted_module_is_refused_with_the_cure(wrap, message):
+    model = wrap(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = torch.randn(4, 8), torch.randn(4, 8)
     for begin in (
-        lambda: everystep.record(model=model, optimizer=optimizer),
+        lambda: everystep.record(model=model, optimizer=optimizer).__enter__(),
         lambda: everystep.train(lambda x: None, [data], parts={"model": model}, steps=1),
         lambda: everystep.train(model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=1),
     ):
-        with pytest.raises(ValueError, match=r"is scripted .* pass the module it was made from"):
+        with pytest.raises(everystep.UsageError, match=message):
             begin()
+    assert not Path("runs").exists()
 
 
 def test_a_loader_of_accelerate_is_drawn_from_as_any_other():
@@ -492,9 +410,5 @@ def test_memory_that_numpy_writes_is_kept_as_each_step_has_read_it():
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for step in recording.steps(range(6)):
             memory[: 4 * step + 4] = step + 1
-            loss = (model(wrapped[rows]) - 1).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, (model(wrapped[rows]) - 1).square().mean()))
     assert recording.run.verify(processes=1, progress=False).is_exact

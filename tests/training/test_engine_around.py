@@ -12,7 +12,6 @@ import pytest
 import torch
 from tests.training.by_hand import (
     Changed,
-    assert_python,
     assert_same,
     bits,
     by_hand,
@@ -33,13 +32,13 @@ from everystep.experiment.batches import Batches
 # Schedules.
 
 
-def test_an_lr_that_changes_at_step_777_changes_there():
+def test_an_lr_that_changes_at_a_step_changes_there():
     def schedule(optimizer):
-        return lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step >= 776 else 1.0)
+        return lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step >= 76 else 1.0)
 
-    run = assert_same(lambda: new_training(optimizer=descent, schedule=schedule), 1000)
+    run = assert_same(lambda: new_training(optimizer=descent, schedule=schedule), 100)
     rates = run.measurements.filter(run.measurements["name"] == "lr")
-    assert rates["step"].to_list() == [1, 777]
+    assert rates["step"].to_list() == [1, 77]
     assert rates["value"].to_list() == [0.05, 0.05 * 0.1]
 
 
@@ -90,33 +89,6 @@ def test_a_schedule_may_use_autograd():
     assert "LambdaLR calls a function of yours" in run.facts.training.engine.reason
 
 
-SIDES = {
-    "freezes": lambda model, step: model[0].requires_grad_(step < 50),
-    "changes dropout": lambda model, step: setattr(model[1], "p", 0.3 * 0.99**step),
-}
-
-
-@pytest.mark.parametrize("optimizer", [descent, partial(torch.optim.AdamW, fused=True)])
-@pytest.mark.parametrize("side", SIDES)
-def test_what_a_schedule_changes_on_the_side_holds_from_the_next_step_on(side, optimizer):
-    def make():
-        trained = new_training(with_dropout, optimizer=optimizer)
-
-        def factor(step):
-            SIDES[side](trained.model, step)
-            return 1.0 if step < 20 else 0.5
-
-        trained.schedule = lr_scheduler.LambdaLR(trained.optimizer, factor)
-        return trained
-
-    run = assert_same(make, 100)
-    assert run.status == "finished"
-
-
-def with_dropout():
-    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2))
-
-
 # Metrics are the user's Python between steps, which may change the training, and see all of it.
 
 
@@ -148,60 +120,6 @@ def test_nothing_is_recorded_of_a_step_after_the_last(stops):
     assert len(run) == (1 if stops else 4)
     assert list(run.measured("lr")) == list(range(1, len(run) + 1))
     assert run.table().frame["step"].to_list() == run.losses["step"].to_list()
-
-
-def sets_lr(trained):
-    trained.optimizer.param_groups[0]["lr"] = 0.2
-
-
-def freezes(trained):
-    trained.model[0].requires_grad_(False)
-
-
-def changes_dropout(trained):
-    trained.model[1].p = 0.0
-
-
-def clamps(trained):
-    with torch.no_grad():
-        for parameter in trained.model.parameters():
-            parameter.clamp_(-0.1, 0.1)
-
-
-def exchanges(trained):
-    for parameter in trained.model.parameters():
-        parameter.data = parameter.data * 0.9
-
-
-#: What a metric changes, and how many steps programs run: fewer where they must be made again.
-CHANGES = {sets_lr: 92, freezes: 90, changes_dropout: 90, clamps: 92, exchanges: 92}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_a_metric_changes_holds_from_the_next_step_on(change, capfd):
-    def make():
-        return new_training(with_dropout)
-
-    expected = make()
-    losses = by_hand(
-        expected, steps=100, after_step=lambda step: change(expected) if step == 50 else None
-    )
-    left = contents(expected)
-    trained = make()
-    calls = count(1)
-
-    def metric(prediction, target):
-        if next(calls) == 5:
-            change(trained)
-        return 0.0
-
-    run = by_train(trained, steps=100, metrics={"mine": metric}, evaluate_every=10)
-    assert run.losses["loss"].to_list() == losses
-    assert contents(trained) == left
-    engine = run.facts.training.engine
-    assert engine.reason is None
-    assert engine.by_program == CHANGES[change]
-    assert everystep.open(run.directory).verify().is_exact
 
 
 # How a training ends.
@@ -324,24 +242,6 @@ def test_gradients_that_are_there_already_go_on(capfd):
 
 
 # Data.
-
-
-def test_a_model_that_changes_x_in_place_changes_it_once_a_step(capfd):
-    class Shrinking(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = mlp()
-
-        def forward(self, x):
-            return self.inner(x.mul_(0.99))
-
-    expected = new_training(Shrinking)
-    losses = by_hand(expected, steps=50)
-    trained = new_training(Shrinking)
-    run = by_train(trained, steps=50)
-    assert run.losses["loss"].to_list() == losses
-    assert bits(trained.x) == bits(expected.x)
-    assert_python(run, capfd)
 
 
 class Augmented(Dataset):

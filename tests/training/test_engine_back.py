@@ -97,13 +97,13 @@ def test_a_check_that_fails_takes_back_what_was_not_verified(
 
 def test_what_was_recorded_long_ago_is_taken_back(monkeypatch, failing_check):
     monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
-    failing_check(600)
+    failing_check(200)
     made = new_training()
-    run = by_train(made, steps=1300)
+    run = by_train(made, steps=300)
     engine = run.facts.training.engine
     assert engine.eager_from == engine.verified_to + 1 > 64
-    expected, losses, _, _ = states_by_hand(1300)
-    assert run.losses["step"].to_list() == [*range(1, 1301)]
+    expected, losses, _, _ = states_by_hand(300)
+    assert run.losses["step"].to_list() == [*range(1, 301)]
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == contents(expected)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.descent import descend
 from torch import nn
 
 import everystep
@@ -26,11 +27,7 @@ def loop(directory, body, steps=6, **settings):
 
 
 def update(model, optimizer, x):
-    loss = model(x).pow(2).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss
+    return descend(optimizer, model(x).pow(2).mean())
 
 
 @pytest.mark.parametrize("number", [-0.0, torch.tensor(-0.0)])

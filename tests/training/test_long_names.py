@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.descent import descend
 from torch import nn
 
 import everystep
@@ -18,11 +19,7 @@ def loop(model, steps=3, log=lambda recording, step: None, key="x", **parts):
     with everystep.record(run="run", **parts) as recording:
         for step in range(steps):
             with recording.step({key: torch.randn(4, 3)}):
-                loss = model(torch.randn(4, 3)).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(loss=descend(optimizer, model(torch.randn(4, 3)).square().mean()))
                 log(recording, step)
     return recording.run
 

@@ -9,7 +9,7 @@ import everystep
 STEPS = 30
 
 
-@pytest.mark.sweep(every=3)
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("case", ORDINARY_MODELS, ids=lambda case: case.name)
 def test_training_has_the_bits_of_the_loop(case):
     run = assert_same(case.make, STEPS, batch_size=case.batch_size)

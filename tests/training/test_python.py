@@ -1,108 +1,491 @@
-"""Whatever a user's Python does, training leaves the bits of the loop by hand, or is refused.
+"""Optimizers, schedules, losses, models and data sets of the user's train as in the loop by hand.
 
-Each kind of Python changes what it does at a step between two checks of a program.
+Each counts, keeps, exchanges, draws or raises in a way of its own, and changes what it does at step AT,
+which is between two checks of a program.
 """
 
+import random
+from collections import defaultdict
+
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tests.training.by_hand import bits, by_hand, by_train, contents, new_training
-from tests.training.python_cases import (
-    CASES,
-    CHANGERS,
-    COUNTS,
-    MODELS,
-    NEVER,
-    SETTINGS,
-    WHEN,
-    factor_of,
-    set_between_steps,
-)
-from tests.training.python_cases.process import process_put_back
+import torch
+from tests.training.by_hand import Changed, by_hand, by_train, contents, mlp, momentum, new_training
+from torch import nn
+from torch.nn import functional
+from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+from torch.utils.data import Dataset
 
-from everystep import EverystepError
+import everystep
+from everystep.errors import EverystepError
 
-#: The last change of a case is made at step 14, and has its effect from the next on.
-STEPS = 20
+AT, STEPS = 11, 20
+#: A step that no training reaches.
+NEVER = 10**9
+
+OPTIMIZERS, SCHEDULES, LOSSES, MODELS, DATASETS = {}, {}, {}, {}, {}
 
 
-def outcome(train, make, **options):
-    """Return all that a training leaves behind, by name, or the error that it raises."""
-    with process_put_back():
-        made = make()
-        try:
-            losses = train(made, **options)
-        except Exception as error:
-            return error
-        left = {f"loss of step {step}": repr(loss) for step, loss in enumerate(losses, 1)}
-        return left | contents(made) | {"x": bits(made.x), "y": bits(made.y)}
+def one_of(table):
+    def add(made):
+        table[made.__name__] = made
+        return made
+
+    return add
 
 
-def differences(one, other):
-    """Return the names of what differs."""
-    names = dict.fromkeys([*one, *other])
-    return [name for name in names if name not in one or one[name] != other.get(name)]
+class Counting(SGD):
+    """Counts its steps, and changes at one of them."""
+
+    def __init__(self, parameters, at):
+        super().__init__(parameters, lr=0.02, momentum=0.9)
+        self.at, self.calls = at, 0
+
+    @property
+    def all(self):
+        return self.param_groups[0]["params"]
+
+    def step(self, closure=None):
+        self.calls += 1
+        super().step(closure)
 
 
-def assert_same_or_refused(make, **options):
-    """Train by hand and by `train`; assert that both leave the same, or that the latter is refused.
-
-    Return what the loop by hand leaves.
-    """
-
-    def recorded(made, **options):
-        return by_train(made, **options).losses["loss"].to_list()
-
-    expected = outcome(by_hand, make, **options)
-    trained = outcome(recorded, make, **options)
-    if isinstance(trained, Exception):
-        is_refused = isinstance(trained, EverystepError)
-        assert is_refused or type(trained) is type(expected), repr(trained)
-        return expected
-    assert not isinstance(expected, Exception), repr(expected)
-    assert differences(trained, expected)[:3] == []
-    return expected
+@one_of(OPTIMIZERS)
+class CountsInAStateOfNoParameter(Counting):
+    def step(self, closure=None):
+        state = self.state["all"]
+        state["calls"] = state.get("calls", torch.zeros(())) + 1
+        with torch.no_grad():
+            for parameter in self.all:
+                parameter.add_(parameter.grad, alpha=-0.05 * (2 if state["calls"] >= self.at else 1))
 
 
-@pytest.mark.sweep(every=4)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_python_does_what_it_does_in_the_loop(case):
-    options = {"steps": STEPS} | case.options
-    expected = assert_same_or_refused(lambda: case.make(case.at), **options)
-    assert isinstance(expected, Exception) == case.raises, repr(expected)
-    if case.at is not None and not case.raises:
-        # If it did nothing at that step, the case would show nothing.
-        unchanged = outcome(by_hand, lambda: case.make(NEVER), **options)
-        losses = [f"loss of step {step}" for step in range(1, STEPS + 1)]
-        assert any(unchanged[name] != expected[name] for name in losses)
+@one_of(OPTIMIZERS)
+class SetsItsBetas(AdamW):
+    def __init__(self, parameters, at):
+        super().__init__(parameters, lr=0.02)
+        self.at, self.calls = at, 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        if self.calls == self.at:
+            self.param_groups[0] |= {"betas": (0.5, 0.9), "weight_decay": 0.5}
+        return super().step(closure)
 
 
-def test_no_two_kinds_have_the_same_name():
-    assert len({case.name for case in CASES}) == len(CASES)
+@one_of(OPTIMIZERS)
+class ShrinksGradients(Counting):
+    """Momentum by gradients that are not zeroed, but made smaller."""
+
+    @torch.no_grad()
+    def zero_grad(self, set_to_none=True):
+        for parameter in self.all:
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5 if self.calls + 1 >= self.at else 0.9)
 
 
-# Combinations.
+@one_of(OPTIMIZERS)
+class Accumulates(Counting):
+    """Updates at every fourth step, by the sum of the gradients, and later at every third."""
 
-MOMENTS = {"when": st.sampled_from([*WHEN]), "at": st.integers(1, 20)}
-combined = settings(max_examples=15, derandomize=True, deadline=None, database=None)
+    def __init__(self, parameters, at):
+        super().__init__(parameters, at)
+        self.sums = defaultdict(float)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.calls += 1
+        for parameter in self.all:
+            self.sums[parameter] = self.sums[parameter] + parameter.grad
+        if self.calls % (4 if self.calls < self.at else 3) == 0:
+            for parameter in self.all:
+                parameter.grad = self.sums.pop(parameter)
+            SGD.step(self)
 
 
-@combined
-@given(place=st.sampled_from([*COUNTS]), way=st.sampled_from([*MODELS]), **MOMENTS)
-def test_a_count_anywhere_read_in_any_way(place, way, when, at):
-    def make():
-        def model():
-            return MODELS[way](factor_of(COUNTS[place], WHEN[when], at))
+@one_of(OPTIMIZERS)
+class KeepsTheGradient(Counting):
+    """Uses the gradient of the step before, the very tensor, and a view of it."""
 
-        return new_training(model)
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.calls += 1
+        self.kept = getattr(self, "kept", {})
+        for parameter in self.all:
+            before, view = self.kept.get(parameter, (parameter.grad, parameter.grad[:1]))
+            factor = 0.5 if self.calls >= self.at else 0.1
+            parameter.sub_(0.05 * (parameter.grad + factor * before))
+            parameter[:1] -= 0.05 * view
+            self.kept[parameter] = parameter.grad, parameter.grad[:1]
 
-    assert_same_or_refused(make, steps=STEPS)
+
+@one_of(OPTIMIZERS)
+class ExchangesData(Counting):
+    def step(self, closure=None):
+        self.calls += 1
+        for parameter in self.all:
+            rate = 0.1 if self.calls >= self.at else 0.05
+            parameter.data = parameter.data - rate * parameter.grad
+            parameter.grad = parameter.grad.sign()
 
 
-@combined
-@given(setting=st.sampled_from([*SETTINGS]), who=st.sampled_from([*CHANGERS]), **MOMENTS)
-def test_a_setting_anywhere_set_by_anyone(setting, who, when, at):
-    def make():
-        return set_between_steps(SETTINGS[setting], CHANGERS[who], WHEN[when], at)
+@one_of(OPTIMIZERS)
+class SwapsParametersAndAverages(Counting):
+    """The average becomes what is trained; the tensors change their places."""
 
-    assert_same_or_refused(make, steps=STEPS, evaluate_every=1)
+    @torch.no_grad()
+    def step(self, closure=None):
+        if not self.calls:
+            self.averages = [parameter.detach().clone() for parameter in self.all]
+        super().step(closure)
+        for number, parameter in enumerate(self.all):
+            self.averages[number].lerp_(parameter, 0.1)
+            if self.calls % self.at == 0:
+                self.averages[number], parameter.data = parameter.data, self.averages[number]
+
+
+@one_of(OPTIMIZERS)
+class Wraps(Optimizer):
+    """Holds another optimizer, of which it shows the groups and the state."""
+
+    def __init__(self, parameters, at):
+        self.inner = SGD(parameters, lr=0.02, momentum=0.9)
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self.at, self.calls = at, 0
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        self.calls += 1
+        if self.calls >= self.at:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.grad *= 2
+        self.inner.step()
+
+
+@one_of(OPTIMIZERS)
+class Draws(Counting):
+    """From Python's generator and from torch's, and branches on a number from a tensor."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if random.random() < 0.5 or self.calls < self.at or self.all[0].grad.norm() > 0.1:
+            super().step(closure)
+        else:
+            self.calls += 1
+            for parameter in self.all:
+                parameter.add_(torch.randn_like(parameter), alpha=0.001)
+
+
+@one_of(OPTIMIZERS)
+class ChangesItself(Counting):
+    """Adds a group, replaces its state, loads a state and freezes a parameter."""
+
+    def __init__(self, parameters, at):
+        first, *self.others = parameters
+        super().__init__([first], at)
+
+    def step(self, closure=None):
+        super().step(closure)
+        if self.calls == 3:
+            self.kept = {k: e["momentum_buffer"].clone() for k, e in self.state_dict()["state"].items()}
+        if self.calls == self.at:
+            self.add_param_group({"params": self.others, "lr": 0.01})
+            loaded = self.state_dict()
+            for number, buffer in self.kept.items():
+                loaded["state"][number]["momentum_buffer"] = -buffer
+            self.load_state_dict(loaded)
+        if self.calls == self.at + 2:
+            self.all[0].requires_grad_(False)
+
+
+class OfTheUser(lr_scheduler.LRScheduler):
+    def __init__(self, optimizer, at):
+        self.at = at
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+@one_of(SCHEDULES)
+class CountsItsCalls(OfTheUser):
+    calls = 0
+
+    def get_lr(self):
+        self.calls += 1
+        return [rate * (0.5 if self.calls % self.at == 0 else 1) for rate in self.base_lrs]
+
+
+@one_of(SCHEDULES)
+class SetsTheMomentum(OfTheUser):
+    def step(self, epoch=None):
+        super().step(epoch)
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 0.5 if self.last_epoch >= self.at else 0.9
+            group["maximize"] = self.last_epoch == self.at
+
+
+@one_of(SCHEDULES)
+class LooksAtGradientsAndParameters(OfTheUser):
+    def get_lr(self):
+        parameters = self.optimizer.param_groups[0]["params"]
+        norm = sum(float(p.grad.norm()) for p in parameters if p.grad is not None)
+        if self.last_epoch >= self.at:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(0.99)
+        return [rate / (1 + norm * (self.last_epoch >= self.at)) for rate in self.base_lrs]
+
+
+@one_of(SCHEDULES)
+class RatesInTensorsThatAreDrawn(OfTheUser):
+    def get_lr(self):
+        noise = float(torch.rand(())) if self.last_epoch >= self.at else 1.0
+        return [torch.tensor(0.02 * noise) for _ in self.base_lrs]
+
+
+@one_of(SCHEDULES)
+def one_after_another(optimizer, at):
+    first, second = lr_scheduler.ConstantLR(optimizer, 1.0), CountsItsCalls(optimizer, 3)
+    return lr_scheduler.SequentialLR(optimizer, [first, second], [at])
+
+
+@one_of(SCHEDULES)
+def chained(optimizer, at):
+    first = lr_scheduler.StepLR(optimizer, 7, 0.9)
+    return lr_scheduler.ChainedScheduler([first, SetsTheMomentum(optimizer, at)])
+
+
+def doubled_from(at):
+    """Return a function that returns 2.0 from its call `at` on, and 1.0 before."""
+    calls = []
+    return lambda: 2.0 if calls.append(1) or len(calls) >= at else 1.0
+
+
+@one_of(LOSSES)
+def a_module_with_a_buffer(at):
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("average", torch.ones(()))
+            self.factor = doubled_from(at)
+
+        def forward(self, prediction, target):
+            found = functional.mse_loss(prediction, target)
+            with torch.no_grad():
+                self.average.lerp_(found, 0.1)
+            return found / self.average * self.factor()
+
+    return Averaged()
+
+
+@one_of(LOSSES)
+def derived_from_torchs(at):
+    class Scaled(nn.MSELoss):
+        factor = staticmethod(doubled_from(at))
+
+        def forward(self, prediction, target):
+            return super().forward(prediction, target) * self.factor()
+
+    return Scaled()
+
+
+@one_of(LOSSES)
+def that_changes_the_prediction_and_draws(at):
+    factor = doubled_from(at)
+
+    def noisy(prediction, target):
+        noise = torch.randn_like(prediction) * random.random() * float(np.random.rand())
+        return prediction.mul_(factor()).sub(target).add(noise).square().mean()
+
+    return noisy
+
+
+@one_of(MODELS)
+def that_changes_what_it_trains(at):
+    """Weights are clamped in place, and others exchanged."""
+
+    def forward(model, h):
+        with torch.no_grad():
+            model.inner[0].weight.clamp_(-0.4, 0.4)
+            weight = model.inner[2].weight
+            weight.data = functional.normalize(weight.data, dim=1)
+        return h * factor()
+
+    factor = doubled_from(at)
+    return Changed(forward)
+
+
+@one_of(MODELS)
+def that_takes_gradients_inside(at):
+    def forward(model, h):
+        h.square().mean().backward(retain_graph=True)
+        x = h.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(x.pow(3).sum(), x, create_graph=True)
+        return (h + 0.1 * slope + 0.1 * model.inner[0].weight.grad.sum()) * factor()
+
+    factor = doubled_from(at)
+    return Changed(lambda model, h: forward(model, h) if h.requires_grad else h)
+
+
+@one_of(MODELS)
+def that_grows(at):
+    """It makes a buffer at its first call, another layer later, and unfreezes one."""
+
+    def forward(model, h):
+        if not hasattr(model, "scale"):
+            model.register_buffer("scale", 1 / h.detach().std())
+        if factor() == 2.0:
+            model.inner[0].requires_grad_(True)
+            h = model.more(h)
+        return h * model.scale
+
+    factor, made = doubled_from(at), Changed(forward)
+    made.more = nn.Linear(2, 2)
+    made.inner[0].requires_grad_(False)
+    return made
+
+
+class Rows(Dataset):
+    """Rows that change once; 8 are read at each step."""
+
+    def __init__(self, at):
+        self.x, self.y = torch.randn(20, 4), torch.randn(20, 2)
+        self.at, self.calls = at, 0
+        self.generator, self.random = torch.Generator().manual_seed(1), random.Random(1)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, row):
+        self.calls += 1
+        return self.row(self.x[row], row), self.y[row]
+
+    def row(self, x, row):
+        return 2 * x if self.is_changed else x
+
+    @property
+    def is_changed(self):
+        return self.calls > 8 * self.at
+
+
+DATASETS["ChangesOnTheWay"] = Rows
+
+
+@one_of(DATASETS)
+class Augments(Rows):
+    def row(self, x, row):
+        noise = torch.randn(4) * random.uniform(0.9, 1.1) + 0.1 * float(np.random.rand())
+        return x + 0.1 * noise if row != 7 or self.is_changed else x
+
+
+@one_of(DATASETS)
+class HasGeneratorsOfItsOwn(Rows):
+    def row(self, x, row):
+        x = super().row(x, row) * self.random.uniform(0.9, 1.1)
+        return x + torch.randn(4, generator=self.generator) * 0.1
+
+
+@one_of(DATASETS)
+class ChangesItsTensors(Rows):
+    def row(self, x, row):
+        return super().row(x.mul_(1.001), row)
+
+
+def with_betas(optimizer, at):
+    class SetsBetas(OfTheUser):
+        def step(self, epoch=None):
+            super().step(epoch)
+            if self.last_epoch >= self.at:
+                self.optimizer.param_groups[0] |= {"betas": (0.5, 0.99), "eps": 1e-3}
+
+    return SetsBetas(optimizer, at)
+
+
+def of_dataset(kind, at):
+    made = new_training(mlp)
+    made.dataset = kind(at)
+    return made
+
+
+def with_a_metric(at):
+    """Evaluations are calls of the model too."""
+    factor = doubled_from(at)
+    made = new_training(lambda: Changed(lambda model, h: h * factor()))
+    made.metrics = {"mine": lambda prediction, target: 0.0}
+    return made
+
+
+def with_a_plateau(at):
+    """Evaluations decide the lr."""
+    factor = doubled_from(at)
+    return new_training(
+        lambda: Changed(lambda model, h: h * factor()),
+        schedule=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+    )
+
+
+CASES = {
+    **{
+        name: lambda at, kind=kind: new_training(optimizer=lambda p: kind(p, at))
+        for name, kind in OPTIMIZERS.items()
+    },
+    **{
+        f"schedule {name}": lambda at, kind=kind: new_training(schedule=lambda o: kind(o, at))
+        for name, kind in SCHEDULES.items()
+    },
+    **{
+        f"betas, fused: {fused}": lambda at, fused=fused: new_training(
+            optimizer=lambda p: Adam(p, lr=0.01, fused=fused), schedule=lambda o: with_betas(o, at)
+        )
+        for fused in (False, True)
+    },
+    **{
+        f"loss {name}": lambda at, make=make: new_training(loss=lambda: make(at))
+        for name, make in LOSSES.items()
+    },
+    **{
+        f"model {name}": lambda at, make=make: new_training(lambda: make(at), optimizer=momentum)
+        for name, make in MODELS.items()
+    },
+    **{
+        f"data set {name}": lambda at, kind=kind: of_dataset(kind, at) for name, kind in DATASETS.items()
+    },
+    "a metric": with_a_metric,
+    "a plateau": with_a_plateau,
+}
+
+
+def outcome(train, made, **options):
+    """Return losses and all else that a training leaves behind."""
+    return train(made, steps=STEPS, **options), contents(made)
+
+
+@pytest.mark.sweep(every=2)
+@pytest.mark.parametrize("name", CASES)
+def test_python_does_what_it_does_in_the_loop(name):
+    def losses_by_train(made, **options):
+        run = by_train(made, **options)
+        assert run.verify(progress=False, processes=1).is_exact
+        return run.losses["loss"].to_list()
+
+    options = {"batch_size": 8} if name.startswith("data set") else {}
+    expected = outcome(by_hand, CASES[name](AT), **options)
+    assert outcome(losses_by_train, CASES[name](AT), **options) == expected
+    assert outcome(by_hand, CASES[name](NEVER), **options) != expected  # or the case would show nothing
+
+
+def test_an_optimizer_that_raises_is_named():
+    class Raising(Counting):
+        def step(self, closure=None):
+            super().step(closure)
+            if self.calls == self.at:
+                raise ZeroDivisionError("on the way")
+
+    made = new_training(optimizer=lambda parameters: Raising(parameters, AT))
+    with pytest.raises(EverystepError, match=r"Raising\.step\(\) raises ZeroDivisionError: on the way"):
+        by_train(made, steps=STEPS)
+    assert len(everystep.runs()[0]) == AT - 1

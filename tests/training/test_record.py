@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.descent import descend
 from tests.training.by_hand import bits
 from tests.training.loops import LOOPS, unrecorded
 from torch import nn
@@ -97,11 +98,7 @@ def made(monkeypatch, tmp_path):
 
 def take(model, optimizer, batch):
     x, y = batch
-    loss = ((model(x) - y) ** 2).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss
+    return descend(optimizer, ((model(x) - y) ** 2).mean())
 
 
 def test_a_number_that_is_logged_after_a_tensor_keeps_its_digits(made, tmp_path):
@@ -343,11 +340,7 @@ def test_snapshots_have_no_gradients_that_the_next_step_drops(made):
     model, optimizer, batch = made
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for x, y in recording.steps([batch] * 80):
-            optimizer.zero_grad()
-            loss = ((model(x) - y) ** 2).mean()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, ((model(x) - y) ** 2).mean()))
     *between, last = sorted((recording.run.directory / "snapshots").iterdir())
     assert len(between) > 1
     for snapshot in between:
@@ -471,10 +464,7 @@ def test_what_a_loop_cuts_out_of_its_data_is_an_input(made, batch):
         with record(model=model, optimizer=optimizer) as recording:
             for t in range(40):
                 with recording.step():
-                    loss = (model(batch(t)) - 1).square().mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                    loss = descend(optimizer, (model(batch(t)) - 1).square().mean())
                     recording.log(loss=loss)
                 losses.append(loss.item())
         return recording, losses
@@ -618,10 +608,7 @@ def test_the_learning_rate_of_a_step_that_a_program_runs_is_the_one_that_it_uses
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
 
     def step(batch):
-        loss = nn.functional.mse_loss(model(batch[0]), batch[1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = descend(optimizer, nn.functional.mse_loss(model(batch[0]), batch[1]))
         schedule.step()
         return loss
 
@@ -638,10 +625,7 @@ def test_a_rate_that_the_loop_logs_has_a_name_of_its_own(made):
     logged = {}
     with everystep.record(model=model, optimizer=optimizer, schedule=schedule) as recording:
         for number, (x, y) in enumerate(recording.steps([batch] * 6), 1):
-            loss = nn.functional.mse_loss(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = descend(optimizer, nn.functional.mse_loss(model(x), y))
             schedule.step()
             logged[number] = schedule.get_last_lr()[0]
             recording.log(loss=loss, lr=logged[number])

@@ -2,79 +2,23 @@
 
 import pytest
 import torch
+from tests.descent import descend
 from tests.training.by_hand import bits
+from tests.training.step_functions import CASES
 from torch import nn
-from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 
 
-class Gan:
-    """Two models and two optimizers, and a step of them."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        self.discriminator = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.1), nn.Linear(8, 1))
-        self.optimizers = [
-            torch.optim.Adam(m.parameters(), 1e-2) for m in (self.generator, self.discriminator)
-        ]
-        rows = torch.randn(32, 2, generator=torch.Generator().manual_seed(1))
-        self.loader = DataLoader(TensorDataset(rows), batch_size=8, shuffle=True)
-
-    @property
-    def parts(self):
-        g, d = self.optimizers
-        return {
-            "generator": self.generator,
-            "discriminator": self.discriminator,
-            "optimizer_g": g,
-            "optimizer_d": d,
-        }
-
-    def step(self, batch):
-        g, d = self.optimizers
-        (real,) = batch
-        fake = self.generator(torch.randn(len(real), 4))
-        loss = functional.softplus(-self.discriminator(real)).mean()
-        loss = loss + functional.softplus(self.discriminator(fake.detach())).mean()
-        d.zero_grad()
-        loss.backward()
-        d.step()
-        fooled = functional.softplus(-self.discriminator(fake)).mean()
-        g.zero_grad()
-        fooled.backward()
-        g.step()
-        return {"loss": loss, "fooled": fooled}
-
-    def state(self):
-        return {
-            n: bits(t) for m in (self.generator, self.discriminator) for n, t in m.named_parameters()
-        }
+def new_gan():
+    """Return two models and two optimizers, a step of them, and four batches."""
+    torch.manual_seed(0)
+    return CASES["gan"]()
 
 
-def by_hand(gan, epochs):
-    return [gan.step(batch)["loss"].detach().item() for _ in range(epochs) for batch in gan.loader]
-
-
-def test_it_is_the_loop_by_hand_and_comes_back(tmp_path):
-    plain = Gan()
-    losses = by_hand(plain, 6)
-    gan = Gan()
-    run = everystep.train(
-        gan.step, gan.loader, parts=gan.parts, epochs=6, directory=tmp_path / "run", progress=False
-    )
-    assert list(run.losses["loss"]) == losses
-    assert gan.state() == plain.state()
-    assert run.verify(progress=False, processes=1).is_exact
-    assert "fooled" in run.measurement_names
-    assert run[9].batch is not None
-
-
-def test_steps_go_on_over_epochs(tmp_path):
-    gan = Gan()
-    run = everystep.train(gan.step, gan.loader, parts=gan.parts, steps=7, progress=False)
+def test_steps_go_on_over_epochs():
+    gan = new_gan()
+    run = everystep.train(gan.step, gan.batches, parts=gan.parts, steps=7, progress=False)
     assert len(run.losses) == 7
     assert run.facts.status == "finished"
 
@@ -84,11 +28,7 @@ def test_without_batches_the_step_takes_nothing():
     optimizer = torch.optim.SGD([x], lr=0.1)
 
     def step():
-        loss = ((x - 1) ** 2).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, ((x - 1) ** 2).sum())
 
     run = everystep.train(step, parts={"x": x, "optimizer": optimizer}, steps=20, progress=False)
     assert len(run.losses) == 20
@@ -98,44 +38,44 @@ def test_without_batches_the_step_takes_nothing():
 def test_a_seed_makes_it_repeatable():
     runs = []
     for _ in range(2):
-        gan = Gan()
+        gan = new_gan()
         torch.manual_seed(5)
         runs.append(
-            everystep.train(gan.step, gan.loader, parts=gan.parts, steps=5, seed=3, progress=False)
+            everystep.train(gan.step, gan.batches, parts=gan.parts, steps=5, seed=3, progress=False)
         )
     assert list(runs[0].losses["loss"]) == list(runs[1].losses["loss"])
 
 
 def test_a_generator_that_is_used_up_is_said(capsys):
-    gan = Gan()
-    batches = (batch for batch in gan.loader)
+    gan = new_gan()
+    batches = (batch for batch in gan.batches)
     run = everystep.train(gan.step, batches, parts=gan.parts, steps=50, progress=False)
     assert len(run.losses) == 4
     assert "no more batches after step 4" in capsys.readouterr().err
 
 
 def test_a_loader_without_batches_is_said(capsys):
-    gan = Gan()
+    gan = new_gan()
     run = everystep.train(gan.step, [], parts=gan.parts, steps=50, progress=False)
     assert len(run.losses) == 0
     assert "the loader yields no batch" in capsys.readouterr().err
 
 
 def test_it_stops_at_a_loss_that_is_not_finite():
-    gan, count = Gan(), [0]
+    gan, count = new_gan(), [0]
 
     def step(batch):
         count[0] += 1
         return {"loss": gan.step(batch)["loss"] * (float("nan") if count[0] == 5 else 1.0)}
 
-    run = everystep.train(step, gan.loader, parts=gan.parts, steps=50, stop_on_nan=True, progress=False)
+    run = everystep.train(step, gan.batches, parts=gan.parts, steps=50, stop_on_nan=True, progress=False)
     assert len(run.losses) == 5
     assert run.facts.status == "stopped"
     assert run.facts.reason == "the loss is nan (stop_on_nan)"
 
 
 def test_an_exception_leaves_the_steps_before_it():
-    gan, count = Gan(), [0]
+    gan, count = new_gan(), [0]
 
     def step(batch):
         count[0] += 1
@@ -144,7 +84,7 @@ def test_an_exception_leaves_the_steps_before_it():
         return gan.step(batch)["loss"]
 
     with pytest.raises(RuntimeError, match="out of luck"):
-        everystep.train(step, gan.loader, parts=gan.parts, steps=9, directory="run", progress=False)
+        everystep.train(step, gan.batches, parts=gan.parts, steps=9, directory="run", progress=False)
     run = everystep.open("run")
     assert len(run.losses) == 3
     assert run.facts.status == "failed"
@@ -185,10 +125,7 @@ def test_a_number_is_read_from_what_the_steps_of_another_batch_change():
             else:
                 model.count.add_(1)
                 loss = model(x).abs().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss
+            return descend(optimizer, loss)
 
         return step, {"model": model, "optimizer": optimizer}, model
 

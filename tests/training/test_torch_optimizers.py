@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tests.descent import descend
 from tests.training.loops import unrecorded
 from torch import nn, optim
 
@@ -25,9 +26,10 @@ OPTIMIZERS = {
     "adam": lambda p: optim.Adam(p, 0.01),
     "adam_amsgrad": lambda p: optim.Adam(p, 0.01, amsgrad=True, maximize=True),
     "adam_tensor_rate": lambda p: optim.Adam(p, torch.tensor(0.01)),
+    "adam_foreach": lambda p: optim.Adam(p, 0.01, foreach=True, weight_decay=0.1),
     "adamw_foreach": lambda p: optim.AdamW(p, 0.01, foreach=True),
     "adamw_fused": lambda p: optim.AdamW(p, 0.01, fused=True),
-    "nadam": optim.NAdam,
+    "nadam": lambda p: optim.NAdam(p, decoupled_weight_decay=True, weight_decay=0.1),
     "radam": lambda p: optim.RAdam(p, 0.1),
     "adamax": optim.Adamax,
     "adagrad": lambda p: optim.Adagrad(p, initial_accumulator_value=0.1),
@@ -43,15 +45,13 @@ def trained(make, record, change=lambda optimizer, step: None):
     """Train 12 steps; return the parameters."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    model.register_parameter("scalar", nn.Parameter(torch.tensor(1.0)))
     first, second = [{"params": each.parameters()} for each in (model[0], model[2])]
-    optimizer = make([first, second])
+    optimizer = make([first, second | {"params": [*second["params"], model.scalar]}])
     x, y = torch.randn(9, 6), torch.randn(9, 1)
     with record(model=model, optimizer=optimizer) as recording:
         for step in recording.steps(range(1, 13)):
-            loss = nn.functional.mse_loss(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = descend(optimizer, nn.functional.mse_loss(model(x) * model.scalar, y))
             change(optimizer, step)
             recording.log(loss=loss)
     return [parameter.detach().clone() for parameter in model.parameters()]
@@ -65,6 +65,8 @@ def set_settings(optimizer, step):
         optimizer.param_groups[1]["lr"] = 0.02 / step
     if step == 6 and type(optimizer.param_groups[0].get("weight_decay")) is float:
         optimizer.param_groups[0]["weight_decay"] = 0.3
+    if step == 8 and "betas" in optimizer.defaults:
+        optimizer.param_groups[0]["betas"] = 0.5, 0.6
 
 
 def assert_verified(run):

@@ -2,7 +2,6 @@
 
 import math
 import random
-import signal
 import subprocess
 import sys
 
@@ -26,40 +25,6 @@ def train(model, data, **options):
 
 def network():
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
-
-
-def test_shuffled_batches_dropout_clipping_and_a_schedule_have_the_bits_of_the_loop(small):
-    _, x, y = small
-
-    def make():
-        torch.manual_seed(5)
-        model = network()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-        return model, optimizer, lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
-
-    model, optimizer, schedule = make()
-    batches, loss_function, expected = Batches(20, 6, seed=5), nn.MSELoss(), []
-    for step in range(1, 12):
-        rows = batches.indices(step)
-        loss = loss_function(model(x[rows]), y[rows])
-        expected.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        schedule.step()
-
-    other, optimizer, schedule = make()
-    options = {"optimizer": optimizer, "schedule": schedule, "batch_size": 6, "clip_norm": 0.5}
-    run = train(other, (x, y), steps=11, **options, validation=(x[:3], y[:3]), evaluate_every=1)
-    assert run.losses["loss"].to_list() == expected
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
-    )
-    rates = run.measurements.filter(run.measurements["name"] == "lr")
-    assert rates["step"].to_list() == [1, 3, 5, 7, 9, 11]
-    assert rates["value"].to_list() == [0.01 * 0.5**k for k in range(6)]
 
 
 def test_epochs_stand_for_steps_and_a_schedule_can_follow_them(small):
@@ -298,59 +263,6 @@ def test_nan_is_recorded_said_once_and_training_goes_on(small, capfd):
     assert run.status == "finished"
 
 
-def test_stop_on_nan_stops_at_that_step(small):
-    model, x, y = small
-    optimizer = everystep.GradientDescent(model.parameters(), lr=1e30)
-    run = train(model, (x, y), optimizer=optimizer, steps=50, stop_on_nan=True)
-    losses = run.losses["loss"].to_list()
-    assert not math.isfinite(losses[-1])
-    assert all(map(math.isfinite, losses[:-1]))
-    assert run.status == "stopped"
-    assert "stop_on_nan" in run.facts.reason
-
-
-def test_what_the_users_own_code_raises_comes_through_and_the_steps_before_are_kept(small):
-    model, x, y = small
-    calls = []
-
-    def failing(prediction, target):
-        calls.append(1)
-        if len(calls) == 4:
-            raise ZeroDivisionError("mine")
-        return nn.functional.mse_loss(prediction, target)
-
-    with pytest.raises(ZeroDivisionError, match="mine"):
-        train(model, (x, y), loss=failing)
-    (run,) = everystep.runs()
-    assert (run.status, len(run.losses), run.facts.reason) == ("failed", 3, "mine")
-
-
-def test_ctrl_c_finishes_the_step_closes_the_run_and_is_raised(small):
-    model, x, y = small
-
-    def interrupted(prediction, target):
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        calls.append(1)
-        return nn.functional.mse_loss(prediction, target)
-
-    calls = []
-    with pytest.raises(KeyboardInterrupt, match=r"everystep\.open\('runs/sequential-1'\)"):
-        train(model, (x, y), loss=interrupted)
-    (run,) = everystep.runs()
-    assert (run.status, len(run.losses), run.snapshots) == ("stopped", 4, [0, 4])
-    assert all(torch.equal(run.parameters(4)[n], v) for n, v in model.state_dict().items())
-
-
-def test_hooks_of_the_optimizer_are_called(small):
-    model, x, y = small
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    called = []
-    optimizer.register_step_post_hook(lambda *_: called.append(1))
-    train(model, (x, y), optimizer=optimizer, steps=3)
-    assert len(called) == 3
-
-
 def test_zero_steps_make_a_run_of_the_beginning(small):
     model, x, y = small
     run = train(model, (x, y), steps=0)
@@ -371,30 +283,6 @@ def test_float64_and_frozen_parameters_and_tied_weights(small):
     assert torch.equal(run.parameters(5)["0.bias"], frozen)
     assert torch.equal(run.parameters(5)["0.weight"], run.parameters(5)["1.weight"])
     model.load_state_dict(run.parameters(5))
-
-
-def test_a_snapshot_holds_all_that_the_training_goes_on_with(small):
-    """Continue by hand from a snapshot: the same losses come out."""
-    _, x, y = small
-    torch.manual_seed(8)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    train(model, (x, y), optimizer=optimizer, steps=6, directory="first")
-    first = everystep.open("first")
-    rest = train(model, (x, y), optimizer=optimizer, steps=4).losses["loss"].to_list()
-
-    tensors, parameters, settings = _snapshot(first, 6)
-    other = network()
-    other.load_state_dict(parameters)
-    optimizer = torch.optim.SGD(
-        other.parameters(),
-        lr=settings["held"]["optimizer"]["optimizer"]["groups"][0]["lr"],
-        momentum=0.9,
-    )
-    for name, parameter in other.named_parameters():
-        optimizer.state[parameter]["momentum_buffer"] = tensors[f"optimizer/{name}/momentum_buffer"]
-    torch.set_rng_state(tensors["generator/torch"])
-    assert train(other, (x, y), optimizer=optimizer, steps=4).losses["loss"].to_list() == rest
 
 
 def test_a_model_in_evaluation_mode_is_pointed_out(small, capfd):

@@ -1,4 +1,4 @@
-"""The table of every step in the browser."""
+"""The table of every step: on the page, and in a report that is opened from a file without a network."""
 
 import math
 import re
@@ -6,13 +6,16 @@ import re
 import pytest
 from playwright.sync_api import expect
 from tests.page.browser.places import changed, expect_step, part, rows
+from tests.sealing import seal
 
 import everystep
+from everystep.recording.run import RecordedRun
+from everystep.views.report import report_html
 
 
 @pytest.fixture
-def table(visit):
-    """Show the table of a run."""
+def on_page(visit):
+    """Show the table of a run on the page."""
 
     def show(run, **options):
         page = visit(f"/runs/{run}", **options)
@@ -22,8 +25,27 @@ def table(visit):
     return show
 
 
+@pytest.fixture
+def saved(recorded, open_page, tmp_path):
+    """Open the report of a run, at a step if there is one to look at."""
+
+    def open_report(run, at="", **context):
+        path = tmp_path / "report.html"
+        path.write_text(report_html(RecordedRun(recorded / run)), encoding="utf-8")
+        page = open_page(path.as_uri() + at, offline=True, **context)
+        expect(rows(page).first).to_be_visible()
+        return page
+
+    return open_report
+
+
+@pytest.fixture(params=["on_page", "saved"])
+def table(request):
+    return request.getfixturevalue(request.param)
+
+
 def sort(page, column):
-    part(page, "table of every step").get_by_role("columnheader", name=re.compile(f"^{column}")).click()
+    page.get_by_role("columnheader", name=re.compile(f"^{column}")).click()
 
 
 def turn_to(page, number):
@@ -41,8 +63,84 @@ def column(page, number):
     return page.locator(f"tr[data-step] > :nth-child({number})")
 
 
-def test_a_click_goes_to_the_step_and_the_table_follows(table):
+def info(page):
+    return page.locator(".dt-info")
+
+
+def losses_of(directory):
+    return RecordedRun(directory).losses["loss"].to_list()
+
+
+# In both.
+
+
+def test_it_is_sorted_by_loss_with_nan_beyond_the_largest(table, recorded):
+    page = table("diverged")
+    smallest = beginning(min(filter(math.isfinite, losses_of(recorded / "diverged"))))
+    for first, last in ((smallest, "nan"), ("nan", smallest)):
+        sort(page, "loss")
+        expect(column(page, 2).first).to_have_text(first)
+        turn_to(page, "3")
+        expect(column(page, 2).last).to_have_text(last)
+
+
+def test_it_is_sorted_by_what_was_measured_with_blanks_last(table, recorded):
+    page = table("digits")
+    measured = everystep.open(recorded / "digits").measured("validation_loss")
+    ordered = [str(step) for step, _ in sorted(measured.items(), key=lambda pair: pair[1]) if step]
+    for steps in (ordered, ordered[::-1]):
+        sort(page, "validation_loss")
+        expect(column(page, 1)).to_have_text([*steps, *[re.compile(".")] * (10 - len(steps))])
+        expect(column(page, 4).last).to_have_text("")
+
+
+def test_it_is_searched_by_step_and_by_range_of_losses(table, recorded):
     page = table("chapter")
+    search = page.get_by_role("searchbox", name="steps")
+    search.fill("100-104")
+    expect(column(page, 1)).to_have_text(["100", "101", "102", "103", "104"])
+    search.fill("")
+    low, high = page.get_by_label("losses from"), page.get_by_label("losses to")
+    low.fill("0.5")
+    high.fill("1")
+    high.press("Enter")
+    losses = enumerate(losses_of(recorded / "chapter"), 1)
+    found = [str(step) for step, loss in losses if 0.5 <= loss <= 1]
+    expect(info(page)).to_have_text(f"1 to 10 of {len(found)} (filtered from 500)")
+    expect(column(page, 1)).to_have_text(found[:10])
+
+
+def test_what_is_found_is_copied_and_saved_as_csv(table, recorded):
+    page = table("digits", permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("searchbox", name="steps").fill("100-102")
+    expect(rows(page)).to_have_count(3)
+    page.get_by_role("button", name="Copy", exact=True).click()
+    expect(page.get_by_text("3 rows are in the clipboard.")).to_be_visible()
+    copied = [line.split("\t") for line in page.evaluate("navigator.clipboard.readText()").splitlines()]
+    with page.expect_download() as download:
+        page.get_by_role("link", name="CSV").click()
+    written = [line.split(",") for line in download.value.path().read_text().splitlines()]
+    assert written == copied
+    assert written[0] == ["step", "loss", "validation_accuracy", "validation_loss"]
+    losses = losses_of(recorded / "digits")
+    assert [(int(step), float(loss)) for step, loss, *_ in written[1:]] == [
+        (step, pytest.approx(losses[step - 1])) for step in (100, 101, 102)
+    ]
+
+
+def test_a_report_has_the_columns_and_the_rows_of_the_page(saved, on_page):
+    for name in ("chapter", "digits"):
+        report, page = saved(name), on_page(name)
+        for place in ("thead th", "tbody tr"):
+            inside = f".everystep-table {place}"
+            assert report.locator(inside).all_inner_texts() == page.locator(inside).all_inner_texts()
+
+
+# On the page.
+
+
+def test_a_click_goes_to_the_step_and_the_table_follows(on_page):
+    page = on_page("chapter")
     rows(page).nth(3).click()
     expect_step(page, 4)
     selected = page.locator("tr[aria-selected=true]")
@@ -54,89 +152,22 @@ def test_a_click_goes_to_the_step_and_the_table_follows(table):
     expect(selected).to_have_attribute("data-step", "490")
 
 
-def test_it_is_searched_by_step_and_by_range_of_losses(table, recorded):
-    page = table("chapter", expected=["400"])
-    search = page.get_by_role("searchbox", name="steps")
-    search.fill("137")
-    expect(rows(page)).to_have_count(1)
-    search.fill("100-104")
-    expect(column(page, 1)).to_have_text(["100", "101", "102", "103", "104"])
-    search.fill("many")
-    expect(page.locator(".table-part .note")).to_contain_text("many")
-    search.fill("")
-    page.get_by_role("textbox", name="losses from").fill("0.5")
-    page.get_by_role("textbox", name="losses to").fill("1")
-    page.keyboard.press("Enter")
-    losses = everystep.open(recorded / "chapter").losses
-    found = [str(step) for step, loss in losses.select("step", "loss").iter_rows() if 0.5 <= loss <= 1]
-    expect(part(page, "table of every step")).to_contain_text(
-        f"1 to 10 of {len(found)} (filtered from 500)"
-    )
-    expect(column(page, 1)).to_have_text(found[:10])
-
-
-def test_it_is_sorted_by_loss_with_nan_beyond_the_largest(table, recorded):
-    page = table("diverged")
-    losses = everystep.open(recorded / "diverged").losses["loss"].to_list()
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    sort(page, "loss")
-    expect(column(page, 2).first).to_have_text(beginning(min(finite)))
-    turn_to(page, "3")
-    expect(column(page, 2).last).to_have_text("nan")
-    sort(page, "loss")
-    expect(column(page, 2).first).to_have_text("nan")
-    turn_to(page, "3")
-    expect(column(page, 2).last).to_have_text(beginning(min(finite)))
-
-
-def test_it_is_sorted_by_what_was_measured_with_blanks_last(table, recorded):
-    page = table("digits")
-    measured = everystep.open(recorded / "digits").measured("validation_loss")
-    smallest = [str(step) for step, _ in sorted(measured.items(), key=lambda pair: pair[1]) if step]
-    sort(page, "validation_loss")
-    expect(column(page, 1)).to_have_text([*smallest, *[re.compile(".")] * (10 - len(smallest))])
-    blank = page.locator("tr[data-step]").last.locator("td").last
-    expect(blank).to_have_text("")
-    sort(page, "validation_loss")
-    expect(column(page, 1)).to_have_text(
-        [*reversed(smallest), *[re.compile(".")] * (10 - len(smallest))]
-    )
-
-
-def test_as_many_rows_are_shown_as_one_likes(table):
-    page = table("chapter")
+def test_as_many_rows_are_shown_as_one_likes(on_page):
+    page = on_page("chapter")
     page.get_by_label("a page").select_option("25")
     expect(rows(page)).to_have_count(25)
     turn_to(page, "20")
     expect(column(page, 1).last).to_have_text("500")
 
 
-def test_what_is_found_is_copied(table, recorded):
-    page = table("chapter", permissions=["clipboard-read", "clipboard-write"])
-    page.get_by_role("searchbox", name="steps").fill("100-102")
-    expect(rows(page)).to_have_count(3)
-    page.get_by_role("button", name="Copy", exact=True).click()
-    expect(page.get_by_text("3 rows are in the clipboard.")).to_be_visible()
-    copied = page.evaluate("navigator.clipboard.readText()").splitlines()
-    losses = everystep.open(recorded / "chapter").losses["loss"]
-    assert copied[0].split("\t")[:2] == ["step", "loss"]
-    assert [float(line.split("\t")[1]) for line in copied[1:]] == pytest.approx(losses[99:102].to_list())
-
-
-@pytest.mark.parametrize("search", ["", "100-104"])
-def test_what_is_found_is_saved_as_csv(table, recorded, search):
-    page = table("chapter")
-    if search:
-        page.get_by_role("searchbox", name="steps").fill(search)
-        expect(rows(page)).to_have_count(5)
+def test_every_step_is_saved_as_csv(on_page, recorded):
+    page = on_page("chapter")
     with page.expect_download() as download:
         page.get_by_role("link", name="CSV").click()
     [head, *lines] = download.value.path().read_text().splitlines()
-    losses = everystep.open(recorded / "chapter").losses["loss"].to_list()
     assert head == "step,loss"
-    assert [float(line.split(",")[1]) for line in lines] == pytest.approx(
-        losses[99:104] if search else losses
-    )
+    losses = losses_of(recorded / "chapter")
+    assert [float(line.split(",")[1]) for line in lines] == pytest.approx(losses)
 
 
 def test_a_long_table_has_all_its_pages(copied, visit):
@@ -149,8 +180,8 @@ def test_a_long_table_has_all_its_pages(copied, visit):
     expect(column(page, 1).last).to_have_text("20,500")
 
 
-def test_the_address_says_how_it_is_sorted(table, visit, recorded):
-    page = table("digits")
+def test_the_address_says_how_it_is_sorted(on_page, visit, recorded):
+    page = on_page("digits")
     sort(page, "loss")
     sort(page, "loss")
     expect(page).to_have_url(re.compile(r"\?sort=loss&direction=desc$"))
@@ -169,3 +200,101 @@ def test_a_link_that_sorts_by_what_is_not_there_says_so(visit):
     page = visit("/runs/chapter?sort=nothing", expected=["400"])
     expect(column(page, 1).first).to_have_text("1")
     expect(page.get_by_text("no column 'nothing' to sort by")).to_be_visible()
+
+
+def test_what_names_no_steps_is_said_on_the_page(on_page):
+    page = on_page("chapter", expected=["400"])
+    page.get_by_role("searchbox", name="steps").fill("many")
+    expect(part(page, "table of every step").locator(".note")).to_contain_text("many")
+
+
+# In a report.
+
+
+def test_steps_are_searched_for(saved):
+    page = saved("chapter")
+    search = page.get_by_role("searchbox", name="steps")
+    for text, first, count in [
+        ("3", 3, 1), ("2-4", 2, 3), ("2..4", 2, 3), (" 2 – 4 ", 2, 3),  # noqa: RUF001
+        (">498", 499, 2), (">=498", 498, 3), ("<3", 1, 2), ("≤3", 1, 3), ("497-", 497, 4),
+        ("-2", 1, 2), ("4-2", None, 0), ("501", None, 0), ("0", None, 0), ("1,000", None, 0),
+        ("999999999999999999", None, 0),
+    ]:  # fmt: skip
+        search.fill(text)
+        if count:
+            expect(info(page)).to_have_text(f"1 to {count} of {count} (filtered from 500)")
+            expect(column(page, 1).first).to_have_text(str(first))
+        else:
+            expect(info(page)).to_have_text("no rows (filtered from 500)")
+    search.fill("")
+    expect(info(page)).to_have_text("1 to 10 of 500")
+    for text in ("abc", "1-2-3", "1" * 400, "-"):
+        search.fill(text)
+        expect(page.get_by_text(f"search '{text[:80]}' names no steps; write 137")).to_be_visible()
+
+
+def test_a_range_of_losses_includes_the_losses_that_bound_it(saved):
+    page = saved("chapter")
+    low, high = page.get_by_label("losses from"), page.get_by_label("losses to")
+    low.fill(column(page, 2).nth(5).inner_text())
+    high.fill(column(page, 2).nth(2).inner_text())
+    high.press("Enter")
+    expect(column(page, 1)).to_have_text(["3", "4", "5", "6"])
+    low.fill("x")
+    low.press("Enter")
+    expect(page.get_by_text("losses from 'x': not a number; write 0.25 or 1e-3")).to_be_visible()
+
+
+def test_a_row_a_point_and_the_address_go_to_a_step(saved):
+    page = saved("chapter")
+    selected, mark = page.locator("tr[aria-selected=true]"), page.locator(".saved-plot .at-step")
+    rows(page).nth(3).click()
+    expect(selected).to_have_attribute("data-step", "4")
+    expect(mark).to_have_text(re.compile("^4 · "))
+    plot = page.get_by_role("slider", name="step")
+    plot.focus()
+    for key in ("End", "ArrowLeft", "Enter"):
+        page.keyboard.press(key)
+    expect(selected).to_have_attribute("data-step", "499")
+    expect(page).to_have_url(re.compile("#step=499$"))
+    page.go_back()
+    expect(selected).to_have_attribute("data-step", "4")
+    plot.focus()
+    page.keyboard.press("ArrowRight")  # goes on from the step that is looked at
+    expect(page.locator(".saved-plot .readout")).to_have_text(re.compile(r"^step 5\s*loss "))
+    page.get_by_role("link", name="7", exact=True).first.press("Enter")
+    expect(selected).to_have_attribute("data-step", "7")
+    linked = saved("chapter", at="#step=137")
+    expect(linked.locator("tr[aria-selected=true]")).to_have_attribute("data-step", "137")
+    expect(linked.locator(".saved-plot .at-step")).to_have_text(re.compile("^137 · "))
+
+
+def test_a_long_run_can_be_browsed(copied, saved):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.write_losses(501, [0.5] * 99_499 + [98.75])
+        database.write_facts({"steps": 100_000})
+    seal(run)
+    page = saved(run.name)
+    sort(page, "loss")
+    expect(column(page, 2).first).to_have_text(beginning(min(losses_of(run))))
+    page.get_by_role("searchbox", name="steps").fill("100000")
+    expect(column(page, 2)).to_have_text(["98.75"])
+
+
+def test_on_paper_there_are_rows_without_controls(saved):
+    page = saved("chapter")
+    page.emulate_media(media="print")
+    expect(page.get_by_role("searchbox", name="steps")).to_be_hidden()
+    expect(page.get_by_role("navigation", name="pagination")).to_be_hidden()
+    expect(rows(page)).to_have_count(10)
+    expect(info(page)).to_have_text("1 to 10 of 500")
+
+
+def test_without_scripts_the_first_rows_can_be_read(recorded, open_page, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(report_html(RecordedRun(recorded / "chapter")), encoding="utf-8")
+    page = open_page(path.as_uri(), java_script_enabled=False)
+    expect(page.locator("tbody tr")).to_have_count(10)
+    says = "The first 10 of 500 rows; the others need JavaScript."
+    expect(page.locator("noscript .static-note")).to_have_text(says)

@@ -1,7 +1,5 @@
 """Loops with odd state and batches, and with what is carried from step to step."""
 
-import contextlib
-
 import numpy as np
 import torch
 from tests.step.loops_to_mistake.loop import (
@@ -16,6 +14,7 @@ from tests.step.loops_to_mistake.loop import (
 )
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 __all__ = ["CARRYING_LOOPS"]
 
@@ -36,19 +35,6 @@ def buffers_that_are_bound_again(record):
         return loss
 
     return trained(record, body, model)
-
-
-@loop(10)
-def state_that_is_carried(record):
-    model, head = nn.LSTM(6, 8), nn.Linear(8, 3)
-    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()])
-    hidden = None
-    with record(model=model, head=head, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(recording.steps(batches()), start=1):
-            out, hidden = model(x, hidden if number % 9 else None)
-            recording.log(loss=descend(optimizer, functional.mse_loss(head(out), y)))
-            hidden = tuple(each.detach() for each in hidden)
-    return model
 
 
 @loop(0)
@@ -90,18 +76,6 @@ def tensors_from_elsewhere_that_alias(record):
         return update(model, optimizer, h + other, y)
 
     return trained(record, body)
-
-
-@loop(5)
-def names_for_parameters_from_elsewhere(record):
-    model = network()
-    alias, other = model[2].weight.detach(), torch.zeros(8, 8)
-
-    def body(model, optimizer, x, y, number):
-        (other if number % 6 else alias).mul_(0.9)
-        return update(model, optimizer, x, y)
-
-    return trained(record, body, model)
 
 
 @loop(4)
@@ -154,21 +128,6 @@ def anomalies_that_are_looked_for(record):
     def body(model, optimizer, x, y, number):
         with torch.autograd.set_detect_anomaly(number % 6 == 0):
             return update(model, optimizer, x, y)
-
-    return trained(record, body)
-
-
-@loop(2)
-def an_optimizer_that_fails(record):
-    def body(model, optimizer, x, y, number):
-        loss = update(model, optimizer, x, y)
-        if number % 5 == 0:
-            optimizer.param_groups[0]["lr"] = None
-            with contextlib.suppress(TypeError):
-                optimizer.step()
-            optimizer.param_groups[0]["lr"] = 0.05
-            loss = update(model, optimizer, x, y)
-        return loss
 
     return trained(record, body)
 
@@ -247,7 +206,57 @@ def the_batch_is_added_late(record):
     return model
 
 
+@loop(0)
+def data_and_buffers_of_which_the_step_reads_more(record):
+    """Batches and a buffer are views of what the body reads in whole."""
+    x, y, whole = torch.randn(8 * STEPS, 6), torch.randn(8 * STEPS, 3), torch.arange(12.0)
+    model = network()
+    model.register_buffer("first_half", whole[:6])
+
+    def body(model, optimizer, a, b, number):
+        return update(model, optimizer, a - x.mean(0) + model.first_half + whole.mean(), b + y[0])
+
+    given = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 8 * STEPS, 8)]
+    return trained(record, body, model, given=given)
+
+
 @loop(5)
-def batches_of_other_sizes(record):
-    given = [(x[: 8 - n % 3 * (n > 9)], y[: 8 - n % 3 * (n > 9)]) for n, (x, y) in enumerate(batches())]
-    return trained(record, lambda m, o, x, y, n: update(m, o, x, y), given=given)
+def updates_between_the_steps(record):
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches()):
+            with recording.step((x, y)):
+                loss = functional.mse_loss(model(x), y)
+                loss.backward()
+                recording.log(loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            if number == 4:
+                model.load_state_dict(best)
+    return model
+
+
+@loop(5)
+def layers_that_come_and_go(record):
+    def body(model, optimizer, x, y, number):
+        if number == 8:
+            model.append(nn.Linear(3, 3))
+            optimizer.add_param_group({"params": model[-1].parameters()})
+        if number == 12:
+            prune.l1_unstructured(model[0], "weight", 0.3)
+        return update(model, optimizer, x, y)
+
+    return trained(record, body)
+
+
+@loop(0)
+def results_into_given_tensors(record):
+    def body(model, optimizer, x, y, number):
+        empty, full = torch.empty(0), torch.zeros(8, 6)
+        torch.mul(x, 2, out=empty)
+        torch.add(x, 1, out=full)
+        return update(model, optimizer, x + empty + full, y)
+
+    return trained(record, body)

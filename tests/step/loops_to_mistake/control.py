@@ -99,3 +99,24 @@ def steps_that_are_broken_off(record):
                 if number == 6:
                     break
     return model
+
+
+@loop(10)
+def the_next_batch_by_hand(record):
+    model = network()
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        given = iter(recording.steps(batches()))
+        for _ in range(STEPS):
+            recording.log(loss=update(model, optimizer, *next(given)))
+    return model
+
+
+@loop(10)
+def a_zip_that_ends_first(record):
+    model = network()
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        for (x, y), _ in zip(recording.steps(batches()), range(STEPS - 2), strict=False):
+            recording.log(loss=update(model, optimizer, x, y))
+    return model

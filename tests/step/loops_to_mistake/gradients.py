@@ -62,27 +62,6 @@ def gradients_that_are_retained_and_swapped(record):
     return trained(record, body)
 
 
-@loop(10)
-def gradients_of_the_input(record):
-    def body(model, optimizer, x, y, number):
-        x = x.clone().requires_grad_()
-        functional.mse_loss(model(x), y).backward()
-        return update(model, optimizer, (x + 0.1 * x.grad.sign()).detach(), y)
-
-    return trained(record, body)
-
-
-@loop(10)
-def a_penalty_on_gradients(record):
-    def body(model, optimizer, x, y, number):
-        x = x.clone().requires_grad_()
-        h = model(x)
-        (found,) = torch.autograd.grad(h.sum(), x, create_graph=True)
-        return descend(optimizer, functional.mse_loss(h, y) + found.pow(2).mean())
-
-    return trained(record, body)
-
-
 @loop(8)
 def gradients_that_add_up_and_are_dropped(record):
     def body(model, optimizer, x, y, number):

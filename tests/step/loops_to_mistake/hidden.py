@@ -1,7 +1,7 @@
 """Loops that do what torch's functions do not show."""
 
 import torch
-from tests.step.loops_to_mistake.loop import Loops, descend, network, trained, update
+from tests.step.loops_to_mistake.loop import Loops, descend, trained, update
 from torch.nn import functional
 
 __all__ = ["HIDDEN_LOOPS"]
@@ -17,18 +17,6 @@ def temporaries_that_are_written_out_of_sight(record):
             with torch._C.DisableTorchFunction():
                 h.add_(1)
         return update(model, optimizer, h, y)
-
-    return trained(record, body)
-
-
-@loop(10)
-def parameters_that_are_written_out_of_sight(record):
-    def body(model, optimizer, x, y, number):
-        loss = update(model, optimizer, x, y)
-        if number == 20:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                model[0].weight.mul_(0.5)
-        return loss
 
     return trained(record, body)
 
@@ -97,91 +85,39 @@ def a_hook_on_a_tensor(record):
     return trained(record, body)
 
 
-@loop(5)
-def a_hook_on_a_parameter_between_the_steps(record):
-    def between(model, optimizer, number):
-        if number == 10:
-            model[0].weight.register_hook(lambda g: g * 2)
-
-    return trained(record, lambda m, o, x, y, n: update(m, o, x, y), between=between)
-
-
-def doubles_gradient(parameter):
-    parameter.grad.mul_(2)
-
-
-@loop(5)
-def a_hook_that_runs_when_a_gradient_is_there(record):
-    def between(model, optimizer, number):
-        if number == 10:
-            model[0].weight.register_post_accumulate_grad_hook(doubles_gradient)
-
-    return trained(record, lambda m, o, x, y, n: update(m, o, x, y), between=between)
-
-
 def accumulator(parameter):
     return parameter.view_as(parameter).grad_fn.next_functions[0][0]
 
 
-@loop(5)
-def a_hook_on_a_node_between_the_steps(record):
-    kept = []
+#: Nodes are kept, since nothing else of Python's holds them.
+NODES = []
 
+
+def hook_a_node(model):
+    NODES[:] = [accumulator(model[0].weight)]
+    NODES[0].register_prehook(lambda g: (g[0] * 2,))
+
+
+def double_gradient(parameter):
+    parameter.grad.mul_(2)
+
+
+HOOKS = {
+    "a parameter": lambda model: model[0].weight.register_hook(lambda g: g * 2),
+    "a gradient": lambda model: model[0].weight.register_post_accumulate_grad_hook(double_gradient),
+    "a node": hook_a_node,
+}
+
+
+def hooked_on_the_way(register):
     def between(model, optimizer, number):
         if number == 10:
-            kept.append(accumulator(model[0].weight))
-            kept[0].register_prehook(lambda g: (g[0] * 2,))
+            register(model)
 
-    return trained(record, lambda m, o, x, y, n: update(m, o, x, y), between=between)
-
-
-@loop(5)
-def a_hook_on_a_node_that_is_kept_from_before(record):
-    model = network()
-    node = accumulator(model[0].weight)
-
-    def between(model, optimizer, number):
-        if number == 10:
-            node.register_prehook(lambda g: (g[0] * 2,))
-
-    return trained(record, lambda m, o, x, y, n: update(m, o, x, y), model, between=between)
+    return lambda record: trained(record, lambda m, o, x, y, n: update(m, o, x, y), between=between)
 
 
-@loop(5)
-def a_hook_on_a_node_of_the_last_loss(record):
-    kept = []
-
-    def body(model, optimizer, x, y, number):
-        loss = update(model, optimizer, x, y)
-        kept[:] = [loss]
-        return loss
-
-    def between(model, optimizer, number):
-        if number == 10:
-            node = kept[0].grad_fn
-            while type(node).__name__ != "AccumulateGrad":
-                node = node.next_functions[0][0]
-            node.register_prehook(lambda g: (g[0] * 2,))
-
-    return trained(record, body, between=between)
-
-
-@loop(5)
-def a_hook_on_a_node_within_a_step(record):
-    model = network()
-    node = accumulator(model[0].weight)
-
-    def body(model, optimizer, x, y, number):
-        loss = functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        handle = node.register_prehook(lambda g: (g[0] * 2,)) if number > 9 else None
-        loss.backward()
-        if handle is not None:
-            handle.remove()
-        optimizer.step()
-        return loss
-
-    return trained(record, body, model)
+HIDDEN_LOOPS |= {f"a hook on {name}": (hooked_on_the_way(hook), 5) for name, hook in HOOKS.items()}
 
 
 @loop(5)
@@ -201,22 +137,6 @@ def a_hook_on_a_node_of_a_tensor_that_is_no_part(record):
             node.register_prehook(lambda g: (g[0] * 2,))
 
     return trained(record, body, between=between)
-
-
-@loop(15)
-def another_backward_pass_out_of_sight(record):
-    def body(model, optimizer, x, y, number):
-        h = model(x)
-        g = torch.ones_like(h)
-        loss = functional.mse_loss(h, y)
-        optimizer.zero_grad()
-        loss.backward(retain_graph=True)
-        if number > 7:
-            torch.autograd.backward([h], [g])
-        optimizer.step()
-        return loss
-
-    return trained(record, body)
 
 
 @loop(15)

@@ -1,10 +1,11 @@
 """A loop that tries to make one step pass for another, and what the loops are made of."""
 
 import torch
+from tests.descent import descend
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["STEPS", "Loops", "batches", "descend", "network", "sgd", "trained", "update"]
+__all__ = ["STEPS", "Loops", "batches", "network", "sgd", "trained", "update"]
 
 STEPS = 28
 
@@ -36,13 +37,6 @@ def sgd(model, **settings):
 
 def update(model, optimizer, x, y):
     return descend(optimizer, functional.mse_loss(model(x), y))
-
-
-def descend(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss
 
 
 def trained(record, body, model=None, optimizer=None, given=None, between=None, **parts):

@@ -4,7 +4,7 @@ import contextlib
 import random
 
 import torch
-from tests.step.loops_to_mistake.loop import Loops, descend, trained, update
+from tests.step.loops_to_mistake.loop import Loops, batches, descend, network, trained, update
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -69,7 +69,7 @@ def checkpoints_at_times(record):
             h = model(x)
         return descend(optimizer, functional.mse_loss(h, y))
 
-    return trained(record, body)
+    return trained(record, body, nn.Sequential(network(), nn.Dropout(0.2)))
 
 
 @loop(5)
@@ -81,9 +81,12 @@ def transforms_at_times(record):
             found = torch.func.grad(
                 lambda p: functional.mse_loss(torch.func.functional_call(model, p, (x,)), y)
             )(parameters)
+            ones = torch.ones(6)
+            value, tangent = torch.func.jvp(lambda w: (x @ w).pow(2).mean(), (ones,), (ones,))
             with torch.no_grad():
+                factor = tangent / value + torch.func.vmap(model[0])(x).mean()
                 for name, parameter in parameters.items():
-                    parameter -= 0.01 * found[name]
+                    parameter -= 0.01 * found[name] * factor
         return loss
 
     return trained(record, body)
@@ -149,3 +152,31 @@ def a_device_by_default(record):
             torch.set_default_device(None)
 
     return trained(record, body)
+
+
+@loop(0)
+def an_evaluation_in_inference_mode(record):
+    layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+    model, kept = nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Linear(6, 3)), {}
+
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x[:, None], y[:, None])
+        model.eval()
+        with torch.inference_mode():
+            mask = torch.zeros(8, 4, dtype=torch.bool)
+            mask[:, 3] = True
+            model[0](x[:, None].expand(-1, 4, -1), src_key_padding_mask=mask)
+            kept["best"] = model(x[:, None]).mean(0)
+        model.train()
+        return loss
+
+    return trained(record, body, model, kept=kept)
+
+
+@loop(0)
+def training_in_inference_mode(record):
+    model = network()
+    with torch.inference_mode(), record(model=model) as recording:
+        for x, _ in recording.steps(batches()):
+            recording.log(loss=model(x).sum())
+    return model

@@ -122,16 +122,15 @@ def generators_that_are_set(record):
 
 
 @loop(0)
-def sequences_of_other_lengths(record):
-    model = nn.LSTM(6, 3, batch_first=True)
-
+def generators_that_are_forked(record):
     def body(model, optimizer, x, y, number):
-        given = torch.tensor([2, 2, 2, 2] if number < 5 else [4, 2, 1, 1])
-        packed = nn.utils.rnn.pack_padded_sequence(x.view(4, 4, 6), given, batch_first=True)
-        out, _ = nn.utils.rnn.pad_packed_sequence(model(packed)[0], batch_first=True, total_length=4)
-        return descend(optimizer, functional.mse_loss(out.reshape(16, 3), y))
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            x = x + torch.randn_like(x)
+        torch.randn(3, generator=torch.default_generator)
+        return update(model, optimizer, x + torch.randn_like(x), y)
 
-    return trained(record, body, model, given=batches(rows=16))
+    return trained(record, body)
 
 
 @loop(0)
@@ -179,40 +178,6 @@ def places_to_split_at(record):
                 x = torch.cat([three, one.mul(2), two])
                 recording.log(loss=update(model, optimizer, x, y))
     return model
-
-
-@loop(0)
-def masks_with_other_counts(record):
-    def body(model, optimizer, x, y, number):
-        h = model(x)
-        kept = h[y > (9.0 if number < 4 else 0.5)]
-        rows = torch.nonzero(x[:, 0] > 0.5)
-        h = h + 0.1 * kept.sum() + len(rows) * 0 + torch.unique(y.round()).sum()
-        return descend(optimizer, functional.mse_loss(h, y))
-
-    return trained(record, body)
-
-
-@loop(0)
-def products_with_zeros(record):
-    def body(model, optimizer, x, y, number):
-        return descend(optimizer, (model(x).relu() + y).prod(1).mean())
-
-    given = [(x, y.clamp(min=1) if n < 5 else y.relu()) for n, (x, y) in enumerate(batches())]
-    return trained(record, body, given=given)
-
-
-@loop(0)
-def a_largest_number(record):
-    return trained(record, lambda m, o, x, y, n: descend(o, (m(x) - y).abs().max()))
-
-
-@loop(0)
-def one_tensor_of_numbers_that_python_makes(record):
-    def body(model, optimizer, x, y, number):
-        return update(model, optimizer, x * torch.tensor([1.0, number]).sum(), y)
-
-    return trained(record, body)
 
 
 @loop(0)
