@@ -264,7 +264,7 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
         database.forget_after(recorded)
         database.remove_snapshots([row.step for row in removed])
     folder = directory / "snapshots"
-    remove_snapshots(folder, [row.step for row in removed], lambda steps: None)
+    remove_snapshots(folder, [row.step for row in removed])
     kept = {f"{row.step:06d}" for row in database.snapshots()}
     for path in folder.iterdir():
         if path.name not in kept:

@@ -452,7 +452,7 @@ class Recorder:
             files = self._database.forget_after(step)
         for name in files:
             (self._home.here / name).unlink(missing_ok=True)
-        remove_snapshots(self._home.here / "snapshots", later, self._forget)
+        self._remove_snapshots(later)
         self._last_step = min(self._last_step, step)
         self._passed = min(self._passed, step)
 
@@ -474,16 +474,18 @@ class Recorder:
         given_up = self.plan.add(row.step, row.bytes)
         with self._database.transaction():
             self._database.add_snapshot(row)
-        remove_snapshots(self._home.here / "snapshots", given_up, self._forget)
+        self._remove_snapshots(given_up)
         self._snapshot_seconds = clock.worked() - started
         if row.bytes > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
             self._snapshot_seconds = clock.now() - began
         self._snapshot_bytes = row.bytes
         self._snapshots_written += 1
 
-    def _forget(self, steps: list[int]) -> None:
-        with self._database.transaction():
-            self._database.remove_snapshots(steps)
+    def _remove_snapshots(self, steps: list[int]) -> None:
+        if steps:
+            with self._database.transaction():
+                self._database.remove_snapshots(steps)
+            remove_snapshots(self._home.here / "snapshots", steps)
 
     def _translated(self, error: BaseException, last_step: int) -> RecordingError:
         if last_step:

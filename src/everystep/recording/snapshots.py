@@ -7,7 +7,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,9 +200,7 @@ class SnapshotPlan:
         return off
 
 
-def remove_snapshots(folder: Path, steps: list[int], forget: Callable[[list[int]], None]) -> None:
-    """Remove snapshots: first from the database (`forget`), then their directories."""
-    if steps:
-        forget(steps)
-        for step in steps:
-            shutil.rmtree(folder / f"{step:06d}", ignore_errors=True)
+def remove_snapshots(folder: Path, steps: Iterable[int]) -> None:
+    """Remove the directories of snapshots that the database does not have any more."""
+    for step in steps:
+        shutil.rmtree(folder / f"{step:06d}", ignore_errors=True)
