@@ -173,6 +173,20 @@ def an_optimizer_that_fails(record):
     return trained(record, body)
 
 
+@loop(11)
+def a_result_in_the_place_of_what_is_from_elsewhere(record):
+    outside = torch.ones(8, 6)
+
+    def body(model, optimizer, x, y, number):
+        own = x * 2
+        h = own if number % 9 == 0 else outside
+        g = h + 1
+        own.mul_(2)
+        return update(model, optimizer, own + g + h * 3, y)
+
+    return trained(record, body)
+
+
 class Scripted(nn.Module):
     def forward(self, x):
         x.add_(1.0)
