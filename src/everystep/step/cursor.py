@@ -95,18 +95,17 @@ class Cursor(UnderWay):
     def _followed(self, at: Entry, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a call that an earlier step has made here, too; return MISS if none has."""
         where, expected = self.follower.where, at.next
-        if expected is not None and expected.func is func and expected.where == where:
-            result = expected.check(args, kwargs)  # type: ignore[misc]
-            if result is not MISS:
-                return self._went(expected, result)
-        for entry in at.children.values():
-            self.tensors.forget_brought()
-            if entry.func is func and entry is not expected and entry.where == where:
+        entry, others = expected, iter(at.children.values())
+        while entry is not None:
+            if entry.func is func and entry.where == where:
+                if entry.brings:  # what the step has made itself is not from elsewhere
+                    self.tensors.catch_up(at)
                 result = entry.check(args, kwargs)  # type: ignore[misc]
                 if result is not MISS:
                     at.next = entry
                     return self._went(entry, result)
-        self.tensors.forget_brought()
+                self.tensors.forget_brought()
+            entry = next((each for each in others if each is not expected), None)
         return MISS
 
     def _is_met(self, tensor: Tensor) -> bool:
@@ -236,6 +235,7 @@ class Cursor(UnderWay):
         if entry.func is None:
             entry.func, entry.where, entry.shaped = func, self.follower.where, is_shaped
             entry.contents, entry.draws = contents, at.draws + known.draws
+            entry.brings = any(token[0] == "x" for token in flat)
             if self.is_remembered:
                 self._compile(entry, known, is_alone=isinstance(result, Tensor))
         if is_shaped:

@@ -60,12 +60,7 @@ def captured(
     names: of its parameters, which are not among the tensors; known: tensors that have a name already.
     """
     walk = _Capturing(names, known)
-    data = {
-        name: walk.encoded(value, name)
-        for name, value in vars(optimizer).items()
-        if name not in _OF_TORCH
-    }
-    return walk.tensors, data
+    return walk.tensors, walk.attributes(optimizer, "")
 
 
 def restore(
@@ -79,8 +74,7 @@ def restore(
     own = vars(optimizer)
     for name in own.keys() - data.keys() - _OF_TORCH:
         del own[name]  # it came later; its class may have a default
-    for name, node in data.items():
-        own[name] = walk.decoded(node, own.get(name), name)
+    walk.set_attributes(optimizer, data, "")
 
 
 def encoded(
@@ -113,8 +107,6 @@ class _Capturing:
     ) -> None:
         self._left_alone = left_alone
         self.tensors: dict[str, Tensor] = {}
-        #: Those that were made of something else, such as an array.
-        self.copied: set[str] = set()
         self._names = names
         self._known = {id(tensor): name for name, tensor in known.items()}
         self._ids = {id(parameter): name for parameter, name in names.items()}
@@ -142,7 +134,7 @@ class _Capturing:
         if type(value) in (set, frozenset) and all(map(_is_plain, value)):
             return {type(value).__name__: sorted(value, key=repr)}
         if isinstance(value, torch.Generator):
-            return {"generator": self._kept_copy(value.get_state(), place)}
+            return {"generator": self._kept(value.get_state(), place)}
         if type(value) in _DICTS and all(map(self._is_key, value)):
             items = enumerate(value.items())
             return {"dict": [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]}
@@ -151,18 +143,17 @@ class _Capturing:
             return {kind: [self.encoded(item, f"{place}.{i}") for i, item in enumerate(value)]}
         if _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__"):
             return {"left": type(value).__name__}
-        skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else set()
-        own = {n: v for n, v in vars(value).items() if n not in skipped}
-        return {"object": {name: self.encoded(each, f"{place}.{name}") for name, each in own.items()}}
+        return {"object": self.attributes(value, f"{place}.")}
+
+    def attributes(self, value: Any, prefix: str) -> dict[str, Any]:
+        """Return the attributes of an object. prefix: what the names of its tensors begin with."""
+        skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else ()
+        own = vars(value).items()
+        return {n: self.encoded(each, f"{prefix}{n}") for n, each in own if n not in skipped}
 
     def _kept(self, tensor: Tensor, place: str) -> str:
         self.tensors[f"{PREFIX}{place}"] = tensor
         return f"{PREFIX}{place}"
-
-    def _kept_copy(self, tensor: Tensor, place: str) -> str:
-        name = self._kept(tensor, place)
-        self.copied.add(name)
-        return name
 
     def _array(self, value: Any, place: str) -> Any:
         kind = "scalar" if isinstance(value, np.generic) else "array"
@@ -170,7 +161,7 @@ class _Capturing:
             tensor = torch.from_numpy(np.array(value, order="C"))
         except (TypeError, ValueError):  # texts, dates, structures: torch has no such numbers
             return {"left": f"array of {value.dtype}"}
-        return {kind: self._kept_copy(tensor, place)}
+        return {kind: self._kept(tensor, place)}
 
     def _is_key(self, key: Any) -> bool:
         is_known = isinstance(key, Tensor) and key in self._names
@@ -228,10 +219,14 @@ class _Restoring:
         if kind in ("list", "tuple", "deque"):
             return self._list(kind, content, there, place)
         if kind == "object" and hasattr(there, "__dict__"):
-            own = vars(there)
-            for name, node in content.items():
-                own[name] = self.decoded(node, own.get(name), f"{place}.{name}")
+            self.set_attributes(there, content, f"{place}.")
         return there
+
+    def set_attributes(self, value: Any, nodes: Mapping[str, Any], prefix: str) -> None:
+        """Set the attributes of an object to the values of nodes."""
+        own = vars(value)
+        for name, node in nodes.items():
+            own[name] = self.decoded(node, own.get(name), f"{prefix}{name}")
 
     def _tensor(self, saved: Tensor, there: Any) -> Tensor:
         fits = isinstance(there, Tensor) and (there.shape, there.dtype) == (saved.shape, saved.dtype)

@@ -210,17 +210,30 @@ class Entry:
     tensors the step has met, and how often it has drawn random numbers, after it.
 
     Of a call: func, where: the operator, and the modules in which it runs; check: makes the call if it
-    is this one, else returns MISS; contents: arguments that brought memory from elsewhere, by their
-    place, and the number of the first tensor there; shaped: whether the call does not determine the
-    shapes or dtypes of its results, which are those of the entry after it; kept: results with memory
-    that is met again without them, by their place and number.
+    is this one, else returns MISS; brings: whether memory from elsewhere is met here; contents:
+    arguments that read such memory first, by their place, and the number of the first tensor there;
+    shaped: whether the call does not determine the shapes or dtypes of its results, which are those of
+    the entry after it; kept: results with memory that is met again without them, by their place and
+    number.
 
     jump: of a backward pass that can run unwatched, the entry after it, its numbers, and the numbers
     before it.
     """
 
     __slots__ = (
-        *("check", "children", "contents", "draws", "ending", "func", "jump", "kept", "key", "marks"),
+        *(
+            "brings",
+            "check",
+            "children",
+            "contents",
+            "draws",
+            "ending",
+            "func",
+            "jump",
+            "kept",
+            "key",
+            "marks",
+        ),
         *("met", "new", "next", "operation", "parent", "shaped", "where"),
     )
 
@@ -242,7 +255,7 @@ class Entry:
         self.next: Entry | None = None
         self.children: dict[Any, Entry] = {}
         self.contents: tuple[tuple[int, int], ...] = ()
-        self.shaped = False
+        self.shaped = self.brings = False
         self.kept: tuple[tuple[int, int], ...] = ()
         self.ending: Ending | None = None
         self.jump: Any = None

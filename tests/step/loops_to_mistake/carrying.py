@@ -1,5 +1,7 @@
 """Loops with odd state and batches, and with what is carried from step to step."""
 
+import contextlib
+
 import numpy as np
 import torch
 from tests.step.loops_to_mistake.loop import (
@@ -128,6 +130,35 @@ def anomalies_that_are_looked_for(record):
     def body(model, optimizer, x, y, number):
         with torch.autograd.set_detect_anomaly(number % 6 == 0):
             return update(model, optimizer, x, y)
+
+    return trained(record, body)
+
+
+@loop(2)
+def an_optimizer_that_fails(record):
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x, y)
+        if number % 5 == 0:
+            optimizer.param_groups[0]["lr"] = None
+            with contextlib.suppress(TypeError):
+                optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.05
+            loss = update(model, optimizer, x, y)
+        return loss
+
+    return trained(record, body)
+
+
+@loop(11)
+def a_result_in_the_place_of_what_is_from_elsewhere(record):
+    outside = torch.ones(8, 6)
+
+    def body(model, optimizer, x, y, number):
+        own = x * 2
+        h = own if number % 9 == 0 else outside
+        g = h + 1
+        own.mul_(2)
+        return update(model, optimizer, own + g + h * 3, y)
 
     return trained(record, body)
 
