@@ -73,7 +73,7 @@ class ReplayStepper:
     whether a state holds the gradients that the next step drops: if not, they are made once more.
     """
 
-    def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], None]) -> None:
+    def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
         self.state: int | None = None
         self.steps = steps
         self._run = steps.run

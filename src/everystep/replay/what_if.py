@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -25,6 +26,7 @@ from everystep.replay.recorded_steps import RecordedSteps, StepsAtRate
 from everystep.replay.replay import Replay, no_such_step, open_next, same_number
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.shown import Shown
+from everystep.replay.step import Step
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
 from everystep.training.objects import Objects
@@ -211,17 +213,12 @@ def _train_without(
     run, at = replay.run, state.step
     stretch = replay.stretches[replay.stretch_of(at + 1)]
     batches = batches_of(stretch.facts)
-    evaluator, looks = Evaluator(question, run, False), _looks(question)
     found = []
     with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
         training = Living(run, stretch, objects or Objects(), state)
         for rows in cases:
             training.begin(batches.without_rows(rows, at + 1, until) if rows else batches)
-            losses = training.run(until - looks)
-            last = training.open() if looks else None
-            losses += [last.loss] if last else []
-            value = evaluator.answer(until, losses[-1], OpenedStep(last) if last else None)
-            found.append(Case(rows or (), value, tuple(losses)))
+            found.append(Case(rows or (), *_outcome(run, question, until, training.run, training.open)))
     return found
 
 
@@ -236,29 +233,43 @@ def _train_at(
     """Let programs train from a state, once at each learning rate."""
     run, at = replay.run, state.step
     stretch = replay.stretches[replay.stretch_of(at + 1)]
-    evaluator, looks = Evaluator(question, run, False), _looks(question)
     rule = rule_of(run, stretch, objects or Objects())
     found = []
     with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
         for rate in rates:
-            differing: list[int] = []
-            steps = (
-                RecordedSteps(run, stretch, rule)
-                if rate is None
-                else StepsAtRate(run, stretch, rule, rate)
-            )
-            stepper = ReplayStepper(steps, lambda step, how: differing.append(step))  # noqa: B023
+            differing: dict[int, str] = {}
+            what = run, stretch, rule
+            steps = RecordedSteps(*what) if rate is None else StepsAtRate(*what, rate)
+            stepper = ReplayStepper(steps, differing.setdefault)
             stepper.load(state)
-            losses: list[float] = []
-            while at + len(losses) < until - looks:
-                losses += stepper.run(until - looks).tolist()
-            last = open_next(stepper) if looks else None
-            losses += [last.loss] if last else []
-            value = evaluator.answer(until, losses[-1], OpenedStep(last) if last else None)
-            found.append(Case((), value, tuple(losses), rate, min(differing, default=None)))
+            taken = partial(_taken, stepper), partial(open_next, stepper)
+            outcome = _outcome(run, question, until, *taken)
+            found.append(Case((), *outcome, rate, min(differing, default=None)))
     return found
 
 
-def _looks(question: Expression) -> bool:
-    """Tell whether the last step must be opened for a question."""
-    return any(each.kind not in ("loss", "step") for each in question.references)
+def _taken(stepper: ReplayStepper, last: int) -> list[float]:
+    """Take steps up to `last`; return their losses."""
+    losses: list[float] = []
+    while stepper.state is not None and stepper.state < last:
+        losses += stepper.run(last).tolist()
+    return losses
+
+
+def _outcome(
+    run: RecordedRun,
+    question: Expression,
+    until: int,
+    take: Callable[[int], list[float]],
+    open_last: Callable[[], Step],
+) -> tuple[float | None, tuple[float, ...]]:
+    """Train up to a step; return the answer to a question there, and the losses.
+
+    take: takes steps up to one; open_last: takes the last, where the question is of more than its loss.
+    """
+    is_of_loss = all(each.kind in ("loss", "step") for each in question.references)
+    losses = take(until if is_of_loss else until - 1)
+    last = None if is_of_loss else open_last()
+    losses += [] if last is None else [last.loss]
+    opened = None if last is None else OpenedStep(last)
+    return Evaluator(question, run, False).answer(until, losses[-1], opened), tuple(losses)
