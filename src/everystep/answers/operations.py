@@ -28,6 +28,7 @@ __all__ = [
     "StepPair",
     "TensorDifference",
     "draws",
+    "memory_of",
     "name_in_words",
     "rows_that_differ",
     "tensor_difference",
