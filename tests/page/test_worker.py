@@ -12,6 +12,7 @@ from tests.sealing import seal_files
 
 import everystep
 from everystep.errors import RunError
+from everystep.page import worker
 from everystep.page.desk import Desk, Gone, NoAnswer
 from everystep.page.worker import KEPT_RUNS, Openers, answers
 
@@ -96,6 +97,18 @@ def test_runs_are_kept_open_and_made_anew(trained, tmp_path):
     everystep.train_experiment("two-layer", {"steps": 2}, directory=copies[0], progress=False)
     assert openers.run(str(copies[0])) is not known
     assert answered({"kind": "content", "run": str(copies[0]), "step": 3}, openers=openers)[0][0] == 404
+
+
+def test_a_run_that_is_deleted_while_it_is_read_is_not_there_any_more(trained, tmp_path, monkeypatch):
+    copy = shutil.copytree(trained, tmp_path / "run")
+
+    def deleted(step, run, asked):
+        shutil.rmtree(copy)
+        (copy / "programs" / "1.json").read_text()
+
+    monkeypatch.setitem(worker._KINDS, "content", deleted)
+    [(status, about, _)] = answered({"kind": "content", "run": str(copy), "step": 3})
+    assert (status, about) == (404, {"error": "the run run is not there any more"})
 
 
 def at_desk(directory, use):

@@ -137,7 +137,11 @@ def answers(
             message = memory_message(error) or f"the step cannot be shown: {reason}"
             status, about = 500, {"error": message}
         if status == 500 and isinstance(request, dict):
-            openers.forget(request.get("run", ""))  # it may be in the middle of a step
+            place = str(request.get("run", ""))
+            openers.forget(place)  # it may be in the middle of a step
+            if place and not Path(place, FILE_NAME).exists():
+                # Deleted while it was read: whatever came of that says nothing about the run.
+                status, about = 404, {"error": f"the run {Path(place).name} is not there any more"}
         yield Message("answer", {"status": status, "about": about}, content)
 
 
