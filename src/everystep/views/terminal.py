@@ -80,13 +80,18 @@ class Table(Generic[Row]):
         """
         cells = [[column.cell(row) for row in rows] for column in self._columns]
         for place, column in enumerate(cells):
-            self._widths[place] = max([self._widths[place], *(cell_len(text) for text, _ in column)])
+            self._widths[place] = max([self._widths[place], *(_width(text) for text, _ in column)])
             if not rows or any(text for text, _ in column):
                 self._used.add(place)
         before, self._shown = self._shown, self._fitting()
         headers = [(self._headers[place], "dim") for place in self._shown]
         if before.keys() != self._shown.keys() and any(text for text, _ in headers):
             yield self._line(headers)
+        if not any(self._columns[place].wraps for place in self._shown):
+            yield from map(
+                self._line, zip(*[self._cells(p, cells[p]) for p in self._shown], strict=True)
+            )
+            return
         for row in zip(*cells, strict=True):
             folded = [self._folded(place, *row[place]) for place in self._shown]
             yield from map(self._line, zip_longest(*folded, fillvalue=("", "")))
@@ -104,6 +109,13 @@ class Table(Generic[Row]):
                 shown[place] -= min(int(excess), max(shown[place] - _NARROWEST, 0))
         return shown
 
+    def _cells(self, place: int, cells: list[Styled]) -> Iterable[Styled]:
+        """Return the cells of a column, cut where they may be."""
+        width = self._shown[place]
+        return (
+            ((cut(text, width), style) for text, style in cells) if self._columns[place].least else cells
+        )
+
     def _folded(self, place: int, text: str, style: str) -> list[Styled]:
         """Return a cell as the lines that it takes."""
         column, width = self._columns[place], self._shown[place]
@@ -114,10 +126,15 @@ class Table(Generic[Row]):
     def _line(self, cells: Iterable[Styled]) -> list[Styled]:
         line: list[Styled] = []
         for (place, width), (text, style) in zip(self._shown.items(), cells, strict=True):
-            space = " " * (width - cell_len(text))
+            space = " " * (width - _width(text))
             before, after = (space, "") if self._columns[place].is_number else ("", space)
             line += [("  " * bool(line) + before, ""), (text, style), (after, "")]
         return line
+
+
+def _width(text: str) -> int:
+    """Return how many characters wide a terminal shows a text."""
+    return len(text) if text.isascii() else cell_len(text)
 
 
 def _width_of(widths: Collection[int]) -> int:
