@@ -367,7 +367,7 @@ def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_o
     assert list(case.losses) == fork.losses["loss"].to_list()[4:]
 
 
-def test_other_numbers_for_python_and_unknown_rates_are_said(tmp_path):
+def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     loop(record=tmp_path / "reads", logs_item=True)
     found = everystep.open(tmp_path / "reads").what_if(4, lr=0.5, progress=False)
     assert found.cases[0].differs_from == 6  # the first loss after an update at the rate

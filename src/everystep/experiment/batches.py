@@ -184,8 +184,9 @@ class Batches:
 class RowsOf:
     """The batches of two tensors x and y (rows, ...): their row numbers, and the rows themselves.
 
-    is_fixed: whether every step sees x and y themselves; for a Dataset, each step sees new tensors, as
-    in a loop that reads it. guards: what must stay the same for the rows to be those of their Dataset.
+    batches: which rows each step sees; y: the targets of all rows; is_fixed: whether every step sees x
+    and y themselves; for a Dataset, each step sees new tensors, as in a loop that reads it. guards: what
+    must stay the same for the rows to be those of their Dataset.
     """
 
     runs_python = False
@@ -193,59 +194,48 @@ class RowsOf:
     def __init__(
         self, batches: Batches, x: Tensor, y: Tensor, is_read: bool = False, guards: Any = None
     ) -> None:
-        self._batches = batches
-        self._x = x
-        self._y = y
-        self._is_read = is_read
+        self.y = y
         self.guards = guards
+        self._x = x
+        self._is_read = is_read
         self.use(batches)
-
-    @property
-    def batches(self) -> Batches:
-        """Which rows each step sees."""
-        return self._batches
-
-    @property
-    def y(self) -> Tensor:
-        """The targets of all rows (rows, ...)."""
-        return self._y
 
     def use(self, batches: Batches) -> None:
         """From now on, let steps see these batches of the same rows."""
-        self._batches = batches
+        self.batches = batches
         self.is_fixed = batches.batch_size is None and not self._is_read and not batches.without
 
     def with_targets(self, y: Tensor) -> RowsOf:
         """Return these batches with other targets (rows, ...)."""
-        return RowsOf(self._batches, self._x, y, self._is_read, self.guards)
+        return RowsOf(self.batches, self._x, y, self._is_read, self.guards)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step (from 1)."""
         indices = self._indices(step)
         if indices is None and not self.is_fixed:
-            return self._x.clone(), self._y.clone()
+            return self._x.clone(), self.y.clone()
         if indices is None:
-            return self._x, self._y
-        return self._x.index_select(0, indices), self._y.index_select(0, indices)
+            return self._x, self.y
+        return self._x.index_select(0, indices), self.y.index_select(0, indices)
 
     def shape(self, step: int) -> int:
         """Return how many rows a step sees."""
-        return self._batches.rows_of(step)
+        return self.batches.rows_of(step)
 
     def into(self, step: int, x: Tensor, y: Tensor) -> None:
         """Write x and y of a step into tensors of their shape."""
         indices = self._indices(step)
         if indices is None:
             x.copy_(self._x)
-            y.copy_(self._y)
+            y.copy_(self.y)
         else:
             torch.index_select(self._x, 0, indices, out=x)
-            torch.index_select(self._y, 0, indices, out=y)
+            torch.index_select(self.y, 0, indices, out=y)
 
     def versions(self) -> list[int | None]:
         """Return how often each of the two tensors was changed, None where torch does not count."""
-        return [None if each.is_inference() else each._version for each in (self._x, self._y)]
+        return [None if each.is_inference() else each._version for each in (self._x, self.y)]
 
     def _indices(self, step: int) -> Tensor | None:
-        indices = self._batches.indices(step)
+        indices = self.batches.indices(step)
         return None if indices is None else indices.to(self._x.device)

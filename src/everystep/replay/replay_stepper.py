@@ -132,7 +132,7 @@ class ReplayStepper:
     def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.steps.device, copy=True) for name, tensor in tensors.items()}
 
-    def go_on(self, steps: RecordedSteps) -> None:
+    def continue_with(self, steps: RecordedSteps) -> None:
         """From here on take these steps, with nothing between them."""
         self.steps, self._between = steps, {}
         self._bound = BoundSteps(self._tensors)

@@ -75,7 +75,7 @@ def continue_alone(
                 "differs"
             )
         further = FurtherSteps(run, stepper.steps.rule, lr)
-        stepper.go_on(further)
+        stepper.continue_with(further)
         state = stepper.capture()
         recorder = record(state)
         writer = RunWriter(

@@ -14,10 +14,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
-from everystep.experiment.data import Data
 from everystep.experiment.files import files_of, note_named
 from everystep.experiment.optimizer import with_fused
-from everystep.experiment.specification import Experiment, check_iteration, load
+from everystep.experiment.specification import check_iteration, load
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.recorder import Recorder
@@ -73,7 +72,11 @@ class Fork:
     @property
     def changed(self) -> dict[str, Any]:
         """What changes, as far as it is plain data."""
-        found = {path: value for path, value in self.settings.items() if _is_plain(value)}
+        found = {
+            path: value
+            for path, value in self.settings.items()
+            if isinstance(value, bool | int | float | str | list | None)
+        }
         if self.without:
             found["without_rows"] = list(self.without)
         if self.targets:
@@ -255,7 +258,9 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
     with prepared(new.threads or facts.numerics.threads, device), torchs_errors("the fork"):
         data = None
         if new.data == old.data:  # also where the seed that it was drawn with changes
-            data = stored_data(asked.run, facts) or _made_data(asked.run, old)
+            data = stored_data(asked.run, facts)
+            if data is None:
+                data = experiment_job(old, asked.run.name, torch.device("cpu")).data
         job = experiment_job(new, asked.run.name, device, data)
         training = job.training
         fresh = _settings_of(training.optimizer)  # a schedule brings the parent's
@@ -390,11 +395,3 @@ def _has_other_loss(training: Training, first: State) -> bool:
         for name, tensor in live.items()
         if name not in own
     )
-
-
-def _made_data(run: RecordedRun, experiment: Experiment) -> Data | None:
-    return experiment_job(experiment, run.name, torch.device("cpu")).data
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | list)
