@@ -78,8 +78,8 @@ class MetTensors:
         self._bases, self._extents = {}, None
         tensors = [*state.values()]
         lasting, number_of, places = self._lasting
-        if lasting > same:
-            lasting, number_of, places = 0, {}, {}
+        if lasting > same:  # another state: none of these may be found in a later step
+            lasting, number_of, places = self._lasting = 0, {}, {}
         self._number_of, self._places = number_of.copy(), places.copy()
         for number in range(lasting, len(tensors)):
             if lasting < number == same:
