@@ -23,7 +23,6 @@ from everystep.step.torchs_own import (
     hook_on,
     is_torchs_function,
     is_torchs_module,
-    is_torchs_optimizer,
     own_modules,
 )
 
@@ -110,12 +109,11 @@ class Surroundings:
         for name, tensor in self._named_state().items():
             guards.tensor(tensor, name.partition("/")[2], is_state=True)
         guards.read("storages", "the sharing of memory between tensors", self._shared)
-        for name, optimizer in self._optimizers.items():
-            if is_torchs_optimizer(optimizer):
-                self._guard_optimizer(name)
+        for name in self._optimizers:
+            self._guard_optimizer(name)
 
     def _guard_optimizer(self, name: str) -> None:
-        """Note what makes an optimizer torch's own, and which parameters it has."""
+        """Note what an optimizer runs, and which parameters it has."""
         optimizer, guards = self._optimizers[name], self.guards
         key = id(optimizer)
         guards.read((key, "class"), f"the class of {name}", type, optimizer)
@@ -174,13 +172,15 @@ def _functions_in(module: types.ModuleType) -> list[Any]:
 
 
 def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
-    """Note which tensors, modules and hooks a module has, its mode, and a forward of its own."""
+    """Note which tensors, modules and hooks a module has, its mode, and what a call of it runs."""
     own = vars(module)
     for name in ("_parameters", "_buffers", "_modules", *HOOKS):
         if name in own:
             guards.contents(own[name], f"{name} of {where}")
     for name in ("training", "forward"):
         guards.read((id(module), name), f"{name} of {where}", held, module, name)
+    for name in ("forward", "__call__"):
+        guards.read((id(module), "class", name), f"{name} of {where}", getattr, type(module), name)
 
 
 # Settings of the process.
