@@ -330,10 +330,11 @@ def whatif(
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train again from a step with a change, and rank the trainings by what the loss becomes.
+    """Train again without some rows or at another rate, and rank.
 
-    Without rows, each has the bits of a training by hand without those rows. At another learning rate,
-    programs repeat the recorded steps, of any run. Nothing is recorded; everystep fork records one.
+    Trains from a step, and ranks the trainings by what the loss becomes. Without rows, each has the bits
+    of a training by hand without those rows. At another learning rate, programs repeat the recorded
+    steps, of any run. Nothing is recorded; everystep fork records one.
     """
     from everystep.replay.what_if import check_has_rows
 
