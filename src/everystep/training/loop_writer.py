@@ -78,7 +78,7 @@ class LoopWriter(RunWriter):
             super().__init__(recorder, at, say, advanced, seconds_before=before, is_finite=is_finite)
             self.rates, self._later = resumed.rates, resumed.later
             self._has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
-        self._numerics = facts.training.numerics
+        self._numerics = numerics.Numerics.read(self.parts.device)
         self.watched = WatchedSteps(self.parts, recorder)
         if message := numerics.warning():
             say(message)
