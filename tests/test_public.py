@@ -24,6 +24,7 @@ MODULES = [
 def test_everything_that_is_exported_is_there():
     assert all(getattr(everystep, name) is not None for name in everystep.__all__)
     assert sorted(everystep.__all__) == everystep.__all__
+    assert {*dir(everystep)} - {"lightning", "numerics", "transformers"} == {*everystep.__all__}
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = everystep.nonsense
 

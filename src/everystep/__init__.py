@@ -58,15 +58,16 @@ _MODULES = {
     "GradientDescent": "everystep.gradient_descent",
     "Run": "everystep.run",
 }
+_SUBMODULES = ("lightning", "numerics", "transformers")
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
-    if name in ("lightning", "numerics", "transformers"):
+    if name in _SUBMODULES:
         return import_module(f"everystep.{name}")
     raise AttributeError(f"module 'everystep' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted((*__all__, *_SUBMODULES))
