@@ -582,6 +582,36 @@ def test_an_optimizer_with_an_infinite_setting_is_the_same_again(dying):
     assert group["growth_rate"] == float("inf")
 
 
+class Growing(torch.optim.SGD):
+    """Its rate grows from step to step, in an array of its own."""
+
+    def __init__(self, parameters, rate):
+        super().__init__(parameters, rate)
+        self.rate = np.array([rate])
+
+    def step(self, closure=None):
+        self.rate *= 1.1
+        self.param_groups[0]["lr"] = float(self.rate[0])
+        return super().step(closure)
+
+
+def test_two_optimizers_keep_each_their_own(dying):
+    def body(record):
+        one, two = nn.Linear(6, 3), nn.Linear(3, 1)
+        first, second = Growing(one.parameters(), 0.1), Growing(two.parameters(), 0.01)
+        parts = {"one": one, "two": two, "first": first, "second": second}
+        with record(**parts) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                first.zero_grad()
+                recording.log(loss=descend(second, functional.mse_loss(two(one(x)), y)))
+                first.step()
+        return one.weight.detach()
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert torch.equal(whole, by_loop(body, (12,)))
+
+
 # Programs alone.
 
 

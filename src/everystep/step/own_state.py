@@ -53,18 +53,26 @@ def keeps_own_state(optimizer: torch.optim.Optimizer | None) -> bool:
 
 
 def captured(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], known: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    place: str,
+    names: Mapping[Tensor, str],
+    known: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Any]:
     """Return all that an optimizer keeps: live tensors by name, and the rest as JSON can hold it.
 
-    names: of its parameters, which are not among the tensors; known: tensors that have a name already.
+    Args:
+        optimizer: the optimizer.
+        place: what the names of its tensors begin with.
+        names: of its parameters, which are not among the tensors.
+        known: tensors that have a name already.
     """
     walk = _Capturing(names, known)
-    return walk.tensors, walk.attributes(optimizer, "")
+    return walk.tensors, walk.attributes(optimizer, f"{place}.")
 
 
 def restore(
     optimizer: torch.optim.Optimizer,
+    place: str,
     names: Mapping[Tensor, str],
     tensors: Mapping[str, Tensor],
     data: Mapping[str, Any],
@@ -74,7 +82,7 @@ def restore(
     own = vars(optimizer)
     for name in own.keys() - data.keys() - _OF_TORCH:
         del own[name]  # it came later; its class may have a default
-    walk.set_attributes(optimizer, data, "")
+    walk.set_attributes(optimizer, data, f"{place}.")
 
 
 def encoded(

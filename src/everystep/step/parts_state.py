@@ -60,7 +60,7 @@ class PartsState:
             if isinstance(part, nn.Module):
                 held[name] = {"attributes": _changed(self._at_first[name], _attributes(part))}
             elif isinstance(part, torch.optim.Optimizer):
-                found, held[name] = self._of_optimizer(part, live)
+                found, held[name] = self._of_optimizer(name, part, live)
                 tensors |= found
             else:
                 found, data = encoded(part, name, live, others - {id(part)})
@@ -102,7 +102,7 @@ class PartsState:
             )
 
     def _of_optimizer(
-        self, optimizer: torch.optim.Optimizer, live: Mapping[str, Tensor]
+        self, part: str, optimizer: torch.optim.Optimizer, live: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Any]:
         names = self._parts.parameter_names()
         settings = {"optimizer": optimizer_settings(optimizer, names)}
@@ -110,7 +110,7 @@ class PartsState:
         is_usual = all(isinstance(value, (Tensor, *_PLAIN)) for value in entries)
         if is_usual and not keeps_own_state(optimizer):
             return {}, settings
-        tensors, data = captured(optimizer, names, live)
+        tensors, data = captured(optimizer, part, names, live)
         return tensors, settings | {"own": data}
 
     def restore(self, state: State, only: Collection[str] | None = None) -> None:
@@ -170,7 +170,7 @@ class PartsState:
             if own_class != known:
                 raise ValueError(f"it is {own_class}, but the snapshot has {known}")
             if "own" in held:
-                restore(part, names, saved, held["own"])
+                restore(part, name, names, saved, held["own"])
                 return
             own = "" if len(parts.optimizers) == 1 else f"{name}."
             if is_whole:
