@@ -771,6 +771,18 @@ def test_a_loss_and_a_schedule_with_other_settings_are_those_of_the_fork():
     assert rates[5] == pytest.approx(0.1 * rates[4]) and other.verify(progress=False).is_exact
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"), [("Adam", "amsgrad"), ("RMSprop", "centered"), ("RMSprop", "momentum")]
+)
+def test_what_an_optimizer_keeps_from_its_first_step_on_is_not_turned_on_later(name, setting):
+    changes = {"optimizer.name": name, "steps": 6}
+    run = everystep.train_experiment("two-layer", changes, progress=False)
+    turned_on = {f"optimizer.{setting}": 0.5 if setting == "momentum" else True}
+    with pytest.raises(ExperimentError, match=f"optimizer.{setting}: cannot be turned on.*at step 0"):
+        run.fork(3, turned_on, progress=False)
+    assert len(run.fork(0, turned_on, progress=False)) == 6
+
+
 def test_a_fork_with_an_optimizer_of_fewer_parameters_is_refused():
     model = mlp()
     optimizer = momentum(model.parameters())

@@ -371,8 +371,33 @@ def _bring(
         return {}
     before = training.hyperparameters()
     for group, settings in zip(training.optimizer.param_groups, fresh, strict=True):
-        group.update({key: value for key, value in settings.items() if key in own})
+        chosen = {key: value for key, value in settings.items() if key in own}
+        _check_kept(training.optimizer, group, chosen)
+        group.update(chosen)
     return before
+
+
+def _check_kept(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> None:
+    """Check that an optimizer which has taken steps keeps all that it needs with other settings.
+
+    Raises:
+        ExperimentError: it does not.
+    """
+    names = ("amsgrad", "centered") + ("momentum",) * isinstance(optimizer, torch.optim.RMSprop)
+    kind = type(optimizer).__name__
+    faults = [
+        Fault(
+            f"optimizer.{name}",
+            f"cannot be turned on after step 1: {kind} keeps what it needs for that from there on; fork "
+            "at step 0",
+        )
+        for name in names
+        if optimizer.state and chosen.get(name) and not group.get(name)
+    ]
+    if faults:
+        raise ExperimentError(faults, "the fork")
 
 
 def _set_rate(training: Training, lr: float) -> None:
