@@ -373,8 +373,11 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     assert found.cases[0].differs_from == 6  # the first loss after an update at the rate
     assert "from step 6 on, Python would read other numbers" in found.to_text()
     run = trained(tmp_path / "run")
-    with pytest.raises(UsageError, match="either rows are left out, or lr is another"):
+    with pytest.raises(UsageError, match="pass either rows to leave out or lr, not both"):
         run.what_if(4, lr=0.5, without_rows=[2], progress=False)
+    for rate in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"lr is {rate:g}; pass learning rates from 0 on"):
+            run.what_if(4, lr=[0.5, rate], progress=False)
     own = type("Own", (torch.optim.SGD,), {})
     loop(record=tmp_path / "own", optimizer=partial(own, lr=0.1))
     with pytest.raises(RunError, match="no learning rate that its programs know as a number"):

@@ -1,4 +1,4 @@
-"""Why an operation has another result in another run: what it is given otherwise, and who set that."""
+"""Why an operation has another result in another run: what it is given that differs, and its origin."""
 
 from __future__ import annotations
 
@@ -545,7 +545,7 @@ def _tensor_text(
 
 
 def _of_layout(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
-    """Yield the tensors of the same numbers that lie otherwise in memory, on which bits may depend.
+    """Yield the tensors of the same numbers with another layout in memory, on which bits may depend.
 
     If all of these were made in the step, also the first that an earlier operation was given.
     """
@@ -557,7 +557,7 @@ def _of_layout(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
 
 
 def _other_layouts(index: int, evidence: Evidence) -> Iterator[tuple[str, bool]]:
-    """Yield the inputs that lie otherwise in memory, in words, and whether the step made them."""
+    """Yield the inputs with another layout in memory, in words, and whether the step made them."""
     for name, x, y in evidence.operation(index).inputs:
         if x.stride() != y.stride():
             layouts = f"{_layout_text(x)} | {_layout_text(y)}"

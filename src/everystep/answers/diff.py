@@ -334,7 +334,7 @@ def _programs_of(run: RecordedRun) -> list[bytes]:
 
 
 def _draws_at_random(run: RecordedRun) -> bool:
-    """Tell whether a step of the run draws random numbers, if programs show it; otherwise it may."""
+    """Tell whether a step of the run draws random numbers, if programs show it; True if none does."""
     training = run.facts.training
     if training.loop or training.unseen:
         return True

@@ -195,7 +195,7 @@ class StepPair:
 
 
 class Argument(NamedTuple):
-    """An argument that an operation has otherwise in two runs.
+    """An argument of an operation that differs between two runs.
 
     name: of its parameter; values: in both, a default where none is given.
     """

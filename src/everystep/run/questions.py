@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -389,7 +390,9 @@ class Questions(RecordedRun):
         rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
         chosen = [operator.index(row) for row in without_rows]
         if rates and (chosen or without_rows_of is not None):
-            raise UsageError("either rows are left out, or lr is another: pass one of them")
+            raise UsageError("pass either rows to leave out or lr, not both")
+        if wrong := [rate for rate in rates if not 0 <= rate < math.inf]:
+            raise UsageError(f"lr is {wrong[0]:g}; pass learning rates from 0 on")
         if not rates:
             check_has_rows(self)
         if at is None and without_rows_of is None:

@@ -31,7 +31,7 @@ class Graph(NamedTuple):
 
     key: its nodes and edges, and the settings of the pass, None if its operations may depend on
     something else; leaves: the tensors whose gradients it adds to; given: other tensors that it starts
-    from; is_other: whether torch computes other bits where the pass is watched.
+    from; is_other: whether torch computes different bits where the pass is watched.
     """
 
     key: Any

@@ -24,7 +24,7 @@ from everystep.step.path import Ending, Entry, Mark, Path, PathWriter, SeenOpera
 
 __all__ = ["UnderWay", "as_gradients"]
 
-#: What is said of a backward pass that runs unwatched, and whose operations are unknown.
+#: Reported of a backward pass that runs unwatched: its operations are unknown.
 _OTHER_WHEN_WATCHED = (
     "the gradient of prod, or of the value of masked_fill, is not bit-identical when it is watched"
 )

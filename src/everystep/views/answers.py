@@ -306,7 +306,9 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
 def _change(case: Case, known: float | None) -> str:
     if not case.rows and case.lr is None:
         return ""
-    return "-" if known is None or case.value is None else f"{case.value - known:+.4g}"
+    if known is None or case.value is None:
+        return "-"
+    return f"{case.value - known:+.4g}".replace("+nan", "nan")
 
 
 def _found_data(found: Found, view: RunView, most: int | None = None) -> dict[str, Any]:
