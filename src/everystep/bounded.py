@@ -9,9 +9,19 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import BaseModel, ConfigDict
+
 from everystep.errors import UsageError
 
-__all__ = ["MEMORY", "MOST_STEPS", "check_steps", "open_regular", "parse_json", "read_regular"]
+__all__ = [
+    "MEMORY",
+    "MOST_STEPS",
+    "StrictModel",
+    "check_steps",
+    "open_regular",
+    "parse_json",
+    "read_regular",
+]
 
 #: The number that the steps of a run may have.
 MOST_STEPS = 100_000_000_000
@@ -29,6 +39,12 @@ def _memory() -> int:
 
 #: Bytes of memory of this machine: no file that is larger can be read.
 MEMORY = _memory()
+
+
+class StrictModel(BaseModel):
+    """Data that a stranger may have written: no unknown keys, no conversions, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def check_steps(count: int) -> int:

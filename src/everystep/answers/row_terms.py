@@ -16,7 +16,7 @@ from everystep.ops.rows import MixesError, Result, RowsCall, filled
 from everystep.program.observed import Observed
 from everystep.program.operation import TensorSpec
 from everystep.replay.step import Step
-from everystep.step.observe import Place, makes_gradients
+from everystep.step.observe import ValuePlace, makes_gradients
 
 __all__ = ["Followed", "follow"]
 
@@ -46,10 +46,10 @@ def follow(step: Step, rows: int) -> Followed:
 
     rows: of the batch. What was there before the step, and what an optimizer wrote, belongs to no row.
     """
-    return _Following(step, rows).followed()
+    return _RowsFollower(step, rows).followed()
 
 
-class _Following:
+class _RowsFollower:
     """Follows the operations of a step.
 
     A parameter that goes into a loss only by way of numbers of rows has a gradient that rows make up:
@@ -119,7 +119,7 @@ class _Following:
                 terms |= {self._trace.storage(each) for each in seen.inputs}
         return terms
 
-    def _after_backward(self, place: Place) -> int:
+    def _after_backward(self, place: ValuePlace) -> int:
         """Return how many operations had run when backward had made a gradient, before clipping."""
         made = [index for index in self._trace.writers(place.names[0]) if index < place.after]
         if not made or self._is_of_backward(made[-1]):

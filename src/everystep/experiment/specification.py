@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -25,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from everystep.bounded import MOST_STEPS, read_regular
+from everystep.bounded import MOST_STEPS, StrictModel, read_regular
 from everystep.errors import ExperimentError, Fault, did_you_mean
 
 __all__ = [
@@ -55,13 +54,7 @@ LARGEST, _MOST_DOTS = 1_000_000, 1_000
 BundledName = Literal["digits", "diabetes", "wine", "iris", "breast_cancer"]
 
 
-class Section(BaseModel):
-    """The base of all sections: no unknown keys, no conversions, no changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class NamedSection(Section):
+class NamedSection(StrictModel):
     """A torch class by name; the other keys are its keyword arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -75,7 +68,7 @@ class NamedSection(Section):
         return {key: tuple(v) if isinstance(v, list) else v for key, v in extra.items()}
 
 
-class DataSpecification(Section):
+class DataSpecification(StrictModel):
     """The keys of every data source."""
 
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -119,7 +112,7 @@ class ArrayData(DataSpecification):
     y: str = "y"
 
 
-class Model(Section):
+class Model(StrictModel):
     """The model: the layers of an `nn.Sequential`, each written as in Python."""
 
     layers: Annotated[list[str], Field(min_length=1)]
@@ -151,7 +144,7 @@ class Schedule(NamedSection):
 Steps = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 
 
-class Iteration(Section):
+class Iteration(StrictModel):
     """How to iterate: what experiment files and the arguments of `train` share."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -385,7 +378,7 @@ def _shown(value: Any) -> str:
     return repr(value) if is_written else f"a {type(value).__name__}"
 
 
-_DATA: dict[str, type[Section]] = {
+_DATA: dict[str, type[StrictModel]] = {
     "random": RandomData,
     "bundled": BundledData,
     "table": TableData,

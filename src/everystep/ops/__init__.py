@@ -18,7 +18,7 @@ from everystep.ops.movements import MOVEMENTS
 from everystep.ops.normalizations import NORMALIZATIONS
 from everystep.ops.optimizers import OPTIMIZERS
 from everystep.ops.products import PRODUCTS
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.recurrent import RECURRENT
 from everystep.ops.reductions import REDUCTIONS
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 #: By kind; `foreach_` before it has the same, of which only `made` holds.
-RECORDS: dict[str, Record] = {
+RECORDS: dict[str, OperatorRecord] = {
     **ELEMENTWISE,
     **CREATING,
     **MOVEMENTS,
@@ -58,7 +58,7 @@ def how_made(call: Call) -> Made:
         NoRuleError: there is no rule for the operator, or none for these arguments.
     """
     kind = call.kind.removeprefix("foreach_")
-    rule = RECORDS.get(kind, Record()).made
+    rule = RECORDS.get(kind, OperatorRecord()).made
     if rule is None:
         raise NoRuleError(f"{call.operation.operator} has no rule")
     try:

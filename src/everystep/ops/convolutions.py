@@ -29,7 +29,7 @@ from everystep.ops.call import (
     product,
     single,
 )
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.rows import batched
 
 __all__ = ["CONVOLUTIONS"]
@@ -260,12 +260,14 @@ _WEIGHTED = [
     *("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "bilinear2d_aa", "bicubic2d_aa"),
 ]
 _MEANS = ["avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"]
-_PLANE, _MEAN = (Record(partial(_plane, has_means=each), batched) for each in (False, True))
-CONVOLUTIONS: dict[str, Record] = {
-    "convolution": Record(_convolution, batched, _convolution_line),
-    "convolution_backward": Record(_convolution, partial(batched, own="grad_output", has_sums=True)),
-    "avg_pool1d": Record(_MEAN.made),
-    "max_pool2d": Record(_max_pool, line=_max_pool_line),
+_PLANE, _MEAN = (OperatorRecord(partial(_plane, has_means=each), batched) for each in (False, True))
+CONVOLUTIONS: dict[str, OperatorRecord] = {
+    "convolution": OperatorRecord(_convolution, batched, _convolution_line),
+    "convolution_backward": OperatorRecord(
+        _convolution, partial(batched, own="grad_output", has_sums=True)
+    ),
+    "avg_pool1d": OperatorRecord(_MEAN.made),
+    "max_pool2d": OperatorRecord(_max_pool, line=_max_pool_line),
     **{f"{kind}{end}": _MEAN for kind in _MEANS for end in ("", "_backward")},
     **{f"upsample_{how}{end}": _PLANE for how in _WEIGHTED for end in ("", "_backward")},
     **{f"{how}_pad{n}d_backward": _PLANE for how in ("reflection", "replication") for n in (1, 2, 3)},
@@ -273,13 +275,15 @@ CONVOLUTIONS: dict[str, Record] = {
         kind: record
         for n in (2, 3)
         for kind, record in {
-            f"max_pool{n}d_with_indices": Record(_max_pool, batched, _max_pool_line if n == 2 else ""),
-            f"max_pool{n}d_with_indices_backward": Record(_max_pool_backward, batched),
-            f"adaptive_max_pool{n}d": Record(_adaptive_max_pool, batched),
-            f"adaptive_max_pool{n}d_backward": Record(_max_pool_backward, batched),
-            f"fractional_max_pool{n}d": Record(_fractional_max_pool, batched),
-            f"fractional_max_pool{n}d_backward": Record(_max_pool_backward, batched),
+            f"max_pool{n}d_with_indices": OperatorRecord(
+                _max_pool, batched, _max_pool_line if n == 2 else ""
+            ),
+            f"max_pool{n}d_with_indices_backward": OperatorRecord(_max_pool_backward, batched),
+            f"adaptive_max_pool{n}d": OperatorRecord(_adaptive_max_pool, batched),
+            f"adaptive_max_pool{n}d_backward": OperatorRecord(_max_pool_backward, batched),
+            f"fractional_max_pool{n}d": OperatorRecord(_fractional_max_pool, batched),
+            f"fractional_max_pool{n}d_backward": OperatorRecord(_max_pool_backward, batched),
         }.items()
     },
-    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_2d_backward"), Record(rows=batched)),
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_2d_backward"), OperatorRecord(rows=batched)),
 }

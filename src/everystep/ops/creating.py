@@ -5,7 +5,7 @@ from __future__ import annotations
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Words
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SHARED, Tracked
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.rows import Result, RowsCall, filled
 
 __all__ = ["CREATING"]
@@ -72,17 +72,17 @@ def _of_no_row(call: RowsCall) -> list[Result]:
     return [filled(SHARED, result) for result in call.results]
 
 
-CREATING: dict[str, Record] = {
+CREATING: dict[str, OperatorRecord] = {
     **{
-        kind: Record(_filled, _of_no_row)
+        kind: OperatorRecord(_filled, _of_no_row)
         for kind in (
             *("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "fill", "zero"),
             *("new_zeros", "new_ones", "new_full"),
         )
     },
-    **dict.fromkeys(("arange", "scalar_tensor", "eye", "linspace"), Record(_filled)),
+    **dict.fromkeys(("arange", "scalar_tensor", "eye", "linspace"), OperatorRecord(_filled)),
     **{
-        kind: Record(_drawn, _of_no_row)
+        kind: OperatorRecord(_drawn, _of_no_row)
         for kind in (
             *("rand_like", "randn_like", "randint_like", "uniform", "normal", "exponential"),
             *("random", "geometric", "cauchy", "log_normal"),
@@ -93,8 +93,8 @@ CREATING: dict[str, Record] = {
             *("rand", "randn", "randint", "randperm", "multinomial", "poisson"),
             "normal_functional",
         ),
-        Record(_drawn),
+        OperatorRecord(_drawn),
     ),
-    "bernoulli": Record(_drawn, line="1 with probability {p}, else 0"),
-    "native_dropout": Record(_dropout, each_alone, "dropout({input}, p={p})"),
+    "bernoulli": OperatorRecord(_drawn, line="1 with probability {p}, else 0"),
+    "native_dropout": OperatorRecord(_dropout, each_alone, "dropout({input}, p={p})"),
 }

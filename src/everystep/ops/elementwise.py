@@ -12,7 +12,7 @@ from torch import Tensor
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece
 from everystep.ops.formula import BINARY, UNARY, names_in
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast
-from everystep.ops.record import LineRule, MadeRule, Record
+from everystep.ops.record import LineRule, MadeRule, OperatorRecord
 from everystep.ops.rows import Result, RowsCall, RowsRule, along, of_shape, sum_of
 from everystep.program.operators import parameters
 
@@ -342,12 +342,12 @@ _LINES: dict[str, str | LineRule] = {
     "clone": "copy({self})",
     "copy": "copy({src})",
 }
-ELEMENTWISE: dict[str, Record] = {
+ELEMENTWISE: dict[str, OperatorRecord] = {
     **{
-        name: Record(rule, _LINEAR.get(name, each_alone), _LINES.get(name, ""))
+        name: OperatorRecord(rule, _LINEAR.get(name, each_alone), _LINES.get(name, ""))
         for name, rule in _MADE.items()
     },
-    **{name: Record(rows=each_alone) for name in _WITHOUT_FORMULA},
-    **{name: Record(_glu, along) for name in ("glu", "glu_backward")},
-    "addr": Record(_outer),
+    **{name: OperatorRecord(rows=each_alone) for name in _WITHOUT_FORMULA},
+    **{name: OperatorRecord(_glu, along) for name in ("glu", "glu_backward")},
+    "addr": OperatorRecord(_outer),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Sum, aligned, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, all_are, broadcast, gathered, reduced
 from everystep.ops.movements import of_indices
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.rows import MixesError, Result, RowsCall, by_key, filled, none_mixed, sum_of
 from everystep.program.arguments import decode
 
@@ -183,15 +183,15 @@ def _embedding_backward_line(call: Call) -> str:
     return "sum of {grad_output} at {indices}"
 
 
-INDEXING: dict[str, Record] = {
-    "embedding": Record(_embedding, _embedding_rows, "{weight}[{indices}]"),
-    "embedding_dense_backward": Record(
+INDEXING: dict[str, OperatorRecord] = {
+    "embedding": OperatorRecord(_embedding, _embedding_rows, "{weight}[{indices}]"),
+    "embedding_dense_backward": OperatorRecord(
         _embedding_backward, _embedding_backward_rows, _embedding_backward_line
     ),
-    "index_put": Record(_put, _index_put_rows),
-    "index_add": Record(_put),
-    "index_copy": Record(_put),
-    "scatter": Record(_put, _scatter_rows),
-    "nonzero": Record(line="where {self} is not 0"),
-    "scatter_add": Record(_put, _scatter_add_rows),
+    "index_put": OperatorRecord(_put, _index_put_rows),
+    "index_add": OperatorRecord(_put),
+    "index_copy": OperatorRecord(_put),
+    "scatter": OperatorRecord(_put, _scatter_rows),
+    "nonzero": OperatorRecord(line="where {self} is not 0"),
+    "scatter_add": OperatorRecord(_put, _scatter_add_rows),
 }

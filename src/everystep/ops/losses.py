@@ -11,7 +11,7 @@ from everystep.ops.call import Axis, Call, Formula, Made, Piece, Sum, Terms, ali
 from everystep.ops.elementwise import by_formula, each_alone
 from everystep.ops.formula import names_in
 from everystep.ops.labels import SHARED, Tracked, broadcast, reduced
-from everystep.ops.record import LineRule, Record
+from everystep.ops.record import LineRule, OperatorRecord
 from everystep.ops.rows import Result, RowsCall, filled, none_mixed, of_shape
 
 __all__ = ["LOSSES"]
@@ -323,8 +323,8 @@ _CLASSES_BACKWARD = {
     "multi_margin_loss_backward": _multi_margin_backward,
     "multilabel_margin_loss_backward": _multilabel_margin_backward,
 }
-LOSSES: dict[str, Record] = {
-    kind: Record(rule, rows, _LINES.get(kind, ""))
+LOSSES: dict[str, OperatorRecord] = {
+    kind: OperatorRecord(rule, rows, _LINES.get(kind, ""))
     for rules, rows in (
         (dict.fromkeys(_TERMS, _loss), _loss_rows),
         (dict.fromkeys(_SLOPES, _loss_backward), each_alone),

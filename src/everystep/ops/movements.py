@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everystep.ops.call import Call, Formula, Made, Piece, tensors_in
 from everystep.ops.labels import SHARED, SUM, Tracked, broadcast
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.rows import MixesError, Result, RowsCall, batched, sum_of
 from everystep.program.arguments import decode
 
@@ -104,11 +104,11 @@ def _of_index(index: Tracked) -> Tensor:
 
 _PADDING = [f"{how}_pad{n}d" for how in ("reflection", "replication") for n in (1, 2, 3)]
 _LINES = {"masked_select": "{self}[{mask}]"}
-MOVEMENTS: dict[str, Record] = {
-    "local_scalar_dense": Record(line="read by Python: {self}"),
+MOVEMENTS: dict[str, OperatorRecord] = {
+    "local_scalar_dense": OperatorRecord(line="read by Python: {self}"),
     **{
-        kind: Record(partial(_moved, keys=k), partial(_moving, keys=k), _LINES.get(kind, ""))
+        kind: OperatorRecord(partial(_moved, keys=k), partial(_moving, keys=k), _LINES.get(kind, ""))
         for kind, k in _MOVED.items()
     },
-    **{kind: Record(partial(_moved, keys=("self",)), batched) for kind in _PADDING},
+    **{kind: OperatorRecord(partial(_moved, keys=("self",)), batched) for kind in _PADDING},
 }

@@ -26,7 +26,7 @@ from everystep.ops.call import (
 )
 from everystep.ops.formula import names_in
 from everystep.ops.labels import MIXED, broadcast, reduced
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.rows import (
     Result,
     RowsCall,
@@ -349,28 +349,28 @@ def _norm_line(call: Call) -> str:
 
 _ATTENTION = "scaled_dot_product_flash_attention_for_cpu"
 _ON_GPU = "scaled_dot_product_efficient_attention"
-NORMALIZATIONS: dict[str, Record] = {
-    "softmax": Record(_softmax, along, "softmax({self}, {dim})"),
-    "log_softmax": Record(_softmax, along, "log_softmax({self}, {dim})"),
-    "safe_softmax": Record(_softmax, along),
-    "softmax_backward_data": Record(
+NORMALIZATIONS: dict[str, OperatorRecord] = {
+    "softmax": OperatorRecord(_softmax, along, "softmax({self}, {dim})"),
+    "log_softmax": OperatorRecord(_softmax, along, "log_softmax({self}, {dim})"),
+    "safe_softmax": OperatorRecord(_softmax, along),
+    "softmax_backward_data": OperatorRecord(
         _softmax_backward, along, "{output} * ({grad_output} - sum({grad_output} * {output}, {dim}))"
     ),
-    "log_softmax_backward_data": Record(
+    "log_softmax_backward_data": OperatorRecord(
         _softmax_backward, along, "{grad_output} - exp({output}) * sum({grad_output}, {dim})"
     ),
-    "native_batch_norm": Record(_norm, _batch_norm_rows, _norm_line),
-    "native_batch_norm_legit": Record(_norm, _batch_norm_rows),
-    "native_batch_norm_legit_no_training": Record(_norm),
-    "cudnn_batch_norm": Record(None, _batch_norm_rows, _norm_line),
-    "miopen_batch_norm": Record(None, _batch_norm_rows),
-    "native_batch_norm_backward": Record(_norm_backward, _batch_norm_backward_rows),
-    "cudnn_batch_norm_backward": Record(rows=_batch_norm_backward_rows),
-    "native_group_norm": Record(_norm, batched, _norm_line),
-    "native_group_norm_backward": Record(_norm_backward, partial(batched, has_sums=True)),
-    "native_layer_norm": Record(_norm, _layer_norm_rows, _norm_line),
-    "native_layer_norm_backward": Record(_norm_backward, _layer_norm_rows),
-    _ATTENTION: Record(_attention, batched),
-    f"{_ATTENTION}_backward": Record(_attention_backward, batched),
-    **dict.fromkeys((_ON_GPU, f"{_ON_GPU}_backward"), Record(rows=batched)),
+    "native_batch_norm": OperatorRecord(_norm, _batch_norm_rows, _norm_line),
+    "native_batch_norm_legit": OperatorRecord(_norm, _batch_norm_rows),
+    "native_batch_norm_legit_no_training": OperatorRecord(_norm),
+    "cudnn_batch_norm": OperatorRecord(None, _batch_norm_rows, _norm_line),
+    "miopen_batch_norm": OperatorRecord(None, _batch_norm_rows),
+    "native_batch_norm_backward": OperatorRecord(_norm_backward, _batch_norm_backward_rows),
+    "cudnn_batch_norm_backward": OperatorRecord(rows=_batch_norm_backward_rows),
+    "native_group_norm": OperatorRecord(_norm, batched, _norm_line),
+    "native_group_norm_backward": OperatorRecord(_norm_backward, partial(batched, has_sums=True)),
+    "native_layer_norm": OperatorRecord(_norm, _layer_norm_rows, _norm_line),
+    "native_layer_norm_backward": OperatorRecord(_norm_backward, _layer_norm_rows),
+    _ATTENTION: OperatorRecord(_attention, batched),
+    f"{_ATTENTION}_backward": OperatorRecord(_attention_backward, batched),
+    **dict.fromkeys((_ON_GPU, f"{_ON_GPU}_backward"), OperatorRecord(rows=batched)),
 }

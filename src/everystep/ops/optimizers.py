@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Words, aligned
 from everystep.ops.formula import names_in
 from everystep.ops.labels import SHARED, Tracked
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.rows import Result, RowsCall, filled
 
-__all__ = ["FUSED", "OPTIMIZERS", "UPDATES", "Update", "update"]
+__all__ = ["FUSED", "OPTIMIZERS", "UPDATES", "OptimizerFormulas", "update"]
 
 Settings = Mapping[str, Any]
 
 
-class Update(NamedTuple):
+class OptimizerFormulas(NamedTuple):
     """What the step of an optimizer makes of a parameter and of its state.
 
     definitions: what is used more than once, each after what it uses; results: by the name of what is
@@ -47,7 +47,7 @@ class Update(NamedTuple):
                 needed.append(name)
 
 
-def update(optimizer: str, settings: Settings, *, t: str, is_first: bool = False) -> Update:
+def update(optimizer: str, settings: Settings, *, t: str, is_first: bool = False) -> OptimizerFormulas:
     """Return the formulas of an optimizer by its name in `torch.optim`.
 
     settings: of its param group; what is not there is off. t: the count of steps, from 1; is_first:
@@ -63,7 +63,7 @@ def update(optimizer: str, settings: Settings, *, t: str, is_first: bool = False
         gradient += " + weight_decay * param"
     is_plain = gradient == "grad"
     own, results = UPDATES[optimizer]("grad" if is_plain else "g", parameter, settings, is_first)
-    return Update(({} if is_plain else {"g": gradient}) | {"t": t} | own, results)
+    return OptimizerFormulas(({} if is_plain else {"g": gradient}) | {"t": t} | own, results)
 
 
 #: Definitions, and results.
@@ -273,7 +273,7 @@ def _unscaled_rows(call: RowsCall) -> list[Result]:
     return [*map(of, call["self"]), filled(SHARED, call["found_inf"].labels)]
 
 
-OPTIMIZERS: dict[str, Record] = {
-    **dict.fromkeys(FUSED, Record(_fused)),
-    "amp_foreach_non_finite_check_and_unscale": Record(_unscaled, _unscaled_rows),
+OPTIMIZERS: dict[str, OperatorRecord] = {
+    **dict.fromkeys(FUSED, OperatorRecord(_fused)),
+    "amp_foreach_non_finite_check_and_unscale": OperatorRecord(_unscaled, _unscaled_rows),
 }

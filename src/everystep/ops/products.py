@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.ops.call import Axis, Call, Made, Piece, Sum, Terms, grid, product, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast, reduced, rows_in
-from everystep.ops.record import LineRule, Record
+from everystep.ops.record import LineRule, OperatorRecord
 from everystep.ops.rows import MixesError, Result, RowsCall, none_mixed, of_shape, sum_of
 
 __all__ = ["PRODUCTS"]
@@ -197,8 +197,8 @@ _LINES: dict[str, str | LineRule] = {
     "dot": "{self} · {tensor}",
     "addmm": _sum_line,
 }
-PRODUCTS: dict[str, Record] = {
-    **{kind: Record(_matrix_product, _product_rows, _LINES.get(kind, "")) for kind in _FACTORS},
-    **dict.fromkeys(("addbmm", "linear"), Record(_matrix_product)),
-    "trilinear": Record(_trilinear, _trilinear_rows),
+PRODUCTS: dict[str, OperatorRecord] = {
+    **{kind: OperatorRecord(_matrix_product, _product_rows, _LINES.get(kind, "")) for kind in _FACTORS},
+    **dict.fromkeys(("addbmm", "linear"), OperatorRecord(_matrix_product)),
+    "trilinear": OperatorRecord(_trilinear, _trilinear_rows),
 }

@@ -8,15 +8,15 @@ from typing import NamedTuple
 from everystep.ops.call import Call, Made
 from everystep.ops.rows import RowsRule
 
-__all__ = ["LineRule", "MadeRule", "Record"]
+__all__ = ["LineRule", "MadeRule", "OperatorRecord"]
 
 #: Returns which numbers a number was made from; raises NoRuleError.
 MadeRule = Callable[[Call], Made]
-#: Returns a line as `Record` has it, for some arguments; empty for those that it does not foresee.
+#: Returns a line as `OperatorRecord` has it, for some arguments; empty for those not foreseen.
 LineRule = Callable[[Call], str]
 
 
-class Record(NamedTuple):
+class OperatorRecord(NamedTuple):
     """What is known of an operator; None: nothing.
 
     made: which numbers one number of a result was made from, and how; rows: the rows of the batch that

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everystep.ops.call import Call, Made, NoRuleError, Piece, Words, grid
 from everystep.ops.labels import MIXED, SHARED, Tracked, all_are, broadcast, reduced
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.rows import MixesError, Result, RowsCall, by_key, filled, none_mixed
 from everystep.program.calls import without_autograd
 
@@ -132,7 +132,7 @@ def _of_rows(
     return call.again(**chosen | {"output": output}, hy_=hy, cy_=cy, workspace=workspace)
 
 
-RECURRENT: dict[str, Record] = {
-    "mkldnn_rnn_layer": Record(_layer, _layer_rows),
-    "mkldnn_rnn_layer_backward": Record(_layer_backward, _layer_backward_rows),
+RECURRENT: dict[str, OperatorRecord] = {
+    "mkldnn_rnn_layer": OperatorRecord(_layer, _layer_rows),
+    "mkldnn_rnn_layer_backward": OperatorRecord(_layer_backward, _layer_backward_rows),
 }

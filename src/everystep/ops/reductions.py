@@ -23,7 +23,7 @@ from everystep.ops.call import (
 )
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SUM, Tracked, reduced
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.ops.rows import Result, RowsCall, along, by_key, none_mixed, of_shape
 
 __all__ = ["REDUCTIONS"]
@@ -171,15 +171,18 @@ _TEXTS = {
     "amax": "max(self)",
     "amin": "min(self)",
 }
-REDUCTIONS: dict[str, Record] = {
-    **dict.fromkeys(("sum", "mean"), Record(_total, _total_rows, _total_line)),
-    "nansum": Record(_total),
-    **{name: Record(partial(_by_formula, text=text), _reduced_rows) for name, text in _TEXTS.items()},
-    "count_nonzero": Record(partial(_by_formula, text="sum(self != 0)"), _reduced_rows),
-    **dict.fromkeys(("max", "min"), Record(_extreme, _reduced_rows)),
-    **dict.fromkeys(("linalg_vector_norm", "norm"), Record(_norm, _reduced_rows)),
-    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), Record(_spread, _reduced_rows)),
-    "cumsum": Record(_cumulated, along),
-    **dict.fromkeys(("cumprod", "logcumsumexp"), Record(rows=along)),
-    **dict.fromkeys(("sort", "topk"), Record(_sorted, along)),
+REDUCTIONS: dict[str, OperatorRecord] = {
+    **dict.fromkeys(("sum", "mean"), OperatorRecord(_total, _total_rows, _total_line)),
+    "nansum": OperatorRecord(_total),
+    **{
+        name: OperatorRecord(partial(_by_formula, text=text), _reduced_rows)
+        for name, text in _TEXTS.items()
+    },
+    "count_nonzero": OperatorRecord(partial(_by_formula, text="sum(self != 0)"), _reduced_rows),
+    **dict.fromkeys(("max", "min"), OperatorRecord(_extreme, _reduced_rows)),
+    **dict.fromkeys(("linalg_vector_norm", "norm"), OperatorRecord(_norm, _reduced_rows)),
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), OperatorRecord(_spread, _reduced_rows)),
+    "cumsum": OperatorRecord(_cumulated, along),
+    **dict.fromkeys(("cumprod", "logcumsumexp"), OperatorRecord(rows=along)),
+    **dict.fromkeys(("sort", "topk"), OperatorRecord(_sorted, along)),
 }

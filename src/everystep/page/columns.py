@@ -98,7 +98,7 @@ class Columns:
     """Keeps the numbers of the runs looked at last."""
 
     def __init__(self) -> None:
-        self._runs: OrderedDict[Path, _Kept] = OrderedDict()
+        self._runs: OrderedDict[Path, _CachedRun] = OrderedDict()
         self._sparklines: dict[Path, tuple[tuple[int, ...], Sparkline]] = {}
         self._lock = threading.Lock()
 
@@ -109,7 +109,7 @@ class Columns:
             RunError: it is gone, or cannot be read.
         """
         with self._lock:
-            kept = self._runs.setdefault(run.directory, _Kept(run.directory))
+            kept = self._runs.setdefault(run.directory, _CachedRun(run.directory))
             self._runs.move_to_end(run.directory)
             while len(self._runs) > KEPT:
                 self._runs.popitem(last=False)
@@ -131,7 +131,7 @@ class Columns:
         return line
 
 
-class _Kept:
+class _CachedRun:
     """The numbers of one run, read by one thread at a time."""
 
     def __init__(self, directory: Path) -> None:

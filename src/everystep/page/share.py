@@ -63,7 +63,7 @@ def _numbers(run: Run, steps: Sequence[int]) -> list[int]:
 
 
 def _section(run: Run, numbers: list[int]) -> Markup:
-    kept = _Kept()
+    kept = _HeldNumbers()
     steps = [kept.step(run[number], run) for number in numbers]
     data = {"run": run.name, "steps": steps, "histograms": kept.histograms, "numbers": kept.numbers}
     text = (
@@ -83,7 +83,7 @@ def _section(run: Run, numbers: list[int]) -> Markup:
     return Markup(text)
 
 
-class _Kept:
+class _HeldNumbers:
     """The numbers that the page holds, each run of them once, however many tensors have it."""
 
     def __init__(self) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from everystep.bounded import StrictModel
 from everystep.errors import Fault
 from everystep.program.arguments import DTYPES, fits, references
 from everystep.program.operators import BY_VALUES, computes, parameters, resolve, writes
@@ -17,7 +18,6 @@ from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperato
 __all__ = [
     "DIMENSIONS",
     "LIMIT",
-    "Model",
     "Name",
     "Operation",
     "Phase",
@@ -49,13 +49,7 @@ def path_faults(names: Iterable[str]) -> Iterator[Fault]:
             )
 
 
-class Model(BaseModel):
-    """Data that is checked, and does not change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Storage(Model):
+class Storage(StrictModel):
     """A piece of memory.
 
     kind: where its content comes from. `input`: the batch, and other tensors from outside; `state`:
@@ -68,7 +62,7 @@ class Storage(Model):
     host: bool = False
 
 
-class TensorSpec(Model):
+class TensorSpec(StrictModel):
     """A tensor: shape, strides and offset (in elements) on a storage."""
 
     storage: Name
@@ -111,7 +105,7 @@ class TensorSpec(Model):
             )
 
 
-class Operation(Model):
+class Operation(StrictModel):
     """An operator applied to tensors.
 
     operator: `aten.name.overload`, or `optim.name.step` for the whole step of one of torch's optimizers;
@@ -123,7 +117,7 @@ class Operation(Model):
     module: str | None = None
     operator: Name
     arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = {}
+    keywords: dict[str, Any] = Field({})
     results: tuple[Name | None, ...] = ()
 
     @property

@@ -14,14 +14,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from everystep.bounded import parse_json
+from everystep.bounded import StrictModel, parse_json
 from everystep.errors import ProgramError
 from everystep.program.arguments import json_floats
 from everystep.program.checked import is_known_sound, note_sound
 from everystep.program.operation import (
     DIMENSIONS,
     LIMIT,
-    Model,
     Name,
     Operation,
     Phase,
@@ -46,7 +45,7 @@ FORMAT_VERSION = 1
 MOST_BYTES, MOST_ENTRIES = 100_000_000, 200_000
 
 
-class Program(Model):
+class Program(StrictModel):
     """The operations of a step, in order, and their tensors.
 
     loss: the name of the loss, None if the step has none; gradients: of each parameter's gradient;

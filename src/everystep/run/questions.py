@@ -211,10 +211,10 @@ class Questions(RecordedRun):
             RunError: the steps cannot be taken there; gives the reason.
             TrainingError: the process there does not start, or ended early.
         """
-        from everystep.answers.rerun import Place, rerun
+        from everystep.answers.rerun import Conditions, rerun
 
-        place = Place(threads, capability, mkl, precision, python)
-        ask = partial(rerun, self._opener, place, beside)
+        conditions = Conditions(threads, capability, mkl, precision, python)
+        ask = partial(rerun, self._opener, conditions, beside)
         count = len(self) - self.stretches[-1].first + 1 if len(self) else 0
         return self._answered("taking steps", count, progress, ask)
 

@@ -117,7 +117,7 @@ def _read(operation: Operation, program: Program) -> list[str]:
     return [name for name in references(given) if not program.tensors[name].shape]
 
 
-class _Following:
+class _FixedFollower:
     """Stands for what follows modules and optimizers: all is of one operation."""
 
     where: tuple[Any, ...] = ()
@@ -153,7 +153,7 @@ class _StandIns:
         arguments = [decode(value, self._tensor) for value in operation.arguments]
         settings = {key: decode(value, self._tensor) for key, value in operation.keywords.items()}
         optimizer = BoundOptimizer(OPTIMIZERS[operation.operator], *arguments)
-        following: Any = _Following(operation)
+        following: Any = _FixedFollower(operation)
         watch = Cursor(KnownPaths(), self._device, following, Elsewhere())
         watch.begin(given)
         with watch:

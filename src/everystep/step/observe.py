@@ -16,9 +16,9 @@ from everystep.program.program import Program
 __all__ = [
     "UNSCALES",
     "Observation",
-    "Place",
     "Places",
     "StepObserver",
+    "ValuePlace",
     "gradient_places",
     "makes_gradients",
 ]
@@ -28,7 +28,7 @@ UNSCALES = "_amp_foreach_non_finite_check_and_unscale"
 _GRADIENT = "gradient/"
 
 
-class Place(NamedTuple):
+class ValuePlace(NamedTuple):
     """Where a value of a step was read: the names of its tensors, and how many operations had run."""
 
     names: tuple[str, ...]
@@ -46,8 +46,8 @@ class Places(NamedTuple):
 
     tensors: Mapping[str, TensorSpec]
     storages: Mapping[str, Storage]
-    activations: Mapping[str, Place]
-    gradients: Mapping[str, Place]
+    activations: Mapping[str, ValuePlace]
+    gradients: Mapping[str, ValuePlace]
     loss: str | None
     ends: Mapping[str, str]
     has_unseen: bool = False
@@ -101,7 +101,9 @@ class StepObserver:
         places = Places(
             tensors=program.tensors,
             storages=program.storages,
-            activations={path: Place(n, after[path] + 1) for path, n in program.activations.items()},
+            activations={
+                path: ValuePlace(n, after[path] + 1) for path, n in program.activations.items()
+            },
             gradients=self._read,
             loss=program.loss,
             ends=program.ends,
@@ -147,12 +149,12 @@ def makes_gradients(operation: Operation) -> bool:
     return operation.phase == "backward" or operation.name.rstrip("_") == UNSCALES
 
 
-def gradient_places(program: Program) -> dict[str, Place]:
+def gradient_places(program: Program) -> dict[str, ValuePlace]:
     """Return where each gradient is read, by parameter: as backward leaves it, before an update uses it.
 
     Clipping is part of the update.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, ValuePlace] = {}
     left: dict[str, int] = {}
     on: dict[str, list[tuple[str, str]]] = {}
     for parameter, name in _gradients_by_parameter(program).items():
@@ -169,7 +171,7 @@ def gradient_places(program: Program) -> dict[str, Place]:
                 if place is None and storage in there and parameter in program.gradients:
                     place = index
                 if place is not None:
-                    found.setdefault(parameter, Place((name,), place))
+                    found.setdefault(parameter, ValuePlace((name,), place))
 
     for index, operation in enumerate(program.operations):
         makes = makes_gradients(operation)

@@ -19,11 +19,11 @@ from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
 from everystep.training.stepper import Engine
 
-__all__ = ["Job", "Origin", "Outcome", "Progress"]
+__all__ = ["Job", "Outcome", "Progress", "StartingPoint"]
 
 
 @dataclass(frozen=True)
-class Origin:
+class StartingPoint:
     """Where a training starts that is not new: a state of a run that it forks or continues.
 
     at: the state; hyperparameters: the lr and similar settings there; has_new_data: whether the data is
@@ -63,7 +63,7 @@ class Job:
     evaluate_every: int = 1
     engine: Engine = "auto"
     notices: list[str] = field(default_factory=list)
-    origin: Origin | None = None
+    origin: StartingPoint | None = None
 
     def check(self) -> None:
         """Check what neither a program nor an eager step can do, before writing anything.

@@ -21,7 +21,7 @@ from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
 from everystep.step.state import State
 from everystep.training.facts import facts_of_loop
-from everystep.training.place import Place
+from everystep.training.place import LoaderPosition
 from everystep.training.resumed import ResumedLoop
 from everystep.training.step_rows import AnyWatch
 from everystep.training.watched_steps import StepUnderWay, WatchedSteps
@@ -48,7 +48,7 @@ class LoopWriter(RunWriter):
         self,
         directory: Path,
         parts: PartsState,
-        place: Place,
+        place: LoaderPosition,
         snapshot_budget: int,
         batch_budget: float,
         advanced: Callable[[int, Sequence[float]], None] | None,

@@ -29,7 +29,7 @@ from everystep.errors import RunError
 from everystep.step.generators import Generators
 from everystep.step.own_state import decoded, encoded
 
-__all__ = ["Drawn", "Place", "Recorded", "is_quiet"]
+__all__ = ["Drawn", "LoaderPosition", "Recorded", "is_quiet"]
 
 #: Prefix of the names of generators before a draw, and of a loader's own state.
 DRAW, LOADER = "draw/", "own/loader"
@@ -64,7 +64,7 @@ class Drawn(NamedTuple):
 History = Callable[[int], Drawn]
 
 
-class Place:
+class LoaderPosition:
     """Draws batches, and knows where it is.
 
     Args:

@@ -29,7 +29,7 @@ from everystep.step.parts_state import PartsState
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loop_writer import LoopWriter
-from everystep.training.place import Place
+from everystep.training.place import LoaderPosition
 from everystep.training.resumed import forked_loop, resumed_loop
 from everystep.training.watched_steps import StepUnderWay
 
@@ -64,7 +64,7 @@ class Recording(Generic[R]):
         self._resumed = resumed
         self._is_accepted = is_accepted
         self._fork = fork if resumed is None else None
-        self._place = Place(self._parts.device)
+        self._place = LoaderPosition(self._parts.device)
         self._open_run = open_run
         self._advanced = advanced
         self._stopped: str | None = None

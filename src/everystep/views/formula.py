@@ -18,7 +18,7 @@ from everystep.recording.facts import OptimizerFacts
 from everystep.recording.texts import optimizers_text
 from everystep.views.mathematics import all_arguments, kind_of
 
-__all__ = ["Formula", "update_formulas"]
+__all__ = ["UpdateFormula", "update_formulas"]
 
 #: A longer formula does not help.
 LONGEST = 250
@@ -27,7 +27,7 @@ _SUM, _PRODUCT, _ATOM = 1, 2, 3
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
-class Formula(NamedTuple):
+class UpdateFormula(NamedTuple):
     """How a parameter is updated: in operators, and as calls of operations, one line or several.
 
     numbers: those of the operations in `Step.operations` that do it.
@@ -40,7 +40,7 @@ class Formula(NamedTuple):
 
 def update_formulas(
     operations: Sequence[Observed], optimizers: Mapping[str, OptimizerFacts]
-) -> dict[str, Formula]:
+) -> dict[str, UpdateFormula]:
     """Return the formula of each parameter that the operations of phase `update` change."""
     composer = _Composer(optimizers)
     for number, seen in enumerate(operations):
@@ -70,7 +70,7 @@ class _Composer:
         self._settings = (f"{optimizers_text(optimizers)}, as the run began",)
         self._documented = known or self._settings
         self._terms: dict[str, _Term] = {}
-        self._known: dict[str, Formula] = {}
+        self._known: dict[str, UpdateFormula] = {}
 
     def apply(self, number: int, seen: Observed) -> None:
         """Add an operation."""
@@ -95,7 +95,7 @@ class _Composer:
             term = _composed(kind.removeprefix("foreach_"), own)
             self._terms[name] = term._replace(numbers=term.numbers | {number})
 
-    def formulas(self) -> dict[str, Formula]:
+    def formulas(self) -> dict[str, UpdateFormula]:
         """Return what the parameters have become."""
         found = dict(self._known)
         for name, term in self._terms.items():
@@ -103,13 +103,15 @@ class _Composer:
                 found[name.partition("/")[2]] = self._formula(name, term)
         return found
 
-    def _formula(self, name: str, term: _Term) -> Formula:
+    def _formula(self, name: str, term: _Term) -> UpdateFormula:
         numbers = tuple(sorted(term.numbers))
         is_of_itself = term.parameters <= {name.partition("/")[2]}
         if len(term.calls) <= LONGEST and is_of_itself:
-            return Formula((term.operators,), (term.calls,), numbers)
+            return UpdateFormula((term.operators,), (term.calls,), numbers)
         calls = f"by {len(numbers)} operations"
-        return Formula(self._settings if self._decays_now(name) else self._documented, (calls,), numbers)
+        return UpdateFormula(
+            self._settings if self._decays_now(name) else self._documented, (calls,), numbers
+        )
 
     def _decays_now(self, name: str) -> bool:
         """Tell whether the operations decay a parameter, and the documented formula does not."""
@@ -125,7 +127,7 @@ class _Composer:
         for result in seen.results:
             kind, _, parameter = result.partition("/")
             if kind == "parameter":
-                self._known[parameter] = Formula(formula, (seen.operation.operator,), (number,))
+                self._known[parameter] = UpdateFormula(formula, (seen.operation.operator,), (number,))
 
     def _term(self, value: Any, seen: Observed) -> Any:
         if isinstance(value, list | tuple):

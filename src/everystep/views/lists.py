@@ -12,7 +12,7 @@ from rich.text import Text
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.plain import as_json, plain_data, plain_number
-from everystep.views.terminal import Column, Page, Styled, Table, table_text
+from everystep.views.terminal import Column, Page, Styled, TextTable, table_text
 from everystep.views.texts import cut, number, one_line, time_text
 
 __all__ = ["losses_text", "runs_json", "runs_tables", "summary_data"]
@@ -100,7 +100,7 @@ COLUMNS: tuple[Column[Summary], ...] = (
 
 def runs_tables(runs: Iterable[Summary], width: int | None = None) -> Iterator[Text]:
     """Yield the list of runs in parts, one below the other, as the runs come: the first in a moment."""
-    table = Table(COLUMNS, width)
+    table = TextTable(COLUMNS, width)
     for some in _in_moments(runs):
         page = Page()
         for line in table.lines(some):

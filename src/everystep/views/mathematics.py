@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from everystep.ops import RECORDS, Call, NoRuleError
-from everystep.ops.record import Record
+from everystep.ops.record import OperatorRecord
 from everystep.program.arguments import references
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation
@@ -55,7 +55,7 @@ class Line(NamedTuple):
 
 def mathematics(operations: Sequence[Observed]) -> list[Line]:
     """Return a line for each operation of a step, in order."""
-    reader = _Reader(operations)
+    reader = _Naming(operations)
     return [reader.line(number, seen) for number, seen in enumerate(operations)]
 
 
@@ -67,7 +67,7 @@ class _Made(NamedTuple):
     size: int
 
 
-class _Reader:
+class _Naming:
     """Goes through a step, and knows what each tensor is called at the operation it has come to."""
 
     def __init__(self, operations: Sequence[Observed]) -> None:
@@ -219,7 +219,7 @@ def right_side(call: NamedCall) -> str:
     """Return what an operation computes."""
     operation, inputs, results = call.seen.operation, call.seen.inputs, call.seen.results
     own = Call(operation, inputs, results, [None], 0, ())
-    line = RECORDS.get(own.kind, Record()).line
+    line = RECORDS.get(own.kind, OperatorRecord()).line
     try:
         text = line(own) if callable(line) else line
         return text.format_map(call) if text else _as_call(call)

@@ -8,7 +8,7 @@ import torch
 
 from everystep.recording.facts import LoopFacts, TrainingFacts
 from everystep.replay.step import Segment, Step
-from everystep.views.formula import Formula, update_formulas
+from everystep.views.formula import UpdateFormula, update_formulas
 
 __all__ = ["Happened", "SegmentSeen", "as_it_happened"]
 
@@ -25,7 +25,7 @@ class SegmentSeen(NamedTuple):
     segment: Segment
     optimizer: str | None
     settings: dict[str, float]
-    formulas: dict[str, Formula]
+    formulas: dict[str, UpdateFormula]
 
 
 class Happened(NamedTuple):

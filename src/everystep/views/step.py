@@ -25,7 +25,7 @@ from everystep.views.batch import (
     other_values,
     targets,
 )
-from everystep.views.formula import Formula, update_formulas
+from everystep.views.formula import UpdateFormula, update_formulas
 from everystep.views.mathematics import all_arguments, mathematics, value_text
 from everystep.views.segments import SegmentSeen, as_it_happened
 from everystep.views.tensor_texts import (
@@ -37,7 +37,7 @@ from everystep.views.tensor_texts import (
     write_numbers,
     write_tensors,
 )
-from everystep.views.terminal import Cell, Column, Page, Styled, Table, keyed
+from everystep.views.terminal import Cell, Column, Page, Styled, TextTable, keyed
 from everystep.views.texts import cut, grouped
 
 __all__ = ["PHASES", "step_html", "step_text"]
@@ -341,7 +341,7 @@ class _Opened:
         effect = "are not clipped" if whole + 1e-6 <= limit else "are clipped"  # as torch does
         return f"first, the gradients, with norm {grouped(whole)}, {effect}: clip_norm = {limit:g}"
 
-    def _updated(self, names: Iterable[str], formulas: Mapping[str, Formula]) -> None:
+    def _updated(self, names: Iterable[str], formulas: Mapping[str, UpdateFormula]) -> None:
         """Write both notations, once for all the parameters that share them, and how far each went."""
         of_formula: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
         for parameter, formula in formulas.items():
@@ -355,7 +355,7 @@ class _Opened:
         self.page.blank()
         self.page.table(UPDATES, [self._update_row(name, formulas.get(name)) for name in names])
 
-    def _update_row(self, name: str, formula: Formula | None) -> Mapping[str, Cell]:
+    def _update_row(self, name: str, formula: UpdateFormula | None) -> Mapping[str, Cell]:
         """Return a parameter, how far it went, and the operations that took it there, if known."""
         update = self.step.updates[name]
         norms = (grouped(norm(each)) for each in (update.before, update.after, update.change))
@@ -396,7 +396,7 @@ class _Opened:
                     "operator": seen.operation.operator,
                 }
                 rows[-1] |= numbers_of(next(iter(seen.made.values()))) if seen.made else {}
-        return list(Table(OPERATIONS, self.page.width - _INDENT).lines(rows))
+        return list(TextTable(OPERATIONS, self.page.width - _INDENT).lines(rows))
 
     def _operation_in_full(self, place: int) -> None:
         seen, line, page = self.step.operations[place], self.lines[place], self.page

@@ -25,7 +25,7 @@ from everystep.views.batch import (
     plain_values,
     targets,
 )
-from everystep.views.formula import Formula, update_formulas
+from everystep.views.formula import UpdateFormula, update_formulas
 from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
 from everystep.views.network import network
 from everystep.views.plain import plain_data
@@ -225,16 +225,18 @@ def _segments(happened: Happened, training: TrainingFacts) -> list[dict[str, Any
     return found
 
 
-def _formulas(step: Step, training: TrainingFacts, happened: Happened | None) -> dict[str, Formula]:
+def _formulas(
+    step: Step, training: TrainingFacts, happened: Happened | None
+) -> dict[str, UpdateFormula]:
     if happened is None:
         return update_formulas(step.operations, training.optimizers)
     return {name: each for seen in happened.segments for name, each in seen.formulas.items()}
 
 
-def _updates(step: Step, formulas: dict[str, Formula], tensors: _Tensors) -> list[dict[str, Any]]:
+def _updates(step: Step, formulas: dict[str, UpdateFormula], tensors: _Tensors) -> list[dict[str, Any]]:
     found = []
     for name, update in step.updates.items():
-        formula = formulas.get(name) or Formula((), (), ())
+        formula = formulas.get(name) or UpdateFormula((), (), ())
         parts = {part: getattr(update, part) for part in _PARTS_OF_UPDATE}
         found.append(
             {"parameter": name}

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from everystep.views.texts import clean, cut, labelled, one_line
 
-__all__ = ["Cell", "Column", "Page", "SafeConsole", "Styled", "Table", "keyed", "table_text"]
+__all__ = ["Cell", "Column", "Page", "SafeConsole", "Styled", "TextTable", "keyed", "table_text"]
 
 #: A text and its style.
 Styled = tuple[str, str]
@@ -58,7 +58,7 @@ def keyed(key: str, header: str | None = None, **options: Any) -> Column[Mapping
     return Column(key if header is None else header, lambda row: row.get(key, ""), **options)
 
 
-class Table(Generic[Row]):
+class TextTable(Generic[Row]):
     """Rows in aligned columns. A column without a text in any row is left out.
 
     width: that lines fit, by cutting cells and leaving out columns; None: they may have any.
@@ -143,7 +143,7 @@ def _width_of(widths: Collection[int]) -> int:
 
 def table_text(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> list[str]:
     """Return a table as lines without styles: the headings, and a line for each row."""
-    return ["".join(text for text, _ in line).rstrip() for line in Table(columns).lines(rows)]
+    return ["".join(text for text, _ in line).rstrip() for line in TextTable(columns).lines(rows)]
 
 
 class Page:
@@ -183,7 +183,7 @@ class Page:
 
     def table(self, columns: Sequence[Column[Row]], rows: Sequence[Row], indent: int = 2) -> None:
         """Add a table that fits the page."""
-        for line in Table(columns, self.width - indent).lines(rows):
+        for line in TextTable(columns, self.width - indent).lines(rows):
             self.line(*line, indent=indent)
 
 

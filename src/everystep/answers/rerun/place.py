@@ -19,7 +19,7 @@ from everystep.answers.rerun.child import PROTOCOL
 from everystep.errors import ExperimentError, Fault, RunError, TrainingError, UsageError
 from everystep.numerics import MOST_THREADS, Numerics
 
-__all__ = ["OtherProcess", "Place", "other_process"]
+__all__ = ["Conditions", "OtherProcess", "other_process"]
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Conditions:
     """Where a run is replayed; None is as in the recording.
 
     threads: of torch; capability: instruction set of torch's own kernels, as ATEN_CPU_CAPABILITY takes
@@ -63,7 +63,7 @@ class Place:
             UsageError: nothing differs from the recording.
             ExperimentError: lists every invalid setting, with a fix.
         """
-        if self == Place():
+        if self == Conditions():
             raise UsageError(
                 "a rerun needs something that differs from the recording: threads, capability, mkl, "
                 "float64, bfloat16 or python (everystep verify replays the run as it was recorded)"
@@ -100,12 +100,12 @@ class Place:
 class OtherProcess:
     """A process that replays a run elsewhere."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, place: Place) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, conditions: Conditions) -> None:
         self._process = process
         self._folder = folder
-        self._place = place
+        self._conditions = conditions
         if self._answer() != PROTOCOL:
-            raise TrainingError(f"{place.interpreter} has another everystep; {self._cure}")
+            raise TrainingError(f"{conditions.interpreter} has another everystep; {self._cure}")
 
     def call(self, task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Do something with the replay of the run there, which the task is given first, or open a run.
@@ -122,7 +122,7 @@ class OtherProcess:
             raise self._ended() from None
         answer: T = self._answer()
         if isinstance(answer, RuntimeError):
-            precision = f" in {self._place.precision}" if self._place.precision else ""
+            precision = f" in {self._conditions.precision}" if self._conditions.precision else ""
             raise RunError(f"the rerun{precision} failed: {answer}")
         return answer
 
@@ -143,12 +143,12 @@ class OtherProcess:
 
     @property
     def _cure(self) -> str:
-        there = self._place.interpreter
+        there = self._conditions.interpreter
         return f"install this one there: {there} -m pip install everystep=={version('everystep')}"
 
 
 @contextmanager
-def other_process(place: Place, environment: dict[str, str]) -> Iterator[OtherProcess]:
+def other_process(conditions: Conditions, environment: dict[str, str]) -> Iterator[OtherProcess]:
     """Start a process with these variables; it ends afterwards.
 
     Raises:
@@ -159,14 +159,14 @@ def other_process(place: Place, environment: dict[str, str]) -> Iterator[OtherPr
         with (Path(folder) / "errors").open("wb") as errors:
             # -P: what lies in the working directory is not imported.
             process = subprocess.Popen(
-                [place.interpreter, "-P", "-c", code],
+                [conditions.interpreter, "-P", "-c", code],
                 env=os.environ | environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
             )
         try:
-            yield OtherProcess(process, Path(folder), place)
+            yield OtherProcess(process, Path(folder), conditions)
         finally:
             process.kill()
             process.communicate()

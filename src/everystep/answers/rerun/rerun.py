@@ -14,7 +14,7 @@ from torch import Tensor
 from everystep.answers.footprints import BEFORE, footprints
 from everystep.answers.operations import OperationDifference, StepPair
 from everystep.answers.rerun.child import opened
-from everystep.answers.rerun.place import OtherProcess, Place, other_process
+from everystep.answers.rerun.place import Conditions, OtherProcess, other_process
 from everystep.answers.rounding import Apart, apart, tolerance
 from everystep.device import on_cpu, select
 from everystep.errors import RunError, UsageError
@@ -49,19 +49,19 @@ FARTHEST = 5
 class Rerun(Shown):
     """The steps of a run as they are elsewhere.
 
-    place: where; changed: what bits depend on and differs there, by name, recorded and there; first: the
-    first step; recorded, losses: of all steps (steps), recorded and there; has_loss: whether the run has
-    losses; parts_at: the first step with another loss or another state, None if all bits are the same,
-    or in another precision; operation: the first with other bits, in that step; compared: steps that
-    were compared from the recorded state before each; rounding: how far apart numbers are by rounding
-    alone; beyond: the first result of these steps that is farther apart; residue: the first result that
-    is zero but for rounding: it is not among these; farthest: the operations that are farthest apart;
-    others: losses of other runs that were asked for, by name; problems: what could not be compared, or
-    was taken from the recording.
+    conditions: those of the replay; changed: what bits depend on and differs there, by name, recorded
+    and there; first: the first step; recorded, losses: of all steps (steps), recorded and there;
+    has_loss: whether the run has losses; parts_at: the first step with another loss or another state,
+    None if all bits are the same, or in another precision; operation: the first with other bits, in that
+    step; compared: steps that were compared from the recorded state before each; rounding: how far apart
+    numbers are by rounding alone; beyond: the first result of these steps that is farther apart;
+    residue: the first result that is zero but for rounding: it is not among these; farthest: the
+    operations that are farthest apart; others: losses of other runs that were asked for, by name;
+    problems: what could not be compared, or was taken from the recording.
     """
 
     name: str
-    place: Place
+    conditions: Conditions
     changed: dict[str, tuple[Any, Any]]
     first: int
     recorded: NDArray[np.float64]
@@ -78,8 +78,8 @@ class Rerun(Shown):
     problems: tuple[str, ...]
 
     def __repr__(self) -> str:
-        if self.place.precision is not None:
-            found = f"{len(self.losses):,} steps in {self.place.precision}"
+        if self.conditions.precision is not None:
+            found = f"{len(self.losses):,} steps in {self.conditions.precision}"
         elif self.parts_at is None:
             found = f"{len(self.losses):,} steps are bit-identical"
         else:
@@ -94,14 +94,14 @@ class Rerun(Shown):
     @property
     def has_same_bits(self) -> bool:
         """Whether all losses, and all states that could be compared, are bit-identical."""
-        return self.place.precision is None and self.parts_at is None and not self.relative.any()
+        return self.conditions.precision is None and self.parts_at is None and not self.relative.any()
 
     @property
     def curves(self) -> dict[str, polars.DataFrame]:
         """The losses as recorded, there, and of the runs laid beside, by name: columns step and loss."""
         import polars as pl
 
-        there = self.place.precision or "rerun"
+        there = self.conditions.precision or "rerun"
         losses = {self.name: self.recorded, f"{self.name}, {there}": self.losses} | self.others
         steps = np.arange(self.first, self.first + len(self.losses))
         return {
@@ -122,7 +122,7 @@ def relative_distance(one: NDArray[np.float64], other: NDArray[np.float64]) -> N
 @on_cpu()
 def rerun(
     opener: Opener,
-    place: Place,
+    conditions: Conditions,
     others: Sequence[RecordedRun] = (),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Rerun:
@@ -133,42 +133,42 @@ def rerun(
 
     Args:
         opener: of the run.
-        place: where.
+        conditions: those of the replay.
         others: runs of as many steps to lay beside.
         on_progress: called with the number of steps just taken.
 
     Raises:
-        ExperimentError: the place is not one.
+        ExperimentError: the conditions are not valid.
         RunError: the steps cannot be taken there; gives the reason.
         TrainingError: the process there does not start, or ended early.
     """
-    place.check()
+    conditions.check()
     run = opener.run
     facts, first, last = run.facts, run.stretches[-1].first, run.newest_step()
     if last < first:
         raise UsageError(f"{run.name} has no steps to repeat")
     known = recorded_numerics(facts)
     recorded = np.array(run.losses_between(first, last))
-    with other_process(place, place.environment(known)) as process:
-        threads = place.threads or known.threads
-        process.call(opened, run.directory.absolute(), threads, place.precision)
+    with other_process(conditions, conditions.environment(known)) as process:
+        threads = conditions.threads or known.threads
+        process.call(opened, run.directory.absolute(), threads, conditions.precision)
         numerics = process.call(_begin, first)
-        losses, differ = _losses(opener, process, recorded, place.precision is None, on_progress)
+        losses, differ = _losses(opener, process, recorded, conditions.precision is None, on_progress)
         operation, parts_at = None, None if differ is None else _parting_step(opener, process, differ)
         if parts_at is not None:
             operation = _taken_twice(opener, process, parts_at).first_difference()
         size = max(1, opener.step(first).bytes)
         count = min(max(2, min(COMPARED, MOST_BYTES // size)), last - first + 1)
         steps = np.linspace(first, last, count).round().astype(int).tolist()
-        limit = _rounding(facts.loss_dtype, place)
+        limit = _rounding(facts.loss_dtype, conditions)
         found: list[Apart] = []
         for step in steps:
             found += apart(*_taken_twice(opener, process, step).steps, limit)
     numbers = [each for each in found if not each.is_residue]
     return Rerun(
         name=run.name,
-        place=place,
-        changed=_changed(known, numerics, place),
+        conditions=conditions,
+        changed=_changed(known, numerics, conditions),
         first=first,
         recorded=recorded,
         losses=losses,
@@ -290,20 +290,28 @@ def _farthest(found: Sequence[Apart]) -> tuple[Apart, ...]:
     return tuple(kinds.values())[:FARTHEST]
 
 
-def _rounding(dtype: str, place: Place) -> float:
+def _rounding(dtype: str, conditions: Conditions) -> float:
     """Return how far apart numbers are by rounding alone, of a run with losses of a dtype and there."""
     own = torch.float64 if dtype == "float64" else torch.float32
-    return tolerance(own, *([] if place.precision is None else [getattr(torch, place.precision)]))
+    return tolerance(
+        own, *([] if conditions.precision is None else [getattr(torch, conditions.precision)])
+    )
 
 
-def _changed(known: Numerics, there: dict[str, Any], place: Place) -> dict[str, tuple[Any, Any]]:
+def _changed(
+    known: Numerics, there: dict[str, Any], conditions: Conditions
+) -> dict[str, tuple[Any, Any]]:
     """Return what differs there, as far as both everysteps know of it."""
     found = {
         name: (value, there[name])
         for name, value in known.named().items()
         if name in there and there[name] != value
     }
-    return found if place.precision is None else {"precision": ("as recorded", place.precision)} | found
+    return (
+        found
+        if conditions.precision is None
+        else {"precision": ("as recorded", conditions.precision)} | found
+    )
 
 
 def _diverged(opener: Opener) -> Iterator[str]:

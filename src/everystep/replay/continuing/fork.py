@@ -43,7 +43,7 @@ from everystep.step.state import State
 from everystep.training.facts import optimizer_facts
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
-from everystep.training.job import Job, Origin, Outcome, Progress
+from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 from everystep.training.writer import now
@@ -152,7 +152,9 @@ class Fork:
         job = replace(
             job,
             name=f"{self.run.name}-fork",
-            origin=Origin(self.run, self.at, known | recorded, new_data or bool(self.targets), fork),
+            origin=StartingPoint(
+                self.run, self.at, known | recorded, new_data or bool(self.targets), fork
+            ),
         )
         job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
         return run_job(job, self.directory, self.runs, self.budget, progress)

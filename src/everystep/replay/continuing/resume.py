@@ -38,7 +38,7 @@ from everystep.step.parts_state import PartsState
 from everystep.step.state import State
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
-from everystep.training.job import Job, Origin, Outcome, Progress
+from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects, is_dataset
 from everystep.training.resumed import (
@@ -128,7 +128,7 @@ class Resume:
             everything = ("model", "loss", "optimizer", "schedule")
             job.training.restore(state, everything if self.is_accepted else None)
         at = begin if self.is_accepted else recorded
-        origin = Origin(
+        origin = StartingPoint(
             run=run,
             at=begin,
             hyperparameters=({} if job.training.schedule else job.training.hyperparameters())

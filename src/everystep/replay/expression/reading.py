@@ -99,12 +99,12 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
     end = column(text, body.end_col_offset)
     if "#" in text[end:]:
         raise error_at(text, "comments are not supported", text.index("#", end), len(text))
-    reader = _Reader(text, frozenset(measurements) - _LANGUAGE)
+    reader = _Compiler(text, frozenset(measurements) - _LANGUAGE)
     evaluate = reader.read(body)
     return Expression(text, frozenset(reader.references), evaluate)
 
 
-class _Reader(ast.NodeVisitor):
+class _Compiler(ast.NodeVisitor):
     """Turns the nodes of an expression into closures, and notes what they refer to."""
 
     def __init__(self, text: str, bare: frozenset[str]) -> None:
