@@ -13,9 +13,8 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.asking import diff, doctor, measure, rerun, rows, verify, whatif, when, why
-from everystep.cli.commands import Commands
-from everystep.cli.making import experiments, fork, resume, train
+from everystep.cli.command_group import Commands
+from everystep.cli.display_commands import losses, plot, report, runs, step, table, view
 from everystep.cli.output import (
     OutputError,
     drop_output,
@@ -24,7 +23,8 @@ from everystep.cli.output import (
     prepare_streams,
     shortened,
 )
-from everystep.cli.showing import losses, plot, report, runs, step, table, view
+from everystep.cli.question_commands import diff, doctor, measure, rerun, rows, verify, whatif, when, why
+from everystep.cli.training_commands import experiments, fork, resume, train
 from everystep.errors import EverystepError
 
 __all__ = ["app", "main"]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everystep.cli.arguments import (
+from everystep.cli.output import answer, hint, page_width, quoted, say, say_written
+from everystep.cli.shared_options import (
     JsonOption,
     ProcessesOption,
     RunArgument,
@@ -15,7 +16,6 @@ from everystep.cli.arguments import (
     open_run,
     row_numbers,
 )
-from everystep.cli.output import answer, hint, page_width, quoted, say, say_written
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:

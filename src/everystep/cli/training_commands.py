@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everystep.cli.arguments import (
+from everystep.cli.completion import experiment_names, experiments_and_files, one_of
+from everystep.cli.output import hint, say, say_lines
+from everystep.cli.shared_options import (
     BudgetOption,
     QuietOption,
     RunArgument,
@@ -17,8 +19,6 @@ from everystep.cli.arguments import (
     open_run,
     row_numbers,
 )
-from everystep.cli.completing import experiment_names, experiments_and_files, one_of
-from everystep.cli.output import hint, say, say_lines
 from everystep.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everystep.cli.completing import run_names
+from everystep.cli.completion import run_names
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everystep.cli.arguments import (
+from everystep.cli.completion import measurement_names, one_of, operation_numbers, run_names
+from everystep.cli.output import answer, hint, page_width, say, say_written, show, terminal_width
+from everystep.cli.shared_options import (
     JsonOption,
     PageOption,
     RunArgument,
@@ -17,8 +19,6 @@ from everystep.cli.arguments import (
     StepArgument,
     open_run,
 )
-from everystep.cli.completing import measurement_names, one_of, operation_numbers, run_names
-from everystep.cli.output import answer, hint, page_width, say, say_written, show, terminal_width
 from everystep.errors import RunError, UsageError
 
 if TYPE_CHECKING:
