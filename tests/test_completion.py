@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import everystep
-from everystep.views.step import PHASES
+from everystep.views.step_text import PHASES
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from everystep.recording.facts import (
     ModuleFacts,
     TrainingFacts,
 )
-from everystep.views.facts import facts_in_order
+from everystep.views.facts_text import facts_in_order
 
 STATIC = Path(everystep.__file__).parent / "page" / "static"
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.views.batch import LONGEST_TEXT, MOST_ITEMS
+from everystep.views.batch_text import LONGEST_TEXT, MOST_ITEMS
 
 
 def content_of(run, step):

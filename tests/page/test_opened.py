@@ -14,11 +14,11 @@ from everystep.page.columns import Columns
 from everystep.page.rows import Wanted, page_of
 from everystep.recording.run import RecordedRun
 from everystep.replay.step import statistics
-from everystep.views.formula import update_formulas
+from everystep.views.loss_table import loss_table
 from everystep.views.mathematics import mathematics
 from everystep.views.report import report_html
 from everystep.views.step_data import tensor_of
-from everystep.views.table import loss_table
+from everystep.views.update_formula import update_formulas
 
 
 @pytest.fixture(scope="module")

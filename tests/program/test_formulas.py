@@ -19,8 +19,8 @@ from torch.nn import functional
 
 import everystep
 from everystep.ops import RECORDS
+from everystep.views.formatting import TIMES
 from everystep.views.mathematics import kind_of, mathematics
-from everystep.views.texts import TIMES
 
 #: Operators, or their results, for which there are only words, and why.
 WORDS = {

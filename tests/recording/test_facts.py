@@ -13,7 +13,7 @@ from tests.training.by_hand import by_train, new_training
 import everystep
 from everystep.errors import RunError
 from everystep.recording.texts import model_text
-from everystep.views.facts import header
+from everystep.views.facts_text import header
 
 CHANGED = [
     ("steps", "NaN"),

@@ -3,7 +3,7 @@ from torch import nn
 
 import everystep
 from everystep.views.segments import as_it_happened
-from everystep.views.step import step_text
+from everystep.views.step_text import step_text
 
 
 def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_path):

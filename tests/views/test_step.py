@@ -18,10 +18,10 @@ from everystep.recording.texts import shortest
 from everystep.replay.replay import Replay
 from everystep.replay.step import statistics
 from everystep.training.objects import Objects
+from everystep.views.formatting import TIMES
 from everystep.views.mathematics import mathematics
-from everystep.views.step import PHASES, step_text
 from everystep.views.step_data import step_data
-from everystep.views.texts import TIMES
+from everystep.views.step_text import PHASES, step_text
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.views.step import step_text
-from everystep.views.texts import TIMES
+from everystep.views.formatting import TIMES
+from everystep.views.step_text import step_text
 
 NAMES = ["setosa", "versicolor", "virginica"]
 

@@ -10,7 +10,7 @@ import pytest
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import shortest
-from everystep.views.table import loss_table, shortest_texts
+from everystep.views.loss_table import loss_table, shortest_texts
 
 
 def embedded(html):
@@ -164,7 +164,7 @@ def test_needs_neither_torch_nor_pyarrow(trained):
     program = (
         "import sys; sys.modules['pyarrow'] = sys.modules['torch'] = None\n"
         "from everystep.recording.run import RecordedRun\n"
-        "from everystep.views.table import loss_table\n"
+        "from everystep.views.loss_table import loss_table\n"
         "print(len(loss_table(RecordedRun(sys.argv[1])).html()))"
     )
     done = subprocess.run([sys.executable, "-c", program, trained], capture_output=True, text=True)

@@ -79,7 +79,7 @@ _MOST_KILLED = 3
 def _say_killed(directories: list[Path]) -> None:
     """Say when the newest killed runs were killed, and how to go on with them."""
     from everystep.recording.run import RecordedRun
-    from everystep.views.facts import ending, going_on
+    from everystep.views.facts_text import ending, going_on
 
     found = [RecordedRun(directory, may_be_cut=True) for directory in directories]
     for run in sorted(found, key=lambda run: run.last_written)[-_MOST_KILLED:]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from everystep.errors import DamageWarning, EverystepError
-from everystep.views.texts import clean, size_text
+from everystep.views.formatting import clean, size_text
 
 if TYPE_CHECKING:
     from rich.text import Text

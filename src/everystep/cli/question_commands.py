@@ -75,7 +75,7 @@ def rows(
     itself added up row by row. Where an operation mixes rows, as batch norm does, it is named, and what
     it mixes is unknown. Exits with 1 if what is asked for is unknown.
     """
-    from everystep.views.rows import order_of
+    from everystep.views.rows_text import order_of
 
     opened = open_run(run)
     found = opened.rows(number)
@@ -223,7 +223,7 @@ def when(
     Prints the step and its loss. `nonfinite` finds the operation that made the first NaN or infinity.
     Exits with 1 if no step matches.
     """
-    from everystep.views.answers import FINITE, skipped_text, when_text
+    from everystep.views.run_view import FINITE, skipped_text, when_text
 
     if last and all:
         raise UsageError("--last and --all are mutually exclusive")

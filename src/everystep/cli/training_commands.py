@@ -228,7 +228,7 @@ def _progress(quiet: bool) -> Silent:
 
 def _close(directory: Path, reason: str | None, quiet: bool) -> None:
     """Print how a training ended, and what to type next."""
-    from everystep.views.facts import closing
+    from everystep.views.facts_text import closing
 
     if not quiet:
         hint(closing(directory, reason))

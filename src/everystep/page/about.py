@@ -12,7 +12,7 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import is_rate
-from everystep.views.facts import facts_data, landmarks, shortest_name, state_data
+from everystep.views.facts_text import facts_data, landmarks, shortest_name, state_data
 from everystep.views.plain import plain_number
 
 if TYPE_CHECKING:

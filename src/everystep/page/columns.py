@@ -23,9 +23,9 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts
 from everystep.recording.run import RecordedRun
 from everystep.recording.summary import Numbers, read_numbers
+from everystep.views.loss_table import column_title, shortest_texts
 from everystep.views.reduction import reduce
-from everystep.views.summary import Sparkline, sparkline
-from everystep.views.table import column_title, shortest_texts
+from everystep.views.summary_html import Sparkline, sparkline
 
 __all__ = ["MOST_COLUMNS", "Columns", "RunColumns", "reduced"]
 

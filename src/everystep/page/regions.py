@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.views.texts import dtype_text
+from everystep.views.formatting import dtype_text
 
 __all__ = ["MOST", "Region", "histogram", "matrix", "npy", "region", "regions"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from everystep.errors import UsageError
 from everystep.page.columns import MOST_COLUMNS, RunColumns
-from everystep.views.table import shortest_texts
+from everystep.views.loss_table import shortest_texts
 
 __all__ = ["Wanted", "frame_of", "page_of", "rows_of", "wanted_of", "whole"]
 

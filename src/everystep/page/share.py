@@ -16,9 +16,9 @@ from everystep.page.regions import MOST, histogram, matrix, region
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
 from everystep.run import Run
+from everystep.views.loss_table import environment
 from everystep.views.report import report_html
 from everystep.views.step_data import tensor_of
-from everystep.views.table import environment
 
 __all__ = ["MOST_STEPS", "shared_report"]
 

@@ -12,8 +12,8 @@ from everystep.answers.operations import OperationDifference
 from everystep.program.observed import Observed
 from everystep.run import Run
 from everystep.step.check import as_integers
+from everystep.views.formatting import dtype_text
 from everystep.views.mathematics import mathematics
-from everystep.views.texts import dtype_text
 
 __all__ = ["sides"]
 

@@ -31,9 +31,9 @@ from everystep.page.sides import sides
 from everystep.recording.facts import Facts
 from everystep.replay.parent import end_with_stdin
 from everystep.run import Run
-from everystep.views.answers import FINITE
 from everystep.views.plain import plain_data
 from everystep.views.progress import Silent
+from everystep.views.run_view import FINITE
 
 __all__ = ["Voice", "do", "main"]
 

@@ -186,7 +186,7 @@ def _file(step: Step, run: Run, asked: dict[str, Any]) -> Found:
 
 def _why(step: Step, run: Run, asked: dict[str, Any]) -> Found:
     from everystep.answers.why import why
-    from everystep.views.why import spot_of
+    from everystep.views.why_text import spot_of
 
     wanted = asked["name"] or spot_of(step, run.facts, asked["id"], asked["index"])
     found = why(step, wanted, back=1, terms=TERMS)

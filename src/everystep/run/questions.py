@@ -72,7 +72,7 @@ class Questions(RecordedRun):
         opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
         if self._last_opened is not None and self._last_opened[0] is opened:
             return self._last_opened[1]
-        from everystep.views.answers import RunView
+        from everystep.views.run_view import RunView
 
         shown = replace(opened, view=RunView(self), earlier=self.__getitem__)
         self._last_opened = opened, shown
@@ -323,7 +323,7 @@ class Questions(RecordedRun):
             StepError: the run has no such step.
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.views.answers import RunView
+        from everystep.views.run_view import RunView
 
         opened = self[step]
         return replace(opened.rows, view=RunView(self, opened))
@@ -423,7 +423,7 @@ class Questions(RecordedRun):
             return self._shown(ask(on_progress=on_progress))
 
     def _shown(self, answer: Answer) -> Answer:
-        from everystep.views.answers import RunView
+        from everystep.views.run_view import RunView
 
         return answer and replace(answer, view=RunView(self))  # type: ignore[type-var]
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from everystep.answers.doctor import Diagnosis
     from everystep.training.job import Outcome, Progress
     from everystep.training.objects import Objects
+    from everystep.views.loss_table import LossTable
     from everystep.views.report import Report
-    from everystep.views.table import LossTable
 
 __all__ = ["Run", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
 
@@ -187,7 +187,7 @@ class Run(Questions):
 
         rows: maximum number of rows to embed; a longer run is excerpted, and the table says so.
         """
-        from everystep.views.table import loss_table
+        from everystep.views.loss_table import loss_table
 
         return loss_table(self, rows)
 
@@ -211,7 +211,7 @@ class Run(Questions):
         return Report(report_html(self), self.name)
 
     def _repr_html_(self) -> str:
-        from everystep.views.summary import summary_html
+        from everystep.views.summary_html import summary_html
 
         return summary_html(self)
 
@@ -225,8 +225,8 @@ def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis
     from everystep.answers.doctor import doctor
     from everystep.recording.database import FILE_NAME
     from everystep.recording.health import readable_numbers
-    from everystep.views.answers import RunView
     from everystep.views.output_file import write_file
+    from everystep.views.run_view import RunView
 
     found = doctor(directory)
     if export is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from everystep.recording.texts import shortest
-from everystep.views.texts import NAMED, block, named, number
+from everystep.views.formatting import NAMED, block, named, number
 
 if TYPE_CHECKING:
     from everystep.answers.data import DataDifference

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
+from everystep.views.formatting import cut, number, one_line, time_text
 from everystep.views.plain import as_json, plain_data, plain_number
 from everystep.views.terminal import Column, Page, Styled, TextTable, table_text
-from everystep.views.texts import cut, number, one_line, time_text
 
 __all__ = ["losses_text", "runs_json", "runs_tables", "summary_data"]
 

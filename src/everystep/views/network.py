@@ -8,7 +8,7 @@ from typing import Any
 
 from everystep.recording.facts import ModuleFacts
 from everystep.replay.step import Step
-from everystep.views.batch import first_of
+from everystep.views.batch_text import first_of
 
 __all__ = ["network"]
 

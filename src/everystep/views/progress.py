@@ -15,9 +15,9 @@ from rich.text import Text
 
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
-from everystep.views.facts import header
+from everystep.views.facts_text import header
+from everystep.views.formatting import clean, number
 from everystep.views.terminal import SafeConsole
-from everystep.views.texts import clean, number
 
 __all__ = ["Silent", "TerminalProgress", "counting"]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import polars as pl
 from markupsafe import Markup
 
-from everystep.views.facts import facts_data, landmarks, state_data
+from everystep.views.facts_text import facts_data, landmarks, state_data
+from everystep.views.formatting import size_text
+from everystep.views.loss_table import environment, loss_table
 from everystep.views.output_file import write_file
-from everystep.views.table import environment, loss_table
-from everystep.views.texts import size_text
 
 if TYPE_CHECKING:
     from everystep.recording.run import RecordedRun

@@ -8,7 +8,7 @@ import torch
 
 from everystep.recording.facts import LoopFacts, TrainingFacts
 from everystep.replay.step import Segment, Step
-from everystep.views.formula import UpdateFormula, update_formulas
+from everystep.views.update_formula import UpdateFormula, update_formulas
 
 __all__ = ["Happened", "SegmentSeen", "as_it_happened"]
 

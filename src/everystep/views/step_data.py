@@ -18,20 +18,20 @@ from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.step import Batch, Step, statistics
-from everystep.views.batch import (
+from everystep.views.batch_text import (
     class_names,
     classes_of_tensors,
     first_of,
     plain_values,
     targets,
 )
-from everystep.views.formula import UpdateFormula, update_formulas
+from everystep.views.formatting import dtype_text
 from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
 from everystep.views.network import network
 from everystep.views.plain import plain_data
 from everystep.views.segments import Happened, as_it_happened
 from everystep.views.tensor_texts import norm
-from everystep.views.texts import dtype_text
+from everystep.views.update_formula import UpdateFormula, update_formulas
 
 __all__ = ["step_data", "tensor_of"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from everystep.replay.step import statistics
+from everystep.views.formatting import dtype_text, grouped, shape_text
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed
-from everystep.views.texts import dtype_text, grouped, shape_text
 
 __all__ = [
     "ABSOLUTE",

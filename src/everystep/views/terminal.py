@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-from everystep.views.texts import clean, cut, labelled, one_line
+from everystep.views.formatting import clean, cut, labelled, one_line
 
 __all__ = ["Cell", "Column", "Page", "SafeConsole", "Styled", "TextTable", "keyed", "table_text"]
 

@@ -23,7 +23,7 @@ from everystep.recording.facts import (
 )
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text, shortest
-from everystep.views.texts import counted, labelled, number, time_text
+from everystep.views.formatting import counted, labelled, number, time_text
 
 __all__ = [
     "closing",

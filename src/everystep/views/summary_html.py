@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from everystep.views.facts import facts_in_order, state_data
+from everystep.views.facts_text import facts_in_order, state_data
+from everystep.views.formatting import number
+from everystep.views.loss_table import environment
 from everystep.views.reduction import reduce
-from everystep.views.table import environment
-from everystep.views.texts import number
 
 if TYPE_CHECKING:
     import polars

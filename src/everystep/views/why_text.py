@@ -13,12 +13,12 @@ from everystep.errors import UsageError
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.replay.step import Step
+from everystep.views.formatting import about_numbers, named
+from everystep.views.formatting import number as four_digits
 from everystep.views.mathematics import Line, mathematics
 from everystep.views.plain import DERIVED
 from everystep.views.step_data import tensor_of
 from everystep.views.terminal import Cell, Column, Page
-from everystep.views.texts import about_numbers, named
-from everystep.views.texts import number as four_digits
 
 __all__ = ["spot_of", "why_text"]
 

@@ -19,10 +19,10 @@ from everystep.views.comparisons import (
     rerun_text,
     tensors_text,
 )
-from everystep.views.facts import engine_text
+from everystep.views.facts_text import engine_text
+from everystep.views.formatting import about_numbers, block, counted, labelled, named, number, shape_text
 from everystep.views.plain import DERIVED, plain_data
 from everystep.views.terminal import Column, table_text
-from everystep.views.texts import about_numbers, block, counted, labelled, named, number, shape_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +73,7 @@ class RunView(NamedTuple):
 
     def html(self, step: Step) -> str:
         """Return a step as a notebook shows it."""
-        from everystep.views.step import step_html
+        from everystep.views.step_text import step_html
 
         return step_html(step, self.run.facts, self.run.name)
 
@@ -215,7 +215,7 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
             f"  row{'s' * (len(found.rows) > 1)} {named(found.rows)} of {found.step.batch.whole}"
         )
     if found.why is not None:
-        from everystep.views.why import why_text
+        from everystep.views.why_text import why_text
 
         lines.append(why_text(found.why).plain.partition("\n")[2].rstrip())
     return "\n".join(lines)

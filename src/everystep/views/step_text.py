@@ -17,7 +17,7 @@ from everystep.program.operation import Phase
 from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.step import Step
-from everystep.views.batch import (
+from everystep.views.batch_text import (
     MOST_VALUES,
     about_classes,
     class_names,
@@ -25,7 +25,7 @@ from everystep.views.batch import (
     other_values,
     targets,
 )
-from everystep.views.formula import UpdateFormula, update_formulas
+from everystep.views.formatting import cut, grouped
 from everystep.views.mathematics import all_arguments, mathematics, value_text
 from everystep.views.segments import SegmentSeen, as_it_happened
 from everystep.views.tensor_texts import (
@@ -38,7 +38,7 @@ from everystep.views.tensor_texts import (
     write_tensors,
 )
 from everystep.views.terminal import Cell, Column, Page, Styled, TextTable, keyed
-from everystep.views.texts import cut, grouped
+from everystep.views.update_formula import UpdateFormula, update_formulas
 
 __all__ = ["PHASES", "step_html", "step_text"]
 

@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError, UsageError, did_you_mean
-from everystep.views.batch import about_columns, class_names, columns_of, targets
+from everystep.views.batch_text import about_columns, class_names, columns_of, targets
+from everystep.views.formatting import about_numbers, named, number
 from everystep.views.plain import plain_data
 from everystep.views.terminal import keyed, table_text
-from everystep.views.texts import about_numbers, named, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
