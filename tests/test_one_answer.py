@@ -11,7 +11,7 @@ from tests.page.serving import Application
 from torch import nn
 
 import everystep
-from everystep.page import task as page_task
+from everystep.page import task_process as page_task
 from everystep.page.routes.tasks import QUESTIONS
 from everystep.page.worker import Openers, answers
 

@@ -18,7 +18,7 @@ import everystep
 from everystep.page import live
 from everystep.page.columns import Columns
 from everystep.page.live import Live
-from everystep.page.shelf import Shelf
+from everystep.page.run_index import RunIndex
 from everystep.recording.database import Database
 
 
@@ -211,8 +211,8 @@ def test_whoever_leaves_is_forgotten(server):
 
 def test_a_look_that_fails_ends_the_stream(shelf, monkeypatch):
     """The browser connects again; it does not wait for ever."""
-    told = Live(Shelf(shelf), Columns())
-    monkeypatch.setattr(Shelf, "summaries", lambda self, seconds: 1 / 0)
+    told = Live(RunIndex(shelf), Columns())
+    monkeypatch.setattr(RunIndex, "summaries", lambda self, seconds: 1 / 0)
 
     async def listen():
         try:
@@ -228,7 +228,7 @@ def test_a_long_list_comes_in_parts(shelf, monkeypatch):
     for number in range(5):
         written(shelf / f"run-{number}", [1.0])
     monkeypatch.setattr(live, "LONGER", 0.0)
-    told = Live(Shelf(shelf), Columns())
+    told = Live(RunIndex(shelf), Columns())
 
     async def listen():
         try:
@@ -251,7 +251,7 @@ def test_a_long_list_comes_in_parts(shelf, monkeypatch):
 def test_what_changes_while_others_are_still_to_be_read_is_seen(shelf):
     for number in range(3):
         written(shelf / f"run-{number}", [1.0])
-    known = Shelf(shelf)
+    known = RunIndex(shelf)
     assert known.summaries(0.0).unread == 2
     assert known.summaries(0.0).unread == 1
     change(shelf / "run-0", 2, [0.5])

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from tests.page.serving import PATIENCE
 
-from everystep.page.processes import Child, Ended
+from everystep.page.child_process import Child, Ended
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def child(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
 
     def talk(does, use):
-        head = "import json, sys, time\nfrom everystep.page.processes import Speaker\n"
+        head = "import json, sys, time\nfrom everystep.page.child_process import Speaker\n"
         (tmp_path / "a_child.py").write_text(head + textwrap.dedent(does))
 
         async def main():

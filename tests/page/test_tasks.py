@@ -14,11 +14,11 @@ from tests.page.serving import PATIENCE
 
 import everystep
 from everystep.errors import RunError, UsageError
-from everystep.page import tasks as tasks_module
+from everystep.page import task_client as tasks_module
 from everystep.page.routes import steps, tasks
-from everystep.page.shelf import Shelf
-from everystep.page.task import Voice, do
-from everystep.page.tasks import Event, Tasks
+from everystep.page.run_index import RunIndex
+from everystep.page.task_client import Event, Tasks
+from everystep.page.task_process import Voice, do
 from everystep.views.comparisons import rerun_sentence
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -76,7 +76,7 @@ def asked_of(directory, use, tasks_of=Here):
 
     async def main():
         app = Starlette(routes=[*steps.routes, *tasks.routes], exception_handlers={UsageError: answered})
-        app.state.shelf, app.state.tasks = Shelf(directory), tasks_of()
+        app.state.shelf, app.state.tasks = RunIndex(directory), tasks_of()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
             try:

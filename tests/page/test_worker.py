@@ -13,8 +13,8 @@ from tests.sealing import seal_files
 import everystep
 from everystep.errors import RunError
 from everystep.page import worker
-from everystep.page.desk import Desk, Gone, NoAnswer
 from everystep.page.worker import KEPT_RUNS, Openers, answers
+from everystep.page.worker_client import Gone, NoAnswer, WorkerClient
 
 HOSTILE = "<img src=x onerror=alert(1)> '\"&\N{SNOWMAN}"
 
@@ -115,7 +115,7 @@ def at_desk(directory, use):
     """Use a desk, in an event loop of its own."""
 
     async def main():
-        desk = Desk(directory)
+        desk = WorkerClient(directory)
         await desk.start()
         try:
             return await asyncio.wait_for(use(desk), PATIENCE)
@@ -192,7 +192,7 @@ def test_what_takes_too_long_is_given_up_and_others_go_on(directory, trained, mo
 
     async def use(desk):
         first = await desk.ask("content", trained, step=3)
-        monkeypatch.setattr(everystep.page.desk, "_LONGEST", 1.0)
+        monkeypatch.setattr(everystep.page.worker_client, "_LONGEST", 1.0)
         with pytest.raises(NoAnswer, match="minutes and was given up"):
             await desk.ask("content", hostile, step=3)
         monkeypatch.undo()

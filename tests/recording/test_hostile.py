@@ -86,11 +86,11 @@ def test_a_run_with_a_link_is_not_written_into(kind, good, tmp_path, everystep_c
 
 
 def test_the_list_of_the_page_goes_on(good, tmp_path):
-    from everystep.page.shelf import Shelf
+    from everystep.page.run_index import RunIndex
 
     for place, change in enumerate(HOSTILE.values()):
         change(shutil.copytree(good, tmp_path / "shelf" / f"run-{place}"))
     shutil.copytree(good, tmp_path / "shelf" / "good")
-    found = Shelf(tmp_path / "shelf").summaries().runs
+    found = RunIndex(tmp_path / "shelf").summaries().runs
     assert len(found) >= len(HOSTILE)
     assert found["good"]["status"] == "finished"

@@ -6,7 +6,7 @@ import pytest
 
 import everystep
 from everystep.errors import RunError
-from everystep.page.shelf import Shelf
+from everystep.page.run_index import RunIndex
 from everystep.recording import connection, run, summary
 
 #: Functions by which a list reads a run, in the order of their calls.
@@ -43,7 +43,7 @@ def test_a_run_removed_while_a_list_reads_it_is_a_problem_of_that_run(
     recorded, monkeypatch, module, name
 ):
     before(monkeypatch, module, name, lambda: shutil.rmtree(recorded, ignore_errors=True))
-    [line] = Shelf(recorded.parent).summaries().runs.values()
+    [line] = RunIndex(recorded.parent).summaries().runs.values()
     assert line["problem"] is None or "two-layer" in line["problem"]
 
 

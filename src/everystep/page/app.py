@@ -17,12 +17,12 @@ from starlette.types import Message, Receive, Scope, Send
 from everystep.errors import EverystepError, RunError, UsageError
 from everystep.page.assets import asset, index
 from everystep.page.columns import Columns
-from everystep.page.desk import Desk
 from everystep.page.live import Live
 from everystep.page.problem import problem_page
 from everystep.page.routes import runs, steps, tasks
-from everystep.page.shelf import Shelf
-from everystep.page.tasks import Tasks
+from everystep.page.run_index import RunIndex
+from everystep.page.task_client import Tasks
+from everystep.page.worker_client import WorkerClient
 
 __all__ = ["UntilEnd", "application"]
 
@@ -53,10 +53,10 @@ def application(directory: Path) -> Starlette:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.state.shelf, app.state.columns = Shelf(directory), Columns()
+    app.state.shelf, app.state.columns = RunIndex(directory), Columns()
     app.state.tasks = Tasks()
     # The worker of the second one starts with the first question that takes long.
-    app.state.desk, app.state.second_desk = Desk(directory), Desk(directory)
+    app.state.desk, app.state.second_desk = WorkerClient(directory), WorkerClient(directory)
     return app
 
 

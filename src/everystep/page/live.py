@@ -17,7 +17,7 @@ from everystep.errors import RunError
 from everystep.page.about import live_data
 from everystep.page.columns import Columns, RunColumns, reduced
 from everystep.page.event_stream import event
-from everystep.page.shelf import Shelf, Summaries
+from everystep.page.run_index import RunIndex, Summaries
 from everystep.page.watches import Watches
 from everystep.recording.run import RecordedRun
 
@@ -58,7 +58,7 @@ class RunSight(NamedTuple):
 class Live:
     """Tells of runs as they change."""
 
-    def __init__(self, shelf: Shelf, columns: Columns) -> None:
+    def __init__(self, shelf: RunIndex, columns: Columns) -> None:
         self._shelf = shelf
         self._columns = columns
         self._watches = Watches()

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from everystep import numerics
 from everystep.errors import DamageWarning, EverystepError, RunError, UsageError
+from everystep.page.child_process import Message, Speaker
 from everystep.page.memory_limit import limit_memory, memory_message
-from everystep.page.processes import Message, Speaker
 from everystep.page.regions import histogram, npy, regions
 from everystep.recording.database import FILE_NAME
 from everystep.replay.parent import end_with_stdin

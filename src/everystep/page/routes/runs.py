@@ -16,9 +16,9 @@ from everystep.page.about import about_data
 from everystep.page.columns import RunColumns, reduced
 from everystep.page.event_stream import EventStream, last_seen
 from everystep.page.live import MOMENT, Live
-from everystep.page.routes.asked import fields_of, line
-from everystep.page.rows import frame_of, page_of, rows_of, wanted_of, whole
-from everystep.page.shelf import Shelf, shown_name
+from everystep.page.routes.request_body import fields_of, line
+from everystep.page.run_index import RunIndex, shown_name
+from everystep.page.table_rows import frame_of, page_of, rows_of, wanted_of, whole
 from everystep.recording.lock import write_note
 
 __all__ = ["routes"]
@@ -29,7 +29,7 @@ POINTS, MOST_POINTS = 2000, 100_000
 
 def all_runs(request: Request) -> Response:
     """Answer with every run in one line; with `soon` only with those that are read in a moment."""
-    shelf: Shelf = request.app.state.shelf
+    shelf: RunIndex = request.app.state.shelf
     summaries = shelf.summaries(MOMENT if "soon" in request.query_params else math.inf)
     runs = list(summaries.runs.values())
     directory = shown_name(shelf.directory.name)
@@ -38,7 +38,7 @@ def all_runs(request: Request) -> Response:
 
 def about(request: Request) -> Response:
     """Answer with everything about a run besides its numbers by step."""
-    shelf: Shelf = request.app.state.shelf
+    shelf: RunIndex = request.app.state.shelf
     name = request.path_params["name"]
     forks, unread = shelf.forks(name, MOMENT)
     found = about_data(name, shelf.run(name), _columns(request), forks)

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from everystep.errors import UsageError
-from everystep.page.desk import Answer, Desk, Gone, NoAnswer
+from everystep.page.worker_client import Answer, Gone, NoAnswer, WorkerClient
 
 __all__ = ["routes"]
 
@@ -66,14 +66,16 @@ async def report(request: Request) -> Response:
     """Answer with a page to keep that needs no server, with the chosen steps inside."""
     texts = [text for text in request.query_params.get("steps", "").split(",") if text.strip()]
     steps = [_whole("steps", text.strip()) for text in texts]
-    desk = Desk(request.app.state.shelf.directory)  # who goes from step to step need not wait for it
+    desk = WorkerClient(
+        request.app.state.shelf.directory
+    )  # who goes from step to step need not wait for it
     try:
         return await _answered(request, desk, "report", steps=steps)
     finally:
         await desk.close()
 
 
-async def _answered(request: Request, desk: Desk, kind: str, **asked: Any) -> Response:
+async def _answered(request: Request, desk: WorkerClient, kind: str, **asked: Any) -> Response:
     """Ask a worker, and give its answer on."""
     directory = request.app.state.shelf.place(request.path_params["name"])
 

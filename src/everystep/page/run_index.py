@@ -16,7 +16,7 @@ from everystep.recording.run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.views.lists import summary_data
 
-__all__ = ["Shelf", "Summaries", "shown_name"]
+__all__ = ["RunIndex", "Summaries", "shown_name"]
 
 
 class Summaries(NamedTuple):
@@ -26,7 +26,7 @@ class Summaries(NamedTuple):
     unread: int
 
 
-class Shelf:
+class RunIndex:
     """The runs directly in a directory, by name."""
 
     def __init__(self, directory: Path) -> None:

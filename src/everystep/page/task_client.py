@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-from everystep.page.processes import Child, Ended
+from everystep.page.child_process import Child, Ended
 
 __all__ = ["Busy", "Event", "Task", "Tasks"]
 
@@ -148,7 +148,7 @@ class Tasks:
             if running >= MOST_AT_ONCE:
                 raise Busy(f"{running} tasks are running already; wait for one to end, or cancel it")
             id = secrets.token_urlsafe(9)
-            task = Task(await Child.begin("everystep.page.task"), asked)
+            task = Task(await Child.begin("everystep.page.task_process"), asked)
             self._tasks[id] = task, asyncio.create_task(task.follow())
         over = [known for known, (each, _) in self._tasks.items() if each.is_over]
         for known in over[:-REMEMBERED]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.errors import RunError
-from everystep.page.processes import Child, Ended
+from everystep.page.child_process import Child, Ended
 
-__all__ = ["Answer", "Desk", "Gone", "NoAnswer"]
+__all__ = ["Answer", "Gone", "NoAnswer", "WorkerClient"]
 
 #: Seconds that the worker has to end by itself.
 _PATIENCE = 0.5
@@ -39,7 +39,7 @@ class Gone(Exception):  # noqa: N818
     """Whoever asked has gone before it was their turn."""
 
 
-class Desk:
+class WorkerClient:
     """Asks a worker process about the steps of runs.
 
     directory: where the runs are; nothing outside it is opened.
