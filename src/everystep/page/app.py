@@ -36,12 +36,12 @@ def application(directory: Path) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state = app.state
-        state.live = Live(state.shelf, state.columns)
-        await state.desk.start()
+        state.live = Live(state.run_index, state.columns)
+        await state.worker.start()
         yield
         state.live.close()
         await state.tasks.close()
-        await _close_desks(app)
+        await _close_workers(app)
 
     app = Starlette(
         routes=[*_PAGES, *_ASSETS, *runs.routes, *steps.routes, *tasks.routes],
@@ -53,15 +53,15 @@ def application(directory: Path) -> Starlette:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.state.shelf, app.state.columns = RunIndex(directory), Columns()
+    app.state.run_index, app.state.columns = RunIndex(directory), Columns()
     app.state.tasks = Tasks()
     # The worker of the second one starts with the first question that takes long.
-    app.state.desk, app.state.second_desk = WorkerClient(directory), WorkerClient(directory)
+    app.state.worker, app.state.second_worker = WorkerClient(directory), WorkerClient(directory)
     return app
 
 
-async def _close_desks(app: Starlette) -> None:
-    await asyncio.gather(app.state.desk.close(), app.state.second_desk.close())
+async def _close_workers(app: Starlette) -> None:
+    await asyncio.gather(app.state.worker.close(), app.state.second_worker.close())
 
 
 class UntilEnd:
@@ -74,7 +74,7 @@ class UntilEnd:
     async def end(self) -> None:
         """End them."""
         self._end.set()
-        await _close_desks(self._app)
+        await _close_workers(self._app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer as the application does; at the end, as if the browser had gone."""

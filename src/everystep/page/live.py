@@ -58,8 +58,8 @@ class RunSight(NamedTuple):
 class Live:
     """Tells of runs as they change."""
 
-    def __init__(self, shelf: RunIndex, columns: Columns) -> None:
-        self._shelf = shelf
+    def __init__(self, run_index: RunIndex, columns: Columns) -> None:
+        self._run_index = run_index
         self._columns = columns
         self._watches = Watches()
         self._feeds: dict[str | None, Feed[Any]] = {}
@@ -127,31 +127,31 @@ class Live:
         return self._feeds.setdefault(key, Feed(look, self._watches, pause))
 
     def _look_at(self, name: str) -> Sight[RunSight | None]:
-        shelf = self._shelf.directory
+        folder_of_all = self._run_index.directory
         try:
-            run = self._shelf.run(name)
+            run = self._run_index.run(name)
             columns = self._columns.of(run)
             status = run.status_by(columns.facts)
         except RunError:  # gone; or not there yet, or not whole
-            folder = self._shelf.folders().get(name)
-            return Sight(None, {shelf} | ({folder} if folder else set()), is_moving=False)
+            folder = self._run_index.folders().get(name)
+            return Sight(None, {folder_of_all} | ({folder} if folder else set()), is_moving=False)
         return Sight(
-            RunSight(run, columns, status), {shelf, run.directory}, is_moving=status == "running"
+            RunSight(run, columns, status), {folder_of_all, run.directory}, is_moving=status == "running"
         )
 
     def _look_at_all(self) -> Sight[Summaries]:
-        summaries = self._shelf.summaries(LONGER)
+        summaries = self._run_index.summaries(LONGER)
         runs = summaries.runs
         if summaries.unread:
-            return Sight(summaries, {self._shelf.directory}, is_moving=True, is_whole=False)
+            return Sight(summaries, {self._run_index.directory}, is_moving=True, is_whole=False)
         is_moving = any(run["status"] == "running" for run in runs.values())
         # What cannot be read, or is not a run yet, may become one.
         unsettled = {
             path
-            for name, path in self._shelf.folders().items()
+            for name, path in self._run_index.folders().items()
             if name not in runs or runs[name]["status"] in ("running", None)
         }
-        return Sight(summaries, {self._shelf.directory, *unsettled}, is_moving)
+        return Sight(summaries, {self._run_index.directory, *unsettled}, is_moving)
 
 
 class Feed(Generic[Content]):

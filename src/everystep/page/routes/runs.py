@@ -29,26 +29,26 @@ POINTS, MOST_POINTS = 2000, 100_000
 
 def all_runs(request: Request) -> Response:
     """Answer with every run in one line; with `soon` only with those that are read in a moment."""
-    shelf: RunIndex = request.app.state.shelf
-    summaries = shelf.summaries(MOMENT if "soon" in request.query_params else math.inf)
+    run_index: RunIndex = request.app.state.run_index
+    summaries = run_index.summaries(MOMENT if "soon" in request.query_params else math.inf)
     runs = list(summaries.runs.values())
-    directory = shown_name(shelf.directory.name)
+    directory = shown_name(run_index.directory.name)
     return JSONResponse({"directory": directory, "runs": runs, "unread": summaries.unread})
 
 
 def about(request: Request) -> Response:
     """Answer with everything about a run besides its numbers by step."""
-    shelf: RunIndex = request.app.state.shelf
+    run_index: RunIndex = request.app.state.run_index
     name = request.path_params["name"]
-    forks, unread = shelf.forks(name, MOMENT)
-    found = about_data(name, shelf.run(name), _columns(request), forks)
+    forks, unread = run_index.forks(name, MOMENT)
+    found = about_data(name, run_index.run(name), _columns(request), forks)
     task = request.app.state.tasks.training(name)
     return JSONResponse(found | {"unread": unread, "task": task})
 
 
 def sparkline(request: Request) -> Response:
     """Answer with a small picture of the losses."""
-    run = request.app.state.shelf.run(request.path_params["name"])
+    run = request.app.state.run_index.run(request.path_params["name"])
     return JSONResponse(request.app.state.columns.sparkline(run)._asdict())
 
 
@@ -85,7 +85,7 @@ def csv(request: Request) -> Response:
 async def note(request: Request) -> Response:
     """Write the note of a run, and answer with it as written."""
     text = line((await fields_of(request)).get("note"), "note")
-    run = request.app.state.shelf.run(request.path_params["name"])
+    run = request.app.state.run_index.run(request.path_params["name"])
     try:
         written = await asyncio.to_thread(write_note, run.directory, text)
     except (RecordingError, RunError) as error:
@@ -111,7 +111,7 @@ def _stream(request: Request, events: AsyncIterator[str]) -> Response:
 
 def _columns(request: Request) -> RunColumns:
     state = request.app.state
-    columns: RunColumns = state.columns.of(state.shelf.run(request.path_params["name"]))
+    columns: RunColumns = state.columns.of(state.run_index.run(request.path_params["name"]))
     return columns
 
 

@@ -56,8 +56,8 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
         asked = QUESTIONS[kind][1](request.query_params)
         state = request.app.state
         # Ranking rows may take seconds, and who goes from step to step does not wait for it.
-        desk = state.second_desk if kind == "rows" else state.desk
-        return await _answered(request, desk, kind, step=step, **asked)
+        worker = state.second_worker if kind == "rows" else state.worker
+        return await _answered(request, worker, kind, step=step, **asked)
 
     return ask
 
@@ -66,25 +66,25 @@ async def report(request: Request) -> Response:
     """Answer with a page to keep that needs no server, with the chosen steps inside."""
     texts = [text for text in request.query_params.get("steps", "").split(",") if text.strip()]
     steps = [_whole("steps", text.strip()) for text in texts]
-    desk = WorkerClient(
-        request.app.state.shelf.directory
+    worker = WorkerClient(
+        request.app.state.run_index.directory
     )  # who goes from step to step need not wait for it
     try:
-        return await _answered(request, desk, "report", steps=steps)
+        return await _answered(request, worker, "report", steps=steps)
     finally:
-        await desk.close()
+        await worker.close()
 
 
-async def _answered(request: Request, desk: WorkerClient, kind: str, **asked: Any) -> Response:
+async def _answered(request: Request, worker: WorkerClient, kind: str, **asked: Any) -> Response:
     """Ask a worker, and give its answer on."""
-    directory = request.app.state.shelf.place(request.path_params["name"])
+    directory = request.app.state.run_index.place(request.path_params["name"])
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
     try:
-        answer = await desk.ask(kind, directory, gone=gone, **asked)
+        answer = await worker.ask(kind, directory, gone=gone, **asked)
     except NoAnswer as error:
         return JSONResponse({"error": str(error)}, 502)
     except Gone:

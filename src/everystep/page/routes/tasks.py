@@ -62,14 +62,14 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
     async def begin(request: Request) -> Response:
         fields = await fields_of(request)
         asked = {name: read(fields.get(name), name) for name, read in QUESTIONS[kind].items()}
-        shelf = request.app.state.shelf
+        run_index = request.app.state.run_index
         if kind == "compare":
-            directory = shelf.run(asked.pop("one")).directory
-            asked["other"] = str(shelf.run(asked["other"]).directory.absolute())
+            directory = run_index.run(asked.pop("one")).directory
+            asked["other"] = str(run_index.run(asked["other"]).directory.absolute())
         else:
             if kind == "fork" and asked["name"] is not None:
                 _check_new(asked["name"], request)
-            directory = shelf.run(request.path_params["name"]).directory
+            directory = run_index.run(request.path_params["name"]).directory
         task = {"task": kind, "run": str(directory.absolute()), "asked": asked}
         try:
             return JSONResponse({"task": await request.app.state.tasks.begin(task)})
@@ -121,7 +121,7 @@ def _check_new(name: str, request: Request) -> None:
     )
     if not is_plain or len(os.fsencode(name)) > _LONGEST_NAME:
         raise UsageError(f"{name!r:.80} cannot be a run's name; write a short one, without / and \\")
-    if (request.app.state.shelf.directory / name).exists():
+    if (request.app.state.run_index.directory / name).exists():
         raise UsageError(f"{name!r:.80} is there already, and no run is overwritten; choose another")
 
 
