@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["main"]
 

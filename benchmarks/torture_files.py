@@ -42,7 +42,7 @@ from everystep import cli
 from everystep.errors import DamageWarning, EverystepError
 from everystep.recording.blocks import LOSS
 from everystep.recording.database import Database
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 __all__ = [
     "Alteration",

@@ -19,7 +19,7 @@ from rich.console import Console
 import everystep
 from everystep.experiment.specification import built_in
 from everystep.recording.directories import find_runs
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import model_text, optimizers_text
 from everystep.views.lists import runs_tables
 

@@ -21,7 +21,7 @@ from torch import nn
 import everystep
 from everystep.errors import RunError
 from everystep.recording.database import FILE_NAME
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["Seen", "digest_of", "readers", "torn"]
 

@@ -10,7 +10,6 @@ import torch
 from tests.page.serving import served
 
 import everystep
-from everystep.experiment import files
 from everystep.recording import files as files_of_runs
 
 COMMANDS = [

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.page.serving import Application, written
 
 from everystep.recording.database import Database
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 any_float32 = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
 few = st.sampled_from([0.1, -0.1, 1.0, 1.5, 2.0, math.nan, math.inf, -math.inf]).map(

@@ -3,7 +3,7 @@
 import pytest
 from filelock import FileLock
 
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from benchmarks.torture_files import alterations, killed_run, outcome, shown, small_run
 
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 
 @pytest.fixture(scope="module", params=["finished", "killed"])

@@ -21,7 +21,7 @@ import everystep
 from everystep.errors import RecordingError, RunError
 from everystep.recording import connection, lock, recorder
 from everystep.recording.database import Database
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.training import writer
 

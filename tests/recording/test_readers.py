@@ -14,7 +14,7 @@ from benchmarks.torture.readers import digest_of, torn
 import everystep
 from everystep.errors import DamageWarning
 from everystep.recording.database import FILE_NAME, Database
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,7 @@ def test_a_run_that_ends_while_it_is_read_is_neither_damaged_nor_killed(tmp_path
     assert len(run.losses) == 5
     is_held = [True]
     for name in ("is_locked", "has_log"):
-        monkeypatch.setattr(f"everystep.recording.run.{name}", lambda path: is_held[0])
+        monkeypatch.setattr(f"everystep.recording.recorded_run.{name}", lambda path: is_held[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(RecordedRun(place).losses) == 5

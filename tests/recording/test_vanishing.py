@@ -7,7 +7,7 @@ import pytest
 import everystep
 from everystep.errors import RunError
 from everystep.page.run_index import RunIndex
-from everystep.recording import connection, run, summary
+from everystep.recording import connection, summary
 
 #: Functions by which a list reads a run, in the order of their calls.
 LOOKS = [

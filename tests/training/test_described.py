@@ -11,7 +11,7 @@ from torch import nn
 import everystep
 from everystep.recording.facts import LossFacts, ModuleFacts, ScheduleFacts
 from everystep.recording.texts import loss_text, model_text, optimizers_text
-from everystep.training.facts import modules_of
+from everystep.training.description import modules_of
 
 
 class Own(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 import everystep
 from everystep.recording.texts import optimizers_text
 from everystep.step.hyperparameters import hyperparameters
-from everystep.training.facts import optimizer_facts
+from everystep.training.description import optimizer_facts
 
 
 class Rows(Dataset):

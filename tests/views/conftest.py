@@ -7,7 +7,7 @@ import pytest
 from tests.sealing import seal
 
 import everystep
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 
 import everystep
 from everystep.errors import UsageError
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.views.plot import loss_plot, save_plot
 
 NAN, INF = None, float("inf")  # NULL in a run's database means NaN

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from tests.sealing import seal
 
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import model_text
 from everystep.views.report import report_html
 

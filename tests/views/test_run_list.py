@@ -13,7 +13,7 @@ from tests.page.serving import written
 
 from everystep.recording.connection import stillness
 from everystep.recording.database import Database
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.views import lists as run_list
 

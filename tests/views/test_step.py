@@ -13,7 +13,7 @@ from torch import nn
 
 import everystep
 from everystep.errors import UsageError
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import shortest
 from everystep.replay.replay import Replay
 from everystep.replay.step import statistics

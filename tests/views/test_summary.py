@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 from tests.sealing import seal
 
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import optimizers_text
 from everystep.views.summary_html import summary_html
 

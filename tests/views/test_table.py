@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from everystep.errors import UsageError
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import shortest
 from everystep.views.loss_table import loss_table, shortest_texts
 
@@ -163,7 +163,7 @@ def test_the_fewest_digits_give_the_number_back(dtype):
 def test_needs_neither_torch_nor_pyarrow(trained):
     program = (
         "import sys; sys.modules['pyarrow'] = sys.modules['torch'] = None\n"
-        "from everystep.recording.run import RecordedRun\n"
+        "from everystep.recording.recorded_run import RecordedRun\n"
         "from everystep.views.loss_table import loss_table\n"
         "print(len(loss_table(RecordedRun(sys.argv[1])).html()))"
     )

@@ -24,14 +24,14 @@ from everystep.answers.operations import (
     tensor_difference,
 )
 from everystep.program.observed import Observed
-from everystep.recording.asked import Setting, settings_that_differ
 from everystep.recording.facts import TrainingFacts
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.settings_diff import Setting, settings_that_differ
 from everystep.recording.texts import shortest, value_text
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
-from everystep.step.check import same_bits
 from everystep.step.state import State
+from everystep.step.state_difference import same_bits
 
 __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "Evidence", "causes_of"]
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from everystep.answers.causes import Evidence, causes_of
-from everystep.answers.data import DataDifference, data_differences
+from everystep.answers.data_differences import DataDifference, data_differences
 from everystep.answers.footprints import footprints
 from everystep.answers.operations import OperationDifference, draws, name_in_words
 from everystep.device import on_cpu
 from everystep.errors import RunError
-from everystep.recording.asked import asked_differences, renamed
 from everystep.recording.files import program_file
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.settings_diff import asked_differences, renamed
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.columns import recorded_at
 from everystep.replay.parallel import LossDifference
@@ -27,8 +27,8 @@ from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.replay import same_number
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
-from everystep.step.check import StateDifference, same_bits, state_differences
 from everystep.step.state import State
+from everystep.step.state_difference import StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects
 
 __all__ = ["Difference", "FirstState", "diff"]

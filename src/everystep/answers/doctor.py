@@ -15,7 +15,7 @@ from everystep.recording.database import FILE_NAME, Database, SnapshotRow, readi
 from everystep.recording.facts import Facts
 from everystep.recording.files import program_file
 from everystep.recording.health import Finding, number_findings
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import check_snapshot
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.shown import Shown

@@ -14,7 +14,7 @@ from everystep.bounded import check_steps
 from everystep.errors import ExpressionError, UsageError
 from everystep.recording.facts import MeasuredFacts, check_measurement_names
 from everystep.recording.lock import adding
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression, Reference
 from everystep.replay.hooks import OpenedStep, Probe

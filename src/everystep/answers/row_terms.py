@@ -12,7 +12,7 @@ from torch import Tensor
 from everystep.answers.trace import Trace
 from everystep.ops import RECORDS
 from everystep.ops.labels import MIXED, SHARED, SUM, Reason, Tracked, compressed
-from everystep.ops.rows import MixesError, Result, RowsCall, filled
+from everystep.ops.row_rules import MixesError, Result, RowsCall, filled
 from everystep.program.observed import Observed
 from everystep.program.operation import TensorSpec
 from everystep.replay.step import Step

@@ -11,11 +11,11 @@ import torch
 
 from everystep.device import on_cpu
 from everystep.numerics import Numerics
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.shown import Shown
-from everystep.step.check import StateDifference, distance
+from everystep.step.state_difference import StateDifference, distance
 
 __all__ = ["Verification", "verify"]
 

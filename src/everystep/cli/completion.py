@@ -57,7 +57,7 @@ def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
     """
     from everystep.recording.directories import find_run
     from everystep.recording.files import program_file
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
     try:
         name, step, *_ = _arguments(ctx, "run")
@@ -73,7 +73,7 @@ def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
 def measurement_names(ctx: typer.Context) -> list[str]:
     """Return what can be drawn besides the loss of the runs typed so far."""
     from everystep.recording.directories import find_run
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
     found: set[str] = set()
     for run in _arguments(ctx, "runs"):

@@ -57,7 +57,7 @@ def runs(
 def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
     """Yield all runs in one line each, as they are read; hint at damaged ones, and note killed ones."""
     from everystep.recording.directories import find_runs
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
     for path in find_runs(directory):
         try:
@@ -78,7 +78,7 @@ _MOST_KILLED = 3
 
 def _say_killed(directories: list[Path]) -> None:
     """Say when the newest killed runs were killed, and how to go on with them."""
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
     from everystep.views.facts_text import ending, going_on
 
     found = [RecordedRun(directory, may_be_cut=True) for directory in directories]

@@ -78,7 +78,7 @@ def train(
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
     from everystep.recording.directories import RUNS, is_run
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
     if steps is not None and epochs is not None:
         raise UsageError("--steps and --epochs are mutually exclusive")
@@ -129,7 +129,7 @@ def resume(
     The run is bit-identical to one that was not interrupted.
     """
     from everystep.recording.directories import find_run
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
     place = find_run(run)
     trained = RecordedRun(place).facts.trained

@@ -30,7 +30,7 @@ from everystep.ops.call import (
     single,
 )
 from everystep.ops.record import OperatorRecord
-from everystep.ops.rows import batched
+from everystep.ops.row_rules import batched
 
 __all__ = ["CONVOLUTIONS"]
 

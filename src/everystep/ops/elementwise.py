@@ -13,7 +13,7 @@ from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece
 from everystep.ops.formula import BINARY, UNARY, names_in
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast
 from everystep.ops.record import LineRule, MadeRule, OperatorRecord
-from everystep.ops.rows import Result, RowsCall, RowsRule, along, of_shape, sum_of
+from everystep.ops.row_rules import Result, RowsCall, RowsRule, along, of_shape, sum_of
 from everystep.program.operators import parameters
 
 __all__ = ["ELEMENTWISE", "by_formula", "each_alone", "foreach"]

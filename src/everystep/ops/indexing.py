@@ -13,7 +13,7 @@ from everystep.ops.call import Call, Formula, Made, NoRuleError, Sum, aligned, s
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, all_are, broadcast, gathered, reduced
 from everystep.ops.movements import of_indices
 from everystep.ops.record import OperatorRecord
-from everystep.ops.rows import MixesError, Result, RowsCall, by_key, filled, none_mixed, sum_of
+from everystep.ops.row_rules import MixesError, Result, RowsCall, by_key, filled, none_mixed, sum_of
 from everystep.program.arguments import decode
 
 __all__ = ["INDEXING"]

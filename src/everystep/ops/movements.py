@@ -16,7 +16,7 @@ from torch import Tensor
 from everystep.ops.call import Call, Formula, Made, Piece, tensors_in
 from everystep.ops.labels import SHARED, SUM, Tracked, broadcast
 from everystep.ops.record import OperatorRecord
-from everystep.ops.rows import MixesError, Result, RowsCall, batched, sum_of
+from everystep.ops.row_rules import MixesError, Result, RowsCall, batched, sum_of
 from everystep.program.arguments import decode
 
 __all__ = ["MOVEMENTS", "of_indices"]

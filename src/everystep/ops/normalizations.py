@@ -27,7 +27,7 @@ from everystep.ops.call import (
 from everystep.ops.formula import names_in
 from everystep.ops.labels import MIXED, broadcast, reduced
 from everystep.ops.record import OperatorRecord
-from everystep.ops.rows import (
+from everystep.ops.row_rules import (
     Result,
     RowsCall,
     along,

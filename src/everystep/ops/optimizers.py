@@ -13,7 +13,7 @@ from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Words, a
 from everystep.ops.formula import names_in
 from everystep.ops.labels import SHARED, Tracked
 from everystep.ops.record import OperatorRecord
-from everystep.ops.rows import Result, RowsCall, filled
+from everystep.ops.row_rules import Result, RowsCall, filled
 
 __all__ = ["FUSED", "OPTIMIZERS", "UPDATES", "OptimizerFormulas", "update"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from everystep.ops.call import Call, Made
-from everystep.ops.rows import RowsRule
+from everystep.ops.row_rules import RowsRule
 
 __all__ = ["LineRule", "MadeRule", "OperatorRecord"]
 

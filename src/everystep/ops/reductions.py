@@ -24,7 +24,7 @@ from everystep.ops.call import (
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SUM, Tracked, reduced
 from everystep.ops.record import OperatorRecord
-from everystep.ops.rows import Result, RowsCall, along, by_key, none_mixed, of_shape
+from everystep.ops.row_rules import Result, RowsCall, along, by_key, none_mixed, of_shape
 
 __all__ = ["REDUCTIONS"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from everystep.errors import RunError
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import is_rate
 from everystep.views.facts_text import facts_data, landmarks, shortest_name, state_data
 from everystep.views.plain import plain_number

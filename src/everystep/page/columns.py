@@ -21,7 +21,7 @@ from everystep.errors import UsageError, did_you_mean
 from everystep.recording.connection import fingerprint
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Numbers, read_numbers
 from everystep.views.loss_table import column_title, shortest_texts
 from everystep.views.reduction import reduce

@@ -19,7 +19,7 @@ from everystep.page.columns import Columns, RunColumns, reduced
 from everystep.page.event_stream import event
 from everystep.page.run_index import RunIndex, Summaries
 from everystep.page.watches import Watches
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["Live"]
 

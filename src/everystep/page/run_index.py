@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.connection import fingerprint
 from everystep.recording.database import FILE_NAME
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.views.lists import summary_data
 

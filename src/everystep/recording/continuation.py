@@ -21,7 +21,7 @@ from everystep.recording.database import FILE_NAME, Database, Repeat, SnapshotRo
 from everystep.recording.facts import EarlierFacts
 from everystep.recording.files import CHANGES, changes_in, has_own, sweep, take_file
 from everystep.recording.notice import say
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import PARAMETERS, REST, SnapshotPlan, read_snapshot, remove_snapshots
 
 __all__ = ["Continuation", "inherit", "shortened", "tidy"]

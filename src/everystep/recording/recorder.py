@@ -33,7 +33,7 @@ from everystep.recording.files import (
 )
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.notice import say
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from everystep.experiment.specification import load
 from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
-from everystep.recording.run import RecordedRun, Stretch
+from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.columns import HeldNumber
 from everystep.step.eager import BatchSource
 from everystep.training.dataset import DatasetBatches, length_of, read_rows

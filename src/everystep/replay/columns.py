@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from everystep.errors import ExpressionError
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.expression import Expression, Reference, parse
 from everystep.replay.shown import Shown
 from everystep.step.hyperparameters import is_hyperparameter

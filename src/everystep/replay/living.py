@@ -22,7 +22,7 @@ from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.program.program import Program
-from everystep.recording.run import RecordedRun, Stretch
+from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.batches import batch_source, settings_of, stored_data
 from everystep.replay.replay import opened_step
 from everystep.replay.step import Batch, Step

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from everystep.device import select
 from everystep.errors import RunError
 from everystep.numerics import Numerics
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, cores, needs_worker, process_count, shared
 from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.replay import Replay, same_number
-from everystep.step.check import StateDifference, state_differences
+from everystep.step.state_difference import StateDifference, state_differences
 
 __all__ = [
     "LossDifference",

@@ -28,7 +28,7 @@ from everystep.errors import DamageWarning, RunError, TrainingError
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import EngineFacts, Facts
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parent import end_with
 from everystep.replay.replay import Replay
 from everystep.replay.step import Step

@@ -24,7 +24,7 @@ from everystep.program.program import Program
 from everystep.recording.contents import Given, Inputs, Taken, inputs_of, packed, unpacked
 from everystep.recording.database import Repeat, cut
 from everystep.recording.files import program_file
-from everystep.recording.run import RecordedRun, Stretch
+from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.batches import batches_of
 
 __all__ = [

@@ -20,7 +20,7 @@ from everystep.errors import RunError, StepError
 from everystep.program.memory import copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.batches import rule_of
 from everystep.replay.recorded_steps import RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper, Saved

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.batches import batches_of, rule_of
 from everystep.replay.columns import Evaluator, check_question, read_question
 from everystep.replay.expression import Expression

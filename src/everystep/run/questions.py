@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from everystep.errors import StepError, UsageError
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 
 if TYPE_CHECKING:
     from torch import Tensor

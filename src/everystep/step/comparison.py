@@ -13,8 +13,8 @@ from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, tensor_on
 from everystep.step.build import BuiltPath
-from everystep.step.check import same_bits
 from everystep.step.parts import Parts
+from everystep.step.state_difference import same_bits
 
 __all__ = ["Comparison", "PartsCopy"]
 

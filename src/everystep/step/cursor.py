@@ -18,8 +18,7 @@ from torch import Tensor
 from everystep.program.operators import leaves, parameters, writes
 from everystep.step import replaced
 from everystep.step.backward import BackwardPasses
-from everystep.step.checks import MISS, check_of
-from everystep.step.elsewhere import Elsewhere, version_of
+from everystep.step.call_checks import MISS, check_of
 from everystep.step.follow import Follower
 from everystep.step.known_operators import (
     KnownOperator,
@@ -31,6 +30,7 @@ from everystep.step.known_operators import (
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_tokens
 from everystep.step.optimizer_steps import OptimizerSteps
+from everystep.step.outside_tensors import Elsewhere, version_of
 from everystep.step.path import Entry, SeenOperation, flattened, geometry
 from everystep.step.under_way import UnderWay
 

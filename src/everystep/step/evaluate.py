@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from everystep.errors import ExperimentError, Fault
 from everystep.program.memory import copy_into
-from everystep.step.check import same_bits
 from everystep.step.generators import generators_preserved
+from everystep.step.state_difference import same_bits
 from everystep.step.torchs_own import reason_against_loss, reason_against_module
 
 __all__ = ["Evaluation"]

@@ -19,8 +19,8 @@ from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, BoundOptimizer
 from everystep.program.program import Program
 from everystep.step.build import BuiltPath, build_path
 from everystep.step.cursor import Cursor
-from everystep.step.elsewhere import Elsewhere
 from everystep.step.known_paths import KnownPaths
+from everystep.step.outside_tensors import Elsewhere
 from everystep.step.path import Path
 
 __all__ = ["Expanded", "Expander"]

@@ -25,7 +25,6 @@ from everystep.program.number_slots import READ
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.step.build import BuiltPath
-from everystep.step.check import same_bits
 from everystep.step.comparison import Comparison, PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import changes_more_than_lr
@@ -33,6 +32,7 @@ from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.optimizer_steps import OptimizerStep
 from everystep.step.parts import Parts
 from everystep.step.path import Path
+from everystep.step.state_difference import same_bits
 from everystep.step.taken import TakenByProgram
 from everystep.step.torchs_own import is_torchs_schedule
 from everystep.step.unchanging import unchanging_reads

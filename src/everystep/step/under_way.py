@@ -16,10 +16,10 @@ from torch import Tensor
 
 from everystep.program.number_slots import READ
 from everystep.program.operator_mode import OperatorMode
-from everystep.step.elsewhere import Elsewhere, version_of, versions_of
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
+from everystep.step.outside_tensors import Elsewhere, version_of, versions_of
 from everystep.step.path import Ending, Entry, Mark, Path, PathWriter, SeenOperation
 
 __all__ = ["UnderWay", "as_gradients"]

@@ -22,7 +22,7 @@ from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
 from everystep.step.guards import Guards
 from everystep.training.dataset import DatasetBatches, length_of, read_once
-from everystep.training.facts import describe
+from everystep.training.description import describe
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.measurements import standard_measurements

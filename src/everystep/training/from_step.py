@@ -18,7 +18,7 @@ from everystep.experiment.specification import Iteration
 from everystep.training.dataset import called
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
-from everystep.training.place import is_quiet
+from everystep.training.loader_position import is_quiet
 from everystep.training.record import Recording
 from everystep.training.step_function import VouchedStep, run_step
 

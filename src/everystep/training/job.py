@@ -14,7 +14,7 @@ from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
 from everystep.training.stepper import Engine

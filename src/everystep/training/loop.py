@@ -16,8 +16,8 @@ from everystep.errors import DatasetChangedError
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.files import DATA_FILE
+from everystep.recording.recorded_run import EXPERIMENT_FILE
 from everystep.recording.recorder import Recorder
-from everystep.recording.run import EXPERIMENT_FILE
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import expected_to_change

@@ -16,12 +16,12 @@ from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
 from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
-from everystep.step.check import state_differences
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
 from everystep.step.state import State
-from everystep.training.facts import facts_of_loop
-from everystep.training.place import LoaderPosition
+from everystep.step.state_difference import state_differences
+from everystep.training.description import facts_of_loop
+from everystep.training.loader_position import LoaderPosition
 from everystep.training.resumed import ResumedLoop
 from everystep.training.step_rows import AnyWatch
 from everystep.training.watched_steps import StepUnderWay, WatchedSteps

@@ -21,15 +21,15 @@ from everystep.program.operation import path_faults
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import check_measurement_names
 from everystep.recording.notice import say
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.recorder import Recorder
-from everystep.recording.run import RecordedRun
 from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts
 from everystep.step.parts_state import PartsState
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.interrupt import Interrupt
+from everystep.training.loader_position import LoaderPosition
 from everystep.training.loop_writer import LoopWriter
-from everystep.training.place import LoaderPosition
 from everystep.training.resumed import forked_loop, resumed_loop
 from everystep.training.watched_steps import StepUnderWay
 

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from everystep.errors import RunError
-from everystep.recording.asked import asked_differences
 from everystep.recording.contents import Given, given_of, unpacked
 from everystep.recording.facts import (
     EarlierFacts,
@@ -19,12 +18,13 @@ from everystep.recording.facts import (
     ResumeFacts,
     TrainingFacts,
 )
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.settings_diff import asked_differences
 from everystep.step.parts import Parts
 from everystep.step.state import State
 from everystep.training.batch import tensors_of
-from everystep.training.facts import facts_of_loop
-from everystep.training.place import DRAW, Drawn, Recorded
+from everystep.training.description import facts_of_loop
+from everystep.training.loader_position import DRAW, Drawn, Recorded
 
 __all__ = [
     "ResumedLoop",

@@ -19,9 +19,9 @@ from everystep import clock
 from everystep.recording.contents import Taken
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
-from everystep.step.elsewhere import Elsewhere, versions_by_name
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
+from everystep.step.outside_tensors import Elsewhere, versions_by_name
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.stand_in import Around

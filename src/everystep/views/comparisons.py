@@ -12,7 +12,7 @@ from everystep.recording.texts import shortest
 from everystep.views.formatting import NAMED, block, named, number
 
 if TYPE_CHECKING:
-    from everystep.answers.data import DataDifference
+    from everystep.answers.data_differences import DataDifference
     from everystep.answers.diff import Difference
     from everystep.answers.match import Match, Suspect
     from everystep.answers.operations import OperationDifference, TensorDifference
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from everystep.answers.rounding import Apart
     from everystep.program.observed import Observed
     from everystep.program.operation import Operation
-    from everystep.step.check import StateDifference
+    from everystep.step.state_difference import StateDifference
 
 __all__ = [
     "Listed",

@@ -21,7 +21,7 @@ from everystep.recording.facts import (
     ResumeFacts,
     TrainingFacts,
 )
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text, shortest
 from everystep.views.formatting import counted, labelled, number, time_text
 

@@ -26,7 +26,7 @@ from everystep.views.output_file import write_file
 from everystep.views.reduction import extremes
 
 if TYPE_CHECKING:
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["LossTable", "column_title", "environment", "loss_table", "shortest_texts"]
 

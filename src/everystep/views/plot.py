@@ -23,7 +23,7 @@ from everystep.views.output_file import write_file
 from everystep.views.reduction import reduce
 
 if TYPE_CHECKING:
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["curves_plot", "loss_plot", "save_plot"]
 

@@ -19,7 +19,7 @@ from everystep.views.loss_table import environment, loss_table
 from everystep.views.output_file import write_file
 
 if TYPE_CHECKING:
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["Report", "report_html"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import shortest
 from everystep.views.comparisons import (
     diff_sentence,
@@ -129,7 +129,7 @@ def _losses_text(found: Verification) -> str:
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
-    from everystep.step.check import READABLE
+    from everystep.step.state_difference import READABLE
 
     if not units:
         return ""

@@ -15,7 +15,7 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.program.operation import Operation
 from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.step import Batch, Step, statistics
 from everystep.views.batch_text import (

@@ -15,7 +15,7 @@ from everystep.views.reduction import reduce
 if TYPE_CHECKING:
     import polars
 
-    from everystep.recording.run import RecordedRun
+    from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["Sparkline", "sparkline", "summary_html"]
 

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 from tests.page.browser.places import expect_axe_finds_nothing_serious
 
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.views.report import report_html
 
 

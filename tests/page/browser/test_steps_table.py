@@ -9,7 +9,7 @@ from tests.page.browser.places import changed, expect_step, part, rows
 from tests.sealing import seal
 
 import everystep
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.views.report import report_html
 
 

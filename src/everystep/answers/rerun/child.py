@@ -16,7 +16,7 @@ import torch
 
 from everystep.errors import DamageWarning, EverystepError
 from everystep.program.precision import Precision
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parent import end_with_stdin
 from everystep.replay.replay import Replay
 

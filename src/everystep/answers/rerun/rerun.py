@@ -23,14 +23,14 @@ from everystep.program.number_slots import READ
 from everystep.program.observed import Observed
 from everystep.program.precision import counters
 from everystep.program.program import Program
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.replay import Replay
 from everystep.replay.shown import Shown
-from everystep.step.check import state_differences
 from everystep.step.state import State
+from everystep.step.state_difference import state_differences
 
 if TYPE_CHECKING:
     import polars

@@ -12,7 +12,7 @@ import torch
 from everystep import numerics
 from everystep.errors import EverystepError, RunError, TrainingError
 from everystep.recording.facts import EAGERLY, TrainingFacts
-from everystep.recording.run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.batches import settings_of, stored_data
 from everystep.replay.continuing.alone import reason_against
 from everystep.replay.living import Living

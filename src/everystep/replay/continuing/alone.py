@@ -11,8 +11,8 @@ from collections.abc import Callable
 from everystep import clock
 from everystep.errors import RunError
 from everystep.recording.facts import Facts, TrainingFacts
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.recorder import Recorder
-from everystep.recording.run import RecordedRun
 from everystep.replay.processes import needs_worker, recorded_numerics
 from everystep.replay.recorded_steps import FurtherSteps
 from everystep.replay.replay import Replay

@@ -14,13 +14,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
-from everystep.experiment.files import files_of, note_named
+from everystep.experiment.data_files import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import check_iteration, load
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.recording.recorder import Recorder
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.batches import stored_data
 from everystep.replay.continuing.again import (
@@ -36,11 +36,11 @@ from everystep.replay.continuing.again import (
 from everystep.replay.continuing.alone import continue_alone, facts_alone
 from everystep.replay.processes import Opener
 from everystep.replay.replay import no_such_step
-from everystep.step.check import same_bits
 from everystep.step.eager import EagerStep, Training
 from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State
-from everystep.training.facts import optimizer_facts
+from everystep.step.state_difference import same_bits
+from everystep.training.description import optimizer_facts
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint

@@ -12,14 +12,14 @@ import torch
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
-from everystep.experiment.files import files_of, note_named
+from everystep.experiment.data_files import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
-from everystep.recording.asked import flat
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.recorder import Recorder
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.batches import stored_data
 from everystep.replay.continuing.again import (

@@ -12,8 +12,8 @@ from everystep.answers.operations import TensorDifference, rows_that_differ, ten
 from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
 from everystep.recording.facts import TrainingFacts
-from everystep.recording.run import RecordedRun
-from everystep.step.check import same_bits
+from everystep.recording.recorded_run import RecordedRun
+from everystep.step.state_difference import same_bits
 
 __all__ = ["DataDifference", "data_differences"]
 
