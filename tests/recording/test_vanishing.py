@@ -7,7 +7,7 @@ import pytest
 import everystep
 from everystep.errors import RunError
 from everystep.page.run_index import RunIndex
-from everystep.recording import connection, summary
+from everystep.recording import connection, recorded_run, summary
 
 #: Functions by which a list reads a run, in the order of their calls.
 LOOKS = [
@@ -15,8 +15,8 @@ LOOKS = [
     (connection, "_check_size"),
     (connection, "_connect"),
     (connection, "_check_identity"),
-    (run, "structure_findings"),
-    (run, "is_locked"),
+    (recorded_run, "structure_findings"),
+    (recorded_run, "is_locked"),
     (summary, "_time_of"),
 ]
 

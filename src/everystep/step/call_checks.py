@@ -1,4 +1,4 @@
-"""Checks: compare a call with the one that an earlier step made at the same point, and make it."""
+"""Call checks: compare a call with the one that an earlier step made at the same point, and make it."""
 
 from __future__ import annotations
 

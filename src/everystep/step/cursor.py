@@ -30,7 +30,7 @@ from everystep.step.known_operators import (
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_tokens
 from everystep.step.optimizer_steps import OptimizerSteps
-from everystep.step.outside_tensors import Elsewhere, version_of
+from everystep.step.outside_tensors import OutsideTensors, version_of
 from everystep.step.path import Entry, SeenOperation, flattened, geometry
 from everystep.step.under_way import UnderWay
 
@@ -51,7 +51,7 @@ class Cursor(UnderWay):
     """
 
     def __init__(
-        self, paths: KnownPaths, device: torch.device, follower: Follower, elsewhere: Elsewhere
+        self, paths: KnownPaths, device: torch.device, follower: Follower, elsewhere: OutsideTensors
     ) -> None:
         super().__init__(paths, device, follower, elsewhere)
         self.optimizers = OptimizerSteps(self)

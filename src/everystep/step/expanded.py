@@ -20,7 +20,7 @@ from everystep.program.program import Program
 from everystep.step.build import BuiltPath, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.known_paths import KnownPaths
-from everystep.step.outside_tensors import Elsewhere
+from everystep.step.outside_tensors import OutsideTensors
 from everystep.step.path import Path
 
 __all__ = ["Expanded", "Expander"]
@@ -154,7 +154,7 @@ class _StandIns:
         settings = {key: decode(value, self._tensor) for key, value in operation.keywords.items()}
         optimizer = BoundOptimizer(OPTIMIZERS[operation.operator], *arguments)
         following: Any = _FixedFollower(operation)
-        watch = Cursor(KnownPaths(), self._device, following, Elsewhere())
+        watch = Cursor(KnownPaths(), self._device, following, OutsideTensors())
         watch.begin(given)
         with watch:
             made = optimizer.step(settings)

@@ -1,4 +1,4 @@
-"""Elsewhere: tensors that a loop uses from outside its parts and its batch, kept by content."""
+"""Outside tensors: those that a loop uses from outside its parts and its batch, kept by content."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Elsewhere", "version_of", "versions_by_name", "versions_of"]
+__all__ = ["OutsideTensors", "version_of", "versions_by_name", "versions_of"]
 
 
 @dataclass
-class Elsewhere:
+class OutsideTensors:
     """Bytes of storages from elsewhere, copied once as long as they stay the same.
 
     A storage is identified by its weak reference, and the version of the observed tensor.

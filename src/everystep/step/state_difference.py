@@ -1,4 +1,4 @@
-"""Check: compares tensors and states, bit for bit."""
+"""State difference: compares tensors and states, bit for bit."""
 
 from __future__ import annotations
 

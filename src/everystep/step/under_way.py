@@ -19,7 +19,7 @@ from everystep.program.operator_mode import OperatorMode
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
-from everystep.step.outside_tensors import Elsewhere, version_of, versions_of
+from everystep.step.outside_tensors import OutsideTensors, version_of, versions_of
 from everystep.step.path import Ending, Entry, Mark, Path, PathWriter, SeenOperation
 
 __all__ = ["UnderWay", "as_gradients"]
@@ -59,7 +59,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, paths: KnownPaths, device: torch.device, follower: Follower, elsewhere: Elsewhere
+        self, paths: KnownPaths, device: torch.device, follower: Follower, elsewhere: OutsideTensors
     ) -> None:
         super().__init__()
         self.paths = paths

@@ -21,7 +21,7 @@ from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
-from everystep.step.outside_tensors import Elsewhere, versions_by_name
+from everystep.step.outside_tensors import OutsideTensors, versions_by_name
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.stand_in import Around
@@ -118,7 +118,7 @@ class WatchedSteps:
         self._rows = StepRows(writer)
         self.notices = Notices()
         self._paths = KnownPaths()
-        self._elsewhere = Elsewhere()
+        self._elsewhere = OutsideTensors()
         self._versions = versions_by_name(parts.state())
         self._is_still = False
         self._optimizer_names = parts.optimizer_names()
