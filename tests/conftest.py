@@ -130,7 +130,7 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def kept_processes():
     """Let one process after another rerun in the same environment: starting one takes seconds."""
-    module = import_module("everystep.answers.rerun.rerun")
+    module = import_module("everystep.answers.rerun")
     kept, real = {}, module.other_process
 
     @contextmanager

@@ -13,7 +13,7 @@ from tests.descent import descend
 from torch import nn
 
 import everystep
-from everystep.answers.rerun import Conditions
+from everystep.answers.other_process import Conditions
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
 from everystep.views.comparisons import rerun_sentence
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from everystep.questions import Questions
 from everystep.recording.directories import RUNS
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.run.questions import Questions
 
 if TYPE_CHECKING:
     import torch

@@ -211,7 +211,8 @@ class Questions(RecordedRun):
             RunError: the steps cannot be taken there; gives the reason.
             TrainingError: the process there does not start, or ended early.
         """
-        from everystep.answers.rerun import Conditions, rerun
+        from everystep.answers.other_process import Conditions
+        from everystep.answers.rerun import rerun
 
         conditions = Conditions(threads, capability, mkl, precision, python)
         ask = partial(rerun, self._opener, conditions, beside)

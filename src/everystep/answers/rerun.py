@@ -13,8 +13,7 @@ from torch import Tensor
 
 from everystep.answers.footprints import BEFORE, footprints
 from everystep.answers.operations import OperationDifference, StepPair
-from everystep.answers.rerun.child import opened
-from everystep.answers.rerun.place import Conditions, OtherProcess, other_process
+from everystep.answers.other_process import Conditions, OtherProcess, opened, other_process
 from everystep.answers.rounding import Apart, apart, tolerance
 from everystep.device import on_cpu, select
 from everystep.errors import RunError, UsageError

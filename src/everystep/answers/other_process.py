@@ -1,4 +1,8 @@
-"""Where a run is replayed: what differs there from the recording, and the process that replays."""
+"""Where a run is replayed: what differs there from the recording, and the process that replays.
+
+Tasks go to the stdin of the process, and results come from its stdout, as pickles: this one starts it,
+and is the only one that it reads from.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,37 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from everystep.answers.rerun.child import PROTOCOL
-from everystep.errors import ExperimentError, Fault, RunError, TrainingError, UsageError
-from everystep.numerics import MOST_THREADS, Numerics
+import torch
 
-__all__ = ["Conditions", "OtherProcess", "other_process"]
+from everystep.errors import (
+    DamageWarning,
+    EverystepError,
+    ExperimentError,
+    Fault,
+    RunError,
+    TrainingError,
+    UsageError,
+)
+from everystep.numerics import MOST_THREADS, Numerics
+from everystep.program.precision import Precision
+from everystep.recording.recorded_run import RecordedRun
+from everystep.replay.parent import end_with_stdin
+from everystep.replay.replay import Replay
+
+__all__ = ["Conditions", "OtherProcess", "main", "opened", "other_process"]
 
 T = TypeVar("T")
+
+#: Of the tasks and results: both ends must have the same.
+PROTOCOL = 5
 
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
 _MKL_BRANCHES = ("OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512")
@@ -154,7 +175,7 @@ def other_process(conditions: Conditions, environment: dict[str, str]) -> Iterat
     Raises:
         TrainingError: it does not start, or has no everystep that understands this one.
     """
-    code = "from everystep.answers.rerun.child import main; main()"
+    code = "from everystep.answers.other_process import main; main()"
     with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
         with (Path(folder) / "errors").open("wb") as errors:
             # -P: what lies in the working directory is not imported.
@@ -170,3 +191,31 @@ def other_process(conditions: Conditions, environment: dict[str, str]) -> Iterat
         finally:
             process.kill()
             process.communicate()
+
+
+def opened(run: Path, threads: int, precision: str | None) -> Replay:
+    """Return a replay of a run, to which the tasks after this one are done."""
+    wanted = None if precision is None else Precision(getattr(torch, precision))
+    return Replay(RecordedRun(run), threads=threads, conversion=wanted)
+
+
+def main() -> None:
+    """Do tasks until there are no more."""
+    end_with_stdin()
+    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
+    _send(PROTOCOL)
+    replay: Replay | None = None
+    with suppress(EOFError):
+        while True:
+            task, given, named = pickle.load(sys.stdin.buffer)
+            try:
+                if task is opened:
+                    replay = opened(*given)
+                _send(None if task is opened else task(replay, *given, **named))
+            except (EverystepError, RuntimeError, OSError) as error:
+                _send(RuntimeError(str(error).strip().partition("\n")[0] or type(error).__name__))
+
+
+def _send(result: Any) -> None:
+    pickle.dump(result, sys.stdout.buffer)
+    sys.stdout.flush()

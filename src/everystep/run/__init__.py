@@ -1,6 +1,0 @@
-"""A recorded run, as it is used: opened, asked, gone on with, and shown."""
-
-from everystep.run.questions import Steps
-from everystep.run.run import Run, diagnosis_of, progress_of, run_from_objects, run_of
-
-__all__ = ["Run", "Steps", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
