@@ -33,7 +33,7 @@ from torch.nn import functional  # noqa: E402
 import everystep  # noqa: E402
 from benchmarks.why_by_hand import ALL, complaints  # noqa: E402
 from everystep.answers.why import Number, Why  # noqa: E402
-from everystep.replay.step import Step  # noqa: E402
+from everystep.replay.opened_step import Step  # noqa: E402
 
 __all__ = ["NETWORKS", "asked", "followed"]
 

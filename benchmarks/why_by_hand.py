@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from everystep.answers.why import Number, Why
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 
 __all__ = ["ALL", "by_hand", "complaints", "evaluated", "value_of"]
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from everystep.answers.rows import Rows
     from everystep.answers.verify import Verification
     from everystep.answers.why import Why
-    from everystep.replay.columns import Found
+    from everystep.replay.opened_step import Step
     from everystep.replay.processes import Opener
+    from everystep.replay.recorded_columns import Found
     from everystep.replay.shown import Shown
-    from everystep.replay.step import Step
     from everystep.replay.what_if import WhatIf
     from everystep.training.objects import Objects
 
@@ -284,13 +284,13 @@ class Questions(RecordedRun):
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
         if isinstance(condition, str) and condition.strip() == "nonfinite":
-            from everystep.replay.columns import Found
+            from everystep.replay.recorded_columns import Found
 
             made = self.first_nonfinite(processes=processes, progress=progress)
             return self._shown(Found(() if made is None else (made.step.number,)))
         asked, _ = self._question(condition)
         if getattr(asked, "is_recorded", False):
-            from everystep.replay.columns import Found, ask_columns, chosen
+            from everystep.replay.recorded_columns import Found, ask_columns, chosen
 
             steps = [step for step, _ in ask_columns(asked, self, (1, len(self)), as_condition=True)]
             return self._shown(Found(chosen(steps, which)))
@@ -437,7 +437,7 @@ class Questions(RecordedRun):
             return question, getattr(question, "__name__", "measurement")
         if not isinstance(question, str):
             raise UsageError(f"expected an expression or a function of a step, not {question!r:.80}")
-        from everystep.replay.columns import check_question, read_question
+        from everystep.replay.recorded_columns import check_question, read_question
 
         expression = read_question(question, self)
         if not expression.is_recorded:

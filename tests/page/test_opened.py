@@ -13,7 +13,7 @@ from everystep.page.about import about_data
 from everystep.page.columns import Columns
 from everystep.page.table_rows import Wanted, page_of
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.step import statistics
+from everystep.replay.opened_step import statistics
 from everystep.views.loss_table import loss_table
 from everystep.views.mathematics import mathematics
 from everystep.views.report import report_html

@@ -23,7 +23,7 @@ from everystep.answers.causes import COMPUTED_OTHERWISE, Evidence, causes_of
 from everystep.answers.operations import OperationDifference, TensorDifference
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, TensorSpec
-from everystep.replay.step import Batch
+from everystep.replay.opened_step import Batch
 from everystep.step.state_difference import Size, distance, same_bits, size_of_difference
 from everystep.views.comparisons import diff_sentence, listed
 

@@ -15,8 +15,8 @@ import everystep
 from everystep.errors import UsageError
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import shortest
-from everystep.replay.replay import Replay
-from everystep.replay.step import statistics
+from everystep.replay.opened_step import statistics
+from everystep.replay.run_replay import Replay
 from everystep.training.objects import Objects
 from everystep.views.formatting import TIMES
 from everystep.views.mathematics import mathematics

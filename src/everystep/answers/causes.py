@@ -29,7 +29,7 @@ from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.settings_diff import Setting, settings_that_differ
 from everystep.recording.texts import shortest, value_text
 from everystep.replay.processes import Opener
-from everystep.replay.replay import Replay
+from everystep.replay.run_replay import Replay
 from everystep.step.state import State
 from everystep.step.state_difference import same_bits
 

@@ -21,12 +21,12 @@ from everystep.recording.files import program_file
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences, renamed
 from everystep.recording.snapshots import read_snapshot
-from everystep.replay.columns import recorded_at
+from everystep.replay.opened_step import Step
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
-from everystep.replay.replay import same_number
+from everystep.replay.recorded_columns import recorded_at
+from everystep.replay.run_replay import same_number
 from everystep.replay.shown import Shown
-from everystep.replay.step import Step
 from everystep.step.state import State
 from everystep.step.state_difference import StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects

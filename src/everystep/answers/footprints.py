@@ -6,7 +6,7 @@ import torch
 import xxhash
 
 from everystep.recording.contents import digest_of
-from everystep.replay.replay import Replay
+from everystep.replay.run_replay import Replay
 from everystep.step.state_difference import bytes_of
 
 __all__ = ["BEFORE", "footprints"]

@@ -27,10 +27,10 @@ from everystep.answers.rounding import relative_difference, tolerance
 from everystep.errors import ProgramError, RunError
 from everystep.program.observed import Observed
 from everystep.program.precision import Precision
+from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
-from everystep.replay.replay import Replay
+from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
-from everystep.replay.step import Step
 from everystep.step.state import State
 
 __all__ = ["Match", "Suspect", "match"]

@@ -15,14 +15,14 @@ from everystep.errors import ExpressionError, UsageError
 from everystep.recording.facts import MeasuredFacts, check_measurement_names
 from everystep.recording.lock import adding
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression, Reference
-from everystep.replay.hooks import OpenedStep, Probe
+from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Replayed, Span, Visitor, coarser, parallel, spans
+from everystep.replay.probe import OpenedStep, Probe
 from everystep.replay.processes import Opener
-from everystep.replay.replay import Replay
+from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
+from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
-from everystep.replay.step import Step
 from everystep.training.measurements import RESERVED_NAMES
 
 __all__ = ["Measured", "Question", "measure", "until", "when"]

@@ -24,11 +24,11 @@ from everystep.program.observed import Observed
 from everystep.program.operation import Phase
 from everystep.program.optimizers import OPTIMIZERS
 from everystep.program.unset import unset_results
+from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener
-from everystep.replay.replay import Replay
+from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
-from everystep.replay.step import Step
 
 __all__ = ["NonFinite", "find_nonfinite"]
 

@@ -17,7 +17,7 @@ from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters, resolve
 from everystep.program.unset import unread_inputs
 from everystep.recording.settings_diff import same_value
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 from everystep.step.state_difference import Size, as_integers, bytes_of, same_bits, size_of_difference
 
 __all__ = [

@@ -26,7 +26,7 @@ from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_steps import read_program
-from everystep.replay.replay import Replay
+from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
 from everystep.step.state import State
 from everystep.step.state_difference import state_differences

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.program.arguments import references
 from everystep.program.observed import Observed
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 
 __all__ = ["Apart", "Residue", "apart", "relative_difference", "tolerance"]
 

@@ -15,7 +15,7 @@ from everystep.ops.labels import MIXED, SHARED, SUM, Reason, Tracked, compressed
 from everystep.ops.row_rules import MixesError, Result, RowsCall, filled
 from everystep.program.observed import Observed
 from everystep.program.operation import TensorSpec
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 from everystep.step.observe import ValuePlace, makes_gradients
 
 __all__ = ["Followed", "follow"]

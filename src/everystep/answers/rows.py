@@ -13,8 +13,8 @@ from everystep.answers.row_terms import follow
 from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError, did_you_mean
 from everystep.ops.labels import MIXED, SHARED, Reason, Tracked
+from everystep.replay.opened_step import Step
 from everystep.replay.shown import Shown
-from everystep.replay.step import Step
 
 __all__ = ["Rows", "Share", "rows_of"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.ops import Call, Piece
 from everystep.program.operation import TensorSpec, usual_geometry
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 from everystep.step.state_difference import same_bits
 
 __all__ = ["Origin", "Part", "Spot", "Trace", "same_number_bits"]

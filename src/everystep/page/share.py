@@ -13,8 +13,8 @@ from torch import Tensor
 
 from everystep.errors import UsageError
 from everystep.page.regions import MOST, histogram, matrix, region
-from everystep.replay.replay import no_such_step
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
+from everystep.replay.run_replay import no_such_step
 from everystep.run import Run
 from everystep.views.loss_table import environment
 from everystep.views.report import report_html

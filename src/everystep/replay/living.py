@@ -23,9 +23,9 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.program.program import Program
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.batches import batch_source, settings_of, stored_data
-from everystep.replay.replay import opened_step
-from everystep.replay.step import Batch, Step
+from everystep.replay.opened_step import Batch, Step
+from everystep.replay.recorded_batches import batch_source, settings_of, stored_data
+from everystep.replay.run_replay import opened_step
 from everystep.step.eager import Training
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter

@@ -29,9 +29,9 @@ from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.recorded_run import RecordedRun
+from everystep.replay.opened_step import Step
 from everystep.replay.parent import end_with
-from everystep.replay.replay import Replay
-from everystep.replay.step import Step
+from everystep.replay.run_replay import Replay
 from everystep.step.state import State
 from everystep.training.objects import Objects
 

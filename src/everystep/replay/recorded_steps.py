@@ -25,7 +25,7 @@ from everystep.recording.contents import Given, Inputs, Taken, inputs_of, packed
 from everystep.recording.database import Repeat, cut
 from everystep.recording.files import program_file
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.batches import batches_of
+from everystep.replay.recorded_batches import batches_of
 
 __all__ = [
     "FurtherSteps",

@@ -20,10 +20,10 @@ from everystep.program.memory import copy_on_cpu
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
-from everystep.replay.batches import batches_of, settings_of
 from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps
+from everystep.replay.opened_step import Batch
+from everystep.replay.recorded_batches import batches_of, settings_of
 from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps
-from everystep.replay.step import Batch
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators

@@ -16,17 +16,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.batches import batches_of, rule_of
-from everystep.replay.columns import Evaluator, check_question, read_question
 from everystep.replay.expression import Expression
-from everystep.replay.hooks import OpenedStep
 from everystep.replay.living import Living
+from everystep.replay.opened_step import Step
+from everystep.replay.probe import OpenedStep
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
+from everystep.replay.recorded_batches import batches_of, rule_of
+from everystep.replay.recorded_columns import Evaluator, check_question, read_question
 from everystep.replay.recorded_steps import RecordedSteps, StepsAtRate
-from everystep.replay.replay import Replay, no_such_step, open_next, same_number
 from everystep.replay.replay_stepper import ReplayStepper
+from everystep.replay.run_replay import Replay, no_such_step, open_next, same_number
 from everystep.replay.shown import Shown
-from everystep.replay.step import Step
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
 from everystep.training.objects import Objects

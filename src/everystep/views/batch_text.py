@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.recording.facts import Facts, ModuleFacts
-from everystep.replay.step import Batch, Step
+from everystep.replay.opened_step import Batch, Step
 
 __all__ = [
     "MOST_VALUES",

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from everystep.recording.facts import ModuleFacts
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 from everystep.views.batch_text import first_of
 
 __all__ = ["network"]

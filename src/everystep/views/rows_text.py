@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from everystep.answers.rows import Rows, Share
     from everystep.recording.facts import Facts
-    from everystep.replay.step import Step
+    from everystep.replay.opened_step import Step
 
 __all__ = ["order_of", "rows_data", "rows_text"]
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from everystep.answers.measure import Measured
     from everystep.answers.nonfinite import NonFinite
     from everystep.answers.verify import Verification
-    from everystep.replay.columns import Found
-    from everystep.replay.step import Step
+    from everystep.replay.opened_step import Step
+    from everystep.replay.recorded_columns import Found
     from everystep.replay.what_if import Case, WhatIf
 
 __all__ = ["FINITE", "RunView", "skipped_text", "when_text"]
@@ -232,7 +232,7 @@ def _by_own_code(found: NonFinite) -> str:
 
 
 def _range(tensor: Any) -> str:
-    from everystep.replay.step import statistics
+    from everystep.replay.opened_step import statistics
 
     if not tensor.dim():
         return shortest(tensor.item()) if tensor.is_floating_point() else str(tensor.item())
@@ -242,7 +242,7 @@ def _range(tensor: Any) -> str:
 
 
 def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
-    from everystep.replay.step import statistics
+    from everystep.replay.opened_step import statistics
     from everystep.views.mathematics import mathematics
 
     _in("why")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from everystep.recording.facts import LoopFacts, TrainingFacts
-from everystep.replay.step import Segment, Step
+from everystep.replay.opened_step import Segment, Step
 from everystep.views.update_formula import UpdateFormula, update_formulas
 
 __all__ = ["Happened", "SegmentSeen", "as_it_happened"]

@@ -17,7 +17,7 @@ from everystep.program.operation import Operation
 from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.step import Batch, Step, statistics
+from everystep.replay.opened_step import Batch, Step, statistics
 from everystep.views.batch_text import (
     class_names,
     classes_of_tensors,

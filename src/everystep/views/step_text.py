@@ -16,7 +16,7 @@ from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
 from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 from everystep.views.batch_text import (
     MOST_VALUES,
     about_classes,

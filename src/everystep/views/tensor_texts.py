@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.replay.step import statistics
+from everystep.replay.opened_step import statistics
 from everystep.views.formatting import dtype_text, grouped, shape_text
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed
 

@@ -15,7 +15,7 @@ from everystep.answers.why.named import numbers_named
 from everystep.answers.why.session import Session
 from everystep.device import on_cpu
 from everystep.errors import UsageError
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 
 __all__ = ["Group", "Number", "Spot", "Term", "Why", "why"]
 

@@ -16,8 +16,8 @@ from everystep.ops import Call, Formula, NoRuleError, Piece, Sum, Words, how_mad
 from everystep.ops.call import numbers_of
 from everystep.ops.formula import total
 from everystep.program.observed import Observed
+from everystep.replay.opened_step import Step
 from everystep.replay.shown import Shown
-from everystep.replay.step import Step
 
 if TYPE_CHECKING:
     from everystep.answers.why.session import Session

@@ -17,7 +17,7 @@ from everystep.answers.why.session import Session
 from everystep.errors import ExpressionError, did_you_mean
 from everystep.replay.expression import Expression, Reference, parse
 from everystep.replay.expression.question import error_at
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 
 __all__ = ["numbers_named"]
 

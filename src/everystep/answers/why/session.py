@@ -14,7 +14,7 @@ from everystep.answers.why.answer import Group, Number, Term, Why, answered
 from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.ops import NoRuleError, Piece, Sum, how_made
-from everystep.replay.step import Step
+from everystep.replay.opened_step import Step
 
 __all__ = ["Session"]
 

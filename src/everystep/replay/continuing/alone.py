@@ -15,8 +15,8 @@ from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.recorder import Recorder
 from everystep.replay.processes import needs_worker, recorded_numerics
 from everystep.replay.recorded_steps import FurtherSteps
-from everystep.replay.replay import Replay
 from everystep.replay.replay_stepper import ReplayStepper
+from everystep.replay.run_replay import Replay
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress

@@ -21,7 +21,6 @@ from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.recorder import Recorder
 from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.replay.batches import stored_data
 from everystep.replay.continuing.again import (
     check_alone,
     iteration_of,
@@ -32,6 +31,7 @@ from everystep.replay.continuing.again import (
     with_data,
 )
 from everystep.replay.continuing.alone import continue_alone, facts_alone
+from everystep.replay.recorded_batches import stored_data
 from everystep.step.eager import training_parts
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState

@@ -17,7 +17,7 @@ from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.columns import HeldNumber
+from everystep.replay.recorded_columns import HeldNumber
 from everystep.step.eager import BatchSource
 from everystep.training.dataset import DatasetBatches, length_of, read_rows
 from everystep.training.objects import Objects

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from everystep.program.bound import BoundProgram
 from everystep.replay.expression import Reference
+from everystep.replay.opened_step import Step
 from everystep.replay.replay_stepper import ReplayStepper
-from everystep.replay.step import Step
 from everystep.step.observe import gradient_places
 
 __all__ = ["OpenedStep", "Probe"]

@@ -21,10 +21,10 @@ from everystep.program.memory import copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.batches import rule_of
+from everystep.replay.opened_step import Batch, Step, Update
+from everystep.replay.recorded_batches import rule_of
 from everystep.replay.recorded_steps import RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper, Saved
-from everystep.replay.step import Batch, Step, Update
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.observe import Observation
 from everystep.step.state import State

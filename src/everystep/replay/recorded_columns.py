@@ -14,7 +14,7 @@ from everystep.replay.shown import Shown
 from everystep.step.hyperparameters import is_hyperparameter
 
 if TYPE_CHECKING:
-    from everystep.replay.hooks import OpenedStep, Probe
+    from everystep.replay.probe import OpenedStep, Probe
     from everystep.replay.processes import Opener
 
 __all__ = [
