@@ -437,10 +437,12 @@ class Questions(RecordedRun):
             return question, getattr(question, "__name__", "measurement")
         if not isinstance(question, str):
             raise UsageError(f"expected an expression or a function of a step, not {question!r:.80}")
-        from everystep.replay.recorded_columns import check_question, read_question
+        from everystep.replay.recorded_columns import read_question
 
         expression = read_question(question, self)
         if not expression.is_recorded:
+            from everystep.replay.probe import check_question
+
             check_question(expression, self._opener)
         return expression, question
 

@@ -18,7 +18,7 @@ from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.expression import Expression, Reference
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Replayed, Span, Visitor, coarser, parallel, spans
-from everystep.replay.probe import OpenedStep, Probe
+from everystep.replay.probe import OpenedValues, Probe
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.run_replay import Replay
@@ -40,13 +40,13 @@ class _Function:
         self._function = function
         self._convert: type[float] | Callable[[Any], bool] = bool if as_condition else float
 
-    def answer(self, number: int, loss: float, probe: Probe | OpenedStep | None) -> float | None:
+    def answer(self, number: int, loss: float, probe: Probe | OpenedValues | None) -> float | None:
         """Return the answer at a step, None if the function returns it.
 
         Raises:
             ExpressionError: the function returns something that is not a number.
         """
-        assert isinstance(probe, OpenedStep)
+        assert isinstance(probe, OpenedValues)
         answer = self._function(probe.step)
         if answer is None:
             return None
@@ -127,7 +127,7 @@ class Query(Visitor):
             losses: list[float] = stepper.run(max(number, until)).tolist()
         elif self._opens:
             step = replay.next_step()
-            self._answer(number, step.loss, OpenedStep(step))
+            self._answer(number, step.loss, OpenedValues(step))
             losses = [step.loss]
         else:
             self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
@@ -146,7 +146,7 @@ class Query(Visitor):
         """Return the answers of the span."""
         return self._answers
 
-    def _answer(self, number: int, loss: float, opened: OpenedStep | None = None) -> bool:
+    def _answer(self, number: int, loss: float, opened: OpenedValues | None = None) -> bool:
         """Answer at a step that just ran, if it is due; return whether to continue."""
         if self._is_due(number):
             answer = self._asked.answer(number, loss, opened or self._probe)

@@ -25,7 +25,7 @@ from everystep.program.program import Program
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import Batch, Step
 from everystep.replay.recorded_batches import batch_source, settings_of, stored_data
-from everystep.replay.run_replay import opened_step
+from everystep.replay.run_replay import observed_step
 from everystep.step.eager import Training
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
@@ -160,7 +160,7 @@ class Living:
         assert done.loss is not None
         tensors = {name: copy_on_cpu(tensor) for name, tensor in batch.items()}
         seen = Batch(tensors, None, tuple(tensors.values()))
-        return opened_step(number, observer.observation(done.loss), seen, copies, ends[1])
+        return observed_step(number, observer.observation(done.loss), seen, copies, ends[1])
 
     def _ready(self) -> int:
         """Bring the training to what it was before the next step; return the number of that step."""

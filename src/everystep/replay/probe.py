@@ -1,4 +1,4 @@
-"""Hooks: observe steps while programs run them.
+"""Probe: observes steps while programs run them.
 
 A probe copies the tensors that an expression names as soon as they exist: activations when their module
 ends, gradients when the backward phase ends. Everything else runs at full speed.
@@ -13,15 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.errors import ExpressionError
 from everystep.program.bound import BoundProgram
-from everystep.replay.expression import Reference
+from everystep.replay.expression import Expression, Reference
 from everystep.replay.opened_step import Step
+from everystep.replay.processes import Opener
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.observe import gradient_places
 
-__all__ = ["OpenedStep", "Probe"]
+__all__ = ["OpenedValues", "Probe", "check_question"]
 
 Values = dict[Reference, Tensor]
+
+
+def check_question(expression: Expression, opener: Opener) -> None:
+    """Check the names in an expression against the first step of a run.
+
+    Raises:
+        ExpressionError: a name does not exist, or rows and tensors of the step before are asked for.
+        RunError: the run has no step, or it cannot be opened.
+    """
+    has_rows = any(reference.kind == "rows" for reference in expression.references)
+    before = [r for r in expression.references if r.is_previous and not r.is_recorded]
+    if has_rows and before:
+        raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
+    replay = opener.replay_here()
+    step = replay.step(1)
+    activations = replay.stepper.module_paths()
+    expression.check(
+        {
+            "parameters": list(step.parameters),
+            "buffers": list(step.buffers),
+            "gradients": list(step.gradients | step.parameters),
+            "activations": activations,
+            "updates": list(step.updates),
+        }
+    )
 
 
 class Probe:
@@ -61,7 +88,7 @@ class Probe:
 
     def opened(self, step: Step) -> None:
         """Answer the question at a step that was opened, since no bound program runs it."""
-        found = OpenedStep(step)
+        found = OpenedValues(step)
         self._copies = {r: found.value_of(r) for r in self._copied if found.has(r)}
         self._finish(step.number, step.loss)
 
@@ -133,7 +160,7 @@ class Probe:
         return self._stepper.named_state()[name].detach()
 
 
-class OpenedStep:
+class OpenedValues:
     """What an expression names of a step that was opened, as `Probe` has it of a step that runs."""
 
     def __init__(self, step: Step) -> None:

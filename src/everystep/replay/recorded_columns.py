@@ -5,26 +5,21 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
-from everystep.errors import ExpressionError
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.expression import Expression, Reference, parse
 from everystep.replay.shown import Shown
 from everystep.step.hyperparameters import is_hyperparameter
-
-if TYPE_CHECKING:
-    from everystep.replay.probe import OpenedStep, Probe
-    from everystep.replay.processes import Opener
 
 __all__ = [
     "Answers",
     "Evaluator",
     "Found",
     "HeldNumber",
+    "ValueSource",
     "Which",
     "ask_columns",
-    "check_question",
     "chosen",
     "read_question",
     "recorded_at",
@@ -60,31 +55,6 @@ def read_question(text: str, run: RecordedRun) -> Expression:
     expression = parse(text, names)
     expression.check({"measurements": names})
     return expression
-
-
-def check_question(expression: Expression, opener: Opener) -> None:
-    """Check the names in an expression against the first step of a run.
-
-    Raises:
-        ExpressionError: a name does not exist, or rows and tensors of the step before are asked for.
-        RunError: the run has no step, or it cannot be opened.
-    """
-    has_rows = any(reference.kind == "rows" for reference in expression.references)
-    before = [r for r in expression.references if r.is_previous and not r.is_recorded]
-    if has_rows and before:
-        raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
-    replay = opener.replay_here()
-    step = replay.step(1)
-    activations = replay.stepper.module_paths()
-    expression.check(
-        {
-            "parameters": list(step.parameters),
-            "buffers": list(step.buffers),
-            "gradients": list(step.gradients | step.parameters),
-            "activations": activations,
-            "updates": list(step.updates),
-        }
-    )
 
 
 def ask_columns(
@@ -141,6 +111,16 @@ def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
     return HeldNumber(values).at if is_held else values.get
 
 
+class ValueSource(Protocol):
+    """The values of what expressions name, at a step."""
+
+    def has(self, reference: Reference) -> bool:
+        """Tell whether a value exists at this step."""
+
+    def value_of(self, reference: Reference) -> Any:
+        """Return the value of a reference."""
+
+
 class _NothingThereError(Exception):
     """Something that an expression names has no value at this step."""
 
@@ -154,7 +134,7 @@ class Evaluator:
         self._recorded = {name: recorded_at(run, name) for name in names}
         self.previous_loss: float | None = None
 
-    def answer(self, number: int, loss: float, probe: Probe | OpenedStep | None) -> float | None:
+    def answer(self, number: int, loss: float, values: ValueSource | None) -> float | None:
         """Return the answer at a step, or None if a value that it needs does not exist."""
 
         def value_of(reference: Reference) -> Any:
@@ -165,8 +145,8 @@ class Evaluator:
                 found = self.previous_loss if reference.is_previous else loss
             elif reference.kind == "measurements":
                 found = self._recorded[reference.name](number - reference.is_previous)
-            elif probe is not None and probe.has(reference):
-                found = probe.value_of(reference)
+            elif values is not None and values.has(reference):
+                found = values.value_of(reference)
             if found is None:
                 raise _NothingThereError
             return found

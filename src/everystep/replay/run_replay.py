@@ -30,7 +30,7 @@ from everystep.step.observe import Observation
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
-__all__ = ["Replay", "no_such_step", "open_next", "opened_step", "same_number"]
+__all__ = ["Replay", "no_such_step", "observed_step", "open_next", "same_number"]
 
 #: States are kept in memory about so many seconds of replay apart, so that stepping back is quick.
 KEPT_SECONDS = 0.005
@@ -330,14 +330,14 @@ def open_next(stepper: ReplayStepper) -> Step:
     observation = stepper.observe()
     after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
     return replace(
-        opened_step(number, observation, batch, before, after),
+        observed_step(number, observation, batch, before, after),
         dropped={n: each for n, each in dropped.items() if not _is_added_to(observation, n)},
         hyperparameters=stepper.hyperparameters(),
         epoch=stepper.epoch(number),
     )
 
 
-def opened_step(
+def observed_step(
     number: int,
     observation: Observation,
     batch: Batch,

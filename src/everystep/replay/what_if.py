@@ -19,10 +19,10 @@ from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.expression import Expression
 from everystep.replay.living import Living
 from everystep.replay.opened_step import Step
-from everystep.replay.probe import OpenedStep
+from everystep.replay.probe import OpenedValues, check_question
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.recorded_batches import batches_of, rule_of
-from everystep.replay.recorded_columns import Evaluator, check_question, read_question
+from everystep.replay.recorded_columns import Evaluator, read_question
 from everystep.replay.recorded_steps import RecordedSteps, StepsAtRate
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay, no_such_step, open_next, same_number
@@ -271,5 +271,5 @@ def _outcome(
     losses = take(until if is_of_loss else until - 1)
     last = None if is_of_loss else open_last()
     losses += [] if last is None else [last.loss]
-    opened = None if last is None else OpenedStep(last)
+    opened = None if last is None else OpenedValues(last)
     return Evaluator(question, run, False).answer(until, losses[-1], opened), tuple(losses)

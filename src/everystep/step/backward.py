@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import ref
 
 import torch
@@ -12,9 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 from everystep.step.hooks import handles
 from everystep.step.path import Entry
 from everystep.step.replaced import run_engine
-
-if TYPE_CHECKING:
-    from everystep.step.cursor import Cursor
+from everystep.step.under_way import UnderWay
 
 __all__ = ["BackwardPasses", "Graph", "graph_of"]
 
@@ -107,10 +105,20 @@ def _has_other_bits(node: Any) -> bool:
     return type(node).__name__ != "MaskedFillBackward1" or node.next_functions[1][0] is not None
 
 
-class BackwardPasses:
-    """Runs the backward passes of a step while it is watched, in place of torch's own call."""
+class _SeesHooks(Protocol):
+    """What watches the calls of a step, and sees whether a user's hook packs what autograd saves."""
 
-    def __init__(self, cursor: Cursor) -> None:
+    has_saved_hooks: bool
+
+
+class BackwardPasses:
+    """Runs the backward passes of a step while it is watched, in place of torch's own call.
+
+    Args:
+        cursor: the step under way, and the mode that watches it.
+    """
+
+    def __init__(self, cursor: UnderWay) -> None:
         self._cursor = cursor
         self._since = torch._C._autograd._get_sequence_nr()
         self._handles = handles()
@@ -123,7 +131,7 @@ class BackwardPasses:
         if cursor.is_paused or _get_current_dispatch_mode() is not cursor:
             return run_engine(outputs, *args, **kwargs)
         graph = graph_of(outputs, args, kwargs, self._since, self._handles)
-        is_sure = graph.key is not None and not cursor.has_saved_hooks
+        is_sure = graph.key is not None and not cast(_SeesHooks, cursor).has_saved_hooks
         if not is_sure or cursor.paths.have_hooks(graph.leaves):
             if not graph.is_other:
                 return run_engine(outputs, *args, **kwargs)

@@ -6,12 +6,12 @@ import cmath
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from everystep.answers.trace import Spot, same_number_bits
+from everystep.answers.trace import Spot, Trace, same_number_bits
 from everystep.ops import Call, Formula, NoRuleError, Piece, Sum, Words, how_made
 from everystep.ops.call import numbers_of
 from everystep.ops.formula import total
@@ -19,12 +19,22 @@ from everystep.program.observed import Observed
 from everystep.replay.opened_step import Step
 from everystep.replay.shown import Shown
 
-if TYPE_CHECKING:
-    from everystep.answers.why.session import Session
-
 __all__ = ["Group", "Kind", "Number", "Term", "Why", "answered"]
 
 Kind = Literal["operation", "batch", "outside", "state", "constant", "unseen", "difference", "parts"]
+
+
+class OpenedSteps(Protocol):
+    """The steps that can be asked about their numbers, as `Session` opens them."""
+
+    def trace(self, number: int) -> Trace:
+        """Return the trace of a step."""
+
+    def earlier(self, number: Number) -> Number | None:
+        """Return a number of the state as the step before left it, None if it is another one there."""
+
+    def why(self, number: Number, terms: int) -> Why:
+        """Return where a number comes from; terms: how many of a sum."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Number:
     step: int
     row: int | None
     spot: Spot = field(repr=False)
-    session: Session = field(repr=False, compare=False)
+    session: OpenedSteps = field(repr=False, compare=False)
 
     def why(self, *, terms: int = 5) -> Why:
         """Return where it comes from; of sums, the largest `terms` terms."""
