@@ -143,7 +143,7 @@ def test_an_address_that_is_not_there_leads_to_all_runs(page):
 
 
 def test_a_failure_tells_no_details_and_is_guarded_too(page):
-    page.app._app.state.shelf.summaries = lambda seconds: 1 / 0
+    page.app._app.state.run_index.summaries = lambda seconds: 1 / 0
     answer = page.ask("/api/runs")
     assert answer.status_code == 500
     assert "division" not in answer.text

@@ -76,7 +76,7 @@ def asked_of(directory, use, tasks_of=Here):
 
     async def main():
         app = Starlette(routes=[*steps.routes, *tasks.routes], exception_handlers={UsageError: answered})
-        app.state.shelf, app.state.tasks = RunIndex(directory), tasks_of()
+        app.state.run_index, app.state.tasks = RunIndex(directory), tasks_of()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
             try:
