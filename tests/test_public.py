@@ -5,7 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +54,16 @@ def test_all_lists_what_a_module_defines_for_others(name):
     assert not missing
     # Within a module the helpers of a class may be public names too; what others import is listed.
     assert imported_from()[name] & defined <= set(module.__all__)
+
+
+def test_no_two_classes_and_no_two_modules_share_a_name():
+    """A folder is a module; only `__init__` and `__main__` are in each."""
+    classes, modules = Counter(), Counter()
+    for path in (ROOT / "src" / "everystep").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        classes.update(node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+        modules[path.parent.name if path.stem == "__init__" else path.stem] += 1
+    assert not [name for names in (classes, modules) for name, count in names.items() if count > 1]
 
 
 def test_the_tree_of_exceptions_in_the_docstring_is_the_real_one():

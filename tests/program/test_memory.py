@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everystep.program.memory import ALIGNMENT, plan_memory
-from everystep.program.program import Operation, Program, Storage, TensorSpec
+from everystep.program.step_program import Operation, Program, Storage, TensorSpec
 
 
 @st.composite

@@ -8,7 +8,7 @@ import everystep
 from everystep.errors import ProgramError, TrainingError
 from everystep.program import operators, trusting
 from everystep.program.operators import NotAllowedError, resolve
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 from everystep.recording.files import program_file
 from everystep.step.known_operators import known_operator
 

@@ -19,7 +19,7 @@ from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import tensor_on
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 from everystep.recording.files import program_file
 
 JSON = st.recursive(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import everystep
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 
 PAGE = (Path(__file__).parents[2] / "docs" / "run-format.md").read_text(encoding="utf-8")
 RUN = Path("runs/two-layer-1")

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import everystep
 from everystep.errors import ProgramError
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
@@ -348,6 +348,6 @@ def test_statistics_of_every_dtype_are_read_on_a_machine_that_has_not_seen_the_p
         model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=3, directory=tmp_path / "run",
         progress=False,
     )  # fmt: skip
-    monkeypatch.setattr("everystep.program.program.is_known_sound", lambda content: False)
+    monkeypatch.setattr("everystep.program.step_program.is_known_sound", lambda content: False)
     assert run.facts.training.engine.reason is None
     assert everystep.open(run.directory).verify(processes=1, progress=False).is_exact

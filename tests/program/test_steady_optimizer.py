@@ -8,8 +8,8 @@ from tests.training.test_torch_optimizers import OPTIMIZERS
 from torch import nn
 
 from everystep.program.calls import without_autograd
-from everystep.program.optimizers import OPTIMIZERS as OPERATORS
-from everystep.program.optimizers import BoundOptimizer
+from everystep.program.optimizer_operator import OPTIMIZERS as OPERATORS
+from everystep.program.optimizer_operator import BoundOptimizer
 from everystep.program.steady_optimizer import SteadyOptimizer
 from everystep.step.state_difference import same_bits
 

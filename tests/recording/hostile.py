@@ -10,7 +10,7 @@ from contextlib import closing
 import torch
 from tests.sealing import seal_files
 
-from everystep.program.program import MOST_ENTRIES
+from everystep.program.step_program import MOST_ENTRIES
 from everystep.recording.contents import packed, unpacked
 from everystep.recording.files import _digest
 

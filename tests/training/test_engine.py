@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import everystep
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 from everystep.recording.files import program_file
 from everystep.recording.snapshots import SnapshotPlan
 

@@ -14,7 +14,7 @@ from torch import nn, optim
 import everystep
 from everystep.errors import ProgramError
 from everystep.gradient_descent import GradientDescent
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 
 sgd_module = sys.modules["torch.optim.sgd"]
 

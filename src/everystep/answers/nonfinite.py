@@ -22,7 +22,7 @@ from everystep.errors import RunError
 from everystep.program.bound import BoundProgram
 from everystep.program.observed import Observed
 from everystep.program.operation import Phase
-from everystep.program.optimizers import OPTIMIZERS
+from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.unset import unset_results
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans

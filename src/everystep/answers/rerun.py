@@ -21,7 +21,7 @@ from everystep.numerics import Numerics
 from everystep.program.number_slots import READ
 from everystep.program.observed import Observed
 from everystep.program.precision import counters
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, recorded_numerics

@@ -16,9 +16,9 @@ from everystep.ops.indexing import INDEXING
 from everystep.ops.losses import LOSSES
 from everystep.ops.movements import MOVEMENTS
 from everystep.ops.normalizations import NORMALIZATIONS
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.optimizers import OPTIMIZERS
 from everystep.ops.products import PRODUCTS
-from everystep.ops.record import OperatorRecord
 from everystep.ops.recurrent import RECURRENT
 from everystep.ops.reductions import REDUCTIONS
 

@@ -29,7 +29,7 @@ from everystep.ops.call import (
     product,
     single,
 )
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import batched
 
 __all__ = ["CONVOLUTIONS"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Words
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SHARED, Tracked
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import Result, RowsCall, filled
 
 __all__ = ["CREATING"]

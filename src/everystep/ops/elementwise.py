@@ -12,7 +12,7 @@ from torch import Tensor
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece
 from everystep.ops.formula import BINARY, UNARY, names_in
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast
-from everystep.ops.record import LineRule, MadeRule, OperatorRecord
+from everystep.ops.operator_record import LineRule, MadeRule, OperatorRecord
 from everystep.ops.row_rules import Result, RowsCall, RowsRule, along, of_shape, sum_of
 from everystep.program.operators import parameters
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Sum, aligned, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, all_are, broadcast, gathered, reduced
 from everystep.ops.movements import of_indices
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import MixesError, Result, RowsCall, by_key, filled, none_mixed, sum_of
 from everystep.program.arguments import decode
 

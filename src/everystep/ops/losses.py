@@ -11,7 +11,7 @@ from everystep.ops.call import Axis, Call, Formula, Made, Piece, Sum, Terms, ali
 from everystep.ops.elementwise import by_formula, each_alone
 from everystep.ops.formula import names_in
 from everystep.ops.labels import SHARED, Tracked, broadcast, reduced
-from everystep.ops.record import LineRule, OperatorRecord
+from everystep.ops.operator_record import LineRule, OperatorRecord
 from everystep.ops.row_rules import Result, RowsCall, filled, none_mixed, of_shape
 
 __all__ = ["LOSSES"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everystep.ops.call import Call, Formula, Made, Piece, tensors_in
 from everystep.ops.labels import SHARED, SUM, Tracked, broadcast
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import MixesError, Result, RowsCall, batched, sum_of
 from everystep.program.arguments import decode
 

@@ -26,7 +26,7 @@ from everystep.ops.call import (
 )
 from everystep.ops.formula import names_in
 from everystep.ops.labels import MIXED, broadcast, reduced
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import (
     Result,
     RowsCall,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Words, aligned
 from everystep.ops.formula import names_in
 from everystep.ops.labels import SHARED, Tracked
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import Result, RowsCall, filled
 
 __all__ = ["FUSED", "OPTIMIZERS", "UPDATES", "OptimizerFormulas", "update"]

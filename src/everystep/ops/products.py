@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.ops.call import Axis, Call, Made, Piece, Sum, Terms, grid, product, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast, reduced, rows_in
-from everystep.ops.record import LineRule, OperatorRecord
+from everystep.ops.operator_record import LineRule, OperatorRecord
 from everystep.ops.row_rules import MixesError, Result, RowsCall, none_mixed, of_shape, sum_of
 
 __all__ = ["PRODUCTS"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everystep.ops.call import Call, Made, NoRuleError, Piece, Words, grid
 from everystep.ops.labels import MIXED, SHARED, Tracked, all_are, broadcast, reduced
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import MixesError, Result, RowsCall, by_key, filled, none_mixed
 from everystep.program.calls import without_autograd
 

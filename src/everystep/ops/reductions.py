@@ -23,7 +23,7 @@ from everystep.ops.call import (
 )
 from everystep.ops.elementwise import each_alone
 from everystep.ops.labels import SUM, Tracked, reduced
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import Result, RowsCall, along, by_key, none_mixed, of_shape
 
 __all__ = ["REDUCTIONS"]

@@ -24,10 +24,10 @@ from everystep.program.memory import ALIGNMENT, copy_into, plan_memory, tensor_o
 from everystep.program.number_slots import READ, Number, is_number, is_number_slot
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters
-from everystep.program.optimizers import OptimizerOperator
-from everystep.program.program import Program
+from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.steady_operations import steady_operations
 from everystep.program.steady_optimizer import SteadyOptimizer
+from everystep.program.step_program import Program
 
 __all__ = ["BoundProgram"]
 

@@ -17,7 +17,7 @@ from everystep.program.memory import copy_into, lies_as, tensor_on
 from everystep.program.number_slots import READ, Number, count_numbers, is_number, is_number_slot
 from everystep.program.operation import Operation
 from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 
 __all__ = ["Environment", "Interpreted", "Interpreter"]
 

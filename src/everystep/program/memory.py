@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.operation import TensorSpec
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 
 __all__ = [
     "ALIGNMENT",

@@ -12,7 +12,7 @@ from typing import Any
 
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
-from everystep.program.optimizers import OptimizerOperator
+from everystep.program.optimizer_operator import OptimizerOperator
 
 __all__ = ["READ", "Number", "count_numbers", "has_numbers", "is_number", "is_number_slot"]
 

@@ -13,7 +13,7 @@ from everystep.bounded import StrictModel
 from everystep.errors import Fault
 from everystep.program.arguments import DTYPES, fits, references
 from everystep.program.operators import BY_VALUES, computes, parameters, resolve, writes
-from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperator
+from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 
 __all__ = [
     "DIMENSIONS",

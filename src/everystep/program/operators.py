@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.allowed import is_allowed
-from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperator
+from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 from everystep.program.trusting import what_is_unknown
 
 __all__ = [

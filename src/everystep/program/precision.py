@@ -11,8 +11,8 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.program.arguments import DTYPES, references
 from everystep.program.operators import draws_random_numbers, parameters
-from everystep.program.program import Operation, Program, Storage, TensorSpec
 from everystep.program.soundness import WITH_STATISTICS, results_on_meta
+from everystep.program.step_program import Operation, Program, Storage, TensorSpec
 
 __all__ = ["Precision", "counters"]
 

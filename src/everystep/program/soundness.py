@@ -24,7 +24,7 @@ from torch import Tensor
 from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import parameters
-from everystep.program.optimizers import OptimizerOperator
+from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.trusting import FORWARD, OF_BACKWARD_ALONE, RENAMED, known_names
 
 __all__ = ["WITH_STATISTICS", "check_soundness", "results_on_meta"]

@@ -10,7 +10,7 @@ from everystep.program.arguments import references
 from everystep.program.number_slots import has_numbers
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 from everystep.program.unset import unread_inputs
 
 __all__ = ["has_fixed_shapes", "steady_operations"]

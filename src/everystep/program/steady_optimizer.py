@@ -14,7 +14,7 @@ from torch import Tensor
 from everystep.program.calls import Call, prebuilt_calls
 from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import ALLOCATING, computes, draws_random_numbers, leaves, writes
-from everystep.program.optimizers import BoundOptimizer, OptimizerOperator
+from everystep.program.optimizer_operator import BoundOptimizer, OptimizerOperator
 
 __all__ = ["SteadyOptimizer"]
 

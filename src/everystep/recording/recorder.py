@@ -39,7 +39,7 @@ from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from everystep.program.program import Program
+    from everystep.program.step_program import Program
     from everystep.step.state import State
 
 __all__ = ["Recorder"]

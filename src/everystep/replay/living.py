@@ -21,7 +21,7 @@ from everystep.experiment.specification import load
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import Batch, Step
 from everystep.replay.recorded_batches import batch_source, settings_of, stored_data

@@ -18,9 +18,9 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_on_cpu
 from everystep.program.number_slots import count_numbers
 from everystep.program.operators import draws_random_numbers
-from everystep.program.optimizers import OptimizerOperator
+from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.precision import Precision
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs, Taken, inputs_of, packed, unpacked
 from everystep.recording.database import Repeat, cut
 from everystep.recording.files import program_file

@@ -13,7 +13,7 @@ from torch import Tensor
 from everystep.program.arguments import encode
 from everystep.program.number_slots import READ
 from everystep.program.operators import draws_random_numbers
-from everystep.program.program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
+from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
 from everystep.step.path import FLOAT, INT, Path
 
 __all__ = ["BuiltPath", "NotCapturableError", "build_path"]

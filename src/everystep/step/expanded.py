@@ -15,8 +15,8 @@ from everystep.program.arguments import decode, references
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import tensor_on
 from everystep.program.operation import Operation, Phase
-from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, BoundOptimizer
-from everystep.program.program import Program
+from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, BoundOptimizer
+from everystep.program.step_program import Program
 from everystep.step.build import BuiltPath, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.known_paths import KnownPaths

@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 
 from everystep.errors import Fault, UsageError
 from everystep.program.operators import leaves
-from everystep.program.program import Phase
+from everystep.program.step_program import Phase
 
 __all__ = ["Follower", "is_compiled", "scripted_fault"]
 

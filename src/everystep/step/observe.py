@@ -11,7 +11,7 @@ from everystep.program.interpreter import Environment, Interpreter
 from everystep.program.memory import copy_on_cpu
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, Storage, TensorSpec
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 
 __all__ = [
     "UNSCALES",

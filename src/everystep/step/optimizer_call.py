@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from everystep.program.operators import leaves
-from everystep.program.optimizers import OPTIMIZERS, OptimizerOperator
+from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 
 __all__ = ["OptimizerCall", "OptimizerCalls", "Settings"]
 

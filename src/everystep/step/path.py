@@ -24,7 +24,7 @@ from torch import Tensor
 
 from everystep.program.memory import ALIGNMENT
 from everystep.program.number_slots import READ
-from everystep.program.program import Phase
+from everystep.program.step_program import Phase
 
 __all__ = [
     "FLOAT",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep import clock
 from everystep.program.operators import NotAllowedError
-from everystep.program.program import Program
+from everystep.program.step_program import Program
 from everystep.recording.contents import Taken, digest_of
 from everystep.recording.notice import say
 from everystep.step.build import BuiltPath, NotCapturableError, build_path

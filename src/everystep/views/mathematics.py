@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from everystep.ops import RECORDS, Call, NoRuleError
-from everystep.ops.record import OperatorRecord
+from everystep.ops.operator_record import OperatorRecord
 from everystep.program.arguments import references
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation
