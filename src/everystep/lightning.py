@@ -1,4 +1,4 @@
-"""PyTorch Lightning: `Trainer(callbacks=[everystep.lightning.Record()])`; each batch is a step."""
+"""PyTorch Lightning: `Trainer(callbacks=[everystep.lightning.RecordFit()])`; each batch is a step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from everystep.errors import UsageError
 from everystep.run import Run
 from everystep.training.record import Recording
 
-__all__ = ["Record"]
+__all__ = ["RecordFit"]
 
 
-class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
+class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
     """Record a fit: each training batch is a step, from its forward pass to the optimizer's update.
 
     With `accumulate_grad_batches`, several steps share one update. Validation runs between two steps and
@@ -37,7 +37,7 @@ class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         if "resume" in options:
             raise UsageError(
-                "Record cannot resume a run, since the trainer chooses the batches; continue from the "
+                "RecordFit cannot resume a run, since the trainer chooses the batches; continue from the "
                 "trainer's checkpoint, trainer.fit(..., ckpt_path=...), in a new run"
             )
         self._run, self._options = run, options

@@ -1,4 +1,4 @@
-"""Hugging Face: `Trainer(callbacks=[everystep.transformers.Record()])`; each update is a step."""
+"""Hugging Face: `Trainer(callbacks=[everystep.transformers.RecordTraining()])`; each update is a step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from everystep.recording.notice import say
 from everystep.run import Run
 from everystep.training.record import Recording
 
-__all__ = ["Record"]
+__all__ = ["RecordTraining"]
 
 
-class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped there
+class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # untyped there
     """Record a training: each update is a step, with all forward passes that it accumulates.
 
     The batch of a step is the input of the model. Its loss is the loss in the model's output, or the
@@ -39,7 +39,7 @@ class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped the
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         if "resume" in options:
             raise UsageError(
-                "Record cannot resume a run, since the trainer chooses the batches; continue from the "
+                "RecordTraining cannot resume a run, since the trainer chooses the batches; continue from the "
                 "trainer's checkpoint, trainer.train(resume_from_checkpoint=True), in a new run"
             )
         self._run, self._options = run, options

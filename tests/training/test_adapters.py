@@ -100,7 +100,7 @@ def test_lightning(tmp_path, monkeypatch, replays, options):
         return model
 
     expected = fit()
-    callback = everystep.lightning.Record(run=tmp_path / "fit")
+    callback = everystep.lightning.RecordFit(run=tmp_path / "fit")
     model = fit(callback)
     run = callback.run
     assert model.losses == expected.losses
@@ -120,7 +120,7 @@ def test_lightning_that_fails_closes_its_run(tmp_path, monkeypatch):
                 raise ZeroDivisionError("of my own")
             return super().training_step(batch, batch_idx)
 
-    callback = everystep.lightning.Record()
+    callback = everystep.lightning.RecordFit()
     data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
     trainer = pl.Trainer(
         max_steps=20, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback]
@@ -140,7 +140,7 @@ def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(
     def fit(steps, checkpoint=None):
         torch.manual_seed(0)
         data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
-        callback, model = everystep.lightning.Record(), Classifier()
+        callback, model = everystep.lightning.RecordFit(), Classifier()
         trainer = pl.Trainer(
             max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=tmp_path, callbacks=[callback],
@@ -157,10 +157,12 @@ def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(
         assert second.parameters(0)[name].shape == tensor.shape
 
 
-@pytest.mark.parametrize("package", [everystep.lightning, everystep.transformers])
-def test_the_callbacks_say_how_their_trainers_go_on(package):
+@pytest.mark.parametrize(
+    "callback", [everystep.lightning.RecordFit, everystep.transformers.RecordTraining]
+)
+def test_the_callbacks_say_how_their_trainers_go_on(callback):
     with pytest.raises(everystep.UsageError, match=r"trainer's checkpoint, trainer\.(fit|train)\("):
-        package.Record(run="runs/loop-1", resume=True)
+        callback(run="runs/loop-1", resume=True)
 
 
 class Sentences(Dataset):
@@ -214,7 +216,7 @@ def test_hugging_face_trainer(tmp_path, replays, accumulated):
         return model
 
     expected = trained()
-    callback = everystep.transformers.Record(run=tmp_path / "run")
+    callback = everystep.transformers.RecordTraining(run=tmp_path / "run")
     model = trained(callback)
     run = callback.run
     assert [bits(p) for p in model.parameters()] == [bits(p) for p in expected.parameters()]
