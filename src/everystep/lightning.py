@@ -1,4 +1,4 @@
-"""PyTorch Lightning: `Trainer(callbacks=[everystep.lightning.RecordFit()])`; each batch is a step."""
+"""PyTorch Lightning: `Trainer(callbacks=[everystep.lightning.RecordFit()])`; a batch is a step."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         if "resume" in options:
             raise UsageError(
-                "RecordFit cannot resume a run, since the trainer chooses the batches; continue from the "
-                "trainer's checkpoint, trainer.fit(..., ckpt_path=...), in a new run"
+                "RecordFit cannot resume a run, since the trainer chooses the batches; continue "
+                "from the trainer's checkpoint, trainer.fit(..., ckpt_path=...), in a new run"
             )
         self._run, self._options = run, options
         self._recording: Recording[Run] | None = None

@@ -1,4 +1,4 @@
-"""Hugging Face: `Trainer(callbacks=[everystep.transformers.RecordTraining()])`; each update is a step."""
+"""Hugging Face: `Trainer(callbacks=[everystep.transformers.RecordTraining()])`; an update is a step."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         if "resume" in options:
             raise UsageError(
-                "RecordTraining cannot resume a run, since the trainer chooses the batches; continue from the "
-                "trainer's checkpoint, trainer.train(resume_from_checkpoint=True), in a new run"
+                "RecordTraining cannot resume a run, since the trainer chooses the batches; continue "
+                "from the trainer's checkpoint, trainer.train(resume_from_checkpoint=True), in a new run"
             )
         self._run, self._options = run, options
         self._recording: Recording[Run] | None = None
