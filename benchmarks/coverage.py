@@ -28,7 +28,7 @@ import everystep  # noqa: E402
 from everystep.errors import TrainingError  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
-from everystep.step.state_difference import same_bits  # noqa: E402
+from everystep.step.state import same_bits  # noqa: E402
 from everystep.training.stepper import Stepper  # noqa: E402
 
 __all__ = ["coverage_page"]

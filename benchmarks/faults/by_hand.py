@@ -14,7 +14,7 @@ import everystep
 from benchmarks.faults.setups import Setup, Setups
 from everystep import numerics
 from everystep.experiment.batches import Batches
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 
 __all__ = ["Parting", "Seen", "parting"]
 

@@ -11,7 +11,7 @@ from everystep.program.calls import without_autograd
 from everystep.program.optimizer_operator import OPTIMIZERS as OPERATORS
 from everystep.program.optimizer_operator import BoundOptimizer
 from everystep.program.steady_optimizer import SteadyOptimizer
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 
 #: The others read a number from a tensor: how many steps they have taken.
 CALLED_DIRECTLY = {

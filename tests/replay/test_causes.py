@@ -24,7 +24,7 @@ from everystep.answers.operations import OperationDifference, TensorDifference
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, TensorSpec
 from everystep.replay.opened_step import Batch
-from everystep.step.state_difference import Size, distance, same_bits, size_of_difference
+from everystep.step.state import Size, distance, same_bits, size_of_difference
 from everystep.views.comparisons import diff_sentence, listed
 
 #: Of the kinds in benchmarks/faults, one or two of each family.

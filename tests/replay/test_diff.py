@@ -25,7 +25,7 @@ from everystep.experiment.batches import Batches
 from everystep.numerics import Numerics
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.recording.texts import shortest
-from everystep.step.state_difference import StateDifference
+from everystep.step.state import StateDifference
 
 STEPS = 30
 #: The seed that `new_training` leaves, by which batches are drawn.

@@ -8,7 +8,7 @@ from everystep.answers.operations import OperationDifference, TensorDifference
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.replay.parallel import LossDifference
-from everystep.step.state_difference import StateDifference
+from everystep.step.state import StateDifference
 from everystep.views.comparisons import diff_sentence
 
 

@@ -30,8 +30,7 @@ from everystep.recording.settings_diff import Setting, settings_that_differ
 from everystep.recording.texts import shortest, value_text
 from everystep.replay.processes import Opener
 from everystep.replay.run_replay import Replay
-from everystep.step.state import State
-from everystep.step.state_difference import same_bits
+from everystep.step.state import State, same_bits
 
 __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "Evidence", "causes_of"]
 

@@ -13,7 +13,7 @@ from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 
 __all__ = ["DataDifference", "data_differences"]
 

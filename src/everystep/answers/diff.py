@@ -27,8 +27,7 @@ from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_columns import recorded_at
 from everystep.replay.run_replay import same_number
 from everystep.replay.shown import Shown
-from everystep.step.state import State
-from everystep.step.state_difference import StateDifference, same_bits, state_differences
+from everystep.step.state import State, StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects
 
 __all__ = ["Difference", "FirstState", "diff"]

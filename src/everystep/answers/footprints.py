@@ -7,7 +7,7 @@ import xxhash
 
 from everystep.recording.contents import digest_of
 from everystep.replay.run_replay import Replay
-from everystep.step.state_difference import bytes_of
+from everystep.step.state import bytes_of
 
 __all__ = ["BEFORE", "footprints"]
 

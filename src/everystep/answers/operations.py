@@ -18,7 +18,7 @@ from everystep.program.operators import draws_random_numbers, parameters, resolv
 from everystep.program.unset import unread_inputs
 from everystep.recording.settings_diff import same_value
 from everystep.replay.opened_step import Step
-from everystep.step.state_difference import Size, as_integers, bytes_of, same_bits, size_of_difference
+from everystep.step.state import Size, as_integers, bytes_of, same_bits, size_of_difference
 
 __all__ = [
     "Argument",

@@ -28,8 +28,7 @@ from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
-from everystep.step.state import State
-from everystep.step.state_difference import state_differences
+from everystep.step.state import State, state_differences
 
 if TYPE_CHECKING:
     import polars

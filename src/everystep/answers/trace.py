@@ -17,7 +17,7 @@ from everystep.errors import UsageError
 from everystep.ops import Call, Piece
 from everystep.program.operation import TensorSpec, usual_geometry
 from everystep.replay.opened_step import Step
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 
 __all__ = ["Origin", "Part", "Spot", "Trace", "same_number_bits"]
 

@@ -15,7 +15,7 @@ from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.shown import Shown
-from everystep.step.state_difference import StateDifference, distance
+from everystep.step.state import StateDifference, distance
 
 __all__ = ["Verification", "verify"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from everystep.answers.operations import OperationDifference
 from everystep.program.observed import Observed
 from everystep.run import Run
-from everystep.step.state_difference import as_integers
+from everystep.step.state import as_integers
 from everystep.views.formatting import dtype_text
 from everystep.views.mathematics import mathematics
 

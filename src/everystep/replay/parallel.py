@@ -20,7 +20,7 @@ from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, cores, needs_worker, process_count, shared
 from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.run_replay import Replay, same_number
-from everystep.step.state_difference import StateDifference, state_differences
+from everystep.step.state import StateDifference, state_differences
 
 __all__ = [
     "LossDifference",

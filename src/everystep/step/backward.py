@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
-from everystep.step.hooks import handles
 from everystep.step.path import Entry
 from everystep.step.replaced import run_engine
+from everystep.step.torchs_own import handles
 from everystep.step.under_way import UnderWay
 
 __all__ = ["BackwardPasses", "Graph", "graph_of"]

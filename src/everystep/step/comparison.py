@@ -14,7 +14,7 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, tensor_on
 from everystep.step.build import BuiltPath
 from everystep.step.parts import Parts
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 
 __all__ = ["Comparison", "PartsCopy"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from everystep.errors import ExperimentError, Fault
 from everystep.program.memory import copy_into
 from everystep.step.generators import generators_preserved
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 from everystep.step.torchs_own import reason_against_loss, reason_against_module
 
 __all__ = ["Evaluation"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from everystep.step.state_difference import as_integers, same_bits
+from everystep.step.state import as_integers, same_bits
 
 __all__ = [
     "ABSENT",

@@ -9,10 +9,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from everystep.step.hooks import handles, has_hooks_on_node
 from everystep.step.met_tensors import MetTensors
 from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.path import Entry, Mark, MetTensor, geometry
+from everystep.step.torchs_own import handles, has_hooks_on_node
 
 __all__ = ["KnownPaths"]
 

@@ -8,25 +8,65 @@ state can be restored into an optimizer of the same class.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from everystep.step.registered import entries_of
-
 __all__ = [
     "PREFIX",
     "captured",
     "decoded",
     "encoded",
+    "entries_of",
     "keeps_own_state",
     "optimizer_settings",
+    "registered",
     "restore",
     "restore_optimizer",
+    "state_dict_of",
 ]
+
+
+def registered(
+    module: nn.Module, kind: str, prefix: str = "", around: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters or buffers of a module and all within it, each under every name.
+
+    As torch's `named_parameters` does, which a user may have overridden.
+    """
+    for name, tensor in vars(module)[kind].items():
+        if tensor is not None:
+            yield f"{prefix}{name}", tensor
+    for name, inner in vars(module)["_modules"].items():
+        if inner is not None and id(inner) not in around:
+            yield from registered(inner, kind, f"{prefix}{name}.", (*around, id(module)))
+
+
+def state_dict_of(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Return what torch's `state_dict` does, in its order, without the hooks of the user's."""
+    own = vars(module)
+    left_out = own["_non_persistent_buffers_set"]
+    found = {f"{prefix}{n}": t for n, t in own["_parameters"].items() if t is not None}
+    found |= {
+        f"{prefix}{name}": tensor
+        for name, tensor in own["_buffers"].items()
+        if tensor is not None and name not in left_out
+    }
+    for name, inner in own["_modules"].items():
+        if inner is not None:
+            found |= state_dict_of(inner, f"{prefix}{name}.")
+    return found
+
+
+def entries_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Yield what the optimizer keeps by parameter; some keep other things in the same place."""
+    for parameter, entries in optimizer.state.items():
+        if isinstance(parameter, Tensor) and isinstance(entries, Mapping):
+            yield parameter, entries
+
 
 #: Prefix of the names of tensors that only this module knows.
 PREFIX = "own/"

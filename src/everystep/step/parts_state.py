@@ -20,13 +20,14 @@ from everystep.step.own_state import (
     captured,
     decoded,
     encoded,
+    entries_of,
     keeps_own_state,
     optimizer_settings,
     restore,
     restore_optimizer,
+    state_dict_of,
 )
 from everystep.step.parts import Parts
-from everystep.step.registered import entries_of, state_dict_of
 from everystep.step.state import State, copy_of
 
 __all__ = ["PartsState"]

@@ -32,7 +32,7 @@ from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.optimizer_steps import OptimizerStep
 from everystep.step.parts import Parts
 from everystep.step.path import Path
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 from everystep.step.taken import TakenByProgram
 from everystep.step.torchs_own import is_torchs_schedule
 from everystep.step.unchanging import unchanging_reads

@@ -1,17 +1,34 @@
-"""The state of a training: parameters, buffers, optimizer tensors and random generators."""
+"""The state of a training: all parts and random generators; and how two states differ, bit for bit."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from everystep.step.generators import Generators
 from everystep.step.own_state import PREFIX
 
-__all__ = ["State", "copy_of"]
+__all__ = [
+    "READABLE",
+    "Size",
+    "State",
+    "StateDifference",
+    "as_integers",
+    "bytes_of",
+    "copy_of",
+    "difference",
+    "distance",
+    "same_bits",
+    "size_of_difference",
+    "state_differences",
+]
 
 
 @dataclass(frozen=True)
@@ -60,3 +77,181 @@ def copy_of(tensor: Tensor) -> Tensor:
     if detached.is_cpu:
         return detached.clone(memory_format=torch.contiguous_format)
     return detached.cpu().contiguous()
+
+
+_OF_MODEL = re.compile(r"^(parameter|buffer)/")
+#: Units in the last place that a person can still picture; beyond them, a size is given as a number.
+READABLE = 9_999
+
+
+class Size(NamedTuple):
+    """How far two tensors are apart, at most.
+
+    units: in units in the last place, None if undefined; absolute, relative: as a number, and divided by
+    the largest magnitude in either tensor, None while the units are few, or if a number that differs, or
+    how far it is apart, is not finite.
+    """
+
+    units: int | None = None
+    absolute: float | None = None
+    relative: float | None = None
+
+    def __str__(self) -> str:
+        if self.absolute is None:
+            if not self.units or self.units > READABLE:
+                return ""
+            return f"by at most {self.units:,} unit{'s' * (self.units != 1)} in the last place"
+        part = "" if self.relative is None else f" ({self.relative:.2g} of the largest)"
+        return f"by at most {self.absolute:.4g}{part}"
+
+
+class StateDifference(NamedTuple):
+    """A tensor of a snapshot that differs in the replay.
+
+    elements: the number of differing elements; largest, absolute, relative: how far they are apart, as
+    in `Size`.
+    """
+
+    state: int
+    tensor: str
+    elements: int
+    largest: int | None
+    absolute: float | None = None
+    relative: float | None = None
+
+    @property
+    def size(self) -> Size:
+        """How far they are apart."""
+        return Size(self.largest, self.absolute, self.relative)
+
+
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with different bits, or None."""
+    for name in expected.keys() | found.keys():
+        if name not in expected or name not in found:
+            return name
+    for name, tensor in expected.items():
+        if not same_bits(tensor, found[name]):
+            return name
+    return None
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    """Tell whether two tensors are bit-identical; NaN equals NaN, -0.0 differs from 0.0.
+
+    They may be on different devices.
+    """
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return torch.equal(as_integers(one), as_integers(two.to(one.device)))
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """Return the bits of floats as integers of their size; others unchanged."""
+    whole = tensor.detach()
+    if whole.is_complex():
+        whole = torch.view_as_real(whole)
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    is_float = whole.is_floating_point()
+    return whole.view(integers[whole.element_size()]) if is_float else whole
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor as an array of NumPy's, in the order of its elements."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def distance(one: Tensor, two: Tensor) -> int | None:
+    """Return the maximum distance between two tensors' elements in units in the last place.
+
+    None if that has no meaning: for integers, empty tensors and NaNs.
+    """
+    if not (one.is_floating_point() and one.numel()) or bool((one.isnan() | two.isnan()).any()):
+        return None
+    places = _in_order(one), _in_order(two)
+    # Numbers of other sign are up to 2**64 units apart, which only unsigned integers hold.
+    high, low = (pick(*places).numpy().view(np.uint64) for pick in (torch.maximum, torch.minimum))
+    return int((high - low).max())
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """Return the places of floats among all of their dtype, in order, in one dimension on the CPU.
+
+    Those of 0.0 and -0.0 are 0.
+    """
+    bits = as_integers(tensor).flatten().cpu().long()
+    if torch.finfo(tensor.dtype).min >= 0:
+        return bits
+    sign = 1 << (8 * tensor.element_size() - 1)
+    magnitudes = bits & (sign - 1)
+    return torch.where(bits & sign != 0, -magnitudes, magnitudes)
+
+
+def size_of_difference(one: Tensor, two: Tensor) -> Size:
+    """Return how far two tensors of the same shape and dtype are apart, at most."""
+    units = distance(one, two)
+    if (units is not None and units <= READABLE) or one.dtype == torch.bool or not one.numel():
+        return Size(units)
+    differs = as_integers(one) != as_integers(two)
+    differs = differs.any(-1) if one.is_complex() else differs
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    a, b = (tensor.detach()[differs].to(wide) for tensor in (one, two))
+    if not bool((torch.isfinite(a) & torch.isfinite(b)).all()):
+        return Size(units)
+    absolute = float((a - b).abs().max())
+    if not math.isfinite(absolute):
+        return Size(units)
+    largest = max(_largest(tensor.detach()) for tensor in (one, two))
+    return Size(units, absolute, absolute / largest if largest else None)
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest magnitude of the finite numbers."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch does not look for infinities among numbers of a byte
+    finite = tensor[torch.isfinite(tensor)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def state_differences(
+    recorded: State, replayed: State, *, only_model: bool = False, only_seen: bool = False
+) -> list[StateDifference]:
+    """Return the tensors of two states that differ, except Python's and NumPy's generators.
+
+    only_model: compare only the state_dict of the model; only_seen: only what operations of steps can
+    change, which excludes random generators.
+    """
+    found = []
+    both = [_compared(state, only_seen=only_seen) for state in (recorded, replayed)]
+    if only_model:
+        both = [{f"parameters/{name}" for name in state.parameters} for state in (recorded, replayed)]
+    for name in sorted(both[0] | both[1]):
+        # A pending gradient is in a snapshot only where the next step uses it.
+        if name.startswith("gradient/") and not (name in both[0] and name in both[1]):
+            continue
+        one, two = (_tensor(state, name) for state in (recorded, replayed))
+        if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype:
+            found.append(StateDifference(recorded.step, name, 0, None))
+        elif not same_bits(one, two):
+            elements = int((as_integers(one) != as_integers(two)).sum())
+            # The bytes of a generator's state are not numbers.
+            size = Size() if name.startswith("generator/") else size_of_difference(one, two)
+            found.append(StateDifference(recorded.step, name, elements, *size))
+    return found
+
+
+def _compared(state: State, *, only_seen: bool) -> set[str]:
+    # Draws of Python between steps are not repeated; steps get the recorded generators.
+    left_out = (PREFIX, *(["generator/"] if only_seen else ["generator/python", "generator/numpy"]))
+    own = {n for n in state.rest if not n.startswith(left_out)}
+    # The tensors of a state_dict may change meanwhile, as layers are added and removed.
+    found = own | {f"parameter/{name}" for name in state.parameters}
+    return {_OF_MODEL.sub("parameters/", name) for name in found}
+
+
+def _tensor(state: State, name: str) -> Tensor | None:
+    kind, _, path = name.partition("/")
+    if kind != "parameters":
+        return state.rest.get(name)
+    others = (state.rest.get(f"{each}/{path}") for each in ("parameter", "buffer"))
+    return state.parameters.get(path, next((each for each in others if each is not None), None))

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from everystep.step.guards import Guards, held
-from everystep.step.hooks import has_hooks_on_node
 from everystep.step.replaced import OF_WATCHES
 from everystep.step.torchs_own import (
     HOOKS,
     guard_contents,
     guard_module,
+    has_hooks_on_node,
     hook_on,
     is_torchs_function,
     is_torchs_module,

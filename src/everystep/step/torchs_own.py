@@ -1,4 +1,4 @@
-"""torch's own modules, functions, losses, optimizers and schedules, matched by identity."""
+"""torch's own modules, functions, losses, optimizers and schedules, by identity; and hooks on them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import get_overridable_functions
+from torch.utils.hooks import RemovableHandle
 
 from everystep.gradient_descent import GradientDescent
 from everystep.step.guards import (
@@ -34,6 +35,8 @@ __all__ = [
     "TENSOR_TYPES",
     "guard_contents",
     "guard_module",
+    "handles",
+    "has_hooks_on_node",
     "hook_on",
     "hooks_of",
     "is_torchs_function",
@@ -297,3 +300,29 @@ def _containers(own: dict[str, Any]) -> Iterator[Any]:
                 waiting.append(value)
             elif not is_a(value, Tensor, nn.Module) and _is_from(type(value), "torch.nn."):
                 waiting.append(vars(value))
+
+
+def handles() -> int:
+    """Return the number of hooks registered on tensors, nodes and modules in this process."""
+    return RemovableHandle.next_id
+
+
+def has_hooks_on_node(tensor: Tensor) -> bool:
+    """Tell whether Python runs when autograd accumulates a parameter's gradient.
+
+    The node that does so lives as long as other code keeps a graph with it. Registering a hook shows
+    which others exist.
+    """
+    if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
+        return False
+    with torch.inference_mode(False), torch.enable_grad():
+        node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    ours = [node.register_hook(_nothing), node.register_prehook(_nothing)]
+    has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in ours)
+    for handle in ours:
+        handle.remove()
+    return has_others
+
+
+def _nothing(*_: Any) -> None:
+    return None

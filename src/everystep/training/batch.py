@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everystep.program.memory import ALIGNMENT
 from everystep.step.guards import PLAIN_TYPES
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 
 __all__ = ["BatchCopies", "key_of", "nested_again", "tensors_of", "text_of"]
 

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from everystep.errors import DataError, Fault
 from everystep.experiment.batches import Batches
 from everystep.step.guards import Guards, is_plain
-from everystep.step.state_difference import same_bits
+from everystep.step.state import same_bits
 from everystep.step.torchs_own import TENSOR_TYPES
 
 __all__ = [

@@ -18,8 +18,7 @@ from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
-from everystep.step.state import State
-from everystep.step.state_difference import state_differences
+from everystep.step.state import State, state_differences
 from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import LoaderPosition
 from everystep.training.resumed import ResumedLoop

@@ -29,8 +29,7 @@ from everystep.step.cursor import Cursor
 from everystep.step.eager import EagerStep, Training
 from everystep.step.generators import Generators
 from everystep.step.stand_in import CreatesTensorsError, NotReplaceableError, StandIn
-from everystep.step.state import copy_of
-from everystep.step.state_difference import same_bits
+from everystep.step.state import copy_of, same_bits
 from everystep.step.verified import CheckPlan, WayBack
 from everystep.training.batch import text_of
 from everystep.training.step_rows import StepWriter

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from everystep.answers.rounding import Apart
     from everystep.program.observed import Observed
     from everystep.program.operation import Operation
-    from everystep.step.state_difference import StateDifference
+    from everystep.step.state import StateDifference
 
 __all__ = [
     "Listed",

@@ -129,7 +129,7 @@ def _losses_text(found: Verification) -> str:
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
-    from everystep.step.state_difference import READABLE
+    from everystep.step.state import READABLE
 
     if not units:
         return ""

@@ -38,8 +38,7 @@ from everystep.replay.recorded_batches import stored_data
 from everystep.replay.run_replay import no_such_step
 from everystep.step.eager import EagerStep, Training
 from everystep.step.own_state import optimizer_settings
-from everystep.step.state import State
-from everystep.step.state_difference import same_bits
+from everystep.step.state import State, same_bits
 from everystep.training.description import optimizer_facts
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
