@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 from tests.page.serving import PORT
 
+from everystep.page.assets import STYLE_SOURCE
 from everystep.page.guard import Guard, cookie_of, host_without_port
-from everystep.page.problem import STYLE_SOURCE
 
 OURS = f"127.0.0.1:{PORT}"
 EVERY_ADDRESS = ["/", "/runs/x", "/compare", "/static/app.js", "/api/runs", "/api/nothing", "/nothing"]

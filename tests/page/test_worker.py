@@ -205,7 +205,7 @@ def test_what_takes_too_long_is_given_up_and_others_go_on(directory, trained, mo
 LIMITED = """
 import json, sys
 from everystep.page import worker
-from everystep.page.memory_limit import limit_memory
+from everystep.page.child_process import limit_memory
 limit_memory(1_500_000_000)
 run = sys.argv[1]
 for kind, size in (("content", 2**40), ("content", 10), ("content", 2**31)):

@@ -10,7 +10,7 @@ from torch import nn
 from everystep.program.calls import without_autograd
 from everystep.program.optimizer_operator import OPTIMIZERS as OPERATORS
 from everystep.program.optimizer_operator import BoundOptimizer
-from everystep.program.steady_optimizer import SteadyOptimizer
+from everystep.program.steady import SteadyOptimizer
 from everystep.step.state import same_bits
 
 #: The others read a number from a tensor: how many steps they have taken.

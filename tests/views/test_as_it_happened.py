@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.views.segments import as_it_happened
+from everystep.views.step_data import as_it_happened
 from everystep.views.step_text import step_text
 
 

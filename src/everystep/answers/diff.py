@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
+import xxhash
+
 from everystep.answers.causes import Evidence, causes_of
 from everystep.answers.data_differences import DataDifference, data_differences
-from everystep.answers.footprints import footprints
 from everystep.answers.operations import OperationDifference, draws, name_in_words
 from everystep.device import on_cpu
 from everystep.errors import RunError
+from everystep.recording.contents import digest_of
 from everystep.recording.files import program_file
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences, renamed
@@ -25,12 +28,12 @@ from everystep.replay.opened_step import Step
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_columns import recorded_at
-from everystep.replay.run_replay import same_number
+from everystep.replay.run_replay import Replay, same_number
 from everystep.replay.shown import Shown
-from everystep.step.state import State, StateDifference, same_bits, state_differences
+from everystep.step.state import State, StateDifference, bytes_of, same_bits, state_differences
 from everystep.training.objects import Objects
 
-__all__ = ["Difference", "FirstState", "diff"]
+__all__ = ["BEFORE", "Difference", "FirstState", "diff", "footprints"]
 
 #: Runs that took less time than this together are replayed whole.
 THOROUGH_SECONDS = 4.0
@@ -352,3 +355,45 @@ def _other_batch(one: Step, other: Step) -> list[str]:
         for name in dict.fromkeys((*pair[0], *pair[1]))
         if not (name in pair[0] and name in pair[1] and same_bits(pair[0][name], pair[1][name]))
     ]
+
+
+#: The name of the digest of the state before the first step.
+BEFORE = "before"
+
+
+def footprints(
+    replay: Replay, first: int, last: int, *, by_operation: bool = False, is_random: bool = False
+) -> list[dict[str, str]]:
+    """Replay steps; return digests of the inputs and results of each by name, and of the state after it.
+
+    by_operation: also of what each operation makes; is_random: also of the generator that steps draw
+    from.
+    """
+    found = []
+    with replay.in_force(first):
+        for number in range(first, last + 1):
+            at = replay.stretch_of(number)
+            stepper = replay.go_to(number - 1, at)
+            digests: dict[str, str] = {}
+            if number in (first, replay.stretches[at].first):
+                named = sorted(stepper.named_state().items())
+                digests[BEFORE] = repr([(name, digest_of(tensor)) for name, tensor in named])
+            digests["given"] = xxhash.xxh3_128(stepper.given(number)).hexdigest()
+            if is_random:
+                digests["generator"] = digest_of(torch.get_rng_state())
+            if by_operation:
+                made = xxhash.xxh3_128()
+                observation = stepper.observe()
+                losses = [float(observation.loss)]
+                for seen in observation.operations:
+                    made.update(seen.operation.operator.encode())
+                    for tensor in seen.made.values():
+                        made.update(bytes_of(tensor))
+                digests["operations"] = made.hexdigest()
+            else:
+                losses = stepper.run(number).tolist()
+            digests["loss"] = repr(losses)
+            replay.compare(number, losses, replay.recorded_losses(number, number))
+            state = stepper.named_state().items()
+            found.append(digests | {name: digest_of(tensor) for name, tensor in state})
+    return found

@@ -20,10 +20,9 @@ from everystep.answers.why import Spot, Why, why
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.program.bound import BoundProgram
-from everystep.program.observed import Observed
+from everystep.program.observed import Observed, unset_results
 from everystep.program.operation import Phase
 from everystep.program.optimizer_operator import OPTIMIZERS
-from everystep.program.unset import unset_results
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener

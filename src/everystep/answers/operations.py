@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from everystep.program.arguments import references
-from everystep.program.observed import Observed
+from everystep.program.observed import Observed, unread_inputs
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters, resolve
-from everystep.program.unset import unread_inputs
 from everystep.recording.settings_diff import same_value
 from everystep.replay.opened_step import Step
 from everystep.step.state import Size, as_integers, bytes_of, same_bits, size_of_difference

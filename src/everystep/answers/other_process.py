@@ -34,7 +34,7 @@ from everystep.errors import (
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.program.precision import Precision
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.parent import end_with_stdin
+from everystep.replay.processes import end_with_stdin
 from everystep.replay.run_replay import Replay
 
 __all__ = ["Conditions", "OtherProcess", "main", "opened", "other_process"]

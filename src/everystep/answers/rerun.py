@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from everystep.answers.footprints import BEFORE, footprints
+from everystep.answers.diff import BEFORE, footprints
 from everystep.answers.operations import OperationDifference, StepPair
 from everystep.answers.other_process import Conditions, OtherProcess, opened, other_process
 from everystep.answers.rounding import Apart, apart, tolerance

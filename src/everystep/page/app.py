@@ -15,10 +15,9 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from everystep.errors import EverystepError, RunError, UsageError
-from everystep.page.assets import asset, index
+from everystep.page.assets import asset, index, problem_page
 from everystep.page.columns import Columns
 from everystep.page.live import Live
-from everystep.page.problem import problem_page
 from everystep.page.routes import runs, steps, tasks
 from everystep.page.run_index import RunIndex
 from everystep.page.task_client import Tasks

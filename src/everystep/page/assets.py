@@ -1,8 +1,13 @@
-"""The files that the page consists of: a table of names, so that no name from outside is a path."""
+"""The files that the page consists of: a table of names, so that no name from outside is a path.
+
+The page that says what is wrong needs none of them.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-__all__ = ["asset", "index"]
+__all__ = ["STYLE_SOURCE", "asset", "index", "problem_page"]
 
 _HERE = Path(__file__).parent / "static"
 _VIEWS = Path(__file__).parent.parent / "views"
@@ -69,3 +74,45 @@ def _itables() -> Path:
     found = find_spec("itables")
     assert found is not None and found.origin is not None
     return Path(found.origin).parent
+
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #ffffff; --ink: #1c1d20; --muted: #676b73; --accent: #2a5db0;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #17181b; --ink: #e4e5e9; --muted: #9a9ea8; --accent: #86aef0; }
+}
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 40rem; margin: 0 auto; padding: 15vh 1.25rem 3rem; }
+.brand { margin: 0 0 0.5rem; color: var(--muted); font-weight: 600; }
+h1 { margin: 0 0 0.75rem; font-size: 1.5rem; line-height: 1.2; }
+p { margin: 0 0 1rem; overflow-wrap: anywhere; }
+a { color: var(--accent); }
+"""
+#: What a Content-Security-Policy has among the sources of styles, so that the page may have its own.
+STYLE_SOURCE = f"'sha256-{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'"
+
+
+def problem_page(title: str, text: str, *, has_link: bool = False) -> str:
+    """Return the page. has_link: whether it leads to all runs."""
+    link = '<p><a href="/">All runs</a></p>' if has_link else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>everystep: {html.escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<p class="brand">everystep</p>
+<h1>{html.escape(title)}</h1>
+<p>{html.escape(text[:1].upper() + text[1:])}.</p>
+{link}
+</main>
+</body>
+</html>
+"""

@@ -3,6 +3,10 @@
 They have one protocol. The server writes requests, a line of JSON each. A process answers with
 messages: a line of JSON, `{"event": ..., "content": {...}, "bytes": n}`, and then n bytes. Nothing else
 is read on either side.
+
+They open runs, which may be a stranger's, and a program of a few bytes can ask for tensors of any size.
+Where the system offers it (Linux), such a process gets no more than a share of the machine's memory: it
+says so and goes on, and nothing else is ended.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple, Self
 
-__all__ = ["Child", "Ended", "Message", "Speaker"]
+__all__ = ["Child", "Ended", "Message", "Speaker", "limit_memory", "memory_message"]
 
 #: Bytes that the line of a message may have.
 _LONGEST_LINE = 2**26
@@ -144,3 +148,32 @@ class Speaker:
             self._out.flush()
         except BrokenPipeError:
             self._out = None
+
+
+#: The share of the machine's memory that one process may take.
+SHARE = 0.75
+
+
+def limit_memory(limit: int | None = None) -> None:
+    """Limit the memory of this process, and of those that it starts.
+
+    limit: bytes; default: a share of the machine's memory.
+    """
+    # Counted are private pages that can be written, not address space: CUDA reserves much of that.
+    with suppress(ImportError, AttributeError, ValueError, OSError):  # the system has no such limit
+        import resource
+
+        wanted = limit or int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        known = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *known]), hard))
+
+
+def memory_message(error: Exception) -> str | None:
+    """Return a message if an error says that memory was refused, else None."""
+    if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        return None
+    return (
+        "this takes more memory than a process of the page may use: three quarters of this machine's. "
+        "The commands of everystep in a terminal have no such limit"
+    )

@@ -19,7 +19,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from everystep.page.problem import STYLE_SOURCE, problem_page
+from everystep.page.assets import STYLE_SOURCE, problem_page
 
 __all__ = ["Guard", "cookie_of", "host_without_port", "is_loopback"]
 

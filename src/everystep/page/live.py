@@ -6,22 +6,52 @@ The file system says when something has changed; then it is looked at once, for 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Send
 
 from everystep.errors import RunError
 from everystep.page.about import live_data
 from everystep.page.columns import Columns, RunColumns, reduced
-from everystep.page.event_stream import event
 from everystep.page.run_index import RunIndex, Summaries
 from everystep.page.watches import Watches
 from everystep.recording.recorded_run import RecordedRun
 
-__all__ = ["Live"]
+__all__ = ["SILENCE", "EventStream", "Live", "event", "last_seen"]
+
+#: A comment, sent after a while without events so that no proxy closes the stream.
+SILENCE = ": still there\n\n"
+
+
+class EventStream(StreamingResponse):
+    """An answer of server-sent events. Its source is closed when the browser has gone."""
+
+    media_type = "text/event-stream"
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the events as they come."""
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
+
+
+def event(name: str, content: Any, number: int | None = None) -> str:
+    """Return an event as it is sent. number: what the browser sends when it connects again."""
+    id = "" if number is None else f"id: {number}\n"
+    return f"event: {name}\n{id}data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+def last_seen(request: Request) -> int:
+    """Return the number of the last event that the browser has seen, 0 for none."""
+    said = request.headers.get("last-event-id") or request.query_params.get("after", "")
+    return int(said) if said.isascii() and said.isdecimal() and len(said) < 19 else 0
+
 
 #: Seconds from one look to the next, where changes come faster.
 RUN_PAUSE, LIST_PAUSE = 0.125, 0.5

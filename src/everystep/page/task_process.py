@@ -23,13 +23,12 @@ import numpy as np
 from everystep import numerics
 from everystep.errors import DamageWarning, EverystepError
 from everystep.experiment.specification import parse_setting
-from everystep.page.child_process import Speaker
+from everystep.page.child_process import Speaker, limit_memory, memory_message
 from everystep.page.columns import reduced
-from everystep.page.memory_limit import limit_memory, memory_message
 from everystep.page.run_index import shown_name
 from everystep.page.sides import sides
 from everystep.recording.facts import Facts
-from everystep.replay.parent import end_with_stdin
+from everystep.replay.processes import end_with_stdin
 from everystep.run import Run
 from everystep.views.plain import plain_data
 from everystep.views.progress import Silent

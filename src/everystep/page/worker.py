@@ -21,12 +21,11 @@ from torch import Tensor
 
 from everystep import numerics
 from everystep.errors import DamageWarning, EverystepError, RunError, UsageError
-from everystep.page.child_process import Message, Speaker
-from everystep.page.memory_limit import limit_memory, memory_message
+from everystep.page.child_process import Message, Speaker, limit_memory, memory_message
 from everystep.page.regions import histogram, npy, regions
 from everystep.recording.database import FILE_NAME
 from everystep.replay.opened_step import Step
-from everystep.replay.parent import end_with_stdin
+from everystep.replay.processes import end_with_stdin
 from everystep.replay.run_replay import no_such_step
 from everystep.run import Run
 from everystep.views.step_data import tensor_of

@@ -25,8 +25,7 @@ from everystep.program.number_slots import READ, Number, is_number, is_number_sl
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
-from everystep.program.steady_operations import steady_operations
-from everystep.program.steady_optimizer import SteadyOptimizer
+from everystep.program.steady import SteadyOptimizer, steady_operations
 from everystep.program.step_program import Program
 
 __all__ = ["BoundProgram"]

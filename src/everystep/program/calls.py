@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.memory import copy_into, repeats
-from everystep.program.operator_mode import OperatorMode
-from everystep.program.operators import leaves, out_variant
+from everystep.program.operators import OperatorMode, leaves, out_variant
 
 __all__ = [
     "ASK_FOR_GRADIENTS",

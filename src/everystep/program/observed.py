@@ -1,4 +1,9 @@
-"""Observed: an operation that just ran, with the tensors that it read and wrote."""
+"""Observed: an operation that just ran, with the tensors that it read and wrote.
+
+Some of these have no numbers: memory of a kernel, or memory that the operation overwrites. The bytes of
+such memory may be of anything that was computed before. They differ between two replays of the same
+step, so nothing compares them, looks for NaN in them, or shows them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,70 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from everystep.program.arguments import references
 from everystep.program.operation import Operation
-from everystep.program.unset import unread_inputs, unset_results
+from everystep.program.operators import ALLOCATING
 
-__all__ = ["Observed"]
+__all__ = ["Observed", "overwrites", "unread_inputs", "unset_results"]
+
+#: From which of their results on kernels return their own memory, of which they do not write all:
+#: workspaces, reserves, a table of the CTC loss, the state of a generator that only dropout sets, and
+#: log-sum-exps that are padded to a multiple of 32 rows.
+_MEMORY_FROM = {
+    "_ctc_loss": 1,
+    **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "cudnn_batch_norm"), 3),
+    **dict.fromkeys(("_efficient_attention_forward", "_scaled_dot_product_efficient_attention"), 1),
+    **dict.fromkeys(
+        (
+            "_flash_attention_forward",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_fused_attention_overrideable",
+        ),
+        2,
+    ),
+}
+#: What their backward passes call that memory.
+_MEMORY_ARGUMENTS = {
+    *("workspace", "reserve", "reserveSpace", "weight_buf", "log_alpha"),
+    *("logsumexp", "philox_seed", "philox_offset", "rng_state", "unused"),
+}
+
+#: They write to all of their first argument without reading it.
+_OVERWRITING = {
+    *("bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_"),
+    *("normal_", "random_", "uniform_", "zero_"),
+}
+#: They use only the shape of their first argument, as `ones_like` and `new_zeros` do.
+_ONLY_SHAPES = {"bernoulli.p", "nll_loss_backward.default", "nll_loss2d_backward.default"}
+
+
+def overwrites(operation: Operation) -> bool:
+    """Tell whether an operation writes to all of its first argument without reading it."""
+    return operation.name in _OVERWRITING
+
+
+def unset_results(operation: Operation) -> frozenset[str]:
+    """Return the names of results without numbers, and of what it could have written and did not."""
+    first = 0 if operation.name in ALLOCATING else _MEMORY_FROM.get(operation.name)
+    found = frozenset() if first is None else frozenset(filter(None, operation.results[first:]))
+    if operation.name.startswith("rrelu_with_noise") and "backward" not in operation.name:
+        given = operation.given()
+        if not given.get("training"):
+            found |= {*references(given["noise"])}
+    return found
+
+
+def unread_inputs(operation: Operation) -> frozenset[str]:
+    """Return the names of inputs of which an operation reads no numbers."""
+    given = operation.given()
+    name, overload = operation.name, operation.operator.partition(".")[2]
+    is_like = name.endswith("_like") or name.startswith("new_") or overload in _ONLY_SHAPES
+    unread = _MEMORY_ARGUMENTS | ({"self"} if is_like or overwrites(operation) else set())
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for argument, value in given.items():
+        sides[argument in unread].update(references(value))
+    return frozenset(sides[True] - sides[False])
 
 
 class Observed(NamedTuple):

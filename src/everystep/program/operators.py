@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.program.allowed import is_allowed
 from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
@@ -19,6 +20,7 @@ __all__ = [
     "BY_VALUES",
     "REFUSALS",
     "NotAllowedError",
+    "OperatorMode",
     "Parameter",
     "computes",
     "draws_random_numbers",
@@ -254,3 +256,15 @@ def leaves(value: Any) -> list[Tensor]:
         elif isinstance(item, _LISTS):
             found += leaves(item)
     return found
+
+
+class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Enters without torch's compiler, which takes most of a second to import."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Skipping the compiler would import it.
+        return False

@@ -8,26 +8,37 @@ their arguments, and would read and write anywhere:
   and values that are positions in a tensor. So a matching forward operation must come before them, and
   nothing may have changed what it saved.
 - Some others trust that shapes match; their requirements are listed here.
+
+The check imports torch's compiler for its shape kernels, which takes a second. So programs that passed it
+on this machine are cached: an empty file per program in the user's cache directory, named by a digest of
+the program and of the checker.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 
+from everystep.program import trusting
 from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.trusting import FORWARD, OF_BACKWARD_ALONE, RENAMED, known_names
 
-__all__ = ["WITH_STATISTICS", "check_soundness", "results_on_meta"]
+__all__ = ["WITH_STATISTICS", "check_soundness", "is_known_sound", "note_sound", "results_on_meta"]
 
 META = torch.device("meta")
 Given = dict[str, Any]
@@ -373,3 +384,30 @@ _SHAPES: dict[str, Callable[[Given], bool]] = {
     "mkldnn_rnn_layer": _rnn_fits,
     "native_group_norm": _are_dense,
 }
+
+
+def is_known_sound(text: bytes) -> bool:
+    """Tell whether a program with this text passed the same check before."""
+    with suppress(OSError):
+        return _mark(text).is_file()
+    return False
+
+
+def note_sound(text: bytes) -> None:
+    """Note that a program with this text is sound; do nothing if the cache is not writable."""
+    with suppress(OSError):
+        mark = _mark(text)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _mark(text: bytes) -> Path:
+    folder: Path = user_cache_path("everystep") / "sound"
+    return folder / hashlib.sha256(_checker() + text).hexdigest()
+
+
+@cache
+def _checker() -> bytes:
+    files = (__file__, trusting.__file__)
+    source = b"".join(Path(file).read_bytes() for file in files)
+    return f"{version('everystep')} {torch.__version__} ".encode() + hashlib.sha256(source).digest()

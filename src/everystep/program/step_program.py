@@ -17,7 +17,6 @@ from pydantic import Field, ValidationError, model_validator
 from everystep.bounded import StrictModel, parse_json
 from everystep.errors import ProgramError
 from everystep.program.arguments import json_floats
-from everystep.program.checked import is_known_sound, note_sound
 from everystep.program.operation import (
     DIMENSIONS,
     LIMIT,
@@ -28,7 +27,7 @@ from everystep.program.operation import (
     TensorSpec,
     usual_geometry,
 )
-from everystep.program.soundness import check_soundness
+from everystep.program.soundness import check_soundness, is_known_sound, note_sound
 
 __all__ = [
     "FORMAT_VERSION",

@@ -427,7 +427,7 @@ class Recorder:
             self._database.write_facts(last)
 
     def _write_program(self, number: int, program: Program) -> None:
-        from everystep.program.checked import note_sound
+        from everystep.program.soundness import note_sound
 
         (self._home.here / "programs").mkdir(exist_ok=True)
         text = program.to_json().encode()

@@ -21,7 +21,7 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into
 from everystep.program.number_slots import READ
 from everystep.program.operation import TensorSpec
-from everystep.program.steady_operations import has_fixed_shapes
+from everystep.program.steady import has_fixed_shapes
 from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs
 from everystep.recording.database import Repeat

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.program.observed import Observed
+from everystep.program.observed import Observed, overwrites, unset_results
 from everystep.program.operation import Phase
-from everystep.program.unset import overwrites, unset_results
 from everystep.step.observe import Places
 
 if TYPE_CHECKING:

@@ -1,13 +1,16 @@
 """Processes: where a run is replayed, so that it computes as in the training.
 
 That is this process if its numerics match those of the run, and otherwise workers started with them.
-What cannot be set (another processor, another torch) stays different, and each loss is compared.
+What cannot be set (another processor, another torch) stays different, and each loss is compared. Such
+processes end with the one that started them, however that one was ended.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,21 +19,20 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from everystep import numerics
-from everystep.device import select
+from everystep import device, numerics
 from everystep.errors import DamageWarning, RunError, TrainingError
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.opened_step import Step
-from everystep.replay.parent import end_with
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
 from everystep.training.objects import Objects
@@ -41,12 +43,49 @@ if TYPE_CHECKING:
 __all__ = [
     "Opener",
     "cores",
+    "end_with",
+    "end_with_stdin",
     "needs_worker",
     "process_count",
     "recorded_numerics",
     "shared",
     "workers",
 ]
+
+#: Seconds that a process which is asked to stop has to keep what it has done.
+_PATIENCE = 60.0
+
+
+def end_with(parent: Connection) -> None:
+    """End this process once the other end of a pipe, through which nothing is sent, has closed."""
+
+    def watch() -> None:
+        wait([parent])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def end_with_stdin(*, in_order: bool = False) -> None:
+    """End this process once the other end of its stdin has closed, whatever it computes.
+
+    in_order: stop it as Ctrl-C does, and end it a minute later.
+
+    Where the system cannot watch a pipe that is read as well (Windows), the next read ends it.
+    """
+
+    def watch() -> None:
+        found = select.poll()
+        found.register(0, 0)  # only its end, not what is to be read
+        found.poll()
+        if in_order:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(_PATIENCE)
+        os._exit(1)
+
+    if hasattr(select, "poll"):
+        Thread(target=watch, daemon=True).start()
+
 
 #: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
@@ -76,7 +115,7 @@ def needs_worker(facts: Facts) -> bool:
         DeviceError: the device of the run is not available.
         RunError: as `recorded_numerics`.
     """
-    here = Numerics.read(select(facts.training.device))
+    here = Numerics.read(device.select(facts.training.device))
     return recorded_numerics(facts).needs_other_process(here)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.number_slots import READ
-from everystep.program.operator_mode import OperatorMode
+from everystep.program.operators import OperatorMode
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain

@@ -7,17 +7,17 @@ is in one table of all of them, and the numbers come apart.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
 from everystep.program.operation import Operation
-from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
+from everystep.recording.facts import Facts, LoopFacts, ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.opened_step import Batch, Step, statistics
+from everystep.replay.opened_step import Batch, Segment, Step, statistics
 from everystep.views.batch_text import (
     class_names,
     classes_of_tensors,
@@ -29,11 +29,60 @@ from everystep.views.formatting import dtype_text
 from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
 from everystep.views.network import network
 from everystep.views.plain import plain_data
-from everystep.views.segments import Happened, as_it_happened
 from everystep.views.tensor_texts import norm
 from everystep.views.update_formula import UpdateFormula, update_formulas
 
-__all__ = ["step_data", "tensor_of"]
+__all__ = ["Happened", "SegmentSeen", "as_it_happened", "step_data", "tensor_of"]
+
+
+class SegmentSeen(NamedTuple):
+    """A segment of a step.
+
+    optimizer: the name of the optimizer that updates in it; None if it is not an update, or unknown.
+    settings: the optimizer's learning rates and similar settings at this step. formulas: of the
+    parameters that it changed, in the order of the step; a parameter that several segments change
+    belongs to the last of them.
+    """
+
+    segment: Segment
+    optimizer: str | None
+    settings: dict[str, float]
+    formulas: dict[str, UpdateFormula]
+
+
+class Happened(NamedTuple):
+    """All segments, and the parameters that were changed by something else than an optimizer."""
+
+    segments: list[SegmentSeen]
+    changed_otherwise: list[str]
+
+
+def as_it_happened(step: Step, training: TrainingFacts, loop: LoopFacts) -> Happened:
+    """Return the segments of a step in the order in which they happened."""
+    left = [n for n, u in step.updates.items() if not torch.equal(u.before, u.after)]
+    optimizers = training.optimizers
+    known = {name: update_formulas(step.operations, {name: o}) for name, o in optimizers.items()}
+    found = []
+    for segment in reversed(step.segments(loop.parts)):
+        if segment.phase != "update":
+            found.append(SegmentSeen(segment, None, {}, {}))
+            continue
+        optimizer = segment.part if segment.part in optimizers else next(iter(optimizers), None)
+        formulas = known.get(optimizer or "", {})
+        numbers = set(range(segment.first, segment.last + 1))
+        own = [n for n in left if n in formulas and not numbers.isdisjoint(formulas[n].numbers)]
+        left = [name for name in left if name not in own]
+        settings = _settings(step, segment.part)
+        found.append(SegmentSeen(segment, optimizer, settings, {n: formulas[n] for n in own}))
+    return Happened(found[::-1], left)
+
+
+def _settings(step: Step, part: str | None) -> dict[str, float]:
+    """Return what the optimizer of an update is set to; of the only one, names have no prefix."""
+    prefix = f"{part}." if part else ""
+    given = step.hyperparameters.items()
+    return {name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)}
+
 
 #: Images are drawn as such up to this many pixels along a side.
 _LARGEST_IMAGE = 512

@@ -27,7 +27,7 @@ from everystep.views.batch_text import (
 )
 from everystep.views.formatting import cut, grouped
 from everystep.views.mathematics import all_arguments, mathematics, value_text
-from everystep.views.segments import SegmentSeen, as_it_happened
+from everystep.views.step_data import SegmentSeen, as_it_happened
 from everystep.views.tensor_texts import (
     ABSOLUTE,
     NUMBERS,

@@ -14,8 +14,7 @@ from starlette.routing import Route
 from everystep.errors import RecordingError, RunError
 from everystep.page.about import about_data
 from everystep.page.columns import RunColumns, reduced
-from everystep.page.event_stream import EventStream, last_seen
-from everystep.page.live import MOMENT, Live
+from everystep.page.live import MOMENT, EventStream, Live, last_seen
 from everystep.page.routes.request_body import fields_of, line
 from everystep.page.run_index import RunIndex, shown_name
 from everystep.page.table_rows import frame_of, page_of, rows_of, wanted_of, whole

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from everystep.errors import UsageError
-from everystep.page.event_stream import SILENCE, EventStream, event, last_seen
+from everystep.page.live import SILENCE, EventStream, event, last_seen
 from everystep.page.routes.request_body import Field, fields_of, flag, settings, text, whole, wholes
 from everystep.page.task_client import Busy, Task
 

@@ -1,22 +1,79 @@
-"""Steady optimizer: the step of one of torch's optimizers as operators, while its settings stay.
+"""Steady: what a bound program need not compute again at every step.
 
-Torch's class computes in Python which operators to call. Where it reads no number from a tensor, that
+Operations with the same results at every step run once. The step of one of torch's optimizers runs as
+operators while its settings stay: torch's class computes in Python which operators to call. Where it reads no number from a tensor, that
 depends on settings and shapes alone: once it was seen, the operators are called directly.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from everystep.program.arguments import references
 from everystep.program.calls import Call, prebuilt_calls
-from everystep.program.operator_mode import OperatorMode
-from everystep.program.operators import ALLOCATING, computes, draws_random_numbers, leaves, writes
+from everystep.program.number_slots import has_numbers
+from everystep.program.observed import unread_inputs
+from everystep.program.operation import Operation
+from everystep.program.operators import (
+    ALLOCATING,
+    OperatorMode,
+    computes,
+    draws_random_numbers,
+    leaves,
+    writes,
+)
 from everystep.program.optimizer_operator import BoundOptimizer, OptimizerOperator
+from everystep.program.step_program import Program
 
-__all__ = ["SteadyOptimizer"]
+__all__ = ["SteadyOptimizer", "has_fixed_shapes", "steady_operations"]
+
+
+def steady_operations(program: Program) -> set[int]:
+    """Return the places of the operations of a program that have the same results at every step.
+
+    They read only results of each other, no number of the step, and draw nothing. Each is the only one
+    that writes its results, which no state name has after the step.
+    """
+
+    def storages(names: list[str]) -> set[str]:
+        return {program.tensors[name].storage for name in names}
+
+    writes = [storages(operation.changed()) for operation in program.operations]
+    writers = Counter(storage for each in writes for storage in each)
+    handed_out = storages([*program.ends.values()])
+    fixed: set[str] = set()
+    found = set()
+    for place, operation in enumerate(program.operations):
+        unread = unread_inputs(operation)
+        reads = storages([name for name in operation.reads() if name not in unread])
+        is_own = all(
+            program.storages[name].kind == "temporary" and writers[name] == 1 for name in writes[place]
+        ) and writes[place].isdisjoint(handed_out | reads)
+        is_same = not draws_random_numbers(operation.resolved) and not has_numbers(operation)
+        if writes[place] and is_own and reads <= fixed and is_same:
+            fixed |= writes[place]
+            found.add(place)
+    return found
+
+
+def has_fixed_shapes(program: Program) -> bool:
+    """Tell whether no result has a shape that depends on the numbers in tensors."""
+    return not any(_has_shape_of_values(each, program) for each in program.operations)
+
+
+def _has_shape_of_values(operation: Operation, program: Program) -> bool:
+    if torch.Tag.dynamic_output_shape not in operation.resolved.tags:
+        return False
+    if operation.name not in ("index", "_unsafe_index"):
+        return True
+    masks = references(operation.given()["indices"])
+    return any(program.tensors[name].dtype in ("bool", "uint8") for name in masks)
+
 
 #: Steps with the same settings, before operators are called directly: a schedule sets others each time.
 SAME_BEFORE = 3
