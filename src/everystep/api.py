@@ -238,7 +238,7 @@ def train(
     )
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is not None:
-        from everystep.replay.continuing import Resume, resume_objects
+        from everystep.replay.resume import Resume, resume_objects
 
         objects.check()
         asked = Resume(resumed, is_accepted=anyway, budget=snapshot_budget)
@@ -402,7 +402,7 @@ def train_experiment(
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
         return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher))
-    from everystep.replay.continuing import Resume, resume_experiment
+    from everystep.replay.resume import Resume, resume_experiment
 
     asked = Resume(resumed, is_accepted=anyway, budget=snapshot_budget)
     return run_of(resume_experiment(asked, watcher, loaded))

@@ -99,7 +99,7 @@ class Run(Questions):
             RecordingError: writing the fork failed; everything recorded before is kept.
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the fork.
         """
-        from everystep.replay.continuing import Fork, fork
+        from everystep.replay.fork import Fork, fork
 
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
@@ -162,7 +162,7 @@ class Run(Questions):
             RecordingError: writing the run failed; everything recorded before is kept.
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
         """
-        from everystep.replay.continuing import Resume, resume
+        from everystep.replay.resume import Resume, resume
 
         asked = Resume(self, steps, anyway, snapshot_budget)
         given = {

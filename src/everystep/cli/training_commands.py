@@ -97,7 +97,7 @@ def train(
     if resume_run and run is None:
         raise UsageError("--resume needs the run's directory: --run DIR")
     if resume_run and run is not None and is_run(run):
-        from everystep.replay.continuing import Resume, resume_experiment
+        from everystep.replay.resume import Resume, resume_experiment
 
         asked = Resume(RecordedRun(run), budget=budget)
         outcome = resume_experiment(asked, progress, loaded)

@@ -9,9 +9,9 @@ their arguments, and would read and write anywhere:
   nothing may have changed what it saved.
 - Some others trust that shapes match; their requirements are listed here.
 
-The check imports torch's compiler for its shape kernels, which takes a second. So programs that passed it
-on this machine are cached: an empty file per program in the user's cache directory, named by a digest of
-the program and of the checker.
+The check imports torch's compiler for its shape kernels, which takes a second. So programs that passed
+it on this machine are cached: an empty file per program in the user's cache directory, named by a digest
+of the program and of the checker.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.recorder import Recorder
 from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.replay.continuing.again import (
+from everystep.replay.recorded_batches import stored_data
+from everystep.replay.trained_objects import (
     check_alone,
     iteration_of,
     objects_from,
@@ -30,8 +31,7 @@ from everystep.replay.continuing.again import (
     torchs_errors,
     with_data,
 )
-from everystep.replay.continuing.alone import continue_alone, facts_alone
-from everystep.replay.recorded_batches import stored_data
+from everystep.replay.without_objects import continue_alone, facts_alone
 from everystep.step.eager import training_parts
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState

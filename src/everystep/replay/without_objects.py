@@ -1,4 +1,4 @@
-"""Alone: goes on with a run by its programs, without the objects that trained it.
+"""Goes on with a run by its programs, without the objects that trained it.
 
 Where programs took every step, they can take more. Nothing compares these steps with Python.
 """

@@ -13,10 +13,10 @@ from everystep import numerics
 from everystep.errors import EverystepError, RunError, TrainingError
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.continuing.alone import reason_against
 from everystep.replay.living import Living
 from everystep.replay.recorded_batches import settings_of, stored_data
 from everystep.replay.run_replay import Replay
+from everystep.replay.without_objects import reason_against
 from everystep.step.generators import generators_preserved
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.state import State

@@ -22,7 +22,10 @@ from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.replay.continuing.again import (
+from everystep.replay.processes import Opener
+from everystep.replay.recorded_batches import stored_data
+from everystep.replay.run_replay import no_such_step
+from everystep.replay.trained_objects import (
     check_alone,
     iteration_of,
     objects_from,
@@ -32,10 +35,7 @@ from everystep.replay.continuing.again import (
     torchs_errors,
     with_data,
 )
-from everystep.replay.continuing.alone import continue_alone, facts_alone
-from everystep.replay.processes import Opener
-from everystep.replay.recorded_batches import stored_data
-from everystep.replay.run_replay import no_such_step
+from everystep.replay.without_objects import continue_alone, facts_alone
 from everystep.step.eager import EagerStep, Training
 from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State, same_bits
