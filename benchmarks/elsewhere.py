@@ -113,11 +113,11 @@ def _trained(source: str, directory: Path, steps: int) -> everystep.Run:
 
 def _print_row(name: str, source: str, run: everystep.Run, place: dict[str, Any], steps: int) -> bool:
     found = run.rerun(**place, progress=False)
-    environment = found.conditions.environment(run.facts.training.numerics)
+    environment = found.place.environment(run.facts.training.numerics)
     # The same first state, and the same data.
     double = "model.double()\nx, y = (t.double() if t.is_floating_point() else t for t in (x, y))"
-    by_hand_there = BY_HAND.replace("PRECISION", "" if found.conditions.precision is None else double)
-    command = [found.conditions.interpreter, "-c", BEFORE + source + by_hand_there]
+    by_hand_there = BY_HAND.replace("PRECISION", "" if found.place.precision is None else double)
+    command = [found.place.interpreter, "-c", BEFORE + source + by_hand_there]
     command += [str(steps), str(run.directory.parent / "begin.pt")]
     done = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=True
@@ -128,7 +128,7 @@ def _print_row(name: str, source: str, run: everystep.Run, place: dict[str, Any]
     if found.operation is not None and found.operation.one is not None:
         operator = found.operation.one.operation.operator
         first = f"#{found.operation.index} of step {found.parts_at}, {operator.split('.')[1]}"
-    elif found.conditions.precision is not None:
+    elif found.place.precision is not None:
         first = "-"
     what = ", ".join(f"{key} {value}" for key, value in place.items())
     if "python" in place:

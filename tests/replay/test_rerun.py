@@ -270,7 +270,7 @@ def test_a_sentence_says_where_a_run_parts_and_by_how_much(compatible):
         "chapter differs from step 2 on; its losses are farthest from the recorded losses "
         "at step 7, by 0.25 times the recorded one"
     )
-    double = replace(compatible, losses=losses, conditions=Conditions(precision="float64"))
+    double = replace(compatible, losses=losses, place=Conditions(precision="float64"))
     assert rerun_sentence(double).startswith("In float64, the losses of chapter are farthest")
     same = replace(compatible, losses=compatible.recorded, parts_at=None)
     assert rerun_sentence(same) == "chapter is bit-identical under these conditions"

@@ -47,7 +47,7 @@ FARTHEST = 5
 class Rerun(Shown):
     """The steps of a run as they are elsewhere.
 
-    conditions: those of the replay; changed: what bits depend on and differs there, by name, recorded
+    place: the conditions of the replay; changed: what bits depend on and differs there, by name, recorded
     and there; first: the first step; recorded, losses: of all steps (steps), recorded and there;
     has_loss: whether the run has losses; parts_at: the first step with another loss or another state,
     None if all bits are the same, or in another precision; operation: the first with other bits, in that
@@ -59,7 +59,7 @@ class Rerun(Shown):
     """
 
     name: str
-    conditions: Conditions
+    place: Conditions
     changed: dict[str, tuple[Any, Any]]
     first: int
     recorded: NDArray[np.float64]
@@ -76,8 +76,8 @@ class Rerun(Shown):
     problems: tuple[str, ...]
 
     def __repr__(self) -> str:
-        if self.conditions.precision is not None:
-            found = f"{len(self.losses):,} steps in {self.conditions.precision}"
+        if self.place.precision is not None:
+            found = f"{len(self.losses):,} steps in {self.place.precision}"
         elif self.parts_at is None:
             found = f"{len(self.losses):,} steps are bit-identical"
         else:
@@ -92,14 +92,14 @@ class Rerun(Shown):
     @property
     def has_same_bits(self) -> bool:
         """Whether all losses, and all states that could be compared, are bit-identical."""
-        return self.conditions.precision is None and self.parts_at is None and not self.relative.any()
+        return self.place.precision is None and self.parts_at is None and not self.relative.any()
 
     @property
     def curves(self) -> dict[str, polars.DataFrame]:
         """The losses as recorded, there, and of the runs laid beside, by name: columns step and loss."""
         import polars as pl
 
-        there = self.conditions.precision or "rerun"
+        there = self.place.precision or "rerun"
         losses = {self.name: self.recorded, f"{self.name}, {there}": self.losses} | self.others
         steps = np.arange(self.first, self.first + len(self.losses))
         return {
@@ -165,7 +165,7 @@ def rerun(
     numbers = [each for each in found if not each.is_residue]
     return Rerun(
         name=run.name,
-        conditions=conditions,
+        place=conditions,
         changed=_changed(known, numerics, conditions),
         first=first,
         recorded=recorded,

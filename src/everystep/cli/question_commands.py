@@ -298,7 +298,7 @@ def rerun(
 
         save_plot(curves_plot(found.curves, log=log), output)
         say_written(output)
-    if found.conditions.precision is None and not found.has_same_bits:
+    if found.place.precision is None and not found.has_same_bits:
         raise typer.Exit(1)
 
 

@@ -364,8 +364,8 @@ def rerun_sentence(found: Rerun) -> str:
         f"farthest from the recorded losses at step {found.first + far:,}, by "
         f"{number(float(found.relative[far]))} times the recorded one"
     )
-    if found.conditions.precision is not None:
-        return f"In {found.conditions.precision}, the losses of {found.name} are {apart}"
+    if found.place.precision is not None:
+        return f"In {found.place.precision}, the losses of {found.name} are {apart}"
     return f"{_rerun_verdict(found)}; its losses are {apart}"
 
 
@@ -376,7 +376,7 @@ def _losses_text(found: Rerun) -> str:
         return f"all {len(found.losses):,} bit-identical"
     first, far = int(np.flatnonzero(found.relative)[0]), int(found.relative.argmax())
     lines = []
-    if found.conditions.precision is None:
+    if found.place.precision is None:
         before = f"bit-identical up to step {found.first + first - 1:,}; " if first else ""
         lines.append(f"{before}step {found.first + first:,}: {_pair(found, first)}")
     lines += [
@@ -426,7 +426,7 @@ def _rounding_text(found: Rerun) -> str:
 
 def _why_apart(each: Apart, found: Rerun) -> str:
     """Return in a sentence why the results of an operation are farther apart than its inputs."""
-    there = f"in {found.conditions.precision}" if found.conditions.precision else "in the rerun"
+    there = f"in {found.place.precision}" if found.place.precision else "in the rerun"
     residue = each.residue
     if residue is None:
         return (
@@ -479,11 +479,11 @@ def _common(found: Rerun) -> int:
 
 
 def _rerun_verdict(found: Rerun) -> str:
-    if found.conditions.precision is not None:
+    if found.place.precision is not None:
         if not found.has_loss:
-            return f"{found.name} was repeated in {found.conditions.precision}"
+            return f"{found.name} was repeated in {found.place.precision}"
         far = number(float(found.relative.max()))
-        there = f"the losses in {found.conditions.precision}"
+        there = f"the losses in {found.place.precision}"
         return f"{there} are within {far} of those of {found.name}, relative to these"
     if found.has_same_bits:
         return f"{found.name} is bit-identical under these conditions"

@@ -245,7 +245,7 @@ def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
     from everystep.replay.opened_step import statistics
     from everystep.views.mathematics import mathematics
 
-    _in("why")
+    _in("why_text")
     inputs = {} if found.operation is None else found.operation.inputs
     line = None if found.index is None else str(mathematics(found.step.operations)[found.index])
     return {
@@ -319,7 +319,7 @@ def _found_data(found: Found, view: RunView, most: int | None = None) -> dict[st
 
 
 def _in(module: str) -> Any:
-    """Return a module of the views that imports torch; `why` has what the parts of an answer derive."""
+    """Return a module of the views that imports torch; `why_text` has what parts of answers derive."""
     return import_module(f"everystep.views.{module}")
 
 
@@ -332,23 +332,25 @@ _TEXTS: dict[str, Callable[..., str | Text]] = {
     "Measured": _measured_text,
     "NonFinite": _nonfinite_text,
     "Rerun": lambda found, view: rerun_text(found),
-    "Rows": lambda found, view, **options: _in("rows").rows_text(
+    "Rows": lambda found, view, **options: _in("rows_text").rows_text(
         view.step, view.run.facts, name=view.run.name, **options
     ),
-    "Step": lambda found, view, **options: _in("step").step_text(
+    "Step": lambda found, view, **options: _in("step_text").step_text(
         found, view.run.facts, name=view.run.name, **options
     ),
     "Verification": _verify_text,
     "WhatIf": _what_if_text,
-    "Why": lambda found, view, **options: _in("why").why_text(found, name=view.run.name, **options),
+    "Why": lambda found, view, **options: _in("why_text").why_text(found, name=view.run.name, **options),
 }
 
 #: Answers that hold more than their fields and what these derive.
 _DATA: dict[str, Callable[..., dict[str, Any]]] = {
     "Found": _found_data,
-    "Rows": lambda found, view, **options: _in("rows").rows_data(view.step, view.run.facts, **options),
+    "Rows": lambda found, view, **options: _in("rows_text").rows_data(
+        view.step, view.run.facts, **options
+    ),
     "Step": lambda found, view, **options: _in("step_data").step_data(found, view.run, **options),
-    "Why": lambda found, view: _in("why") and plain_data(found),
+    "Why": lambda found, view: _in("why_text") and plain_data(found),
 }
 
 DERIVED |= {
