@@ -47,7 +47,7 @@ FARTHEST = 5
 class Rerun(Shown):
     """The steps of a run as they are elsewhere.
 
-    place: the conditions of the replay; changed: what bits depend on and differs there, by name, recorded
+    place: its conditions; changed: what bits depend on and differs there, by name, recorded
     and there; first: the first step; recorded, losses: of all steps (steps), recorded and there;
     has_loss: whether the run has losses; parts_at: the first step with another loss or another state,
     None if all bits are the same, or in another precision; operation: the first with other bits, in that
