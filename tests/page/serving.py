@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import httpx
 
 from everystep.page.app import application
-from everystep.page.guard import Guard, cookie_of
-from everystep.page.secret import token_of
+from everystep.page.guard import Guard, cookie_of, token_of
 from everystep.recording.database import Database
 
 PORT = 8137

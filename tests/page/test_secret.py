@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from everystep.errors import UsageError
-from everystep.page.secret import token_of
+from everystep.page.guard import token_of
 
 
 def test_the_token_stays_the_same_and_belongs_to_the_directory(shelf, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from torch import nn
 
 import everystep
 from everystep.errors import TrainingError
-from everystep.step.verified import CheckPlan
+from everystep.step.acceleration import CheckPlan
 
 
 def take(stepper, steps):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everystep.cli.completion import measurement_names, one_of, operation_numbers, run_names
 from everystep.cli.output import answer, hint, page_width, say, say_written, show, terminal_width
 from everystep.cli.shared_options import (
     JsonOption,
@@ -17,7 +16,11 @@ from everystep.cli.shared_options import (
     RunArgument,
     RunsArgument,
     StepArgument,
+    measurement_names,
+    one_of,
     open_run,
+    operation_numbers,
+    run_names,
 )
 from everystep.errors import RunError, UsageError
 

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everystep.cli.completion import experiment_names, experiments_and_files, one_of
 from everystep.cli.output import hint, say, say_lines
 from everystep.cli.shared_options import (
     BudgetOption,
     QuietOption,
     RunArgument,
     SettingsOption,
+    experiment_names,
+    experiments_and_files,
+    one_of,
     open_run,
     row_numbers,
 )

@@ -1,15 +1,23 @@
-"""The data set: random, one that comes with everystep, or the user's own arrays and tables."""
+"""The data set: random, one that comes with everystep, or the user's own arrays and tables.
+
+An experiment may come from a stranger, who may name any file. A file is read only if this user has named
+it: by training on it, or in the environment. Which files were trained on is kept in the user's state
+directory, as an empty file named by a digest of the path.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from platformdirs import user_state_path
 from torch import Tensor
 
 from everystep.bounded import open_regular
@@ -18,12 +26,23 @@ from everystep.experiment.preparation import ArrayPreparation, Preparation
 from everystep.experiment.specification import (
     ArrayData,
     BundledData,
+    DataSpecification,
     Experiment,
     RandomData,
     TableData,
 )
 
-__all__ = ["Data", "Numbering", "Target", "derived_generator", "make_data", "split_rows"]
+__all__ = [
+    "Data",
+    "Numbering",
+    "Target",
+    "check_may_be_read",
+    "derived_generator",
+    "files_of",
+    "make_data",
+    "note_named",
+    "split_rows",
+]
 
 #: What the loss wants of a target: class indices (int64, shape (N,)), or values (floats, (N, ...)).
 Target = Literal["classes", "values"]
@@ -236,3 +255,59 @@ def _read_file(path: Path, read: Callable[[], Any]) -> Any:
         raise DataError(f"{path} does not exist; data.path is relative to the experiment file") from None
     except Exception as error:  # each format has its own
         raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
+
+
+#: Files that runs may read besides those that were trained on; separated as in PATH.
+_ALLOWED = "EVERYSTEP_DATA"
+
+#: Files that were named in this process; the state directory may not be writable.
+_named: set[str] = set()
+
+
+def files_of(data: DataSpecification) -> tuple[str, ...]:
+    """Return the files that the data is in."""
+    if isinstance(data, TableData):
+        return (data.path,)
+    if isinstance(data, ArrayData):
+        return (data.x, data.y) if data.path is None else (data.path,)
+    return ()
+
+
+def note_named(files: Iterable[str]) -> None:
+    """Note that the user has named files, so that runs of theirs may read them."""
+    for file in files:
+        _named.add(file)
+        with suppress(OSError):
+            mark = _mark(file)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+
+
+def check_may_be_read(data: DataSpecification) -> None:
+    """Check that the user has named the files that data is in.
+
+    Raises:
+        DataError: they have not; says how.
+    """
+    given = os.environ.get(_ALLOWED, "").split(os.pathsep)
+    allowed = {str(Path(each).absolute()) for each in given if each}
+    files = files_of(data)
+    for file in files:
+        if not (file in _named or file in allowed or _is_noted(file)):
+            raise DataError(
+                f"the data is outside of the run, in {file!r:.200}, and a run may come from a stranger; "
+                "everystep reads only files that you have trained on. If you trust the run, allow it: "
+                f"{_ALLOWED}={os.pathsep.join(files):.400}; in Python, everystep.open(run, data=(x, y)) "
+                "takes the data"
+            )
+
+
+def _is_noted(file: str) -> bool:
+    with suppress(OSError):
+        return _mark(file).is_file()
+    return False
+
+
+def _mark(file: str) -> Path:
+    folder: Path = user_state_path("everystep") / "data"
+    return folder / hashlib.sha256(os.fsencode(file)).hexdigest()

@@ -1,7 +1,7 @@
 """Who may use the server: clients that address it by its own name and know its token.
 
-The token is an HMAC, by a secret of the user, of the directory that is served. So it stays the same when
-the server is stopped and started again, and an open page goes on.
+The token is an HMAC, by a secret that only the user can read, of the directory that is served. So it
+stays the same when the server is stopped and started again, and an open page goes on.
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import os
 import re
+import secrets
 import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
 from urllib.parse import parse_qs
 
+import platformdirs
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from everystep.errors import UsageError
 from everystep.page.assets import STYLE_SOURCE, problem_page
 
-__all__ = ["Guard", "cookie_of", "host_without_port", "is_loopback"]
+__all__ = ["Guard", "cookie_of", "host_without_port", "is_loopback", "token_of"]
 
 _POLICY = "; ".join(
     [
@@ -179,3 +186,65 @@ def _refusal(scope: Scope, reason: str) -> Response:
             "text/html",
         )
     return Response(content, 403, media_type=media_type)
+
+
+_BYTES = 32
+
+
+def token_of(directory: Path) -> str:
+    """Return the token that opens a directory of runs; the same at every start.
+
+    Raises:
+        UsageError: the secret can neither be read nor written.
+    """
+    named = os.fsencode(directory.resolve())
+    return hmac.new(_secret(), named, "sha256").hexdigest()[:40]
+
+
+def _secret() -> bytes:
+    path = Path(platformdirs.user_state_dir("everystep", appauthor=False)) / "page-secret"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Another process may write it at the same time: the first one's stands.
+        for _ in range(3):
+            if (secret := _read(path)) is not None:
+                return secret
+            _write(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    else:
+        reason = "what is written there cannot be read again as it was"
+    raise UsageError(
+        f"{path} cannot be used: {reason}; the page keeps a secret there, so that nobody else can open "
+        "it (XDG_STATE_HOME names another place)"
+    )
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the secret, None where there is none that nobody else can have read or written."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        is_ours = stat.S_ISREG(status.st_mode) and status.st_size == _BYTES
+        if os.name == "posix":
+            is_ours = is_ours and status.st_uid == os.getuid() and not status.st_mode & 0o077
+        return file.read() if is_ours else None
+
+
+def _write(path: Path) -> None:
+    """Write a new secret, whole and for this user alone."""
+    new = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(_BYTES))
+    try:
+        if os.path.lexists(path) and _read(path) is None:
+            new.replace(path)
+        else:
+            with suppress(FileExistsError):
+                os.link(new, path)
+    finally:
+        new.unlink(missing_ok=True)

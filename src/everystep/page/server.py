@@ -18,9 +18,8 @@ import uvicorn
 
 from everystep.errors import UsageError
 from everystep.page.app import UntilEnd, application
-from everystep.page.guard import Guard, is_loopback
+from everystep.page.guard import Guard, is_loopback, token_of
 from everystep.page.run_index import shown_name
-from everystep.page.secret import token_of
 from everystep.recording.directories import RUNS, find_run, is_run
 
 __all__ = ["place_of", "serve"]

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
-from everystep.experiment.data_files import files_of, note_named
+from everystep.experiment.data import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import check_iteration, load
 from everystep.recording.directories import create_directory

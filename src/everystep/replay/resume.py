@@ -12,7 +12,7 @@ import torch
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
-from everystep.experiment.data_files import files_of, note_named
+from everystep.experiment.data import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
 from everystep.recording.facts import TrainingFacts

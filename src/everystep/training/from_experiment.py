@@ -12,8 +12,7 @@ from everystep import numerics
 from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
-from everystep.experiment.data import Data, make_data
-from everystep.experiment.data_files import check_may_be_read, files_of, note_named
+from everystep.experiment.data import Data, check_may_be_read, files_of, make_data, note_named
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused

@@ -13,11 +13,11 @@ from torch import Tensor
 from everystep import clock
 from everystep.errors import TrainingError, UsageError
 from everystep.recording.facts import FunctionFacts
+from everystep.step.acceleration import CheckPlan
 from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.stand_in import Around, NotReplaceableError, StandIn
 from everystep.step.surroundings import Surroundings
-from everystep.step.verified import CheckPlan
 from everystep.training.batch import key_of, tensors_of, text_of
 from everystep.training.dataset import called
 from everystep.training.record import Recording

@@ -23,14 +23,13 @@ from everystep import clock
 from everystep.errors import DatasetChangedError, TrainingError
 from everystep.program.calls import without_autograd
 from everystep.recording.contents import Taken
-from everystep.step.acceleration import Acceleration
+from everystep.step.acceleration import Acceleration, CheckPlan, WayBack
 from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import EagerStep, Training
 from everystep.step.generators import Generators
 from everystep.step.stand_in import CreatesTensorsError, NotReplaceableError, StandIn
 from everystep.step.state import copy_of, same_bits
-from everystep.step.verified import CheckPlan, WayBack
 from everystep.training.batch import text_of
 from everystep.training.step_rows import StepWriter
 from everystep.training.watched_steps import WatchedSteps
