@@ -38,7 +38,7 @@ from torch import nn  # noqa: E402
 import everystep  # noqa: E402
 from everystep import cli, clock  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
-from everystep.step import verified  # noqa: E402
+from everystep.step import acceleration  # noqa: E402
 from everystep.step.eager import Training  # noqa: E402
 from everystep.training.stepper import Stepper  # noqa: E402
 
@@ -103,8 +103,8 @@ def clock_that_ticks(monkeypatch):
 @pytest.fixture(autouse=True)
 def checks_at_powers_of_two(monkeypatch):
     """Check steps 2, 4, 8, ... and the last, however long that takes on a busy machine."""
-    monkeypatch.setattr(verified, "LIGHT_SECONDS", math.inf)
-    monkeypatch.setattr(verified, "CHECK_SHARE", 0.0)
+    monkeypatch.setattr(acceleration, "LIGHT_SECONDS", math.inf)
+    monkeypatch.setattr(acceleration, "CHECK_SHARE", 0.0)
 
 
 @pytest.fixture
