@@ -1,4 +1,4 @@
-"""The errors that everystep raises.
+"""The errors that everystep raises, and the notices that it prints.
 
     EverystepError
     ├── UsageError (a ValueError): the request is invalid; exit code 2
@@ -20,6 +20,7 @@ reports all of them, in `faults` and in its message.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -41,6 +42,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "did_you_mean",
+    "say",
 ]
 
 
@@ -147,3 +149,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     if len(known) <= 12:
         return "known here: " + ", ".join(known)
     return ""
+
+
+def say(message: str) -> None:
+    """Print a notice on stderr while a run is recorded."""
+    print(f"everystep: {message}", file=sys.stderr)

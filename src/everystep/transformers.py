@@ -11,8 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from everystep.api import record
-from everystep.errors import UsageError
-from everystep.recording.notice import say
+from everystep.errors import UsageError, say
 from everystep.run import Run
 from everystep.training.record import Recording
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from everystep.bounded import MOST_STEPS
-from everystep.errors import RunError
+from everystep.errors import RunError, say
 from everystep.recording.blocks import LOSS
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, SnapshotRow, cut, reading
 from everystep.recording.facts import EarlierFacts
 from everystep.recording.files import CHANGES, changes_in, has_own, sweep, take_file
-from everystep.recording.notice import say
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import PARAMETERS, REST, SnapshotPlan, read_snapshot, remove_snapshots
 

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from everystep.errors import RecordingError, RunError, UsageError
+from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.recording.connection import LOCK_NAME, last_written
 from everystep.recording.database import FILE_NAME, Database, read_quickly
 from everystep.recording.facts import LONGEST_NOTE, Facts, WriterFacts
 from everystep.recording.files import check_writable_files
-from everystep.recording.notice import say
 
 __all__ = ["Unlocked", "adding", "is_locked", "locked", "write_note", "writer_here"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from everystep import clock
 from everystep.bounded import MOST_STEPS
-from everystep.errors import RecordingError, RunError
+from everystep.errors import RecordingError, RunError, say
 from everystep.recording.connection import SPARE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Repeats, Taken
 from everystep.recording.continuation import Continuation, inherit, tidy
@@ -32,7 +32,6 @@ from everystep.recording.files import (
     write_whole,
 )
 from everystep.recording.lock import locked, writer_here
-from everystep.recording.notice import say
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
 

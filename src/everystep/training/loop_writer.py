@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from everystep import numerics
+from everystep.errors import say
 from everystep.recording.continuation import shortened
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
-from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
 from everystep.step.parts_state import PartsState

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from everystep.recording.notice import say
+from everystep.errors import say
 from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Notices"]

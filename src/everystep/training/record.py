@@ -16,11 +16,10 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from everystep.errors import RecordingError, RunError, UsageError
+from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.program.operation import path_faults
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import check_measurement_names
-from everystep.recording.notice import say
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.recorder import Recorder
 from everystep.step.cursor import Cursor

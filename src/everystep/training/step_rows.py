@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from everystep import clock
+from everystep.errors import say
 from everystep.program.operators import NotAllowedError
 from everystep.program.step_program import Program
 from everystep.recording.contents import Taken, digest_of
-from everystep.recording.notice import say
 from everystep.step.build import BuiltPath, NotCapturableError, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.path import Path
