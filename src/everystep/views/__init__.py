@@ -1,4 +1,7 @@
-"""A run as shown to people. Computes nothing about training."""
+"""A run as shown to people. Computes nothing about training.
+
+A module has the name of what it shows, and of the form where another folder has that name: `why_text`.
+"""
 
 import random
 
