@@ -136,7 +136,7 @@ def rerun(
         on_progress: called with the number of steps just taken.
 
     Raises:
-        ExperimentError: the conditions are not valid.
+        ExperimentError: a setting is invalid.
         RunError: the steps cannot be taken there; gives the reason.
         TrainingError: the process there does not start, or ended early.
     """

@@ -1,7 +1,7 @@
 """Who may use the server: clients that address it by its own name and know its token.
 
-The token is an HMAC, by a secret that only the user can read, of the directory that is served. So it
-stays the same when the server is stopped and started again, and an open page goes on.
+The token is an HMAC of the served directory with a secret that only the user can read. So it survives a
+restart of the server, and an open page continues to work.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Steady: what a bound program need not compute again at every step.
 
-Operations with the same results at every step run once. The step of one of torch's optimizers runs as
-operators while its settings stay: torch's class computes in Python which operators to call. Where it
-reads no number from a tensor, that depends on settings and shapes alone: once it was seen, the operators
-are called directly.
+Operations with the same results at every step run once. The step of a torch optimizer runs as
+operators while its settings stay the same: torch's class computes in Python which operators to call.
+If it reads no number from a tensor, that depends on settings and shapes alone: after the first step,
+the operators are called directly.
 """
 
 from __future__ import annotations

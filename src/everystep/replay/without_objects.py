@@ -1,4 +1,4 @@
-"""Goes on with a run by its programs, without the objects that trained it.
+"""Continues a run by its programs, without the objects that trained it.
 
 Where programs took every step, they can take more. Nothing compares these steps with Python.
 """

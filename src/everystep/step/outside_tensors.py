@@ -1,4 +1,4 @@
-"""Outside tensors: those that a loop uses from outside its parts and its batch, kept by content."""
+"""Tensors that a loop uses from outside its parts and its batch, kept by content."""
 
 from __future__ import annotations
 
