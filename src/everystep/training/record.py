@@ -16,6 +16,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
+from everystep.device import check_one_process
 from everystep.errors import RecordingError, RunError, UsageError
 from everystep.program.operation import path_faults
 from everystep.recording.directories import create_directory
@@ -512,6 +513,7 @@ def _not_begun() -> UsageError:
 
 
 def _check_alone() -> None:
+    check_one_process()
     if _recording:
         raise UsageError(
             f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "
