@@ -49,7 +49,8 @@ class LoopWriter(RunWriter):
         advanced: called with a step that was written, and the losses from it on.
         resumed: where a run continues, None for a new one.
 
-    parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran.
+    parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran;
+    has_loss: whether a step has logged a loss.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class LoopWriter(RunWriter):
             recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
             recorder.snapshot(beginning)
             super().__init__(recorder, 0, say, advanced)
-            self._has_loss, self._loss_dtype, self._later = False, "float64", None
+            self.has_loss, self._loss_dtype, self._later = False, "float64", None
         else:
             at, facts, budget = resumed.state.step, resumed.facts, snapshot_budget
             recorder = Recorder(
@@ -86,7 +87,7 @@ class LoopWriter(RunWriter):
             is_finite = resumed.is_finite
             super().__init__(recorder, at, say, advanced, seconds_before=before, is_finite=is_finite)
             self.rates, self._later = resumed.rates, resumed.later
-            self._has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
+            self.has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
         self._numerics = numerics.Numerics.read(self.parts.device)
         self.watched = WatchedSteps(self.parts, recorder)
         if message := numerics.warning():
@@ -178,9 +179,9 @@ class LoopWriter(RunWriter):
         self.losses.append(step.logged.pop("loss", None))
         if step.loss is not None:
             is_wide = path.loss is None or path.tensors[path.loss].dtype == torch.float64
-            if is_wide or not self._has_loss:  # one that float32 would round widens all of them
+            if is_wide or not self.has_loss:  # one that float32 would round widens all of them
                 self._loss_dtype = "float64" if is_wide else "float32"
-            self._has_loss = True
+            self.has_loss = True
         for name, value in step.logged.items():
             # What the loop logs as a rate may be the one after the step; the name is of the one used.
             title = f"{name} (logged)" if name in step.rates else name
@@ -254,7 +255,7 @@ class LoopWriter(RunWriter):
             parts=LoopFacts.of(self.parts.named).parts,
             programs=self.recorder.program_count,
             unseen=self.watched.unseen,
-            has_loss=self._has_loss,
+            has_loss=self.has_loss,
             function=None if self.function is None else self.function(),
         )
         return {"loop": loop, "steps": max(self.step, self.recorder.recorded)}

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import signal
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -196,6 +196,13 @@ class Recording(Generic[R]):
         finally:
             writer.watched.finish()
             _recording.remove(self)
+        if not writer.step and error is None:
+            say(
+                "no step was recorded: there was no batch, or nothing marks the steps; iterate over "
+                "recording.steps(loader), or put each step into `with recording.step(batch):`"
+            )
+        elif not writer.has_loss and error is None and writer.function is None:
+            say("no loss was recorded; record it in each step: recording.log(loss=loss)")
         is_failed = error is not None
         was_asked = self._interrupt.reason is not None or self._stopped is not None
         if self._fork is not None and not (is_failed or was_asked) and writer.step < self._fork[1]:
@@ -236,9 +243,7 @@ class Recording(Generic[R]):
         return steps
 
     def _steps(self, batches: Iterable[Any]) -> Iterator[Any]:
-        is_resumed, count = self.is_resuming, 0
         for batch in self.drawn(batches):
-            count += 1
             self.begin_step(batch)
             try:
                 yield batch
@@ -256,8 +261,6 @@ class Recording(Generic[R]):
             self.end_step()
         if not self.is_resuming:
             self.writer.rests()
-        if not count and not is_resumed:
-            say("there were no batches, so no step was recorded")
 
     @property
     def step_count(self) -> int:
@@ -339,19 +342,20 @@ class Recording(Generic[R]):
             raise
         self.end_step()
 
-    def log(self, **values: Any) -> None:
+    def log(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         """Record numbers of the current step, by name. `loss` is the loss of the step.
 
         After a step, such as after an epoch, they belong to the last step, and `loss` is not among them.
 
         Args:
-            values: numbers, or tensors with one element; they are detached and copied.
+            values, named: numbers, or tensors with one element, in a dict or by name; they are detached
+                and copied.
 
         Raises:
             UsageError: no step was recorded yet, a value is not one number, or a name is too long, or
                 one of too many.
         """
-        step = self._under_way
+        step, values = self._under_way, dict(values or {}) | named
         if step is None:
             self._check_after(values)
         new = values.keys() - self._measured - {"loss"}
