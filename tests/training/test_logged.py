@@ -55,6 +55,25 @@ def test_a_step_without_a_loss_is_not_a_step_with_a_loss_that_is_not_finite(tmp_
     assert with_nan.facts.nonfinite_step == 1
 
 
+def test_a_dict_is_logged_as_its_items(tmp_path):
+    def logs(directory, as_dict):
+        model = nn.Linear(3, 1)
+        with everystep.record(model=model, run=directory) as recording:
+            for number in recording.steps(range(3)):
+                values = {"loss": float(number), "square": number**2}
+                recording.log(values) if as_dict else recording.log(**values)
+        return recording.run.table_frame()
+
+    assert logs(tmp_path / "one", True).equals(logs(tmp_path / "two", False))
+
+
+def test_a_recording_without_a_loss_says_so(tmp_path, capfd):
+    with everystep.record(model=nn.Linear(3, 1), run=tmp_path / "run") as recording:
+        for _ in recording.steps(range(3)):
+            pass
+    assert "no loss was recorded; record it in each step" in capfd.readouterr().err
+
+
 def test_a_loss_that_is_changed_after_it_was_logged(tmp_path):
     total, expected = torch.zeros(()), []
 

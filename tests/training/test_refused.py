@@ -1,6 +1,7 @@
 """What `train` cannot use is refused: the message names it, says what is wrong, and what to do."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,3 +288,27 @@ def test_an_optimizer_without_a_learning_rate_trains(small, engine, settings):
     assert len(run.losses) == 4
     assert "lr" not in run.measurements["name"].to_list()
     assert run[2].hyperparameters == {}
+
+
+def test_several_processes_are_refused_before_the_first_step(monkeypatch):
+    model = nn.Linear(2, 1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    x = torch.ones(4, 2)
+    ways = [
+        lambda: everystep.record(model=model).__enter__(),
+        lambda: everystep.train(lambda x: model(x).sum(), [x], parts={"model": model}, steps=1),
+        lambda: everystep.train(
+            model,
+            (x, x[:, :1]),
+            loss=nn.MSELoss(),
+            optimizer=torch.optim.SGD(model.parameters(), 0.1),
+            steps=1,
+        ),
+    ]
+    for way in ways:
+        with pytest.raises(
+            everystep.UsageError, match=r"runs 2 processes, but everystep records only one"
+        ):
+            way()
+    assert not Path("runs").exists() or not [*Path("runs").iterdir()]

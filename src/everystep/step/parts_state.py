@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,19 @@ from everystep.step.own_state import (
 from everystep.step.parts import Parts
 from everystep.step.state import State, copy_of
 
-__all__ = ["PartsState"]
+__all__ = ["PartsState", "Rest"]
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+class Rest(NamedTuple):
+    """What parts hold besides their named tensors, and the random generators: copies.
+
+    tensors: in objects, by name; held: the rest, as JSON can hold it.
+    """
+
+    tensors: dict[str, Tensor]
+    held: dict[str, Any]
 
 
 class PartsState:
@@ -45,11 +55,8 @@ class PartsState:
         self.parts = self._parts = parts
         self._at_first = {name: _attributes(module) for name, module in parts.modules.items()}
 
-    def snapshot(self, step: int, live: Mapping[str, Tensor] | None = None) -> State:
-        """Return a copy of everything that the parts hold after `step`, on the CPU.
-
-        `parameters` is exactly the state_dict of the part called `model`, or of the only module; of
-        others, each name begins with that of the part.
+    def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
+        """Return what the parts hold besides the tensors of a state, and the random generators.
 
         live: their tensors as far as a state has them; None: all.
         """
@@ -67,22 +74,39 @@ class PartsState:
                 found, data = encoded(part, name, live, others - {id(part)})
                 tensors |= found
                 held[name] = {"object": data}
+        generators = Generators.capture(parts.device).tensors()
+        tensors |= {f"generator/{name}": value for name, value in generators.items()}
+        return Rest({name: copy_of(tensor) for name, tensor in tensors.items()}, held)
+
+    def snapshot(
+        self, step: int, live: Mapping[str, Tensor] | None = None, rest: Rest | None = None
+    ) -> State:
+        """Return a copy of everything that the parts hold after `step`, on the CPU.
+
+        `parameters` is exactly the state_dict of the part called `model`, or of the only module; of
+        others, each name begins with that of the part.
+
+        Args:
+            step: the last one.
+            live: their tensors as far as a state has them; None: all.
+            rest: what else they held after the step; None: what they hold now.
+        """
+        parts, live = self._parts, self._parts.state() if live is None else live
+        tensors, held = self.rest(live) if rest is None else rest
         parameters = {
             f"{parts.prefix(name)}{path}": copy_of(tensor)
             for name, module in parts.modules.items()
             if name not in parts.apart
             for path, tensor in state_dict_of(module).items()
         }
-        rest = {
+        others = {
             name: copy_of(tensor)
-            for name, tensor in (*live.items(), *tensors.items())
+            for name, tensor in live.items()
             if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
         }
-        generators = Generators.capture(parts.device).tensors()
-        rest |= {f"generator/{name}": copy_of(value) for name, value in generators.items()}
         frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
         settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
-        return State(step, parameters, rest, settings)
+        return State(step, parameters, others | tensors, settings)
 
     def check_begins_as(self, state: State, cure: str) -> None:
         """Check that what the parts hold besides numbers is what they held in a state.

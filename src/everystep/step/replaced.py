@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OF_WATCHES", "begin", "end", "run_engine"]
+__all__ = ["OF_WATCHES", "begin", "end", "install", "remove", "run_engine"]
 
 #: The names of these, of which another thread may be the reason that they are replaced.
 OF_WATCHES = {"_engine_run_backward", "data"}
@@ -43,8 +43,12 @@ _count = 0
 _engine: Any = None
 
 
-def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
-    """Let a watch run the backward passes of this thread, and know when a tensor gets other memory."""
+def install() -> None:
+    """Replace the two functions, until `remove` has been called as often.
+
+    A change of `torch.Tensor` makes Python forget where it found the methods of all tensors, so a
+    recording does this once, and not at each step.
+    """
     global _count, _engine
     with _lock:
         if not _count:
@@ -52,18 +56,28 @@ def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
             torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
             torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore
         _count += 1
-    _here.watches.append(_Watch(run, moves))
 
 
-def end() -> None:
-    """End what `begin` began last in this thread."""
+def remove() -> None:
+    """Undo one `install`."""
     global _count
-    _here.watches.pop()
     with _lock:
         _count -= 1
         if not _count:
             torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
             del torch.Tensor.data
+
+
+def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
+    """Let a watch run the backward passes of this thread, and know when a tensor gets other memory."""
+    install()
+    _here.watches.append(_Watch(run, moves))
+
+
+def end() -> None:
+    """End what `begin` began last in this thread."""
+    _here.watches.pop()
+    remove()
 
 
 def run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -142,7 +142,7 @@ def _batches(
         return
     last, epochs = (math.inf if n is None else n for n in (iteration.steps, iteration.epochs))
     while count < last and epoch < epochs:
-        before, is_skipping = count, recording.is_ahead
+        before, is_skipping = count, recording.is_resuming
         for batch in recording.drawn(batches):
             count += 1
             yield batch

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from everystep.device import check_one_process
 from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
@@ -70,7 +71,9 @@ class Job:
 
         Raises:
             ExperimentError: gradients are switched off.
+            UsageError: several processes train.
         """
+        check_one_process()
         if not torch.is_grad_enabled():
             fault = Fault("train", "is called within torch.no_grad(); call it outside")
             raise ExperimentError([fault], "the training")

@@ -8,6 +8,7 @@ each draw that used them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -29,7 +30,7 @@ from everystep.errors import RunError
 from everystep.step.generators import Generators
 from everystep.step.own_state import decoded, encoded
 
-__all__ = ["Drawn", "LoaderPosition", "Recorded", "is_quiet"]
+__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet"]
 
 #: Prefix of the names of generators before a draw, and of a loader's own state.
 DRAW, LOADER = "draw/", "own/loader"
@@ -38,12 +39,24 @@ _GLOBAL = {"torch", "device", "python", "numpy"}
 _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
 
 
+class Epoch(NamedTuple):
+    """An epoch of a loop over `epochs`.
+
+    loop: which one, from 0; number: of the epoch; calls: of `steps` before it began.
+    """
+
+    loop: int
+    number: int
+    calls: int
+
+
 @dataclass(frozen=True)
 class Recorded:
     """Where a state is: after so many batches of a call of `steps` (from 0).
 
     loader: the loader's own state, None if it has none; tensors: those of the state on disk; at_first:
-    the random generators of state 0.
+    the random generators of state 0; epoch: the epoch, None if the loop does not use `epochs`;
+    has_workers: whether the call began with workers of an earlier one.
     """
 
     call: int
@@ -51,6 +64,8 @@ class Recorded:
     loader: Any
     tensors: Mapping[str, Tensor]
     at_first: dict[str, Tensor]
+    epoch: Epoch | None = None
+    has_workers: bool = False
 
 
 class Drawn(NamedTuple):
@@ -81,6 +96,10 @@ class LoaderPosition:
         self._device = device
         self._call = -1
         self._taken = 0
+        self._loop = -1
+        self._epoch: Epoch | None = None
+        self._is_between = False
+        self._has_workers = False
         self._loader: Any = None
         self._goal: Recorded | None = None
         self._history: History | None = None
@@ -112,13 +131,48 @@ class LoaderPosition:
 
     def settings(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the current place, as a state has it: tensors, and plain data."""
-        if self._call < 0:
+        if self._call < 0 and self._epoch is None:
             return {}, {}
         tensors: dict[str, Tensor] = {}
-        place: dict[str, Any] = {"call": self._call, "taken": self._taken}
-        if _has_state(self._loader):
+        call, taken = (self._call + 1, 0) if self._is_between else (self._call, self._taken)
+        place: dict[str, Any] = {"call": call, "taken": taken}
+        if self._epoch is not None:
+            place["epoch"] = [*self._epoch]
+        if self._is_between:
+            place["is_between"] = True
+        elif self._has_workers:
+            place["has_workers"] = True
+        if not self._is_between and _has_state(self._loader):
             tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {}, ())
         return tensors, {"place": place}
+
+    def epochs(self, count: int | None) -> Iterator[int]:
+        """Yield the numbers of epochs, from 0; of a resumed training, from the one of its place on.
+
+        Raises:
+            RunError: the recorded training did not use `epochs`.
+        """
+        self._loop += 1
+        goal, first = self._goal, 0
+        if goal is not None:
+            if goal.epoch is None and (goal.call or goal.taken):
+                raise RunError(
+                    "the loop was recorded without recording.epochs, so which epoch it was in is not "
+                    "known; write the loop as it was, or record it anew"
+                )
+            if goal.epoch is not None and self._loop < goal.epoch.loop:
+                return
+            if goal.epoch is not None:
+                first, self._call = goal.epoch.number, goal.epoch.calls - 1
+        for number in itertools.count(first) if count is None else range(first, count):
+            self._enter(number)
+            yield number
+        self._enter(first if count is None else max(first, count))
+
+    def _enter(self, number: int) -> None:
+        """Begin an epoch, or end the last one."""
+        self._epoch = Epoch(self._loop, number, self._call + 1)
+        self._is_between, self.at_end = True, {}
 
     def draw(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield batches; of a resumed training, from its place on.
@@ -127,11 +181,14 @@ class LoaderPosition:
             RunError: the batches are not those of the recording.
         """
         self._call += 1
-        self._taken, self._loader = 0, batches
+        self._taken, self._loader, self._is_between = 0, batches, False
         goal = self._goal
         if goal is not None and self._call < goal.call:
             self._start_workers(batches, goal)
             return
+        if goal is not None and goal.has_workers:
+            self._start_workers(batches, goal)
+        self._has_workers = getattr(batches, "_iterator", None) is not None
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         if iterator is not None:
             self._reached()

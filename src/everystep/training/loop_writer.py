@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from everystep.recording.continuation import shortened
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
-from everystep.step.parts_state import PartsState
+from everystep.step.parts_state import PartsState, Rest
 from everystep.step.path import Path as StepPath
 from everystep.step.state import State, state_differences
 from everystep.training.description import facts_of_loop
@@ -27,6 +27,14 @@ from everystep.training.watched_steps import StepUnderWay, WatchedSteps
 from everystep.training.writer import RunWriter, now
 
 __all__ = ["LoopWriter"]
+
+
+class _Here(NamedTuple):
+    """What a loop carries after a step besides tensors. place: in the batches."""
+
+    step: int
+    rest: Rest
+    place: dict[str, Any]
 
 
 class LoopWriter(RunWriter):
@@ -40,7 +48,8 @@ class LoopWriter(RunWriter):
         advanced: called with a step that was written, and the losses from it on.
         resumed: where a run continues, None for a new one.
 
-    parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran.
+    parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran;
+    has_loss: whether a step has logged a loss.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class LoopWriter(RunWriter):
         self._place = place
         self.function: Callable[[], FunctionFacts] | None = None
         self._pending: State | None = None
+        self._at_rest: _Here | None = None
         self._in_effect = numerics.in_effect()
         if resumed is None:
             beginning = parts.snapshot(0)
@@ -66,7 +76,7 @@ class LoopWriter(RunWriter):
             recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
             recorder.snapshot(beginning)
             super().__init__(recorder, 0, say, advanced)
-            self._has_loss, self._loss_dtype, self._later = False, "float64", None
+            self.has_loss, self._loss_dtype, self._later = False, "float64", None
         else:
             at, facts, budget = resumed.state.step, resumed.facts, snapshot_budget
             recorder = Recorder(
@@ -76,7 +86,7 @@ class LoopWriter(RunWriter):
             is_finite = resumed.is_finite
             super().__init__(recorder, at, say, advanced, seconds_before=before, is_finite=is_finite)
             self.rates, self._later = resumed.rates, resumed.later
-            self._has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
+            self.has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
         self._numerics = numerics.Numerics.read(self.parts.device)
         self.watched = WatchedSteps(self.parts, recorder)
         if message := numerics.warning():
@@ -98,7 +108,7 @@ class LoopWriter(RunWriter):
         self._note_numerics()
         self.timed(step.started, self.parts.state)
         self._keep_pending(self.watched.program_of(path))
-        self._compare_with_later()
+        self._compare_with_later(None)
         if self.is_snapshot_due():
             self._pending = self._snapshot()
         self.flush_if_due()
@@ -124,17 +134,32 @@ class LoopWriter(RunWriter):
         self._keep_pending()
         self.flush()
         if self.step and not is_pending and self.watched.is_as_after(self.parts.state()):
-            last = self._snapshot()
-            # A draw that found no more batches may have used the generators, and no step did.
-            rest = last.rest | self._place.at_end
-            self.recorder.snapshot(State(last.step, last.parameters, rest, last.settings))
+            at_rest = self._at_rest
+            is_known = at_rest is not None and at_rest.step == self.step
+            self.recorder.snapshot(self._snapshot(at_rest if is_known else None))
         self.close(status, reason, self._loop_facts())
 
-    def _snapshot(self) -> State:
-        """Return the current state, with the place in the batches."""
-        tensors, settings = self._place.settings()
-        state = self._whole.snapshot(self.step)
-        return State(state.step, state.parameters, state.rest | tensors, state.settings | settings)
+    def rests(self) -> None:
+        """Note where the loop is, and what it carries besides tensors, as code between steps begins.
+
+        Should the recording end in that code, a resumed loop runs it again, from its beginning.
+        """
+        self._at_rest = self._here()
+        self._compare_with_later(self._at_rest)
+
+    def _here(self) -> _Here:
+        tensors, place = self._place.settings()
+        rest = self._whole.rest()
+        # A draw that found no more batches may have used the generators, and no step did.
+        return _Here(
+            self.step, rest._replace(tensors=rest.tensors | self._place.at_end | tensors), place
+        )
+
+    def _snapshot(self, at_rest: _Here | None = None) -> State:
+        """Return the current state, with the place in the batches. at_rest: of the same step."""
+        here = self._here() if at_rest is None else at_rest
+        state = self._whole.snapshot(self.step, rest=here.rest)
+        return State(state.step, state.parameters, state.rest, state.settings | here.place)
 
     def _note_numerics(self) -> None:
         """Note what was set, of all that bits depend on; report it if steps before had another value."""
@@ -153,26 +178,37 @@ class LoopWriter(RunWriter):
         self.losses.append(step.logged.pop("loss", None))
         if step.loss is not None:
             is_wide = path.loss is None or path.tensors[path.loss].dtype == torch.float64
-            if is_wide or not self._has_loss:  # one that float32 would round widens all of them
+            if is_wide or not self.has_loss:  # one that float32 would round widens all of them
                 self._loss_dtype = "float64" if is_wide else "float32"
-            self._has_loss = True
+            self.has_loss = True
         for name, value in step.logged.items():
             # What the loop logs as a rate may be the one after the step; the name is of the one used.
             title = f"{name} (logged)" if name in step.rates else name
             self.measured.append((title, self.step, value))
         self.note_rates(self.step, step.rates)
 
-    def _compare_with_later(self) -> None:
+    def log_after(self, values: Mapping[str, Any]) -> None:
+        """Add numbers of the last step that were found after it."""
+        for name, value in values.items():
+            title = f"{name} (logged)" if name in self.rates else name
+            self.measured.append((title, self.step, value))
+
+    def _compare_with_later(self, at_rest: _Here | None) -> None:
         """Compare the state of a resumed loop with a snapshot that it reaches again.
+
+        at_rest: where the loop is between two steps; None: at the end of one.
 
         Raises:
             RunError: it differs.
         """
-        later = self._later
+        later, place = self._later, {} if at_rest is None else at_rest.place.get("place", {})
         if later is None or later.step != self.step:
             return
+        is_between = later.settings.get("place", {}).get("is_between", False)
+        if is_between != place.get("is_between", False):
+            return
         self._later = None
-        now = self._snapshot()
+        now = self._snapshot(at_rest)
         different = [each.tensor for each in state_differences(later, now, only_seen=True)]
         held = [state.settings.get("held", {}) for state in (later, now)]
         texts = [{n: json.dumps(each, sort_keys=True) for n, each in of.items()} for of in held]
@@ -200,19 +236,25 @@ class LoopWriter(RunWriter):
     def flush(self) -> None:
         """Write everything recorded so far; this also happens several times a second."""
         if not self.taken:
+            if self.measured:
+                self.recorder.measurements(self._numbers_measured())
+                self.measured = []
             return
         first = self.taken[0].step
         losses = [None if loss is None else float(loss) for loss in self.losses]
-        self.measured = [(name, step, float(value)) for name, step, value in self.measured]
+        self.measured = self._numbers_measured()
         self.write(first, losses, {"loss_dtype": self._loss_dtype} | self._loop_facts())
         self.show_written()
+
+    def _numbers_measured(self) -> list[tuple[str, int, float]]:
+        return [(name, step, float(value)) for name, step, value in self.measured]
 
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(
             parts=LoopFacts.of(self.parts.named).parts,
             programs=self.recorder.program_count,
             unseen=self.watched.unseen,
-            has_loss=self._has_loss,
+            has_loss=self.has_loss,
             function=None if self.function is None else self.function(),
         )
         return {"loop": loop, "steps": max(self.step, self.recorder.recorded)}

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import signal
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
+from everystep.device import check_one_process
 from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.program.operation import path_faults
 from everystep.recording.directories import create_directory
@@ -29,7 +30,7 @@ from everystep.training.batch import tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loader_position import LoaderPosition
 from everystep.training.loop_writer import LoopWriter
-from everystep.training.resumed import forked_loop, resumed_loop
+from everystep.training.resumed import ResumedLoop, forked_loop, resumed_loop
 from everystep.training.watched_steps import StepUnderWay
 
 __all__ = ["Recording"]
@@ -147,6 +148,7 @@ class Recording(Generic[R]):
         is_accepted = self._is_accepted and not is_new
         resumed = resumed_loop(run, self._parts, is_accepted=is_accepted, is_new=is_new)
         whole.restore(resumed.state)
+        _say_where(run, resumed, is_new=is_new)
         if resumed.goal is not None:
             place.resume(resumed.goal, resumed.state.step, resumed.draw, self._settle)
         self._restore = lambda: whole.restore(resumed.state)
@@ -193,6 +195,13 @@ class Recording(Generic[R]):
         finally:
             writer.watched.finish()
             _recording.remove(self)
+        if not writer.step and error is None:
+            say(
+                "no step was recorded: there was no batch, or nothing marks the steps; iterate over "
+                "recording.steps(loader), or put each step into `with recording.step(batch):`"
+            )
+        elif not writer.has_loss and error is None and writer.function is None:
+            say("no loss was recorded; record it in each step: recording.log(loss=loss)")
         is_failed = error is not None
         was_asked = self._interrupt.reason is not None or self._stopped is not None
         if self._fork is not None and not (is_failed or was_asked) and writer.step < self._fork[1]:
@@ -233,9 +242,7 @@ class Recording(Generic[R]):
         return steps
 
     def _steps(self, batches: Iterable[Any]) -> Iterator[Any]:
-        is_resumed, count = self.is_ahead, 0
         for batch in self.drawn(batches):
-            count += 1
             self.begin_step(batch)
             try:
                 yield batch
@@ -248,10 +255,11 @@ class Recording(Generic[R]):
                 else:
                     self.end_step()
                     self._left_at = self.writer.step
+                    self.writer.rests()
                 raise
             self.end_step()
-        if not count and not is_resumed:
-            say("there were no batches, so no step was recorded")
+        if not self.is_resuming:
+            self.writer.rests()
 
     @property
     def step_count(self) -> int:
@@ -277,9 +285,37 @@ class Recording(Generic[R]):
         self._restore()
         self.writer.watched.note_versions()
 
+    def epochs(self, count: int | None = None) -> Iterator[int]:
+        """Yield the numbers of epochs, from 0; each has its loop over `steps`, and code around it.
+
+        A resumed loop does not enter the epochs that are past, and begins with the one that it was in:
+        `steps` continues in the middle, and the code after it runs with what the parts held then.
+
+        Args:
+            count: of epochs; None: without end.
+
+        Raises:
+            UsageError: the recording has not started, or has ended.
+            RunError: the resumed loop was recorded without `epochs`.
+        """
+        _ = self.writer
+        return self._epochs(count)
+
+    def _epochs(self, count: int | None) -> Iterator[int]:
+        for epoch in self._place.epochs(count):
+            if not self.is_resuming:
+                self.writer.rests()
+            yield epoch
+        if not self.is_resuming:
+            self.writer.rests()
+
     @property
-    def is_ahead(self) -> bool:
-        """Whether the place from which a loop continues is still to be found, in its batches."""
+    def is_resuming(self) -> bool:
+        """Whether a resumed loop has not reached the place yet from which it continues.
+
+        Until then, `steps` yields nothing, and code around it runs for epochs that are past, unless the
+        loop uses `epochs`.
+        """
         return self._place.is_ahead
 
     def drawn(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -305,26 +341,31 @@ class Recording(Generic[R]):
             raise
         self.end_step()
 
-    def log(self, **values: Any) -> None:
+    def log(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         """Record numbers of the current step, by name. `loss` is the loss of the step.
 
+        After a step, such as after an epoch, they belong to the last step, and `loss` is not among them.
+
         Args:
-            values: numbers, or tensors with one element; they are detached and copied.
+            values, named: numbers, or tensors with one element, in a dict or by name; they are detached
+                and copied.
 
         Raises:
-            UsageError: no step is in progress, a value is not one number, or a name is too long, or one
-                of too many.
+            UsageError: no step was recorded yet, a value is not one number, or a name is too long, or
+                one of too many.
         """
-        step = self._under_way
+        step, values = self._under_way, dict(values or {}) | named
         if step is None:
-            raise UsageError(
-                "log is called outside of a step; call it in the body of the loop over "
-                "recording.steps(...), or inside recording.step(batch)"
-            )
+            self._check_after(values)
         new = values.keys() - self._measured - {"loss"}
         if new:
             check_measurement_names(self._measured | new)
             self._measured |= new
+        if step is None:
+            numbers = {name: _number(name, value) for name, value in values.items()}
+            if not self.is_resuming:  # the run has what was logged then
+                self.writer.log_after(numbers)
+            return
         with self._aside(values.values()):
             for name, value in values.items():
                 step.logged[name] = _number(name, value)
@@ -332,6 +373,24 @@ class Recording(Generic[R]):
                     step.watch.logged(name, value)
         if "loss" in values:
             step.has_loss(values["loss"])
+
+    def _check_after(self, values: Collection[str]) -> None:
+        """Check that numbers can be logged outside of a step.
+
+        Raises:
+            UsageError: they cannot.
+        """
+        if "loss" in values:
+            raise UsageError(
+                "log(loss=...) is called outside of a step; call it in the body of the loop over "
+                "recording.steps(...), or inside recording.step(batch); the loss of a validation needs "
+                "another name, such as log(val_loss=...)"
+            )
+        if not self.writer.step and not self.is_resuming:
+            raise UsageError(
+                "log is called before the first step; numbers that are logged outside of a step belong "
+                "to the last one"
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -457,6 +516,7 @@ def _not_begun() -> UsageError:
 
 
 def _check_alone() -> None:
+    check_one_process()
     if _recording:
         raise UsageError(
             f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "
@@ -471,6 +531,23 @@ def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str 
     if isinstance(error, Exception):
         return "failed", str(error).strip() or type(error).__name__
     return ("finished", None) if stopped is None else ("stopped", stopped)
+
+
+def _say_where(run: RecordedRun, resumed: ResumedLoop, *, is_new: bool) -> None:
+    """Report from where a loop continues, and what it must do itself. is_new: it is a fork just made."""
+    step, recorded, goal = resumed.state.step, run.newest_step(), resumed.goal
+    message = f"{run.name} continues after step {step:,}"
+    if step < recorded:
+        steps = f"step {recorded:,}" if step + 1 == recorded else f"steps {step + 1:,} to {recorded:,}"
+        message += f"; {steps} {'is' if step + 1 == recorded else 'are'} repeated, and compared"
+    if goal is None:
+        message += "; the loop must begin at recording.step_count"
+    elif goal.epoch is None and goal.call and not is_new:
+        message += (
+            "; code around the steps of epochs that are past runs again: iterate over "
+            "recording.epochs(n), or skip it while recording.is_resuming"
+        )
+    say(message)
 
 
 def _number(name: str, value: Any) -> float | Tensor:

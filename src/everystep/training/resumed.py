@@ -24,7 +24,7 @@ from everystep.step.parts import Parts
 from everystep.step.state import State
 from everystep.training.batch import tensors_of
 from everystep.training.description import facts_of_loop
-from everystep.training.loader_position import DRAW, Drawn, Recorded
+from everystep.training.loader_position import DRAW, Drawn, Epoch, Recorded
 
 __all__ = [
     "ResumedLoop",
@@ -268,13 +268,18 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
     if not isinstance(place, Mapping):
         return None if state.step else Recorded(0, 0, None, {}, {})
     call, taken = place.get("call"), place.get("taken")
-    if not isinstance(call, int) or not isinstance(taken, int):
+    begun = place.get("epoch", [0, 0, 0])
+    is_epoch = isinstance(begun, list) and len(begun) == 3 and all(type(n) is int for n in begun)
+    if not isinstance(call, int) or not isinstance(taken, int) or not is_epoch:
         raise RunError(f"the snapshot of step {state.step} has no valid place in the batches")
     problems: list[str] = []
     first = run.state_near(0, on_problem=problems.append)
     if first is None:
         raise RunError(f"{run.name} cannot find its place in the batches: {'; '.join(problems)}")
-    return Recorded(call, taken, place.get("loader"), state.rest, first.generators.tensors())
+    at_first = first.generators.tensors()
+    epoch = Epoch(*begun) if "epoch" in place else None
+    has_workers = bool(place.get("has_workers"))
+    return Recorded(call, taken, place.get("loader"), state.rest, at_first, epoch, has_workers)
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from everystep import clock
 from everystep.recording.contents import Taken
+from everystep.step import replaced
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
@@ -140,11 +141,13 @@ class WatchedSteps:
         """Follow modules and optimizers, until `finish`."""
         if not self._follows:
             self._follower.begin()
+            replaced.install()
             self._follows = True
 
     def finish(self) -> None:
         """Follow modules and optimizers no longer."""
         if self._follows:
+            replaced.remove()
             self._follower.finish()
             self._follows = False
 

@@ -32,6 +32,7 @@ class RunView {
   #isWalking = false; // the entry of the history is one of stepping: the next step takes its place
   #isOwn = false; // we are changing the address ourselves
   #isFollowing = false;
+  #isKeepingUp = false;
   #isClosed = false;
   #speed = new Speed();
   #questions = null;
@@ -246,7 +247,18 @@ class RunView {
     if (bad >= 0) this.about.nonfinite ??= { step: steps[bad], loss: fullText(losses[bad]) };
     this.#drawLosses();
     this.table.refresh();
-    if (this.#isFollowing) this.#go(this.about.steps, true);
+    this.#keepUp();
+  }
+
+  // One step after the other: where a step takes longer to open than the next one to come, each would be left for its successor.
+  async #keepUp() {
+    if (this.#isKeepingUp) return;
+    this.#isKeepingUp = true;
+    while (this.#isFollowing && !this.#isClosed && this.step !== this.about.steps) {
+      this.#go(this.about.steps, true);
+      await this.stepPlace.show(this.#target());
+    }
+    this.#isKeepingUp = false;
   }
 
   #drawLosses() {

@@ -1,0 +1,146 @@
+"""Loops over epochs: what is past does not run again, and what is logged after an epoch is recorded."""
+
+import math
+
+import pytest
+import torch
+from tests.descent import descend
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import everystep
+from everystep.recording.recorder import Recorder
+from everystep.recording.snapshots import SnapshotPlan
+
+STEPS = 6  # of an epoch
+
+
+class StopError(Exception):
+    """The loop fails, at a chosen point."""
+
+
+@pytest.fixture(autouse=True)
+def snapshot_every_fourth_step(monkeypatch):
+    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 4))
+    monkeypatch.setattr(Recorder, "is_behind", False)
+
+
+def train(directory, epochs, stop=(None, None), workers=0, patience=math.inf):
+    """Train with a validation after each epoch, which draws random numbers; return what it prints.
+
+    stop: where the loop fails: `step` or `validation`, and how many steps it has taken by then.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    data = TensorDataset(torch.randn(4 * STEPS, 3), torch.randn(4 * STEPS, 1))
+    several = {"num_workers": workers, "persistent_workers": True} if workers else {}
+    loader = DataLoader(data, batch_size=4, shuffle=True, **several)
+    best = {"loss": math.inf, "epoch": -1, "without": 0}
+    printed = []
+    with everystep.record(
+        run=directory, resume=True, model=model, optimizer=optimizer, best=best
+    ) as recording:
+        for epoch in recording.epochs(epochs):
+            model.train()
+            for x, y in recording.steps(loader):
+                if stop == ("step", recording.step_count):
+                    raise StopError
+                loss = descend(optimizer, nn.functional.mse_loss(model(x), y))
+                recording.log(loss=loss)
+            model.eval()
+            with torch.no_grad():
+                found = nn.functional.mse_loss(model(data.tensors[0]), data.tensors[1])
+                found += 0.3 * torch.rand(())
+            recording.log(validation=found)
+            best["without"] += 1
+            if found < best["loss"]:
+                best |= {"loss": float(found), "epoch": epoch, "without": 0}
+            if stop[0] == "validation" and recording.step_count >= stop[1]:
+                raise StopError
+            printed.append(f"{epoch} {float(found)} {best}")
+            if best["without"] > patience:
+                break
+    return printed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        return train("run", 6), everystep.open("run").table_frame()
+
+
+@pytest.mark.parametrize("stop", [("step", 1), ("step", 15), ("step", 18), ("validation", 18)])
+def test_a_resumed_loop_enters_no_epoch_that_is_past(stop, whole, tmp_path, capfd):
+    lines, table = whole
+    with pytest.raises(StopError):
+        train(tmp_path / "run", 6, stop)
+    capfd.readouterr()
+    resumed = train(tmp_path / "run", 6)
+    assert resumed == lines[-len(resumed) :]
+    assert len(resumed) < 6 or stop[1] == 1
+    run = everystep.open(tmp_path / "run")
+    assert run.table_frame().equals(table)
+    assert run.verify(progress=False).is_exact
+    assert "everystep: run continues after step " in capfd.readouterr().err
+
+
+def test_a_loop_that_has_ended_is_trained_for_more_epochs(whole, tmp_path):
+    lines, table = whole
+    first = train(tmp_path / "run", 3)
+    more = train(tmp_path / "run", 6)
+    assert first == lines[:3]
+    assert more == lines[-len(more) :] and len(more) <= 4
+    assert everystep.open(tmp_path / "run").table_frame().equals(table)
+
+
+def test_an_early_stop_is_the_same_when_the_loop_is_resumed(tmp_path):
+    lines = train("whole", 30, patience=2)
+    assert 3 < len(lines) < 30
+    with pytest.raises(StopError):
+        train(tmp_path / "run", 30, ("validation", STEPS * len(lines)), patience=2)
+    assert train(tmp_path / "run", 30, patience=2)[-1] == lines[-1]
+
+
+def test_workers_that_stay_are_started_as_they_were(tmp_path):
+    lines = train("whole", 4, workers=1)
+    with pytest.raises(StopError):
+        train(tmp_path / "run", 4, ("step", 3 * STEPS + 2), workers=1)
+    resumed = train(tmp_path / "run", 4, workers=1)
+    assert resumed == lines[-len(resumed) :] and len(resumed) < 4
+
+
+def test_what_is_logged_after_a_step_belongs_to_it(whole):
+    _, table = whole
+    logged = table.filter(table["validation"].is_not_null())
+    assert logged["step"].to_list() == [STEPS * n for n in range(1, 7)]
+
+
+def test_what_cannot_be_logged_outside_of_a_step_is_reported():
+    with everystep.record(run="run", model=nn.Linear(2, 1)) as recording:
+        with pytest.raises(everystep.UsageError, match="before the first step"):
+            recording.log(validation=1.0)
+        with recording.step():
+            pass
+        with pytest.raises(everystep.UsageError, match="another name, such as"):
+            recording.log(loss=1.0)
+        recording.log(validation=1.0)
+    assert everystep.open("run").measured("validation") == {1: 1.0}
+
+
+def test_a_loop_recorded_without_epochs_is_not_resumed_with_them(tmp_path):
+    def trained(in_epochs):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with everystep.record(
+            run=tmp_path / "run", resume=True, model=model, optimizer=optimizer
+        ) as recording:
+            for _ in recording.epochs(3) if in_epochs else range(3):
+                for x in recording.steps([torch.ones(2, 3)] * 5):
+                    recording.log(loss=descend(optimizer, model(x).square().mean()))
+
+    trained(False)
+    with pytest.raises(everystep.RunError, match=r"recorded without recording\.epochs"):
+        trained(True)
