@@ -295,16 +295,6 @@ def test_what_a_run_holds_is_not_read_where_it_came_from(tmp_path):
     assert again.cases == found.cases and len(found.cases) == 5
 
 
-def test_a_loop_is_refused_before_its_batch_is_read(tmp_path):
-    model = nn.Linear(3, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run=tmp_path / "loop", model=model, optimizer=optimizer) as recording:
-        for batch in recording.steps([{"rows": torch.randn(4, 3)}] * 3):
-            recording.log(loss=descend(optimizer, model(batch["rows"]).square().mean()))
-    with pytest.raises(RunError, match="recorded from your own loop"):
-        recording.run.what_if(1, 3, without_rows_of=2, each=True, progress=False)
-
-
 def loop(rate=None, at=4, record=None, logs_item=False, optimizer=ADAM):
     """The losses of a loop with dropout, which may be recorded, at another rate after a step."""
     model, x, y, optimizer = made(0.3, optimizer)
