@@ -1,10 +1,10 @@
 """The steps of which ordinary models a program can repeat, and why not those of the others.
 
-`python -m benchmarks.ordinary_models [name ...]`. Four models as users write them, the smallest
-architecture of each family of torchvision, and some of Hugging Face, with weights drawn here: each is
-trained by everystep and by a loop written out by hand, and must have the same bits. A library that is
-not installed is left out, by name; `pip install -e ".[bench]"` installs them all. With names, only
-models with one of them in their name.
+`python -m benchmarks.ordinary_models [name ...]`. The smallest architecture of each family of
+torchvision, and some of Hugging Face, with weights drawn here: each is trained by everystep and by a
+loop written out by hand, and must have the same bits. A library that is not installed is left out, by
+name; `pip install -e ".[bench]"` installs them all. With names, only models with one of them in their
+name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
 from tests.training.by_hand import Made, by_hand, by_train, contents  # noqa: E402
-from tests.training.ordinary_models import ORDINARY_MODELS  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
@@ -38,9 +37,7 @@ from everystep.errors import EverystepError  # noqa: E402
 
 __all__ = ["main"]
 
-#: Steps of the models that are written here, and of the libraries' larger ones.
-STEPS, LIBRARY_STEPS = 30, 3
-ROWS = 2
+STEPS, ROWS = 3, 2
 
 #: The smallest architecture of each family of torchvision that classifies pictures, and the width of the
 #: pictures; settings beside the number of classes, where there are any.
@@ -67,7 +64,7 @@ TORCHVISION: dict[str, tuple[int, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a library, or of the ten, and how it is trained.
+    """A model of a library, and how it is trained.
 
     make: returns new objects; the same numbers at every call.
     """
@@ -100,7 +97,7 @@ def main() -> None:
     names = parser.parse_args().names
     models = [
         model
-        for source in (ten_models, torchvision_models, hugging_face_models)
+        for source in (torchvision_models, hugging_face_models)
         for model in source()
         if not names or any(name in f"{model.library} {model.name}" for name in names)
     ]
@@ -185,12 +182,6 @@ def table(outcomes: Mapping[Model, Outcome]) -> Iterator[str]:
 # The models.
 
 
-def ten_models() -> Iterator[Model]:
-    """Yield the ten models that the tests train too."""
-    for each in ORDINARY_MODELS:
-        yield Model("as users write them", each.name, each.make, STEPS, each.batch_size)
-
-
 def torchvision_models() -> Iterator[Model]:
     """Yield one model of each family of torchvision."""
     if not _is_there("torchvision"):
@@ -199,7 +190,7 @@ def torchvision_models() -> Iterator[Model]:
 
     for name, (width, settings) in TORCHVISION.items():
         build = partial(models.get_model, name, weights=None, num_classes=10, **settings)
-        yield Model("torchvision", name, partial(_of_pictures, build, width), LIBRARY_STEPS)
+        yield Model("torchvision", name, partial(_of_pictures, build, width), STEPS)
 
 
 def hugging_face_models() -> Iterator[Model]:
@@ -207,7 +198,7 @@ def hugging_face_models() -> Iterator[Model]:
     if not _is_there("transformers"):
         return
     for name, make in (("BERT", _bert), ("GPT-2", _gpt2), ("ViT", _vit)):
-        yield Model("Hugging Face", name, make, LIBRARY_STEPS)
+        yield Model("Hugging Face", name, make, STEPS)
 
 
 class Logits(nn.Module):

@@ -24,7 +24,7 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
-from tests.fuzz import experiments, functions, loops, run_directories, tables  # noqa: E402
+from tests.fuzz import experiments, loops, run_directories, tables  # noqa: E402
 
 from benchmarks.torture_files import shown, small_run  # noqa: E402
 
@@ -106,7 +106,7 @@ def _stopped(folder: Path) -> Iterator[Property]:
 
 
 def _functions(folder: Path) -> Iterator[Property]:
-    yield functions.FUNCTIONS, _in(folder, functions.train_and_compare)
+    yield loops.FUNCTIONS, _in_a_new_place(folder, loops.train_and_compare)
 
 
 def _tables(folder: Path) -> Iterator[Property]:

@@ -1,7 +1,8 @@
-"""Loops of random actions: each is run as it is, and recorded, and must do the same and open again.
+"""Loops and step functions of random actions: each must do the same recorded, and open again.
 
 A loop is data: two models, two optimizers, and for each turn a list of actions. An action that torch
-refuses (a second backward pass, say) is caught by the loop, which goes on, as people's loops do.
+refuses (a second backward pass, say) is caught by the loop, which goes on, as people's loops do. A step
+function takes the first turn of a loop at each step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,20 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
-from everystep.errors import EverystepError
+from everystep.errors import EverystepError, TrainingError
 
 __all__ = [
+    "FUNCTIONS",
     "LOOPS",
     "STOPPED",
+    "Function",
     "Loop",
     "Played",
     "Verifier",
     "play",
     "record_and_compare",
     "resume_and_compare",
+    "train_and_compare",
 ]
 
 #: What an action is: its name, and a small number that it may use.
@@ -409,6 +413,14 @@ def make_infinite(t, recording, x, y, n):
         t.loss = t.loss / 0.0
 
 
+#: Programs may run them: they neither read numbers nor change what only Python knows.
+PURE = {
+    *("forward", "forward_of_noise", "forward_detached", "forward_of_what_is_carried", "backward"),
+    *("backward_anew", "gradients_by_hand", "step", "zero", "clip", "scale_gradients"),
+    *("drop_a_gradient", "edit", "edit_data", "average", "load_model", "advance_schedule"),
+}
+#: Steps of a step function.
+STEPS = 14
 #: They end a turn.
 ENDS = {"continue", "break", "raise"}
 
@@ -439,7 +451,7 @@ def play(loop: Loop, record: Callable[..., Any], until: int | None = None) -> Pl
 def _turn(
     things: Things, recording: Any, batch: Any, actions: tuple[Action, ...], played: Played
 ) -> None:
-    x, y = (batch["x"], batch["more"][0]) if isinstance(batch, dict) else batch
+    x, y = _pair(batch)
     things.loss, things.logged = None, math.nan
     for name, number in actions:
         if name == "raise":
@@ -455,6 +467,10 @@ def _turn(
     with recording.paused():
         played.states.append(digest(things.state()))
     played.losses.append(things.logged)
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    return (batch["x"], batch["more"][0]) if isinstance(batch, dict) else batch
 
 
 def _batches(loop: Loop) -> Iterator[Any]:
@@ -611,6 +627,67 @@ def resume_and_compare(stopped: tuple[Loop, int], directory: Path) -> str:
     return "same"
 
 
+@dataclass(frozen=True)
+class Function:
+    """A step function, of which each step has the actions of a loop's first turn.
+
+    is_vouched: whether programs may run its steps.
+    """
+
+    loop: Loop
+    is_vouched: bool
+
+    def make(self) -> tuple[Things, list[Any], Callable[[Any], Any]]:
+        """Return what its actions work on, its batches, and the step; the same at every call."""
+        things = Things(self.loop)
+
+        def step(batch: Any) -> Any:
+            x, y = _pair(batch)
+            things.loss = None
+            for name, number in self.loop.turns[0]:
+                ACTIONS[name](things, Alone(), x, y, number)
+            return 0.0 if things.loss is None else things.loss
+
+        return things, list(_batches(self.loop)), step
+
+
+def train_and_compare(function: Function, directory: Path) -> str:
+    """Train by hand and by everystep; return who ran the steps, "program" or "python", or "raises".
+
+    A step that is vouched for may be "refused".
+
+    Raises:
+        AssertionError: a bit differs, or the run does not verify.
+    """
+    alone, batches, step = function.make()
+    losses, error = [], None
+    try:
+        for number in range(STEPS):
+            losses.append(float(step(batches[number % len(batches)])) + 0.0)
+    except Exception as raised:
+        error = str(raised)
+    left = _left(alone)
+    things, batches, step = function.make()
+    engine = "program" if function.is_vouched else "auto"
+    options = {"steps": STEPS, "directory": directory, "engine": engine, "progress": False}
+    try:
+        run = everystep.train(step, batches, parts=things.parts(), **options)
+    except TrainingError as refused:
+        assert function.is_vouched and "no program can run these steps" in str(refused), refused
+        return "refused"
+    except Exception as raised:
+        assert error is not None and error in str(raised), raised
+        return "raises"
+    assert error is None, error
+    found = _left(things)
+    assert found == left, [name for name in left if left[name] != found[name]]
+    assert repr(_losses(run)) == repr(losses)
+    verified = run.verify(processes=1, progress=False)
+    assert verified.is_exact, repr(verified)
+    by = run.facts.training.loop.function
+    return "program" if by is not None and by.by_program else "python"
+
+
 def _losses(run: everystep.Run) -> list[float]:
     return [math.nan if loss is None else loss for loss in run.losses["loss"].to_list()]
 
@@ -668,3 +745,16 @@ def _is_resumed(loop: Loop) -> bool:
 
 #: Random loops, and the turn after which they stop and go on.
 STOPPED = st.tuples(LOOPS.filter(_is_resumed), st.integers(1, 7))
+
+
+@st.composite
+def _functions(draw: Any) -> Function:
+    is_vouched = draw(st.booleans())
+    among = st.tuples(st.sampled_from(sorted(PURE if is_vouched else ACTIONS)), st.integers(0, 7))
+    more = draw(st.lists(st.tuples(among, st.integers(0, 5)), max_size=4))
+    turn = _inserted(tuple(each for each in draw(_ordinary) if each[0] != "log"), more)
+    return Function(replace(draw(LOOPS), turns=(turn,) * 4), is_vouched)
+
+
+#: Random step functions.
+FUNCTIONS = _functions()

@@ -2,8 +2,15 @@
 
 import pytest
 from hypothesis import given, settings
-from tests.fuzz.functions import FUNCTIONS, train_and_compare
-from tests.fuzz.loops import LOOPS, STOPPED, Verifier, record_and_compare, resume_and_compare
+from tests.fuzz.loops import (
+    FUNCTIONS,
+    LOOPS,
+    STOPPED,
+    Verifier,
+    record_and_compare,
+    resume_and_compare,
+    train_and_compare,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,4 +37,4 @@ def test_a_random_loop_that_stops_and_goes_on(stopped, tmp_path_factory):
 @settings(derandomize=True, max_examples=12)
 @given(function=FUNCTIONS)
 def test_a_random_step_function(function, tmp_path_factory):
-    train_and_compare(function, tmp_path_factory.mktemp("function"))
+    train_and_compare(function, tmp_path_factory.mktemp("function") / "run")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
@@ -42,20 +41,6 @@ def training(small, make_trainee):
 @pytest.fixture
 def bind(step_of):
     return lambda training: Bound(training, step_of(training))
-
-
-def test_missing_or_too_small_memory_is_named(small, make_trainee, step_of):
-    model, x, y = small
-    weight = torch.tensor([1.0, 3.0])
-    training = make_trainee(model, x, y, loss=lambda p, t: ((p - t) ** 2 * weight).sum())
-    last = step_of(training)
-    (name,) = [name.removeprefix("input/") for name in last.inputs]
-    assert last.inputs[f"input/{name}"].view(torch.float32).tolist() == [1.0, 3.0]
-    Bound(training, last)
-    with pytest.raises(ProgramError, match=f"{name} is missing"):
-        Bound(training, last._replace(inputs={}))
-    with pytest.raises(ProgramError, match=f"bytes of {name}, which has only 4"):
-        Bound(training, last._replace(inputs={f"input/{name}": torch.zeros(1)}))
 
 
 def test_temporary_memory_is_shared_by_those_that_follow_each_other(make_trainee, bind):

@@ -9,11 +9,8 @@ from everystep.program.operators import (
     BY_VALUES,
     NotAllowedError,
     computes,
-    draws_random_numbers,
-    out_variant,
     parameters,
     resolve,
-    writes,
 )
 
 #: What torch says of an operator that does more than compute, or gives something else than tensors.
@@ -145,18 +142,3 @@ def test_a_step_may_call_views_and_a_program_needs_none():
         assert not computes(resolve(f"aten.{name}"))
     for name in ("mul.Tensor", "add_.Tensor", "zeros.default", "copy_.default", "_to_copy.default"):
         assert computes(resolve(f"aten.{name}"))
-
-
-def test_what_schemas_say():
-    aten = torch.ops.aten
-    assert writes(aten.add_.Tensor) == {"self"}
-    assert writes(aten.native_batch_norm.default) == {"running_mean", "running_var"}
-    assert "self" in writes(aten._fused_adam_.default)
-    assert draws_random_numbers(aten.native_dropout.default)
-    assert not draws_random_numbers(aten.mm.default)
-    assert out_variant(aten.mm.default) == (aten.mm.out, ("out",))
-    assert out_variant(aten.add_.Tensor) is None
-    self, other, alpha = parameters(aten.add.Tensor)
-    assert (self.name, self.kind, self.is_positional, self.is_required) == ("self", "Tensor", True, True)
-    assert (alpha.is_positional, alpha.is_required, alpha.default) == (False, False, 1)
-    assert other.kind == "Tensor"

@@ -2,25 +2,20 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from contextlib import suppress
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-import everystep
 from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import tensor_on
+from everystep.program.operation import Operation
 from everystep.program.step_program import Program
-from everystep.recording.files import program_file
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -81,31 +76,6 @@ def changed(data, **changes):
     return json.dumps(data)
 
 
-TRAININGS = {
-    "short last batches": {"batch_size": 6},
-    "clipped": {"clip_norm": 0.1},
-    "one step of Adam": {"optimizer": torch.optim.Adam},
-    "fused": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)},
-    "with an infinite lr": {"optimizer": lambda p: torch.optim.Adam(p, lr=float("inf"))},
-    "with another loss": {"loss": nn.HuberLoss(delta=0.5)},
-}
-
-
-@pytest.mark.parametrize("name", TRAININGS)
-def test_the_programs_of_a_run_are_read_as_they_were_written(name, small):
-    model, x, y = small
-    options = {"loss": nn.MSELoss(), "optimizer": lambda p: everystep.GradientDescent(p, lr=0.01)}
-    options |= TRAININGS[name]
-    optimizer = options.pop("optimizer")(model.parameters())
-    run = everystep.train(model, (x, y), optimizer=optimizer, steps=8, progress=False, **options)
-    files = [run.directory / program_file(n) for n in run.facts.training.engine.programs]
-    assert files
-    for file in files:
-        text = file.read_text()
-        assert Program.from_json(text).to_json() == text
-        json.loads(text, parse_constant=pytest.fail)
-
-
 def test_a_person_can_read_it(program):
     lines = [line.strip().rstrip(",") for line in program.to_json().splitlines()]
     assert '"parameter/0.weight": {"dtype": "float32", "shape": [8, 4]}' in lines
@@ -162,18 +132,6 @@ def test_what_is_wrong_is_named(tiny, changes, message):
         Program.from_json(changed(tiny, **changes))
 
 
-@given(JSON)
-def test_no_json_does_anything_but_fail(data):
-    with pytest.raises(ProgramError):
-        Program.from_json(json.dumps(data))
-
-
-@given(st.text() | st.binary())
-def test_no_text_does_anything_but_fail(text):
-    with pytest.raises(ProgramError):
-        Program.from_json(text)
-
-
 def places(data, way=()):
     yield way
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
@@ -207,21 +165,9 @@ def place_of(data, way):
     return data
 
 
-def test_what_an_operation_writes_is_in_the_order_of_its_arguments_in_every_process():
-    code = (
-        "from everystep.program.operation import Operation\n"
-        "given = ('x', 'w', 'b', 'mean', 'variance', True, 0.1, 1e-5)\n"
-        "operator = 'aten.native_batch_norm.default'\n"
-        "print(*Operation(phase='forward', operator=operator, arguments=given).written())"
-    )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")  # with which a set of both names has either order
-    }
-    assert found == {"mean variance\n"}
+@pytest.mark.parametrize("names", [("mean", "variance"), ("variance", "mean")])
+def test_what_an_operation_writes_is_in_the_order_of_its_arguments(names):
+    given = ("x", "w", "b", *names, True, 0.1, 1e-5)
+    operator = "aten.native_batch_norm.default"
+    written = Operation(phase="forward", operator=operator, arguments=given).written()
+    assert tuple(written) == names  # a set has one order for both

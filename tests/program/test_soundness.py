@@ -7,8 +7,6 @@ from inspect import signature
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.step.torch_modules import WARNINGS, module_cases
 from torch import nn
 from torch.nn import functional
@@ -271,49 +269,6 @@ def test_numbers_that_json_does_not_have_are_written_as_such():
 def test_odd_texts_are_no_program(text):
     with pytest.raises(ProgramError):
         Program.from_json(text)
-
-
-def test_a_program_of_a_network_with_something_changed_is_read_or_refused(convolutional):
-    places, others = list(ways(convolutional)), list(values(convolutional))
-
-    @settings(max_examples=150, derandomize=True)
-    @given(st.data())
-    def read(data):
-        program = copy.deepcopy(convolutional)
-        *way, last = data.draw(st.sampled_from(places))
-        place = program
-        for key in way:
-            place = place[key]
-        other = data.draw(st.sampled_from(others) | st.integers(-3, 70))
-        if data.draw(st.booleans()):
-            del place[last]
-        else:
-            place[last] = copy.deepcopy(other)
-        try:
-            read = Program.from_json(json.dumps(program))
-        except ProgramError as error:
-            assert len(str(error)) < 1000
-        else:
-            assert Program.from_json(read.to_json()) == read
-
-    read()
-
-
-def ways(data, way=()):
-    """Yield where there is something in JSON data: the keys that lead there."""
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in items:
-        yield (*way, key)
-        yield from ways(value, (*way, key))
-
-
-def values(data):
-    """Yield everything that is in JSON data."""
-    for *way, last in ways(data):
-        place = data
-        for key in way:
-            place = place[key]
-        yield place[last]
 
 
 def test_reading_draws_no_random_numbers(make_trainee, program_of):

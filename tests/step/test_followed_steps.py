@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.descent import descend
-from tests.step.loops_to_mistake import LOOPS
-from tests.step.loops_to_mistake.loop import STEPS, trained, update
+from tests.step.loops_to_mistake import LOOPS, STEPS, trained, update
 from tests.training.by_hand import bits
 from tests.training.loops import unrecorded
 from torch import nn

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tests.descent import descend
-from tests.step.loops_to_mistake.loop import batches, network, update
+from tests.step.loops_to_mistake import batches, network, update
 from torch import nn
 from torch.nn import functional
 

@@ -1,0 +1,850 @@
+"""Loops that try to make one step pass for another: `LOOPS`, by name, with a number of steps.
+
+That many of its steps, at least, must be followed on a known path.
+"""
+
+import contextlib
+import random
+import threading
+
+import torch
+from tests.descent import descend
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["LOOPS", "STEPS", "batches", "network", "trained", "update"]
+
+STEPS = 28
+
+
+class Loops(dict):
+    """Loops by name, each with how many of its steps must be followed at least."""
+
+    def __call__(self, least):
+        def noted(function):
+            self[function.__name__] = function, least
+            return function
+
+        return noted
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batches(count=STEPS, rows=8):
+    generator = torch.Generator().manual_seed(1)
+    made = torch.randn(count, rows, 9, generator=generator)
+    return [(each[:, :6].clone(), each[:, 6:].clone()) for each in made]
+
+
+def sgd(model, **settings):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.05} | settings)
+
+
+def update(model, optimizer, x, y):
+    return descend(optimizer, functional.mse_loss(model(x), y))
+
+
+def trained(record, body, model=None, optimizer=None, given=None, between=None, **parts):
+    """Run a loop around a body that is called with model, optimizer, x, y and the step's number."""
+    model = model or network()
+    optimizer = optimizer or sgd(model)
+    with record(model=model, optimizer=optimizer, **parts) as recording:
+        for number, (x, y) in enumerate(given or batches(), start=1):
+            if between is not None:
+                between(model, optimizer, number)
+            with recording.step((x, y)):
+                recording.log(loss=body(model, optimizer, x, y, number))
+    return model
+
+
+LOOPS = loop = Loops()
+
+
+# Numbers that Python has, or reads.
+
+
+@loop(0)
+def floats_of_every_kind(record):
+    def body(model, optimizer, x, y, number):
+        weight = 1.0 if number < 5 else 1.0 / number
+        h = model(x)
+        h = torch.add(h, y, alpha=weight) - weight + (weight - h) + torch.sub(h, y, alpha=weight)
+        h = h / weight + torch.lerp(h, y, weight) + torch.addcmul(h, y, y, value=weight)
+        h = h + torch.addcdiv(h, y, y.abs() + 1, value=weight) + (h.abs() + 1).pow(1 + weight)
+        h.mul_(weight).add_(y, alpha=weight).div_(1 + weight)
+        return descend(optimizer, functional.mse_loss(h, y))
+
+    model = network()
+    return trained(record, body, model, sgd(model, lr=1e-4))
+
+
+@loop(5)
+def exponents_that_become_zero_and_one(record):
+    def body(model, optimizer, x, y, number):
+        exponent = float(number % 3) if number > 4 else 2.0
+        return descend(optimizer, (model(x).abs() + 1).pow(exponent).mean())
+
+    return trained(record, body)
+
+
+@loop(10)
+def a_branch_on_a_number_that_is_read(record):
+    def body(model, optimizer, x, y, number):
+        loss = functional.mse_loss(model(x), y)
+        if x[0, 0].item() > 0.8:
+            loss = loss + model[0].weight.pow(2).sum()
+        if bool(y[0, 0] > 1) and float(x.mean()) < 1:
+            loss = loss * y.sum().tolist()
+        return descend(optimizer, loss)
+
+    return trained(record, body)
+
+
+@loop(15)
+def operands_that_are_swapped(record):
+    def body(model, optimizer, x, y, number):
+        a, b = (y, model(x)) if random.random() < 0.5 else (model(x), y)
+        return descend(optimizer, (a - b).exp().mean())
+
+    return trained(record, body)
+
+
+@loop(8)
+def modules_of_equal_shapes_at_random(record):
+    model = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def body(model, optimizer, x, y, number):
+        for _ in range(2):
+            x = model[random.randrange(2)](x)
+        return descend(optimizer, x[:, :3].sub(y).pow(2).mean())
+
+    return trained(record, body, model)
+
+
+@loop(8)
+def numbers_of_every_type(record):
+    def body(model, optimizer, x, y, number):
+        factor = [1, 1.0, True, -0.0, 0.0, 0, float("nan")][number % 7 if number > 8 else 0]
+        h = model(x)
+        h = h + (y.long() * factor).to(h.dtype).nan_to_num() + torch.full_like(h, factor).nan_to_num()
+        return descend(optimizer, functional.mse_loss(h, y))
+
+    return trained(record, body)
+
+
+@loop(15)
+def generators_that_are_set(record):
+    def body(model, optimizer, x, y, number):
+        if number % 3 == 0:
+            torch.manual_seed(number)
+        a = torch.randn_like(x)
+        if number % 4 == 0:
+            torch.manual_seed(7)
+        return update(model, optimizer, x + a * torch.randn_like(x), y)
+
+    def between(model, optimizer, number):
+        if number % 5 == 0:
+            torch.randn(3)
+
+    return trained(record, body, between=between)
+
+
+@loop(0)
+def lengths_that_come_with_the_batch(record):
+    model = nn.GRU(6, 3, batch_first=True)
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches(rows=16), start=1):
+            lengths = torch.tensor([2, 2, 2, 2] if number < 5 else [4, 2, 1, 1])
+            with recording.step((x, y, lengths)):
+                x = x.view(4, 4, 6)
+                packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+                out = model(packed)[0].data
+                recording.log(loss=descend(optimizer, functional.mse_loss(out, y[:8])))
+    return model
+
+
+@loop(0)
+def places_to_split_at(record):
+    model = network()
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches(), start=1):
+            places = torch.tensor([2, 4] if number < 5 else [1 + number % 3, 5])
+            with recording.step((x, y, places)):
+                one, two, three = torch.tensor_split(x, places)
+                x = torch.cat([three, one.mul(2), two])
+                recording.log(loss=update(model, optimizer, x, y))
+    return model
+
+
+@loop(0)
+def rows_that_a_tensor_picks(record):
+    def body(model, optimizer, x, y, number):
+        place = (x[0, 0] * 0).long() + (number % 7 if number > 5 else 1)
+        h = x + x[place] + x.narrow(0, place, 1)
+        return update(model, optimizer, h, y)
+
+    return trained(record, body)
+
+
+# What torch's functions do not show.
+
+
+@loop(2)
+def temporaries_that_are_written_out_of_sight(record):
+    def body(model, optimizer, x, y, number):
+        h = x * 2
+        if number > 5:
+            with torch._C.DisableTorchFunction():
+                h.add_(1)
+        return update(model, optimizer, h, y)
+
+    return trained(record, body)
+
+
+class Straight(torch.autograd.Function):
+    factor = 1.0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * Straight.factor
+
+
+@loop(0)
+def a_function_with_state_in_its_backward(record):
+    def body(model, optimizer, x, y, number):
+        Straight.factor = float(number)
+        return descend(optimizer, functional.mse_loss(Straight.apply(model(x)), y))
+
+    return trained(record, body)
+
+
+@loop(10)
+def a_function_that_does_the_same_calls(record):
+    def body(model, optimizer, x, y, number):
+        h = model(x)
+        if number < 6 or number > 12:
+            with torch.no_grad():
+                s = h.sign()
+        else:
+            s = Straight.apply(h)
+        return descend(optimizer, functional.mse_loss(h + s, y))
+
+    return trained(record, body)
+
+
+def accumulator(parameter):
+    return parameter.view_as(parameter).grad_fn.next_functions[0][0]
+
+
+#: Nodes are kept, since nothing else of Python's holds them.
+NODES = []
+
+
+def hook_a_node(model):
+    NODES[:] = [accumulator(model[0].weight)]
+    NODES[0].register_prehook(lambda g: (g[0] * 2,))
+
+
+def double_gradient(parameter):
+    parameter.grad.mul_(2)
+
+
+HOOKS = {
+    "a parameter": lambda model: model[0].weight.register_hook(lambda g: g * 2),
+    "a gradient": lambda model: model[0].weight.register_post_accumulate_grad_hook(double_gradient),
+    "a node": hook_a_node,
+}
+
+
+def hooked_on_the_way(register):
+    def between(model, optimizer, number):
+        if number == 10:
+            register(model)
+
+    return lambda record: trained(record, lambda m, o, x, y, n: update(m, o, x, y), between=between)
+
+
+LOOPS |= {f"a hook on {name}": (hooked_on_the_way(hook), 5) for name, hook in HOOKS.items()}
+
+
+@loop(5)
+def a_hook_on_a_node_of_a_tensor_that_is_no_part(record):
+    scale = torch.ones(3, requires_grad=True)
+    node = accumulator(scale)
+
+    def body(model, optimizer, x, y, number):
+        scale.grad = None
+        loss = descend(optimizer, functional.mse_loss(model(x) * scale, y))
+        with torch.no_grad():
+            model[4].bias.sub_(scale.grad, alpha=0.01)
+        return loss
+
+    def between(model, optimizer, number):
+        if number == 10:
+            node.register_prehook(lambda g: (g[0] * 2,))
+
+    return trained(record, body, between=between)
+
+
+@loop(15)
+def another_backward_pass_before_an_update_by_hand(record):
+    def body(model, optimizer, x, y, number):
+        h = model(x)
+        g = torch.ones_like(h)
+        loss = functional.mse_loss(h, y)
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        if number > 7:
+            torch.autograd.backward([h], [g])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.05 * parameter.grad
+        return loss
+
+    return trained(record, body)
+
+
+# Odd gradients.
+
+
+@loop(8)
+def gradients_of_the_batch_that_add_up(record):
+    pairs = batches()
+    for x, _ in pairs:
+        x.requires_grad_()
+    given = pairs[:6] + pairs[:3] + pairs[6:12] + pairs[2:5] + pairs[12:18]
+
+    def body(model, optimizer, x, y, number):
+        loss = functional.mse_loss(model(x), y)
+        loss.backward()
+        other = x + 0.1 * x.grad.sign()
+        return update(model, optimizer, other.detach(), y)
+
+    return trained(record, body, given=given)
+
+
+@loop(0)
+def gradients_of_a_tensor_that_is_no_part(record):
+    scale = torch.ones(3, requires_grad=True)
+
+    def body(model, optimizer, x, y, number):
+        loss = descend(optimizer, functional.mse_loss(model(x) * scale, y))
+        with torch.no_grad():
+            model[4].bias.sub_(scale.grad, alpha=0.01)
+        return loss
+
+    def between(model, optimizer, number):
+        if number in (3, 5, 9, 10, 14, 15, 16):
+            scale.grad = None
+
+    return trained(record, body, between=between)
+
+
+@loop(10)
+def gradients_that_are_retained_and_swapped(record):
+    def body(model, optimizer, x, y, number):
+        h = model[0](x)
+        h.retain_grad()
+        k = model[2](h.tanh())
+        k.retain_grad()
+        loss = functional.mse_loss(model[4](k.tanh()), y)
+        optimizer.zero_grad()
+        loss.backward()
+        one, two = (h, k) if number % 5 else (k, h)
+        with torch.no_grad():
+            model[0].bias.sub_(one.grad.mean(0)).add_(two.grad.exp().mean(0), alpha=0.01)
+        optimizer.step()
+        return loss
+
+    return trained(record, body)
+
+
+@loop(5)
+def parameters_that_are_frozen(record):
+    def between(model, optimizer, number):
+        if number % 6 == 0:
+            for parameter in model[0].parameters():
+                parameter.requires_grad_(not parameter.requires_grad)
+
+    def body(model, optimizer, x, y, number):
+        if number % 9 == 0:
+            model[2].weight.requires_grad = not model[2].weight.requires_grad
+        return update(model, optimizer, x, y)
+
+    model = network()
+    return trained(record, body, model, torch.optim.AdamW(model.parameters(), lr=0.01), between=between)
+
+
+# Optimizers: a closure, one that is no part, other memory.
+
+
+@loop(15)
+def a_closure_for_adam(record):
+    model = network()
+
+    def body(model, optimizer, x, y, number):
+        def closure():
+            optimizer.zero_grad()
+            loss = functional.mse_loss(model(x), y)
+            loss.backward()
+            return loss * 2 if number > 9 else loss
+
+        return optimizer.step(closure)
+
+    return trained(record, body, model, torch.optim.Adam(model.parameters(), lr=0.01))
+
+
+@loop(0)
+def nothing_is_a_part(record):
+    model, other = network(), network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with record(model=other) as recording:
+        for x, y in recording.steps(batches()):
+            recording.log(loss=update(model, optimizer, x, y))
+    return model
+
+
+@loop(10)
+def parameters_that_get_other_memory(record):
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x, y)
+        weight = model[2].weight
+        if number % 4:
+            weight.data = weight.data * 0.9
+        else:
+            weight.data.copy_(weight.data.t() * 0.9)
+        if number % 10 == 0:
+            weight.data = weight.data.t()
+        return loss
+
+    return trained(record, body)
+
+
+# Modes of torch.
+
+
+@loop(5)
+def modes_at_random(record):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def body(model, optimizer, x, y, number):
+        kind = random.randrange(4) if number > 4 else 0
+        modes = [contextlib.nullcontext, torch.no_grad, torch.inference_mode, contextlib.nullcontext]
+        model.train(kind != 3)
+        with modes[kind]():
+            extra = model(x)
+        with torch.autocast("cpu", enabled=kind == 1):
+            loss = functional.mse_loss(model(x) + extra.detach().clone(), y)
+        return descend(optimizer, loss)
+
+    return trained(record, body, model)
+
+
+@loop(5)
+def dtypes_by_default(record):
+    def body(model, optimizer, x, y, number):
+        torch.set_default_dtype(torch.float64 if number % 6 == 0 else torch.float32)
+        try:
+            noise = torch.rand(6)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return update(model, optimizer, x + noise.float(), y)
+
+    return trained(record, body)
+
+
+@loop(5)
+def kinds_of_attention(record):
+    kinds = torch.nn.attention.SDPBackend
+
+    def body(model, optimizer, x, y, number):
+        kind = kinds.MATH if number % 5 == 0 else kinds.FLASH_ATTENTION
+        with torch.nn.attention.sdpa_kernel(kind):
+            h = model[0](x)[None, None]
+            h = functional.scaled_dot_product_attention(h, h, h)[0, 0]
+        return descend(optimizer, functional.mse_loss(model[1:](h), y))
+
+    return trained(record, body)
+
+
+@loop(5)
+def checkpoints_at_times(record):
+    def body(model, optimizer, x, y, number):
+        x = x.clone().requires_grad_()
+        if number % 6 == 0:
+            h = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=number % 4 == 0)
+        else:
+            h = model(x)
+        return descend(optimizer, functional.mse_loss(h, y))
+
+    return trained(record, body, nn.Sequential(network(), nn.Dropout(0.2)))
+
+
+@loop(5)
+def transforms_at_times(record):
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x, y)
+        if number % 6 == 0:
+            parameters = dict(model.named_parameters())
+            found = torch.func.grad(
+                lambda p: functional.mse_loss(torch.func.functional_call(model, p, (x,)), y)
+            )(parameters)
+            ones = torch.ones(6)
+            value, tangent = torch.func.jvp(lambda w: (x @ w).pow(2).mean(), (ones,), (ones,))
+            with torch.no_grad():
+                factor = tangent / value + torch.func.vmap(model[0])(x).mean()
+                for name, parameter in parameters.items():
+                    parameter -= 0.01 * found[name] * factor
+        return loss
+
+    return trained(record, body)
+
+
+class Doubles(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.is_on = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if self.is_on and func is functional.mse_loss else result
+
+
+class Adds(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.is_on = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result + 1 if self.is_on and func is torch.ops.aten.tanh.default else result
+
+
+@loop(0)
+def a_mode_of_functions_around_the_loop(record):
+    with Doubles() as mode:
+
+        def body(model, optimizer, x, y, number):
+            mode.is_on = number > 6
+            return update(model, optimizer, x, y)
+
+        return trained(record, body)
+
+
+def in_the_step(record, mode):
+    def body(model, optimizer, x, y, number):
+        mode.is_on = number > 6
+        with mode:
+            return update(model, optimizer, x, y)
+
+    return trained(record, body)
+
+
+@loop(15)
+def a_mode_of_functions_in_the_step(record):
+    return in_the_step(record, Doubles())
+
+
+@loop(0)
+def a_mode_of_operators_in_the_step(record):
+    return in_the_step(record, Adds())
+
+
+@loop(0)
+def an_evaluation_in_inference_mode(record):
+    layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+    model, kept = nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Linear(6, 3)), {}
+
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x[:, None], y[:, None])
+        model.eval()
+        with torch.inference_mode():
+            mask = torch.zeros(8, 4, dtype=torch.bool)
+            mask[:, 3] = True
+            model[0](x[:, None].expand(-1, 4, -1), src_key_padding_mask=mask)
+            kept["best"] = model(x[:, None]).mean(0)
+        model.train()
+        return loss
+
+    return trained(record, body, model, kept=kept)
+
+
+@loop(0)
+def training_in_inference_mode(record):
+    model = network()
+    with torch.inference_mode(), record(model=model) as recording:
+        for x, _ in recording.steps(batches()):
+            recording.log(loss=model(x).sum())
+    return model
+
+
+# Odd state and batches, and what is carried from step to step.
+
+
+@loop(10)
+def buffers_that_are_bound_again(record):
+    model = network()
+    model.register_buffer("mean", torch.zeros(6))
+
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x - model.mean, y)
+        if number % 5 == 0:
+            model.mean.mul_(0.9).add_(x.mean(0))
+        else:
+            model.mean = 0.9 * model.mean + x.mean(0)
+        return loss
+
+    return trained(record, body, model)
+
+
+@loop(10)
+def tensors_from_elsewhere_that_alias(record):
+    other = torch.randn(8, 6)
+
+    def body(model, optimizer, x, y, number):
+        h = x * 1.5
+        seen = [other, other[:], model[0].weight, h[:]][number % 4 if number > 9 else 0]
+        seen.detach().mul_(0.9)
+        return update(model, optimizer, h + other, y)
+
+    return trained(record, body)
+
+
+@loop(4)
+def views_from_elsewhere_that_are_gone_at_once(record):
+    one, two = torch.randn(2, 6), torch.randn(2, 6)
+    views = [view for n in range(STEPS) for view in (one[:1], (one if n < 9 or n % 2 else two)[:1])]
+
+    def body(model, optimizer, x, y, number):
+        h = x + views.pop(0)
+        return update(model, optimizer, h * views.pop(0), y)
+
+    return trained(record, body)
+
+
+@loop(5)
+def a_batch_that_is_added_late_and_aliases(record):
+    model = network()
+    optimizer = sgd(model)
+    one, two = torch.randn(8, 6), torch.randn(8, 6)
+    y = torch.randn(8, 3)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number in range(STEPS):
+            alias = (two if number < 9 or number % 2 else one).view(8, 6)
+            with recording.step():
+                h = one * 2
+                if hasattr(recording, "add_batch"):
+                    recording.add_batch(alias)
+                alias.mul_(0.9)
+                recording.log(loss=update(model, optimizer, h + one, y))
+    return model
+
+
+@loop(5)
+def derivatives_of_another_mode(record):
+    forward = torch.autograd.forward_ad
+
+    def body(model, optimizer, x, y, number):
+        if number % 5:
+            return update(model, optimizer, x, y)
+        with forward.dual_level():
+            dual = forward.make_dual(x, torch.ones_like(x))
+            tangent = forward.unpack_dual(model(dual) * (1.0 / number)).tangent
+        return update(model, optimizer, x + tangent.detach().sum(), y)
+
+    return trained(record, body)
+
+
+@loop(11)
+def a_result_in_the_place_of_what_is_from_elsewhere(record):
+    outside = torch.ones(8, 6)
+
+    def body(model, optimizer, x, y, number):
+        own = x * 2
+        h = own if number % 9 == 0 else outside
+        g = h + 1
+        own.mul_(2)
+        return update(model, optimizer, own + g + h * 3, y)
+
+    return trained(record, body)
+
+
+class Scripted(nn.Module):
+    def forward(self, x):
+        x.add_(1.0)
+        return x * 2
+
+
+@loop(5)
+def a_script_at_times(record):
+    scripted = torch.jit.script(Scripted())
+
+    def body(model, optimizer, x, y, number):
+        h = x * 1.0
+        k = scripted(h) if number % 5 == 0 else h * 2
+        return update(model, optimizer, h + k, y)
+
+    return trained(record, body)
+
+
+@loop(5)
+def weights_that_are_swapped_between_modules(record):
+    def body(model, optimizer, x, y, number):
+        if number % 7 == 0:
+            model[0].bias, model[2].bias = model[2].bias, model[0].bias
+        return update(model, optimizer, x, y)
+
+    return trained(record, body)
+
+
+@loop(2)
+def batches_that_alias(record):
+    whole, y = torch.randn(40, 6), torch.randn(8, 3)
+    model = network()
+
+    def batch(number):
+        one = whole[number : number + 8]
+        return (one, y), (one, whole[number + 1 : number + 9]), (one, one), (one, one[:])
+
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number in range(STEPS):
+            one, two = batch(number)[number % 4 if number > 11 else 0]
+            with recording.step((one, two)):
+                x = one + 0
+                two.mul_(0.5)
+                recording.log(loss=update(model, optimizer, one + x, y))
+    return model
+
+
+@loop(5)
+def batches_that_are_parameters(record):
+    model = network()
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches()):
+            x = x if number < 7 else model[0].weight if number % 2 else model[0].weight.detach()
+            with recording.step({"x": x, "y": y, "more": [y]}):
+                recording.log(loss=update(model, optimizer, x, y))
+    return model
+
+
+@loop(10)
+def the_batch_is_added_late(record):
+    model = network()
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches()):
+            with recording.step():
+                loss = model[0].weight.pow(2).mean()
+                if hasattr(recording, "add_batch") and number % 10 != 9:
+                    recording.add_batch((x, y))
+                recording.log(loss=descend(optimizer, loss + functional.mse_loss(model(x), y)))
+    return model
+
+
+@loop(0)
+def data_and_buffers_of_which_the_step_reads_more(record):
+    """Batches and a buffer are views of what the body reads in whole."""
+    x, y, whole = torch.randn(8 * STEPS, 6), torch.randn(8 * STEPS, 3), torch.arange(12.0)
+    model = network()
+    model.register_buffer("first_half", whole[:6])
+
+    def body(model, optimizer, a, b, number):
+        return update(model, optimizer, a - x.mean(0) + model.first_half + whole.mean(), b + y[0])
+
+    given = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 8 * STEPS, 8)]
+    return trained(record, body, model, given=given)
+
+
+@loop(5)
+def updates_between_the_steps(record):
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches()):
+            with recording.step((x, y)):
+                loss = functional.mse_loss(model(x), y)
+                loss.backward()
+                recording.log(loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            if number == 4:
+                model.load_state_dict(best)
+    return model
+
+
+# Steps that fail or break off, evaluations, another thread.
+
+
+@loop(10)
+def texts_of_tensors(record):
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x, y)
+        texts = f"{loss:.3f} {loss} {model[0].bias!r}" if number % 4 else str(loss)
+        return loss * (len(texts) > 0)
+
+    return trained(record, body)
+
+
+@loop(10)
+def steps_that_fail_and_are_taken_again(record):
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(batches()):
+            for attempt in range(2):
+                with contextlib.suppress(RuntimeError), recording.step((x, y)):
+                    loss = functional.mse_loss(model(x), y)
+                    if number % 5 == 4 and not attempt:
+                        raise RuntimeError("in the forward pass")
+                    recording.log(loss=descend(optimizer, loss))
+                    if number % 7 == 4 and not attempt:
+                        raise RuntimeError("after the update")
+                    break
+    return model
+
+
+@loop(10)
+def another_thread(record):
+    def body(model, optimizer, x, y, number):
+        found = []
+        if number % 5 == 0:
+            thread = threading.Thread(target=lambda: found.append(x.detach().tanh()))
+            thread.start()
+            thread.join()
+        return update(model, optimizer, found[0] if found else x, y)
+
+    return trained(record, body)
+
+
+@loop(10)
+def the_next_batch_by_hand(record):
+    model = network()
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        given = iter(recording.steps(batches()))
+        for _ in range(STEPS):
+            recording.log(loss=update(model, optimizer, *next(given)))
+    return model
+
+
+@loop(10)
+def a_zip_that_ends_first(record):
+    model = network()
+    optimizer = sgd(model)
+    with record(model=model, optimizer=optimizer) as recording:
+        for (x, y), _ in zip(recording.steps(batches()), range(STEPS - 2), strict=False):
+            recording.log(loss=update(model, optimizer, x, y))
+    return model
