@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from everystep.answers.doctor import Diagnosis
+    from everystep.experiment.metrics import Metrics
     from everystep.experiment.specification import Experiment
     from everystep.training.record import Recording
 
@@ -106,7 +108,7 @@ def train(
     schedule_every: Literal["step", "epoch"] = "step",
     clip_norm: float | None = None,
     validation: tuple[Any, Any] | float | None = None,
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+    metrics: Metrics | None = None,
     evaluate_every: int | None = None,
     stop_on_nan: bool = False,
     engine: Literal["auto", "program", "eager"] = "auto",
@@ -155,8 +157,8 @@ def train(
         schedule: a schedule of the optimizer's learning rate; advanced every `schedule_every`.
         clip_norm: clip the 2-norm of all gradients together to this before the update.
         validation: x and y to measure but not to train on, or the fraction of rows to hold out for it.
-        metrics: more measurements: name to a function of all predictions and targets of the validation
-            part, or of the data if there is none.
+        metrics: more measurements of the validation part, or of the data if there is none: names of
+            metrics (`["accuracy"]`), or name to a function of all predictions and targets.
         evaluate_every: steps between measurements; default: an epoch, or a hundredth of the steps if
             every step sees all rows. The last step is always measured.
         stop_on_nan: stop at the first loss that is not finite; otherwise record it and print a notice.
@@ -234,7 +236,7 @@ def train(
     # What they are is checked where all faults are found at once.
     live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
     objects = Objects(
-        live, of_pair, updating, rows, schedule, schedule_every, validation, metrics or {}, limit
+        live, of_pair, updating, rows, schedule, schedule_every, validation, metrics or (), limit
     )
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is not None:
@@ -245,7 +247,7 @@ def train(
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
         outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher)
-    return run_from_objects(outcome, replace(objects, metrics=dict(metrics or {})))
+    return run_from_objects(outcome, replace(objects, metrics=copy(metrics or ())))
 
 
 def record(

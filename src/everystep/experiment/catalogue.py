@@ -1,4 +1,4 @@
-"""torch's layers, losses, optimizers and schedules by name; arguments are checked before use.
+"""torch's layers, losses, optimizers and schedules by name, with checked arguments; and metrics.
 
 Names come from experiment files, so nothing here evaluates them: `ast` parses a layer, its arguments
 must be literals, and the class must be one that torch exports.
@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from everystep.errors import Fault, did_you_mean
+from everystep.experiment.metrics import METRICS, Metric
 from everystep.gradient_descent import GradientDescent
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "keyword_parameters",
     "layer_class",
     "loss_class",
+    "metric_by_name",
     "names_faults",
     "optimizer_class",
     "parse_layer",
@@ -117,6 +119,12 @@ def schedule_class(name: str) -> type[lr_scheduler.LRScheduler]:
     return found
 
 
+def metric_by_name(name: str) -> Metric:
+    """Return the metric of that name; raises ValueError with the nearest names."""
+    found: Metric = _look_up(name, {name: each for name, each in METRICS.items() if each.of}, "metric")
+    return found
+
+
 def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     """Find every unknown name and wrong argument in an experiment as read from TOML.
 
@@ -127,6 +135,10 @@ def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     for index, text in enumerate(layers if isinstance(layers, list) else []):
         if isinstance(text, str):
             faults += _faults_of(f"model.layers[{index}]", partial(_check_layer, text))
+    metrics = experiment.get("metrics")
+    for index, name in enumerate(metrics if isinstance(metrics, list) else []):
+        if isinstance(name, str):
+            faults += _faults_of(f"metrics[{index}]", partial(metric_by_name, name))
     for section, find in (
         ("loss", loss_class),
         ("optimizer", optimizer_class),

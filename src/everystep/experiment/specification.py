@@ -178,6 +178,7 @@ class Experiment(Iteration):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
+    metrics: Annotated[list[str], Field(min_length=1)] | None = None
     data: Annotated[RandomData | BundledData | TableData | ArrayData, Field(discriminator="source")]
     model: Model
     loss: Loss

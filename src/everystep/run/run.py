@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from everystep.answers.doctor import Diagnosis
+    from everystep.experiment.metrics import Metrics
     from everystep.training.job import Outcome, Progress
     from everystep.training.objects import Objects
     from everystep.views.report import Report
@@ -64,7 +65,7 @@ class Run(Questions):
         schedule_every: Literal["step", "epoch"] = "step",
         data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | None = None,
-        metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+        metrics: Metrics | None = None,
         without_rows: Iterable[int] = (),
         relabel: Mapping[int, float] | None = None,
         directory: str | Path | None = None,
@@ -134,7 +135,7 @@ class Run(Questions):
         schedule_every: Literal["step", "epoch"] = "step",
         data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | float | None = None,
-        metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+        metrics: Metrics | None = None,
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
     ) -> Run:

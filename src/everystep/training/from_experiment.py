@@ -19,12 +19,11 @@ from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.specification import Experiment
-from everystep.step.evaluate import Evaluation
 from everystep.step.generators import generators_preserved
 from everystep.training.from_objects import job_of
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.measurements import standard_measurements
+from everystep.training.measurements import evaluation_of
 from everystep.training.objects import Objects
 
 __all__ = ["experiment_job", "train_experiment"]
@@ -95,9 +94,9 @@ def experiment_job(
     every = experiment.schedule.every if experiment.schedule else "step"
     objects = Objects(model, loss, optimizer, schedule=schedule, schedule_every=every)
     on_device = data.to(device)
-    evaluation = on_device.validation and Evaluation(
-        model, standard_measurements(loss, on_device.validation[1]), {}, *on_device.validation, device
-    )
+    held_out, rows = on_device.validation, (on_device.x, on_device.y)
+    is_validation, metrics = held_out is not None, experiment.metrics or ()
+    evaluation = evaluation_of(model, loss, held_out or rows, metrics, is_validation=is_validation)
     batch = batches.of(on_device.x, on_device.y)
     source = experiment.data.model_dump(exclude_none=True)
     job = job_of(objects, experiment, batches, batch, data, source, evaluation, device)

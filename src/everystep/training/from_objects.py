@@ -25,7 +25,7 @@ from everystep.training.dataset import DatasetBatches, length_of, read_once
 from everystep.training.facts import describe
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.measurements import standard_measurements
+from everystep.training.measurements import evaluation_of
 from everystep.training.objects import Objects, is_dataset
 
 __all__ = ["job_of", "objects_job", "train_objects"]
@@ -215,9 +215,9 @@ def _evaluation(objects: Objects, read: _Read, device: torch.device) -> Evaluati
     if validation is None and (data is None or not objects.metrics):
         return None
     pair = validation or (data.x, data.y)  # type: ignore[union-attr]  # there is one
-    standard = {} if validation is None else standard_measurements(objects.loss, pair[1])
-    x, y = (part.to(device) for part in pair)
-    return Evaluation(objects.model, standard, objects.metrics, x, y, device)
+    rows = pair[0].to(device), pair[1].to(device)
+    is_validation = validation is not None
+    return evaluation_of(objects.model, objects.loss, rows, objects.metrics, is_validation=is_validation)
 
 
 def _device(objects: Objects, name: str | None) -> torch.device:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -25,11 +25,12 @@ from torch.utils.data import (
 )
 
 from everystep.errors import DataError, ExperimentError, Fault, RunError, UsageError
+from everystep.experiment.catalogue import metric_by_name
+from everystep.experiment.metrics import RESERVED_NAMES, Metrics
 from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
 from everystep.step.follow import is_compiled, scripted_fault
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT, called, unfit
-from everystep.training.measurements import RESERVED_NAMES
 
 __all__ = ["Objects", "is_dataset"]
 
@@ -43,8 +44,9 @@ class Objects:
 
     model: an nn.Module; loss: a function of prediction and target; optimizer: over the model's
     parameters; data: x (N, ...) and y (N, ...), or a Dataset; schedule: a scheduler of torch's;
-    validation: x and y to measure, or the share of rows to keep out for it; metrics: functions of all
-    predictions and targets, by name; dataset_limit: bytes that a Dataset may take as tensors.
+    validation: x and y to measure, or the share of rows to keep out for it; metrics: names of
+    metrics, or functions of all predictions and targets, by name; dataset_limit: bytes that a Dataset
+    may take as tensors.
     """
 
     model: Any = None
@@ -54,7 +56,7 @@ class Objects:
     schedule: Any = None
     schedule_every: Any = "step"
     validation: Any = None
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] = field(default_factory=dict)
+    metrics: Metrics = ()
     dataset_limit: int = DEFAULT_DATASET_LIMIT
 
     def copied(self) -> Objects:
@@ -261,11 +263,20 @@ def _schedule_faults(schedule: Any, every: Any, has_validation: bool) -> Faults:
 
 def _metrics_faults(metrics: Any) -> Faults:
     """Yield what is wrong with the metrics."""
+    if isinstance(metrics, list | tuple) and all(isinstance(name, str) for name in metrics):
+        for place, name in enumerate(metrics):
+            try:
+                metric_by_name(name)
+            except ValueError as error:
+                yield Fault(f"metrics[{place}]", str(error))
+        return
     if not (
         isinstance(metrics, Mapping)
         and all(isinstance(name, str) and callable(each) for name, each in metrics.items())
     ):
-        yield Fault("metrics", "must map names to callables of (prediction, target)")
+        yield Fault(
+            "metrics", "must map names to callables of (prediction, target), or list names of metrics"
+        )
         return
     try:
         check_measurement_names({*RESERVED_NAMES, *metrics})

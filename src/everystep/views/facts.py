@@ -23,7 +23,7 @@ from everystep.recording.facts import (
 )
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text, shortest
-from everystep.views.texts import counted, labelled, number, time_text
+from everystep.views.texts import counted, labelled, measured_text, number, time_text
 
 __all__ = [
     "closing",
@@ -81,7 +81,7 @@ def closing(directory: Path, reason: str | None) -> str:
     seconds = "" if facts.seconds is None else f" in {facts.seconds:.3g} s"
     lines = [] if reason is None else [f"stopped: {reason}", ""]
     measured = "".join(
-        f", {name} {number(value)}"
+        f", {name} {measured_text(name, value)}"
         for name, value in run.latest_measurements.items()
         if name != "lr" and name not in facts.measured
     )
