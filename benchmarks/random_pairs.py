@@ -241,7 +241,7 @@ def try_one(pair: Pair, directory: Path, counts: Counts, runs: dict[str, Pair]) 
     made = pair.make()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            run = by_train(made, directory=directory, **options)
+            run = by_train(made, run=directory, **options)
     except Exception as error:
         counts.failures.append((f"{type(error).__name__}: {error}", pair))
         return

@@ -196,7 +196,7 @@ def test_stop_on_nan_exits_with_1(everystep_command):
 
 def test_an_encoding_without_mathematical_signs_is_no_error():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    run = everystep.train_experiment("two-layer", {"steps": 3}, directory="r\xfcn", progress=False)
+    run = everystep.train_experiment("two-layer", {"steps": 3}, run="r\xfcn", progress=False)
     losses = [str(np.float32(loss)) for loss in run.losses["loss"]]  # other processors have other ones
     for arguments, shown in (
         (["step", "r\xfcn", "2", "--op", "5"], "d#2 = 2 * (#2 - y)"),

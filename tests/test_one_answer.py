@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("answers") / "runs"
     for name, lr in (("chapter", 1e-4), ("other", 2e-4)):
         settings = {"steps": 6, "optimizer.lr": lr, "batch_size": 12}
-        everystep.train_experiment("two-layer", settings, directory=place / name, progress=False)
+        everystep.train_experiment("two-layer", settings, run=place / name, progress=False)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with everystep.record(run=place / "broken", model=model, optimizer=optimizer) as recording:

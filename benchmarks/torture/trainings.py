@@ -217,7 +217,7 @@ def _trained(make: Callable[[], dict[str, Any]], data: Any) -> Callable[..., Non
             steps=steps,
             batch_size=8,
             threads=1,
-            directory=place,
+            run=place,
             progress=_lines(lines),  # type: ignore[arg-type]
         )
 
@@ -355,7 +355,7 @@ def _function(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:
 
     parts = {"model": model, "optimizer": optimizer}
     shown = _lines(lines)
-    everystep.train(step, None, parts=parts, steps=steps, directory=place, progress=shown)  # type: ignore
+    everystep.train(step, None, parts=parts, steps=steps, run=place, progress=shown)  # type: ignore
 
 
 STEP_FUNCTION = Training("step-function", "step function", 4000, _function)
@@ -377,7 +377,7 @@ def _fork(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:
             Run(place).resume(progress=_lines(lines))
         return
     parent = Run(prepared / "parent")
-    parent.fork(steps // 2 + 3, {"optimizer.lr": 0.003}, directory=place, progress=_lines(lines))
+    parent.fork(steps // 2 + 3, {"optimizer.lr": 0.003}, run=place, progress=_lines(lines))
 
 
 def _measure(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:

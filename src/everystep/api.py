@@ -112,7 +112,7 @@ def train(
     evaluate_every: int | None = None,
     stop_on_nan: bool = False,
     engine: Literal["auto", "program", "eager"] = "auto",
-    directory: str | Path | None = None,
+    run: str | Path | None = None,
     resume: bool | str | Path = False,
     anyway: bool = False,
     fork: str | Path | Run | None = None,
@@ -167,9 +167,9 @@ def train(
             code does the same operations at every step: programs run most steps, and are compared with
             Python in some; raise an error if no program can. Python runs every step of a step function
             unless you vouch for it.
-        directory: the run's directory, which must not exist; default: the next free one in runs/.
+        run: the run's directory, which must not exist; default: the next free one in runs/.
         resume: the run to go on with, after it was killed or stopped: its directory, or its name in
-            runs/. True: go on with `directory` if that exists, and begin it otherwise. The other
+            runs/. True: go on with `run` if that exists, and begin it otherwise. The other
             arguments are as before, except for more `steps`; see `Run.resume`.
         anyway: go on although something changed, as in `Run.resume`.
         fork, at: of a step function: begin with the state of a run after step `at`, as in `record`;
@@ -202,7 +202,7 @@ def train(
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
-    place = None if directory is None else Path(directory)
+    place = None if run is None else Path(run)
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
@@ -302,7 +302,7 @@ def record(
     from everystep.training.record import Recording
 
     place = None if run is None else Path(run)
-    resumed = _resumed(place, resume, "run")
+    resumed = _resumed(place, resume)
     return Recording(
         parts,
         place,
@@ -343,10 +343,8 @@ def _forked(
     return None
 
 
-def _resumed(place: Path | None, resume: bool | str | Path, name: str = "directory") -> Run | None:
+def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
     """Return the run to go on with, None to begin one.
-
-    name: of the argument that names the directory of a new run.
 
     Raises:
         UsageError: it is not named, or twice.
@@ -356,10 +354,10 @@ def _resumed(place: Path | None, resume: bool | str | Path, name: str = "directo
         return None
     if resume is not True:
         if place is not None:
-            raise UsageError(f"resume names a run, and so does {name}; pass one of them")
+            raise UsageError("both run and resume name a run; pass one of them")
         return Run(find_run(resume))
     if place is None:
-        raise UsageError(f"resume=True needs the run's directory: {name}=...; or pass resume=RUN")
+        raise UsageError("resume=True needs the run's directory: run=...; or pass resume=RUN")
     return None if remove_unbegun(place) else Run(place)
 
 
@@ -367,7 +365,7 @@ def train_experiment(
     experiment: str | Path | Mapping[str, Any] | Experiment,
     settings: Mapping[str, Any] | None = None,
     *,
-    directory: str | Path | None = None,
+    run: str | Path | None = None,
     resume: bool | str | Path = False,
     anyway: bool = False,
     snapshot_budget: int = DEFAULT_BUDGET,
@@ -381,7 +379,7 @@ def train_experiment(
         experiment: the name of a built-in experiment, a TOML file, its content as a dict, or a loaded
             experiment.
         settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
-        directory: the run's directory, which must not exist; default: the next free one in runs/.
+        run: the run's directory, which must not exist; default: the next free one in runs/.
         resume, anyway: go on with a run of this experiment, as in `train`.
         snapshot_budget: maximum bytes of snapshots.
         progress: show a progress bar if stderr is a terminal.
@@ -400,7 +398,7 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
-    place = None if directory is None else Path(directory)
+    place = None if run is None else Path(run)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
         return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher))

@@ -272,7 +272,7 @@ def train_and_compare(function: Function, folder: Path) -> str:
             batches,
             parts=module.parts,
             steps=STEPS,
-            directory=folder / f"run-{number}",
+            run=folder / f"run-{number}",
             engine="program" if function.is_vouched else "auto",
             progress=False,
         )

@@ -35,9 +35,9 @@ STATIC = Path(everystep.__file__).parent / "page" / "static"
 def chapter_run(shelf):
     """The chapter's network, fifty steps of it, and a fork."""
     run = everystep.train_experiment(
-        "two-layer", {"steps": 50, "optimizer.lr": 1e-4}, directory=shelf / "chapter"
+        "two-layer", {"steps": 50, "optimizer.lr": 1e-4}, run=shelf / "chapter"
     )
-    run.fork(20, directory=shelf / "child", steps=30, lr=2e-4)
+    run.fork(20, run=shelf / "child", steps=30, lr=2e-4)
     return run
 
 

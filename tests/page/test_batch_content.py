@@ -26,7 +26,7 @@ def flowers(tmp_path_factory):
         "loss": {"name": "CrossEntropyLoss"},
         "optimizer": {"name": "SGD", "lr": 0.1},
     }
-    return everystep.train_experiment(experiment, directory=directory / "flowers", progress=False)
+    return everystep.train_experiment(experiment, run=directory / "flowers", progress=False)
 
 
 def test_classes_have_the_names_of_the_data(flowers):

@@ -27,11 +27,11 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tasks")
-    everystep.train_experiment("two-layer", {"steps": 60}, directory=directory / HOSTILE, progress=False)
+    everystep.train_experiment("two-layer", {"steps": 60}, run=directory / HOSTILE, progress=False)
     everystep.train_experiment(
         "two-layer",
         {"steps": 60, "optimizer.lr": 2e-4},
-        directory=directory / "other",
+        run=directory / "other",
         progress=False,
     )
     return directory

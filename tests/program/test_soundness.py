@@ -345,7 +345,7 @@ def test_statistics_of_every_dtype_are_read_on_a_machine_that_has_not_seen_the_p
     x, y = torch.randn(6, 4, dtype=dtype), torch.randn(6, 1, dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     run = everystep.train(
-        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=3, directory=tmp_path / "run",
+        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=3, run=tmp_path / "run",
         progress=False,
     )  # fmt: skip
     monkeypatch.setattr("everystep.program.program.is_known_sound", lambda content: False)

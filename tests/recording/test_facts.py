@@ -48,7 +48,7 @@ CHANGED = [
 
 @pytest.fixture
 def runs(tmp_path):
-    return by_train(new_training(), steps=3, directory=tmp_path / "runs" / "right").directory.parent
+    return by_train(new_training(), steps=3, run=tmp_path / "runs" / "right").directory.parent
 
 
 def change(directory, key, text):

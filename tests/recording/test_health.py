@@ -32,7 +32,7 @@ def recorded(tmp_path_factory):
     everystep.train(
         model, (torch.randn(20, 4), torch.randn(20, 2)), loss=torch.nn.MSELoss(), steps=20,
         optimizer=everystep.GradientDescent(model.parameters(), lr=0.01), validation=0.2,
-        evaluate_every=5, directory=directory, progress=False,
+        evaluate_every=5, run=directory, progress=False,
     )  # fmt: skip
     with closing(sqlite3.connect(directory / "run.sqlite")) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -168,9 +168,7 @@ def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Database, "close", copy_and_close)
-        original = everystep.train_experiment(
-            "two-layer", settings, directory="original", progress=False
-        )
+        original = everystep.train_experiment("two-layer", settings, run="original", progress=False)
     log = run / "run.sqlite-wal"
     content = bytearray(log.read_bytes())
     content[20 if part == "header" else len(content) // 2] ^= 4

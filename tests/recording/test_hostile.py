@@ -38,7 +38,7 @@ COMMANDS = [*ALWAYS, *OTHERS]
 def good(tmp_path_factory):
     """A run of five steps that no test may change."""
     directory = tmp_path_factory.mktemp("good") / "run"
-    everystep.train_experiment("two-layer", {"steps": 5}, directory=directory, progress=False)
+    everystep.train_experiment("two-layer", {"steps": 5}, run=directory, progress=False)
     return directory
 
 

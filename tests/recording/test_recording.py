@@ -104,11 +104,11 @@ def test_the_directory_is_that_of_the_design(small):
 
 def test_a_run_is_never_overwritten(small):
     model, x, y = small
-    train(model, (x, y), directory="here")
+    train(model, (x, y), run="here")
     with pytest.raises(
         everystep.RunError, match="here already exists, and everystep never overwrites a run"
     ):
-        train(model, (x, y), directory="here")
+        train(model, (x, y), run="here")
     names = [train(model, (x, y), steps=1).name for _ in range(2)]
     assert names == ["sequential-1", "sequential-2"]
     assert [run.name for run in everystep.runs("runs")] == names
@@ -236,7 +236,7 @@ def test_thinned_snapshots_are_gone_from_disk_too(small):
 
 def test_the_files_of_a_snapshot_are_readable_by_those_who_can_read_the_run(small):
     model, x, y = small
-    run = train(model, (x, y), directory="run", steps=3)
+    run = train(model, (x, y), run="run", steps=3)
     modes = {path.stat().st_mode for path in run.directory.glob("snapshots/*/*")}
     assert modes == {(run.directory / "run.sqlite").stat().st_mode}
 
@@ -268,7 +268,7 @@ def loss(p, t):
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     return nn.functional.mse_loss(p, t)
 try:
-    everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run", engine="eager",
+    everystep.train(model, (x, y), loss=loss, steps=1_000_000, run="run", engine="eager",
                     optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))
 except everystep.RecordingError as error:
     print(error)
@@ -287,9 +287,9 @@ def test_a_place_that_cannot_be_written_is_named(small, tmp_path):
     model, x, y = small
     (tmp_path / "file").write_text("")
     with pytest.raises(everystep.RecordingError, match="choose a writable place"):
-        train(model, (x, y), directory="file/run")
+        train(model, (x, y), run="file/run")
     with pytest.raises(everystep.RecordingError, match="cannot create the run's directory"):
-        train(model, (x, y), directory="/proc/run")
+        train(model, (x, y), run="/proc/run")
 
 
 def test_a_killed_run_reads_as_interrupted():
@@ -305,7 +305,7 @@ def loss(p, t):
     taken += 1
     if taken == 800: time.sleep(1), os.kill(os.getpid(), signal.SIGKILL)
     return nn.functional.mse_loss(p, t)
-everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run", engine="eager",
+everystep.train(model, (x, y), loss=loss, steps=1_000_000, run="run", engine="eager",
                 optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True)
@@ -329,7 +329,7 @@ def test_a_run_that_can_only_be_read_is_read(small):
 @pytest.mark.parametrize("missing", [1, 100, 4096, 9000])
 @pytest.mark.parametrize("ask", [lambda run: run.losses, lambda run: run.verify(progress=False)])
 def test_a_database_that_is_cut_off_is_not_read(tmp_path, missing, ask):
-    everystep.train_experiment("two-layer", {"steps": 30}, directory=tmp_path / "run", progress=False)
+    everystep.train_experiment("two-layer", {"steps": 30}, run=tmp_path / "run", progress=False)
     path = tmp_path / "run" / "run.sqlite"
     os.truncate(path, path.stat().st_size - missing)
     with pytest.raises(RunError, match=r"run.sqlite is cut off: it has [\d,]+ of [\d,]+ bytes"):
@@ -350,7 +350,7 @@ def test_a_database_that_is_cut_off_is_not_read(tmp_path, missing, ask):
 )
 @pytest.mark.filterwarnings("ignore::everystep.DamageWarning")
 def test_losses_that_are_missing_are_named(tmp_path, statement, message):
-    everystep.train_experiment("two-layer", {"steps": 30}, directory=tmp_path / "run", progress=False)
+    everystep.train_experiment("two-layer", {"steps": 30}, run=tmp_path / "run", progress=False)
     with sqlite3.connect(tmp_path / "run" / "run.sqlite") as database:
         database.execute(statement)
     with pytest.raises(RunError, match=message):
@@ -375,7 +375,7 @@ def test_another_program_may_lock_the_database_for_a_while(small, monkeypatch, p
 
     if patience < 1:
         with pytest.raises(everystep.RecordingError, match="database is locked"):
-            train(model, (x, y), loss=locking, steps=600, directory="run", engine="eager")
+            train(model, (x, y), loss=locking, steps=600, run="run", engine="eager")
         return
-    run = train(model, (x, y), loss=locking, steps=600, directory="run", engine="eager")
+    run = train(model, (x, y), loss=locking, steps=600, run="run", engine="eager")
     assert locked and len(run.losses) == 600 and run.status == "finished"

@@ -580,7 +580,7 @@ def test_another_file_with_the_same_data_is_no_difference_of_the_runs(tmp_path, 
             "loss": {"name": "MSELoss"},
             "optimizer": {"name": "SGD", "lr": 0.01},
         }
-        everystep.train_experiment(experiment, directory=name, progress=False)
+        everystep.train_experiment(experiment, run=name, progress=False)
     code, out, _ = everystep_command("diff", "one", "other")
     assert code == 0 and "data.path" in out and "only names differ" in out
 

@@ -833,7 +833,7 @@ def test_a_fork_of_a_step_function_has_the_parents_bits(engine):
         settings = {"parts": parts, "engine": engine, "progress": False} | settings
         return everystep.train(step, batches, steps=steps, **settings)
 
-    whole, parent = train(30), train(20, directory="runs/parent")
+    whole, parent = train(30), train(20, run="runs/parent")
     fork = train(30, fork="parent", at=11)
     assert fork.losses.equals(whole.losses) and fork.facts.fork.parent == parent.name
     assert fork.verify(progress=False).is_exact

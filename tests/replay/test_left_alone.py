@@ -64,7 +64,7 @@ def end_all_by_ending(process, others):
 @pytest.fixture
 def run():
     return everystep.train_experiment(
-        "two-layer", {"steps": 3000, "threads": 1}, directory="run", progress=False
+        "two-layer", {"steps": 3000, "threads": 1}, run="run", progress=False
     ).directory
 
 

@@ -29,7 +29,7 @@ def by_autograd(tmp_path_factory):
         loss=nn.MSELoss(reduction="sum"),
         optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
         steps=STEPS,
-        directory=tmp_path_factory.mktemp("match") / "autograd",
+        run=tmp_path_factory.mktemp("match") / "autograd",
         progress=False,
     )
 
@@ -123,7 +123,7 @@ def test_other_modules_optimizers_and_kernels_of_the_same_mathematics_match(by_a
     own = Named()
     options = {"loss": nn.MSELoss(reduction="sum"), "steps": STEPS, "progress": False}
     descent = everystep.GradientDescent(own.parameters(), lr=1e-3)
-    other = everystep.train(own, (x, y), optimizer=descent, directory=tmp_path / "a", **options)
+    other = everystep.train(own, (x, y), optimizer=descent, run=tmp_path / "a", **options)
     assert by_autograd.match(other).is_match
     assert other.match(by_autograd).is_match
 
@@ -134,7 +134,7 @@ def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_
     _, x, y = made()
     other = everystep.train(
         model, (x, y), loss=nn.MSELoss(reduction="sum"), steps=2, progress=False,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), directory=tmp_path / "other",
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), run=tmp_path / "other",
     )  # fmt: skip
     found = by_autograd.match(other)
     assert found.step == 1

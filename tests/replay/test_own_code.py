@@ -216,7 +216,7 @@ def test_a_training_within_a_metric_is_a_training_of_its_own():
     def metric(prediction, target):
         with numerics.in_force(1), torch.enable_grad():
             state = torch.get_rng_state()
-            inner.append(by_train(new(), steps=7, directory=f"inner-{len(inner)}"))
+            inner.append(by_train(new(), steps=7, run=f"inner-{len(inner)}"))
             torch.set_rng_state(state)
         return 0.0
 

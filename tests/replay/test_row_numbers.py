@@ -40,7 +40,7 @@ EXPERIMENT = {
 def train(directory, name, **changed):
     data = EXPERIMENT["data"] | {"path": str(directory / f"{name}.csv")}
     experiment = EXPERIMENT | {"data": data} | changed
-    return everystep.train_experiment(experiment, directory=directory / name, progress=False)
+    return everystep.train_experiment(experiment, run=directory / name, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_rows_of_tensors_are_those_that_were_given(tmp_path):
         batch_size=7,
         validation=0.25,
         seed=3,
-        directory=tmp_path / "run",
+        run=tmp_path / "run",
         progress=False,
     )
     for opened in (run, everystep.open(tmp_path / "run")):

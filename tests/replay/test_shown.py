@@ -13,7 +13,7 @@ from everystep.errors import UsageError
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("shown") / "run"
-    return everystep.train_experiment("two-layer", {"steps": 20}, directory=directory, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": 20}, run=directory, progress=False)
 
 
 def test_a_step_and_what_is_in_it_are_shown_in_a_line_each(run):
@@ -54,7 +54,7 @@ def test_answers_are_shown_in_a_line(run):
 
 
 def test_a_notebook_shows_answers_as_the_terminal_prints_them(run, everystep_command):
-    fork = run.fork(5, lr=1e-3, directory="fork", progress=False)
+    fork = run.fork(5, lr=1e-3, run="fork", progress=False)
     names = [str(run.directory), str(fork.directory)]
     answers = {
         ("verify", names[0]): run.verify(processes=1, progress=False),

@@ -544,7 +544,7 @@ VOUCHED_FOR = {
 
 
 def by_model(made):
-    return by_train(made, steps=STEPS, evaluate_every=1, directory="run")
+    return by_train(made, steps=STEPS, evaluate_every=1, run="run")
 
 
 def by_step_function(made):
@@ -561,7 +561,7 @@ def by_step_function(made):
             yield made.x, made.y
 
     parts = {"model": made.model, "optimizer": made.optimizer}
-    settings = {"engine": "program", "directory": "run", "threads": 1, "progress": False}
+    settings = {"engine": "program", "run": "run", "threads": 1, "progress": False}
     return everystep.train(step, batches(), parts=parts, steps=STEPS, **settings)
 
 

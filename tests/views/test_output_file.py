@@ -15,7 +15,7 @@ from everystep.views.output_file import write_file
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("recorded") / "run"
-    return everystep.train_experiment("two-layer", {"steps": 3}, directory=directory, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": 3}, run=directory, progress=False)
 
 
 @pytest.mark.parametrize(

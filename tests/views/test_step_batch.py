@@ -27,7 +27,7 @@ def flowers(tmp_path):
         "loss": {"name": "CrossEntropyLoss"},
         "optimizer": {"name": "SGD", "lr": 0.1},
     }
-    return everystep.train_experiment(experiment, directory=tmp_path / "run", progress=False)
+    return everystep.train_experiment(experiment, run=tmp_path / "run", progress=False)
 
 
 def test_classes_are_shown_by_their_names(flowers):

@@ -278,7 +278,7 @@ def _nothing() -> Iterator[Kind]:
         torch.rand(1)
 
     yield Kind("identical runs", batches, batches, listed=())
-    yield Kind("another name", Training(), Training(options={"directory": "elsewhere"}), listed=())
+    yield Kind("another name", Training(), Training(options={"run": "elsewhere"}), listed=())
     yield Kind("another note", Training(), Training(after=note), listed=())
     yield Kind("a draw that nobody sees", Training(), Training(before=draw), listed=())
     yield Kind("Python or program", Training(options={"engine": "eager"}), Training(), listed=())

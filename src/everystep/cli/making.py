@@ -209,7 +209,7 @@ def fork(
         steps=steps,
         without_rows=row_numbers(without_rows),
         relabel=dict(map(_target, relabel or [])),
-        directory=directory,
+        run=directory,
         snapshot_budget=snapshot_budget * 1_000_000,
         progress=not quiet,
     )

@@ -159,7 +159,7 @@ def _fork(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
             asked["at"],
             dict(parse_setting(f"{path}={text}") for path, text in asked["settings"].items()),
             steps=asked["steps"],
-            directory=run.directory.parent / asked["name"] if asked["name"] else _next_free(run),
+            run=run.directory.parent / asked["name"] if asked["name"] else _next_free(run),
             progress=watching,
         )
     except KeyboardInterrupt:

@@ -68,7 +68,7 @@ class Run(Questions):
         metrics: Metrics | None = None,
         without_rows: Iterable[int] = (),
         relabel: Mapping[int, float] | None = None,
-        directory: str | Path | None = None,
+        run: str | Path | None = None,
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
     ) -> Run:
@@ -88,7 +88,7 @@ class Run(Questions):
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
             relabel: other targets, by row of the data.
-            directory: the fork's directory, which must not exist; default: the next free one in runs/.
+            run: the fork's directory, which must not exist; default: the next free one in runs/.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
                 training.
@@ -104,7 +104,7 @@ class Run(Questions):
 
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
-        place = None if directory is None else Path(directory)
+        place = None if run is None else Path(run)
         asked = Fork(
             self,
             self._number(at),
