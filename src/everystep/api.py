@@ -114,7 +114,7 @@ def train(
     engine: Literal["auto", "program", "eager"] = "auto",
     run: str | Path | None = None,
     resume: bool | str | Path = False,
-    anyway: bool = False,
+    force: bool = False,
     fork: str | Path | Run | None = None,
     at: int | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
@@ -171,7 +171,7 @@ def train(
         resume: the run to go on with, after it was killed or stopped: its directory, or its name in
             runs/. True: go on with `run` if that exists, and begin it otherwise. The other
             arguments are as before, except for more `steps`; see `Run.resume`.
-        anyway: go on although something changed, as in `Run.resume`.
+        force: go on although something changed, as in `Run.resume`.
         fork, at: of a step function: begin with the state of a run after step `at`, as in `record`;
             a run of a model has `Run.fork`.
         snapshot_budget: maximum bytes of snapshots.
@@ -225,7 +225,7 @@ def train(
             Run,
             watcher.advance,
             resumed=resumed,
-            is_accepted=anyway,
+            is_accepted=force,
             fork=_forked(fork, at, resumed),
         )
         batches = cast("Iterable[Any] | None", data)
@@ -243,7 +243,7 @@ def train(
         from everystep.replay.continuing import Resume, resume_objects
 
         objects.check()
-        asked = Resume(resumed, is_accepted=anyway, budget=snapshot_budget)
+        asked = Resume(resumed, is_accepted=force, budget=snapshot_budget)
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
         outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher)
@@ -254,7 +254,7 @@ def record(
     *,
     run: str | Path | None = None,
     resume: bool | str | Path = False,
-    anyway: bool = False,
+    force: bool = False,
     fork: str | Path | Run | None = None,
     at: int | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
@@ -285,7 +285,7 @@ def record(
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
         resume: the run to go on with: its directory, or its name in runs/. True: go on with `run` if
             that exists, and begin it otherwise.
-        anyway: go on although the parts, the versions or the numerics changed; the recorded steps after
+        force: go on although the parts, the versions or the numerics changed; the recorded steps after
             the snapshot are discarded, and the run says what changed.
         fork, at: the run to make a fork of, and the step after which the fork begins.
         snapshot_budget: maximum bytes of snapshots.
@@ -311,7 +311,7 @@ def record(
         batch_budget,
         Run,
         resumed=resumed,
-        is_accepted=anyway,
+        is_accepted=force,
         fork=_forked(fork, at, resumed),
     )
 
@@ -367,7 +367,7 @@ def train_experiment(
     *,
     run: str | Path | None = None,
     resume: bool | str | Path = False,
-    anyway: bool = False,
+    force: bool = False,
     snapshot_budget: int = DEFAULT_BUDGET,
     progress: bool = True,
 ) -> Run:
@@ -380,7 +380,7 @@ def train_experiment(
             experiment.
         settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
         run: the run's directory, which must not exist; default: the next free one in runs/.
-        resume, anyway: go on with a run of this experiment, as in `train`.
+        resume, force: go on with a run of this experiment, as in `train`.
         snapshot_budget: maximum bytes of snapshots.
         progress: show a progress bar if stderr is a terminal.
 
@@ -404,5 +404,5 @@ def train_experiment(
         return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher))
     from everystep.replay.continuing import Resume, resume_experiment
 
-    asked = Resume(resumed, is_accepted=anyway, budget=snapshot_budget)
+    asked = Resume(resumed, is_accepted=force, budget=snapshot_budget)
     return run_of(resume_experiment(asked, watcher, loaded))

@@ -801,7 +801,7 @@ def test_a_fork_of_a_loop_that_differs_too_early_is_refused_and_leaves_nothing()
     with pytest.raises(RunError, match=r"parent cannot be forked at step 13: .*step_count is 13"):
         tuned(partial(everystep.record, fork="parent", at=13), rate=0.1)
     with pytest.raises(RunError, match=r"parent cannot be forked at step 13: .*step_count is 13"):
-        tuned(partial(everystep.record, fork="parent", at=13, anyway=True), rate=0.1)
+        tuned(partial(everystep.record, fork="parent", at=13, force=True), rate=0.1)
     with pytest.raises(RunError, match="parent has no step 25"):
         tuned(partial(everystep.record, fork="parent", at=25))
     with pytest.raises(UsageError, match="a fork needs a run and a step"):

@@ -190,7 +190,7 @@ def test_steps_that_are_taken_again_must_give_the_recorded_losses(dying):
         everystep.open(run.directory).resume(progress=False)
     assert everystep.open(run.directory).facts.status == "running"  # as it was
     assert len(everystep.open(run.directory)) == count
-    accepted = everystep.open(run.directory).resume(anyway=True, progress=False)
+    accepted = everystep.open(run.directory).resume(force=True, progress=False)
     whole = everystep.train_experiment("two-layer", {"steps": 20}, progress=False)
     assert accepted.losses.equals(whole.losses)
 
@@ -310,8 +310,8 @@ def test_other_objects_are_named_before_anything_runs(dying):
     count = len(run)
     with pytest.raises(RunError, match=r"optimizer Adam.lr: 0.0\d+ \| 0.5") as raised:
         run.resume(**objects, progress=False)
-    assert "--anyway" in str(raised.value)
-    resumed = run.resume(**objects, anyway=True, progress=False)
+    assert "--force" in str(raised.value)
+    resumed = run.resume(**objects, force=True, progress=False)
     assert len(resumed) == STEPS
     (fact,) = resumed.facts.resumed
     assert fact.at <= count and any(each.startswith("optimizer Adam.lr") for each in fact.changed)
@@ -516,7 +516,7 @@ def test_other_parts_are_named():
     with (
         pytest.raises(RunError, match="recorded with the parts model, not model, optimizer"),
         everystep.record(
-            resume="a", model=model, optimizer=torch.optim.SGD(model.parameters()), anyway=True
+            resume="a", model=model, optimizer=torch.optim.SGD(model.parameters()), force=True
         ),
     ):
         pass

@@ -113,10 +113,10 @@ def resume(
     steps: Annotated[
         int | None, typer.Option(help="Last step, to train further; default: that of the run.")
     ] = None,
-    anyway: Annotated[
+    force: Annotated[
         bool,
         typer.Option(
-            "--anyway",
+            "--force",
             help="Resume although versions, data or numerics changed; discards the recorded steps after "
             "the newest snapshot.",
         ),
@@ -140,7 +140,7 @@ def resume(
     from everystep.run import Run
 
     budget = snapshot_budget * 1_000_000
-    made = Run(place).resume(steps, anyway=anyway, snapshot_budget=budget, progress=_progress(quiet))
+    made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=_progress(quiet))
     facts = made.facts
     _close(made.directory, facts.reason, quiet)
     if facts.status != "finished":

@@ -127,7 +127,7 @@ class Run(Questions):
         self,
         steps: int | None = None,
         *,
-        anyway: bool = False,
+        force: bool = False,
         model: nn.Module | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
@@ -147,7 +147,7 @@ class Run(Questions):
 
         Args:
             steps: the last step; default: that of the run.
-            anyway: go on although the code, the data, the versions or the numerics changed; the recorded
+            force: go on although the code, the data, the versions or the numerics changed; the recorded
                 steps after the snapshot are discarded, and the run says what changed.
             model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects as
                 they were before training, for a run from Python objects that this process did not
@@ -165,7 +165,7 @@ class Run(Questions):
         """
         from everystep.replay.continuing import Resume, resume
 
-        asked = Resume(self, steps, anyway, snapshot_budget)
+        asked = Resume(self, steps, force, snapshot_budget)
         given = {
             **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
             **{"schedule_every": schedule_every, "data": data, "validation": validation},
