@@ -110,7 +110,7 @@ class Pair:
     settings: dict[str, Any] = field(hash=False)
     tensor_lr: bool
     schedule: str | None
-    clip_norm: float | None
+    max_grad_norm: float | None
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
@@ -120,7 +120,7 @@ class Pair:
             f"{self.optimizer}({settings}){' of a tensor lr' if self.tensor_lr else ''}",
         ]
         parts += [self.schedule] if self.schedule else []
-        parts += [f"clip_norm={self.clip_norm}"] if self.clip_norm else []
+        parts += [f"max_grad_norm={self.max_grad_norm}"] if self.max_grad_norm else []
         return "; ".join(parts)
 
     def make(self) -> Made:
@@ -223,13 +223,13 @@ def draw(number: int, seed: int) -> Pair:
         settings={"lr": choose.choice([0.001, 0.01])} | settings,
         tensor_lr=choose.random() < 0.2,
         schedule=schedule if choose.random() < 0.6 else None,
-        clip_norm=choose.choice([None, None, 0.1, 1.0]),
+        max_grad_norm=choose.choice([None, None, 0.1, 1.0]),
     )
 
 
 def try_one(pair: Pair, directory: Path, counts: Counts, runs: dict[str, Pair]) -> None:
     """Train by hand and by everystep, and compare; what has a run is put among the runs."""
-    options: dict[str, Any] = {"steps": STEPS, "clip_norm": pair.clip_norm}
+    options: dict[str, Any] = {"steps": STEPS, "max_grad_norm": pair.max_grad_norm}
     try:
         made = pair.make()
         losses = by_hand(made, **options)

@@ -109,7 +109,7 @@ RANDOM = {"source": "random", "N": 64, "D_in": 8, "D_out": 2, "validation": 0.25
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "sgd-plateau-clipping": {
         "batch_size": 8,
-        "clip_norm": 0.5,
+        "max_grad_norm": 0.5,
         "evaluate_every": 5,
         "data": RANDOM,
         "model": {"layers": ["Linear(8, 16)", "Tanh()", "Linear(16, 2)"]},

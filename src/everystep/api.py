@@ -106,7 +106,7 @@ def train(
     threads: int | None = None,
     schedule: LRScheduler | None = None,
     schedule_every: Literal["step", "epoch"] = "step",
-    clip_norm: float | None = None,
+    max_grad_norm: float | None = None,
     validation: tuple[Any, Any] | float | None = None,
     metrics: Metrics | None = None,
     evaluate_every: int | None = None,
@@ -155,7 +155,7 @@ def train(
         device: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, `auto`; default: the device of the model.
         threads: the number of threads that torch uses.
         schedule: a schedule of the optimizer's learning rate; advanced every `schedule_every`.
-        clip_norm: clip the 2-norm of all gradients together to this before the update.
+        max_grad_norm: clip the 2-norm of all gradients together to this before the update.
         validation: x and y to measure but not to train on, or the fraction of rows to hold out for it.
         metrics: more measurements of the validation part, or of the data if there is none: names of
             metrics (`["accuracy"]`), or name to a function of all predictions and targets.
@@ -197,7 +197,7 @@ def train(
         seed=seed,
         device=device,
         threads=threads,
-        clip_norm=clip_norm,
+        max_grad_norm=max_grad_norm,
         evaluate_every=evaluate_every,
         stop_on_nan=stop_on_nan,
         engine=engine,
@@ -206,7 +206,7 @@ def train(
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
-            **{"device": device, "schedule": schedule, "clip_norm": clip_norm},
+            **{"device": device, "schedule": schedule, "max_grad_norm": max_grad_norm},
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }

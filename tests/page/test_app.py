@@ -141,7 +141,7 @@ TRAINING = TrainingFacts(
     batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
     modules={"": ModuleFacts(class_name="m")}, parameters=1, optimizers={}, schedules={},
     loss=LossFacts(class_name="l", is_torchs=False, settings={}, modules={}),
-    clip_norm=None, evaluate_every=None, numerics=Numerics.read(torch.device("cpu")), versions={},
+    max_grad_norm=None, evaluate_every=None, numerics=Numerics.read(torch.device("cpu")), versions={},
 )  # fmt: skip
 FACTS = Facts(steps=9, trained=TRAINING).rows() | {"status": "stopped"}
 

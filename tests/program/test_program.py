@@ -83,7 +83,7 @@ def changed(data, **changes):
 
 TRAININGS = {
     "short last batches": {"batch_size": 6},
-    "clipped": {"clip_norm": 0.1},
+    "clipped": {"max_grad_norm": 0.1},
     "one step of Adam": {"optimizer": torch.optim.Adam},
     "fused": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)},
     "with an infinite lr": {"optimizer": lambda p: torch.optim.Adam(p, lr=float("inf"))},

@@ -46,7 +46,7 @@ def test_the_program_of_every_optimizer_is_read_as_it_was_written(
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2, bias=False))
     optimizer = partial(getattr(torch.optim, name), **options)
     data = torch.randn(6, 4), torch.randn(6, 2)
-    training = make_trainee(model, *data, optimizer=optimizer, clip_norm=0.5)
+    training = make_trainee(model, *data, optimizer=optimizer, max_grad_norm=0.5)
     for step in (1, 2):
         program = program_of(training, step)
         assert Program.from_json(program.to_json()) == program

@@ -50,7 +50,7 @@ CASES_OF_FORKS = [
     "GradientDescent of two groups",
     "SGD momentum",
     "AdamW fused",
-    "clip_norm of batches",
+    "max_grad_norm of batches",
     "dropout in batches",
     "ReduceLROnPlateau of SGD",
     "StepLR every epoch",
@@ -98,7 +98,7 @@ class Rules:
     batch_size: int | None = None
     seed: int = 0
     schedule_every: str = "step"
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
 
 
 Change = Callable[[Rules], Any]
@@ -118,8 +118,8 @@ def by_hand(rules: Rules, steps: int, changes: dict[int, Change]) -> "ByHand":
             losses.append(loss.item())
             made.optimizer.zero_grad()
             loss.backward()
-            if rules.clip_norm is not None:
-                nn.utils.clip_grad_norm_(made.model.parameters(), rules.clip_norm)
+            if rules.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(made.model.parameters(), rules.max_grad_norm)
             made.optimizer.step()
             is_epoch = step % batches.steps_per_epoch == 0
             if made.schedule is not None and (rules.schedule_every == "step" or is_epoch):
@@ -198,14 +198,14 @@ faster = partial(momentum, lr=0.1)
         ({"steps": 47}, set_rule()),
         ({"batch_size": 3}, set_rule(batch_size=3)),
         ({"seed": 9}, reseed(9)),
-        ({"settings": {"clip_norm": 0.1}}, set_rule(clip_norm=0.1)),
+        ({"settings": {"max_grad_norm": 0.1}}, set_rule(max_grad_norm=0.1)),
         ({"lr": 0.1, "batch_size": 20, "steps": 30}, in_turn(set_lr(0.1), set_rule(batch_size=20))),
         (
             {"data": other_data()},
             set_made(x=lambda made: other_data()[0], y=lambda made: other_data()[1]),
         ),
     ],
-    ids=["lr", "steps", "batch size", "seed", "clip_norm", "several", "data"],
+    ids=["lr", "steps", "batch size", "seed", "max_grad_norm", "several", "data"],
 )
 def test_a_fork_with_its_own_objects_has_the_bits_of_a_loop_whose_rules_change(changed, change):
     parent = by_train(with_dropout(), steps=STEPS, batch_size=6)

@@ -127,7 +127,7 @@ TRAININGS = {
     "momentum with dropout": {},
     "all rows": {"batch_size": None},
     "Adam": {"optimizer": partial(Adam, lr=0.01)},
-    "clipped": {"clip_norm": 0.1},
+    "clipped": {"max_grad_norm": 0.1},
     "eager": {"engine": "eager"},
     "batch norm": {"model": normalized},
 }
@@ -164,7 +164,7 @@ def test_measured_values_are_those_of_a_loop_by_hand(training):
 
 
 def test_gradients_are_those_before_clipping():
-    run = train(clip_norm=1e-3, batch_size=None)
+    run = train(max_grad_norm=1e-3, batch_size=None)
     free = train(batch_size=None, steps=1)
     assert (
         run.measure(SIZE, progress=False).values[1]

@@ -107,7 +107,7 @@ def assert_same_run(one, other):
 OWN = {
     "steps": STEPS,
     "batch_size": 9,
-    "clip_norm": 1.0,
+    "max_grad_norm": 1.0,
     "data": {"source": "random", "N": 40, "D_in": 6, "D_out": 3, "validation": 0.2},
     "model": {"layers": ["Linear(6, 8)", "BatchNorm1d(8)", "ReLU()", "Dropout(0.2)", "Linear(8, 3)"]},
     "loss": {"name": "MSELoss"},
@@ -220,7 +220,7 @@ def test_a_run_that_is_being_trained_names_its_process(dying, everystep_command)
 # Python objects.
 
 CASES_OF_OBJECTS = [
-    *("GradientDescent of two groups", "SGD momentum", "AdamW fused", "clip_norm of batches"),
+    *("GradientDescent of two groups", "SGD momentum", "AdamW fused", "max_grad_norm of batches"),
     *("dropout in batches", "ReduceLROnPlateau of SGD", "StepLR every epoch", "x transposed"),
 ]
 

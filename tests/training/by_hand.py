@@ -84,7 +84,7 @@ def by_hand(
     steps: int,
     batch_size: int | None = None,
     drop_last: bool = False,
-    clip_norm: float | None = None,
+    max_grad_norm: float | None = None,
     schedule_every: str = "step",
     threads: int = 1,
     evaluate_every: int = EVALUATE_EVERY,
@@ -102,9 +102,9 @@ def by_hand(
             losses.append(loss.item())
             made.optimizer.zero_grad()
             loss.backward()
-            if clip_norm is not None:
+            if max_grad_norm is not None:
                 clipped = [p for group in made.optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(clipped, clip_norm)
+                nn.utils.clip_grad_norm_(clipped, max_grad_norm)
             made.optimizer.step()
             is_epoch = step % batches.steps_per_epoch == 0
             if isinstance(made.schedule, ReduceLROnPlateau):

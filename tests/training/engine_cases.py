@@ -34,14 +34,14 @@ class Case:
     steps: int = 20
     batch_size: int | None = None
     drop_last: bool = False
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     schedule_every: str = "step"
     eager: tuple[int, str] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """What is said to `train` besides objects, and to `by_hand`."""
-        names = ("steps", "batch_size", "drop_last", "clip_norm", "schedule_every")
+        names = ("steps", "batch_size", "drop_last", "max_grad_norm", "schedule_every")
         return {name: getattr(self, name) for name in names}
 
     def make(self) -> Made:
@@ -498,13 +498,13 @@ BATCHES = [
     row("short last batch", batch_size=8),
     row("drop_last", batch_size=8, drop_last=True),
     row("batches of one row", batch_size=1),
-    row("clip_norm", optimizer=descent, clip_norm=0.1),
-    row("clip_norm of batches", optimizer=adamw, clip_norm=0.1, batch_size=8),
+    row("max_grad_norm", optimizer=descent, max_grad_norm=0.1),
+    row("max_grad_norm of batches", optimizer=adamw, max_grad_norm=0.1, batch_size=8),
     row(
-        "clip_norm one of two groups",
+        "max_grad_norm one of two groups",
         Unused,
         optimizer=lambda m, _: SGD(m.used[0].parameters(), lr=0.1),
-        clip_norm=0.1,
+        max_grad_norm=0.1,
     ),
     row("x transposed", data=transposed),
     row("x transposed in batches", data=transposed, batch_size=8),

@@ -718,7 +718,7 @@ def test_gradients_are_clipped_together_with_those_of_a_group_that_came_later():
     def make():
         return changing(add, optimizer=lambda parameters: momentum([*parameters][2:]))
 
-    assert differs_or_same(make, evaluate_every=1, clip_norm=0.1) is not None
+    assert differs_or_same(make, evaluate_every=1, max_grad_norm=0.1) is not None
 
 
 # How often the user's code is called, and what it leaves.

@@ -75,7 +75,7 @@ def test_training_has_the_bits_of_the_loop_and_every_step_comes_back(case, capfd
 #: Kernels that split their work by threads, at any size; and some that do not.
 WITH_THREADS = {
     "GradientDescent",
-    "clip_norm of batches",
+    "max_grad_norm of batches",
     "convolutional in batches",
     "layer norm",
     "group norm",

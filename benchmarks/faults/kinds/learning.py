@@ -300,14 +300,14 @@ def _clipping() -> Iterator[Kind]:
         ((0.1, 0.05), "aten.mul.Tensor", ()),
     )
     for pair, operator, more in rows:
-        one, other = (Training(options={"clip_norm": value}) for value in pair)
+        one, other = (Training(options={"max_grad_norm": value}) for value in pair)
         yield Kind(
-            f"clip_norm from {pair[0]}",
+            f"max_grad_norm from {pair[0]}",
             one,
             other,
             1,
             update(operator),
-            (f"clip_norm: {pair[0]} | {pair[1]}", *more),
+            (f"max_grad_norm: {pair[0]} | {pair[1]}", *more),
         )
 
 

@@ -133,7 +133,7 @@ class Evidence(StepPair):
         module: of the operation, the name of the optimizer if there are several.
         """
         names = {(each.path, each.name) for each in self.current}
-        others = self.of_kind("optimizer", "clip_norm")
+        others = self.of_kind("optimizer", "max_grad_norm")
         found = self.current + [each for each in others if (each.path, each.name) not in names]
         its = (module or "").partition(".")[0]
         if its not in self.optimizers:

@@ -162,7 +162,7 @@ class Iteration(Section):
     batch_size: PositiveInt | None = None
     drop_last: bool = False
     evaluate_every: PositiveInt | None = None
-    clip_norm: PositiveFloat | None = None
+    max_grad_norm: PositiveFloat | None = None
     stop_on_nan: bool = False
     engine: Literal["auto", "program", "eager"] = "auto"
 

@@ -116,7 +116,7 @@ def settings_that_differ(
     found += _losses(one.loss, other.loss, of_own_classes)
     found += _objects("optimizer", one.optimizers, other.optimizers, of_own_classes)
     found += _objects("schedule", one.schedules, other.schedules, of_own_classes)
-    found += _plain("clip_norm", one.clip_norm, other.clip_norm)
+    found += _plain("max_grad_norm", one.max_grad_norm, other.max_grad_norm)
     found += _plain("evaluate_every", one.evaluate_every, other.evaluate_every)
     if one.loop and other.loop and of_own_classes:
         parts = dict.fromkeys((*one.loop.parts, *other.loop.parts))

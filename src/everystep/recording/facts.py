@@ -294,7 +294,7 @@ class TrainingFacts(_Fact):
     loss: LossFacts | None
     optimizers: dict[str, OptimizerFacts]
     schedules: dict[str, ScheduleFacts]
-    clip_norm: float | None
+    max_grad_norm: float | None
     evaluate_every: Whole | None
     stop_on_nan: bool = False
     numerics: Numerics

@@ -60,8 +60,8 @@ class BatchSource(Protocol):
 class Training:
     """Everything that a step needs, live.
 
-    loss: a function of (prediction, target) that returns one number; clip_norm: the largest 2-norm of
-    all gradients together; steps_per_epoch: for a schedule that advances every epoch.
+    loss: a function of (prediction, target) that returns one number; max_grad_norm: the largest 2-norm
+    of all gradients together; steps_per_epoch: for a schedule that advances every epoch.
     """
 
     model: nn.Module
@@ -72,7 +72,7 @@ class Training:
     schedule: LRScheduler | None = None
     schedule_every: Literal["step", "epoch"] = "step"
     steps_per_epoch: int = 1
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
 
     @cached_property
     def parts(self) -> Parts:
@@ -199,10 +199,10 @@ class EagerStep:
     def clip(self) -> None:
         """Clip the gradients, if the training does."""
         training = self.training
-        if training.clip_norm is not None:
+        if training.max_grad_norm is not None:
             groups = training.optimizer.param_groups
             clipped = [parameter for group in groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(clipped, training.clip_norm)
+            nn.utils.clip_grad_norm_(clipped, training.max_grad_norm)
 
     def update(self) -> None:
         """Do what `optimizer.step()` does, without torch's wrapper if that has no effect.

@@ -128,7 +128,7 @@ def job_of(
         schedule=objects.schedule,
         schedule_every=objects.schedule_every,
         steps_per_epoch=batches.steps_per_epoch,
-        clip_norm=iteration.clip_norm,
+        max_grad_norm=iteration.max_grad_norm,
     )
     steps = check_steps(iteration.steps or (iteration.epochs or 0) * batches.steps_per_epoch)
     # By default an epoch, or a hundredth of all steps if each step is an epoch.

@@ -175,7 +175,7 @@ def _data_text(training: TrainingFacts) -> str:
 
 
 def _update_text(training: TrainingFacts) -> str:
-    limit, schedule = training.clip_norm, schedule_text(training.schedules)
+    limit, schedule = training.max_grad_norm, schedule_text(training.schedules)
     clipping = [] if limit is None else [f"gradients clipped to norm {limit:g}"]
     following = [schedule] if schedule else []
     return "\n".join([*clipping, optimizers_text(training.optimizers), *following])

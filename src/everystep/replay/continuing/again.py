@@ -159,7 +159,7 @@ def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
         "batch_size": facts.batches.batch_size,
         "drop_last": facts.batches.drop_last,
         "threads": facts.numerics.threads,
-        "clip_norm": facts.clip_norm,
+        "max_grad_norm": facts.max_grad_norm,
         "evaluate_every": facts.evaluate_every,
         "stop_on_nan": facts.stop_on_nan,
         "engine": engine.asked,
