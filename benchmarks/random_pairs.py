@@ -2,7 +2,7 @@
 
 `python -m benchmarks.random_pairs [--count 600] [--seed 0] [--only NUMBER]`. A pair is a sample of
 torch's own list of modules, in train or eval mode, in float32 or float64, and an optimizer of
-`torch.optim` with random settings, perhaps with a schedule and with clipped gradients. It is trained by
+`torch.optim` with random settings, perhaps with a scheduler and with clipped gradients. It is trained by
 a loop written out by hand and by everystep, from equal objects; losses, parameters, gradients, buffers,
 generators and all that the optimizer holds must have the same bits. All runs are then verified by new
 processes, 50 in each. What the loop by hand cannot train (an optimizer that refuses its settings) is
@@ -70,8 +70,8 @@ COMMON: dict[str, Sequence[Any]] = {
     "betas": ((0.9, 0.999), (0.5, 0.9)),
 }
 
-#: Of a schedule: how it is made from an optimizer.
-SCHEDULES: dict[str, Callable[[Any], Any]] = {
+#: Of a scheduler: how it is made from an optimizer.
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=4, gamma=0.5),
     "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, milestones=[3, 7], gamma=0.3),
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, gamma=0.9),
@@ -98,7 +98,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 class Pair:
     """A sample of a module, and an optimizer with settings; all that is needed to make them again.
 
-    sample: the number of the sample in torch's list; schedule: a key of `SCHEDULES`.
+    sample: the number of the sample in torch's list; scheduler: a key of `SCHEDULERS`.
     """
 
     number: int
@@ -109,7 +109,7 @@ class Pair:
     optimizer: str
     settings: dict[str, Any] = field(hash=False)
     tensor_lr: bool
-    schedule: str | None
+    scheduler: str | None
     max_grad_norm: float | None
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ class Pair:
             "train" if self.training else "eval",
             f"{self.optimizer}({settings}){' of a tensor lr' if self.tensor_lr else ''}",
         ]
-        parts += [self.schedule] if self.schedule else []
+        parts += [self.scheduler] if self.scheduler else []
         parts += [f"max_grad_norm={self.max_grad_norm}"] if self.max_grad_norm else []
         return "; ".join(parts)
 
@@ -134,8 +134,8 @@ class Pair:
             self.module, self.sample, dtype=dtype, training=self.training
         )
         optimizer = self._optimizer(model)
-        schedule = SCHEDULES[self.schedule](optimizer) if self.schedule else None
-        return Made(model, x, y, loss, optimizer, schedule)
+        scheduler = SCHEDULERS[self.scheduler](optimizer) if self.scheduler else None
+        return Made(model, x, y, loss, optimizer, scheduler)
 
     def _optimizer(self, model: nn.Module) -> optim.Optimizer:
         settings = dict(self.settings)
@@ -210,9 +210,9 @@ def draw(number: int, seed: int) -> Pair:
     settings = {name: choose.choice(values) for name, values in COMMON.items() if name in known}
     settings = {name: value for name, value in settings.items() if value != known[name].default}
     training = choose.random() < 0.7
-    schedule = choose.choice([None, *SCHEDULES])
-    if schedule == "ReduceLROnPlateau" and not training:
-        schedule = None  # the loop by hand trains in train mode after it has evaluated
+    scheduler = choose.choice([None, *SCHEDULERS])
+    if scheduler == "ReduceLROnPlateau" and not training:
+        scheduler = None  # the loop by hand trains in train mode after it has evaluated
     return Pair(
         number=number,
         module=module,
@@ -222,7 +222,7 @@ def draw(number: int, seed: int) -> Pair:
         optimizer=kind,
         settings={"lr": choose.choice([0.001, 0.01])} | settings,
         tensor_lr=choose.random() < 0.2,
-        schedule=schedule if choose.random() < 0.6 else None,
+        scheduler=scheduler if choose.random() < 0.6 else None,
         max_grad_norm=choose.choice([None, None, 0.1, 1.0]),
     )
 

@@ -168,9 +168,9 @@ def test_nan_and_infinity_survive_json(everystep_command):
 
 
 def test_what_torch_cannot_do_in_a_step_ends_in_a_message(everystep_command):
-    schedule = ["--set", "schedule.name=OneCycleLR", "--set", "schedule.max_lr=0.1"]
-    schedule += ["--set", "schedule.cycle_momentum=false", "--set", "schedule.total_steps=5"]
-    code, _, err = everystep_command("train", *schedule)
+    scheduler = ["--set", "scheduler.name=OneCycleLR", "--set", "scheduler.max_lr=0.1"]
+    scheduler += ["--set", "scheduler.cycle_momentum=false", "--set", "scheduler.total_steps=5"]
+    code, _, err = everystep_command("train", *scheduler)
     assert code == 1
     assert "two-layer failed: Tried to step" in err
     run = everystep.open("two-layer-1")

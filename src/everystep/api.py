@@ -104,8 +104,8 @@ def train(
     seed: int | None = None,
     device: str | None = None,
     threads: int | None = None,
-    schedule: LRScheduler | None = None,
-    schedule_every: Literal["step", "epoch"] = "step",
+    scheduler: LRScheduler | None = None,
+    scheduler_every: Literal["step", "epoch"] = "step",
     max_grad_norm: float | None = None,
     validation: tuple[Any, Any] | float | None = None,
     metrics: Metrics | None = None,
@@ -154,7 +154,7 @@ def train(
             batches from the seed it was last given (`torch.initial_seed()`).
         device: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, `auto`; default: the device of the model.
         threads: the number of threads that torch uses.
-        schedule: a schedule of the optimizer's learning rate; advanced every `schedule_every`.
+        scheduler: a scheduler of the optimizer's learning rate; advanced every `scheduler_every`.
         max_grad_norm: clip the 2-norm of all gradients together to this before the update.
         validation: x and y to measure but not to train on, or the fraction of rows to hold out for it.
         metrics: more measurements of the validation part, or of the data if there is none: names of
@@ -206,7 +206,7 @@ def train(
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
-            **{"device": device, "schedule": schedule, "max_grad_norm": max_grad_norm},
+            **{"device": device, "scheduler": scheduler, "max_grad_norm": max_grad_norm},
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
@@ -236,7 +236,7 @@ def train(
     # What they are is checked where all faults are found at once.
     live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
     objects = Objects(
-        live, of_pair, updating, rows, schedule, schedule_every, validation, metrics or (), limit
+        live, of_pair, updating, rows, scheduler, scheduler_every, validation, metrics or (), limit
     )
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is not None:
@@ -291,7 +291,7 @@ def record(
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches; beyond that, everystep drops the oldest ones, and their
             steps no longer open.
-        parts: what the loop carries from step to step, by any names: models, optimizers, schedules,
+        parts: what the loop carries from step to step, by any names: models, optimizers, schedulers,
             scalers, averaged copies, tensors. The tensors of the part called `model` (or of the only
             module) keep their names; the names of all others start with the name of their part.
 

@@ -221,7 +221,7 @@ def _left(module: Any) -> dict[str, Any]:
         named = {n: p.grad for n, p in getattr(module, name).named_parameters() if p.grad is not None}
         left[f"gradients of {name}"] = digest(named)
         left[f"modes of {name}"] = [each.training for each in getattr(module, name).modules()]
-    for name in ("one", "two", "schedule"):
+    for name in ("one", "two", "scheduler"):
         left[name] = repr(_plain(getattr(module, name).state_dict()))
     left["state"], left["seen"] = repr(_plain(module.state)), repr(module.seen)
     left["others"] = repr((module.total, module.RATE, module.model[3].p))

@@ -139,7 +139,7 @@ def test_rates_and_measurements_with_their_first_and_last_values(write_run, page
 TRAINING = TrainingFacts(
     device="cpu", seed=0, data=DataFacts(source="random", rows=1, x=(1, 1), y=(1, 1)),
     batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
-    modules={"": ModuleFacts(class_name="m")}, parameters=1, optimizers={}, schedules={},
+    modules={"": ModuleFacts(class_name="m")}, parameters=1, optimizers={}, schedulers={},
     loss=LossFacts(class_name="l", is_torchs=False, settings={}, modules={}),
     max_grad_norm=None, evaluate_every=None, numerics=Numerics.read(torch.device("cpu")), versions={},
 )  # fmt: skip

@@ -16,8 +16,8 @@ def scheduled_and_clipped(record):
     x, y = torch.randn(40, 6), torch.randn(40, 3)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
-    with record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+    with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         for number in recording.steps(range(STEPS)):
             rows = slice(number % 5 * 8, number % 5 * 8 + 8)
             loss = mse_loss(model(x[rows]), y[rows])
@@ -25,7 +25,7 @@ def scheduled_and_clipped(record):
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             optimizer.step()
-            schedule.step()
+            scheduler.step()
             recording.log(loss=loss, norm=norm.item())
 
 

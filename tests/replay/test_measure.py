@@ -388,7 +388,7 @@ def test_when_finds_the_steps_of_a_loop_by_hand(condition, is_true):
 
 
 def test_conditions_on_recorded_columns_need_nothing_but_the_database():
-    made = new_training(schedule=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5))
+    made = new_training(scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5))
     run = by_train(made, steps=STEPS, validation=(made.x, made.y), evaluate_every=5)
     run.measure(SIZE, name="size", every=3, progress=False)
     sizes, losses = run.measured("size"), dict(run.losses.rows())

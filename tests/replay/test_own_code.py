@@ -80,8 +80,8 @@ class Everything(lr_scheduler.LRScheduler):
         return [0.01 / (1 + self.last_epoch) for _ in self.optimizer.param_groups]
 
 
-def test_what_a_schedule_sets_is_recorded_by_step():
-    parts = {"optimizer": partial(optim.AdamW, lr=0.01), "schedule": Everything}
+def test_what_a_scheduler_sets_is_recorded_by_step():
+    parts = {"optimizer": partial(optim.AdamW, lr=0.01), "scheduler": Everything}
     expected = new(**parts)
     losses = by_hand(expected, steps=STEPS)
     left = contents(expected)

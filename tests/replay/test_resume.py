@@ -112,7 +112,7 @@ OWN = {
     "model": {"layers": ["Linear(6, 8)", "BatchNorm1d(8)", "ReLU()", "Dropout(0.2)", "Linear(8, 3)"]},
     "loss": {"name": "MSELoss"},
     "optimizer": {"name": "Adam", "lr": 1e-2},
-    "schedule": {"name": "ReduceLROnPlateau", "patience": 0},
+    "scheduler": {"name": "ReduceLROnPlateau", "patience": 0},
 }
 
 
@@ -403,9 +403,9 @@ def by_epochs(record, *, dataset, epochs=4, workers=0, wrap=None, loader=DataLoa
     """A loop of epochs with something after each: its batches draw from torch's generator, or do not."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
     batches = loader(dataset, batch_size=5, shuffle=True, num_workers=workers)
-    with record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+    with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         for _ in range(epochs):
             for batch in wrap(recording, batches) if wrap else recording.steps(batches):
                 number, (x, y) = batch if wrap else (0, batch)
@@ -415,7 +415,7 @@ def by_epochs(record, *, dataset, epochs=4, workers=0, wrap=None, loader=DataLoa
                         (functional.l1_loss if number % 2 else functional.mse_loss)(model(x), y),
                     )
                 )
-            schedule.step()
+            scheduler.step()
     return [value.detach() for value in model.state_dict().values()]
 
 
@@ -724,9 +724,9 @@ def test_programs_alone_may_end_at_a_state_that_is_kept_anyway(monkeypatch):
 
 def test_programs_alone_are_refused_where_code_had_a_part():
     case = mlp_case(ALONE["SGD"])
-    schedule = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
-    everystep.train(**case, schedule=schedule, steps=10, run="runs/scheduled")
-    with pytest.raises(RunError, match=r"cannot continue it alone: it has a schedule \(StepLR\); pass"):
+    scheduler = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
+    everystep.train(**case, scheduler=scheduler, steps=10, run="runs/scheduled")
+    with pytest.raises(RunError, match=r"cannot continue it alone: it has a scheduler \(StepLR\); pass"):
         everystep.open("scheduled").resume(20)
     everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, run="runs/eager")
     with pytest.raises(RunError, match="Python ran its steps"):

@@ -681,7 +681,7 @@ def test_a_forward_that_changes_its_batch_changes_that_of_its_step_alone():
 
 
 @pytest.mark.parametrize("optimizer", [None, functools.partial(torch.optim.Adam, lr=0.01)])
-def test_a_schedule_sees_the_gradients_of_its_step(optimizer):
+def test_a_scheduler_sees_the_gradients_of_its_step(optimizer):
     def make():
         made = new_training(optimizer=optimizer)
 
@@ -689,7 +689,7 @@ def test_a_schedule_sees_the_gradients_of_its_step(optimizer):
             gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
             return 1 / (1 + sum(gradient.norm().item() for gradient in gradients))
 
-        made.schedule = lr_scheduler.LambdaLR(made.optimizer, rate)
+        made.scheduler = lr_scheduler.LambdaLR(made.optimizer, rate)
         return made
 
     assert "calls a function of yours" in differs_or_same(make).facts.training.engine.reason

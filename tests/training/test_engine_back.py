@@ -108,10 +108,10 @@ def test_what_was_recorded_long_ago_is_taken_back(monkeypatch, failing_check):
     assert contents(made) == contents(expected)
 
 
-def test_a_schedule_goes_back_too(failing_check):
+def test_a_scheduler_goes_back_too(failing_check):
     parts = {
         "optimizer": descent,
-        "schedule": partial(lr_scheduler.StepLR, step_size=10, gamma=0.5),
+        "scheduler": partial(lr_scheduler.StepLR, step_size=10, gamma=0.5),
     }
     expected, losses, _, _ = states_by_hand(100, **parts)
     failing_check(64)
@@ -125,11 +125,11 @@ def test_a_schedule_goes_back_too(failing_check):
     assert rates["value"].to_list() == [0.05 * 0.5**k for k in range(10)]
 
 
-def test_a_schedule_that_follows_the_validation_loss_goes_back_too(failing_check):
+def test_a_scheduler_that_follows_the_validation_loss_goes_back_too(failing_check):
     plateau = partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.01)
-    expected, losses, _, _ = states_by_hand(100, optimizer=descent, schedule=plateau)
+    expected, losses, _, _ = states_by_hand(100, optimizer=descent, scheduler=plateau)
     failing_check(64)
-    made = new_training(optimizer=descent, schedule=plateau)
+    made = new_training(optimizer=descent, scheduler=plateau)
     run = by_train(made, steps=100)
     assert run.facts.training.engine.eager_from == 33
     assert run.losses["loss"].to_list() == losses

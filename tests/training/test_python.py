@@ -23,7 +23,7 @@ AT, STEPS = 11, 20
 #: A step that no training reaches.
 NEVER = 10**9
 
-OPTIMIZERS, SCHEDULES, LOSSES, MODELS, DATASETS = {}, {}, {}, {}, {}
+OPTIMIZERS, SCHEDULERS, LOSSES, MODELS, DATASETS = {}, {}, {}, {}, {}
 
 
 def one_of(table):
@@ -210,7 +210,7 @@ class OfTheUser(lr_scheduler.LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
 
-@one_of(SCHEDULES)
+@one_of(SCHEDULERS)
 class CountsItsCalls(OfTheUser):
     calls = 0
 
@@ -219,7 +219,7 @@ class CountsItsCalls(OfTheUser):
         return [rate * (0.5 if self.calls % self.at == 0 else 1) for rate in self.base_lrs]
 
 
-@one_of(SCHEDULES)
+@one_of(SCHEDULERS)
 class SetsTheMomentum(OfTheUser):
     def step(self, epoch=None):
         super().step(epoch)
@@ -228,7 +228,7 @@ class SetsTheMomentum(OfTheUser):
             group["maximize"] = self.last_epoch == self.at
 
 
-@one_of(SCHEDULES)
+@one_of(SCHEDULERS)
 class LooksAtGradientsAndParameters(OfTheUser):
     def get_lr(self):
         parameters = self.optimizer.param_groups[0]["params"]
@@ -240,20 +240,20 @@ class LooksAtGradientsAndParameters(OfTheUser):
         return [rate / (1 + norm * (self.last_epoch >= self.at)) for rate in self.base_lrs]
 
 
-@one_of(SCHEDULES)
+@one_of(SCHEDULERS)
 class RatesInTensorsThatAreDrawn(OfTheUser):
     def get_lr(self):
         noise = float(torch.rand(())) if self.last_epoch >= self.at else 1.0
         return [torch.tensor(0.02 * noise) for _ in self.base_lrs]
 
 
-@one_of(SCHEDULES)
+@one_of(SCHEDULERS)
 def one_after_another(optimizer, at):
     first, second = lr_scheduler.ConstantLR(optimizer, 1.0), CountsItsCalls(optimizer, 3)
     return lr_scheduler.SequentialLR(optimizer, [first, second], [at])
 
 
-@one_of(SCHEDULES)
+@one_of(SCHEDULERS)
 def chained(optimizer, at):
     first = lr_scheduler.StepLR(optimizer, 7, 0.9)
     return lr_scheduler.ChainedScheduler([first, SetsTheMomentum(optimizer, at)])
@@ -424,7 +424,7 @@ def with_a_plateau(at):
     factor = doubled_from(at)
     return new_training(
         lambda: Changed(lambda model, h: h * factor()),
-        schedule=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+        scheduler=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
     )
 
 
@@ -434,12 +434,12 @@ CASES = {
         for name, kind in OPTIMIZERS.items()
     },
     **{
-        f"schedule {name}": lambda at, kind=kind: new_training(schedule=lambda o: kind(o, at))
-        for name, kind in SCHEDULES.items()
+        f"scheduler {name}": lambda at, kind=kind: new_training(scheduler=lambda o: kind(o, at))
+        for name, kind in SCHEDULERS.items()
     },
     **{
         f"betas, fused: {fused}": lambda at, fused=fused: new_training(
-            optimizer=lambda p: Adam(p, lr=0.01, fused=fused), schedule=lambda o: with_betas(o, at)
+            optimizer=lambda p: Adam(p, lr=0.01, fused=fused), scheduler=lambda o: with_betas(o, at)
         )
         for fused in (False, True)
     },

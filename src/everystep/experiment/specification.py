@@ -39,7 +39,7 @@ __all__ = [
     "Model",
     "Optimizer",
     "RandomData",
-    "Schedule",
+    "Scheduler",
     "TableData",
     "built_in",
     "check_iteration",
@@ -142,8 +142,8 @@ class Optimizer(NamedSection):
     """`GradientDescent`, or an optimizer of `torch.optim`."""
 
 
-class Schedule(NamedSection):
-    """A schedule of `torch.optim.lr_scheduler`, advanced every step or every epoch."""
+class Scheduler(NamedSection):
+    """A scheduler of `torch.optim.lr_scheduler`, advanced every step or every epoch."""
 
     every: Literal["step", "epoch"] = "step"
 
@@ -183,7 +183,7 @@ class Experiment(Iteration):
     model: Model
     loss: Loss
     optimizer: Optimizer
-    schedule: Schedule | None = None
+    scheduler: Scheduler | None = None
 
     def to_toml(self) -> str:
         """Write the experiment as TOML that `load` reads back to an equal one."""
@@ -416,7 +416,7 @@ def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> list[s
     if section == "data":
         source = raw["data"].get("source")
         return list(_DATA[source].model_fields) if source in _DATA else []
-    return list((Model if section == "model" else Schedule).model_fields)
+    return list((Model if section == "model" else Scheduler).model_fields)
 
 
 def _elsewhere(key: str, location: list[Any]) -> str:

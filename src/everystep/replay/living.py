@@ -231,4 +231,4 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
         training = experiment_job(load(experiment), run.name, device, stored_data(run, facts)).training
     except ExperimentError as error:
         raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
-    return replace(training, batch=batch, schedule=None)
+    return replace(training, batch=batch, scheduler=None)

@@ -61,8 +61,8 @@ class Run(Questions):
         model: nn.Module | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        schedule: LRScheduler | None = None,
-        schedule_every: Literal["step", "epoch"] = "step",
+        scheduler: LRScheduler | None = None,
+        scheduler_every: Literal["step", "epoch"] = "step",
         data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | None = None,
         metrics: Metrics | None = None,
@@ -82,7 +82,7 @@ class Run(Questions):
             at: the step after which the fork starts; 0: before the first step.
             settings: changes by path, as in an experiment: `{"optimizer.lr": 1e-3}`.
             lr, steps, batch_size, seed: shortcuts for the most common settings.
-            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects to
+            model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects to
                 continue with, as in `train`, for a run from Python objects that this process did not
                 train; `fork` trains them in place. Without them, the run's programs go on alone if
                 they took every step (only `lr` and `steps` may change).
@@ -116,8 +116,8 @@ class Run(Questions):
             targets=dict(relabel or {}),
         )
         given = {
-            **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
-            **{"schedule_every": schedule_every, "data": data, "validation": validation},
+            **{"model": model, "loss": loss, "optimizer": optimizer, "scheduler": scheduler},
+            **{"scheduler_every": scheduler_every, "data": data, "validation": validation},
             "metrics": metrics,
         }
         outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
@@ -131,8 +131,8 @@ class Run(Questions):
         model: nn.Module | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        schedule: LRScheduler | None = None,
-        schedule_every: Literal["step", "epoch"] = "step",
+        scheduler: LRScheduler | None = None,
+        scheduler_every: Literal["step", "epoch"] = "step",
         data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | float | None = None,
         metrics: Metrics | None = None,
@@ -149,7 +149,7 @@ class Run(Questions):
             steps: the last step; default: that of the run.
             force: go on although the code, the data, the versions or the numerics changed; the recorded
                 steps after the snapshot are discarded, and the run says what changed.
-            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects as
+            model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects as
                 they were before training, for a run from Python objects that this process did not
                 train; `resume` trains them in place. Without them, the run's programs go on alone if
                 they took every step, and nothing checks them against Python.
@@ -167,8 +167,8 @@ class Run(Questions):
 
         asked = Resume(self, steps, force, snapshot_budget)
         given = {
-            **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
-            **{"schedule_every": schedule_every, "data": data, "validation": validation},
+            **{"model": model, "loss": loss, "optimizer": optimizer, "scheduler": scheduler},
+            **{"scheduler_every": scheduler_every, "data": data, "validation": validation},
             "metrics": metrics,
         }
         outcome, trained = resume(asked, given, self._objects, progress_of(progress))

@@ -107,7 +107,7 @@ def job_of(
     """Return the job of training live objects.
 
     Args:
-        objects: the model, the loss, the optimizer and the schedule.
+        objects: the model, the loss, the optimizer and the scheduler.
         iteration: the settings of the training.
         batches: the rows that each step sees.
         batch: provides them.
@@ -125,8 +125,8 @@ def job_of(
         optimizer=objects.optimizer,
         batch=batch,
         device=device,
-        schedule=objects.schedule,
-        schedule_every=objects.schedule_every,
+        scheduler=objects.scheduler,
+        scheduler_every=objects.scheduler_every,
         steps_per_epoch=batches.steps_per_epoch,
         max_grad_norm=iteration.max_grad_norm,
     )

@@ -43,7 +43,7 @@ class Objects:
     """What the user trains with: live objects, unchecked; to replay and to fork, not all are needed.
 
     model: an nn.Module; loss: a function of prediction and target; optimizer: over the model's
-    parameters; data: x (N, ...) and y (N, ...), or a Dataset; schedule: a scheduler of torch's;
+    parameters; data: x (N, ...) and y (N, ...), or a Dataset; scheduler: a scheduler of torch's;
     validation: x and y to measure, or the share of rows to keep out for it; metrics: names of
     metrics, or functions of all predictions and targets, by name; dataset_limit: bytes that a Dataset
     may take as tensors.
@@ -53,8 +53,8 @@ class Objects:
     loss: Any = None
     optimizer: Any = None
     data: Any = None
-    schedule: Any = None
-    schedule_every: Any = "step"
+    scheduler: Any = None
+    scheduler_every: Any = "step"
     validation: Any = None
     metrics: Metrics = ()
     dataset_limit: int = DEFAULT_DATASET_LIMIT
@@ -73,15 +73,15 @@ class Objects:
             )
         try:
             with _whole_optimizers():
-                model, loss, optimizer, schedule = copy.deepcopy(
-                    (self.model, self.loss, self.optimizer, self.schedule), self._without_graphs()
+                model, loss, optimizer, scheduler = copy.deepcopy(
+                    (self.model, self.loss, self.optimizer, self.scheduler), self._without_graphs()
                 )
         except Exception as error:  # copying a user's object may raise anything
             raise RunError(
                 f"the model, loss and optimizer cannot be copied ({_first_sentence(error)}); pass new "
                 "ones: model=..., loss=..., optimizer=..."
             ) from None
-        return replace(self, model=model, loss=loss, optimizer=optimizer, schedule=schedule)
+        return replace(self, model=model, loss=loss, optimizer=optimizer, scheduler=scheduler)
 
     def _hooked(self) -> str | None:
         """Return the first tensor, or the optimizer, with a hook; hooks of modules are copied."""
@@ -121,7 +121,7 @@ class Objects:
         yield from _data_faults(self.data)
         yield from _loss_faults(self.loss)
         yield from _optimizer_faults(self.optimizer, self.model)
-        yield from _schedule_faults(self.schedule, self.schedule_every, self.validation is not None)
+        yield from _scheduler_faults(self.scheduler, self.scheduler_every, self.validation is not None)
         yield from _validation_faults(self.validation)
         yield from _metrics_faults(self.metrics)
         if isinstance(self.dataset_limit, bool) or not isinstance(self.dataset_limit, int | float):
@@ -154,7 +154,7 @@ def _whole_optimizers() -> Iterator[None]:
 
     def copied(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
         new = memo[id(optimizer)] = type(optimizer).__new__(type(optimizer))
-        # A schedule puts its own step there, which would continue to update the original.
+        # A scheduler puts its own step there, which would continue to update the original.
         own = {name: value for name, value in vars(optimizer).items() if name != "step"}
         vars(new).update(copy.deepcopy(own, memo))
         return new
@@ -248,17 +248,17 @@ def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
         )
 
 
-def _schedule_faults(schedule: Any, every: Any, has_validation: bool) -> Faults:
-    """Yield what is wrong with the schedule, and with when it advances."""
-    if not isinstance(schedule, LRScheduler | None):
+def _scheduler_faults(scheduler: Any, every: Any, has_validation: bool) -> Faults:
+    """Yield what is wrong with the scheduler, and with when it advances."""
+    if not isinstance(scheduler, LRScheduler | None):
         cure = "; combine several with SequentialLR or ChainedScheduler"
-        problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(schedule)}"
-        yield Fault("schedule", problem + cure * isinstance(schedule, list | tuple))
-    if isinstance(schedule, ReduceLROnPlateau) and not has_validation:
+        problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(scheduler)}"
+        yield Fault("scheduler", problem + cure * isinstance(scheduler, list | tuple))
+    if isinstance(scheduler, ReduceLROnPlateau) and not has_validation:
         problem = "ReduceLROnPlateau needs a validation loss; pass validation=(x, y)"
-        yield Fault("schedule", problem)
+        yield Fault("scheduler", problem)
     if every not in ("step", "epoch"):
-        yield Fault("schedule_every", f"must be 'step' or 'epoch', not {every!r}")
+        yield Fault("scheduler_every", f"must be 'step' or 'epoch', not {every!r}")
 
 
 def _metrics_faults(metrics: Any) -> Faults:
@@ -352,7 +352,7 @@ def _no_optimizer(given: Any) -> str:
 def _demanded(optimizer: torch.optim.Optimizer) -> list[str]:
     """Return the required arguments of `step`, without torch's wrapper.
 
-    They are looked up in the class: a schedule puts a wrapper on the object.
+    They are looked up in the class: a scheduler puts a wrapper on the object.
     """
     try:
         _, *parameters = inspect.signature(type(optimizer).step).parameters.values()

@@ -22,7 +22,7 @@ from everystep.recording.facts import (
     TrainingFacts,
 )
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text, shortest
+from everystep.recording.texts import loss_text, model_text, optimizers_text, scheduler_text, shortest
 from everystep.views.texts import counted, labelled, measured_text, number, time_text
 
 __all__ = [
@@ -175,9 +175,9 @@ def _data_text(training: TrainingFacts) -> str:
 
 
 def _update_text(training: TrainingFacts) -> str:
-    limit, schedule = training.max_grad_norm, schedule_text(training.schedules)
+    limit, scheduler = training.max_grad_norm, scheduler_text(training.schedulers)
     clipping = [] if limit is None else [f"gradients clipped to norm {limit:g}"]
-    following = [schedule] if schedule else []
+    following = [scheduler] if scheduler else []
     return "\n".join([*clipping, optimizers_text(training.optimizers), *following])
 
 

@@ -47,11 +47,11 @@ def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objec
         return None, is_own
     others = {
         name: given[name]
-        for name in ("data", "schedule", "validation", "metrics")
+        for name in ("data", "scheduler", "validation", "metrics")
         if given[name] is not None
     }
-    if "schedule" in others:
-        others["schedule_every"] = given["schedule_every"]
+    if "scheduler" in others:
+        others["scheduler_every"] = given["scheduler_every"]
     return replace(objects, **others), is_own
 
 
