@@ -100,9 +100,9 @@ def test_questions_to_a_run(here, name, everystep_command):
         return
     asked = {"at": 2, "until": 4, "rows": [1, 2], "each": True}
     found = printed(
-        everystep_command, "whatif", name, "--at", 2, "--until", 4, "--without-rows", "1,2", "--each"
+        everystep_command, "what-if", name, "--at", 2, "--until", 4, "--without-rows", "1,2", "--each"
     )
-    assert found == of_page(run, "whatif", **asked)
+    assert found == of_page(run, "what-if", **asked)
     found = printed(everystep_command, "rerun", name, "--float64")
     rerun = of_page(run, "rerun", precision="float64")
     assert_within(found, rerun, but=("recorded", "losses", "others"))  # which the page draws

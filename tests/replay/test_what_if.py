@@ -195,7 +195,7 @@ def test_it_ranks_by_an_expression(tmp_path):
 def test_an_experiment_is_trained_again_from_the_command_line(everystep_command):
     everystep_command("train", "digits", "--steps", 8, "--set", "batch_size=12", "--run", "run", "-q")
     rows = everystep.open("run")[6].batch.rows.tolist()
-    arguments = ["whatif", "run", "--at", 4, "--until", 8]
+    arguments = ["what-if", "run", "--at", 4, "--until", 8]
     code, out, _ = everystep_command(*arguments, "--without-rows-of", 6, "--each", "--json")
     assert code == 0
     answer = json.loads(out)
@@ -206,7 +206,7 @@ def test_an_experiment_is_trained_again_from_the_command_line(everystep_command)
     )
     assert code == 0
     assert everystep.open("fork").losses["loss"].to_list()[4:] == best["losses"]
-    code, out, _ = everystep_command("whatif", "run", "--without-rows-of", 6, "--each", "--json")
+    code, out, _ = everystep_command("what-if", "run", "--without-rows-of", 6, "--each", "--json")
     assert code == 0
     answer = json.loads(out)
     assert (answer["at"], answer["until"], len(answer["cases"])) == (5, 8, len(rows))
@@ -224,7 +224,7 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
     with pytest.raises(UsageError, match="the step after which the trainings start"):
         run.what_if(without_rows=[2])
     for arguments, cure in (([], "--without-rows-of STEP"), (["--without-rows", "2"], "--at STEP")):
-        code, _, err = everystep_command("whatif", run.directory, *arguments)
+        code, _, err = everystep_command("what-if", run.directory, *arguments)
         assert code == 2
         assert cure in err
 
@@ -340,7 +340,7 @@ def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command):
     assert sorted(case.lr for case in found.cases) == [0.001, 0.5]
     for case in found.cases:
         assert list(case.losses) == loop(case.lr)[4:]
-    code, out, _ = everystep_command("whatif", run.directory, "--at", 4, "--lr", 0.5, "--json")
+    code, out, _ = everystep_command("what-if", run.directory, "--at", 4, "--lr", 0.5, "--json")
     (case,) = json.loads(out)["cases"]
     assert (code, case["lr"], case["value"]) == (0, 0.5, loop(0.5)[-1])
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.asking import diff, doctor, measure, rerun, rows, verify, whatif, when, why
+from everystep.cli.asking import diff, doctor, measure, rerun, rows, verify, what_if, when, why
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import (
@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 for command in (
     *(train, resume, experiments, runs, losses, table, plot, report, step, verify, doctor, diff, rerun),
-    *(fork, whatif, measure, when, why, rows, view),
+    *(fork, what_if, measure, when, why, rows, view),
 ):
     # -1 is a step, not an option.
     settings = {"ignore_unknown_options": True} if command in (step, why, rows) else {}

@@ -21,7 +21,17 @@ from everystep.errors import UsageError
 if TYPE_CHECKING:
     from everystep.answers.why import Why
 
-__all__ = ["diff", "doctor", "measure", "rerun", "rows", "verify", "whatif", "when", "why"]
+__all__ = [
+    "diff",
+    "doctor",
+    "measure",
+    "rerun",
+    "rows",
+    "verify",
+    "what_if",
+    "when",
+    "why",
+]
 
 
 def why(
@@ -302,7 +312,7 @@ def rerun(
         raise typer.Exit(1)
 
 
-def whatif(
+def what_if(
     run: RunArgument,
     at: Annotated[
         int | None,

@@ -202,7 +202,7 @@ _TASKS: dict[str, Callable[[Run, dict[str, Any], Voice], dict[str, Any]]] = {
     "verify": _verify,
     "compare": _compare,
     "fork": _fork,
-    "whatif": _what_if,
+    "what-if": _what_if,
     "rerun": _rerun,
 }
 

@@ -38,7 +38,7 @@ QUESTIONS: dict[str, dict[str, Field]] = {
         "settings": settings,
         "steps": whole(None, least=1),
     },
-    "whatif": {
+    "what-if": {
         "at": whole(),
         "until": whole(least=1),
         "rows": wholes,
