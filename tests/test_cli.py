@@ -398,7 +398,7 @@ def test_the_list_of_runs_names_the_first_step_that_is_not_finite(everystep_comm
 def test_a_loss_that_is_not_finite_leads_to_its_origin(everystep_command):
     _, _, err = everystep_command("train", "--set", "optimizer.lr=1", "--steps", 20)
     assert "training continues (stop_on_nan = true stops it)" in err
-    assert "everystep when two-layer-1 nonfinite finds where it came from" in err
+    assert "everystep first-nonfinite two-layer-1 finds where it came from" in err
     code, _, err = everystep_command("train", "--set", "optimizer.lr=1", "--set", "stop_on_nan=true")
     assert code == 1 and "training stops" in err and "continues" not in err
 

@@ -72,8 +72,7 @@ def test_the_reference_tells_of_every_command_and_every_option_has_a_help():
     assert set(command.commands) == {
         "train", "resume", "experiments", "runs", "losses", "table", "plot", "report",
         "step", "verify", "doctor", "diff", "rerun", "fork", "measure", "when", "why", "view",
-        "rows",
-        "what-if",
+        "rows", "what-if", "match", "first-nonfinite",
     }  # fmt: skip
     for name, each in command.commands.items():
         assert f"everystep {name}" in reference

@@ -179,7 +179,8 @@ def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
     for number, command in enumerate([
         ["losses"], ["losses", "--json"], ["table", "-o", "t.html"], ["plot", "-o", "p.svg"],
         ["report", "-o", "r.html"], ["step", "17"], ["verify"], ["doctor"], ["when", "loss > 1e9"],
-        ["measure", "loss + 1"], ["why", "17", "loss"], ["rows", "17"], ["rerun", "--float64"],
+        ["measure", "loss + 1"], ["why", "17", "loss"], ["rows", "17"],
+        ["rerun", "--precision", "float64"],
         ["fork", "--at", "17", "--run", "fork", "-q"], ["diff", "original"], ["resume", "-q"],
     ]):  # fmt: skip
         copy = shutil.copytree(run, tmp_path / str(number) / "run")

@@ -29,7 +29,7 @@ OTHERS = [
     ["resume", "run", "--steps", "7", "-q"],
     ["measure", "run", "loss + 1", "--name", "more"],
     ["when", "run", "loss < 0"],
-    ["when", "run", "nonfinite", "--processes", "1"],
+    ["first-nonfinite", "run", "--processes", "1"],
 ]
 COMMANDS = [*ALWAYS, *OTHERS]
 

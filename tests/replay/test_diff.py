@@ -783,7 +783,7 @@ def test_the_memory_of_a_kernel_is_not_compared_nor_shown(everystep_command):
     assert code == 2 and f"result 4 of operation #{layer} is memory of the kernel" in err
     code, out, _ = everystep_command("rerun", "runs/one", "--threads", 2)
     assert code == 0 and "all results are within" in out
-    code, _, err = everystep_command("rerun", "runs/one", "--float64")
+    code, _, err = everystep_command("rerun", "runs/one", "--precision", "float64")
     assert code == 2 and "computes in float32 only" in err and "mkldnn.enabled = False" in err
 
 

@@ -728,10 +728,10 @@ def test_the_command_names_the_cause(everystep_command):
 
     train(put)
     step = first_step_with(13)
-    code, out, _ = everystep_command("when", "sequential-1", "nonfinite")
+    code, out, _ = everystep_command("first-nonfinite", "sequential-1")
     assert code == 0
     assert out == f"step {step}: x of the batch has 1 NaN\n  row 13 of the data\n"
-    code, out, _ = everystep_command("when", "sequential-1", "nonfinite", "--json")
+    code, out, _ = everystep_command("first-nonfinite", "sequential-1", "--json")
     assert json.loads(out) == {
         "run": "sequential-1",
         "step": step,
@@ -750,7 +750,7 @@ def test_the_command_names_the_cause(everystep_command):
         "why": None,
     }
     train()
-    code, out, _ = everystep_command("when", "sequential-2", "nonfinite")
+    code, out, _ = everystep_command("first-nonfinite", "sequential-2")
     assert (code, out) == (1, "all results of all operations are finite\n")
 
 
@@ -792,7 +792,7 @@ def loop_that_writes(directory, *, within=None, between=None, number=math.nan):
 
 
 def _nonfinite(everystep_command, run):
-    return everystep_command("when", run.directory, "nonfinite")[1]
+    return everystep_command("first-nonfinite", run.directory)[1]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])

@@ -286,13 +286,13 @@ def test_a_gradient_that_is_zero_but_for_rounding_does_not_count(tmp_path, every
         model, data, loss=nn.CrossEntropyLoss(), optimizer=optimizer, steps=6, batch_size=16,
         run=tmp_path / "normalized", progress=False,
     )  # fmt: skip
-    code, out, _ = everystep_command("rerun", "normalized", "--float64")
+    code, out, _ = everystep_command("rerun", "normalized", "--precision", "float64")
     assert code == 0
     assert "all results are within 0.0001 of their largest number" in out
     assert "results that are zero except for rounding do not count; the first:" in out
     assert "aten.convolution_backward.default of module 0, backward" in out
     assert "its terms cancel, and only rounding errors remain: at most " in out
-    code, out, _ = everystep_command("rerun", "normalized", "--float64", "--json")
+    code, out, _ = everystep_command("rerun", "normalized", "--precision", "float64", "--json")
     found = json.loads(out)
     assert found["beyond"] is None
     residue = found["residue"]["residue"]
@@ -308,7 +308,7 @@ def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
     with everystep.record(run="attention", model=model, optimizer=optimizer) as recording:
         for x in recording.steps([torch.randn(4, 6, 8) for _ in range(2)]):
             recording.log(loss=descend(optimizer, model(x, x, x, need_weights=False)[0].pow(2).mean()))
-    _, out, _ = everystep_command("rerun", "attention", "--float64")
+    _, out, _ = everystep_command("rerun", "attention", "--precision", "float64")
     assert "aten.addcdiv_.default, update" in out
     assert "numbers of its input tensor1 are zero except for rounding (at most " in out
     assert "as the first step of Adam does" in out

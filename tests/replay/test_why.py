@@ -196,7 +196,7 @@ def test_the_mean_of_nothing_is_followed(tmp_path, everystep_command):
     run = everystep.train(model, (x, y), run=tmp_path / "run", **options)
     answer = run.why(1, "loss")
     assert math.isnan(answer.recomputed) and "0" in answer.formula
-    code, out, _ = everystep_command("when", run.directory, "nonfinite")
+    code, out, _ = everystep_command("first-nonfinite", run.directory)
     assert code == 0 and "loss" in out
 
 

@@ -13,7 +13,19 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.asking import diff, doctor, measure, rerun, rows, verify, what_if, when, why
+from everystep.cli.asking import (
+    diff,
+    doctor,
+    first_nonfinite,
+    match,
+    measure,
+    rerun,
+    rows,
+    verify,
+    what_if,
+    when,
+    why,
+)
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import (
@@ -39,8 +51,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    *(train, resume, experiments, runs, losses, table, plot, report, step, verify, doctor, diff, rerun),
-    *(fork, what_if, measure, when, why, rows, view),
+    *(train, resume, experiments, runs, losses, table, plot, report, step, verify, doctor, diff),
+    *(match, rerun, fork, what_if, measure, when, first_nonfinite, why, rows, view),
 ):
     # -1 is a step, not an option.
     settings = {"ignore_unknown_options": True} if command in (step, why, rows) else {}

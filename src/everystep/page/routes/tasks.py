@@ -31,6 +31,7 @@ QUESTIONS: dict[str, dict[str, Field]] = {
         "overwrite": flag,
     },
     "when": {"condition": text(), "which": text("first")},
+    "first-nonfinite": {},
     "verify": {},
     "fork": {
         "name": text(None, longest=_LONGEST_NAME),
