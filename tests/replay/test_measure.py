@@ -457,7 +457,7 @@ def test_the_commands_measure_and_find(everystep_command):
     values = run.measured("size")
     assert code == 0 and list(values) == list(range(4, STEPS + 1, 4))
     assert out.startswith("size: 7 values, from ") and "at step 4, " in out
-    assert "everystep plot sequential-1 -m size -o measured.png" in err
+    assert "everystep plot sequential-1 -m size" in err
     header = everystep_command("losses", "sequential-1", "--csv")[1].splitlines()[0]
     assert header == "step,loss,size"
     low = sorted(run.losses["loss"])[3]

@@ -212,7 +212,7 @@ def measure(
         hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
     answer(found)
-    hint(f"everystep plot {quoted(run)} -m {quoted(found.name)} -o measured.png")
+    hint(f"everystep plot {quoted(run)} -m {quoted(found.name)}")
     if found.left_out:
         raise typer.Exit(1)
 

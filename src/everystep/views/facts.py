@@ -99,9 +99,9 @@ def closing(directory: Path, reason: str | None) -> str:
     if summary.steps:
         following = [
             f"step {argument} {summary.steps}",
-            f"table {argument} -o losses.html",
-            f"plot {argument} -o loss.png",
-            f"report {argument} -o report.html",
+            f"table {argument}",
+            f"plot {argument}",
+            f"report {argument}",
         ]
     commands = (f"  everystep {command}" for command in (f"view {argument}", *following))
     return "\n".join([*lines, "", "next:", *commands])
