@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from everystep.views.report import Report
     from everystep.views.table import LossTable
 
+#: The public face of a run, which the reference describes: `dir(run)`. What else there is, other modules
+#: of everystep read.
+_PUBLIC = [
+    *("name", "directory", "status", "facts", "note", "damage", "problems", "summary"),
+    *("losses", "measurements", "measured", "snapshots", "parameters", "table", "plot", "report"),
+    *("verify", "doctor", "diff", "match", "rerun", "measure", "when", "first_nonfinite"),
+    *("rows", "why", "what_if", "fork", "resume"),
+]
+
 __all__ = ["Run", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
 
 
@@ -173,6 +182,9 @@ class Run(Questions):
         }
         outcome, trained = resume(asked, given, self._objects, progress_of(progress))
         return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
+
+    def __dir__(self) -> list[str]:
+        return _PUBLIC
 
     def __repr__(self) -> str:
         summary = self.summary()
