@@ -82,7 +82,7 @@ def rows(
     first: Annotated[int, typer.Option(min=1, metavar="N", help="Rows to print.")] = 10,
     json: JsonOption = False,
 ) -> None:
-    """Rank the rows of a step by loss or gradient.
+    """Rank the rows (samples) of a step by loss or gradient.
 
     The rows are those of its batch, and the gradient is what each adds to it. Exact for what the step
     itself added up row by row. Where an operation mixes rows, as batch norm does, it is named, and what
@@ -333,7 +333,8 @@ def what_if(
         int | None, typer.Option(metavar="STEP", help="Step to compare; default: the last.")
     ] = None,
     without_rows: Annotated[
-        str | None, typer.Option(metavar="ROWS", help="Rows of the data to leave out: 8123,8124.")
+        str | None,
+        typer.Option(metavar="ROWS", help="Rows (samples) of the data to leave out: 8123,8124."),
     ] = None,
     without_rows_of: Annotated[
         int | None, typer.Option(metavar="STEP", help="Leave out the rows of the batch of this step.")
@@ -351,7 +352,7 @@ def what_if(
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train again without some rows or at another rate, and rank.
+    """Train again without some rows (samples), or at another rate.
 
     Trains from a step, and ranks the trainings by what the loss becomes. Without rows, each has the bits
     of a training by hand without those rows. At another learning rate, programs repeat the recorded

@@ -182,7 +182,7 @@ def fork(
     ] = None,
     without_rows: Annotated[
         str | None,
-        typer.Option(metavar="ROWS", help="Rows of the data to leave out of their batches: 8123,8124."),
+        typer.Option(metavar="ROWS", help="Rows (samples) to leave out of their batches: 8123,8124."),
     ] = None,
     relabel: Annotated[
         list[str] | None,

@@ -103,7 +103,7 @@ function textsOf(run) {
     validation: [!validation ? "" : isShare ? percent(value) : short(value), validation ? `${name} on the validation rows: ${fullText(numberOf(value))}` : ""],
     optimizer: [optimizer ?? "", ""],
     lr: [settingOf(run, "lr"), ""],
-    batch_size: [batch === null ? "" : whole(batch), "rows in each step"],
+    batch_size: [batch === null ? "" : whole(batch), "rows (samples) in each step"],
     seconds: [seconds === null || seconds === undefined ? "" : duration(seconds), ""],
     started: [started ? ago(started) : "", started ? utc(started) : ""],
   };
