@@ -413,7 +413,7 @@ def test_the_list_of_commands_fits_80_columns(everystep_command, monkeypatch):
 def test_a_hint_is_a_command_to_copy(everystep_command):
     everystep_command("train", "--steps", 2, "--run", "run", "-q")
     _, _, err = everystep_command("measure", "run", "norm(gradients['0.weight'])")
-    assert """plot run -m "norm(gradients['0.weight'])" -o""" in err
+    assert """plot run -m "norm(gradients['0.weight'])"\n""" in err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

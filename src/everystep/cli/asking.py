@@ -172,10 +172,10 @@ def match(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Match two trainings that are written differently, by values.
+    """Match two trainings that are written differently.
 
-    The tensors of a step are looked for in the other run, up to rounding, whatever operations made them:
-    to check a backward pass written by hand, for example. Exits with 1 if they differ.
+    By values: the tensors of a step are looked for in the other run, up to rounding, whatever operations
+    made them: to check a backward pass written by hand, for example. Exits with 1 if they differ.
     """
     found = open_run(one).match(open_run(other), step)
     answer(found, json, is_yes=found.is_match)
@@ -352,11 +352,11 @@ def what_if(
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train again without some rows (samples), or at another rate.
+    """Train again without some rows, or at another rate.
 
-    Trains from a step, and ranks the trainings by what the loss becomes. Without rows, each has the bits
-    of a training by hand without those rows. At another learning rate, programs repeat the recorded
-    steps, of any run. Nothing is recorded; everystep fork records one.
+    Trains from a step, and ranks the trainings by what the loss becomes. Without rows (samples),
+    each has the bits of a training by hand without those rows. At another learning rate, programs repeat
+    the recorded steps, of any run. Nothing is recorded; everystep fork records one.
     """
     from everystep.replay.what_if import check_has_rows
 
