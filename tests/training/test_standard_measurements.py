@@ -161,7 +161,7 @@ def test_metrics_by_name_are_measured_on_the_data_or_on_validation_rows():
 def test_an_experiment_names_metrics(tmp_path):
     settings = {"metrics": ["accuracy"], "data.validation": None, "epochs": 2}
     run = everystep.train_experiment("wine", settings, run=tmp_path / "run", progress=False)
-    assert run.measurement_names == ["accuracy"]
+    assert set(run.measurements["name"]) == {"accuracy", "lr"}
     fork = run.fork(12, steps=24, run=tmp_path / "fork", progress=False)
     assert fork.measured("accuracy") == run.measured("accuracy")
 
