@@ -127,12 +127,16 @@ def test_a_picture_of_the_losses(write_run, page):
 
 def test_rates_and_measurements_with_their_first_and_last_values(write_run, page):
     measured = [("lr", 1, 0.1), ("lr", 9, 0.05), ("lr[1]", 1, 1.0), ("lrx", 2, math.nan)]
+    measured += [("validation_accuracy", 9, 0.5)]
+    other = {"better": None, "is_share": False}
     write_run("run", [1.0] * 9, measured, **FACTS)
     found = page.json("/api/runs/run")["measurements"]
     assert found == [
-        {"name": "lr", "count": 2, "first": 0.1, "last": 0.05, "is_rate": True},
-        {"name": "lr[1]", "count": 1, "first": 1.0, "last": 1.0, "is_rate": True},
-        {"name": "lrx", "count": 1, "first": "nan", "last": "nan", "is_rate": False},
+        {"name": "lr", "count": 2, "first": 0.1, "last": 0.05, "is_rate": True} | other,
+        {"name": "lr[1]", "count": 1, "first": 1.0, "last": 1.0, "is_rate": True} | other,
+        {"name": "lrx", "count": 1, "first": "nan", "last": "nan", "is_rate": False} | other,
+        {"name": "validation_accuracy", "count": 1, "first": 0.5, "last": 0.5, "is_rate": False}
+        | {"better": "up", "is_share": True},
     ]
 
 
