@@ -100,7 +100,7 @@ function textsOf(run) {
   return {
     steps: [steps === null ? "" : steps === planned ? whole(steps) : `${whole(steps)} of ${whole(planned)}`, ""],
     last_loss: [short(loss), String(loss ?? "")],
-    validation: [!validation ? "" : isShare ? percent(value) : short(value), validation ? `${name} on the validation rows: ${fullText(numberOf(value))}` : ""],
+    validation: [!validation ? "" : isShare && numberOf(value) <= 1 ? percent(value) : short(value), validation ? `${name} on the validation rows: ${fullText(numberOf(value))}` : ""],
     optimizer: [optimizer ?? "", ""],
     lr: [settingOf(run, "lr"), ""],
     batch_size: [batch === null ? "" : whole(batch), "rows (samples) in each step"],
