@@ -66,7 +66,7 @@ def coverage_page() -> str:
         warnings.simplefilter("ignore")
         modules = {name: outcome(make) for name, make in _modules()}
         optimizers = {name: outcome(make) for name, make in _optimizers(None)}
-        scheduled = {name: outcome(make) for name, make in _optimizers(_step_schedule)}
+        scheduled = {name: outcome(make) for name, make in _optimizers(_step_scheduler)}
     by_program = sorted({name.split("-")[0] for name, each in modules.items() if not each.reason})
     eagerly = {name: each for name, each in modules.items() if each.reason}
     exact = sum(each.same and not each.reason for each in modules.values())
@@ -80,7 +80,7 @@ def coverage_page() -> str:
         "|---|---|",
         *(f"| {name} | {each.reason} |" for name, each in eagerly.items()),
         "",
-        "| optimizer | by a program, with the same bits | with a schedule |",
+        "| optimizer | by a program, with the same bits | with a scheduler |",
         "|---|---|---|",
     ]
     for name, each in optimizers.items():
@@ -119,8 +119,8 @@ def _step_by_hand(step: EagerStep, number: int) -> torch.Tensor:
     training.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     training.optimizer.step()
-    if training.schedule is not None:
-        training.schedule.step()
+    if training.scheduler is not None:
+        training.scheduler.step()
     return loss.detach()
 
 
@@ -132,7 +132,7 @@ def _modules() -> Iterable[tuple[str, Make]]:
         yield case.name, lambda case=case: _training(*case.make())  # type: ignore[misc]
 
 
-def _optimizers(schedule: Callable[[Any], Any] | None) -> Iterable[tuple[str, Make]]:
+def _optimizers(scheduler: Callable[[Any], Any] | None) -> Iterable[tuple[str, Make]]:
     made: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
         "everystep.GradientDescent": lambda p: everystep.GradientDescent(p, lr=1e-3),
         "SGD": lambda p: torch.optim.SGD(p, 1e-3),
@@ -146,15 +146,15 @@ def _optimizers(schedule: Callable[[Any], Any] | None) -> Iterable[tuple[str, Ma
     for name in ("Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"):
         made[name] = getattr(torch.optim, name)
     for name, optimizer in made.items():
-        yield name, lambda optimizer=optimizer: _small(optimizer, schedule)  # type: ignore[misc]
-    yield "Muon", lambda: _small(lambda p: torch.optim.Muon(list(p)), schedule, bias=False)
+        yield name, lambda optimizer=optimizer: _small(optimizer, scheduler)  # type: ignore[misc]
+    yield "Muon", lambda: _small(lambda p: torch.optim.Muon(list(p)), scheduler, bias=False)
 
 
-def _small(optimizer: Any, schedule: Any, bias: bool = True) -> Training:
+def _small(optimizer: Any, scheduler: Any, bias: bool = True) -> Training:
     torch.manual_seed(0)
     x, y = torch.randn(64, 20), torch.randn(64, 1)
     layers = nn.Linear(20, 32, bias=bias), nn.ReLU(), nn.Linear(32, 1, bias=bias)
-    return _training(nn.Sequential(*layers), x, y, nn.MSELoss(), optimizer, schedule)
+    return _training(nn.Sequential(*layers), x, y, nn.MSELoss(), optimizer, scheduler)
 
 
 def _training(
@@ -163,17 +163,17 @@ def _training(
     y: torch.Tensor,
     loss: Any,
     optimizer: Any = None,
-    schedule: Any = None,
+    scheduler: Any = None,
 ) -> Training:
     make = optimizer or (lambda p: everystep.GradientDescent(p, lr=1e-3))
     made = make(model.parameters())
     batches = Batches(len(x)).of(x, y)
     return Training(
-        model, loss, made, batches, torch.device("cpu"), schedule=schedule and schedule(made)
+        model, loss, made, batches, torch.device("cpu"), scheduler=scheduler and scheduler(made)
     )
 
 
-def _step_schedule(optimizer: torch.optim.Optimizer) -> StepLR:
+def _step_scheduler(optimizer: torch.optim.Optimizer) -> StepLR:
     return StepLR(optimizer, step_size=20, gamma=0.5)
 
 

@@ -106,7 +106,7 @@ def _trained(source: str, directory: Path, steps: int) -> everystep.Run:
         loss=made["loss_of"],
         optimizer=made["optimizer"],
         steps=steps,
-        directory=directory,
+        run=directory,
         progress=False,
     )
 

@@ -42,7 +42,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "run"
             options = case.options | {"steps": arguments.steps, "threads": 1 + number % 2}
-            by_train(case.make(), directory=directory, **options)
+            by_train(case.make(), run=directory, **options)
             command = [
                 str(Path(sys.executable).parent / "everystep"),
                 "verify",

@@ -81,7 +81,7 @@ def _print_function_row(name: str, steps: int) -> bool:
         _seed()
         case = CASES[name]()
         engine = "program" if case.reason is None else "auto"
-        run = trained(case, steps, directory=directory, engine=engine)
+        run = trained(case, steps, run=directory, engine=engine)
         is_same = (list(run.losses["loss"]), state_of(case)) == expected
         is_exact, _, first, problems = _replayed(directory)
         again = "yes" if is_exact else f"no: {first} {problems}"

@@ -42,7 +42,7 @@ def copies(folder: Path, count: int) -> Path:
     import everystep
 
     run = folder / "one"
-    everystep.train_experiment("two-layer", {"steps": 50}, directory=run, progress=False)
+    everystep.train_experiment("two-layer", {"steps": 50}, run=run, progress=False)
     for name in ("data.safetensors", "run.sqlite-wal", "run.sqlite-shm"):  # no list reads them
         (run / name).unlink(missing_ok=True)
     for path in run.glob("snapshots/*/*"):

@@ -125,7 +125,7 @@ def train_twice(model: Model) -> Outcome:
         try:
             # Snapshots are of no use here: of the larger models, they would take a gigabyte each.
             options = {"steps": model.steps, "batch_size": batch_size, "snapshot_budget": 1}
-            run = by_train(made, directory=f"{place}/run", **options)
+            run = by_train(made, run=f"{place}/run", **options)
         except EverystepError as error:
             seconds = time.perf_counter() - begin
             return Outcome(False, f"refused: {error}", "no training", seconds)

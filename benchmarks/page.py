@@ -113,7 +113,7 @@ def _train(directory: Path) -> None:
             loss=nn.MSELoss(reduction="sum"),
             optimizer=everystep.GradientDescent(model.parameters(), lr=1e-5),
             steps=steps,
-            directory=directory / name,
+            run=directory / name,
         )
 
 

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.random_pairs [--count 600] [--seed 0] [--only NUMBER]`. A pair is a sample of
 torch's own list of modules, in train or eval mode, in float32 or float64, and an optimizer of
-`torch.optim` with random settings, perhaps with a schedule and with clipped gradients. It is trained by
+`torch.optim` with random settings, perhaps with a scheduler and with clipped gradients. It is trained by
 a loop written out by hand and by everystep, from equal objects; losses, parameters, gradients, buffers,
 generators and all that the optimizer holds must have the same bits. All runs are then verified by new
 processes, 50 in each. What the loop by hand cannot train (an optimizer that refuses its settings) is
@@ -70,8 +70,8 @@ COMMON: dict[str, Sequence[Any]] = {
     "betas": ((0.9, 0.999), (0.5, 0.9)),
 }
 
-#: Of a schedule: how it is made from an optimizer.
-SCHEDULES: dict[str, Callable[[Any], Any]] = {
+#: Of a scheduler: how it is made from an optimizer.
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=4, gamma=0.5),
     "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, milestones=[3, 7], gamma=0.3),
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, gamma=0.9),
@@ -98,7 +98,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 class Pair:
     """A sample of a module, and an optimizer with settings; all that is needed to make them again.
 
-    sample: the number of the sample in torch's list; schedule: a key of `SCHEDULES`.
+    sample: the number of the sample in torch's list; scheduler: a key of `SCHEDULERS`.
     """
 
     number: int
@@ -109,8 +109,8 @@ class Pair:
     optimizer: str
     settings: dict[str, Any] = field(hash=False)
     tensor_lr: bool
-    schedule: str | None
-    clip_norm: float | None
+    scheduler: str | None
+    max_grad_norm: float | None
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
@@ -119,8 +119,8 @@ class Pair:
             "train" if self.training else "eval",
             f"{self.optimizer}({settings}){' of a tensor lr' if self.tensor_lr else ''}",
         ]
-        parts += [self.schedule] if self.schedule else []
-        parts += [f"clip_norm={self.clip_norm}"] if self.clip_norm else []
+        parts += [self.scheduler] if self.scheduler else []
+        parts += [f"max_grad_norm={self.max_grad_norm}"] if self.max_grad_norm else []
         return "; ".join(parts)
 
     def make(self) -> Made:
@@ -134,8 +134,8 @@ class Pair:
             self.module, self.sample, dtype=dtype, training=self.training
         )
         optimizer = self._optimizer(model)
-        schedule = SCHEDULES[self.schedule](optimizer) if self.schedule else None
-        return Made(model, x, y, loss, optimizer, schedule)
+        scheduler = SCHEDULERS[self.scheduler](optimizer) if self.scheduler else None
+        return Made(model, x, y, loss, optimizer, scheduler)
 
     def _optimizer(self, model: nn.Module) -> optim.Optimizer:
         settings = dict(self.settings)
@@ -210,9 +210,9 @@ def draw(number: int, seed: int) -> Pair:
     settings = {name: choose.choice(values) for name, values in COMMON.items() if name in known}
     settings = {name: value for name, value in settings.items() if value != known[name].default}
     training = choose.random() < 0.7
-    schedule = choose.choice([None, *SCHEDULES])
-    if schedule == "ReduceLROnPlateau" and not training:
-        schedule = None  # the loop by hand trains in train mode after it has evaluated
+    scheduler = choose.choice([None, *SCHEDULERS])
+    if scheduler == "ReduceLROnPlateau" and not training:
+        scheduler = None  # the loop by hand trains in train mode after it has evaluated
     return Pair(
         number=number,
         module=module,
@@ -222,14 +222,14 @@ def draw(number: int, seed: int) -> Pair:
         optimizer=kind,
         settings={"lr": choose.choice([0.001, 0.01])} | settings,
         tensor_lr=choose.random() < 0.2,
-        schedule=schedule if choose.random() < 0.6 else None,
-        clip_norm=choose.choice([None, None, 0.1, 1.0]),
+        scheduler=scheduler if choose.random() < 0.6 else None,
+        max_grad_norm=choose.choice([None, None, 0.1, 1.0]),
     )
 
 
 def try_one(pair: Pair, directory: Path, counts: Counts, runs: dict[str, Pair]) -> None:
     """Train by hand and by everystep, and compare; what has a run is put among the runs."""
-    options: dict[str, Any] = {"steps": STEPS, "clip_norm": pair.clip_norm}
+    options: dict[str, Any] = {"steps": STEPS, "max_grad_norm": pair.max_grad_norm}
     try:
         made = pair.make()
         losses = by_hand(made, **options)
@@ -241,7 +241,7 @@ def try_one(pair: Pair, directory: Path, counts: Counts, runs: dict[str, Pair]) 
     made = pair.make()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            run = by_train(made, directory=directory, **options)
+            run = by_train(made, run=directory, **options)
     except Exception as error:
         counts.failures.append((f"{type(error).__name__}: {error}", pair))
         return

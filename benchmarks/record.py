@@ -155,7 +155,7 @@ def _as_function(loop: Loop, run: Path, batches: Iterable[Any] | None = None) ->
     parts = {"model": loop.model, "optimizer": loop.optimizer}
     given = batches or [loop.batch]
     options: Any = {"parts": parts, "steps": loop.steps, "engine": "program"}
-    everystep.train(_step_of(loop), given, **options, directory=run, progress=False)
+    everystep.train(_step_of(loop), given, **options, run=run, progress=False)
 
 
 def _unusual_seconds(loop: Loop) -> float:
@@ -181,7 +181,7 @@ def _as_model(loop: Loop, run: Path) -> None:
         loss=loop.loss,
         optimizer=loop.optimizer,
         steps=loop.steps,
-        directory=run,
+        run=run,
         progress=False,
     )
 

@@ -66,7 +66,7 @@ def _trained(directory: Path, steps: int, *, changed: bool) -> everystep.Run:
         x[17, 3] = torch.nextafter(x[17, 3], torch.tensor(torch.inf))
     optimizer = everystep.GradientDescent(model.parameters(), lr=1e-5)
     loss = nn.MSELoss(reduction="sum")
-    everystep.train(model, (x, y), loss=loss, optimizer=optimizer, steps=steps, directory=directory)
+    everystep.train(model, (x, y), loss=loss, optimizer=optimizer, steps=steps, run=directory)
     return everystep.open(directory)
 
 
@@ -77,9 +77,7 @@ def _trained_small(directory: Path, steps: int) -> everystep.Run:
     x, y = torch.randn(64, 20), torch.randn(64, 1)
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
     optimizer = everystep.GradientDescent(model.parameters(), lr=1e-3)
-    everystep.train(
-        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=steps, directory=directory
-    )
+    everystep.train(model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=steps, run=directory)
     return everystep.open(directory)
 
 

@@ -81,7 +81,7 @@ def trained(data: str, directory: Path, epochs: int = EPOCHS) -> Run:
         optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
         epochs=epochs,
         batch_size=BATCH,
-        directory=directory,
+        run=directory,
         progress=False,
     )
 
@@ -104,7 +104,7 @@ def planted(run: Run, data: str, seed: int, directory: Path) -> list[Found]:
             for place in range(len(numbers)) if data == "digits" else [chance.randrange(len(numbers))]:
                 numbers[place] += chance.choice((-20.0, 20.0))
     steps = len(run) + -(-len(x) // BATCH)
-    fork = run.fork(len(run), lr=1e-7, steps=steps, data=(x, y), directory=directory, progress=False)
+    fork = run.fork(len(run), lr=1e-7, steps=steps, data=(x, y), run=directory, progress=False)
     found: dict[int, Found] = {}
     for step in fork[len(run) + 1 :]:
         here = [row for row in bad if row in step.rows.numbers]

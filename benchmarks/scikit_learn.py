@@ -25,7 +25,7 @@ def r2_of_both(seed: int) -> tuple[float, float]:
     """Return R² on the validation rows: everystep's, and MLPRegressor's."""
     experiment = load("diabetes", {"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
-        run = everystep.train_experiment(experiment, directory=Path(folder) / "run", progress=False)
+        run = everystep.train_experiment(experiment, run=Path(folder) / "run", progress=False)
         measured = {name: value for name, _, value in run.measurements.iter_rows()}
     data = make_data(experiment, "values")
     assert data.validation is not None

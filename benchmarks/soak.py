@@ -42,7 +42,7 @@ def endless():
 KINDS = {
     "train": """
 everystep.train(model, (x, y), loss=loss_of, optimizer=optimizer, steps=steps, batch_size=8,
-                directory=directory, snapshot_budget=budget, progress=False)
+                run=directory, snapshot_budget=budget, progress=False)
 """,
     "function": """
 def step(batch):
@@ -53,7 +53,7 @@ def step(batch):
     optimizer.step()
     return loss
 everystep.train(step, endless(), parts={"model": model, "optimizer": optimizer}, steps=steps,
-                engine="program", directory=directory, snapshot_budget=budget, progress=False)
+                engine="program", run=directory, snapshot_budget=budget, progress=False)
 """,
     "loop": """
 parts = {"model": model, "optimizer": optimizer}

@@ -101,7 +101,7 @@ def small_run(directory: Path) -> Path:
         steps=40,
         validation=0.25,
         evaluate_every=10,
-        directory=directory,
+        run=directory,
         progress=False,
     )
     with closing(sqlite3.connect(directory / "run.sqlite")) as database:

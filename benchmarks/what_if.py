@@ -70,7 +70,7 @@ def _in_new_process(work: Callable[..., Any], *given: Any) -> Any:
 
 
 def _trained(directory: Path, settings: dict[str, Any]) -> None:
-    everystep.train_experiment("digits", settings, directory=directory, progress=False)
+    everystep.train_experiment("digits", settings, run=directory, progress=False)
 
 
 def _by_what_if(directory: Path) -> tuple[float, list[tuple[tuple[int, ...], tuple[float, ...]]]]:

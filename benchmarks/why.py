@@ -45,7 +45,7 @@ BRANCHES = 3
 
 def chapter(place: Path) -> everystep.Run:
     """The network of the chapter."""
-    return everystep.train_experiment("two-layer", {"steps": STEPS}, directory=place, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": STEPS}, run=place, progress=False)
 
 
 def convolution(place: Path) -> everystep.Run:
@@ -190,7 +190,7 @@ def _trained(
         optimizer=optimizer,  # type: ignore[arg-type]
         steps=STEPS,
         batch_size=rows,
-        directory=place,
+        run=place,
         progress=False,
     )
 
@@ -263,7 +263,7 @@ def _kind(line: Why) -> str:
 
 def _timed(place: Path, steps: int, count: int) -> list[list[str]]:
     """Return the rows of the second table."""
-    run = everystep.train_experiment("two-layer", {"steps": steps}, directory=place, progress=False)
+    run = everystep.train_experiment("two-layer", {"steps": steps}, run=place, progress=False)
     opened = everystep.open(run.directory)
     chance = random.Random(0)
     asked(opened[1], chance)  # the process is open, its first step too

@@ -23,7 +23,7 @@ def published():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("chapter") / "run"
-    return everystep.train_experiment("two-layer", directory=directory, progress=False)
+    return everystep.train_experiment("two-layer", run=directory, progress=False)
 
 
 @torch.no_grad()

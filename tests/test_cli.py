@@ -168,9 +168,9 @@ def test_nan_and_infinity_survive_json(everystep_command):
 
 
 def test_what_torch_cannot_do_in_a_step_ends_in_a_message(everystep_command):
-    schedule = ["--set", "schedule.name=OneCycleLR", "--set", "schedule.max_lr=0.1"]
-    schedule += ["--set", "schedule.cycle_momentum=false", "--set", "schedule.total_steps=5"]
-    code, _, err = everystep_command("train", *schedule)
+    scheduler = ["--set", "scheduler.name=OneCycleLR", "--set", "scheduler.max_lr=0.1"]
+    scheduler += ["--set", "scheduler.cycle_momentum=false", "--set", "scheduler.total_steps=5"]
+    code, _, err = everystep_command("train", *scheduler)
     assert code == 1
     assert "two-layer failed: Tried to step" in err
     run = everystep.open("two-layer-1")
@@ -196,7 +196,7 @@ def test_stop_on_nan_exits_with_1(everystep_command):
 
 def test_an_encoding_without_mathematical_signs_is_no_error():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    run = everystep.train_experiment("two-layer", {"steps": 3}, directory="r\xfcn", progress=False)
+    run = everystep.train_experiment("two-layer", {"steps": 3}, run="r\xfcn", progress=False)
     losses = [str(np.float32(loss)) for loss in run.losses["loss"]]  # other processors have other ones
     for arguments, shown in (
         (["step", "r\xfcn", "2", "--op", "5"], "d#2 = 2 * (#2 - y)"),
@@ -398,7 +398,7 @@ def test_the_list_of_runs_names_the_first_step_that_is_not_finite(everystep_comm
 def test_a_loss_that_is_not_finite_leads_to_its_origin(everystep_command):
     _, _, err = everystep_command("train", "--set", "optimizer.lr=1", "--steps", 20)
     assert "training continues (stop_on_nan = true stops it)" in err
-    assert "everystep when two-layer-1 nonfinite finds where it came from" in err
+    assert "everystep first-nonfinite two-layer-1 finds where it came from" in err
     code, _, err = everystep_command("train", "--set", "optimizer.lr=1", "--set", "stop_on_nan=true")
     assert code == 1 and "training stops" in err and "continues" not in err
 
@@ -413,7 +413,7 @@ def test_the_list_of_commands_fits_80_columns(everystep_command, monkeypatch):
 def test_a_hint_is_a_command_to_copy(everystep_command):
     everystep_command("train", "--steps", 2, "--run", "run", "-q")
     _, _, err = everystep_command("measure", "run", "norm(gradients['0.weight'])")
-    assert """plot run -m "norm(gradients['0.weight'])" -o""" in err
+    assert """plot run -m "norm(gradients['0.weight'])"\n""" in err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

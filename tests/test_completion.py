@@ -17,7 +17,7 @@ def runs(tmp_path_factory):
     """A directory with runs/; no test changes its runs."""
     place = tmp_path_factory.mktemp("completion")
     settings = {"steps": 4, "seed": 1}
-    everystep.train_experiment("two-layer", settings, directory=place / "runs/first-1", progress=False)
+    everystep.train_experiment("two-layer", settings, run=place / "runs/first-1", progress=False)
     shutil.copytree(place / "runs/first-1", place / "runs/first-2")
     shutil.copytree(place / "runs/first-1", place / "here-1")
     run = everystep.open(place / "runs/first-2")

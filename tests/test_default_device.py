@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     optimizer = torch.optim.AdamW(model.parameters())
     return everystep.train(
         model, (torch.randn(20, 4), torch.randn(20, 2)), loss=nn.MSELoss(), optimizer=optimizer,
-        steps=12, directory=tmp_path_factory.mktemp("default") / "run", progress=False,
+        steps=12, run=tmp_path_factory.mktemp("default") / "run", progress=False,
     )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_an_experiment_has_the_same_losses(tmp_path):
     def losses(name):
         settings = {"steps": 5}
         return everystep.train_experiment(
-            "two-layer", settings, directory=tmp_path / name, progress=False
+            "two-layer", settings, run=tmp_path / name, progress=False
         ).losses
 
     expected = losses("expected")

@@ -18,7 +18,7 @@ MANY = "9" * 30
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     place = tmp_path_factory.mktemp("trained") / "run"
-    return everystep.train_experiment("two-layer", {"steps": 5}, directory=place, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": 5}, run=place, progress=False)
 
 
 @pytest.fixture

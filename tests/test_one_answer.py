@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("answers") / "runs"
     for name, lr in (("chapter", 1e-4), ("other", 2e-4)):
         settings = {"steps": 6, "optimizer.lr": lr, "batch_size": 12}
-        everystep.train_experiment("two-layer", settings, directory=place / name, progress=False)
+        everystep.train_experiment("two-layer", settings, run=place / name, progress=False)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with everystep.record(run=place / "broken", model=model, optimizer=optimizer) as recording:
@@ -95,15 +95,15 @@ def test_questions_to_a_run(here, name, everystep_command):
     found = printed(everystep_command, "when", name, "loss < 1e9", "--all")
     assert_within(found, of_page(run, "when", condition="loss < 1e9", which="all"))
     if name == "broken":
-        found = printed(everystep_command, "when", name, "nonfinite")
-        assert found == of_page(run, "when", condition="nonfinite")["nonfinite"]
+        found = printed(everystep_command, "first-nonfinite", name)
+        assert found == of_page(run, "first-nonfinite")["found"]
         return
     asked = {"at": 2, "until": 4, "rows": [1, 2], "each": True}
     found = printed(
-        everystep_command, "whatif", name, "--at", 2, "--until", 4, "--without-rows", "1,2", "--each"
+        everystep_command, "what-if", name, "--at", 2, "--until", 4, "--without-rows", "1,2", "--each"
     )
-    assert found == of_page(run, "whatif", **asked)
-    found = printed(everystep_command, "rerun", name, "--float64")
+    assert found == of_page(run, "what-if", **asked)
+    found = printed(everystep_command, "rerun", name, "--precision", "float64")
     rerun = of_page(run, "rerun", precision="float64")
     assert_within(found, rerun, but=("recorded", "losses", "others"))  # which the page draws
     assert rerun["losses"]["values"] == pytest.approx(found["losses"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from torch import nn
 
 import everystep
 from everystep import cli, errors
@@ -82,13 +83,23 @@ def test_the_reference_tells_of_every_command_and_every_option_has_a_help():
     assert set(command.commands) == {
         "train", "resume", "experiments", "runs", "losses", "table", "plot", "report",
         "step", "verify", "doctor", "diff", "rerun", "fork", "measure", "when", "why", "view",
-        "rows",
-        "whatif",
+        "rows", "what-if", "match", "first-nonfinite",
     }  # fmt: skip
     for name, each in command.commands.items():
         assert f"everystep {name}" in reference
         assert each.help
         assert all(parameter.help for parameter in each.params if parameter.name != "help")
+
+
+def test_the_reference_describes_each_member_of_a_run_a_step_and_a_recording():
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    run = everystep.train_experiment("two-layer", {"steps": 1}, progress=False)
+    for thing in (run, run[1], everystep.record(model=nn.Linear(1, 1))):
+        members = dir(thing)
+        assert len(set(members)) == len(members) > 10
+        for name in members:
+            assert hasattr(type(thing), name) or name in vars(thing)
+            assert re.search(rf"[`.]{name}\b", reference), name
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():

@@ -143,7 +143,7 @@ def _finds_difference(run: Any, other: Any, found: Trained, expected: Trained) -
 def _forks(run: Any, other: Any, found: Trained, expected: Trained) -> str | None:
     if run.facts.training.loop is not None:  # its code alone goes on
         return _NOT_ASKED
-    fork = run.fork(0, lr=0.02, directory=f"{run.directory}-fork", progress=False)
+    fork = run.fork(0, lr=0.02, run=f"{run.directory}-fork", progress=False)
     return None if fork.losses.equals(other.losses) else "other losses than trained from the start"
 
 

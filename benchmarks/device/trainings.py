@@ -95,7 +95,7 @@ def by_train(ready: _Ready, directory: Path) -> Any:
     """Train on one batch by `train(model, (x, y))`."""
     return everystep.train(
         ready.model, ready.batches[0], loss=nn.CrossEntropyLoss(), optimizer=ready.optimizer,
-        steps=STEPS, directory=directory, progress=False,
+        steps=STEPS, run=directory, progress=False,
     )  # fmt: skip
 
 
@@ -113,9 +113,7 @@ def by_step_function(ready: _Ready, directory: Path) -> Any:
         return loss
 
     parts = {"model": model, "optimizer": optimizer}
-    return everystep.train(
-        step, ready.batches, parts=parts, steps=STEPS, directory=directory, progress=False
-    )
+    return everystep.train(step, ready.batches, parts=parts, steps=STEPS, run=directory, progress=False)
 
 
 def by_record(ready: _Ready, directory: Path) -> Any:

@@ -35,7 +35,7 @@ def _prepare(workload: Workload, folder: Path, engine: Literal["eager", "program
             batch_size=workload.batch_size,
             seed=SEED,
             engine=engine,
-            directory=folder / "run",
+            run=folder / "run",
             progress=False,
         )
         losses: list[float] = run.losses["loss"].to_list()

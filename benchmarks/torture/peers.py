@@ -130,9 +130,9 @@ def _transformers(network, x, y, out):  # type: ignore[no-untyped-def]
     rows = [{"inputs": a, "labels": b} for a, b in zip(x, y, strict=True)]
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     trainer = Trainer(
-        model, settings, train_dataset=rows, optimizers=(optimizer, schedule), callbacks=[Said()]
+        model, settings, train_dataset=rows, optimizers=(optimizer, scheduler), callbacks=[Said()]
     )
     trainer.train(resume_from_checkpoint=any(out.glob("checkpoint-*")))
 

@@ -80,7 +80,7 @@ def _train(place: Path, steps: int) -> float:
         steps=steps,
         validation=0.25,
         evaluate_every=10,
-        directory=place,
+        run=place,
         progress=False,
     )
     return time.monotonic() - began

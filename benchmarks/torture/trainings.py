@@ -109,13 +109,13 @@ RANDOM = {"source": "random", "N": 64, "D_in": 8, "D_out": 2, "validation": 0.25
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "sgd-plateau-clipping": {
         "batch_size": 8,
-        "clip_norm": 0.5,
+        "max_grad_norm": 0.5,
         "evaluate_every": 5,
         "data": RANDOM,
         "model": {"layers": ["Linear(8, 16)", "Tanh()", "Linear(16, 2)"]},
         "loss": {"name": "MSELoss"},
         "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
-        "schedule": {"name": "ReduceLROnPlateau", "patience": 1, "every": "epoch"},
+        "scheduler": {"name": "ReduceLROnPlateau", "patience": 1, "every": "epoch"},
     },
     "adam-dropout-batch-norm": {
         "batch_size": 12,
@@ -125,7 +125,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         },
         "loss": {"name": "MSELoss"},
         "optimizer": {"name": "Adam", "lr": 0.01},
-        "schedule": {"name": "CosineAnnealingLR", "T_max": 1000},
+        "scheduler": {"name": "CosineAnnealingLR", "T_max": 1000},
     },
     "chapter-whole-batch": {
         "data": {"source": "random", "N": 16, "D_in": 20, "D_out": 4},
@@ -217,7 +217,7 @@ def _trained(make: Callable[[], dict[str, Any]], data: Any) -> Callable[..., Non
             steps=steps,
             batch_size=8,
             threads=1,
-            directory=place,
+            run=place,
             progress=_lines(lines),  # type: ignore[arg-type]
         )
 
@@ -305,9 +305,9 @@ def _augmented(workers: int) -> Callable[[Path, Path, int, TextIO], None]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Dropout(0.1), nn.Linear(12, 2))
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.9)
         loader = DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=workers)
-        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         with _recording(place, lines, **parts) as recording:
             while recording.step_count < steps or recording.is_ahead:
                 for x, y in recording.steps(loader):
@@ -315,7 +315,7 @@ def _augmented(workers: int) -> Callable[[Path, Path, int, TextIO], None]:
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
-                    schedule.step()
+                    scheduler.step()
                     recording.log(loss=loss, size=x.abs().mean())
         assert recording.run.summary().steps >= steps
 
@@ -327,7 +327,7 @@ OWN = [
     "gan_with_two_optimizers",
     "language_model_with_accumulation_and_clipping",
     "gradient_scaler_with_an_overflow",
-    "two_schedules_and_layers_unfrozen_on_the_way",
+    "two_schedulers_and_layers_unfrozen_on_the_way",
     "averaged_weights_with_batch_norm",
 ]
 TRAININGS += [Training(name.replace("_", "-"), "own loop", 120, _loop(name)) for name in OWN]
@@ -355,7 +355,7 @@ def _function(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:
 
     parts = {"model": model, "optimizer": optimizer}
     shown = _lines(lines)
-    everystep.train(step, None, parts=parts, steps=steps, directory=place, progress=shown)  # type: ignore
+    everystep.train(step, None, parts=parts, steps=steps, run=place, progress=shown)  # type: ignore
 
 
 STEP_FUNCTION = Training("step-function", "step function", 4000, _function)
@@ -377,7 +377,7 @@ def _fork(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:
             Run(place).resume(progress=_lines(lines))
         return
     parent = Run(prepared / "parent")
-    parent.fork(steps // 2 + 3, {"optimizer.lr": 0.003}, directory=place, progress=_lines(lines))
+    parent.fork(steps // 2 + 3, {"optimizer.lr": 0.003}, run=place, progress=_lines(lines))
 
 
 def _measure(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:

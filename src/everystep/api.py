@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from everystep.answers.doctor import Diagnosis
+    from everystep.experiment.metrics import Metrics
     from everystep.experiment.specification import Experiment
     from everystep.training.record import Recording
 
@@ -102,17 +104,17 @@ def train(
     seed: int | None = None,
     device: str | None = None,
     threads: int | None = None,
-    schedule: LRScheduler | None = None,
-    schedule_every: Literal["step", "epoch"] = "step",
-    clip_norm: float | None = None,
+    scheduler: LRScheduler | None = None,
+    scheduler_every: Literal["step", "epoch"] = "step",
+    max_grad_norm: float | None = None,
     validation: tuple[Any, Any] | float | None = None,
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+    metrics: Metrics | None = None,
     evaluate_every: int | None = None,
     stop_on_nan: bool = False,
     engine: Literal["auto", "program", "eager"] = "auto",
-    directory: str | Path | None = None,
+    run: str | Path | None = None,
     resume: bool | str | Path = False,
-    anyway: bool = False,
+    force: bool = False,
     fork: str | Path | Run | None = None,
     at: int | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
@@ -152,11 +154,11 @@ def train(
             batches from the seed it was last given (`torch.initial_seed()`).
         device: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, `auto`; default: the device of the model.
         threads: the number of threads that torch uses.
-        schedule: a schedule of the optimizer's learning rate; advanced every `schedule_every`.
-        clip_norm: clip the 2-norm of all gradients together to this before the update.
+        scheduler: a scheduler of the optimizer's learning rate; advanced every `scheduler_every`.
+        max_grad_norm: clip the 2-norm of all gradients together to this before the update.
         validation: x and y to measure but not to train on, or the fraction of rows to hold out for it.
-        metrics: more measurements: name to a function of all predictions and targets of the validation
-            part, or of the data if there is none.
+        metrics: more measurements of the validation part, or of the data if there is none: names of
+            metrics (`["accuracy"]`), or name to a function of all predictions and targets.
         evaluate_every: steps between measurements; default: an epoch, or a hundredth of the steps if
             every step sees all rows. The last step is always measured.
         stop_on_nan: stop at the first loss that is not finite; otherwise record it and print a notice.
@@ -165,11 +167,11 @@ def train(
             code does the same operations at every step: programs run most steps, and are compared with
             Python in some; raise an error if no program can. Python runs every step of a step function
             unless you vouch for it.
-        directory: the run's directory, which must not exist; default: the next free one in runs/.
+        run: the run's directory, which must not exist; default: the next free one in runs/.
         resume: the run to go on with, after it was killed or stopped: its directory, or its name in
-            runs/. True: go on with `directory` if that exists, and begin it otherwise. The other
+            runs/. True: go on with `run` if that exists, and begin it otherwise. The other
             arguments are as before, except for more `steps`; see `Run.resume`.
-        anyway: go on although something changed, as in `Run.resume`.
+        force: go on although something changed, as in `Run.resume`.
         fork, at: of a step function: begin with the state of a run after step `at`, as in `record`;
             a run of a model has `Run.fork`.
         snapshot_budget: maximum bytes of snapshots.
@@ -195,16 +197,16 @@ def train(
         seed=seed,
         device=device,
         threads=threads,
-        clip_norm=clip_norm,
+        max_grad_norm=max_grad_norm,
         evaluate_every=evaluate_every,
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
-    place = None if directory is None else Path(directory)
+    place = None if run is None else Path(run)
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
-            **{"device": device, "schedule": schedule, "clip_norm": clip_norm},
+            **{"device": device, "scheduler": scheduler, "max_grad_norm": max_grad_norm},
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
@@ -223,7 +225,7 @@ def train(
             Run,
             watcher.advance,
             resumed=resumed,
-            is_accepted=anyway,
+            is_accepted=force,
             fork=_forked(fork, at, resumed),
         )
         batches = cast("Iterable[Any] | None", data)
@@ -234,25 +236,25 @@ def train(
     # What they are is checked where all faults are found at once.
     live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
     objects = Objects(
-        live, of_pair, updating, rows, schedule, schedule_every, validation, metrics or {}, limit
+        live, of_pair, updating, rows, scheduler, scheduler_every, validation, metrics or (), limit
     )
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is not None:
         from everystep.replay.resume import Resume, resume_objects
 
         objects.check()
-        asked = Resume(resumed, is_accepted=anyway, budget=snapshot_budget)
+        asked = Resume(resumed, is_accepted=force, budget=snapshot_budget)
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
         outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher)
-    return run_from_objects(outcome, replace(objects, metrics=dict(metrics or {})))
+    return run_from_objects(outcome, replace(objects, metrics=copy(metrics or ())))
 
 
 def record(
     *,
     run: str | Path | None = None,
     resume: bool | str | Path = False,
-    anyway: bool = False,
+    force: bool = False,
     fork: str | Path | Run | None = None,
     at: int | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
@@ -283,13 +285,13 @@ def record(
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
         resume: the run to go on with: its directory, or its name in runs/. True: go on with `run` if
             that exists, and begin it otherwise.
-        anyway: go on although the parts, the versions or the numerics changed; the recorded steps after
+        force: go on although the parts, the versions or the numerics changed; the recorded steps after
             the snapshot are discarded, and the run says what changed.
         fork, at: the run to make a fork of, and the step after which the fork begins.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches; beyond that, everystep drops the oldest ones, and their
             steps no longer open.
-        parts: what the loop carries from step to step, by any names: models, optimizers, schedules,
+        parts: what the loop carries from step to step, by any names: models, optimizers, schedulers,
             scalers, averaged copies, tensors. The tensors of the part called `model` (or of the only
             module) keep their names; the names of all others start with the name of their part.
 
@@ -300,7 +302,7 @@ def record(
     from everystep.training.record import Recording
 
     place = None if run is None else Path(run)
-    resumed = _resumed(place, resume, "run")
+    resumed = _resumed(place, resume)
     return Recording(
         parts,
         place,
@@ -309,7 +311,7 @@ def record(
         batch_budget,
         Run,
         resumed=resumed,
-        is_accepted=anyway,
+        is_accepted=force,
         fork=_forked(fork, at, resumed),
     )
 
@@ -341,10 +343,8 @@ def _forked(
     return None
 
 
-def _resumed(place: Path | None, resume: bool | str | Path, name: str = "directory") -> Run | None:
+def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
     """Return the run to go on with, None to begin one.
-
-    name: of the argument that names the directory of a new run.
 
     Raises:
         UsageError: it is not named, or twice.
@@ -354,10 +354,10 @@ def _resumed(place: Path | None, resume: bool | str | Path, name: str = "directo
         return None
     if resume is not True:
         if place is not None:
-            raise UsageError(f"resume names a run, and so does {name}; pass one of them")
+            raise UsageError("both run and resume name a run; pass one of them")
         return Run(find_run(resume))
     if place is None:
-        raise UsageError(f"resume=True needs the run's directory: {name}=...; or pass resume=RUN")
+        raise UsageError("resume=True needs the run's directory: run=...; or pass resume=RUN")
     return None if remove_unbegun(place) else Run(place)
 
 
@@ -365,9 +365,9 @@ def train_experiment(
     experiment: str | Path | Mapping[str, Any] | Experiment,
     settings: Mapping[str, Any] | None = None,
     *,
-    directory: str | Path | None = None,
+    run: str | Path | None = None,
     resume: bool | str | Path = False,
-    anyway: bool = False,
+    force: bool = False,
     snapshot_budget: int = DEFAULT_BUDGET,
     progress: bool = True,
 ) -> Run:
@@ -379,8 +379,8 @@ def train_experiment(
         experiment: the name of a built-in experiment, a TOML file, its content as a dict, or a loaded
             experiment.
         settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
-        directory: the run's directory, which must not exist; default: the next free one in runs/.
-        resume, anyway: go on with a run of this experiment, as in `train`.
+        run: the run's directory, which must not exist; default: the next free one in runs/.
+        resume, force: go on with a run of this experiment, as in `train`.
         snapshot_budget: maximum bytes of snapshots.
         progress: show a progress bar if stderr is a terminal.
 
@@ -398,11 +398,11 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
-    place = None if directory is None else Path(directory)
+    place = None if run is None else Path(run)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
         return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher))
     from everystep.replay.resume import Resume, resume_experiment
 
-    asked = Resume(resumed, is_accepted=anyway, budget=snapshot_budget)
+    asked = Resume(resumed, is_accepted=force, budget=snapshot_budget)
     return run_of(resume_experiment(asked, watcher, loaded))

@@ -270,8 +270,7 @@ class Questions(RecordedRun):
         """Find the first step at which a condition is true, the last, or all.
 
         Args:
-            condition: an expression, `"isnan(loss)"`, or a function of the opened step; `"nonfinite"`
-                finds the step that made the first NaN or infinity, see `first_nonfinite`.
+            condition: an expression, `"isnan(loss)"`, or a function of the opened step.
             which: steps to find.
             processes: number of processes; default: one per core, if worth their start.
             progress: show a progress bar if stderr is a terminal; or a function, called with the number
@@ -283,11 +282,6 @@ class Questions(RecordedRun):
         """
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
-        if isinstance(condition, str) and condition.strip() == "nonfinite":
-            from everystep.replay.recorded_columns import Found
-
-            made = self.first_nonfinite(processes=processes, progress=progress)
-            return self._shown(Found(() if made is None else (made.step.number,)))
         asked, _ = self._question(condition)
         if getattr(asked, "is_recorded", False):
             from everystep.replay.recorded_columns import Found, ask_columns, chosen

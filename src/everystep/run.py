@@ -21,10 +21,20 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from everystep.answers.doctor import Diagnosis
+    from everystep.experiment.metrics import Metrics
     from everystep.training.job import Outcome, Progress
     from everystep.training.objects import Objects
     from everystep.views.loss_table import LossTable
     from everystep.views.report import Report
+
+#: The public face of a run, which the reference describes: `dir(run)`. What else there is, other modules
+#: of everystep read.
+_PUBLIC = [
+    *("name", "directory", "status", "facts", "note", "damage", "problems", "summary"),
+    *("losses", "measurements", "measured", "snapshots", "parameters", "table", "plot", "report"),
+    *("verify", "doctor", "diff", "match", "rerun", "measure", "when", "first_nonfinite"),
+    *("rows", "why", "what_if", "fork", "resume"),
+]
 
 __all__ = ["Run", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
 
@@ -60,14 +70,14 @@ class Run(Questions):
         model: nn.Module | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        schedule: LRScheduler | None = None,
-        schedule_every: Literal["step", "epoch"] = "step",
+        scheduler: LRScheduler | None = None,
+        scheduler_every: Literal["step", "epoch"] = "step",
         data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | None = None,
-        metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+        metrics: Metrics | None = None,
         without_rows: Iterable[int] = (),
         relabel: Mapping[int, float] | None = None,
-        directory: str | Path | None = None,
+        run: str | Path | None = None,
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
     ) -> Run:
@@ -81,13 +91,13 @@ class Run(Questions):
             at: the step after which the fork starts; 0: before the first step.
             settings: changes by path, as in an experiment: `{"optimizer.lr": 1e-3}`.
             lr, steps, batch_size, seed: shortcuts for the most common settings.
-            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects to
+            model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects to
                 continue with, as in `train`, for a run from Python objects that this process did not
                 train; `fork` trains them in place. Without them, the run's programs go on alone if
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
             relabel: other targets, by row of the data.
-            directory: the fork's directory, which must not exist; default: the next free one in runs/.
+            run: the fork's directory, which must not exist; default: the next free one in runs/.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
                 training.
@@ -103,7 +113,7 @@ class Run(Questions):
 
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
-        place = None if directory is None else Path(directory)
+        place = None if run is None else Path(run)
         asked = Fork(
             self,
             self._number(at),
@@ -115,8 +125,8 @@ class Run(Questions):
             targets=dict(relabel or {}),
         )
         given = {
-            **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
-            **{"schedule_every": schedule_every, "data": data, "validation": validation},
+            **{"model": model, "loss": loss, "optimizer": optimizer, "scheduler": scheduler},
+            **{"scheduler_every": scheduler_every, "data": data, "validation": validation},
             "metrics": metrics,
         }
         outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
@@ -126,15 +136,15 @@ class Run(Questions):
         self,
         steps: int | None = None,
         *,
-        anyway: bool = False,
+        force: bool = False,
         model: nn.Module | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        schedule: LRScheduler | None = None,
-        schedule_every: Literal["step", "epoch"] = "step",
+        scheduler: LRScheduler | None = None,
+        scheduler_every: Literal["step", "epoch"] = "step",
         data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | float | None = None,
-        metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+        metrics: Metrics | None = None,
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
     ) -> Run:
@@ -146,9 +156,9 @@ class Run(Questions):
 
         Args:
             steps: the last step; default: that of the run.
-            anyway: go on although the code, the data, the versions or the numerics changed; the recorded
+            force: go on although the code, the data, the versions or the numerics changed; the recorded
                 steps after the snapshot are discarded, and the run says what changed.
-            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects as
+            model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects as
                 they were before training, for a run from Python objects that this process did not
                 train; `resume` trains them in place. Without them, the run's programs go on alone if
                 they took every step, and nothing checks them against Python.
@@ -164,14 +174,17 @@ class Run(Questions):
         """
         from everystep.replay.resume import Resume, resume
 
-        asked = Resume(self, steps, anyway, snapshot_budget)
+        asked = Resume(self, steps, force, snapshot_budget)
         given = {
-            **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
-            **{"schedule_every": schedule_every, "data": data, "validation": validation},
+            **{"model": model, "loss": loss, "optimizer": optimizer, "scheduler": scheduler},
+            **{"scheduler_every": scheduler_every, "data": data, "validation": validation},
             "metrics": metrics,
         }
         outcome, trained = resume(asked, given, self._objects, progress_of(progress))
         return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
+
+    def __dir__(self) -> list[str]:
+        return _PUBLIC
 
     def __repr__(self) -> str:
         summary = self.summary()

@@ -41,7 +41,7 @@ _values = st.recursive(
 _keys = st.sampled_from(
     [
         *("steps", "epochs", "seed", "threads", "batch_size", "lr", "name", "source", "N", "D_in"),
-        *("target", "layers", "schedule", "data", "model", "loss", "optimizer", "validation"),
+        *("target", "layers", "scheduler", "data", "model", "loss", "optimizer", "validation"),
         *("momentum", "betas", "reduction", "stepz"),
     ]
 )

@@ -137,7 +137,7 @@ class Things:
             OPTIMIZERS[name](list(model.parameters()))
             for name, model in zip(loop.optimizers, self.models, strict=True)
         ]
-        self.schedule = optim.lr_scheduler.ExponentialLR(self.optimizers[0], gamma=0.9)
+        self.scheduler = optim.lr_scheduler.ExponentialLR(self.optimizers[0], gamma=0.9)
         self.average = copy.deepcopy(self.models[0]).eval()
         self.carried: dict[str, Any] = {"hidden": torch.zeros(3), "count": 0}
         self.generator = torch.Generator().manual_seed(5)
@@ -151,7 +151,7 @@ class Things:
         model, other = self.models
         one, two = self.optimizers
         return {
-            **{"model": model, "other": other, "one": one, "two": two, "schedule": self.schedule},
+            **{"model": model, "other": other, "one": one, "two": two, "scheduler": self.scheduler},
             **{"average": self.average, "carried": self.carried},
         }
 
@@ -327,8 +327,8 @@ def rate(t, recording, x, y, n):
 
 
 @action
-def advance_schedule(t, recording, x, y, n):
-    t.schedule.step()
+def advance_scheduler(t, recording, x, y, n):
+    t.scheduler.step()
 
 
 @action
@@ -507,7 +507,7 @@ def _left(t: Things) -> dict[str, str]:
     for n, optimizer in enumerate(t.optimizers):
         left[f"optimizer {n}"] = repr(_plain(optimizer.state_dict()))
     left |= {"average": digest(t.average.state_dict()), "carried": repr(_plain(t.carried))}
-    left["schedule"] = repr(_plain(t.schedule.state_dict()))
+    left["scheduler"] = repr(_plain(t.scheduler.state_dict()))
     left["torch"] = digest({"": torch.get_rng_state()})
     left["numpy"] = repr(np.random.rand(2).tolist())
     left["python"] = repr(random.random())

@@ -35,9 +35,9 @@ STATIC = Path(everystep.__file__).parent / "page" / "static"
 def chapter_run(shelf):
     """The chapter's network, fifty steps of it, and a fork."""
     run = everystep.train_experiment(
-        "two-layer", {"steps": 50, "optimizer.lr": 1e-4}, directory=shelf / "chapter"
+        "two-layer", {"steps": 50, "optimizer.lr": 1e-4}, run=shelf / "chapter"
     )
-    run.fork(20, directory=shelf / "child", steps=30, lr=2e-4)
+    run.fork(20, run=shelf / "child", steps=30, lr=2e-4)
     return run
 
 
@@ -127,21 +127,25 @@ def test_a_picture_of_the_losses(write_run, page):
 
 def test_rates_and_measurements_with_their_first_and_last_values(write_run, page):
     measured = [("lr", 1, 0.1), ("lr", 9, 0.05), ("lr[1]", 1, 1.0), ("lrx", 2, math.nan)]
+    measured += [("validation_accuracy", 9, 0.5)]
+    other = {"better": None, "is_share": False}
     write_run("run", [1.0] * 9, measured, **FACTS)
     found = page.json("/api/runs/run")["measurements"]
     assert found == [
-        {"name": "lr", "count": 2, "first": 0.1, "last": 0.05, "is_rate": True},
-        {"name": "lr[1]", "count": 1, "first": 1.0, "last": 1.0, "is_rate": True},
-        {"name": "lrx", "count": 1, "first": "nan", "last": "nan", "is_rate": False},
+        {"name": "lr", "count": 2, "first": 0.1, "last": 0.05, "is_rate": True} | other,
+        {"name": "lr[1]", "count": 1, "first": 1.0, "last": 1.0, "is_rate": True} | other,
+        {"name": "lrx", "count": 1, "first": "nan", "last": "nan", "is_rate": False} | other,
+        {"name": "validation_accuracy", "count": 1, "first": 0.5, "last": 0.5, "is_rate": False}
+        | {"better": "up", "is_share": True},
     ]
 
 
 TRAINING = TrainingFacts(
     device="cpu", seed=0, data=DataFacts(source="random", rows=1, x=(1, 1), y=(1, 1)),
     batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
-    modules={"": ModuleFacts(class_name="m")}, parameters=1, optimizers={}, schedules={},
+    modules={"": ModuleFacts(class_name="m")}, parameters=1, optimizers={}, schedulers={},
     loss=LossFacts(class_name="l", is_torchs=False, settings={}, modules={}),
-    clip_norm=None, evaluate_every=None, numerics=Numerics.read(torch.device("cpu")), versions={},
+    max_grad_norm=None, evaluate_every=None, numerics=Numerics.read(torch.device("cpu")), versions={},
 )  # fmt: skip
 FACTS = Facts(steps=9, trained=TRAINING).rows() | {"status": "stopped"}
 

@@ -55,7 +55,7 @@ def test_a_training_is_followed_and_every_loss_arrives(server):
     with ThreadPoolExecutor() as pool, events(server.client, "/api/runs/followed/events") as stream:
         assert next(stream) == ("gone", {}, "0")
         followed = pool.submit(follow, stream)
-        run = everystep.train_experiment("two-layer", directory=server.directory / "followed")
+        run = everystep.train_experiment("two-layer", run=server.directory / "followed")
         state = followed.result(20)
     recorded = run.losses["loss"].to_numpy()
     assert np.array_equal(np.array(list(losses.values()), np.float32), recorded)

@@ -24,10 +24,8 @@ from everystep.views.update_formula import update_formulas
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("opened")
-    everystep.train_experiment(
-        "two-layer", {"steps": 20}, directory=directory / "chapter", progress=False
-    )
-    everystep.train_experiment("digits", {"steps": 4}, directory=directory / "digits", progress=False)
+    everystep.train_experiment("two-layer", {"steps": 20}, run=directory / "chapter", progress=False)
+    everystep.train_experiment("digits", {"steps": 4}, run=directory / "digits", progress=False)
     return {path.name: everystep.open(path) for path in directory.iterdir()}
 
 
@@ -139,7 +137,7 @@ def test_images_and_classes(runs):
 
 def test_what_is_not_finite_is_text(tmp_path):
     run = everystep.train_experiment(
-        "two-layer", {"steps": 12, "optimizer.lr": 1.0}, directory=tmp_path / "run", progress=False
+        "two-layer", {"steps": 12, "optimizer.lr": 1.0}, run=tmp_path / "run", progress=False
     )
     content = run[12].data()
     assert content["loss"] == "nan"
@@ -187,7 +185,7 @@ def test_statistics_of_what_is_not_finite_or_empty():
 
 def test_memory_that_nothing_was_written_to_is_not_shown(tmp_path):
     # Dropout draws into memory as it finds it.
-    run = everystep.train_experiment("digits", {"steps": 2}, directory=tmp_path / "run", progress=False)
+    run = everystep.train_experiment("digits", {"steps": 2}, run=tmp_path / "run", progress=False)
     step = run[1]
     content = step.data()
     unset = [id for id, seen in content["tensors"].items() if "unset" in seen]

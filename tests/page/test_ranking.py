@@ -33,7 +33,7 @@ def flowers(server, table):
     settings = {"steps": 6, "batch_size": 10, "data": {"missing": "mean", "scale": "standard"}}
     experiment = of_table(table[0], "kind", "Linear(4, 3)", loss="CrossEntropyLoss", **settings)
     directory = server.directory / "flowers"
-    return everystep.train_experiment(experiment, directory=directory, progress=False)
+    return everystep.train_experiment(experiment, run=directory, progress=False)
 
 
 def ranked(server, run, step):
@@ -78,7 +78,7 @@ def test_what_is_unknown_is_said_with_its_reason(server):
     data = torch.randn(6, 4), torch.randn(6, 1)
     directory = server.directory / "mixed"
     run = everystep.train(
-        model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=3, directory=directory, progress=False
+        model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=3, run=directory, progress=False
     )
     answer = ranked(server, "mixed", 2)
     assert set(answer["orders"]) == {"loss", "gradient"}
@@ -117,7 +117,7 @@ def test_texts_of_a_loops_batch_and_losses_that_are_not_finite(server):
 
 def test_who_goes_from_step_to_step_does_not_wait_for_it(server, flowers):
     directory = server.directory / "slow"
-    everystep.train_experiment("two-layer", {"steps": 4}, directory=directory, progress=False)
+    everystep.train_experiment("two-layer", {"steps": 4}, run=directory, progress=False)
     slow(directory, size=2_000)
     cookie = "; ".join(f"{name}={value}" for name, value in server.client.cookies.items())
     host = f"127.0.0.1:{server.port}"

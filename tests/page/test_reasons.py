@@ -9,7 +9,7 @@ import everystep
 
 @pytest.fixture(scope="module")
 def run(server):
-    return everystep.train_experiment("two-layer", {"steps": 12}, directory=server.directory / "chapter")
+    return everystep.train_experiment("two-layer", {"steps": 12}, run=server.directory / "chapter")
 
 
 def ask(server, step, **query):

@@ -17,7 +17,7 @@ from everystep.views.step_data import tensor_of
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("share") / HOSTILE
-    return everystep.train_experiment("two-layer", {"steps": 30}, directory=directory, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": 30}, run=directory, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_names_are_text(run, report):
 
 
 def test_slices_up_to_a_limit(tmp_path):
-    run = everystep.train_experiment("digits", {"steps": 2}, directory=tmp_path / "run", progress=False)
+    run = everystep.train_experiment("digits", {"steps": 2}, run=tmp_path / "run", progress=False)
     html = shared_report(run, [2])
     slices = data_of(html)["steps"][0]["regions"]
     assert len(slices["batch.x"]) == 64  # of 8 by 8 each

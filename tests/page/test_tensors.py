@@ -137,7 +137,7 @@ def test_a_region_that_is_not_there(asked, message):
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tensors") / "run"
-    run = everystep.train_experiment("two-layer", {"steps": 3}, directory=directory, progress=False)
+    run = everystep.train_experiment("two-layer", {"steps": 3}, run=directory, progress=False)
     return run[3]
 
 

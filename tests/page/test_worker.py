@@ -22,7 +22,7 @@ HOSTILE = "<img src=x onerror=alert(1)> '\"&\N{SNOWMAN}"
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("worker") / "runs"
-    everystep.train_experiment("two-layer", {"steps": 20}, directory=directory / HOSTILE, progress=False)
+    everystep.train_experiment("two-layer", {"steps": 20}, run=directory / HOSTILE, progress=False)
     return directory
 
 
@@ -94,7 +94,7 @@ def test_runs_are_kept_open_and_made_anew(trained, tmp_path):
     shutil.rmtree(copies[0])
     with pytest.raises(RunError, match="not there any more"):
         openers.run(str(copies[0]))
-    everystep.train_experiment("two-layer", {"steps": 2}, directory=copies[0], progress=False)
+    everystep.train_experiment("two-layer", {"steps": 2}, run=copies[0], progress=False)
     assert openers.run(str(copies[0])) is not known
     assert answered({"kind": "content", "run": str(copies[0]), "step": 3}, openers=openers)[0][0] == 404
 

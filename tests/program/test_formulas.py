@@ -340,7 +340,7 @@ def test_each_formula_of_an_optimizer_gives_the_number(
         loss=nn.MSELoss(),
         optimizer=optimizer,
         steps=6,
-        directory=tmp_path / "run",
+        run=tmp_path / "run",
         progress=False,
     )
     for number in (1, 2, 6):

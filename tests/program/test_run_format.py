@@ -17,7 +17,7 @@ RUN = Path("runs/two-layer-1")
 @pytest.fixture
 def run():
     """The run of the page: the chapter's network, where the page has it."""
-    return everystep.train_experiment("two-layer", {"steps": 3}, directory=RUN, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": 3}, run=RUN, progress=False)
 
 
 def blocks(language):

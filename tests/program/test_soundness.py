@@ -44,7 +44,7 @@ def test_the_program_of_every_optimizer_is_read_as_it_was_written(
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2, bias=False))
     optimizer = partial(getattr(torch.optim, name), **options)
     data = torch.randn(6, 4), torch.randn(6, 2)
-    training = make_trainee(model, *data, optimizer=optimizer, clip_norm=0.5)
+    training = make_trainee(model, *data, optimizer=optimizer, max_grad_norm=0.5)
     for step in (1, 2):
         program = program_of(training, step)
         assert Program.from_json(program.to_json()) == program
@@ -300,7 +300,7 @@ def test_statistics_of_every_dtype_are_read_on_a_machine_that_has_not_seen_the_p
     x, y = torch.randn(6, 4, dtype=dtype), torch.randn(6, 1, dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     run = everystep.train(
-        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=3, directory=tmp_path / "run",
+        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=3, run=tmp_path / "run",
         progress=False,
     )  # fmt: skip
     monkeypatch.setattr("everystep.program.step_program.is_known_sound", lambda content: False)

@@ -34,7 +34,7 @@ CHANGED = [
     ("modules", '{"": {"class_name": "Linear", "arguments": ["in_features=4"]}}'),
     ("optimizers", '{"optimizer": {"class_name": "SGD", "is_torchs": 1, "groups": []}}'),
     ("optimizers", '{"optimizer": {"class_name": "SGD", "is_torchs": true, "groups": {"lr": 0.1}}}'),
-    ("schedules", '{"schedule": "StepLR, every step"}'),
+    ("schedulers", '{"scheduler": "StepLR, every step"}'),
     ("loss", '{"text": "MSELoss()"}'),
     ("engine", '{"asked": "auto"}'),
     ("versions", '{"torch": 2.9}'),
@@ -48,7 +48,7 @@ CHANGED = [
 
 @pytest.fixture
 def runs(tmp_path):
-    return by_train(new_training(), steps=3, directory=tmp_path / "runs" / "right").directory.parent
+    return by_train(new_training(), steps=3, run=tmp_path / "runs" / "right").directory.parent
 
 
 def change(directory, key, text):

@@ -70,10 +70,10 @@ def test_a_run_that_names_foreign_data_programs_or_snapshots_is_not_replayed_fro
 
 
 def test_a_fork_writes_nothing_outside_its_directory(tmp_path):
-    run = everystep.train_experiment("two-layer", {"steps": 5}, directory=tmp_path / "a", progress=False)
+    run = everystep.train_experiment("two-layer", {"steps": 5}, run=tmp_path / "a", progress=False)
     change(run, "UPDATE snapshots SET directory = '../outside' WHERE step = 0")
     with pytest.raises(RunError, match="outside the run or not a regular file"):
-        everystep.open(run.directory).fork(3, directory=tmp_path / "b", progress=False)
+        everystep.open(run.directory).fork(3, run=tmp_path / "b", progress=False)
     assert not (tmp_path / "outside").exists()
 
 
@@ -81,7 +81,7 @@ def test_a_fork_writes_nothing_outside_its_directory(tmp_path):
 def trained(tmp_path_factory):
     """A run of an experiment that no test may change."""
     place = tmp_path_factory.mktemp("trained") / "run"
-    return everystep.train_experiment("two-layer", {"steps": 5}, directory=place, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": 5}, run=place, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_an_experiment_that_is_costly_to_read_is_refused_soon(
 
 
 def test_a_class_that_there_is_not_is_named_by_the_step(tmp_path, everystep_command):
-    everystep.train_experiment("digits", {"steps": 4}, directory="run", progress=False)
+    everystep.train_experiment("digits", {"steps": 4}, run="run", progress=False)
     change = tensors("data.safetensors", lambda found: found["y"].fill_(2**40))
     change(tmp_path / "run")
     for command in (["step", "run", "2"], ["rows", "run", "2"], ["verify", "run", "--processes", "1"]):

@@ -31,7 +31,7 @@ def recorded(tmp_path_factory):
     everystep.train(
         model, (torch.randn(20, 4), torch.randn(20, 2)), loss=torch.nn.MSELoss(), steps=20,
         optimizer=everystep.GradientDescent(model.parameters(), lr=0.01), validation=0.2,
-        evaluate_every=5, directory=directory, progress=False,
+        evaluate_every=5, run=directory, progress=False,
     )  # fmt: skip
     with closing(sqlite3.connect(directory / "run.sqlite")) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -167,9 +167,7 @@ def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Database, "close", copy_and_close)
-        original = everystep.train_experiment(
-            "two-layer", settings, directory="original", progress=False
-        )
+        original = everystep.train_experiment("two-layer", settings, run="original", progress=False)
     log = run / "run.sqlite-wal"
     content = bytearray(log.read_bytes())
     content[20 if part == "header" else len(content) // 2] ^= 4
@@ -180,7 +178,8 @@ def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
     for number, command in enumerate([
         ["losses"], ["losses", "--json"], ["table", "-o", "t.html"], ["plot", "-o", "p.svg"],
         ["report", "-o", "r.html"], ["step", "17"], ["verify"], ["doctor"], ["when", "loss > 1e9"],
-        ["measure", "loss + 1"], ["why", "17", "loss"], ["rows", "17"], ["rerun", "--float64"],
+        ["measure", "loss + 1"], ["why", "17", "loss"], ["rows", "17"],
+        ["rerun", "--precision", "float64"],
         ["fork", "--at", "17", "--run", "fork", "-q"], ["diff", "original"], ["resume", "-q"],
     ]):  # fmt: skip
         copy = shutil.copytree(run, tmp_path / str(number) / "run")

@@ -28,9 +28,7 @@ class Midway(Silent):
 
 
 def trained(does):
-    return everystep.train_experiment(
-        "two-layer", {"steps": STEPS}, directory="runs/a", progress=Midway(does)
-    )
+    return everystep.train_experiment("two-layer", {"steps": STEPS}, run="runs/a", progress=Midway(does))
 
 
 def assert_whole(run):

@@ -29,7 +29,7 @@ OTHERS = [
     ["resume", "run", "--steps", "7", "-q"],
     ["measure", "run", "loss + 1", "--name", "more"],
     ["when", "run", "loss < 0"],
-    ["when", "run", "nonfinite", "--processes", "1"],
+    ["first-nonfinite", "run", "--processes", "1"],
 ]
 COMMANDS = [*ALWAYS, *OTHERS]
 
@@ -38,7 +38,7 @@ COMMANDS = [*ALWAYS, *OTHERS]
 def good(tmp_path_factory):
     """A run of five steps that no test may change."""
     directory = tmp_path_factory.mktemp("good") / "run"
-    everystep.train_experiment("two-layer", {"steps": 5}, directory=directory, progress=False)
+    everystep.train_experiment("two-layer", {"steps": 5}, run=directory, progress=False)
     return directory
 
 

@@ -29,7 +29,7 @@ def test_a_run_that_ends_while_it_is_read_is_neither_damaged_nor_killed(tmp_path
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     training = {"loss": torch.nn.MSELoss(), "optimizer": optimizer, "progress": False}
     place = tmp_path / "run"
-    everystep.train(model, (x, y), steps=9, directory=place, **training)
+    everystep.train(model, (x, y), steps=9, run=place, **training)
     finished = RecordedRun(place).facts
     # What a reader sees that began before the last steps were committed; state 9 is on disk by now.
     with closing(Database.change(place / FILE_NAME)) as database, database.transaction():

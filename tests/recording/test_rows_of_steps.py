@@ -34,7 +34,7 @@ def by_rule(tmp_path_factory):
     place = tmp_path_factory.mktemp("rows") / "run"
     with pytest.MonkeyPatch.context() as patch:  # all are written at once
         patch.setattr("everystep.training.writer.FLUSH_SECONDS", math.inf)
-        return everystep.train(model, data, steps=50, directory=place, **options)
+        return everystep.train(model, data, steps=50, run=place, **options)
 
 
 def _rows(run):
@@ -54,7 +54,7 @@ def test_watched_steps_with_batches_by_rule_share_rows(by_rule):
 def test_a_fork_ends_the_row_of_its_parent_at_its_state(by_rule, tmp_path):
     step, count = max(_rows(by_rule), key=lambda row: row[1])
     at = step + count // 2
-    fork = by_rule.fork(at, lr=0.02, directory=tmp_path / "fork", progress=False)
+    fork = by_rule.fork(at, lr=0.02, run=tmp_path / "fork", progress=False)
     assert (step, count // 2 + 1) in _rows(fork) and sum(count for _, count in _rows(fork)) == 50
     assert fork.verify(processes=1, progress=False).is_exact
     assert float(fork[at].loss) == by_rule.losses["loss"][at - 1]

@@ -24,7 +24,7 @@ LOOKS = [
 @pytest.fixture
 def recorded(tmp_path):
     kept = tmp_path / "runs" / "two-layer"
-    everystep.train_experiment("two-layer", {"steps": 3}, directory=kept, progress=False)
+    everystep.train_experiment("two-layer", {"steps": 3}, run=kept, progress=False)
     return kept
 
 

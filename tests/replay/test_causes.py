@@ -519,7 +519,7 @@ def test_another_file_with_the_same_data_is_no_difference_of_the_runs(tmp_path, 
         path = tmp_path / f"{name}.csv"
         path.write_text("\n".join(lines))
         experiment = of_table(path, "weight", "Linear(2, 1)", data={"features": ["age", "height"]})
-        everystep.train_experiment(experiment, directory=name, progress=False)
+        everystep.train_experiment(experiment, run=name, progress=False)
     code, out, _ = everystep_command("diff", "one", "other")
     assert code == 0 and "data.path" in out and "only names differ" in out
 

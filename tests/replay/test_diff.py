@@ -42,8 +42,8 @@ def says(expected, said):
 
 
 def train(change=lambda made: None, *, steps=STEPS, model=None, loss=None, optimizer=None, **options):
-    schedule = options.pop("schedule", None)
-    made = new_training(model, loss, optimizer, schedule)
+    scheduler = options.pop("scheduler", None)
+    made = new_training(model, loss, optimizer, scheduler)
     with torch.no_grad():
         change(made)
     return by_train(made, steps=steps, **options)
@@ -141,13 +141,13 @@ FAULTS = [
         rows=[(place, row, row) for place, row in enumerate(Batches(20, 6, SEED).indices(4).tolist())],
     ),
     Fault(
-        "a schedule from step 8 on",
+        "a scheduler from step 8 on",
         {"optimizer": partial(descent, lr=0.05)},
-        {"optimizer": partial(descent, lr=0.05), "schedule": partial(StepLR, step_size=7, gamma=0.5)},
+        {"optimizer": partial(descent, lr=0.05), "scheduler": partial(StepLR, step_size=7, gamma=0.5)},
         *(8, "aten.mul.Tensor", None, "update"),
         cause=[
             "GradientDescent: lr 0.05 | 0.025",
-            "schedule: None | StepLR(step_size=7, gamma=0.5), every step",
+            "scheduler: None | StepLR(step_size=7, gamma=0.5), every step",
         ],
     ),
     Fault(
@@ -660,7 +660,7 @@ def test_a_learning_rate_holds_until_it_changes_so_it_differs_from_the_first_cha
     everystep_command,
 ):
     for size in (4, 8):
-        train(steps=12, optimizer=partial(SGD, lr=0.05), schedule=partial(StepLR, step_size=size))
+        train(steps=12, optimizer=partial(SGD, lr=0.05), scheduler=partial(StepLR, step_size=size))
     _, out, _ = everystep_command("diff", "sequential-1", "sequential-2")
     assert "measured    lr differs from step 5 on: 0.005000000000000001 and 0.05\n" in out
 
@@ -670,11 +670,11 @@ def test_the_rate_of_a_loop_holds_too_and_what_it_logs_itself_does_not(everystep
         torch.manual_seed(0)
         model = nn.Linear(3, 1)
         optimizer = SGD(model.parameters(), lr=0.05)
-        schedule = StepLR(optimizer, size)
+        scheduler = StepLR(optimizer, size)
         with everystep.record(model=model, optimizer=optimizer) as recording:
             for step, x in enumerate(recording.steps([torch.ones(2, 3)] * 12), 1):
                 loss = descend(optimizer, model(x).square().mean())
-                schedule.step()
+                scheduler.step()
                 recording.log(loss=loss)
                 if step % 5 == 0:
                     recording.log(momentum=step + size)
@@ -731,7 +731,7 @@ def test_the_memory_of_a_kernel_is_not_compared_nor_shown(everystep_command):
     assert code == 2 and f"result 4 of operation #{layer} is memory of the kernel" in err
     code, out, _ = everystep_command("rerun", "runs/one", "--threads", 2)
     assert code == 0 and "all results are within" in out
-    code, _, err = everystep_command("rerun", "runs/one", "--float64")
+    code, _, err = everystep_command("rerun", "runs/one", "--precision", "float64")
     assert code == 2 and "computes in float32 only" in err and "mkldnn.enabled = False" in err
 
 

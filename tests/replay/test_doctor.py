@@ -199,7 +199,7 @@ def test_a_malformed_page_loses_its_own_rows_only(tmp_path, everystep_command):
     model = nn.Linear(2, 1)
     losses = everystep.train(
         model, (torch.randn(4, 2), torch.randn(4, 1)), loss=nn.MSELoss(), steps=3000,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01), directory=run, progress=False,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01), run=run, progress=False,
     ).losses["loss"].to_list()  # fmt: skip
     with closing(sqlite3.connect(run / "run.sqlite")) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -253,9 +253,7 @@ def test_rows_of_batches_are_compared_with_their_digests(tmp_path, everystep_com
 
 
 def test_a_removed_experiment_is_named(tmp_path, everystep_command):
-    run = everystep.train_experiment(
-        "two-layer", {"steps": 20}, directory=tmp_path / "run", progress=False
-    )
+    run = everystep.train_experiment("two-layer", {"steps": 20}, run=tmp_path / "run", progress=False)
     (run.directory / "experiment.toml").unlink()
     opened = everystep.open(run.directory)
     assert opened.verify(progress=False).is_exact
@@ -267,13 +265,13 @@ def test_a_removed_experiment_is_named(tmp_path, everystep_command):
     assert "experiment.toml of run is missing, and its programs cannot continue it alone" in error
     assert "put the file back, or pass the objects" in error
 
-    fork = opened.fork(5, lr=1e-3, directory=tmp_path / "fork", progress=False)
+    fork = opened.fork(5, lr=1e-3, run=tmp_path / "fork", progress=False)
     assert fork.verify(progress=False).is_exact
     code, _, error = everystep_command("resume", run.directory, "--steps", 30)
     assert code == 0
     assert "experiment.toml is missing, so programs alone take the steps" in error
     resumed = everystep.open(run.directory)
     plain = everystep.train_experiment(
-        "two-layer", {"steps": 30}, directory=tmp_path / "plain", progress=False
+        "two-layer", {"steps": 30}, run=tmp_path / "plain", progress=False
     )
     assert resumed.losses.equals(plain.losses) and resumed.verify(progress=False).is_exact

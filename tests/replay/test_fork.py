@@ -50,7 +50,7 @@ CASES_OF_FORKS = [
     "GradientDescent of two groups",
     "SGD momentum",
     "AdamW fused",
-    "clip_norm of batches",
+    "max_grad_norm of batches",
     "dropout in batches",
     "ReduceLROnPlateau of SGD",
     "StepLR every epoch",
@@ -66,7 +66,7 @@ def test_a_fork_of_a_run_from_objects_that_changes_nothing_has_the_parents_bits(
     assert_same_run(parent, parent.fork(AT, progress=False))
     assert contents(made) == left
     new, _ = make_case(name)
-    every = {} if new.schedule is None else {"schedule_every": options["schedule_every"]}
+    every = {} if new.scheduler is None else {"scheduler_every": options["scheduler_every"]}
     fork = everystep.open(parent.directory).fork(AT, **objects_of(new), **every, progress=False)
     assert_same_run(parent, fork)
     trained = contents(new)
@@ -97,8 +97,8 @@ class Rules:
     made: Made
     batch_size: int | None = None
     seed: int = 0
-    schedule_every: str = "step"
-    clip_norm: float | None = None
+    scheduler_every: str = "step"
+    max_grad_norm: float | None = None
 
 
 Change = Callable[[Rules], Any]
@@ -118,12 +118,12 @@ def by_hand(rules: Rules, steps: int, changes: dict[int, Change]) -> "ByHand":
             losses.append(loss.item())
             made.optimizer.zero_grad()
             loss.backward()
-            if rules.clip_norm is not None:
-                nn.utils.clip_grad_norm_(made.model.parameters(), rules.clip_norm)
+            if rules.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(made.model.parameters(), rules.max_grad_norm)
             made.optimizer.step()
             is_epoch = step % batches.steps_per_epoch == 0
-            if made.schedule is not None and (rules.schedule_every == "step" or is_epoch):
-                made.schedule.step()
+            if made.scheduler is not None and (rules.scheduler_every == "step" or is_epoch):
+                made.scheduler.step()
             states[step] = state_of(made.model)
     return ByHand(losses, states)
 
@@ -139,13 +139,13 @@ class ByHand:
             assert {n: bits(t) for n, t in run.parameters(step).items()} == self.states[step], step
 
 
-def set_lr(lr: float, has_schedule: bool = False) -> Change:
-    """Set the learning rate; a schedule goes on from it."""
+def set_lr(lr: float, has_scheduler: bool = False) -> Change:
+    """Set the learning rate; a scheduler goes on from it."""
 
     def change(rules: Rules) -> None:
         set_group(lr=lr)(rules)
-        if has_schedule:
-            rules.made.schedule.base_lrs = [lr]
+        if has_scheduler:
+            rules.made.scheduler.base_lrs = [lr]
 
     return change
 
@@ -198,14 +198,14 @@ faster = partial(momentum, lr=0.1)
         ({"steps": 47}, set_rule()),
         ({"batch_size": 3}, set_rule(batch_size=3)),
         ({"seed": 9}, reseed(9)),
-        ({"settings": {"clip_norm": 0.1}}, set_rule(clip_norm=0.1)),
+        ({"settings": {"max_grad_norm": 0.1}}, set_rule(max_grad_norm=0.1)),
         ({"lr": 0.1, "batch_size": 20, "steps": 30}, in_turn(set_lr(0.1), set_rule(batch_size=20))),
         (
             {"data": other_data()},
             set_made(x=lambda made: other_data()[0], y=lambda made: other_data()[1]),
         ),
     ],
-    ids=["lr", "steps", "batch size", "seed", "clip_norm", "several", "data"],
+    ids=["lr", "steps", "batch size", "seed", "max_grad_norm", "several", "data"],
 )
 def test_a_fork_with_its_own_objects_has_the_bits_of_a_loop_whose_rules_change(changed, change):
     parent = by_train(with_dropout(), steps=STEPS, batch_size=6)
@@ -226,15 +226,15 @@ def test_a_fork_with_its_own_objects_has_the_bits_of_a_loop_whose_rules_change(c
             set_made(optimizer=lambda made: torch.optim.Adam(made.model.parameters(), lr=0.01)),
         ),
         (
-            lambda: with_dropout(schedule=halving),
-            set_made(schedule=lambda made: halving(made.optimizer)),
+            lambda: with_dropout(scheduler=halving),
+            set_made(scheduler=lambda made: halving(made.optimizer)),
         ),
         (
             lambda: with_dropout(activation=nn.ReLU),
             set_made(model=lambda made: with_activation(made.model, nn.ReLU())),
         ),
     ],
-    ids=["loss", "settings of the optimizer", "optimizer", "schedule", "model"],
+    ids=["loss", "settings of the optimizer", "optimizer", "scheduler", "model"],
 )
 def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, change):
     parent = by_train(with_dropout(), steps=STEPS, batch_size=6)
@@ -259,15 +259,15 @@ def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, 
         ("digits", {"seed": 4, "steps": 28}, reseed(4)),
         (
             "wine",
-            {"schedule": {"name": "StepLR", "every": "step", "step_size": 6, "gamma": 0.5}},
+            {"scheduler": {"name": "StepLR", "every": "step", "step_size": 6, "gamma": 0.5}},
             in_turn(
                 set_lr(0.1),
-                set_made(schedule=lambda made: StepLR(made.optimizer, 6, 0.5)),
-                set_rule(schedule_every="step"),
+                set_made(scheduler=lambda made: StepLR(made.optimizer, 6, 0.5)),
+                set_rule(scheduler_every="step"),
             ),
         ),
         ("wine", {"batch_size": 8}, set_rule(batch_size=8)),
-        ("wine", {"optimizer.lr": 0.01}, set_lr(0.01, has_schedule=True)),
+        ("wine", {"optimizer.lr": 0.01}, set_lr(0.01, has_scheduler=True)),
         ("wine", {"optimizer.momentum": 0.5}, set_group(momentum=0.5)),
     ],
     ids=lambda given: json.dumps(given) if isinstance(given, dict) else "" if callable(given) else given,
@@ -304,9 +304,9 @@ def rules_of(experiment: str, settings: dict[str, Any]) -> Rules:
     job = experiment_job(read, experiment, torch.device("cpu"))
     training, data = job.training, job.data
     made = Made(
-        training.model, data.x, data.y, training.loss, training.optimizer, schedule=training.schedule
+        training.model, data.x, data.y, training.loss, training.optimizer, scheduler=training.scheduler
     )
-    return Rules(made, read.batch_size, read.seed, training.schedule_every)
+    return Rules(made, read.batch_size, read.seed, training.scheduler_every)
 
 
 # A fork is a complete run of its own.
@@ -513,11 +513,11 @@ def test_a_state_that_cannot_be_reached_as_it_was_is_not_forked():
 # What the tests above share.
 
 
-def with_dropout(optimizer=momentum, *, loss=None, schedule=None, activation=nn.Tanh):
+def with_dropout(optimizer=momentum, *, loss=None, scheduler=None, activation=nn.Tanh):
     def model():
         return nn.Sequential(nn.Linear(4, 8), activation(), nn.Dropout(0.2), nn.Linear(8, 2))
 
-    return new_training(model, loss, optimizer, schedule)
+    return new_training(model, loss, optimizer, scheduler)
 
 
 def with_activation(model, activation):
@@ -531,7 +531,7 @@ def make_case(name):
 
 
 def objects_of(made: Made) -> dict[str, Any]:
-    names = ("model", "loss", "optimizer", "schedule")
+    names = ("model", "loss", "optimizer", "scheduler")
     return {name: getattr(made, name) for name in names if getattr(made, name) is not None}
 
 
@@ -597,15 +597,15 @@ def test_a_fork_begins_with_what_a_metric_has_drawn(engine):
 
 
 def tuned(record, steps=24, rate=None, at=0):
-    """A loop with dropout, shuffled batches and a schedule, which may set a rate after step `at`."""
+    """A loop with dropout, shuffled batches and a scheduler, which may set a rate after step `at`."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    schedule = StepLR(optimizer, 2, gamma=0.9)
+    scheduler = StepLR(optimizer, 2, gamma=0.9)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(20, 6, generator=generator), torch.randn(20, 1, generator=generator)
     batches = DataLoader(TensorDataset(*rows), batch_size=5, shuffle=True)
-    with record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+    with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         done = 0
         for _ in range(steps // 4):
             for x, y in recording.steps(batches):
@@ -614,7 +614,7 @@ def tuned(record, steps=24, rate=None, at=0):
                     optimizer.param_groups[0]["lr"] = rate
                 recording.log(loss=descend(optimizer, nn.functional.mse_loss(model(x), y)))
                 done += 1
-            schedule.step()
+            scheduler.step()
     return recording, [value.detach() for value in model.state_dict().values()]
 
 
@@ -652,14 +652,16 @@ def test_a_fork_of_a_loop_with_other_settings_is_refused():
         model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
         model[0].requires_grad_(not freezes)
         optimizer = torch.optim.Adam(make(model) if make else model.parameters(), lr=0.01)
-        schedule = StepLR(optimizer, 2, gamma=0.5 if make is None and not freezes else 0.9)
-        with everystep.record(fork="parent", at=8, model=model, optimizer=optimizer, schedule=schedule):
+        scheduler = StepLR(optimizer, 2, gamma=0.5 if make is None and not freezes else 0.9)
+        with everystep.record(
+            fork="parent", at=8, model=model, optimizer=optimizer, scheduler=scheduler
+        ):
             pass
 
     cure = (
         "pass the parts as they were then, and change what should differ once recording.step_count is 8"
     )
-    with pytest.raises(RunError, match=f"schedule: other settings .*{cure}"):
+    with pytest.raises(RunError, match=f"scheduler: other settings .*{cure}"):
         fork()
     with pytest.raises(RunError, match=f"optimizer: other settings .*{cure}"):
         fork(lambda model: model[2].parameters())
@@ -693,7 +695,7 @@ def test_a_loop_that_marks_its_steps_makes_forks_of_its_beginning_alone():
         record(fork="parent", at=3)
 
 
-def test_a_loss_and_a_schedule_with_other_settings_are_those_of_the_fork():
+def test_a_loss_and_a_scheduler_with_other_settings_are_those_of_the_fork():
     def train(weight, gamma):
         torch.manual_seed(0)
         model = mlp()
@@ -703,7 +705,7 @@ def test_a_loss_and_a_schedule_with_other_settings_are_those_of_the_fork():
             "optimizer": optimizer,
             "loss": nn.CrossEntropyLoss(torch.tensor(weight)),
         }
-        return objects | {"schedule": StepLR(optimizer, 1, gamma=gamma)}
+        return objects | {"scheduler": StepLR(optimizer, 1, gamma=gamma)}
 
     data = torch.randn(8, 4), torch.tensor([0, 1] * 4)
     settings = {"steps": 6, "progress": False}
@@ -747,7 +749,7 @@ def test_a_fork_of_a_loop_that_differs_too_early_is_refused_and_leaves_nothing()
     with pytest.raises(RunError, match=r"parent cannot be forked at step 13: .*step_count is 13"):
         tuned(partial(everystep.record, fork="parent", at=13), rate=0.1)
     with pytest.raises(RunError, match=r"parent cannot be forked at step 13: .*step_count is 13"):
-        tuned(partial(everystep.record, fork="parent", at=13, anyway=True), rate=0.1)
+        tuned(partial(everystep.record, fork="parent", at=13, force=True), rate=0.1)
     with pytest.raises(RunError, match="parent has no step 25"):
         tuned(partial(everystep.record, fork="parent", at=25))
     with pytest.raises(UsageError, match="a fork needs a run and a step"):
@@ -755,7 +757,7 @@ def test_a_fork_of_a_loop_that_differs_too_early_is_refused_and_leaves_nothing()
     with pytest.raises(RunError, match=r"recorded from your own code.*record\(fork='runs/parent', at=7"):
         everystep.open("parent").fork(7)
     with (
-        pytest.raises(RunError, match="recorded with the parts model, optimizer, schedule, not model"),
+        pytest.raises(RunError, match="recorded with the parts model, optimizer, scheduler, not model"),
         everystep.record(fork="parent", at=13, model=nn.Linear(6, 1)),
     ):
         pass
@@ -779,7 +781,7 @@ def test_a_fork_of_a_step_function_has_the_parents_bits(engine):
         settings = {"parts": parts, "engine": engine, "progress": False} | settings
         return everystep.train(step, batches, steps=steps, **settings)
 
-    whole, parent = train(30), train(20, directory="runs/parent")
+    whole, parent = train(30), train(20, run="runs/parent")
     fork = train(30, fork="parent", at=11)
     assert fork.losses.equals(whole.losses) and fork.facts.fork.parent == parent.name
     assert fork.verify(progress=False).is_exact

@@ -66,7 +66,7 @@ def end_all_by_ending(process, others):
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained") / "run"
     settings = {"steps": 3000, "threads": 1}
-    everystep.train_experiment("two-layer", settings, directory=directory, progress=False)
+    everystep.train_experiment("two-layer", settings, run=directory, progress=False)
     return directory
 
 

@@ -14,7 +14,7 @@ STEPS = 26
 
 RECORDED = [
     *("gan_with_two_optimizers", "language_model_with_accumulation_and_clipping"),
-    *("two_schedules_and_layers_unfrozen_on_the_way", "classifier_with_dropout"),
+    *("two_schedulers_and_layers_unfrozen_on_the_way", "classifier_with_dropout"),
 ]
 
 

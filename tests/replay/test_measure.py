@@ -125,7 +125,7 @@ TRAININGS = {
     "momentum with dropout": {},
     "all rows": {"batch_size": None},
     "Adam": {"optimizer": partial(Adam, lr=0.01)},
-    "clipped": {"clip_norm": 0.1},
+    "clipped": {"max_grad_norm": 0.1},
     "eager": {"engine": "eager"},
     "batch norm": {"model": normalized},
 }
@@ -162,7 +162,7 @@ def test_measured_values_are_those_of_a_loop_by_hand(training):
 
 
 def test_gradients_are_those_before_clipping():
-    run = train(clip_norm=1e-3, batch_size=None)
+    run = train(max_grad_norm=1e-3, batch_size=None)
     free = train(batch_size=None, steps=1)
     assert (
         run.measure(SIZE, progress=False).values[1]
@@ -387,7 +387,7 @@ def test_when_finds_the_steps_of_a_loop_by_hand(condition, is_true):
 
 
 def test_conditions_on_recorded_columns_need_nothing_but_the_database():
-    made = new_training(schedule=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5))
+    made = new_training(scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5))
     run = by_train(made, steps=STEPS, validation=(made.x, made.y), evaluate_every=5)
     run.measure(SIZE, name="size", every=3, progress=False)
     sizes, losses = run.measured("size"), dict(run.losses.rows())
@@ -456,7 +456,7 @@ def test_the_commands_measure_and_find(everystep_command):
     values = run.measured("size")
     assert code == 0 and list(values) == list(range(4, STEPS + 1, 4))
     assert out.startswith("size: 7 values, from ") and "at step 4, " in out
-    assert "everystep plot sequential-1 -m size -o measured.png" in err
+    assert "everystep plot sequential-1 -m size" in err
     header = everystep_command("losses", "sequential-1", "--csv")[1].splitlines()[0]
     assert header == "step,loss,size"
     low = sorted(run.losses["loss"])[3]
@@ -675,10 +675,10 @@ def test_the_command_names_the_cause(everystep_command):
 
     train(put)
     step = first_step_with(13)
-    code, out, _ = everystep_command("when", "sequential-1", "nonfinite")
+    code, out, _ = everystep_command("first-nonfinite", "sequential-1")
     assert code == 0
     assert out == f"step {step}: x of the batch has 1 NaN\n  row 13 of the data\n"
-    code, out, _ = everystep_command("when", "sequential-1", "nonfinite", "--json")
+    code, out, _ = everystep_command("first-nonfinite", "sequential-1", "--json")
     assert json.loads(out) == {
         "run": "sequential-1",
         "step": step,
@@ -697,7 +697,7 @@ def test_the_command_names_the_cause(everystep_command):
         "why": None,
     }
     train()
-    code, out, _ = everystep_command("when", "sequential-2", "nonfinite")
+    code, out, _ = everystep_command("first-nonfinite", "sequential-2")
     assert (code, out) == (1, "all results of all operations are finite\n")
 
 
@@ -739,7 +739,7 @@ def loop_that_writes(directory, *, within=None, between=None, number=math.nan):
 
 
 def _nonfinite(everystep_command, run):
-    return everystep_command("when", run.directory, "nonfinite")[1]
+    return everystep_command("first-nonfinite", run.directory)[1]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])

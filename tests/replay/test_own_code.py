@@ -79,8 +79,8 @@ class Everything(lr_scheduler.LRScheduler):
         return [0.01 / (1 + self.last_epoch) for _ in self.optimizer.param_groups]
 
 
-def test_what_a_schedule_sets_is_recorded_by_step():
-    parts = {"optimizer": partial(optim.AdamW, lr=0.01), "schedule": Everything}
+def test_what_a_scheduler_sets_is_recorded_by_step():
+    parts = {"optimizer": partial(optim.AdamW, lr=0.01), "scheduler": Everything}
     expected = new(**parts)
     losses = by_hand(expected, steps=STEPS)
     left = contents(expected)
@@ -207,7 +207,7 @@ def test_a_training_within_a_metric_is_a_training_of_its_own():
     def metric(prediction, target):
         with numerics.in_force(1), torch.enable_grad():
             state = torch.get_rng_state()
-            inner.append(by_train(new(), steps=7, directory=f"inner-{len(inner)}"))
+            inner.append(by_train(new(), steps=7, run=f"inner-{len(inner)}"))
             torch.set_rng_state(state)
         return 0.0
 

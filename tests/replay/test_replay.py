@@ -17,7 +17,7 @@ import everystep
         "SGD momentum",
         "Adam",
         "short last batch",
-        "clip_norm of batches",
+        "max_grad_norm of batches",
         "convolutional in batches",
         "dropout",
     ],
@@ -33,11 +33,11 @@ def test_a_step_opens_to_what_was_in_it(name, number):
     assert same(step.activations, seen.activations)
     assert same({n: u.before for n, u in step.updates.items()}, seen.parameters)
     assert same({n: u.after for n, u in step.updates.items()}, seen.updated)
-    if case.clip_norm is None:
+    if case.max_grad_norm is None:
         assert same(step.gradients, seen.gradients)
     else:
         norms = [torch.linalg.vector_norm(g) for g in step.gradients.values()]
-        assert torch.linalg.vector_norm(torch.stack(norms)) > case.clip_norm
+        assert torch.linalg.vector_norm(torch.stack(norms)) > case.max_grad_norm
     assert same(step.dropped, seen.dropped)
     assert bits(step.batch.x) == bits(seen.inputs[0])
     state = run.parameters(number - 1)

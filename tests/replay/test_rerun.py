@@ -50,7 +50,7 @@ def chapter_run(tmp_path_factory):
         loss=nn.MSELoss(reduction="sum"),
         optimizer=everystep.GradientDescent(model.parameters(), lr=1e-4),
         steps=STEPS,
-        directory=tmp_path_factory.mktemp("rerun") / "chapter",
+        run=tmp_path_factory.mktemp("rerun") / "chapter",
         progress=False,
     )
 
@@ -104,7 +104,7 @@ def test_double_precision_is_the_loop_by_hand_in_double_precision(small, tmp_pat
     start = {name: value.double() for name, value in model.state_dict().items()}
     run = everystep.train(
         model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=STEPS, progress=False,
-        directory=tmp_path / "adam",
+        run=tmp_path / "adam",
     )  # fmt: skip
     found = run.rerun(precision="float64", progress=False)
     model.double().load_state_dict(start)
@@ -126,7 +126,7 @@ def test_dropout_in_double_precision_draws_the_masks_of_the_recording(tmp_path):
     x, y = torch.randn(16, 4), torch.randn(16, 1)
     run = everystep.train(
         model, (x, y), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        steps=STEPS, progress=False, directory=tmp_path / "dropout",
+        steps=STEPS, progress=False, run=tmp_path / "dropout",
     )  # fmt: skip
     found = run.rerun(precision="float64", progress=False)
     # Other masks would be another loss altogether.
@@ -213,7 +213,7 @@ def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible, tmp_path):
 
 
 def test_a_fork_is_taken_from_where_it_begins(chapter_run):
-    fork = chapter_run.fork(10, lr=2e-4, steps=14, directory=chapter_run.directory.parent / "fork",
+    fork = chapter_run.fork(10, lr=2e-4, steps=14, run=chapter_run.directory.parent / "fork",
                             progress=False)  # fmt: skip
     found = fork.rerun(precision="float64", progress=False)
     assert found.first == 11
@@ -234,7 +234,7 @@ def test_steps_that_python_took_are_taken_in_another_precision(small, tmp_path):
     model, x, y = small
     options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
     run = everystep.train(model, (x, y), **options, steps=3, engine="eager", progress=False,
-                          directory=tmp_path / "eager")  # fmt: skip
+                          run=tmp_path / "eager")  # fmt: skip
     found = run.rerun(threads=1, precision="float64", progress=False)
     assert found.losses.tolist() == pytest.approx(run.losses["loss"].to_list(), rel=1e-5)
 
@@ -248,7 +248,7 @@ def test_noise_is_other_noise_in_another_precision(tmp_path):
     x, y = torch.randn(8, 4), torch.randn(8, 1)
     run = everystep.train(
         model, (x, y), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        steps=3, progress=False, directory=tmp_path / "noisy",
+        steps=3, progress=False, run=tmp_path / "noisy",
     )  # fmt: skip
     with pytest.raises(RunError, match="draws different random numbers in float64"):
         run.rerun(precision="float64", progress=False)
@@ -284,15 +284,15 @@ def test_a_gradient_that_is_zero_but_for_rounding_does_not_count(tmp_path, every
     data = torch.randn(48, 3, 8, 8), torch.randint(0, 3, (48,))
     everystep.train(
         model, data, loss=nn.CrossEntropyLoss(), optimizer=optimizer, steps=6, batch_size=16,
-        directory=tmp_path / "normalized", progress=False,
+        run=tmp_path / "normalized", progress=False,
     )  # fmt: skip
-    code, out, _ = everystep_command("rerun", "normalized", "--float64")
+    code, out, _ = everystep_command("rerun", "normalized", "--precision", "float64")
     assert code == 0
     assert "all results are within 0.0001 of their largest number" in out
     assert "results that are zero except for rounding do not count; the first:" in out
     assert "aten.convolution_backward.default of module 0, backward" in out
     assert "its terms cancel, and only rounding errors remain: at most " in out
-    code, out, _ = everystep_command("rerun", "normalized", "--float64", "--json")
+    code, out, _ = everystep_command("rerun", "normalized", "--precision", "float64", "--json")
     found = json.loads(out)
     assert found["beyond"] is None
     residue = found["residue"]["residue"]
@@ -308,7 +308,7 @@ def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
     with everystep.record(run="attention", model=model, optimizer=optimizer) as recording:
         for x in recording.steps([torch.randn(4, 6, 8) for _ in range(2)]):
             recording.log(loss=descend(optimizer, model(x, x, x, need_weights=False)[0].pow(2).mean()))
-    _, out, _ = everystep_command("rerun", "attention", "--float64")
+    _, out, _ = everystep_command("rerun", "attention", "--precision", "float64")
     assert "aten.addcdiv_.default, update" in out
     assert "numbers of its input tensor1 are zero except for rounding (at most " in out
     assert "as the first step of Adam does" in out

@@ -107,12 +107,12 @@ def assert_same_run(one, other):
 OWN = {
     "steps": STEPS,
     "batch_size": 9,
-    "clip_norm": 1.0,
+    "max_grad_norm": 1.0,
     "data": {"source": "random", "N": 40, "D_in": 6, "D_out": 3, "validation": 0.2},
     "model": {"layers": ["Linear(6, 8)", "BatchNorm1d(8)", "ReLU()", "Dropout(0.2)", "Linear(8, 3)"]},
     "loss": {"name": "MSELoss"},
     "optimizer": {"name": "Adam", "lr": 1e-2},
-    "schedule": {"name": "ReduceLROnPlateau", "patience": 0},
+    "scheduler": {"name": "ReduceLROnPlateau", "patience": 0},
 }
 
 
@@ -120,7 +120,7 @@ def killed_experiment(dying, experiment, settings, deaths):
     for death in deaths:
         with pytest.raises(Killed):
             everystep.train_experiment(
-                experiment, settings, directory="runs/killed", resume=True, progress=dying(death)
+                experiment, settings, run="runs/killed", resume=True, progress=dying(death)
             )
     return everystep.open("runs/killed")
 
@@ -190,7 +190,7 @@ def test_steps_that_are_taken_again_must_give_the_recorded_losses(dying):
         everystep.open(run.directory).resume(progress=False)
     assert everystep.open(run.directory).facts.status == "running"  # as it was
     assert len(everystep.open(run.directory)) == count
-    accepted = everystep.open(run.directory).resume(anyway=True, progress=False)
+    accepted = everystep.open(run.directory).resume(force=True, progress=False)
     whole = everystep.train_experiment("two-layer", {"steps": 20}, progress=False)
     assert accepted.losses.equals(whole.losses)
 
@@ -220,7 +220,7 @@ def test_a_run_that_is_being_trained_names_its_process(dying, everystep_command)
 # Python objects.
 
 CASES_OF_OBJECTS = [
-    *("GradientDescent of two groups", "SGD momentum", "AdamW fused", "clip_norm of batches"),
+    *("GradientDescent of two groups", "SGD momentum", "AdamW fused", "max_grad_norm of batches"),
     *("dropout in batches", "ReduceLROnPlateau of SGD", "StepLR every epoch", "x transposed"),
 ]
 
@@ -237,9 +237,9 @@ def test_a_run_from_objects_that_was_killed_ends_in_the_bits_of_one_that_was_not
     for death in (7, 22):
         again, _ = make_case(name)
         with pytest.raises(Killed):
-            by_train(again, **options, directory="runs/killed", resume=True, progress=dying(death))
+            by_train(again, **options, run="runs/killed", resume=True, progress=dying(death))
     new, _ = make_case(name)
-    resumed = by_train(new, **options, directory="runs/killed", resume=True)
+    resumed = by_train(new, **options, run="runs/killed", resume=True)
     assert_same_run(whole, resumed)
     left, trained = contents(made), contents(new)
     left["generator"] = trained["generator"] = "the caller's own"
@@ -301,7 +301,7 @@ def test_a_resumed_run_may_have_other_metrics():
 def test_other_objects_are_named_before_anything_runs(dying):
     made, options = make_case("Adam")
     with pytest.raises(Killed):
-        by_train(made, **options, directory="runs/killed", progress=dying(20))
+        by_train(made, **options, run="runs/killed", progress=dying(20))
     other, _ = make_case("Adam")
     for group in other.optimizer.param_groups:
         group["lr"] = 0.5
@@ -310,8 +310,8 @@ def test_other_objects_are_named_before_anything_runs(dying):
     count = len(run)
     with pytest.raises(RunError, match=r"optimizer Adam.lr: 0.0\d+ \| 0.5") as raised:
         run.resume(**objects, progress=False)
-    assert "--anyway" in str(raised.value)
-    resumed = run.resume(**objects, anyway=True, progress=False)
+    assert "--force" in str(raised.value)
+    resumed = run.resume(**objects, force=True, progress=False)
     assert len(resumed) == STEPS
     (fact,) = resumed.facts.resumed
     assert fact.at <= count and any(each.startswith("optimizer Adam.lr") for each in fact.changed)
@@ -403,9 +403,9 @@ def by_epochs(record, *, dataset, epochs=4, workers=0, wrap=None, loader=DataLoa
     """A loop of epochs with something after each: its batches draw from torch's generator, or do not."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
     batches = loader(dataset, batch_size=5, shuffle=True, num_workers=workers)
-    with record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+    with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         for _ in range(epochs):
             for batch in wrap(recording, batches) if wrap else recording.steps(batches):
                 number, (x, y) = batch if wrap else (0, batch)
@@ -415,7 +415,7 @@ def by_epochs(record, *, dataset, epochs=4, workers=0, wrap=None, loader=DataLoa
                         (functional.l1_loss if number % 2 else functional.mse_loss)(model(x), y),
                     )
                 )
-            schedule.step()
+            scheduler.step()
     return [value.detach() for value in model.state_dict().values()]
 
 
@@ -516,7 +516,7 @@ def test_other_parts_are_named():
     with (
         pytest.raises(RunError, match="recorded with the parts model, not model, optimizer"),
         everystep.record(
-            resume="a", model=model, optimizer=torch.optim.SGD(model.parameters()), anyway=True
+            resume="a", model=model, optimizer=torch.optim.SGD(model.parameters()), force=True
         ),
     ):
         pass
@@ -542,7 +542,7 @@ def test_a_step_function_that_was_killed_ends_in_the_bits_of_one_that_was_not(na
         Dying.is_dead = False
         case = step_functions.CASES[name]()
         run = everystep.train(
-            case.step, case.batches, parts=case.parts, steps=STEPS, directory=place, **options
+            case.step, case.batches, parts=case.parts, steps=STEPS, run=place, **options
         )
         return run, case
 
@@ -639,8 +639,8 @@ ALONE = {
 
 @pytest.mark.parametrize("name", ALONE)
 def test_programs_alone_go_on_without_the_objects(name, capfd):
-    whole = everystep.train(**mlp_case(ALONE[name]), steps=STEPS, directory="runs/whole")
-    everystep.train(**mlp_case(ALONE[name]), steps=20, directory="runs/part")
+    whole = everystep.train(**mlp_case(ALONE[name]), steps=STEPS, run="runs/whole")
+    everystep.train(**mlp_case(ALONE[name]), steps=20, run="runs/part")
     resumed = everystep.open("part").resume(STEPS)
     assert_same_run(whole, resumed)
     assert "nothing checks them against Python" in capfd.readouterr().err
@@ -657,7 +657,7 @@ def test_programs_alone_go_on_without_the_objects(name, capfd):
 
 
 def test_what_was_opened_before_knows_the_steps_of_a_resume():
-    everystep.train_experiment("two-layer", {"steps": 10}, directory="runs/part", progress=False)
+    everystep.train_experiment("two-layer", {"steps": 10}, run="runs/part", progress=False)
     opened = everystep.open("part")
     assert opened[10].number == 10
     everystep.open("part").resume(20, progress=False)
@@ -683,7 +683,7 @@ def test_a_loop_that_was_opened_before_knows_the_steps_of_a_resume():
 
 
 def test_programs_alone_note_the_first_loss_that_is_not_finite():
-    everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, directory="runs/whole")
+    everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, run="runs/whole")
     fork = everystep.open("whole").fork(15, lr=1e30, progress=False)
     first = next(n for n, loss in fork.losses.rows() if not math.isfinite(loss))
     assert fork.facts.nonfinite_step == first > 15
@@ -694,7 +694,7 @@ def test_programs_alone_note_the_first_loss_that_is_not_finite():
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 def test_a_fork_by_programs_alone_may_have_another_learning_rate(optimizer):
-    everystep.train(**mlp_case(ALONE[optimizer]), steps=STEPS, directory="runs/whole")
+    everystep.train(**mlp_case(ALONE[optimizer]), steps=STEPS, run="runs/whole")
     fork = everystep.open("whole").fork(15, lr=0.001, progress=False)
 
     def by_objects():
@@ -714,7 +714,7 @@ def test_a_fork_by_programs_alone_may_have_another_learning_rate(optimizer):
 
 
 def test_programs_alone_may_end_at_a_state_that_is_kept_anyway(monkeypatch):
-    everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, directory="runs/whole")
+    everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, run="runs/whole")
     monkeypatch.setattr(SnapshotPlan, "is_due", lambda self, step: True)
     monkeypatch.setattr(Recorder, "is_behind", False)
     fork = everystep.open("whole").fork(15, progress=False)
@@ -724,11 +724,11 @@ def test_programs_alone_may_end_at_a_state_that_is_kept_anyway(monkeypatch):
 
 def test_programs_alone_are_refused_where_code_had_a_part():
     case = mlp_case(ALONE["SGD"])
-    schedule = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
-    everystep.train(**case, schedule=schedule, steps=10, directory="runs/scheduled")
-    with pytest.raises(RunError, match=r"cannot continue it alone: it has a schedule \(StepLR\); pass"):
+    scheduler = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
+    everystep.train(**case, scheduler=scheduler, steps=10, run="runs/scheduled")
+    with pytest.raises(RunError, match=r"cannot continue it alone: it has a scheduler \(StepLR\); pass"):
         everystep.open("scheduled").resume(20)
-    everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, directory="runs/eager")
+    everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, run="runs/eager")
     with pytest.raises(RunError, match="Python ran its steps"):
         everystep.open("eager").fork(5, steps=20)
 
@@ -747,7 +747,7 @@ def test_programs_alone_are_refused_where_code_changed_something_between_steps(c
 
     case = mlp_case(ALONE["SGD"])
     options = {"metrics": {"m": metric}, "evaluate_every": 5, "steps": 20}
-    run = everystep.train(**case, **options, directory="runs/changed")
+    run = everystep.train(**case, **options, run="runs/changed")
     with pytest.raises(RunError, match=reason):
         everystep.open("changed").fork(10, steps=30)
     case = mlp_case(ALONE["SGD"])
@@ -759,7 +759,7 @@ def test_programs_alone_are_refused_where_code_changed_something_between_steps(c
 def test_programs_alone_go_on_with_gradients_that_add_up():
     case = mlp_case(ALONE["SGD"])
     case["optimizer"] = ALONE["SGD"](case["model"][0].parameters())
-    everystep.train(**case, steps=20, directory="runs/whole")
+    everystep.train(**case, steps=20, run="runs/whole")
     for at in (1, 20):
         fork = everystep.open("whole").fork(at, steps=25, progress=False)
         assert fork.verify(progress=False).is_exact
@@ -777,7 +777,7 @@ def test_objects_that_were_stopped_before_their_first_state_begin_with_the_same_
     def trained(directory):
         objects = made()
         return everystep.train(
-            objects.pop("model"), data, **objects, steps=9, batch_size=4, directory=directory,
+            objects.pop("model"), data, **objects, steps=9, batch_size=4, run=directory,
             progress=False,
         )  # fmt: skip
 

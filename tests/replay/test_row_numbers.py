@@ -32,7 +32,7 @@ def train(directory, name, **changed):
     data = {"validation": 0.3, "missing": "drop"}
     settings = {"steps": 22, "batch_size": 8, "optimizer": {"name": "SGD", "lr": 1e-4}} | changed
     experiment = of_table(directory / f"{name}.csv", "y", "Linear(3, 1)", data=data, **settings)
-    return everystep.train_experiment(experiment, directory=directory / name, progress=False)
+    return everystep.train_experiment(experiment, run=directory / name, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,11 @@ def test_a_row_of_a_file_has_its_number_in_every_answer(run, everystep_command):
 def test_rows_are_left_out_and_relabelled_by_the_numbers_that_are_shown(run, everystep_command):
     number = step_of(run, BAD)
     at = (str(run.directory), "--at", str(number - 1), "--without-rows")
-    _, out, _ = everystep_command("whatif", *at, str(BAD))
+    _, out, _ = everystep_command("what-if", *at, str(BAD))
     assert f"\n{BAD} " in out and "row: its number in good.csv, counted from 0" in out
-    code, _, err = everystep_command("whatif", *at, str(MISSING))
+    code, _, err = everystep_command("what-if", *at, str(MISSING))
     assert code == 2 and f"row {MISSING} of good.csv is not trained on" in err
-    code, _, err = everystep_command("whatif", *at, "500")
+    code, _, err = everystep_command("what-if", *at, "500")
     assert code == 2 and "there is no row 500; the training rows are 0 to 119" in err
 
     others = run[number + 1].batch.rows.tolist()
@@ -117,7 +117,7 @@ def test_rows_of_tensors_are_those_that_were_given(tmp_path):
         batch_size=7,
         validation=0.25,
         seed=3,
-        directory=tmp_path / "run",
+        run=tmp_path / "run",
         progress=False,
     )
     for opened in (run, everystep.open(tmp_path / "run")):

@@ -228,7 +228,7 @@ NETWORKS = {
 
 def _train(directory, model, data, loss, **more):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    settings = {"steps": 4, "batch_size": 7, "directory": directory, "progress": False} | more
+    settings = {"steps": 4, "batch_size": 7, "run": directory, "progress": False} | more
     return everystep.train(model, data, loss=loss, optimizer=optimizer, **settings)
 
 

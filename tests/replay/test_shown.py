@@ -13,7 +13,7 @@ from everystep.errors import UsageError
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("shown") / "run"
-    return everystep.train_experiment("two-layer", {"steps": 20}, directory=directory, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": 20}, run=directory, progress=False)
 
 
 def test_a_step_and_what_is_in_it_are_shown_in_a_line_each(run):
@@ -54,18 +54,18 @@ def test_answers_are_shown_in_a_line(run):
 
 
 def test_a_notebook_shows_answers_as_the_terminal_prints_them(run, everystep_command):
-    fork = run.fork(5, lr=1e-3, directory="fork", progress=False)
+    fork = run.fork(5, lr=1e-3, run="fork", progress=False)
     names = [str(run.directory), str(fork.directory)]
     answers = {
         ("verify", names[0]): run.verify(processes=1, progress=False),
         ("diff", *names): run.diff(fork, progress=False),
         ("when", names[0], "loss > 9", "--all"): run.when("loss > 9", "all", progress=False),
-        ("when", names[1], "nonfinite"): fork.first_nonfinite(progress=False),
+        ("first-nonfinite", names[1]): fork.first_nonfinite(progress=False),
         ("measure", names[0], "loss * 3", "--name", "a<b"): run.measure(
             "loss * 3", name="a<b", overwrite=True, progress=False
         ),
     }
-    assert answers.pop(("when", names[1], "nonfinite")) is None
+    assert answers.pop(("first-nonfinite", names[1])) is None
     for command, answer in answers.items():
         overwrite = ["--overwrite"] if command[0] == "measure" else []
         _, printed, _ = everystep_command(*command, *overwrite)
@@ -80,7 +80,7 @@ def test_a_notebook_shows_answers_as_the_terminal_prints_them(run, everystep_com
 
 def test_the_origin_of_a_nan_is_shown_in_a_notebook(everystep_command):
     run = everystep.train_experiment("two-layer", {"steps": 12, "optimizer.lr": 10.0}, progress=False)
-    _, printed, _ = everystep_command("when", run.name, "nonfinite")
+    _, printed, _ = everystep_command("first-nonfinite", run.name)
     assert escape(printed.rstrip("\n")) in run.first_nonfinite(progress=False)._repr_html_()
 
 

@@ -185,7 +185,7 @@ def test_wrong_objects_are_named(objects, words):
 def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them(tmp_path):
     code = (
         "import everystep; everystep.train_experiment('two-layer', {'steps': 20, 'threads': 1}, "
-        "directory='other', progress=False)"
+        "run='other', progress=False)"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

@@ -57,7 +57,7 @@ def trained(directory, batch_size=6, dropout=0.0, optimizer=ADAM, **options):
         steps=STEPS,
         batch_size=batch_size,
         seed=5,
-        directory=directory,
+        run=directory,
         progress=False,
         **options,
     )
@@ -114,7 +114,7 @@ def test_each_of_several_trainings_is_what_it_is_alone(tmp_path, optimizer, at):
 def test_a_fork_without_rows_is_the_training_by_hand_and_opens_again(tmp_path, batch_size):
     run = trained(tmp_path / "run", batch_size)
     fork = run.fork(
-        4, steps=11, without_rows=[2, 7], relabel={3: 0, 9: 2}, directory=tmp_path / "fork",
+        4, steps=11, without_rows=[2, 7], relabel={3: 0, 9: 2}, run=tmp_path / "fork",
         progress=False,
     )  # fmt: skip
     hand = by_hand([2, 7], 4, {3: 0, 9: 2}, batch_size, steps=11)
@@ -140,7 +140,7 @@ def targets():
 
 def test_a_fork_without_rows_that_is_stopped_resumes_without_them(tmp_path):
     run = trained(tmp_path / "run")
-    fork = run.fork(4, steps=8, without_rows=[2], directory=tmp_path / "fork", progress=False)
+    fork = run.fork(4, steps=8, without_rows=[2], run=tmp_path / "fork", progress=False)
     model, _, _, optimizer = made()
     further = everystep.open(fork.directory).resume(
         11, model=model, loss=nn.CrossEntropyLoss(), optimizer=optimizer, progress=False
@@ -151,7 +151,7 @@ def test_a_fork_without_rows_that_is_stopped_resumes_without_them(tmp_path):
 def test_a_fork_without_the_rows_of_a_batch_before_it_resumes_without_them(tmp_path):
     run = trained(tmp_path / "run", batch_size=3)
     rows = rows_of(run[1])
-    fork = run.fork(4, steps=12, without_rows=rows, directory=tmp_path / "fork", progress=False)
+    fork = run.fork(4, steps=12, without_rows=rows, run=tmp_path / "fork", progress=False)
     further = fork.resume(STEPS, progress=False)
     assert further.losses["loss"].to_list() == by_hand(rows, 4, batch_size=3)
 
@@ -160,20 +160,20 @@ def test_a_fork_of_a_fork_may_have_no_batch_with_the_rows_of_its_parent(tmp_path
     run = trained(tmp_path / "run", batch_size=3)
     row = rows_of(run[12])[0]
     assert row not in {*rows_of(run[13]), *rows_of(run[14])}
-    first = run.fork(4, without_rows=[row], directory=tmp_path / "first", progress=False)
-    second = first.fork(12, directory=tmp_path / "second", progress=False)
+    first = run.fork(4, without_rows=[row], run=tmp_path / "first", progress=False)
+    second = first.fork(12, run=tmp_path / "second", progress=False)
     assert second.losses["loss"].to_list() == by_hand([row], 4, batch_size=3)
     asked = rows_of(run[13])[0]
-    third = first.fork(12, without_rows=[asked], directory=tmp_path / "third", progress=False)
+    third = first.fork(12, without_rows=[asked], run=tmp_path / "third", progress=False)
     assert third.losses["loss"].to_list() == by_hand({row: 4, asked: 12}, batch_size=3)
     with pytest.raises(ExperimentError, match=f"no batch of steps 13 to 14 has {row}; step"):
-        first.fork(12, without_rows=[row], directory=tmp_path / "fourth", progress=False)
+        first.fork(12, without_rows=[row], run=tmp_path / "fourth", progress=False)
 
 
 def test_a_fork_of_a_fork_leaves_out_the_rows_of_both(tmp_path):
     run = trained(tmp_path / "run")
-    first = run.fork(4, steps=11, without_rows=[2], directory=tmp_path / "first", progress=False)
-    second = first.fork(6, steps=11, without_rows=[7], directory=tmp_path / "second", progress=False)
+    first = run.fork(4, steps=11, without_rows=[2], run=tmp_path / "first", progress=False)
+    second = first.fork(6, steps=11, without_rows=[7], run=tmp_path / "second", progress=False)
     assert second.losses["loss"].to_list() == by_hand({2: 4, 7: 6}, steps=11)
     assert everystep.open(second.directory).verify(processes=1, progress=False).is_exact
 
@@ -185,7 +185,7 @@ def test_it_ranks_by_an_expression(tmp_path):
     assert found.recorded.value == run[11].gradients["0.weight"].norm().item()
     for case in found.cases:
         fork = run.fork(
-            4, steps=11, without_rows=case.rows, directory=tmp_path / str(case.rows[0]), progress=False
+            4, steps=11, without_rows=case.rows, run=tmp_path / str(case.rows[0]), progress=False
         )
         assert case.value == fork[11].gradients["0.weight"].norm().item()
     text = found.to_text()
@@ -195,7 +195,7 @@ def test_it_ranks_by_an_expression(tmp_path):
 def test_an_experiment_is_trained_again_from_the_command_line(everystep_command):
     everystep_command("train", "digits", "--steps", 8, "--set", "batch_size=12", "--run", "run", "-q")
     rows = everystep.open("run")[6].batch.rows.tolist()
-    arguments = ["whatif", "run", "--at", 4, "--until", 8]
+    arguments = ["what-if", "run", "--at", 4, "--until", 8]
     code, out, _ = everystep_command(*arguments, "--without-rows-of", 6, "--each", "--json")
     assert code == 0
     answer = json.loads(out)
@@ -206,7 +206,7 @@ def test_an_experiment_is_trained_again_from_the_command_line(everystep_command)
     )
     assert code == 0
     assert everystep.open("fork").losses["loss"].to_list()[4:] == best["losses"]
-    code, out, _ = everystep_command("whatif", "run", "--without-rows-of", 6, "--each", "--json")
+    code, out, _ = everystep_command("what-if", "run", "--without-rows-of", 6, "--each", "--json")
     assert code == 0
     answer = json.loads(out)
     assert (answer["at"], answer["until"], len(answer["cases"])) == (5, 8, len(rows))
@@ -224,7 +224,7 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
     with pytest.raises(UsageError, match="the step after which the trainings start"):
         run.what_if(without_rows=[2])
     for arguments, cure in (([], "--without-rows-of STEP"), (["--without-rows", "2"], "--at STEP")):
-        code, _, err = everystep_command("whatif", run.directory, *arguments)
+        code, _, err = everystep_command("what-if", run.directory, *arguments)
         assert code == 2
         assert cure in err
 
@@ -254,9 +254,9 @@ def test_rows_that_no_batch_has_and_targets_that_do_not_fit_are_named(tmp_path):
     seen = {r for step in (5, 6) for r in rows_of(run[step])}
     missing = next(r for r in range(ROWS) if r not in seen)
     with pytest.raises(ExperimentError, match=f"no batch of steps 5 to 6 has {missing}"):
-        run.fork(4, steps=6, without_rows=[missing], directory=tmp_path / "a", progress=False)
+        run.fork(4, steps=6, without_rows=[missing], run=tmp_path / "a", progress=False)
     with pytest.raises(ExperimentError) as error:
-        run.fork(4, relabel={row: 7, 99: 1, 1: 0.5}, directory=tmp_path / "b", progress=False)
+        run.fork(4, relabel={row: 7, 99: 1, 1: 0.5}, run=tmp_path / "b", progress=False)
     for part in ("7 is not a class; they are 0 to 2", "there is no row 99", "0.5 is not a class"):
         assert part in str(error.value)
     assert not (tmp_path / "b").exists()
@@ -279,7 +279,7 @@ def test_a_metric_without_validation_rows_sees_the_other_targets(tmp_path):
     run = trained(tmp_path / "run", metrics=metrics)
     before = made()[2].tolist()
     changed = {row: 1 for row, target in enumerate(before) if target != 1}
-    fork = run.fork(4, steps=11, relabel=changed, directory=tmp_path / "fork", progress=False)
+    fork = run.fork(4, steps=11, relabel=changed, run=tmp_path / "fork", progress=False)
     assert list(run.measured("ones").values())[-1] == before.count(1)
     assert list(fork.measured("ones").values())[-1] == ROWS
 
@@ -288,7 +288,7 @@ def test_what_a_run_holds_is_not_read_where_it_came_from(tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["a,b", *(f"{n % 7},{n % 5}" for n in range(20))]))
     experiment = of_table(table, "b", "Linear(1, 1)", steps=6, batch_size=5)
-    run = everystep.train_experiment(experiment, directory=tmp_path / "run", progress=False)
+    run = everystep.train_experiment(experiment, run=tmp_path / "run", progress=False)
     found = run.what_if(1, 4, without_rows_of=2, each=True, progress=False)
     table.unlink()
     again = everystep.open(tmp_path / "run").what_if(1, 4, without_rows_of=2, each=True, progress=False)
@@ -323,7 +323,7 @@ def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command):
     assert sorted(case.lr for case in found.cases) == [0.001, 0.5]
     for case in found.cases:
         assert list(case.losses) == loop(case.lr)[4:]
-    code, out, _ = everystep_command("whatif", run.directory, "--at", 4, "--lr", 0.5, "--json")
+    code, out, _ = everystep_command("what-if", run.directory, "--at", 4, "--lr", 0.5, "--json")
     (case,) = json.loads(out)["cases"]
     assert (code, case["lr"], case["value"]) == (0, 0.5, loop(0.5)[-1])
 
@@ -339,14 +339,14 @@ def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_o
         return loss
 
     parts = {"model": model, "optimizer": optimizer}
-    options = {"steps": 6, "directory": tmp_path / "step", "progress": False}
+    options = {"steps": 6, "run": tmp_path / "step", "progress": False}
     run = everystep.train(step, [(x, y)] * 6, parts=parts, **options)
     (case,) = everystep.open(run.directory).what_if(2, lr=0.5, progress=False).cases
     assert case.losses[0] == run.losses["loss"][2]  # an update at the rate comes after it
     assert set(case.losses[1:]).isdisjoint(run.losses["loss"])
     run = trained(tmp_path / "run")
     (case,) = everystep.open(run.directory).what_if(4, lr=0.5, progress=False).cases
-    fork = run.fork(4, lr=0.5, directory=tmp_path / "fork", progress=False)
+    fork = run.fork(4, lr=0.5, run=tmp_path / "fork", progress=False)
     assert list(case.losses) == fork.losses["loss"].to_list()[4:]
 
 

@@ -37,7 +37,7 @@ def test_each_line_is_what_it_says_computed_by_hand(name, tmp_path):
 def run(small, tmp_path):
     model, x, y = small
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trained(model, (x, y), optimizer=optimizer, steps=20, batch_size=5, directory=tmp_path / "run")
+    trained(model, (x, y), optimizer=optimizer, steps=20, batch_size=5, run=tmp_path / "run")
     return everystep.open(tmp_path / "run")
 
 
@@ -129,7 +129,7 @@ def test_a_change_between_two_steps_is_not_taken_for_an_update(tmp_path):
 def test_nan_is_followed_to_the_row_that_brought_it(small, tmp_path, monkeypatch):
     model, x, y = small
     x[13, 2] = math.nan
-    trained(model, (x, y), steps=30, batch_size=5, directory=tmp_path / "run")
+    trained(model, (x, y), steps=30, batch_size=5, run=tmp_path / "run")
     opened = everystep.open(tmp_path / "run")
     first = opened.first_nonfinite()
     answer = opened.why(30, "parameters['2.weight'][0, 0]")
@@ -162,7 +162,7 @@ def test_nan_that_an_operation_makes_has_the_rows_behind_it(small, tmp_path):
     with torch.no_grad():
         model.layer.weight.fill_(0.5)
     still = torch.optim.SGD(model.parameters(), lr=0.0)
-    trained(model, (x, y), optimizer=still, steps=4, batch_size=5, directory=tmp_path / "run")
+    trained(model, (x, y), optimizer=still, steps=4, batch_size=5, run=tmp_path / "run")
     opened = everystep.open(tmp_path / "run")
     found = opened.first_nonfinite()
     answer = opened.why(found.step.number, "loss")
@@ -193,10 +193,10 @@ def test_the_mean_of_nothing_is_followed(tmp_path, everystep_command):
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "steps": 3, "progress": False}
-    run = everystep.train(model, (x, y), directory=tmp_path / "run", **options)
+    run = everystep.train(model, (x, y), run=tmp_path / "run", **options)
     answer = run.why(1, "loss")
     assert math.isnan(answer.recomputed) and "0" in answer.formula
-    code, out, _ = everystep_command("when", run.directory, "nonfinite")
+    code, out, _ = everystep_command("first-nonfinite", run.directory)
     assert code == 0 and "loss" in out
 
 
@@ -237,7 +237,7 @@ def test_an_operator_without_a_rule_says_so(tmp_path):
     model = nn.Sequential(Sampled(), nn.Flatten(), nn.Linear(9, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "steps": 5, "progress": False}
-    opened = everystep.train(model, (x, y), directory=tmp_path / "run", **options)
+    opened = everystep.train(model, (x, y), run=tmp_path / "run", **options)
     answer = opened.why(5, "activations['0'][0, 0, 1, 1]")
     assert answer.unknown and not answer.groups
     assert "which numbers it used is not known" in answer.to_text()
@@ -317,7 +317,7 @@ def test_a_step_that_python_took_needs_no_objects(small, tmp_path):
         (x, y),
         loss=lambda prediction, target: (prediction - target).square().sum() * float(len(x)),
         optimizer=Unreadable(model.parameters(), lr=0.001),
-        **{"steps": 3, "directory": tmp_path / "run", "engine": "eager"},
+        **{"steps": 3, "run": tmp_path / "run", "engine": "eager"},
     )
     run = everystep.open(tmp_path / "run")
     found = run.why(2, "loss")

@@ -73,7 +73,7 @@ class Made:
     y: Tensor
     loss: Any
     optimizer: torch.optim.Optimizer
-    schedule: Any = None
+    scheduler: Any = None
     dataset: Dataset[Any] | None = None
     metrics: dict[str, Callable[[Tensor, Tensor], Any]] = field(default_factory=dict)
 
@@ -84,8 +84,8 @@ def by_hand(
     steps: int,
     batch_size: int | None = None,
     drop_last: bool = False,
-    clip_norm: float | None = None,
-    schedule_every: str = "step",
+    max_grad_norm: float | None = None,
+    scheduler_every: str = "step",
     threads: int = 1,
     evaluate_every: int = EVALUATE_EVERY,
     before_step: Callable[[int], Any] = lambda step: None,
@@ -102,16 +102,16 @@ def by_hand(
             losses.append(loss.item())
             made.optimizer.zero_grad()
             loss.backward()
-            if clip_norm is not None:
+            if max_grad_norm is not None:
                 clipped = [p for group in made.optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(clipped, clip_norm)
+                nn.utils.clip_grad_norm_(clipped, max_grad_norm)
             made.optimizer.step()
             is_epoch = step % batches.steps_per_epoch == 0
-            if isinstance(made.schedule, ReduceLROnPlateau):
+            if isinstance(made.scheduler, ReduceLROnPlateau):
                 if step % EVALUATE_EVERY == 0 or step == steps:
-                    made.schedule.step(validation_loss(made))
-            elif made.schedule is not None and (schedule_every == "step" or is_epoch):
-                made.schedule.step()
+                    made.scheduler.step(validation_loss(made))
+            elif made.scheduler is not None and (scheduler_every == "step" or is_epoch):
+                made.scheduler.step()
             if made.metrics and (step % evaluate_every == 0 or step == steps):
                 evaluate(made)
             after_step(step)
@@ -157,7 +157,7 @@ def validation_loss(made: Made) -> float:
 
 def by_train(made: Made, **options: Any) -> everystep.Run:
     """Train by `everystep.train`, with one thread by default."""
-    if isinstance(made.schedule, ReduceLROnPlateau):
+    if isinstance(made.scheduler, ReduceLROnPlateau):
         options = {"validation": (made.x, made.y), "evaluate_every": EVALUATE_EVERY} | options
     if made.metrics:
         options = {"metrics": made.metrics, "evaluate_every": EVALUATE_EVERY} | options
@@ -168,7 +168,7 @@ def by_train(made: Made, **options: Any) -> everystep.Run:
         options.pop("data", (made.x, made.y)),
         loss=made.loss,
         optimizer=made.optimizer,
-        schedule=made.schedule,
+        scheduler=made.scheduler,
         **{"threads": 1, "progress": False} | options,
     )
 
@@ -189,7 +189,7 @@ def contents(made: Made) -> dict[str, Any]:
                 found[f"{place} {name}.grad"] = None if gradient is None else bits(gradient)
             found |= {f"{place} {name}": bits(buffer) for name, buffer in module.named_buffers()}
     found |= parts_of(made.optimizer, "optimizer")
-    found["schedule"] = made.schedule and text(made.schedule.state_dict())
+    found["scheduler"] = made.scheduler and text(made.scheduler.state_dict())
     return found
 
 
@@ -271,7 +271,7 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
 # Small trainings.
 
 
-def new_training(model=None, loss=None, optimizer=None, schedule=None):
+def new_training(model=None, loss=None, optimizer=None, scheduler=None):
     """Return a training of 20 rows; the same numbers at every call."""
     torch.manual_seed(0)
     random.seed(0)
@@ -280,7 +280,7 @@ def new_training(model=None, loss=None, optimizer=None, schedule=None):
     model = mlp() if model is None else model()
     optimizer = (optimizer or momentum)(model.parameters())
     loss = nn.MSELoss() if loss is None else loss()
-    return Made(model, x, y, loss, optimizer, schedule and schedule(optimizer))
+    return Made(model, x, y, loss, optimizer, scheduler and scheduler(optimizer))
 
 
 def mlp():

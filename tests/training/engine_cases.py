@@ -30,18 +30,18 @@ class Case:
     data: Callable[[], tuple[Tensor, Tensor]]
     loss: Callable[[], Any]
     optimizer: Callable[[nn.Module, Any], optim.Optimizer]
-    schedule: Callable[[Any], Any] | None = None
+    scheduler: Callable[[Any], Any] | None = None
     steps: int = 20
     batch_size: int | None = None
     drop_last: bool = False
-    clip_norm: float | None = None
-    schedule_every: str = "step"
+    max_grad_norm: float | None = None
+    scheduler_every: str = "step"
     eager: tuple[int, str] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """What is said to `train` besides objects, and to `by_hand`."""
-        names = ("steps", "batch_size", "drop_last", "clip_norm", "schedule_every")
+        names = ("steps", "batch_size", "drop_last", "max_grad_norm", "scheduler_every")
         return {name: getattr(self, name) for name in names}
 
     def make(self) -> Made:
@@ -50,7 +50,7 @@ class Case:
         x, y = self.data()
         model, loss = self.model(), self.loss()
         optimizer = self.optimizer(model, loss)
-        return Made(model, x, y, loss, optimizer, self.schedule and self.schedule(optimizer))
+        return Made(model, x, y, loss, optimizer, self.scheduler and self.scheduler(optimizer))
 
 
 # Data: random numbers.
@@ -390,11 +390,11 @@ def row(
     data: Callable[[], tuple[Tensor, Tensor]] = rows_of_four,
     loss: Callable[[], Any] = nn.MSELoss,
     optimizer: Make = momentum,
-    schedule: Callable[[Any], Any] | None = None,
+    scheduler: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Case:
     """Return a case that is named after what is unusual about it."""
-    return Case(name, model, data, loss, optimizer, schedule, **options)
+    return Case(name, model, data, loss, optimizer, scheduler, **options)
 
 
 OPTIMIZERS = [
@@ -454,7 +454,7 @@ def chained(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
 
 
 class Warm(lr_scheduler.LRScheduler):
-    """A schedule of the user, which changes the momentum too."""
+    """A scheduler of the user, which changes the momentum too."""
 
     def get_lr(self) -> list[float]:
         for group in self.optimizer.param_groups:
@@ -462,43 +462,43 @@ class Warm(lr_scheduler.LRScheduler):
         return [rate * min(1.0, (1 + self.last_epoch) / 10) for rate in self.base_lrs]
 
 
-SCHEDULES = [
-    row("StepLR", optimizer=descent, schedule=halving),
-    row("StepLR every epoch", optimizer=adamw, schedule=halving, schedule_every="epoch", batch_size=6),
+SCHEDULERS = [
+    row("StepLR", optimizer=descent, scheduler=halving),
+    row("StepLR every epoch", optimizer=adamw, scheduler=halving, scheduler_every="epoch", batch_size=6),
     row(
         "StepLR of Adam with an lr tensor",
         optimizer=of_lr_tensor(Adam, fused=True),
-        schedule=halving,
+        scheduler=halving,
         eager=(1, "a learning rate that is a tensor"),
     ),
-    row("CosineAnnealingLR", optimizer=adamw, schedule=cosine),
-    row("CosineAnnealingWarmRestarts", optimizer=adamw, schedule=restarts),
-    row("OneCycleLR", schedule=one_cycle),
-    row("CyclicLR", schedule=cyclic),
-    row("ReduceLROnPlateau of SGD", optimizer=of(SGD, lr=0.5), schedule=plateau),
-    row("LambdaLR", optimizer=descent, schedule=slowing, eager=(1, "calls a function of yours")),
+    row("CosineAnnealingLR", optimizer=adamw, scheduler=cosine),
+    row("CosineAnnealingWarmRestarts", optimizer=adamw, scheduler=restarts),
+    row("OneCycleLR", scheduler=one_cycle),
+    row("CyclicLR", scheduler=cyclic),
+    row("ReduceLROnPlateau of SGD", optimizer=of(SGD, lr=0.5), scheduler=plateau),
+    row("LambdaLR", optimizer=descent, scheduler=slowing, eager=(1, "calls a function of yours")),
     row(
         "LambdaLR of two groups",
         optimizer=in_groups(GradientDescent),
-        schedule=slowing_apart,
+        scheduler=slowing_apart,
         eager=(1, "calls a function of yours"),
     ),
-    row("SequentialLR", optimizer=adamw, schedule=sequential),
-    row("ChainedScheduler", optimizer=adamw, schedule=chained),
-    row("a schedule of the user", schedule=Warm, eager=(1, "is not one of torch's schedules")),
+    row("SequentialLR", optimizer=adamw, scheduler=sequential),
+    row("ChainedScheduler", optimizer=adamw, scheduler=chained),
+    row("a scheduler of the user", scheduler=Warm, eager=(1, "is not one of torch's schedulers")),
 ]
 
 BATCHES = [
     row("short last batch", batch_size=8),
     row("drop_last", batch_size=8, drop_last=True),
     row("batches of one row", batch_size=1),
-    row("clip_norm", optimizer=descent, clip_norm=0.1),
-    row("clip_norm of batches", optimizer=adamw, clip_norm=0.1, batch_size=8),
+    row("max_grad_norm", optimizer=descent, max_grad_norm=0.1),
+    row("max_grad_norm of batches", optimizer=adamw, max_grad_norm=0.1, batch_size=8),
     row(
-        "clip_norm one of two groups",
+        "max_grad_norm one of two groups",
         Unused,
         optimizer=lambda m, _: SGD(m.used[0].parameters(), lr=0.1),
-        clip_norm=0.1,
+        max_grad_norm=0.1,
     ),
     row("x transposed", data=transposed),
     row("x transposed in batches", data=transposed, batch_size=8),
@@ -584,4 +584,4 @@ LOSSES = [
     row("loss with parameters not optimized", loss=Uncertain),
 ]
 
-CASES = [*OPTIMIZERS, *SCHEDULES, *BATCHES, *MODELS, *LOSSES]
+CASES = [*OPTIMIZERS, *SCHEDULERS, *BATCHES, *MODELS, *LOSSES]

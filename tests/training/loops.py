@@ -166,9 +166,9 @@ def language_model_with_accumulation_and_clipping(steps, record):
     ids = torch.randint(0, 32, (64, 9), generator=torch.Generator().manual_seed(3))
     model = LanguageModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 10))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 10))
     batches = [{"ids": part[:, :-1], "labels": part[:, 1:]} for part in ids.split(8)]
-    with record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+    with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         for number, batch in enumerate(recording.steps(endless(batches, steps))):
             logits = model(batch["ids"])
             loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) / 4
@@ -176,7 +176,7 @@ def language_model_with_accumulation_and_clipping(steps, record):
             if (number + 1) % 4 == 0:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
-                schedule.step()
+                scheduler.step()
                 optimizer.zero_grad()
             recording.log(loss=loss)
     return [model]
@@ -308,7 +308,7 @@ def reinforce(steps, record):
 
 
 @loop
-def two_schedules_and_layers_unfrozen_on_the_way(steps, record):
+def two_schedulers_and_layers_unfrozen_on_the_way(steps, record):
     x, y = data()
     body, head = nn.Sequential(nn.Linear(6, 16), nn.ReLU()), nn.Linear(16, 3)
     model = nn.Sequential(body, head)

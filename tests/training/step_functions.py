@@ -528,38 +528,38 @@ def several_heads():
 
 
 @case
-def schedule_at_the_end_of_an_epoch():
+def scheduler_at_the_end_of_an_epoch():
     """A schedule that goes on in steps of one kind changes those of another."""
     model = network()
     optimizer = sgd(model.parameters())
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
 
     def step(batch):
         loss = descend(optimizer, mean_square(model, batch["x"], batch["y"]))
         if batch["last"]:
-            schedule.step()
+            scheduler.step()
         return loss
 
     batches = flagged(pairs(4), "last", [False, False, False, True])
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     return Case(step, batches, parts, least=5)
 
 
 def followed_by(make):
     """Return a case with a schedule for its optimizer, which advances at each step."""
     made = usual(sgd)
-    schedule = make(made.parts["optimizer"])
+    scheduler = make(made.parts["optimizer"])
 
     def step(batch):
         loss = made.step(batch)
-        schedule.step()
+        scheduler.step()
         return loss
 
-    return made._replace(step=step, parts=made.parts | {"schedule": schedule})
+    return made._replace(step=step, parts=made.parts | {"scheduler": scheduler})
 
 
 @case
-def schedule_of_another_package():
+def scheduler_of_another_package():
     return followed_by(lambda o: transformers.get_cosine_schedule_with_warmup(o, 5, 40))
 
 

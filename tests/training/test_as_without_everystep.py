@@ -60,16 +60,18 @@ def a_teacher_in_eval():
 def a_validation_that_decides_on_the_rate():
     model, judge = network(), encoder()
     parts, step = usual(model, lambda x: model(x).square().mean())
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(parts["optimizer"], patience=1, threshold=0.05)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        parts["optimizer"], patience=1, threshold=0.05
+    )
     held_out = torch.randn(4, 3, 8)
 
     def validated(x):
         loss = step(x)
         with torch.no_grad():
-            schedule.step((judge(model(held_out)) - held_out).square().mean())
+            scheduler.step((judge(model(held_out)) - held_out).square().mean())
         return loss
 
-    return parts | {"judge": judge, "schedule": schedule}, validated
+    return parts | {"judge": judge, "scheduler": scheduler}, validated
 
 
 @case

@@ -511,7 +511,7 @@ VOUCHED_FOR = {
 
 
 def by_model(made):
-    return by_train(made, steps=STEPS, evaluate_every=1, directory="run")
+    return by_train(made, steps=STEPS, evaluate_every=1, run="run")
 
 
 def by_step_function(made):
@@ -528,7 +528,7 @@ def by_step_function(made):
             yield made.x, made.y
 
     parts = {"model": made.model, "optimizer": made.optimizer}
-    settings = {"engine": "program", "directory": "run", "threads": 1, "progress": False}
+    settings = {"engine": "program", "run": "run", "threads": 1, "progress": False}
     return everystep.train(step, batches(), parts=parts, steps=STEPS, **settings)
 
 
@@ -648,7 +648,7 @@ def test_a_forward_that_changes_its_batch_changes_that_of_its_step_alone():
 
 
 @pytest.mark.parametrize("optimizer", [None, functools.partial(torch.optim.Adam, lr=0.01)])
-def test_a_schedule_sees_the_gradients_of_its_step(optimizer):
+def test_a_scheduler_sees_the_gradients_of_its_step(optimizer):
     def make():
         made = new_training(optimizer=optimizer)
 
@@ -656,7 +656,7 @@ def test_a_schedule_sees_the_gradients_of_its_step(optimizer):
             gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
             return 1 / (1 + sum(gradient.norm().item() for gradient in gradients))
 
-        made.schedule = lr_scheduler.LambdaLR(made.optimizer, rate)
+        made.scheduler = lr_scheduler.LambdaLR(made.optimizer, rate)
         return made
 
     assert "calls a function of yours" in differs_or_same(make).facts.training.engine.reason
@@ -685,7 +685,7 @@ def test_gradients_are_clipped_together_with_those_of_a_group_that_came_later():
     def make():
         return changing(add, optimizer=lambda parameters: momentum([*parameters][2:]))
 
-    assert differs_or_same(make, evaluate_every=1, clip_norm=0.1) is not None
+    assert differs_or_same(make, evaluate_every=1, max_grad_norm=0.1) is not None
 
 
 # How often the user's code is called, and what it leaves.

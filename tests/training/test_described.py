@@ -9,7 +9,7 @@ from tests.training.by_hand import by_train, descent, new_training
 from torch import nn
 
 import everystep
-from everystep.recording.facts import LossFacts, ModuleFacts, ScheduleFacts
+from everystep.recording.facts import LossFacts, ModuleFacts, SchedulerFacts
 from everystep.recording.texts import loss_text, model_text, optimizers_text
 from everystep.training.description import modules_of
 
@@ -130,12 +130,12 @@ def test_a_loss_that_is_a_function_has_its_name():
     )
 
 
-def test_an_optimizer_and_its_schedule():
-    schedule = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
-    run = by_train(new_training(schedule=schedule), steps=8, schedule_every="epoch")
+def test_an_optimizer_and_its_scheduler():
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
+    run = by_train(new_training(scheduler=scheduler), steps=8, scheduler_every="epoch")
     training = run.facts.training
-    assert training.schedules == {
-        "schedule": ScheduleFacts(
+    assert training.schedulers == {
+        "scheduler": SchedulerFacts(
             class_name="StepLR",
             is_torchs=True,
             settings={"step_size": 3, "gamma": 0.5},
@@ -147,8 +147,8 @@ def test_an_optimizer_and_its_schedule():
     assert "initial_lr" not in group and "params" not in group
     assert optimizers_text(training.optimizers) == "SGD(lr=0.02, momentum=0.9)"
     later = partial(torch.optim.lr_scheduler.StepLR, step_size=4, gamma=0.5)
-    other = by_train(new_training(schedule=later), steps=8, schedule_every="epoch")
-    assert run.diff(other).experiments == {"schedule StepLR.step_size": (3, 4)}
+    other = by_train(new_training(scheduler=later), steps=8, scheduler_every="epoch")
+    assert run.diff(other).experiments == {"scheduler StepLR.step_size": (3, 4)}
 
 
 def test_the_settings_of_a_second_group_differ():
@@ -170,14 +170,14 @@ def test_the_chapters_update_is_said_in_its_text():
     assert text == "GradientDescent(lr=0.05): parameter - gradient * 0.05"
 
 
-def test_several_models_optimizers_and_schedules_of_a_loop(tmp_path):
+def test_several_models_optimizers_and_schedulers_of_a_loop(tmp_path):
     generator, discriminator = nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 1), nn.Sigmoid())
     optimizers = {
         "optimizer_g": torch.optim.Adam(generator.parameters(), lr=0.01),
         "optimizer_d": torch.optim.SGD(discriminator.parameters(), lr=0.1),
     }
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizers["optimizer_g"], [2, 4])
-    parts = {"generator": generator, "discriminator": discriminator, "schedule": schedule} | optimizers
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizers["optimizer_g"], [2, 4])
+    parts = {"generator": generator, "discriminator": discriminator, "scheduler": scheduler} | optimizers
     with everystep.record(run=tmp_path / "run", **parts) as recording:
         for x in recording.steps([torch.randn(4, 2) for _ in range(3)]):
             loss = -discriminator(generator(x)).log().mean()
@@ -185,7 +185,7 @@ def test_several_models_optimizers_and_schedules_of_a_loop(tmp_path):
             for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad()
-            schedule.step()
+            scheduler.step()
             recording.log(loss=loss)
     training = recording.run.facts.training
     assert {path: each.class_name for path, each in training.modules.items()} == {
@@ -200,7 +200,7 @@ def test_several_models_optimizers_and_schedules_of_a_loop(tmp_path):
     assert optimizers_text(training.optimizers) == (
         "optimizer_g: Adam(lr=0.01, betas=(0.9, 0.999), eps=1e-08)\noptimizer_d: SGD(lr=0.1)"
     )
-    assert training.schedules["schedule"] == ScheduleFacts(
+    assert training.schedulers["scheduler"] == SchedulerFacts(
         class_name="MultiStepLR",
         is_torchs=True,
         settings={"milestones": {"2": 1, "4": 1}, "gamma": 0.1},

@@ -75,7 +75,7 @@ def test_training_has_the_bits_of_the_loop_and_every_step_comes_back(case, capfd
 #: Kernels that split their work by threads, at any size; and some that do not.
 WITH_THREADS = {
     "GradientDescent",
-    "clip_norm of batches",
+    "max_grad_norm of batches",
     "convolutional in batches",
     "layer norm",
     "group norm",
@@ -152,10 +152,10 @@ def test_an_experiment_has_the_bits_of_the_loop(name, engine):
     model.load_state_dict(run.parameters(0))
     torch.set_rng_state(run.state_near(0).rest["generator/torch"])
     optimizer = OPTIMIZER_OF[name](model.parameters())
-    schedule = lr_scheduler.CosineAnnealingLR(optimizer, 60) if name == "wine" else None
-    made = Made(model, data["x"], data["y"], LOSSES[name], optimizer, schedule)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 60) if name == "wine" else None
+    made = Made(model, data["x"], data["y"], LOSSES[name], optimizer, scheduler)
     steps = len(run.losses)
-    losses = by_hand(made, steps=steps, batch_size=BATCH_SIZES[name], schedule_every="epoch")
+    losses = by_hand(made, steps=steps, batch_size=BATCH_SIZES[name], scheduler_every="epoch")
     assert run.losses["loss"].to_list() == losses
     left = run.parameters(steps)
     assert {n: bits(t) for n, t in model.state_dict().items()} == {n: bits(t) for n, t in left.items()}

@@ -33,10 +33,10 @@ from everystep.views.progress import Silent
 
 
 def test_an_lr_that_changes_at_a_step_changes_there():
-    def schedule(optimizer):
+    def scheduler(optimizer):
         return lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step >= 76 else 1.0)
 
-    run = assert_same(lambda: new_training(optimizer=descent, schedule=schedule), 100)
+    run = assert_same(lambda: new_training(optimizer=descent, scheduler=scheduler), 100)
     rates = run.measurements.filter(run.measurements["name"] == "lr")
     assert rates["step"].to_list() == [1, 77]
     assert rates["value"].to_list() == [0.05, 0.05 * 0.1]
@@ -56,19 +56,19 @@ class OfTheUser(lr_scheduler.LRScheduler):
         return [rate / (1 + norm) for rate in self.base_lrs]
 
 
-def test_a_schedule_that_looks_at_the_model_sees_it():
+def test_a_scheduler_that_looks_at_the_model_sees_it():
     logs = []
 
     def make():
         trained = new_training()
         logs.append([])
-        trained.schedule = OfTheUser(trained.optimizer, logs[-1], trained.model)
+        trained.scheduler = OfTheUser(trained.optimizer, logs[-1], trained.model)
         return trained
 
     expected, trained = make(), make()
     losses = by_hand(expected, steps=50)
     run = by_train(trained, steps=50)
-    assert "OfTheUser is not one of torch's schedules" in run.facts.training.engine.reason
+    assert "OfTheUser is not one of torch's schedulers" in run.facts.training.engine.reason
     assert run.losses["loss"].to_list() == losses
     assert len(logs[0]) == 51
     assert logs[0] == logs[1]
@@ -97,7 +97,7 @@ def test_a_metric_sees_the_gradients_of_the_step(optimizer, batch_size):
 
 @pytest.mark.parametrize("stops", [False, True])
 def test_nothing_is_recorded_of_a_step_after_the_last(stops):
-    trained = new_training(schedule=partial(lr_scheduler.ExponentialLR, gamma=0.5))
+    trained = new_training(scheduler=partial(lr_scheduler.ExponentialLR, gamma=0.5))
     if stops:
         trained.loss = lambda prediction, target: (prediction - target).log().sum()
     metrics = {"largest": lambda prediction, target: prediction.max()}

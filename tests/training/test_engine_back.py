@@ -109,22 +109,22 @@ def test_what_was_recorded_long_ago_is_taken_back(monkeypatch, failing_check):
 
 
 @pytest.mark.parametrize(
-    "schedule",
+    "scheduler",
     [
         partial(lr_scheduler.StepLR, step_size=10, gamma=0.5),
         partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.01),
     ],
     ids=["steps", "plateau"],
 )
-def test_a_schedule_goes_back_too(schedule, failing_check):
-    expected, losses, _, _ = states_by_hand(100, optimizer=descent, schedule=schedule)
+def test_a_scheduler_goes_back_too(scheduler, failing_check):
+    expected, losses, _, _ = states_by_hand(100, optimizer=descent, scheduler=scheduler)
     failing_check(64)
-    made = new_training(optimizer=descent, schedule=schedule)
+    made = new_training(optimizer=descent, scheduler=scheduler)
     run = by_train(made, steps=100)
     assert run.facts.training.engine.eager_from == 33
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == contents(expected)
-    if schedule.func is lr_scheduler.StepLR:
+    if scheduler.func is lr_scheduler.StepLR:
         rates = {step: 0.05 * 0.5 ** (step // 10) for step in (1, *range(11, 101, 10))}
         assert run.measured("lr") == rates
 

@@ -27,7 +27,7 @@ def loop(model, steps=3, log=lambda recording, step: None, key="x", **parts):
 def train(model, **options):
     options |= {"loss": nn.MSELoss(), "optimizer": torch.optim.Adam(model.parameters()), "steps": 4}
     pair = torch.randn(8, 3), torch.randn(8, 2)
-    return everystep.train(model, pair, directory="run", progress=False, **options)
+    return everystep.train(model, pair, run="run", progress=False, **options)
 
 
 def of_module(name):

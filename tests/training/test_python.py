@@ -22,7 +22,7 @@ AT, STEPS = 11, 20
 #: A step that no training reaches.
 NEVER = 10**9
 
-OPTIMIZERS, SCHEDULES, LOSSES, MODELS, DATASETS = {}, {}, {}, {}, {}
+OPTIMIZERS, SCHEDULERS, LOSSES, MODELS, DATASETS = {}, {}, {}, {}, {}
 
 
 def one_of(table):
@@ -136,7 +136,7 @@ class OfTheUser(lr_scheduler.LRScheduler):
         return [group["lr"] for group in self.optimizer.param_groups]
 
 
-@one_of(SCHEDULES)
+@one_of(SCHEDULERS)
 class LooksAtGradientsAndParameters(OfTheUser):
     def get_lr(self):
         parameters = self.optimizer.param_groups[0]["params"]
@@ -148,7 +148,7 @@ class LooksAtGradientsAndParameters(OfTheUser):
         return [rate / (1 + norm * (self.last_epoch >= self.at)) for rate in self.base_lrs]
 
 
-@one_of(SCHEDULES)
+@one_of(SCHEDULERS)
 class RatesInTensorsThatAreDrawn(OfTheUser):
     def get_lr(self):
         noise = float(torch.rand(())) if self.last_epoch >= self.at else 1.0
@@ -295,7 +295,7 @@ def with_a_plateau(at):
     factor = doubled_from(at)
     return new_training(
         lambda: Changed(lambda model, h: h * factor()),
-        schedule=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+        scheduler=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
     )
 
 
@@ -305,11 +305,11 @@ CASES = {
         for name, kind in OPTIMIZERS.items()
     },
     **{
-        f"schedule {name}": lambda at, kind=kind: new_training(schedule=lambda o: kind(o, at))
-        for name, kind in SCHEDULES.items()
+        f"scheduler {name}": lambda at, kind=kind: new_training(scheduler=lambda o: kind(o, at))
+        for name, kind in SCHEDULERS.items()
     },
     "betas": lambda at: new_training(
-        optimizer=lambda p: Adam(p, lr=0.01, fused=True), schedule=lambda o: with_betas(o, at)
+        optimizer=lambda p: Adam(p, lr=0.01, fused=True), scheduler=lambda o: with_betas(o, at)
     ),
     **{
         f"loss {name}": lambda at, make=make: new_training(loss=lambda: make(at))

@@ -482,25 +482,25 @@ def test_a_database_that_was_changed_is_refused(made, column, value):
     assert not run.verify(processes=1, progress=False).is_exact
 
 
-def _after_it(optimizer, schedule, turn):
+def _after_it(optimizer, scheduler, turn):
     optimizer.step()
-    schedule.step()
+    scheduler.step()
 
 
-def _before_it(optimizer, schedule, turn):
-    schedule.step()
+def _before_it(optimizer, scheduler, turn):
+    scheduler.step()
     optimizer.step()
 
 
-def _by_hand(optimizer, schedule, turn):
+def _by_hand(optimizer, scheduler, turn):
     optimizer.param_groups[0]["lr"] = 0.1 / (1 + turn)
     optimizer.step()
 
 
-def _every_other_turn(optimizer, schedule, turn):
+def _every_other_turn(optimizer, scheduler, turn):
     if turn % 2:
         optimizer.step()
-    schedule.step()
+    scheduler.step()
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -508,7 +508,7 @@ def _every_other_turn(optimizer, schedule, turn):
 @pytest.mark.parametrize("as_function", [False, True])
 def test_the_learning_rate_of_a_step_is_the_one_that_its_update_uses(made, way, as_function):
     model, optimizer, (x, y) = made
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
     used, turns = {}, iter(range(1, 100))
     # Called where torch calls the optimizer, outside of what everystep reads.
     hook = optimizer.register_step_pre_hook(
@@ -521,10 +521,10 @@ def test_the_learning_rate_of_a_step_is_the_one_that_its_update_uses(made, way, 
         loss = nn.functional.mse_loss(model(batch[0]), batch[1])
         optimizer.zero_grad()
         loss.backward()
-        way(optimizer, schedule, turn[0])
+        way(optimizer, scheduler, turn[0])
         return loss
 
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     if as_function:
         run = everystep.train(step, [(x, y)], parts=parts, steps=12, progress=False)
     else:
@@ -539,14 +539,14 @@ def test_the_learning_rate_of_a_step_is_the_one_that_its_update_uses(made, way, 
 
 def test_the_learning_rate_of_a_step_that_a_program_runs_is_the_one_that_it_uses(made):
     model, optimizer, (x, y) = made
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
 
     def step(batch):
         loss = descend(optimizer, nn.functional.mse_loss(model(batch[0]), batch[1]))
-        schedule.step()
+        scheduler.step()
         return loss
 
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     run = everystep.train(step, [(x, y)], parts=parts, steps=24, engine="program", progress=False)
     assert run.facts.training.loop.function.by_program > 10
     for number in range(1, 25):
@@ -555,13 +555,13 @@ def test_the_learning_rate_of_a_step_that_a_program_runs_is_the_one_that_it_uses
 
 def test_a_rate_that_the_loop_logs_has_a_name_of_its_own(made):
     model, optimizer, batch = made
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
     logged = {}
-    with everystep.record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+    with everystep.record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         for number, (x, y) in enumerate(recording.steps([batch] * 6), 1):
             loss = descend(optimizer, nn.functional.mse_loss(model(x), y))
-            schedule.step()
-            logged[number] = schedule.get_last_lr()[0]
+            scheduler.step()
+            logged[number] = scheduler.get_last_lr()[0]
             recording.log(loss=loss, lr=logged[number])
     run = recording.run
     assert run.measured("lr (logged)") == logged

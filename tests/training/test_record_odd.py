@@ -99,7 +99,7 @@ def test_steps_that_cannot_be_replayed_do_not_count_as_verified(tmp_path, everys
     measured = run.measure("max(activations['4'])", name="most", progress=False)
     assert len(measured.values) == 29 and measured.left_out == (30,)
     with pytest.raises(everystep.RunError, match="step 30, or ends there"):
-        run.when("nonfinite", progress=False)
+        run.first_nonfinite(progress=False)
 
 
 def test_a_compiled_module_that_is_called_is_refused(tmp_path):

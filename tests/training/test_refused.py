@@ -192,7 +192,7 @@ def test_a_loader_is_refused_with_what_to_give_instead(small):
             [1, 2],
             "must be one optimizer, not a list of 2; for different settings per layer, use param groups",
         ),
-        ("schedule", [1, 2], "not a list of 2; combine several with SequentialLR or ChainedScheduler"),
+        ("scheduler", [1, 2], "not a list of 2; combine several with SequentialLR or ChainedScheduler"),
         ("metrics", 3, "metrics: must map names to callables"),
         ("validation", 1.5, "or a fraction of the rows such as 0.2, not 1.5"),
         (

@@ -1,4 +1,4 @@
-"""Accuracy and R² of a validation part, compared with scikit-learn's."""
+"""Metrics by name, compared with scikit-learn's: those of validation rows, and those asked for."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import everystep
-from everystep.training.measurements import standard_measurements
+from everystep.training.measurements import evaluation_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -19,8 +19,12 @@ def randn(*shape):
     return torch.randn(shape, generator=GENERATOR)
 
 
+def standard(loss, rows):
+    return evaluation_of(nn.Identity(), loss, rows, (), is_validation=True).standard
+
+
 def measured(loss, prediction, target, name):
-    value = standard_measurements(loss, target)[name](prediction, target)
+    value = standard(loss, (prediction, target))[name](prediction, target)
     return None if value is None else float(value)
 
 
@@ -120,7 +124,7 @@ class OfMine(nn.MSELoss):
 )
 def test_r2_only_where_predictions_are_on_the_scale_of_their_targets(loss, names):
     target = randn(8, 3).softmax(1)
-    assert list(standard_measurements(loss, target)) == ["validation_loss", *names]
+    assert list(standard(loss, (target, target))) == ["validation_loss", *names]
 
 
 @pytest.mark.parametrize(
@@ -134,3 +138,50 @@ def test_r2_only_where_predictions_are_on_the_scale_of_their_targets(loss, names
 )
 def test_nothing_where_shapes_do_not_fit(loss, prediction, target, name):
     assert measured(loss, prediction, target, name) is None
+
+
+def trained(x, y, outputs, loss, **options):
+    model = nn.Linear(x.shape[1], outputs)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return everystep.train(
+        model, (x, y), loss=loss, optimizer=optimizer, steps=3, progress=False, **options
+    )
+
+
+def test_metrics_by_name_are_measured_on_the_data_or_on_validation_rows():
+    x, y = randn(60, 4), torch.randint(0, 3, (60,), generator=GENERATOR)
+    run = trained(x, y, 3, nn.CrossEntropyLoss(), metrics=["accuracy"], evaluate_every=1)
+    predicted = (x @ run.parameters(3)["weight"].T + run.parameters(3)["bias"]).argmax(1)
+    assert run.measured("accuracy")[3] == pytest.approx(accuracy_score(y, predicted), abs=1e-7)
+    assert len(run.measured("accuracy")) == 3 and run.verify(progress=False).is_exact
+    held_out = trained(x, y, 3, nn.CrossEntropyLoss(), metrics=["accuracy"], validation=0.2)
+    assert set(held_out.measurements["name"]) == {"validation_accuracy", "validation_loss"}
+
+
+def test_an_experiment_names_metrics(tmp_path):
+    settings = {"metrics": ["accuracy"], "data.validation": None, "epochs": 2}
+    run = everystep.train_experiment("wine", settings, run=tmp_path / "run", progress=False)
+    assert set(run.measurements["name"]) == {"accuracy", "lr"}
+    fork = run.fork(12, steps=24, run=tmp_path / "fork", progress=False)
+    assert fork.measured("accuracy") == run.measured("accuracy")
+
+
+def test_a_metric_that_is_unknown_or_does_not_fit_is_an_error():
+    x, y = randn(6, 4), randn(6, 2)
+    with pytest.raises(
+        everystep.ExperimentError, match=r"metrics\[0\]: unknown metric 'acuracy'; did you"
+    ):
+        trained(x, y, 2, nn.MSELoss(), metrics=["acuracy"])
+    with pytest.raises(everystep.ExperimentError, match=r"metrics\[1\]: unknown metric 'top'"):
+        everystep.train_experiment("wine", {"metrics": ["accuracy", "top"]})
+    with pytest.raises(
+        everystep.ExperimentError, match="accuracy needs targets that are classes or two"
+    ):
+        trained(x, y, 2, nn.MSELoss(), metrics=["accuracy"])
+    labels = torch.zeros(6, dtype=torch.int64)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
+    with pytest.raises(everystep.ExperimentError, match="accuracy cannot compare the model's output"):
+        everystep.train(
+            model, (x, labels), loss=lambda p, t: p.sum(), metrics=["accuracy"], steps=1,
+            optimizer=torch.optim.SGD(model.parameters(), 0.1), progress=False,
+        )  # fmt: skip

@@ -84,7 +84,7 @@ def test_an_exception_leaves_the_steps_before_it():
         return gan.step(batch)["loss"]
 
     with pytest.raises(RuntimeError, match="out of luck"):
-        everystep.train(step, gan.batches, parts=gan.parts, steps=9, directory="run", progress=False)
+        everystep.train(step, gan.batches, parts=gan.parts, steps=9, run="run", progress=False)
     run = everystep.open("run")
     assert len(run.losses) == 3
     assert run.facts.status == "failed"

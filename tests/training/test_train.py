@@ -27,26 +27,26 @@ def network():
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
 
 
-def test_epochs_stand_for_steps_and_a_schedule_can_follow_them(small):
+def test_epochs_stand_for_steps_and_a_scheduler_can_follow_them(small):
     model, x, y = small
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = lr_scheduler.ExponentialLR(optimizer, 0.5)
-    options = {"optimizer": optimizer, "schedule": schedule, "schedule_every": "epoch"}
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    options = {"optimizer": optimizer, "scheduler": scheduler, "scheduler_every": "epoch"}
     run = train(model, (x, y), steps=None, epochs=3, batch_size=8, **options)
     assert len(run.losses) == 9
     rates = run.measurements.filter(run.measurements["name"] == "lr")
     assert rates["step"].to_list() == [1, 4, 7]
 
 
-def test_a_schedule_can_follow_the_validation_loss(small):
+def test_a_scheduler_can_follow_the_validation_loss(small):
     model, x, y = small
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    schedule = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    options = {"optimizer": optimizer, "schedule": schedule, "validation": 0.2, "evaluate_every": 1}
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    options = {"optimizer": optimizer, "scheduler": scheduler, "validation": 0.2, "evaluate_every": 1}
     train(model, (x, y), steps=4, **options)
-    assert schedule.num_bad_epochs + schedule.last_epoch > 0
+    assert scheduler.num_bad_epochs + scheduler.last_epoch > 0
     with pytest.raises(everystep.ExperimentError, match="needs a validation loss"):
-        train(model, (x, y), optimizer=optimizer, schedule=schedule)
+        train(model, (x, y), optimizer=optimizer, scheduler=scheduler)
 
 
 def test_the_same_objects_hold_the_last_state_and_modes_stay(small):

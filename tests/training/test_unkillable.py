@@ -116,7 +116,7 @@ def test_a_loop_does_not_begin_where_other_files_are():
 def test_a_fork_is_there_with_its_own_first_state_or_not_at_all(monkeypatch):
     settings = {"steps": 20, "data.N": 16, "data.D_in": 4, "data.D_out": 2}
     layers = {"model.layers": ["Linear(4, 2)"]}
-    run = everystep.train_experiment("two-layer", settings | layers, directory="parent")
+    run = everystep.train_experiment("two-layer", settings | layers, run="parent")
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -124,9 +124,9 @@ def test_a_fork_is_there_with_its_own_first_state_or_not_at_all(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(recorder, "write_snapshot", full)
         with pytest.raises(everystep.RecordingError, match="No space left"):
-            run.fork(7, lr=1e-5, directory="fork")
+            run.fork(7, lr=1e-5, run="fork")
     assert not Path("fork").exists()
-    assert run.fork(7, lr=1e-5, directory="fork").verify(processes=1).is_exact
+    assert run.fork(7, lr=1e-5, run="fork").verify(processes=1).is_exact
 
 
 def test_a_measurement_without_values_leaves_no_name():
@@ -208,7 +208,7 @@ def test_a_step_function_that_is_stopped_keeps_its_last_state():
     taken = []
     parts = {"model": model, "optimizer": optimizer}
     with pytest.raises(KeyboardInterrupt):
-        everystep.train(step, parts=parts, steps=10_000_000, directory="run")
+        everystep.train(step, parts=parts, steps=10_000_000, run="run")
     timer.join()
     run = everystep.open("run")
     assert run.status == "stopped"

@@ -14,7 +14,7 @@ from everystep.recording.recorded_run import RecordedRun
 def trained(tmp_path_factory):
     """A run that no test may change."""
     directory = tmp_path_factory.mktemp("trained") / "run"
-    everystep.train_experiment("two-layer", {"steps": 50}, directory=directory, progress=False)
+    everystep.train_experiment("two-layer", {"steps": 50}, run=directory, progress=False)
     return directory
 
 

@@ -54,10 +54,10 @@ FIRST = "The losses first differ at step 138; the first operation that differs i
                     observed("aten.mul.Tensor", "update"),
                     observed("aten.mul.Tensor", "update"),
                     step=137,
-                    causes=["SGD: lr 0.0001 | 0.0002", "schedule StepLR: gamma 0.1 | 0.5"],
+                    causes=["SGD: lr 0.0001 | 0.0002", "scheduler StepLR: gamma 0.1 | 0.5"],
                 ),
             },
-            f"{FIRST} of step 137, aten.mul (update), because of SGD: lr 0.0001 | 0.0002; schedule "
+            f"{FIRST} of step 137, aten.mul (update), because of SGD: lr 0.0001 | 0.0002; scheduler "
             "StepLR: gamma 0.1 | 0.5.",
         ),
         (

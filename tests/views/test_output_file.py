@@ -15,7 +15,7 @@ from everystep.views.output_file import write_file
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("recorded") / "run"
-    return everystep.train_experiment("two-layer", {"steps": 3}, directory=directory, progress=False)
+    return everystep.train_experiment("two-layer", {"steps": 3}, run=directory, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,18 @@ def test_what_was_there_stays_on_a_full_disk(command, run, everystep_command, mo
     assert (code, "cannot be written: No space left on device" in err) == (2, True)
     assert output.read_bytes() == before
     assert not list(tmp_path.glob(".everystep.*"))
+
+
+@pytest.mark.parametrize("command", ["plot", "table", "report"])
+def test_without_a_name_only_an_earlier_output_is_replaced(command, run, everystep_command):
+    code, out, err = everystep_command(command, run.directory)
+    (path,) = Path().iterdir()
+    assert (code, out) == (0, "") and path.name.startswith("run-") and err.startswith(f"{path} (")
+    assert everystep_command(command, run.directory)[0] == 0
+    path.write_text("mine")
+    code, _, err = everystep_command(command, run.directory)
+    assert (code, path.read_text()) == (2, "mine")
+    assert f"{path} exists, and everystep did not write it; name another file: -o FILE" in err
 
 
 def test_rights_stay_and_a_link_stays_a_link(tmp_path):

@@ -134,8 +134,8 @@ def test_a_place_that_cannot_be_written_is_named(trained, tmp_path):
 
 
 def test_a_learning_rate_is_level_until_it_changes(tmp_path):
-    changed = {"steps": 12, "schedule": {"name": "StepLR", "step_size": 4}}
-    run = everystep.train_experiment("two-layer", changed, directory=tmp_path / "run", progress=False)
+    changed = {"steps": 12, "scheduler": {"name": "StepLR", "step_size": 4}}
+    run = everystep.train_experiment("two-layer", changed, run=tmp_path / "run", progress=False)
     plot = loss_plot([run], measurements=["lr"])
     (line,) = [layer._data for layer in plot.layers if layer.geom.__class__.__name__ == "geom_line"]
     first, second, third = run.measured("lr").values()

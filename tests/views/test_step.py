@@ -37,7 +37,7 @@ def opened():
             optimizer=optimizer,
             steps=steps,
             progress=False,
-            directory="run",
+            run="run",
             **options,
         )
         run = RecordedRun("run")
@@ -336,20 +336,20 @@ def test_the_update_in_both_notations(small, opened, make, operators, calls):
 
 
 def test_clipping_is_the_first_part_of_the_update(small, opened):
-    text = text_of(*opened(*small, 2, clip_norm=0.5))
+    text = text_of(*opened(*small, 2, max_grad_norm=0.5))
     update = text[text.index("\nupdate") :]
-    assert re.search(r"first, the gradients, with norm \S+, are clipped: clip_norm = 0.5", update)
+    assert re.search(r"first, the gradients, with norm \S+, are clipped: max_grad_norm = 0.5", update)
     assert "param - param.grad * 0.0001" in update
 
 
 def test_a_step_of_a_forks_parent_is_shown_by_the_rules_of_the_parent():
-    run = everystep.train_experiment("two-layer", {"steps": 4}, directory="run", progress=False)
-    changes = {"optimizer.name": "SGD", "optimizer.momentum": 0.9, "clip_norm": 0.5}
-    fork = run.fork(2, changes, directory="fork", progress=False)
+    run = everystep.train_experiment("two-layer", {"steps": 4}, run="run", progress=False)
+    changes = {"optimizer.name": "SGD", "optimizer.momentum": 0.9, "max_grad_norm": 0.5}
+    fork = run.fork(2, changes, run="fork", progress=False)
     text = {number: step_text(fork[number], fork.facts).plain for number in (2, 3)}
     assert "update    GradientDescent" in text[2]
-    assert "clip_norm" not in text[2]
+    assert "max_grad_norm" not in text[2]
     assert "update    SGD" in text[3]
-    assert "are clipped: clip_norm = 0.5" in text[3]
+    assert "are clipped: max_grad_norm = 0.5" in text[3]
     content = {number: fork[number].data() for number in (2, 3)}
-    assert (content[2]["clip_norm"], content[3]["clip_norm"]) == (None, 0.5)
+    assert (content[2]["max_grad_norm"], content[3]["max_grad_norm"]) == (None, 0.5)

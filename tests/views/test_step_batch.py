@@ -24,7 +24,7 @@ def flowers(tmp_path):
     (tmp_path / "flowers.csv").write_text("\n".join(["long,wide,kind", *rows]))
     layers = "Linear(2, 3)", "ReLU()", "Linear(3, 3)"
     experiment = of_table(tmp_path / "flowers.csv", "kind", *layers, loss="CrossEntropyLoss", steps=1)
-    return everystep.train_experiment(experiment, directory=tmp_path / "run", progress=False)
+    return everystep.train_experiment(experiment, run=tmp_path / "run", progress=False)
 
 
 def test_classes_are_shown_by_their_names(flowers):

@@ -221,7 +221,7 @@ def _groups(lr: float, parameters: Any) -> torch.optim.Optimizer:
     return SGD([{"params": [first], "lr": 0.05}, {"params": rest, "lr": lr}], foreach=False)
 
 
-def _schedules() -> Iterator[Kind]:
+def _schedulers() -> Iterator[Kind]:
     one, other = (Training(optimizer=partial(_groups, lr)) for lr in (0.05, 0.06))
     yield Kind(
         "lr of the second param group",
@@ -239,16 +239,16 @@ def _schedules() -> Iterator[Kind]:
         (CosineAnnealingLR, {}, "T_max", (8, 9), 2, "..."),
     )
     for make, common, setting, pair, step, rates in rows:
-        one, other = (Training(schedule=partial(make, **common, **{setting: value})) for value in pair)
+        one, other = (Training(scheduler=partial(make, **common, **{setting: value})) for value in pair)
         causes = (
             f"GradientDescent: lr {rates}",
-            f"schedule {make.__name__}: {setting} {pair[0]} | {pair[1]}",
+            f"scheduler {make.__name__}: {setting} {pair[0]} | {pair[1]}",
         )
         yield Kind(f"{setting} of {make.__name__}", one, other, step, rate, causes)
     one, other = (
         Training(
             optimizer=partial(SGD, lr=0.05, momentum=0.9),
-            schedule=partial(OneCycleLR, max_lr=0.1, total_steps=9, base_momentum=base),
+            scheduler=partial(OneCycleLR, max_lr=0.1, total_steps=9, base_momentum=base),
         )
         for base in (0.85, 0.8)
     )
@@ -273,25 +273,25 @@ def _schedules() -> Iterator[Kind]:
             ("Adam: lr 0.01 | 0.02", *also),
         )
     yield Kind(
-        "a schedule or none",
+        "a scheduler or none",
         Training(),
-        Training(schedule=partial(StepLR, step_size=3, gamma=0.5)),
+        Training(scheduler=partial(StepLR, step_size=3, gamma=0.5)),
         4,
         rate,
         (
             "GradientDescent: lr 0.05 | 0.025",
-            "schedule: None | StepLR(step_size=3, gamma=0.5), every step",
+            "scheduler: None | StepLR(step_size=3, gamma=0.5), every step",
         ),
     )
     one, other = (
         Training(
-            schedule=partial(ExponentialLR, gamma=0.5),
-            options={"batch_size": 10, "schedule_every": every},
+            scheduler=partial(ExponentialLR, gamma=0.5),
+            options={"batch_size": 10, "scheduler_every": every},
         )
         for every in ("step", "epoch")
     )
-    causes = "GradientDescent: lr 0.025 | 0.05", "schedule ExponentialLR: every 'step' | 'epoch'"
-    yield Kind("a schedule every step or epoch", one, other, 2, rate, causes)
+    causes = "GradientDescent: lr 0.025 | 0.05", "scheduler ExponentialLR: every 'step' | 'epoch'"
+    yield Kind("a scheduler every step or epoch", one, other, 2, rate, causes)
 
 
 def _clipping() -> Iterator[Kind]:
@@ -300,14 +300,14 @@ def _clipping() -> Iterator[Kind]:
         ((0.1, 0.05), "aten.mul.Tensor", ()),
     )
     for pair, operator, more in rows:
-        one, other = (Training(options={"clip_norm": value}) for value in pair)
+        one, other = (Training(options={"max_grad_norm": value}) for value in pair)
         yield Kind(
-            f"clip_norm from {pair[0]}",
+            f"max_grad_norm from {pair[0]}",
             one,
             other,
             1,
             update(operator),
-            (f"clip_norm: {pair[0]} | {pair[1]}", *more),
+            (f"max_grad_norm: {pair[0]} | {pair[1]}", *more),
         )
 
 
@@ -316,5 +316,5 @@ def kinds() -> Iterator[Kind]:
     yield from _losses()
     yield from _optimizers()
     yield from _taken_by_python()
-    yield from _schedules()
+    yield from _schedulers()
     yield from _clipping()

@@ -106,7 +106,7 @@ class Training:
     data: Data = values
     loss: Callable[[], Any] = nn.MSELoss
     optimizer: Callable[[Any], torch.optim.Optimizer] = descent
-    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     before: Callable[[nn.Module, Tensor, Tensor], Any] = lambda model, x, y: None
     after: Callable[[everystep.Run], everystep.Run] = lambda run: run
     options: dict[str, Any] = field(default_factory=dict)
@@ -123,8 +123,8 @@ class Training:
             self.before(model, x, y)
         optimizer = self.optimizer(model.parameters())
         options: dict[str, Any] = {"steps": STEPS, "progress": False} | self.options
-        if self.schedule is not None:
-            options["schedule"] = self.schedule(optimizer)
+        if self.scheduler is not None:
+            options["scheduler"] = self.scheduler(optimizer)
         return self.after(
             everystep.train(model, (x, y), loss=self.loss(), optimizer=optimizer, **options)
         )

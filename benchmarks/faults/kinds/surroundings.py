@@ -253,17 +253,19 @@ def _several() -> Iterator[Kind]:
     )
     one, other = (
         Training(
-            loss=nn.MSELoss, optimizer=partial(SGD, lr=lr, foreach=False), options={"clip_norm": clip}
+            loss=nn.MSELoss,
+            optimizer=partial(SGD, lr=lr, foreach=False),
+            options={"max_grad_norm": clip},
         )
         for lr, clip in ((0.05, 0.1), (0.06, 0.05))
     )
     yield Kind(
-        "lr and clip_norm: clip_norm",
+        "lr and max_grad_norm: max_grad_norm",
         one,
         other,
         1,
         update("aten.mul.Tensor"),
-        ("clip_norm: 0.1 | 0.05",),
+        ("max_grad_norm: 0.1 | 0.05",),
     )
 
 
@@ -278,7 +280,7 @@ def _nothing() -> Iterator[Kind]:
         torch.rand(1)
 
     yield Kind("identical runs", batches, batches, listed=())
-    yield Kind("another name", Training(), Training(options={"directory": "elsewhere"}), listed=())
+    yield Kind("another name", Training(), Training(options={"run": "elsewhere"}), listed=())
     yield Kind("another note", Training(), Training(after=note), listed=())
     yield Kind("a draw that nobody sees", Training(), Training(before=draw), listed=())
     yield Kind("Python or program", Training(options={"engine": "eager"}), Training(), listed=())

@@ -132,7 +132,7 @@ class Evidence(StepPair):
         module: of the operation, the name of the optimizer if there are several.
         """
         names = {(each.path, each.name) for each in self.current}
-        others = self.of_kind("optimizer", "clip_norm")
+        others = self.of_kind("optimizer", "max_grad_norm")
         found = self.current + [each for each in others if (each.path, each.name) not in names]
         its = (module or "").partition(".")[0]
         if its not in self.optimizers:
@@ -140,11 +140,11 @@ class Evidence(StepPair):
         path = "" if its == "optimizer" else its
         return [each for each in found if each.kind != "optimizer" or each.path == path]
 
-    def schedules(self) -> list[Setting]:
+    def schedulers(self) -> list[Setting]:
         """Return what differs in schedules, unless the numbers that they start from differ."""
         names = {(each.path, each.name) for each in self.of_kind("optimizer")}
         is_start = any((each.path, each.name) in names for each in self.current)
-        return [] if is_start else self.of_kind("schedule")
+        return [] if is_start else self.of_kind("scheduler")
 
 
 def _facts_at(run: RecordedRun, step: int) -> TrainingFacts:
@@ -311,7 +311,7 @@ def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -
         chosen = named or known or near * is_sure
         yield from map(str, chosen)
         if any(each in evidence.current for each in chosen):
-            yield from map(str, evidence.schedules())
+            yield from map(str, evidence.schedulers())
         if not known:
             texts = [_argument_text(a, each, evidence) for each in arguments]
             texts += [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from everystep.bounded import check_steps
 from everystep.errors import ExpressionError, UsageError
+from everystep.experiment.metrics import RESERVED_NAMES
 from everystep.recording.facts import MeasuredFacts, check_measurement_names
 from everystep.recording.lock import adding
 from everystep.recording.recorded_run import RecordedRun
@@ -23,7 +24,6 @@ from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
-from everystep.training.measurements import RESERVED_NAMES
 
 __all__ = ["Measured", "Question", "measure", "until", "when"]
 

@@ -23,7 +23,19 @@ from everystep.cli.output import (
     prepare_streams,
     shortened,
 )
-from everystep.cli.question_commands import diff, doctor, measure, rerun, rows, verify, whatif, when, why
+from everystep.cli.question_commands import (
+    diff,
+    doctor,
+    first_nonfinite,
+    match,
+    measure,
+    rerun,
+    rows,
+    verify,
+    what_if,
+    when,
+    why,
+)
 from everystep.cli.training_commands import experiments, fork, resume, train
 from everystep.errors import EverystepError
 
@@ -39,8 +51,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    *(train, resume, experiments, runs, losses, table, plot, report, step, verify, doctor, diff, rerun),
-    *(fork, whatif, measure, when, why, rows, view),
+    *(train, resume, experiments, runs, losses, table, plot, report, step, verify, doctor, diff),
+    *(match, rerun, fork, what_if, measure, when, first_nonfinite, why, rows, view),
 ):
     # -1 is a step, not an option.
     settings = {"ignore_unknown_options": True} if command in (step, why, rows) else {}

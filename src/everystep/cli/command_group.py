@@ -39,7 +39,7 @@ _SETTINGS = {
     "--optimizer": "optimizer.name",
     "--loss": "loss.name",
     "--batch-size": "batch_size",
-    "--clip-norm": "clip_norm",
+    "--max-grad-norm": "max_grad_norm",
     "--seed": "seed",
     "--epochs": "epochs",
 }

@@ -129,7 +129,7 @@ def losses(
 
 def table(
     run: RunArgument,
-    output: PageOption,
+    output: PageOption = None,
     rows: Annotated[
         int, typer.Option(min=1, help="Maximum number of rows to embed; a longer run is excerpted.")
     ] = 100_000,
@@ -138,17 +138,25 @@ def table(
 
     The table can be sorted, searched, copied, and saved as CSV.
     """
-    page = open_run(run).table(rows)
-    page.save(output)
-    say_written(output)
+    from everystep.views.output_file import default_output
+
+    opened = open_run(run)
+    place = output or default_output(f"{opened.name}-losses.html")
+    opened.table(rows).save(place)
+    say_written(place)
 
 
 def plot(
     runs: RunsArgument,
     output: Annotated[
-        Path,
-        typer.Option("-o", "--output", metavar="FILE", help="The plot to write (.png, .svg, .pdf)."),
-    ],
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The plot to write (.png, .svg, .pdf); default: RUN-loss.png, or loss.png, here.",
+        ),
+    ] = None,
     log: Annotated[bool, typer.Option("--log", help="Use a logarithmic loss axis.")] = False,
     measurements: Annotated[
         list[str] | None,
@@ -165,33 +173,36 @@ def plot(
 
     The loss is drawn at each iteration; several runs share one plot.
     """
+    from everystep.views.output_file import default_output
     from everystep.views.plot import loss_plot, save_plot
 
-    drawn = loss_plot([open_run(run) for run in runs], log=log, measurements=measurements or [])
-    save_plot(drawn, output)
-    say_written(output)
+    opened = [open_run(run) for run in runs]
+    place = output or default_output(f"{opened[0].name}-loss.png" if len(opened) == 1 else "loss.png")
+    save_plot(loss_plot(opened, log=log, measurements=measurements or []), place)
+    say_written(place)
 
 
 def report(
     run: RunArgument,
-    output: PageOption,
+    output: PageOption = None,
     steps: Annotated[
         list[int] | None,
         typer.Option("--step", metavar="N", help="Embed this step; -1: the newest. Repeatable."),
     ] = None,
 ) -> None:
     """Write everything about a run as one page."""
-    from everystep.views.output_file import write_file
+    from everystep.views.output_file import default_output, write_file
 
     opened = open_run(run)
+    place = output or default_output(f"{opened.name}-report.html")
     if steps:
         from everystep.page.share import shared_report
 
         content = shared_report(opened, steps)
     else:
         content = opened.report()
-    write_file(output, content)
-    say_written(output)
+    write_file(place, content)
+    say_written(place)
 
 
 def step(

@@ -13,6 +13,7 @@ from everystep.cli.shared_options import (
     ProcessesOption,
     RunArgument,
     StepArgument,
+    one_of,
     open_run,
     row_numbers,
 )
@@ -21,7 +22,19 @@ from everystep.errors import UsageError
 if TYPE_CHECKING:
     from everystep.answers.why import Why
 
-__all__ = ["diff", "doctor", "measure", "rerun", "rows", "verify", "whatif", "when", "why"]
+__all__ = [
+    "diff",
+    "doctor",
+    "first_nonfinite",
+    "match",
+    "measure",
+    "rerun",
+    "rows",
+    "verify",
+    "what_if",
+    "when",
+    "why",
+]
 
 
 def why(
@@ -69,7 +82,7 @@ def rows(
     first: Annotated[int, typer.Option(min=1, metavar="N", help="Rows to print.")] = 10,
     json: JsonOption = False,
 ) -> None:
-    """Rank the rows of a step by loss or gradient.
+    """Rank the rows (samples) of a step by loss or gradient.
 
     The rows are those of its batch, and the gradient is what each adds to it. Exact for what the step
     itself added up row by row. Where an operation mixes rows, as batch norm does, it is named, and what
@@ -140,34 +153,32 @@ def diff(
             "--thorough", help="Compare every step, not only those around the first difference."
         ),
     ] = False,
-    by_values: Annotated[
-        bool,
-        typer.Option(
-            "--by-values", help="Match trainings that are written differently, up to rounding."
-        ),
-    ] = False,
-    at: Annotated[
-        int | None,
-        typer.Option("--step", metavar="STEP", help="Match this step; default: the first that differs."),
-    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show where two runs differ, down to the operation.
 
-    Compares experiments, losses and states. With --by-values, the tensors of a step are looked for in
-    the other run, whatever operations made them: to check a backward pass written by hand, for example.
-    Exits with 1 if they differ.
+    Compares experiments, losses and states. Exits with 1 if they differ.
     """
-    if at is not None and not by_values:
-        raise UsageError("--step needs --by-values; without it, diff finds the step itself")
-    if thorough and by_values:
-        raise UsageError("--thorough and --by-values are mutually exclusive")
-    if by_values:
-        matched = open_run(one).match(open_run(other), at)
-        answer(matched, json, is_yes=matched.is_match)
-        return
     found = open_run(one).diff(open_run(other), thorough=thorough)
     answer(found, json, is_yes=found.is_same)
+
+
+def match(
+    one: RunArgument,
+    other: RunArgument,
+    step: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", help="Match this step; default: the first that differs."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Match two trainings that are written differently.
+
+    By values: the tensors of a step are looked for in the other run, up to rounding, whatever operations
+    made them: to check a backward pass written by hand, for example. Exits with 1 if they differ.
+    """
+    found = open_run(one).match(open_run(other), step)
+    answer(found, json, is_yes=found.is_match)
 
 
 def measure(
@@ -201,16 +212,14 @@ def measure(
         hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
     answer(found)
-    hint(f"everystep plot {quoted(run)} -m {quoted(found.name)} -o measured.png")
+    hint(f"everystep plot {quoted(run)} -m {quoted(found.name)}")
     if found.left_out:
         raise typer.Exit(1)
 
 
 def when(
     run: RunArgument,
-    condition: Annotated[
-        str, typer.Argument(metavar="EXPRESSION", help="isnan(loss), for example; or nonfinite.")
-    ],
+    condition: Annotated[str, typer.Argument(metavar="EXPRESSION", help="isnan(loss), for example.")],
     last: Annotated[
         bool, typer.Option("--last", help="Find the last step instead of the first.")
     ] = False,
@@ -220,21 +229,13 @@ def when(
 ) -> None:
     """Find the first step at which something is true.
 
-    Prints the step and its loss. `nonfinite` finds the operation that made the first NaN or infinity.
-    Exits with 1 if no step matches.
+    Prints the step and its loss. Exits with 1 if no step matches.
     """
-    from everystep.views.run_view import FINITE, skipped_text, when_text
+    from everystep.views.run_view import skipped_text, when_text
 
     if last and all:
         raise UsageError("--last and --all are mutually exclusive")
     opened = open_run(run)
-    if condition.strip() == "nonfinite":
-        made = opened.first_nonfinite(processes=processes)
-        if made is None:
-            say("null" if json else FINITE)
-            raise typer.Exit(1)
-        answer(made, json)
-        return
     found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
     if found.inexact:
         hint(f"everystep: {skipped_text(found.inexact)}; run everystep verify for details")
@@ -245,6 +246,22 @@ def when(
     if not found.steps:
         hint("no step matches")
         raise typer.Exit(1)
+
+
+def first_nonfinite(
+    run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False
+) -> None:
+    """Find the operation that made the first NaN or infinity.
+
+    Prints its inputs, and the rows of the batch behind them. Exits with 1 if all results are finite.
+    """
+    from everystep.views.answers import FINITE
+
+    found = open_run(run).first_nonfinite(processes=processes)
+    if found is None:
+        say("null" if json else FINITE)
+        raise typer.Exit(1)
+    answer(found, json)
 
 
 def rerun(
@@ -259,8 +276,14 @@ def rerun(
         str | None,
         typer.Option(metavar="BRANCH", help="MKL's reproducibility branch: COMPATIBLE, for example."),
     ] = None,
-    float64: Annotated[bool, typer.Option("--float64", help="All numbers in double precision.")] = False,
-    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="All numbers in bfloat16.")] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Of all floating-point numbers: float64 or bfloat16.",
+            autocompletion=one_of("float64", "bfloat16"),
+        ),
+    ] = None,
     python: Annotated[
         str | None, typer.Option(metavar="FILE", help="Another interpreter, with a torch of its own.")
     ] = None,
@@ -281,14 +304,12 @@ def rerun(
     programs of the run compute the steps, without its code. Exits with 1 if results differ under
     different numerics or another torch.
     """
-    if float64 and bfloat16:
-        raise UsageError("--float64 and --bfloat16 are mutually exclusive")
     opened = open_run(run)
     found = opened.rerun(
         threads=threads,
         capability=capability,
         mkl=mkl,
-        precision="float64" if float64 else "bfloat16" if bfloat16 else None,
+        precision=precision,  # type: ignore[arg-type]  # checked with the other settings
         python=python,
         beside=[open_run(each) for each in beside or ()],
     )
@@ -302,7 +323,7 @@ def rerun(
         raise typer.Exit(1)
 
 
-def whatif(
+def what_if(
     run: RunArgument,
     at: Annotated[
         int | None,
@@ -312,7 +333,8 @@ def whatif(
         int | None, typer.Option(metavar="STEP", help="Step to compare; default: the last.")
     ] = None,
     without_rows: Annotated[
-        str | None, typer.Option(metavar="ROWS", help="Rows of the data to leave out: 8123,8124.")
+        str | None,
+        typer.Option(metavar="ROWS", help="Rows (samples) of the data to leave out: 8123,8124."),
     ] = None,
     without_rows_of: Annotated[
         int | None, typer.Option(metavar="STEP", help="Leave out the rows of the batch of this step.")
@@ -330,11 +352,11 @@ def whatif(
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train again without some rows or at another rate, and rank.
+    """Train again without some rows, or at another rate.
 
-    Trains from a step, and ranks the trainings by what the loss becomes. Without rows, each has the bits
-    of a training by hand without those rows. At another learning rate, programs repeat the recorded
-    steps, of any run. Nothing is recorded; everystep fork records one.
+    Trains from a step, and ranks the trainings by what the loss becomes. Without rows (samples),
+    each has the bits of a training by hand without those rows. At another learning rate, programs repeat
+    the recorded steps, of any run. Nothing is recorded; everystep fork records one.
     """
     from everystep.replay.what_if import check_has_rows
 

@@ -136,7 +136,13 @@ ProcessesOption = Annotated[
     typer.Option(min=1, metavar="N", help="Number of processes that replay; default: one per core."),
 ]
 PageOption = Annotated[
-    Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write (.html).")
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="The page to write (.html); default: RUN-losses.html or RUN-report.html here.",
+    ),
 ]
 
 

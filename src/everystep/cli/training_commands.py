@@ -115,10 +115,10 @@ def resume(
     steps: Annotated[
         int | None, typer.Option(help="Last step, to train further; default: that of the run.")
     ] = None,
-    anyway: Annotated[
+    force: Annotated[
         bool,
         typer.Option(
-            "--anyway",
+            "--force",
             help="Resume although versions, data or numerics changed; discards the recorded steps after "
             "the newest snapshot.",
         ),
@@ -142,7 +142,7 @@ def resume(
     from everystep.run import Run
 
     budget = snapshot_budget * 1_000_000
-    made = Run(place).resume(steps, anyway=anyway, snapshot_budget=budget, progress=_progress(quiet))
+    made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=_progress(quiet))
     facts = made.facts
     _close(made.directory, facts.reason, quiet)
     if facts.status != "finished":
@@ -184,7 +184,7 @@ def fork(
     ] = None,
     without_rows: Annotated[
         str | None,
-        typer.Option(metavar="ROWS", help="Rows of the data to leave out of their batches: 8123,8124."),
+        typer.Option(metavar="ROWS", help="Rows (samples) to leave out of their batches: 8123,8124."),
     ] = None,
     relabel: Annotated[
         list[str] | None,
@@ -211,7 +211,7 @@ def fork(
         steps=steps,
         without_rows=row_numbers(without_rows),
         relabel=dict(map(_target, relabel or [])),
-        directory=directory,
+        run=directory,
         snapshot_budget=snapshot_budget * 1_000_000,
         progress=not quiet,
     )

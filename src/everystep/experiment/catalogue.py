@@ -1,4 +1,4 @@
-"""torch's layers, losses, optimizers and schedules by name; arguments are checked before use.
+"""torch's layers, losses, optimizers and schedulers by name, with checked arguments; and metrics.
 
 Names come from experiment files, so nothing here evaluates them: `ast` parses a layer, its arguments
 must be literals, and the class must be one that torch exports.
@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from everystep.errors import Fault, did_you_mean
+from everystep.experiment.metrics import METRICS, Metric
 from everystep.gradient_descent import GradientDescent
 
 __all__ = [
@@ -27,10 +28,11 @@ __all__ = [
     "keyword_parameters",
     "layer_class",
     "loss_class",
+    "metric_by_name",
     "names_faults",
     "optimizer_class",
     "parse_layer",
-    "schedule_class",
+    "scheduler_class",
     "without_compiler",
 ]
 
@@ -38,7 +40,7 @@ _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterLis
 _NEEDS_FUNCTIONS = {"LambdaLR", "MultiplicativeLR"}
 #: Where `torch._compile` keeps what it calls instead of a function.
 _LEFT_OUT = "__dynamo_disable"
-_NEEDS_SCHEDULES = {"SequentialLR", "ChainedScheduler"}
+_NEEDS_SCHEDULERS = {"SequentialLR", "ChainedScheduler"}
 
 
 class LayerCall(NamedTuple):
@@ -107,13 +109,19 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
-def schedule_class(name: str) -> type[lr_scheduler.LRScheduler]:
-    """Return the schedule of that name; raises ValueError if a file cannot express it."""
-    found: type[lr_scheduler.LRScheduler] = _look_up(name, _SCHEDULES, "lr_scheduler schedule")
+def scheduler_class(name: str) -> type[lr_scheduler.LRScheduler]:
+    """Return the scheduler of that name; raises ValueError if a file cannot express it."""
+    found: type[lr_scheduler.LRScheduler] = _look_up(name, _SCHEDULERS, "scheduler")
     if name in _NEEDS_FUNCTIONS:
         raise ValueError(f"{name} needs a function, which a TOML file cannot hold; use it from Python")
-    if name in _NEEDS_SCHEDULES:
-        raise ValueError(f"{name} combines other schedules; use it from Python")
+    if name in _NEEDS_SCHEDULERS:
+        raise ValueError(f"{name} combines other schedulers; use it from Python")
+    return found
+
+
+def metric_by_name(name: str) -> Metric:
+    """Return the metric of that name; raises ValueError with the nearest names."""
+    found: Metric = _look_up(name, {name: each for name, each in METRICS.items() if each.of}, "metric")
     return found
 
 
@@ -127,10 +135,14 @@ def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     for index, text in enumerate(layers if isinstance(layers, list) else []):
         if isinstance(text, str):
             faults += _faults_of(f"model.layers[{index}]", partial(_check_layer, text))
+    metrics = experiment.get("metrics")
+    for index, name in enumerate(metrics if isinstance(metrics, list) else []):
+        if isinstance(name, str):
+            faults += _faults_of(f"metrics[{index}]", partial(metric_by_name, name))
     for section, find in (
         ("loss", loss_class),
         ("optimizer", optimizer_class),
-        ("schedule", schedule_class),
+        ("scheduler", scheduler_class),
     ):
         table = _table(experiment, section)
         if isinstance(table.get("name"), str):
@@ -143,7 +155,7 @@ def _section_faults(section: str, table: Mapping[str, Any], find: Callable[[str]
     if unknown_name:
         return unknown_name
     parameters = keyword_parameters(find(table["name"]))
-    own = {"name", "every"} if section == "schedule" else {"name"}
+    own = {"name", "every"} if section == "scheduler" else {"name"}
     given = {key for key in table if key not in own}
     faults = [
         Fault(f"{section}.{key}", f"{table['name']} has no such argument; {_cure(key, parameters)}")
@@ -271,7 +283,7 @@ _LAYERS = {
     name: cls for name, cls in _MODULES.items() if name not in _LOSSES and name not in _CONTAINERS
 }
 _OPTIMIZERS = {"GradientDescent": GradientDescent} | _classes(torch.optim, torch.optim.Optimizer)
-_SCHEDULES = {
+_SCHEDULERS = {
     name: cls
     for name, cls in _classes(lr_scheduler, lr_scheduler.LRScheduler).items()
     if not name.startswith("_")

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, created from their specification."""
+"""The optimizer and its scheduler, created from their specification."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from everystep.errors import ExperimentError, Fault
 from everystep.experiment.catalogue import (
     keyword_parameters,
     optimizer_class,
-    schedule_class,
+    scheduler_class,
     without_compiler,
 )
-from everystep.experiment.specification import Experiment, Optimizer, Schedule
+from everystep.experiment.specification import Experiment, Optimizer, Scheduler
 
-__all__ = ["build_optimizer", "build_schedule", "with_fused"]
+__all__ = ["build_optimizer", "build_scheduler", "with_fused"]
 
 # torch has fused kernels of the others on every device that everystep trains on.
 _FUSED_ON_CPU_ONLY = {"Adagrad"}
@@ -56,16 +56,16 @@ def build_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
     return made
 
 
-def build_schedule(schedule: Schedule, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Make the schedule of the optimizer's learning rate.
+def build_scheduler(scheduler: Scheduler, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Make the scheduler of the optimizer's learning rate.
 
     Raises:
         ExperimentError: torch refuses an argument.
     """
-    cls: Any = schedule_class(schedule.name)
-    keywords = {k: list(v) if isinstance(v, tuple) else v for k, v in schedule.keywords.items()}
+    cls: Any = scheduler_class(scheduler.name)
+    keywords = {k: list(v) if isinstance(v, tuple) else v for k, v in scheduler.keywords.items()}
     try:
         made: LRScheduler = cls(optimizer, **keywords)
     except (ValueError, TypeError, KeyError) as error:
-        raise ExperimentError([Fault("schedule", f"{schedule.name}: {error}")]) from None
+        raise ExperimentError([Fault("scheduler", f"{scheduler.name}: {error}")]) from None
     return made

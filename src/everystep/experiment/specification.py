@@ -38,7 +38,7 @@ __all__ = [
     "Model",
     "Optimizer",
     "RandomData",
-    "Schedule",
+    "Scheduler",
     "TableData",
     "built_in",
     "check_iteration",
@@ -135,8 +135,8 @@ class Optimizer(NamedSection):
     """`GradientDescent`, or an optimizer of `torch.optim`."""
 
 
-class Schedule(NamedSection):
-    """A schedule of `torch.optim.lr_scheduler`, advanced every step or every epoch."""
+class Scheduler(NamedSection):
+    """A scheduler of `torch.optim.lr_scheduler`, advanced every step or every epoch."""
 
     every: Literal["step", "epoch"] = "step"
 
@@ -155,7 +155,7 @@ class Iteration(StrictModel):
     batch_size: PositiveInt | None = None
     drop_last: bool = False
     evaluate_every: PositiveInt | None = None
-    clip_norm: PositiveFloat | None = None
+    max_grad_norm: PositiveFloat | None = None
     stop_on_nan: bool = False
     engine: Literal["auto", "program", "eager"] = "auto"
 
@@ -171,11 +171,12 @@ class Experiment(Iteration):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
+    metrics: Annotated[list[str], Field(min_length=1)] | None = None
     data: Annotated[RandomData | BundledData | TableData | ArrayData, Field(discriminator="source")]
     model: Model
     loss: Loss
     optimizer: Optimizer
-    schedule: Schedule | None = None
+    scheduler: Scheduler | None = None
 
     def to_toml(self) -> str:
         """Write the experiment as TOML that `load` reads back to an equal one."""
@@ -408,7 +409,7 @@ def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> list[s
     if section == "data":
         source = raw["data"].get("source")
         return list(_DATA[source].model_fields) if source in _DATA else []
-    return list((Model if section == "model" else Schedule).model_fields)
+    return list((Model if section == "model" else Scheduler).model_fields)
 
 
 def _elsewhere(key: str, location: list[Any]) -> str:

@@ -13,7 +13,7 @@ from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import is_rate
 from everystep.views.facts_text import facts_data, landmarks, shortest_name, state_data
-from everystep.views.plain import plain_number
+from everystep.views.plain import metric_data, plain_number
 
 if TYPE_CHECKING:
     from everystep.page.columns import RunColumns
@@ -94,7 +94,7 @@ def _argument(directory: Path) -> str:
 def _measurement(ends: MeasurementEnds) -> dict[str, Any]:
     first, last = (plain_number(math.nan if end is None else end) for end in (ends.first, ends.last))
     found = {"name": ends.name, "count": ends.values, "first": first, "last": last}
-    return found | {"is_rate": is_rate(ends.name)}
+    return found | {"is_rate": is_rate(ends.name), **metric_data(ends.name)}
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -117,14 +117,16 @@ def _measure(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
 
 
 def _when(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    if asked["condition"].strip() == "nonfinite":
-        made = run.first_nonfinite(progress=voice)
-        if made is None:
-            return {"nonfinite": None, "steps": [], "count": 0, "text": FINITE}
-        return {"nonfinite": made.data(), "text": made.to_text()}
     found = run.when(**asked, progress=voice)
     data = found.data(most=_LISTED)
-    return data | {"nonfinite": None, "text": "" if found.steps else "no step"}
+    return data | {"text": "" if found.steps else "no step"}
+
+
+def _first_nonfinite(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    found = run.first_nonfinite(progress=voice)
+    if found is None:
+        return {"found": None, "text": FINITE}
+    return {"found": found.data(), "text": found.to_text()}
 
 
 def _verify(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def _fork(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
             asked["at"],
             dict(parse_setting(f"{path}={text}") for path, text in asked["settings"].items()),
             steps=asked["steps"],
-            directory=run.directory.parent / asked["name"] if asked["name"] else _next_free(run),
+            run=run.directory.parent / asked["name"] if asked["name"] else _next_free(run),
             progress=watching,
         )
     except KeyboardInterrupt:
@@ -198,10 +200,11 @@ def _next_free(run: Run) -> Path:
 _TASKS: dict[str, Callable[[Run, dict[str, Any], Voice], dict[str, Any]]] = {
     "measure": _measure,
     "when": _when,
+    "first-nonfinite": _first_nonfinite,
     "verify": _verify,
     "compare": _compare,
     "fork": _fork,
-    "whatif": _what_if,
+    "what-if": _what_if,
     "rerun": _rerun,
 }
 

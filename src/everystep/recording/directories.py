@@ -135,7 +135,7 @@ def _check_name(directory: Path) -> None:
 def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
     return RecordingError(
         f"cannot create the run's directory {directory}: {reason}; choose a writable place (--run, or "
-        "directory= in Python)"
+        "run= in Python)"
     )
 
 

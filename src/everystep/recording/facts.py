@@ -43,7 +43,7 @@ __all__ = [
     "ModuleFacts",
     "OptimizerFacts",
     "ResumeFacts",
-    "ScheduleFacts",
+    "SchedulerFacts",
     "TrainingFacts",
     "WriterFacts",
     "check_measurement_names",
@@ -177,8 +177,8 @@ class OptimizerFacts(_Fact):
         }
 
 
-class ScheduleFacts(_Fact):
-    """A schedule: its class, whether it is torch's own, and its settings.
+class SchedulerFacts(_Fact):
+    """A scheduler: its class, whether it is torch's own, and its settings.
 
     every: `step` or `epoch`; None if a user's loop decides.
     """
@@ -202,7 +202,7 @@ class LossFacts(_Fact):
 
 
 #: What has a class, and settings.
-Described = ModuleFacts | LossFacts | OptimizerFacts | ScheduleFacts
+Described = ModuleFacts | LossFacts | OptimizerFacts | SchedulerFacts
 
 
 class EngineFacts(_Fact):
@@ -278,7 +278,7 @@ class TrainingFacts(_Fact):
     """How steps were trained: everything that stays the same between steps.
 
     modules: of the model, by path, each before its submodules; with several models, paths begin with the
-    name of the model. parameters: the number of elements of all parameters. optimizers, schedules: by
+    name of the model. parameters: the number of elements of all parameters. optimizers, schedulers: by
     name. loss: None in a user's loop. seed: None if torch's generator was not reseeded.
     preparation: what was done to the data, as in `experiment.preparation`.
     stop_on_nan: whether the first loss that is not finite ends the training.
@@ -293,8 +293,8 @@ class TrainingFacts(_Fact):
     parameters: Whole
     loss: LossFacts | None
     optimizers: dict[str, OptimizerFacts]
-    schedules: dict[str, ScheduleFacts]
-    clip_norm: float | None
+    schedulers: dict[str, SchedulerFacts]
+    max_grad_norm: float | None
     evaluate_every: Whole | None
     stop_on_nan: bool = False
     numerics: Numerics

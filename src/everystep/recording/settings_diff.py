@@ -12,7 +12,7 @@ from everystep.recording.facts import (
     LossFacts,
     ModuleFacts,
     OptimizerFacts,
-    ScheduleFacts,
+    SchedulerFacts,
     TrainingFacts,
 )
 from everystep.recording.texts import value_text, whole_text
@@ -32,7 +32,7 @@ Pair = tuple[Any, Any]
 class Setting(NamedTuple):
     """A setting that two trainings have differently.
 
-    kind: `model`, `loss`, `optimizer`, `schedule`, `batches`, `seed`, ...; path: of the module, or the
+    kind: `model`, `loss`, `optimizer`, `scheduler`, `batches`, `seed`, ...; path: of the module, or the
     name of one of several optimizers; owner: the class that has it; name: None if it is an object as a
     whole, or the kind says it all; values: in both, None where one has none; is_torchs: whether code of
     torch or everystep alone reads it.
@@ -70,7 +70,7 @@ class Setting(NamedTuple):
 
 
 #: Kinds of settings that are objects, shown by their class.
-_OBJECTS = {"model", "loss", "optimizer", "schedule", "part"}
+_OBJECTS = {"model", "loss", "optimizer", "scheduler", "part"}
 
 
 def asked_differences(
@@ -115,8 +115,8 @@ def settings_that_differ(
         found += _plain("parameters", one.parameters, other.parameters)
     found += _losses(one.loss, other.loss, of_own_classes)
     found += _objects("optimizer", one.optimizers, other.optimizers, of_own_classes)
-    found += _objects("schedule", one.schedules, other.schedules, of_own_classes)
-    found += _plain("clip_norm", one.clip_norm, other.clip_norm)
+    found += _objects("scheduler", one.schedulers, other.schedulers, of_own_classes)
+    found += _plain("max_grad_norm", one.max_grad_norm, other.max_grad_norm)
     found += _plain("evaluate_every", one.evaluate_every, other.evaluate_every)
     if one.loop and other.loop and of_own_classes:
         parts = dict.fromkeys((*one.loop.parts, *other.loop.parts))
@@ -172,7 +172,7 @@ def _other_object(kind: str, path: str, one: Described | None, other: Described 
 def _objects(
     kind: str, one: Mapping[str, Described], other: Mapping[str, Described], of_own_classes: bool
 ) -> Iterator[Setting]:
-    """Yield what differs in objects of a kind: optimizers and schedules by name, modules by path."""
+    """Yield what differs in objects of a kind: optimizers and schedulers by name, modules by path."""
     for name in dict.fromkeys((*one, *other)):
         a, b = one.get(name), other.get(name)
         is_module = isinstance(a or b, ModuleFacts)
@@ -194,7 +194,7 @@ def _objects(
             continue
         if of_own_classes or both or isinstance(a, OptimizerFacts):
             yield from named(a.settings, b.settings)
-        if isinstance(a, ScheduleFacts) and isinstance(b, ScheduleFacts):
+        if isinstance(a, SchedulerFacts) and isinstance(b, SchedulerFacts):
             yield from named({"every": a.every}, {"every": b.every})
 
 

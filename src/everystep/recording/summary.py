@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everystep.errors import RunError
+from everystep.experiment.metrics import METRICS, VALIDATION
 from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
 from everystep.recording.facts import Facts, TrainingFacts
@@ -24,7 +25,7 @@ class Summary(NamedTuple):
 
     nonfinite_step: the first with a loss that is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
-    validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
+    validation: the newest metric on validation rows, with its name; parent: for a fork, the
     name of its parent and the last step taken from it; note: the user's own words; damage: what is
     missing or altered, as far as it shows without reading all numbers.
     """
@@ -83,11 +84,11 @@ def _batch_size(trained: TrainingFacts | None) -> int | None:
 
 
 def _validation(database: Database) -> tuple[str, float] | None:
-    """Return the newest measurement on validation rows, with its name; accuracy before loss."""
-    for name in ("validation_accuracy", "validation_r2", "validation_loss"):
-        value = database.last_measured(name)
+    """Return the newest value of the first metric on validation rows, with the name of the metric."""
+    for name in METRICS:
+        value = database.last_measured(f"{VALIDATION}{name}")
         if value is not None:
-            return name.removeprefix("validation_"), value
+            return name, value
     return None
 
 

@@ -1,4 +1,4 @@
-"""Facts as text: a model as torch prints it, a loss, optimizers, schedules."""
+"""Facts as text: a model as torch prints it, a loss, optimizers, schedulers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from everystep.recording.facts import Described, LossFacts, ModuleFacts, OptimizerFacts, ScheduleFacts
+from everystep.recording.facts import Described, LossFacts, ModuleFacts, OptimizerFacts, SchedulerFacts
 
 __all__ = [
     "is_rate",
@@ -14,7 +14,7 @@ __all__ = [
     "model_text",
     "optimizer_parts",
     "optimizers_text",
-    "schedule_text",
+    "scheduler_text",
     "shortest",
     "value_text",
     "whole_text",
@@ -145,7 +145,7 @@ def whole_text(thing: Described) -> str:
     return f"{thing.class_name}({settings}){every}"
 
 
-def schedule_text(schedules: Mapping[str, ScheduleFacts]) -> str | None:
-    """Return the schedule and how often it steps; None without a schedule, or if a loop decides."""
-    texts = [f"{each.class_name}, every {each.every}" for each in schedules.values() if each.every]
+def scheduler_text(schedulers: Mapping[str, SchedulerFacts]) -> str | None:
+    """Return the scheduler and how often it steps; None without a scheduler, or if a loop decides."""
+    texts = [f"{each.class_name}, every {each.every}" for each in schedulers.values() if each.every]
     return "\n".join(texts) or None

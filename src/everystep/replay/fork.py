@@ -145,8 +145,8 @@ class Fork:
         fork = self.facts(job.steps)
         job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
-        # With a schedule, all is recorded; otherwise, only what changed.
-        known = {} if job.training.schedule else hyperparameters
+        # With a scheduler, all is recorded; otherwise, only what changed.
+        known = {} if job.training.scheduler else hyperparameters
         recorded = recorded_hyperparameters(self.run, self.at)
         job = replace(
             job,
@@ -158,16 +158,16 @@ class Fork:
         job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
-    def with_schedule(self, training: Training, state: State) -> State:
-        """Bring a schedule to the parent's state; return the state with what the schedule set.
+    def with_scheduler(self, training: Training, state: State) -> State:
+        """Bring a scheduler to the parent's state; return the state with what the scheduler set.
 
-        A replayed state has no schedule: it continues from the snapshot before.
+        A replayed state has no scheduler: it continues from the snapshot before.
         """
-        schedule = training.schedule
+        scheduler = training.scheduler
         known = self.run.state_near(self.at, after=self.stretch.first - 2)
-        if schedule is None or known is None:
+        if scheduler is None or known is None:
             return state
-        training.restore(known, ("model", "optimizer", "schedule"))
+        training.restore(known, ("model", "optimizer", "scheduler"))
         batches = self.stretch.facts.batches
         # Epochs are the parent's up to here.
         advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
@@ -176,9 +176,9 @@ class Fork:
             # It says that the optimizer has not stepped, which is true.
             warnings.simplefilter("ignore", UserWarning)
             for number in range(known.step + 1, self.at + 1):
-                if isinstance(schedule, ReduceLROnPlateau):
+                if isinstance(scheduler, ReduceLROnPlateau):
                     if number in followed:
-                        schedule.step(followed[number])
+                        scheduler.step(followed[number])
                 elif advance is not None:
                     advance(number)
         names = training.parts.parameter_names()
@@ -219,7 +219,7 @@ def fork(
         return _fork_experiment(replace(asked, settings=settings), opener, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
-        is_new = not is_own or given["schedule"] is not None
+        is_new = not is_own or given["scheduler"] is not None
         return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
     others = set(asked.changed) - {"lr", "steps"}
     check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
@@ -264,22 +264,22 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
                 data = experiment_job(old, asked.run.name, torch.device("cpu")).data
         job = experiment_job(new, asked.run.name, device, data)
         training = job.training
-        fresh = _settings_of(training.optimizer)  # a schedule brings the parent's
+        fresh = _settings_of(training.optimizer)  # a scheduler brings the parent's
         same_optimizer = old.optimizer.name == new.optimizer.name
-        same_schedule = same_optimizer and old.schedule == new.schedule
-        if same_schedule:
-            state = asked.with_schedule(training, state)
+        same_scheduler = same_optimizer and old.scheduler == new.scheduler
+        if same_scheduler:
+            state = asked.with_scheduler(training, state)
         keywords = old.optimizer.keywords, new.optimizer.keywords
         keys = {*keywords[0], *keywords[1]}
         changed = {key for key in keys if keywords[0].get(key) != keywords[1].get(key)}
         kinds = ["model", *["loss"] * (old.loss == new.loss), *["optimizer"] * same_optimizer]
         try:
-            own = changed if same_schedule else {key for group in fresh for key in group}
+            own = changed if same_scheduler else {key for group in fresh for key in group}
             before = _bring(training, state, kinds, fresh, own)
         except RunError as error:
             fault = Fault("model.layers", f"the parent's parameters do not fit: {error}")
             raise ExperimentError([fault], "the fork") from None
-        if same_schedule and training.schedule is not None and "lr" in changed:
+        if same_scheduler and training.scheduler is not None and "lr" in changed:
             _set_rate(training, training.optimizer.param_groups[0]["lr"])
         if new.seed != old.seed:
             torch.manual_seed(new.seed)
@@ -292,14 +292,14 @@ def _fork_objects(
     asked: Fork,
     objects: Objects,
     is_own: bool,
-    has_new_schedule: bool,
+    has_new_scheduler: bool,
     opener: Opener,
     progress: Progress,
 ) -> Outcome:
     """Train the objects in place, or copies of those that trained the run itself (`is_own`).
 
-    The settings of an optimizer that is not the run's own apply. A schedule continues from the parent's,
-    unless it is a new one (`has_new_schedule`) with other settings.
+    The settings of an optimizer that is not the run's own apply. A scheduler continues from the
+    parent's, unless it is a new one (`has_new_scheduler`) with other settings.
     """
     asked.check()
     objects.check_complete()
@@ -315,11 +315,11 @@ def _fork_objects(
         trained.model.to(device)
         torch.manual_seed(settings.get("seed", facts.batches.seed))
         job = objects_job(trained, iteration, device, progress)
-        is_known = not has_new_schedule or job.facts.schedules == facts.schedules
-        known = {each.class_name for each in facts.schedules.values()} if is_known else set()
-        goes_on = type(own.schedule).__name__ in known
+        is_known = not has_new_scheduler or job.facts.schedulers == facts.schedulers
+        known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
+        goes_on = type(own.scheduler).__name__ in known
         if goes_on:
-            state = asked.with_schedule(job.training, state)
+            state = asked.with_scheduler(job.training, state)
         training = job.training
         # A loss that holds other numbers than the parent's did in state 0 stays as it is.
         first = None if is_own else asked.run.state_near(0)
@@ -402,13 +402,13 @@ def _check_kept(
 
 
 def _set_rate(training: Training, lr: float) -> None:
-    """Set the learning rate; a schedule continues from it."""
+    """Set the learning rate; a scheduler continues from it."""
     for group in training.optimizer.param_groups:
         group["lr"] = lr
         if "initial_lr" in group:
             group["initial_lr"] = lr
-    if training.schedule is not None and hasattr(training.schedule, "base_lrs"):
-        training.schedule.base_lrs = [lr for _ in training.optimizer.param_groups]
+    if training.scheduler is not None and hasattr(training.scheduler, "base_lrs"):
+        training.scheduler.base_lrs = [lr for _ in training.optimizer.param_groups]
 
 
 def _has_other_loss(training: Training, first: State) -> bool:

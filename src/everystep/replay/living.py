@@ -216,7 +216,9 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
         objects.check_complete()
         own = objects.copied()
         own.model.to(device)
-        return Training(own.model, own.loss, own.optimizer, batch, device, clip_norm=facts.clip_norm)
+        return Training(
+            own.model, own.loss, own.optimizer, batch, device, max_grad_norm=facts.max_grad_norm
+        )
     # Without its file, a run is still replayed as far as its programs go.
     experiment = None if run.lost_experiment(facts) else run.experiment(facts)
     if experiment is None:
@@ -229,4 +231,4 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
         training = experiment_job(load(experiment), run.name, device, stored_data(run, facts)).training
     except ExperimentError as error:
         raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
-    return replace(training, batch=batch, schedule=None)
+    return replace(training, batch=batch, scheduler=None)

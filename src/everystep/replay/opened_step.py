@@ -30,6 +30,13 @@ __all__ = [
     "statistics",
 ]
 
+#: The public face of a step, which the reference describes: `dir(step)`.
+_PUBLIC = [
+    *("number", "epoch", "loss", "recorded_loss", "is_exact", "diverged_at", "batch"),
+    *("parameters", "buffers", "activations", "gradients", "updates", "operations"),
+    *("hyperparameters", "state", "end", "rows", "why", "data"),
+]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -251,6 +258,9 @@ class Step:
     def data(self, *, values: bool = False) -> dict[str, Any]:
         """Return everything in it as plain data; values: the numbers of every tensor, too."""
         return {} if self.view is None else self.view.data(self, values=values)
+
+    def __dir__(self) -> list[str]:
+        return _PUBLIC
 
     def __repr__(self) -> str:
         exact = (

@@ -125,13 +125,13 @@ class Resume:
         check_changes(run, changed, is_accepted=self.is_accepted)
         if state is not None:
             check_rules(run, state.step)
-            everything = ("model", "loss", "optimizer", "schedule")
+            everything = ("model", "loss", "optimizer", "scheduler")
             job.training.restore(state, everything if self.is_accepted else None)
         at = begin if self.is_accepted else recorded
         origin = StartingPoint(
             run=run,
             at=begin,
-            hyperparameters=({} if job.training.schedule else job.training.hyperparameters())
+            hyperparameters=({} if job.training.scheduler else job.training.hyperparameters())
             | recorded_hyperparameters(run, begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
@@ -289,7 +289,7 @@ def resume_objects(
             job = job.with_facts(data=facts.data)
         else:
             _check_same_data(job, facts)
-        return asked.train(job, progress, ("optimizer", "schedule") if is_own else ())
+        return asked.train(job, progress, ("optimizer", "scheduler") if is_own else ())
 
 
 def _restore_objects(run: RecordedRun, objects: Objects) -> None:
@@ -305,7 +305,7 @@ def _restore_objects(run: RecordedRun, objects: Objects) -> None:
     device = select(run.facts.training.device)
     with generators_preserved(device):
         objects.model.to(device)
-        parts = training_parts(objects.model, objects.loss, objects.optimizer, objects.schedule)
+        parts = training_parts(objects.model, objects.loss, objects.optimizer, objects.scheduler)
         PartsState(parts).restore(state)
 
 

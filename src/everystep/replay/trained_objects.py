@@ -47,11 +47,11 @@ def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objec
         return None, is_own
     others = {
         name: given[name]
-        for name in ("data", "schedule", "validation", "metrics")
+        for name in ("data", "scheduler", "validation", "metrics")
         if given[name] is not None
     }
-    if "schedule" in others:
-        others["schedule_every"] = given["schedule_every"]
+    if "scheduler" in others:
+        others["scheduler_every"] = given["scheduler_every"]
     return replace(objects, **others), is_own
 
 
@@ -159,7 +159,7 @@ def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
         "batch_size": facts.batches.batch_size,
         "drop_last": facts.batches.drop_last,
         "threads": facts.numerics.threads,
-        "clip_norm": facts.clip_norm,
+        "max_grad_norm": facts.max_grad_norm,
         "evaluate_every": facts.evaluate_every,
         "stop_on_nan": facts.stop_on_nan,
         "engine": engine.asked,

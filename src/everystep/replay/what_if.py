@@ -182,7 +182,7 @@ def _check(run: RecordedRun, at: int, until: int, *, is_of_rates: bool) -> None:
         raise RunError(
             f"step {until} of {name} was trained with different settings than state {at}; start later"
         )
-    for each in facts.schedules.values():
+    for each in facts.schedulers.values():
         if is_of_rates:
             raise RunError(
                 f"the learning rate of {name} follows {each.class_name}; fork the run instead: "

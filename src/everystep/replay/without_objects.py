@@ -31,8 +31,8 @@ def reason_against(run: RecordedRun) -> str | None:
     engine = facts.engine
     if engine is None or engine.eager_from is not None:
         return "Python ran its steps, or a part of them"
-    if facts.schedules:
-        return f"it has a schedule ({next(iter(facts.schedules.values())).class_name})"
+    if facts.schedulers:
+        return f"it has a scheduler ({next(iter(facts.schedulers.values())).class_name})"
     if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         return "the run does not hold its data"
     return FurtherSteps(run).reason_against()

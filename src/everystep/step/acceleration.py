@@ -49,7 +49,7 @@ class Acceleration:
         against = (
             reason_against_module(training.model)
             or reason_against_loss(training.loss)
-            or _against_functions(training.schedule)
+            or _against_functions(training.scheduler)
         )
         self.stands_behind: Literal["known", "vouched"] = (
             "vouched" if is_vouched and against is not None else "known"
@@ -64,7 +64,7 @@ class Acceleration:
         )
         other = (
             _against_optimizer(training.optimizer)
-            or _against_schedule(training)
+            or _against_scheduler(training)
             or ("the Dataset is read at every step" if training.batch.runs_python else None)
             or next(self._surroundings.reasons(), None)
         )
@@ -105,21 +105,21 @@ def _against_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-def _against_schedule(training: Training) -> str | None:
+def _against_scheduler(training: Training) -> str | None:
     """Return in words why Python must advance the schedule, or None."""
-    schedule = training.schedule
-    if not is_torchs_schedule(schedule, but_functions=True):
-        return f"{type(schedule).__qualname__} is not one of torch's schedules"
-    if schedule is not None and training.has_tensor_settings:
-        return "a schedule sets a learning rate that is a tensor"
+    scheduler = training.scheduler
+    if not is_torchs_schedule(scheduler, but_functions=True):
+        return f"{type(scheduler).__qualname__} is not one of torch's schedulers"
+    if scheduler is not None and training.has_tensor_settings:
+        return "a scheduler sets a learning rate that is a tensor"
     return None
 
 
-def _against_functions(schedule: LRScheduler | None) -> str | None:
+def _against_functions(scheduler: LRScheduler | None) -> str | None:
     """Return in words which code of the user's a schedule of torch's calls, or None."""
-    if is_torchs_schedule(schedule) or not is_torchs_schedule(schedule, but_functions=True):
+    if is_torchs_schedule(scheduler) or not is_torchs_schedule(scheduler, but_functions=True):
         return None
-    return f"{type(schedule).__qualname__} calls a function of yours"
+    return f"{type(scheduler).__qualname__} calls a function of yours"
 
 
 def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -60,8 +60,8 @@ class BatchSource(Protocol):
 class Training:
     """Everything that a step needs, live.
 
-    loss: a function of (prediction, target) that returns one number; clip_norm: the largest 2-norm of
-    all gradients together; steps_per_epoch: for a schedule that advances every epoch.
+    loss: a function of (prediction, target) that returns one number; max_grad_norm: the largest 2-norm
+    of all gradients together; steps_per_epoch: for a scheduler that advances every epoch.
     """
 
     model: nn.Module
@@ -69,15 +69,15 @@ class Training:
     optimizer: torch.optim.Optimizer
     batch: BatchSource
     device: torch.device
-    schedule: LRScheduler | None = None
-    schedule_every: Literal["step", "epoch"] = "step"
+    scheduler: LRScheduler | None = None
+    scheduler_every: Literal["step", "epoch"] = "step"
     steps_per_epoch: int = 1
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
 
     @cached_property
     def parts(self) -> Parts:
         """What is carried from one step to the next: model, optimizer, and what else keeps something."""
-        return training_parts(self.model, self.loss, self.optimizer, self.schedule)
+        return training_parts(self.model, self.loss, self.optimizer, self.scheduler)
 
     @cached_property
     def _whole(self) -> PartsState:
@@ -90,7 +90,7 @@ class Training:
     def restore(self, state: State, kinds: Collection[str] | None = None) -> None:
         """Bring everything to a state.
 
-        kinds: of `model`, `loss`, `optimizer` and `schedule`, those to restore, where the others may be
+        kinds: of `model`, `loss`, `optimizer` and `scheduler`, those to restore, where the others may be
         of another training; None: all.
 
         Raises:
@@ -130,12 +130,12 @@ class Training:
 
 
 def training_parts(
-    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, schedule: LRScheduler | None
+    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None
 ) -> Parts:
     """Return what a training of a model carries from one step to the next."""
     named: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    if schedule is not None:
-        named["schedule"] = schedule
+    if scheduler is not None:
+        named["scheduler"] = scheduler
     if isinstance(loss, nn.Module):
         named["loss"] = loss
     return Parts(named, apart=("loss",))
@@ -157,7 +157,7 @@ class EagerStep:
     ) -> Tensor:
         """Run a step on a batch: forward, loss, zero the gradients, backward, clip, update.
 
-        Returns a copy of the loss, still on the device. The schedule is left to the caller.
+        Returns a copy of the loss, still on the device. The scheduler is left to the caller.
 
         Args:
             x, y: the batch.
@@ -199,15 +199,15 @@ class EagerStep:
     def clip(self) -> None:
         """Clip the gradients, if the training does."""
         training = self.training
-        if training.clip_norm is not None:
+        if training.max_grad_norm is not None:
             groups = training.optimizer.param_groups
             clipped = [parameter for group in groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(clipped, training.clip_norm)
+            nn.utils.clip_grad_norm_(clipped, training.max_grad_norm)
 
     def update(self) -> None:
         """Do what `optimizer.step()` does, without torch's wrapper if that has no effect.
 
-        With hooks, or if something (a schedule) replaced the step, call it as it is.
+        With hooks, or if something (a scheduler) replaced the step, call it as it is.
 
         Raises:
             ExperimentError: a custom optimizer raises.
@@ -283,13 +283,13 @@ def _not_one_number(loss: Any) -> str:
 
 
 def _advancing(training: Training) -> Callable[[int], None] | None:
-    """Return what advances the schedule after a step; one that waits for evaluations does not."""
-    schedule, every = training.schedule, training.steps_per_epoch
-    if schedule is None or isinstance(schedule, ReduceLROnPlateau):
+    """Return what advances the scheduler after a step; one that waits for evaluations does not."""
+    scheduler, every = training.scheduler, training.steps_per_epoch
+    if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
         return None
-    if training.schedule_every == "step":
-        return lambda number: schedule.step()
-    return lambda number: schedule.step() if number % every == 0 else None
+    if training.scheduler_every == "step":
+        return lambda number: scheduler.step()
+    return lambda number: scheduler.step() if number % every == 0 else None
 
 
 def has_own_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
@@ -298,9 +298,9 @@ def has_own_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
 
 
-def changes_more_than_lr(schedule: Any) -> bool:
-    """Tell whether a schedule may change other settings of the optimizer, such as its momentum."""
-    inner = getattr(schedule, "_schedulers", ())
-    is_known = type(schedule).__module__.startswith("torch.")
-    own = not is_known or getattr(schedule, "cycle_momentum", False)
+def changes_more_than_lr(scheduler: Any) -> bool:
+    """Tell whether a scheduler may change other settings of the optimizer, such as its momentum."""
+    inner = getattr(scheduler, "_schedulers", ())
+    is_known = type(scheduler).__module__.startswith("torch.")
+    own = not is_known or getattr(scheduler, "cycle_momentum", False)
     return own or any(map(changes_more_than_lr, inner))

@@ -87,7 +87,7 @@ class Around:
                 continue
             problem, groups = "", schedule.optimizer.param_groups
             if not is_torchs_schedule(schedule, but_functions=True):
-                problem = "is not a schedule of torch; advance it between steps"
+                problem = "is not a scheduler of torch; advance it between steps"
             elif isinstance(schedule, ReduceLROnPlateau) or _steps_taken(schedule) != before + 1:
                 problem = "does not advance by one step; advance it between steps"
             elif any(each is schedule for each in self._early):
@@ -104,7 +104,7 @@ class Around:
             is_more = any(map(changes_more_than_lr, own))
             if now[name][0] not in expected or (now[name][1] != self._settings[name][1] and not is_more):
                 raise NotReplaceableError(
-                    f"the step changes settings of {name}; do so between steps, or by a schedule of "
+                    f"the step changes settings of {name}; do so between steps, or by a scheduler of "
                     "torch that is among the parts"
                 )
         return advanced

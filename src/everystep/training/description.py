@@ -26,7 +26,7 @@ from everystep.recording.facts import (
     LossFacts,
     ModuleFacts,
     OptimizerFacts,
-    ScheduleFacts,
+    SchedulerFacts,
     TrainingFacts,
 )
 from everystep.step.eager import Training
@@ -47,12 +47,12 @@ __all__ = [
     "facts_of_loop",
     "modules_of",
     "optimizer_facts",
-    "schedule_facts",
+    "scheduler_facts",
 ]
 
 #: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
-#: What a schedule counts, or holds besides its settings.
+#: What a scheduler counts, or holds besides its settings.
 _COUNTED = {
     *("base_lrs", "best", "cooldown_counter", "last_epoch", "mode_worse", "num_bad_epochs"),
     *("T_cur", "T_i"),
@@ -78,9 +78,9 @@ def describe(
     if validation is not None:
         about_data["validation_rows"] = len(validation[0])
     preparation = data.preparation if data is not None else None
-    schedules = {}
-    if training.schedule is not None:
-        schedules["schedule"] = schedule_facts(training.schedule, training.schedule_every)
+    schedulers = {}
+    if training.scheduler is not None:
+        schedulers["scheduler"] = scheduler_facts(training.scheduler, training.scheduler_every)
     return TrainingFacts(
         device=str(training.device),
         seed=iteration.seed,
@@ -95,8 +95,8 @@ def describe(
         parameters=sum(parameter.numel() for parameter in training.model.parameters()),
         loss=_loss_facts(training.loss),
         optimizers={"optimizer": optimizer_facts(training.optimizer)},
-        schedules=schedules,
-        clip_norm=training.clip_norm,
+        schedulers=schedulers,
+        max_grad_norm=training.max_grad_norm,
         evaluate_every=evaluate_every,
         stop_on_nan=iteration.stop_on_nan,
         preparation=preparation.model_dump() if preparation else None,
@@ -131,7 +131,7 @@ def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
     for name in sorted(parts.modules, key=lambda name: name != parts.main):
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
     parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
-    schedules = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
+    schedulers = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
     return TrainingFacts(
         device=str(parts.device),
         seed=None,
@@ -141,8 +141,8 @@ def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
         parameters=sum(parameter.numel() for parameter in parameters),
         loss=None,
         optimizers={name: optimizer_facts(each) for name, each in parts.optimizers.items()},
-        schedules={name: schedule_facts(each, None) for name, each in schedules.items()},
-        clip_norm=None,
+        schedulers={name: scheduler_facts(each, None) for name, each in schedulers.items()},
+        max_grad_norm=None,
         evaluate_every=None,
         loop=loop,
         **circumstances(parts.device),
@@ -183,7 +183,7 @@ def _own_tensors(module: nn.Module) -> dict[str, str | None]:
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
-    """Return the facts of an optimizer, without what a schedule does to its lr."""
+    """Return the facts of an optimizer, without what a scheduler does to its lr."""
     groups = [
         {k: _plain(v) for k, v in group.items() if k not in ("params", "initial_lr")}
         | ({"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {})
@@ -196,12 +196,12 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     )
 
 
-def schedule_facts(schedule: LRScheduler, every: str | None) -> ScheduleFacts:
-    """Return the facts of a schedule. every: see `ScheduleFacts`."""
-    settings = {k: v for k, v in _settings(schedule).items() if k not in _COUNTED}
-    return ScheduleFacts(
-        class_name=type(schedule).__name__,
-        is_torchs=is_torchs_schedule(schedule),
+def scheduler_facts(scheduler: LRScheduler, every: str | None) -> SchedulerFacts:
+    """Return the facts of a scheduler. every: see `SchedulerFacts`."""
+    settings = {k: v for k, v in _settings(scheduler).items() if k not in _COUNTED}
+    return SchedulerFacts(
+        class_name=type(scheduler).__name__,
+        is_torchs=is_torchs_schedule(scheduler),
         settings=settings,
         every=every,
     )

@@ -15,15 +15,14 @@ from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, check_may_be_read, files_of, make_data, note_named
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
-from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
+from everystep.experiment.optimizer import build_optimizer, build_scheduler, with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.specification import Experiment
-from everystep.step.evaluate import Evaluation
 from everystep.step.generators import generators_preserved
 from everystep.training.from_objects import job_of
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.measurements import standard_measurements
+from everystep.training.measurements import evaluation_of
 from everystep.training.objects import Objects
 
 __all__ = ["experiment_job", "train_experiment"]
@@ -88,15 +87,15 @@ def experiment_job(
     check_loss(loss, prediction, data)
     model.to(device)
     loss.to(device)
-    _check_schedule(experiment)
+    _check_scheduler(experiment)
     optimizer = build_optimizer(experiment.optimizer, model.parameters())
-    schedule = build_schedule(experiment.schedule, optimizer) if experiment.schedule else None
-    every = experiment.schedule.every if experiment.schedule else "step"
-    objects = Objects(model, loss, optimizer, schedule=schedule, schedule_every=every)
+    scheduler = build_scheduler(experiment.scheduler, optimizer) if experiment.scheduler else None
+    every = experiment.scheduler.every if experiment.scheduler else "step"
+    objects = Objects(model, loss, optimizer, scheduler=scheduler, scheduler_every=every)
     on_device = data.to(device)
-    evaluation = on_device.validation and Evaluation(
-        model, standard_measurements(loss, on_device.validation[1]), {}, *on_device.validation, device
-    )
+    held_out, rows = on_device.validation, (on_device.x, on_device.y)
+    is_validation, metrics = held_out is not None, experiment.metrics or ()
+    evaluation = evaluation_of(model, loss, held_out or rows, metrics, is_validation=is_validation)
     batch = batches.of(on_device.x, on_device.y)
     source = experiment.data.model_dump(exclude_none=True)
     job = job_of(objects, experiment, batches, batch, data, source, evaluation, device)
@@ -118,8 +117,8 @@ def _origin(data: Data) -> str:
     return "the data" + (f" ({', '.join(words)})" if words else "")
 
 
-def _check_schedule(experiment: Experiment) -> None:
-    schedule = experiment.schedule
-    if schedule and schedule.name == "ReduceLROnPlateau" and not experiment.data.validation:
+def _check_scheduler(experiment: Experiment) -> None:
+    scheduler = experiment.scheduler
+    if scheduler and scheduler.name == "ReduceLROnPlateau" and not experiment.data.validation:
         problem = "ReduceLROnPlateau needs a validation loss; add validation = 0.2 to [data]"
-        raise ExperimentError([Fault("schedule", problem)])
+        raise ExperimentError([Fault("scheduler", problem)])

@@ -25,7 +25,7 @@ from everystep.training.dataset import DatasetBatches, length_of, read_once
 from everystep.training.description import describe
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.measurements import standard_measurements
+from everystep.training.measurements import evaluation_of
 from everystep.training.objects import Objects, is_dataset
 
 __all__ = ["job_of", "objects_job", "train_objects"]
@@ -107,7 +107,7 @@ def job_of(
     """Return the job of training live objects.
 
     Args:
-        objects: the model, the loss, the optimizer and the schedule.
+        objects: the model, the loss, the optimizer and the scheduler.
         iteration: the settings of the training.
         batches: the rows that each step sees.
         batch: provides them.
@@ -125,10 +125,10 @@ def job_of(
         optimizer=objects.optimizer,
         batch=batch,
         device=device,
-        schedule=objects.schedule,
-        schedule_every=objects.schedule_every,
+        scheduler=objects.scheduler,
+        scheduler_every=objects.scheduler_every,
         steps_per_epoch=batches.steps_per_epoch,
-        clip_norm=iteration.clip_norm,
+        max_grad_norm=iteration.max_grad_norm,
     )
     steps = check_steps(iteration.steps or (iteration.epochs or 0) * batches.steps_per_epoch)
     # By default an epoch, or a hundredth of all steps if each step is an epoch.
@@ -215,9 +215,9 @@ def _evaluation(objects: Objects, read: _Read, device: torch.device) -> Evaluati
     if validation is None and (data is None or not objects.metrics):
         return None
     pair = validation or (data.x, data.y)  # type: ignore[union-attr]  # there is one
-    standard = {} if validation is None else standard_measurements(objects.loss, pair[1])
-    x, y = (part.to(device) for part in pair)
-    return Evaluation(objects.model, standard, objects.metrics, x, y, device)
+    rows = pair[0].to(device), pair[1].to(device)
+    is_validation = validation is not None
+    return evaluation_of(objects.model, objects.loss, rows, objects.metrics, is_validation=is_validation)
 
 
 def _device(objects: Objects, name: str | None) -> torch.device:

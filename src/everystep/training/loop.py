@@ -290,10 +290,10 @@ class _ModelWriter(RunWriter):
 
         What a schedule changes is recorded from the first step on.
         """
-        training, schedule = self.job.training, self.job.training.schedule
-        if schedule is None:
+        training, scheduler = self.job.training, self.job.training.scheduler
+        if scheduler is None:
             return training.hyperparameters()
-        more = changes_more_than_lr(schedule)
+        more = changes_more_than_lr(scheduler)
         return {
             name: value
             for name, value in training.hyperparameters().items()
@@ -305,8 +305,8 @@ class _ModelWriter(RunWriter):
 
     def _evaluate(self, stepper: Stepper, evaluation: Evaluation) -> None:
         """Measure; a schedule that follows the validation loss advances."""
-        schedule = self.job.training.schedule
-        follows = schedule if isinstance(schedule, ReduceLROnPlateau) else None
+        scheduler = self.job.training.scheduler
+        follows = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
         is_known = not evaluation.has_foreign_code and is_torchs_schedule(follows)
         had_rule = stepper.has_rule
         with nullcontext() if is_known else stepper.foreign_code():

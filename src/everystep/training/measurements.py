@@ -1,4 +1,4 @@
-"""The default measurements of a validation part: the loss, and accuracy or R²."""
+"""What a training measures besides its loss: the metrics that fit the loss and the targets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["RESERVED_NAMES", "standard_measurements"]
+from everystep.errors import ExperimentError, Fault
+from everystep.experiment.metrics import METRICS, VALIDATION, Metrics, TargetKind
+from everystep.step.evaluate import Evaluation
 
-#: Names that a user's own measurement cannot have.
-RESERVED_NAMES = {"step", "loss", "lr", "validation_loss", "validation_accuracy", "validation_r2"}
+__all__ = ["evaluation_of"]
 
 #: What a prediction of torch's losses of two classes is compared with, by class and by function.
 _THRESHOLDS = {
@@ -28,28 +29,59 @@ _OF_VALUES = {
 }
 _OF_RATES = {"PoissonNLLLoss", "poisson_nll_loss"}
 
-Measurement = Callable[[Tensor, Tensor], Any]
+Measure = Callable[[Tensor, Tensor], Any]
 
 
-def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Measurement]:
-    """Return the measurements that fit a loss and its targets (N, ...), named `validation_...`.
+def evaluation_of(
+    model: nn.Module,
+    loss: Measure,
+    rows: tuple[Tensor, Tensor],
+    metrics: Metrics,
+    *,
+    is_validation: bool,
+) -> Evaluation | None:
+    """Return what is measured on rows x and y (N, ...), on the device of the model; None if nothing is.
 
-    Accuracy for classes (and for the two classes of a binary cross entropy), R² for values in columns
-    (N, k), each None if the prediction has another shape. R² only where predictions are on the scale of
-    their targets, or can be brought to it; of a loss that is not torch's, they are taken to be.
+    On validation rows: the loss, and the standard metrics that fit the loss and the targets, each named
+    `validation_...`, and omitted if the outputs have another shape.
+
+    metrics: more: a function of outputs and targets by each name, or names of metrics.
+
+    Raises:
+        ExperimentError: a metric by name does not fit the loss and the targets.
+    """
+    own, named = (metrics, ()) if isinstance(metrics, Mapping) else ({}, metrics)
+    kind, scaled = _kind_of(loss, rows[1])
+    prefix = VALIDATION if is_validation else ""
+    found: dict[str, Measure] = {f"{VALIDATION}loss": loss} if is_validation else {}
+    for name, metric in METRICS.items():
+        if name not in named and not (is_validation and metric.is_standard):
+            continue
+        if kind is not None and kind in metric.of:
+            measure = partial(_measured, metric.of[kind], kind, scaled)
+            found[f"{prefix}{name}"] = partial(_demanded, name, measure) if name in named else measure
+        elif name in named:
+            raise ExperimentError([Fault("metrics", _misfit(name, kind))])
+    return Evaluation(model, found, own, *rows, rows[0].device) if found or own else None
+
+
+def _kind_of(loss: Any, target: Tensor) -> tuple[TargetKind | None, Callable[[Tensor], Tensor]]:
+    """Return the kind of the targets (N, ...), and what brings outputs to their scale.
+
+    Targets are values only where outputs are on their scale, or can be brought to it; of a loss that is
+    not torch's, they are taken to be.
     """
     name = _torchs_name(loss)
-    found: dict[str, Measurement] = {"validation_loss": loss}
     if name in _THRESHOLDS:
-        found["validation_accuracy"] = _binary_accuracy(_THRESHOLDS[name])
-    elif target.dtype == torch.int64:
-        found["validation_accuracy"] = _accuracy
-    elif target.is_floating_point() and target.ndim <= 2 and len(target) > 1:
-        if name in _OF_RATES:
-            found["validation_r2"] = _r2_of_logs if _predicts_logs(loss) else _r2
-        elif name is None or name in _OF_VALUES:
-            found["validation_r2"] = _r2
-    return found
+        return "two classes", lambda output: output - _THRESHOLDS[name]
+    if target.dtype == torch.int64:
+        return "classes", lambda output: output
+    if target.is_floating_point() and target.ndim <= 2 and len(target) > 1:
+        if name in _OF_RATES and _predicts_logs(loss):
+            return "values", lambda output: output.cpu().double().exp()
+        if name is None or name in _OF_VALUES | _OF_RATES:
+            return "values", lambda output: output
+    return None, lambda output: output
 
 
 def _torchs_name(loss: Any) -> str | None:
@@ -71,46 +103,40 @@ def _predicts_logs(loss: Any) -> bool:
     return bool(loss.keywords.get("log_input", True)) if type(loss) is partial else True
 
 
-def _accuracy(prediction: Any, target: Tensor) -> Tensor | None:
-    # (N, C, ...) for (N, ...), as CrossEntropyLoss has it.
-    if not isinstance(prediction, Tensor) or prediction.ndim != target.ndim + 1:
+def _measured(
+    measure: Measure, kind: TargetKind, scaled: Callable[[Tensor], Tensor], output: Any, target: Tensor
+) -> Tensor | None:
+    """Return a metric of outputs and targets; None if their shapes do not fit."""
+    if not isinstance(output, Tensor):
         return None
-    classes = prediction.shape[1]
-    if (prediction.shape[0], *prediction.shape[2:]) != tuple(target.shape) or classes < 2:
-        return None
-    if not bool(((target >= 0) & (target < classes)).all()):
-        return None
-    return _share(prediction.argmax(1) == target)
-
-
-def _binary_accuracy(threshold: float) -> Measurement:
-    def accuracy(prediction: Any, target: Tensor) -> Any:
-        if not isinstance(prediction, Tensor) or prediction.shape != target.shape:
+    shape = output.shape
+    if kind == "classes":
+        if output.ndim != target.ndim + 1 or shape[1] < 2:
             return None
-        return _share((prediction > threshold) == (target > 0.5))
-
-    return accuracy
-
-
-def _share(right: Tensor) -> Tensor:
-    """Return the share of true values."""
-    return right.sum() / right.numel()
+        if not bool(((target >= 0) & (target < shape[1])).all()):
+            return None
+        shape = shape[:1] + shape[2:]
+    return measure(scaled(output), target) if shape == target.shape else None
 
 
-def _r2(prediction: Any, target: Tensor) -> Any:
-    """Return the coefficient of determination, the mean over the columns: 1 - residual / total.
+def _demanded(name: str, measure: Measure, output: Any, target: Tensor) -> Tensor:
+    """Return a metric that was asked for by its name.
 
-    A column with equal targets has 1 if each is predicted exactly, else 0.
+    Raises:
+        ExperimentError: the shapes do not fit.
     """
-    if not isinstance(prediction, Tensor) or prediction.shape != target.shape:
-        return None
-    target, prediction = target.cpu().double(), prediction.cpu().double()
-    residual = (target - prediction).square().sum(0)
-    total = (target - target.mean(0)).square().sum(0)
-    score = torch.where(total > 0, 1 - residual / total, (residual == 0).double())
-    return score.mean().float()
+    value: Tensor | None = measure(output, target)
+    if value is None:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        problem = f"{name} cannot compare the model's output {got} with targets {tuple(target.shape)}"
+        raise ExperimentError([Fault("metrics", problem)])
+    return value
 
 
-def _r2_of_logs(prediction: Any, target: Tensor) -> Any:
-    """Return R² of the exponentials of predictions."""
-    return _r2(prediction.cpu().double().exp() if isinstance(prediction, Tensor) else prediction, target)
+def _misfit(name: str, kind: TargetKind | None) -> str:
+    fitting = [each for each, metric in METRICS.items() if kind in metric.of]
+    needed = " or ".join(METRICS[name].of)
+    are = "the targets of this loss are " + (kind or "of another kind")
+    return f"{name} needs targets that are {needed}, but {are}" + (
+        f"; known for these: {', '.join(fitting)}" if fitting else ""
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -25,11 +25,12 @@ from torch.utils.data import (
 )
 
 from everystep.errors import DataError, ExperimentError, Fault, RunError, UsageError
+from everystep.experiment.catalogue import metric_by_name
+from everystep.experiment.metrics import RESERVED_NAMES, Metrics
 from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
 from everystep.step.follow import is_compiled, scripted_fault
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT, called, unfit
-from everystep.training.measurements import RESERVED_NAMES
 
 __all__ = ["Objects", "is_dataset"]
 
@@ -42,19 +43,20 @@ class Objects:
     """What the user trains with: live objects, unchecked; to replay and to fork, not all are needed.
 
     model: an nn.Module; loss: a function of prediction and target; optimizer: over the model's
-    parameters; data: x (N, ...) and y (N, ...), or a Dataset; schedule: a scheduler of torch's;
-    validation: x and y to measure, or the share of rows to keep out for it; metrics: functions of all
-    predictions and targets, by name; dataset_limit: bytes that a Dataset may take as tensors.
+    parameters; data: x (N, ...) and y (N, ...), or a Dataset; scheduler: a scheduler of torch's;
+    validation: x and y to measure, or the share of rows to keep out for it; metrics: names of
+    metrics, or functions of all predictions and targets, by name; dataset_limit: bytes that a Dataset
+    may take as tensors.
     """
 
     model: Any = None
     loss: Any = None
     optimizer: Any = None
     data: Any = None
-    schedule: Any = None
-    schedule_every: Any = "step"
+    scheduler: Any = None
+    scheduler_every: Any = "step"
     validation: Any = None
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] = field(default_factory=dict)
+    metrics: Metrics = ()
     dataset_limit: int = DEFAULT_DATASET_LIMIT
 
     def copied(self) -> Objects:
@@ -71,15 +73,15 @@ class Objects:
             )
         try:
             with _whole_optimizers():
-                model, loss, optimizer, schedule = copy.deepcopy(
-                    (self.model, self.loss, self.optimizer, self.schedule), self._without_graphs()
+                model, loss, optimizer, scheduler = copy.deepcopy(
+                    (self.model, self.loss, self.optimizer, self.scheduler), self._without_graphs()
                 )
         except Exception as error:  # copying a user's object may raise anything
             raise RunError(
                 f"the model, loss and optimizer cannot be copied ({_first_sentence(error)}); pass new "
                 "ones: model=..., loss=..., optimizer=..."
             ) from None
-        return replace(self, model=model, loss=loss, optimizer=optimizer, schedule=schedule)
+        return replace(self, model=model, loss=loss, optimizer=optimizer, scheduler=scheduler)
 
     def _hooked(self) -> str | None:
         """Return the first tensor, or the optimizer, with a hook; hooks of modules are copied."""
@@ -119,7 +121,7 @@ class Objects:
         yield from _data_faults(self.data)
         yield from _loss_faults(self.loss)
         yield from _optimizer_faults(self.optimizer, self.model)
-        yield from _schedule_faults(self.schedule, self.schedule_every, self.validation is not None)
+        yield from _scheduler_faults(self.scheduler, self.scheduler_every, self.validation is not None)
         yield from _validation_faults(self.validation)
         yield from _metrics_faults(self.metrics)
         if isinstance(self.dataset_limit, bool) or not isinstance(self.dataset_limit, int | float):
@@ -152,7 +154,7 @@ def _whole_optimizers() -> Iterator[None]:
 
     def copied(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
         new = memo[id(optimizer)] = type(optimizer).__new__(type(optimizer))
-        # A schedule puts its own step there, which would continue to update the original.
+        # A scheduler puts its own step there, which would continue to update the original.
         own = {name: value for name, value in vars(optimizer).items() if name != "step"}
         vars(new).update(copy.deepcopy(own, memo))
         return new
@@ -246,26 +248,35 @@ def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
         )
 
 
-def _schedule_faults(schedule: Any, every: Any, has_validation: bool) -> Faults:
-    """Yield what is wrong with the schedule, and with when it advances."""
-    if not isinstance(schedule, LRScheduler | None):
+def _scheduler_faults(scheduler: Any, every: Any, has_validation: bool) -> Faults:
+    """Yield what is wrong with the scheduler, and with when it advances."""
+    if not isinstance(scheduler, LRScheduler | None):
         cure = "; combine several with SequentialLR or ChainedScheduler"
-        problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(schedule)}"
-        yield Fault("schedule", problem + cure * isinstance(schedule, list | tuple))
-    if isinstance(schedule, ReduceLROnPlateau) and not has_validation:
+        problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(scheduler)}"
+        yield Fault("scheduler", problem + cure * isinstance(scheduler, list | tuple))
+    if isinstance(scheduler, ReduceLROnPlateau) and not has_validation:
         problem = "ReduceLROnPlateau needs a validation loss; pass validation=(x, y)"
-        yield Fault("schedule", problem)
+        yield Fault("scheduler", problem)
     if every not in ("step", "epoch"):
-        yield Fault("schedule_every", f"must be 'step' or 'epoch', not {every!r}")
+        yield Fault("scheduler_every", f"must be 'step' or 'epoch', not {every!r}")
 
 
 def _metrics_faults(metrics: Any) -> Faults:
     """Yield what is wrong with the metrics."""
+    if isinstance(metrics, list | tuple) and all(isinstance(name, str) for name in metrics):
+        for place, name in enumerate(metrics):
+            try:
+                metric_by_name(name)
+            except ValueError as error:
+                yield Fault(f"metrics[{place}]", str(error))
+        return
     if not (
         isinstance(metrics, Mapping)
         and all(isinstance(name, str) and callable(each) for name, each in metrics.items())
     ):
-        yield Fault("metrics", "must map names to callables of (prediction, target)")
+        yield Fault(
+            "metrics", "must map names to callables of (prediction, target), or list names of metrics"
+        )
         return
     try:
         check_measurement_names({*RESERVED_NAMES, *metrics})
@@ -341,7 +352,7 @@ def _no_optimizer(given: Any) -> str:
 def _demanded(optimizer: torch.optim.Optimizer) -> list[str]:
     """Return the required arguments of `step`, without torch's wrapper.
 
-    They are looked up in the class: a schedule puts a wrapper on the object.
+    They are looked up in the class: a scheduler puts a wrapper on the object.
     """
     try:
         _, *parameters = inspect.signature(type(optimizer).step).parameters.values()

@@ -38,6 +38,12 @@ __all__ = ["Recording"]
 #: What a run is opened as.
 R = TypeVar("R", bound=RecordedRun)
 
+#: The public face of a recording, which the reference describes: `dir(recording)`.
+_PUBLIC = [
+    *("run", "steps", "step", "step_count", "log", "paused", "flush", "stop"),
+    *("begin_step", "add_batch", "end_step"),
+]
+
 
 class Recording(Generic[R]):
     """A recording in progress: `steps` or `step` mark the steps, `log` records their losses.
@@ -109,6 +115,9 @@ class Recording(Generic[R]):
     def is_open(self) -> bool:
         """Whether the recording has started and not ended."""
         return self in _recording
+
+    def __dir__(self) -> list[str]:
+        return _PUBLIC
 
     def __enter__(self) -> Self:
         if self._writer is not None:

@@ -72,7 +72,7 @@ def check_changes(run: RecordedRun, changed: tuple[str, ...], *, is_accepted: bo
         return
     raise RunError(
         "\n  ".join([f"{run.name} was trained with different settings (before | now):", *changed])
-        + "\nrestore what changed, or accept this with --anyway (anyway=True), which discards "
+        + "\nrestore what changed, or accept this with --force (force=True), which discards "
         "the recorded steps after the newest snapshot; to train with other settings, fork the run"
     )
 

@@ -370,7 +370,7 @@ def _other_schedules(around: Around, stand_in: StandIn) -> str | None:
     except NotReplaceableError as error:
         return str(error)
     if schedules != stand_in.schedules:
-        return "not every step advances the same schedules; advance them between steps"
+        return "not every step advances the same schedulers; advance them between steps"
     return None
 
 

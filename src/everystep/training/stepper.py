@@ -219,7 +219,7 @@ class Stepper:
 
     def finish(self) -> None:
         """Set the gradients of the last step where a user looks for them."""
-        is_changed = self.training.schedule is not None or self._has_other_code_run
+        is_changed = self.training.scheduler is not None or self._has_other_code_run
         if is_changed and self.training.has_tensor_settings:
             # Such settings are state, and the last state has them as the next step would.
             self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
@@ -273,7 +273,7 @@ class Stepper:
         """Run a step in Python; return its batch."""
         self._hand_over_gradients(as_copies=True)
         self._last, self._era = None, self._era + 1
-        if self.training.schedule is not None or self.reason is not None:
+        if self.training.scheduler is not None or self.reason is not None:
             self.hyperparameters.append((number, self.training.hyperparameters()))
         x, y = self.training.batch(number)
         self._keep_loss(number, self.watch(number, x, y))
@@ -430,7 +430,7 @@ class Stepper:
             numbers = None if stand_in is None else self._numbers_of(number, stand_in)
             if stand_in is None or numbers is None:
                 break
-            if self.training.schedule is None:
+            if self.training.scheduler is None:
                 self._run_alike(stand_in, numbers, last)
                 continue
             self.hyperparameters.append((number, self.training.hyperparameters()))

@@ -179,8 +179,8 @@ class RunWriter:
                 self._is_finite = False
                 before, after = self.advice
                 self._notice(
-                    f"the loss is {loss} at step {step}; {before}everystep when "
-                    f"{self.directory.name} nonfinite finds where it came from{after}"
+                    f"the loss is {loss} at step {step}; {before}everystep "
+                    f"first-nonfinite {self.directory.name} finds where it came from{after}"
                 )
                 return {"nonfinite_step": step}
         return {}

@@ -22,8 +22,8 @@ from everystep.recording.facts import (
     TrainingFacts,
 )
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text, shortest
-from everystep.views.formatting import counted, labelled, number, time_text
+from everystep.recording.texts import loss_text, model_text, optimizers_text, scheduler_text, shortest
+from everystep.views.formatting import counted, labelled, measured_text, number, time_text
 
 __all__ = [
     "closing",
@@ -81,7 +81,7 @@ def closing(directory: Path, reason: str | None) -> str:
     seconds = "" if facts.seconds is None else f" in {facts.seconds:.3g} s"
     lines = [] if reason is None else [f"stopped: {reason}", ""]
     measured = "".join(
-        f", {name} {number(value)}"
+        f", {name} {measured_text(name, value)}"
         for name, value in run.latest_measurements.items()
         if name != "lr" and name not in facts.measured
     )
@@ -99,9 +99,9 @@ def closing(directory: Path, reason: str | None) -> str:
     if summary.steps:
         following = [
             f"step {argument} {summary.steps}",
-            f"table {argument} -o losses.html",
-            f"plot {argument} -o loss.png",
-            f"report {argument} -o report.html",
+            f"table {argument}",
+            f"plot {argument}",
+            f"report {argument}",
         ]
     commands = (f"  everystep {command}" for command in (f"view {argument}", *following))
     return "\n".join([*lines, "", "next:", *commands])
@@ -175,9 +175,9 @@ def _data_text(training: TrainingFacts) -> str:
 
 
 def _update_text(training: TrainingFacts) -> str:
-    limit, schedule = training.clip_norm, schedule_text(training.schedules)
+    limit, scheduler = training.max_grad_norm, scheduler_text(training.schedulers)
     clipping = [] if limit is None else [f"gradients clipped to norm {limit:g}"]
-    following = [schedule] if schedule else []
+    following = [scheduler] if scheduler else []
     return "\n".join([*clipping, optimizers_text(training.optimizers), *following])
 
 

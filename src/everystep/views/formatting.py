@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
 
+from everystep.experiment.metrics import metric_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,6 +25,7 @@ __all__ = [
     "dtype_text",
     "grouped",
     "labelled",
+    "measured_text",
     "named",
     "number",
     "one_line",
@@ -63,6 +66,12 @@ def one_line(text: str) -> str:
 def cut(text: str, most: int) -> str:
     """Return a text of at most so many columns of the terminal; a longer one ends with an ellipsis."""
     return text if cell_len(text) <= most else set_cell_size(text, most - 1).rstrip("….") + "…"
+
+
+def measured_text(name: str, value: float) -> str:
+    """Return the value of a measurement in four significant digits, of a share in percent."""
+    metric = metric_of(name)
+    return f"{number(100 * value)}%" if metric and metric.is_share and 0 <= value <= 1 else number(value)
 
 
 def number(value: float | None) -> str:

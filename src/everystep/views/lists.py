@@ -12,7 +12,7 @@ from rich.text import Text
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.formatting import cut, number, one_line, time_text
-from everystep.views.plain import as_json, plain_data, plain_number
+from everystep.views.plain import as_json, metric_data, plain_data, plain_number
 from everystep.views.terminal import Column, Page, Styled, TextTable, table_text
 
 __all__ = ["losses_text", "runs_json", "runs_tables", "summary_data"]
@@ -26,11 +26,16 @@ _MOMENT = 0.25
 def summary_data(summary: Summary) -> dict[str, Any]:
     """Return a run in one line as plain data; losses have the fewest digits that give them back.
 
-    problem: why it cannot be read.
+    validation: the newest metric on validation rows, with what its number means; problem: why the run
+    cannot be read.
     """
+    validation = summary.validation and {
+        **{"name": summary.validation[0], "value": plain_number(summary.validation[1])},
+        **metric_data(summary.validation[0]),
+    }
     losses = {name: plain_number(getattr(summary, name)) for name in ("first_loss", "last_loss")}
     found: dict[str, Any] = plain_data(summary)
-    return found | losses | {"problem": None}
+    return found | losses | {"validation": validation, "problem": None}
 
 
 def runs_json(runs: Iterable[Summary]) -> Iterator[str]:

@@ -8,7 +8,35 @@ from pathlib import Path
 
 from everystep.errors import UsageError
 
-__all__ = ["write_file"]
+__all__ = ["default_output", "write_file"]
+
+#: What pages and plots begin with that everystep has written: by it they are told from other files.
+_MARKS = (b'<meta name="generator" content="everystep">', b"Software\0everystep")
+#: Bytes of a file in which its mark is.
+_BEGINNING = 1_000
+
+
+def default_output(name: str) -> Path:
+    """Return the file of this name in the current directory, to write a page or a plot to.
+
+    An earlier page or plot of everystep may be there, and is replaced.
+
+    Raises:
+        UsageError: something else is there.
+    """
+    path = Path(name)
+    if os.path.lexists(path) and not _is_own(path):
+        raise UsageError(f"{path} exists, and everystep did not write it; name another file: -o FILE")
+    return path
+
+
+def _is_own(path: Path) -> bool:
+    """Tell whether everystep wrote a file that is there."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(_BEGINNING)
+    return any(mark in beginning for mark in _MARKS)
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:

@@ -9,9 +9,10 @@ from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from everystep.experiment.metrics import metric_of
 from everystep.recording.texts import shortest
 
-__all__ = ["DERIVED", "as_json", "plain_data", "plain_number"]
+__all__ = ["DERIVED", "as_json", "metric_data", "plain_data", "plain_number"]
 
 #: What answers, and their parts, derive from their fields and are shown with, by the name of the class.
 DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {}
@@ -27,6 +28,12 @@ def plain_number(value: float | None) -> float | str | None:
     if value is None or not math.isfinite(value):
         return value if value is None else str(value)
     return float(shortest(value))
+
+
+def metric_data(measurement: str) -> dict[str, Any]:
+    """Return whether a high or a low value of a measurement is better, and whether it is a share."""
+    metric = metric_of(measurement)
+    return {"better": metric and metric.better, "is_share": metric is not None and metric.is_share}
 
 
 def plain_data(value: Any) -> Any:

@@ -119,8 +119,10 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: plots are saved as {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     content = io.BytesIO()
+    # A later plot may replace it: see `default_output`.
+    mark = {"metadata": {"Software": "everystep"}} if suffix == ".png" else {}
     with _quiet():
-        plot.save(content, format=suffix[1:], dpi=DOTS_PER_INCH, verbose=False)
+        plot.save(content, format=suffix[1:], dpi=DOTS_PER_INCH, verbose=False, **mark)
     write_file(path, content.getvalue())
 
 

@@ -115,7 +115,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "has_loss": training.has_loss,
         "problems": getattr(run, "problems", []),
         "hyperparameters": step.hyperparameters,
-        "clip_norm": training.clip_norm,
+        "max_grad_norm": training.max_grad_norm,
         "optimizer": {"name": optimizer, "settings": settings},
         "loss_function": {"name": training.loss.class_name if training.loss else loss, "text": loss},
         "batch": _batch(step.batch, facts, tensors, values),

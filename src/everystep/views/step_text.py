@@ -325,8 +325,8 @@ class _Opened:
         shown = {key: repr(float(shortest(value))) for key, value in step.hyperparameters.items()}
         shown |= {k: v for k, v in settings.items() if k not in (*shown, "decoupled_weight_decay")}
         page.heading("update", ", ".join([name, *(f"{key} = {value}" for key, value in shown.items())]))
-        if self.training.clip_norm is not None:
-            page.line((self._clipping(self.training.clip_norm), ""), indent=_INDENT)
+        if self.training.max_grad_norm is not None:
+            page.line((self._clipping(self.training.max_grad_norm), ""), indent=_INDENT)
         self._updated(step.updates, update_formulas(step.operations, self.training.optimizers))
         if alone:
             page.blank()
@@ -339,7 +339,7 @@ class _Opened:
     def _clipping(self, limit: float) -> str:
         whole = sum(norm(gradient) ** 2 for gradient in self.step.gradients.values()) ** 0.5
         effect = "are not clipped" if whole + 1e-6 <= limit else "are clipped"  # as torch does
-        return f"first, the gradients, with norm {grouped(whole)}, {effect}: clip_norm = {limit:g}"
+        return f"first, the gradients, with norm {grouped(whole)}, {effect}: max_grad_norm = {limit:g}"
 
     def _updated(self, names: Iterable[str], formulas: Mapping[str, UpdateFormula]) -> None:
         """Write both notations, once for all the parameters that share them, and how far each went."""

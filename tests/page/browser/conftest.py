@@ -170,11 +170,11 @@ def recorded(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("recorded") / "runs"
     train = everystep.train_experiment
-    chapter = train("two-layer", directory=directory / "chapter", progress=False)
-    chapter.fork(137, lr=2e-4, directory=directory / "fork", progress=False)
+    chapter = train("two-layer", run=directory / "chapter", progress=False)
+    chapter.fork(137, lr=2e-4, run=directory / "fork", progress=False)
     short = {"optimizer.lr": 1e-2, "steps": 30}
-    train("two-layer", short, directory=directory / "diverged", progress=False)
-    train("digits", {"epochs": 8}, directory=directory / "digits", progress=False)
+    train("two-layer", short, run=directory / "diverged", progress=False)
+    train("digits", {"epochs": 8}, run=directory / "digits", progress=False)
     return directory
 
 

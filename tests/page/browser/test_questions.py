@@ -96,9 +96,9 @@ def test_when_answers_with_links_to_the_steps(ask, recorded):
 
 
 def test_where_the_first_nan_came_from_is_found(ask):
-    form = ask("diverged", "When")
+    form = ask("diverged", "First NaN or infinity")
     plot(form.page)
-    press(form, "Where did the first NaN come from?")
+    press(form, "Find")
     form.get_by_role("link", name="Look at it").click()
     expect(form.page.locator(".step h2")).to_have_text(re.compile(r"^Step \d+ of 30$"))
     number = re.search(r"operation=(\d+)", form.page.url)[1]

@@ -39,7 +39,7 @@ def test_each_row_is_left_out_in_turn(ask, recorded):
     page = ask(23)
     field(page, "compare at step").fill("24")
     expect(page.get_by_role("dialog").locator(".command")).to_have_text(
-        re.compile("whatif digits --at 22 --until 24 --without-rows-of 23 --each$")
+        re.compile("what-if digits --at 22 --until 24 --without-rows-of 23 --each$")
     )
     press(page, "Train again")
     expect(cases(page)).to_have_count(32)

@@ -31,6 +31,7 @@ QUESTIONS: dict[str, dict[str, Field]] = {
         "overwrite": flag,
     },
     "when": {"condition": text(), "which": text("first")},
+    "first-nonfinite": {},
     "verify": {},
     "fork": {
         "name": text(None, longest=_LONGEST_NAME),
@@ -38,7 +39,7 @@ QUESTIONS: dict[str, dict[str, Field]] = {
         "settings": settings,
         "steps": whole(None, least=1),
     },
-    "whatif": {
+    "what-if": {
         "at": whole(),
         "until": whole(least=1),
         "rows": wholes,

@@ -51,7 +51,7 @@ class Banner {
     this.why.hidden = true;
     const { runTask } = await import("../tasks/task.js");
     if (this.#isClosed) return;
-    this.#task = runTask(() => tell(addressOf(this.about.name, "when"), { condition: "nonfinite", which: "first" }), this.answer, {
+    this.#task = runTask(() => tell(addressOf(this.about.name, "first-nonfinite"), {}), this.answer, {
       label: "Where did it come from?",
       done: (result) => this.#story(result),
       over: (message) => {
@@ -61,7 +61,7 @@ class Banner {
     });
   }
 
-  #story({ nonfinite: found, text }) {
+  #story({ found, text }) {
     if (!found) return element("p", {}, text);
     const { step, phase, index: operation, name, nans, infinities, rows, inputs, mathematics, by_own_code: how } = found;
     const open = { view: "run", run: this.about.name, step, phase, operation, beside: address.read().beside };

@@ -57,7 +57,7 @@ function nested(runs) {
 function valueOf(run, key) {
   if (["last_loss", "steps", "batch_size", "seconds"].includes(key)) return run[key] === null ? null : numberOf(run[key]);
   if (key === "lr") return run.lr?.length ? run.lr[0] : null;
-  if (key === "validation") return run.validation ? numberOf(run.validation[1]) : null;
+  if (key === "validation") return run.validation ? numberOf(run.validation.value) : null;
   if (key === "started") return run.started === null ? null : Date.parse(run.started);
   return run[key];
 }

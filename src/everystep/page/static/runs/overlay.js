@@ -11,7 +11,7 @@ import { COMPARED, settingOf } from "./order.js";
 import { nonfiniteText } from "./row.js";
 
 /** What people change most comes first. */
-const FIRST = ["optimizer", "schedule", "batch_size", "seed", "model", "loss"];
+const FIRST = ["optimizer", "scheduler", "batch_size", "seed", "model", "loss"];
 /** Compare shows more settings than this. */
 const MOST = 5;
 

@@ -96,15 +96,14 @@ class RunRow {
 function textsOf(run) {
   const { problem, steps, planned, last_loss: loss, validation, optimizer, batch_size: batch, seconds, started } = run;
   const utc = (time) => `${new Date(time).toISOString().replace("T", " ").slice(0, 19)} UTC`;
-  const [name, value] = validation ?? [];
-  const share = name === "accuracy" ? percent(numberOf(value)) : validation ? short(value) : "";
+  const { name, value, is_share: isShare } = validation ?? {};
   return {
     steps: [steps === null ? "" : steps === planned ? whole(steps) : `${whole(steps)} of ${whole(planned)}`, ""],
     last_loss: [short(loss), String(loss ?? "")],
-    validation: [share, validation ? `${name} on the validation rows: ${fullText(numberOf(value))}` : ""],
+    validation: [!validation ? "" : isShare && numberOf(value) <= 1 ? percent(value) : short(value), validation ? `${name} on the validation rows: ${fullText(numberOf(value))}` : ""],
     optimizer: [optimizer ?? "", ""],
     lr: [settingOf(run, "lr"), ""],
-    batch_size: [batch === null ? "" : whole(batch), "rows in each step"],
+    batch_size: [batch === null ? "" : whole(batch), "rows (samples) in each step"],
     seconds: [seconds === null || seconds === undefined ? "" : duration(seconds), ""],
     started: [started ? ago(started) : "", started ? utc(started) : ""],
   };

@@ -13,7 +13,7 @@ import { changes, formulas, scale, settingsText, update } from "./update.js";
 
 /** What a phase is, for those who see one for the first time. */
 const SAYS = {
-  batch: "The rows that this step learns from.",
+  batch: "The rows (samples) that this step learns from.",
   forward: "What does the model predict for these rows, with its parameters as they are?",
   loss: "How far are the predictions from the targets, as one number?",
   zero_grad: "PyTorch adds new gradients to old ones, so each step first drops those of the step before.",

@@ -42,13 +42,13 @@ function updatesOf(content, parametersOf) {
 
 function clipping() {
   const node = element("p", { class: "small" });
-  return fixed(node, ({ clip_norm, gradients, tensors }) => {
-    node.hidden = clip_norm === null;
-    if (clip_norm === null) return;
+  return fixed(node, ({ max_grad_norm, gradients, tensors }) => {
+    node.hidden = max_grad_norm === null;
+    if (max_grad_norm === null) return;
     const squares = gradients.map(({ tensor }) => numberOf(tensors[tensor]?.norm) ** 2);
     const norm = Math.sqrt(squares.reduce((sum, square) => sum + square, 0));
-    const effect = norm + 1e-6 <= clip_norm ? "are not clipped" : "are clipped";
-    setText(node, `First, the gradients, of norm ${short(norm)}, ${effect}: clip_norm = ${short(clip_norm)}.`);
+    const effect = norm + 1e-6 <= max_grad_norm ? "are not clipped" : "are clipped";
+    setText(node, `First, the gradients, of norm ${short(norm)}, ${effect}: max_grad_norm = ${short(max_grad_norm)}.`);
   });
 }
 

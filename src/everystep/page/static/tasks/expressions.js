@@ -18,7 +18,7 @@ export function toMeasure(about) {
 /** Return conditions worth looking for in a run. */
 export function toFind(about) {
   const { weight } = about.layers;
-  const measured = about.measurements.map(({ name }) => name).find((name) => name === "accuracy" || name === "validation_accuracy");
+  const measured = about.measurements.find(({ better }) => better === "up")?.name;
   return [
     about.has_loss && (about.nonfinite ? "isnan(loss)" : "loss < 1"),
     about.has_loss && "loss > previous.loss",

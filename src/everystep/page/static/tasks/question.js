@@ -10,7 +10,7 @@ import { runTask } from "./task.js";
  * `place.about`: the run; `path`, `content()`: what the server is asked; `done(result)`: what is shown of the answer; `failed(message)`:
  * is called with what went wrong.
  */
-export function questionForm(place, { title, says, expression, options, more, verb, path, content, done, failed = () => {} }) {
+export function questionForm(place, { title, says, expression, options, verb, path, content, done, failed = () => {} }) {
   const host = element("div", { class: "answer" });
   const asking = element("button", {}, verb);
   let task = null;
@@ -39,7 +39,7 @@ export function questionForm(place, { title, says, expression, options, more, ve
     element("h3", {}, title),
     element("p", { class: "muted small" }, says),
     expression?.node,
-    element("div", { class: "options" }, ...options, asking, more),
+    element("div", { class: "options" }, ...options, asking),
     host,
   );
   return { node, ask, close: () => task?.leave() };

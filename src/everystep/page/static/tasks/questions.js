@@ -13,7 +13,7 @@ const LISTED = 60;
 /** Show the questions to a run in `host`; return {update(about), close()}. */
 export function questions(host, about, { goTo, changed }) {
   const place = { about, goTo, changed };
-  const parts = [measuring(place), finding(place), verifying(place), rerunning(place)];
+  const parts = [measuring(place), finding(place), findingOrigin(place), verifying(place), rerunning(place)];
   host.replaceChildren(
     element(
       "section",
@@ -65,26 +65,30 @@ function measuring(place) {
 function finding(place) {
   const expression = expressionField("Find the step when", "when");
   const which = element("select", {}, ...["first", "last", "all"].map((each) => element("option", {}, each)));
-  const origin = button("Where did the first NaN come from?", () => {
-    expression.set("nonfinite");
-    question.ask();
-  });
   const question = questionForm(place, {
     title: "When",
     says: "Finds the steps at which something is true.",
     expression,
     options: [labelled("which", which)],
-    more: origin,
     verb: "Find",
     path: "when",
     content: () => ({ condition: expression.input.value.trim(), which: which.value }),
     done: (result) => foundSteps(place, result),
   });
-  const update = () => {
-    expression.suggest(toFind(place.about));
-    origin.hidden = !place.about.nonfinite;
-  };
-  return { ...question, update };
+  return { ...question, update: () => expression.suggest(toFind(place.about)) };
+}
+
+function findingOrigin(place) {
+  const question = questionForm(place, {
+    title: "First NaN or infinity",
+    says: "Finds the operation that made it, and the rows behind it.",
+    options: [],
+    verb: "Find",
+    path: "first-nonfinite",
+    content: () => ({}),
+    done: ({ found, text }) => (found ? originOf(place, found, text) : element("p", { class: "result" }, text)),
+  });
+  return { ...question, update: () => (question.node.hidden = !place.about.nonfinite) };
 }
 
 function verifying(place) {
@@ -114,7 +118,6 @@ function expressionField(label, id) {
   };
   return {
     input,
-    set,
     node: element("div", { class: "expression" }, element("label", { class: "unseen", htmlFor: input.id }, label), input, examples),
     suggest(texts) {
       if (examples.textContent === texts.join("")) return;
@@ -124,8 +127,7 @@ function expressionField(label, id) {
   };
 }
 
-function foundSteps(place, { steps, count: all, inexact: leftOut = [], nonfinite, text }) {
-  if (nonfinite) return originOf(place, nonfinite, text);
+function foundSteps(place, { steps, count: all, inexact: leftOut = [], text }) {
   const from = leftOut.map(whole).join(", ");
   const left = leftOut.length > 0 && element("p", { class: "note" }, `Not asked, as the replay was not exact, or ended: from step ${from}.`);
   if (!steps.length) return [element("p", { class: "result" }, text?.trim() || "at no step"), left];

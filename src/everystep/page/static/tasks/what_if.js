@@ -34,7 +34,7 @@ export function whatIfDialog({ run, step, steps, batch, tensors }, chosen, argum
       begin.disabled = false;
       host.scrollIntoView({ block: "nearest" });
     };
-    task = runTask(() => tell(addressOf(run, "whatif"), asked), host, { label: "training", done: casesTable, over });
+    task = runTask(() => tell(addressOf(run, "what-if"), asked), host, { label: "training", done: casesTable, over });
   };
   const form = element(
     "form",
@@ -97,7 +97,7 @@ function rowsOf({ rows, tensors: [first] }, tensors) {
 
 function commandOf(argument, { at, until, rows, each, by }, fields) {
   const which = fields.rows.value.trim() ? ["--without-rows", rows.join(",")] : ["--without-rows-of", String(at + 1)];
-  const words = ["everystep", "whatif", argument, "--at", String(at), "--until", String(until), ...which];
+  const words = ["everystep", "what-if", argument, "--at", String(at), "--until", String(until), ...which];
   if (each) words.push("--each");
   if (by !== "loss") words.push("--by", by);
   return words.map(quoted).join(" ");
