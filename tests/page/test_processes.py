@@ -56,10 +56,10 @@ def test_bytes_and_lines_arrive_as_they_were_said_and_prints_do_not(child):
     [
         ("sys.exit(3)", r"has ended \(exit code 3\)"),
         ("sys.stdout.write('{\"event\"')", r"has ended \(exit code 0\)"),
-        ("print('no message', flush=True); time.sleep(60)", "gave an answer that cannot be read"),
-        ("print('{}', flush=True); time.sleep(60)", "gave an answer that cannot be read"),
-        ("print('[]', flush=True); time.sleep(60)", "gave an answer that cannot be read"),
-        ("sys.stdout.write('1' * (2**26 + 2)); time.sleep(60)", "gave an answer that cannot be read"),
+        ("print('no message', flush=True); time.sleep(60)", "returned an unreadable answer"),
+        ("print('{}', flush=True); time.sleep(60)", "returned an unreadable answer"),
+        ("print('[]', flush=True); time.sleep(60)", "returned an unreadable answer"),
+        ("sys.stdout.write('1' * (2**26 + 2)); time.sleep(60)", "returned an unreadable answer"),
     ],
 )
 def test_what_is_no_message_is_reported_and_ends_the_process(child, does, report):

@@ -208,7 +208,7 @@ def test_a_rerun_says_where_a_run_parts(runs):
     assert result["sentence"] == rerun_sentence(expected)
     assert found["progress"] == {"done": 60, "total": 60, "what": "taking steps"}
     assert "must be float64 or bfloat16" in wrong["error"]["error"]
-    assert "something that differs" in nothing["error"]["error"]  # no page names a program to run
+    assert "a condition that differs" in nothing["error"]["error"]  # no page names a program to run
 
 
 def test_tasks_that_are_cancelled(runs):
@@ -257,12 +257,12 @@ def test_what_is_asked_is_checked(runs, monkeypatch):
         (of("other", "when"), {"condition": 3}, "condition is missing"),
         (fork, {}, "at is None"),
         (fork, {"at": 10**30}, "write a whole number"),
-        (fork, {"at": 1, "settings": {"optimizer.lr": 1}}, "texts by path"),
+        (fork, {"at": 1, "settings": {"optimizer.lr": 1}}, "must map paths to strings"),
         (fork, {"at": 1, "settings": {"data.path": "/etc/passwd"}}, "reads no files"),
         (fork, {"at": 1, "settings": {"..data[path]": "/etc/passwd"}}, "reads no files"),
         (fork, {"at": 1, "settings": {"data={": "}"}}, "not a setting"),
         (fork, {"at": 1, "settings": {".": "}"}}, "not a setting"),
-        (fork, {"at": 1, "name": "other"}, "there already"),
+        (fork, {"at": 1, "name": "other"}, "already exists"),
         (whatif, {"at": 1, "until": 3}, "rows are None"),
         (whatif, {"at": 1, "until": 3, "rows": []}, "write whole numbers"),
         (whatif, {"at": 1, "until": 3, "rows": [True]}, "write whole numbers"),

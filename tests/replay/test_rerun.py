@@ -222,7 +222,7 @@ def test_a_fork_is_taken_from_where_it_begins(chapter_run):
 
 
 def test_what_cannot_be_taken_elsewhere_is_refused_with_the_reason(chapter_run, small, tmp_path):
-    with pytest.raises(UsageError, match="needs something that differs"):
+    with pytest.raises(UsageError, match="needs a condition that differs"):
         chapter_run.rerun(progress=False)
     with pytest.raises(ExperimentError) as error:
         chapter_run.rerun(threads=0, capability="x", mkl="y", python="/nowhere", progress=False)

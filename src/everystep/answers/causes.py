@@ -324,7 +324,7 @@ def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -
 
 
 def _is_number_of_step(each: TensorDifference, evidence: Evidence) -> bool:
-    """Tell whether an input is one number that neither the batch nor the state has."""
+    """Return whether an input is one number that neither the batch nor the state has."""
     is_known = memory_of(each.name) in evidence.sources[0].known
     return each.of == 1 and bool(each.values) and not is_known
 
@@ -391,7 +391,7 @@ def _pairs_within(values: tuple[Any, Any]) -> list[tuple[Any, Any]]:
 
 
 def _same_number(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same, if need be once they are rounded to float32."""
+    """Return whether two values are the same, if need be once they are rounded to float32."""
     if isinstance(one, bool) is not isinstance(other, bool):
         return False
     if isinstance(one, float) and isinstance(other, float):

@@ -86,7 +86,7 @@ class Difference(Shown):
 
     def __repr__(self) -> str:
         if self.is_same:
-            found = "all that was compared is the same"
+            found = "everything compared is identical"
         elif self.operation is not None:
             one = self.operation.one or self.operation.other
             name = f", {one.operation.operator}" if one is not None else ""
@@ -334,7 +334,7 @@ def _programs_of(run: RecordedRun) -> list[bytes]:
 
 
 def _draws_at_random(run: RecordedRun) -> bool:
-    """Tell whether a step of the run draws random numbers, if programs show it; True if none does."""
+    """Return whether a step of the run draws random numbers, if programs show it; True if none does."""
     training = run.facts.training
     if training.loop or training.unseen:
         return True

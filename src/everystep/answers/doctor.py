@@ -44,11 +44,11 @@ class Diagnosis(Shown):
 
     @property
     def is_healthy(self) -> bool:
-        """Whether nothing is wrong in what was checked."""
+        """Whether the checks found nothing wrong."""
         return not self.findings
 
     def __repr__(self) -> str:
-        found = "; ".join(map(str, self.findings)) or "nothing is wrong in what was checked"
+        found = "; ".join(map(str, self.findings)) or "the checks found nothing wrong"
         return f"<diagnosis of {self.name}: {found}>"
 
 

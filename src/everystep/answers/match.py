@@ -231,7 +231,7 @@ class _Values:
                 self._by_size[tensor.numel()].append((index, tensor))
 
     def has(self, tensor: Tensor) -> bool:
-        """Tell whether there is such a tensor, up to rounding."""
+        """Return whether there is such a tensor, up to rounding."""
         return self.nearest(tensor)[1] <= self._limit
 
     def nearest(self, tensor: Tensor) -> tuple[int | None, float]:

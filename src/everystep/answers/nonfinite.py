@@ -283,7 +283,7 @@ def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
 
 
 def _is_among_arguments(observed: Observed) -> bool:
-    """Tell whether an infinity is among the arguments."""
+    """Return whether an infinity is among the arguments."""
     operation = observed.operation
     return any(
         (isinstance(value, dict) and value.get("float") in ("inf", "-inf"))

@@ -283,7 +283,7 @@ class OperationPair:
         return texts
 
     def _is_other(self, names: tuple[str, str]) -> bool:
-        """Tell whether two inputs come from another source, or are another view of the same one."""
+        """Return whether two inputs come from another source, or are another view of the same one."""
         x, y = (side.of(name) for side, name in zip(self._sources, names, strict=True))
         if not self._is_one_memory(x, y):
             return True
@@ -325,7 +325,7 @@ def name_in_words(name: str) -> str:
 
 
 def draws(operator: str) -> bool:
-    """Tell whether an operator draws random numbers, as far as it is one that programs may use."""
+    """Return whether an operator draws random numbers, as far as it is one that programs may use."""
     try:
         return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
     except ValueError:  # an eager step may contain any operator
@@ -368,12 +368,12 @@ def _plain(value: Any) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Tell whether two arguments are the same; of tensors, only whether both are there."""
+    """Return whether two arguments are the same; of tensors, only whether both are there."""
     return (_is_tensors(one) and _is_tensors(other)) or same_value(one, other)
 
 
 def _is_tensors(value: Any) -> bool:
-    """Tell whether an argument is a tensor, or a list of nothing else."""
+    """Return whether an argument is a tensor, or a list of nothing else."""
     return value is _A_TENSOR or (isinstance(value, list) and {*map(id, value)} == {id(_A_TENSOR)})
 
 

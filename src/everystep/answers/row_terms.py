@@ -25,8 +25,10 @@ _ADDS = {"add", "sub"}
 _LINEAR = _ADDS | {"clone", "copy", "_to_copy", "neg", "mul", "div"}
 _PARAMETER = "parameter/"
 _NONE = frozenset[str]()
-_OTHER_DTYPE = Reason("memory is read as numbers of another size")
-_OUTSIDE = Reason("a tensor that the step reads may come from operations that are kept as numbers only")
+_OTHER_DTYPE = Reason("memory is read as a dtype of another size")
+_OUTSIDE = Reason(
+    "a tensor that the step reads may come from operations of which only results were recorded"
+)
 _SHARED = Reason("rows of the batch share memory")
 
 
@@ -242,7 +244,7 @@ class _Memory:
                 self.write(name, here[name])
 
     def _agree(self, tracked: dict[str, Tracked]) -> bool:
-        """Tell whether no number on a storage belongs to two rows."""
+        """Return whether no number on a storage belongs to two rows."""
         written = [_Written(self._trace.spec(name), each) for name, each in tracked.items()]
         for spec, _ in written:
             if any(
@@ -334,14 +336,14 @@ def _on(flat: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _same_place(one: TensorSpec, other: TensorSpec) -> bool:
-    """Tell whether two tensors are the same numbers in the same shape; strides along size 1 are moot."""
+    """Return whether two tensors have the same numbers and shape; strides along size 1 do not count."""
     if one.shape != other.shape or one.offset != other.offset or one.dtype != other.dtype:
         return False
     return all(a == b or n == 1 for n, a, b in zip(one.shape, one.stride, other.stride, strict=True))
 
 
 def _covers(new: TensorSpec, old: TensorSpec) -> bool:
-    """Tell whether a tensor overwrites another for sure: the same place, or all of a dense range."""
+    """Return whether a tensor overwrites another for sure: the same place, or all of a dense range."""
     if _same_place(new, old):
         return True
     count = 1

@@ -260,7 +260,7 @@ def _indices(spec: TensorSpec, moving: list[int], rest: int) -> dict[int, int] |
 
 
 def same_number_bits(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two numbers have the same bits; NaN is the same as any NaN."""
+    """Return whether two numbers have the same bits; NaN is the same as any NaN."""
     if one.dtype != other.dtype:
         return False
     if one.is_floating_point() and bool(torch.isnan(one)) and bool(torch.isnan(other)):

@@ -226,7 +226,7 @@ def _is_numeric(column: pl.Series) -> bool:
 
 
 def _is_date(column: pl.Series) -> bool:
-    """Tell whether all values are dates or times, as such or as text."""
+    """Return whether all values are dates or times, as such or as text."""
     if column.dtype in (pl.Date, pl.Datetime):
         return True
     words = column.drop_nulls()

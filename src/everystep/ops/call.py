@@ -170,7 +170,7 @@ Made = Sum | Formula | Words
 
 
 def _is_loose(text: str) -> bool:
-    """Tell whether a term binds less than the sum that it is in."""
+    """Return whether a term binds less than the sum that it is in."""
     tree = parsed(text)
     is_added = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add | ast.Sub)
     return is_added or isinstance(tree, ast.IfExp | ast.Compare | ast.BoolOp)

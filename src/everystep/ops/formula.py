@@ -5,9 +5,9 @@ settings of the operator; `written` puts the settings in for the reader, `value`
 in double precision. A formula that is shown cannot give another number than the one next to it.
 
 `^` is a power. `a if c else b`, comparisons, `and`, `or` and `not` are those of Python, for each number.
-`a · b` is the sum of the products; where `a` has more numbers than `b`, of each row of `a`, a row having
-as many numbers as `b`. `a[b]` is the number of `a` at the place that `b` names: that number is the one
-that is given. `TEXT where x = ..., y = ...` names what is used more than once, each after what it uses.
+`a · b` is the sum of the products; if `a` has more numbers than `b`, of each row of `a`, a row having as
+many numbers as `b`. `a[b]` is the number of `a` at the place that `b` names: that number is the one that
+is given. `TEXT where x = ..., y = ...` names what is used more than once, each after what it uses.
 """
 
 from __future__ import annotations

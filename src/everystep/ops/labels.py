@@ -82,7 +82,7 @@ class Tracked(NamedTuple):
     summed: Reason | None = None
 
     def has(self, label: int) -> bool:
-        """Tell whether any number has the label."""
+        """Return whether any number has the label."""
         return bool((_core(self.labels) == label).any())
 
     @property
@@ -99,7 +99,7 @@ class Tracked(NamedTuple):
 
 
 def all_are(labels: Tensor, label: int) -> bool:
-    """Tell whether all labels are the same."""
+    """Return whether all labels are the same."""
     return bool((_core(labels) == label).all())
 
 

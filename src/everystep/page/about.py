@@ -36,10 +36,10 @@ def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, A
 def about_data(
     name: str, run: RecordedRun, columns: RunColumns, forks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return everything about a run besides its numbers by step.
+    """Return everything about a run except its numbers by step.
 
     Raises:
-        RunError: it does not say what it is.
+        RunError: it has no description.
     """
     facts, training = columns.facts, columns.facts.training
     settings, problem = _settings_of(run, training)

@@ -65,7 +65,7 @@ async def _close_desks(app: Starlette) -> None:
 
 
 class UntilEnd:
-    """Ends the answers that still go on when the server ends: event streams, steps being opened."""
+    """Ends answers in progress when the server ends: event streams, steps being opened."""
 
     def __init__(self, app: Starlette) -> None:
         self._app = app
@@ -77,7 +77,7 @@ class UntilEnd:
         await _close_desks(self._app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as the application does; at the end, as if the browser had gone."""
+        """Answer as the application does; at the end, as if the browser had disconnected."""
 
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -112,14 +112,14 @@ async def _told(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     is_missing = error.status_code == 404
-    text = f"there is nothing at {request.url.path}" if is_missing else error.detail
+    text = f"there is no page at {request.url.path}" if is_missing else error.detail
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": text}, error.status_code, headers=error.headers)
-    title = "Nothing here" if is_missing else "This did not work"
+    title = "Nothing here" if is_missing else "The request failed"
     page = problem_page(title, text, has_link=True)
     return HTMLResponse(page, error.status_code, headers=error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    text = "everystep failed at this; the reason is in its terminal. Please report it"
+    text = "everystep failed; its terminal shows the reason. Please report it"
     return JSONResponse({"error": text}, 500)

@@ -34,6 +34,6 @@ def event(name: str, content: Any, number: int | None = None) -> str:
 
 
 def last_seen(request: Request) -> int:
-    """Return the number of the last event that the browser has seen, 0 for none."""
+    """Return the number of the last event that the browser received, 0 for none."""
     said = request.headers.get("last-event-id") or request.query_params.get("after", "")
     return int(said) if said.isascii() and said.isdecimal() and len(said) < 19 else 0

@@ -1,7 +1,7 @@
-"""How much memory a process may take that opens runs, which may be a stranger's.
+"""A memory limit for processes that open runs, which may be a stranger's.
 
-A program of a few bytes can ask for tensors of any size. Where the system offers it (Linux), a process
-gets no more than a share of the machine's memory: it says so and goes on, and nothing else is ended.
+A program of a few bytes can allocate tensors of any size. On Linux, a process gets a share of the
+machine's memory at most: beyond it, it reports an error and continues, and no other process is ended.
 """
 
 from __future__ import annotations

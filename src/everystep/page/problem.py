@@ -1,4 +1,4 @@
-"""A page that says what is wrong, in the style of the others; it needs no file of the server."""
+"""A page that shows an error, in the style of the others; it needs no file of the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token that opens the page: made of a secret that only the user can read."""
+"""The token that opens the page, derived from a secret that only the user can read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _secret() -> bytes:
     path = Path(platformdirs.user_state_dir("everystep", appauthor=False)) / "page-secret"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Another process may write it at the same time: the first one's stands.
+        # Another process may write it at the same time: the first one is kept.
         for _ in range(3):
             if (secret := _read(path)) is not None:
                 return secret
@@ -40,7 +40,7 @@ def _secret() -> bytes:
     except OSError as error:
         reason = error.strerror or str(error)
     else:
-        reason = "what is written there cannot be read again as it was"
+        reason = "what is written there reads back different"
     raise UsageError(
         f"{path} cannot be used: {reason}; the page keeps a secret there, so that nobody else can open "
         "it (XDG_STATE_HOME names another place)"
@@ -48,7 +48,7 @@ def _secret() -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the secret, None where there is none that nobody else can have read or written."""
+    """Return the secret, None if there is none, or if another user may have read or written it."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)

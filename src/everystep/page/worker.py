@@ -43,7 +43,7 @@ Found = tuple[dict[str, Any], bytes]
 
 
 class Openers:
-    """The runs that were asked for last, with all that was gone through in them."""
+    """The runs that were used last, with their replays."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, tuple[tuple[Any, ...], Run]] = OrderedDict()
@@ -80,21 +80,21 @@ class Openers:
         return run, run[number]
 
     def _stamp(self, run: Run) -> tuple[Any, ...]:
-        """Return what tells a run from another one of the same name.
+        """Return what distinguishes a run from another one of the same name.
 
         Raises:
-            RunError: it is gone.
+            RunError: it no longer exists.
         """
         path: Path = run.directory / FILE_NAME
         try:
             status = path.stat()
         except OSError as error:
-            raise RunError(f"the run {run.name} is not there any more: {error.strerror}") from None
+            raise RunError(f"the run {run.name} no longer exists: {error.strerror}") from None
         return status.st_dev, status.st_ino, run.facts.started
 
 
 class Interruption:
-    """Ctrl-C's signal as the server's word that nobody waits for the answer any more."""
+    """SIGINT, by which the server reports that no request waits for the answer."""
 
     def __init__(self) -> None:
         self._is_heard = False
@@ -115,7 +115,7 @@ class Interruption:
 def answers(
     openers: Openers, lines: Iterator[bytes], interruption: AbstractContextManager[None] | None = None
 ) -> Iterator[Message]:
-    """Yield the answer to each line; interruption: raises KeyboardInterrupt where one is given up."""
+    """Yield the answer to each line; interruption: raises KeyboardInterrupt when one is stopped."""
     for line in lines:
         about: dict[str, Any] = {}
         content = b""
@@ -140,8 +140,8 @@ def answers(
             place = str(request.get("run", ""))
             openers.forget(place)  # it may be in the middle of a step
             if place and not Path(place, FILE_NAME).exists():
-                # Deleted while it was read: whatever came of that says nothing about the run.
-                status, about = 404, {"error": f"the run {Path(place).name} is not there any more"}
+                # Deleted while it was read: the error is not about the run.
+                status, about = 404, {"error": f"the run {Path(place).name} no longer exists"}
         yield Message("answer", {"status": status, "about": about}, content)
 
 

@@ -108,5 +108,5 @@ _VARIANT = re.compile(r"^_foreach_|(?<=[a-z0-9])_$")
 
 
 def is_allowed(name: str) -> bool:
-    """Tell whether a program may call an operator, by its name without an overload."""
+    """Return whether a program may call an operator, by its name without an overload."""
     return name in _ALLOWED or _VARIANT.sub("", name) in _ALLOWED

@@ -105,7 +105,7 @@ def references(value: Any) -> Iterator[str]:
 
 
 def fits(kind: str, value: Any, size: int | None = None) -> bool:
-    """Tell whether an encoded argument is of a kind, as schemas write it.
+    """Return whether an encoded argument is of a kind, as schemas write it.
 
     size: of a list of a fixed length, which one number may stand for.
     """

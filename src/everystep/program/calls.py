@@ -134,7 +134,7 @@ def _into_results(
 
 
 def _can_be_split(operator: Any) -> bool:
-    """Tell whether this torch has the loss as a separate function, with a choice of reduction."""
+    """Return whether this torch has the loss as a separate function, with a choice of reduction."""
     has_reduction = any(p.name == "reduction" for p in operator._schema.arguments)
     return has_reduction and hasattr(torch._C._nn, operator.overloadpacket.__name__)
 
@@ -215,7 +215,7 @@ def _bindings(operator: Any) -> list[Callable[..., Any]]:
 def _calls_only(
     function: Callable[..., Any], operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]
 ) -> bool:
-    """Tell whether the function does nothing but call the operator with these arguments."""
+    """Return whether the function does nothing but call the operator with these arguments."""
     probe = _Probe(operator)
     try:
         with probe:

@@ -21,7 +21,7 @@ __all__ = ["is_known_sound", "note_sound"]
 
 
 def is_known_sound(text: bytes) -> bool:
-    """Tell whether a program with this text passed the same check before."""
+    """Return whether a program with this text passed the same check before."""
     with suppress(OSError):
         return _mark(text).is_file()
     return False

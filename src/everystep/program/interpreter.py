@@ -295,7 +295,7 @@ class Environment:
         return here[name]
 
     def is_there(self, name: str) -> bool:
-        """Tell whether a tensor's memory exists yet."""
+        """Return whether a tensor's memory exists yet."""
         return self._program.tensors[name].storage in self._memory
 
     def put(self, name: str, tensor: Any) -> None:

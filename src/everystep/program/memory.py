@@ -69,7 +69,7 @@ def plan_memory(program: Program, names: Collection[str]) -> MemoryPlan:
 
 
 def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
-    """Tell whether a tensor has the geometry that a program expects."""
+    """Return whether a tensor has the geometry that a program expects."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
         return False
     if tensor.layout != torch.strided or tensor.storage_offset() != spec.offset:
@@ -97,7 +97,7 @@ def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -
 
 
 def repeats(tensor: Tensor) -> bool:
-    """Tell whether a tensor has the same element at several positions (stride 0)."""
+    """Return whether a tensor has the same element at several positions (stride 0)."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return any(stride == 0 and size > 1 for stride, size in pairs)
 

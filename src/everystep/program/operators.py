@@ -164,13 +164,13 @@ def _reason_against(name: str, operator: Any) -> str | None:
 
 @cache
 def _has_dynamic_shape(packet: Any) -> bool:
-    """Tell whether the shape of a result depends on values; not all overloads with `out=` declare it."""
+    """Return whether a result's shape depends on values; not all overloads with `out=` declare it."""
     overloads = (getattr(packet, name) for name in packet.overloads())
     return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
 
 
 def _is_taken_apart(schema: Any) -> bool:
-    """Tell whether torch decomposes this operator before it runs, so that no step contains it.
+    """Return whether torch decomposes this operator before it runs, so that no step contains it.
 
     Operators with a known derivative are not decomposed: some device has a kernel for them.
     """
@@ -181,7 +181,7 @@ def _is_taken_apart(schema: Any) -> bool:
 
 @cache
 def computes(operator: Any) -> bool:
-    """Tell whether the operator computes numbers; others give a view or memory, which programs state."""
+    """Return whether the operator computes numbers; others return a view or memory."""
     if isinstance(operator, OptimizerOperator):
         return True
     results = operator._schema.returns
@@ -239,7 +239,7 @@ def writes(operator: Any) -> frozenset[str]:
 
 
 def draws_random_numbers(operator: Any) -> bool:
-    """Tell whether the operator draws from a random generator."""
+    """Return whether the operator draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in operator.tags
 
 

@@ -61,7 +61,7 @@ class Precision:
         for operation in program.operations:
             if operation.name in _ONLY_FLOAT32:
                 raise ProgramError(
-                    f"{operation.operator} computes in float32 only, so these steps do not exist in "
+                    f"{operation.operator} computes in float32 only, so these steps cannot run in "
                     f"{self.name}; train with torch.backends.mkldnn.enabled = False, which computes an "
                     "LSTM by operations that do"
                 )
@@ -174,7 +174,7 @@ class Precision:
 
 
 def _draws_others(operation: Operation) -> bool:
-    """Tell whether an operation draws random numbers that are others in another dtype."""
+    """Return whether an operation draws random numbers that are others in another dtype."""
     if not draws_random_numbers(operation.resolved) or operation.operator in _SAME_DRAWS:
         return False
     given = operation.given()
@@ -185,7 +185,7 @@ def _draws_others(operation: Operation) -> bool:
 
 
 def _is_counter(name: str) -> bool:
-    """Tell whether a tensor of the state counts the steps of an optimizer."""
+    """Return whether a tensor of the state counts the steps of an optimizer."""
     return name.startswith("optimizer/") and name.rpartition("/")[2] == "step"
 
 

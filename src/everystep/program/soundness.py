@@ -160,7 +160,7 @@ class _Check:
             raise ValueError(f"has no matching {base} before it")
 
     def _is_forward(self, place: int, index: int) -> bool:
-        """Tell whether the operation at `index` is of the backward pass of that at `place`."""
+        """Return whether the operation at `index` is of the backward pass of that at `place`."""
         forward, operation = self._operations[place], self._operations[index]
         renamed = RENAMED.get(operation.name, {})
         known = {p.name: p for p in parameters(forward.resolved)}
@@ -220,7 +220,7 @@ class _Check:
         return [n for n in references(value) if not DTYPES[self._specs[n].dtype].is_floating_point]
 
     def _is_changed(self, names: list[str], place: int, index: int) -> bool:
-        """Tell whether an operation between two places writes to the memory of these tensors."""
+        """Return whether an operation between two places writes to the memory of these tensors."""
         writers = (w for name in names for w in self._writers.get(self._specs[name].storage, ()))
         return any(place < writer < index for writer in writers)
 
@@ -264,7 +264,7 @@ def _is_dense(spec: TensorSpec) -> bool:
 
 
 def _are_dense(given: Given, *but: str) -> bool:
-    """Tell whether all tensors fill their memory without gaps or overlaps."""
+    """Return whether all tensors fill their memory without gaps or overlaps."""
     specs = (value for name, value in given.items() if name not in but)
     return all(_is_dense(spec) for spec in specs if isinstance(spec, TensorSpec))
 

@@ -45,7 +45,7 @@ def steady_operations(program: Program) -> set[int]:
 
 
 def has_fixed_shapes(program: Program) -> bool:
-    """Tell whether no result has a shape that depends on the numbers in tensors."""
+    """Return whether no result has a shape that depends on the numbers in tensors."""
     return not any(_has_shape_of_values(each, program) for each in program.operations)
 
 

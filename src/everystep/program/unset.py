@@ -45,7 +45,7 @@ _ONLY_SHAPES = {"bernoulli.p", "nll_loss_backward.default", "nll_loss2d_backward
 
 
 def overwrites(operation: Operation) -> bool:
-    """Tell whether an operation writes to all of its first argument without reading it."""
+    """Return whether an operation writes to all of its first argument without reading it."""
     return operation.name in _OVERWRITING
 
 

@@ -217,7 +217,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Tell whether two plain values are the same: NaN is NaN, and 0.0 is not -0.0."""
+    """Return whether two plain values are the same: NaN is NaN, and 0.0 is not -0.0."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same_value, one, other))
     if isinstance(one, float) and isinstance(other, float):

@@ -95,7 +95,7 @@ class _Growing:
         self._last = int(steps[-1]) if len(steps) else self._last
 
     def is_followed_by(self, steps: NDArray[np.int64]) -> bool:
-        """Tell whether these steps are later ones of the block, in their order."""
+        """Return whether these steps are later ones of the block, in their order."""
         ends = self._last < steps[0] and steps[-1] < self.first + BLOCK
         return bool(ends and (steps[1:] > steps[:-1]).all())
 

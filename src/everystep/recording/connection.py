@@ -200,7 +200,7 @@ def _statuses(path: Path) -> list[os.stat_result]:
     try:
         found = [path.stat()]
     except OSError:
-        raise RunError(f"{path.parent} is not a run any more: {path.name} is missing") from None
+        raise RunError(f"{path.parent} is no longer a run: {path.name} is missing") from None
     for suffix in ("-wal", "-journal"):
         with suppress(FileNotFoundError):
             found.append(Path(f"{path}{suffix}").stat())

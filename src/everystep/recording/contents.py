@@ -127,7 +127,7 @@ def inputs_of(content: bytes | None, what: str) -> Inputs:
 
 
 def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
-    """Tell whether to store a tensor of this many bytes row by row."""
+    """Return whether to store a tensor of this many bytes row by row."""
     return bool(shape) and shape[0] > 0 and size // shape[0] >= _SMALLEST_ROW
 
 

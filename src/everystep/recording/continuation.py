@@ -164,7 +164,7 @@ class Continuation:
 
 
 def _is_same(number: float, recorded: float) -> bool:
-    """Tell whether a number is the recorded one; NaN is NaN."""
+    """Return whether a number is the recorded one; NaN is NaN."""
     return number == recorded or (math.isnan(number) and math.isnan(recorded))
 
 

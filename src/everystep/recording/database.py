@@ -380,6 +380,6 @@ def reading(path: Path, *, is_still: bool = False) -> Iterator[Database]:
     except FileNotFoundError:
         if path.is_file():
             raise
-        raise RunError(f"{path.parent} is not a run any more: {path.name} is missing") from None
+        raise RunError(f"{path.parent} is no longer a run: {path.name} is missing") from None
     finally:
         connection.close()

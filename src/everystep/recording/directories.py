@@ -140,7 +140,7 @@ def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
 
 
 def remove_unbegun(directory: Path) -> bool:
-    """Tell whether a run is still to begin: there is none, or it has neither a step nor a state.
+    """Return whether a run is still to begin: there is none, or it has neither a step nor a state.
 
     Such a directory is removed if everystep made all that is in it.
 

@@ -78,7 +78,7 @@ def _say_without_locks(directory: Path) -> None:
 
 
 def is_locked(directory: Path) -> bool:
-    """Tell whether a process is writing a run."""
+    """Return whether a process is writing a run."""
     path = directory / LOCK_NAME
     try:
         status = path.lstat()
@@ -113,7 +113,7 @@ def _facts_of(directory: Path) -> Facts:
 
 
 def _names_a_writer(directory: Path, *, other: bool = False) -> bool:
-    """Tell whether the process that a run names as its writer seems to be writing it.
+    """Return whether the process that a run names as its writer seems to be writing it.
 
     other: only a process other than this one.
     """

@@ -177,7 +177,7 @@ class SnapshotPlan:
             self.interval *= 2
 
     def is_due(self, step: int) -> bool:
-        """Tell whether the state after `step` should be kept."""
+        """Return whether the state after `step` should be kept."""
         return self.interval is not None and step % self.interval == 0
 
     def add(self, step: int, size: int) -> list[int]:

@@ -27,7 +27,7 @@ _RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
 
 
 def is_rate(name: str) -> bool:
-    """Tell whether a measurement is a learning rate or its like: recorded where it changes."""
+    """Return whether a measurement is a learning rate or its like: recorded where it changes."""
     return _RATE.fullmatch(name) is not None
 
 

@@ -67,7 +67,7 @@ class BoundStep:
     digests: dict[str, str] = field(default_factory=dict)
 
     def is_for(self, given: Inputs, rule: RowsOf | None) -> bool:
-        """Tell whether it is bound to inputs of the same names as those of a step."""
+        """Return whether it is bound to inputs of the same names as those of a step."""
         return rule is self.rule and self.outside.keys() == _outside(given).keys()
 
     def begin(self, row: Repeat) -> bool:
@@ -268,7 +268,7 @@ def _place(tensor: Tensor) -> int:
 
 
 def _can_be_bound(program: Program, batch: Sequence[str], outside: Collection[str]) -> bool:
-    """Tell whether a program can run many steps in a row on the same memory.
+    """Return whether a program can run many steps in a row on the same memory.
 
     Not if it has shapes that depend on numbers, writes into its inputs, or reads what a step before has
     left in memory that it writes into again.
@@ -305,7 +305,7 @@ def _laid_as(tensor: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _fit(batch: Mapping[str, Tensor | None], program: Program) -> bool:
-    """Tell whether the tensors of a batch have the shapes and dtypes that a program expects."""
+    """Return whether the tensors of a batch have the shapes and dtypes that a program expects."""
     specs = ((each, program.tensors[name]) for name, each in batch.items())
     return all(
         each is not None and (tuple(each.shape), each.dtype) == (spec.shape, spec.torch_dtype)

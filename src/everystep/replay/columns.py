@@ -66,7 +66,7 @@ def check_question(expression: Expression, opener: Opener) -> None:
     """Check the names in an expression against the first step of a run.
 
     Raises:
-        ExpressionError: a name does not exist, or rows and tensors of the step before are asked for.
+        ExpressionError: a name does not exist, or it needs rows and tensors of the previous step.
         RunError: the run has no step, or it cannot be opened.
     """
     has_rows = any(reference.kind == "rows" for reference in expression.references)
@@ -130,10 +130,10 @@ class HeldNumber:
 
 
 def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
-    """Return what tells a measurement of a step, None where it has none.
+    """Return a function that looks up a measurement by step (None where it has none).
 
-    A setting of an optimizer is recorded when it changes, and holds until then; of a loop, these are the
-    learning rates. What a loop logs belongs to its step.
+    A setting of an optimizer is recorded when it changes, and holds until the next change; of a loop,
+    these are the learning rates. What a loop logs belongs to its step.
     """
     training, values = run.facts.training, run.measured(name)
     is_rate = name.partition("[")[0].rpartition(".")[2] == "lr" and bool(training.optimizers)
@@ -142,7 +142,7 @@ def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
 
 
 class _NothingThereError(Exception):
-    """Something that an expression names has no value at this step."""
+    """A name in an expression has no value at this step."""
 
 
 class Evaluator:

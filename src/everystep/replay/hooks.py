@@ -66,7 +66,7 @@ class Probe:
         self._finish(step.number, step.loss)
 
     def has(self, reference: Reference) -> bool:
-        """Tell whether a value exists: not before the first step, nor for a module that did not run."""
+        """Return whether a value exists: not before step 1, and not for a module that did not run."""
         if reference.is_previous:
             return reference in self._before
         return _copied(reference) in self._copies
@@ -140,7 +140,7 @@ class OpenedStep:
         self.step = step
 
     def has(self, reference: Reference) -> bool:
-        """Tell whether a value exists: not of the step before, nor of a module that did not run."""
+        """Return whether a value exists: not of the step before, nor of a module that did not run."""
         if reference.is_previous or reference.kind == "rows":
             return not reference.is_previous
         found = self._named(reference.kind).get(reference.name)

@@ -70,7 +70,7 @@ def recorded_numerics(facts: Facts) -> Numerics:
 
 
 def needs_worker(facts: Facts) -> bool:
-    """Tell whether this process cannot compute as the run did, but another one could.
+    """Return whether this process cannot compute as the run did, but another one could.
 
     Raises:
         DeviceError: the device of the run is not available.

@@ -389,7 +389,7 @@ class FurtherSteps(StepsAtRate):
         return self._reason_against_changes()
 
     def _can_take(self, number: int) -> bool:
-        """Tell whether there is a program: not one of a first step, which makes what later ones find."""
+        """Return whether there is a program, other than that of a first step, which creates state."""
         try:
             ends = self.program_of(self._like(number)).program.ends
         except NotReplayedError:

@@ -315,7 +315,7 @@ def no_such_step(run: RecordedRun, number: int) -> StepError:
 
 
 def same_number(one: float, two: float) -> bool:
-    """Tell whether two losses are equal; NaN equals NaN."""
+    """Return whether two losses are equal; NaN equals NaN."""
     return one == two or (one != one and two != two)
 
 
@@ -381,7 +381,7 @@ def _converted(state: State, conversion: Precision) -> State:
 
 
 def _is_added_to(observation: Observation, parameter: str) -> bool:
-    """Tell whether a step adds to the gradient of the step before, rather than dropping it."""
+    """Return whether a step adds to the gradient of the step before, rather than dropping it."""
     places = observation.places
     spec = places.tensors.get(f"gradient/{parameter}")
     if spec is None:

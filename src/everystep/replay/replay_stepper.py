@@ -308,7 +308,7 @@ class ReplayStepper:
         return self._advance(last, hook)
 
     def can_watch(self, number: int) -> bool:
-        """Tell whether a hook can observe the next step: a program that is bound runs it."""
+        """Return whether a hook can observe the next step: a program that is bound runs it."""
         try:
             self.settle()
             row = self.steps.row(number)

@@ -1,4 +1,4 @@
-"""A recorded run, as it is used: opened, asked, gone on with, and shown."""
+"""A recorded run: to open, question, continue and show."""
 
 from everystep.run.questions import Steps
 from everystep.run.run import Run, diagnosis_of, progress_of, run_from_objects, run_of

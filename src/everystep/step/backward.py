@@ -93,13 +93,13 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
 
 
 def _is_special(leaf: Tensor) -> bool:
-    """Tell whether Python runs where a leaf gets its gradient, or whether it is sparse."""
+    """Return whether Python runs where a leaf gets its gradient, or whether it is sparse."""
     has_hooks = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
     return bool(has_hooks) or leaf.layout is not torch.strided
 
 
 def _has_other_bits(node: Any) -> bool:
-    """Tell whether the formula of a node is another one under a dispatch mode, with other bits.
+    """Return whether the formula of a node is another one under a dispatch mode, with other bits.
 
     torch asks there whether a tensor is like one of a subclass (isTensorSubclassLike), as any is while a
     mode is in force: prod, and the value that masked_fill fills with, take a way that works for those.
@@ -214,7 +214,7 @@ def _left(leaves: list[Tensor], result: Any) -> list[Tensor | None]:
 
 
 def _can_jump(entry: Entry, end: Entry) -> bool:
-    """Tell whether what is between two points depends on nothing but what was compared before."""
+    """Return whether what is between two points depends on nothing but what was compared before."""
     at = end.parent
     while at is not None and at is not entry:
         if at.key[0] != "call" or at.contents or at.draws > entry.draws or at.shaped:

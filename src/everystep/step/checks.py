@@ -67,7 +67,7 @@ def _code(token: Any) -> str:
 
 
 def _is_plainly_equal(value: Any) -> bool:
-    """Tell whether == and the same type mean the same value: not of 0.0 and -0.0, nor of NaN."""
+    """Return whether == and the same type mean the same value: not of 0.0 and -0.0, nor of NaN."""
     return value is None or type(value) in (
         *(bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format),
     )

@@ -60,7 +60,7 @@ class Expander:
         self._last: tuple[list[Path], _Spliced] | None = None
 
     def _tells(self, place: int) -> bool:
-        """Tell whether what an optimizer reads as a number is in the state, and unchanged until then."""
+        """Return whether a number that an optimizer reads is in the state, still unchanged."""
         program = self._interpreter.program
         written: set[str] = set()
         made: set[str | None] = set()

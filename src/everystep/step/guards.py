@@ -165,7 +165,7 @@ def _geometry_changes(guard: _Guard, now: Any) -> str | None:
 
 
 def has_comparable_numbers(tensor: Tensor) -> bool:
-    """Tell whether the numbers of a tensor can be noted: it is dense, and has memory that is counted."""
+    """Return whether a tensor's numbers can be noted: it is dense, and torch counts its changes."""
     is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
     return is_dense and tensor.device.type != "meta" and not tensor.is_inference()
 
@@ -190,7 +190,7 @@ def _digest(array: np.ndarray[Any, Any]) -> bytes:
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether a value is a number, a string or the like, or a tuple or slice of such."""
+    """Return whether a value is a number, a string or the like, or a tuple or slice of such."""
     kind = kind_of(value)
     if kind is tuple:
         return all(map(is_plain, value))
@@ -206,7 +206,7 @@ def kind_of(value: Any) -> type:
 
 
 def is_a(value: Any, *kinds: type) -> bool:
-    """Tell whether a value is of a class; `isinstance` would also ask the value itself."""
+    """Return whether a value is of a class; `isinstance` would also ask the value itself."""
     return issubclass(kind_of(value), kinds)
 
 
@@ -226,7 +226,7 @@ def held(holder: Any, name: str) -> Any:
 
 
 def same_value(one: Any, two: Any) -> bool:
-    """Tell whether two values are one object, or equal plain values (0.0 is not -0.0, nor 1 True)."""
+    """Return whether two values are one object, or equal plain values (0.0 is not -0.0, nor 1 True)."""
     if one is two:
         return True
     if type(one) is str and type(two) is str:

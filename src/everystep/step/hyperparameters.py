@@ -45,7 +45,7 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def expected_to_change(name: str, *, more_than_lr: bool) -> bool:
-    """Tell whether a schedule is expected to change a number at every step.
+    """Return whether a schedule is expected to change a number at every step.
 
     more_than_lr: whether the schedule changes the momentum as well.
     """
@@ -54,7 +54,7 @@ def expected_to_change(name: str, *, more_than_lr: bool) -> bool:
 
 
 def is_hyperparameter(name: str) -> bool:
-    """Tell whether a measurement of that name is such a number."""
+    """Return whether a measurement of that name is such a number."""
     return _NAME.fullmatch(name) is not None
 
 

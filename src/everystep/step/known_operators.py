@@ -96,7 +96,7 @@ def known_operator(func: Any) -> KnownOperator:
 
 
 def _makes_dtype(func: Any) -> bool:
-    """Tell whether an operator creates a tensor from none, by default in the process's dtype."""
+    """Return whether an operator creates a tensor from none, by default in the process's dtype."""
     kinds = {p.name: p.kind for p in parameters(func)}
     return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
 
@@ -109,7 +109,7 @@ def _resizes(func: Any) -> bool:
 
 
 def _is_composite(func: Any) -> bool:
-    """Tell whether torch decomposes an operator before it runs."""
+    """Return whether torch decomposes an operator before it runs."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))
 
@@ -120,7 +120,7 @@ def gathers_data(
     is_met: Callable[[Tensor], bool],
     is_drawn: Callable[[Tensor], bool],
 ) -> bool:
-    """Tell whether an operation cuts numbers out of data from outside, or writes into a part of it.
+    """Return whether an operation cuts numbers out of data from outside, or writes into a part of it.
 
     A loop without a loader cuts its batches out of one long tensor, at other places at each step. What
     it gets is an input of the step, kept by content as a batch is, and the operation is left out: so
@@ -155,7 +155,7 @@ def gathers_data(
 
 
 def is_shaped_by_numbers(func: Any, args: Any) -> bool:
-    """Tell whether the shapes of an operation's results depend on numbers."""
+    """Return whether the shapes of an operation's results depend on numbers."""
     if func.overloadpacket.__name__ == "_pack_padded_sequence":  # torch has no tag on it
         return True
     if torch.Tag.dynamic_output_shape not in func.tags:

@@ -43,7 +43,7 @@ class KnownPaths:
         self._without_hooks: dict[int, Any] = {}
 
     def may_follow(self) -> bool:
-        """Tell whether the next step may be followed, or remembered if it is new."""
+        """Return whether the next step may be followed, or remembered if it is new."""
         if self.given_up is not None:
             return False
         if self._rest:
@@ -84,7 +84,7 @@ class KnownPaths:
         return root
 
     def have_hooks(self, leaves: Iterable[Tensor]) -> bool:
-        """Tell whether Python runs where autograd adds to the gradients of some tensors."""
+        """Return whether Python runs where autograd adds to the gradients of some tensors."""
         if self._handles != handles():
             self._without_hooks.clear()
         known = self._without_hooks

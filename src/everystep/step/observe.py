@@ -143,7 +143,7 @@ class StepObserver:
 
 
 def makes_gradients(operation: Operation) -> bool:
-    """Tell whether an operation is of backward; that a GradScaler divides by its scale is part of it."""
+    """Return whether an operation belongs to backward, a GradScaler's division included."""
     return operation.phase == "backward" or operation.name.rstrip("_") == UNSCALES
 
 

@@ -156,7 +156,7 @@ class _Code:
         self._step: Any = None
 
     def is_torchs(self) -> bool:
-        """Tell whether all of them are torch's, now."""
+        """Return whether all of them are torch's, now."""
         if not self._is_known:
             return False
         for table, named in self._functions:
@@ -171,12 +171,12 @@ class _Code:
 
 
 def _is_ours(hook: Any) -> bool:
-    """Tell whether a hook is everystep's."""
+    """Return whether a hook is everystep's."""
     return str(getattr(hook, "__module__", "")).startswith("everystep.")
 
 
 def _is_written_by_torch(function: Any) -> bool:
-    """Tell whether torch, everystep or the standard library has a function, and what it wraps."""
+    """Return whether torch, everystep or the standard library has a function, and what it wraps."""
     while type(function) is FunctionType:
         file = function.__code__.co_filename
         if not file.startswith(_TRUSTED) and file != typing_extensions.__file__:

@@ -92,7 +92,7 @@ class OptimizerSteps:
         _pop_mode()
 
     def _may_be_one(self, call: OptimizerCall) -> bool:
-        """Tell whether the path knows what an optimizer uses, unless one like it is expected anyway."""
+        """Return whether the path knows what an optimizer uses."""
         step, expected = self._step, self._step.at.next
         if not step.is_remembered or (expected is not None and expected.key[0] == "optimizer"):
             return True
@@ -100,7 +100,7 @@ class OptimizerSteps:
         return all(step.tensors.number(tensor) is not None for tensor in call.tensors)
 
     def _can_hold(self, call: OptimizerCall) -> bool:
-        """Tell whether a program can hold the step: it knows all memory that the step uses."""
+        """Return whether a program can hold the step: it knows all memory that the step uses."""
         step, tensors = self._step, self._step.tensors
         with torch._C._DisableTorchDispatch():
             given = call.tensors

@@ -46,7 +46,7 @@ _WITH_CODE = ("builtins", "functools", "torch", "types")
 
 
 def keeps_own_state(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Tell whether an optimizer may keep more than torch's own do."""
+    """Return whether an optimizer may keep more than torch's own do."""
     return optimizer is not None and not type(optimizer).__module__.startswith(
         ("torch.optim", "everystep.")
     )
@@ -184,7 +184,7 @@ class _Capturing:
 
 
 def _is_code(value: Any) -> bool:
-    """Tell whether a value is a function or the like; an object of another class may count its calls."""
+    """Return whether a value is like a function; an object of another class may count its calls."""
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 
 

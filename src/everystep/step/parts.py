@@ -244,7 +244,7 @@ class _Layout:
         self._known = self._objects()
 
     def holds(self) -> bool:
-        """Tell whether they are still in the same places."""
+        """Return whether they are still in the same places."""
         now = self._objects() if self._is_sure else []
         return self._is_sure and len(now) == len(self._known) and all(map(is_, now, self._known))
 

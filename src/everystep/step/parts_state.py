@@ -255,7 +255,7 @@ def _is_same(one: Any, two: Any) -> bool:
 
 
 def _is_equal(one: Any, two: Any) -> bool:
-    """Tell whether two settings are written alike."""
+    """Return whether two settings are written alike."""
     return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
 
 

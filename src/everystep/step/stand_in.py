@@ -269,7 +269,7 @@ class StandIn:
         return None
 
     def is_ready(self, state: Mapping[str, Tensor], era: int) -> bool:
-        """Tell whether the tensors of the state have the layout of the program; bind it to them.
+        """Return whether the tensors of the state have the layout of the program; bind it to them.
 
         era: within the same era, only programs have run.
         """
@@ -472,7 +472,7 @@ class StandIn:
         return self._comparison.difference(before, batch, seen.numbers, logged)
 
     def _foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
-        """Tell whether the numbers of a Python step were predicted, except those that it reads."""
+        """Return whether the numbers of a Python step were predicted, except those that it reads."""
         return len(numbers) == len(seen) and all(
             repr(one) == repr(two)
             for place, (one, two) in enumerate(zip(numbers, seen, strict=True))
@@ -510,7 +510,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:
-    """Tell whether the tensors of a state share memory exactly as a program says."""
+    """Return whether the tensors of a state share memory exactly as a program says."""
     places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
     storages, memories = zip(*places, strict=True) if places else ((), ())
     return len(set(storages)) == len(set(memories)) == len(places)
@@ -537,7 +537,7 @@ def _steps_of(
 
 
 def _is_shaped(seen: Any, path: Path) -> bool:
-    """Tell whether the shapes of an operation's results depend on values."""
+    """Return whether the shapes of an operation's results depend on values."""
     tags = seen.operator.tags
     if torch.Tag.data_dependent_output in tags:
         return True

@@ -271,13 +271,13 @@ def _reason_against_process() -> str | None:
 
 
 def _has_tensor_hooks() -> bool:
-    """Tell whether hooks on saved tensors are active."""
+    """Return whether hooks on saved tensors are active."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(False) is not None
 
 
 def _hooks_on_all() -> bool:
-    """Tell whether there is a hook on all modules or all optimizers; torch's own do not count."""
+    """Return whether there is a hook on all modules or all optimizers; torch's own do not count."""
     modules, optimizers = vars(nn.modules.module), vars(sys.modules[torch.optim.Optimizer.__module__])
     tables = [modules[f"_global{name}"] for name in HOOKS]
     tables += [optimizers.get(name, {}) for name in _HOOKS_ON_OPTIMIZERS]
@@ -286,7 +286,7 @@ def _hooks_on_all() -> bool:
 
 
 def _is_harmless(hook: Any) -> bool:
-    """Tell whether a hook is torch's own, or that of a capture in another thread."""
+    """Return whether a hook is torch's own, or that of a capture in another thread."""
     function = getattr(hook, "__func__", hook)
     origin = str(getattr(function, "__module__", None) or type(hook).__module__)
     return is_torchs_function(function) or origin.startswith("everystep.")

@@ -127,7 +127,7 @@ def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_torchs_module(module: nn.Module, *, but_hooks: bool = False) -> bool:
-    """Tell whether a module is torch's own and unmodified, whatever its submodules are.
+    """Return whether a module is torch's own and unmodified, whatever its submodules are.
 
     but_hooks: it may have hooks.
     """
@@ -161,7 +161,7 @@ def _name_of_function(function: Any) -> str:
 
 
 def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimizer's class is torch's, or the chapter's, with no method replaced."""
+    """Return whether an optimizer's class is torch's, or the chapter's, with no method replaced."""
     cls, own = type(optimizer), vars(optimizer)
     if cls is not GradientDescent and (
         getattr(torch.optim, cls.__name__, None) is not cls
@@ -179,7 +179,7 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def is_torchs_schedule(schedule: LRScheduler | None, *, but_functions: bool = False) -> bool:
-    """Tell whether a schedule and its inner schedules are torch's, and call no user function.
+    """Return whether a schedule and its inner schedules are torch's, and call no user function.
 
     but_functions: they may call functions of the user's.
     """
@@ -199,18 +199,18 @@ def is_torchs_schedule(schedule: LRScheduler | None, *, but_functions: bool = Fa
 
 
 def _exchanged(value: Any, but: str = "") -> bool:
-    """Tell whether an object replaces a method of its class."""
+    """Return whether an object replaces a method of its class."""
     own = vars(value).items()
     return any(callable(each) and name != but and hasattr(type(value), name) for name, each in own)
 
 
 def is_torchs_function(function: Any) -> bool:
-    """Tell whether a function of Python was written by torch."""
+    """Return whether a function of Python was written by torch."""
     return type(function) is types.FunctionType and function.__code__.co_filename.startswith(_TORCH)
 
 
 def _is_overridable(function: Any) -> bool:
-    """Tell whether a function is one of torch's that take tensors, by identity."""
+    """Return whether a function is one of torch's that take tensors, by identity."""
     return id(function) in _overridable_functions()
 
 
@@ -259,7 +259,7 @@ def _identity_of_dict(module: nn.Module) -> int:
 
 
 def _is_from(cls: type, package: str) -> bool:
-    """Tell whether a class is what a module of a package has under its name."""
+    """Return whether a class is what a module of a package has under its name."""
     own = class_dict(cls).get("__module__")
     if type(own) is not str or not own.startswith(package):
         return False
@@ -268,7 +268,7 @@ def _is_from(cls: type, package: str) -> bool:
 
 
 def _is_known(value: Any) -> bool:
-    """Tell whether an attribute of a module is plain, a tensor, a torch function, or made of such."""
+    """Return whether an attribute of a module is plain, a tensor, a torch function, or made of such."""
     kind = kind_of(value)
     if is_plain(value) or kind in TENSOR_TYPES:
         return True

@@ -58,5 +58,5 @@ def unchanging_reads(
 
 
 def _leaves_bytes(operator: Any) -> bool:
-    """Tell whether a result has bytes of memory that nothing has written."""
+    """Return whether a result has bytes of memory that nothing has written."""
     return any(part in operator.overloadpacket.__name__ for part in ("empty", "resize"))

@@ -41,7 +41,7 @@ class CheckPlan:
             self.checked.append(step)
 
     def is_due(self, step: int, last: int | None) -> bool:
-        """Tell whether to check at a step; the last step of a training is checked if that is cheap."""
+        """Return whether to check at a step; the last step of a training is checked if that is cheap."""
         return step >= self.next or (step == last and self._is_cheap(step))
 
     def until(self, last: int) -> int:
@@ -55,7 +55,7 @@ class CheckPlan:
         return self.is_light(self._seconds) or allowed >= self._seconds
 
     def is_light(self, seconds: float) -> bool:
-        """Tell whether something takes too little time to matter."""
+        """Return whether something takes too little time to matter."""
         return seconds < LIGHT_SECONDS
 
     def passed(self, step: int, seconds: float) -> None:

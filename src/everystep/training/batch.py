@@ -61,7 +61,7 @@ class _Copy(NamedTuple):
     era: int | None
 
     def holds(self, tensor: Tensor, era: int | None) -> bool:
-        """Tell whether the tensor still has the bits of the copy."""
+        """Return whether the tensor still has the bits of the copy."""
         if era is not None and era == self.era:
             return True
         is_plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
@@ -134,7 +134,7 @@ def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _is_short(batch: Any) -> bool:
-    """Tell whether a batch is one tensor, or a pair of tensors, in a list or a tuple."""
+    """Return whether a batch is one tensor, or a pair of tensors, in a list or a tuple."""
     is_short = type(batch) in (list, tuple) and len(batch) in (1, 2)
     return is_short and all(isinstance(part, Tensor | np.ndarray) and _is_dense(part) for part in batch)
 

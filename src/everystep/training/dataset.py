@@ -114,7 +114,7 @@ def length_of(dataset: Dataset[Any]) -> int:
 
 
 def _is_torchs(dataset: Any) -> bool:
-    """Tell whether a Dataset is torch's own, of tensors."""
+    """Return whether a Dataset is torch's own, of tensors."""
     if type(dataset) is TensorDataset:
         return all(type(tensor) in TENSOR_TYPES for tensor in dataset.tensors)
     if type(dataset) is Subset:

@@ -231,7 +231,7 @@ def _settings(thing: Any) -> dict[str, Any]:
 
 
 def _is_simple(value: Any) -> bool:
-    """Tell whether a value is a number, a string or None, or a short collection of these."""
+    """Return whether a value is a number, a string or None, or a short collection of these."""
     if type(value) in (list, tuple):
         return len(value) <= _MOST_ITEMS and all(map(_is_simple, value))
     if type(value) in (dict, Counter):

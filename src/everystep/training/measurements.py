@@ -65,7 +65,7 @@ def _torchs_name(loss: Any) -> str | None:
 
 
 def _predicts_logs(loss: Any) -> bool:
-    """Tell whether predictions for a loss of rates are the logarithms of rates, as by default."""
+    """Return whether predictions for a loss of rates are the logarithms of rates, as by default."""
     if isinstance(loss, nn.PoissonNLLLoss):
         return loss.log_input
     return bool(loss.keywords.get("log_input", True)) if type(loss) is partial else True

@@ -247,7 +247,7 @@ def _tensors(states: Mapping[str, Any], names: Collection[str]) -> dict[str, Ten
 
 
 def is_quiet(batches: Any) -> bool:
-    """Tell whether making a batch runs only torch's code, which draws only as an epoch begins."""
+    """Return whether making a batch runs only torch's code, which draws only as an epoch begins."""
     if batches is None or type(batches) in (list, tuple):
         return True
     return (
@@ -261,7 +261,7 @@ def is_quiet(batches: Any) -> bool:
 
 
 def is_indexed(batches: Any) -> bool:
-    """Tell whether a loader goes to a place by its sampler alone, without reading data."""
+    """Return whether a loader goes to a place by its sampler alone, without reading data."""
     return (
         type(batches) is DataLoader
         and batches.num_workers == 0

@@ -120,7 +120,7 @@ class RunWriter:
         return min(stops)
 
     def is_snapshot_due(self) -> bool:
-        """Tell whether the current state should be kept."""
+        """Return whether the current state should be kept."""
         recorder = self.recorder
         if recorder.lost_to > self._lost_to:
             # Old batches were dropped: everything from here on must open without them.

@@ -112,7 +112,7 @@ class _Composer:
         return Formula(self._settings if self._decays_now(name) else self._documented, (calls,), numbers)
 
     def _decays_now(self, name: str) -> bool:
-        """Tell whether the operations decay a parameter, and the documented formula does not."""
+        """Return whether the operations decay a parameter, and the documented formula does not."""
         if any(text in line for text in ("weight_decay", "lambd") for line in self._documented):
             return False
         own = f"optimizer/{name.partition('/')[2]}/"

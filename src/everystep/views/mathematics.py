@@ -247,7 +247,7 @@ def _as_call(call: NamedCall) -> str:
 
 
 def _is_usual(value: Any, default: Any) -> bool:
-    """Tell whether an argument changes nothing of what is computed."""
+    """Return whether an argument changes nothing of what is computed."""
     if isinstance(value, dict):
         return not {"text", "float"} & value.keys() or value.get("text") == default
     if isinstance(value, list | tuple) and isinstance(default, int):

@@ -49,7 +49,7 @@ def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, An
 
 
 def _follows(step: Step, before: list[int], operations: list[int]) -> bool:
-    """Tell whether a layer uses what the layer before it gives; without operations, it counts as if."""
+    """Return whether a layer uses the output of the previous one; True for one without operations."""
     if not before or not operations:
         return True
     reached: set[str] = set()

@@ -31,7 +31,7 @@ def write_file(path: str | Path, content: bytes | str) -> None:
 
 
 def _can_be_replaced(path: Path) -> bool:
-    """Tell whether another file may take the name: not that of a link, a pipe or a device."""
+    """Return whether another file may take the name: not that of a link, a pipe or a device."""
     is_plain = path.is_file() and not path.is_symlink()
     return os.access(path.absolute().parent, os.W_OK) and (is_plain or not os.path.lexists(path))
 

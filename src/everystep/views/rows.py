@@ -114,11 +114,7 @@ def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
 
 
 def _rest(rest: float) -> str:
-    return (
-        f", and of {number(rest)} that no row makes (a penalty, or what was there before)"
-        if rest
-        else ""
-    )
+    return f", and of {number(rest)} from no row (a penalty, or earlier gradients)" if rest else ""
 
 
 def rows_data(

@@ -210,9 +210,9 @@ def _rows_text(each: Why) -> str:
     if each.rows is None or each.origin == "batch":
         return ""
     if not each.rows:
-        return "no row of the batch is behind it"
+        return "it depends on no row of the batch"
     if len(each.rows) == each.step.batch.count and len(each.rows) > 1:
-        return f"all {len(each.rows):,} rows of the batch are behind it"
+        return f"it depends on all {len(each.rows):,} rows of the batch"
     return f"row{'s' * (len(each.rows) > 1)} {named(each.rows, 10)} of {each.step.batch.whole}"
 
 

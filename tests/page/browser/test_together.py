@@ -54,7 +54,7 @@ def test_two_runs_are_compared_down_to_the_operation(visit):
 
 def test_a_run_and_itself_are_the_same(visit):
     page = visit("/compare?one=chapter&other=chapter")
-    expect(page.get_by_text("This is one run twice, and so the same, bit for bit")).to_be_visible()
+    expect(page.get_by_text("These are the same run")).to_be_visible()
     page.get_by_role("combobox", name="second run: choose another").select_option("fork")
     expect(page).to_have_url(re.compile(r"one=chapter&other=fork$"))
     expect(page.get_by_text("part at step 139").first).to_be_visible()
@@ -64,7 +64,7 @@ def test_a_copy_is_the_same_bit_for_bit(copied, visit):
     copy = copied("diverged")
     page = visit(f"/compare?one=diverged&other={copy.name}")
     expect(page.locator("p.verdict")).to_contain_text("is identical, bit for bit")
-    page.get_by_role("button", name="Look at every operation").click()
+    page.get_by_role("button", name="Compare every operation").click()
     expect(page.locator("p.verdict")).to_have_text("The runs are bit-identical.")
     expect(page.get_by_text("The losses of all 30 common steps are the same.")).to_be_visible()
 
@@ -82,7 +82,7 @@ def test_a_run_without_steps_has_no_losses_to_tell(copied, visit):
     with changed(run) as database:
         database.forget_after(0)
     page = visit(f"/compare?one={run.name}&other=chapter")
-    expect(page.get_by_text("has no step yet")).to_be_visible()
+    expect(page.get_by_text("has no steps yet")).to_be_visible()
     expect(page.locator(".side p.small")).to_have_text(["0 steps", re.compile("^500 steps, loss 628")])
 
 

@@ -65,7 +65,7 @@ class Place:
         """
         if self == Place():
             raise UsageError(
-                "a rerun needs something that differs from the recording: threads, capability, mkl, "
+                "a rerun needs a condition that differs from the recording: threads, capability, mkl, "
                 "float64, bfloat16 or python (everystep verify replays the run as it was recorded)"
             )
         given = {name: getattr(self, name) for name in _ALLOWED}
@@ -105,7 +105,7 @@ class OtherProcess:
         self._folder = folder
         self._place = place
         if self._answer() != PROTOCOL:
-            raise TrainingError(f"{place.interpreter} has another everystep; {self._cure}")
+            raise TrainingError(f"{place.interpreter} has a different everystep; {self._cure}")
 
     def call(self, task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Do something with the replay of the run there, which the task is given first, or open a run.

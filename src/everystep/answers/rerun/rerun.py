@@ -316,7 +316,7 @@ def _diverged(opener: Opener) -> Iterator[str]:
 
 
 def _reads_numbers(program: Program) -> bool:
-    """Tell whether Python read numbers of a step, other than counters of steps."""
+    """Return whether Python read numbers of a step, other than counters of steps."""
     known = counters(program)
     read = (name for each in program.operations if each.operator == READ for name in each.reads())
     return any(program.tensors[name].storage not in known for name in read)

@@ -60,7 +60,7 @@ class Number:
         return origin is not None and origin.operation is not None
 
     def has_bits_of(self, value: Any) -> bool:
-        """Tell whether a value of its dtype has its bits."""
+        """Return whether a value of its dtype has its bits."""
         dtype = getattr(torch, self.dtype)
         return same_number_bits(torch.tensor(value, dtype=dtype), torch.tensor(self.value, dtype=dtype))
 

@@ -73,7 +73,7 @@ def _example(step: Step) -> str:
 
 
 def _is_element(text: str) -> bool:
-    """Tell whether an expression is a tensor with indices, or one without."""
+    """Return whether an expression is a tensor with indices, or one without."""
     node = ast.parse(text, mode="eval").body
     while isinstance(node, ast.Subscript | ast.Attribute):
         node = node.value

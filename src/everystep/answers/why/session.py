@@ -186,7 +186,7 @@ class Session:
         if earlier is not None:
             yield from self._one(earlier, depth, back - 1)
         elif (answer := number.why()).origin == "state":
-            note = f"not what step {number.step - 1:,} left: made, or changed, between the steps"
+            note = f"not what step {number.step - 1:,} left: created or changed between the steps"
             yield replace(answer, note=note)
 
     def _one(self, number: Number, depth: int, back: int) -> Iterator[Why]:
@@ -284,9 +284,9 @@ def _not_made(number: Number, trace: Trace, origin: Origin) -> Why:
     if origin.name.removeprefix("batch/") in step.batch.tensors:
         note = "of the batch" if number.row is None else f"row {number.row} of {step.batch.whole}"
         return Why(number, "batch", step, note=note)
-    note = "given to the step by your own code: not of the batch"
+    note = "passed to the step by your own code, not part of the batch"
     if step.places.has_unseen:
-        note += ", or made by an operation that is kept as numbers only"
+        note += ", or computed by an operation of which only the results were recorded"
     return Why(number, "outside", step, note=note)
 
 

@@ -23,7 +23,7 @@ from everystep.recording.lock import write_note
 
 __all__ = ["routes"]
 
-#: Points of a curve, unless asked for otherwise, and at most.
+#: Points of a curve: by default, and at most.
 POINTS, MOST_POINTS = 2000, 100_000
 
 
@@ -37,7 +37,7 @@ def all_runs(request: Request) -> Response:
 
 
 def about(request: Request) -> Response:
-    """Answer with everything about a run besides its numbers by step."""
+    """Answer with everything about a run except its numbers by step."""
     shelf: Shelf = request.app.state.shelf
     name = request.path_params["name"]
     forks, unread = shelf.forks(name, MOMENT)

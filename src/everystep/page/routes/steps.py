@@ -55,7 +55,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
         step = _whole("step", request.path_params["step"])
         asked = QUESTIONS[kind][1](request.query_params)
         state = request.app.state
-        # Ranking rows may take seconds, and who goes from step to step does not wait for it.
+        # Ranking rows may take seconds; opening other steps does not wait for it.
         desk = state.second_desk if kind == "rows" else state.desk
         return await _answered(request, desk, kind, step=step, **asked)
 
@@ -66,7 +66,7 @@ async def report(request: Request) -> Response:
     """Answer with a page to keep that needs no server, with the chosen steps inside."""
     texts = [text for text in request.query_params.get("steps", "").split(",") if text.strip()]
     steps = [_whole("steps", text.strip()) for text in texts]
-    desk = Desk(request.app.state.shelf.directory)  # who goes from step to step need not wait for it
+    desk = Desk(request.app.state.shelf.directory)  # opening other steps does not wait for it
     try:
         return await _answered(request, desk, "report", steps=steps)
     finally:
@@ -86,7 +86,7 @@ async def _answered(request: Request, desk: Desk, kind: str, **asked: Any) -> Re
     except NoAnswer as error:
         return JSONResponse({"error": str(error)}, 502)
     except Gone:
-        # A server that stops says that clients have gone who still listen; of others, nobody reads it.
+        # A stopping server treats all clients as disconnected; only those that still listen read this.
         return JSONResponse({"error": "the server is being stopped"}, 502)
     if answer.status != 200:
         return JSONResponse(answer.about, answer.status)

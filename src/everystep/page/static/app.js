@@ -13,7 +13,7 @@ const views = {
 };
 
 const NOT_LOADED =
-  "A file of the page does not load. Is everystep view still running? If everystep was updated since it started, start it again.";
+  "A file of the page failed to load. Is everystep view still running? If everystep was updated since it started, start it again.";
 
 const main = document.querySelector("main");
 let shown = null; // {key, update, close}

@@ -63,7 +63,7 @@ def continue_alone(
     if needs_worker(run.facts):
         environment = " ".join(f"{k}={v}" for k, v in recorded_numerics(run.facts).environment().items())
         raise RunError(
-            f"{run.name} was trained under numerics that this process cannot have any more; start "
+            f"{run.name} was trained under numerics that this process can no longer have; start "
             f"Python with {environment}"
         )
     replay = Replay(run)

@@ -411,7 +411,7 @@ def _set_rate(training: Training, lr: float) -> None:
 
 
 def _has_other_loss(training: Training, first: State) -> bool:
-    """Tell whether the tensors of the loss are not those of a state."""
+    """Return whether the tensors of the loss are not those of a state."""
     known = first.named()
     live = training.parts.only(["model", "loss"]).state()
     own = training.parts.only(["model"]).state()

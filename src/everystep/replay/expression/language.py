@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def truth(value: Any) -> bool:
-    """Tell whether a number, or the one element of a tensor, is not 0."""
+    """Return whether a number, or the one element of a tensor, is not 0."""
     if not is_number(value) and value.numel() != 1:
         shape = tuple(value.shape)
         raise ValueError(f"a tensor of shape {shape} is not a condition; use any(...) or all(...) of it")
@@ -188,7 +188,7 @@ def _sum(x: Any) -> Any:
 
 
 def _is_single(x: Any) -> bool:
-    """Tell whether it has fewer than two elements, so that it has no spread; torch would warn."""
+    """Return whether it has fewer than two elements, so that it has no spread; torch would warn."""
     return is_number(x) or x.numel() < 2
 
 

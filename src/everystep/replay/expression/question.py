@@ -81,7 +81,7 @@ class Expression:
         return float(self._as(plain, value_of))
 
     def truth(self, value_of: ValueOf) -> bool:
-        """Tell whether it holds on a step. As in Python, every number but 0 does, NaN too.
+        """Return whether it holds on a step. As in Python, every number but 0 does, NaN too.
 
         Raises:
             ExpressionError: as `evaluate`, or the value is a tensor of several elements or of none.

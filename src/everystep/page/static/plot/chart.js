@@ -25,7 +25,7 @@ export function loadUPlot() {
     script.onload = () => resolve(window.uPlot);
     script.onerror = () => {
       loading = null;
-      reject(new Error("the plot's library does not load; is `everystep view` still running?"));
+      reject(new Error("the plot library failed to load; is `everystep view` still running?"));
     };
     document.head.append(script);
   });

@@ -22,7 +22,7 @@ export function plotControls(does) {
     made.title = line.problem ?? "";
     made.style.setProperty("--swatch", `var(${line.colour})`);
     if (!does.remove || index === 0 || line.curve.measurement !== null) return made;
-    const says = `take ${line.title} out of the plot`;
+    const says = `remove ${line.title} from the plot`;
     const remove = button("×", () => does.remove(line.curve.run), { title: says, "aria-label": says });
     return element("span", { class: "removable" }, made, remove);
   };
@@ -59,7 +59,7 @@ function further(lines) {
 }
 
 function smoothingSlider(changed, first) {
-  const says = "Exponential moving average of the points drawn, corrected for its start; 0: none";
+  const says = "Exponential moving average of the points, corrected for its start; 0: none";
   const said = element("output", {}, String(first));
   const change = ({ target }) => {
     said.textContent = target.value;

@@ -53,7 +53,7 @@ export function hint({ goTo, walks, hasLoss }, curve, isLog, nonfinite) {
   if (!hasLoss) return `This loop logs no loss.${isOpening ? " Click to open a step." : ""}`;
   const said = [`${opens} to zoom, double click to see the whole run.`];
   const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;
-  if (left) said.push(`Of 0 or less, with no place on a log axis: ${whole(left)}.`);
+  if (left) said.push(`0 or less, not shown on a log axis: ${whole(left)}.`);
   if (nonfinite.length) said.push("Marked at the bottom: losses that are not finite.");
   return said.join(" ");
 }

@@ -84,12 +84,12 @@ class Banner {
 
 /** Return how a training ended early, and what goes on with it, to copy. */
 function endingWords(ending, goingOn, nonfinite) {
-  const copying = copyMark(() => goingOn, "copy what goes on with the training");
-  return [`${ending}. Go on: `, element("code", {}, goingOn), copying, ...(nonfinite ? [" "] : [])];
+  const copying = copyMark(() => goingOn, "copy how to continue the training");
+  return [`${ending}. To continue: `, element("code", {}, goingOn), copying, ...(nonfinite ? [" "] : [])];
 }
 
 function inputLine([name, { shape, minimum, maximum, nonfinite: bad }]) {
-  const range = minimum === "nan" ? "no finite number" : `${short(minimum)} to ${short(maximum)}`;
+  const range = minimum === "nan" ? "no finite numbers" : `${short(minimum)} to ${short(maximum)}`;
   return element("li", {}, element("span", { class: "mono" }, name), ` ${shapeText(shape)}: ${range}${bad ? `, ${whole(bad)} not finite` : ""}`);
 }
 

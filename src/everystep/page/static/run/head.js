@@ -36,7 +36,7 @@ export function lineage({ name, parent, forks, unread }) {
   for (const fork of forks) {
     parts.push(element("span", {}, `forked at ${whole(fork.at)}: `, link(fork.name), " (", overlay(fork.name), ")"));
   }
-  if (unread) parts.push(element("span", {}, `forks among ${whole(unread)} runs that are not read yet are missing here`));
+  if (unread) parts.push(element("span", {}, `${whole(unread)} runs are not read yet; forks among them are missing here`));
   return parts;
 }
 

@@ -11,7 +11,7 @@ export function runParts(name, does) {
     "div",
     { class: "actions" },
     stop,
-    button("Fork", does.fork, { title: "train on from a step with other settings (f)" }),
+    button("Fork", does.fork, { title: "continue from a step with different settings (f)" }),
     button("Compare", does.compare, { title: "with another run" }),
     button("Save this view", does.share, { title: "as one file that opens without a server" }),
   );
@@ -71,7 +71,7 @@ export function chooseRun(name, runs, linksOf) {
     "dialog",
     { class: "choose", "aria-labelledby": "choose-title" },
     element("h2", { id: "choose-title" }, `${name} and …`),
-    rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There is no other run here."),
+    rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There are no other runs here."),
     element("form", { method: "dialog" }, element("button", {}, "Close")),
   );
   dialog.addEventListener("click", (event) => event.target.closest("a") && dialog.close());

@@ -21,7 +21,7 @@ import { StepPlace } from "./place.js";
 
 /** Show a run. */
 export async function open(place, main) {
-  const waiting = element("p", { class: "waiting muted" }, "Reading the run.");
+  const waiting = element("p", { class: "waiting muted" }, "Loading the run.");
   main.append(waiting);
   const about = await ask(addressOf(place.run)).finally(() => waiting.remove());
   const view = new RunView(main, about, place);
@@ -278,7 +278,7 @@ class RunView {
   }
 
   #hearGone() {
-    const says = "This run was deleted. What is on the screen stays until you leave it.";
+    const says = "This run was deleted. It remains on the screen until you leave it.";
     this.parts.header.append(element("p", { class: "alarm", role: "alert" }, says));
   }
 

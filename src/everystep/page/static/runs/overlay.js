@@ -20,7 +20,7 @@ export async function open(place, main) {
   document.title = "Overlay – everystep";
   document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Overlay");
   main.classList.add("wide");
-  const waiting = element("p", { class: "waiting muted" }, "Reading the runs.");
+  const waiting = element("p", { class: "waiting muted" }, "Loading the runs.");
   main.append(waiting);
   const { runs } = await ask("/api/runs").finally(() => waiting.remove());
   const view = new Overlay(main, runs);
@@ -43,7 +43,7 @@ class Overlay {
     const missing = runs.filter((name) => !names.includes(name));
     this.title.textContent = names.length === 1 ? "1 run" : `${names.length} runs`;
     this.problem.hidden = !missing.length;
-    this.problem.textContent = `Not here, or unreadable: ${missing.join(", ")}.`;
+    this.problem.textContent = `Missing or unreadable: ${missing.join(", ")}.`;
     this.close();
     if (!names.length) return this.body.replaceChildren();
     const remove = (name) => address.go({ view: "overlay", runs: runs.filter((other) => other !== name) });

@@ -31,7 +31,7 @@ const sorting = { key: "started", direction: "descending" };
 export async function open(place, main) {
   document.title = "everystep";
   document.querySelector("#trail").replaceChildren();
-  const waiting = element("p", { class: "waiting muted" }, "Reading the runs.");
+  const waiting = element("p", { class: "waiting muted" }, "Loading the runs.");
   main.append(waiting);
   const { directory, runs, unread } = await ask("/api/runs?soon").finally(() => waiting.remove());
   const view = new Runs(main, directory, { runs, unread }, place);
@@ -50,8 +50,8 @@ class Runs {
     this.head = element("p", { class: "lead" });
     this.search = element("input", { type: "search", placeholder: "search", "aria-label": "search the runs", title: "in name, status, optimizer and note" });
     this.search.addEventListener("input", () => this.#arrange());
-    this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs: their losses over each other" });
-    this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs: where they part" });
+    this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs to plot their losses together" });
+    this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs to find where they diverge" });
     this.chosen = element("span", { class: "muted small", role: "status" });
     this.headings = element("tr", { role: "row" });
     this.body = element("tbody", { role: "rowgroup" });
@@ -157,7 +157,7 @@ class Runs {
 
   #tellCount(all, shown) {
     const running = all.filter(({ status }) => status === "running").length;
-    const words = [`${all.length} ${all.length === 1 ? "run" : "runs"}`, ...(running ? [`${running} running`] : []), ...(this.unread ? [`${this.unread} still to be read`] : [])];
+    const words = [`${all.length} ${all.length === 1 ? "run" : "runs"}`, ...(running ? [`${running} running`] : []), ...(this.unread ? [`${this.unread} not read yet`] : [])];
     this.head.textContent = all.length || this.unread ? words.join(" · ") : "";
     this.table.hidden = !shown;
     this.tools.hidden = !all.length;

@@ -4,7 +4,7 @@ import { button, element } from "./elements.js";
 import { openDialog } from "./dialog.js";
 
 const CHOICES = [
-  { key: "theme", title: "Colours", values: [["system", "same as system"], ["light", "light"], ["dark", "dark"]] },
+  { key: "theme", title: "Colours", values: [["system", "as the system"], ["light", "light"], ["dark", "dark"]] },
   { key: "size", title: "Size", values: [["normal", "normal"], ["large", "large, for a projector"]] },
   { key: "operators", title: "Operator names (aten.mm)", values: [["hidden", "hidden"], ["shown", "shown"]] },
 ];

@@ -11,7 +11,7 @@ export function awayBanner() {
   const tell = (isThere) => {
     clearTimeout(timer);
     if (isThere) host.textContent = "";
-    else timer = setTimeout(() => (host.textContent = "The server does not answer; trying again."), PATIENCE);
+    else timer = setTimeout(() => (host.textContent = "The server does not respond; trying again."), PATIENCE);
   };
   return { host, tell, close: () => clearTimeout(timer) };
 }

@@ -33,11 +33,11 @@ async function answer(address, options) {
     response = await fetch(address, { credentials: "same-origin", ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("the server does not answer; is `everystep view` still running?", 0);
+    throw new ServerError("the server does not respond; is `everystep view` still running?", 0);
   }
   if (response.ok) return response;
   const content = await response.json().catch(() => ({}));
-  throw new ServerError(content.error ?? `the server answers ${response.status}`, response.status);
+  throw new ServerError(content.error ?? `the server returned ${response.status}`, response.status);
 }
 
 /** Return the address of what the server knows about a run: of("two-layer-1", "steps", 137). */

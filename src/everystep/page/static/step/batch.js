@@ -55,7 +55,7 @@ function rowsOfData() {
 
   function tell(all) {
     isAll = all;
-    if (!rows) return setText(text, isOfLoop ? "as your loop had it" : "all rows of the data, in order");
+    if (!rows) return setText(text, isOfLoop ? "as in your loop" : "all rows of the data, in order");
     const listed = isAll ? rows : rows.slice(0, ROWS_SHOWN);
     setText(text, `${whole(rows.length)} rows of ${source}: ${listed.join(", ")}${listed.length < rows.length ? ", …" : ""}`);
     setText(more, isAll ? "fewer" : "all");

@@ -166,6 +166,6 @@ function detailParts(view, layer, { gradients }) {
 function passes({ operations, backward }) {
   const links = (title, numbers) => (numbers.length ? [title, ...numbers.flatMap((number) => [" ", reference(number)])] : []);
   const [forward, back] = [links("forward", operations), links("backward", backward)];
-  if (!forward.length && !back.length) return ["no operations of its own: it only looks at what it is given in another way"];
+  if (!forward.length && !back.length) return ["no operations of its own: it only returns a view of its input"];
   return [...forward, forward.length && back.length ? " · " : "", ...back];
 }

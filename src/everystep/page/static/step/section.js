@@ -14,13 +14,13 @@ import { changes, formulas, scale, settingsText, update } from "./update.js";
 /** What a phase is, for those who see one for the first time. */
 const SAYS = {
   batch: "The rows that this step learns from.",
-  forward: "What does the model predict for these rows, with its parameters as they are?",
+  forward: "What does the model predict for these rows with its current parameters?",
   loss: "How far are the predictions from the targets, as one number?",
-  zero_grad: "PyTorch adds new gradients to old ones, so each step first drops those of the step before.",
-  backward: "How much would the loss change if each number changed a little?",
+  zero_grad: "PyTorch adds new gradients to old ones, so each step first drops those of the previous step.",
+  backward: "How much would the loss change if a number changed a little?",
   update: "Each parameter moves a little against its gradient, which makes the loss smaller.",
 };
-const UPDATED_BEFORE = "This optimizer has updated before in this step: the changes are those of all its updates together.";
+const UPDATED_BEFORE = "This optimizer updates several times in this step; the changes are those of all its updates together.";
 
 /**
  * Return the part of an entry of the outline, with {entry, inner}.

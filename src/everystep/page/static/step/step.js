@@ -141,7 +141,7 @@ class StepView {
     const all = operations.length ? `it has #0 to #${operations.length - 1}` : "it has none";
     const says = {
       operation: operation !== null && !operations[operation] && `Step ${whole(step)} has no operation #${operation}; ${all}.`,
-      phase: phase !== null && !this.sections.has(phase) && `Step ${whole(step)} has no phase “${phase}”; those it has are listed here.`,
+      phase: phase !== null && !this.sections.has(phase) && `Step ${whole(step)} has no phase “${phase}”; its phases are listed here.`,
     };
     setText(this.missing, says.operation || says.phase || "");
     show(this.missing, Boolean(this.missing.textContent));

@@ -54,7 +54,7 @@ function stepsOf(text) {
     return { first, last };
   }
   const [, sign, digits] = BEYOND.exec(plain) ?? [];
-  if (!sign) throw new Error(`search '${text.trim().slice(0, 80)}' names no steps; write 137, 137-200, >137 or <137`);
+  if (!sign) throw new Error(`search '${text.trim().slice(0, 80)}' is not a range of steps; write 137, 137-200, >137 or <137`);
   const step = Number(digits);
   if (sign === ">" || sign === "<") return sign === ">" ? { first: step + 1, last: null } : { first: null, last: step - 1 };
   return sign === ">=" || sign === "≥" ? { first: step, last: null } : { first: null, last: step };

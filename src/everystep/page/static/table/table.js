@@ -44,7 +44,7 @@ class StepTable {
     this.filters = new Filters(() => this.#table?.draw());
     this.csv = element("a", { class: "csv", download: source.file ?? "" }, "CSV");
     this.note = element("p", { class: "note", role: "status", hidden: true });
-    const says = "copy the rows that are filtered, up to 10,000";
+    const says = "copy the filtered rows, up to 10,000";
     const copying = button("Copy", ({ target }) => this.#copy(target), { title: says });
     const actions = element("span", { class: "actions" }, copying, this.csv);
     this.place = element("div");
@@ -244,7 +244,7 @@ class StepTable {
     try {
       const { columns, rows, filtered } = await this.source.page({ ...this.#wanted(), start: 0, length: COPIED }, this.#ended);
       const isCopied = await copy([columns, ...rows].map((row) => row.join("\t")).join("\n"), pressed);
-      if (!isCopied) throw new Error("the browser does not allow it; save the rows as CSV");
+      if (!isCopied) throw new Error("the browser does not allow this; save the rows as CSV");
       const which = filtered > rows.length ? `The first ${whole(rows.length)} of ${whole(filtered)}` : whole(rows.length);
       this.#say(`${which} rows are in the clipboard.`);
     } catch (error) {

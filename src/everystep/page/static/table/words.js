@@ -10,11 +10,11 @@ export const LAYOUT = {
 
 /** What DataTables says. */
 export const WORDS = {
-  lengthMenu: "_MENU_ a page",
+  lengthMenu: "_MENU_ per page",
   info: "_START_ to _END_ of _TOTAL_",
   infoEmpty: "no rows",
   infoFiltered: "(filtered from _MAX_)",
-  zeroRecords: "no step is like this",
-  emptyTable: "no step was taken",
+  zeroRecords: "no matching steps",
+  emptyTable: "no steps",
   paginate: { previous: "←", next: "→" },
 };

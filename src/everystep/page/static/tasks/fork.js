@@ -38,7 +38,7 @@ export function forkDialog(about, step) {
 
 function introduction({ name }, step) {
   const kept = step ? `${name}'s steps up to ${whole(step)}` : `${name}'s data and first parameters`;
-  return `It has ${kept}, and continues with what you change here.`;
+  return `It has ${kept}, and continues with your changes.`;
 }
 
 // Start the fork; as soon as it has begun, it is shown beside its parent.
@@ -118,9 +118,9 @@ function inPython(about, step) {
       ? [`model.load_state_dict(run.parameters(${step}))`, "with everystep.record(model=model, optimizer=optimizer) as recording:", "    ..."]
       : [`fork = run.fork(${step}, lr=1e-3, model=model, loss=loss, optimizer=optimizer)`]),
   ];
-  const objects = `${about.name} was trained from Python objects, which a run does not hold. Make them as you did, and fork it there:`;
-  const loop = `${about.name} was recorded from a loop of your own, which a fork would need. Load the parameters, and record your loop from there:`;
-  const problem = `${about.experiment_problem}. Or make the objects that trained the run, and fork it in Python:`;
+  const objects = `${about.name} was trained from Python objects, which a run does not hold. Create them again, and fork it in Python:`;
+  const loop = `${about.name} was recorded from your own loop, which a fork needs. Load the parameters, and record your loop from there:`;
+  const problem = `${about.experiment_problem}. Or create the objects that trained the run, and fork it in Python:`;
   return element(
     "div",
     { class: "asking" },

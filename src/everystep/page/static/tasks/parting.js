@@ -30,8 +30,8 @@ export function partingView({ names: runs, operation, sides }) {
 }
 
 function causeText(cause) {
-  if (cause === null) return "What it is given differs already.";
-  if (cause.startsWith("another operation")) return `From here on, the two take different operations${cause.slice("another operation".length)}.`;
+  if (cause === null) return "Its inputs already differ.";
+  if (cause.startsWith("another operation")) return `From here, the two runs execute different operations${cause.slice("another operation".length)}.`;
   return cause.startsWith("the same inputs") ? `${cause[0].toUpperCase()}${cause.slice(1)}.` : `Because of ${cause}.`;
 }
 
@@ -39,7 +39,7 @@ function rowsText(rows) {
   const called = (a, b) => (a === b ? `row ${a}` : `rows ${a} and ${b}`);
   const nameOf = ([place, a, b]) => (a === b && a === place ? called(a, b) : `${called(a, b)} at place ${place}`);
   const named = rows.slice(0, 6).map(nameOf);
-  return `In the batch differ: ${named.join(", ")}${rows.length > 6 ? `, and ${whole(rows.length - 6)} more` : ""}.`;
+  return `The batches differ in: ${named.join(", ")}${rows.length > 6 ? `, and ${whole(rows.length - 6)} more` : ""}.`;
 }
 
 function sideOf(run, step, side, place) {
@@ -91,7 +91,7 @@ function tensorOf(side, role, name) {
 }
 
 function sizeText({ elements, of, positions, size }) {
-  if (!positions.length) return "Another shape or dtype.";
+  if (!positions.length) return "Different shape or dtype.";
   const all = of === 1 ? "Differs" : `All ${whole(of)} numbers differ`;
   const share = elements === of ? all : `${whole(elements)} of ${whole(of)} numbers differ`;
   return `${share}${size && `, ${size}`}.`;
@@ -137,7 +137,7 @@ function grid(own, other, { rows, columns, different }, label, side) {
       return element("td", { title: String(value) }, isDifferent ? element("mark", {}, text) : text);
     }),
   ));
-  const caption = element("caption", { class: "unseen" }, `${label}; what differs is marked`);
+  const caption = element("caption", { class: "unseen" }, `${label}; differences are marked`);
   const table = element("table", { class: "numbers" }, caption, element("thead", {}, head), element("tbody", {}, body));
   return element("div", { class: `scrolling series-${side}`, tabIndex: 0, role: "region", "aria-label": label }, table);
 }
@@ -197,5 +197,5 @@ function restOf({ results, inputs }, [one]) {
   const different = new Set([...results, ...inputs].map(({ name }) => name));
   const same = one.tensors.filter(({ name }) => !different.has(name));
   const texts = same.map((each) => `${each.called ?? each.name} (${shapeText(each.shape)})`);
-  return same.length ? element("p", { class: "muted" }, `The same in both: ${texts.join(", ")}.`) : null;
+  return same.length ? element("p", { class: "muted" }, `Identical in both: ${texts.join(", ")}.`) : null;
 }

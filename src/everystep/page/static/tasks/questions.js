@@ -36,10 +36,10 @@ function measuring(place) {
   const name = element("input", { type: "text", autocomplete: "off", placeholder: "as the expression" });
   const every = element("input", { type: "number", min: 1, step: 1, value: "1", required: true });
   const overwrite = element("input", { type: "checkbox" });
-  const overwriting = element("label", { class: "option", hidden: true }, overwrite, "overwrite the one of that name");
+  const overwriting = element("label", { class: "option", hidden: true }, overwrite, "overwrite an existing one");
   const question = questionForm(place, {
     title: "Measure",
-    says: "Adds a number for each step, as if it had been logged while training.",
+    says: "Adds a number for each step, as if it had been logged during training.",
     expression,
     options: [labelled("name", name), labelled("every", every, "steps"), overwriting],
     verb: "Measure",
@@ -71,7 +71,7 @@ function finding(place) {
   });
   const question = questionForm(place, {
     title: "When",
-    says: "Finds the steps at which something is true.",
+    says: "Finds the steps at which a condition is true.",
     expression,
     options: [labelled("which", which)],
     more: origin,
@@ -127,7 +127,7 @@ function expressionField(label, id) {
 function foundSteps(place, { steps, count: all, inexact: leftOut = [], nonfinite, text }) {
   if (nonfinite) return originOf(place, nonfinite, text);
   const from = leftOut.map(whole).join(", ");
-  const left = leftOut.length > 0 && element("p", { class: "note" }, `Not asked, as the replay was not exact, or ended: from step ${from}.`);
+  const left = leftOut.length > 0 && element("p", { class: "note" }, `Not evaluated, because the replay was not exact or ended: from step ${from}.`);
   if (!steps.length) return [element("p", { class: "result" }, text?.trim() || "at no step"), left];
   const list = element("ul", { class: "found" });
   const more = button("", () => show(list.children.length + 10 * LISTED), { class: "plain" });
@@ -153,7 +153,7 @@ function originOf(place, { step, phase, index: operation }, text) {
   return [
     element("p", { class: "result" }, first),
     others.length > 0 && element("pre", { tabIndex: 0, class: "origin" }, others.join("\n")),
-    element("p", {}, stepLink(place, { step, phase, operation }, "Look at it")),
+    element("p", {}, stepLink(place, { step, phase, operation }, "Open")),
   ];
 }
 

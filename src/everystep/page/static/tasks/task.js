@@ -109,7 +109,7 @@ function follow(address, heard, view, fail) {
   const broken = async () => {
     view.waiting(true);
     if (source.readyState !== EventSource.CLOSED) return;
-    if (await isForgotten(address)) fail("the server was restarted and no longer knows this task; ask again");
+    if (await isForgotten(address)) fail("the server was restarted and lost this task; ask again");
     else again = setTimeout(begin, 2000);
   };
   begin();

@@ -86,7 +86,7 @@ function askedOf({ rows, how, until, by }, step, batch, tensors) {
     rows: given,
     each: how.value === EACH,
     by: by.value.trim() || "loss",
-    problem: wrong ? `“${wrong}” is not a row: write whole numbers, with commas between` : given.length ? null : "this batch has no rows: name those to leave out",
+    problem: wrong ? `“${wrong}” is not a row: write whole numbers, with commas between` : given.length ? null : "this batch has no row numbers; name the rows to leave out",
   };
 }
 

@@ -86,7 +86,7 @@ class Reasons {
     if (note) lines.push(element("p", { class: "muted small" }, note));
     if (groups.length) lines.push(this.#table(groups));
     if (check) lines.push(element("p", { class: isEqual ? "small" : "muted small" }, check));
-    if (unknown.length) lines.push(element("p", { class: "muted small" }, `Which numbers it used is not known; it was given all of ${unknown.join(", ")}.`));
+    if (unknown.length) lines.push(element("p", { class: "muted small" }, `Which numbers it used is unknown; its inputs were all of ${unknown.join(", ")}.`));
     if (rows) lines.push(element("p", { class: "muted small" }, rows));
     return lines;
   }
