@@ -33,7 +33,7 @@ _KINDS = ("data", "experiment", "programs", "changes between steps")
 class Diagnosis(Shown):
     """What is wrong with a run.
 
-    findings: each with its place and a cure; readable: what can still be read, in words; checked: what
+    findings: each with its place and a cure; readable: what can still be read, as texts; checked: what
     was compared with its digest.
     """
 
@@ -53,7 +53,7 @@ class Diagnosis(Shown):
 
 
 def doctor(directory: Path) -> Diagnosis:
-    """Look at everything that a run consists of; writes nothing, and replays nothing (`verify` does).
+    """Check all files of a run; writes nothing, and replays nothing (`verify` does).
 
     Raises:
         RunError: there is no such run.
@@ -117,7 +117,7 @@ def _database_findings(run: RecordedRun) -> Iterator[Finding]:
 def _state_findings(run: RecordedRun, states: dict[SnapshotRow, str | None]) -> Iterator[Finding]:
     """Yield which states are missing or altered, and which steps have no state to open from.
 
-    states: what is wrong with each, None if nothing is.
+    states: the problem of each, None if it has none.
     """
     sound = [row.step for row, problem in states.items() if problem is None]
     for row, problem in states.items():
@@ -134,7 +134,7 @@ def _state_findings(run: RecordedRun, states: dict[SnapshotRow, str | None]) -> 
 
 
 def _unopened(run: RecordedRun, state: int, sound: list[int]) -> str:
-    """Return which steps have no state to open from, where none up to `state` is sound."""
+    """Return which steps have no state to open from, if none up to `state` is sound."""
     newest, trained = run.newest_step(), run.facts.trained
     last = min((step for step in sound if step > state), default=newest)
     # A step drops the gradients of the one before, which only the state of a loop has.
@@ -144,9 +144,8 @@ def _unopened(run: RecordedRun, state: int, sound: list[int]) -> str:
 
 
 def _files(run: RecordedRun) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Yield the files of a run besides states and batches: the kind, the place, and what reads each.
-
-    The kind is empty where no digest of the file is known.
+    """Yield the files of a run except states and batches: the kind, the place, and a function that reads
+    it. The kind is empty if the file has no digest.
     """
     for stretch in run.stretches:
         training = stretch.facts
@@ -162,7 +161,7 @@ def _files(run: RecordedRun) -> Iterator[tuple[str, str, Callable[[], object]]]:
 
 
 def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
-    """Yield which files of batches are not as they were recorded, by the digests of their rows."""
+    """Yield the files of batches that differ from the recording, by the digests of their rows."""
     altered: set[int] = set()
     cure = f"{_RESTORE}; without it, steps that need it cannot be replayed"
     with reading(run.directory / FILE_NAME) as database:
@@ -193,7 +192,7 @@ def _given(database: Database) -> Iterator[Given]:
 
 
 def _readable(run: RecordedRun, facts: Facts, states: dict[SnapshotRow, str | None]) -> Iterator[str]:
-    """Yield what can be read, in words."""
+    """Yield what can be read, as text."""
     with reading(run.directory / FILE_NAME) as database:
         yield from _readable_numbers(database, facts)
     if states:

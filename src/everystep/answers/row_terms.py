@@ -54,9 +54,9 @@ def follow(step: Step, rows: int) -> Followed:
 class _Following:
     """Follows the operations of a step.
 
-    A parameter that goes into a loss only by way of numbers of rows has a gradient that rows make up:
-    what is left of it is not a penalty, but numbers that are the same for all rows. So the state is
-    followed through the forward pass, too, up to where it meets numbers of rows.
+    A parameter that enters the loss only through numbers of rows has a gradient that is a sum over rows:
+    its rest is not a penalty, but numbers that are the same for all rows. So the state is followed
+    through the forward pass, too, until it meets numbers of rows.
     """
 
     def __init__(self, step: Step, rows: int) -> None:
@@ -69,10 +69,10 @@ class _Following:
         self._last_backward = max(
             (i for i, phase in enumerate(phases) if phase == "backward"), default=len(phases)
         )
-        #: Why the loss is not a sum of losses of single rows; None: nothing speaks against it.
+        #: Why the loss is not a sum of losses of single rows; None: it may be one.
         self._mixed: Reason | None = None
         self._terms = self._storages_of_terms()
-        #: Which parameters a storage was made from without rows; at first, those that lie there.
+        #: The parameters that a storage was computed from without rows; at first, those in it.
         self._ways: dict[str, frozenset[str]] = {}
         for name, spec in self._places.tensors.items():
             if name.startswith(_PARAMETER):
@@ -95,7 +95,7 @@ class _Following:
                 value = step.gradients[parameter] if left is None else left
                 tracked = memory.read(place.names[0], value)
                 if self._mixed is not None:
-                    # What backward makes of such a loss may look like terms of rows, and is none.
+                    # The gradients of such a loss may look like terms of rows, but are not.
                     labels = filled(MIXED, value).labels
                     tracked = tracked._replace(labels=labels, reason=self._mixed)
                 found[parameter] = tracked
@@ -122,7 +122,7 @@ class _Following:
         return terms
 
     def _after_backward(self, place: Place) -> int:
-        """Return how many operations had run when backward had made a gradient, before clipping."""
+        """Return how many operations had run when backward had finished a gradient, before clipping."""
         made = [index for index in self._trace.writers(place.names[0]) if index < place.after]
         if not made or self._is_of_backward(made[-1]):
             return place.after
@@ -163,7 +163,7 @@ class _Following:
     def _results(
         self, seen: Observed, given: Mapping[str, Tracked]
     ) -> tuple[dict[str, Result], str | None]:
-        """Return what is known of the results, by name, and why nothing is known of others."""
+        """Return labels of the results, by name, and the reason for results without labels."""
         trace, made = self._trace, {**seen.results, **seen.written}
         shared = {name: filled(SHARED, tensor) for name, tensor in made.items()}
         if seen.operation.phase == "update" and all(
@@ -236,7 +236,7 @@ class _Memory:
                 continue
             here = given.get(spec.storage, {})
             if not here and (prod(spec.shape) <= 1 or not trace.step.places.has_unseen):
-                continue  # from outside, and of no row, such as the weights of classes
+                continue  # from outside, and not of a row, such as the weights of classes
             if not here or not self._agree(here):
                 reason = _SHARED if here else _OUTSIDE
                 self.write(name, Tracked(torch.empty(0), _filled(MIXED, spec), reason=reason))
@@ -251,7 +251,7 @@ class _Memory:
                 size > 1 and not stride for size, stride in zip(spec.shape, spec.stride, strict=True)
             ):
                 return False
-        # Where tensors have different labels for one number, that laid last hides the others.
+        # If tensors have different labels for one number, the last one hides the others.
         start = torch.tensor(MIXED, dtype=torch.int32)
         return all(
             torch.equal(_laid(written, spec, start, lambda each: each.labels), own.labels)
@@ -267,7 +267,7 @@ class _Memory:
         self._written[spec.storage] = [*kept, _Written(spec, tracked)]
 
     def read(self, name: str, value: Tensor) -> Tracked:
-        """Return the tensor with its labels; value: what it holds."""
+        """Return the tensor with its labels; value: its numbers."""
         spec = self._trace.spec(name)
         written = self._written.get(spec.storage, [])
         if not written:
@@ -296,7 +296,7 @@ class _Memory:
         )
 
     def value(self, name: str) -> Tensor | None:
-        """Return what a tensor holds, as operations wrote it; None if none did."""
+        """Return the numbers of a tensor, as operations wrote them; None if none did."""
         spec = self._trace.spec(name)
         written = self._written.get(spec.storage)
         if not written:

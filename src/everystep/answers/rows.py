@@ -24,10 +24,10 @@ _EPS = float(torch.finfo(torch.float32).eps)
 
 
 class Share(NamedTuple):
-    """What rows make of the loss, or of the gradient of a parameter.
+    """The contributions of rows to the loss, or to the gradient of a parameter.
 
-    norms: the 2-norm of each row's term (N), of the loss the term itself; whole: the same of the whole;
-    rest: of the term that no row makes, such as a penalty; is_mean: of the loss, whether it is a mean.
+    norms: the 2-norm of each row's term (N), for the loss the term itself; whole: of the sum; rest: of
+    the term from no row, such as a penalty; is_mean: of the loss, whether it is a mean.
     """
 
     norms: Tensor
@@ -45,9 +45,9 @@ class Share(NamedTuple):
 class Rows(Shown):
     """The rows of the batch of a step.
 
-    numbers: of each row in `source`, what the data is, or its place in the batch where that is empty;
-    loss_share: what each row makes of the loss; gradients: of each parameter's gradient; both a `Reason`
-    where that is unknown.
+    numbers: of each row in `source`, the name of the data, or in the batch if that is empty; loss_share:
+    the contribution of each row to the loss; gradients: to each parameter's gradient; a `Reason` if
+    unknown.
     """
 
     step: int
@@ -70,7 +70,7 @@ class Rows(Shown):
 
     @property
     def gradient(self) -> Tensor:
-        """The 2-norm of what each row makes of all gradients together (N), in float64.
+        """The 2-norm of each row's contribution to all gradients together (N), in float64.
 
         Raises:
             RunError: it is unknown for a parameter; gives the reason.
@@ -79,7 +79,7 @@ class Rows(Shown):
 
     @property
     def known(self) -> list[str]:
-        """The parameters with gradients of which the rows are known."""
+        """The parameters with gradients of known rows."""
         return [name for name, share in self.gradients.items() if isinstance(share, Share)]
 
     def gradient_of(self, *parameters: str) -> Tensor:
@@ -154,10 +154,8 @@ def rows_of(step: Step) -> Rows:
 
 
 class _Asked(NamedTuple):
-    """What is shared among rows, and how exactly.
-
-    rounding: relative to the terms; floor: what is smaller is rounding in any case; rests: what the term
-    of no row may be, besides 0; None: anything.
+    """What to split into rows, and how exactly. rounding: relative to the terms; floor: smaller numbers
+    count as rounding; rests: allowed terms from no row, in addition to 0; None: any.
     """
 
     what: str

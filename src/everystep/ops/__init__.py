@@ -35,7 +35,7 @@ __all__ = [
     "how_made",
 ]
 
-#: By kind; `foreach_` before it has the same, of which only `made` holds.
+#: By kind; a kind with `foreach_` before it has the same record, but only `made` applies.
 RECORDS: dict[str, Record] = {
     **ELEMENTWISE,
     **CREATING,
@@ -52,7 +52,7 @@ RECORDS: dict[str, Record] = {
 
 
 def how_made(call: Call) -> Made:
-    """Return which numbers one number of a result was made from, and how.
+    """Return which numbers a number of a result was computed from, and how.
 
     Raises:
         NoRuleError: there is no rule for the operator, or none for these arguments.

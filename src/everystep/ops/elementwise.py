@@ -183,7 +183,7 @@ def _prelu_backward(call: Call) -> Made:
 
 
 def _outer(call: Call) -> Made:
-    """Return the rule of `addr`, which adds an outer product, and reads `self` only where it counts."""
+    """Return the rule of `addr`, which adds an outer product, and reads `self` only if beta is not 0."""
     row, column = call.index
     vectors = {"vec1": call.piece("vec1", row), "vec2": call.piece("vec2", column)}
     return by_formula(
@@ -207,7 +207,7 @@ def _glu(call: Call) -> Made:
 
 
 def foreach(call: Call) -> Call:
-    """Return the call on one tensor that a `_foreach_` operator makes of the wanted result's list.
+    """Return the call on one tensor by which a `_foreach_` operator computes the wanted result.
 
     Both have the same arguments in the same order, but under other names.
     """
@@ -301,7 +301,7 @@ def _scaled(call: RowsCall) -> list[Result]:
 
 
 def _constant(tracked: Tracked) -> Tracked:
-    """Return a number made from the data alone, such as how many targets count, as one of no row."""
+    """Label a number that depends on the data alone, such as the count of targets, as of no row."""
     if tracked.is_data and tracked.value.numel() == 1 and (tracked.has(SUM) or tracked.has(MIXED)):
         return tracked._replace(labels=torch.full_like(tracked.labels, SHARED), terms=None)
     return tracked

@@ -2,12 +2,12 @@
 
 A rule writes one text, such as `self + alpha * other`. Names are numbers of tensors, lists of them, or
 settings of the operator; `written` puts the settings in for the reader, `value` computes the same text
-in double precision. A formula that is shown cannot give another number than the one next to it.
+in double precision. So the formula that is shown is the one that is computed.
 
 `^` is a power. `a if c else b`, comparisons, `and`, `or` and `not` are those of Python, for each number.
 `a · b` is the sum of the products; if `a` has more numbers than `b`, of each row of `a`, a row having as
-many numbers as `b`. `a[b]` is the number of `a` at the place that `b` names: that number is the one that
-is given. `TEXT where x = ..., y = ...` names what is used more than once, each after what it uses.
+many numbers as `b`. `a[b]` is the number of `a` at the place that `b` names: only that number is passed.
+`TEXT where x = ..., y = ...` names repeated parts, each after the parts that it uses.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def written(text: str, settings: Mapping[str, Any], given: Collection[str]) -> s
 
 
 def number_text(number: Any) -> str:
-    """Return a number in the fewest digits that give it back: of float32, where it is one."""
+    """Return a number in the fewest digits that restore it; as float32, if it is one."""
     if isinstance(number, int) or not math.isfinite(number):
         return str(number)
     with np.errstate(over="ignore"):

@@ -127,7 +127,7 @@ def _nll_backward(call: Call) -> Made:
 def _margin(call: Call) -> Made:
     """Return the rule of losses that compare the numbers of the targets of a row with all others.
 
-    `weight[target] * max(0, margin - self[target] + self[class])^p`; of several targets, without these.
+    `weight[target] * max(0, margin - self[target] + self[class])^p`; for several targets, without these.
     """
     rows, classes = _table(call)
     if call.place == 1:

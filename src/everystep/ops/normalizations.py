@@ -336,7 +336,7 @@ def _batch_norm_backward_rows(call: RowsCall) -> list[Result]:
             found.append(Result(own, why=why))
         elif are_apart:
             found.append(by_key(keys, result, partial(on, place)))
-        else:  # a channel of its own for each row, as in instance norm
+        else:  # a separate channel for each row, as in instance norm
             labels = reduced(both, others)
             found.append(Result(labels.expand(result.shape)))
     return found

@@ -21,11 +21,9 @@ Settings = Mapping[str, Any]
 
 
 class Update(NamedTuple):
-    """What the step of an optimizer makes of a parameter and of its state.
-
-    definitions: what is used more than once, each after what it uses; results: by the name of what is
-    written: `param`, or a tensor of the state. All are in the language of formulas; `grad` and the state
-    are as they were before.
+    """How the step of an optimizer changes a parameter and its state. definitions: repeated parts, each
+    after the parts that it uses; results: by the name of the written tensor: `param`, or a tensor of the
+    state. All are in the language of formulas; `grad` and the state are those before the step.
     """
 
     definitions: dict[str, str]

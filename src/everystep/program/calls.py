@@ -96,7 +96,7 @@ def late_calls(
     keywords: dict[str, Any],
     results: Sequence[Tensor | None],
 ) -> list[Call]:
-    """Return what `prebuilt_calls` returns; the arguments may be exchanged for others of their type."""
+    """Return the result of `prebuilt_calls`; other arguments of the same types may replace its own."""
     if _writes_in_place(operator):
         function = _quickest(operator, arguments, keywords)
     else:
@@ -142,7 +142,7 @@ def _can_be_split(operator: Any) -> bool:
 def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Call]:
     """Return a loss as ATen computes it: per element, then their mean or sum.
 
-    If asked for both at once, ATen resizes the result tensor twice.
+    In one call, ATen would resize the result tensor twice.
     """
     parameters = operator._schema.arguments
     given = [*arguments, *(p.default_value for p in parameters[len(arguments) :])]
@@ -197,10 +197,10 @@ _chosen: dict[Any, Callable[..., Any]] = {}
 
 
 def _kinds_of(value: Any) -> Any:
-    """Return what torch's bindings tell arguments apart by."""
+    """Return the kinds by which torch's bindings distinguish arguments."""
     if isinstance(value, list | tuple):
         return tuple(map(_kinds_of, value))
-    if isinstance(value, Tensor):  # one without dimensions may stand for a number
+    if isinstance(value, Tensor):  # one without dimensions may replace a number
         return Tensor, None if value.ndim else (value.dtype, value.requires_grad)
     return type(value)
 
@@ -215,7 +215,7 @@ def _bindings(operator: Any) -> list[Callable[..., Any]]:
 def _calls_only(
     function: Callable[..., Any], operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]
 ) -> bool:
-    """Return whether the function does nothing but call the operator with these arguments."""
+    """Return whether the function only calls the operator with these arguments."""
     probe = _Probe(operator)
     try:
         with probe:

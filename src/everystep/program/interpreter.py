@@ -25,7 +25,7 @@ __all__ = ["Environment", "Interpreted", "Interpreter"]
 class Interpreted(NamedTuple):
     """The result of running a program.
 
-    loss: None if the program has none; differs: the first deviation from the program, in words, or None.
+    loss: None if the program has none; differs: the first deviation from the program, as text, or None.
     """
 
     loss: Tensor | None
@@ -245,7 +245,7 @@ class _Instruction:
         return positional, {key: put(*each) for key, each in self._keywords.items()}
 
     def run(self, environment: Environment, numbers: Iterator[Number]) -> str | None:
-        """Call the operator; return the deviation from the program in words, or None."""
+        """Call the operator; return a deviation from the program as text, or None."""
         arguments, keywords = self._given(numbers, lambda value: decode(value, environment.tensor))
         result = self._call(*arguments, **keywords)
         if self._reads_number:
@@ -271,7 +271,7 @@ class Environment:
         self._interpreter = interpreter
         self._program = interpreter.program
         self._memory: dict[str, torch.UntypedStorage] = {}
-        #: The tensors that lie on each storage, by their names.
+        #: The tensors on each storage, by their names.
         self._tensors: dict[str, dict[str, Tensor]] = {}
         interpreter.lay_state(state)
         for name, spec in interpreter.state.items():

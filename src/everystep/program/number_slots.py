@@ -1,8 +1,8 @@
 """Number slots: the arguments of operations with numbers that belong to a step, not to its program.
 
-These are the `Scalar` and `float` arguments, numbers in the place of a tensor, the settings of an
-optimizer, and what the step read from tensors. A training with another learning rate at every step has
-one program.
+These are the `Scalar` and `float` arguments, numbers in place of a tensor, the settings of an optimizer,
+and the numbers that the step read from tensors. A training with a different learning rate at every step
+has one program.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ __all__ = ["Observed"]
 class Observed(NamedTuple):
     """An operation that just ran: its inputs before it ran, and its results, by name.
 
-    written: inputs that it wrote into besides its results, such as running statistics, after it ran.
+    written: inputs that it also wrote into, such as running statistics, after it ran.
 
-    The tensors are copies and do not change. What several operations use is copied once.
+    The tensors are copies and do not change. A tensor that several operations use is copied once.
     """
 
     operation: Operation
@@ -27,7 +27,7 @@ class Observed(NamedTuple):
 
     @property
     def read(self) -> dict[str, Tensor]:
-        """The inputs of which it reads the numbers."""
+        """The inputs with numbers that it reads."""
         unread = unread_inputs(self.operation)
         return {name: tensor for name, tensor in self.inputs.items() if name not in unread}
 

@@ -35,7 +35,7 @@ DIMENSIONS = 64
 Phase = Literal["forward", "loss", "zero_grad", "backward", "update", "other"]
 Natural = Annotated[int, Field(ge=0, le=LIMIT)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
-#: Characters of the name of a part, a module, or a tensor in one: longer names are made of it.
+#: Characters of the name of a part, a module, or a tensor in one; longer names are built from it.
 LONGEST_PATH = 900
 
 
@@ -214,7 +214,7 @@ class Operation(Model):
 
 
 def usual_geometry(name: str, shape: tuple[int, ...] | list[int]) -> dict[str, Any]:
-    """Return the storage and the strides of a contiguous tensor with a storage of its own."""
+    """Return the storage and the strides of a contiguous tensor with its own storage."""
     stride, product = [], 1
     for size in reversed(shape):
         stride.append(product)

@@ -1,4 +1,4 @@
-"""Which torch operators a step and its program may use, and what their schemas say."""
+"""The torch operators that a step and its program may use, and their schemas."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _ARGUMENT_TYPES = re.compile(
 )
 _RESULT_TYPES = re.compile(r"(List\[)?Tensor\]?")
 
-#: In these, a text names a variant of the computation; in others, it might name a file.
+#: In these, a string names a variant of the computation; in others, it might name a file.
 _TEXT_ARGUMENTS = {
     *("approximate", "rounding_mode", "reduce", "indexing", "side", "norm"),
     *("mode", "driver", "UPLO"),
@@ -77,10 +77,10 @@ _NEEDED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 ALLOCATING = frozenset(
     ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 )
-#: They return memory, or a view of it, although their schema does not say that they return a view.
+#: They return memory, or a view of it, although their schema does not declare a view.
 _MEMORY_ONLY = {*ALLOCATING, "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes"}
 
-#: Written by the kernel, though the schema does not say so.
+#: Written by the kernel, although the schema does not declare it.
 _UNDECLARED_WRITES = {
     "native_batch_norm": ("running_mean", "running_var"),
     "cudnn_batch_norm": ("running_mean", "running_var"),
@@ -110,7 +110,7 @@ def resolve(name: str) -> Any:
     That is `aten.name.overload` of `torch.ops`, or `optim.name.step`, the step of one of torch's
     optimizers. It computes tensors from tensors and numbers alone: it reads no file, starts nothing, and
     changes no tensor's shape or memory. Except for `BY_VALUES`, the shapes of its results do not depend
-    on the numbers in its tensors. A program contains those that compute, see `computes`.
+    on the numbers in its tensors. A program contains only those that compute, see `computes`.
 
     Raises:
         NotAllowedError: it is unknown, or not such an operation.

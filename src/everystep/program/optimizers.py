@@ -21,9 +21,9 @@ from everystep.gradient_descent import GradientDescent
 
 __all__ = ["ARGUMENTS", "OPTIMIZERS", "BoundOptimizer", "OptimizerOperator"]
 
-#: The positional arguments: lists by param group of tensors. `kept`: for each parameter, what the
-#: optimizer keeps, as keys and tensors in turn; `made`: the group, the parameter and the key of what the
-#: step creates, which are its results.
+#: The positional arguments: lists by param group of tensors. `kept`: for each parameter, the optimizer's
+#: state, as alternating keys and tensors; `made`: the group, the parameter and the key of what the step
+#: creates, which are its results.
 ARGUMENTS = ("parameters", "gradients", "kept", "made")
 #: Classes with a `step` that runs only torch's code, unless it gets a closure.
 _KINDS = (
@@ -73,7 +73,7 @@ class OptimizerOperator:
             tensors: the specs of the tensors of the program, by name.
 
         Raises:
-            ValueError: reports what is wrong.
+            ValueError: they are invalid.
         """
         if set(given) != {*ARGUMENTS, *self.settings}:
             raise ValueError(f"{self} takes {', '.join((*ARGUMENTS, *self.settings))}")
@@ -128,18 +128,18 @@ class OptimizerOperator:
 
 
 def _key(value: Any) -> str | None:
-    """Return the text that an argument of a program is, None if it is something else."""
+    """Return an argument of a program if it is a string, else None."""
     if isinstance(value, dict) and [*value] == ["text"] and isinstance(value["text"], str):
         return value["text"]
     return None
 
 
 class BoundOptimizer:
-    """An optimizer of torch's on given tensors.
+    """A torch optimizer on given tensors.
 
     Args:
         operator: its class.
-        parameters, gradients, kept, made: as in `ARGUMENTS`; texts stand for themselves.
+        parameters, gradients, kept, made: as in `ARGUMENTS`; strings are passed unchanged.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class BoundOptimizer:
         return [tensor for pair in self._given for tensor in pair]
 
     def kept(self) -> list[Tensor]:
-        """Return what it keeps for its parameters."""
+        """Return its state by parameter."""
         kept = (value for own in self._optimizer.state.values() for value in own.values())
         return [value for value in kept if isinstance(value, Tensor)]
 

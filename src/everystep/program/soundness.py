@@ -2,11 +2,11 @@
 
 First, the operations run on torch's meta device, which has shapes but neither memory nor values. Shapes
 and dtypes of the results must agree with the program. Most kernels check the rest themselves. Some trust
-their arguments, and would read and write anywhere:
+their arguments, and could read and write anywhere:
 
 - Kernels of the backward pass trust that their arguments come from the forward pass: matching shapes,
   and values that are positions in a tensor. So a matching forward operation must come before them, and
-  nothing may have changed what it saved.
+  its saved tensors must be unchanged.
 - Some others trust that shapes match; their requirements are listed here.
 """
 
@@ -32,17 +32,17 @@ __all__ = ["WITH_STATISTICS", "check_soundness", "results_on_meta"]
 META = torch.device("meta")
 Given = dict[str, Any]
 
-#: Kernels with results, besides the first, that depend on the device or that meta does not know.
+#: Kernels with results after the first that depend on the device or that meta does not know.
 _VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scaled_dot_product_\w+")
 
 #: Their results after the first are statistics, with the dtype of the input on a CPU, and float32 on
-#: other devices and where there is no memory.
+#: other devices and on meta.
 WITH_STATISTICS = {
     *("native_batch_norm", "native_layer_norm", "native_group_norm", "_native_batch_norm_legit"),
     "_fused_rms_norm",
 }
 
-#: They trust the numbers in their second argument, which goes with the first: how rows were swapped.
+#: They trust the numbers in their second argument: the row swaps of the first.
 _OF_A_FACTORIZATION = {"linalg_lu_solve", "linalg_ldl_solve", "lu_unpack"}
 
 
@@ -99,7 +99,7 @@ class _Check:
         """Check one operation.
 
         Raises:
-            Exception: whatever torch raises; ValueError for what is found here.
+            Exception: any error of torch; ValueError for errors found here.
         """
         operation = self._operations[index]
         if operation.is_by_values:  # their results do not depend on shapes alone
@@ -195,7 +195,7 @@ class _Check:
         return self._specs[name].shape[0] if isinstance(name, str) else None
 
     def _check_factorization(self, index: int) -> None:
-        """Check that the pivots come from an operation that gave them beside a matrix of this shape."""
+        """Check that the pivots come from an operation that also returned a matrix of this shape."""
         matrix, pivots = list(self._given[index].values())[:2]
         for place in range(index):
             results = self._operations[place].results
@@ -234,7 +234,7 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
     """Return the results of an operation on tensors without memory, by name.
 
     Raises:
-        Exception: whatever torch raises for tensors that do not fit.
+        Exception: any error of torch for tensors that do not fit.
     """
     operator = operation.resolved
     if isinstance(operator, OptimizerOperator):  # Python, which reads numbers that these have not

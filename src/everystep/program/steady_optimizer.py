@@ -1,7 +1,7 @@
-"""Steady optimizer: the step of one of torch's optimizers as operators, while its settings stay.
+"""Steady optimizer: the step of a torch optimizer as operators, while its settings stay the same.
 
-Torch's class computes in Python which operators to call. Where it reads no number from a tensor, that
-depends on settings and shapes alone: once it was seen, the operators are called directly.
+Torch's class computes in Python which operators to call. If it reads no number from a tensor, that
+depends on settings and shapes alone: after the first step, the operators are called directly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from everystep.program.optimizers import BoundOptimizer, OptimizerOperator
 
 __all__ = ["SteadyOptimizer"]
 
-#: Steps with the same settings, before operators are called directly: a schedule sets others each time.
+#: Steps with the same settings before operators are called directly: a schedule changes them at each
+#: step.
 SAME_BEFORE = 3
 #: Bytes that the results of its operators may take. With larger tensors, Python takes little of a step.
 MOST_BYTES = 4_000_000
@@ -85,7 +86,7 @@ class _Seen(OperatorMode):  # type: ignore[no-untyped-call]
         return result
 
     def calls(self, given: set[int]) -> list[Call] | None:
-        """Return what repeats the operators on the same memory; None if something else may differ.
+        """Return calls that repeat the operators on the same memory; None if anything else may differ.
 
         given: the memory of the tensors of the optimizer, which the operators may write.
         """

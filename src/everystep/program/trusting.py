@@ -41,8 +41,8 @@ RENAMED = {
     "_weight_norm_interface_backward": {"saved_v": "v", "saved_g": "g"},
     "native_batch_norm_backward": {"train": "training"},
 }
-#: Parameters of the backward pass that the forward pass does not have. What they say must agree with the
-#: shapes of the results, or `soundness` checks it.
+#: Parameters of the backward pass that the forward pass does not have. They must agree with the shapes
+#: of the results, or `soundness` checks them.
 OF_BACKWARD_ALONE = {"bias_sizes", "num_weights", "output_mask"}
 
 
@@ -55,7 +55,7 @@ _ADAM = [
 ]
 _BATCH_NORM = "Tensor input, Optional[Tensor] weight, Optional[Tensor] bias, "
 _FACTORS = "Tensor factors, Tensor pivots, "
-#: The arguments of kernels that trust shapes or numbers, of each overload, but for those of `out=`.
+#: The arguments of kernels that trust shapes or numbers, for each overload except `out=`.
 _ARGUMENTS: dict[str, list[str]] = {
     "_cdist_backward": ["Tensor grad, Tensor x1, Tensor x2, float p, Tensor cdist"],
     "_embedding_bag": [
@@ -110,7 +110,7 @@ _ARGUMENTS: dict[str, list[str]] = {
 
 
 def what_is_unknown(operator: Any) -> str | None:
-    """Return what everystep does not know about a trusting kernel, None if it knows enough."""
+    """Return what is unknown about a trusting kernel, None if everystep knows enough."""
     name = operator.overloadpacket.__name__
     if name in _ARGUMENTS and known_names(operator) is None:
         return f"has another signature in torch {torch.__version__} than this everystep supports"

@@ -1,7 +1,6 @@
 """Tensors of an operation without numbers: memory of a kernel, or memory that the operation overwrites.
-
-The bytes of such memory may be of anything that was computed before. They differ between two replays of
-the same step, so nothing compares them, looks for NaN in them, or shows them.
+Such memory may hold bytes of anything that was computed before. They differ between two replays of the
+same step, so nothing compares them, looks for NaN in them, or shows them.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from everystep.program.operators import ALLOCATING
 
 __all__ = ["overwrites", "unread_inputs", "unset_results"]
 
-#: From which of their results on kernels return their own memory, of which they do not write all:
-#: workspaces, reserves, a table of the CTC loss, the state of a generator that only dropout sets, and
-#: log-sum-exps that are padded to a multiple of 32 rows.
+#: The first of the results with which kernels return their own, partly unwritten memory: workspaces,
+#: reserves, a table of the CTC loss, the state of a generator that only dropout sets, and log-sum-exps
+#: that are padded to a multiple of 32 rows.
 _MEMORY_FROM = {
     "_ctc_loss": 1,
     **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "cudnn_batch_norm"), 3),
@@ -50,7 +49,7 @@ def overwrites(operation: Operation) -> bool:
 
 
 def unset_results(operation: Operation) -> frozenset[str]:
-    """Return the names of results without numbers, and of what it could have written and did not."""
+    """Return the names of results without numbers, and of tensors that it left unwritten."""
     first = 0 if operation.name in ALLOCATING else _MEMORY_FROM.get(operation.name)
     found = frozenset() if first is None else frozenset(filter(None, operation.results[first:]))
     if operation.name.startswith("rrelu_with_noise") and "backward" not in operation.name:
@@ -61,7 +60,7 @@ def unset_results(operation: Operation) -> frozenset[str]:
 
 
 def unread_inputs(operation: Operation) -> frozenset[str]:
-    """Return the names of inputs of which an operation reads no numbers."""
+    """Return the names of inputs with numbers that the operation does not read."""
     given = operation.given()
     name, overload = operation.name, operation.operator.partition(".")[2]
     is_like = name.endswith("_like") or name.startswith("new_") or overload in _ONLY_SHAPES

@@ -46,7 +46,7 @@ __all__ = [
 
 #: Steps of a block; it begins at a multiple of this.
 BLOCK = 4096
-#: Names in the table `blocks`, besides those of measurements.
+#: Names in the table `blocks`, other than those of measurements.
 LOSS, FACTS = "loss", "facts"
 
 
@@ -115,7 +115,7 @@ def _digest_of_facts(rows: Iterable[tuple[str, str]]) -> bytes:
 
 
 class Kinds(NamedTuple):
-    """The types that the values of a column have (NULL is None), and in words what others would be."""
+    """The types that the values of a column may have (NULL is None), and a text for wrong ones."""
 
     types: frozenset[type[Any]]
     others: str
@@ -208,7 +208,7 @@ class Blocks:
     def is_gapless(self) -> bool:
         """Return whether the steps that have losses are 1, 2, 3, ..."""
         numbers = "count(*)", "coalesce(min(step), 1)", "coalesce(max(step), 0)"
-        # Each by itself is fast; together they would read all rows.
+        # Each query alone is fast; combined, they would read all rows.
         count, first, newest = (self.numbers(f"SELECT {each} FROM steps")[0] for each in numbers)
         return bool(first >= 1 and count == newest)
 
@@ -354,7 +354,7 @@ class Blocks:
         return count, newest
 
     def has_facts_as_written(self) -> bool:
-        """Return whether all facts are as they were written; true if they have no digest."""
+        """Return whether all facts are unchanged; true if they have no digest."""
         known = self.numbers("SELECT digest FROM blocks WHERE name = ?", FACTS)
         if not known:
             return True

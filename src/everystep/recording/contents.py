@@ -1,4 +1,5 @@
-"""Contents: what repeats watched steps, and their inputs, stored once by a digest of their bytes.
+"""Contents: the data that repeats watched steps, and their inputs, stored once by a digest of their
+bytes.
 
 A tensor with rows is stored row by row, so that an epoch that shuffles its rows costs 16 bytes per row.
 Files hold the bytes one after the other. If they exceed a budget, the oldest file is deleted, and the
@@ -46,9 +47,9 @@ __all__ = [
 #: Bytes of batches and other inputs that a run may keep, by default.
 DEFAULT_BATCH_BUDGET = 2_000_000_000
 FOLDER = "batches"
-#: The budget is kept in so many files.
+#: The budget is divided into so many files.
 FILES = 16
-#: Rows of fewer bytes than this are not worth a digest of their own.
+#: Rows of fewer bytes than this get no digests of their own.
 _SMALLEST_ROW = 64
 
 
@@ -153,7 +154,7 @@ def digest_of(tensor: Tensor) -> str:
 
 
 def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
-    """Return what a digest is of besides bytes: the dtype and the shape."""
+    """Return what a digest covers in addition to bytes: the dtype and the shape."""
     return f"{dtype} {shape[1:] if is_by_row else shape}".encode()
 
 
@@ -261,10 +262,10 @@ class Repeats:
     def write(
         self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]] | None
     ) -> None:
-        """Write steps. compare: compares those that the run has already, and returns the others.
+        """Write steps. compare: compares steps that the run already has, and returns the new ones.
 
         Raises:
-            RunError: a step is not the recorded one.
+            RunError: a step differs from the recording.
             RecordingError: they cannot be written.
         """
         found: list[Repeat] = []

@@ -32,7 +32,7 @@ Measurements = Sequence[tuple[str, int, float]]
 
 
 class Continuation:
-    """Compares steps that are taken again, and keeps what is to be written with the first new step.
+    """Compares repeated steps, and keeps what will be written with the first new step.
 
     Args:
         directory: of the run.
@@ -61,7 +61,7 @@ class Continuation:
         self._facts |= facts
 
     def measurements(self, rows: Measurements) -> None:
-        """Keep measurements for later, but for those that the run has; say so where one differs."""
+        """Keep measurements for later, except those that the run has; report one that differs."""
         again = [row for row in rows if row[1] <= self.recorded]
         if again and self._recorded_values is None:
             known = self._database.measurements(min(step for _, step, _ in again))
@@ -200,8 +200,8 @@ def inherit(
         database.write_contents(contents)
         for number in {file for _, file, _, _ in contents}:
             _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
-    # A fork of a loop begins with a snapshot of its parent; others bring their own of that state. The
-    # last one has what came after the loop's last step, too.
+    # A fork of a loop begins with a snapshot of its parent; other forks write their own. The last
+    # snapshot includes changes after the loop's last step.
     is_loop = parent.facts.training.loop is not None
     begins_there = is_loop and (at < parent.newest_step() or not at)
     for row in [row for row in parent.snapshot_rows() if row.step < at + begins_there]:
@@ -243,19 +243,19 @@ def inherit(
 
 
 def _take(source: Path, target: Path, name: str, own_name: str | None = None) -> None:
-    """Take over a file. A fork reports what it misses when it is read, as its parent does."""
+    """Inherit a file. A fork reports a missing file when it is read, as its parent does."""
     if has_own(source, name):
         take_file(source, name, target, own_name)
 
 
 def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
-    """Remove what no recorded step belongs to, temporary files, and snapshots that cannot be read.
+    """Remove files that belong to no recorded step, temporary files, and unreadable snapshots.
 
     Args:
         directory: of the run.
         database: of the run.
         recorded: the newest step that stays.
-        at: the state that the training goes on from; the training writes later ones again.
+        at: the state that the training continues from; it writes later ones again.
     """
     rows = database.snapshots()
     removed = [row for row in rows if row.step > recorded]

@@ -1,7 +1,7 @@
-"""What is wrong with a run: numbers, states or files that are missing, or not as they were recorded.
+"""What is wrong with a run: numbers, states or files that are missing or differ from the recording.
 
-This is the one place that finds it; terminal, page and `doctor` show it. Looking at the structure costs
-little at any length of a run; looking at the numbers reads them all, and looking at the files, too.
+This is the one place that finds it; terminal, page and `doctor` show it. Checking the structure costs
+little for a run of any length; checking numbers and files reads all of them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _RESTORE = (
 
 
 class Finding(NamedTuple):
-    """Something that is wrong: its place in the run, what is wrong in words, and what to do."""
+    """A problem: its place in the run, a description, and what to do."""
 
     place: str
     problem: str
@@ -121,7 +121,7 @@ def structure_findings(
 
 
 def missing_steps(facts: Facts, newest: int) -> Finding | None:
-    """Return the finding that a finished run ends before its last step; None: it does not."""
+    """Return a finding if a finished run ends before its last step, else None."""
     if facts.status != "finished" or facts.steps is None or newest >= facts.steps:
         return None
     return Finding(
@@ -184,7 +184,7 @@ def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, by
 
 
 def _gap_findings(steps: NDArray[np.int64]) -> list[Finding]:
-    """Return which steps are missing between others, from 1."""
+    """Return the gaps between steps, from 1."""
     before = [0, *steps[steps > 0].tolist()]
     gaps = [(a + 1, b - 1) for a, b in pairwise(before) if b > a + 1]
     return [
@@ -196,7 +196,7 @@ def _gap_findings(steps: NDArray[np.int64]) -> list[Finding]:
 
 
 def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[Finding]:
-    """Return the findings that these blocks are not as they were recorded."""
+    """Return findings for blocks that differ from the recording."""
     found = []
     for name, first in altered[:_MOST_NAMED]:
         last = max(first, min(first + BLOCK - 1, newest))
@@ -241,7 +241,7 @@ def readable_numbers(path: Path) -> str:
     """Return the losses and measurements that can be read, as CSV: series, step, value, digest.
 
     series: `loss`, or `measurement/` and its name; value: empty for NaN; digest: `same` if the block of
-    the number has the recorded digest, `differs` if it has another one, `none` if none was recorded.
+    the number has the recorded digest, `differs` if it has another one, `none` if there is no digest.
 
     path: of the database, which may be cut off or malformed.
 
@@ -277,6 +277,6 @@ def _rows(connection: sqlite3.Connection, query: str, kinds: Any) -> list[Any]:
                 if all(type(value) in kind.types for value, kind in zip(row, kinds, strict=True)):
                     found[row[:2]] = row
             break
-        except (sqlite3.Error, UnicodeError):  # damaged from here on; `doctor` says so
+        except (sqlite3.Error, UnicodeError):  # damaged from here; `doctor` reports it
             continue
     return [found[key] for key in sorted(found)]

@@ -1,4 +1,4 @@
-"""The lock of a run: one process writes, and others learn which one; also to add to a finished run."""
+"""The lock of a run: one process writes or adds to a run, and others learn which one."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _RECENT = 600.0
 
 
 class Unlocked:
-    """Stands for the lock of a run where the file system has none."""
+    """Replaces the lock of a run if the file system has no locks."""
 
     def release(self) -> None:
         """Do nothing."""
 
 
 def locked(directory: Path) -> FileLock | Unlocked:
-    """Lock a run for writing; the system releases the lock when the process ends, however it ends.
+    """Lock a run for writing; the system releases the lock when the process ends in any way.
 
-    Where the file system has no locks, say so, and go by the process that the run names as its writer.
+    If the file system has no locks, warn, and check the process that the run names as its writer.
 
     Raises:
         RunError: another process is writing the run; names it. Or the run has links.
@@ -84,7 +84,7 @@ def is_locked(directory: Path) -> bool:
         status = path.lstat()
     except OSError:
         return False
-    # No process of ours holds what is no file of its own; opening it would empty it.
+    # everystep locks only files that it created; opening another one would empty it.
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         return False
     lock = FileLock(path)
@@ -92,7 +92,7 @@ def is_locked(directory: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # there are no locks, or the place can only be read from here
+    except OSError:  # there are no locks, or the directory is read-only
         return _names_a_writer(directory)
     lock.release()
     return False
@@ -149,7 +149,7 @@ def _by_whom(directory: Path) -> str:
 
 
 def write_note(directory: Path, text: str | None) -> str | None:
-    """Write the note of a run, and return it as written: one line. None, or a blank text, removes it.
+    """Write the note of a run, and return it as written: one line. None or a blank text removes it.
 
     Raises:
         UsageError: it is too long.

@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Recorder"]
 
-#: Seconds that one write takes, or that the training waits for the disk, until it is said.
+#: Seconds that one write takes, or that the training waits for the disk, before it is reported.
 LATE_SECONDS = 10.0
 #: Bytes of batches that may wait to be written, before the training waits.
 MOST_WAITING = 512_000_000
-#: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.
+#: For snapshots of at least so many bytes, the time to write them counts, not only that of the thread.
 LARGE_BYTES = 1_000_000
 #: Bytes that a run keeps while it is written: several times what its last facts take.
 _SPARE = 65_536
@@ -59,16 +59,16 @@ class Recorder:
 
     Args:
         directory: of the run; empty unless it is resumed.
-        facts: what is known before the first step; for a fork, without what it inherits.
+        facts: what is known before the first step; for a fork, without inherited ones.
         budget: maximum bytes of snapshots.
         parent: the parent run, if this is a fork.
         at: the parent's state that it starts from.
-        texts: content of text files by name: they are there before the database says so.
-        beginning: that state as the fork has it: it is written with what the fork inherits, all or
+        texts: content of text files by name, written before the database names them.
+        beginning: that state as the fork has it: written together with the inherited data, all or
             nothing, because no other snapshot has the fork's settings.
         batch_budget: maximum bytes of batches and other inputs of steps.
-        is_resumed: the run exists, and its training goes on from state `at`, which is on disk; steps
-            that the run has already are compared, not written (see `Continuation`).
+        is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
+            that the run already has are compared, not written (see `Continuation`).
 
     lost_to: the last step that needs dropped inputs.
     The next `check`, and `finish`, raise errors of the thread.

@@ -168,7 +168,7 @@ class RecordedRun:
 
     @property
     def measurements(self) -> polars.DataFrame:
-        """All measurements besides the loss: columns name, step and value (Float64)."""
+        """All measurements except the loss: columns name, step and value (Float64)."""
         import polars as pl
 
         found = self._read(Database.measurements)
@@ -182,12 +182,12 @@ class RecordedRun:
 
     @property
     def measurement_names(self) -> list[str]:
-        """The names of all measurements besides the loss."""
+        """The names of all measurements except the loss."""
         return self._read(Database.measurement_names)
 
     @property
     def latest_measurements(self) -> dict[str, float]:
-        """The newest value of each measurement besides the loss, by name."""
+        """The newest value of each measurement except the loss, by name."""
         with reading(self._database_path) as database:
             latest = {name: database.last_measured(name) for name in database.measurement_names()}
         return {name: math.nan if value is None else value for name, value in latest.items()}
@@ -242,7 +242,7 @@ class RecordedRun:
     ) -> State | None:
         """Return the newest readable state on disk up to `step`, or None.
 
-        after: it must be later than this; on_problem: called with the reason if one is unreadable.
+        after: only states later than this one; on_problem: called with the reason if one is unreadable.
         """
         for row in reversed([row for row in self.snapshot_rows() if after < row.step <= step]):
             try:
@@ -309,7 +309,7 @@ class RecordedRun:
 
     @property
     def stretches(self) -> list[Stretch]:
-        """The parts of the run whose steps were taken in the same way: one, or more for a fork."""
+        """The ranges of steps that were taken in the same way: one, or more for a fork."""
         facts = self.facts
         found: list[Stretch] = []
         first = 1
@@ -376,12 +376,12 @@ class RecordedRun:
 
     @property
     def damage(self) -> str | None:
-        """What is missing or altered among the numbers of the run, in a line; None if nothing is."""
+        """Missing or altered numbers of the run, in one line; None if there are none."""
         found = self.findings()
         return damage_text(self.name, found) if found else None
 
     def _warn_of(self, found: list[Finding]) -> None:
-        """Warn, once, if what was just read is not all, or not as it was recorded."""
+        """Warn, once, if the numbers just read are incomplete, or differ from the recording."""
         if found and not self._has_warned:
             self._has_warned = True
             warnings.warn(DamageWarning(damage_text(self.name, found)), stacklevel=3)

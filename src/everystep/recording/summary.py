@@ -25,8 +25,8 @@ class Summary(NamedTuple):
     nonfinite_step: the first with a loss that is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
     validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
-    name of its parent and the last step taken from it; note: the user's own words; damage: what is
-    missing or altered, as far as it shows without reading all numbers.
+    name of its parent and the last step taken from it; note: of the user; damage: what is missing or
+    altered, as far as is known without reading all numbers.
     """
 
     name: str

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-#: A line of text, and how deep it lies.
+#: A line of text, and its depth.
 _Line = tuple[int, str]
 _RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
 

@@ -29,9 +29,9 @@ from everystep.replay.recorded_steps import RecordedSteps
 
 __all__ = ["BATCH", "BoundStep", "BoundSteps"]
 
-#: A program is bound once it has run, or is about to run, so many steps.
+#: The number of steps, past or planned, for which a program is bound.
 WORTH = 8
-#: Bytes of their own that bound programs may have, together.
+#: Bytes that bound programs may allocate, together.
 MOST_BYTES = 1_000_000_000
 #: What no row of a run has as its numbers or its inputs.
 _NOTHING = b"nothing"
@@ -40,15 +40,14 @@ BATCH, INPUT, GENERATOR = "batch/", "input/", "generator/"
 
 @dataclass(eq=False)
 class BoundStep:
-    """A program that is bound, and what it was given last.
+    """A bound program, and its last inputs.
 
-    steps: where its numbers and inputs come from; own: the tensors of the state that it is bound to;
-    batch: the names of the tensors of the batch that it reads; outside, contents: the other inputs that
-    it has, and where their bytes are, by storage; rule: where its batch comes from, None if it is among
-    the inputs; era: of `BoundSteps`, when the state was last known to be on its own tensors; count: the
-    steps that it ran; put, loaded: numbers and inputs of the row that was put into it, as the database
-    has them; recorded: these numbers; generator: the state to draw from, if any; digests: of the state
-    after the step.
+    steps: the source of its numbers and inputs; own: the tensors of the state that it is bound to;
+    batch: the names of the tensors of the batch that it reads; outside, contents: its other inputs, and
+    the location of their bytes, by storage; rule: the source of its batch, None if it is among the
+    inputs; era: of `BoundSteps`, when the state was last on its own tensors; count: the steps that it
+    ran; put, loaded: numbers and inputs of the row in it, as in the database; recorded: these numbers;
+    generator: the state to draw from, if any; digests: of the state after the step.
     """
 
     live: BoundProgram

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that one was ended."""
+"""Processes that end with the one that started them, even if that one was killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from threading import Thread
 
 __all__ = ["end_with", "end_with_stdin"]
 
-#: Seconds that a process which is asked to stop has to keep what it has done.
+#: Seconds that a stopped process has to save its results.
 _PATIENCE = 60.0
 
 
@@ -26,16 +26,15 @@ def end_with(parent: Connection) -> None:
 
 
 def end_with_stdin(*, in_order: bool = False) -> None:
-    """End this process once the other end of its stdin has closed, whatever it computes.
+    """End this process when the other end of its stdin closes, even during a computation.
 
-    in_order: stop it as Ctrl-C does, and end it a minute later.
-
-    Where the system cannot watch a pipe that is read as well (Windows), the next read ends it.
+    in_order: stop it as Ctrl-C does, and end it a minute later. If the system cannot watch a pipe that
+    is also read (Windows), the next read ends it.
     """
 
     def watch() -> None:
         found = select.poll()
-        found.register(0, 0)  # only its end, not what is to be read
+        found.register(0, 0)  # only its end, not its data
         found.poll()
         if in_order:
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,7 +1,7 @@
-"""Processes: where a run is replayed, so that it computes as in the training.
+"""Processes in which a run is replayed, so that it computes as in the training.
 
-That is this process if its numerics match those of the run, and otherwise workers started with them.
-What cannot be set (another processor, another torch) stays different, and each loss is compared.
+That is this process if its numerics match those of the run, or else workers started with them. What
+cannot be set (another processor, another torch) stays different, and each loss is compared.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ALONE_SECONDS = 4.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
-#: What tells a run that is over from the same run after it was resumed; None while it is trained.
+#: Distinguishes a finished run from the same run after it was resumed; None during training.
 Edition = tuple[int, int] | None
 
 
@@ -92,7 +92,7 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
     """Return processes that compute as the run did, with `threads` threads each; they end afterwards.
 
     Raises:
-        TrainingError: none can be started, or one has ended by itself.
+        TrainingError: none can be started, or one ended unexpectedly.
     """
     from loky import ProcessPoolExecutor
 
@@ -119,7 +119,7 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
 
 
 def process_count(run: RecordedRun, steps: int, asked: int | None, tasks: int, threads: int) -> int:
-    """Return how many processes share so many steps of a run, 1 for this one alone.
+    """Return the number of processes for so many steps of a run, 1 for this one alone.
 
     asked: number of processes, None for one per core if worth their start; threads: of each.
     """
@@ -139,13 +139,13 @@ def shared(
     task: Callable[..., T],
     given: Iterable[tuple[Any, ...]],
 ) -> Generator[T, None, None]:
-    """Do something with replays of a run in processes, and yield each result when it is there.
+    """Run a task with replays of a run in processes, and yield each result when it is ready.
 
     Args:
         opener: of the run.
         count: the number of processes.
         threads: of each.
-        task: what to do; called with a replay, and once with each of `given`.
+        task: called with a replay and each of `given`.
 
     Raises:
         whatever the task raises.
@@ -194,14 +194,14 @@ def _ended_too_early() -> TrainingError:
 
 def _begin(threads: int, parent: Connection) -> None:
     end_with(parent)
-    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
+    warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     # Ctrl-C is for the process that waits; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
 
 class Opener:
-    """Opens steps and states of a run; caches what was replayed.
+    """Opens steps and states of a run; caches replayed ones.
 
     Args:
         run: the run.
@@ -231,7 +231,7 @@ class Opener:
 
     @property
     def diverged_at(self) -> int | None:
-        """The first step with another loss in the replay, None if there was none."""
+        """The first step with a different loss in the replay, None if there was none."""
         found: int | None = self.call(getattr, "diverged_at")
         return found
 
@@ -244,7 +244,7 @@ class Opener:
         return self.call(Replay.state, number)
 
     def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
-        """Do something with the replay of the run, where it can compute as in the training.
+        """Call a task with the replay of the run, in a process that computes as the training did.
 
         Raises:
             whatever the task raises.
@@ -265,7 +265,7 @@ class Opener:
     def replay_here(self, *, may_share: bool = True) -> Replay:
         """Return a replay in this process, shared with the one that opens steps if possible.
 
-        It cannot be shared if it needs the user's objects: their state besides tensors must be
+        It cannot be shared if it needs the user's objects: their state other than tensors must be
         unchanged.
         """
         self._prepare()

@@ -36,13 +36,13 @@ __all__ = [
     "read_program",
 ]
 
-#: Rows of the database, and losses, that are read at once.
+#: Rows of the database, and losses, to read at once.
 BLOCK = 256
-#: Steps that are looked at in advance: to bind their program, and to read their inputs at once.
+#: Steps to look ahead: to bind their program, and to read their inputs at once.
 LOOK_AHEAD = 64
 #: Bytes of contents that stay in memory, because later steps may need them again.
 KEPT_BYTES = 64_000_000
-#: Bytes of contents that are read ahead at once.
+#: Bytes of contents to read ahead at once.
 AHEAD_BYTES = 16_000_000
 #: Steps with their inputs decoded.
 KEPT_STEPS = 512
@@ -64,16 +64,14 @@ class StepInputs(NamedTuple):
 
 
 class RecordedSteps:
-    """What repeats each step of a stretch, as a run has it.
-
-    Steps share contents: the rows of a batch return in each epoch. These are read once, for many steps
-    together, as far as `KEPT_BYTES` go.
+    """The recorded data that repeats each step of a stretch. Steps share contents: the rows of a batch
+    return in each epoch. They are read once, for many steps together, up to `KEPT_BYTES`.
 
     Args:
         run: the run.
         stretch: the steps, of a user's loop or of everystep's own.
-        rule: returns the batches of everystep's own steps, None where each row holds its batch.
-        conversion: of the programs and their inputs, None as recorded.
+        rule: returns the batches of everystep's own steps, None if each row holds its batch.
+        conversion: of the programs and their inputs, None for none.
     """
 
     def __init__(
@@ -99,10 +97,10 @@ class RecordedSteps:
         self._bytes = self._read_to = 0
         if conversion is not None:
             for number in self.facts.programs:
-                self.program(number)  # each tells what else is converted
+                self.program(number)  # each determines what else is converted
 
     def row(self, number: int) -> Repeat:
-        """Return what repeats a step, as a row of this step alone.
+        """Return the data that repeats a step, as a row of this step alone.
 
         Raises:
             NotReplayedError: the run has none, or it cannot be read.
@@ -254,7 +252,7 @@ class RecordedSteps:
             return
 
     def forget_ahead(self) -> None:
-        """Read again what the next steps need: they are others than before."""
+        """Forget data read ahead, because other steps are next."""
         self._read_to = 0
 
     def _want(
@@ -353,12 +351,12 @@ class StepsAtRate(RecordedSteps):
 
 
 class FurtherSteps(StepsAtRate):
-    """What each step of a run would be, by its rules, whether the run has it or not.
+    """Each step of a run by its rules, recorded or not.
 
     Args:
         run: its batches follow from a rule, and no schedule changes its settings.
-        rule: returns its batches, None if no step is to be taken.
-        lr: another learning rate than the run's, None for that.
+        rule: returns its batches, None if no step will run.
+        lr: a different learning rate, None for that of the run.
     """
 
     def __init__(self, run: RecordedRun, rule: RowsOf | None = None, lr: float | None = None) -> None:
@@ -382,7 +380,7 @@ class FurtherSteps(StepsAtRate):
         return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
 
     def reason_against(self) -> str | None:
-        """Return why there are no such steps after the run's last, None if there are."""
+        """Return why no steps can follow the run's last, None if they can."""
         epoch = range(self._newest + 1, self._newest + 1 + self._batches.steps_per_epoch)
         if not all(map(self._can_take, epoch)):
             return "it has too few steps: no program takes later ones"
@@ -397,9 +395,8 @@ class FurtherSteps(StepsAtRate):
         return all(name.startswith("gradient/") for name in ends)
 
     def _reason_against_changes(self) -> str | None:
-        """Return what code between the steps did that programs would not do, None if it did nothing.
-
-        What it drew matters only to steps that draw, too.
+        """Return what code between the steps did that programs cannot repeat, None if nothing. Its draws
+        matter only if steps draw, too.
         """
         changes = sorted(self.run.change_files().items())
         for step, file in changes:

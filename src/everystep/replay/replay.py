@@ -32,11 +32,11 @@ from everystep.training.objects import Objects
 
 __all__ = ["Replay", "no_such_step", "open_next", "opened_step", "same_number"]
 
-#: States are kept in memory about so many seconds of replay apart, so that stepping back is quick.
+#: Seconds of replay between states in memory, so that stepping back is quick.
 KEPT_SECONDS = 0.005
 #: Bytes that states in memory, and opened steps, may take.
 KEPT_BYTES = 256_000_000
-#: Recorded losses are read so many at once.
+#: Recorded losses to read at once.
 BLOCK = 1024
 
 
@@ -45,11 +45,11 @@ class Replay:
 
     Args:
         run: the run.
-        objects: the objects that trained it, for steps that no program runs.
+        objects: the objects that trained it, for steps without a program.
         threads: number of threads that torch uses; default: as many as in the training.
         conversion: of its programs, to another precision; default: as in the training.
 
-    problems: found on the way, such as an unreadable snapshot; diverged_at: the first step with another
+    problems: found so far, such as an unreadable snapshot; diverged_at: the first step with a different
     loss in the replay, None if there was none.
     """
 
@@ -63,7 +63,7 @@ class Replay:
         self.run = run
         self.problems: list[str] = []
         self.diverged_at: int | None = None
-        # A run that is no longer trained need not be read again.
+        # A finished run need not be read again.
         self._is_over = run.status != "running"
         self._losses: dict[int, list[float]] = {}
         self._rows: list[SnapshotRow] | None = None

@@ -34,7 +34,7 @@ class BatchCopies:
         self._copies: dict[int, _Copy] = {}
 
     def of(self, tensors: Mapping[str, Tensor], era: int | None = None) -> dict[str, Tensor]:
-        """Return copies of tensors, by name; nobody may change them.
+        """Return copies of tensors, by name; they must not be changed.
 
         era: within the same era, nothing writes into copied tensors; None: something may.
         """
@@ -151,7 +151,7 @@ def _as_tensor(part: Tensor | np.ndarray[Any, Any]) -> Tensor:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]] | None:
-    """Return the items of a container with their names, else None."""
+    """Return the items of a container with their names; None for other objects."""
     if isinstance(value, Mapping):
         return ((str(key), item) for key, item in value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -49,8 +49,8 @@ def read_once(
 
     progress: called with the number of rows read, and of all rows.
 
-    Returns x and y, and what must stay the same for the rows to stay the same; None for any other
-    Dataset, which must be read at every step.
+    Returns x and y, and guards of what the rows depend on; None for any other Dataset, which must be
+    read at every step.
 
     Raises:
         DataError: it has no rows, rows that are not pairs, or more than `limit` bytes.
@@ -286,7 +286,7 @@ def unfit(value: Any, name: str) -> Unfit | None:
 
 
 def called(value: Any) -> str:
-    """Return what a value is, in words: `None`, `a list of 3`, `the class SGD`."""
+    """Describe a value: `None`, `a list of 3`, `the class SGD`."""
     if value is None:
         return "None"
     if isinstance(value, type):

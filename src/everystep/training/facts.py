@@ -52,7 +52,7 @@ __all__ = [
 
 #: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
-#: What a schedule counts, or holds besides its settings.
+#: Attributes of a schedule that are counters, or no settings.
 _COUNTED = {
     *("base_lrs", "best", "cooldown_counter", "last_epoch", "mode_worse", "num_bad_epochs"),
     *("T_cur", "T_i"),
@@ -240,7 +240,7 @@ def _is_simple(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting as JSON can hold it; what it cannot, in words."""
+    """Return a setting as JSON can hold it; other values as text."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, Tensor):

@@ -76,7 +76,7 @@ class Job:
             raise ExperimentError([fault], "the training")
 
     def numbered_as(self, facts: TrainingFacts) -> Job:
-        """Return the job with the rows of another training's data, numbered as they were there."""
+        """Return the job with the rows of another training's data, with the same numbers."""
         if isinstance(self.training.batch, RowsOf):
             numbers = facts.data.numbers()
             batches = self.training.batch.batches

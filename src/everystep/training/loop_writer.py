@@ -126,7 +126,7 @@ class LoopWriter(RunWriter):
         self.flush()
         if self.step and not is_pending and self.watched.is_as_after(self.parts.state()):
             last = self._snapshot()
-            # A draw that found no more batches may have used the generators, and no step did.
+            # A draw that found no more batches may have used the generators outside of a step.
             rest = last.rest | self._place.at_end
             self.recorder.snapshot(State(last.step, last.parameters, rest, last.settings))
         self.close(status, reason, self._loop_facts())
@@ -138,7 +138,7 @@ class LoopWriter(RunWriter):
         return State(state.step, state.parameters, state.rest | tensors, state.settings | settings)
 
     def _note_numerics(self) -> None:
-        """Note what was set, of all that bits depend on; report it if steps before had another value."""
+        """Note the settings that bits depend on; report one that changed since earlier steps."""
         now = numerics.in_effect()
         if now == self._in_effect:
             return

@@ -35,8 +35,8 @@ def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Mea
     """Return the measurements that fit a loss and its targets (N, ...), named `validation_...`.
 
     Accuracy for classes (and for the two classes of a binary cross entropy), R² for values in columns
-    (N, k), each None if the prediction has another shape. R² only where predictions are on the scale of
-    their targets, or can be brought to it; of a loss that is not torch's, they are taken to be.
+    (N, k), each None if the prediction has another shape. R² only if predictions are on the scale of
+    their targets, or can be converted to it; for a loss that is not torch's, this is assumed.
     """
     name = _torchs_name(loss)
     found: dict[str, Measurement] = {"validation_loss": loss}
@@ -53,7 +53,7 @@ def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Mea
 
 
 def _torchs_name(loss: Any) -> str | None:
-    """Return the name of the loss of torch's that a loss is, or derives from; None if it is another."""
+    """Return the name of the torch loss that a loss is or derives from; None for others."""
     if isinstance(loss, nn.Module):
         own = (each.__name__ for each in type(loss).__mro__ if each.__module__ == nn.MSELoss.__module__)
         return next((name for name in own if not name.startswith("_")), None)

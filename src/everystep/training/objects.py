@@ -170,7 +170,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
-    """Return whether rows are to be read by number, from a Dataset or something like it."""
+    """Return whether an object has rows by number, as a Dataset does."""
     if isinstance(data, DataLoader | Sampler):
         return False
     return isinstance(data, Dataset) or (

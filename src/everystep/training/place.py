@@ -1,9 +1,9 @@
 """The place of a training in its batches: recorded step by step, and found again when it is resumed.
 
-A loader cannot be rewound. It goes to its place by its own state where it has one (`state_dict`, as
-torchdata's StatefulDataLoader), by its sampler alone where torch's own DataLoader reads in this process,
-and else by drawing batches again without using them. The random generators are as they were before
-each draw that used them.
+A loader cannot be rewound. It goes to its place by its own state if it has one (`state_dict`, as
+torchdata's StatefulDataLoader), by its sampler alone if torch's own DataLoader reads in this process,
+and else by drawing batches again without using them. The random generators are restored before each draw
+that used them.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ class Place:
     Args:
         device: of the parts, for its random generator.
 
-    generators: those before the last draw, by name, if it used them, and found them different from what
-    the draw before it had left; at_end: those before a draw that found no more batches, by the names
-    that a state has.
+    generators: those before the last draw, by name, if it used them, and they had changed since the
+    previous draw; at_end: those before a draw that found no more batches, by the names that a state has.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -261,7 +260,7 @@ def is_quiet(batches: Any) -> bool:
 
 
 def is_indexed(batches: Any) -> bool:
-    """Return whether a loader goes to a place by its sampler alone, without reading data."""
+    """Return whether a loader can go to a place by its sampler alone, without reading data."""
     return (
         type(batches) is DataLoader
         and batches.num_workers == 0

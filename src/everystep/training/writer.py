@@ -21,7 +21,7 @@ __all__ = ["RunWriter", "now"]
 FLUSH_SECONDS = 0.1
 #: Steps that are timed, one by one, before the snapshots' interval is chosen.
 TIMED_STEPS = 8
-#: Steps run in stretches of about so many seconds; Ctrl-C waits for the end of one.
+#: Steps run in stretches of about so many seconds; Ctrl-C takes effect after one.
 STRETCH_SECONDS = 0.02
 
 
@@ -42,7 +42,7 @@ class RunWriter:
         seconds_before: how long the training took before it was resumed; None if unknown.
         is_finite: whether each loss so far was.
 
-    step: the last step; taken, losses, measured: what is to be written of the steps so far; rates: the
+    step: the last step; taken, losses, measured: values of steps that are not written yet; rates: the
     numbers of the optimizers that are recorded only when they change; step_seconds: the time of a step.
     """
 
@@ -123,7 +123,7 @@ class RunWriter:
         """Return whether the current state should be kept."""
         recorder = self.recorder
         if recorder.lost_to > self._lost_to:
-            # Old batches were dropped: everything from here on must open without them.
+            # Old batches were dropped: everything from here must open without them.
             self._lost_to = recorder.lost_to
             recorder.plan.pinned = {0, self.step}
             return True
@@ -137,11 +137,11 @@ class RunWriter:
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
 
     def flush(self) -> None:
-        """Pass what was recorded so far to the recorder; this also happens several times a second."""
+        """Pass everything recorded so far to the recorder; this also happens several times a second."""
         raise NotImplementedError
 
     def write(self, first: int, losses: Sequence[float | None], facts: dict[str, Any]) -> None:
-        """Pass what was collected to the recorder.
+        """Pass the collected steps to the recorder.
 
         Args:
             first: the first of the steps.
@@ -155,7 +155,7 @@ class RunWriter:
         self.taken, self.losses, self.measured = [], [], []
 
     def show_written(self) -> None:
-        """Show the losses that are on disk by now, so that none that was shown can be lost."""
+        """Show the losses that are on disk, so that no shown loss can be lost."""
         for first, losses in self.recorder.written():
             if self._advanced is not None:
                 self._advanced(first, losses)

@@ -175,7 +175,7 @@ def _reason(found: Difference, operation: OperationDifference) -> str:
 
 
 def _input_name(name: str) -> str:
-    """Return what an operation receives, in words."""
+    """Describe an input of an operation."""
     kind, _, rest = name.partition("~")[0].partition("/")
     if kind in ("x", "y"):
         return f"{kind} of the batch"
@@ -221,7 +221,7 @@ def _value_text(value: Any) -> str:
 
 
 def operation_name(operation: Operation | Apart) -> str:
-    """Return an operation in words: `aten.addmm.default of module 0, forward`."""
+    """Describe an operation: `aten.addmm.default of module 0, forward`."""
     module = f" of module {operation.module}" if operation.module else ""
     return f"{operation.operator}{module}, {operation.phase}"
 

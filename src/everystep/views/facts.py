@@ -1,6 +1,5 @@
-"""What a run is, how its steps ran, how it ended, and what to type next, in words.
-
-The terminal, the page, the report and a notebook show the same.
+"""What a run is, how its steps ran, how it ended, and the next commands, as text. The terminal, the
+page, the report and a notebook show the same.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
     """Return what a run is as (label, text), in the chapter's order: device, data, model, loss, update.
 
     Raises:
-        RunError: the run does not say how it was trained.
+        RunError: the run has no record of how it was trained.
     """
     training = facts.training
     numerics = training.numerics
@@ -221,7 +220,7 @@ def going_on(run: RecordedRun, facts: Facts) -> str:
 
 
 def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[str, Any]:
-    """Return how far a run has come; of one that ended early, how, and how to go on.
+    """Return the progress of a run; for one that ended early, also why, and how to continue.
 
     facts, status, steps: of the run, as already read.
     """
@@ -239,9 +238,9 @@ def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[
 
 
 def facts_data(facts: Facts) -> dict[str, Any]:
-    """Return everything that is known of a run, in words, as the page and the report show it.
+    """Return everything known about a run as text, as the page and the report show it.
 
-    facts: as (label, text); details: numerics and versions, each as a title, a few words, and all as
+    facts: as (label, text); details: numerics and versions, each as a title, a short text, and all as
     (label, text); times: when it was trained, and how long that took, in lines.
     """
     training = facts.training

@@ -85,7 +85,7 @@ class _Composer:
         }
         results = [name for name in seen.operation.results if name] or list(seen.results)
         for place, name in enumerate(results):
-            if name.startswith("gradient/"):  # clipped: from here on it is the parameter's gradient
+            if name.startswith("gradient/"):  # clipped: from here it is the parameter's gradient
                 self._terms.pop(name, None)
                 continue
             own = {
@@ -199,7 +199,7 @@ _FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov
 
 
 def _documented(optimizer: OptimizerFacts) -> tuple[str, ...] | None:
-    """Return the formula of an optimizer of torch as its documentation has it, None if not sure."""
+    """Return the formula of a torch optimizer as in its documentation, None if uncertain."""
     if optimizer.class_name not in UPDATES or not optimizer.groups:
         return None
     flags = [{key: bool(group.get(key)) for key in _FLAGS} for group in optimizer.groups]

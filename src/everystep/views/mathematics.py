@@ -1,8 +1,8 @@
 """An operation as a line of mathematics.
 
 `#3` is the result of operation 3, `∂#3` the gradient of the loss with respect to it, `·` the matrix
-product, `*` the product of numbers. A view is written as what it is a view of: transposed `#3ᵀ`, or
-`permute(#3)`, or `part(#3)`; reshaped or broadcast, it is `#3` itself.
+product, `*` the product of numbers. A view is written as its base: transposed `#3ᵀ`, or `permute(#3)`,
+or `part(#3)`; reshaped or broadcast, it is `#3` itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Made(NamedTuple):
 
 
 class _Reader:
-    """Goes through a step, and knows what each tensor is called at the operation it has come to."""
+    """Reads a step, and names each tensor at the current operation."""
 
     def __init__(self, operations: Sequence[Observed]) -> None:
         self._shapes = {
@@ -130,7 +130,7 @@ class _Reader:
 
 
 def _source(made: _Made, call: NamedCall) -> str:
-    """Return what `made` was made of that the operation may give the gradient of; "" if unknown."""
+    """Return the input of `made` for which the operation may return the gradient; "" if unknown."""
     first = next(iter(made.tensors.values()), "")
     if call.kind == "mm" and made.kind in ("addmm", "mm"):
         right, factor = made.tensors["mat2"], call.tensors.get("mat2", "")

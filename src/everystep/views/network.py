@@ -12,14 +12,14 @@ from everystep.views.batch import first_of
 
 __all__ = ["network"]
 
-#: What an operation is given besides what comes from the layer before.
+#: Inputs of an operation other than the output of the previous layer.
 _OWN = ("parameter/", "buffer/")
 
 
 def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, Any]]:
     """Return the layers in the order of execution, each with its shapes, parameters and operations.
 
-    Modules that hold others are among them only where they have run operations of their own.
+    A module with submodules is included only if it ran operations of its own.
 
     Args:
         step: the opened step.
@@ -76,7 +76,7 @@ def _in_order(step: Step, operations: dict[str, list[int]]) -> list[str]:
 
 
 def _described(module: ModuleFacts | None, is_container: bool) -> dict[str, str]:
-    """Return a module's class, what it prints of its settings, and both together."""
+    """Return a module's class, its printed settings, and both together."""
     if module is None:
         return {"type": "", "arguments": "", "text": ""}
     name = module.class_name

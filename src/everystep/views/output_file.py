@@ -1,4 +1,4 @@
-"""Files for the user, such as plots and pages: complete, or not there."""
+"""Files for the user, such as plots and pages: complete, or absent."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ __all__ = ["order_of", "rows_data", "rows_text"]
 
 #: What rows are ranked by.
 ORDERS = ("loss", "gradient")
-#: Columns of each row besides its numbers.
+#: Columns of each row other than its numbers.
 MOST_COLUMNS = 40
 
 
 def order_of(
     rows: Rows, by: str | None = None, parameter: str | None = None
 ) -> tuple[str, list[int]] | None:
-    """Return what rows are ranked by, and their places in the batch; None if that is unknown.
+    """Return the key that rows are ranked by, and their places in the batch; None if unknown.
 
     by: `loss` or `gradient`; default: the loss, unless it is unknown or a parameter is named.
 
@@ -185,9 +185,9 @@ def rows_data(
 
 
 def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
-    """Return what is known of what rows are ranked by (N).
+    """Return the known numbers that rows are ranked by (N).
 
-    The loss of each, and the 2-norm of its term in the gradients, those of which the rows are known.
+    The loss of each row, and the 2-norm of its term in the gradients with known rows.
     """
     names = [parameter] if parameter else rows.known
     asked: dict[str, Callable[[], Tensor]] = {

@@ -1,4 +1,4 @@
-"""The segments of a step of a user's loop; an update has its settings and what it changed."""
+"""The segments of a step of a user's loop; an update has its settings and the changed parameters."""
 
 from __future__ import annotations
 

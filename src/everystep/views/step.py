@@ -53,7 +53,7 @@ _HTML = '<pre style="overflow-x: auto; line-height: 1.35; background: none">{cod
 _INDENT = 2
 #: Rows of a batch that are named.
 _ROWS_SHOWN = 3
-#: The numbers of tensors of an operation with at most so many elements are shown unasked.
+#: Numbers of an operation's tensors are shown by default up to so many elements.
 FEW_VALUES = 64
 #: Characters of the path of a module.
 _LONGEST_PATH = 18
@@ -66,7 +66,7 @@ OPERATIONS: tuple[Column[Mapping[str, Cell]], ...] = (
     *NUMBERS,
     keyed("operator", style="dim", rank=4),
 )
-#: What it shows of the update of a parameter.
+#: The columns of the update of a parameter.
 UPDATES: tuple[Column[Mapping[str, Cell]], ...] = (
     keyed("parameter"),
     keyed("norm before", is_number=True, rank=1),
@@ -342,7 +342,7 @@ class _Opened:
         return f"first, the gradients, with norm {grouped(whole)}, {effect}: clip_norm = {limit:g}"
 
     def _updated(self, names: Iterable[str], formulas: Mapping[str, Formula]) -> None:
-        """Write both notations, once for all the parameters that share them, and how far each went."""
+        """Write both notations, once for all parameters that share them, and the size of each change."""
         of_formula: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
         for parameter, formula in formulas.items():
             of_formula.setdefault((formula.operators, formula.calls), []).append(parameter)
@@ -356,7 +356,7 @@ class _Opened:
         self.page.table(UPDATES, [self._update_row(name, formulas.get(name)) for name in names])
 
     def _update_row(self, name: str, formula: Formula | None) -> Mapping[str, Cell]:
-        """Return a parameter, how far it went, and the operations that took it there, if known."""
+        """Return a parameter, the size of its change, and the operations that made it, if known."""
         update = self.step.updates[name]
         norms = (grouped(norm(each)) for each in (update.before, update.after, update.change))
         return dict(zip(("norm before", "norm after", "norm of change"), norms, strict=True)) | {
@@ -366,7 +366,7 @@ class _Opened:
         }
 
     def _operations(self, phase: str, alone: bool) -> None:
-        """List the operations of a phase: a line for each, or alone all that is known of them."""
+        """List the operations of a phase: a line for each, or a single one in full."""
         places = self._places(phase)
         if not places:
             self.page.line(("no operations", "dim"), indent=_INDENT)

@@ -1,7 +1,7 @@
 """An opened step as plain data: what `--json` prints and the page gets.
 
-Its tensors are named by ids, such as `batch.x` or `operations/3/inputs/x`; what their numbers are like
-is in one table of all of them, and the numbers come apart.
+Its tensors are named by ids, such as `batch.x` or `operations/3/inputs/x`; their statistics are in one
+common table, and their numbers are sent separately.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from everystep.views.texts import dtype_text
 
 __all__ = ["step_data", "tensor_of"]
 
-#: Images are drawn as such up to this many pixels along a side.
+#: Images are drawn up to this many pixels along a side.
 _LARGEST_IMAGE = 512
 _PARTS_OF_UPDATE = ("before", "after", "change")
 
@@ -81,16 +81,13 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "updates": _updates(step, _formulas(step, training, happened), tensors),
     }
     content["tensors"] = tensors.known
-    # Of these there are many, and none of their values is a number that could be NaN.
+    # These are many, and none of their values can be NaN.
     plain = ("operations", "network")
     return {key: each if key in plain else plain_data(each) for key, each in content.items()}
 
 
 class _Tensors:
-    """The tensors that are spoken of, by id, with what their numbers are like.
-
-    Many ids are of the same memory, and are looked at once.
-    """
+    """The named tensors, by id, with their statistics. Many ids share memory, which is read once."""
 
     def __init__(self, step: Step, of_classes: Mapping[str, str], values: bool) -> None:
         self._unset = unset_ids(step)
@@ -98,7 +95,7 @@ class _Tensors:
         self._values = values
         self.known: dict[str, dict[str, Any]] = {}
         self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
-        # As long as they are held, no other tensor can come to lie in their memory.
+        # While they are referenced, no other tensor can get their memory.
         self._held: list[Tensor] = []
 
     def add(self, id: str, tensor: Tensor) -> str:
@@ -199,7 +196,7 @@ def _arguments(operation: Operation, line: Line) -> list[list[str | bool]]:
 
 
 def _as_made(step: Step) -> dict[str, Tensor]:
-    """Return the gradients as the backward pass made them, in order; those not seen there at the end."""
+    """Return the gradients in the order of the backward pass; unknown ones at the end."""
     made: dict[str, int] = {}
     for number, seen in enumerate(step.operations):
         if seen.operation.phase == "backward":
@@ -290,7 +287,7 @@ def unset_ids(step: Step) -> frozenset[str]:
 
 
 def images_of(x: Tensor, facts: Facts) -> Tensor | None:
-    """Return the images that a batch is, as they were before they were scaled; None: it is none.
+    """Return a batch as images, before scaling; None if it is not one of images.
 
     Args:
         x: (N, 1 or 3, H, W).

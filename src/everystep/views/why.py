@@ -141,7 +141,7 @@ def _below(found: Why) -> Iterator[Why]:
         yield from _below(each)
 
 
-#: A term of a sum, or what stands for several: its text, its numbers with their texts, its row.
+#: One or several terms of a sum: text, numbers with their texts, row.
 _Row = tuple[Cell, list[tuple[Cell, str]], str]
 
 
@@ -277,7 +277,7 @@ def spot_of(step: Step, facts: Facts, id: str, index: str) -> str | Spot:
         index: of the number in it: `3,5`.
 
     Raises:
-        UsageError: there is no such number, or nothing is known of it.
+        UsageError: there is no such number, or it is unknown.
     """
     shape = tuple(tensor_of(step, id, facts).shape)
     if index and not _INDEX.fullmatch(index):

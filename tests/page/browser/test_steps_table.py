@@ -154,7 +154,7 @@ def test_a_click_goes_to_the_step_and_the_table_follows(on_page):
 
 def test_as_many_rows_are_shown_as_one_likes(on_page):
     page = on_page("chapter")
-    page.get_by_label("a page").select_option("25")
+    page.get_by_label("per page").select_option("25")
     expect(rows(page)).to_have_count(25)
     turn_to(page, "20")
     expect(column(page, 1).last).to_have_text("500")

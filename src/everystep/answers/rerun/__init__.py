@@ -1,4 +1,4 @@
-"""The same run elsewhere: its programs under other numerics, in another precision, by another torch."""
+"""The same run under different conditions: other numerics, another precision, another torch."""
 
 from everystep.answers.rerun.place import Place
 from everystep.answers.rerun.rerun import Rerun, relative_distance, rerun

@@ -1,6 +1,7 @@
-"""The process that replays a run elsewhere: tasks come on stdin, and results go to stdout, as pickles.
+"""The process that replays a run under different conditions: tasks on stdin, results on stdout, as
+pickles.
 
-Its other end is `place`, which starts it and is the only one that it reads from.
+Only `place` starts it and writes to it.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def opened(run: Path, threads: int, precision: str | None) -> Replay:
 
 
 def main() -> None:
-    """Do tasks until there are no more."""
+    """Run tasks until stdin ends."""
     end_with_stdin()
-    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
+    warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     _send(PROTOCOL)
     replay: Replay | None = None
     with suppress(EOFError):

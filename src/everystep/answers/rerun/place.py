@@ -26,7 +26,7 @@ T = TypeVar("T")
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
 _MKL_BRANCHES = ("OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512")
 
-#: What each setting of a place must be, in words, and what tells whether a value is that.
+#: What each setting of a place must be, as text, and a check of a value.
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "threads": (f"must be from 1 to {MOST_THREADS:,}", lambda count: 1 <= count <= MOST_THREADS),
     "capability": (
@@ -43,7 +43,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is replayed; None is as in the recording.
+    """The conditions of a replay; None: as recorded.
 
     threads: of torch; capability: instruction set of torch's own kernels, as ATEN_CPU_CAPABILITY takes
     it; mkl: branch of MKL's reproducibility; precision: of all floating-point numbers; python: another
@@ -98,7 +98,7 @@ class Place:
 
 
 class OtherProcess:
-    """A process that replays a run elsewhere."""
+    """A process that replays a run under different conditions."""
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, place: Place) -> None:
         self._process = process
@@ -157,7 +157,7 @@ def other_process(place: Place, environment: dict[str, str]) -> Iterator[OtherPr
     code = "from everystep.answers.rerun.child import main; main()"
     with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
         with (Path(folder) / "errors").open("wb") as errors:
-            # -P: what lies in the working directory is not imported.
+            # -P: nothing is imported from the working directory.
             process = subprocess.Popen(
                 [place.interpreter, "-P", "-c", code],
                 env=os.environ | environment,

@@ -1,4 +1,4 @@
-"""Rerun: takes the steps of a run elsewhere, and says where they part from the recording."""
+"""Rerun: repeats the steps of a run under different conditions, and reports where they diverge."""
 
 from __future__ import annotations
 
@@ -47,17 +47,15 @@ FARTHEST = 5
 
 @dataclass(frozen=True)
 class Rerun(Shown):
-    """The steps of a run as they are elsewhere.
-
-    place: where; changed: what bits depend on and differs there, by name, recorded and there; first: the
-    first step; recorded, losses: of all steps (steps), recorded and there; has_loss: whether the run has
-    losses; parts_at: the first step with another loss or another state, None if all bits are the same,
-    or in another precision; operation: the first with other bits, in that step; compared: steps that
-    were compared from the recorded state before each; rounding: how far apart numbers are by rounding
-    alone; beyond: the first result of these steps that is farther apart; residue: the first result that
-    is zero but for rounding: it is not among these; farthest: the operations that are farthest apart;
-    others: losses of other runs that were asked for, by name; problems: what could not be compared, or
-    was taken from the recording.
+    """The steps of a run under different conditions. place: the conditions; changed: numerics that
+    differ there, by name, recorded and there; first: the first step; recorded, losses: of all steps
+    (steps), recorded and there; has_loss: whether the run has losses; parts_at: the first step with a
+    different loss or state, None if all bits are the same, or in another precision; operation: the first
+    with different bits, in that step; compared: steps that were compared from the recorded state before
+    each; rounding: how far apart numbers are by rounding alone; beyond: the first result of these steps
+    that is farther apart; residue: the first result that is zero except for rounding, which is not among
+    these; farthest: the operations that are farthest apart; others: losses of other requested runs, by
+    name; problems: what could not be compared, or was taken from the recording.
     """
 
     name: str
@@ -98,7 +96,7 @@ class Rerun(Shown):
 
     @property
     def curves(self) -> dict[str, polars.DataFrame]:
-        """The losses as recorded, there, and of the runs laid beside, by name: columns step and loss."""
+        """The losses of the recording, the rerun and the other runs, by name: columns step and loss."""
         import polars as pl
 
         there = self.place.precision or "rerun"
@@ -126,20 +124,19 @@ def rerun(
     others: Sequence[RecordedRun] = (),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Rerun:
-    """Take the steps of a run elsewhere, from its first state on, and compare them with the recording.
+    """Repeat the steps of a run under different conditions, from its first state, and compare them.
 
-    Programs alone do it. Of a fork, these are the steps since it began. Then single steps are taken
-    there from recorded states, so that what each operation adds can be told from what it was given.
+    Programs alone compute them. For a fork, these are the steps since it began. Then single steps run
+    from recorded states, which separates the difference that each operation adds from that of its
+    inputs.
 
     Args:
         opener: of the run.
-        place: where.
-        others: runs of as many steps to lay beside.
+        place: the conditions. others: runs with as many steps to compare with.
         on_progress: called with the number of steps just taken.
 
     Raises:
-        ExperimentError: the place is not one.
-        RunError: the steps cannot be taken there; gives the reason.
+        ExperimentError: a setting is invalid. RunError: the steps cannot run there; gives the reason.
         TrainingError: the process there does not start, or ended early.
     """
     place.check()
@@ -193,9 +190,8 @@ def _begin(replay: Replay, first: int) -> dict[str, Any]:
 
 
 def _run(replay: Replay, last: int, is_compared: bool) -> tuple[list[float], bool]:
-    """Run steps from the current state on, whatever was recorded; return their losses.
-
-    is_compared: return, too, whether the last state differs from the snapshot of it.
+    """Run steps from the current state, without checks; return their losses. is_compared: also return
+    whether the last state differs from its snapshot.
     """
     with replay.in_force(last):
         losses = replay.stepper.run(last).tolist()
@@ -271,7 +267,7 @@ def _losses(
 
 
 def _parting_step(opener: Opener, process: OtherProcess, steps: range) -> int | None:
-    """Return the first of some steps with another result, None if it cannot be found again."""
+    """Return the first of some steps with a different result, None if it cannot be found again."""
     for begin in steps[::STRIDE]:
         end = min(begin + STRIDE - 1, steps[-1])
         here = opener.call(footprints, begin, end)
@@ -307,7 +303,7 @@ def _changed(known: Numerics, there: dict[str, Any], place: Place) -> dict[str, 
 
 
 def _diverged(opener: Opener) -> Iterator[str]:
-    """Yield in words that a replay as it was recorded differs from the recording, too."""
+    """Yield a text if a replay under the recorded conditions differs, too."""
     if opener.diverged_at is not None:
         yield (
             "a replay under the recorded conditions also differs from the recording, from step "

@@ -1,8 +1,7 @@
-"""Why: where a number of a step comes from, followed through its operations and into the steps before.
+"""Why: where a number of a step comes from, followed through its operations and into earlier steps.
 
-Each answer is one operation: the numbers that it made this number from, by the operator's rule
-(`everystep.ops`), and whether its formula gives the same bits for them. Each of these numbers can be
-followed in turn.
+Each answer is one operation: the inputs of this number, by the operator's rule (`everystep.ops`), and
+whether its formula gives the same bits for them. Each of these numbers can be followed in turn.
 """
 
 from __future__ import annotations

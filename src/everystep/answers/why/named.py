@@ -21,12 +21,12 @@ from everystep.replay.step import Step
 
 __all__ = ["numbers_named"]
 
-#: What is not in the language of expressions, and stands for a tensor all the same.
+#: Names of tensors that are not in the language of expressions.
 _HEAD = re.compile(
     r"#(?P<number>\d{1,9})(\.(?P<place>\d{1,9}))?|tensors\[(?P<quote>['\"])(?P<name>.+?)(?P=quote)\]"
 )
 _STAND_IN = "loss"
-#: A tensor by its name, and how many operations had run when it was read.
+#: A tensor by its name, and the number of operations before it was read.
 _Reading = tuple[str, int]
 
 
@@ -146,7 +146,7 @@ def _referred(text: str, reference: Reference, step: Step) -> list[_Reading]:
 
 def _index(text: str, expression: Expression, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the index of the one element that an expression picks from a tensor of a shape."""
-    whole = torch.empty(shape, device="meta")  # of which only the geometry is there
+    whole = torch.empty(shape, device="meta")  # only their geometry is known
     sizes = f"shape {tuple(shape)}" if shape else "a single number, without a shape"
     try:
         found = expression.evaluate(lambda _: whole)

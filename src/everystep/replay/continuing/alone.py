@@ -1,4 +1,4 @@
-"""Alone: goes on with a run by its programs, without the objects that trained it.
+"""Alone: continues a run by its programs, without the objects that trained it.
 
 Where programs took every step, they can take more. Nothing compares these steps with Python.
 """
@@ -26,7 +26,7 @@ __all__ = ["continue_alone", "facts_alone", "reason_against"]
 
 
 def reason_against(run: RecordedRun) -> str | None:
-    """Return why programs alone cannot go on with a run, None if they can."""
+    """Return why programs alone cannot continue a run, None if they can."""
     facts = run.facts.training
     engine = facts.engine
     if engine is None or engine.eager_from is not None:
@@ -49,12 +49,11 @@ def continue_alone(
     """Take steps of a run by its programs, and record them.
 
     Args:
-        run: programs can go on with it alone, see `reason_against`.
+        run: one that programs can continue alone, see `reason_against`.
         at: the step before the first of them.
-        facts: of what is trained.
+        facts: of the training.
         record: returns the recorder, given the state after `at`.
-        progress: watches the training.
-        lr: another learning rate; None: the run's.
+        progress: receives progress. lr: another learning rate; None: the run's.
 
     Raises:
         RunError: this process cannot compute as the run did, or a replay differs from the recording.

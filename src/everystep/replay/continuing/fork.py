@@ -146,7 +146,7 @@ class Fork:
         fork = self.facts(job.steps)
         job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
-        # With a schedule, all is recorded; otherwise, only what changed.
+        # With a schedule, every value is recorded; without, only changes.
         known = {} if job.training.schedule else hyperparameters
         recorded = recorded_hyperparameters(self.run, self.at)
         job = replace(
@@ -172,7 +172,7 @@ class Fork:
         advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
-            # It says that the optimizer has not stepped, which is true.
+            # torch warns that the optimizer has not stepped, which is correct here.
             warnings.simplefilter("ignore", UserWarning)
             for number in range(known.step + 1, self.at + 1):
                 if isinstance(schedule, ReduceLROnPlateau):
@@ -192,7 +192,7 @@ def fork(
 
     Args:
         asked: the fork to make.
-        given: the objects among the arguments of `Run.fork`, None where not given.
+        given: the objects among the arguments of `Run.fork`, None if absent.
         known: the objects that trained the run in this process.
         opener: opens the parent's states.
         progress: watches the training.
@@ -380,7 +380,7 @@ def _bring(
 def _check_kept(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> None:
-    """Check that an optimizer which has taken steps keeps all that it needs with other settings.
+    """Check that an optimizer which has taken steps has all the state that changed settings need.
 
     Raises:
         ExperimentError: it does not.
