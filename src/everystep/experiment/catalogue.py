@@ -36,7 +36,7 @@ __all__ = [
 
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
 _NEEDS_FUNCTIONS = {"LambdaLR", "MultiplicativeLR"}
-#: Where `torch._compile` keeps what it calls instead of a function.
+#: The attribute in which `torch._compile` keeps the replacement of a function.
 _LEFT_OUT = "__dynamo_disable"
 _NEEDS_SCHEDULES = {"SequentialLR", "ChainedScheduler"}
 
@@ -228,7 +228,7 @@ def _construct(what: str, make: Callable[[], Any]) -> None:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             make()
-    except Exception as error:  # whatever torch makes of the user's arguments
+    except Exception as error:  # any error that torch raises for the user's arguments
         raise ValueError(f"{what}: {error}") from None
 
 

@@ -1,7 +1,7 @@
-"""Files of data that an experiment names: a run may come from a stranger, who may name any.
+"""Files of data that an experiment names: a run may come from a stranger, who may name any file.
 
-A file is read only if this user has named it: by training on it, or in the environment. Which files
-were trained on is kept in the user's state directory, as an empty file named by a digest of the path.
+A file is read only if this user has named it: by training on it, or in the environment. For each file
+trained on, the user's state directory has an empty file, named by a digest of the path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from everystep.experiment.specification import ArrayData, DataSpecification, Tab
 
 __all__ = ["check_may_be_read", "files_of", "note_named"]
 
-#: Files that runs may read besides those that were trained on; separated as in PATH.
+#: Additional files that runs may read; separated as in PATH.
 _ALLOWED = "EVERYSTEP_DATA"
 
 #: Files that were named in this process; the state directory may not be writable.
@@ -36,7 +36,7 @@ def files_of(data: DataSpecification) -> tuple[str, ...]:
 
 
 def note_named(files: Iterable[str]) -> None:
-    """Note that the user has named files, so that runs of theirs may read them."""
+    """Note that the user has named files, so that their runs may read them."""
     for file in files:
         _named.add(file)
         with suppress(OSError):
@@ -46,10 +46,10 @@ def note_named(files: Iterable[str]) -> None:
 
 
 def check_may_be_read(data: DataSpecification) -> None:
-    """Check that the user has named the files that data is in.
+    """Check that the user has named the files of the data.
 
     Raises:
-        DataError: they have not; says how.
+        DataError: they have not; explains how.
     """
     given = os.environ.get(_ALLOWED, "").split(os.pathsep)
     allowed = {str(Path(each).absolute()) for each in given if each}

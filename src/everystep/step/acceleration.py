@@ -1,7 +1,7 @@
 """Acceleration: whether programs may run the steps of a training, and until when.
 
-A program may run in place of Python only where all Python of the step is torch's own, known by identity,
-or where the user vouches for it. Other code runs at every step.
+A program may replace Python only if all Python of the step is torch's own, known by identity, or if the
+user vouches for it. Other code runs at every step.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _OPTIMIZER = "the optimizer"
 
 
 class Acceleration:
-    """Whether programs may run the steps of a training, and what must hold for that.
+    """Whether programs may run the steps of a training, and under which conditions.
 
     Args:
-        training: what is trained.
+        training: the training.
         is_vouched: whether the user vouches for code that is not torch's.
 
-    reason: why Python runs every step, or None; is_vouchable: whether nothing stands against a program
-    but code that the user may vouch for; stands_behind: what justifies the programs: the code is
-    `known`, or `vouched` for.
+    reason: why Python runs every step, or None; is_vouchable: whether the only objection to a program is
+    code that the user may vouch for; stands_behind: what justifies the programs: the code is `known`, or
+    `vouched` for.
     """
 
     def __init__(self, training: Training, is_vouched: bool = False) -> None:
@@ -74,7 +74,7 @@ class Acceleration:
         self._guard_loss()
 
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
-        """Return in words what changed since programs were captured, or None.
+        """Describe what changed since programs were captured, or return None.
 
         state: of the training now, if already known.
         """
@@ -94,7 +94,7 @@ class Acceleration:
 
 
 def _against_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
-    """Return in words why no program may run the update, or None."""
+    """Return why no program may run the update, or None."""
     if not is_torchs_optimizer(optimizer):
         return f"{type(optimizer).__qualname__} is not one of torch's optimizers"
     if "zero_grad" in vars(optimizer):
@@ -103,7 +103,7 @@ def _against_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def _against_schedule(training: Training) -> str | None:
-    """Return in words why Python must advance the schedule, or None."""
+    """Return why Python must advance the schedule, or None."""
     schedule = training.schedule
     if not is_torchs_schedule(schedule, but_functions=True):
         return f"{type(schedule).__qualname__} is not one of torch's schedules"
@@ -113,7 +113,7 @@ def _against_schedule(training: Training) -> str | None:
 
 
 def _against_functions(schedule: LRScheduler | None) -> str | None:
-    """Return in words which code of the user's a schedule of torch's calls, or None."""
+    """Describe the user's code that a torch schedule calls, or return None."""
     if is_torchs_schedule(schedule) or not is_torchs_schedule(schedule, but_functions=True):
         return None
     return f"{type(schedule).__qualname__} calls a function of yours"

@@ -27,11 +27,10 @@ _OTHER_KINDS = {"MaskedFillBackward1", "ProdBackward0", "ProdBackward1"}
 
 
 class Graph(NamedTuple):
-    """What a backward pass runs.
-
-    key: its nodes and edges, and the settings of the pass, None if its operations may depend on
-    something else; leaves: the tensors whose gradients it adds to; given: other tensors that it starts
-    from; is_other: whether torch computes different bits where the pass is watched.
+    """The graph of a backward pass. key: its nodes and edges, and the settings of the pass, None if its
+    operations may depend on anything else; leaves: the tensors with gradients that it adds to; given:
+    other tensors that it starts from; is_other: whether torch computes different bits if the pass is
+    watched.
     """
 
     key: Any
@@ -43,8 +42,8 @@ class Graph(NamedTuple):
 def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: int) -> Graph:
     """Return the graph of a backward pass.
 
-    What its operations may depend on besides is Python (hooks, functions of one's own, a second
-    derivative), or nodes from before the step, whose arguments the step has not shown.
+    Its operations may also depend on Python (hooks, custom functions, a second derivative), or on nodes
+    from before the step, with unknown arguments.
 
     Args:
         outputs, args, kwargs: of `torch.autograd._engine_run_backward`.
@@ -189,9 +188,8 @@ class BackwardPasses:
     def _run_by_content(
         self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any, *, runs_python: bool = False
     ) -> Any:
-        """Run a pass that has other bits where it is watched; what it leaves is kept by content.
-
-        runs_python: whether hooks or functions of the user's may run in it, and change anything.
+        """Run a pass that would have different bits if it were watched; its results are kept by content.
+        runs_python: whether hooks or functions of the user may run in it, and change anything.
         """
         cursor = self._cursor
         before = [leaf.grad for leaf in leaves]
@@ -214,7 +212,7 @@ def _left(leaves: list[Tensor], result: Any) -> list[Tensor | None]:
 
 
 def _can_jump(entry: Entry, end: Entry) -> bool:
-    """Return whether what is between two points depends on nothing but what was compared before."""
+    """Return whether everything between two points depends only on what was compared before."""
     at = end.parent
     while at is not None and at is not entry:
         if at.key[0] != "call" or at.contents or at.draws > entry.draws or at.shaped:

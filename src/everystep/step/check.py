@@ -33,11 +33,9 @@ READABLE = 9_999
 
 
 class Size(NamedTuple):
-    """How far two tensors are apart, at most.
-
-    units: in units in the last place, None if undefined; absolute, relative: as a number, and divided by
-    the largest magnitude in either tensor, None while the units are few, or if a number that differs, or
-    how far it is apart, is not finite.
+    """The largest difference of two tensors. units: in units in the last place, None if undefined;
+    absolute, relative: as a number, and divided by the largest magnitude in either tensor, None if the
+    units are few, or if a differing number or the difference is not finite.
     """
 
     units: int | None = None
@@ -112,7 +110,7 @@ def bytes_of(tensor: Tensor) -> Any:
 def distance(one: Tensor, two: Tensor) -> int | None:
     """Return the maximum distance between two tensors' elements in units in the last place.
 
-    None if that has no meaning: for integers, empty tensors and NaNs.
+    None if undefined: for integers, empty tensors and NaNs.
     """
     if not (one.is_floating_point() and one.numel()) or bool((one.isnan() | two.isnan()).any()):
         return None
@@ -174,7 +172,7 @@ def state_differences(
     if only_model:
         both = [{f"parameters/{name}" for name in state.parameters} for state in (recorded, replayed)]
     for name in sorted(both[0] | both[1]):
-        # A pending gradient is in a snapshot only where the next step uses it.
+        # A pending gradient is in a snapshot only if the next step uses it.
         if name.startswith("gradient/") and not (name in both[0] and name in both[1]):
             continue
         one, two = (_tensor(state, name) for state in (recorded, replayed))

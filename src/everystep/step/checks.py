@@ -77,8 +77,8 @@ def _is_plainly_equal(value: Any) -> bool:
 def _maker(codes: str, words: str, results: str, has_before: bool, has_after: bool) -> Any:
     """Return a function that makes checks of one shape.
 
-    Generated, since a step compares some hundred arguments, and a loop over them takes three times as
-    long; the source holds nothing but these letters.
+    Generated, because a step compares some hundred arguments, and a loop over them takes three times as
+    long; the source depends on these letters only.
     """
     names = [f"a{place}" for place in range(len(codes))]
     fail = "del N[count:]; return MISS"

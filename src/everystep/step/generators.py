@@ -28,7 +28,7 @@ class Generators:
 
     @classmethod
     def capture(cls, device: torch.device) -> Generators:
-        """Read all of them; draws from none."""
+        """Read all of them, without drawing."""
         return cls(
             torch_cpu=torch.get_rng_state(),
             torch_device=_device_generator_state(device),
@@ -38,11 +38,7 @@ class Generators:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Generators:
-        """Return what `tensors` was made from.
-
-        Raises:
-            RunError: `tensors` returns no such tensors.
-        """
+        """Return the argument of `tensors`. Raises: RunError: `tensors` does not return such tensors."""
         with _as_recorded():
             gauss = [float(each) for each in tensors["python.gauss"].tolist()]
             position, has_gauss = tensors["numpy.position"].tolist()
@@ -58,7 +54,8 @@ class Generators:
             )
 
     def restore(self, device: torch.device) -> None:
-        """Set all of them to what `capture` read; torch's own of another kind of device stays.
+        """Set all of them to the result of `capture`, except torch's generator of another kind of
+        device.
 
         Raises:
             RunError: they cannot be in this state.
@@ -87,7 +84,7 @@ class Generators:
 
 @contextmanager
 def _as_recorded() -> Iterator[None]:
-    """Report what torch, Python and NumPy make of a state that none of them was in."""
+    """Report errors of torch, Python and NumPy about an invalid state."""
     try:
         yield
     except (LookupError, RuntimeError, TypeError, ValueError, OverflowError):
@@ -98,7 +95,7 @@ def _as_recorded() -> Iterator[None]:
 
 @contextmanager
 def generators_preserved(device: torch.device) -> Iterator[None]:
-    """Restore the generators afterwards, whatever is drawn inside."""
+    """Restore the generators after the block."""
     before = Generators.capture(device)
     try:
         yield

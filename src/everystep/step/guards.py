@@ -30,7 +30,7 @@ __all__ = [
     "same_value",
 ]
 
-#: Types with values that never change, and with a comparison that runs no user code.
+#: Types with immutable values, and a comparison that runs no user code.
 PLAIN_TYPES: frozenset[type] = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range}
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
@@ -56,10 +56,8 @@ ABSENT = _Absent()
 
 
 class _Guard(NamedTuple):
-    """What must stay as it is.
-
-    where: its name in messages; read: reads it; value: what it was; changes: returns in words what has
-    changed, given this guard and the value now, or None.
+    """A value that must not change. where: its name in messages; read: reads it; value: the noted one;
+    changes: describes the change, given this guard and the value now, or returns None.
     """
 
     where: str
@@ -69,7 +67,7 @@ class _Guard(NamedTuple):
 
 
 class Guards:
-    """What must still hold for a program to stand in for the Python that it was captured from."""
+    """Conditions for a program to replace the Python that it was captured from."""
 
     def __init__(self) -> None:
         #: By what compares them, and by their place, in the order in which they are compared.
@@ -79,7 +77,7 @@ class Guards:
         self._tensors: list[tuple[str, Tensor, int, Tensor | bytes]] = []
 
     def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> None:
-        """Note a value, or a list made of values, that `again(*given)` reads; key: for its place."""
+        """Note a value, or a list of values, that `again(*given)` reads; key: of its place."""
         self._note(key, where, partial(again, *given), _value_changes)
 
     def contents(self, container: Any, where: str) -> None:
@@ -107,7 +105,7 @@ class Guards:
             known[key] = _Guard(where, read, read(), changes)
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
-        """Return in words what changed, or None.
+        """Describe what changed, or return None.
 
         is_thorough: compare the values of tensors that are not state, and not only their versions.
         """
@@ -190,7 +188,7 @@ def _digest(array: np.ndarray[Any, Any]) -> bytes:
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a value is a number, a string or the like, or a tuple or slice of such."""
+    """Return whether a value is a number, a string or similar, or a tuple or slice of these."""
     kind = kind_of(value)
     if kind is tuple:
         return all(map(is_plain, value))

@@ -19,8 +19,7 @@ def handles() -> int:
 def has_hooks_on_node(tensor: Tensor) -> bool:
     """Return whether Python runs when autograd accumulates a parameter's gradient.
 
-    The node that does so lives as long as other code keeps a graph with it. Registering a hook shows
-    which others exist.
+    This node lives while other code keeps a graph with it. Registering a hook shows which others exist.
     """
     if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
         return False

@@ -18,15 +18,15 @@ __all__ = ["KnownPaths"]
 
 #: Steps that are remembered; a loop in which each step differs would fill the memory.
 _MOST_LEARNED = 200
-#: After so many new steps in a row, some are watched without being remembered, so many at most.
+#: After so many consecutive new steps, some are watched without being remembered, at most so many.
 _PATIENCE, _LONGEST_REST = 4, 512
 
 
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: those of the step under way; calls: of optimizers; given_up: why no step is followed any
-    more, in words, or None.
+    tensors: of the step in progress; calls: of optimizers; given_up: why steps are no longer followed,
+    or None.
     """
 
     def __init__(self) -> None:
@@ -52,11 +52,8 @@ class KnownPaths:
         return True
 
     def root(self, state: Mapping[str, Tensor], same: int, *, is_remembered: bool) -> Entry:
-        """Return the point at which steps begin that have such a state.
-
-        Args:
-            state: the tensors.
-            same: how many of them, the first ones, are as they were at the last call.
+        """Return the point at which steps with such a state begin. Args: state: the tensors. same: how
+        many of them, from the first, are unchanged since the last call.
             is_remembered: whether later steps may follow this one.
         """
         lies = self._lies[:same]
@@ -103,7 +100,7 @@ class KnownPaths:
         self._new, self._next_rest = 0, 1
 
     def learned(self) -> None:
-        """A step was new, and is remembered from here on."""
+        """Remember a new step."""
         self._learned += 1
         self._new += 1
         if self._learned > _MOST_LEARNED:

@@ -1,4 +1,4 @@
-"""Optimizer call: the next step of one of torch's own optimizers, with all that it depends on."""
+"""Optimizer call: the next step of one of torch's own optimizers, and everything it depends on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OWN = {
     *("_warned_capturable_if_run_uncaptured", "_step_supports_amp_scaling", "_step_count"),
     "_need_device_dtype_check_for_fused",
 }
-#: What Adagrad reads from its defaults, not from its param groups, where it makes what it keeps.
+#: Settings that Adagrad reads from its defaults, not from its param groups, when it creates its state.
 _FROM_DEFAULTS = "initial_accumulator_value"
 _NOTHING: dict[str, Any] = {}
 _TRUSTED = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
@@ -71,7 +71,7 @@ class OptimizerCall(NamedTuple):
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What a step depends on besides numbers and tensors, comparable."""
+        """Everything that a step depends on except numbers and tensors, comparable."""
         keys = [tuple([(*entry,) for entry in entries]) for entries in self.entries]
         return (*keys, self.settings.layout)
 
@@ -84,7 +84,7 @@ class OptimizerCalls:
         self._code: dict[type, _Code] = {}
 
     def of(self, optimizer: torch.optim.Optimizer) -> OptimizerCall | None:
-        """Return the next step of an optimizer, None if it is not of torch's own code alone."""
+        """Return the next step of an optimizer, None if it runs code that is not torch's."""
         operator = _BY_KIND.get(type(optimizer))
         if operator is None or any(getattr(optimizer, name) for name in _HOOKS):
             return None
@@ -117,7 +117,7 @@ class OptimizerCalls:
         groups = optimizer.param_groups
         default = optimizer.defaults.get(_FROM_DEFAULTS)
         given = [operator, default, *[group.get(key) for key in operator.settings for group in groups]]
-        # They are mostly the same objects as before, and none of them can change.
+        # They are mostly the same objects as before, and immutable.
         known = self._known.get(id(optimizer))
         if known is not None and len(known[0]) == len(given) and all(map(is_, known[0], given)):
             return known[1]
@@ -136,9 +136,8 @@ class OptimizerCalls:
 
 
 class _Code:
-    """The functions that the step of a class may run: its own, and those of its modules.
-
-    A program names the class only, so what somebody has put in the place of one of them must be watched.
+    """The functions that the step of a class may run: its own, and those of its modules. A program names
+    the class only, so a replaced function must be watched.
     """
 
     def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
@@ -176,7 +175,7 @@ def _is_ours(hook: Any) -> bool:
 
 
 def _is_written_by_torch(function: Any) -> bool:
-    """Return whether torch, everystep or the standard library has a function, and what it wraps."""
+    """Return whether a function, and one it wraps, is torch's, everystep's or the standard library's."""
     while type(function) is FunctionType:
         file = function.__code__.co_filename
         if not file.startswith(_TRUSTED) and file != typing_extensions.__file__:

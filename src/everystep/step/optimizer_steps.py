@@ -1,7 +1,6 @@
-"""Optimizer steps: that of one of torch's own optimizers runs unwatched, as one operation.
-
-torch computes it as it would without everystep. What it computes depends on the class, the settings and
-the tensors that it is given, and these are noted. Other optimizers are watched operation by operation.
+"""Optimizer steps: that of one of torch's own optimizers runs unwatched, as one operation. torch
+computes it as it would without everystep. The result depends on the class, the settings and the tensors,
+which are noted. Other optimizers are watched operation by operation.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class OptimizerStep(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """A step of an optimizer that runs unwatched. before: what it kept; versions: of the state."""
+    """A step of an optimizer that runs unwatched. before: its state; versions: of the tensors."""
 
     optimizer: torch.optim.Optimizer
     call: OptimizerCall
@@ -51,9 +50,7 @@ class OptimizerSteps:
     """Notes the steps of optimizers while a step is watched; those of torch's own run unwatched.
 
     Args:
-        step: the step under way, and the mode that watches it.
-
-    seen: those that are one operation.
+        step: the step in progress, and the mode that watches it. seen: those that are one operation.
     """
 
     def __init__(self, step: UnderWay) -> None:
@@ -177,10 +174,9 @@ class OptimizerSteps:
         step.add(key, operation, step.marks(as_gradients(gradients())))
 
     def recover(self) -> None:
-        """Watch again after an optimizer's step that raised: what was not seen is kept by content.
-
-        torch has no hook there. An optimizer of its own runs no module, no backward pass and no other
-        optimizer: if one of these follows, it has raised.
+        """Watch again after an optimizer's step that raised; unseen results are kept by content. torch
+        has no hook there. A torch optimizer runs no module, no backward pass and no other optimizer: if
+        one of these follows, it has raised.
         """
         running, self._running = self._running, None
         if running is not None:

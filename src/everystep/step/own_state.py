@@ -1,8 +1,8 @@
-"""What optimizers and other objects hold: as named tensors and plain data, to write and to restore.
+"""The state of optimizers and other objects, as named tensors and plain data, to write and to restore.
 
 torch's optimizers keep tensors by parameter, and settings by param group. Others keep lists of tensors,
-counters, generators or another optimizer in their attributes. All of it is stored by its path, so that a
-state can be restored into an optimizer of the same class.
+counters, generators or another optimizer in their attributes. Everything is stored by its path, so that
+a state can be restored into an optimizer of the same class.
 """
 
 from __future__ import annotations
@@ -58,13 +58,9 @@ def captured(
     names: Mapping[Tensor, str],
     known: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Any]:
-    """Return all that an optimizer keeps: live tensors by name, and the rest as JSON can hold it.
-
-    Args:
-        optimizer: the optimizer.
-        place: what the names of its tensors begin with.
-        names: of its parameters, which are not among the tensors.
-        known: tensors that have a name already.
+    """Return the state of an optimizer: live tensors by name, and the rest as JSON can hold it. Args:
+    optimizer: the optimizer. place: the prefix of the names of its tensors. names: of its parameters,
+    which are not among the tensors. known: tensors that already have a name.
     """
     walk = _Capturing(names, known)
     return walk.tensors, walk.attributes(optimizer, f"{place}.")
@@ -88,13 +84,12 @@ def restore(
 def encoded(
     value: Any, place: str, known: Mapping[str, Tensor], left_alone: Container[int]
 ) -> tuple[dict[str, Tensor], Any]:
-    """Return all that an object keeps: live tensors by name, and the rest as JSON can hold it.
+    """Return the state of an object: live tensors by name, and the rest as JSON can hold it.
 
     Args:
         value: the object.
-        place: what the names of its tensors begin with.
-        known: tensors that have a name already.
-        left_alone: ids of objects within it that are written elsewhere.
+        place: the prefix of the names of its tensors. known: tensors that already have a name.
+            left_alone: ids of objects inside it that are written separately.
     """
     walk = _Capturing({}, known, left_alone)
     data = walk.encoded(value, place)
@@ -279,7 +274,7 @@ class _Restoring:
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Return what an optimizer holds besides tensors. names: of its parameters."""
+    """Return the state of an optimizer other than tensors. names: of its parameters."""
     values = {
         f"{names.get(parameter, '#')}/{key}": _plain(value)
         for parameter, entries in entries_of(optimizer)
@@ -353,7 +348,7 @@ def _made(optimizer: torch.optim.Optimizer, parameter: Tensor, tensor: Tensor) -
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as JSON can hold it; of what it cannot hold, the class."""
+    """Return the value as JSON can hold it; the class of other values."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

@@ -23,7 +23,7 @@ __all__ = ["Parts", "check_parts"]
 _DEPTH = 6
 #: Dtypes that safetensors holds.
 _HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
-#: What torch keeps in an optimizer besides what a step depends on, or what is named otherwise.
+#: Attributes of torch's optimizers that steps do not depend on, or that have other names.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
 _WITH_TENSORS = (Tensor, nn.Module, dict)
 
@@ -37,8 +37,8 @@ class Parts:
     Args:
         named: the parts by name: modules, optimizers, schedules, scalers, averaged copies, tensors,
             or dicts, lists and objects that hold tensors.
-        apart: modules among them that are no models, such as a loss with weights: a snapshot does not
-            have their tensors among the parameters.
+        apart: modules that are not models, such as a loss with weights: in a snapshot, their tensors are
+            not among the parameters.
     """
 
     def __init__(self, named: Mapping[str, Any], apart: Collection[str] = ()) -> None:
@@ -249,7 +249,7 @@ class _Layout:
         return self._is_sure and len(now) == len(self._known) and all(map(is_, now, self._known))
 
     def _objects(self) -> list[Any]:
-        """Return all that is or may hold a tensor, and its keys: not the numbers besides."""
+        """Return all objects that are or may hold tensors, and their keys, without plain numbers."""
         found: list[Any] = [*chain(*self._tables), *chain(*map(dict.values, self._tables))]
         tables: list[Mapping[Any, Any]] = [*self._entries]
         for optimizer in self._optimizers:

@@ -1,9 +1,9 @@
 """Stand-in: a program that runs a step in place of its Python.
 
-The step is torch's own code, or the user vouches that it runs the same operations each time. What can be
-seen is looked at: its numbers are those of torch's optimizers, are read from tensors and only logged, or
-stay the same. The program is compared with Python's step on a copy of the state, at first and at steps
-2, 4, 8, ..., bit for bit.
+The step is torch's own code, or the user vouches that it runs the same operations each time. Visible
+conditions are checked: its numbers are those of torch's optimizers, are read from tensors and only
+logged, or stay the same. The program is compared with Python's step on a copy of the state, at first and
+at steps 2, 4, 8, ..., bit for bit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CreatesTensorsError(NotReplaceableError):
 
 
 class Around:
-    """What a step of Python does besides operations: its optimizers step, its schedules advance.
+    """Effects of a step in Python other than operations: its optimizers step, its schedules advance.
 
     Args:
         parts: of the training; the step is about to run.
@@ -134,22 +134,19 @@ class StandIn:
     """Runs the steps with a batch of one kind.
 
     Args:
-        parts: what is trained.
-        built: the program.
-        path: what each step does.
-        seen: the Python step that it was built from.
-        optimizers: those that stepped in it, in order.
-        schedules: those that it has advanced.
+        parts: of the training. built: the program. path: of each step. seen: the Python step that it was
+            built from. optimizers: those that stepped in it, in order. schedules: those that it
+            advanced.
         batch: the tensors of the batch, by name.
-        plain: values that this step has logged, and that are not tensors.
+        plain: logged values of this step that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
         fixed: the tensors of a batch that is the same at every step, by name.
 
-    path: what each step does; schedules: those that it advances; live: the program on the tensors that
-    `is_ready` was given last.
+    path: of each step; schedules: those that it advances; live: the program on the last tensors of
+    `is_ready`.
 
     Raises:
-        NotReplaceableError: the next step may do something else; gives the reason.
+        NotReplaceableError: the next step may differ; gives the reason.
     """
 
     def __init__(
@@ -303,25 +300,23 @@ class StandIn:
 
     @property
     def bytes(self) -> int:
-        """The memory that the program holds besides the state and the batch."""
+        """The memory of the program without the state and the batch."""
         return 0 if self.live is None else self.live.temporary_bytes
 
     def let_go(self) -> None:
-        """Give up the memory of the program; `is_ready` binds it again."""
+        """Free the memory of the program; `is_ready` binds it again."""
         self.live = None
 
     def take(
         self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_settled: bool
     ) -> tuple[TakenByProgram, dict[str, Any]]:
-        """Run a step on the live tensors, as `is_ready` has found them; return it, and what it logs.
-
-        Args:
-            state: these tensors, which become those after the step.
+        """Run a step on the live tensors that `is_ready` checked; return it, and what it logs. Args:
+        state: these tensors; updated to those after the step.
             batch: its tensors, by name.
             is_settled: nothing has run since the last step, which a program ran.
 
         Raises:
-            NotReplaceableError: an optimizer would take another step than before; nothing was done yet.
+            NotReplaceableError: an optimizer would take a different step; nothing was changed yet.
             RuntimeError: a kernel refuses its arguments.
         """
         live = self.live
@@ -339,7 +334,7 @@ class StandIn:
             if name in state:
                 self._set_gradient(state, name, None)
                 taken.is_still = False
-        if not is_settled:  # a graph that somebody keeps must notice the writes
+        if not is_settled:  # a graph that other code keeps must notice the writes
             written = [state[name] for name in self._written if name in state]
             torch.autograd.graph.increment_version(written)
         for schedule in self.schedules:
@@ -448,14 +443,13 @@ class StandIn:
         batch: Mapping[str, Tensor],
         logged: Mapping[str, Any],
     ) -> str | None:
-        """Compare the program with a step of Python on the same path; return in words what differs.
+        """Compare the program with a step of Python on the same path; describe the difference.
 
         Args:
             numbers: predicted for that step.
-            seen: that step.
-            before: the parts before it.
+            seen: the step. before: the parts before it.
             batch: copies of its tensors.
-            logged: what it has logged.
+            logged: by the step.
         """
         if not self._foresees(numbers, seen.numbers):
             return "a Python number in the step changes from step to step; compute it with tensors"

@@ -1,4 +1,4 @@
-"""Surroundings: what the operations of a step depend on besides its code."""
+"""Surroundings: everything that the operations of a step depend on except its code."""
 
 from __future__ import annotations
 
@@ -38,15 +38,14 @@ class Surroundings:
     """The modules, optimizers and tensors of a training, and the settings of the process.
 
     Args:
-        modules: what is trained, and a loss that is a module; by what messages call it.
-        optimizers: by what messages call them.
-        named_state: returns the live tensors that are carried from step to step, by name, as far as
-            code needs them as they are.
+        modules: the trained ones, and a loss that is a module, by their names in messages. optimizers:
+            by their names in messages.
+        named_state: returns the live tensors that are carried from step to step, by name, if code needs
+            them in place.
         device: of the training.
-        is_vouched: whether the user vouches for code that is not torch's; what modules of such code
-            hold may change, except for their tensors, modules, hooks and mode.
-
-    guards: what must stay as it is, besides what is always compared.
+        is_vouched: whether the user vouches for code that is not torch's; the contents of such modules
+            may change, except for their tensors, modules, hooks and mode. guards: additional values that
+            must not change.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Surroundings:
         self._state: Mapping[str, Tensor] | None = None
 
     def reasons(self) -> Iterator[str]:
-        """Yield why Python must run at every step, whatever its code is."""
+        """Yield reasons why Python must run at every step, independent of its code."""
         against = _reason_against_process()
         if against is not None:
             yield against
@@ -139,9 +138,9 @@ class Surroundings:
             self._state = None
 
     def _hooked_node(self) -> str | None:
-        """Return in words which parameter has a hook on its node in the graph, or None.
+        """Describe a parameter that has a hook on its node in the graph, or return None.
 
-        Only a backward pass shows such a hook. It stays as long as other code keeps a graph.
+        Only a backward pass shows such a hook. It lasts while other code keeps a graph.
         """
         named = (self._state or self._named_state()).items()
         with torch._C.DisableTorchFunctionSubclass():
@@ -220,7 +219,7 @@ def _flag(name: str) -> Any:
 
 @cache
 def _flags() -> tuple[str, ...]:
-    """Return the names of torch's own functions that tell how kernels are chosen, of this torch."""
+    """Return the names of this torch's functions that report how kernels are chosen."""
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 warns, once, of a function that it calls old
@@ -257,7 +256,7 @@ def _names_of_functions() -> tuple[tuple[str, ...], ...]:
 
 
 def _reason_against_process() -> str | None:
-    """Return why Python must run at every step, whatever the model, or None."""
+    """Return why Python must run at every step of any model, or None."""
     if _hooks_on_all():
         return "the process has a hook on all modules or optimizers"
     if torch.is_anomaly_enabled():

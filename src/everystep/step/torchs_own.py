@@ -82,7 +82,7 @@ def reason_against_loss(loss: Any) -> str | None:
 
 
 def hook_on(module: nn.Module) -> str | None:
-    """Return what kind of hook a module has, or None."""
+    """Return the kind of hook that a module has, or None."""
     own = _own_dict(module)
     return next((kind for name, kind in HOOKS.items() if own.get(name)), None)
 
@@ -112,7 +112,7 @@ def guard_contents(module: nn.Module, where: str, guards: Guards) -> None:
 
 
 def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a module and all within it, with their paths; asks no method of theirs."""
+    """Yield a module and all its submodules, with their paths, without calling their methods."""
     seen: set[int] = set()
     waiting = [("", module)]
     while waiting:
@@ -127,7 +127,7 @@ def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_torchs_module(module: nn.Module, *, but_hooks: bool = False) -> bool:
-    """Return whether a module is torch's own and unmodified, whatever its submodules are.
+    """Return whether a module is torch's own and unmodified, apart from its submodules.
 
     but_hooks: it may have hooks.
     """
@@ -135,7 +135,7 @@ def is_torchs_module(module: nn.Module, *, but_hooks: bool = False) -> bool:
 
 
 def hooks_of(module: nn.Module) -> dict[str, str]:
-    """Return the hooks of a module: the names of the functions, by what torch calls such a hook."""
+    """Return the hooks of a module: the names of the functions, by torch's name of the hook."""
     own = _own_dict(module)
     return {
         name.strip("_").removesuffix("s").replace("_", " "): names_of(own[name])
@@ -268,7 +268,7 @@ def _is_from(cls: type, package: str) -> bool:
 
 
 def _is_known(value: Any) -> bool:
-    """Return whether an attribute of a module is plain, a tensor, a torch function, or made of such."""
+    """Return whether a module's attribute is plain, a tensor, a torch function, or made of these."""
     kind = kind_of(value)
     if is_plain(value) or kind in TENSOR_TYPES:
         return True

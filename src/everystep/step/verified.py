@@ -10,8 +10,8 @@ from everystep.step.state import State
 
 __all__ = ["CheckPlan", "WayBack"]
 
-#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart. A check that
-#: takes longer than so many seconds may not take more before either, nor at the last step.
+#: Checks may take this share of the time, once the steps 2, 4, 8, ... are far enough apart. A check that
+#: takes longer than so many seconds must keep to it from the first one on, also at the last step.
 CHECK_SHARE = 0.01
 LIGHT_SECONDS = 0.03
 
@@ -90,10 +90,10 @@ class WayBack:
         self._state = None
 
     def go(self, training: Training, number: int, reason: str) -> None:
-        """Restore the state, because step `number` cannot be trusted.
+        """Restore the last verified state, because step `number` cannot be trusted.
 
         Raises:
-            TrainingError: there is no way back.
+            TrainingError: training cannot go back.
         """
         if self._state is None:
             raise TrainingError(
