@@ -96,9 +96,11 @@ class OperationDifference:
 
 
 class Source(NamedTuple):
-    """The source of an input of an operation. name: of its memory; made_by: the number of the operation
-    of this step that made it, and the place among its results; None if it was there before the step;
-    view: the shape, the strides and the offset of the tensor in that memory.
+    """The source of an input of an operation.
+
+    name: of its memory; made_by: the number of the operation of this step that made it, and the place
+    among its results; None if it was there before the step; view: the shape, the strides and the offset
+    of the tensor in that memory.
     """
 
     name: str
@@ -242,10 +244,11 @@ class OperationPair:
 
     @property
     def others(self) -> tuple[list[str], list[str]]:
-        """The tensors from different sources in the two runs, for both, as text. Another view of a
-        tensor that the step made is a different source, if its numbers differ. Of lists of different
-        lengths, these are the tensors that only one of them has. Tensors from before the step, each
-        under a name that the other run does not have, may be the same.
+        """The tensors from different sources in the two runs, for both, as text.
+
+        Another view of a tensor that the step made is a different source, if its numbers differ. Of
+        lists of different lengths, these are the tensors that only one of them has. Tensors from before
+        the step, each under a name that the other run does not have, may be the same.
         """
         found: tuple[list[Source], list[Source]] = ([], [])
         for _, a, b in self._arguments:

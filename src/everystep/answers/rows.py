@@ -154,8 +154,10 @@ def rows_of(step: Step) -> Rows:
 
 
 class _Asked(NamedTuple):
-    """What to split into rows, and how exactly. rounding: relative to the terms; floor: smaller numbers
-    count as rounding; rests: allowed terms from no row, in addition to 0; None: any.
+    """What to split into rows, and how exactly.
+
+    rounding: relative to the terms; floor: smaller numbers count as rounding; rests: allowed terms from
+    no row, in addition to 0; None: any.
     """
 
     what: str

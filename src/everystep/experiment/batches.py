@@ -26,7 +26,7 @@ class Batches:
         drop_last: drop an epoch's last batch if it is incomplete.
         without: rows, by number, to leave out of their batches, which become smaller.
         numbers: the number of each row in the source of the data; None: its place among the rows.
-            source: the name of the numbered data.
+        source: the name of the numbered data.
 
     Raises:
         ExperimentError: there are no rows, a batch is larger than the data, or a row that is left out

@@ -125,8 +125,9 @@ class NumericColumn(Fitted):
 
 
 class CategoricalColumn(Fitted):
-    """A column of words: one column of 0 and 1 for each word in the training rows. A missing word is 0
-    in all of them.
+    """A column of words: one column of 0 and 1 for each word in the training rows.
+
+    A missing word is 0 in all of them.
     """
 
     kind: Literal["categorical"] = "categorical"

@@ -294,8 +294,9 @@ def _too_large(column: pl.Series, numbers: Numbers) -> str:
 
 
 def _slip(column: pl.Series, numbers: Numbers) -> str:
-    """Return the problem of a column of numbers that became text; empty for others. These are a few
-    words among them, and decimal commas or thousands separators.
+    """Return the problem of a column of numbers that became text; empty for others.
+
+    These are a few words among them, and decimal commas or thousands separators.
     """
     if _is_numeric(column):
         return ""

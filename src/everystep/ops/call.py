@@ -154,7 +154,10 @@ class Sum:
 
 @dataclass(frozen=True)
 class Words:
-    """Which numbers a number was computed from, if there is no formula. note: a description."""
+    """Which numbers a number was computed from, if there is no formula.
+
+    note: a description.
+    """
 
     note: str
     given: dict[str, Piece] = field(default_factory=dict)

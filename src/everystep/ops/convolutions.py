@@ -200,8 +200,10 @@ def _fractional(o: int, size: int, kernel: int, count: int, sample: float) -> ra
 
 
 def _plane(call: Call, *, has_means: bool) -> Made:
-    """Return the rule of an operator that is linear in each channel of each image. Its factors are its
-    derivative, which torch computes. has_means: whether it divides by counts of numbers.
+    """Return the rule of an operator that is linear in each channel of each image.
+
+    Its factors are its derivative, which torch computes. has_means: whether it divides by counts of
+    numbers.
     """
     dims, key = _dims(call), "grad_output" if call.kind.endswith("_backward") else "self"
     leading, at = call.index[:-dims], call.index[-dims:]

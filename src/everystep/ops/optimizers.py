@@ -21,9 +21,11 @@ Settings = Mapping[str, Any]
 
 
 class Update(NamedTuple):
-    """How the step of an optimizer changes a parameter and its state. definitions: repeated parts, each
-    after the parts that it uses; results: by the name of the written tensor: `param`, or a tensor of the
-    state. All are in the language of formulas; `grad` and the state are those before the step.
+    """How the step of an optimizer changes a parameter and its state.
+
+    definitions: repeated parts, each after the parts that it uses; results: by the name of the written
+    tensor: `param`, or a tensor of the state. All are in the language of formulas; `grad` and the state
+    are those before the step.
     """
 
     definitions: dict[str, str]

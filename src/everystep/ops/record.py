@@ -17,10 +17,11 @@ LineRule = Callable[[Call], str]
 
 
 class Record(NamedTuple):
-    """Everything known about an operator; a field is None if unknown. made: which numbers a number of a
-    result was computed from, and how; rows: the rows of the batch that results belong to; line: its
-    mathematical notation, with its arguments by name in braces, if that is not a call of the operator.
-    If the kind of an operator implies a rule, its family derives it.
+    """Everything known about an operator; a field is None if unknown.
+
+    made: which numbers a number of a result was computed from, and how; rows: the rows of the batch that
+    results belong to; line: its mathematical notation, with its arguments by name in braces, if that is
+    not a call of the operator. If the kind of an operator implies a rule, its family derives it.
     """
 
     made: MadeRule | None = None

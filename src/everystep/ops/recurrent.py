@@ -1,5 +1,6 @@
-"""LSTM layers on a CPU: one kernel computes all times, and another differentiates. Their intermediate
-results are unknown.
+"""LSTM layers on a CPU: one kernel computes all times, and another differentiates.
+
+Their intermediate results are unknown.
 """
 
 from __future__ import annotations

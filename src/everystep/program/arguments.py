@@ -105,8 +105,9 @@ def references(value: Any) -> Iterator[str]:
 
 
 def fits(kind: str, value: Any, size: int | None = None) -> bool:
-    """Return whether an encoded argument is of a kind, as schemas write it. size: of a list of fixed
-    length, which a single number can replace.
+    """Return whether an encoded argument is of a kind, as schemas write it.
+
+    size: of a list of fixed length, which a single number can replace.
     """
     if kind.startswith("Optional["):
         return value is None or fits(kind[9:-1], value, size)

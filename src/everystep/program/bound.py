@@ -317,7 +317,10 @@ def _extent(program: Program, name: str) -> tuple[int, int]:
 def _given(
     program: Program, memory: Mapping[str, Tensor], others: Collection[str]
 ) -> dict[str, _Anchor]:
-    """Return the storages that the caller passes, by name. others: those that already have memory."""
+    """Return the storages that the caller passes, by name.
+
+    others: those that already have memory.
+    """
     found = {}
     for name, storage in program.storages.items():
         if name in others:

@@ -1,4 +1,5 @@
 """Tensors of an operation without numbers: memory of a kernel, or memory that the operation overwrites.
+
 Such memory may hold bytes of anything that was computed before. They differ between two replays of the
 same step, so nothing compares them, looks for NaN in them, or shows them.
 """

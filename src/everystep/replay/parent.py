@@ -28,8 +28,9 @@ def end_with(parent: Connection) -> None:
 def end_with_stdin(*, in_order: bool = False) -> None:
     """End this process when the other end of its stdin closes, even during a computation.
 
-    in_order: stop it as Ctrl-C does, and end it a minute later. If the system cannot watch a pipe that
-    is also read (Windows), the next read ends it.
+    in_order: stop it as Ctrl-C does, and end it a minute later.
+
+    If the system cannot watch a pipe that is also read (Windows), the next read ends it.
     """
 
     def watch() -> None:

@@ -64,8 +64,10 @@ class StepInputs(NamedTuple):
 
 
 class RecordedSteps:
-    """The recorded data that repeats each step of a stretch. Steps share contents: the rows of a batch
-    return in each epoch. They are read once, for many steps together, up to `KEPT_BYTES`.
+    """The recorded data that repeats each step of a stretch.
+
+    Steps share contents: the rows of a batch return in each epoch. They are read once, for many steps
+    together, up to `KEPT_BYTES`.
 
     Args:
         run: the run.
@@ -395,8 +397,9 @@ class FurtherSteps(StepsAtRate):
         return all(name.startswith("gradient/") for name in ends)
 
     def _reason_against_changes(self) -> str | None:
-        """Return what code between the steps did that programs cannot repeat, None if nothing. Its draws
-        matter only if steps draw, too.
+        """Return what code between the steps did that programs cannot repeat, None if nothing.
+
+        Its draws matter only if steps draw, too.
         """
         changes = sorted(self.run.change_files().items())
         for step, file in changes:

@@ -66,8 +66,8 @@ class ReplayStepper:
     """Repeats steps; states can be loaded and steps run in any order.
 
     Args:
-        steps: the data that repeats each step. diverged: called with a step that differs from the
-            recording, and a description.
+        steps: the data that repeats each step.
+        diverged: called with a step that differs from the recording, and a description.
 
     state: the number of the current state, None before one is loaded; has_gradients_in_state: whether a
     state holds the gradients that the next step drops: if not, they are computed again.

@@ -27,10 +27,11 @@ _OTHER_KINDS = {"MaskedFillBackward1", "ProdBackward0", "ProdBackward1"}
 
 
 class Graph(NamedTuple):
-    """The graph of a backward pass. key: its nodes and edges, and the settings of the pass, None if its
-    operations may depend on anything else; leaves: the tensors with gradients that it adds to; given:
-    other tensors that it starts from; is_other: whether torch computes different bits if the pass is
-    watched.
+    """The graph of a backward pass.
+
+    key: its nodes and edges, and the settings of the pass, None if its operations may depend on anything
+    else; leaves: the tensors with gradients that it adds to; given: other tensors that it starts from;
+    is_other: whether torch computes different bits if the pass is watched.
     """
 
     key: Any
@@ -189,6 +190,7 @@ class BackwardPasses:
         self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any, *, runs_python: bool = False
     ) -> Any:
         """Run a pass that would have different bits if it were watched; its results are kept by content.
+
         runs_python: whether hooks or functions of the user may run in it, and change anything.
         """
         cursor = self._cursor

@@ -33,9 +33,11 @@ READABLE = 9_999
 
 
 class Size(NamedTuple):
-    """The largest difference of two tensors. units: in units in the last place, None if undefined;
-    absolute, relative: as a number, and divided by the largest magnitude in either tensor, None if the
-    units are few, or if a differing number or the difference is not finite.
+    """The largest difference of two tensors.
+
+    units: in units in the last place, None if undefined; absolute, relative: as a number, and divided by
+    the largest magnitude in either tensor, None if the units are few, or if a differing number or the
+    difference is not finite.
     """
 
     units: int | None = None

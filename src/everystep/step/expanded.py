@@ -31,8 +31,9 @@ Before = Callable[[int, Sequence[str]], dict[str, Tensor]]
 
 
 class Expanded(NamedTuple):
-    """A step with the single operations of each optimizer's step. inputs: bytes of their inputs, such as
-    a constant, by `input/name`.
+    """A step with the single operations of each optimizer's step.
+
+    inputs: bytes of their inputs, such as a constant, by `input/name`.
     """
 
     interpreter: Interpreter
@@ -84,7 +85,8 @@ class Expander:
         Args:
             numbers: of the step, for this program.
             state: before the step, by name: an optimizer's operations depend on how many steps it has
-                taken. before: runs the step up to an operation, for inputs that are not in the state.
+                taken.
+            before: runs the step up to an operation, for inputs that are not in the state.
         """
         if not self._places:
             return Expanded(self._interpreter, [*numbers], {})

@@ -38,7 +38,11 @@ class Generators:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Generators:
-        """Return the argument of `tensors`. Raises: RunError: `tensors` does not return such tensors."""
+        """Return the argument of `tensors`.
+
+        Raises:
+            RunError: `tensors` does not return such tensors.
+        """
         with _as_recorded():
             gauss = [float(each) for each in tensors["python.gauss"].tolist()]
             position, has_gauss = tensors["numpy.position"].tolist()

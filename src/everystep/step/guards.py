@@ -56,8 +56,10 @@ ABSENT = _Absent()
 
 
 class _Guard(NamedTuple):
-    """A value that must not change. where: its name in messages; read: reads it; value: the noted one;
-    changes: describes the change, given this guard and the value now, or returns None.
+    """A value that must not change.
+
+    where: its name in messages; read: reads it; value: the noted one; changes: describes the change,
+    given this guard and the value now, or returns None.
     """
 
     where: str

@@ -124,13 +124,16 @@ def gathers_data(
 
     A loop without a loader cuts its batches out of one long tensor, at different places at each step.
     The result is an input of the step, kept by content as a batch is, and the operation is left out: so
-    steps that read different places have the same path, and the long tensor itself is not kept. A read
-    counts if it has no other inputs and its places may change: a slice of a tensor, or numbers picked by
-    an index.
+    steps that read different places have the same path, and the long tensor itself is not kept.
+
+    A read counts if it has no other inputs and its places may change: a slice of a tensor, or numbers
+    picked by an index.
 
     Args:
-        known: its operator. tensors: its inputs. is_met: whether a tensor is on memory that the step
-            knows. is_drawn: whether the step has drawn a tensor at random, without other inputs.
+        known: its operator.
+        tensors: its inputs.
+        is_met: whether a tensor is on memory that the step knows.
+        is_drawn: whether the step has drawn a tensor at random, without other inputs.
     """
     if known.how not in ("see", "pass") or known.draws or (known.writes and not known.copies):
         return False

@@ -52,8 +52,11 @@ class KnownPaths:
         return True
 
     def root(self, state: Mapping[str, Tensor], same: int, *, is_remembered: bool) -> Entry:
-        """Return the point at which steps with such a state begin. Args: state: the tensors. same: how
-        many of them, from the first, are unchanged since the last call.
+        """Return the point at which steps with such a state begin.
+
+        Args:
+            state: the tensors.
+            same: how many of them, from the first, are unchanged since the last call.
             is_remembered: whether later steps may follow this one.
         """
         lies = self._lies[:same]

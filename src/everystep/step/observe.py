@@ -54,8 +54,9 @@ class Places(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """The observed values of a step; all tensors except the loss are copies on the CPU. activations: the
-    output of each module, by its path; gradients: by parameter, after backward.
+    """The observed values of a step; all tensors except the loss are copies on the CPU.
+
+    activations: the output of each module, by its path; gradients: by parameter, after backward.
     """
 
     loss: Tensor

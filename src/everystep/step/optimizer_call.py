@@ -136,8 +136,9 @@ class OptimizerCalls:
 
 
 class _Code:
-    """The functions that the step of a class may run: its own, and those of its modules. A program names
-    the class only, so a replaced function must be watched.
+    """The functions that the step of a class may run: its own, and those of its modules.
+
+    A program names the class only, so a replaced function must be watched.
     """
 
     def __init__(self, kind: type[torch.optim.Optimizer]) -> None:

@@ -1,6 +1,7 @@
-"""Optimizer steps: that of one of torch's own optimizers runs unwatched, as one operation. torch
-computes it as it would without everystep. The result depends on the class, the settings and the tensors,
-which are noted. Other optimizers are watched operation by operation.
+"""Optimizer steps: that of one of torch's own optimizers runs unwatched, as one operation.
+
+torch computes it as it would without everystep. The result depends on the class, the settings and the
+tensors, which are noted. Other optimizers are watched operation by operation.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class OptimizerSteps:
     """Notes the steps of optimizers while a step is watched; those of torch's own run unwatched.
 
     Args:
-        step: the step in progress, and the mode that watches it. seen: those that are one operation.
+        step: the step in progress, and the mode that watches it.
+
+    seen: those that are one operation.
     """
 
     def __init__(self, step: UnderWay) -> None:
@@ -174,9 +177,10 @@ class OptimizerSteps:
         step.add(key, operation, step.marks(as_gradients(gradients())))
 
     def recover(self) -> None:
-        """Watch again after an optimizer's step that raised; unseen results are kept by content. torch
-        has no hook there. A torch optimizer runs no module, no backward pass and no other optimizer: if
-        one of these follows, it has raised.
+        """Watch again after an optimizer's step that raised; unseen results are kept by content.
+
+        torch has no hook there. A torch optimizer runs no module, no backward pass and no other
+        optimizer: if one of these follows, it has raised.
         """
         running, self._running = self._running, None
         if running is not None:

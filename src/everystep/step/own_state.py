@@ -58,9 +58,13 @@ def captured(
     names: Mapping[Tensor, str],
     known: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Any]:
-    """Return the state of an optimizer: live tensors by name, and the rest as JSON can hold it. Args:
-    optimizer: the optimizer. place: the prefix of the names of its tensors. names: of its parameters,
-    which are not among the tensors. known: tensors that already have a name.
+    """Return the state of an optimizer: live tensors by name, and the rest as JSON can hold it.
+
+    Args:
+        optimizer: the optimizer.
+        place: the prefix of the names of its tensors.
+        names: of its parameters, which are not among the tensors.
+        known: tensors that already have a name.
     """
     walk = _Capturing(names, known)
     return walk.tensors, walk.attributes(optimizer, f"{place}.")
@@ -88,8 +92,9 @@ def encoded(
 
     Args:
         value: the object.
-        place: the prefix of the names of its tensors. known: tensors that already have a name.
-            left_alone: ids of objects inside it that are written separately.
+        place: the prefix of the names of its tensors.
+        known: tensors that already have a name.
+        left_alone: ids of objects inside it that are written separately.
     """
     walk = _Capturing({}, known, left_alone)
     data = walk.encoded(value, place)

@@ -134,9 +134,12 @@ class StandIn:
     """Runs the steps with a batch of one kind.
 
     Args:
-        parts: of the training. built: the program. path: of each step. seen: the Python step that it was
-            built from. optimizers: those that stepped in it, in order. schedules: those that it
-            advanced.
+        parts: of the training.
+        built: the program.
+        path: of each step.
+        seen: the Python step that it was built from.
+        optimizers: those that stepped in it, in order.
+        schedules: those that it advanced.
         batch: the tensors of the batch, by name.
         plain: logged values of this step that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
@@ -310,8 +313,10 @@ class StandIn:
     def take(
         self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_settled: bool
     ) -> tuple[TakenByProgram, dict[str, Any]]:
-        """Run a step on the live tensors that `is_ready` checked; return it, and what it logs. Args:
-        state: these tensors; updated to those after the step.
+        """Run a step on the live tensors that `is_ready` checked; return it, and what it logs.
+
+        Args:
+            state: these tensors; updated to those after the step.
             batch: its tensors, by name.
             is_settled: nothing has run since the last step, which a program ran.
 
@@ -447,7 +452,8 @@ class StandIn:
 
         Args:
             numbers: predicted for that step.
-            seen: the step. before: the parts before it.
+            seen: the step.
+            before: the parts before it.
             batch: copies of its tensors.
             logged: by the step.
         """

@@ -38,14 +38,15 @@ class Surroundings:
     """The modules, optimizers and tensors of a training, and the settings of the process.
 
     Args:
-        modules: the trained ones, and a loss that is a module, by their names in messages. optimizers:
-            by their names in messages.
+        modules: the trained ones, and a loss that is a module, by their names in messages.
+        optimizers: by their names in messages.
         named_state: returns the live tensors that are carried from step to step, by name, if code needs
             them in place.
         device: of the training.
         is_vouched: whether the user vouches for code that is not torch's; the contents of such modules
-            may change, except for their tensors, modules, hooks and mode. guards: additional values that
-            must not change.
+            may change, except for their tensors, modules, hooks and mode.
+
+    guards: additional values that must not change.
     """
 
     def __init__(

@@ -15,11 +15,14 @@ __all__ = ["unchanging_reads"]
 def unchanging_reads(
     path: Path, fixed: Container[str], changing_numbers: Container[int]
 ) -> dict[int, set[int]]:
-    """Return the numbers that Python reads from tensors computed from unchanging tensors alone. These
-    are in the state, in a fixed batch, or from outside, and no operation of the step writes into them.
+    """Return the numbers that Python reads from tensors computed from unchanging tensors alone.
+
+    These are in the state, in a fixed batch, or from outside, and no operation of the step writes into
+    them.
 
     Args:
-        path: of the step. fixed: the names of the tensors of a fixed batch.
+        path: of the step.
+        fixed: the names of the tensors of a fixed batch.
         changing_numbers: the places of numbers that differ from step to step.
 
     Returns:

@@ -47,8 +47,9 @@ _ROWS_NAMED = 8
 
 
 class RunView(NamedTuple):
-    """How answers of a run are shown. run: None for a diagnosis, which also exists for a run that cannot
-    be opened; step: of rows.
+    """How answers of a run are shown.
+
+    run: None for a diagnosis, which also exists for a run that cannot be opened; step: of rows.
     """
 
     run: Any

@@ -103,8 +103,9 @@ def classes_of_tensors(
 def about_classes(
     step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
 ) -> dict[str, str]:
-    """Return the explanations of tensors about classes, by their ids. Classes with their numbers as
-    names need none.
+    """Return the explanations of tensors about classes, by their ids.
+
+    Classes with their numbers as names need none.
     """
     if names is None or names == [str(number) for number in range(len(names))]:
         return {}

@@ -1,5 +1,6 @@
-"""What a run is, how its steps ran, how it ended, and the next commands, as text. The terminal, the
-page, the report and a notebook show the same.
+"""What a run is, how its steps ran, how it ended, and the next commands, as text.
+
+The terminal, the page, the report and a notebook show the same.
 """
 
 from __future__ import annotations

@@ -87,7 +87,10 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
 
 
 class _Tensors:
-    """The named tensors, by id, with their statistics. Many ids share memory, which is read once."""
+    """The named tensors, by id, with their statistics.
+
+    Many ids share memory, which is read once.
+    """
 
     def __init__(self, step: Step, of_classes: Mapping[str, str], values: bool) -> None:
         self._unset = unset_ids(step)

@@ -43,6 +43,7 @@ NUMBERS: tuple[Column[Mapping[str, Cell]], ...] = (
 
 def numbers_of(tensor: Tensor) -> dict[str, Cell]:
     """Return the shape of a tensor and its statistics; for a single number, the number as its mean.
+
     Statistics of complex elements are of absolute values, as noted in the shape.
     """
     seen = statistics(tensor)

@@ -47,15 +47,17 @@ FARTHEST = 5
 
 @dataclass(frozen=True)
 class Rerun(Shown):
-    """The steps of a run under different conditions. place: the conditions; changed: numerics that
-    differ there, by name, recorded and there; first: the first step; recorded, losses: of all steps
-    (steps), recorded and there; has_loss: whether the run has losses; parts_at: the first step with a
-    different loss or state, None if all bits are the same, or in another precision; operation: the first
-    with different bits, in that step; compared: steps that were compared from the recorded state before
-    each; rounding: how far apart numbers are by rounding alone; beyond: the first result of these steps
-    that is farther apart; residue: the first result that is zero except for rounding, which is not among
-    these; farthest: the operations that are farthest apart; others: losses of other requested runs, by
-    name; problems: what could not be compared, or was taken from the recording.
+    """The steps of a run under different conditions.
+
+    place: the conditions; changed: numerics that differ there, by name, recorded and there; first: the
+    first step; recorded, losses: of all steps (steps), recorded and there; has_loss: whether the run has
+    losses; parts_at: the first step with a different loss or state, None if all bits are the same, or in
+    another precision; operation: the first with different bits, in that step; compared: steps that were
+    compared from the recorded state before each; rounding: how far apart numbers are by rounding alone;
+    beyond: the first result of these steps that is farther apart; residue: the first result that is zero
+    except for rounding, which is not among these; farthest: the operations that are farthest apart;
+    others: losses of other requested runs, by name; problems: what could not be compared, or was taken
+    from the recording.
     """
 
     name: str
@@ -132,11 +134,13 @@ def rerun(
 
     Args:
         opener: of the run.
-        place: the conditions. others: runs with as many steps to compare with.
+        place: the conditions.
+        others: runs with as many steps to compare with.
         on_progress: called with the number of steps just taken.
 
     Raises:
-        ExperimentError: a setting is invalid. RunError: the steps cannot run there; gives the reason.
+        ExperimentError: a setting is invalid.
+        RunError: the steps cannot run there; gives the reason.
         TrainingError: the process there does not start, or ended early.
     """
     place.check()
@@ -190,8 +194,9 @@ def _begin(replay: Replay, first: int) -> dict[str, Any]:
 
 
 def _run(replay: Replay, last: int, is_compared: bool) -> tuple[list[float], bool]:
-    """Run steps from the current state, without checks; return their losses. is_compared: also return
-    whether the last state differs from its snapshot.
+    """Run steps from the current state, without checks; return their losses.
+
+    is_compared: also return whether the last state differs from its snapshot.
     """
     with replay.in_force(last):
         losses = replay.stepper.run(last).tolist()

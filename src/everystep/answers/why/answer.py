@@ -153,8 +153,9 @@ _Groups = tuple[Group, ...]
 
 
 def answered(asked: Why, call: Call, at: NumberAt, count: int) -> Why:
-    """Return an answer completed by the rule of its operator. call: the operation; at: turns pieces into
-    numbers; count: how many of each kind to show.
+    """Return an answer completed by the rule of its operator.
+
+    call: the operation; at: turns pieces into numbers; count: how many of each kind to show.
 
     Raises:
         NoRuleError: there is no rule, or it covers only real numbers.

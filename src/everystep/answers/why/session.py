@@ -32,8 +32,8 @@ class Session:
     Args:
         step: where it begins.
         back: how many earlier steps are followed, if possible; they are opened in the order in which
-            they ran, since a replay goes forward. terms: how many terms of a sum the answers of followed
-            numbers have.
+            they ran, since a replay goes forward.
+        terms: how many terms of a sum the answers of followed numbers have.
     """
 
     def __init__(self, step: Step, back: int, terms: int) -> None:
@@ -216,8 +216,9 @@ class Session:
         return replace(answer, causes=causes, left_out=left_out)
 
     def _rows_behind(self, number: Number) -> tuple[int, ...] | None:
-        """Return the rows that a number depends on, as the data numbers them, None if unknown. Only by
-        the rules of operators: a rule may be missing, or the way too long.
+        """Return the rows that a number depends on, as the data numbers them, None if unknown.
+
+        Only by the rules of operators: a rule may be missing, or the way too long.
         """
         trace = self.trace(number.step)
         found: set[int] = set()

@@ -53,7 +53,8 @@ def continue_alone(
         at: the step before the first of them.
         facts: of the training.
         record: returns the recorder, given the state after `at`.
-        progress: receives progress. lr: another learning rate; None: the run's.
+        progress: receives progress.
+        lr: another learning rate; None: the run's.
 
     Raises:
         RunError: this process cannot compute as the run did, or a replay differs from the recording.

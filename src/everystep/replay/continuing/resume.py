@@ -54,9 +54,10 @@ __all__ = ["Resume", "resume", "resume_experiment", "resume_objects"]
 
 @dataclass(frozen=True)
 class Resume:
-    """A request. steps: the last step, None for that of the run; is_accepted: continue although
-    something changed, and discard the recorded steps after the snapshot; budget: maximum bytes of
-    snapshots.
+    """A request.
+
+    steps: the last step, None for that of the run; is_accepted: continue although something changed, and
+    discard the recorded steps after the snapshot; budget: maximum bytes of snapshots.
     """
 
     run: RecordedRun
@@ -105,8 +106,9 @@ class Resume:
         return last
 
     def train(self, job: Job, progress: Progress, left_out: tuple[str, ...] = ()) -> Outcome:
-        """Continue with a job equal to that of the run when it began. left_out: prefixes of the names of
-        settings that were not compared.
+        """Continue with a job equal to that of the run when it began.
+
+        left_out: prefixes of the names of settings that were not compared.
         """
         run, recorded = self.run, len(self)
         facts = run.facts.training
@@ -159,8 +161,8 @@ def resume(
     """Continue a run: by its experiment, by the objects that train it, or by its programs alone.
 
     Args:
-        asked: the run, and its last step. given: the objects among the arguments of `Run.resume`, None
-            if absent.
+        asked: the run, and its last step.
+        given: the objects among the arguments of `Run.resume`, None if absent.
         known: the objects that trained the run in this process.
         progress: watches the training.
 
