@@ -2,7 +2,7 @@
 
 import { element, button } from "../shared/elements.js";
 
-/** Return a button that opens the list: {node, update(lines)}; `choose(line)`: is called for one that is shown, or no longer. */
+/** Return a button that opens the list: {node, update(lines)}; `choose(line)`: called when one is shown or hidden. */
 export function lineChooser(choose) {
   const opener = button("", () => show(panel.hidden), { "aria-expanded": "false" });
   const search = element("input", { type: "search", placeholder: "search", "aria-label": "search the measurements", autocomplete: "off", spellcheck: false });

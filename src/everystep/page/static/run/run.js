@@ -1,4 +1,4 @@
-// One run: its facts, its loss, every step as a table, and the step that is looked at.
+// One run: its facts, its loss, every step as a table, and the open step.
 
 import * as address from "../shared/address.js";
 import * as keys from "../shared/keys.js";
@@ -29,7 +29,7 @@ export async function open(place, main) {
 }
 
 class RunView {
-  #isWalking = false; // the entry of the history is one of stepping: the next step takes its place
+  #isWalking = false; // the history entry is from stepping: the next step replaces it
   #isOwn = false; // we are changing the address ourselves
   #isFollowing = false;
   #isClosed = false;
@@ -41,7 +41,7 @@ class RunView {
     this.about = about;
     this.name = about.name;
     this.place = { ...place, step: null, beside: [] };
-    this.leftOpen = []; // what was unfolded in the step that was left
+    this.leftOpen = []; // what was unfolded in the previous step
     this.away = awayBanner();
     this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => compare(this.place), share: () => share(this.about, this.step), stop: () => stop(this.about), goTo: (step) => this.jump(step) });
     const { header, body, bar } = this.parts;
@@ -119,7 +119,7 @@ class RunView {
     document.querySelector("#trail").replaceChildren();
   }
 
-  /** Go some steps on, or back. */
+  /** Go some steps forward or back. */
   walk(stride) {
     const { steps } = this.about;
     if (!steps) return;
@@ -237,7 +237,7 @@ class RunView {
   }
 
   #hearLosses(steps, losses) {
-    const isAgain = steps[0] <= this.about.steps; // what is known of these steps holds no more
+    const isAgain = steps[0] <= this.about.steps; // cached data of these steps is invalid
     this.plot.extend(this.name, { steps, losses });
     this.about.steps = steps.at(-1);
     if (isAgain) return this.#askAgain();
@@ -295,7 +295,7 @@ class RunView {
     this.#questions = module.questions(this.parts.questions, this.about, does);
   }
 
-  /** Train on from the step that is looked at. */
+  /** Fork from the open step. */
   fork() {
     return fork(this.about, this.step);
   }

@@ -1,4 +1,4 @@
-// The bar above a step: first, back, the step's number, forth, last, play.
+// The bar above a step: first, back, the step's number, forward, last, play.
 
 import { button, drawing, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
@@ -73,7 +73,7 @@ class Stepper {
     this.host.classList.toggle("is-long", steps >= 1e5);
     const isNone = steps === 0;
     this.field.disabled = isNone;
-    // Without a step there is only the first, the next, which is the first, and the last.
+    // Without an open step, next is the first step.
     this.back.forEach((one, index) => (one.disabled = isNone || (step === null ? index > 0 : step <= 1)));
     this.forth.forEach((one, index) => (one.disabled = isNone || (step === null ? index === 1 : step >= steps)));
     this.player.disabled = isNone || (!isPlaying && step !== null && step >= steps);

@@ -1,4 +1,4 @@
-// Several runs over each other: their losses in one plot, and what they differ in.
+// Several runs together: their losses in one plot, and their differences.
 
 import * as address from "../shared/address.js";
 import { element } from "../shared/elements.js";
@@ -10,12 +10,12 @@ import { listenToThose } from "../run/live.js";
 import { COMPARED, settingOf } from "./order.js";
 import { nonfiniteText } from "./row.js";
 
-/** What people change most comes first. */
+/** The settings that are changed most often come first. */
 const FIRST = ["optimizer", "schedule", "batch_size", "seed", "model", "loss"];
 /** Compare shows more settings than this. */
 const MOST = 5;
 
-/** Show runs over each other. */
+/** Show several runs together. */
 export async function open(place, main) {
   document.title = "Overlay – everystep";
   document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Overlay");
@@ -91,7 +91,7 @@ function settingsOf({ settings }) {
   return new Map(Object.entries(settings).map(([key, value]) => [key, String(value)]));
 }
 
-// What the list of runs knows of each: all there is to compare where not all are experiments.
+// Data of the list of runs: the only common data if not all are experiments.
 function listed(summary) {
   return new Map(COMPARED.map((key) => [key, String(settingOf(summary, key) ?? "")]));
 }

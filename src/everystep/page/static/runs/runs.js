@@ -21,10 +21,10 @@ const COLUMNS = [
   { key: "started", title: "started", first: "descending" },
 ];
 
-// Rows that are drawn at first, and then whenever the end of them comes near: the layout of thousands takes seconds.
+// Rows drawn at first, and then whenever their end comes near: the layout of thousands takes seconds.
 const SOME = 100;
 
-// Where the address does not say otherwise it stays as it was: one comes back from a run.
+// Kept for the return from a run, unless the address has another order.
 const sorting = { key: "started", direction: "descending" };
 
 /** Show all runs. */
@@ -80,10 +80,10 @@ class Runs {
     this.reach.disconnect();
     this.away.close();
     this.watcher.disconnect();
-    this.#rows.forEach((row) => row.see(false)); // no picture is asked for any more
+    this.#rows.forEach((row) => row.see(false)); // no more pictures are requested
   }
 
-  // Runs may have gone while nothing was heard: those that a new stream does not name until all are read.
+  // Runs may have been deleted while the stream was closed: those that a new stream does not name until all are read.
   #hear({ runs, gone, begins, unread }) {
     if (begins) this.named = new Set();
     for (const { name } of runs) this.named?.add(name);
@@ -130,7 +130,7 @@ class Runs {
     if (this.#most >= this.#runs.size) return;
     this.#most += SOME;
     this.#arrange();
-    // An end that stays near is not seen again otherwise.
+    // Observe again, because an end that stays near causes no new event.
     this.reach.unobserve(this.end);
     this.reach.observe(this.end);
   }
@@ -185,7 +185,7 @@ class Runs {
     this.field.value = `${sorting.key} ${sorting.direction}`;
   }
 
-  // Where rows are stacked there are no headings to press.
+  // Stacked rows have no headings to click.
   #sortField() {
     const choices = COLUMNS.filter(({ key }) => key).flatMap(({ key, title, first }) =>
       [first, OTHER[first]].map((direction) => element("option", { value: `${key} ${direction}` }, `${title} ${ARROWS[direction]}`)),

@@ -1,8 +1,8 @@
-// The word that the server is away; it goes by itself.
+// The message that the server is away; it disappears when the server is back.
 
 import { element } from "./elements.js";
 
-const PATIENCE = 1000; // milliseconds: a short break is not worth a word
+const PATIENCE = 1000; // milliseconds: a short break shows no message
 
 /** Make the banner; return {host, tell(isThere), close()}. */
 export function awayBanner() {

@@ -1,4 +1,4 @@
-// A note of one's own on a run: a line of text that can be changed where it is read.
+// The user's note on a run: a line of text that can be edited in place.
 
 import { button, drawing, element } from "./elements.js";
 import { setText, show } from "./part.js";
@@ -8,7 +8,7 @@ const LONGEST = 1000; // characters, as in facts.py
 const PENCIL = "3,13 3.6,10.4 11,3 13,5 5.6,12.4";
 const IN_TRAINING = "You can write a note when the training has ended.";
 
-/** Return the part of a run's note: {host, update({note, status})}; `says`: the text of its button where there is none yet. */
+/** Return the part of a run's note: {host, update({note, status})}; `says`: the text of its button if there is no note yet. */
 export function noteOf(name, { says = null } = {}) {
   return new Note(name, says);
 }
@@ -69,7 +69,7 @@ class Note {
       this.update({ note, status: null });
       this.#close();
     } catch (error) {
-      this.#tell(error.message); // what was written stays, to be copied
+      this.#tell(error.message); // the written text stays, to be copied
     }
   }
 

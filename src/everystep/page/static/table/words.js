@@ -1,6 +1,6 @@
-// How DataTables arranges the table, and what it says.
+// The layout and the texts of DataTables.
 
-/** Where DataTables puts its parts. */
+/** The layout of DataTables. */
 export const LAYOUT = {
   topStart: null,
   topEnd: null,
@@ -8,7 +8,7 @@ export const LAYOUT = {
   bottomEnd: { paging: { buttons: 5, firstLast: false } },
 };
 
-/** What DataTables says. */
+/** The texts of DataTables. */
 export const WORDS = {
   lengthMenu: "_MENU_ per page",
   info: "_START_ to _END_ of _TOTAL_",

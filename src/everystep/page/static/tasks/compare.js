@@ -1,4 +1,4 @@
-// Two runs compared: their losses over each other, what was asked for, and where they part.
+// Two runs compared: their losses in one plot, their settings, and where they diverge.
 
 import { go, write } from "../shared/address.js";
 import { commandLine, quoted } from "../shared/dialog.js";
@@ -8,7 +8,7 @@ import { short, whole } from "../shared/format.js";
 import { ask, tell } from "../shared/server.js";
 import { errorText, runTask } from "./task.js";
 
-// What has been compared since the page was loaded: Back is to be at once.
+// Comparisons since the page was loaded, so that Back is immediate.
 const known = new Map();
 
 /** Open the comparison of two runs in `main`. */
@@ -27,7 +27,7 @@ export async function open({ one, other }, main) {
   return { update() {}, close: () => view.closing.forEach((close) => close()) };
 }
 
-// Say why there is nothing to compare, or nothing yet.
+// Return why there is nothing to compare, or nothing yet.
 function unready(names, found) {
   const missing = names.findIndex((name, place) => name && !found[place]);
   if (missing >= 0) return `There is no run ${names[missing]} here; choose another one.`;
@@ -40,7 +40,7 @@ function unready(names, found) {
   return empty ? `${empty.name} has no steps yet, so there are no common steps.` : null;
 }
 
-// Both names, each with another to choose in its place, and a button between that swaps them.
+// Both names, each with a choice of other runs, and a button that swaps them.
 function headOf(names, found, runs) {
   const [left, right] = names.map((name, place) => sideOf(name, found[place], place, names, runs));
   const exchange = () => go({ view: "compare", one: names[1], other: names[0] });
@@ -105,7 +105,7 @@ function compare(view) {
   else begin(false);
 }
 
-// The losses over each other; the comparison can be read without.
+// The losses in one plot; if it fails, the comparison is still shown.
 async function overlay(view, host) {
   let isClosed = false;
   view.closing.push(() => (isClosed = true));
@@ -152,7 +152,7 @@ function textOf(value) {
   return typeof value === "string" ? value : JSON.stringify(value);
 }
 
-// What the losses and the states on disk show.
+// The comparison of losses and states on disk.
 function statesOf({ loss, steps, states, common_state: common }) {
   const lines = [];
   const both = whole(Math.min(...steps));
@@ -176,7 +176,7 @@ function stateText({ elements, size }) {
   return `${whole(elements)} numbers${size && `, ${size}`}`;
 }
 
-// Where losses or states differ and no operation was found, looking at all of them finds none either.
+// If losses or states differ and no operation was found, comparing all of them finds none either.
 function isWorthAll({ is_thorough: thorough, operation, loss, states }) {
   return !thorough && (operation || !(loss || states.length));
 }

@@ -1,4 +1,4 @@
-// The dialog that begins a fork: a run that is its parent's up to a step, and goes on by other rules.
+// The dialog that starts a fork: a run that equals its parent up to a step, and continues with changes.
 
 import { go } from "../shared/address.js";
 import { commandLine, openDialog, quoted } from "../shared/dialog.js";
@@ -7,7 +7,7 @@ import { whole } from "../shared/format.js";
 import { addressOf, tell } from "../shared/server.js";
 import { runTask } from "./task.js";
 
-/** Open the dialog; when the fork has begun, it is shown beside its parent. */
+/** Open the dialog; when the fork has started, it is shown with its parent. */
 export function forkDialog(about, step) {
   const title = step ? `Fork after step ${whole(step)}` : "Fork before the first step";
   if (!about.has_experiment) return openDialog(title, inPython(about, step));
@@ -41,7 +41,7 @@ function introduction({ name }, step) {
   return `It has ${kept}, and continues with your changes.`;
 }
 
-// Start the fork; as soon as it has begun, it is shown beside its parent.
+// Start the fork; as soon as it runs, it is shown with its parent.
 function train(about, asked, { host, button: pressed, dialog, training }) {
   pressed.disabled = true;
   const task = runTask(() => tell(addressOf(about.name, "fork"), asked), host, {
@@ -60,7 +60,7 @@ function train(about, asked, { host, button: pressed, dialog, training }) {
   return task;
 }
 
-// The settings of the experiment: what is changed most often first. Nothing is sent of what is left as it is.
+// The settings of the experiment, the most frequently changed first. Only changes are sent.
 function fieldsOf(about, step) {
   const setting = (path) => field(path, about.settings[path], { path, class: "mono" });
   const paths = Object.keys(about.settings).filter((path) => !["seed", "steps"].includes(path));

@@ -1,4 +1,4 @@
-// Questions to a whole run: measure in hindsight, find the steps at which something is true, verify, rerun.
+// Questions about a whole run: measure in hindsight, find the steps that meet a condition, verify, rerun.
 
 import { read, write } from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
@@ -7,10 +7,10 @@ import { fullText, numberOf, short, whole } from "../shared/format.js";
 import { labelled, questionForm } from "./question.js";
 import { rerunning } from "./rerun.js";
 
-/** Steps that are listed at once. */
+/** Steps listed at once. */
 const LISTED = 60;
 
-/** Show the questions to a run in `host`; return {update(about), close()}. */
+/** Show the questions about a run in `host`; return {update(about), close()}. */
 export function questions(host, about, { goTo, changed }) {
   const place = { about, goTo, changed };
   const parts = [measuring(place), finding(place), verifying(place), rerunning(place)];
@@ -50,7 +50,7 @@ function measuring(place) {
       every: Number(every.value),
       overwrite: overwrite.checked,
     }),
-    // The server says so where the name is taken by what may be overwritten.
+    // The server reports if the name is taken by a measurement that may be overwritten.
     failed: (message) => (overwriting.hidden = !message.includes("overwrite")),
     done(result) {
       overwriting.hidden = true;
@@ -157,7 +157,7 @@ function originOf(place, { step, phase, index: operation }, text) {
   ];
 }
 
-// A link that can be opened elsewhere, too; here it moves the step only.
+// A link that can also be opened in another tab; here it only changes the step.
 function stepLink(place, { step, phase, operation }, text) {
   const here = { view: "run", run: place.about.name, step, phase, operation, beside: read().beside };
   const isStepOnly = phase === undefined;

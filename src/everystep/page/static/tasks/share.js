@@ -90,14 +90,14 @@ async function reportOf(run, steps, signal) {
   throw new Error(error ?? `the server returned ${response.status}`);
 }
 
-// Have the browser keep a file.
+// Download a file.
 function keep(content, name) {
   const address = URL.createObjectURL(content);
   element("a", { href: address, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
-// The steps that a text names, in order; or what is wrong with it.
+// The steps in a text, in order, or its problem.
 function stepsOf(text, last) {
   const words = text.split(/[\s,;]+/).filter(Boolean);
   const wrong = words.find((word) => !/^\d+$/.test(word));

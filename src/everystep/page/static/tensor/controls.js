@@ -1,4 +1,4 @@
-// What stands around a heat map: the slice of a tensor of several dimensions, zoom, and the legend.
+// The controls of a heat map: the slice of a tensor of several dimensions, zoom, and the legend.
 
 import { css } from "./colours.js";
 import { button, element } from "../shared/elements.js";
