@@ -45,8 +45,8 @@ def why(
     """Show where a number of a step comes from.
 
     Names the operation that computed it, and its inputs. Each of these can be queried in turn. NaN and
-    infinity are followed to their origin, with the rows of the batch that caused them. "=" is shown if
-    the formula, computed in double precision from the numbers shown and rounded once, gives the same
+    infinity are followed to their origin, with the rows of the batch that they depend on. "=" is shown
+    if the formula, computed in double precision from the numbers shown and rounded once, gives the same
     bits.
     """
     opened = open_run(run)

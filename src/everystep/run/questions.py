@@ -332,7 +332,7 @@ class Questions(RecordedRun):
     def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
         """Return where a number of a step comes from: the operation that computed it, and its inputs.
 
-        NaN and infinity are followed to their origin, with the rows of the batch that caused them.
+        NaN and infinity are followed to their origin, with the rows of the batch that they depend on.
 
         Args:
             step: the step, from 1, or from the end: -1.

@@ -103,7 +103,7 @@ class Why(Shown):
     the number, None if not computed; is_equal: whether these are the bits of the number; unknown:
     tensors of which the operation used unknown numbers; note: a remark; causes: answers for the followed
     numbers, or the whole way of a NaN or infinity except `left_out` in the middle; rows: at its origin,
-    the rows of the batch that caused it, None if they are not known, as `step.batch.whole` numbers them.
+    the rows of the batch that it depends on, None if unknown, as `step.batch.whole` numbers them.
     """
 
     number: Number
