@@ -1,4 +1,5 @@
-"""What bits depend on besides the seed: set before torch computes, recorded, and compared.
+"""Conditions that bits depend on, in addition to the seed: set before torch computes, recorded, and
+compared.
 
 The same program and seed give different bits under another CPU capability, thread count or setting of
 the matrix-product library. All of these belong to the process, so everystep sets them early (`prepare`),
@@ -121,7 +122,7 @@ _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO A
 
 
 class Numerics(BaseModel):
-    """Everything that the bits of a run depend on besides its experiment, with the values in effect."""
+    """Everything that the bits of a run depend on except its experiment, with the values in effect."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -231,7 +232,7 @@ def warning() -> str | None:
 def in_effect() -> tuple[Any, ...]:
     """Return settings of this process that bits depend on, as far as they are read in microseconds.
 
-    Two results that differ mean that something was set in between; `Numerics` tells what.
+    Two different results mean that a setting changed in between; `Numerics` shows which.
     """
     import torch
 
@@ -246,7 +247,7 @@ def in_effect() -> tuple[Any, ...]:
 
 @cache
 def _switches() -> tuple[Callable[[], bool], ...]:
-    """Return torch's functions that tell which kernels may be used."""
+    """Return torch's functions that report which kernels may be used."""
     import torch
 
     names = [

@@ -1,4 +1,4 @@
-"""Doctor: what is wrong with a run, what can still be read, and what to do."""
+"""Doctor: damage of a run, what can still be read, and what to do."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def doctor(directory: Path) -> Diagnosis:
 
 
 def _problem(read: Callable[[], object]) -> str | None:
-    """Return what is wrong with a file, as reading it reports it."""
+    """Return the error of reading a file, if any."""
     try:
         read()
     except (EverystepError, OSError) as error:
@@ -181,7 +181,7 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
 
 
 def _given(database: Database) -> Iterator[Given]:
-    """Yield what steps were given, row by row, each once."""
+    """Yield the inputs of steps, row by row, each once."""
     seen: set[bytes] = set()
     step = 0
     while rows := database.repeats_after(step, BLOCK):

@@ -125,7 +125,7 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
     if coarsest[0] != coarsest[1]:
         one_name, other_name = (str(dtype).removeprefix("torch.") for dtype in coarsest)
         precisions, limit = (one_name, other_name), tolerance(*coarsest)
-        # Later, rounding has led to other states, and both steps begin with the same.
+        # At later steps, rounding has led to different states, so both steps start from the same one.
         before = [(n, t) for n, t in before if number == 1 or n.startswith("batch")]
     others = _Values(steps[1], limit)
     begin = tuple(name for name, tensor in before if not others.has(tensor))
@@ -192,14 +192,14 @@ def _step_in_double(replay: Replay, state: State) -> Step:
 
 
 def _before(step: Step) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a step is given: parameters, buffers and the batch."""
+    """Yield the inputs of a step: parameters, buffers and the batch."""
     yield from ((f"parameters[{n!r}]", t) for n, t in step.parameters.items())
     yield from ((f"buffers[{n!r}]", t) for n, t in step.buffers.items())
     yield from ((f"batch.{n}", t) for n, t in step.batch.tensors.items())
 
 
 def _after(step: Step) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a step leaves: gradients, then parameters and buffers."""
+    """Yield the final tensors of a step: gradients, then parameters and buffers."""
     yield from ((f"gradients[{n!r}]", t) for n, t in reversed(step.gradients.items()))
     for name, tensor in step.end.items():
         kind, _, path = name.partition("/")

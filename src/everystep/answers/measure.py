@@ -282,7 +282,7 @@ def until(
     processes: int | None,
     on_progress: Callable[[int], None],
 ) -> list[Replayed]:
-    """Replay spans until something is found in one, and all before it are replayed; return what was.
+    """Replay spans until one has a result and all spans before it are replayed; return the result.
 
     Raises:
         RunError: a needed file is missing or unreadable.

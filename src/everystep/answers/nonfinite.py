@@ -1,7 +1,7 @@
 """Nonfinite: the operation that made the first NaN or infinity of a run.
 
-Every result of every operation is checked while programs run the steps; what the operation made it from
-is an answer of `why`.
+Every result of every operation is checked while programs run the steps; `why` returns the inputs of that
+number.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def _first_made(step: Step) -> NonFinite | None:
             is_kept = name in tensors and tensors[name].storage in kept
             if found is None or (not found.nans and may_be_meant and not is_kept):
                 continue
-            # No operation before has made one that counts: what has one already was brought in.
+            # No earlier operation made one that counts, so an input of the step has it.
             brought = (n for n, each in given.items() if (each.nans if found.nans else each.infinities))
             source = next(brought, "")
             base = source.partition("~")[0]

@@ -290,7 +290,8 @@ class OperationPair:
         given = [each.inputs.get(name) for each, name in zip(self._pair, names, strict=True)]
         if x.view == y.view or _are_same(*given, if_unknown=True):
             return False
-        # What earlier operations made is the same in both. Other numbers are then another part of it.
+        # Results of earlier operations are the same in both, so different numbers are another part of
+        # them.
         known = [side.known.get(each.name) for side, each in zip(self._sources, (x, y), strict=True)]
         return x.made_by is not None or _are_same(*known, if_unknown=False)
 
@@ -312,7 +313,7 @@ def memory_of(name: str) -> str:
 
 
 def name_in_words(name: str) -> str:
-    """Return what a person calls a tensor of the state."""
+    """Return the readable name of a tensor of the state."""
     kind, _, rest = name.partition("/")
     if kind == "optimizer":
         parameter, _, key = rest.rpartition("/")
@@ -325,7 +326,7 @@ def name_in_words(name: str) -> str:
 
 
 def draws(operator: str) -> bool:
-    """Return whether an operator draws random numbers, as far as it is one that programs may use."""
+    """Return whether an operator that programs may use draws random numbers."""
     try:
         return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
     except ValueError:  # an eager step may contain any operator
@@ -373,7 +374,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _is_tensors(value: Any) -> bool:
-    """Return whether an argument is a tensor, or a list of nothing else."""
+    """Return whether an argument is a tensor or a list of tensors."""
     return value is _A_TENSOR or (isinstance(value, list) and {*map(id, value)} == {id(_A_TENSOR)})
 
 

@@ -41,9 +41,9 @@ class Apart(NamedTuple):
 
     step, operation: its place, by numbers; operator, phase, module: what it is; name: of the result;
     relative: the largest difference of two numbers, divided by the largest number of that tensor;
-    infinite where only one of the two is finite, or for whole numbers that differ. residue: if that is
-    beyond rounding, the numbers that are zero except for rounding: the result itself, or those of an
-    input. follows: whether it is computed from a result that is such a residue.
+    infinite if only one of the two is finite, or for integers that differ. residue: if that is beyond
+    rounding, the numbers that are zero except for rounding: the result itself, or those of an input.
+    follows: whether it is computed from a result that is such a residue.
     """
 
     step: int

@@ -46,7 +46,8 @@ class Followed(NamedTuple):
 def follow(step: Step, rows: int) -> Followed:
     """Return the gradients of a step and its loss, with the rows that make them.
 
-    rows: of the batch. What was there before the step, and what an optimizer wrote, belongs to no row.
+    rows: of the batch. Tensors from before the step, and those that an optimizer wrote, belong to no
+    row.
     """
     return _Following(step, rows).followed()
 
@@ -110,7 +111,7 @@ class _Following:
         return Followed(found, memory.read(places.loss, loss), penalized)
 
     def _storages_of_terms(self) -> set[str]:
-        """Return the memory of gradients and the loss, and of what is added up to them: also terms."""
+        """Return the memory of gradients and the loss, and of the terms added up to them."""
         names = [place.names[0] for place in self._places.gradients.values()]
         names += [] if self._places.loss is None else [self._places.loss]
         terms = {self._trace.storage(name) for name in names}
@@ -213,9 +214,9 @@ class _Written(NamedTuple):
 
 
 class _Memory:
-    """What was written to the storages of a step, and which rows it belongs to.
+    """Writes to the storages of a step, and their rows.
 
-    What no operation has written belongs to no row, except the batch, with a row of it along the first
+    Memory that no operation has written belongs to no row, except the batch, with a row along the first
     axis of each tensor.
     """
 
@@ -259,7 +260,7 @@ class _Memory:
         )
 
     def write(self, name: str, tracked: Tracked) -> None:
-        """Note what a tensor holds from now on."""
+        """Note the new content of a tensor."""
         spec = self._trace.spec(name)
         before = self._written.get(spec.storage, [])
         kept = [each for each in before if not _covers(spec, each.spec)]
@@ -315,9 +316,9 @@ def _laid(
     start: Tensor,
     of: Callable[[Tracked], Tensor | None],
 ) -> Tensor:
-    """Return what writes, one after the other, leave of a tensor.
+    """Return the content of a tensor after a sequence of writes.
 
-    start: what its memory is filled with before (0-dimensional); of: returns what a write lays there.
+    start: fills its memory before (0-dimensional); of: returns the content of a write.
     """
     flat = start.repeat(max(_end(each) for each in (spec, *(each.spec for each in written))))
     for each in written:

@@ -19,7 +19,7 @@ from everystep.replay.step import Step
 __all__ = ["Rows", "Share", "rows_of"]
 
 _LOSS = "the loss"
-#: Of float32: what is smaller than this part of the largest gradient is rounding of what cancels in it.
+#: In float32, numbers below this fraction of the largest gradient are rounding of cancelled terms.
 _EPS = float(torch.finfo(torch.float32).eps)
 
 
@@ -121,8 +121,8 @@ class Rows(Shown):
 def rows_of(step: Step) -> Rows:
     """Return how much of the loss and of the gradients of a step each row of its batch makes.
 
-    From the operations of the step alone. A row's term is what the step added up for it, from the values
-    that are recorded; the terms are checked to add up to the whole, and else are unknown.
+    Computed from the operations of the step alone. A row's term is its summand in the step, from the
+    recorded values; the terms must add up to the whole, or they are unknown.
     """
     sizes = {len(tensor) for tensor in step.batch.tensors.values() if tensor.dim()}
     if len(sizes) != 1:

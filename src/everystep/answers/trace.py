@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Origin:
-    """What wrote a number: an operation, or something before the step.
+    """The origin of a number: an operation, or the state before the step.
 
     name, index: the tensor that was written, and where in it; part: of the element there, None if it was
     read with the dtype in which it was written; operation: its number in the step, None if the number

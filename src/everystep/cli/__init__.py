@@ -58,7 +58,7 @@ def version(
         raise typer.Exit
 
 
-#: What the system answers where a name that was typed leads to nothing that can be opened.
+#: Errors of the system for typed names that cannot be opened.
 _OF_NAMES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.EINVAL),

@@ -1,6 +1,6 @@
-"""What the shell offers when a user presses Tab. Imports no torch.
+"""Completion in the shell. Imports no torch.
 
-Where a function returns nothing that fits, the shell offers files and directories.
+If a function returns nothing that fits, the shell offers files and directories.
 """
 
 from __future__ import annotations

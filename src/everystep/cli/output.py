@@ -58,7 +58,7 @@ class OutputError(EverystepError, OSError):
         reason = "stdout is closed" if error.errno == errno.EBADF else error.strerror
         super().__init__(f"the output cannot be written: {reason}")
         self.is_unread = error.errno == errno.EPIPE
-        # What a shell returns for a command that the signal of a closed pipe ends.
+        # The exit code of a command that SIGPIPE ends, as in a shell.
         self.exit_code = 141 if self.is_unread else 1
 
 
@@ -216,7 +216,7 @@ def say_lines(text: str) -> None:
 
 
 def drop_output(error: OutputError) -> None:
-    """Report that stdout cannot be written, and let what is left go nowhere: it would fail again."""
+    """Report that stdout cannot be written, and discard the rest, which would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not error.is_unread:
         hint(f"everystep: {error}")

@@ -161,7 +161,7 @@ class Batches:
     def of(self, x: Tensor, y: Tensor, *, is_read: bool = False, guards: Any = None) -> RowsOf:
         """Return the batch source for tensors (rows, ...) on any device.
 
-        is_read: whether the rows come from a Dataset; guards: what must then stay the same.
+        is_read: whether the rows come from a Dataset; guards: what they then depend on.
         """
         return RowsOf(self, x, y, is_read, guards)
 

@@ -197,7 +197,7 @@ def _try_section(section: str, table: Mapping[str, Any], cls: type) -> None:
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Let optimizers be made without torch's compiler, which takes a second to import.
+    """Create optimizers without importing torch's compiler, which takes a second.
 
     `add_param_group` imports it only to keep it away from itself; nothing is compiled within.
     """
@@ -213,7 +213,7 @@ def without_compiler() -> Iterator[None]:
 
 
 def _check_reduction(reduction: Any) -> None:
-    """Check what torch looks at only when the loss is computed."""
+    """Check a setting that torch checks only when the loss is computed."""
     if reduction == "none":
         raise ValueError(
             "reduction 'none' gives one loss per row, but a step needs a single number; use mean or sum"

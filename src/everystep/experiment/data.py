@@ -25,7 +25,7 @@ from everystep.experiment.specification import (
 
 __all__ = ["Data", "Numbering", "Target", "derived_generator", "make_data", "split_rows"]
 
-#: What the loss wants of a target: class indices (int64, shape (N,)), or values (floats, (N, ...)).
+#: The kind of target that a loss needs: class indices (int64, shape (N,)), or values (floats, (N, ...)).
 Target = Literal["classes", "values"]
 
 

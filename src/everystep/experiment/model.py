@@ -80,7 +80,7 @@ def _run_through(model: nn.Sequential, x: Tensor, layers: list[str], given: str 
 
 
 def _expected(layer: nn.Module) -> tuple[str, int, int] | None:
-    """Return what is counted, along which dimension, and how many the layer expects."""
+    """Return the expected size of a layer's input: of what, along which dimension, and how many."""
     for attribute, what, dimension in (
         ("in_features", "features", -1),
         ("in_channels", "channels", 1),

@@ -324,7 +324,7 @@ def _dates_text(column: pl.Series) -> str:
 
 
 def _row(numbers: Numbers, place: int) -> str:
-    """Return what a row is called; line 2 of a text is row 0, where no text spans lines."""
+    """Return the name of a row; line 2 of a text file is row 0, if no field spans lines."""
     return f"row {numbers[place]} (counted from 0)"
 
 

@@ -232,7 +232,7 @@ def _plane(call: Call, *, has_means: bool) -> Made:
 
 
 def _settings_text(call: Call, usual: dict[str, Any]) -> str:
-    """Return the settings that change something, each as one number where its sizes are alike."""
+    """Return the settings other than the defaults, each as one number if its sizes are equal."""
     texts = []
     for key, size in usual.items():
         value = call.value(key)

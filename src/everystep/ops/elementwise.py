@@ -113,7 +113,7 @@ _WITHOUT_FORMULA = ("bitwise_not", "digamma", "erfinv", "hypot", "lgamma", "nan_
 
 
 def _clamp(call: Call) -> Made:
-    """Return the rule of `clamp` and its variants, with what there is of both bounds."""
+    """Return the rule of `clamp` and its variants, with one or both bounds."""
     text, places, settings = "self", {"self": call.aligned("self")}, {}
     for key, name, kept in (("min", "low", "max"), ("max", "high", "min")):
         if key not in call:
@@ -319,7 +319,7 @@ _MADE: dict[str, MadeRule] = {
     "log_sigmoid_backward": _log_sigmoid_backward,
     "prelu_kernel_backward": _prelu_backward,
 }
-#: Of what is linear: a sum over rows stays one.
+#: Linear operators: a sum over rows stays one.
 _LINEAR: dict[str, RowsRule] = {
     **dict.fromkeys(("clone", "copy", "to_copy", "neg", "add", "sub", "rsub"), _added),
     **dict.fromkeys(("mul", "div"), _scaled),

@@ -27,7 +27,7 @@ __all__ = ["BINARY", "UNARY", "names_in", "number_text", "parsed", "total", "val
 
 _NAME = re.compile(r"(?<![\w.])[a-z]\w*(?!\w|\()")
 _WORDS = {"if", "else", "and", "or", "not", "where", "pi", "inf", "nan"}
-#: A factor, a divisor or an exponent of 1, as it is left out for the reader.
+#: A factor, a divisor or an exponent of 1, which is omitted for the reader.
 _ONE = re.compile(
     r"(?<![/^] )(?<![\w.])1(?:\.0)? \* "
     r"| (?:[*/]|\^) 1(?:\.0)?(?=$|[),]| [-+*/<>=)]| if| else| where| and| or)"
@@ -42,7 +42,7 @@ def names_in(text: str) -> list[str]:
 
 
 def written(text: str, settings: Mapping[str, Any], given: Collection[str]) -> str:
-    """Return a formula as it is shown, with its settings as numbers, unless they differ by term.
+    """Return a formula for display, with its settings as numbers, unless they differ by term.
 
     given: the names of the numbers of tensors, which stay names.
     """
@@ -70,7 +70,7 @@ def number_text(number: Any) -> str:
 
 
 def value(text: str, numbers: Mapping[str, Any]) -> Any:
-    """Return what a formula gives, in double precision: a number, or an array with one for each term.
+    """Return the result of a formula, in double precision: a number, or an array with one for each term.
 
     numbers: arrays, or single numbers, by name.
     """

@@ -51,7 +51,7 @@ def _put_there(call: Call) -> tuple[Any, ...]:
 
 
 def _put_along(call: Call, index: NDArray[np.int64]) -> tuple[Any, ...]:
-    """Return the places of a source with the wanted index along a dimension, and else at its place."""
+    """Return the places of a source with the wanted index along a dimension, and its own in the others."""
     dim = call.value("dim") % max(len(call.index), 1)
     line = index.reshape(-1)
     if "scatter" in call.kind:
@@ -145,7 +145,7 @@ def _scatter_add_rows(call: RowsCall) -> list[Result]:
 
 
 def _added(call: RowsCall, name: str, cells: Tensor, labels: Tensor) -> list[Result]:
-    """Return what is known where numbers with these labels are added to cells of `self`."""
+    """Return the labels after numbers with these labels are added to cells of `self`."""
     whole, given = call["self"], call[name]
     if not whole.is_shared:
         raise MixesError("adds to what depends on rows")

@@ -252,7 +252,7 @@ def _mean_or_sum(call: RowsCall, labels: Tensor, divisor: Tensor | None = None) 
 
 
 def _classes_rows(call: RowsCall) -> list[Result]:
-    """Losses that are a number for each row of classes, and what else is kept for the derivative."""
+    """Losses with a number for each row of classes, and tensors kept for the derivative."""
     labels, axis = _of_classes(call)
     own = none_mixed(labels.squeeze(axis))
     if "nll" in call.kind:

@@ -72,7 +72,7 @@ def _moving(call: RowsCall, keys: tuple[str, ...]) -> list[Result]:
 
     lowest = SUM - 1
     found = run(lambda each: each.labels - lowest, **_filling(call))
-    found = torch.where(found == 0, SHARED, found + lowest)  # what is filled in is of no row
+    found = torch.where(found == 0, SHARED, found + lowest)  # filled numbers are of no row
     where = call.tensors(*keys)
     if not all(each.is_shared for each in where):
         if call.kind == "gather":

@@ -50,8 +50,8 @@ class Update(NamedTuple):
 def update(optimizer: str, settings: Settings, *, t: str, is_first: bool = False) -> Update:
     """Return the formulas of an optimizer by its name in `torch.optim`.
 
-    settings: of its param group; what is not there is off. t: the count of steps, from 1; is_first:
-    whether the state begins with this step.
+    settings: of its param group; missing ones are off. t: the count of steps, from 1; is_first: whether
+    the state begins with this step.
     """
     is_decoupled = optimizer == "AdamW" or bool(settings.get("decoupled_weight_decay"))
     gradient = "grad / grad_scale" if "grad_scale" in settings else "grad"

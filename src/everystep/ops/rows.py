@@ -111,10 +111,10 @@ class RowsCall:
                     raise MixesError(f"has a {name} that depends on rows")
 
     def require_rows(self, labels: Tensor) -> None:
-        """Check that what a backward pass adds up belongs to rows.
+        """Check that the terms that a backward pass adds up belong to rows.
 
         Raises:
-            MixesError: all of it is the same for all rows.
+            MixesError: all are the same for all rows.
         """
         if self.is_backward and labels.numel() and all_are(labels, SHARED):
             raise MixesError("adds up numbers that are the same for all rows")
@@ -137,7 +137,7 @@ def _as_tuple(result: Any) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, tuple) else (result,)
 
 
-#: Returns what is known of the results of an operation, in order; raises MixesError.
+#: Returns the labels of the results of an operation, in order; raises MixesError.
 RowsRule = Callable[[RowsCall], list[Result]]
 
 
@@ -153,7 +153,7 @@ def none_mixed(labels: Tensor, why: str = "combines numbers of several rows") ->
 
 
 def of_shape(labels: Tensor, result: Tensor) -> Result:
-    """Return a result with these labels; MixesError: the operator did something else than its rule."""
+    """Return a result with these labels; MixesError: the result does not fit the rule."""
     if labels.shape != result.shape:
         raise MixesError(f"returns the shape {tuple(result.shape)} for {tuple(labels.shape)}")
     return Result(labels)

@@ -31,7 +31,7 @@ _ASSETS = [Route("/static/{path:path}", asset)]
 
 
 def application(directory: Path) -> Starlette:
-    """Return what answers for the runs in a directory; it guards nothing."""
+    """Return the application for the runs in a directory, without access control."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

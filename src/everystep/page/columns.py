@@ -1,4 +1,4 @@
-"""Losses and measurements of the runs looked at last, in memory; what is new is read when asked for.
+"""Losses and measurements of recently used runs, in memory; new ones are read on request.
 
 Everything here may wait for the disk: call it in a thread.
 """
@@ -95,7 +95,7 @@ class RunColumns:
 
 
 class Columns:
-    """Keeps the numbers of the runs looked at last."""
+    """Keeps the numbers of recently used runs."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[Path, _Kept] = OrderedDict()
@@ -106,7 +106,7 @@ class Columns:
         """Return a run's numbers as they are now.
 
         Raises:
-            RunError: it is gone, or cannot be read.
+            RunError: it no longer exists, or cannot be read.
         """
         with self._lock:
             kept = self._runs.setdefault(run.directory, _Kept(run.directory))
@@ -119,7 +119,7 @@ class Columns:
         """Return a small picture of a run's losses.
 
         Raises:
-            RunError: it is gone, or cannot be read.
+            RunError: it no longer exists, or cannot be read.
         """
         now = fingerprint(run.directory)
         before, line = self._sparklines.get(run.directory, (None, None))
@@ -216,7 +216,7 @@ def _overlap(steps: NDArray[np.int64]) -> int:
 
 
 def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:
-    """Return the measurements in memory with what is new; those that were changed are left out."""
+    """Return the measurements in memory with new values; changed ones are left out."""
     counts = {ends.name: ends.values for ends in found.ends}
     meanings = [facts.measured for facts in (old.facts, found.facts)]
     extended = {}

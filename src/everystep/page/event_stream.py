@@ -28,7 +28,7 @@ class EventStream(StreamingResponse):
 
 
 def event(name: str, content: Any, number: int | None = None) -> str:
-    """Return an event as it is sent. number: what the browser sends when it connects again."""
+    """Return an event as it is sent. number: the browser sends it when it reconnects."""
     id = "" if number is None else f"id: {number}\n"
     return f"event: {name}\n{id}data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
 

@@ -23,7 +23,7 @@ from everystep.recording.run import RecordedRun
 
 __all__ = ["Live"]
 
-#: Seconds from one look to the next, where changes come faster.
+#: Minimum seconds between two readings.
 RUN_PAUSE, LIST_PAUSE = 0.125, 0.5
 #: Seconds after which the runs read so far are sent while others are still unread: first, and then.
 MOMENT, LONGER = 0.25, 1.0
@@ -239,7 +239,7 @@ class Feed(Generic[Content]):
 
 
 def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:
-    """Return up to which step what was sent still holds."""
+    """Return the last step up to which the sent data is still valid."""
     after = after if after <= now.steps else 0 if before is None else now.steps
     if before is None or before.edition == now.edition:
         return after

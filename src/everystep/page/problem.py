@@ -23,7 +23,7 @@ h1 { margin: 0 0 0.75rem; font-size: 1.5rem; line-height: 1.2; }
 p { margin: 0 0 1rem; overflow-wrap: anywhere; }
 a { color: var(--accent); }
 """
-#: What a Content-Security-Policy has among the sources of styles, so that the page may have its own.
+#: The source in a Content-Security-Policy that allows the page's own style.
 STYLE_SOURCE = f"'sha256-{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'"
 
 

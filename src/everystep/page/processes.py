@@ -110,12 +110,12 @@ class Child:
         await self.kill()
 
     async def kill(self) -> int:
-        """End it at once, with all that it has started, and wait; return its exit code."""
+        """Kill it with all its children, and wait; return its exit code."""
         self.kill_now()
         return await self._process.wait()
 
     def kill_now(self) -> None:
-        """End it at once, with all that it has started."""
+        """Kill it with all its children."""
         if self.is_alive:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

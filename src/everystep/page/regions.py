@@ -177,7 +177,7 @@ def _float_type(numbers: Tensor) -> torch.dtype:
 
 
 def _extremes(numbers: Tensor, height: int, width: int) -> Tensor:
-    """Return of each block the number with the largest absolute value; NaN where there is one."""
+    """Return the number with the largest absolute value of each block; NaN if there is one."""
     if (height, width) == (1, 1):
         return numbers
     high, low = (

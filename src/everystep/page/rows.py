@@ -25,7 +25,7 @@ Rows = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for: the order, the first and the last step, and the range of the loss."""
+    """A query: the order, the first and the last step, and the range of the loss."""
 
     sort: str = "step"
     descending: bool = False
@@ -36,13 +36,13 @@ class Wanted:
 
 
 def wanted_of(query: Mapping[str, str]) -> Wanted:
-    """Read what is asked for.
+    """Read a query.
 
     Args:
         query: `sort`, `direction`, `first` and `last` (steps), `low` and `high` (losses).
 
     Raises:
-        UsageError: something of it cannot be read.
+        UsageError: a part of it is invalid.
     """
     direction = query.get("direction") or "asc"
     if direction not in ("asc", "desc"):

@@ -25,7 +25,7 @@ from everystep.recording.directories import RUNS, find_run, is_run
 
 __all__ = ["place_of", "serve"]
 
-#: Ports that are tried, from the one that was asked for.
+#: Number of ports to try, from the requested one.
 PORTS = 100
 #: Seconds that answers in progress have to end.
 PATIENCE = 1

@@ -40,7 +40,7 @@ class Shelf:
         Raises:
             RunError: there is none, or it cannot be read.
         """
-        return RecordedRun(self.place(name), may_be_cut=True)  # the page shows what is damaged
+        return RecordedRun(self.place(name), may_be_cut=True)  # the page shows the damage
 
     def place(self, name: str) -> Path:
         """Return the directory of the run of that name, without reading it.

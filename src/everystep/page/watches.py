@@ -103,7 +103,7 @@ class _Handler(FileSystemEventHandler):
     def on_any_event(self, event: FileSystemEvent) -> None:
         """Set the events of the listeners."""
         names = {Path(str(path)).name for path in (event.src_path, event.dest_path)}
-        # Looking at a run touches its other files (the lock, the shared memory): that changes nothing.
+        # Reading a run touches its other files (the lock, the shared memory), which is not a change.
         is_made_by_looking = not event.is_directory and not names & {FILE_NAME, f"{FILE_NAME}-wal"}
         if not is_made_by_looking and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._tell)

@@ -38,7 +38,7 @@ KEPT_RUNS = 3
 #: Terms of a sum, and rows of each order, that are shown.
 TERMS, MOST_ROWS = 8, 100
 
-#: What the bytes of an answer are, and the bytes.
+#: The description of an answer's bytes, and the bytes.
 Found = tuple[dict[str, Any], bytes]
 
 
@@ -152,7 +152,7 @@ def main() -> None:
     interruption = Interruption()
     limit_memory()
     numerics.prepare()
-    # Steps are replayed with the threads of their run; what is computed of their tensors is small.
+    # Replays use the threads of their run; other computations on their tensors are small.
     torch.set_num_threads(1)
     speaker = Speaker.begin()
     for answer in answers(Openers(), iter(sys.stdin.buffer.readline, b""), interruption):
@@ -199,7 +199,7 @@ def _rows(step: Step, run: Run, asked: dict[str, Any]) -> Found:
     return {}, _as_bytes(run.rows(step.number).data(most=MOST_ROWS))
 
 
-#: What can be asked of a step.
+#: The questions about a step.
 _KINDS: dict[str, Callable[[Step, Run, dict[str, Any]], Found]] = {
     "content": _content,
     "numbers": _numbers,

@@ -145,7 +145,7 @@ class BoundProgram:
             optimizer.settle()
 
     def run(self) -> None:
-        """Run the step on what the memory holds; call it inside `without_autograd`.
+        """Run the step on the current memory; call it inside `without_autograd`.
 
         Raises:
             RuntimeError: a kernel rejects its arguments (or IndexError, ValueError, TypeError).

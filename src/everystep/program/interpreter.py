@@ -228,7 +228,7 @@ class _Instruction:
         other: Callable[[Any], Any],
         number: Callable[[Number], Any] = lambda number: number,
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments. number, other: make them of the step's numbers, and of what else it has.
+        """Return the arguments. number, other: convert the step's numbers, and everything else.
 
         Raises:
             ValueError, OverflowError: a number is not of the kind that the program has in its place.

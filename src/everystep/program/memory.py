@@ -126,7 +126,7 @@ def _lives(program: Program, names: Collection[str]) -> list[_Life]:
             storage = program.tensors[tensor].storage
             first.setdefault(storage, index)
             last[storage] = index
-    for path, index in program.given_after().items():  # what a module returned is looked at then
+    for path, index in program.given_after().items():  # outputs of modules are read then
         for tensor in program.activations[path]:
             storage = program.tensors[tensor].storage
             last[storage] = max(last.get(storage, end), index)

@@ -33,7 +33,7 @@ class Observed(NamedTuple):
 
     @property
     def made(self) -> dict[str, Tensor]:
-        """The results that have numbers, and what else it wrote into."""
+        """The results that have numbers, and other tensors that it wrote into."""
         unset = unset_results(self.operation)
         both = (*self.results.items(), *self.written.items())
         return {name: tensor for name, tensor in both if name not in unset}

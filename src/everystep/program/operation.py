@@ -58,7 +58,7 @@ class Model(BaseModel):
 class Storage(Model):
     """A piece of memory.
 
-    kind: where its content comes from. `input`: the batch, and other tensors from outside; `state`:
+    kind: the source of its content. `input`: the batch, and other tensors from outside; `state`:
     parameters, buffers, optimizer tensors; `temporary`: the step itself. host: in the CPU's memory
     although the step runs on another device.
     """

@@ -36,8 +36,8 @@ _Packet: Any = type(torch.ops.aten.mul)
 _LISTS = (list, tuple)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
-#: Exceptions to the rules for operators: one gives a number to Python, the shapes of the results of two
-#: depend on numbers, and two are those of a scaler of gradients, which check what they are given.
+#: Exceptions to the rules for operators: one returns a number to Python, the result shapes of two depend
+#: on numbers, and two belong to a gradient scaler and check their inputs.
 BY_VALUES = {
     *("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"),
     *("aten._amp_foreach_non_finite_check_and_unscale_.default", "aten._amp_update_scale_.default"),
@@ -108,9 +108,9 @@ def resolve(name: str) -> Any:
     """Return an operator that a program may have.
 
     That is `aten.name.overload` of `torch.ops`, or `optim.name.step`, the step of one of torch's
-    optimizers. It computes tensors from tensors and numbers alone: it reads no file, starts nothing, and
-    changes no tensor's shape or memory. Except for `BY_VALUES`, the shapes of its results do not depend
-    on the numbers in its tensors. A program contains only those that compute, see `computes`.
+    optimizers. It computes tensors from tensors and numbers alone: it reads no file, starts no process,
+    and changes no tensor's shape or memory. Except for `BY_VALUES`, the shapes of its results do not
+    depend on the numbers in its tensors. A program contains only those that compute, see `computes`.
 
     Raises:
         NotAllowedError: it is unknown, or not such an operation.

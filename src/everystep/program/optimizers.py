@@ -116,7 +116,7 @@ class OptimizerOperator:
     def _check_fused(
         self, parameter: str, gradient: str, kept: Sequence[Any], tensors: Mapping[str, Any]
     ) -> None:
-        """Check what a fused kernel trusts: each tensor has as many numbers, side by side."""
+        """Check what a fused kernel assumes: equal shapes, and no elements that share memory."""
         own = tensors[parameter]
         for key, name in ((None, parameter), (None, gradient), *zip(kept[::2], kept[1::2], strict=True)):
             spec = tensors[name]

@@ -51,7 +51,7 @@ def check_soundness(
     tensors: Mapping[str, TensorSpec],
     storages: Mapping[str, Storage],
 ) -> None:
-    """Check operations, each with its place in the program, in the order in which they run.
+    """Check operations, each with its place in the program, in order of execution.
 
     Raises:
         ValueError: an operator rejects its arguments, or does not return what the program declares.

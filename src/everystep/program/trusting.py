@@ -15,7 +15,7 @@ import torch
 __all__ = ["FORWARD", "OF_BACKWARD_ALONE", "RENAMED", "known_names", "what_is_unknown"]
 
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-#: Kernels that trust what the forward pass kept: the operator of the forward pass (where it is not
+#: Kernels that trust tensors kept by the forward pass: the operator of the forward pass (where it is not
 #: `name` or `name_forward` of `name_backward`), and the first of its results that they receive.
 FORWARD: dict[str, tuple[str, int]] = {
     "_embedding_bag_per_sample_weights_backward": ("_embedding_bag", 1),

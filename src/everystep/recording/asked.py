@@ -1,4 +1,4 @@
-"""What was asked for: the settings of a training, one by one, and how those of two trainings differ."""
+"""The settings of a training, one by one, and how those of two trainings differ."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Setting(NamedTuple):
 
     @property
     def listed(self) -> str:
-        """What a list of settings calls it: `model.3 Dropout.p`."""
+        """Its name in a list of settings: `model.3 Dropout.p`."""
         place = ".".join(filter(None, (self.kind, self.path)))
         named = ".".join(filter(None, (self.owner, self.name)))
         return f"{place}{' ' if self.owner else '.'}{named}" if named else place
 
     def __str__(self) -> str:
-        """Return what a cause calls it, with both values: `module 3 Dropout: p 0.2 | 0.21`."""
+        """Return its text as a cause, with both values: `module 3 Dropout: p 0.2 | 0.21`."""
         kind = {"model": "module" if self.path else "model", "optimizer": ""}.get(self.kind, self.kind)
         place = " ".join(filter(None, (kind, self.path, self.owner))) or self.kind
         is_whole = self.name is None and self.kind in _OBJECTS
@@ -76,7 +76,7 @@ _OBJECTS = {"model", "loss", "optimizer", "schedule", "part"}
 def asked_differences(
     one: TrainingFacts, other: TrainingFacts, *, of_own_classes: bool = True
 ) -> dict[str, Pair]:
-    """Return what differs in what was asked for, by what a list calls it, with both values.
+    """Return the differing settings by their names in a list, with both values.
 
     of_own_classes: see `settings_that_differ`.
     """

@@ -231,7 +231,7 @@ class Blocks:
             return np.array(self.numbers(query, *arguments, kinds=kinds), np.float64)
 
     def measurement_names(self) -> list[str]:
-        """Return what was measured.
+        """Return the names of measurements.
 
         Raises:
             RunError: there are too many names, or one is too long.
@@ -337,7 +337,7 @@ class Blocks:
         self.connection.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", rows)
 
     def forget_blocks(self) -> None:
-        """Forget what was noted of blocks: it may not be what the database has."""
+        """Forget notes about blocks, which may differ from the database."""
         self._growing.clear()
         self._changed.clear()
 

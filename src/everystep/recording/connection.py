@@ -153,10 +153,10 @@ def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False
 
 
 def fingerprint(directory: Path) -> tuple[int, ...]:
-    """Return what differs after every change of a run's database: its files' times and sizes.
+    """Return a value that changes with a run's database: its files' times and sizes.
 
     Raises:
-        RunError: the run is gone.
+        RunError: the run no longer exists.
     """
     found: list[int] = []
     for status in _statuses(directory / FILE_NAME):

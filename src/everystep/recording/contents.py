@@ -102,7 +102,7 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
 
 
 class Inputs(NamedTuple):
-    """What a step was given, as the database holds it.
+    """The inputs of a step, as in the database.
 
     given: by `batch/name` and `input/name`; nesting: of the batch; digests: of the state after the step,
     by name, if it has any.
@@ -133,12 +133,12 @@ def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
 
 
 def given_of(tensor: Tensor) -> Given:
-    """Return what a run holds of a tensor (on the CPU) that is an input of a step; stores nothing."""
+    """Return the entry of a tensor (on the CPU) that is an input of a step; stores nothing."""
     return _given_and_pieces(tensor)[0]
 
 
 def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[Any]]:
-    """Return what a run holds of a tensor, and the bytes of each of its digests."""
+    """Return the entry of a tensor, and the bytes of each of its digests."""
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     whole = bytes_of(tensor)
     is_by_row = _is_by_row(shape, len(whole))
@@ -296,7 +296,7 @@ class Repeats:
         self._folder = directory / FOLDER
 
     def close(self) -> None:
-        """Close the file. What the disk has no place for belongs to no recorded step."""
+        """Close the file. Data that did not fit on the disk belongs to no recorded step."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()

@@ -1,7 +1,7 @@
-"""Continuation: what a run has already when its training continues, or takes from its parent as a fork.
+"""Continuation: the data that a run already has when its training continues, or inherits as a fork.
 
-Training begins at a snapshot. The steps after it that were recorded before are taken again, and compared
-with the recording. Nothing of the run changes until a step is taken that it does not have.
+Training begins at a snapshot. Steps that were recorded after it are repeated, and compared with the
+recording. The run does not change before the first new step.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Continuation:
         )
 
     def begin(self) -> None:
-        """Write what was kept, in a transaction: the first new step is about to be written."""
+        """Write the kept data, in a transaction, before the first new step."""
         self.is_over = True
         self._database.write_facts(self._facts)
         self._database.write_measurements(self._measurements)
@@ -113,7 +113,7 @@ class Continuation:
         return first + len(again), [*losses[len(again) :]]
 
     def new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
-        """Compare what recorded steps of a loop were given; return the rows of the other steps.
+        """Compare the inputs of recorded steps of a loop; return the rows of the new steps.
 
         Raises:
             RunError: something differs.
@@ -210,7 +210,7 @@ def inherit(
         database.add_snapshot(row)
         plan.kept[row.step] = row.bytes
     changes = changes_in(row.name for row in files)
-    # What the parent's loop changed before its next step, the loop of the fork does, or not.
+    # Changes of the parent's loop before its next step are up to the loop of the fork.
     later = {name for step, name in changes.items() if step > at - is_loop}
     taken = [row for row in files if row.name not in later]
     for file in taken:

@@ -45,8 +45,7 @@ __all__ = [
 ]
 
 
-#: Seconds that a writer waits for another program that has locked the database; what is to be written
-#: waits in memory.
+#: Seconds that a writer waits for another program that has locked the database; writes wait in memory.
 PATIENCE = 60.0
 _SNAPSHOT = (STEP, TEXT, TEXT, STEP)
 _REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES, STEP)
@@ -137,7 +136,7 @@ class Database(Blocks):
         self.connection.execute("PRAGMA busy_timeout = 0")
 
     def close(self) -> None:
-        """Close the connection; what was committed stays."""
+        """Close the connection; committed data stays."""
         self.connection.close()
 
     @contextmanager

@@ -201,7 +201,7 @@ class LossFacts(_Fact):
     modules: dict[str, ModuleFacts]
 
 
-#: What has a class, and settings.
+#: An object with a class and settings.
 Described = ModuleFacts | LossFacts | OptimizerFacts | ScheduleFacts
 
 
@@ -333,7 +333,7 @@ class EarlierFacts(_Fact):
 
 
 class ForkFacts(_Fact):
-    """Where a fork starts: after step `at` of its parent, with what changed."""
+    """Where a fork starts: after step `at` of its parent, and its changes."""
 
     parent: str
     directory: str
@@ -363,7 +363,7 @@ class WriterFacts(_Fact):
 
 
 class MeasuredFacts(_Fact):
-    """What was measured in hindsight."""
+    """A measurement made in hindsight."""
 
     expression: str
     every: Whole

@@ -64,7 +64,7 @@ _CHANGED = ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "run.sqlite-journa
 
 
 class FileRow(NamedTuple):
-    """A file as the database knows it: its name within the run, its size, and XXH3 (128 bits) of it."""
+    """A file in the database: its name within the run, its size, and its XXH3 (128 bits)."""
 
     name: str
     size: int
@@ -238,7 +238,7 @@ class Change(NamedTuple):
 def write_change(
     directory: Path, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()
 ) -> FileRow:
-    """Write tensors (on the CPU) as they are after `step` and the code that followed it.
+    """Write tensors (on the CPU) after `step` and the code that followed it.
 
     gone: the names of removed tensors.
     """

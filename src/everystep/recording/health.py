@@ -80,10 +80,11 @@ class Finding(NamedTuple):
 def structure_findings(
     directory: Path, database: Database, facts: Facts, is_written: bool
 ) -> list[Finding]:
-    """Return what shows without reading all numbers.
+    """Return findings that need not read all numbers.
 
     is_written: whether a process held the run before the database was opened, so that files may be ahead
-    of it. Asked later, one that ends meanwhile would leave files that are ahead of what is read.
+    of it. If it were checked later, a process that ended in between would leave files ahead of the data
+    read.
 
     Raises:
         RunError: the database cannot be read.
@@ -138,8 +139,8 @@ def number_findings(
 ) -> list[Finding]:
     """Return which losses and measurements are missing or not as recorded, or were not recorded.
 
-    known: series that have been read already; since: look only at blocks that end later; only: look
-    only at this series.
+    known: series that were already read; since: check only blocks that end later; only: check only this
+    series.
 
     Raises:
         RunError: the database cannot be read.

@@ -24,7 +24,7 @@ from everystep.recording.notice import say
 
 __all__ = ["Unlocked", "adding", "is_locked", "locked", "write_note", "writer_here"]
 
-#: What a file system answers that has no locks, as some in a network.
+#: Errors of file systems without locks, such as some network file systems.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 #: Seconds without a write after which a process on another host counts as ended, without locks.
 _RECENT = 600.0

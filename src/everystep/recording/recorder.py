@@ -172,10 +172,10 @@ class Recorder:
         facts: Mapping[str, Any] = MappingProxyType({}),
         taken: Sequence[Taken] = (),
     ) -> None:
-        """Write the losses of consecutive steps, with what was measured and found: all or nothing.
+        """Write the losses of consecutive steps, with measurements and facts: all or nothing.
 
-        taken: what repeats the steps, if they were watched.
-        Steps that were passed before are left out: Ctrl-C may come before the caller notes it.
+        taken: the data that repeats the steps, if they were watched. Steps that were passed before are
+        left out: Ctrl-C may come before the caller notes it.
         """
         self._bytes_asked += sum(row.bytes for row in taken)
         self._put(lambda: self._write_steps(first_step, losses, measured, facts, taken))
@@ -261,7 +261,7 @@ class Recorder:
             raise self._translated(self._error, self._last_step) from self._error
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Write what is left and the last facts, and close the run.
+        """Write the remaining data and the last facts, and close the run.
 
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
@@ -294,7 +294,7 @@ class Recorder:
             (self._home.here / SPARE_NAME).unlink()
 
     def _begin(self, facts: Facts, parent: RecordedRun | None, at: int, beginning: State | None) -> None:
-        """Write what is known before the first step: all or nothing."""
+        """Write the facts from before the first step: all or nothing."""
         with self._database.transaction():
             here, database, inherited = self._home.here, self._database, dict[str, Any]()
             if parent is not None:
@@ -308,7 +308,7 @@ class Recorder:
             database.write_facts(first | inherited | facts.rows())
 
     def _resume(self, facts: Facts) -> None:
-        """Take over what the run has, and remove what no recorded step belongs to."""
+        """Continue with the data of the run, and remove files of unrecorded steps."""
         recorded = self._database.newest_step()
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
@@ -349,10 +349,10 @@ class Recorder:
             self._job_began = None
 
     def _follow(self) -> None:
-        """Go on in the run's directory where it is now.
+        """Continue in the run's directory after a move.
 
         Raises:
-            RecordingError: it is gone.
+            RecordingError: it no longer exists.
         """
         if self._home.follow():
             self._database.move(self._home.here / FILE_NAME)
@@ -443,7 +443,7 @@ class Recorder:
             self._database.write_files([row])
 
     def _forget_after(self, step: int) -> None:
-        if self._continuation is not None:  # what it was resumed with is compared again
+        if self._continuation is not None:  # compare the resumed steps again
             step = max(step, self._continuation.recorded)
         later = [taken for taken in self.plan.kept if taken > step]
         for taken in later:

@@ -118,7 +118,7 @@ def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
 
 
 def shortest(number: float) -> str:
-    """Return the fewest digits that give this float32 (or else float64) back."""
+    """Return the fewest digits that restore this float32 (or else float64)."""
     import numpy as np
 
     with np.errstate(over="ignore"):

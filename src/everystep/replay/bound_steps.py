@@ -153,7 +153,7 @@ class BoundSteps:
         self._latest: BoundStep | None = None
 
     def touched(self, interpreted: int | None = None) -> None:
-        """Something else has changed the state: the interpreter, with a program, or other code."""
+        """Note that the interpreter or other code has changed the state."""
         if interpreted is not None:
             self._interpreted[interpreted] += 1
         self._era += 1
@@ -253,7 +253,7 @@ class BoundSteps:
             held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
             if not (held - {0}).isdisjoint(map(_place, moved.values())):
                 del self._bound[next(n for n, each in self._bound.items() if each is bound)]
-                return False  # the state has something else there by now
+                return False  # the state has another tensor there now
             for name, mine in moved.items():
                 copy_into(mine, values[name])
             self._state.update(moved)
@@ -269,8 +269,8 @@ def _place(tensor: Tensor) -> int:
 def _can_be_bound(program: Program, batch: Sequence[str], outside: Collection[str]) -> bool:
     """Return whether a program can run many steps in a row on the same memory.
 
-    Not if it has shapes that depend on numbers, writes into its inputs, or reads what a step before has
-    left in memory that it writes into again.
+    Not if it has shapes that depend on numbers, writes into its inputs, or reads leftovers of an earlier
+    step in memory that it writes into again.
     """
     written = {
         program.tensors[name].storage

@@ -120,7 +120,7 @@ class Probe:
             copies[reference] = batch[reference.name]
 
     def _finish(self, number: int, loss: float) -> bool:
-        """Answer a step, and keep what the next one needs of it; return whether to continue."""
+        """Answer a step, and keep values for the next one; return whether to continue."""
         goes_on = self._answer(number, loss)
         self._before = {
             reference: self.value_of(own).clone()
@@ -170,7 +170,7 @@ class OpenedStep:
 
 
 def _copied(reference: Reference) -> Reference:
-    """Return what is copied for a reference."""
+    """Return the values to copy for a reference."""
     return reference._replace(part="before") if reference.kind == "updates" else reference
 
 

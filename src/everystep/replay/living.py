@@ -1,7 +1,7 @@
-"""Living: steps of a run that nothing has recorded, with the objects that trained it.
+"""Living: unrecorded steps of a run, with the objects that trained it.
 
-Those of a what-if, and those on the way to a state from which Python continues. The objects come from
-the run's experiment, or from the user.
+They are those of a what-if, and those on the way to a state from which Python continues. The objects
+come from the run's experiment, or from the user.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Living:
         return number
 
     def _settle(self) -> None:
-        """Apply what other code changed after the last step, before anything else runs."""
+        """Apply the changes of other code after the last step, before anything else runs."""
         step = self._stepper.step
         if step not in self._between or self._settled == step:
             return

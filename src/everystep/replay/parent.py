@@ -16,7 +16,7 @@ _PATIENCE = 60.0
 
 
 def end_with(parent: Connection) -> None:
-    """End this process once the other end of a pipe, through which nothing is sent, has closed."""
+    """End this process when the other end of a pipe without data closes."""
 
     def watch() -> None:
         wait([parent])

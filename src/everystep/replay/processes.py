@@ -1,7 +1,8 @@
 """Processes in which a run is replayed, so that it computes as in the training.
 
-That is this process if its numerics match those of the run, or else workers started with them. What
-cannot be set (another processor, another torch) stays different, and each loss is compared.
+That is this process if its numerics match those of the run, or else workers started with them.
+Conditions that cannot be set (another processor, another torch) stay different, and each loss is
+compared.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
 
     alive, of_parent = Pipe(duplex=False)
     environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
-    # loky takes a process that holds 300 MB more than at its start for one that leaks, warns of it, and
-    # starts another, which knows nothing of the run.
+    # loky restarts a process that grew by 300 MB, as a leak, with a warning; the new one would have no
+    # replay of the run.
     environment["LOKY_MAX_MEMORY_LEAK_SIZE"] = "1e18"
     begin = {"initializer": _begin, "initargs": (threads, alive)}
     executor = ProcessPoolExecutor(count, env=environment, **begin)
@@ -179,7 +180,7 @@ def _in_worker(
     *given: P.args,
     **named: P.kwargs,
 ) -> T:
-    """Do something with the replay of a run in this worker: the same one if it needs no objects."""
+    """Call a task with the replay of a run in this worker: the same one if it needs no objects."""
     if objects is None:
         return task(_replay(directory, threads, _edition_of(RecordedRun(directory))), *given, **named)
     return task(Replay(RecordedRun(directory), objects, threads), *given, **named)
@@ -220,7 +221,7 @@ class Opener:
         self._worker: ProcessPoolExecutor | None = None
         self._workers = ExitStack()
         weakref.finalize(self, self._workers.close)
-        #: What was known of the run when it was last chosen where to replay it.
+        #: The state of the run when its process was last chosen.
         self._known: tuple[Edition, EngineFacts | None] | None = None
 
     @property
@@ -289,5 +290,5 @@ class Opener:
         elif self._worker is None:
             threads = facts.training.numerics.threads
             self._worker = self._workers.enter_context(workers(facts, 1, threads))
-        # Not before: what has failed is tried, and reported, again.
+        # Not earlier: after a failure, the next call tries and reports again.
         self._known = edition, engine

@@ -260,7 +260,7 @@ class RecordedSteps:
     def _want(
         self, given: Given, wanted: dict[tuple[str, tuple[int, ...], bool], dict[bytes, None]]
     ) -> int:
-        """Add what is not known yet of an input; return how many bytes that is.
+        """Add the unread digests of an input; return their bytes.
 
         wanted: digests, by dtype, shape, and whether they are of rows.
         """
@@ -374,7 +374,7 @@ class FurtherSteps(StepsAtRate):
         return self._step(number)[0]._replace(step=number)
 
     def taken(self, number: int) -> Taken:
-        """Return a step as it is written."""
+        """Return a step in its stored form."""
         return self._step(number)[1]._replace(step=number)
 
     def ahead(self, first: int, last: int) -> list[Repeat]:
@@ -435,7 +435,8 @@ class FurtherSteps(StepsAtRate):
 
     def _further(self, row: Repeat) -> tuple[Repeat, Taken]:
         inputs = self.given(row)
-        # Where the recorded step found its generator, this one finds it as the step before has left it.
+        # The recorded step had a different generator state; this one uses the state that the previous
+        # step left.
         given = {name: each for name, each in inputs.given.items() if not name.startswith("generator/")}
         listed = {name: each.to_json() for name, each in given.items()}
         made = row._replace(inputs=packed({"nesting": inputs.nesting, "given": listed}))
@@ -459,7 +460,7 @@ def read_program(run: RecordedRun, number: int) -> Program:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Report that something of the run cannot be read as what keeps a step from being replayed."""
+    """Report an unreadable file of the run as the reason that a step cannot be replayed."""
     try:
         yield
     except RunError as error:

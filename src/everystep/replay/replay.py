@@ -290,7 +290,7 @@ class Replay:
         return self._steppers[at]
 
     def _diverge(self, step: int, problem: str) -> None:
-        """Note that a step did something other than recorded."""
+        """Note that a step differs from the recording."""
         self.diverged_at = step if self.diverged_at is None else min(step, self.diverged_at)
         self._note(problem)
 

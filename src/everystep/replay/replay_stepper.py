@@ -241,7 +241,7 @@ class ReplayStepper:
         found = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []
         return [*found]
 
-    # What a step is given.
+    # The inputs of a step.
 
     def epoch(self, number: int) -> int:
         """Return the epoch of a step, from 0; a user's loop has no epochs."""
@@ -341,7 +341,7 @@ class ReplayStepper:
         return found._replace(places=found.places._replace(has_unseen=has_unseen))
 
     def _before(self, row: Repeat, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return copies of tensors of a step's program, by name, as they are before an operation."""
+        """Return copies of tensors of a step's program, by name, before an operation."""
         found: dict[str, Tensor] = {}
 
         def look(place: int, environment: Environment) -> None:

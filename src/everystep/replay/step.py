@@ -38,7 +38,7 @@ class Batch:
 
     tensors: by their path in the batch (N, ...); those of a pair are called `x` and `y`; rows: the row
     numbers in the data (N), None if they are all rows in order, or unknown; nested: the batch in its
-    original nesting, with its tensors; source: what the rows are of, in words.
+    original nesting, with its tensors; source: the name of the rows' data.
     """
 
     tensors: dict[str, Tensor]

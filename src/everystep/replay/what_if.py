@@ -59,8 +59,8 @@ class Case:
 class WhatIf(Shown):
     """Trainings from state `at` to step `until`, each without some rows, or at another learning rate.
 
-    by: the expression that is compared at the last step; source: what the rows are of; recorded: what
-    it is with nothing changed; cases: in order of their values, the smallest first.
+    by: the expression that is compared at the last step; source: the name of the rows' data; recorded:
+    its value without changes; cases: in order of their values, the smallest first.
     """
 
     name: str
@@ -157,7 +157,7 @@ def check_has_rows(run: RecordedRun) -> None:
     """Check that everystep makes the batches of a run from the rows of its data.
 
     Raises:
-        RunError: something else does.
+        RunError: other code does.
     """
     facts = run.facts.training
     if facts.loop:
@@ -175,7 +175,7 @@ def _check(run: RecordedRun, at: int, until: int, *, is_of_rates: bool) -> None:
     """Check that the run alone determines its steps after a change.
 
     Raises:
-        RunError: something else does.
+        RunError: other code does.
     """
     stretches = [each for each in run.stretches if each.first <= until]
     facts, name = stretches[-1].facts, run.name

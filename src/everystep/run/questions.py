@@ -1,4 +1,4 @@
-"""What can be asked about a run: its steps, and answers that are computed by replaying them."""
+"""Questions about a run: its steps, and answers computed by replaying them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Counting", "Questions", "Steps"]
 
-#: Whether to show a progress bar where stderr is a terminal; or what is called with the number
-#: of steps that were just replayed.
+#: Whether to show a progress bar if stderr is a terminal; or a function, called with the number of steps
+#: just replayed.
 Counting = bool | Callable[[int], None]
 
 Answer = TypeVar("Answer", bound="Shown | None")

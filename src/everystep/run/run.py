@@ -263,7 +263,7 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
-    """Return what watches a training: the given object, the terminal, or nothing."""
+    """Return the progress of a training: the given object, the terminal, or none."""
     from everystep.views.progress import Silent, TerminalProgress
 
     if not isinstance(wanted, bool):

@@ -81,7 +81,7 @@ class Acceleration:
         return self._surroundings.difference(None if state is None else _but_optimizer(state))
 
     def _guard_loss(self) -> None:
-        """Note what a loss holds that is a function of torch with some of its arguments."""
+        """Note the arguments of a loss that is a partial torch function."""
         loss, guards = self._training.loss, self._surroundings.guards
         if type(loss) is not functools.partial:
             return
@@ -120,6 +120,6 @@ def _against_functions(schedule: LRScheduler | None) -> str | None:
 
 
 def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a step carries, without what the optimizer creates and replaces itself."""
+    """Return the carried tensors, without those that the optimizer creates or replaces itself."""
     own = "optimizer/", "part/optimizer."
     return {name: tensor for name, tensor in state.items() if not name.startswith(own)}

@@ -163,7 +163,7 @@ class BackwardPasses:
         return self._cursor.happens("backward", graph.key, nones, tensors=started)
 
     def _ends(self, entry: Entry, begin: int, left: list[Any]) -> None:
-        """Note what a watched pass has left, and whether it can run unwatched the next time."""
+        """Note the results of a watched pass, and whether it can run unwatched the next time."""
         cursor = self._cursor
         known = cursor.happens("end of backward", tensors=left)
         end = cursor.at

@@ -51,7 +51,7 @@ def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
 
 
 class _Builder:
-    """Gives everything a name, and leaves out what has no effect."""
+    """Names all tensors, and omits operations without effect."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -14,7 +14,7 @@ from everystep.step.path import flattened
 
 __all__ = ["MISS", "check_of"]
 
-#: What a check returns for a call that is not the one of its entry.
+#: The result of a check for a call that does not match its entry.
 MISS = object()
 
 
@@ -52,7 +52,7 @@ def check_of(
 
 
 def _code(token: Any) -> str:
-    """Return r: a known tensor; k: None or a bool; c: what == compares; f, i: a slot; g: all else."""
+    """Return r: a known tensor; k: None or a bool; c: compared by ==; f, i: a slot; g: others."""
     kind = token[0]
     if kind == "r":
         return "r"

@@ -24,14 +24,14 @@ SMALL_BYTES = 16_000_000
 
 
 class PartsCopy(NamedTuple):
-    """What the parts carry before a step: copies of their tensors by name, and torch's generator."""
+    """The parts before a step: copies of their tensors by name, and torch's generator."""
 
     tensors: dict[str, Tensor]
     generator: Tensor
 
     @classmethod
     def of(cls, parts: Parts) -> PartsCopy:
-        """Copy what the parts carry now."""
+        """Copy the current state of the parts."""
         copies = {name: tensor.detach().clone() for name, tensor in parts.state().items()}
         return cls(copies, torch.get_rng_state())
 

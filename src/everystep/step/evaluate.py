@@ -53,7 +53,7 @@ class Evaluation:
         """Return each measurement as a number.
 
         The model predicts in evaluation mode. The mode of every module, the buffers and the random
-        generators are restored before a metric is called: what a metric changes, stays.
+        generators are restored before a metric is called: changes by a metric stay.
         """
         with torch.no_grad(), generators_preserved(self.device), _evaluating(self.model, self.standard):
             parts = [self.model(part) for part in torch.split(self.x, self.rows)]

@@ -1,6 +1,6 @@
-"""Expanded: a program in which the step of an optimizer is not one operation, but those that it runs.
+"""Expanded: a program with the single operations of an optimizer's step.
 
-To look into a step, torch's own code takes the step of the optimizer on other memory, and is watched.
+To get them, torch's own code takes the step of the optimizer on other memory, and is watched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from everystep.step.path import Path
 __all__ = ["Expanded", "Expander"]
 
 Number = int | float
-#: Returns copies of tensors of a program, by name, as they are before an operation.
+#: Returns copies of tensors of a program, by name, before an operation.
 Before = Callable[[int, Sequence[str]], dict[str, Tensor]]
 
 

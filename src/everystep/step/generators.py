@@ -47,7 +47,7 @@ class Generators:
             gauss = [float(each) for each in tensors["python.gauss"].tolist()]
             position, has_gauss = tensors["numpy.position"].tolist()
             keys = tensors["numpy"].numpy().astype(np.uint32)
-            if not 0 <= position <= len(keys):  # NumPy would read what is behind them
+            if not 0 <= position <= len(keys):  # NumPy would read past their end
                 raise ValueError
             words = tuple(tensors["python"].tolist())
             return cls(

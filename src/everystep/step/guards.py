@@ -40,7 +40,7 @@ PLAIN_TYPES: frozenset[type] = frozenset(
 COPIED_BYTES = 1_000_000
 
 
-#: Classes of classes that are known to look nothing up and to compare by identity.
+#: Metaclasses with default attribute access and comparison by identity.
 _METACLASSES = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 
 
@@ -83,7 +83,7 @@ class Guards:
         self._note(key, where, partial(again, *given), _value_changes)
 
     def contents(self, container: Any, where: str) -> None:
-        """Note what a dict or a list holds: which objects, in which order."""
+        """Note the contents of a dict or a list: which objects, in which order."""
         self._note(
             (id(container), "*contents"), where, partial(_contents_of, container), _contents_change
         )
@@ -211,7 +211,7 @@ def is_a(value: Any, *kinds: type) -> bool:
 
 
 def class_dict(cls: type) -> Any:
-    """Return what a class holds, without asking its metaclass."""
+    """Return the dict of a class, without its metaclass."""
     return type.__dict__["__dict__"].__get__(cls)
 
 

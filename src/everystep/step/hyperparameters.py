@@ -27,7 +27,7 @@ _PLACES = {name: place for place, name in _SHORT.items()}
 
 
 class HasGroups(Protocol):
-    """An optimizer, or what has param groups as one."""
+    """An optimizer, or another object with param groups."""
 
     param_groups: list[dict[str, Any]]
 

@@ -1,4 +1,4 @@
-"""What is known about a torch operator, looked up once: whether and how a watch sees it."""
+"""Properties of a torch operator, looked up once: whether and how a watch sees it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class KnownOperator(NamedTuple):
 
 @cache
 def known_operator(func: Any) -> KnownOperator:
-    """Return what is known of an operator."""
+    """Return the properties of an operator."""
     name = func.overloadpacket.__name__
     how, text = "see", str(func)
     if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:

@@ -53,8 +53,8 @@ class Settings(NamedTuple):
 class OptimizerCall(NamedTuple):
     """A step of an optimizer that is one operation.
 
-    operator: of a program; parameters: by group, those that have a gradient; entries: what the optimizer
-    keeps of each; tensors: the parameters, their gradients, those of the entries and of the settings;
+    operator: of a program; parameters: by group, those that have a gradient; entries: the optimizer's
+    state of each; tensors: the parameters, their gradients, those of the entries and of the settings;
     state: of the optimizer.
     """
 
@@ -66,7 +66,7 @@ class OptimizerCall(NamedTuple):
     state: Mapping[Tensor, dict[str, Any]]
 
     def kept(self) -> list[dict[str, Tensor]]:
-        """Return what the optimizer keeps of each parameter, by key."""
+        """Return the optimizer's state of each parameter, by key."""
         return [self.state.get(p, _NOTHING).copy() for group in self.parameters for p in group]
 
     @property
@@ -77,7 +77,7 @@ class OptimizerCall(NamedTuple):
 
 
 class OptimizerCalls:
-    """Finds out what the next step of an optimizer is."""
+    """Determines the next step of an optimizer."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[list[Any], Settings | None]] = {}

@@ -73,7 +73,7 @@ class OptimizerSteps:
         Args:
             optimizer: the optimizer.
             name: of the optimizer.
-            has_arguments: whether it is given a closure, or something else.
+            has_arguments: whether it gets a closure or another argument.
             gradients: returns those of its parameters, by name.
         """
         step = self._step
@@ -139,7 +139,7 @@ class OptimizerSteps:
     def _note(self, call: OptimizerCall, kept: Kept, name: str | None, gradients: Gradients) -> None:
         """Note a step, which has run unwatched, as one operation.
 
-        kept: what the optimizer kept before it, by parameter and key.
+        kept: the optimizer's state before it, by parameter and key.
         """
         step, tensors = self._step, self._step.tensors
         places = [(g, index) for g, group in enumerate(call.parameters) for index in range(len(group))]

@@ -39,7 +39,7 @@ _OF_TORCH = {
     *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks", "step"),
     *("_warned_capturable_if_run_uncaptured", "_opt_called"),
 }
-#: Objects that stay as they are: code, modules, and objects that cannot be copied.
+#: Objects that are left unchanged: code, modules, and objects that cannot be copied.
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Where the classes of functions, methods and operators are defined.
 _WITH_CODE = ("builtins", "functools", "torch", "types")
@@ -121,7 +121,7 @@ class _Capturing:
         self._places: dict[int, tuple[str, Any]] = {}
 
     def encoded(self, value: Any, place: str) -> Any:
-        """Return a value as JSON can hold it; what cannot be held is `left` as it is."""
+        """Return a value as JSON can hold it; other values are `left` unchanged."""
         if value is None or type(value) in (bool, int, float, str):
             return value
         if id(value) in self._places:
@@ -154,7 +154,7 @@ class _Capturing:
         return {"object": self.attributes(value, f"{place}.")}
 
     def attributes(self, value: Any, prefix: str) -> dict[str, Any]:
-        """Return the attributes of an object. prefix: what the names of its tensors begin with."""
+        """Return the attributes of an object. prefix: of the names of its tensors."""
         skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else ()
         own = vars(value).items()
         return {n: self.encoded(each, f"{prefix}{n}") for n, each in own if n not in skipped}
@@ -241,7 +241,7 @@ class _Restoring:
         if fits:
             with torch.no_grad():
                 return there.copy_(saved)  # type: ignore[no-any-return]
-        # What has the shape of a parameter is on its device; a count of steps stays on the CPU.
+        # Tensors with the shape of a parameter are on its device; a count of steps stays on the CPU.
         like = next((p for p in self._parameters.values() if p.shape == saved.shape), None)
         if like is None or saved.ndim == 0:
             return saved.clone()
@@ -304,11 +304,11 @@ def restore_optimizer(
     """Restore the settings and the entries of an optimizer; tensors that it has are filled in later.
 
     Args:
-        optimizer: of the class that it was written of.
+        optimizer: of the same class as the written one.
         names: of its parameters.
         settings: as `optimizer_settings` returned them.
         saved: tensors by name.
-        prefix: what the names of its tensors begin with.
+        prefix: of the names of its tensors.
 
     Raises:
         ValueError: it is the state of another optimizer.

@@ -1,4 +1,4 @@
-"""Parts: what a loop carries from step to step, by name: models, optimizers, schedules, tensors."""
+"""Parts: named objects that a loop carries from step to step: models, optimizers, tensors, ..."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from everystep.step.registered import entries_of, registered
 
 __all__ = ["Parts", "check_parts"]
 
-#: How deep tensors are looked for within the attributes, dicts and lists of a part.
+#: Maximum depth of the search for tensors in attributes, dicts and lists of a part.
 _DEPTH = 6
 #: Dtypes that safetensors holds.
 _HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
@@ -95,7 +95,7 @@ class Parts:
         return Parts({name: part for name, part in self.named.items() if name in names}, self.apart)
 
     def prefix(self, name: str) -> str:
-        """Return what the names of a module's tensors begin with."""
+        """Return the prefix of the names of a module's tensors."""
         if name == self.main:
             return ""
         taken = vars(self.named[self.main])["_modules"] if name in self.apart and self.main else ()

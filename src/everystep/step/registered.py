@@ -1,4 +1,4 @@
-"""What modules and optimizers hold by name, independent of what a user overrides or hooks."""
+"""Registered contents of modules and optimizers, independent of overrides and hooks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def state_dict_of(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def entries_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Yield what the optimizer keeps by parameter; some keep other things in the same place."""
+    """Yield the optimizer's state by parameter; some keep other values in the same dict."""
     for parameter, entries in optimizer.state.items():
         if isinstance(parameter, Tensor) and isinstance(entries, Mapping):
             yield parameter, entries

@@ -189,7 +189,7 @@ class StandIn:
         self._places: list[int] = []
         self._era: int | None = None
         self.live: BoundProgram | None = None
-        #: The batch that the program holds, until something else runs.
+        #: The batch in the program's memory, until other code runs.
         self._loaded: list[Tensor] = []
         #: The places of the numbers that Python reads, by the name under which it logs them.
         self._logged_reads = self._places_of_logged()

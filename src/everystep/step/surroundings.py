@@ -128,7 +128,7 @@ class Surroundings:
             guards.read((key, "class", method), where, getattr, type(optimizer), method)
 
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
-        """Return in words what changed since programs were captured, or None.
+        """Describe what changed since programs were captured, or return None.
 
         state: of the training now, if already known.
         """
@@ -172,7 +172,7 @@ def _functions_in(module: types.ModuleType) -> list[Any]:
 
 
 def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
-    """Note which tensors, modules and hooks a module has, its mode, and what a call of it runs."""
+    """Note the tensors, modules and hooks of a module, its mode, and the functions of its call."""
     own = vars(module)
     for name in ("_parameters", "_buffers", "_modules", *HOOKS):
         if name in own:

@@ -48,7 +48,7 @@ __all__ = [
 
 #: Exact types of tensors; a subclass may have methods of its own.
 TENSOR_TYPES: frozenset[type] = frozenset({Tensor, nn.Parameter})
-#: Where a module keeps its hooks, and what they are called.
+#: The attributes in which a module keeps its hooks, and their names.
 HOOKS = {
     "_forward_hooks": "a forward hook",
     "_forward_pre_hooks": "a forward hook",
@@ -249,7 +249,7 @@ def _methods_of(cls: type) -> str:
 
 
 def _own_dict(module: nn.Module) -> dict[str, Any]:
-    """Return what a module itself holds, without asking its class."""
+    """Return the dict of a module, without its class."""
     found: dict[str, Any] = vars(nn.Module)["__dict__"].__get__(module)
     return found
 
@@ -259,7 +259,7 @@ def _identity_of_dict(module: nn.Module) -> int:
 
 
 def _is_from(cls: type, package: str) -> bool:
-    """Return whether a class is what a module of a package has under its name."""
+    """Return whether a class is the one that a module of a package has under its name."""
     own = class_dict(cls).get("__module__")
     if type(own) is not str or not own.startswith(package):
         return False

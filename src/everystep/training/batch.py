@@ -71,9 +71,9 @@ class _Copy(NamedTuple):
 def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:
     """Return the tensors in a batch by their path; those of a pair are `x` and `y`, a lone one is `x`.
 
-    NumPy's arrays count as tensors, on the same memory. What is neither is left out.
+    NumPy's arrays count as tensors, on the same memory. Other objects are left out.
 
-    path: what all paths begin with.
+    path: the prefix of all paths.
     """
     if _is_short(batch):
         return {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}

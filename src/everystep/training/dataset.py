@@ -1,5 +1,5 @@
-"""What x and y may be, and a map-style Dataset of them: read once if it is torch's own, of tensors, and
-else at every step.
+"""Checks of x and y, and of a map-style Dataset: read once if it is torch's own, of tensors, else at
+every step.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _numpy_state() -> list[Any]:
 
 
 class Unfit(NamedTuple):
-    """Something that cannot be trained on. what: `a tuple of 2 tensors`; cure: what to pass instead."""
+    """An object that cannot be trained on. what: `a tuple of 2 tensors`; cure: a fix."""
 
     what: str
     cure: str

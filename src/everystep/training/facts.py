@@ -126,7 +126,7 @@ def modules_of(module: nn.Module, path: str = "") -> dict[str, ModuleFacts]:
 
 
 def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
-    """Return the facts of a loop that is not everystep's. loop: what is known of it before it begins."""
+    """Return the facts of a user's loop. loop: known before it begins."""
     modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
     for name in sorted(parts.modules, key=lambda name: name != parts.main):
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
@@ -183,7 +183,7 @@ def _own_tensors(module: nn.Module) -> dict[str, str | None]:
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
-    """Return the facts of an optimizer, without what a schedule does to its lr."""
+    """Return the facts of an optimizer, with the lr before any schedule."""
     groups = [
         {k: _plain(v) for k, v in group.items() if k not in ("params", "initial_lr")}
         | ({"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {})

@@ -185,7 +185,7 @@ class Progress(Protocol):
         """These consecutive steps have run."""
 
     def notice(self, message: str) -> None:
-        """Something the user should know."""
+        """A message to the user."""
 
     def end(self) -> None:
         """Training has ended, well or not."""

@@ -16,7 +16,7 @@ __all__ = ["RESERVED_NAMES", "standard_measurements"]
 #: Names that a user's own measurement cannot have.
 RESERVED_NAMES = {"step", "loss", "lr", "validation_loss", "validation_accuracy", "validation_r2"}
 
-#: What a prediction of torch's losses of two classes is compared with, by class and by function.
+#: The threshold of predictions for torch's losses of two classes, by class and by function.
 _THRESHOLDS = {
     **{"BCELoss": 0.5, "binary_cross_entropy": 0.5},
     **{"BCEWithLogitsLoss": 0.0, "binary_cross_entropy_with_logits": 0.0},

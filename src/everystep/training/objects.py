@@ -1,4 +1,4 @@
-"""Objects: what the user trains with, checked and copied; every error has a fix."""
+"""Objects: the user's model, loss, optimizer and data, checked and copied; every error has a fix."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _COPYING = threading.Lock()
 
 @dataclass(frozen=True)
 class Objects:
-    """What the user trains with: live objects, unchecked; to replay and to fork, not all are needed.
+    """The user's live objects, unchecked; a replay or a fork may need only some.
 
     model: an nn.Module; loss: a function of prediction and target; optimizer: over the model's
     parameters; data: x (N, ...) and y (N, ...), or a Dataset; schedule: a scheduler of torch's;
@@ -102,7 +102,7 @@ class Objects:
         }
 
     def check(self) -> None:
-        """Check what a training of these objects needs.
+        """Check that these objects can be trained.
 
         Raises:
             ExperimentError: lists every error.
@@ -181,7 +181,7 @@ def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
 
 
 def _model_faults(model: Any) -> Faults:
-    """Yield what is wrong with the model."""
+    """Yield faults of the model."""
     if not isinstance(model, nn.Module):
         cure = ""
         if inspect.isclass(model):
@@ -215,7 +215,7 @@ def _model_faults(model: Any) -> Faults:
 
 
 def _loss_faults(loss: Any) -> Faults:
-    """Yield what is wrong with the loss."""
+    """Yield faults of the loss."""
     if inspect.isclass(loss):
         yield Fault("loss", f"is the class {loss.__name__}; create an instance: add parentheses")
     elif not callable(loss):
@@ -224,7 +224,7 @@ def _loss_faults(loss: Any) -> Faults:
 
 
 def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
-    """Yield what is wrong with the optimizer, and with it for this model."""
+    """Yield faults of the optimizer, alone and for this model."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         yield Fault("optimizer", _no_optimizer(optimizer))
         return
@@ -247,7 +247,7 @@ def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
 
 
 def _schedule_faults(schedule: Any, every: Any, has_validation: bool) -> Faults:
-    """Yield what is wrong with the schedule, and with when it advances."""
+    """Yield faults of the schedule, and of when it advances."""
     if not isinstance(schedule, LRScheduler | None):
         cure = "; combine several with SequentialLR or ChainedScheduler"
         problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(schedule)}"
@@ -260,7 +260,7 @@ def _schedule_faults(schedule: Any, every: Any, has_validation: bool) -> Faults:
 
 
 def _metrics_faults(metrics: Any) -> Faults:
-    """Yield what is wrong with the metrics."""
+    """Yield faults of the metrics."""
     if not (
         isinstance(metrics, Mapping)
         and all(isinstance(name, str) and callable(each) for name, each in metrics.items())
@@ -278,7 +278,7 @@ def _metrics_faults(metrics: Any) -> Faults:
 
 
 def _data_faults(data: Any) -> Faults:
-    """Yield what is wrong with the data, without reading rows of a Dataset."""
+    """Yield faults of the data, without reading rows of a Dataset."""
     if isinstance(data, tuple | list) and len(data) == 2:
         yield from _pair_faults("data", data)
     elif not is_dataset(data):
@@ -287,7 +287,7 @@ def _data_faults(data: Any) -> Faults:
 
 
 def _validation_faults(validation: Any) -> Faults:
-    """Yield what is wrong with the validation part."""
+    """Yield faults of the validation part."""
     if isinstance(validation, tuple | list) and len(validation) == 2:
         yield from _pair_faults("validation", validation)
     elif validation is not None and not (isinstance(validation, float) and 0 < validation < 1):
@@ -297,7 +297,7 @@ def _validation_faults(validation: Any) -> Faults:
 
 
 def _pair_faults(name: str, pair: Any) -> Faults:
-    """Yield what is wrong with x and y of `data` or `validation`, each on its own and together."""
+    """Yield faults of x and y of `data` or `validation`, alone and together."""
     sizes = []
     for letter, part in zip("xy", pair, strict=True):
         wrong = unfit(part, letter)

@@ -65,7 +65,7 @@ History = Callable[[int], Drawn]
 
 
 class Place:
-    """Draws batches, and knows where it is.
+    """Draws batches, and tracks its place.
 
     Args:
         device: of the parts, for its random generator.
@@ -102,9 +102,9 @@ class Place:
 
         Args:
             goal: the place.
-            step: after which it is.
-            history: returns what the recording knows of a draw.
-            reached: called there: a loop may have done something after epochs that it skipped.
+            step: before the place.
+            history: returns the recorded data of a draw.
+            reached: called there: a loop may have changed something after epochs that it skipped.
         """
         self._goal, self._history, self._first = goal, history, step - goal.taken + 1
         self._reached = reached
@@ -136,7 +136,7 @@ class Place:
             self._reached()
         self._goal = None
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
-        # What a state 0 has, a resumed training begins with; what a draw leaves, it leaves again.
+        # A resumed training begins with the generators of state 0; the effects of a draw repeat.
         after = self._at_first if self._call == 0 else {}
         while True:
             self.generators = {}
@@ -207,7 +207,7 @@ class Place:
         self._at_first = self._generators()
 
     def _generators(self) -> dict[str, Any]:
-        """Return the states of all random generators that a draw can use, as they are held."""
+        """Return the states of all random generators that a draw can use."""
         found = Generators.capture(self._device)
         own = {name: each.get_state() for name, each in _own_generators(self._loader).items()}
         states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}

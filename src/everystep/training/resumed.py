@@ -278,7 +278,7 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:
-    """Return what the recording knows of the draw of a batch.
+    """Return the recorded data of the draw of a batch.
 
     Raises:
         RunError: the recording has not kept it.

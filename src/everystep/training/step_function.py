@@ -50,7 +50,7 @@ def run_step(step: Step, recording: Recording[Any], *batch: Any) -> dict[str, An
 
 
 class _SeenBatch(NamedTuple):
-    """What is kept of a batch. era: in which nothing changes it."""
+    """A copy of a batch. era: in which nothing changes it."""
 
     batch: tuple[Any, ...]
     era: int
@@ -107,8 +107,8 @@ class VouchedStep:
         self._last_batch = self._last_key = None
         self._seen: _SeenBatch | None = None
         self._parameters: list[Tensor] = []
-        #: Whether nothing but steps by programs has happened since the guards were compared, and in
-        #: which stretch of such steps this one is.
+        #: Whether only steps by programs have run since the guards were compared, and the number of this
+        #: stretch of steps.
         self._is_settled = False
         self._era = 0
         self._after = self._writer.step
@@ -280,7 +280,7 @@ class VouchedStep:
         return logged
 
     def _batch_of(self, batch: tuple[Any, ...]) -> _SeenBatch:
-        """Return what is kept of a batch; of the last one again if it is the same, in the same era."""
+        """Return the copy of a batch; the last one if it is the same, in the same era."""
         seen, era = self._seen, self._era
         if seen is None or seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
             tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
@@ -358,7 +358,7 @@ class VouchedStep:
         return self._parts.state() if known is None else known
 
     def _carried(self) -> dict[str, Tensor]:
-        """Return what the parts carry, except gradients."""
+        """Return the state of the parts, except gradients."""
         state = self._parts.state()
         return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
 

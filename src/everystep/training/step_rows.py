@@ -27,7 +27,7 @@ MOST_PATHS = 200
 DIGEST_SHARE = 0.01
 DIGESTED_A_SECOND = 2e9
 
-#: What knows what a step does.
+#: An object that knows a step's operations.
 AnyWatch = Cursor | TakenByProgram
 
 

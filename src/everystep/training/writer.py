@@ -32,7 +32,7 @@ def now() -> datetime:
 
 
 class RunWriter:
-    """Collects what a run stores of its steps, passes it to the recorder, and closes the run.
+    """Collects the data of steps, passes it to the recorder, and closes the run.
 
     Args:
         recorder: of the run.
@@ -46,7 +46,7 @@ class RunWriter:
     numbers of the optimizers that are recorded only when they change; step_seconds: the time of a step.
     """
 
-    #: What the notice of a loss that is not finite begins and ends with.
+    #: The beginning and the end of the notice of a loss that is not finite.
     advice = "", ""
 
     def __init__(
@@ -145,7 +145,7 @@ class RunWriter:
 
         Args:
             first: the first of the steps.
-            losses: of the steps, None where the training logs none.
+            losses: of the steps, None if the training logs none.
             facts: to be written with them.
         """
         facts |= self._nonfinite_in(first, losses)
@@ -161,10 +161,10 @@ class RunWriter:
                 self._advanced(first, losses)
 
     def close(self, status: str, reason: str | None, facts: dict[str, Any]) -> None:
-        """Write what is left, and how the training ended, and close the run.
+        """Write the remaining data, and how the training ended, and close the run.
 
         Raises:
-            RecordingError: writing failed; what was written before is kept.
+            RecordingError: writing failed; earlier data is kept.
         """
         seconds = time.perf_counter() - self._started
         in_all = None if self._seconds_before is None else self._seconds_before + seconds

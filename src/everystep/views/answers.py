@@ -263,7 +263,7 @@ def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
 
 
 def _diagnosis_text(found: Diagnosis, view: RunView | None = None) -> str:
-    """Return what is wrong with a run, and what can be read, in lines."""
+    """Return the problems of a run, and what can be read, in lines."""
     findings: list[str] = []
     for each in found.findings:
         findings += [labelled("place", each.place), labelled("problem", each.problem)]
@@ -319,7 +319,7 @@ def _found_data(found: Found, view: RunView, most: int | None = None) -> dict[st
 
 
 def _in(module: str) -> Any:
-    """Return a module of the views that imports torch; `why` has what the parts of an answer derive."""
+    """Return a module of the views that imports torch; parts of an answer derive theirs from `why`."""
     return import_module(f"everystep.views.{module}")
 
 

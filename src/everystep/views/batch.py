@@ -1,4 +1,4 @@
-"""What a batch holds apart from the numbers of its tensors: plain values, classes, columns."""
+"""Contents of a batch other than tensors: plain values, classes, columns."""
 
 from __future__ import annotations
 
@@ -231,6 +231,6 @@ def _values(numbers: Tensor) -> list[Any]:
 
 
 def first_of(given: Any) -> Tensor | None:
-    """Return what a module gave; of several tensors the first."""
+    """Return the output of a module; the first of several tensors."""
     found: Tensor | None = given[0] if isinstance(given, tuple | list) and given else given
     return found

@@ -42,12 +42,13 @@ _LABEL_WIDTH = 8
 
 
 def header(facts: Facts) -> str:
-    """Return what a run is, in the chapter's order, as text."""
+    """Return the description of a run, in the chapter's order, as text."""
     return "\n".join(labelled(label, text, _LABEL_WIDTH) for label, text in header_rows(facts))
 
 
 def header_rows(facts: Facts) -> list[tuple[str, str]]:
-    """Return what a run is as (label, text), in the chapter's order: device, data, model, loss, update.
+    """Return the description of a run as (label, text), in the chapter's order: device, data, model,
+    loss, update.
 
     Raises:
         RunError: the run has no record of how it was trained.
@@ -67,14 +68,14 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
 
 
 def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
-    """Return what a run is, and how its steps ran, as (label, text), in the order of the header."""
+    """Return the description of a run and how its steps ran, as (label, text), in the header's order."""
     has_taken = facts.training.engine or facts.training.loop
     how = f"\n{engine_text(facts)}" if has_taken else ""
     return [(label, f"{text}{how}" if label == "steps" else text) for label, text in header_rows(facts)]
 
 
 def closing(directory: Path, reason: str | None) -> str:
-    """Return the final message of a training: how it ended, where the run is, what to type next."""
+    """Return the final message of a training: how it ended, where the run is, and the next command."""
     run = RecordedRun(directory)
     summary = run.summary()
     facts = run.facts
@@ -191,7 +192,7 @@ def _steps_text(steps: int, training: TrainingFacts) -> str:
 
 
 def shortest_name(directory: Path) -> str:
-    """Return what a user need type: the bare name of a run in runs/."""
+    """Return the shortest argument for a run: its bare name if it is in runs/."""
     return directory.name if directory.parent == Path("runs") else str(directory)
 
 

@@ -62,7 +62,7 @@ class _Term(NamedTuple):
 
 
 class _Composer:
-    """What each tensor is by now, in terms of what there was before the update."""
+    """Each tensor at the current operation, in terms of the tensors before the update."""
 
     def __init__(self, optimizers: Mapping[str, OptimizerFacts]) -> None:
         alone = next(iter(optimizers.values())) if len(optimizers) == 1 else None
@@ -96,7 +96,7 @@ class _Composer:
             self._terms[name] = term._replace(numbers=term.numbers | {number})
 
     def formulas(self) -> dict[str, Formula]:
-        """Return what the parameters have become."""
+        """Return the formulas of the updated parameters."""
         found = dict(self._known)
         for name, term in self._terms.items():
             if name.startswith("parameter/"):

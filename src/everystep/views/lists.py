@@ -99,7 +99,7 @@ COLUMNS: tuple[Column[Summary], ...] = (
 
 
 def runs_tables(runs: Iterable[Summary], width: int | None = None) -> Iterator[Text]:
-    """Yield the list of runs in parts, one below the other, as the runs come: the first in a moment."""
+    """Yield the list of runs in parts, as the runs are read: the first after a moment."""
     table = Table(COLUMNS, width)
     for some in _in_moments(runs):
         page = Page()
@@ -109,7 +109,7 @@ def runs_tables(runs: Iterable[Summary], width: int | None = None) -> Iterator[T
 
 
 def _in_moments(runs: Iterable[Summary]) -> Iterator[list[Summary]]:
-    """Yield what comes within a moment, together."""
+    """Yield the items of each moment together."""
     some: list[Summary] = []
     began = time.monotonic()
     for run in runs:

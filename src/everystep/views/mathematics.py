@@ -26,7 +26,7 @@ __all__ = ["Line", "all_arguments", "kind_of", "mathematics", "value_text"]
 
 _VIEW = re.compile(r"~\d+$")
 _NUMBERED = re.compile(r"#\d+(\.\d+)?")
-#: What the names of kernels have, and their mathematics does not.
+#: Parts of kernel names that are omitted in mathematics.
 _DECORATIONS = re.compile(r"^_|^_?native_|^_?cudnn_|_with_indices|_forward$|(?<=[a-z0-9])_$")
 _ATTENTION = re.compile(r"scaled_dot_product_\w*attention(_for_cpu)?")
 
@@ -118,7 +118,7 @@ class _Reader:
         return called if name == base else _as_view(called, tensor, self._shapes.get(base))
 
     def _differentiated(self, call: NamedCall, size: int) -> str | None:
-        """Return what a backward operation gives the whole gradient of, where that is sure."""
+        """Return the tensor of which a backward operation returns the whole gradient, if certain."""
         gradient = next(iter(call.tensors.values()), "")
         made = self._made.get("loss" if gradient == "1" else gradient.removeprefix("∂"))
         if made is None or not gradient.startswith(("1", "∂")):
@@ -223,12 +223,13 @@ def right_side(call: NamedCall) -> str:
     try:
         text = line(own) if callable(line) else line
         return text.format_map(call) if text else _as_call(call)
-    except (KeyError, NoRuleError):  # an operator of that name which takes something else
+    except (KeyError, NoRuleError):  # an operator of that name with other arguments
         return _as_call(call)
 
 
 def _as_call(call: NamedCall) -> str:
-    """Return `name(arguments)`: tensors, and what is not the default, by name after what is left out.
+    """Return `name(arguments)`: tensors, and arguments that are not the default, by name after omitted
+    ones.
 
     The settings of a backward operation are those of the operation that it is of.
     """
@@ -247,7 +248,7 @@ def _as_call(call: NamedCall) -> str:
 
 
 def _is_usual(value: Any, default: Any) -> bool:
-    """Return whether an argument changes nothing of what is computed."""
+    """Return whether an argument does not affect the result."""
     if isinstance(value, dict):
         return not {"text", "float"} & value.keys() or value.get("text") == default
     if isinstance(value, list | tuple) and isinstance(default, int):

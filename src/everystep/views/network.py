@@ -64,7 +64,7 @@ def _follows(step: Step, before: list[int], operations: list[int]) -> bool:
 
 
 def _in_order(step: Step, operations: dict[str, list[int]]) -> list[str]:
-    """Return the paths of modules; one without operations comes after the one that gave before it."""
+    """Return the paths of modules; one without operations comes after the module before it."""
     places: dict[str, float] = {path: numbers[0] for path, numbers in operations.items()}
     last = -0.5
     for path in step.activations:
@@ -104,7 +104,7 @@ def _layer(step: Step, path: str, operations: list[int], backward: list[int]) ->
 
 
 def _input_shape(step: Step, operations: list[int]) -> list[int] | None:
-    """Return the shape of what comes in from outside the layer."""
+    """Return the shape of the input from outside the layer."""
     made: set[str] = set()
     for number in operations:
         seen = step.operations[number]

@@ -12,7 +12,7 @@ __all__ = ["write_file"]
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:
-    """Write a file that is complete when it has its name; what was there stays until then.
+    """Write a file that gets its name when it is complete; an existing file stays until then.
 
     Raises:
         UsageError: the file cannot be written.

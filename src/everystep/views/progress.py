@@ -122,8 +122,8 @@ def counting(
 ) -> Iterator[Callable[[int], None]]:
     """Show a bar for `total` steps; yield the function to call with the number of new steps.
 
-    wanted: whether to show a bar; or the function to call instead. Its `begin_counting`, if it has that,
-    is called before, with what is counted, and the total.
+    wanted: whether to show a bar; or the function to call instead. Its `begin_counting`, if it has one,
+    is called first, with the counted things and the total.
     """
     if callable(wanted):
         if begin := getattr(wanted, "begin_counting", None):

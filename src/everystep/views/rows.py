@@ -59,7 +59,7 @@ def rows_text(
     parameter: str | None = None,
     first: int = 10,
 ) -> str:
-    """Return the worst rows, a line for each, then what is of no row, and what is unknown.
+    """Return the worst rows, a line for each, then the term of no row, and unknown ones.
 
     facts, name: of the run; by, parameter: see `order_of`; first: how many rows.
     """
@@ -86,7 +86,7 @@ def rows_text(
 
 
 def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
-    """Return what the numbers are, and why some are unknown, in lines."""
+    """Return explanations of the numbers, and why some are unknown, in lines."""
     from everystep.answers.rows import Share
 
     lines = [about_numbers(rows.source)]
@@ -202,7 +202,7 @@ def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
 
 
 def _shares(rows: Rows, names: Sequence[str]) -> list[Share]:
-    """Return what is known of some parameters."""
+    """Return the known shares of some parameters."""
     from everystep.answers.rows import Share
 
     return [each for name in names if isinstance(each := rows.gradients[name], Share)]

@@ -29,7 +29,7 @@ class SegmentSeen(NamedTuple):
 
 
 class Happened(NamedTuple):
-    """All segments, and the parameters that were changed by something else than an optimizer."""
+    """All segments, and the parameters that other code than an optimizer changed."""
 
     segments: list[SegmentSeen]
     changed_otherwise: list[str]
@@ -56,7 +56,7 @@ def as_it_happened(step: Step, training: TrainingFacts, loop: LoopFacts) -> Happ
 
 
 def _settings(step: Step, part: str | None) -> dict[str, float]:
-    """Return what the optimizer of an update is set to; of the only one, names have no prefix."""
+    """Return the settings of an update's optimizer; without a prefix if it is the only one."""
     prefix = f"{part}." if part else ""
     given = step.hyperparameters.items()
     return {name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)}

@@ -42,7 +42,7 @@ from everystep.views.texts import cut, grouped
 
 __all__ = ["PHASES", "step_html", "step_text"]
 
-#: What can be looked at alone.
+#: Phases that can be shown alone.
 PHASES = ("batch", *get_args(Phase))
 
 #: Columns of a step in a notebook.
@@ -58,7 +58,7 @@ FEW_VALUES = 64
 #: Characters of the path of a module.
 _LONGEST_PATH = 18
 
-#: What the terminal shows of an operation in a line.
+#: The columns of an operation in the terminal.
 OPERATIONS: tuple[Column[Mapping[str, Cell]], ...] = (
     keyed("number", "", style="dim"),
     keyed("module", style="cyan"),
@@ -230,7 +230,7 @@ class _Opened:
         )
 
     def _as_it_happened(self, loop: LoopFacts) -> None:
-        """Write a step of a loop: its batch, its segments in their order, and what has changed."""
+        """Write a step of a loop: its batch, its segments in order, and other changes."""
         step, page = self.step, self.page
         self._batch()
         happened = as_it_happened(step, self.training, loop)

@@ -128,7 +128,7 @@ class _Tensors:
     def called(
         self, place: str, given: dict[str, Tensor], names: dict[str, str]
     ) -> list[dict[str, str]]:
-        """Look at what an operation is given, or gives; `names`: what its mathematics calls each."""
+        """Add the inputs or results of an operation; `names`: of each in its mathematics."""
         return [
             {"name": n, "called": names.get(n, n), "tensor": self.add(f"{place}/{n}", tensor)}
             for n, tensor in given.items()

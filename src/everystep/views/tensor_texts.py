@@ -29,7 +29,7 @@ ALL_VALUES = 1000
 #: After the shape of a complex tensor: its statistics are of absolute values.
 ABSOLUTE = "|z|"
 
-#: What the numbers of a tensor are like: columns of `numbers_of`.
+#: Statistics of a tensor: columns of `numbers_of`.
 NUMBERS: tuple[Column[Mapping[str, Cell]], ...] = (
     keyed("shape"),
     keyed("mean", is_number=True),

@@ -119,5 +119,5 @@ def block(lines: Iterable[tuple[str, str]], verdict: str) -> str:
 
 
 def about_numbers(source: str) -> str:
-    """Return what the numbers of rows are; source: what they are of, empty if they are unknown."""
+    """Return an explanation of row numbers; source: the name of their data, empty if unknown."""
     return f"row: its {f'number in {source}, counted from 0' if source else 'place in the batch'}"

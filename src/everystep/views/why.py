@@ -68,7 +68,7 @@ class _Writer:
             self.page.line((about_numbers("" if batch.rows is None else batch.source), "dim"))
 
     def _way(self, way: tuple[Why, ...]) -> None:
-        """Write what a NaN or infinity came through, and where it began."""
+        """Write the way of a NaN or infinity, and its origin."""
         *through, last = way
         if through:
             self.page.blank()

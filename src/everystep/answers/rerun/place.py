@@ -1,4 +1,4 @@
-"""Where a run is replayed: what differs there from the recording, and the process that replays."""
+"""The conditions of a rerun: what differs from the recording, and the process that replays."""
 
 from __future__ import annotations
 

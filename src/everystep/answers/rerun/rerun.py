@@ -298,7 +298,7 @@ def _rounding(dtype: str, place: Place) -> float:
 
 
 def _changed(known: Numerics, there: dict[str, Any], place: Place) -> dict[str, tuple[Any, Any]]:
-    """Return what differs there, as far as both everysteps know of it."""
+    """Return the numerics that differ there and that both versions of everystep know."""
     found = {
         name: (value, there[name])
         for name, value in known.named().items()
@@ -324,7 +324,7 @@ def _reads_numbers(program: Program) -> bool:
 
 
 def _taken_over(run: RecordedRun) -> Iterator[str]:
-    """Yield what a rerun takes from the recording instead of computing it."""
+    """Yield what a rerun takes from the recording instead of computing."""
     loop = run.stretches[-1].facts.loop
     numbers = range(1, loop.programs + 1 if loop else 1)
     programs = (read_program(run, number) for number in numbers)

@@ -25,8 +25,8 @@ def why(step: Step, expression: str | Spot, *, back: int = 0, depth: int = 1, te
 
     Args:
         step: the opened step.
-        expression: names the number, or is where it was read.
-        back: how many steps before to follow what was there before the step.
+        expression: names the number, or is the place where it was read.
+        back: how many earlier steps to follow the state into.
         depth: how many operations deep to follow the largest numbers.
         terms: how many terms of a sum to return one by one.
 

@@ -33,7 +33,7 @@ class Number:
 
     name: as an expression that `why` takes, `#7[17, 3]` for a number of the result of operation 7;
     value; dtype; row: of the data, or of the batch where those are not known, if it is a number of the
-    batch; step: its number; spot, session: where it was read, and the steps that can be asked about it.
+    batch; step: its number; spot, session: where it was read, and the steps that can answer about it.
     """
 
     name: str
@@ -133,7 +133,7 @@ class Why(Shown):
 
     @property
     def began(self) -> Why | None:
-        """Where a NaN or infinity began, if this is one that came from somewhere else."""
+        """The origin of a NaN or infinity, if it is not this number."""
         is_bad = not cmath.isfinite(self.number.value) and self.origin != "difference"
         return self.causes[-1] if is_bad and self.causes else None
 

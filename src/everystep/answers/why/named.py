@@ -31,10 +31,10 @@ _Reading = tuple[str, int]
 
 
 def numbers_named(text: str, session: Session, step: int) -> list[Number]:
-    """Return the number of a step that an expression names; of an update, that after and that before it.
+    """Return the number of a step that an expression names; for an update, the ones after and before it.
 
     Raises:
-        ExpressionError: the expression is invalid, or names something else than one number of a tensor.
+        ExpressionError: the expression is invalid, or does not name a single number of a tensor.
     """
     text, trace = text.strip(), session.trace(step)
     half = next((place for place, end in enumerate((".real", ".imag")) if text.endswith(end)), None)

@@ -18,7 +18,7 @@ LONGEST_TEXT = 10_000
 #: Bytes of a request.
 MOST_BYTES = 1_000_000
 
-#: Reads a field of a request: its value, None where it is missing, and its name.
+#: Reads a field of a request, given its value (None if it is missing) and its name.
 Field = Callable[[Any, str], Any]
 
 

@@ -20,7 +20,7 @@ _WHOLE = re.compile(r"\d{1,18}", re.ASCII)
 _RANGE = re.compile(r"(\d{1,18}):(\d{1,18})", re.ASCII)
 
 
-#: What can be asked of a step: its address, and the fields of the question, as the address has them.
+#: The questions about a step: the address of each, and its fields in the query.
 QUESTIONS: dict[str, tuple[str, Callable[[Mapping[str, str]], dict[str, Any]]]] = {
     "content": ("", lambda query: {}),
     "numbers": (

@@ -22,7 +22,7 @@ _LONGEST_NAME = 200
 _SILENCE = 20.0
 
 
-#: What can be asked of a run: the fields of each question, and how they are read.
+#: The questions about a run: the fields of each, and how they are read.
 QUESTIONS: dict[str, dict[str, Field]] = {
     "measure": {
         "expression": text(),
@@ -80,7 +80,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def events(request: Request) -> Response:
-    """Report what a task reports, as server-sent events, until it ends."""
+    """Send the messages of a task as server-sent events, until it ends."""
     task = _task(request)
     if task is None:
         return _unknown()

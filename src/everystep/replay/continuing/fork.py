@@ -53,7 +53,7 @@ __all__ = ["Fork", "fork"]
 
 @dataclass(frozen=True)
 class Fork:
-    """What is asked for: a fork of `run` at state `at`, in a directory or the next free one in `runs`.
+    """A request: a fork of `run` at state `at`, in a directory or the next free one in `runs`.
 
     settings: what changes, by path, as in an experiment; of a run from Python objects, `lr` and the
     arguments of `train` that are plain values; without: rows of the data that are left out of the
@@ -71,7 +71,7 @@ class Fork:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """What changes, as far as it is plain data."""
+        """The changes that are plain data."""
         found = {
             path: value
             for path, value in self.settings.items()
@@ -158,7 +158,7 @@ class Fork:
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
     def with_schedule(self, training: Training, state: State) -> State:
-        """Bring a schedule to the parent's state; return the state with what the schedule set.
+        """Bring a schedule to the parent's state; return the state with the settings of the schedule.
 
         A replayed state has no schedule: it continues from the snapshot before.
         """
@@ -320,7 +320,7 @@ def _fork_objects(
         if goes_on:
             state = asked.with_schedule(job.training, state)
         training = job.training
-        # A loss that holds other numbers than the parent's did in state 0 stays as it is.
+        # A loss with different numbers than the parent's in state 0 stays unchanged.
         first = None if is_own else asked.run.state_near(0)
         kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
         kinds += ["optimizer"] * (

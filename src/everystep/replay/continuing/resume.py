@@ -254,7 +254,7 @@ def resume_objects(
     """Continue a run from Python objects, which are trained in place.
 
     Args:
-        asked: the run, and how far to go.
+        asked: the run, and its last step.
         objects: see above.
         is_own: whether they are those that trained the run in this process.
         progress: watches the training.

@@ -49,8 +49,8 @@ class Expression:
     """A question about a step, as `parse` reads it.
 
     `value_of` returns the value of a reference: a plain number, or a tensor, which is never changed. It
-    is called only for what is needed (`step > 1 and loss > previous.loss` needs nothing previous at step
-    1), and its exceptions pass through.
+    is called only for needed references (`step > 1 and loss > previous.loss` needs nothing previous at
+    step 1), and its exceptions pass through.
     """
 
     text: str

@@ -39,7 +39,7 @@ _DEEPEST = 100  # levels of nesting
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
 
 _NAMES = ("parameters", "buffers", "gradients", "activations", "updates", "measurements")
-#: What is followed by a name in brackets, and how.
+#: The references that take a name in brackets, with an example.
 _MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
     "activations": "activations['0']",
     "measurements": "measurements['lr']",
@@ -105,7 +105,7 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
 
 
 class _Reader(ast.NodeVisitor):
-    """Turns the nodes of an expression into closures, and notes what they refer to."""
+    """Turns the nodes of an expression into closures, and notes their references."""
 
     def __init__(self, text: str, bare: frozenset[str]) -> None:
         self.text = text
