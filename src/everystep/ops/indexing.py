@@ -51,7 +51,7 @@ def _put_there(call: Call) -> tuple[Any, ...]:
 
 
 def _put_along(call: Call, index: NDArray[np.int64]) -> tuple[Any, ...]:
-    """Return the places of a source with the wanted index along a dimension, and its own in the others."""
+    """Return the places of a source with the wanted index along a dimension, and its own in others."""
     dim = call.value("dim") % max(len(call.index), 1)
     line = index.reshape(-1)
     if "scatter" in call.kind:
