@@ -60,7 +60,7 @@ class Voice(Speaker):
             self.say("progress", {"done": min(done, total), "total": total, "what": what})
 
     def begin_counting(self, what: str, total: int) -> None:
-        """Begin to count steps; `total`, if known."""
+        """Begin to count `total` steps."""
         self._done, self._total, self._what = 0, total, what
         self(0)
 

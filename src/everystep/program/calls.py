@@ -117,6 +117,7 @@ def _into_results(
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what computes the results into their place, and the keywords that it needs."""
     variant = out_variant(operator)
+    # Kernels refuse to write into a tensor with several elements in one place.
     can_be_given = all(r is not None and not repeats(r) for r in results)
     can_be_given &= str(operator) not in _ELEMENTWISE_LOSSES  # which resize the tensor that they get
     if str(operator) == "aten.native_batch_norm.default":

@@ -74,6 +74,7 @@ def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
         return False
     if tensor.layout != torch.strided or tensor.storage_offset() != spec.offset:
         return False
+    # Strides of an axis with one place, or of a tensor without elements, have no effect.
     return 0 in spec.shape or all(
         one == two or size == 1
         for one, two, size in zip(tensor.stride(), spec.stride, spec.shape, strict=True)

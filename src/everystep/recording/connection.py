@@ -178,6 +178,7 @@ def stillness(path: Path) -> tuple[int, ...] | None:
         found = fingerprint(path.parent)
     except RunError:
         return None
+    # Three numbers per file; one more is the time now, of a file that has just changed.
     return None if has_logs or len(found) % 3 else found
 
 
@@ -234,6 +235,7 @@ def _check_size(path: Path) -> None:
         size = file.seek(0, os.SEEK_END)
     page, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
     expected = (65_536 if page == 1 else page) * pages
+    # Versions of SQLite that do not update the number of pages leave these two counters different.
     is_known = header[24:28] == header[92:96]
     if is_known and size < expected:
         raise RunError(

@@ -133,9 +133,9 @@ def _is_alive(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+    except (ProcessLookupError, OverflowError):  # a run from a stranger may name any number
         return False
-    except PermissionError:
+    except PermissionError:  # it is alive, and belongs to another user
         pass
     return True
 

@@ -74,6 +74,7 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
         elif not is_own or node._sequence_nr() < since:
             is_sure = False
         is_other = is_other or (may_be_other and _has_other_bits(node))
+        # Negative numbers are no places of nodes: no node, a result other than the first, the last edge.
         for other, place in node.next_functions:
             if other is None:
                 edges.append(-1)

@@ -58,8 +58,7 @@ class Generators:
             )
 
     def restore(self, device: torch.device) -> None:
-        """Set all of them to the result of `capture`, except torch's generator of another kind of
-        device.
+        """Set all of them to this state; torch's generator of another kind of device stays unchanged.
 
         Raises:
             RunError: they cannot be in this state.

@@ -23,7 +23,7 @@ def has_hooks_on_node(tensor: Tensor) -> bool:
     """
     if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
         return False
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # else a view has no node
         node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     ours = [node.register_hook(_nothing), node.register_prehook(_nothing)]
     has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in ours)

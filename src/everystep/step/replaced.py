@@ -48,7 +48,7 @@ def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
     """Let a watch run the backward passes of this thread, and know when a tensor gets other memory."""
     global _count, _engine
     with _lock:
-        if not _count:
+        if not _count:  # the first watch of the process; the last one restores torch's functions
             _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
             torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
             torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore
