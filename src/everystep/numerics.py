@@ -1,5 +1,4 @@
-"""Conditions that bits depend on, in addition to the seed: set before torch computes, recorded, and
-compared.
+"""What bits depend on in addition to the seed: set before torch computes, recorded and compared.
 
 The same program and seed give different bits under another CPU capability, thread count or setting of
 the matrix-product library. All of these belong to the process, so everystep sets them early (`prepare`),

@@ -144,8 +144,7 @@ def _unopened(run: RecordedRun, state: int, sound: list[int]) -> str:
 
 
 def _files(run: RecordedRun) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Yield the files of a run except states and batches: the kind, the place, and a function that reads
-    it.
+    """Yield the files of a run except states and batches: kind, place, and a function that reads it.
 
     The kind is empty if the file has no digest.
     """

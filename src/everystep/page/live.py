@@ -36,8 +36,7 @@ Content = TypeVar("Content")
 
 
 class Sight(NamedTuple, Generic[Content]):
-    """What was read: the content, which files show its changes, and whether some changes may not show
-    there.
+    """What was read: the content, where its changes show, and whether some may not show there.
 
     is_whole: reading again would not return more.
     """

@@ -28,8 +28,7 @@ Window = tuple[tuple[int, int], tuple[int, int]]
 def sides(
     found: OperationDifference | None, runs: tuple[Run, Run]
 ) -> list[dict[str, Any] | None] | None:
-    """Return the operation of each run as plain data, None for a run without one; None if none was
-    found.
+    """Return the operation of each run as plain data, None if it has none; None if none was found.
 
     Tensors are rows and columns: the leading dimensions of one with several are rows, too, and a vector
     is one row. Tensors of both runs have their names in the first. `window` are the rows and the columns

@@ -1,5 +1,4 @@
-"""Contents: the data that repeats watched steps, and their inputs, stored once by a digest of their
-bytes.
+"""Contents: data and inputs of watched steps, stored once by a digest of their bytes.
 
 A tensor with rows is stored row by row, so that an epoch that shuffles its rows costs 16 bytes per row.
 Files hold the bytes one after the other. If they exceed a budget, the oldest file is deleted, and the

@@ -1,5 +1,4 @@
-"""What if: repeat steps of a run from a state, without some rows of the data, or at another learning
-rate.
+"""What if: repeat steps of a run without some rows of the data, or at another learning rate.
 
 Programs take the steps with unchanged batches, and Python those that lack rows. Each training is exact:
 it has the bits of the same training by hand. At another learning rate, the programs of the recorded

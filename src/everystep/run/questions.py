@@ -193,8 +193,7 @@ class Questions(RecordedRun):
         beside: Sequence[Questions] = (),
         progress: Counting = True,
     ) -> Rerun:
-        """Repeat the steps of the run under different conditions; return where they diverge from the
-        recording.
+        """Repeat the steps under different conditions; return where they diverge from the recording.
 
         The programs of the run compute them in another process, without its code.
 

@@ -1,5 +1,4 @@
-"""The whole state of parts: what a snapshot of a loop has in addition to named tensors, and how it is
-restored.
+"""The state of parts in addition to named tensors: its snapshot, and how it is restored.
 
 Schedules, scalers, dicts and other objects are written attribute by attribute, optimizers in torch's
 format, and modules by their plain attributes that changed since the recording began.

@@ -47,8 +47,7 @@ def header(facts: Facts) -> str:
 
 
 def header_rows(facts: Facts) -> list[tuple[str, str]]:
-    """Return the description of a run as (label, text), in the chapter's order: device, data, model,
-    loss, update.
+    """Return the description of a run as (label, text): device, data, model, loss, update.
 
     Raises:
         RunError: the run has no record of how it was trained.

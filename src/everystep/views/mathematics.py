@@ -228,7 +228,7 @@ def right_side(call: NamedCall) -> str:
 
 
 def _as_call(call: NamedCall) -> str:
-    """Return `name(arguments)`: tensors, and arguments that are not the default, by name after omitted
+    """Return `name(arguments)`: tensors, and other arguments than the default, by name after omitted
     ones.
 
     The settings of a backward operation are those of the operation that it is of.

@@ -1,5 +1,4 @@
-"""The process that replays a run under different conditions: tasks on stdin, results on stdout, as
-pickles.
+"""The process of a rerun: tasks on stdin, results on stdout, as pickles.
 
 Only `place` starts it and writes to it.
 """
