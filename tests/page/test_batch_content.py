@@ -1,4 +1,4 @@
-"""What the page gets of a batch besides its numbers: plain values, and the names of classes."""
+"""Contents of a batch other than numbers on the page: plain values, and the names of classes."""
 
 import pytest
 import torch

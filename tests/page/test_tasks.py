@@ -88,7 +88,7 @@ def asked_of(directory, use, tasks_of=Here):
 
 
 async def outcome(client, path, **asked):
-    """Do a task; return all that it says, by kind."""
+    """Run a task; return all its messages, by kind."""
     begun = await client.post(path, json=asked)
     assert begun.status_code == 200, begun.text
     stream = await client.get(f"/api/tasks/{begun.json()['task']}/events")

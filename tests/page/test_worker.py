@@ -112,7 +112,7 @@ def test_a_run_that_is_deleted_while_it_is_read_is_not_there_any_more(trained, t
 
 
 def at_desk(directory, use):
-    """Use a desk, in an event loop of its own."""
+    """Use a desk, in its own event loop."""
 
     async def main():
         desk = Desk(directory)
@@ -148,7 +148,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         worker = desk._process
         worker.interrupt()  # it takes no notice
         assert await desk.ask("content", trained, step=3) == first
-        # What nobody waits for any more is given up, and the worker goes on.
+        # An answer that no request waits for is stopped, and the worker continues.
         with pytest.raises(Gone):
             await desk.ask("report", trained, steps=list(range(1, 20)), gone=soon)
         assert await desk.ask("content", trained, step=3) == first
@@ -161,7 +161,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
             await asked
         assert await desk.ask("content", trained, step=3) == first
         assert desk._process is not worker
-        # What is answered to one who was cancelled must not be taken for the next one's answer.
+        # The answer to a cancelled request must not be taken for the next one's.
         asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
         await asyncio.sleep(0.05)
         asked.cancel()

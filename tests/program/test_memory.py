@@ -1,4 +1,4 @@
-"""The memory plan: what lives at once lies apart, and no more memory is taken than needed."""
+"""The memory plan: live tensors do not overlap, and it takes no more memory than needed."""
 
 from hypothesis import given
 from hypothesis import strategies as st

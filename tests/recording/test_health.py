@@ -1,4 +1,4 @@
-"""What is missing or altered among the numbers of a run is said wherever they are shown."""
+"""Missing or altered numbers of a run are reported wherever they are shown."""
 
 import json
 import random

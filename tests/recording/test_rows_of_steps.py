@@ -1,4 +1,4 @@
-"""Rows of the table `repeats`, of which one may be of many steps."""
+"""Rows of the table `repeats`; one row may be of many steps."""
 
 import math
 import sqlite3
@@ -32,7 +32,7 @@ class Custom(torch.nn.Module):
 
 
 def _by_step(rows):
-    """Return what rows say of each step."""
+    """Return the content of rows by step."""
     return {row.step + n: row[1:4] for row in rows for n in range(row.count)}
 
 

@@ -140,7 +140,7 @@ class ByHand:
 
 
 def set_lr(lr: float, has_schedule: bool = False) -> Change:
-    """Set the learning rate; a schedule goes on from it."""
+    """Set the learning rate; a schedule continues from it."""
 
     def change(rules: Rules) -> None:
         set_group(lr=lr)(rules)

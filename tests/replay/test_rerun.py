@@ -1,4 +1,4 @@
-"""A run elsewhere: the losses of the loop by hand there, and the operation that parts."""
+"""A rerun: the losses of the loop by hand under the same conditions, and the operation that parts."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_other_numerics_give_the_losses_of_the_loop_by_hand_there(chapter_run, c
 def test_it_names_the_first_operation_with_other_bits(compatible):
     assert not compatible.has_same_bits
     assert compatible.changed["mkl_cbwr"][1] == "COMPATIBLE"
-    # The first matrix product of the first step rounds otherwise.
+    # The first matrix product of the first step rounds differently.
     assert compatible.parts_at == 1
     assert compatible.operation.index == 0
     assert compatible.operation.one.operation.operator == "aten.addmm.default"

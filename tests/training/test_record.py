@@ -70,7 +70,7 @@ def test_a_loop_does_the_same_recorded_and_every_step_opens_again(name, tmp_path
 
 
 def test_a_process_that_knows_nothing_of_a_loop_replays_it(tmp_path):
-    """Functions of its own, and numbers from Python's generator."""
+    """Custom functions, and numbers from Python's generator."""
     names = ["sparse_embeddings_and_own_functions", "depth_drawn_from_pythons_random"]
     for name in names:
         take_loop(name, lambda name=name, **parts: everystep.record(run=tmp_path / name, **parts))
@@ -83,7 +83,7 @@ def test_a_process_that_knows_nothing_of_a_loop_replays_it(tmp_path):
         assert found["losses"] == [[3, losses[2], True], [STEPS, losses[-1], True]]
 
 
-# What is said, and what is kept, when things are otherwise.
+# Messages, and what is kept, in other cases.
 
 
 @pytest.fixture

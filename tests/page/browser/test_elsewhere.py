@@ -1,4 +1,4 @@
-"""A run elsewhere, in the browser: a sentence, both losses in one plot, and errors in words."""
+"""A rerun in the browser: a sentence, both losses in one plot, and errors in words."""
 
 import re
 

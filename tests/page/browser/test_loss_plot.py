@@ -35,7 +35,7 @@ def toggle(page, name):
 
 
 def readout(page):
-    """Return what the plot says in words."""
+    """Return the text of the plot."""
     return part(page, "loss of every step").locator(".readout")
 
 

@@ -1,4 +1,4 @@
-"""One run in the browser: what it is, and going through its steps."""
+"""One run in the browser: its description, and stepping through it."""
 
 import os
 import re
