@@ -117,7 +117,7 @@ def test_a_bit_in_the_name_of_a_measurement_is_reported(recorded, tmp_path, ever
         ["when", run, "validation_loss > 9"],
     ):
         code, out, err = everystep_command(*command)
-        assert code == 1 and "values of validation_loss of steps 1 to 20 are not as they" in out + err
+        assert code == 1 and "values of validation_loss of steps 1 to 20 do not match" in out + err
 
 
 def test_a_bit_in_the_schema_is_reported(recorded, tmp_path, everystep_command):

@@ -262,7 +262,7 @@ def rerun(
     float64: Annotated[bool, typer.Option("--float64", help="All numbers in double precision.")] = False,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="All numbers in bfloat16.")] = False,
     python: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Another interpreter, with a torch of its own.")
+        str | None, typer.Option(metavar="FILE", help="Another interpreter, with its own torch.")
     ] = None,
     beside: Annotated[
         list[str] | None,

@@ -117,7 +117,9 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     if faults:
         raise DataError(faults)
     if not features:
-        raise DataError(f"{data.path} has no column besides the target; at least one feature is needed")
+        raise DataError(
+            f"{data.path} has no column other than the target; at least one feature is needed"
+        )
     frame = frame.select([*features, *target])
     if frame.height == 0:
         raise DataError(f"{data.path} has no rows")

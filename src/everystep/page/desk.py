@@ -77,7 +77,7 @@ class Desk:
             NoAnswer: the worker ended before it answered, or took too long.
         """
         if run.absolute().parent != self._directory:
-            raise RunError(f"{run.name} is not in {self._directory}, which is what is shown")
+            raise RunError(f"{run.name} is not in {self._directory}, the directory that is shown")
         leaving = asyncio.ensure_future(gone() if gone else asyncio.Event().wait())
         try:
             async with self._turn:

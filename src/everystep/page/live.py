@@ -48,7 +48,7 @@ class Sight(NamedTuple, Generic[Content]):
 
 
 class RunSight(NamedTuple):
-    """A run as it was read."""
+    """The data that was read of a run."""
 
     run: RecordedRun
     columns: RunColumns

@@ -94,7 +94,7 @@ class TensorSpec(Model):
         """Check that the tensor is valid and fits its storage.
 
         Raises:
-            ValueError: reports what is wrong.
+            ValueError: it is invalid.
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"{name}: {self.dtype!r:.80} is not a dtype")
@@ -165,7 +165,7 @@ class Operation(Model):
         """Check that the operator is allowed, and that its arguments have the right kinds.
 
         Raises:
-            ValueError: reports what is wrong.
+            ValueError: it is invalid.
         """
         operator = self.resolved
         if not computes(operator):

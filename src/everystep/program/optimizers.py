@@ -85,7 +85,7 @@ class OptimizerOperator:
             raise ValueError(f"{self} takes as many items in each list as there are param groups")
         for group in zip(parameters, gradients, kept, strict=True):
             if not all(isinstance(each, list | tuple) and len(each) == len(group[0]) for each in group):
-                raise ValueError(f"{self} takes a gradient for each parameter, and what is kept of it")
+                raise ValueError(f"{self} takes a gradient for each parameter, and its state")
             for parameter, gradient, own in zip(*group, strict=True):
                 self._check_one(parameter, gradient, own, tensors)
                 if any(given.get("fused", ())):
@@ -105,7 +105,7 @@ class OptimizerOperator:
         is_list = isinstance(kept, list | tuple) and len(kept) % 2 == 0
         names = (parameter, gradient, *(kept[1::2] if is_list else (None,)))
         if not all(isinstance(name, str) for name in names) or None in map(_key, kept[::2]):
-            raise ValueError(f"{self} takes tensors, and what is kept by key")
+            raise ValueError(f"{self} takes tensors, and state by key")
         unknown = next((name for name in names if name not in tensors), None)
         if unknown is not None:
             raise ValueError(f"{self}: unknown tensor {unknown!r}")

@@ -158,7 +158,7 @@ class Continuation:
             )
         return RunError(
             f"{self._name} cannot be resumed exactly: when step {step} is repeated, {problem}. The "
-            f"run is as it was. {cure}. Or resume with --anyway (anyway=True), which discards the "
+            f"run is unchanged. {cure}. Or resume with --anyway (anyway=True), which discards the "
             "recorded steps after the snapshot"
         )
 

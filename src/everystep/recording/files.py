@@ -176,7 +176,8 @@ def own_path(directory: Path, name: str) -> Path:
         is_own = False
     if not is_own:
         raise RunError(
-            f"{directory} refers to what is a link, outside the run or not a regular file: {name!r:.200}"
+            f"{directory} refers to a link, a file outside the run, or what is not a regular file: "
+            f"{name!r:.200}"
         )
     return directory / name
 

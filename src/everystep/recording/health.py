@@ -116,7 +116,7 @@ def structure_findings(
         )
     if not database.has_facts_as_written():
         found.append(
-            Finding(f"{FILE_NAME}, facts", "the description of the run is not as it was recorded")
+            Finding(f"{FILE_NAME}, facts", "the description of the run does not match its digest")
         )
     return found
 
@@ -206,13 +206,12 @@ def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[F
         found.append(
             Finding(
                 f"{FILE_NAME}, {table}",
-                f"{what} of steps {_span(max(1, first), last)} are not as they were recorded: their "
-                "digest differs",
+                f"{what} of steps {_span(max(1, first), last)} do not match their digest",
             )
         )
     if len(altered) > _MOST_NAMED:
         more = len(altered) - _MOST_NAMED
-        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers have another digest"))
+        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers do not match their digest"))
     return found
 
 

@@ -243,9 +243,9 @@ class Recorder:
         return self._snapshots_asked > self._snapshots_written
 
     def check(self) -> None:
-        """Raise RecordingError if writing has failed, RunError if a step that is taken again differs.
+        """Raise RecordingError if writing has failed, RunError if a repeated step differs.
 
-        Say so if one write takes long.
+        Report a write that takes long.
         """
         began = self._job_began
         if began is not None and not self._is_late and time.monotonic() - began > LATE_SECONDS:

@@ -107,7 +107,7 @@ class RecordedRun:
 
     @property
     def facts(self) -> Facts:
-        """Everything known besides numbers per step: status, times, how it was trained."""
+        """Everything known except numbers per step: status, times, how it was trained."""
         return self._read(Database.facts)
 
     @property
@@ -147,7 +147,7 @@ class RecordedRun:
             since = since if since > 1 else 0
             begin = block_of(since) if since else None
             found = {LOSS: database.series(LOSS, begin)}
-            with suppress(RunError):  # of which a finding says more
+            with suppress(RunError):  # a finding reports more
                 measured = database.measurements(begin)
                 found |= {series_of(name): series for name, series in measured.items()}
             damage = self._findings_in(database, facts, found, since, is_written)
@@ -215,7 +215,7 @@ class RecordedRun:
 
     def table_columns(self, last: int | None = None) -> dict[str, Any]:
         """Return the columns of `table_frame`: `step` and `loss` as arrays (steps), each measurement as
-        a list of numbers, None where there is none.
+        a list of numbers, None if there is none.
         """
         found = self._last_numbers(last)
         steps, losses = found.pop(LOSS)

@@ -130,7 +130,7 @@ class HeldNumber:
 
 
 def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
-    """Return a function that looks up a measurement by step (None where it has none).
+    """Return a function that looks up a measurement by step (None if it has none).
 
     A setting of an optimizer is recorded when it changes, and holds until the next change; of a loop,
     these are the learning rates. What a loop logs belongs to its step.

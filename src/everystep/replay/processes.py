@@ -149,7 +149,7 @@ def shared(
         task: called with a replay and each of `given`.
 
     Raises:
-        whatever the task raises.
+        the errors of the task.
     """
     place = opener.run.directory, opener.objects, threads
     with workers(opener.run.facts, count, threads) as executor:
@@ -248,7 +248,7 @@ class Opener:
         """Call a task with the replay of the run, in a process that computes as the training did.
 
         Raises:
-            whatever the task raises.
+            the errors of the task.
         """
         self._prepare()
         if self._replay is not None:

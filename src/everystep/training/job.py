@@ -137,9 +137,7 @@ class Job:
 
     def _rows(self, what: str) -> RowsOf:
         if not isinstance(self.training.batch, RowsOf):
-            raise UsageError(
-                f"{what} only where everystep holds the data, not of a Dataset that it reads"
-            )
+            raise UsageError(f"{what} only if everystep holds the data, not for a Dataset that it reads")
         return self.training.batch
 
     def with_facts(self, **facts: Any) -> Job:

@@ -123,7 +123,7 @@ def with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: st
 
 @contextmanager
 def prepared(threads: int | None, device: torch.device) -> Iterator[None]:
-    """Compute as a training does, and leave the process as it was."""
+    """Compute as a training does, and restore the process afterwards."""
     numerics.prepare()
     with numerics.in_force(threads), generators_preserved(device):
         yield
