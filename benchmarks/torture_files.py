@@ -273,7 +273,7 @@ def answer_outcome(answer: tuple[int, str, str], expected: tuple[int, str, str])
 #: What a command writes of a run or a file that is not as it was recorded.
 _DAMAGED = (
     *("damaged", "was changed", "cannot be read", "cannot be replayed", "is cut off", "problem "),
-    *("not as recorded", "not of an everystep run", "missing", "no digest", "differs", "written by"),
+    *("not match", "not of an everystep run", "missing", "no digest", "differs", "written by"),
     *("is not a run", "does not create", "has no record", "is not the data", "invalid value"),
     *("not a regular file", "does not open", "no readable", "diverge", "not exact", "not bit for bit"),
 )

@@ -1,4 +1,4 @@
-"""The built-in experiments reach what the README says of them."""
+"""The built-in experiments reach the results in the documentation."""
 
 import pytest
 

@@ -19,7 +19,7 @@ RUNS = ("chapter", "other", "broken")
 
 
 class Said(page_task.Voice):
-    """Keeps what a task says."""
+    """Keeps the messages of a task."""
 
     def __init__(self):
         self.said = {}

@@ -1,4 +1,4 @@
-"""The public face is what it says it is."""
+"""The public names are exactly the declared ones."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""The tutorial does what it says: its code runs, prints what it shows, and gives published losses."""
+"""The tutorial is correct: its code runs, prints the shown output, and gives the published losses."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    """Answer Ctrl-C: at once while a module is imported, otherwise by KeyboardInterrupt, as Python does.
+    """Answer Ctrl-C: at once while a module is imported, else by KeyboardInterrupt, as Python does.
 
     Compiled modules swallow an exception while they are imported, or are left half initialized.
     """

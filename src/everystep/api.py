@@ -140,9 +140,9 @@ def train(
         model: any module, in the mode (`train()`, `eval()`) to train in; or a step function of the
             batch.
         data: x (N, ...) and y (N, ...), tensors or NumPy arrays, or a map-style Dataset of pairs.
-            everystep reads a Dataset once if it is torch's own, of tensors, and at every step otherwise.
-            For a step function: a DataLoader, or any other iterable that yields the batches of one epoch
-            each time; None: call the step without a batch.
+            everystep reads a Dataset once if it is torch's own, of tensors, and any other Dataset at
+            every step. For a step function: a DataLoader, or any other iterable that yields the batches
+            of one epoch each time; None: call the step without a batch.
         parts: what a step function carries from call to call, by any names, as in `record`.
         loss: a function of (prediction, target) that returns one number.
         optimizer: the optimizer of the model's parameters: `everystep.GradientDescent`, or any torch
@@ -161,17 +161,17 @@ def train(
             metrics (`["accuracy"]`), or name to a function of all predictions and targets.
         evaluate_every: steps between measurements; default: an epoch, or a hundredth of the steps if
             every step sees all rows. The last step is always measured.
-        stop_on_nan: stop at the first loss that is not finite; otherwise record it and print a notice.
-        engine: `auto`: run steps by a program if the model and the loss are torch's own, and run Python
-            otherwise, with the reason; `eager`: run Python at every step; `program`: you vouch that your
-            code does the same operations at every step: programs run most steps, and are compared with
-            Python in some; raise an error if no program can. Python runs every step of a step function
-            unless you vouch for it.
+        stop_on_nan: stop at the first loss that is not finite; by default, record it and print a notice.
+        engine: `auto`: run steps by a program if the model and the loss are torch's own, else run Python
+            and record the reason; `eager`: run Python at every step; `program`: you vouch that your code
+            does the same operations at every step: programs run most steps, and are compared with Python
+            in some; raise an error if no program can. Python runs every step of a step function unless
+            you vouch for it.
         run: the run's directory, which must not exist; default: the next free one in runs/.
-        resume: the run to go on with, after it was killed or stopped: its directory, or its name in
-            runs/. True: go on with `run` if that exists, and begin it otherwise. The other
-            arguments are as before, except for more `steps`; see `Run.resume`.
-        force: go on although something changed, as in `Run.resume`.
+        resume: the run to continue, after it was killed or stopped: its directory, or its name in runs/.
+            True: continue `run` if it exists, else begin it. The other arguments are as before,
+            except for more `steps`; see `Run.resume`.
+        force: continue although something changed, as in `Run.resume`.
         fork, at: of a step function: begin with the state of a run after step `at`, as in `record`;
             a run of a model has `Run.fork`.
         snapshot_budget: maximum bytes of snapshots.
@@ -233,7 +233,7 @@ def train(
     if fork is not None or at is not None:
         raise UsageError("a training of a model is forked by its run: everystep.open(run).fork(at, ...)")
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
-    # What they are is checked where all faults are found at once.
+    # Checked later, where all faults are reported at once.
     live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
     objects = Objects(
         live, of_pair, updating, rows, scheduler, scheduler_every, validation, metrics or (), limit
@@ -272,21 +272,21 @@ def record(
     Python runs at every step. everystep records its tensor operations, so that each step opens again
     without your code.
 
-    With `resume`, the same script goes on where its run ended, to the bits of a loop that did not end:
-    the parts get the values of the newest snapshot, and `steps` skips the batches before it. The run's
-    later steps are taken again and compared with the recording.
+    With `resume`, the same script continues where its run ended, to the bits of an uninterrupted loop:
+    the parts get the values of the newest snapshot, and `steps` skips the batches before it. Later steps
+    are repeated and compared with the recording.
 
     With `fork` and `at`, a new run equals another one up to step `at` and continues with this loop. The
     parts get the values of the newest snapshot before, and `steps` skips the batches before that. The
-    loop takes the steps from there to `at` again, compared with the recording; what should differ (a
+    loop repeats the steps from there to `at`, compared with the recording; what should differ (a
     learning rate, say) may change once `recording.step_count` is `at`.
 
     Args:
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
-        resume: the run to go on with: its directory, or its name in runs/. True: go on with `run` if
-            that exists, and begin it otherwise.
-        force: go on although the parts, the versions or the numerics changed; the recorded steps after
-            the snapshot are discarded, and the run says what changed.
+        resume: the run to continue: its directory, or its name in runs/. True: continue `run` if it
+            exists, else begin it.
+        force: continue although the parts, the versions or the numerics changed; the recorded steps
+            after the snapshot are discarded, and the run records what changed.
         fork, at: the run to make a fork of, and the step after which the fork begins.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches; beyond that, everystep drops the oldest ones, and their
@@ -297,7 +297,7 @@ def record(
 
     Raises:
         UsageError: an argument is not a part of a training.
-        RunError: the run to go on with, or to fork, does not exist.
+        RunError: the run to continue or to fork does not exist.
     """
     from everystep.training.record import Recording
 
@@ -321,7 +321,7 @@ def _forked(
 ) -> tuple[Run, int] | None:
     """Return the run to make a fork of, and the step after which it begins; None for no new fork.
 
-    resumed: the run to go on with, which must then be that fork.
+    resumed: the run to continue, which must then be that fork.
 
     Raises:
         UsageError: only one of the two is given, there is no such step, or the run is another one.
@@ -344,7 +344,7 @@ def _forked(
 
 
 def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
-    """Return the run to go on with, None to begin one.
+    """Return the run to continue, None to begin one.
 
     Raises:
         UsageError: it is not named, or twice.
@@ -380,7 +380,7 @@ def train_experiment(
             experiment.
         settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
         run: the run's directory, which must not exist; default: the next free one in runs/.
-        resume, force: go on with a run of this experiment, as in `train`.
+        resume, force: continue a run of this experiment, as in `train`.
         snapshot_budget: maximum bytes of snapshots.
         progress: show a progress bar if stderr is a terminal.
 

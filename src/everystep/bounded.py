@@ -1,4 +1,4 @@
-"""Bounds: how many steps a run may have, and how much is read of what a stranger may have written."""
+"""Limits: how many steps a run may have, and how much is read from files of a stranger."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = [
     "read_regular",
 ]
 
-#: The number that the steps of a run may have.
+#: The largest number of steps of a run.
 MOST_STEPS = 100_000_000_000
 
-#: Values that a text of JSON may have; each takes some 60 bytes or more, whatever its text takes.
+#: Values that a JSON text may have; each takes 60 bytes or more in memory, however short its text.
 _MOST_VALUES = 5_000_000
 
 
@@ -37,7 +37,7 @@ def _memory() -> int:
         return 2**40
 
 
-#: Bytes of memory of this machine: no file that is larger can be read.
+#: Bytes of memory of this machine: a larger file cannot be read.
 MEMORY = _memory()
 
 

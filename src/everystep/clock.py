@@ -1,7 +1,7 @@
 """The clock by which everystep decides how often to check, to take snapshots and to pause.
 
-One place, so that a test can set it: no test may rest on how fast a machine or its disk is. Times that
-are shown to a user are read from the system.
+One place, so that a test can set it: no test may depend on the speed of a machine or its disk. Times
+shown to a user come from the system.
 """
 
 import time
@@ -10,7 +10,7 @@ __all__ = ["now", "worked"]
 
 
 def now() -> float:
-    """Return seconds since some moment."""
+    """Return seconds since an arbitrary moment."""
     return time.perf_counter()
 
 

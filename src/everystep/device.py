@@ -13,14 +13,14 @@ __all__ = ["available", "check_one_process", "kinds", "on_cpu", "select"]
 
 
 def kinds() -> list[str]:
-    """Return the kinds of devices that a name may begin with, whether they are there or not."""
+    """Return the kinds of devices that a name may begin with, available or not."""
     accelerator = torch.accelerator.current_accelerator()
     here = [] if accelerator is None else [accelerator.type]
     return list(dict.fromkeys(["cpu", "cuda", "mps", "xpu", *here]))
 
 
 def available() -> list[str]:
-    """Return the devices that are there, the best first; `cpu` always is."""
+    """Return the available devices, the best first; `cpu` is always available."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return ["cpu"]
@@ -32,10 +32,10 @@ def available() -> list[str]:
 def select(name: str) -> torch.device:
     """Return the device of that name: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, or `auto` for the best.
 
-    A backend that extends torch brings a name of its own.
+    A backend that extends torch adds its own name.
 
     Raises:
-        DeviceError: the name is unknown, or the device is not available; lists those that are.
+        DeviceError: the name is unknown, or the device is not available; lists the available ones.
     """
     there = available()
     if name == "auto":

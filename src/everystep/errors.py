@@ -135,7 +135,7 @@ class RecordingError(EverystepError):
 
 
 class DamageWarning(UserWarning):
-    """A run is damaged: what is read of it is not all, or not as it was recorded."""
+    """A run is damaged: what was read is incomplete, or differs from what was recorded."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
         options: options of `everystep.record`: `snapshot_budget`, `batch_budget`.
 
-    A fit that goes on from a checkpoint (`ckpt_path`) is recorded as a new run, which begins there.
+    A fit that continues from a checkpoint (`ckpt_path`) is recorded as a new run, which begins there.
 
     Raises:
         UsageError: the fit uses more than one process, or `resume` is given.
@@ -86,7 +86,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
     ) -> None:
         """Log the loss that `training_step` returned, and end the step.
 
-        Of a batch that is accumulated, Lightning hands over a part of it, which is multiplied again.
+        For an accumulated batch, Lightning passes a fraction of the loss, which is multiplied again.
         """
         if self._recording is None:
             return

@@ -1,7 +1,7 @@
-"""What bits depend on besides the seed: set before torch computes, recorded, and compared.
+"""What bits depend on in addition to the seed: set before torch computes, recorded and compared.
 
-The same program and seed give other bits under another CPU capability, thread count or setting of the
-matrix-product library. All of these belong to the process, so everystep sets them early (`prepare`),
+The same program and seed give different bits under another CPU capability, thread count or setting of
+the matrix-product library. All of these belong to the process, so everystep sets them early (`prepare`),
 holds them during a training (`in_force`), writes them into the run (`Numerics`), and compares them on
 replay.
 """
@@ -38,8 +38,8 @@ MOST_THREADS = 4096
 #: Read by the libraries below torch when they first compute.
 #:
 #: `MKL_CBWR` (Intel's conditional numerical reproducibility) with STRICT makes the bits of a matrix
-#: product independent of memory alignment, and on Intel processors of the thread count. On AMD's the
-#: branch asked for is not taken ("auto,STRICT" is read back), and a few products depend on it.
+#: product independent of memory alignment, and on Intel processors of the thread count. AMD processors
+#: ignore the requested branch ("auto,STRICT" is read back), and a few products depend on it.
 ENVIRONMENT = {
     "MKL_CBWR": "AVX2,STRICT",
     "MKL_DYNAMIC": "FALSE",
@@ -121,7 +121,7 @@ _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO A
 
 
 class Numerics(BaseModel):
-    """Everything that the bits of a run depend on besides its experiment, with the values in effect."""
+    """Everything that the bits of a run depend on except its experiment, with the values in effect."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -175,8 +175,8 @@ class Numerics(BaseModel):
     def environment(self) -> dict[str, str]:
         """Return the environment that makes a new process compute like this, where that can be set."""
         asked = ENVIRONMENT["MKL_CBWR"]
-        # On AMD processors, what is asked for by default is read back as "auto,STRICT". MKL takes "OFF"
-        # for "AUTO"; a variable that is empty is as one that is not set, and `prepare` leaves it so.
+        # On AMD processors, the default is read back as "auto,STRICT". MKL takes "OFF" for "AUTO"; an
+        # empty variable counts as not set, and `prepare` leaves it so.
         mkl_cbwr = {"auto,STRICT": asked, "absent": asked, "unknown": asked, "off": ""}.get(
             self.mkl_cbwr, self.mkl_cbwr
         )
@@ -187,12 +187,12 @@ class Numerics(BaseModel):
         return found
 
     def needs_other_process(self, other: Numerics) -> bool:
-        """Tell whether a difference can only be fixed in a new process."""
+        """Return whether a difference can only be fixed in a new process."""
         settled = ("cpu_capability", "mkl_cbwr") + ("cublas_workspace_config",) * (self.device != "cpu")
         return any(getattr(self, name) != getattr(other, name) for name in settled)
 
     def named(self) -> dict[str, Any]:
-        """Return all values by name, each of the settings by its own."""
+        """Return all values by name, each setting by its own name."""
         return {name: value for name, value in self if name != "settings"} | self.settings
 
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
@@ -209,7 +209,7 @@ class Numerics(BaseModel):
 def prepare() -> None:
     """Set the environment that the libraries below torch read when they first compute.
 
-    What the user has set stays. It has no effect on a library that already computed: `Numerics` reads
+    It keeps what the user has set. It has no effect on a library that already computed: `Numerics` reads
     back and records the values in effect.
     """
     for name, value in ENVIRONMENT.items():
@@ -231,7 +231,7 @@ def warning() -> str | None:
 def in_effect() -> tuple[Any, ...]:
     """Return settings of this process that bits depend on, as far as they are read in microseconds.
 
-    Two results that differ mean that something was set in between; `Numerics` tells what.
+    Two different results mean that a setting changed in between; `Numerics` shows which.
     """
     import torch
 
@@ -246,7 +246,7 @@ def in_effect() -> tuple[Any, ...]:
 
 @cache
 def _switches() -> tuple[Callable[[], bool], ...]:
-    """Return torch's functions that tell which kernels may be used."""
+    """Return torch's functions that report which kernels may be used."""
     import torch
 
     names = [
@@ -340,7 +340,7 @@ def _apply(settings: Mapping[str, bool | str | None]) -> None:
         value, now = settings.get(f"torch.{name}"), _setting(name)
         if value is None or now is None or value == now:
             continue
-        # This torch may be built without a library; who reads the settings then sees the difference.
+        # This torch may be built without a library; reading the settings then shows the difference.
         with suppress(RuntimeError, ValueError):
             if name in _READERS:
                 attrgetter(name)(torch)(value)
@@ -362,14 +362,14 @@ def _setting(name: str) -> bool | str | None:
     except (
         AttributeError,
         RuntimeError,
-    ):  # RuntimeError: precisions were set in the old and the new way
+    ):  # RuntimeError: precisions were set both in the old and in the new way
         return None
     if isinstance(value, tuple):  # whether it reduces in lower precision, and whether it splits sums
         value = value[0]
     if value is None or isinstance(value, bool):
         return value
     text = str(value).rpartition(".")[2].lower()  # of an enumeration, such as `_BlasBackend.Cublas`
-    return "ieee" if text == "none" else text  # what a library does if nobody has set anything
+    return "ieee" if text == "none" else text  # the default of a library
 
 
 _CURE = "exit it before you call everystep, or move it into the model's forward or the loss"

@@ -1,4 +1,4 @@
-"""What can be asked about a run: its steps, and answers that are computed by replaying them."""
+"""Questions about a run: its steps, and answers computed by replaying them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Counting", "Questions", "Steps"]
 
-#: Whether to show a progress bar where stderr is a terminal; or what is called with the number
-#: of steps that were just replayed.
+#: Whether to show a progress bar if stderr is a terminal; or a function, called with the number of steps
+#: just replayed.
 Counting = bool | Callable[[int], None]
 
 Answer = TypeVar("Answer", bound="Shown | None")
@@ -50,7 +50,7 @@ class Questions(RecordedRun):
         super().__init__(directory)
         self._objects = objects
         self._own_opener: Opener | None = None
-        #: The step that was opened last, and as it was returned: it keeps what was computed from it.
+        #: The step opened last, as it was returned: it keeps what was computed from it.
         self._last_opened: tuple[Step, Step] | None = None
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class Questions(RecordedRun):
 
     @property
     def note(self) -> str | None:
-        """Your own words on the run, in one line; None if there are none.
+        """Your own note on the run, in one line; None if there is none.
 
         Set it to a text of up to 1,000 characters (line breaks become spaces), or to None to remove it.
 
@@ -165,9 +165,9 @@ class Questions(RecordedRun):
     def match(self, other: Questions, step: int | None = None) -> Match:
         """Return how a step of this run matches one of another that is written differently, by values.
 
-        The gradients, parameters and buffers of this run are looked for among all tensors of the other,
-        up to rounding, whatever they are called there: for a backward pass written by hand, another
-        module structure, another optimizer of the same mathematics, or another precision.
+        The gradients, parameters and buffers of this run are searched among all tensors of the other, up
+        to rounding and by any name: for a backward pass written by hand, another module structure,
+        another optimizer of the same mathematics, or another precision.
 
         step: its number; None: the first that does not match, or else the last that both have.
 
@@ -193,22 +193,22 @@ class Questions(RecordedRun):
         beside: Sequence[Questions] = (),
         progress: Counting = True,
     ) -> Rerun:
-        """Take the steps of the run elsewhere, and return where they part from the recording.
+        """Repeat the steps under different conditions; return where they diverge from the recording.
 
-        The programs of the run do it, in another process, without its code.
+        The programs of the run compute them in another process, without its code.
 
         Args:
             threads: number of threads of torch.
             capability: CPU instructions of torch's kernels: `default`, `avx2` or `avx512`.
             mkl: branch of MKL's reproducibility: `OFF`, `COMPATIBLE`, `AVX2`, ...
             precision: of all floating-point numbers.
-            python: another interpreter, with an everystep and a torch of its own.
-            beside: other runs; the answer says how far each is from the losses there.
+            python: another interpreter, with its own everystep and torch.
+            beside: other runs; the answer reports how far each is from the losses of the rerun.
             progress: as in `measure`.
 
         Raises:
             ExperimentError: a setting is invalid, or nothing differs from the recording.
-            RunError: the steps cannot be taken there; gives the reason.
+            RunError: the steps cannot run there; gives the reason.
             TrainingError: the process there does not start, or ended early.
         """
         from everystep.answers.other_process import Conditions
@@ -309,10 +309,10 @@ class Questions(RecordedRun):
         )
 
     def rows(self, step: int) -> Rows:
-        """Return how much of the loss of a step, and of each gradient, each row of its batch makes.
+        """Return how much each row of a step's batch contributes to its loss and to each gradient.
 
-        Exact for what the step itself added up row by row; else unknown, with the operation that mixes
-        rows. The same as `run[step].rows`.
+        Exact where the step itself adds up rows; else unknown, with the operation that mixes rows. The
+        same as `run[step].rows`.
 
         Raises:
             StepError: the run has no such step.
@@ -324,15 +324,15 @@ class Questions(RecordedRun):
         return replace(opened.rows, view=RunView(self, opened))
 
     def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
-        """Return where a number of a step comes from: the operation that made it, and from what.
+        """Return where a number of a step comes from: the operation that computed it, and its inputs.
 
-        NaN and infinity are followed to where they began, with the rows of the batch behind them.
+        NaN and infinity are followed to their origin, with the rows of the batch that they depend on.
 
         Args:
             step: the step, from 1, or from the end: -1.
             expression: names the number: `"gradients['0.weight'][3, 5]"`, `"loss"`, or, as answers name
                 them, `"#7[17, 3]"`, a number of the result of operation 7.
-            back: how many steps before to follow what was there before the step.
+            back: how many earlier steps to follow the state into.
             depth: how many operations deep to follow the largest numbers; each number in an answer can
                 be followed by its own `why()`.
             terms: how many terms of a sum to return one by one.
@@ -356,7 +356,7 @@ class Questions(RecordedRun):
         processes: int | None = None,
         progress: Counting = True,
     ) -> WhatIf:
-        """Train again from a state with something changed, and return what becomes of the loss.
+        """Train again from a state with something changed, and return how the loss changes.
 
         Nothing is recorded. Without rows of the data, the steps have the bits of a training by hand
         without those rows. At other learning rates, programs repeat the recorded steps, of any run; what
@@ -367,9 +367,9 @@ class Questions(RecordedRun):
             until: the step that they are compared at; default: the last.
             without_rows: rows of the data to leave out of the batches that they are in.
             without_rows_of: the step of which all rows are left out.
-            each: leave out one row after the other, not all at once.
-            lr: learning rates to train at, each in a training of its own, for all param groups of
-                torch's own optimizers; not together with rows.
+            each: leave out each row alone, not all at once.
+            lr: learning rates to train at, one training each, for all param groups of torch's own
+                optimizers; not together with rows.
             by: an expression of step `until` to compare: `norm(gradients['0.weight'])`.
             processes: number of processes, each with as many threads as the run was trained with;
                 default: as many as there are cores for, if worth their start.
@@ -378,7 +378,7 @@ class Questions(RecordedRun):
         Raises:
             StepError: the run has no such step.
             UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
-            RunError: the steps cannot be taken again without the rows; gives the reason.
+            RunError: the steps cannot be repeated without the rows; gives the reason.
         """
         from everystep.replay.what_if import check_has_rows, what_if
 

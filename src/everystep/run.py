@@ -93,7 +93,7 @@ class Run(Questions):
             lr, steps, batch_size, seed: shortcuts for the most common settings.
             model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects to
                 continue with, as in `train`, for a run from Python objects that this process did not
-                train; `fork` trains them in place. Without them, the run's programs go on alone if
+                train; `fork` trains them in place. Without them, the run's programs continue alone if
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
             relabel: other targets, by row of the data.
@@ -148,19 +148,19 @@ class Run(Questions):
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
     ) -> Run:
-        """Go on with a training that ended early, or train a finished one further; return the run.
+        """Continue a training that ended early, or train a finished one further; return the run.
 
-        Training goes on from the newest snapshot, to the bits of a training that did not end. Steps
-        recorded after the snapshot are taken again and compared with the recording. The run changes
-        only when a new step is taken.
+        Training continues from the newest snapshot, to the bits of an uninterrupted training. Steps
+        recorded after the snapshot are repeated and compared with the recording. The run changes only
+        when a new step is taken.
 
         Args:
             steps: the last step; default: that of the run.
-            force: go on although the code, the data, the versions or the numerics changed; the recorded
-                steps after the snapshot are discarded, and the run says what changed.
+            force: continue although the code, the data, the versions or the numerics changed; the
+                recorded steps after the snapshot are discarded, and the run records what changed.
             model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects as
                 they were before training, for a run from Python objects that this process did not
-                train; `resume` trains them in place. Without them, the run's programs go on alone if
+                train; `resume` trains them in place. Without them, the run's programs continue alone if
                 they took every step, and nothing checks them against Python.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
@@ -168,7 +168,7 @@ class Run(Questions):
 
         Raises:
             UsageError: the run has all its steps, or an argument is invalid.
-            RunError: something changed, a step that is taken again differs, or the run is being trained.
+            RunError: something changed, a repeated step differs, or the run is being trained.
             RecordingError: writing the run failed; everything recorded before is kept.
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
         """
@@ -198,7 +198,7 @@ class Run(Questions):
     def table(self, rows: int = 100_000) -> LossTable:
         """Return the losses as a browsable table (DataTables); shows in a notebook; `save(path)`.
 
-        rows: maximum number of rows to embed; a longer run is excerpted, and the table says so.
+        rows: maximum number of rows to embed; a longer run is excerpted, with a note in the table.
         """
         from everystep.views.loss_table import loss_table
 
@@ -264,8 +264,8 @@ def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
 def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     """Return the run that a training recorded, with the objects that trained it.
 
-    Their data only where the run does not hold it: a Dataset that is read at every step. A resumed run
-    may hold its rows for the new steps alone.
+    With their data only if the run does not hold it: a Dataset that is read at every step. A resumed run
+    may hold the rows of its new steps only.
 
     Raises:
         KeyboardInterrupt: Ctrl-C stopped the training.
@@ -276,7 +276,7 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
-    """Return what watches a training: the given object, the terminal, or nothing."""
+    """Return the progress of a training: the given object, the terminal, or none."""
     from everystep.views.progress import Silent, TerminalProgress
 
     if not isinstance(wanted, bool):

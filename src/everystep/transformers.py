@@ -29,7 +29,7 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
         options: options of `everystep.record`: `snapshot_budget`, `batch_budget`.
 
-    A training that goes on from a checkpoint is recorded as a new run, which begins there.
+    A training that continues from a checkpoint is recorded as a new run, which begins there.
 
     Raises:
         UsageError: the training uses more than one process, or `resume` is given.

@@ -157,7 +157,7 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ),
         ({"a": [1, 2, 3], "y": ["u", "v", "w"]}, {}, "CrossEntropyLoss"),
         ({"a": [], "y": []}, {}, "no rows"),
-        ({"y": [1, 2]}, {}, "no column besides the target"),
+        ({"y": [1, 2]}, {}, "no column other than the target"),
         ({"a": [1, 2], "y": [1, 2]}, {"features": ["a", "y"]}, "'y' is the target"),
         ({"a": [1, 2], "y": [1, 2]}, {"validation": 0.1}, "both need at least one row"),
         ({"a": [None, None], "y": [1, 2]}, {"missing": "mean"}, "has no values"),

@@ -87,7 +87,7 @@ def test_a_fork_with_other_rules_for_the_data_reads_no_file_either(here, nobody_
     given = [f"data.{name}={Path(file).absolute()}" for name, file in zip("xy", own, strict=True)]
     sets = [part for each in given for part in ("--set", each)]
     code, _, err = everystep_command("fork", "run", "--at", "0", *sets, "-q")
-    assert code == 0, err  # these files were named by who forks
+    assert code == 0, err  # the forking user named these files
 
 
 def test_the_page_has_the_same_rule(here, nobody_here):

@@ -524,7 +524,7 @@ def _plain(value: Any) -> Any:
 
 # What is compared.
 
-#: Runs in a process of its own, which knows nothing of the loop.
+#: Runs in a separate process, without the loop.
 REPLAY = """
 import json, sys, warnings
 from tests.fuzz.loops import digest
@@ -601,12 +601,12 @@ def record_and_compare(loop: Loop, directory: Path, verifier: Verifier) -> str:
     return "exact"
 
 
-#: They change what a loop carries outside of its parts, which a loop that goes on does not have.
+#: They change what a loop carries outside of its parts, which a continued loop does not have.
 NOT_RESUMED = {"keep", "use_what_was_kept", "save_optimizer"}
 
 
 def resume_and_compare(stopped: tuple[Loop, int], directory: Path) -> str:
-    """Record a loop up to a turn, and go on; return "same", or "refused": everystep says why not.
+    """Record a loop up to a turn, and continue; return "same", or "refused" with a reason.
 
     Raises:
         AssertionError: it does not end with the bits of the loop that was not stopped.
@@ -743,7 +743,7 @@ def _is_resumed(loop: Loop) -> bool:
     )
 
 
-#: Random loops, and the turn after which they stop and go on.
+#: Random loops, and the turn after which they stop and continue.
 STOPPED = st.tuples(LOOPS.filter(_is_resumed), st.integers(1, 7))
 
 

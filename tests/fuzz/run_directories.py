@@ -137,7 +137,7 @@ def alter_and_look(
     """Alter a copy of a run; return what came of it, as `benchmarks.torture_files` does.
 
     Raises:
-        AssertionError: something else is shown and nothing says so, or an error is not in words.
+        AssertionError: altered data is shown without a message, or an error has no text.
     """
     copy = Path(shutil.copytree(run, folder / "altered"))
     try:
@@ -149,7 +149,7 @@ def alter_and_look(
         what, why = outcome(copy, expected)
     finally:
         shutil.rmtree(copy)
-    # Who changes numbers and their digests makes another run.
+    # Changing numbers and their digests makes another run.
     is_forged = any(name in ("forged", "row") for name, *_ in alterations)
     assert what != "failed" and (what != "WRONG" or is_forged), f"{what}: {why}"
     return what

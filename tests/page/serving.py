@@ -70,7 +70,7 @@ class Application:
 
 @contextmanager
 def served(directory, *arguments):
-    """Serve in a process of its own: address, client with the cookie, process."""
+    """Serve in a separate process: address, client with the cookie, process."""
     command = [sys.executable, "-c", "from everystep.cli import main; main()", "view", str(directory)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--no-browser", *arguments], **pipes) as process:

@@ -235,7 +235,7 @@ def test_there_is_nothing_else(page, path):
     answer = page.ask(path)
     assert answer.status_code == 404
     if path.startswith("/api/"):
-        assert "nothing at" in answer.json()["error"]
+        assert "no page at" in answer.json()["error"]
 
 
 def test_what_is_only_read_cannot_be_written(page):

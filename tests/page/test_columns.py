@@ -153,7 +153,7 @@ def test_rows_are_those_between_two_steps(write_run, page, first, last, steps):
     [({"first": "abc"}, "first 'abc' is not a whole number"),
      ({"last": "1" * 400}, "is not a whole number"), ({"low": "x"}, "losses from 'x': not a number"),
      ({"high": "nan"}, "losses to 'nan': not a number"),
-     ({"sort": "m"}, "no column 'm' to sort by; there are step, loss"),
+     ({"sort": "m"}, "no column 'm' to sort by; the columns are step, loss"),
      ({"direction": "up"}, "asc or desc"), ({"start": "x"}, "start 'x' is not a whole number"),
      ({"length": "9" * 30}, "not a whole number")],
 )  # fmt: skip

@@ -139,7 +139,7 @@ def test_refusals_say_what_to_do(page):
 def test_an_address_that_is_not_there_leads_to_all_runs(page):
     answer = page.ask("/nowhere/x")
     assert answer.status_code == 404
-    assert "There is nothing at /nowhere/x" in answer.text and 'href="/"' in answer.text
+    assert "There is no page at /nowhere/x" in answer.text and 'href="/"' in answer.text
 
 
 def test_a_failure_tells_no_details_and_is_guarded_too(page):

@@ -124,7 +124,7 @@ def test_images_and_classes(runs):
     content = step.data()
     images = tensor_of(step, content["batch"]["images"], run.facts)
     pixels = sklearn.datasets.load_digits().images[:, None]
-    # They were scaled for training; as images they are seen as they were.
+    # They were scaled for training; images show the original values.
     assert all((torch.tensor(pixels) - image).abs().amax((1, 2, 3)).min() < 1e-4 for image in images)
     assert content["batch"]["rows"] == step.batch.rows.tolist()
     assert content["batch"]["targets"] == [str(n) for n in step.batch.y.tolist()]

@@ -1,4 +1,4 @@
-"""What a process beside the server says reaches the server whole, and what happens to it is reported."""
+"""Messages of a child process reach the server whole, and its end is reported."""
 
 import asyncio
 import textwrap

@@ -1,4 +1,4 @@
-"""The process: its address, its port, what it says, and its end."""
+"""The process: its address, its port, its output, and its end."""
 
 import re
 import signal
@@ -123,7 +123,7 @@ def test_it_names_no_versions_of_what_it_is_made_with(server):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Stand in for uvicorn and the browser; tells which addresses were opened."""
+    """Replace uvicorn and the browser; return the opened addresses."""
     opened = []
     monkeypatch.setattr(page_server._Server, "run", lambda self, sockets: sockets[0].close())
     monkeypatch.setattr(page_server.webbrowser, "open", opened.append)

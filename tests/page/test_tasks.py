@@ -88,7 +88,7 @@ def asked_of(directory, use, tasks_of=Here):
 
 
 async def outcome(client, path, **asked):
-    """Do a task; return all that it says, by kind."""
+    """Run a task; return all its messages, by kind."""
     begun = await client.post(path, json=asked)
     assert begun.status_code == 200, begun.text
     stream = await client.get(f"/api/tasks/{begun.json()['task']}/events")
@@ -207,7 +207,7 @@ def test_a_rerun_says_where_a_run_parts(runs):
     assert result["sentence"] == rerun_sentence(expected)
     assert found["progress"] == {"done": 60, "total": 60, "what": "taking steps"}
     assert "must be float64 or bfloat16" in wrong["error"]["error"]
-    assert "something that differs" in nothing["error"]["error"]  # no page names a program to run
+    assert "a condition that differs" in nothing["error"]["error"]  # no page names a program to run
 
 
 def test_tasks_that_are_cancelled(runs):
@@ -256,12 +256,12 @@ def test_what_is_asked_is_checked(runs, monkeypatch):
         (of("other", "when"), {"condition": 3}, "condition is missing"),
         (fork, {}, "at is None"),
         (fork, {"at": 10**30}, "write a whole number"),
-        (fork, {"at": 1, "settings": {"optimizer.lr": 1}}, "texts by path"),
+        (fork, {"at": 1, "settings": {"optimizer.lr": 1}}, "must map paths to strings"),
         (fork, {"at": 1, "settings": {"data.path": "/etc/passwd"}}, "reads no files"),
         (fork, {"at": 1, "settings": {"..data[path]": "/etc/passwd"}}, "reads no files"),
         (fork, {"at": 1, "settings": {"data={": "}"}}, "not a setting"),
         (fork, {"at": 1, "settings": {".": "}"}}, "not a setting"),
-        (fork, {"at": 1, "name": "other"}, "there already"),
+        (fork, {"at": 1, "name": "other"}, "already exists"),
         (what_if, {"at": 1, "until": 3}, "rows are None"),
         (what_if, {"at": 1, "until": 3, "rows": []}, "write whole numbers"),
         (what_if, {"at": 1, "until": 3, "rows": [True]}, "write whole numbers"),

@@ -92,7 +92,7 @@ def test_runs_are_kept_open_and_made_anew(trained, tmp_path):
     assert openers.run(str(copies[0])) is not first  # the one that was asked for longest ago
     known = openers.run(str(copies[0]))
     shutil.rmtree(copies[0])
-    with pytest.raises(RunError, match="not there any more"):
+    with pytest.raises(RunError, match="no longer exists"):
         openers.run(str(copies[0]))
     everystep.train_experiment("two-layer", {"steps": 2}, run=copies[0], progress=False)
     assert openers.run(str(copies[0])) is not known
@@ -108,11 +108,11 @@ def test_a_run_that_is_deleted_while_it_is_read_is_not_there_any_more(trained, t
 
     monkeypatch.setitem(worker._KINDS, "content", deleted)
     [(status, about, _)] = answered({"kind": "content", "run": str(copy), "step": 3})
-    assert (status, about) == (404, {"error": "the run run is not there any more"})
+    assert (status, about) == (404, {"error": "the run run no longer exists"})
 
 
 def at_desk(directory, use):
-    """Use a desk, in an event loop of its own."""
+    """Use a desk, in its own event loop."""
 
     async def main():
         desk = WorkerClient(directory)
@@ -148,7 +148,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         worker = desk._process
         worker.interrupt()  # it takes no notice
         assert await desk.ask("content", trained, step=3) == first
-        # What nobody waits for any more is given up, and the worker goes on.
+        # An answer that no request waits for is stopped, and the worker continues.
         with pytest.raises(Gone):
             await desk.ask("report", trained, steps=list(range(1, 20)), gone=soon)
         assert await desk.ask("content", trained, step=3) == first
@@ -161,7 +161,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
             await asked
         assert await desk.ask("content", trained, step=3) == first
         assert desk._process is not worker
-        # What is answered to one who was cancelled must not be taken for the next one's answer.
+        # The answer to a cancelled request must not be taken for the next one's.
         asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
         await asyncio.sleep(0.05)
         asked.cancel()
@@ -193,7 +193,7 @@ def test_what_takes_too_long_is_given_up_and_others_go_on(directory, trained, mo
     async def use(desk):
         first = await desk.ask("content", trained, step=3)
         monkeypatch.setattr(everystep.page.worker_client, "_LONGEST", 1.0)
-        with pytest.raises(NoAnswer, match="minutes and was given up"):
+        with pytest.raises(NoAnswer, match="minutes and was stopped"):
             await desk.ask("content", hostile, step=3)
         monkeypatch.undo()
         assert await desk.ask("content", trained, step=3) == first

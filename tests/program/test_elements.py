@@ -548,7 +548,7 @@ CASES = [
 
 
 class Ran:
-    """An operator that has run, with copies of what it was given."""
+    """An operator that has run, with copies of its inputs."""
 
     def __init__(self, name, given, keywords, values=None):
         operator = resolve(f"aten.{name}")

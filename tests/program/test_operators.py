@@ -13,7 +13,8 @@ from everystep.program.operators import (
     resolve,
 )
 
-#: What torch says of an operator that does more than compute, or gives something else than tensors.
+#: Properties in torch of an operator that does more than compute, or returns something else than
+#: tensors.
 UNWANTED = {torch.Tag.data_dependent_output, torch.Tag.inplace_view, torch.Tag.view_copy}
 #: Types that are numbers, tensors, or say how to compute.
 PLAIN = re.compile(

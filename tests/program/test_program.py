@@ -1,4 +1,4 @@
-"""A program as JSON: read back as it was written, and nothing but a program is read."""
+"""A program as JSON: reading returns what was written, and refuses everything else."""
 
 import copy
 import json

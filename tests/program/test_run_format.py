@@ -1,4 +1,4 @@
-"""docs/run-format.md says what is there, and its code gives what is recorded."""
+"""docs/run-format.md describes a run completely, and its code returns the recorded loss."""
 
 import json
 import re

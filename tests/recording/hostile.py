@@ -157,7 +157,7 @@ def _seal_state(run):
 
 
 def metadata(text):
-    """Return what replaces what a state holds besides tensors, with the digest to match."""
+    """Return a change of a state's contents other than tensors, with a matching digest."""
 
     def change(run):
         from safetensors.torch import load_file, save_file

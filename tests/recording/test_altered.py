@@ -1,4 +1,4 @@
-"""A run with a flipped bit, or a file cut off, is refused, says so, or is shown as it was recorded.
+"""A run with a flipped bit, or a file cut off, is refused, reported, or shown as recorded.
 
 `python -m benchmarks.torture_files` does this at every byte; here it is a sample.
 """

@@ -1,4 +1,4 @@
-"""What a run says of itself is what everystep writes, or it is said to be changed."""
+"""The facts of a run are as everystep writes them, or are reported as changed."""
 
 import json
 import os

@@ -41,7 +41,7 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
     (directory / "link").symlink_to("/dev/zero")
     (directory / "loop").symlink_to("loop")
     os.mkfifo(directory / "pipe")
-    with pytest.raises(RunError, match="outside the run or not a regular file"):
+    with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         own_path(directory, name)
 
 
@@ -57,22 +57,22 @@ def test_a_run_that_names_foreign_data_programs_or_snapshots_is_not_replayed_fro
     elsewhere = shutil.copytree(run.directory, tmp_path / "elsewhere")
     altered = everystep.open(shutil.copytree(run.directory, tmp_path / "altered"))
     change_fact(altered, "data_file", lambda fact: fact.update(file=str(elsewhere / "data.safetensors")))
-    with pytest.raises(RunError, match="outside the run or not a regular file"):
+    with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         altered[1]
     linked = everystep.open(shutil.copytree(run.directory, tmp_path / "linked"))
     (linked.directory / "programs" / "1.json").unlink()
     (linked.directory / "programs" / "1.json").symlink_to(elsewhere / "programs" / "1.json")
-    with pytest.raises(RunError, match="outside the run or not a regular file"):
+    with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         linked[1]
     change(run, "UPDATE snapshots SET directory = ? WHERE step = 0", "../elsewhere/snapshots/000000")
-    with pytest.raises(RunError, match="outside the run or not a regular file"):
+    with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         run[1]
 
 
 def test_a_fork_writes_nothing_outside_its_directory(tmp_path):
     run = everystep.train_experiment("two-layer", {"steps": 5}, run=tmp_path / "a", progress=False)
     change(run, "UPDATE snapshots SET directory = '../outside' WHERE step = 0")
-    with pytest.raises(RunError, match="outside the run or not a regular file"):
+    with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         everystep.open(run.directory).fork(3, run=tmp_path / "b", progress=False)
     assert not (tmp_path / "outside").exists()
 

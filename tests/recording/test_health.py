@@ -1,4 +1,4 @@
-"""What is missing or altered among the numbers of a run is said wherever they are shown."""
+"""Missing or altered numbers of a run are reported wherever they are shown."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_a_bit_in_the_name_of_a_measurement_is_reported(recorded, tmp_path, ever
         ["when", run, "validation_loss > 9"],
     ):
         code, out, err = everystep_command(*command)
-        assert code == 1 and "values of validation_loss of steps 1 to 20 are not as they" in out + err
+        assert code == 1 and "values of validation_loss of steps 1 to 20 do not match" in out + err
 
 
 def test_a_bit_in_the_schema_is_reported(recorded, tmp_path, everystep_command):

@@ -1,4 +1,4 @@
-"""A note of one's own on a run."""
+"""The user's note on a run."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from everystep.views.lists import runs_tables
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run of the chapter's, of three steps, in a directory of its own."""
+    """A run of the chapter's, of three steps, in its own directory."""
     monkeypatch.chdir(tmp_path)
     return everystep.train_experiment("two-layer", {"steps": 3}, progress=False)
 

@@ -1,4 +1,4 @@
-"""Readers beside a writer; `make torture` does this at length."""
+"""Readers next to a writer; `make torture` does this at length."""
 
 import subprocess
 import sys

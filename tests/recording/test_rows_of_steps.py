@@ -1,4 +1,4 @@
-"""Rows of the table `repeats`, of which one may be of many steps."""
+"""Rows of the table `repeats`; one row may be of many steps."""
 
 import math
 import sqlite3

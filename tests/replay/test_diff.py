@@ -37,7 +37,7 @@ def dropout():
 
 
 def says(expected, said):
-    """Tell whether a text is the expected one, in which `...` stands for anything."""
+    """Return whether a text is the expected one, in which `...` stands for anything."""
     return re.fullmatch(".+".join(map(re.escape, expected.split("..."))), said) is not None
 
 
@@ -100,7 +100,7 @@ def first_step_with(*rows):
 
 @dataclass
 class Fault:
-    """What the second run has otherwise, and what should be said of where they part.
+    """The difference of the second run, and the expected report of where they diverge.
 
     inputs: what the operation takes that differs already; cause: in words, `...` for numbers that are
     compared elsewhere; rows: of the batch and of the data, that differ.

@@ -133,7 +133,7 @@ def losses_of(rows):
     [
         (["DELETE FROM steps WHERE step BETWEEN 10 AND 20"], "steps 10 to 20 are missing"),
         (["DELETE FROM steps WHERE step > 30"], "its database ends at step 30"),
-        (["UPDATE steps SET loss = 1 WHERE step = 17"], "losses of steps 1 to 40 are not as they were"),
+        (["UPDATE steps SET loss = 1 WHERE step = 17"], "losses of steps 1 to 40 do not match"),
         (["DELETE FROM steps"], "finished with 40 steps, but its database ends at step 0"),
         (["UPDATE steps SET step = -3 WHERE step = 1"], "steps begin at -3"),
     ],

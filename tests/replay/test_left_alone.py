@@ -41,7 +41,7 @@ def is_replaying(process):
 
 
 def has_torch(process):
-    """Tell whether a process has begun: it has read what its parent sent first."""
+    """Return whether a process has begun: it has read what its parent sent first."""
     try:
         return "libtorch" in Path(f"/proc/{process}/maps").read_text()
     except OSError:

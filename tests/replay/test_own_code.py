@@ -1,4 +1,4 @@
-"""Runs in which the user's own code ran between steps, or at every step, replay as they were trained."""
+"""Runs in which the user's own code ran between steps, or at every step, replay exactly."""
 
 import copy
 import pickle
@@ -105,7 +105,7 @@ def test_a_hook_acts_on_the_original_alone():
 
 
 class Averaging(optim.SGD):
-    """Keeps averages, a count, a generator, and gradients of the last step in attributes of its own."""
+    """Keeps averages, a count, a generator, and gradients of the last step in its attributes."""
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, lr=lr)
@@ -192,7 +192,7 @@ def test_what_was_trained_can_be_copied_and_trained_again(optimizer):
     by_train(made, steps=5)
     model = copy.deepcopy(made.model)
     assert pickle.loads(pickle.dumps(made.model)).state_dict().keys() == model.state_dict().keys()
-    # It goes on as if it had never been here.
+    # It continues as if it had never been here.
     torch.manual_seed(1)
     losses = by_hand(expected, steps=5)
     torch.manual_seed(1)

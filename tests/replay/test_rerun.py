@@ -1,4 +1,4 @@
-"""A run elsewhere: the losses of the loop by hand there, and the operation that parts."""
+"""A rerun: the losses of the loop by hand under the same conditions, and the operation that parts."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_other_numerics_give_the_losses_of_the_loop_by_hand_there(chapter_run, c
 def test_it_names_the_first_operation_with_other_bits(compatible):
     assert not compatible.has_same_bits
     assert compatible.changed["mkl_cbwr"][1] == "COMPATIBLE"
-    # The first matrix product of the first step rounds otherwise.
+    # The first matrix product of the first step rounds differently.
     assert compatible.parts_at == 1
     assert compatible.operation.index == 0
     assert compatible.operation.one.operation.operator == "aten.addmm.default"
@@ -222,7 +222,7 @@ def test_a_fork_is_taken_from_where_it_begins(chapter_run):
 
 
 def test_what_cannot_be_taken_elsewhere_is_refused_with_the_reason(chapter_run, small, tmp_path):
-    with pytest.raises(UsageError, match="needs something that differs"):
+    with pytest.raises(UsageError, match="needs a condition that differs"):
         chapter_run.rerun(progress=False)
     with pytest.raises(ExperimentError) as error:
         chapter_run.rerun(threads=0, capability="x", mkl="y", python="/nowhere", progress=False)

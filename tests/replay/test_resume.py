@@ -1,4 +1,4 @@
-"""A training that was killed goes on to the bits of one that was not, whatever trained it."""
+"""A killed training continues to the bits of an uninterrupted one, for all ways to train."""
 
 import errno
 import itertools
@@ -368,7 +368,7 @@ def by_loop(body, deaths, place="runs/killed"):
     raise AssertionError
 
 
-#: Those of the loops that carry nothing besides their parts.
+#: The loops that carry only their parts.
 CARRY_NOTHING = [
     *("classifier_with_dropout", "gan_with_two_optimizers", "bfloat16_autocast"),
     "variational_autoencoder",

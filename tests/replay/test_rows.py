@@ -35,7 +35,7 @@ class Encoder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention by single operators, with a mask and a factor that come from elsewhere."""
+    """Attention by single operators, with a mask and a factor from outside."""
 
     def __init__(self):
         super().__init__()
@@ -475,7 +475,7 @@ def test_a_gradient_that_no_number_of_a_row_went_into_is_not_said_to_be_of_no_ro
 
 
 def _recorded(directory, model, batch, loss_of, scaler=None):
-    """Return the first step of a loop, with the model as it was before it."""
+    """Return the first step of a loop, with the model before it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     parts = {} if scaler is None else {"scaler": scaler}
     with everystep.record(run=directory, model=model, optimizer=optimizer, **parts) as recording:

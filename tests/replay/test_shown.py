@@ -46,7 +46,7 @@ def test_answers_are_shown_in_a_line(run):
     assert repr(run.when("loss < 0", progress=False)) == "<found at no step>"
     measured = run.measure("loss * 2", name="twice", progress=False)
     assert repr(measured).startswith("<measured twice: 20 values, 1257 at step 1, ")
-    assert repr(run.diff(run, progress=False)).endswith(": all that was compared is the same>")
+    assert repr(run.diff(run, progress=False)).endswith(": everything compared is identical>")
     fork = run.fork(5, lr=1e-3, progress=False)
     assert "they diverge in step 6 at operation #12, aten.mul.Tensor" in repr(
         run.diff(fork, progress=False)

@@ -321,7 +321,7 @@ def assert_python(run, capfd):
 
 
 def is_of_torch(run):
-    """Tell whether a training has nothing but torch's own modules, loss and optimizer."""
+    """Return whether a training has only torch's own modules, loss and optimizer."""
     facts = run.facts.training
     parts = (*facts.modules.values(), facts.loss, *facts.optimizers.values())
     return all(part.is_torchs for part in parts)

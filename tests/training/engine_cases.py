@@ -72,7 +72,7 @@ def words(length: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def transposed() -> tuple[Tensor, Tensor]:
-    """Return x (20, 4) that lies column after column, and a y with gaps."""
+    """Return x (20, 4) stored column by column, and a y with gaps."""
     return torch.randn(4, 20).t(), torch.randn(20, 4)[:, ::2]
 
 
@@ -212,7 +212,7 @@ def flat() -> nn.Module:
 
 
 def strided() -> nn.Module:
-    """A model with a weight that lies column after column."""
+    """A model with a weight stored column by column."""
     model = mlp()
     model[0].weight = nn.Parameter(torch.randn(4, 8).t())
     return model
@@ -312,7 +312,7 @@ def relative_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class Uncertain(nn.Module):
-    """A loss with a parameter and a buffer of its own."""
+    """A loss with a parameter and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A Dataset: read once where it is torch's own, of tensors, and at every step otherwise."""
+"""A Dataset: read once where it is torch's own, of tensors, else at every step."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ class Noisy(Rows):
 
 
 class Drifting(Rows):
-    """Other rows each time, by a generator of its own."""
+    """Different rows each time, from its own generator."""
 
     def __init__(self, x, y):
         super().__init__(x, y)

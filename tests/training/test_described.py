@@ -15,7 +15,7 @@ from everystep.training.description import modules_of
 
 
 class Own(nn.Module):
-    """A user's module, which must not be asked what it is like."""
+    """A user's module, of which no code may run."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Training by program gives the very bits of a loop written out by hand, and says who took the steps.
+"""Training by program gives the very bits of a loop written out by hand, and reports what ran the steps.
 
 Every loss and snapshot comes back from disk.
 """

@@ -52,7 +52,7 @@ def test_a_loop_does_the_same_recorded_and_every_step_opens_again(name, tmp_path
         assert len(step.operations) > 5
 
 
-# What is said, and what is kept, when things are otherwise.
+# Messages, and what is kept, in other cases.
 
 
 @pytest.fixture

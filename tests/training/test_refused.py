@@ -1,4 +1,4 @@
-"""What `train` cannot use is refused: the message names it, says what is wrong, and what to do."""
+"""`train` refuses invalid arguments: the message names them, the problem, and a fix."""
 
 import warnings
 from pathlib import Path
@@ -29,7 +29,7 @@ class Rows(Dataset):
 
 
 class Descent(torch.optim.Optimizer):
-    """Gradient descent with what settings it is given, and with a rate of its own."""
+    """Gradient descent with any settings, and with its own rate."""
 
     def __init__(self, parameters, **settings):
         super().__init__(parameters, settings)

@@ -1,4 +1,4 @@
-"""A step opened in the terminal: what the page says, and that it says nothing else."""
+"""A step opened in the terminal: the exact output."""
 
 import copy
 import io
@@ -107,7 +107,7 @@ def test_the_chapters_step_reads_in_its_order_and_fits_a_hundred_columns(chapter
     lines = text_of(step, facts, name="two-layer-1").splitlines()
     assert max(map(len, lines)) <= 100
     rest = iter(lines)
-    assert step.loss == pytest.approx(0.8888, rel=2e-3)  # other processors round otherwise
+    assert step.loss == pytest.approx(0.8888, rel=2e-3)  # other processors round differently
     shown = CHAPTER.replace("SHORT", f"{step.loss:.4g}").replace("LOSS", shortest(step.loss))
     for expected in shown.replace("{by}", TIMES).splitlines():
         assert any(line.startswith(expected) for line in rest), expected

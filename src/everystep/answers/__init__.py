@@ -1,1 +1,1 @@
-"""Answers: the questions about a run or a step, each of which computes and returns data."""
+"""Answers: the questions about a run or a step; each computes and returns data."""

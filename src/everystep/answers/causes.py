@@ -1,4 +1,4 @@
-"""Why an operation has another result in another run: what it is given that differs, and its origin."""
+"""Why an operation has a different result in another run: which inputs differ, and their origin."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from everystep.step.state import State, same_bits
 
 __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "Evidence", "causes_of"]
 
-#: All that the operation is given is the same.
+#: All inputs of the operation are identical.
 COMPUTED_OTHERWISE = "the same inputs give different results"
-#: Nothing that was asked for says why one run has an operation that the other has not.
+#: No setting explains why only one run has an operation.
 ANOTHER_OPERATION = "another operation"
 #: Settings, rows and tensors that are named where there are many.
 MOST_NAMED = 6
@@ -46,10 +46,10 @@ _NAMES_OF_REDUCTIONS = {number: name for name, number in _REDUCTIONS.items()}
 
 
 class Evidence(StepPair):
-    """A step of two runs, with what is known of both besides its operations.
+    """A step of two runs, and everything known about both except its operations.
 
     names: of the runs; settings: those of both trainings that differ; modules and optimizers: the
-    classes of the first run's, by path and by name; numerics: those that differ, in words; has_rows:
+    classes of the first run's, by path and by name; numerics: those that differ, as text; has_rows:
     whether batches are rows of data that the runs know by their numbers.
     """
 
@@ -78,7 +78,7 @@ class Evidence(StepPair):
 
     @property
     def unseen(self) -> list[str]:
-        """What operations took that no program holds, in words."""
+        """Inputs of operations that no program can hold, as text."""
         return list(
             dict.fromkeys(text for each in self._facts if each.loop for text in each.loop.unseen)
         )
@@ -161,7 +161,7 @@ def _generators(replay: Replay, number: int) -> dict[str, Tensor]:
 
 
 def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
-    """Return why an operation has another result, in words."""
+    """Return why an operation has a different result, as texts."""
     if not found.is_one_operation:
         return _of_another_operation(found, evidence)
     if found.others:
@@ -181,7 +181,7 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
 
 
 def _others_text(others: tuple[list[str], ...], evidence: Evidence) -> str:
-    """Return the inputs that come from another source. others: in words, of both runs."""
+    """Return the inputs that come from another source. others: as text, of both runs."""
     if others[0] == others[1]:
         return f"another part of {', '.join(dict.fromkeys(others[0]))}"
     texts = [_named(list(dict.fromkeys(each))) for each in others]
@@ -210,9 +210,9 @@ def _perhaps(settings: Sequence[Setting | str]) -> str:
 def _of_another_operation(
     found: OperationDifference, evidence: Evidence, otherwise: str = ANOTHER_OPERATION
 ) -> list[str]:
-    """Return the settings that say, or may say, why the operations differ; if none, `otherwise`.
+    """Return the settings that explain, or may explain, why the operations differ; if none, `otherwise`.
 
-    Without such a setting of torch's own code, what is known are the calls that only one step has.
+    Without such a setting of torch's own code, return the calls that only one step has.
     """
     near = [each for side in found.sides for each in _near(side, evidence)]
     if near and all(each.is_torchs for each in near):
@@ -231,7 +231,7 @@ def _of_another_operation(
 
 
 def _modes(found: OperationDifference, evidence: Evidence) -> list[str]:
-    """Return what differs in the forward pass of the module there, such as whether it trains."""
+    """Return differences in the forward pass of the module, such as its mode."""
     texts: list[str] = []
     for path in sorted({side.operation.module for side in found.sides if side.operation.module}):
         sides = [
@@ -270,7 +270,7 @@ def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | Non
 
 
 def _calls(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
-    """Yield the operations from here on that only one step has, or more often, in words."""
+    """Yield the later operations that only one step has, or has more often, as text."""
     counts = [
         Counter((_name(each), each.operation.phase) for each in step.operations[found.index :])
         for step in evidence.steps
@@ -323,7 +323,7 @@ def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -
 
 
 def _is_number_of_step(each: TensorDifference, evidence: Evidence) -> bool:
-    """Tell whether an input is one number that neither the batch nor the state has."""
+    """Return whether an input is one number that neither the batch nor the state has."""
     is_known = memory_of(each.name) in evidence.sources[0].known
     return each.of == 1 and bool(each.values) and not is_known
 
@@ -349,7 +349,7 @@ def _of_module(path: str, evidence: Evidence) -> list[Setting]:
 
 
 def _explaining(settings: list[Setting], pairs: list[tuple[Any, Any]]) -> list[Setting]:
-    """Return the settings that pairs of arguments are made of: where some are the pair itself, these."""
+    """Return the settings that explain pairs of arguments; equal ones have precedence."""
     found: list[Setting] = []
     for pair in pairs:
         ranked = [(each, _way_to(each, pair)) for each in settings]
@@ -359,7 +359,7 @@ def _explaining(settings: list[Setting], pairs: list[tuple[Any, Any]]) -> list[S
 
 
 def _way_to(setting: Setting, pair: tuple[Any, Any]) -> int | None:
-    """Return in which way torch makes a pair of arguments of a setting, None if in no known one."""
+    """Return how torch derives a pair of arguments from a setting, None if unknown."""
     for one, other in _pairs_within(setting.values):
         for way, (x, y) in enumerate(zip(_as_arguments(one), _as_arguments(other), strict=True)):
             if _same_number(pair[0], x) and _same_number(pair[1], y):
@@ -368,7 +368,7 @@ def _way_to(setting: Setting, pair: tuple[Any, Any]) -> int | None:
 
 
 def _as_arguments(value: Any) -> tuple[Any, Any, Any]:
-    """Return what may become of a setting: itself, its negative (a rate), what it leaves of 1 (a p)."""
+    """Return arguments that torch may derive: the setting, its negative (a rate), 1 minus it (a p)."""
     if value is None or isinstance(value, str):
         known = -1 if value is None else _REDUCTIONS.get(value, value)
         return known, value, value
@@ -390,7 +390,7 @@ def _pairs_within(values: tuple[Any, Any]) -> list[tuple[Any, Any]]:
 
 
 def _same_number(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same, if need be once they are rounded to float32."""
+    """Return whether two values are the same, if need be once they are rounded to float32."""
     if isinstance(one, bool) is not isinstance(other, bool):
         return False
     if isinstance(one, float) and isinstance(other, float):
@@ -415,7 +415,7 @@ def _pair_text(values: tuple[Any, Any]) -> str:
 
 
 def _called(name: str, evidence: Evidence) -> str:
-    """Return in words where a tensor comes from, by its name among the arguments in the first run."""
+    """Describe where a tensor comes from, by its name among the arguments in the first run."""
     sources = evidence.sources[0]
     return sources.text(sources.of(name))
 
@@ -556,7 +556,7 @@ def _of_layout(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
 
 
 def _other_layouts(index: int, evidence: Evidence) -> Iterator[tuple[str, bool]]:
-    """Yield the inputs with another layout in memory, in words, and whether the step made them."""
+    """Yield the inputs with a different memory layout, as text, and whether the step made them."""
     for name, x, y in evidence.operation(index).inputs:
         if x.stride() != y.stride():
             layouts = f"{_layout_text(x)} | {_layout_text(y)}"
@@ -565,7 +565,7 @@ def _other_layouts(index: int, evidence: Evidence) -> Iterator[tuple[str, bool]]
 
 
 def _layout_text(tensor: Tensor) -> str:
-    """Return how a tensor lies in memory, by the name of torch's memory format, or by its strides."""
+    """Return the memory layout of a tensor: the name of torch's memory format, or its strides."""
     formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
     for format, dimensions in zip(formats, (tensor.ndim, 4, 5), strict=True):
         if tensor.ndim == dimensions and tensor.is_contiguous(memory_format=format):

@@ -40,7 +40,7 @@ def data_differences(one: RecordedRun, other: RecordedRun) -> tuple[DataDifferen
         return ()
     try:
         pair = one.data(files[0]), other.data(files[1])
-    except RunError:  # the replay reports what it needs of it
+    except RunError:  # the replay reports problems with it
         return ()
     both = ((name, tensor, pair[1].get(name)) for name, tensor in sorted(pair[0].items()))
     return tuple(

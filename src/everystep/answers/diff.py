@@ -42,7 +42,7 @@ STRIDE = 64
 
 
 class FirstState(NamedTuple):
-    """The first state in which a parameter or a buffer differs, after the first operation that does.
+    """The first state in which a parameter or buffer differs, after the first differing operation.
 
     state: None if there is none up to state `last`; name: of the tensor.
     """
@@ -56,17 +56,16 @@ class FirstState(NamedTuple):
 class Difference(Shown):
     """How two runs differ.
 
-    experiments, numerics: settings, and other things that bits depend on, by name, in both; steps: the
-    number of steps of each; data_tensors: of the data, that differ, where both runs hold it; loss: the
-    first that differs (recorded: of the first run, replayed: of the second), None if all match;
-    first_state: where that reaches the model, None without an operation;
-    common_state: the last snapshot that both have and that is identical; states: tensors of the first
-    common snapshot that differs; operation: the first that differs, and why; is_thorough: whether every
-    step was replayed; problems: why something could not be compared; is_complete: whether all common
-    snapshots could be read, and the replays are those of the recordings; measured: the measurements that
-    differ, and their first values that do; renamed: settings of `experiments` that are only names, and
-    change nothing; unread: tensors of a batch that differ and that no operation
-    reads, in words.
+    experiments, numerics: differing settings, and other conditions that bits depend on, by name, of
+    both; steps: the number of steps of each; data_tensors: of the data, that differ, where both runs
+    hold it; loss: the first that differs (recorded: of the first run, replayed: of the second), None if
+    all match; first_state: when that reaches the model, None without an operation; common_state: the
+    last snapshot that both have and that is identical; states: tensors of the first common snapshot that
+    differs; operation: the first that differs, and why; is_thorough: whether every step was replayed;
+    problems: why something could not be compared; is_complete: whether all common snapshots could be
+    read, and the replays are those of the recordings; measured: the measurements that differ, and their
+    first values that do; renamed: settings of `experiments` that are only names, and change nothing;
+    unread: tensors of a batch that differ and that no operation reads, as text.
     """
 
     names: tuple[str, str]
@@ -88,7 +87,7 @@ class Difference(Shown):
 
     def __repr__(self) -> str:
         if self.is_same:
-            found = "all that was compared is the same"
+            found = "everything compared is identical"
         elif self.operation is not None:
             one = self.operation.one or self.operation.other
             name = f", {one.operation.operator}" if one is not None else ""
@@ -165,7 +164,7 @@ def diff(
             problems += diverged
             unread = search.unread
         except RunError as error:
-            if asked and not ends:  # all that was asked for cannot be done
+            if asked and not ends:  # the complete comparison is not possible
                 raise
             thorough = False
             problems.append(str(error))
@@ -220,7 +219,7 @@ def _snapshots(
 ) -> tuple[list[int], list[StateDifference], list[str]]:
     """Return the common states before the first that differs, and what differs in that one.
 
-    Those up to the last that both files hold as their digests say; also which files do not.
+    Up to the last with intact files in both runs; also the damaged files.
     """
     rows = [{row.step: row for row in run.snapshot_rows()} for run in (one, other)]
     common: list[int] = []
@@ -258,7 +257,7 @@ def _snapshots(
 class _Lockstep:
     """Replays two runs side by side.
 
-    unread: tensors of a batch that differ, and that no operation reads, in words.
+    unread: tensors of a batch that differ, and that no operation reads, as text.
     """
 
     def __init__(
@@ -303,7 +302,7 @@ class _Lockstep:
         return FirstState(None, "", last)
 
     def divergences(self) -> list[str]:
-        """Report in words which replays differ from their recording."""
+        """Describe which replays differ from their recording."""
         return [
             f"the replay of {opener.run.name} differs from its recording from step "
             f"{opener.diverged_at} on; results for later steps are not those of the original run"
@@ -328,7 +327,7 @@ class _Lockstep:
 
 
 def _programs_of(run: RecordedRun) -> list[bytes]:
-    """Return the programs of a run as they lie on disk; none if one of them cannot be read."""
+    """Return the programs of a run as they are on disk; none if one of them cannot be read."""
     try:
         return [run.read_file(program_file(number)) for number in run.facts.training.programs]
     except RunError:
@@ -336,7 +335,7 @@ def _programs_of(run: RecordedRun) -> list[bytes]:
 
 
 def _draws_at_random(run: RecordedRun) -> bool:
-    """Tell whether a step of the run draws random numbers, if programs show it; True if none does."""
+    """Return whether a step of the run draws random numbers, if programs show it; True if none does."""
     training = run.facts.training
     if training.loop or training.unseen:
         return True
@@ -348,7 +347,7 @@ def _draws_at_random(run: RecordedRun) -> bool:
 
 
 def _other_batch(one: Step, other: Step) -> list[str]:
-    """Return the tensors of a batch that differ, in words."""
+    """Return the tensors of a batch that differ, as texts."""
     pair = one.batch.tensors, other.batch.tensors
     return [
         f"{name} of step {one.number:,}"

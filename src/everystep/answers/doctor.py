@@ -1,4 +1,4 @@
-"""Doctor: what is wrong with a run, what can still be read, and what to do."""
+"""Doctor: damage of a run, what can still be read, and what to do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KINDS = ("data", "experiment", "programs", "changes between steps")
 class Diagnosis(Shown):
     """What is wrong with a run.
 
-    findings: each with its place and a cure; readable: what can still be read, in words; checked: what
+    findings: each with its place and a cure; readable: what can still be read, as texts; checked: what
     was compared with its digest.
     """
 
@@ -44,16 +44,16 @@ class Diagnosis(Shown):
 
     @property
     def is_healthy(self) -> bool:
-        """Whether nothing is wrong in what was checked."""
+        """Whether the checks found nothing wrong."""
         return not self.findings
 
     def __repr__(self) -> str:
-        found = "; ".join(map(str, self.findings)) or "nothing is wrong in what was checked"
+        found = "; ".join(map(str, self.findings)) or "the checks found nothing wrong"
         return f"<diagnosis of {self.name}: {found}>"
 
 
 def doctor(directory: Path) -> Diagnosis:
-    """Look at everything that a run consists of; writes nothing, and replays nothing (`verify` does).
+    """Check all files of a run; writes nothing, and replays nothing (`verify` does).
 
     Raises:
         RunError: there is no such run.
@@ -90,7 +90,7 @@ def doctor(directory: Path) -> Diagnosis:
 
 
 def _problem(read: Callable[[], object]) -> str | None:
-    """Return what is wrong with a file, as reading it reports it."""
+    """Return the error of reading a file, if any."""
     try:
         read()
     except (EverystepError, OSError) as error:
@@ -117,7 +117,7 @@ def _database_findings(run: RecordedRun) -> Iterator[Finding]:
 def _state_findings(run: RecordedRun, states: dict[SnapshotRow, str | None]) -> Iterator[Finding]:
     """Yield which states are missing or altered, and which steps have no state to open from.
 
-    states: what is wrong with each, None if nothing is.
+    states: the problem of each, None if it has none.
     """
     sound = [row.step for row, problem in states.items() if problem is None]
     for row, problem in states.items():
@@ -134,7 +134,7 @@ def _state_findings(run: RecordedRun, states: dict[SnapshotRow, str | None]) -> 
 
 
 def _unopened(run: RecordedRun, state: int, sound: list[int]) -> str:
-    """Return which steps have no state to open from, where none up to `state` is sound."""
+    """Return which steps have no state to open from, if none up to `state` is sound."""
     newest, trained = run.newest_step(), run.facts.trained
     last = min((step for step in sound if step > state), default=newest)
     # A step drops the gradients of the one before, which only the state of a loop has.
@@ -144,9 +144,9 @@ def _unopened(run: RecordedRun, state: int, sound: list[int]) -> str:
 
 
 def _files(run: RecordedRun) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Yield the files of a run besides states and batches: the kind, the place, and what reads each.
+    """Yield the files of a run except states and batches: kind, place, and a function that reads it.
 
-    The kind is empty where no digest of the file is known.
+    The kind is empty if the file has no digest.
     """
     for stretch in run.stretches:
         training = stretch.facts
@@ -162,7 +162,7 @@ def _files(run: RecordedRun) -> Iterator[tuple[str, str, Callable[[], object]]]:
 
 
 def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
-    """Yield which files of batches are not as they were recorded, by the digests of their rows."""
+    """Yield the files of batches that differ from the recording, by the digests of their rows."""
     altered: set[int] = set()
     cure = f"{_RESTORE}; without it, steps that need it cannot be replayed"
     with reading(run.directory / FILE_NAME) as database:
@@ -180,7 +180,7 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
 
 
 def _given(database: Database) -> Iterator[Given]:
-    """Yield what steps were given, row by row, each once."""
+    """Yield the inputs of steps, row by row, each once."""
     seen: set[bytes] = set()
     step = 0
     while rows := database.repeats_after(step, BLOCK):
@@ -193,7 +193,7 @@ def _given(database: Database) -> Iterator[Given]:
 
 
 def _readable(run: RecordedRun, facts: Facts, states: dict[SnapshotRow, str | None]) -> Iterator[str]:
-    """Yield what can be read, in words."""
+    """Yield what can be read, as text."""
     with reading(run.directory / FILE_NAME) as database:
         yield from _readable_numbers(database, facts)
     if states:

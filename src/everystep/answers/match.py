@@ -1,12 +1,12 @@
 """Match: aligns a step of two trainings that are written differently, by the values of their tensors.
 
-Two programs of the same mathematics have the same tensors up to rounding, in whatever order, with other
-shapes of the same numbers, and with other results in between. So a tensor of one is looked for among all
-tensors of the other. A result that the other does not have is suspect if nothing that is computed from
-it is found there either: else it only is another way to the same.
+Two programs of the same mathematics have the same tensors up to rounding, in any order, with different
+shapes of the same numbers, and with different intermediate results. So a tensor of one is searched among
+all tensors of the other. A result that the other does not have is suspect if nothing computed from it is
+found there either: else it is only a different intermediate result.
 
-Where one of them rounds more, as bfloat16 does, rounding explains too much to find a mistake in it. Then
-both programs take the step in double precision, from the same state.
+If one of them rounds more, as in bfloat16, rounding hides mistakes. Then both programs take the step in
+double precision, from the same state.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from everystep.step.state import State
 __all__ = ["Match", "Suspect", "match"]
 
 
-#: How far apart numbers are by rounding, where both programs compute in double precision: what Python
-#: made in single precision, such as a factor, is the same in both.
+#: How far apart numbers are by rounding, if both programs compute in double precision: numbers that
+#: Python computed in single precision, such as a factor, are the same in both.
 ROUNDING_IN_DOUBLE = 1e-7
 
 
 class Suspect(NamedTuple):
-    """The first result of a step that the other does not have, nor anything that is computed from it.
+    """The first result of a step that the other does not have, and no result computed from it either.
 
-    operation: its number; name: of the result; has_known_inputs: whether the other has all that
-    the operation was given; nearest, distance: the operation of the other with the nearest result of as
-    many numbers, and how far that is, relative to the largest number; None if there is none.
+    operation: its number; name: of the result; has_known_inputs: whether the other has all inputs of the
+    operation; nearest, distance: the operation of the other with the nearest result of as many numbers,
+    and how far that is, relative to the largest number; None if there is none.
     """
 
     operation: int
@@ -86,12 +86,12 @@ class Match(Shown):
 
     @property
     def is_match(self) -> bool:
-        """Whether the second run has all that the first one ends with, up to rounding."""
+        """Whether the second run has all final tensors of the first one, up to rounding."""
         return not self.begin and not self.end
 
 
 def match(one: Opener, other: Opener, step: int | None = None) -> Match:
-    """Return how a step of two runs matches: by values, whatever their programs look like.
+    """Return how a step of two runs matches, by values.
 
     Args:
         one: the first run, to which the second is compared.
@@ -109,7 +109,7 @@ def match(one: Opener, other: Opener, step: int | None = None) -> Match:
             raise RunError("one of the runs has no steps to match")
         step = 1
         if matches(1).is_match:
-            # What has left the other stays away from it, so the first such step is found by halving.
+            # Runs that diverged stay apart, so bisection finds the first such step.
             step = last
             if not matches(last).is_match:
                 step = 2 + bisect_left(range(2, last), True, key=lambda n: not matches(n).is_match)
@@ -125,7 +125,7 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
     if coarsest[0] != coarsest[1]:
         one_name, other_name = (str(dtype).removeprefix("torch.") for dtype in coarsest)
         precisions, limit = (one_name, other_name), tolerance(*coarsest)
-        # Later, rounding has led to other states, and both steps begin with the same.
+        # At later steps, rounding has led to different states, so both steps start from the same one.
         before = [(n, t) for n, t in before if number == 1 or n.startswith("batch")]
     others = _Values(steps[1], limit)
     begin = tuple(name for name, tensor in before if not others.has(tensor))
@@ -160,7 +160,7 @@ def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
     """Return a step of two runs in double precision, both from the state of the first.
 
     Raises:
-        RunError: a program does not exist in double precision; says why.
+        RunError: a program cannot run in double precision; gives the reason.
     """
     first, own = one.state(number - 1), other.state(number - 1)
     second = replace(
@@ -192,14 +192,14 @@ def _step_in_double(replay: Replay, state: State) -> Step:
 
 
 def _before(step: Step) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a step is given: parameters, buffers and the batch."""
+    """Yield the inputs of a step: parameters, buffers and the batch."""
     yield from ((f"parameters[{n!r}]", t) for n, t in step.parameters.items())
     yield from ((f"buffers[{n!r}]", t) for n, t in step.buffers.items())
     yield from ((f"batch.{n}", t) for n, t in step.batch.tensors.items())
 
 
 def _after(step: Step) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a step leaves: gradients, then parameters and buffers."""
+    """Yield the final tensors of a step: gradients, then parameters and buffers."""
     yield from ((f"gradients[{n!r}]", t) for n, t in reversed(step.gradients.items()))
     for name, tensor in step.end.items():
         kind, _, path = name.partition("/")
@@ -208,7 +208,7 @@ def _after(step: Step) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Values:
-    """All tensors of a step, to look others up among them."""
+    """All tensors of a step, for look-up by values."""
 
     def __init__(self, step: Step, limit: float) -> None:
         self._operations = step.operations
@@ -231,7 +231,7 @@ class _Values:
                 self._by_size[tensor.numel()].append((index, tensor))
 
     def has(self, tensor: Tensor) -> bool:
-        """Tell whether there is such a tensor, up to rounding."""
+        """Return whether an equal tensor exists, up to rounding."""
         return self.nearest(tensor)[1] <= self._limit
 
     def nearest(self, tensor: Tensor) -> tuple[int | None, float]:
@@ -241,7 +241,7 @@ class _Values:
         """
         best: tuple[int | None, float] = (None, math.inf)
         if not tensor.numel() or not tensor.any():
-            return None, 0.0  # what is empty or zero says nothing
+            return None, 0.0  # empty and zero tensors match anything
         for index, candidate in self._by_size[tensor.numel()]:
             for view in _views(tensor, candidate):
                 distance = relative_difference(view.flatten(), candidate.flatten())
@@ -252,7 +252,7 @@ class _Values:
         return best
 
     def suspect(self, others: _Values) -> Suspect | None:
-        """Return the first result that others do not have, nor anything that is computed from it.
+        """Return the first result that others do not have, and no result computed from it either.
 
         Another program may count steps, or make constants, without tensors.
         """

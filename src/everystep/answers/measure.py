@@ -44,7 +44,7 @@ class _Function:
         """Return the answer at a step, None if the function returns it.
 
         Raises:
-            ExpressionError: the function returns something that is not a number.
+            ExpressionError: the function does not return a number.
         """
         assert isinstance(probe, OpenedValues)
         answer = self._function(probe.step)
@@ -204,7 +204,7 @@ def measure(
     It keeps the values of an interrupted measurement, and continues after them.
 
     Args:
-        opener: of the run; nothing else in it changes.
+        opener: of the run; only the measurement is added.
         question: an expression, or a function of the opened step that returns a number.
         name: of the measurement.
         every: steps between two measurements.
@@ -282,7 +282,7 @@ def until(
     processes: int | None,
     on_progress: Callable[[int], None],
 ) -> list[Replayed]:
-    """Replay spans until something is found in one, and all before it are replayed; return what was.
+    """Replay spans until one has a result and all spans before it are replayed; return the result.
 
     Raises:
         RunError: a needed file is missing or unreadable.

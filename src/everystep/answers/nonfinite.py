@@ -1,7 +1,7 @@
 """Nonfinite: the operation that made the first NaN or infinity of a run.
 
-Every result of every operation is checked while programs run the steps; what the operation made it from
-is an answer of `why`.
+Every result of every operation is checked while programs run the steps; `why` returns the inputs of that
+number.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ _Meant = tuple[int, str] | str
 class NonFinite(Shown):
     """The origin of the first NaN or infinity of a run.
 
-    step: the opened step; origin: what it came from: an operation, the batch, the state before the step,
-    a change of that state between two steps (`between`), or your own code (`outside`); index: of the
-    operation that made it, or that put what your own code gave it into `name`; name: of the tensor;
+    step: the opened step; origin: its source: an operation, the batch, the state before the step, a
+    change of that state between two steps (`between`), or your own code (`outside`); index: of the
+    operation that made it, or that copied a number of your own code into `name`; name: of the tensor;
     nans, infinities: their number in it; rows: the affected rows, if the tensor has a row for each row
-    of the batch, as `step.batch.whole` numbers them.
-    why: the first of these numbers, with the numbers that the operation made it from and the rows behind
-    it; None if no operation made it, or an optimizer, of which only the parameters are known.
+    of the batch, as `step.batch.whole` numbers them. why: the first of these numbers, with the inputs
+    and the rows that it was computed from; None if no operation made it, or an optimizer's step did.
     """
 
     step: Step
@@ -137,10 +136,10 @@ class FiniteCheck(Visitor):
         return self._found
 
     def _plan(self, bound: BoundProgram) -> tuple[list[Any], Tensor]:
-        """Return the calls of a step with a check of each result, and where the answers are.
+        """Return the calls of a step with a check of each result, and the places of the checks.
 
-        A step that is opened has the operations of an optimizer in place of its step as a whole. So
-        operations have other places from there on, and all infinities count: opening the step decides.
+        An opened step has the single operations of an optimizer. So later operations have different
+        numbers there, and all infinities count here: opening the step decides.
         """
         program = bound.program
         flags = torch.ones(len(program.operations) + 1, dtype=torch.bool, device=bound.loss.device)
@@ -197,7 +196,7 @@ def find_nonfinite(
     if not last:
         return None
     if opener.objects is not None:
-        opener = Opener(run, opener.objects)  # with what they carry besides tensors as it was
+        opener = Opener(run, opener.objects)  # with their state other than tensors restored
     bound = min(last, run.facts.nonfinite_step or last)
     meant: frozenset[_Meant] = frozenset()
     suspect, begin = 1, 1  # the first step has the operations with intentional infinities
@@ -256,7 +255,7 @@ def _first_made(step: Step) -> NonFinite | None:
             is_kept = name in tensors and tensors[name].storage in kept
             if found is None or (not found.nans and may_be_meant and not is_kept):
                 continue
-            # No operation before has made one that counts: what has one already was brought in.
+            # No earlier operation made one that counts, so an input of the step has it.
             brought = (n for n, each in given.items() if (each.nans if found.nans else each.infinities))
             source = next(brought, "")
             base = source.partition("~")[0]
@@ -282,7 +281,7 @@ def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
 
 
 def _is_among_arguments(observed: Observed) -> bool:
-    """Tell whether an infinity is among the arguments."""
+    """Return whether an infinity is among the arguments."""
     operation = observed.operation
     return any(
         (isinstance(value, dict) and value.get("float") in ("inf", "-inf"))
@@ -297,7 +296,7 @@ class _Counts(NamedTuple):
 
 
 def _count(tensor: Tensor) -> _Counts | None:
-    """Return how many numbers of a tensor are not finite, None if all are."""
+    """Return how many numbers of a tensor are not finite, None if all are finite."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
         return None
     return _Counts(int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum()))

@@ -63,13 +63,13 @@ class TensorDifference(NamedTuple):
 
 @dataclass(frozen=True)
 class OperationDifference:
-    """The first operation with another result, and why.
+    """The first operation with a different result, and why.
 
     step, index: its position; one, other: the operation in each run (None if one run has no such
-    operation); results: those that differ, and what else it wrote; inputs: those that already differ;
-    rows: of the batch, as (position, row in the first run, row in the second); rows_of: what their
-    numbers are of; causes: in words, what differs in all that the operation is given, and where that was
-    set; others: in words, inputs that the other run takes from another source, of both.
+    operation); results: those that differ, and other memory that it wrote; inputs: those that already
+    differ; rows: of the batch, as (position, row in the first run, row in the second); rows_of: what
+    their numbers are of; causes: as text, which inputs differ, and where they were set; others: as text,
+    inputs from different sources in the two runs.
     """
 
     step: int
@@ -95,11 +95,11 @@ class OperationDifference:
 
 
 class Source(NamedTuple):
-    """Where a tensor that an operation is given comes from.
+    """The source of an input of an operation.
 
-    name: of the memory that it lies in; made_by: the number of the operation of this step that made it,
-    and the place among its results; None if it was there before the step; view: the shape, the strides
-    and the offset of the tensor in that memory.
+    name: of its memory; made_by: the number of the operation of this step that made it, and the place
+    among its results; None if it was there before the step; view: the shape, the strides and the offset
+    of the tensor in that memory.
     """
 
     name: str
@@ -130,7 +130,7 @@ class _Sources:
         return Source(memory, self._made.get(memory), (spec.shape, spec.stride, spec.offset))
 
     def text(self, source: Source) -> str:
-        """Return in words where a tensor comes from."""
+        """Describe where a tensor comes from."""
         shape, stride, _ = source.view
         is_transposed = len(shape) > 1 and stride[-2] == 1 < stride[-1]
         return self._memory_text(source) + " transposed" * is_transposed
@@ -196,7 +196,7 @@ class StepPair:
 class Argument(NamedTuple):
     """An argument of an operation that differs between two runs.
 
-    name: of its parameter; values: in both, a default where none is given.
+    name: of its parameter; values: in both, or the default.
     """
 
     name: str
@@ -204,7 +204,7 @@ class Argument(NamedTuple):
 
 
 class OperationPair:
-    """An operation that two steps have, for the same purpose, with what it is given in both."""
+    """An operation that two steps have for the same purpose, with its inputs in both."""
 
     def __init__(self, one: Observed, other: Observed, sources: tuple[_Sources, _Sources]) -> None:
         self._pair = one, other
@@ -225,8 +225,8 @@ class OperationPair:
     def inputs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The tensors at the same place among the arguments: the first one's name, and both.
 
-        Tensors from another source are left out, and those of the same shape of which the operation does
-        not read the numbers.
+        Tensors from different sources are left out, and those of the same shape without numbers that the
+        operation reads.
         """
         one, other = (each.inputs for each in self._pair)
         if not self._arguments:
@@ -243,11 +243,11 @@ class OperationPair:
 
     @property
     def others(self) -> tuple[list[str], list[str]]:
-        """The tensors that come from another source in the other run, for both, in words.
+        """The tensors from different sources in the two runs, for both, as text.
 
-        Another view of what the step has made is another source, if its numbers differ. Of lists of
-        different lengths, these are those that only one of them has. Tensors that were there before the
-        step, each under a name that the other run does not know, may be the same.
+        Another view of a tensor that the step made is a different source, if its numbers differ. Of
+        lists of different lengths, these are the tensors that only one of them has. Tensors from before
+        the step, each under a name that the other run does not have, may be the same.
         """
         found: tuple[list[Source], list[Source]] = ([], [])
         for _, a, b in self._arguments:
@@ -266,14 +266,14 @@ class OperationPair:
                     [x for x in one if not any(self._is_one_memory(x, y) for y in other)],
                     [y for y in other if not any(self._is_one_memory(x, y) for x in one)],
                 )
-            else:  # a tensor or none at all: an argument that differs
+            else:  # a tensor in one run only: an argument that differs
                 continue
             found[0].extend(one)
             found[1].extend(other)
         return self._texts(*found)
 
     def _texts(self, one: list[Source], other: list[Source]) -> tuple[list[str], list[str]]:
-        """Return in words where tensors come from, with their shapes where only these differ."""
+        """Describe where tensors come from, with their shapes if only these differ."""
         texts = [*map(self._sources[0].text, one)], [*map(self._sources[1].text, other)]
         for place, (x, y) in enumerate(zip(one, other, strict=False)):
             if texts[0][place] == texts[1][place] and x.view[0] != y.view[0]:
@@ -282,14 +282,15 @@ class OperationPair:
         return texts
 
     def _is_other(self, names: tuple[str, str]) -> bool:
-        """Tell whether two inputs come from another source, or are another view of the same one."""
+        """Return whether two inputs come from another source, or are another view of the same one."""
         x, y = (side.of(name) for side, name in zip(self._sources, names, strict=True))
         if not self._is_one_memory(x, y):
             return True
         given = [each.inputs.get(name) for each, name in zip(self._pair, names, strict=True)]
         if x.view == y.view or _are_same(*given, if_unknown=True):
             return False
-        # What earlier operations made is the same in both. Other numbers are then another part of it.
+        # Results of earlier operations are the same in both, so different numbers are another part of
+        # them.
         known = [side.known.get(each.name) for side, each in zip(self._sources, (x, y), strict=True)]
         return x.made_by is not None or _are_same(*known, if_unknown=False)
 
@@ -311,7 +312,7 @@ def memory_of(name: str) -> str:
 
 
 def name_in_words(name: str) -> str:
-    """Return what a person calls a tensor of the state."""
+    """Return the readable name of a tensor of the state."""
     kind, _, rest = name.partition("/")
     if kind == "optimizer":
         parameter, _, key = rest.rpartition("/")
@@ -324,7 +325,7 @@ def name_in_words(name: str) -> str:
 
 
 def draws(operator: str) -> bool:
-    """Tell whether an operator draws random numbers, as far as it is one that programs may use."""
+    """Return whether an operator that programs may use draws random numbers."""
     try:
         return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
     except ValueError:  # an eager step may contain any operator
@@ -332,7 +333,7 @@ def draws(operator: str) -> bool:
 
 
 class _ATensor:
-    """Stands for a tensor among arguments."""
+    """Replaces a tensor among arguments."""
 
     def __repr__(self) -> str:
         return "a tensor"
@@ -367,12 +368,12 @@ def _plain(value: Any) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Tell whether two arguments are the same; of tensors, only whether both are there."""
+    """Return whether two arguments are the same; of tensors, only whether both are there."""
     return (_is_tensors(one) and _is_tensors(other)) or same_value(one, other)
 
 
 def _is_tensors(value: Any) -> bool:
-    """Tell whether an argument is a tensor, or a list of nothing else."""
+    """Return whether an argument is a tensor or a list of tensors."""
     return value is _A_TENSOR or (isinstance(value, list) and {*map(id, value)} == {id(_A_TENSOR)})
 
 
@@ -418,7 +419,7 @@ def _outline(observed: Observed) -> tuple[Any, ...]:
 def _in_order(
     one: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield results at the same place, whatever each run calls them."""
+    """Yield results at the same place, under any names."""
     others = list(other.values())
     for place, (name, tensor) in enumerate(one.items()):
         yield name, tensor, others[place] if place < len(others) else None

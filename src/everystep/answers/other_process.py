@@ -47,7 +47,7 @@ PROTOCOL = 5
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
 _MKL_BRANCHES = ("OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512")
 
-#: What each setting of a place must be, in words, and what tells whether a value is that.
+#: What each setting of a place must be, as text, and a check of a value.
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "threads": (f"must be from 1 to {MOST_THREADS:,}", lambda count: 1 <= count <= MOST_THREADS),
     "capability": (
@@ -86,7 +86,7 @@ class Conditions:
         """
         if self == Conditions():
             raise UsageError(
-                "a rerun needs something that differs from the recording: threads, capability, mkl, "
+                "a rerun needs a condition that differs from the recording: threads, capability, mkl, "
                 "float64, bfloat16 or python (everystep verify replays the run as it was recorded)"
             )
         given = {name: getattr(self, name) for name in _ALLOWED}
@@ -119,14 +119,14 @@ class Conditions:
 
 
 class OtherProcess:
-    """A process that replays a run elsewhere."""
+    """A process that replays a run under different conditions."""
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, conditions: Conditions) -> None:
         self._process = process
         self._folder = folder
         self._conditions = conditions
         if self._answer() != PROTOCOL:
-            raise TrainingError(f"{conditions.interpreter} has another everystep; {self._cure}")
+            raise TrainingError(f"{conditions.interpreter} has a different everystep; {self._cure}")
 
     def call(self, task: Callable[..., T], *given: Any, **named: Any) -> T:
         """Do something with the replay of the run there, which the task is given first, or open a run.
@@ -178,7 +178,7 @@ def other_process(conditions: Conditions, environment: dict[str, str]) -> Iterat
     code = "from everystep.answers.other_process import main; main()"
     with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
         with (Path(folder) / "errors").open("wb") as errors:
-            # -P: what lies in the working directory is not imported.
+            # -P: nothing is imported from the working directory.
             process = subprocess.Popen(
                 [conditions.interpreter, "-P", "-c", code],
                 env=os.environ | environment,

@@ -1,4 +1,4 @@
-"""Rerun: takes the steps of a run elsewhere, and says where they part from the recording."""
+"""Rerun: repeats the steps of a run under different conditions, and reports where they diverge."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FARTHEST = 5
 
 @dataclass(frozen=True)
 class Rerun(Shown):
-    """The steps of a run as they are elsewhere.
+    """The steps of a run under different conditions.
 
     place: its conditions; changed: what bits depend on and differs there, by name, recorded
     and there; first: the first step; recorded, losses: of all steps (steps), recorded and there;
@@ -96,7 +96,7 @@ class Rerun(Shown):
 
     @property
     def curves(self) -> dict[str, polars.DataFrame]:
-        """The losses as recorded, there, and of the runs laid beside, by name: columns step and loss."""
+        """The losses of the recording, the rerun and the other runs, by name: columns step and loss."""
         import polars as pl
 
         there = self.place.precision or "rerun"
@@ -124,10 +124,11 @@ def rerun(
     others: Sequence[RecordedRun] = (),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Rerun:
-    """Take the steps of a run elsewhere, from its first state on, and compare them with the recording.
+    """Repeat the steps of a run under different conditions, from its first state, and compare them.
 
-    Programs alone do it. Of a fork, these are the steps since it began. Then single steps are taken
-    there from recorded states, so that what each operation adds can be told from what it was given.
+    Programs alone compute them. For a fork, these are the steps since it began. Then single steps run
+    from recorded states, which separates the difference that each operation adds from that of its
+    inputs.
 
     Args:
         opener: of the run.
@@ -137,7 +138,7 @@ def rerun(
 
     Raises:
         ExperimentError: a setting is invalid.
-        RunError: the steps cannot be taken there; gives the reason.
+        RunError: the steps cannot run there; gives the reason.
         TrainingError: the process there does not start, or ended early.
     """
     conditions.check()
@@ -191,9 +192,9 @@ def _begin(replay: Replay, first: int) -> dict[str, Any]:
 
 
 def _run(replay: Replay, last: int, is_compared: bool) -> tuple[list[float], bool]:
-    """Run steps from the current state on, whatever was recorded; return their losses.
+    """Run steps from the current state, without checks; return their losses.
 
-    is_compared: return, too, whether the last state differs from the snapshot of it.
+    is_compared: also return whether the last state differs from its snapshot.
     """
     with replay.in_force(last):
         losses = replay.stepper.run(last).tolist()
@@ -269,7 +270,7 @@ def _losses(
 
 
 def _parting_step(opener: Opener, process: OtherProcess, steps: range) -> int | None:
-    """Return the first of some steps with another result, None if it cannot be found again."""
+    """Return the first of some steps with a different result, None if it cannot be found again."""
     for begin in steps[::STRIDE]:
         end = min(begin + STRIDE - 1, steps[-1])
         here = opener.call(footprints, begin, end)
@@ -313,7 +314,7 @@ def _changed(
 
 
 def _diverged(opener: Opener) -> Iterator[str]:
-    """Yield in words that a replay as it was recorded differs from the recording, too."""
+    """Yield a text if a replay under the recorded conditions differs, too."""
     if opener.diverged_at is not None:
         yield (
             "a replay under the recorded conditions also differs from the recording, from step "
@@ -322,14 +323,14 @@ def _diverged(opener: Opener) -> Iterator[str]:
 
 
 def _reads_numbers(program: Program) -> bool:
-    """Tell whether Python read numbers of a step, other than counters of steps."""
+    """Return whether Python read numbers of a step, other than counters of steps."""
     known = counters(program)
     read = (name for each in program.operations if each.operator == READ for name in each.reads())
     return any(program.tensors[name].storage not in known for name in read)
 
 
 def _taken_over(run: RecordedRun) -> Iterator[str]:
-    """Yield what a rerun takes from the recording instead of computing it."""
+    """Yield what a rerun takes from the recording instead of computing."""
     loop = run.stretches[-1].facts.loop
     numbers = range(1, loop.programs + 1 if loop else 1)
     programs = (read_program(run, number) for number in numbers)

@@ -24,9 +24,9 @@ _TOLERANCE = {
 
 
 class Residue(NamedTuple):
-    """Numbers that are zero but for rounding, which is all that is left where the terms of a sum cancel.
+    """Numbers that are zero except for rounding, which remains when the terms of a sum cancel.
 
-    argument: the parameter of the operation that is given them, None if they are its result; own, there:
+    argument: the parameter of the operation that receives them, None if they are its result; own, there:
     the largest of them in both replays; of: the largest number of that input, or of all inputs.
     """
 
@@ -41,9 +41,9 @@ class Apart(NamedTuple):
 
     step, operation: its place, by numbers; operator, phase, module: what it is; name: of the result;
     relative: the largest difference of two numbers, divided by the largest number of that tensor;
-    infinite where only one of the two is finite, or for whole numbers that differ. residue: if that is
-    beyond rounding, the numbers that are zero but for rounding: the result itself, or those of an input
-    where the result is so far apart. follows: whether it is made of a result that is such a residue.
+    infinite if only one of the two is finite, or for integers that differ. residue: if that is beyond
+    rounding, the numbers that are zero except for rounding: the result itself, or those of an input.
+    follows: whether it is computed from a result that is such a residue.
     """
 
     step: int
@@ -84,7 +84,7 @@ def apart(own: Step, there: Step, limit: float) -> list[Apart]:
 
 
 def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue | None:
-    """Return the numbers that are zero but for rounding: a result that is beyond it, or its inputs."""
+    """Return the numbers that are zero except for rounding: the result, or its inputs."""
     result, there = one.made[name], other.made[name]
     read = {n: t for n, t in one.read.items() if t.is_floating_point() and t.numel()}
     if not result.is_floating_point() or result.shape != there.shape or not result.numel():

@@ -25,8 +25,10 @@ _ADDS = {"add", "sub"}
 _LINEAR = _ADDS | {"clone", "copy", "_to_copy", "neg", "mul", "div"}
 _PARAMETER = "parameter/"
 _NONE = frozenset[str]()
-_OTHER_DTYPE = Reason("memory is read as numbers of another size")
-_OUTSIDE = Reason("a tensor that the step reads may come from operations that are kept as numbers only")
+_OTHER_DTYPE = Reason("memory is read as a dtype of another size")
+_OUTSIDE = Reason(
+    "a tensor that the step reads may come from operations of which only results were recorded"
+)
 _SHARED = Reason("rows of the batch share memory")
 
 
@@ -44,7 +46,8 @@ class Followed(NamedTuple):
 def follow(step: Step, rows: int) -> Followed:
     """Return the gradients of a step and its loss, with the rows that make them.
 
-    rows: of the batch. What was there before the step, and what an optimizer wrote, belongs to no row.
+    rows: of the batch. Tensors from before the step, and those that an optimizer wrote, belong to no
+    row.
     """
     return _RowsFollower(step, rows).followed()
 
@@ -52,9 +55,9 @@ def follow(step: Step, rows: int) -> Followed:
 class _RowsFollower:
     """Follows the operations of a step.
 
-    A parameter that goes into a loss only by way of numbers of rows has a gradient that rows make up:
-    what is left of it is not a penalty, but numbers that are the same for all rows. So the state is
-    followed through the forward pass, too, up to where it meets numbers of rows.
+    A parameter that enters the loss only through numbers of rows has a gradient that is a sum over rows:
+    its rest is not a penalty, but numbers that are the same for all rows. So the state is followed
+    through the forward pass, too, until it meets numbers of rows.
     """
 
     def __init__(self, step: Step, rows: int) -> None:
@@ -67,10 +70,10 @@ class _RowsFollower:
         self._last_backward = max(
             (i for i, phase in enumerate(phases) if phase == "backward"), default=len(phases)
         )
-        #: Why the loss is not a sum of losses of single rows; None: nothing speaks against it.
+        #: Why the loss is not a sum of losses of single rows; None: it may be one.
         self._mixed: Reason | None = None
         self._terms = self._storages_of_terms()
-        #: Which parameters a storage was made from without rows; at first, those that lie there.
+        #: The parameters that a storage was computed from without rows; at first, those in it.
         self._ways: dict[str, frozenset[str]] = {}
         for name, spec in self._places.tensors.items():
             if name.startswith(_PARAMETER):
@@ -93,7 +96,7 @@ class _RowsFollower:
                 value = step.gradients[parameter] if left is None else left
                 tracked = memory.read(place.names[0], value)
                 if self._mixed is not None:
-                    # What backward makes of such a loss may look like terms of rows, and is none.
+                    # The gradients of such a loss may look like terms of rows, but are not.
                     labels = filled(MIXED, value).labels
                     tracked = tracked._replace(labels=labels, reason=self._mixed)
                 found[parameter] = tracked
@@ -108,7 +111,7 @@ class _RowsFollower:
         return Followed(found, memory.read(places.loss, loss), penalized)
 
     def _storages_of_terms(self) -> set[str]:
-        """Return the memory of gradients and the loss, and of what is added up to them: also terms."""
+        """Return the memory of gradients and the loss, and of the terms added up to them."""
         names = [place.names[0] for place in self._places.gradients.values()]
         names += [] if self._places.loss is None else [self._places.loss]
         terms = {self._trace.storage(name) for name in names}
@@ -161,7 +164,7 @@ class _RowsFollower:
     def _results(
         self, seen: Observed, given: Mapping[str, Tracked]
     ) -> tuple[dict[str, Result], str | None]:
-        """Return what is known of the results, by name, and why nothing is known of others."""
+        """Return labels of the results, by name, and the reason for results without labels."""
         trace, made = self._trace, {**seen.results, **seen.written}
         shared = {name: filled(SHARED, tensor) for name, tensor in made.items()}
         if seen.operation.phase == "update" and all(
@@ -211,9 +214,9 @@ class _Written(NamedTuple):
 
 
 class _Memory:
-    """What was written to the storages of a step, and which rows it belongs to.
+    """Writes to the storages of a step, and their rows.
 
-    What no operation has written belongs to no row, except the batch, with a row of it along the first
+    Memory that no operation has written belongs to no row, except the batch, with a row along the first
     axis of each tensor.
     """
 
@@ -234,7 +237,7 @@ class _Memory:
                 continue
             here = given.get(spec.storage, {})
             if not here and (prod(spec.shape) <= 1 or not trace.step.places.has_unseen):
-                continue  # from outside, and of no row, such as the weights of classes
+                continue  # from outside, and not of a row, such as the weights of classes
             if not here or not self._agree(here):
                 reason = _SHARED if here else _OUTSIDE
                 self.write(name, Tracked(torch.empty(0), _filled(MIXED, spec), reason=reason))
@@ -242,14 +245,14 @@ class _Memory:
                 self.write(name, here[name])
 
     def _agree(self, tracked: dict[str, Tracked]) -> bool:
-        """Tell whether no number on a storage belongs to two rows."""
+        """Return whether no number on a storage belongs to two rows."""
         written = [_Written(self._trace.spec(name), each) for name, each in tracked.items()]
         for spec, _ in written:
             if any(
                 size > 1 and not stride for size, stride in zip(spec.shape, spec.stride, strict=True)
             ):
                 return False
-        # Where tensors have different labels for one number, that laid last hides the others.
+        # If tensors have different labels for one number, the last one hides the others.
         start = torch.tensor(MIXED, dtype=torch.int32)
         return all(
             torch.equal(_laid(written, spec, start, lambda each: each.labels), own.labels)
@@ -257,7 +260,7 @@ class _Memory:
         )
 
     def write(self, name: str, tracked: Tracked) -> None:
-        """Note what a tensor holds from now on."""
+        """Note the new content of a tensor."""
         spec = self._trace.spec(name)
         before = self._written.get(spec.storage, [])
         kept = [each for each in before if not _covers(spec, each.spec)]
@@ -265,7 +268,7 @@ class _Memory:
         self._written[spec.storage] = [*kept, _Written(spec, tracked)]
 
     def read(self, name: str, value: Tensor) -> Tracked:
-        """Return the tensor with its labels; value: what it holds."""
+        """Return the tensor with its labels; value: its numbers."""
         spec = self._trace.spec(name)
         written = self._written.get(spec.storage, [])
         if not written:
@@ -294,7 +297,7 @@ class _Memory:
         )
 
     def value(self, name: str) -> Tensor | None:
-        """Return what a tensor holds, as operations wrote it; None if none did."""
+        """Return the numbers of a tensor, as operations wrote them; None if none did."""
         spec = self._trace.spec(name)
         written = self._written.get(spec.storage)
         if not written:
@@ -313,9 +316,9 @@ def _laid(
     start: Tensor,
     of: Callable[[Tracked], Tensor | None],
 ) -> Tensor:
-    """Return what writes, one after the other, leave of a tensor.
+    """Return the content of a tensor after a sequence of writes.
 
-    start: what its memory is filled with before (0-dimensional); of: returns what a write lays there.
+    start: fills its memory before (0-dimensional); of: returns the content of a write.
     """
     flat = start.repeat(max(_end(each) for each in (spec, *(each.spec for each in written))))
     for each in written:
@@ -334,14 +337,14 @@ def _on(flat: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _same_place(one: TensorSpec, other: TensorSpec) -> bool:
-    """Tell whether two tensors are the same numbers in the same shape; strides along size 1 are moot."""
+    """Return whether two tensors have the same numbers and shape; strides along size 1 do not count."""
     if one.shape != other.shape or one.offset != other.offset or one.dtype != other.dtype:
         return False
     return all(a == b or n == 1 for n, a, b in zip(one.shape, one.stride, other.stride, strict=True))
 
 
 def _covers(new: TensorSpec, old: TensorSpec) -> bool:
-    """Tell whether a tensor overwrites another for sure: the same place, or all of a dense range."""
+    """Return whether a tensor overwrites another for sure: the same place, or all of a dense range."""
     if _same_place(new, old):
         return True
     count = 1

@@ -19,15 +19,15 @@ from everystep.replay.shown import Shown
 __all__ = ["Rows", "Share", "rows_of"]
 
 _LOSS = "the loss"
-#: Of float32: what is smaller than this part of the largest gradient is rounding of what cancels in it.
+#: In float32, numbers below this fraction of the largest gradient are rounding of cancelled terms.
 _EPS = float(torch.finfo(torch.float32).eps)
 
 
 class Share(NamedTuple):
-    """What rows make of the loss, or of the gradient of a parameter.
+    """The contributions of rows to the loss, or to the gradient of a parameter.
 
-    norms: the 2-norm of each row's term (N), of the loss the term itself; whole: the same of the whole;
-    rest: of the term that no row makes, such as a penalty; is_mean: of the loss, whether it is a mean.
+    norms: the 2-norm of each row's term (N), for the loss the term itself; whole: of the sum; rest: of
+    the term from no row, such as a penalty; is_mean: of the loss, whether it is a mean.
     """
 
     norms: Tensor
@@ -45,9 +45,9 @@ class Share(NamedTuple):
 class Rows(Shown):
     """The rows of the batch of a step.
 
-    numbers: of each row in `source`, what the data is, or its place in the batch where that is empty;
-    loss_share: what each row makes of the loss; gradients: of each parameter's gradient; both a `Reason`
-    where that is unknown.
+    numbers: of each row in `source`, the name of the data, or in the batch if that is empty; loss_share:
+    the contribution of each row to the loss; gradients: to each parameter's gradient; a `Reason` if
+    unknown.
     """
 
     step: int
@@ -70,7 +70,7 @@ class Rows(Shown):
 
     @property
     def gradient(self) -> Tensor:
-        """The 2-norm of what each row makes of all gradients together (N), in float64.
+        """The 2-norm of each row's contribution to all gradients together (N), in float64.
 
         Raises:
             RunError: it is unknown for a parameter; gives the reason.
@@ -79,7 +79,7 @@ class Rows(Shown):
 
     @property
     def known(self) -> list[str]:
-        """The parameters with gradients of which the rows are known."""
+        """The parameters with gradients of known rows."""
         return [name for name, share in self.gradients.items() if isinstance(share, Share)]
 
     def gradient_of(self, *parameters: str) -> Tensor:
@@ -121,8 +121,8 @@ class Rows(Shown):
 def rows_of(step: Step) -> Rows:
     """Return how much of the loss and of the gradients of a step each row of its batch makes.
 
-    From the operations of the step alone. A row's term is what the step added up for it, from the values
-    that are recorded; the terms are checked to add up to the whole, and else are unknown.
+    Computed from the operations of the step alone. A row's term is its summand in the step, from the
+    recorded values; the terms must add up to the whole, or they are unknown.
     """
     sizes = {len(tensor) for tensor in step.batch.tensors.values() if tensor.dim()}
     if len(sizes) != 1:
@@ -154,10 +154,10 @@ def rows_of(step: Step) -> Rows:
 
 
 class _Asked(NamedTuple):
-    """What is shared among rows, and how exactly.
+    """What to split into rows, and how exactly.
 
-    rounding: relative to the terms; floor: what is smaller is rounding in any case; rests: what the term
-    of no row may be, besides 0; None: anything.
+    rounding: relative to the terms; floor: smaller numbers count as rounding; rests: allowed terms from
+    no row, in addition to 0; None: any.
     """
 
     what: str

@@ -24,7 +24,7 @@ __all__ = ["Origin", "Part", "Spot", "Trace", "same_number_bits"]
 
 @dataclass(frozen=True)
 class Spot:
-    """A number as it was read: of which tensor, at which index, after how many operations.
+    """A number at the time it was read: its tensor, its index, the number of operations before.
 
     half: of a complex number, 0 for its real part, 1 for its imaginary part, None for both.
     """
@@ -47,18 +47,18 @@ class Part(NamedTuple):
     dtype: torch.dtype
 
     def half_of(self, element: torch.dtype) -> int | None:
-        """Return which part of a complex number it is (see `Spot`), None if it is neither."""
+        """Return which part of a complex number it is (see `Spot`), None if it is not one."""
         is_half = element.is_complex and element.to_real() == self.dtype
         return self.offset // self.dtype.itemsize if is_half else None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What wrote a number: an operation, or something before the step.
+    """The origin of a number: an operation, or the state before the step.
 
     name, index: the tensor that was written, and where in it; part: of the element there, None if it was
-    read as it was written; operation: its number in the step, None if the number was there before the
-    step; place: of the tensor among its results.
+    read with the dtype in which it was written; operation: its number in the step, None if the number
+    was there before the step; place: of the tensor among its results.
     """
 
     name: str
@@ -93,8 +93,8 @@ class Trace:
     def __init__(self, step: Step) -> None:
         self.step = step
         self._specs: dict[str, TensorSpec] = {}
-        #: Of each storage: what lies there before the step, as if an operation -1 had written it, and
-        #: what operations write.
+        #: Of each storage: its content before the step, as if operation -1 had written it, and the
+        #: writes of operations.
         self._writes: dict[str, list[_Write]] = defaultdict(list)
         #: The sizes of the numbers on each storage, in bytes.
         self._sizes: dict[str, set[int]] = defaultdict(set)
@@ -116,7 +116,7 @@ class Trace:
         return outputs + [name for name in operation.written() if name not in outputs]
 
     def spec(self, name: str) -> TensorSpec:
-        """Return the layout of a tensor; one that no operation names has a storage of its own."""
+        """Return the layout of a tensor; one that no operation names has its own storage."""
         if name not in self._specs:
             known = self.step.places.tensors.get(name)
             self._specs[name] = known or self._own_layout(name)
@@ -176,7 +176,7 @@ class Trace:
         """Return a number (0-dimensional).
 
         Raises:
-            UsageError: nobody looked at it.
+            UsageError: it was not observed.
         """
         origin = self.origin(spot)
         if origin is None:
@@ -193,7 +193,7 @@ class Trace:
         )
 
     def written(self, origin: Origin) -> Tensor | None:
-        """Return a number (0-dimensional) as it was written, None if nobody looked at it then."""
+        """Return a number (0-dimensional) as it was written, None if it was not observed then."""
         step, name = self.step, origin.name
         if origin.operation is not None:
             seen = step.operations[origin.operation]
@@ -250,7 +250,7 @@ def _indices(spec: TensorSpec, moving: list[int], rest: int) -> dict[int, int] |
         return None if rest else {}
     dim, *later = moving
     stride, reach = spec.stride[dim], sum((spec.shape[each] - 1) * spec.stride[each] for each in later)
-    # More than one index is possible only where dimensions are interleaved.
+    # More than one index is possible only if dimensions are interleaved.
     most, least = min(rest // stride, spec.shape[dim] - 1), max(-((reach - rest) // stride), 0)
     for index in range(most, least - 1, -1):
         found = _indices(spec, later, rest - index * stride)
@@ -260,7 +260,7 @@ def _indices(spec: TensorSpec, moving: list[int], rest: int) -> dict[int, int] |
 
 
 def same_number_bits(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two numbers have the same bits; NaN is the same as any NaN."""
+    """Return whether two numbers have the same bits; NaN is the same as any NaN."""
     if one.dtype != other.dtype:
         return False
     if one.is_floating_point() and bool(torch.isnan(one)) and bool(torch.isnan(other)):

@@ -24,12 +24,12 @@ __all__ = ["Verification", "verify"]
 class Verification(Shown):
     """The result of replaying every step of a run.
 
-    steps: the number of replayed steps, of `all_steps`; different_steps: the number with another
+    steps: the number of replayed steps, of `all_steps`; different_steps: the number with a different
     loss; first_loss: the first of these, None if all match; loss_distance: its distance in units in the
     last place; snapshots: the number of states after state 0 that were compared, of `all_snapshots`;
-    states: how they differ, in order;
-    numerics: what bits depend on and differs here, with the recorded and the current value; problems:
-    what was unreadable; threads: the number of steps replayed by number of threads.
+    states: how they differ, in order; numerics: those that differ here, with the recorded and the
+    current value; problems: unreadable files; threads: the number of steps replayed by number of
+    threads.
     """
 
     steps: int

@@ -1,8 +1,7 @@
 """The command line: one thin command per public function.
 
-Data goes to stdout, progress and hints to stderr. Exit code 0: success; 1: the answer is no, or writing
-failed, or that the run is damaged; 2: invalid use; 130: Ctrl-C; 141: the reader of stdout left before it
-had all.
+Data goes to stdout, progress and hints to stderr. Exit code 0: success; 1: the answer is no, writing
+failed, or the run is damaged; 2: invalid use; 130: Ctrl-C; 141: the reader of stdout closed it early.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def version(
         raise typer.Exit
 
 
-#: What the system answers where a name that was typed leads to nothing that can be opened.
+#: Errors of the system for typed names that cannot be opened.
 _OF_NAMES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.EINVAL),

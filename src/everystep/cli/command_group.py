@@ -1,4 +1,4 @@
-"""The group of commands: what is not a command or an option of one is answered by what to type."""
+"""The group of commands: for an unknown command or option, it prints what to type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from everystep.errors import UsageError, did_you_mean
 
 __all__ = ["Commands"]
 
-#: What other tools call a command, or may one day be one, and what there is.
+#: Names of commands in other tools, and the everystep command to use instead.
 _INSTEAD = {
     "help": "everystep -h, or everystep COMMAND -h",
     "list": "everystep runs lists the runs",

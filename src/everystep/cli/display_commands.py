@@ -80,7 +80,7 @@ _MOST_KILLED = 3
 
 
 def _say_killed(directories: list[Path]) -> None:
-    """Say when the newest killed runs were killed, and how to go on with them."""
+    """Print when the newest killed runs were killed, and how to continue them."""
     from everystep.recording.recorded_run import RecordedRun
     from everystep.views.facts_text import ending, going_on
 
@@ -113,7 +113,7 @@ def losses(
     opened = open_run(run)
     content: str | bytes
     if parquet:
-        file = io.BytesIO()  # where polars writes a file itself, a full disk is an error of its own
+        file = io.BytesIO()  # if polars writes a file itself, a full disk raises its own error
         opened.table_frame(last).write_parquet(file)
         content = file.getvalue()
     elif csv:

@@ -40,7 +40,7 @@ __all__ = [
     "terminal_width",
 ]
 
-#: What stands for a character that the terminal's encoding lacks.
+#: The replacement of a character that the terminal's encoding lacks.
 _PLAIN = {
     "\N{MULTIPLICATION SIGN}": "x",
     "\N{MIDDLE DOT}": "*",
@@ -58,12 +58,12 @@ class OutputError(EverystepError, OSError):
         reason = "stdout is closed" if error.errno == errno.EBADF else error.strerror
         super().__init__(f"the output cannot be written: {reason}")
         self.is_unread = error.errno == errno.EPIPE
-        # What a shell returns for a command that the signal of a closed pipe ends.
+        # The exit code of a command that SIGPIPE ends, as in a shell.
         self.exit_code = 141 if self.is_unread else 1
 
 
 class _Stdout(io.FileIO):
-    """Standard output; raises errors of its own, which are not those of another file or pipe."""
+    """Standard output; raises its own errors, distinct from those of other files and pipes."""
 
     def write(self, content: Any) -> int:
         try:
@@ -73,7 +73,7 @@ class _Stdout(io.FileIO):
 
 
 class _Stderr(io.FileIO):
-    """Standard error; what cannot be written there is dropped: there is no place to report it."""
+    """Standard error; unwritable text is dropped, because it could not be reported anywhere."""
 
     def write(self, content: Any) -> int:
         with suppress(OSError):
@@ -141,7 +141,7 @@ def hint_at_damage() -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """Return a text as a shell takes it for one word, with as few quotes as possible."""
+    """Return a text quoted as one word of a shell, with as few quotes as possible."""
     if "'" in text and not set(text) & set('"\\$`!'):
         return f'"{text}"'
     return shlex.quote(text)
@@ -158,8 +158,8 @@ def answer(
 ) -> None:
     """Print an answer as JSON, or as lines with styles.
 
-    problems: of the run, printed as hints; is_yes: what the exit code tells; options: of what is
-    written; text: more of them, for the lines.
+    problems: of the run, printed as hints; is_yes: for the exit code; options: of the data; text:
+    additional ones for the lines.
 
     Raises:
         Exit: the answer is no.
@@ -216,7 +216,7 @@ def say_lines(text: str) -> None:
 
 
 def drop_output(error: OutputError) -> None:
-    """Report that stdout cannot be written, and let what is left go nowhere: it would fail again."""
+    """Report that stdout cannot be written, and discard the rest, which would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not error.is_unread:
         hint(f"everystep: {error}")

@@ -1,4 +1,4 @@
-"""Commands that answer a question: they replay the steps of a run, or take them once more."""
+"""Commands that answer a question: they replay or repeat the steps of a run."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def why(
 ) -> None:
     """Show where a number of a step comes from.
 
-    Names the operation that made it, and the numbers it was made from. Each of these can be asked for in
-    turn. NaN and infinity are followed to where they began, with the rows of the batch behind them. "="
-    is shown where the formula, computed in double precision from the numbers shown and rounded once,
-    gives the same bits.
+    Names the operation that computed it, and its inputs. Each of these can be queried in turn. NaN and
+    infinity are followed to their origin, with the rows of the batch that they depend on. "=" is shown
+    if the formula, computed in double precision from the numbers shown and rounded once, gives the same
+    bits.
     """
     opened = open_run(run)
     found = opened.why(number, expression, back=back, depth=depth, terms=terms)
@@ -84,9 +84,9 @@ def rows(
 ) -> None:
     """Rank the rows (samples) of a step by loss or gradient.
 
-    The rows are those of its batch, and the gradient is what each adds to it. Exact for what the step
-    itself added up row by row. Where an operation mixes rows, as batch norm does, it is named, and what
-    it mixes is unknown. Exits with 1 if what is asked for is unknown.
+    The rows are those of its batch, and the gradient is what each adds to it. Exact where the step
+    itself adds up rows. If an operation mixes rows, as batch norm does, it is named, and the result is
+    unknown. Exits with 1 if the result is unknown.
     """
     from everystep.views.rows_text import order_of
 
@@ -285,7 +285,7 @@ def rerun(
         ),
     ] = None,
     python: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Another interpreter, with a torch of its own.")
+        str | None, typer.Option(metavar="FILE", help="Another interpreter, with its own torch.")
     ] = None,
     beside: Annotated[
         list[str] | None,
@@ -354,9 +354,9 @@ def what_if(
 ) -> None:
     """Train again without some rows, or at another rate.
 
-    Trains from a step, and ranks the trainings by what the loss becomes. Without rows (samples),
-    each has the bits of a training by hand without those rows. At another learning rate, programs repeat
-    the recorded steps, of any run. Nothing is recorded; everystep fork records one.
+    Trains from a step, and ranks the trainings by the resulting loss. Without rows (samples), each has
+    the bits of a training by hand without them. At another learning rate, programs repeat the recorded
+    steps, of any run. Nothing is recorded; everystep fork records one.
     """
     from everystep.replay.what_if import check_has_rows
 

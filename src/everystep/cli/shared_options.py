@@ -87,7 +87,7 @@ def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
 
 
 def measurement_names(ctx: typer.Context) -> list[str]:
-    """Return what can be drawn besides the loss of the runs typed so far."""
+    """Return the measurements that can be drawn of the runs typed so far."""
     from everystep.recording.directories import find_run
     from everystep.recording.recorded_run import RecordedRun
 

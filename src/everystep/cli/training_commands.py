@@ -221,7 +221,7 @@ def fork(
 
 
 def _progress(quiet: bool) -> Silent:
-    """Return what watches a training: nothing but notices, or the terminal; a pipe gets lines."""
+    """Return the progress of a training: notices only, or the terminal; a pipe gets lines."""
     from everystep.views.progress import Silent, TerminalProgress
 
     piped = None if sys.stdout.isatty() else say_lines

@@ -1,1 +1,1 @@
-"""What is trained: everything that determines a run, in the chapter's order."""
+"""The experiment: everything that determines a run, in the chapter's order."""

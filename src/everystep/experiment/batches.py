@@ -24,10 +24,9 @@ class Batches:
         batch_size: rows per step, or None for all of them, in order.
         seed: decides the order of every epoch.
         drop_last: drop an epoch's last batch if it is incomplete.
-        without: rows, by number, that are left out of the batches that they were in; these are smaller
-            then.
+        without: rows, by number, to leave out of their batches, which become smaller.
         numbers: the number of each row in the source of the data; None: its place among the rows.
-        source: what the numbers are of, in words.
+        source: the name of the numbered data.
 
     Raises:
         ExperimentError: there are no rows, a batch is larger than the data, or a row that is left out
@@ -58,7 +57,7 @@ class Batches:
                 raise ExperimentError([Fault("without_rows", reason)])
 
     def why_not(self, row: int) -> str | None:
-        """Return why there is no row to train on of this number, None if there is one."""
+        """Return why there is no training row with this number, None if there is one."""
         if self.numbers is None:
             last = self.rows - 1
         elif bool((self.numbers == row).any()):
@@ -136,8 +135,8 @@ class Batches:
     ) -> Batches:
         """Return these batches without some rows.
 
-        first, last: the steps that they are for; each must keep a row, and some must have one of `rows`;
-        inherited: rows to leave out as well, which may be in none of these steps.
+        first, last: the range of steps; each must keep a row, and one must have one of `rows`;
+        inherited: more rows to leave out, which need not be in these steps.
 
         Raises:
             ExperimentError: they do not, or a row does not exist.
@@ -162,7 +161,7 @@ class Batches:
     def of(self, x: Tensor, y: Tensor, *, is_read: bool = False, guards: Any = None) -> RowsOf:
         """Return the batch source for tensors (rows, ...) on any device.
 
-        is_read: whether the rows come from a Dataset; guards: what must then stay the same.
+        is_read: whether the rows come from a Dataset; guards: what they then depend on.
         """
         return RowsOf(self, x, y, is_read, guards)
 
@@ -233,7 +232,7 @@ class RowsOf:
             torch.index_select(self.y, 0, indices, out=y)
 
     def versions(self) -> list[int | None]:
-        """Return how often each of the two tensors was changed, None where torch does not count."""
+        """Return how often each of the two tensors was changed, None if torch does not count."""
         return [None if each.is_inference() else each._version for each in (self._x, self.y)]
 
     def _indices(self, step: int) -> Tensor | None:

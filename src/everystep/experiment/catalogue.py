@@ -38,7 +38,7 @@ __all__ = [
 
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
 _NEEDS_FUNCTIONS = {"LambdaLR", "MultiplicativeLR"}
-#: Where `torch._compile` keeps what it calls instead of a function.
+#: The attribute in which `torch._compile` keeps the replacement of a function.
 _LEFT_OUT = "__dynamo_disable"
 _NEEDS_SCHEDULERS = {"SequentialLR", "ChainedScheduler"}
 
@@ -209,7 +209,7 @@ def _try_section(section: str, table: Mapping[str, Any], cls: type) -> None:
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Let optimizers be made without torch's compiler, which takes a second to import.
+    """Create optimizers without importing torch's compiler, which takes a second.
 
     `add_param_group` imports it only to keep it away from itself; nothing is compiled within.
     """
@@ -225,7 +225,7 @@ def without_compiler() -> Iterator[None]:
 
 
 def _check_reduction(reduction: Any) -> None:
-    """Check what torch looks at only when the loss is computed."""
+    """Check a setting that torch checks only when the loss is computed."""
     if reduction == "none":
         raise ValueError(
             "reduction 'none' gives one loss per row, but a step needs a single number; use mean or sum"
@@ -240,7 +240,7 @@ def _construct(what: str, make: Callable[[], Any]) -> None:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             make()
-    except Exception as error:  # whatever torch makes of the user's arguments
+    except Exception as error:  # any error that torch raises for the user's arguments
         raise ValueError(f"{what}: {error}") from None
 
 

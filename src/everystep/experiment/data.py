@@ -44,15 +44,15 @@ __all__ = [
     "split_rows",
 ]
 
-#: What the loss wants of a target: class indices (int64, shape (N,)), or values (floats, (N, ...)).
+#: The kind of target that a loss needs: class indices (int64, shape (N,)), or values (floats, (N, ...)).
 Target = Literal["classes", "values"]
 
 
 class Numbering(NamedTuple):
-    """How rows are numbered: by their places in the source of the data, from 0, as a person finds them.
+    """How rows are numbered: by their places in the source of the data, from 0.
 
-    split_seed: chose those of them that are held out for validation, None if none are; dropped: rows of
-    the source, in order, that are in no tensor.
+    split_seed: of the rows held out for validation, None if there are none; dropped: rows of the source,
+    in order, that are in no tensor.
     """
 
     split_seed: int | None = None
@@ -61,7 +61,8 @@ class Numbering(NamedTuple):
     def numbers(self, rows: int, held_out: int) -> tuple[Tensor, Tensor] | None:
         """Return the numbers of the rows to train on and of those held out (int64, ascending).
 
-        None if the numbers of the rows to train on are 0, 1, 2, ...; those held out are from elsewhere.
+        None if the numbers of the rows to train on are 0, 1, 2, ...; those held out are from another
+        source.
         """
         if self == _AS_THEY_ARE:
             return None
@@ -84,7 +85,7 @@ class Data:
     """A data set: rows along the first dimension.
 
     x: (N, ...); y: (N, ...) floats, or (N,) int64 class indices; validation: the same for the held-out
-    rows, or None; preparation: how they were made from the source; numbering: of the rows.
+    rows, or None; preparation: how they were derived from the source; numbering: of the rows.
     """
 
     x: Tensor
@@ -118,7 +119,7 @@ def make_data(experiment: Experiment, target: Target) -> Data:
         target: the kind of target that the loss needs.
 
     Raises:
-        DataError: the data is invalid; reports what is wrong and what to do.
+        DataError: the data is invalid; reports the problem and a fix.
     """
     data = experiment.data
     if isinstance(data, TableData):

@@ -29,7 +29,7 @@ def build_model(model: Model, x: Tensor) -> nn.Sequential:
         call = parse_layer(text)
         try:
             layers.append(layer_class(call.name)(*call.arguments, **call.keywords))
-        except Exception as error:  # whatever torch makes of the user's arguments
+        except Exception as error:  # any error that torch raises for the user's arguments
             raise ModelError(f"model.layers[{index}]: {text}: {error}") from None
     made = nn.Sequential(*layers)
     if any(isinstance(layer, LazyModuleMixin) for layer in made.modules()):
@@ -44,7 +44,7 @@ def try_model(model: nn.Sequential, x: Tensor, layers: list[str], origin: str = 
     It changes neither the model nor any random generator. origin: the name of the source of x.
 
     Raises:
-        ModelError: names the first layer that does not fit: what it expects, what it gets.
+        ModelError: names the first layer that does not fit, the expected and the actual shape.
     """
     with torch.random.fork_rng(devices=[]):
         return _run_through(copy.deepcopy(model), x, layers, origin)
@@ -80,7 +80,7 @@ def _run_through(model: nn.Sequential, x: Tensor, layers: list[str], given: str 
 
 
 def _expected(layer: nn.Module) -> tuple[str, int, int] | None:
-    """Return what is counted, along which dimension, and how many the layer expects."""
+    """Return the expected size of a layer's input: of what, along which dimension, and how many."""
     for attribute, what, dimension in (
         ("in_features", "features", -1),
         ("in_channels", "channels", 1),

@@ -20,7 +20,7 @@ from everystep.experiment.specification import Experiment, Optimizer, Scheduler
 
 __all__ = ["build_optimizer", "build_scheduler", "with_fused"]
 
-# torch has fused kernels of the others on every device that everystep trains on.
+# torch has fused kernels of all others on every device that everystep trains on.
 _FUSED_ON_CPU_ONLY = {"Adagrad"}
 
 

@@ -52,7 +52,7 @@ class Scaling(Fitted):
         """Fit to `values` (N, ...), each position on its own, in float64."""
         flat = values.reshape(len(values), -1).astype(np.float64)
         mean = mean_of(flat)
-        # Not std(), which subtracts a rounded mean: of equal values, what is left is only rounding.
+        # Not std(), which subtracts a rounded mean: for equal values, only rounding would remain.
         deviation = np.sqrt(np.square(flat - mean).mean(axis=0))
         deviation[deviation == 0] = 1
         return cls(mean=mean.tolist(), deviation=deviation.tolist())
@@ -125,7 +125,7 @@ class NumericColumn(Fitted):
 
 
 class CategoricalColumn(Fitted):
-    """A column of words: one column of 0 and 1 for each that the training rows have.
+    """A column of words: one column of 0 and 1 for each word in the training rows.
 
     A missing word is 0 in all of them.
     """

@@ -235,7 +235,7 @@ def load(
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Split `optimizer.lr=1e-3`; the value is TOML, or else a bare string.
+    """Split `optimizer.lr=1e-3`; the value is TOML, or a bare string.
 
     Raises:
         ExperimentError: there is no `=`, or no path before it.
@@ -250,7 +250,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def parse(content: bytes, where: str) -> dict[str, Any]:
-    """Return the content of an experiment's file, which nobody has checked yet.
+    """Return the unchecked content of an experiment's file.
 
     where: the file, for messages.
 
@@ -342,7 +342,7 @@ def _absolute(path: str, folder: Path) -> str:
 
 
 def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
-    """Convert an error of pydantic to everystep's words."""
+    """Convert an error of pydantic to one of everystep."""
     location = _without_tags(detail["loc"])
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     key = str(location[-1]) if location else ""

@@ -29,12 +29,12 @@ __all__ = ["Table", "read_table"]
 #: The numbers of rows in the file.
 Numbers = NDArray[np.int64]
 
-#: Of a table with more columns, so many are named in a message.
+#: Number of columns that a message names.
 _COLUMNS_NAMED = 20
 #: 2024-03-17, 2024/3/17, 17.3.2024, 3/17/24; with or without a time.
 _DAY = r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
 _DATE = r"^\s*" + _DAY + r"([T ]\d{1,2}:\d{2}.*)?\s*$"
-#: 1,5; 1.234,5; 1,234.5; 1 000: numbers to people, words to everything else.
+#: 1,5; 1.234,5; 1,234.5; 1 000: numbers to people, text to programs.
 _OWN_MARKS = r"^\s*[-+]?(\d+,\d+|\d{1,3}([.,'\u00a0\u202f ]\d{3})+([.,]\d+)?)\s*$"
 _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
 
@@ -117,7 +117,9 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     if faults:
         raise DataError(faults)
     if not features:
-        raise DataError(f"{data.path} has no column besides the target; at least one feature is needed")
+        raise DataError(
+            f"{data.path} has no column other than the target; at least one feature is needed"
+        )
     frame = frame.select([*features, *target])
     if frame.height == 0:
         raise DataError(f"{data.path} has no rows")
@@ -162,7 +164,7 @@ def _read(path: Path, separator: str | None) -> tuple[pl.DataFrame, Numbers]:
     try:
         frame = readers[path.suffix.lower()]()
         is_row = np.ones(frame.height, dtype=bool)
-        if path.suffix.lower() in (".csv", ".tsv", ".txt"):  # empty lines are no rows, but are counted
+        if path.suffix.lower() in (".csv", ".tsv", ".txt"):  # empty lines are not rows, but are counted
             is_row = ~frame.select(pl.all_horizontal(pl.all().is_null())).to_series().to_numpy()
         return frame.filter(is_row), np.flatnonzero(is_row)
     except pl.exceptions.NoDataError:
@@ -184,7 +186,7 @@ def _read_text(path: Path, separator: str) -> pl.DataFrame:
 
 
 def _check_text(path: Path, content: bytes) -> None:
-    """Check that a file is whole text: polars would read other words, or cut the last number."""
+    """Check that a file is complete text: polars would misread words, or cut the last number."""
     if content.count(b'"') % 2:
         raise DataError(f'{path}: a quotation mark (") is not closed; the file may be cut off')
     try:
@@ -226,7 +228,7 @@ def _is_numeric(column: pl.Series) -> bool:
 
 
 def _is_date(column: pl.Series) -> bool:
-    """Tell whether all values are dates or times, as such or as text."""
+    """Return whether all values are dates or times, as such or as text."""
     if column.dtype in (pl.Date, pl.Datetime):
         return True
     words = column.drop_nulls()
@@ -240,7 +242,7 @@ def _missing(column: pl.Series) -> pl.Series:
 def _target_problem(
     column: pl.Series, numbers: Numbers, target: list[str], classes: bool, missing: str
 ) -> str:
-    """Return why a column cannot be a target, which words of another kind decide; empty if it can."""
+    """Return why a column cannot be a target; empty if it can."""
     absent = int(_missing(column).sum())
     if absent and missing != "drop":
         return f'is missing in {absent} of {len(column)} rows; set data.missing = "drop" to drop them'
@@ -294,7 +296,7 @@ def _too_large(column: pl.Series, numbers: Numbers) -> str:
 
 
 def _slip(column: pl.Series, numbers: Numbers) -> str:
-    """Return what is wrong with a column of numbers that some of its words hide; empty if it is none.
+    """Return the problem of a column of numbers that became text; empty for others.
 
     These are a few words among them, and decimal commas or thousands separators.
     """
@@ -324,7 +326,7 @@ def _dates_text(column: pl.Series) -> str:
 
 
 def _row(numbers: Numbers, place: int) -> str:
-    """Return what a row is called; line 2 of a text is row 0, where no text spans lines."""
+    """Return the name of a row; line 2 of a text file is row 0, if no field spans lines."""
     return f"row {numbers[place]} (counted from 0)"
 
 

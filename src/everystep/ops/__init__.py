@@ -1,9 +1,9 @@
 """Operators: what everystep knows of ATen's, one record for each, in one module per family.
 
-A record has three rules: which numbers of its inputs an operator made one number of a result from, and
-how; which rows of the batch its results belong to; and the line that people write for it. They follow
-the operator's definition in torch's documentation. Nothing is guessed by changing inputs and looking
-what changes. What a program may call is listed in `program.allowed`: it does not follow from a record.
+A record has three rules: from which numbers of its inputs an operator computed a number of a result, and
+how; which rows of the batch its results belong to; and its mathematical notation. They follow the
+operator's definition in torch's documentation. Nothing is guessed by changing inputs and looking what
+changes. What a program may call is listed in `program.allowed`: it does not follow from a record.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RECORDS: dict[str, OperatorRecord] = {
 
 
 def how_made(call: Call) -> Made:
-    """Return which numbers one number of a result was made from, and how.
+    """Return which numbers a number of a result was computed from, and how.
 
     Raises:
         NoRuleError: there is no rule for the operator, or none for these arguments.

@@ -1,4 +1,4 @@
-"""What a rule is given, and what it returns: a call with a wanted number, and where that comes from."""
+"""The input and output of a rule: a call with a wanted number, and where that comes from."""
 
 from __future__ import annotations
 
@@ -84,8 +84,7 @@ class Formula:
     """A formula of numbers.
 
     text: the formula, in its language, with the names of the pieces and settings in it; given: the
-    pieces, those that only name a place among them; settings: numbers by name; note: what else there is
-    to say.
+    pieces, including those that only name a place; settings: numbers by name; note: a remark.
     """
 
     text: str
@@ -100,7 +99,7 @@ class Formula:
         return written(self.text, self.settings, self.given)
 
     def of(self, numbers: Mapping[str, Numbers]) -> Any:
-        """Return what it gives for the numbers of the pieces."""
+        """Return its result for the numbers of the pieces."""
         return np.reshape(value(self.text, {**self.settings, **numbers}), 1)[0]
 
 
@@ -155,9 +154,9 @@ class Sum:
 
 @dataclass(frozen=True)
 class Words:
-    """Which numbers a number was made from, where no formula gives it from them.
+    """Which numbers a number was computed from, if there is no formula.
 
-    note: how it was made, in words.
+    note: a description.
     """
 
     note: str
@@ -170,14 +169,14 @@ Made = Sum | Formula | Words
 
 
 def _is_loose(text: str) -> bool:
-    """Tell whether a term binds less than the sum that it is in."""
+    """Return whether a term binds less than the sum that it is in."""
     tree = parsed(text)
     is_added = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add | ast.Sub)
     return is_added or isinstance(tree, ast.IfExp | ast.Compare | ast.BoolOp)
 
 
 class Call:
-    """An operation of which one number is wanted.
+    """An operation with one wanted number.
 
     Args:
         operation: the operation.
@@ -185,7 +184,7 @@ class Call:
         outputs: the names of its results in order.
         place: which of the outputs.
         index: the place of the number there.
-        kind: another operator that it stands for, of these arguments.
+        kind: another operator that it represents, with these arguments.
 
     kind: the name of the operator without what distinguishes its variants: `addmm` of `addmm_`.
     """
@@ -291,7 +290,7 @@ class Call:
         return Piece(self.output(place), places, is_result=True)
 
     def along(self, key: str, dim: int, places: Axis) -> Piece:
-        """Return numbers of an argument at the wanted place, but for that along a dimension."""
+        """Return numbers of an argument at the wanted place, at all places along a dimension."""
         axes: list[Axis] = list(self.index)
         axes[dim] = places
         return self.piece(key, *axes)

@@ -165,7 +165,7 @@ def _adaptive_max_pool(call: Call) -> Made:
 
 
 def _max_pool_backward(call: Call) -> Made:
-    """Return the sum of the gradients at all places of which the largest number was the wanted one."""
+    """Return the sum of the gradients at all places where the wanted number was the largest."""
     sizes, dims = call.shape("self"), _dims(call)
     flat = int(np.ravel_multi_index(call.index[-dims:], sizes[-dims:]))
     leading = call.index[:-dims]
@@ -200,10 +200,10 @@ def _fractional(o: int, size: int, kernel: int, count: int, sample: float) -> ra
 
 
 def _plane(call: Call, *, has_means: bool) -> Made:
-    """Return the rule of an operator that is linear in each channel of each image by itself.
+    """Return the rule of an operator that is linear in each channel of each image.
 
-    What it multiplies numbers by is its derivative, which torch knows. has_means: whether it divides by
-    counts of numbers.
+    Its factors are its derivative, which torch computes. has_means: whether it divides by counts of
+    numbers.
     """
     dims, key = _dims(call), "grad_output" if call.kind.endswith("_backward") else "self"
     leading, at = call.index[:-dims], call.index[-dims:]
@@ -232,7 +232,7 @@ def _plane(call: Call, *, has_means: bool) -> Made:
 
 
 def _settings_text(call: Call, usual: dict[str, Any]) -> str:
-    """Return the settings that change something, each as one number where its sizes are alike."""
+    """Return the settings other than the defaults, each as one number if its sizes are equal."""
     texts = []
     for key, size in usual.items():
         value = call.value(key)

@@ -50,7 +50,7 @@ def _drawn(call: Call) -> Made:
 
 
 def _is_overwritten(call: Call, key: str) -> bool:
-    """Tell whether the operator only uses the memory, or the shape, of an argument."""
+    """Return whether the operator only uses the memory, or the shape, of an argument."""
     return key == "self" and (call.operation.name.endswith(("_", "_like")) or call.kind != "bernoulli")
 
 

@@ -113,7 +113,7 @@ _WITHOUT_FORMULA = ("bitwise_not", "digamma", "erfinv", "hypot", "lgamma", "nan_
 
 
 def _clamp(call: Call) -> Made:
-    """Return the rule of `clamp` and its variants, with what there is of both bounds."""
+    """Return the rule of `clamp` and its variants, with one or both bounds."""
     text, places, settings = "self", {"self": call.aligned("self")}, {}
     for key, name, kept in (("min", "low", "max"), ("max", "high", "min")):
         if key not in call:
@@ -183,7 +183,7 @@ def _prelu_backward(call: Call) -> Made:
 
 
 def _outer(call: Call) -> Made:
-    """Return the rule of `addr`, which adds an outer product, and reads `self` only where it counts."""
+    """Return the rule of `addr`, which adds an outer product, and reads `self` only if beta is not 0."""
     row, column = call.index
     vectors = {"vec1": call.piece("vec1", row), "vec2": call.piece("vec2", column)}
     return by_formula(
@@ -207,7 +207,7 @@ def _glu(call: Call) -> Made:
 
 
 def foreach(call: Call) -> Call:
-    """Return the call on one tensor that a `_foreach_` operator makes of the wanted result's list.
+    """Return the call on one tensor by which a `_foreach_` operator computes the wanted result.
 
     Both have the same arguments in the same order, but under other names.
     """
@@ -301,7 +301,7 @@ def _scaled(call: RowsCall) -> list[Result]:
 
 
 def _constant(tracked: Tracked) -> Tracked:
-    """Return a number made from the data alone, such as how many targets count, as one of no row."""
+    """Label a number that depends on the data alone, such as the count of targets, as of no row."""
     if tracked.is_data and tracked.value.numel() == 1 and (tracked.has(SUM) or tracked.has(MIXED)):
         return tracked._replace(labels=torch.full_like(tracked.labels, SHARED), terms=None)
     return tracked
@@ -319,7 +319,7 @@ _MADE: dict[str, MadeRule] = {
     "log_sigmoid_backward": _log_sigmoid_backward,
     "prelu_kernel_backward": _prelu_backward,
 }
-#: Of what is linear: a sum over rows stays one.
+#: Linear operators: a sum over rows stays one.
 _LINEAR: dict[str, RowsRule] = {
     **dict.fromkeys(("clone", "copy", "to_copy", "neg", "add", "sub", "rsub"), _added),
     **dict.fromkeys(("mul", "div"), _scaled),

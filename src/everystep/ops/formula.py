@@ -2,12 +2,12 @@
 
 A rule writes one text, such as `self + alpha * other`. Names are numbers of tensors, lists of them, or
 settings of the operator; `written` puts the settings in for the reader, `value` computes the same text
-in double precision. A formula that is shown cannot give another number than the one next to it.
+in double precision. So the formula that is shown is the one that is computed.
 
 `^` is a power. `a if c else b`, comparisons, `and`, `or` and `not` are those of Python, for each number.
-`a · b` is the sum of the products; where `a` has more numbers than `b`, of each row of `a`, a row having
-as many numbers as `b`. `a[b]` is the number of `a` at the place that `b` names: that number is the one
-that is given. `TEXT where x = ..., y = ...` names what is used more than once, each after what it uses.
+`a · b` is the sum of the products; if `a` has more numbers than `b`, of each row of `a`, a row having as
+many numbers as `b`. `a[b]` is the number of `a` at the place that `b` names: only that number is passed.
+`TEXT where x = ..., y = ...` names repeated parts, each after the parts that it uses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["BINARY", "UNARY", "names_in", "number_text", "parsed", "total", "val
 
 _NAME = re.compile(r"(?<![\w.])[a-z]\w*(?!\w|\()")
 _WORDS = {"if", "else", "and", "or", "not", "where", "pi", "inf", "nan"}
-#: A factor, a divisor or an exponent of 1, as it is left out for the reader.
+#: A factor, a divisor or an exponent of 1, which is omitted for the reader.
 _ONE = re.compile(
     r"(?<![/^] )(?<![\w.])1(?:\.0)? \* "
     r"| (?:[*/]|\^) 1(?:\.0)?(?=$|[),]| [-+*/<>=)]| if| else| where| and| or)"
@@ -42,7 +42,7 @@ def names_in(text: str) -> list[str]:
 
 
 def written(text: str, settings: Mapping[str, Any], given: Collection[str]) -> str:
-    """Return a formula as it is shown, with its settings as numbers, unless they differ by term.
+    """Return a formula for display, with its settings as numbers, unless they differ by term.
 
     given: the names of the numbers of tensors, which stay names.
     """
@@ -60,7 +60,7 @@ def written(text: str, settings: Mapping[str, Any], given: Collection[str]) -> s
 
 
 def number_text(number: Any) -> str:
-    """Return a number in the fewest digits that give it back: of float32, where it is one."""
+    """Return a number in the fewest digits that restore it; as float32, if it is one."""
     if isinstance(number, int) or not math.isfinite(number):
         return str(number)
     with np.errstate(over="ignore"):
@@ -70,7 +70,7 @@ def number_text(number: Any) -> str:
 
 
 def value(text: str, numbers: Mapping[str, Any]) -> Any:
-    """Return what a formula gives, in double precision: a number, or an array with one for each term.
+    """Return the result of a formula, in double precision: a number, or an array with one for each term.
 
     numbers: arrays, or single numbers, by name.
     """

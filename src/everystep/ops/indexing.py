@@ -1,4 +1,4 @@
-"""Operators that put or add numbers where an index tells, and embeddings, which pick rows by it."""
+"""Operators that put or add numbers at indices, and embeddings, which pick rows by index."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _put_there(call: Call) -> tuple[Any, ...]:
 
 
 def _put_along(call: Call, index: NDArray[np.int64]) -> tuple[Any, ...]:
-    """Return the places of a source with the wanted index along a dimension, and else at its place."""
+    """Return the places of a source with the wanted index along a dimension, and its own in others."""
     dim = call.value("dim") % max(len(call.index), 1)
     line = index.reshape(-1)
     if "scatter" in call.kind:
@@ -109,7 +109,7 @@ def _embedding_backward_rows(call: RowsCall) -> list[Result]:
 
 
 def _index_put_rows(call: RowsCall) -> list[Result]:
-    """Numbers are added to others, or put into their place, where indices tell."""
+    """Numbers are added or put at the places of indices."""
     whole, given = call["self"], call["values"]
     indices = [each.value if isinstance(each, Tracked) else slice(None) for each in call["indices"]]
     if not call["accumulate"]:
@@ -145,7 +145,7 @@ def _scatter_add_rows(call: RowsCall) -> list[Result]:
 
 
 def _added(call: RowsCall, name: str, cells: Tensor, labels: Tensor) -> list[Result]:
-    """Return what is known where numbers with these labels are added to cells of `self`."""
+    """Return the labels after numbers with these labels are added to cells of `self`."""
     whole, given = call["self"], call[name]
     if not whole.is_shared:
         raise MixesError("adds to what depends on rows")
@@ -165,7 +165,7 @@ def _added(call: RowsCall, name: str, cells: Tensor, labels: Tensor) -> list[Res
 
 
 def _scatter_rows(call: RowsCall) -> list[Result]:
-    """Numbers are put into others, where an index tells."""
+    """Numbers are put at the places of an index."""
     whole, index, given = call["self"], call["index"], call["src"]
     if call["reduce"] is not None:
         raise MixesError("has no rule for these arguments")

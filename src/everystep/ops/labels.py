@@ -1,8 +1,8 @@
 """Which row of the batch each number of a tensor belongs to.
 
 A label is the place of a row in the batch (0..N-1), or one of three others. Labels of a tensor have its
-shape; along axes on which they do not change they are expanded (stride 0), so that most take little
-memory and time.
+shape, expanded (stride 0) along axes on which they are constant, so that most take little memory and
+time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ABOVE = 2**31 - 1
 
 
 class Reason(NamedTuple):
-    """Why rows cannot be told apart; the operation by its number, None if it is none; its operator."""
+    """Why rows cannot be separated, and the number and operator of the operation, if any."""
 
     why: str
     operation: int | None = None
@@ -57,7 +57,7 @@ class Reason(NamedTuple):
         return min(known, key=lambda e: math.inf if e.operation is None else e.operation, default=None)
 
     def then(self, later: Reason) -> Reason:
-        """Return why rows cannot be told apart where a sum over rows goes into a later operation."""
+        """Return why rows cannot be separated if a sum over rows enters a later operation."""
         why = later.why.replace("mixes rows", "is not linear in the sum")
         return self._replace(
             why=f"{self.why}, and operation #{later.operation} ({later.operator}) {why}"
@@ -69,8 +69,8 @@ class Tracked(NamedTuple):
 
     value: as recorded; labels: of the same shape; terms: returns the term of a row of the sum, by its
     place or SHARED, meaningful where the label is SUM; is_mean: whether the sum is a mean of numbers;
-    reason: why some labels are MIXED; is_data: whether it was made without the state, so that no
-    gradient goes through it; summed: which operation first added up rows, where some labels are SUM.
+    reason: why some labels are MIXED; is_data: whether it was computed without the state, so that no
+    gradient passes through it; summed: which operation first added up rows, where some labels are SUM.
     """
 
     value: Tensor
@@ -82,7 +82,7 @@ class Tracked(NamedTuple):
     summed: Reason | None = None
 
     def has(self, label: int) -> bool:
-        """Tell whether any number has the label."""
+        """Return whether any number has the label."""
         return bool((_core(self.labels) == label).any())
 
     @property
@@ -99,7 +99,7 @@ class Tracked(NamedTuple):
 
 
 def all_are(labels: Tensor, label: int) -> bool:
-    """Tell whether all labels are the same."""
+    """Return whether all labels are the same."""
     return bool((_core(labels) == label).all())
 
 
@@ -121,9 +121,9 @@ def reduced(
     is_sum: bool = False,
     is_strict: bool = False,
 ) -> Tensor:
-    """Return the labels of numbers that are each made from all numbers along some axes.
+    """Return the labels of numbers that each depend on all numbers along some axes.
 
-    is_sum: whether they are added up; is_strict: whether what is of no row is then a term of its own.
+    is_sum: whether they are added up; is_strict: whether numbers of no row are then a separate term.
     """
     axes = [axis % labels.dim() for axis in axes] if labels.dim() else []
     if not axes:

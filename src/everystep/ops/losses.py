@@ -127,7 +127,7 @@ def _nll_backward(call: Call) -> Made:
 def _margin(call: Call) -> Made:
     """Return the rule of losses that compare the numbers of the targets of a row with all others.
 
-    `weight[target] * max(0, margin - self[target] + self[class])^p`; of several targets, without these.
+    `weight[target] * max(0, margin - self[target] + self[class])^p`; for several targets, without these.
     """
     rows, classes = _table(call)
     if call.place == 1:
@@ -252,7 +252,7 @@ def _mean_or_sum(call: RowsCall, labels: Tensor, divisor: Tensor | None = None) 
 
 
 def _classes_rows(call: RowsCall) -> list[Result]:
-    """Losses that are a number for each row of classes, and what else is kept for the derivative."""
+    """Losses with a number for each row of classes, and tensors kept for the derivative."""
     labels, axis = _of_classes(call)
     own = none_mixed(labels.squeeze(axis))
     if "nll" in call.kind:

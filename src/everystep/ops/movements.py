@@ -1,6 +1,6 @@
 """Operators that only move numbers.
 
-Where the numbers come from, the operator itself tells: it moves their positions (in float64, which every
+The operator itself shows where the numbers come from: it moves their positions (in float64, which every
 such operator takes), or their labels, in the same way; 0 is a place that it fills.
 """
 
@@ -60,7 +60,7 @@ def _filling(call: Call | RowsCall) -> dict[str, int]:
 
 
 def _moving(call: RowsCall, keys: tuple[str, ...]) -> list[Result]:
-    """Run the operator on labels instead of numbers, and join the labels of what tells where to."""
+    """Run the operator on labels instead of numbers, and join the labels of its indices."""
     given: dict[str, Any] = {key: call[key] for key in keys}
     moved = [
         each for value in given.values() for each in (value if isinstance(value, list) else [value])
@@ -72,7 +72,7 @@ def _moving(call: RowsCall, keys: tuple[str, ...]) -> list[Result]:
 
     lowest = SUM - 1
     found = run(lambda each: each.labels - lowest, **_filling(call))
-    found = torch.where(found == 0, SHARED, found + lowest)  # what is filled in is of no row
+    found = torch.where(found == 0, SHARED, found + lowest)  # filled numbers are of no row
     where = call.tensors(*keys)
     if not all(each.is_shared for each in where):
         if call.kind == "gather":
@@ -84,7 +84,7 @@ def _moving(call: RowsCall, keys: tuple[str, ...]) -> list[Result]:
 
 
 def of_indices(indices: list[Tracked | None], dims: int) -> Tensor:
-    """Return the labels of indices, broadcast to what they pick, which has so many dimensions."""
+    """Return the labels of indices, broadcast to the picked tensor, which has so many dimensions."""
     known = [each for each in indices if each is not None]
     first = next((place for place, each in enumerate(indices) if each is not None), 0)
     if not known or any(each is None for each in indices[first : first + len(known)]):

@@ -298,7 +298,7 @@ def _layer_norm_rows(call: RowsCall) -> list[Result]:
 
 
 def _batch_norm_rows(call: RowsCall) -> list[Result]:
-    """The place of a row stays its own, although in training mode its numbers depend on other rows."""
+    """A place still belongs to its row, although in training mode its numbers depend on other rows."""
     call.require_shared("weight", "bias")
     if not _is_training(call):
         call.require_shared("running_mean", "running_var")
@@ -336,7 +336,7 @@ def _batch_norm_backward_rows(call: RowsCall) -> list[Result]:
             found.append(Result(own, why=why))
         elif are_apart:
             found.append(by_key(keys, result, partial(on, place)))
-        else:  # a channel of its own for each row, as in instance norm
+        else:  # a separate channel for each row, as in instance norm
             labels = reduced(both, others)
             found.append(Result(labels.expand(result.shape)))
     return found

@@ -19,10 +19,9 @@ LineRule = Callable[[Call], str]
 class OperatorRecord(NamedTuple):
     """What is known of an operator; None: nothing.
 
-    made: which numbers one number of a result was made from, and how; rows: the rows of the batch that
-    results belong to; line: what it computes as people write it, with its arguments by name in braces,
-    where that is not a call of the operator. Where the kind of an operator implies a rule, its family
-    derives it.
+    made: which numbers a number of a result was computed from, and how; rows: the rows of the batch that
+    results belong to; line: its mathematical notation, with its arguments by name in braces, if that is
+    not a call of the operator. If the kind of an operator implies a rule, its family derives it.
     """
 
     made: MadeRule | None = None

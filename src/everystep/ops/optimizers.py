@@ -23,9 +23,9 @@ Settings = Mapping[str, Any]
 class OptimizerFormulas(NamedTuple):
     """What the step of an optimizer makes of a parameter and of its state.
 
-    definitions: what is used more than once, each after what it uses; results: by the name of what is
-    written: `param`, or a tensor of the state. All are in the language of formulas; `grad` and the state
-    are as they were before.
+    definitions: repeated parts, each after the parts that it uses; results: by the name of the written
+    tensor: `param`, or a tensor of the state. All are in the language of formulas; `grad` and the state
+    are those before the step.
     """
 
     definitions: dict[str, str]
@@ -50,8 +50,8 @@ class OptimizerFormulas(NamedTuple):
 def update(optimizer: str, settings: Settings, *, t: str, is_first: bool = False) -> OptimizerFormulas:
     """Return the formulas of an optimizer by its name in `torch.optim`.
 
-    settings: of its param group; what is not there is off. t: the count of steps, from 1; is_first:
-    whether the state begins with this step.
+    settings: of its param group; missing ones are off. t: the count of steps, from 1; is_first: whether
+    the state begins with this step.
     """
     is_decoupled = optimizer == "AdamW" or bool(settings.get("decoupled_weight_decay"))
     gradient = "grad / grad_scale" if "grad_scale" in settings else "grad"

@@ -15,7 +15,7 @@ from everystep.ops.row_rules import MixesError, Result, RowsCall, none_mixed, of
 
 __all__ = ["PRODUCTS"]
 
-#: Of each kind of matrix product: the matrix that it adds to, the two that it multiplies.
+#: For each kind of matrix product: the matrix that it adds to, the two that it multiplies.
 _FACTORS = {
     "mm": (None, "self", "mat2"),
     "bmm": (None, "self", "mat2"),

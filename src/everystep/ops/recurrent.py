@@ -1,6 +1,6 @@
-"""LSTM layers on a CPU, which one kernel computes over all time, and another differentiates.
+"""LSTM layers on a CPU: one kernel computes all times, and another differentiates.
 
-What lies between their arguments and results is not seen.
+Their intermediate results are unknown.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _layer_backward(call: Call) -> Made:
     return Words(f"the derivative of an LSTM by its {names[call.place]}", given)
 
 
-#: Settings of the layer; what it is given is of shape (T, N, C), and its states (N, H).
+#: Settings of the layer; its input has shape (T, N, C), and its states (N, H).
 _SETTINGS = ("mode", "hidden_size", "num_layers", "has_biases", "bidirectional", "batch_first")
 
 
@@ -117,7 +117,7 @@ def _of_rows(
         for name in names
         if isinstance(call[name], Tracked)
     }
-    # The kernel keeps what its derivative needs only where gradients are asked for.
+    # The kernel keeps the inputs of its derivative only if gradients are required.
     with without_autograd(), torch.enable_grad():
         output, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
             chosen["input"],

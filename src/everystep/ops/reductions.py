@@ -65,7 +65,7 @@ def _by_formula(call: Call, text: str) -> Made:
 
 
 def _extreme(call: Call) -> Made:
-    """Return the rule of `max.dim` and the like, which also return where the number is."""
+    """Return the rule of `max.dim` and similar operators, which also return the place of the number."""
     if len(call.outputs) < 2:
         return _by_formula(call, f"{call.kind}(self)")
     piece = _reduced(call)
@@ -75,7 +75,7 @@ def _extreme(call: Call) -> Made:
 
 
 def _sorted(call: Call) -> Made:
-    """Return the rule of operators whose second result tells where the first was."""
+    """Return the rule of operators with the places of the first result as the second."""
     dim = call.value("dim") % max(len(call.index), 1)
     if call.place == 1:
         return Words(
@@ -85,7 +85,7 @@ def _sorted(call: Call) -> Made:
 
 
 def _chosen(call: Call, piece: Piece) -> Made:
-    """Return the rule of a number that was picked; the second result tells where it was."""
+    """Return the rule of a picked number; the second result is its place."""
     return Formula("self[indices]", {"self": piece, "indices": call.result_piece(1, *call.index)})
 
 

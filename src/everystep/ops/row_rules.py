@@ -37,7 +37,7 @@ __all__ = [
 
 
 class MixesError(Exception):
-    """Rows cannot be told apart in the results of an operation; the message says why."""
+    """Rows cannot be separated in the results of an operation; the message gives the reason."""
 
 
 class Result(NamedTuple):
@@ -111,10 +111,10 @@ class RowsCall:
                     raise MixesError(f"has a {name} that depends on rows")
 
     def require_rows(self, labels: Tensor) -> None:
-        """Check that what a backward pass adds up belongs to rows.
+        """Check that the terms that a backward pass adds up belong to rows.
 
         Raises:
-            MixesError: all of it is the same for all rows.
+            MixesError: all are the same for all rows.
         """
         if self.is_backward and labels.numel() and all_are(labels, SHARED):
             raise MixesError("adds up numbers that are the same for all rows")
@@ -137,7 +137,7 @@ def _as_tuple(result: Any) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, tuple) else (result,)
 
 
-#: Returns what is known of the results of an operation, in order; raises MixesError.
+#: Returns the labels of the results of an operation, in order; raises MixesError.
 RowsRule = Callable[[RowsCall], list[Result]]
 
 
@@ -153,7 +153,7 @@ def none_mixed(labels: Tensor, why: str = "combines numbers of several rows") ->
 
 
 def of_shape(labels: Tensor, result: Tensor) -> Result:
-    """Return a result with these labels; MixesError: the operator did something else than its rule."""
+    """Return a result with these labels; MixesError: the result does not fit the rule."""
     if labels.shape != result.shape:
         raise MixesError(f"returns the shape {tuple(result.shape)} for {tuple(labels.shape)}")
     return Result(labels)
@@ -176,7 +176,7 @@ def sum_of(labels: Tensor, terms: Callable[[int], Tensor], parts: Sequence[Track
 def by_key(keys: Tensor, result: Tensor, on: Callable[[Tensor], Tensor]) -> Result:
     """Return a sum over places with labels, of which `on` computes the terms from some of the places.
 
-    keys: the labels (count). 0 for rows without a place: kernels do not have to bear empty tensors.
+    keys: the labels (count). 0 for rows without a place: kernels need not support empty tensors.
     """
     rows = rows_in(keys)
     labels = reduced(keys, [0], is_sum=True).expand(result.shape)
@@ -184,7 +184,7 @@ def by_key(keys: Tensor, result: Tensor, on: Callable[[Tensor], Tensor]) -> Resu
 
 
 def along(call: RowsCall) -> list[Result]:
-    """Return labels of results that are made along an axis, which stays as it was."""
+    """Return labels of results computed along an axis, which keeps its size."""
     axis = -1 if call["dim"] is None else call["dim"]
     labels = broadcast([reduced(each.labels, [axis], keepdim=True) for each in call.tensors()])
     none_mixed(labels)
@@ -196,9 +196,9 @@ _MASKS = ("attn_mask", "attn_bias")
 
 
 def batched(call: RowsCall, own: str = "", axes: int = 1, *, has_sums: bool = False) -> list[Result]:
-    """Return labels of results that are made of each place along the first axes alone.
+    """Return labels of results computed separately for each place along the first axes.
 
-    own: the only argument that the first result depends on, if it is one; axes: how many they are;
+    own: the only argument that the first result depends on, if there is one; axes: their number;
     has_sums: whether the results after the first are gradients of parameters: sums over the places.
     """
     call.require_shared(*_PARAMETERS)

@@ -1,4 +1,4 @@
-"""What is known about a run, as the page gets it: JSON, in which nan and infinities are texts."""
+"""The description of a run for the page: JSON, in which nan and infinities are strings."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["about_data", "live_data"]
 
-#: What the classes of layers begin with that have a weight, and of activation functions.
+#: Prefixes of the classes of layers with a weight, and of activation functions.
 _WITH_WEIGHTS = ("Linear", "Bilinear", "Conv", "Embedding", "LazyLinear", "LazyConv")
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "GELU")
 
 
 def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, Any]:
-    """Return what of a run changes while it is trained."""
+    """Return the data of a run that changes during training."""
     return state_data(run, columns.facts, status, columns.steps) | {
         "last_loss": plain_number(float(columns.losses[-1])) if columns.steps else None,
         "measurements": [_measurement(ends) for ends in columns.ends],
@@ -36,10 +36,10 @@ def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, A
 def about_data(
     name: str, run: RecordedRun, columns: RunColumns, forks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return everything about a run besides its numbers by step.
+    """Return everything about a run except its numbers by step.
 
     Raises:
-        RunError: it does not say what it is.
+        RunError: it has no description.
     """
     facts, training = columns.facts, columns.facts.training
     settings, problem = _settings_of(run, training)
@@ -72,7 +72,7 @@ def _telling_layers(modules: Mapping[str, ModuleFacts]) -> dict[str, str | None]
 
 
 def _settings_of(run: RecordedRun, facts: TrainingFacts) -> tuple[dict[str, Any] | None, str | None]:
-    """Return the settings of an experiment by path, as `--set` takes them, or what is wrong with it.
+    """Return the settings of an experiment by path, as `--set` takes them, or its error.
 
     A run from Python objects has neither.
     """
@@ -84,7 +84,7 @@ def _settings_of(run: RecordedRun, facts: TrainingFacts) -> tuple[dict[str, Any]
 
 
 def _argument(directory: Path) -> str:
-    """Return a run as it is typed after a command, where the server was started."""
+    """Return a run as the argument of a command in the server's working directory."""
     here = Path.cwd()
     is_below = directory.is_relative_to(here)
     argument = shortest_name(directory.relative_to(here) if is_below else directory)

@@ -30,7 +30,7 @@ _ASSETS = [Route("/static/{path:path}", asset)]
 
 
 def application(directory: Path) -> Starlette:
-    """Return what answers for the runs in a directory; it guards nothing."""
+    """Return the application for the runs in a directory, without access control."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -64,7 +64,7 @@ async def _close_workers(app: Starlette) -> None:
 
 
 class UntilEnd:
-    """Ends the answers that still go on when the server ends: event streams, steps being opened."""
+    """Ends answers in progress when the server ends: event streams, steps being opened."""
 
     def __init__(self, app: Starlette) -> None:
         self._app = app
@@ -76,7 +76,7 @@ class UntilEnd:
         await _close_workers(self._app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as the application does; at the end, as if the browser had gone."""
+        """Answer as the application does; at the end, as if the browser had disconnected."""
 
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -111,14 +111,14 @@ async def _told(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     is_missing = error.status_code == 404
-    text = f"there is nothing at {request.url.path}" if is_missing else error.detail
+    text = f"there is no page at {request.url.path}" if is_missing else error.detail
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": text}, error.status_code, headers=error.headers)
-    title = "Nothing here" if is_missing else "This did not work"
+    title = "Nothing here" if is_missing else "The request failed"
     page = problem_page(title, text, has_link=True)
     return HTMLResponse(page, error.status_code, headers=error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    text = "everystep failed at this; the reason is in its terminal. Please report it"
+    text = "everystep failed; its terminal shows the reason. Please report it"
     return JSONResponse({"error": text}, 500)

@@ -28,17 +28,17 @@ _MEDIA_TYPES = {
 
 
 def index(request: Request) -> Response:
-    """Answer with the page; what it shows is in its address."""
+    """Answer with the page; its address determines what it shows."""
     html = (_HERE / "index.html").read_text(encoding="utf-8")
     if request.url.path.startswith("/runs/"):
-        # Modules name each other in turns; known at once, they come at once.
+        # Modules import each other in chains; listed here, they load in parallel.
         links = (f'<link rel="modulepreload" href="/static/{name}">' for name in _modules_of_a_run())
         html = html.replace("</head>", "\n".join([*links, "</head>"]))
     return Response(html, media_type="text/html")
 
 
 def asset(request: Request) -> Response:
-    """Answer with a file, or with a word where the browser has it already."""
+    """Answer with a file, or with "not modified" if the browser has it."""
     path = _table().get(request.path_params["path"])
     if path is None:
         raise HTTPException(404)
@@ -70,7 +70,7 @@ def _table() -> dict[str, Path]:
 
 
 def _itables() -> Path:
-    """Return where itables lies, which brings DataTables; importing it would import pandas."""
+    """Return the directory of itables, which contains DataTables; importing it would import pandas."""
     found = find_spec("itables")
     assert found is not None and found.origin is not None
     return Path(found.origin).parent

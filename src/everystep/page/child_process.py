@@ -1,6 +1,6 @@
-"""The processes beside the server: the one that opens steps, and one for each task.
+"""The other processes of the server: the one that opens steps, and one for each task.
 
-They have one protocol. The server writes requests, a line of JSON each. A process answers with
+They share one protocol. The server writes requests, a line of JSON each. A process answers with
 messages: a line of JSON, `{"event": ..., "content": {...}, "bytes": n}`, and then n bytes. Nothing else
 is read on either side.
 
@@ -24,12 +24,12 @@ __all__ = ["Child", "Ended", "Message", "Speaker", "limit_memory", "memory_messa
 
 #: Bytes that the line of a message may have.
 _LONGEST_LINE = 2**26
-#: Seconds that a process which says nothing more has to end by itself, for its exit code.
+#: Seconds that a process has to end after it closed its output, for its exit code.
 _ENDING_PATIENCE = 5.0
 
 
 class Message(NamedTuple):
-    """What a process says: of what kind, its content, and the bytes that follow."""
+    """A message of a process: its kind, its content, and the bytes that follow."""
 
     event: str
     content: dict[str, Any]
@@ -37,11 +37,11 @@ class Message(NamedTuple):
 
 
 class Ended(Exception):  # noqa: N818  # a task ends this way
-    """The process says nothing more; the message is for the user: "has ended (exit code -9)"."""
+    """The process sends no more messages; the text is for the user: "has ended (exit code -9)"."""
 
 
 class Child:
-    """A module of ours in a process of its own."""
+    """A module of everystep, running in its own process."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -81,10 +81,10 @@ class Child:
             await self._process.stdin.drain()
 
     async def hear(self) -> Message:
-        """Return what it says next.
+        """Return its next message.
 
         Raises:
-            Ended: it says nothing more; or it has said what is not a message, and was killed.
+            Ended: it sends no more messages, or sent an invalid one and was killed.
         """
         assert self._process.stdout is not None
         try:
@@ -96,7 +96,7 @@ class Child:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), _ENDING_PATIENCE)
         except (asyncio.LimitOverrunError, ValueError, KeyError, TypeError):
-            text = "gave an answer that cannot be read"
+            text = "returned an unreadable answer"
         raise Ended(f"{text} (exit code {await self.kill()})")
 
     def interrupt(self) -> None:
@@ -106,7 +106,7 @@ class Child:
                 self._process.send_signal(signal.SIGINT)
 
     async def end(self, seconds: float) -> None:
-        """Close its stdin, and wait so long for it to end by itself."""
+        """Close its stdin, and wait up to so long for it to end."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         with suppress(TimeoutError):
@@ -114,26 +114,26 @@ class Child:
         await self.kill()
 
     async def kill(self) -> int:
-        """End it at once, with all that it has started, and wait; return its exit code."""
+        """Kill it with all its children, and wait; return its exit code."""
         self.kill_now()
         return await self._process.wait()
 
     def kill_now(self) -> None:
-        """End it at once, with all that it has started."""
+        """Kill it with all its children."""
         if self.is_alive:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
 
 class Speaker:
-    """How such a process answers; once nobody listens any more, it says nothing."""
+    """How such a process answers; it sends nothing once the server has closed the pipe."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out: BinaryIO | None = out
 
     @classmethod
     def begin(cls) -> Self:
-        """Take stdout for messages alone: whatever else this process prints goes to stderr."""
+        """Reserve stdout for messages: other output of this process goes to stderr."""
         own = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         return cls(own)

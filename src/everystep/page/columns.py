@@ -1,4 +1,4 @@
-"""Losses and measurements of the runs looked at last, in memory; what is new is read when asked for.
+"""Losses and measurements of recently used runs, in memory; new ones are read on request.
 
 Everything here may wait for the disk: call it in a thread.
 """
@@ -29,13 +29,13 @@ from everystep.views.summary_html import Sparkline, sparkline
 
 __all__ = ["MOST_COLUMNS", "Columns", "RunColumns", "reduced"]
 
-#: Runs whose numbers stay in memory.
+#: Number of runs with their numbers in memory.
 KEPT = 8
 #: Measurements that have a column in the table.
 MOST_COLUMNS = 100
 #: Orders, and choices of rows, that stay in memory for each run.
 KEPT_ORDERS = 4
-#: So many of the newest numbers are read again, to see whether what is in memory still holds.
+#: How many of the newest numbers are read again, to check whether those in memory are still valid.
 OVERLAP = 4096
 
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
@@ -46,7 +46,7 @@ class RunColumns:
     """A run's numbers as they were at one moment.
 
     losses: of steps 1 to `steps`, in their own precision; ends: of each measurement;
-    edition: another one where steps that had been there were taken again.
+    edition: changes when recorded steps are repeated.
     """
 
     facts: Facts
@@ -61,7 +61,7 @@ class RunColumns:
 
     @cached_property
     def titles(self) -> dict[str, str | None]:
-        """The columns of the table besides the step: what each is of; None: the loss, if it is there."""
+        """The columns of the table except the step, with the measurement of each; None: the loss."""
         found: dict[str, str | None] = {"loss": None} if self.facts.has_loss else {}
         return found | {column_title(ends.name): ends.name for ends in self.ends[:MOST_COLUMNS]}
 
@@ -69,7 +69,7 @@ class RunColumns:
         """Return the steps and values of a measurement.
 
         Raises:
-            UsageError: there is none of that name.
+            UsageError: there is no such measurement.
         """
         names = [ends.name for ends in self.ends]
         if name not in names:
@@ -84,7 +84,7 @@ class RunColumns:
         return (np.arange(1, self.steps + 1), self.losses) if name is None else self.series(name)
 
     def remembered(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return what `make` made for this key, as long as it was asked for lately."""
+        """Return the result of `make` for this key, cached while in recent use."""
         with self.lock:
             if key not in self.kept:
                 self.kept[key] = make()
@@ -95,7 +95,7 @@ class RunColumns:
 
 
 class Columns:
-    """Keeps the numbers of the runs looked at last."""
+    """Keeps the numbers of recently used runs."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[Path, _CachedRun] = OrderedDict()
@@ -106,7 +106,7 @@ class Columns:
         """Return a run's numbers as they are now.
 
         Raises:
-            RunError: it is gone, or cannot be read.
+            RunError: it no longer exists, or cannot be read.
         """
         with self._lock:
             kept = self._runs.setdefault(run.directory, _CachedRun(run.directory))
@@ -119,7 +119,7 @@ class Columns:
         """Return a small picture of a run's losses.
 
         Raises:
-            RunError: it is gone, or cannot be read.
+            RunError: it no longer exists, or cannot be read.
         """
         now = fingerprint(run.directory)
         before, line = self._sparklines.get(run.directory, (None, None))
@@ -176,7 +176,7 @@ class _CachedRun:
 
 
 def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict[str, list[Any]]:
-    """Return steps and values for JSON, about so many that no spike is lost."""
+    """Return steps and values for JSON, reduced without losing a spike."""
     frame = reduce(pl.DataFrame({"step": steps, "loss": values}), max(1, points // 2))
     texts = shortest_texts(frame["loss"])
     is_finite = frame["loss"].is_finite().to_list()
@@ -200,10 +200,10 @@ def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
 
 
 def _goes_on(old: RunColumns, found: Numbers, start: int) -> bool:
-    """Return whether what was read from `start` on carries on from what is in memory.
+    """Return whether the numbers read from `start` on continue those in memory.
 
-    A training may take steps back and take them again (then its newest losses are others), and a run may
-    be made again under the same name. When a training ends, all of it is read once more, to be sure.
+    A training may discard steps and repeat them (then its newest losses differ), and a run may be
+    replaced under the same name. When a training ends, everything is read once more.
     """
     pair = ((facts.started, facts.status) for facts in (old.facts, found.facts))
     return next(pair) == next(pair) and _is_same(
@@ -216,11 +216,11 @@ def _overlap(steps: NDArray[np.int64]) -> int:
 
 
 def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:
-    """Return the measurements in memory with what is new; those that were changed are left out."""
+    """Return the measurements in memory with new values; changed ones are left out."""
     counts = {ends.name: ends.values for ends in found.ends}
     meanings = [facts.measured for facts in (old.facts, found.facts)]
     extended = {}
-    # Meanwhile others may have become known: they are read when they are asked for.
+    # New ones may have appeared in the meantime; they are read on request.
     for name, (new_steps, new_values) in found.series.items():
         steps, values = old.known[name]
         kept = max(0, len(steps) - OVERLAP)

@@ -1,4 +1,4 @@
-"""Who may use the server: clients that address it by its own name and know its token.
+"""Access to the server: for clients that address it by its own name and know its token.
 
 The token is an HMAC of the served directory with a secret that only the user can read. So it survives a
 restart of the server, and an open page continues to work.
@@ -57,12 +57,12 @@ def cookie_of(token: str) -> str:
 
 
 class Guard:
-    """Refuses what does not come from the page itself, and sets the headers that keep it so.
+    """Refuses requests that do not come from the page itself, and sets security headers.
 
     Args:
-        app: what is guarded.
-        token: the only one that opens it.
-        host: that it listens on, besides the names of this machine for itself.
+        app: the guarded application.
+        token: the required token.
+        host: the host it listens on; names of this machine are allowed, too.
     """
 
     def __init__(self, app: ASGIApp, token: str, host: str = "127.0.0.1") -> None:
@@ -87,7 +87,7 @@ class Guard:
             reason = "the request must be JSON (Content-Type: application/json)"
         if reason is None and not (has_token or self._has_cookie(headers)):
             reason = (
-                "this page opens only with the address that everystep view prints in its terminal, "
+                "this page opens only at the address that everystep view prints in its terminal, "
                 "including the token at its end"
             )
 
@@ -108,7 +108,7 @@ class Guard:
     def _foreign(self, headers: Headers, opens_page: bool) -> str | None:
         """Return why a request does not come from the page itself, or None.
 
-        opens_page: it asks for a page, with the token in its address.
+        opens_page: the request is for a page, with the token in its address.
         """
         hosts = headers.getlist("host")
         host = host_without_port(hosts[0]) if len(hosts) == 1 else None
@@ -120,19 +120,19 @@ class Guard:
             )
         origins = headers.getlist("origin")
         if origins and origins != [f"http://{hosts[0]}"]:
-            return "another page asked for this, and only this server's own pages may"
+            return "another page sent this request; only this server's own pages may"
         site = headers.get("sec-fetch-site", "none")
         is_opened = headers.get("sec-fetch-mode") == "navigate"
         if site in ("same-origin", "none") or (is_opened and (site == "same-site" or opens_page)):
             return None
-        return "another page asked for this, and only this server's own pages may"
+        return "another page sent this request; only this server's own pages may"
 
     def _is_ours(self, host: str) -> bool:
         if is_loopback(host) or host == self._host:
             return True
         if self._host not in ("0.0.0.0", "::", ""):
             return False
-        # Every name of this machine: nobody else can make an address in digits resolve to another.
+        # Every numeric address is allowed: no other site can make one resolve to another machine.
         return _is_address(host) or host == socket.gethostname().lower()
 
     def _has_cookie(self, headers: Headers) -> bool:
@@ -159,7 +159,7 @@ def is_page(scope: Scope) -> bool:
 
 
 def host_without_port(text: str) -> str | None:
-    """Return the host that a Host header names, in lower case, without brackets; None for nonsense."""
+    """Return the host of a Host header, in lower case, without brackets; None for an invalid one."""
     found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::\d{1,5})?", text)
     return None if found is None else (found[1] or found[2]).lower()
 
@@ -182,7 +182,7 @@ def _refusal(scope: Scope, reason: str) -> Response:
         content, media_type = json.dumps({"error": reason}, ensure_ascii=False), "application/json"
     else:
         content, media_type = (
-            problem_page("This page does not open with this address", reason),
+            problem_page("This page does not open at this address", reason),
             "text/html",
         )
     return Response(content, 403, media_type=media_type)

@@ -1,6 +1,6 @@
-"""What changes on disk, sent to the page as it happens, by server-sent events.
+"""Changes on disk, sent to the page as they happen, by server-sent events.
 
-The file system says when something has changed; then it is looked at once, for all who listen.
+After each event of the file system, a run is read once, for all listeners.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def last_seen(request: Request) -> int:
     return int(said) if said.isascii() and said.isdecimal() and len(said) < 19 else 0
 
 
-#: Seconds from one look to the next, where changes come faster.
+#: Minimum seconds between two readings.
 RUN_PAUSE, LIST_PAUSE = 0.125, 0.5
-#: Seconds after which runs that were read are sent while others are still to be read: first, and then.
+#: Seconds after which the runs read so far are sent while others are still unread: first, and then.
 MOMENT, LONGER = 0.25, 1.0
 #: Seconds after which something is looked at again although no change was heard of.
 AGAIN = 2.0
@@ -66,9 +66,9 @@ Content = TypeVar("Content")
 
 
 class Sight(NamedTuple, Generic[Content]):
-    """What was seen: the content, where changes of it will show, and whether some may not show there.
+    """What was read: the content, where its changes show, and whether some may not show there.
 
-    is_whole: the next look would not see more.
+    is_whole: reading again would not return more.
     """
 
     content: Content
@@ -78,7 +78,7 @@ class Sight(NamedTuple, Generic[Content]):
 
 
 class RunSight(NamedTuple):
-    """A run as it was seen."""
+    """The data that was read of a run."""
 
     run: RecordedRun
     columns: RunColumns
@@ -86,7 +86,7 @@ class RunSight(NamedTuple):
 
 
 class Live:
-    """Tells of runs as they change."""
+    """Sends runs as they change."""
 
     def __init__(self, run_index: RunIndex, columns: Columns) -> None:
         self._run_index = run_index
@@ -95,9 +95,9 @@ class Live:
         self._feeds: dict[str | None, Feed[Any]] = {}
 
     async def run_events(self, name: str, after: int) -> AsyncIterator[str]:
-        """Yield what happens to a run, from what it was after step `after`.
+        """Yield changes of a run since step `after`.
 
-        Losses that begin at a step that was sent before take the place of what was sent from there on.
+        Losses from a step that was already sent replace those sent from that step on.
         """
         sent: Any = None
         before: RunColumns | None = None
@@ -125,11 +125,11 @@ class Live:
                     yield event("losses", content, after)
 
     async def list_events(self) -> AsyncIterator[str]:
-        """Yield all runs in one line each, as they are read; then those that change, and the names of
-        those that go.
+        """Yield a summary of each run, as they are read; then those that change, and the names of
+        deleted ones.
 
-        `begins` says that nothing was sent before, `unread` how many runs are still to come; when that
-        is 0, a run that was not sent is gone.
+        `begins` marks the first event, `unread` is the number of runs still to come; when it is 0, a run
+        that was not sent does not exist.
         """
         sent: Summaries | None = None
         yield "retry: 1000\n\n"
@@ -147,7 +147,7 @@ class Live:
                 sent = seen
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         for feed in self._feeds.values():
             feed.stop()
         self._watches.close()
@@ -185,7 +185,7 @@ class Live:
 
 
 class Feed(Generic[Content]):
-    """Looks at something when it has changed, once for all who listen, and only while somebody does."""
+    """Reads something when it changes, once for all listeners, and only while there are any."""
 
     def __init__(self, look: Callable[[], Sight[Content]], watches: Watches, pause: float) -> None:
         self._look = look
@@ -199,12 +199,12 @@ class Feed(Generic[Content]):
 
     @property
     def has_listeners(self) -> bool:
-        """Whether somebody listens."""
+        """Whether there are listeners."""
         return bool(self._listeners)
 
     @contextmanager
     def listening(self) -> Iterator[AsyncIterator[Content]]:
-        """Listen: what is seen now, and then whenever it may have changed."""
+        """Yield the content now, and whenever it may have changed."""
         news = asyncio.Event()
         self._listeners.add(news)
         if self._task is None:
@@ -220,7 +220,7 @@ class Feed(Generic[Content]):
                 self.stop()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop reading."""
         if self._task is not None:
             self._task.cancel()
         self._task = None
@@ -232,7 +232,7 @@ class Feed(Generic[Content]):
             await news.wait()
             news.clear()
             if self._task is not None and self._task.done():
-                self._task.result()  # raises what went wrong
+                self._task.result()  # raises its error
             yield self._seen[0]
 
     async def _work(self) -> None:
@@ -255,7 +255,7 @@ class Feed(Generic[Content]):
             news.set()
 
     def _watch(self, directories: set[Path]) -> bool:
-        """Watch these directories and no others; return whether all of them can be."""
+        """Watch exactly these directories; return whether all of them can be watched."""
         kept = {each for each in self._directories & directories if self._watches.holds(each)}
         for directory in self._directories - kept:
             self._watches.remove(directory, self._changed)
@@ -268,7 +268,7 @@ class Feed(Generic[Content]):
 
 
 def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:
-    """Return up to which step what was sent still holds."""
+    """Return the last step up to which the sent data is still valid."""
     after = after if after <= now.steps else 0 if before is None else now.steps
     if before is None or before.edition == now.edition:
         return after

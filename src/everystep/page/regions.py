@@ -18,7 +18,7 @@ __all__ = ["MOST", "Region", "histogram", "matrix", "npy", "region", "regions"]
 
 #: Rows and columns that a region has at most.
 MOST = 2048
-#: Slices that come at once.
+#: Slices sent in one answer.
 MOST_SLICES = 512
 #: Buckets of a histogram.
 BUCKETS = 64
@@ -27,7 +27,7 @@ _EXACT = 2**24
 
 
 class Region(NamedTuple):
-    """Numbers of a tensor, little endian, row after row; `about` says which, and how to read them."""
+    """Numbers of a tensor, little endian, row after row; `about` describes them."""
 
     about: dict[str, Any]
     numbers: bytes
@@ -44,7 +44,7 @@ def npy(tensor: Tensor) -> bytes:
 def matrix(tensor: Tensor, index: int = 0) -> tuple[Tensor, int]:
     """Return one of the 2-d slices that a tensor's leading dimensions make, and how many there are.
 
-    A vector is one row, a number 1 by 1; of complex numbers it has the absolute values.
+    A vector is one row, a number 1 by 1; complex numbers become absolute values.
 
     Raises:
         UsageError: there is no such slice.
@@ -70,13 +70,13 @@ def region(
 ) -> Region:
     """Return the numbers of a region, at most `most` by `most` of them.
 
-    Of a larger one, each number stands for a block: it is the one with the largest absolute value
-    there, with its sign; NaN goes before all, so that nothing that is not finite is ever lost.
+    In a larger region, each number represents a block: the one with the largest absolute value, with its
+    sign; NaN has precedence, so that no non-finite number is lost.
 
     Args:
         tensor: the tensor that has the numbers.
         index: of the 2-d slice.
-        rows: first and one after the last; absent: all.
+        rows: the first, and one past the last; absent: all.
         columns: the same.
         most: numbers along a side.
 
@@ -120,7 +120,7 @@ def regions(
     columns: tuple[int, int] | None = None,
     most: int = 512,
 ) -> Region:
-    """Return the same region of `count` slices, one after the other; `about` has `count` besides.
+    """Return the same region of `count` slices, one after the other; `about` also has `count`.
 
     Raises:
         UsageError: there is no such slice or region.
@@ -132,9 +132,9 @@ def regions(
 
 
 def histogram(tensor: Tensor) -> dict[str, Any]:
-    """Return how many finite numbers lie in each of 64 equal buckets, and how many are not finite.
+    """Return how many finite numbers are in each of 64 equal buckets, and how many are not finite.
 
-    Where all are equal, they are in the bucket in the middle.
+    If all are equal, they are in the middle bucket.
     """
     numbers = (tensor.abs() if tensor.is_complex() else tensor).detach().cpu().double().flatten()
     finite = numbers[torch.isfinite(numbers)]
@@ -161,7 +161,7 @@ def _range(label: str, asked: tuple[int, int] | None, size: int) -> tuple[int, i
     first, end = asked
     if not 0 <= first < end <= size:
         raise UsageError(
-            f"{label} {first}:{end} are not there; ask for first:end, from 0 to at most {size}"
+            f"{label} {first}:{end} are out of range; ask for first:end, from 0 to at most {size}"
         )
     return first, end
 
@@ -177,7 +177,7 @@ def _float_type(numbers: Tensor) -> torch.dtype:
 
 
 def _extremes(numbers: Tensor, height: int, width: int) -> Tensor:
-    """Return of each block the number with the largest absolute value; NaN where there is one."""
+    """Return the number with the largest absolute value of each block; NaN if there is one."""
     if (height, width) == (1, 1):
         return numbers
     high, low = (
@@ -188,7 +188,7 @@ def _extremes(numbers: Tensor, height: int, width: int) -> Tensor:
 
 
 def _of_blocks(numbers: Tensor, size: int, reduce: Callable[..., Tensor]) -> Tensor:
-    """Return what `reduce` makes of each `size` rows; of what is left over, too."""
+    """Return the result of `reduce` for each `size` rows, and for the rest."""
     whole = len(numbers) // size * size
     found = [reduce(numbers[:whole].reshape(-1, size, numbers.shape[1]), dim=1)]
     if whole < len(numbers):
@@ -197,7 +197,7 @@ def _of_blocks(numbers: Tensor, size: int, reduce: Callable[..., Tensor]) -> Ten
 
 
 def _finite_range(numbers: Tensor) -> tuple[float | None, float | None]:
-    """Return the smallest and the largest finite number, None where there is none."""
+    """Return the smallest and the largest finite number, None if there is none."""
     if not numbers.numel():
         return None, None
     low, high = map(float, torch.aminmax(numbers))

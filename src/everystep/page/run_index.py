@@ -1,4 +1,4 @@
-"""The runs that are served. A name from the page is looked up among them; it is never a path."""
+"""The served runs. A name from the page is looked up among them; it is never used as a path."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class RunIndex:
         Raises:
             RunError: there is none, or it cannot be read.
         """
-        return RecordedRun(self.place(name), may_be_cut=True)  # the page shows what is damaged
+        return RecordedRun(self.place(name), may_be_cut=True)  # the page shows the damage
 
     def place(self, name: str) -> Path:
-        """Return the directory of the run of that name; nothing in it is read.
+        """Return the directory of the run of that name, without reading it.
 
         Raises:
             RunError: there is none.
@@ -51,7 +51,7 @@ class RunIndex:
         directory = self.folders().get(name)
         if directory is None or not (directory / FILE_NAME).is_file():
             known = list(self.directories())
-            cure = did_you_mean(name, known) or "the list of runs shows those that there are"
+            cure = did_you_mean(name, known) or "the list of runs shows the existing ones"
             raise RunError(f"no run {_shortened(name)!r} in {self.directory}; {cure}")
         return directory
 
@@ -73,10 +73,10 @@ class RunIndex:
         return {shown_name(name): self.directory / name for name in names}
 
     def summaries(self, seconds: float = math.inf) -> Summaries:
-        """Return every run in one line; only what has changed is read again.
+        """Return a summary of every run; only changed ones are read again.
 
-        seconds: to spend on runs that were never read, at least one; the next call reads the rest, and
-        what has changed meanwhile, when none is left.
+        seconds: to spend on unread runs, at least one; the next call reads more, and changed runs once
+        none is left.
         """
         directories = self.directories()
         began = time.monotonic()
@@ -107,7 +107,7 @@ class RunIndex:
             now = fingerprint(directory)
             with self._lock:
                 before, summary = self._known.get(name, (None, {}))
-            # Of a run whose process is killed no file changes.
+            # When the process of a run is killed, none of its files changes.
             if before == now and summary["status"] not in ("running", None):
                 return summary
             summary = summary_data(RecordedRun(directory, may_be_cut=True).summary())
@@ -120,7 +120,7 @@ class RunIndex:
 
 
 def shown_name(name: str) -> str:
-    """Return the name of a folder as the page has it: bytes in it that are no text are written out."""
+    """Return the name of a folder for the page, with undecodable bytes escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -24,9 +24,9 @@ from everystep.recording.directories import RUNS, find_run, is_run
 
 __all__ = ["place_of", "serve"]
 
-#: Ports that are tried, from the one that was asked for.
+#: Number of ports to try, from the requested one.
 PORTS = 100
-#: Seconds that answers have to end by themselves.
+#: Seconds that answers in progress have to end.
 PATIENCE = 1
 
 
@@ -42,7 +42,7 @@ def place_of(what: str | Path) -> tuple[Path, str | None]:
     if path == RUNS and not path.exists():
         return path.resolve(), None
     found = find_run(what)
-    # A link to a run stays where it lies, among its neighbours.
+    # A link to a run is served from the directory that contains the link.
     run = found.resolve() if found.name in ("", "..") else found.absolute()
     return run.parent, run.name
 
@@ -61,8 +61,8 @@ def serve(
         directory: where the runs are.
         run: the name of the one to open at.
         host: to listen on; beyond loopback, other machines can reach the page.
-        port: to listen on; where it is taken, the next free one.
-        browser: open a browser; None: where there is one to be seen.
+        port: to listen on; if it is taken, the next free one.
+        browser: open a browser; None: if there is a screen.
 
     Raises:
         UsageError: nothing can be served there.
@@ -148,7 +148,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _shown(host: str) -> str:
-    """Return the host as it stands in an address that can be opened from here."""
+    """Return the host for an address that can be opened on this machine."""
     if host in ("0.0.0.0", "::", ""):
         return socket.gethostname() if "SSH_CONNECTION" in os.environ else "127.0.0.1"
     return f"[{host}]" if ":" in host else host
@@ -159,7 +159,7 @@ def _say(host: str, port: int) -> None:
     if not is_loopback(host):
         lines.append(
             f"this listens on {host}: anyone with this address who can reach this machine sees all "
-            "runs here, and can measure and train in your name; what passes is not encrypted"
+            "runs here, and can measure and train in your name; the connection is not encrypted"
         )
     elif connection := os.environ.get("SSH_CONNECTION", "").split():
         here = connection[2] if len(connection) > 2 else socket.gethostname()
@@ -172,7 +172,7 @@ def _say(host: str, port: int) -> None:
 
 
 def _has_screen() -> bool:
-    """Return whether a browser that is opened here would be seen."""
+    """Return whether a browser opened here has a screen."""
     if not sys.stdout.isatty() or "SSH_CONNECTION" in os.environ:
         return False
     is_desktop = sys.platform in ("darwin", "win32")

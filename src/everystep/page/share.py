@@ -22,9 +22,9 @@ from everystep.views.step_data import tensor_of
 
 __all__ = ["MOST_STEPS", "shared_report"]
 
-#: Steps that a report may have inside: it is to be sent to somebody.
+#: Maximum number of steps in a report, which is to be sent to other people.
 MOST_STEPS = 20
-#: Tensors of so many numbers are kept whole.
+#: Tensors of up to so many numbers are embedded whole.
 WHOLE = 4096
 #: Larger ones are reduced to so many rows and columns, and to so many numbers in all slices together.
 SIDE = 96
@@ -35,14 +35,14 @@ _FIRST = "report/steps.js"
 
 
 def shared_report(run: Run, steps: Sequence[int]) -> str:
-    """Return the report of a run with some steps inside, to be looked at without a server.
+    """Return the report of a run with some steps embedded, to open without a server.
 
-    steps: which; -1 is the newest. Without any it is the report alone.
+    steps: their numbers; -1 is the newest; empty: the report alone.
 
     Raises:
         StepError: there is no such step.
         UsageError: there are too many.
-        RunError: something that is needed is missing or cannot be read.
+        RunError: a needed file is missing or unreadable.
     """
     numbers = _numbers(run, steps)
     return report_html(run, _section(run, numbers), (_FIRST,)) if numbers else report_html(run)
@@ -104,7 +104,7 @@ class _HeldNumbers:
         }
 
     def _slices(self, tensor: Tensor) -> list[dict[str, Any]]:
-        """Return the slices of a tensor, as many as there is room for; the first in any case."""
+        """Return the slices of a tensor that fit; always the first."""
         most = WHOLE if tensor.numel() <= WHOLE else SIDE
         found: list[dict[str, Any]] = []
         used = 0

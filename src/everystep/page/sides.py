@@ -17,7 +17,7 @@ from everystep.views.mathematics import mathematics
 
 __all__ = ["sides"]
 
-#: Tensors of so many numbers come whole; of larger ones a window around the first that differs.
+#: Tensors of up to so many numbers are sent whole, larger ones as a window around the first difference.
 WHOLE = 4096
 #: Rows and columns of that window.
 WINDOW = 64
@@ -28,12 +28,12 @@ Window = tuple[tuple[int, int], tuple[int, int]]
 def sides(
     found: OperationDifference | None, runs: tuple[Run, Run]
 ) -> list[dict[str, Any] | None] | None:
-    """Return the operation of each run as plain data, None where it has none; None where none was found.
+    """Return the operation of each run as plain data, None if it has none; None if none was found.
 
     Tensors are rows and columns: the leading dimensions of one with several are rows, too, and a vector
-    is one row. Those of both runs have the names that they have in the first. `window` are the rows and
-    the columns that `values` has, as first and one after the last; `different` the places within it,
-    counted in the whole, at which the runs differ.
+    is one row. Tensors of both runs have their names in the first. `window` are the rows and the columns
+    that `values` has, as first and one after the last; `different` the places within it, counted in the
+    whole, at which the runs differ.
     """
     if found is None:
         return None

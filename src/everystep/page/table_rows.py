@@ -25,7 +25,7 @@ Rows = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for: the order, the first and the last step, and the range of the loss."""
+    """A query: the order, the first and the last step, and the range of the loss."""
 
     sort: str = "step"
     descending: bool = False
@@ -36,24 +36,24 @@ class Wanted:
 
 
 def wanted_of(query: Mapping[str, str]) -> Wanted:
-    """Read what is asked for.
+    """Read a query.
 
     Args:
         query: `sort`, `direction`, `first` and `last` (steps), `low` and `high` (losses).
 
     Raises:
-        UsageError: something of it cannot be read.
+        UsageError: a part of it is invalid.
     """
     direction = query.get("direction") or "asc"
     if direction not in ("asc", "desc"):
-        raise UsageError(f"direction {direction!r} is none; write asc or desc")
+        raise UsageError(f"direction must be asc or desc, not {direction!r}")
     low, high = (_bound(word, query.get(name, "")) for name, word in (("low", "from"), ("high", "to")))
     first, last = (whole(name, query.get(name, "")) for name in ("first", "last"))
     return Wanted(query.get("sort") or "step", direction == "desc", first, last, low, high)
 
 
 def rows_of(columns: RunColumns, wanted: Wanted) -> Rows:
-    """Return the rows that are asked for (step - 1), in their order.
+    """Return the requested rows (step - 1), in order.
 
     NaN counts as larger than every number; blanks come last in both directions.
 
@@ -62,7 +62,7 @@ def rows_of(columns: RunColumns, wanted: Wanted) -> Rows:
     """
     if wanted.sort != "step" and wanted.sort not in columns.titles:
         known = ", ".join(["step", *columns.titles])
-        raise UsageError(f"no column {wanted.sort!r} to sort by; there are {known}")
+        raise UsageError(f"no column {wanted.sort!r} to sort by; the columns are {known}")
     found: Rows = columns.remembered(wanted, lambda: _filtered(columns, wanted))
     return found
 
@@ -93,7 +93,7 @@ def page_of(
 
 
 def frame_of(columns: RunColumns, rows: Rows) -> pl.DataFrame:
-    """Return rows as a table: step, loss if it is logged, and measurements, null where there is none."""
+    """Return rows as a table: step, loss if it is logged, and measurements; missing values are null."""
     found = {"step": pl.Series(rows + 1, dtype=pl.Int64)}
     return pl.DataFrame(found | {title: _column(columns, title, rows) for title in columns.titles})
 
@@ -143,10 +143,10 @@ def _order(columns: RunColumns, sort: str, descending: bool) -> Rows:
 
 
 def whole(name: str, text: str) -> int | None:
-    """Return the whole number that a text says, None if it is blank.
+    """Return a text as an integer, None if it is blank.
 
     Raises:
-        UsageError: it says something else.
+        UsageError: it is not an integer.
     """
     plain = text.strip()
     if not plain:

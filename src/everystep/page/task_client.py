@@ -1,4 +1,4 @@
-"""The server's side of the tasks: starts them, keeps what they say, and stops them."""
+"""The server's side of the tasks: starts them, keeps their messages, and stops them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from everystep.page.child_process import Child, Ended
 
 __all__ = ["Busy", "Event", "Task", "Tasks"]
 
-#: Tasks at once: each takes the processor for itself.
+#: Tasks at the same time: each uses the whole processor.
 MOST_AT_ONCE = 3
 #: Tasks that change nothing: a page that is loaded again listens to the one that it had begun.
 QUESTIONS = ("when", "first-nonfinite", "verify", "compare", "what-if", "rerun")
@@ -28,7 +28,7 @@ class Busy(Exception):  # noqa: N818  # nothing is wrong
 
 
 class Event(NamedTuple):
-    """What a task has said: which of its words it is, counted from 1, of what kind, and its content."""
+    """A message of a task: its number, from 1, its kind, and its content."""
 
     number: int
     name: str
@@ -41,7 +41,7 @@ class Task:
     def __init__(self, process: Child, asked: dict[str, Any]) -> None:
         self._process = process
         self.asked = asked
-        # Of each kind of message only the last: a late listener needs no more.
+        # Only the last message of each kind: a late listener needs no more.
         self._said: dict[str, Event] = {}
         self._count = 0
         self._changed = asyncio.Event()
@@ -50,7 +50,7 @@ class Task:
         self.is_over = False
 
     async def follow(self) -> None:
-        """Tell the process what to do, and keep what it says until it ends."""
+        """Send the process its request, and keep its messages until it ends."""
         await self._process.ask(self.asked)
         try:
             while True:
@@ -64,7 +64,7 @@ class Task:
                 text = (
                     "stopped"
                     if self._is_stopped
-                    else f"the process of this task {ended} without an answer"
+                    else f"the process of this task {ended} before it answered"
                 )
                 self._keep("error", {"error": text, "cancelled": self._is_stopped})
         finally:
@@ -72,9 +72,9 @@ class Task:
             self._tell()
 
     async def events(self, after: int = 0, silence: float | None = None) -> AsyncIterator[Event | None]:
-        """Yield what is said after word number `after`, and what is still to be said, to the end.
+        """Yield the messages after number `after`, and later ones as they come, to the end.
 
-        silence: seconds after which None is yielded where nothing is said.
+        silence: seconds without a message after which None is yielded.
         """
         while True:
             changed = self._changed
@@ -92,7 +92,7 @@ class Task:
                 yield None
 
     async def stop(self) -> None:
-        """Have it end; what it has done is kept."""
+        """Stop it; its results so far are kept."""
         if self._is_stopped or not self._process.is_alive:
             return
         self._is_stopped = True
@@ -105,12 +105,12 @@ class Task:
 
     @property
     def goes_on(self) -> bool:
-        """Whether it is under way, and nobody has stopped it."""
+        """Whether it is running, and was not stopped."""
         return not self.is_over and not self._is_stopped
 
     @property
     def trains(self) -> str | None:
-        """The run that it is training, None where it trains none."""
+        """The run that it is training, if any."""
         begun = self._said.get("begun")
         return None if begun is None or self.is_over else begun.content["run"]
 
@@ -156,12 +156,12 @@ class Tasks:
         return id
 
     def _same(self, asked: dict[str, Any]) -> str | None:
-        """Return the id of the task that answers the same, None where there is none."""
+        """Return the id of a task for the same request, if there is one."""
         tasks = self._tasks.items()
         return next((id for id, (task, _) in tasks if task.asked == asked and task.goes_on), None)
 
     def find(self, id: str) -> Task | None:
-        """Return a task, None where there is none of that id."""
+        """Return the task with that id, if there is one."""
         return self._tasks[id][0] if id in self._tasks else None
 
     def training(self, run: str) -> str | None:

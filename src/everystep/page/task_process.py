@@ -1,7 +1,7 @@
-"""A task, in a process of its own: measure, when, verify, compare, fork, what if or rerun.
+"""A task, in its own process: measure, when, verify, compare, fork, what if or rerun.
 
-One request comes in, messages go out: `ready`, `progress`, `begun`, and at the end `result` or
-`error`. Once it has said `ready`, SIGINT stops it, and what it has done by then is kept.
+It reads one request and sends messages: `ready`, `progress`, `begun`, and at the end `result` or
+`error`. After `ready`, SIGINT stops it, and its results so far are kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from everystep.views.run_view import FINITE
 
 __all__ = ["Voice", "do", "main"]
 
-#: Seconds between two words on how far it is.
+#: Seconds between two reports of progress.
 _PAUSE = 0.1
 #: Steps that an answer lists; of more there is the number.
 _LISTED = 10_000
@@ -45,21 +45,21 @@ _POINTS = 20_000
 
 
 class Voice(Speaker):
-    """Tells the server what happens; called with the number of steps that were just completed."""
+    """Reports progress to the server; called with the number of steps just completed."""
 
     _said = 0.0
     _done = _total = 0
     _what = ""
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Tell how far it is, unless it was said just now."""
+        """Report the progress, unless it was reported just now."""
         now = time.monotonic()
         if now - self._said >= _PAUSE or done >= total:
             self._said = now
             self.say("progress", {"done": min(done, total), "total": total, "what": what})
 
     def begin_counting(self, what: str, total: int) -> None:
-        """Begin to count steps, of so many."""
+        """Begin to count `total` steps."""
         self._done, self._total, self._what = 0, total, what
         self(0)
 
@@ -70,7 +70,7 @@ class Voice(Speaker):
 
 
 def do(request: dict[str, Any], voice: Voice) -> None:
-    """Do a task, and tell what comes of it: `result`, or `error` in words."""
+    """Run a task, and send its `result`, or its `error` as text."""
     try:
         voice.say("ready", {})
         answer = _TASKS[request["task"]]
@@ -85,10 +85,10 @@ def do(request: dict[str, Any], voice: Voice) -> None:
 
 
 def main() -> None:
-    """Do the task that stdin tells."""
+    """Run the task that stdin describes."""
     sys.unraisablehook = _not_lost
     end_with_stdin(in_order=True)
-    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
+    warnings.simplefilter("ignore", DamageWarning)  # the server reports damage
     limit_memory()
     numerics.prepare()
     voice = Voice.begin()
@@ -111,7 +111,7 @@ def _measure(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     except KeyboardInterrupt:
         count = len(run.measured(name or expression))
         raise KeyboardInterrupt(
-            f"stopped; {count:,} values are kept, and measuring the same again continues from there"
+            f"stopped; {count:,} values are saved; measure the same again to continue"
         ) from None
     return found.data() | {"values": len(found.values), "text": found.to_text()}
 
@@ -164,7 +164,7 @@ def _fork(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
             progress=watching,
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; {watching.run} has every step until then") from None
+        raise KeyboardInterrupt(f"stopped; {watching.run} has every step up to then") from None
     return {"run": watching.run, "status": made.status, "notices": watching.notices}
 
 
@@ -178,12 +178,12 @@ class _Watching(Silent):
         self._steps = 0
 
     def begin(self, directory: Path, facts: Facts) -> None:
-        """Tell which run it is."""
+        """Report the name of the run."""
         self.run, self._steps = shown_name(directory.name), facts.steps or 0
         self._voice.say("begun", {"run": self.run})
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:
-        """Tell how far it is."""
+        """Report the progress."""
         self._voice.progress(first_step + len(losses) - 1, self._steps, "training")
 
     def notice(self, message: str) -> None:
@@ -192,7 +192,7 @@ class _Watching(Silent):
 
 
 def _next_free(run: Run) -> Path:
-    """Return where a fork goes that nobody has named: beside its parent."""
+    """Return the directory of an unnamed fork: next to its parent."""
     places = (run.directory.parent / f"{run.directory.name}-fork-{n}" for n in itertools.count(1))
     return next(place for place in places if not place.exists())
 

@@ -24,7 +24,7 @@ from everystep.recording.database import FILE_NAME
 
 __all__ = ["Watches"]
 
-#: What tells that a run was written to, or that a directory has come or gone.
+#: Events that show that a run was written to, or that a directory was created or deleted.
 _EVENTS: list[type[FileSystemEvent]] = [
     DirCreatedEvent,
     DirDeletedEvent,
@@ -36,7 +36,7 @@ _EVENTS: list[type[FileSystemEvent]] = [
 
 
 class Watches:
-    """Watches directories, each once, as long as somebody wants to know; used from one event loop."""
+    """Watches directories, each once, while there are listeners; used from one event loop."""
 
     def __init__(self) -> None:
         self._observer: BaseObserver | None = None
@@ -70,7 +70,7 @@ class Watches:
             self.close()
 
     def holds(self, directory: Path) -> bool:
-        """Return whether what is watched is still what lies there: it may have been replaced."""
+        """Return whether a watched directory is still the one at its path: it may have been replaced."""
         try:
             return directory in self._watched and _place(directory) == self._watched[directory].place
         except OSError:
@@ -86,7 +86,7 @@ class Watches:
 
     def _started(self) -> BaseObserver:
         if self._observer is None:
-            # It tells of events of a directory that has just been let go as of errors.
+            # It reports events of a directory that was just released as errors.
             logging.getLogger("watchdog").setLevel(logging.CRITICAL)
             self._observer = Observer()
             self._observer.start()
@@ -101,9 +101,9 @@ class _Handler(FileSystemEventHandler):
         self._loop = loop
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        """Set the events of those who want to know."""
+        """Set the events of the listeners."""
         names = {Path(str(path)).name for path in (event.src_path, event.dest_path)}
-        # Looking at a run touches its other files (the lock, the shared memory): that changes nothing.
+        # Reading a run touches its other files (the lock, the shared memory), which is not a change.
         is_made_by_looking = not event.is_directory and not names & {FILE_NAME, f"{FILE_NAME}-wal"}
         if not is_made_by_looking and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._tell)

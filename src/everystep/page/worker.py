@@ -37,12 +37,12 @@ KEPT_RUNS = 3
 #: Terms of a sum, and rows of each order, that are shown.
 TERMS, MOST_ROWS = 8, 100
 
-#: What the bytes of an answer are, and the bytes.
+#: The description of an answer's bytes, and the bytes.
 Found = tuple[dict[str, Any], bytes]
 
 
 class Openers:
-    """The runs that were asked for last, with all that was gone through in them."""
+    """The runs that were used last, with their replays."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, tuple[tuple[Any, ...], Run]] = OrderedDict()
@@ -79,21 +79,21 @@ class Openers:
         return run, run[number]
 
     def _stamp(self, run: Run) -> tuple[Any, ...]:
-        """Return what tells a run from another one of the same name.
+        """Return what distinguishes a run from another one of the same name.
 
         Raises:
-            RunError: it is gone.
+            RunError: it no longer exists.
         """
         path: Path = run.directory / FILE_NAME
         try:
             status = path.stat()
         except OSError as error:
-            raise RunError(f"the run {run.name} is not there any more: {error.strerror}") from None
+            raise RunError(f"the run {run.name} no longer exists: {error.strerror}") from None
         return status.st_dev, status.st_ino, run.facts.started
 
 
 class Interruption:
-    """Ctrl-C's signal as the server's word that nobody waits for the answer any more."""
+    """SIGINT, by which the server reports that no request waits for the answer."""
 
     def __init__(self) -> None:
         self._is_heard = False
@@ -114,7 +114,7 @@ class Interruption:
 def answers(
     openers: Openers, lines: Iterator[bytes], interruption: AbstractContextManager[None] | None = None
 ) -> Iterator[Message]:
-    """Yield the answer to each line; interruption: raises KeyboardInterrupt where one is given up."""
+    """Yield the answer to each line; interruption: raises KeyboardInterrupt when one is stopped."""
     for line in lines:
         about: dict[str, Any] = {}
         content = b""
@@ -139,8 +139,8 @@ def answers(
             place = str(request.get("run", ""))
             openers.forget(place)  # it may be in the middle of a step
             if place and not Path(place, FILE_NAME).exists():
-                # Deleted while it was read: whatever came of that says nothing about the run.
-                status, about = 404, {"error": f"the run {Path(place).name} is not there any more"}
+                # Deleted while it was read: the error is not about the run.
+                status, about = 404, {"error": f"the run {Path(place).name} no longer exists"}
         yield Message("answer", {"status": status, "about": about}, content)
 
 
@@ -151,7 +151,7 @@ def main() -> None:
     interruption = Interruption()
     limit_memory()
     numerics.prepare()
-    # Steps are replayed with the threads of their run; what is computed of their tensors is small.
+    # Replays use the threads of their run; other computations on their tensors are small.
     torch.set_num_threads(1)
     speaker = Speaker.begin()
     for answer in answers(Openers(), iter(sys.stdin.buffer.readline, b""), interruption):
@@ -198,7 +198,7 @@ def _rows(step: Step, run: Run, asked: dict[str, Any]) -> Found:
     return {}, _as_bytes(run.rows(step.number).data(most=MOST_ROWS))
 
 
-#: What can be asked of a step.
+#: The questions about a step.
 _KINDS: dict[str, Callable[[Step, Run, dict[str, Any]], Found]] = {
     "content": _content,
     "numbers": _numbers,

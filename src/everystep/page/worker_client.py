@@ -13,18 +13,19 @@ from everystep.page.child_process import Child, Ended
 
 __all__ = ["Answer", "Gone", "NoAnswer", "WorkerClient"]
 
-#: Seconds that the worker has to end by itself.
+#: Seconds that the worker has to end.
 _PATIENCE = 0.5
-#: Seconds that it may go on with what nobody waits for any more, and to give it up.
+#: Seconds that it may continue with an answer that no request waits for, and to stop it.
 _LEAVING_PATIENCE = 1.0
-#: Seconds that an answer may take: others wait. Tasks, which can be stopped, have no limit.
+#: Seconds that an answer may take, since other requests wait. Tasks, which can be cancelled, have no
+#: limit.
 _LONGEST = 600.0
 #: Seconds that it has to import torch.
 _STARTING_PATIENCE = 10.0
 
 
 class Answer(NamedTuple):
-    """What the worker says: an HTTP status, what the bytes are (or the error), and the bytes."""
+    """An answer of the worker: an HTTP status, what the bytes are (or the error), and the bytes."""
 
     status: int
     about: dict[str, Any]
@@ -66,22 +67,21 @@ class WorkerClient:
         gone: Callable[[], Awaitable[None]] | None = None,
         **asked: Any,
     ) -> Answer:
-        """Ask the worker something of a run; `asked`: plain data.
+        """Send the worker a request about a run; `asked`: plain data.
 
-        gone: returns when the one who asks has gone; then nothing is opened for them, and what is
-        being opened is given up.
+        gone: returns when the client has disconnected; then the request is dropped, or stopped.
 
         Raises:
-            RunError: the run is elsewhere.
-            Gone: they have.
-            NoAnswer: the worker ended instead of answering, or took too long.
+            RunError: the run is in another directory.
+            Gone: the client has disconnected.
+            NoAnswer: the worker ended before it answered, or took too long.
         """
         if run.absolute().parent != self._directory:
-            raise RunError(f"{run.name} is not in {self._directory}, which is what is shown")
+            raise RunError(f"{run.name} is not in {self._directory}, the directory that is shown")
         leaving = asyncio.ensure_future(gone() if gone else asyncio.Event().wait())
         try:
             async with self._turn:
-                await asyncio.sleep(0)  # who has gone while others were served is noticed
+                await asyncio.sleep(0)  # a client that disconnected while it waited is noticed
                 if leaving.done():
                     raise Gone
                 return await self._answer({"kind": kind, "run": str(run.absolute())} | asked, leaving)
@@ -107,16 +107,16 @@ class WorkerClient:
             return exchange.result()
         except Ended as ended:
             raise NoAnswer(
-                f"the process that opens steps {ended}; ask again, and a new one does it. If it ends "
+                f"the process that opens steps {ended}; try again: a new process starts. If it ends "
                 "again, `everystep step` in a terminal may show why"
             ) from None
-        except asyncio.CancelledError:  # what it would still answer is nobody's
+        except asyncio.CancelledError:  # no request waits for its answer
             exchange.cancel()
             await self._process.kill()
             raise
 
     async def _give_up(self, process: Child, exchange: asyncio.Future[Answer]) -> None:
-        """Have the worker answer soon what nobody waits for any more: the next one waits."""
+        """Have the worker stop an answer that no request waits for: the next one waits."""
         is_ready = process is self._ready
         for seconds in (_LEAVING_PATIENCE, _LEAVING_PATIENCE if is_ready else _STARTING_PATIENCE):
             done, _ = await asyncio.wait({exchange}, timeout=seconds)
@@ -142,14 +142,14 @@ class WorkerClient:
 
 def _too_long(seconds: float) -> str:
     return (
-        f"this took more than {seconds / 60:.0f} minutes and was given up, because other requests wait; "
+        f"this took more than {seconds / 60:.0f} minutes and was stopped, because other requests wait; "
         "`everystep step` in a terminal has no such limit"
     )
 
 
 async def _begin_worker() -> Child:
-    # Threads that wait for each other should soon sleep: a training beside them may need every core. At
-    # once would cost more than half of the speed where there is none.
+    # Waiting threads should sleep soon: a training may need every core. Sleeping at once would cost more
+    # than half of the speed without one.
     return await Child.begin("everystep.page.worker", GOMP_SPINCOUNT="1000")
 
 

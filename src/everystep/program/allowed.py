@@ -1,10 +1,9 @@
 """The ATen operators that a program may call, by name, for torch 2.9 to 2.15.
 
-An operator that is not listed is refused, so that a new operator of a later torch is not used before
-somebody has reviewed it. (torch 2.15 added `shallow_copy_data_`, which gives a tensor the memory of
-another.)
+An operator that is not listed is refused, so that a new operator of a later torch is not used before it
+was reviewed. (torch 2.15 added `shallow_copy_data_`, which gives a tensor the memory of another.)
 
-With an operator, its variants are allowed: in place (`add_`), and of lists (`_foreach_add`). The list
+Variants of an operator are allowed, too: in place (`add_`), and of lists (`_foreach_add`). The list
 omits operators on tensors that programs do not have (sparse, quantized, nested); operators that use
 values of a tensor as memory offsets, or as a duration, without checking them; operators that write to
 memory other than their arguments; and kernels that only other operators call.
@@ -108,5 +107,5 @@ _VARIANT = re.compile(r"^_foreach_|(?<=[a-z0-9])_$")
 
 
 def is_allowed(name: str) -> bool:
-    """Tell whether a program may call an operator, by its name without an overload."""
+    """Return whether a program may call an operator, by its name without an overload."""
     return name in _ALLOWED or _VARIANT.sub("", name) in _ALLOWED

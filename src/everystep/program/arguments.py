@@ -105,9 +105,9 @@ def references(value: Any) -> Iterator[str]:
 
 
 def fits(kind: str, value: Any, size: int | None = None) -> bool:
-    """Tell whether an encoded argument is of a kind, as schemas write it.
+    """Return whether an encoded argument is of a kind, as schemas write it.
 
-    size: of a list of a fixed length, which one number may stand for.
+    size: of a list of fixed length, which a single number can replace.
     """
     if kind.startswith("Optional["):
         return value is None or fits(kind[9:-1], value, size)
@@ -135,7 +135,7 @@ def json_floats(value: Any) -> Any:
 
 
 def _key(value: Any) -> str | None:
-    """Return the key of an object that names its kind, None for anything else."""
+    """Return the key of an object that names its kind, None for others."""
     if not isinstance(value, dict) or len(value) != 1:
         return None
     [(key, name)] = value.items()

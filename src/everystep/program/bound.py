@@ -1,4 +1,4 @@
-"""Bound: a program that is bound to memory, and runs one step after the other there.
+"""Bound: a program bound to memory, where it runs one step after the other.
 
 Binding does everything that is the same at every step: place the tensors on their storages, look up the
 operators, fill in the arguments. What remains is a list of calls without arguments, each of which writes
@@ -42,10 +42,10 @@ class _Anchor(NamedTuple):
 
 
 class BoundProgram:
-    """A program, bound to the live tensors of a training, and to memory of its own for all others.
+    """A program, bound to the live tensors of a training, and to its own memory for all others.
 
-    A step is `put`, if its numbers differ from those of the step before; `load`, if its batch does; and
-    `run`. `take` does the first and the last, and returns copies.
+    A step is `put`, if its numbers differ from those of the previous step; `load`, if its batch does;
+    and `run`. `take` does the first and the last, and returns copies.
 
     Args:
         program: the program to run.
@@ -53,15 +53,14 @@ class BoundProgram:
         inputs: bytes of each input storage that does not belong to the batch, by the storage's name.
         batch: the names of the tensors of the batch.
         device: the device of memory that the program allocates.
-        fixed: tensors of a batch that is the same at every step, by name. The program reads them where
-            they are, if they lie as it expects, and a copy if not.
+        fixed: tensors of a batch that is the same at every step, by name. The program reads them in
+            place if they have the expected layout, else a copy.
 
     loss: the live tensor of the loss, or a NaN to be set from outside if the program has none; logged:
     the live tensors of all numbers that the step logs, by name; ends: the tensors that state names have
     after the step. The next step writes into all of them again. numbers: of the step, with those that
     it read after it ran; reads: the places of these among the numbers; draws: whether the step draws
-    random numbers; calls: what a step calls, in order; temporary_bytes: the memory that the program
-    itself uses.
+    random numbers; calls: of a step, in order; temporary_bytes: the memory that the program itself uses.
 
     Raises:
         ProgramError: the program cannot be bound to these tensors, or memory is exhausted; gives the
@@ -101,7 +100,7 @@ class BoundProgram:
         self.temporary_bytes = sum(sizes.values())
         used = Counter(spec.storage for spec in program.tensors.values())
         given_on = Counter(program.tensors[name].storage for name in self._batch)
-        #: Storages that views of the batch lie on, perhaps of what is between the numbers of a tensor.
+        #: Storages of views of the batch, which may include bytes between the numbers of a tensor.
         self._viewed = {storage for storage, count in given_on.items() if used[storage] > count}
         if fixed:
             self.load(fixed)
@@ -145,7 +144,7 @@ class BoundProgram:
             optimizer.settle()
 
     def run(self) -> None:
-        """Run the step on what the memory holds; call it inside `without_autograd`.
+        """Run the step on the current memory; call it inside `without_autograd`.
 
         Raises:
             RuntimeError: a kernel rejects its arguments (or IndexError, ValueError, TypeError).
@@ -317,9 +316,9 @@ def _extent(program: Program, name: str) -> tuple[int, int]:
 def _given(
     program: Program, memory: Mapping[str, Tensor], others: Collection[str]
 ) -> dict[str, _Anchor]:
-    """Return where the storages are that the caller gives, by name.
+    """Return the storages that the caller passes, by name.
 
-    others: those that have memory already.
+    others: those that already have memory.
     """
     found = {}
     for name, storage in program.storages.items():
@@ -337,7 +336,7 @@ def _given(
 
 
 def _temporary(program: Program, device: torch.device, steady: Collection[int]) -> dict[str, _Anchor]:
-    """Return where the temporary storages are: one block has all that need not persist.
+    """Return the temporary storages: one block holds all that need not persist.
 
     steady: places of operations that do not run at each step.
     """

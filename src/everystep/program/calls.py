@@ -95,7 +95,7 @@ def late_calls(
     keywords: dict[str, Any],
     results: Sequence[Tensor | None],
 ) -> list[Call]:
-    """Return what `prebuilt_calls` returns; the arguments may be exchanged for others of their type."""
+    """Return the result of `prebuilt_calls`; other arguments of the same types may replace its own."""
     if _writes_in_place(operator):
         function = _quickest(operator, arguments, keywords)
     else:
@@ -116,6 +116,7 @@ def _into_results(
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return what computes the results into their place, and the keywords that it needs."""
     variant = out_variant(operator)
+    # Kernels refuse to write into a tensor with several elements in one place.
     can_be_given = all(r is not None and not repeats(r) for r in results)
     can_be_given &= str(operator) not in _ELEMENTWISE_LOSSES  # which resize the tensor that they get
     if str(operator) == "aten.native_batch_norm.default":
@@ -133,7 +134,7 @@ def _into_results(
 
 
 def _can_be_split(operator: Any) -> bool:
-    """Tell whether this torch has the loss as a separate function, with a choice of reduction."""
+    """Return whether this torch has the loss as a separate function, with a choice of reduction."""
     has_reduction = any(p.name == "reduction" for p in operator._schema.arguments)
     return has_reduction and hasattr(torch._C._nn, operator.overloadpacket.__name__)
 
@@ -141,7 +142,7 @@ def _can_be_split(operator: Any) -> bool:
 def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Call]:
     """Return a loss as ATen computes it: per element, then their mean or sum.
 
-    If asked for both at once, ATen resizes the result tensor twice.
+    In one call, ATen would resize the result tensor twice.
     """
     parameters = operator._schema.arguments
     given = [*arguments, *(p.default_value for p in parameters[len(arguments) :])]
@@ -196,10 +197,10 @@ _chosen: dict[Any, Callable[..., Any]] = {}
 
 
 def _kinds_of(value: Any) -> Any:
-    """Return what torch's bindings tell arguments apart by."""
+    """Return the kinds by which torch's bindings distinguish arguments."""
     if isinstance(value, list | tuple):
         return tuple(map(_kinds_of, value))
-    if isinstance(value, Tensor):  # one without dimensions may stand for a number
+    if isinstance(value, Tensor):  # one without dimensions may replace a number
         return Tensor, None if value.ndim else (value.dtype, value.requires_grad)
     return type(value)
 
@@ -214,7 +215,7 @@ def _bindings(operator: Any) -> list[Callable[..., Any]]:
 def _calls_only(
     function: Callable[..., Any], operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]
 ) -> bool:
-    """Tell whether the function does nothing but call the operator with these arguments."""
+    """Return whether the function only calls the operator with these arguments."""
     probe = _Probe(operator)
     try:
         with probe:

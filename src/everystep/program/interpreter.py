@@ -25,7 +25,7 @@ __all__ = ["Environment", "Interpreted", "Interpreter"]
 class Interpreted(NamedTuple):
     """The result of running a program.
 
-    loss: None if the program has none; differs: the first deviation from the program, in words, or None.
+    loss: None if the program has none; differs: the first deviation from the program, as text, or None.
     """
 
     loss: Tensor | None
@@ -228,7 +228,7 @@ class _Instruction:
         other: Callable[[Any], Any],
         number: Callable[[Number], Any] = lambda number: number,
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments. number, other: make them of the step's numbers, and of what else it has.
+        """Return the arguments. number, other: convert the step's numbers, and everything else.
 
         Raises:
             ValueError, OverflowError: a number is not of the kind that the program has in its place.
@@ -245,7 +245,7 @@ class _Instruction:
         return positional, {key: put(*each) for key, each in self._keywords.items()}
 
     def run(self, environment: Environment, numbers: Iterator[Number]) -> str | None:
-        """Call the operator; return the deviation from the program in words, or None."""
+        """Call the operator; return a deviation from the program as text, or None."""
         arguments, keywords = self._given(numbers, lambda value: decode(value, environment.tensor))
         result = self._call(*arguments, **keywords)
         if self._reads_number:
@@ -271,7 +271,7 @@ class Environment:
         self._interpreter = interpreter
         self._program = interpreter.program
         self._memory: dict[str, torch.UntypedStorage] = {}
-        #: The tensors that lie on each storage, by their names.
+        #: The tensors on each storage, by their names.
         self._tensors: dict[str, dict[str, Tensor]] = {}
         interpreter.lay_state(state)
         for name, spec in interpreter.state.items():
@@ -295,7 +295,7 @@ class Environment:
         return here[name]
 
     def is_there(self, name: str) -> bool:
-        """Tell whether a tensor's memory exists yet."""
+        """Return whether a tensor's memory exists yet."""
         return self._program.tensors[name].storage in self._memory
 
     def put(self, name: str, tensor: Any) -> None:

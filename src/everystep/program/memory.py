@@ -69,11 +69,12 @@ def plan_memory(program: Program, names: Collection[str]) -> MemoryPlan:
 
 
 def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
-    """Tell whether a tensor has the geometry that a program expects."""
+    """Return whether a tensor has the geometry that a program expects."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
         return False
     if tensor.layout != torch.strided or tensor.storage_offset() != spec.offset:
         return False
+    # Strides of an axis with one place, or of a tensor without elements, have no effect.
     return 0 in spec.shape or all(
         one == two or size == 1
         for one, two, size in zip(tensor.stride(), spec.stride, spec.shape, strict=True)
@@ -97,7 +98,7 @@ def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -
 
 
 def repeats(tensor: Tensor) -> bool:
-    """Tell whether a tensor has the same element at several positions (stride 0)."""
+    """Return whether a tensor has the same element at several positions (stride 0)."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return any(stride == 0 and size > 1 for stride, size in pairs)
 
@@ -126,7 +127,7 @@ def _lives(program: Program, names: Collection[str]) -> list[_Life]:
             storage = program.tensors[tensor].storage
             first.setdefault(storage, index)
             last[storage] = index
-    for path, index in program.given_after().items():  # what a module returned is looked at then
+    for path, index in program.given_after().items():  # outputs of modules are read then
         for tensor in program.activations[path]:
             storage = program.tensors[tensor].storage
             last[storage] = max(last.get(storage, end), index)

@@ -1,8 +1,8 @@
 """Number slots: the arguments of operations with numbers that belong to a step, not to its program.
 
-These are the `Scalar` and `float` arguments, numbers in the place of a tensor, the settings of an
-optimizer, and what the step read from tensors. A training with another learning rate at every step has
-one program.
+These are the `Scalar` and `float` arguments, numbers in place of a tensor, the settings of an optimizer,
+and the numbers that the step read from tensors. A training with a different learning rate at every step
+has one program.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def _slots(operator: Any) -> frozenset[str]:
 
 
 def is_number_slot(operator: Any, name: str) -> bool:
-    """Tell whether numbers in an argument of an operator belong to the step, not to its program."""
+    """Return whether numbers in an argument of an operator belong to the step, not to its program."""
     return name in _slots(operator)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether an argument, as a program holds it, is a number, not a truth value."""
+    """Return whether an argument, as a program holds it, is a number, not a truth value."""
     is_special = isinstance(value, dict) and "float" in value
     return is_special or (isinstance(value, int | float) and not isinstance(value, bool))
 
@@ -59,7 +59,7 @@ def count_numbers(value: Any) -> int:
 
 
 def has_numbers(operation: Operation) -> bool:
-    """Tell whether an operation has arguments that belong to the step."""
+    """Return whether an operation has arguments that belong to the step."""
     operator = operation.resolved
     given = operation.given().items()
     return any(is_number_slot(operator, name) and count_numbers(value) for name, value in given)

@@ -80,9 +80,9 @@ def unread_inputs(operation: Operation) -> frozenset[str]:
 class Observed(NamedTuple):
     """An operation that just ran: its inputs before it ran, and its results, by name.
 
-    written: inputs that it wrote into besides its results, such as running statistics, after it ran.
+    written: inputs that it also wrote into, such as running statistics, after it ran.
 
-    The tensors are copies and do not change. What several operations use is copied once.
+    The tensors are copies and do not change. A tensor that several operations use is copied once.
     """
 
     operation: Operation
@@ -92,13 +92,13 @@ class Observed(NamedTuple):
 
     @property
     def read(self) -> dict[str, Tensor]:
-        """The inputs of which it reads the numbers."""
+        """The inputs with numbers that it reads."""
         unread = unread_inputs(self.operation)
         return {name: tensor for name, tensor in self.inputs.items() if name not in unread}
 
     @property
     def made(self) -> dict[str, Tensor]:
-        """The results that have numbers, and what else it wrote into."""
+        """The results that have numbers, and other tensors that it wrote into."""
         unset = unset_results(self.operation)
         both = (*self.results.items(), *self.written.items())
         return {name: tensor for name, tensor in both if name not in unset}

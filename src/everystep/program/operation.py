@@ -35,7 +35,7 @@ DIMENSIONS = 64
 Phase = Literal["forward", "loss", "zero_grad", "backward", "update", "other"]
 Natural = Annotated[int, Field(ge=0, le=LIMIT)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
-#: Characters of the name of a part, a module, or a tensor in one: longer names are made of it.
+#: Characters of the name of a part, a module, or a tensor in one; longer names are built from it.
 LONGEST_PATH = 900
 
 
@@ -52,7 +52,7 @@ def path_faults(names: Iterable[str]) -> Iterator[Fault]:
 class Storage(StrictModel):
     """A piece of memory.
 
-    kind: where its content comes from. `input`: the batch, and other tensors from outside; `state`:
+    kind: the source of its content. `input`: the batch, and other tensors from outside; `state`:
     parameters, buffers, optimizer tensors; `temporary`: the step itself. host: in the CPU's memory
     although the step runs on another device.
     """
@@ -88,7 +88,7 @@ class TensorSpec(StrictModel):
         """Check that the tensor is valid and fits its storage.
 
         Raises:
-            ValueError: reports what is wrong.
+            ValueError: it is invalid.
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"{name}: {self.dtype!r:.80} is not a dtype")
@@ -159,7 +159,7 @@ class Operation(StrictModel):
         """Check that the operator is allowed, and that its arguments have the right kinds.
 
         Raises:
-            ValueError: reports what is wrong.
+            ValueError: it is invalid.
         """
         operator = self.resolved
         if not computes(operator):
@@ -208,7 +208,7 @@ class Operation(StrictModel):
 
 
 def usual_geometry(name: str, shape: tuple[int, ...] | list[int]) -> dict[str, Any]:
-    """Return the storage and the strides of a contiguous tensor with a storage of its own."""
+    """Return the storage and the strides of a contiguous tensor with its own storage."""
     stride, product = [], 1
     for size in reversed(shape):
         stride.append(product)

@@ -1,4 +1,4 @@
-"""Which torch operators a step and its program may use, and what their schemas say."""
+"""The torch operators that a step and its program may use, and their schemas."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _Packet: Any = type(torch.ops.aten.mul)
 _LISTS = (list, tuple)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
-#: Exceptions to the rules for operators: one gives a number to Python, the shapes of the results of two
-#: depend on numbers, and two are those of a scaler of gradients, which check what they are given.
+#: Exceptions to the rules for operators: one returns a number to Python, the result shapes of two depend
+#: on numbers, and two belong to a gradient scaler and check their inputs.
 BY_VALUES = {
     *("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"),
     *("aten._amp_foreach_non_finite_check_and_unscale_.default", "aten._amp_update_scale_.default"),
@@ -52,7 +52,7 @@ _ARGUMENT_TYPES = re.compile(
 )
 _RESULT_TYPES = re.compile(r"(List\[)?Tensor\]?")
 
-#: In these, a text names a variant of the computation; in others, it might name a file.
+#: In these, a string names a variant of the computation; in others, it might name a file.
 _TEXT_ARGUMENTS = {
     *("approximate", "rounding_mode", "reduce", "indexing", "side", "norm"),
     *("mode", "driver", "UPLO"),
@@ -79,10 +79,10 @@ _NEEDED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 ALLOCATING = frozenset(
     ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 )
-#: They return memory, or a view of it, although their schema does not say that they return a view.
+#: They return memory, or a view of it, although their schema does not declare a view.
 _MEMORY_ONLY = {*ALLOCATING, "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes"}
 
-#: Written by the kernel, though the schema does not say so.
+#: Written by the kernel, although the schema does not declare it.
 _UNDECLARED_WRITES = {
     "native_batch_norm": ("running_mean", "running_var"),
     "cudnn_batch_norm": ("running_mean", "running_var"),
@@ -110,9 +110,9 @@ def resolve(name: str) -> Any:
     """Return an operator that a program may have.
 
     That is `aten.name.overload` of `torch.ops`, or `optim.name.step`, the step of one of torch's
-    optimizers. It computes tensors from tensors and numbers alone: it reads no file, starts nothing, and
-    changes no tensor's shape or memory. Except for `BY_VALUES`, the shapes of its results do not depend
-    on the numbers in its tensors. A program contains those that compute, see `computes`.
+    optimizers. It computes tensors from tensors and numbers alone: it reads no file, starts no process,
+    and changes no tensor's shape or memory. Except for `BY_VALUES`, the shapes of its results do not
+    depend on the numbers in its tensors. A program contains only those that compute, see `computes`.
 
     Raises:
         NotAllowedError: it is unknown, or not such an operation.
@@ -166,13 +166,13 @@ def _reason_against(name: str, operator: Any) -> str | None:
 
 @cache
 def _has_dynamic_shape(packet: Any) -> bool:
-    """Tell whether the shape of a result depends on values; not all overloads with `out=` declare it."""
+    """Return whether a result's shape depends on values; not all overloads with `out=` declare it."""
     overloads = (getattr(packet, name) for name in packet.overloads())
     return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
 
 
 def _is_taken_apart(schema: Any) -> bool:
-    """Tell whether torch decomposes this operator before it runs, so that no step contains it.
+    """Return whether torch decomposes this operator before it runs, so that no step contains it.
 
     Operators with a known derivative are not decomposed: some device has a kernel for them.
     """
@@ -183,7 +183,7 @@ def _is_taken_apart(schema: Any) -> bool:
 
 @cache
 def computes(operator: Any) -> bool:
-    """Tell whether the operator computes numbers; others give a view or memory, which programs state."""
+    """Return whether the operator computes numbers; others return a view or memory."""
     if isinstance(operator, OptimizerOperator):
         return True
     results = operator._schema.returns
@@ -241,7 +241,7 @@ def writes(operator: Any) -> frozenset[str]:
 
 
 def draws_random_numbers(operator: Any) -> bool:
-    """Tell whether the operator draws from a random generator."""
+    """Return whether the operator draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in operator.tags
 
 

@@ -21,9 +21,9 @@ from everystep.gradient_descent import GradientDescent
 
 __all__ = ["ARGUMENTS", "OPTIMIZERS", "BoundOptimizer", "OptimizerOperator"]
 
-#: The positional arguments: lists by param group of tensors. `kept`: for each parameter, what the
-#: optimizer keeps, as keys and tensors in turn; `made`: the group, the parameter and the key of what the
-#: step creates, which are its results.
+#: The positional arguments: lists by param group of tensors. `kept`: for each parameter, the optimizer's
+#: state, as alternating keys and tensors; `made`: the group, the parameter and the key of what the step
+#: creates, which are its results.
 ARGUMENTS = ("parameters", "gradients", "kept", "made")
 #: Classes with a `step` that runs only torch's code, unless it gets a closure.
 _KINDS = (
@@ -73,7 +73,7 @@ class OptimizerOperator:
             tensors: the specs of the tensors of the program, by name.
 
         Raises:
-            ValueError: reports what is wrong.
+            ValueError: they are invalid.
         """
         if set(given) != {*ARGUMENTS, *self.settings}:
             raise ValueError(f"{self} takes {', '.join((*ARGUMENTS, *self.settings))}")
@@ -85,7 +85,7 @@ class OptimizerOperator:
             raise ValueError(f"{self} takes as many items in each list as there are param groups")
         for group in zip(parameters, gradients, kept, strict=True):
             if not all(isinstance(each, list | tuple) and len(each) == len(group[0]) for each in group):
-                raise ValueError(f"{self} takes a gradient for each parameter, and what is kept of it")
+                raise ValueError(f"{self} takes a gradient for each parameter, and its state")
             for parameter, gradient, own in zip(*group, strict=True):
                 self._check_one(parameter, gradient, own, tensors)
                 if any(given.get("fused", ())):
@@ -105,7 +105,7 @@ class OptimizerOperator:
         is_list = isinstance(kept, list | tuple) and len(kept) % 2 == 0
         names = (parameter, gradient, *(kept[1::2] if is_list else (None,)))
         if not all(isinstance(name, str) for name in names) or None in map(_key, kept[::2]):
-            raise ValueError(f"{self} takes tensors, and what is kept by key")
+            raise ValueError(f"{self} takes tensors, and state by key")
         unknown = next((name for name in names if name not in tensors), None)
         if unknown is not None:
             raise ValueError(f"{self}: unknown tensor {unknown!r}")
@@ -116,7 +116,7 @@ class OptimizerOperator:
     def _check_fused(
         self, parameter: str, gradient: str, kept: Sequence[Any], tensors: Mapping[str, Any]
     ) -> None:
-        """Check what a fused kernel trusts: each tensor has as many numbers, side by side."""
+        """Check what a fused kernel assumes: equal shapes, and no elements that share memory."""
         own = tensors[parameter]
         for key, name in ((None, parameter), (None, gradient), *zip(kept[::2], kept[1::2], strict=True)):
             spec = tensors[name]
@@ -128,18 +128,18 @@ class OptimizerOperator:
 
 
 def _key(value: Any) -> str | None:
-    """Return the text that an argument of a program is, None if it is something else."""
+    """Return an argument of a program if it is a string, else None."""
     if isinstance(value, dict) and [*value] == ["text"] and isinstance(value["text"], str):
         return value["text"]
     return None
 
 
 class BoundOptimizer:
-    """An optimizer of torch's on given tensors.
+    """A torch optimizer on given tensors.
 
     Args:
         operator: its class.
-        parameters, gradients, kept, made: as in `ARGUMENTS`; texts stand for themselves.
+        parameters, gradients, kept, made: as in `ARGUMENTS`; strings are passed unchanged.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class BoundOptimizer:
         return [tensor for pair in self._given for tensor in pair]
 
     def kept(self) -> list[Tensor]:
-        """Return what it keeps for its parameters."""
+        """Return its state by parameter."""
         kept = (value for own in self._optimizer.state.values() for value in own.values())
         return [value for value in kept if isinstance(value, Tensor)]
 

@@ -16,15 +16,15 @@ from everystep.program.step_program import Operation, Program, Storage, TensorSp
 
 __all__ = ["Precision", "counters"]
 
-#: They draw the same mask in every dtype; others draw other numbers.
+#: They draw the same mask in every dtype; others draw different numbers.
 _SAME_DRAWS = {"aten.bernoulli_.float", "aten.bernoulli.p", "aten.native_dropout.default"}
-#: Arguments of fused optimizers, and of scalers, with a dtype of their own, whatever gradients have.
+#: Arguments of fused optimizers and scalers with a fixed dtype, independent of the gradients.
 _FIXED_ARGUMENTS = {
     "_fused_": ("state_steps", "lr", "grad_scale", "found_inf"),
     "_amp_foreach_": ("found_inf", "inv_scale"),
     "_amp_update_": ("self", "growth_tracker", "found_inf"),
 }
-#: Kernels of oneDNN that compute in float32, or return gradients in float32 whatever they are given.
+#: Kernels of oneDNN that compute in float32, or return gradients in float32 for any input.
 _ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 
 
@@ -40,7 +40,7 @@ class Precision:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.name = str(dtype).removeprefix("torch.")
-        #: Names of the state with a dtype of their own, of all programs that were cast.
+        #: Names of the state with a fixed dtype, of all programs that were cast.
         self._kept: set[str] = set()
 
     def tensor(self, name: str, tensor: Tensor) -> Tensor:
@@ -56,12 +56,12 @@ class Precision:
 
         Raises:
             ProgramError: it has complex numbers, reads the bits of numbers, draws random numbers that
-                would be others, or has a kernel for float32 alone; names what.
+                would differ, or has a kernel for float32 alone; names the operator.
         """
         for operation in program.operations:
             if operation.name in _ONLY_FLOAT32:
                 raise ProgramError(
-                    f"{operation.operator} computes in float32 only, so these steps do not exist in "
+                    f"{operation.operator} computes in float32 only, so these steps cannot run in "
                     f"{self.name}; train with torch.backends.mkldnn.enabled = False, which computes an "
                     "LSTM by operations that do"
                 )
@@ -122,7 +122,7 @@ class Precision:
     def contents(self, program: Program, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the bytes of storages in this precision, by their names; others unchanged.
 
-        program: as it was recorded.
+        program: as recorded.
         """
         kept = counters(program)
         dtypes = {
@@ -174,7 +174,7 @@ class Precision:
 
 
 def _draws_others(operation: Operation) -> bool:
-    """Tell whether an operation draws random numbers that are others in another dtype."""
+    """Return whether an operation draws different random numbers in another dtype."""
     if not draws_random_numbers(operation.resolved) or operation.operator in _SAME_DRAWS:
         return False
     given = operation.given()
@@ -185,12 +185,12 @@ def _draws_others(operation: Operation) -> bool:
 
 
 def _is_counter(name: str) -> bool:
-    """Tell whether a tensor of the state counts the steps of an optimizer."""
+    """Return whether a tensor of the state counts the steps of an optimizer."""
     return name.startswith("optimizer/") and name.rpartition("/")[2] == "step"
 
 
 def counters(program: Program) -> set[str]:
-    """Return the storages that count the steps of optimizers, or have a dtype of their own."""
+    """Return the storages that count the steps of optimizers, or have a fixed dtype."""
     return {program.tensors[name].storage for name in _kept(program)}
 
 

@@ -2,11 +2,11 @@
 
 First, the operations run on torch's meta device, which has shapes but neither memory nor values. Shapes
 and dtypes of the results must agree with the program. Most kernels check the rest themselves. Some trust
-their arguments, and would read and write anywhere:
+their arguments, and could read and write anywhere:
 
 - Kernels of the backward pass trust that their arguments come from the forward pass: matching shapes,
   and values that are positions in a tensor. So a matching forward operation must come before them, and
-  nothing may have changed what it saved.
+  its saved tensors must be unchanged.
 - Some others trust that shapes match; their requirements are listed here.
 
 The check imports torch's compiler for its shape kernels, which takes a second. So programs that passed
@@ -43,17 +43,17 @@ __all__ = ["WITH_STATISTICS", "check_soundness", "is_known_sound", "note_sound",
 META = torch.device("meta")
 Given = dict[str, Any]
 
-#: Kernels with results, besides the first, that depend on the device or that meta does not know.
+#: Kernels with results after the first that depend on the device or that meta does not know.
 _VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scaled_dot_product_\w+")
 
 #: Their results after the first are statistics, with the dtype of the input on a CPU, and float32 on
-#: other devices and where there is no memory.
+#: other devices and on meta.
 WITH_STATISTICS = {
     *("native_batch_norm", "native_layer_norm", "native_group_norm", "_native_batch_norm_legit"),
     "_fused_rms_norm",
 }
 
-#: They trust the numbers in their second argument, which goes with the first: how rows were swapped.
+#: They trust the numbers in their second argument: the row swaps of the first.
 _OF_A_FACTORIZATION = {"linalg_lu_solve", "linalg_ldl_solve", "lu_unpack"}
 
 
@@ -62,7 +62,7 @@ def check_soundness(
     tensors: Mapping[str, TensorSpec],
     storages: Mapping[str, Storage],
 ) -> None:
-    """Check operations, each with its place in the program, in the order in which they run.
+    """Check operations, each with its place in the program, in order of execution.
 
     Raises:
         ValueError: an operator rejects its arguments, or does not return what the program declares.
@@ -110,7 +110,7 @@ class _Check:
         """Check one operation.
 
         Raises:
-            Exception: whatever torch raises; ValueError for what is found here.
+            Exception: any error of torch; ValueError for errors found here.
         """
         operation = self._operations[index]
         if operation.is_by_values:  # their results do not depend on shapes alone
@@ -171,7 +171,7 @@ class _Check:
             raise ValueError(f"has no matching {base} before it")
 
     def _is_forward(self, place: int, index: int) -> bool:
-        """Tell whether the operation at `index` is of the backward pass of that at `place`."""
+        """Return whether the operation at `index` is of the backward pass of that at `place`."""
         forward, operation = self._operations[place], self._operations[index]
         renamed = RENAMED.get(operation.name, {})
         known = {p.name: p for p in parameters(forward.resolved)}
@@ -206,7 +206,7 @@ class _Check:
         return self._specs[name].shape[0] if isinstance(name, str) else None
 
     def _check_factorization(self, index: int) -> None:
-        """Check that the pivots come from an operation that gave them beside a matrix of this shape."""
+        """Check that the pivots come from an operation that also returned a matrix of this shape."""
         matrix, pivots = list(self._given[index].values())[:2]
         for place in range(index):
             results = self._operations[place].results
@@ -231,7 +231,7 @@ class _Check:
         return [n for n in references(value) if not DTYPES[self._specs[n].dtype].is_floating_point]
 
     def _is_changed(self, names: list[str], place: int, index: int) -> bool:
-        """Tell whether an operation between two places writes to the memory of these tensors."""
+        """Return whether an operation between two places writes to the memory of these tensors."""
         writers = (w for name in names for w in self._writers.get(self._specs[name].storage, ()))
         return any(place < writer < index for writer in writers)
 
@@ -245,7 +245,7 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
     """Return the results of an operation on tensors without memory, by name.
 
     Raises:
-        Exception: whatever torch raises for tensors that do not fit.
+        Exception: any error of torch for tensors that do not fit.
     """
     operator = operation.resolved
     if isinstance(operator, OptimizerOperator):  # Python, which reads numbers that these have not
@@ -275,7 +275,7 @@ def _is_dense(spec: TensorSpec) -> bool:
 
 
 def _are_dense(given: Given, *but: str) -> bool:
-    """Tell whether all tensors fill their memory without gaps or overlaps."""
+    """Return whether all tensors fill their memory without gaps or overlaps."""
     specs = (value for name, value in given.items() if name not in but)
     return all(_is_dense(spec) for spec in specs if isinstance(spec, TensorSpec))
 

@@ -76,7 +76,8 @@ def _has_shape_of_values(operation: Operation, program: Program) -> bool:
     return any(program.tensors[name].dtype in ("bool", "uint8") for name in masks)
 
 
-#: Steps with the same settings, before operators are called directly: a schedule sets others each time.
+#: Steps with the same settings before operators are called directly: a schedule changes them at each
+#: step.
 SAME_BEFORE = 3
 #: Bytes that the results of its operators may take. With larger tensors, Python takes little of a step.
 MOST_BYTES = 4_000_000
@@ -143,7 +144,7 @@ class _Seen(OperatorMode):  # type: ignore[no-untyped-call]
         return result
 
     def calls(self, given: set[int]) -> list[Call] | None:
-        """Return what repeats the operators on the same memory; None if something else may differ.
+        """Return calls that repeat the operators on the same memory; None if anything else may differ.
 
         given: the memory of the tensors of the optimizer, which the operators may write.
         """

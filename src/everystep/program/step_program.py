@@ -53,8 +53,8 @@ class Program(StrictModel):
     the step removed.
 
     It repeats one observed step: its numbers (`Scalar` and `float` arguments) belong to that step. It
-    may read numbers, and the shapes of its results may depend on values: what Python did with them shows
-    in the operations that follow.
+    may read numbers, and the shapes of its results may depend on values: their use in Python shows in
+    the operations that follow.
     """
 
     format: Literal["everystep program"] = "everystep program"

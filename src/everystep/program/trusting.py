@@ -15,7 +15,7 @@ import torch
 __all__ = ["FORWARD", "OF_BACKWARD_ALONE", "RENAMED", "known_names", "what_is_unknown"]
 
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-#: Kernels that trust what the forward pass kept: the operator of the forward pass (where it is not
+#: Kernels that trust tensors kept by the forward pass: the operator of the forward pass (where it is not
 #: `name` or `name_forward` of `name_backward`), and the first of its results that they receive.
 FORWARD: dict[str, tuple[str, int]] = {
     "_embedding_bag_per_sample_weights_backward": ("_embedding_bag", 1),
@@ -41,8 +41,8 @@ RENAMED = {
     "_weight_norm_interface_backward": {"saved_v": "v", "saved_g": "g"},
     "native_batch_norm_backward": {"train": "training"},
 }
-#: Parameters of the backward pass that the forward pass does not have. What they say must agree with the
-#: shapes of the results, or `soundness` checks it.
+#: Parameters of the backward pass that the forward pass does not have. They must agree with the shapes
+#: of the results, or `soundness` checks them.
 OF_BACKWARD_ALONE = {"bias_sizes", "num_weights", "output_mask"}
 
 
@@ -55,7 +55,7 @@ _ADAM = [
 ]
 _BATCH_NORM = "Tensor input, Optional[Tensor] weight, Optional[Tensor] bias, "
 _FACTORS = "Tensor factors, Tensor pivots, "
-#: The arguments of kernels that trust shapes or numbers, of each overload, but for those of `out=`.
+#: The arguments of kernels that trust shapes or numbers, for each overload except `out=`.
 _ARGUMENTS: dict[str, list[str]] = {
     "_cdist_backward": ["Tensor grad, Tensor x1, Tensor x2, float p, Tensor cdist"],
     "_embedding_bag": [
@@ -110,7 +110,7 @@ _ARGUMENTS: dict[str, list[str]] = {
 
 
 def what_is_unknown(operator: Any) -> str | None:
-    """Return what everystep does not know about a trusting kernel, None if it knows enough."""
+    """Return what is unknown about a trusting kernel, None if everystep knows enough."""
     name = operator.overloadpacket.__name__
     if name in _ARGUMENTS and known_names(operator) is None:
         return f"has another signature in torch {torch.__version__} than this everystep supports"

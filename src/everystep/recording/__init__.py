@@ -1,1 +1,1 @@
-"""What is stored: the only code that reads and writes a run's SQLite and safetensors files."""
+"""Storage: the only code that reads and writes a run's SQLite and safetensors files."""

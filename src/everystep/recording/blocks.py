@@ -46,7 +46,7 @@ __all__ = [
 
 #: Steps of a block; it begins at a multiple of this.
 BLOCK = 4096
-#: Names in the table `blocks`, besides those of measurements.
+#: Names in the table `blocks`, other than those of measurements.
 LOSS, FACTS = "loss", "facts"
 
 
@@ -95,7 +95,7 @@ class _Growing:
         self._last = int(steps[-1]) if len(steps) else self._last
 
     def is_followed_by(self, steps: NDArray[np.int64]) -> bool:
-        """Tell whether these steps are later ones of the block, in their order."""
+        """Return whether these steps are later ones of the block, in their order."""
         ends = self._last < steps[0] and steps[-1] < self.first + BLOCK
         return bool(ends and (steps[1:] > steps[:-1]).all())
 
@@ -115,7 +115,7 @@ def _digest_of_facts(rows: Iterable[tuple[str, str]]) -> bytes:
 
 
 class Kinds(NamedTuple):
-    """The types that the values of a column have (NULL is None), and in words what others would be."""
+    """The types that the values of a column may have (NULL is None), and a text for wrong ones."""
 
     types: frozenset[type[Any]]
     others: str
@@ -208,7 +208,7 @@ class Blocks:
     def is_gapless(self) -> bool:
         """Return whether the steps that have losses are 1, 2, 3, ..."""
         numbers = "count(*)", "coalesce(min(step), 1)", "coalesce(max(step), 0)"
-        # Each by itself is fast; together they would read all rows.
+        # Each query alone is fast; combined, they would read all rows.
         count, first, newest = (self.numbers(f"SELECT {each} FROM steps")[0] for each in numbers)
         return bool(first >= 1 and count == newest)
 
@@ -231,7 +231,7 @@ class Blocks:
             return np.array(self.numbers(query, *arguments, kinds=kinds), np.float64)
 
     def measurement_names(self) -> list[str]:
-        """Return what was measured.
+        """Return the names of measurements.
 
         Raises:
             RunError: there are too many names, or one is too long.
@@ -337,7 +337,7 @@ class Blocks:
         self.connection.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", rows)
 
     def forget_blocks(self) -> None:
-        """Forget what was noted of blocks: it may not be what the database has."""
+        """Forget notes about blocks, which may differ from the database."""
         self._growing.clear()
         self._changed.clear()
 
@@ -354,7 +354,7 @@ class Blocks:
         return count, newest
 
     def has_facts_as_written(self) -> bool:
-        """Return whether all facts are as they were written; true if they have no digest."""
+        """Return whether all facts are unchanged; true if they have no digest."""
         known = self.numbers("SELECT digest FROM blocks WHERE name = ?", FACTS)
         if not known:
             return True

@@ -106,7 +106,7 @@ CREATE TABLE blocks (
 
 #: Nanoseconds of the coarsest clock of a file system with times below a second.
 _TICK = 50_000_000
-#: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.
+#: Seconds that another program may lock the database; everystep's writer never makes readers wait.
 _PATIENCE = 1.0
 #: Bytes that a text or a blob may have, where it is written and where it is read.
 LONGEST_VALUE = 16_000_000
@@ -121,7 +121,7 @@ def begin_database(path: Path) -> None:
     new = path.with_name(f"{path.name}-new")
     for suffix in ("", "-wal", "-shm"):  # of a process that was killed
         new.with_name(f"{new.name}{suffix}").unlink(missing_ok=True)
-    # Nobody knows the file yet, so that it waits for the disk once, when it is complete.
+    # No reader knows the file yet, so one sync when it is complete is enough.
     with closing(sqlite3.connect(new, isolation_level=None)) as connection:
         identity = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
         modes = "PRAGMA synchronous = OFF; PRAGMA journal_mode = WAL;"
@@ -135,8 +135,7 @@ def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False
     """Return a read-only connection to a run's database.
 
     is_whole: refuse a database that is cut off, and one with pages that SQLite finds damaged when it
-    opens it. is_still: the caller makes sure that nobody writes it
-    (see `stillness`).
+    opens it. is_still: the caller makes sure that no process writes it (see `stillness`).
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
@@ -154,10 +153,10 @@ def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False
 
 
 def fingerprint(directory: Path) -> tuple[int, ...]:
-    """Return what differs after every change of a run's database: its files' times and sizes.
+    """Return a value that changes with a run's database: its files' times and sizes.
 
     Raises:
-        RunError: the run is gone.
+        RunError: the run no longer exists.
     """
     found: list[int] = []
     for status in _statuses(directory / FILE_NAME):
@@ -169,16 +168,17 @@ def fingerprint(directory: Path) -> tuple[int, ...]:
 
 
 def stillness(path: Path) -> tuple[int, ...] | None:
-    """Return the fingerprint of a database; None: somebody may be writing it now.
+    """Return the fingerprint of a database; None: a process may be writing it now.
 
-    What was read between two calls that return the same is of one moment, without any lock: a writer
-    needs a log, and changes the file only as it empties the log.
+    Everything read between two calls with the same result is from one moment, without any lock: a writer
+    needs a log, and changes the file only when it empties the log.
     """
     try:
         has_logs = any(status.st_size for status in _statuses(path)[1:])
         found = fingerprint(path.parent)
     except RunError:
         return None
+    # Three numbers per file; one more is the time now, of a file that has just changed.
     return None if has_logs or len(found) % 3 else found
 
 
@@ -200,7 +200,7 @@ def _statuses(path: Path) -> list[os.stat_result]:
     try:
         found = [path.stat()]
     except OSError:
-        raise RunError(f"{path.parent} is not a run any more: {path.name} is missing") from None
+        raise RunError(f"{path.parent} is no longer a run: {path.name} is missing") from None
     for suffix in ("-wal", "-journal"):
         with suppress(FileNotFoundError):
             found.append(Path(f"{path}{suffix}").stat())
@@ -235,6 +235,7 @@ def _check_size(path: Path) -> None:
         size = file.seek(0, os.SEEK_END)
     page, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
     expected = (65_536 if page == 1 else page) * pages
+    # Versions of SQLite that do not update the number of pages leave these two counters different.
     is_known = header[24:28] == header[92:96]
     if is_known and size < expected:
         raise RunError(

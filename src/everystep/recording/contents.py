@@ -1,4 +1,4 @@
-"""Contents: what repeats watched steps, and their inputs, stored once by a digest of their bytes.
+"""Contents: data and inputs of watched steps, stored once by a digest of their bytes.
 
 A tensor with rows is stored row by row, so that an epoch that shuffles its rows costs 16 bytes per row.
 Files hold the bytes one after the other. If they exceed a budget, the oldest file is deleted, and the
@@ -46,9 +46,9 @@ __all__ = [
 #: Bytes of batches and other inputs that a run may keep, by default.
 DEFAULT_BATCH_BUDGET = 2_000_000_000
 FOLDER = "batches"
-#: The budget is kept in so many files.
+#: The budget is divided into so many files.
 FILES = 16
-#: Rows of fewer bytes than this are not worth a digest of their own.
+#: Rows of fewer bytes than this get no digests of their own.
 _SMALLEST_ROW = 64
 
 
@@ -101,7 +101,7 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
 
 
 class Inputs(NamedTuple):
-    """What a step was given, as the database holds it.
+    """The inputs of a step, as in the database.
 
     given: by `batch/name` and `input/name`; nesting: of the batch; digests: of the state after the step,
     by name, if it has any.
@@ -127,17 +127,17 @@ def inputs_of(content: bytes | None, what: str) -> Inputs:
 
 
 def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
-    """Tell whether to store a tensor of this many bytes row by row."""
+    """Return whether to store a tensor of this many bytes row by row."""
     return bool(shape) and shape[0] > 0 and size // shape[0] >= _SMALLEST_ROW
 
 
 def given_of(tensor: Tensor) -> Given:
-    """Return what a run holds of a tensor (on the CPU) that is an input of a step; stores nothing."""
+    """Return the entry of a tensor (on the CPU) that is an input of a step; stores nothing."""
     return _given_and_pieces(tensor)[0]
 
 
 def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[Any]]:
-    """Return what a run holds of a tensor, and the bytes of each of its digests."""
+    """Return the entry of a tensor, and the bytes of each of its digests."""
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     whole = bytes_of(tensor)
     is_by_row = _is_by_row(shape, len(whole))
@@ -153,7 +153,7 @@ def digest_of(tensor: Tensor) -> str:
 
 
 def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
-    """Return what a digest is of besides bytes: the dtype and the shape."""
+    """Return what a digest covers in addition to bytes: the dtype and the shape."""
     return f"{dtype} {shape[1:] if is_by_row else shape}".encode()
 
 
@@ -261,10 +261,10 @@ class Repeats:
     def write(
         self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]] | None
     ) -> None:
-        """Write steps. compare: compares those that the run has already, and returns the others.
+        """Write steps. compare: compares steps that the run already has, and returns the new ones.
 
         Raises:
-            RunError: a step is not the recorded one.
+            RunError: a step differs from the recording.
             RecordingError: they cannot be written.
         """
         found: list[Repeat] = []
@@ -295,7 +295,7 @@ class Repeats:
         self._folder = directory / FOLDER
 
     def close(self) -> None:
-        """Close the file. What the disk has no place for belongs to no recorded step."""
+        """Close the file. Data that did not fit on the disk belongs to no recorded step."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()

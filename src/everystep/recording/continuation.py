@@ -1,7 +1,7 @@
-"""Continuation: what a run has already when its training continues, or takes from its parent as a fork.
+"""Continuation: the data that a run already has when its training continues, or inherits as a fork.
 
-Training begins at a snapshot. The steps after it that were recorded before are taken again, and compared
-with the recording. Nothing of the run changes until a step is taken that it does not have.
+Training begins at a snapshot. Steps that were recorded after it are repeated, and compared with the
+recording. The run does not change before the first new step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Measurements = Sequence[tuple[str, int, float]]
 
 
 class Continuation:
-    """Compares steps that are taken again, and keeps what is to be written with the first new step.
+    """Compares repeated steps, and keeps what will be written with the first new step.
 
     Args:
         directory: of the run.
@@ -60,7 +60,7 @@ class Continuation:
         self._facts |= facts
 
     def measurements(self, rows: Measurements) -> None:
-        """Keep measurements for later, but for those that the run has; say so where one differs."""
+        """Keep measurements for later, except those that the run has; report one that differs."""
         again = [row for row in rows if row[1] <= self.recorded]
         if again and self._recorded_values is None:
             known = self._database.measurements(min(step for _, step, _ in again))
@@ -86,7 +86,7 @@ class Continuation:
         )
 
     def begin(self) -> None:
-        """Write what was kept, in a transaction: the first new step is about to be written."""
+        """Write the kept data, in a transaction, before the first new step."""
         self.is_over = True
         self._database.write_facts(self._facts)
         self._database.write_measurements(self._measurements)
@@ -112,7 +112,7 @@ class Continuation:
         return first + len(again), [*losses[len(again) :]]
 
     def new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
-        """Compare what recorded steps of a loop were given; return the rows of the other steps.
+        """Compare the inputs of recorded steps of a loop; return the rows of the new steps.
 
         Raises:
             RunError: something differs.
@@ -157,13 +157,13 @@ class Continuation:
             )
         return RunError(
             f"{self._name} cannot be resumed exactly: when step {step} is repeated, {problem}. The "
-            f"run is as it was. {cure}. Or resume with --force (force=True), which discards the "
+            f"run is unchanged. {cure}. Or resume with --force (force=True), which discards the "
             "recorded steps after the snapshot"
         )
 
 
 def _is_same(number: float, recorded: float) -> bool:
-    """Tell whether a number is the recorded one; NaN is NaN."""
+    """Return whether a number is the recorded one; NaN is NaN."""
     return number == recorded or (math.isnan(number) and math.isnan(recorded))
 
 
@@ -199,8 +199,8 @@ def inherit(
         database.write_contents(contents)
         for number in {file for _, file, _, _ in contents}:
             _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
-    # A fork of a loop begins with a snapshot of its parent; others bring their own of that state. The
-    # last one has what came after the loop's last step, too.
+    # A fork of a loop begins with a snapshot of its parent; other forks write their own. The last
+    # snapshot includes changes after the loop's last step.
     is_loop = parent.facts.training.loop is not None
     begins_there = is_loop and (at < parent.newest_step() or not at)
     for row in [row for row in parent.snapshot_rows() if row.step < at + begins_there]:
@@ -209,7 +209,7 @@ def inherit(
         database.add_snapshot(row)
         plan.kept[row.step] = row.bytes
     changes = changes_in(row.name for row in files)
-    # What the parent's loop changed before its next step, the loop of the fork does, or not.
+    # Changes of the parent's loop before its next step are up to the loop of the fork.
     later = {name for step, name in changes.items() if step > at - is_loop}
     taken = [row for row in files if row.name not in later]
     for file in taken:
@@ -242,19 +242,19 @@ def inherit(
 
 
 def _take(source: Path, target: Path, name: str, own_name: str | None = None) -> None:
-    """Take over a file. A fork reports what it misses when it is read, as its parent does."""
+    """Inherit a file. A fork reports a missing file when it is read, as its parent does."""
     if has_own(source, name):
         take_file(source, name, target, own_name)
 
 
 def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
-    """Remove what no recorded step belongs to, temporary files, and snapshots that cannot be read.
+    """Remove files that belong to no recorded step, temporary files, and unreadable snapshots.
 
     Args:
         directory: of the run.
         database: of the run.
         recorded: the newest step that stays.
-        at: the state that the training goes on from; the training writes later ones again.
+        at: the state that the training continues from; it writes later ones again.
     """
     rows = database.snapshots()
     removed = [row for row in rows if row.step > recorded]

@@ -45,8 +45,7 @@ __all__ = [
 ]
 
 
-#: Seconds that a writer waits for another program that has locked the database; what is to be written
-#: waits in memory.
+#: Seconds that a writer waits for another program that has locked the database; writes wait in memory.
 PATIENCE = 60.0
 _SNAPSHOT = (STEP, TEXT, TEXT, STEP)
 _REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES, STEP)
@@ -128,21 +127,21 @@ class Database(Blocks):
         return database
 
     def move(self, path: Path) -> None:
-        """Go on with the same database at another path."""
+        """Continue with the same database at another path."""
         self.connection.close()
         self.connection, self.path = _connected(path), path
 
     def hurry(self) -> None:
-        """Wait no longer for other programs that have locked the database."""
+        """Stop waiting for other programs that have locked the database."""
         self.connection.execute("PRAGMA busy_timeout = 0")
 
     def close(self) -> None:
-        """Close the connection; what was committed stays."""
+        """Close the connection; committed data stays."""
         self.connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes within are committed together, with the digests of their blocks, or none."""
+        """Commit all writes inside together, with the digests of their blocks, or none."""
         with _writing(self.path):
             self.connection.execute("BEGIN IMMEDIATE")
             try:
@@ -258,7 +257,7 @@ class Database(Blocks):
         return [MeasurementEnds(*row) for row in rows]
 
     def last_measured(self, name: str) -> float | None:
-        """Return the newest value of one measurement; None where there is none, or it is NaN."""
+        """Return the newest value of a measurement; None if there is none, or it is NaN."""
         query = "SELECT value FROM measurements WHERE name = ? ORDER BY step DESC LIMIT 1"
         return next(iter(self.numbers(query, name, kinds=VALUES)), None)
 
@@ -268,7 +267,7 @@ class Database(Blocks):
         return [SnapshotRow(*row) for row in rows]
 
     def file(self, name: str) -> FileRow | None:
-        """Return a file of the run, None if it has none of this name."""
+        """Return the file of the run with this name, None if there is none."""
         rows = self.rows("SELECT * FROM files WHERE name = ?", name, kinds=_FILE)
         return FileRow(*rows[0]) if rows else None
 
@@ -288,7 +287,7 @@ class Database(Blocks):
         return self._repeats(step + 1, 2**63 - 1, most + 1)[:most]
 
     def _repeats(self, first: int, last: int, limit: int) -> list[Repeat]:
-        """Return rows that repeat any of steps `first` to `last`; -1 is no limit.
+        """Return rows that repeat any of steps `first` to `last`; a limit of -1 means no limit.
 
         The limit counts the newest row that begins at `first` or before, which may end before it, too.
         """
@@ -319,7 +318,7 @@ class Database(Blocks):
         return first
 
     def check_quickly(self, most: int = 10) -> list[str]:
-        """Return what SQLite finds wrong with the database, in its words."""
+        """Return SQLite's own report of damage in the database."""
         try:
             found = self.connection.execute(f"PRAGMA quick_check({most})").fetchall()
         except (sqlite3.Error, UnicodeError) as error:  # so damaged that the check itself ends
@@ -342,10 +341,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def read_quickly(path: Path, read: Callable[[Database], Found]) -> Found:
-    """Return what `read` returns of a run's database, all of it as it was at one moment.
+    """Return the result of `read` on a run's database, all of it from one moment.
 
-    One that nobody writes is read without locks. That takes a third of the time, and leaves no file of
-    SQLite's beside a database that was closed.
+    A database that no process writes is read without locks. That takes a third of the time, and leaves
+    no SQLite files next to a closed database.
 
     Raises:
         RunError: as `reading`.
@@ -380,6 +379,6 @@ def reading(path: Path, *, is_still: bool = False) -> Iterator[Database]:
     except FileNotFoundError:
         if path.is_file():
             raise
-        raise RunError(f"{path.parent} is not a run any more: {path.name} is missing") from None
+        raise RunError(f"{path.parent} is no longer a run: {path.name} is missing") from None
     finally:
         connection.close()

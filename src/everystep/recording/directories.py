@@ -81,7 +81,7 @@ def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """Return what sorts names by their words, and numbers within them by value."""
+    """Return a sort key: names by their words, and numbers in them by value."""
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -123,7 +123,7 @@ def _check_name(directory: Path) -> None:
         RunError: they do not.
     """
     for name in (directory.parts[:1] or ("",))[0], directory.name:
-        # Bytes that are no text in the encoding of the file system come as surrogates.
+        # Bytes that the encoding of the file system cannot decode are surrogates.
         shown = "".join(sign for sign in name if not "\udc80" <= sign <= "\udcff")
         if name.startswith(("-", "~")) or not shown.isprintable():
             raise RunError(
@@ -140,9 +140,9 @@ def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
 
 
 def remove_unbegun(directory: Path) -> bool:
-    """Tell whether a run is still to begin: there is none, or it has neither a step nor a state.
+    """Return whether a run has not begun: it does not exist, or has neither a step nor a state.
 
-    Such a directory is removed if everystep made all that is in it.
+    Such a directory is removed if everystep created everything in it.
 
     Raises:
         RunError: another process is writing the run, or its database cannot be read.
@@ -173,7 +173,7 @@ class GoneError(RecordingError):
 
 
 class Home:
-    """A directory, by itself and not by its name; the working directory may change meanwhile.
+    """A directory that stays the same if it is moved, or if the working directory changes.
 
     directory: as the caller wrote it; here: where it is now.
     """
@@ -223,7 +223,7 @@ class Home:
 
 
 def _name_of(handle: int) -> Path | None:
-    """Return the current path of an open directory, where the system tells."""
+    """Return the current path of an open directory, if the system reports it."""
     try:
         return Path(f"/proc/self/fd/{handle}").readlink()
     except OSError:

@@ -1,4 +1,4 @@
-"""Facts: everything known about a run besides its numbers per step.
+"""Facts: everything known about a run except its numbers per step.
 
 One model writes and reads them. Each field is a row of the table `facts`; the format version of a run is
 that of the model, too. A database may come from an untrusted source, so reading checks every fact.
@@ -57,7 +57,7 @@ LONGEST_NAME, MOST_NAMES = 10_000, 10_000
 LONGEST_NOTE = 1000
 #: A seed has 64 bits.
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
-#: Plain values by name, as JSON holds them; what it cannot hold is a description.
+#: Plain values by name, as in JSON; a value that JSON cannot hold is described as text.
 Settings = dict[str, Any]
 
 
@@ -149,9 +149,9 @@ class BatchFacts(_Fact):
 class ModuleFacts(_Fact):
     """A module: its class, and its arguments as torch's own modules print them.
 
-    settings: its public attributes that are plain values, and by the names of its own parameters and
-    buffers their dtype, with `frozen` if no gradient is wanted, or None if there is none; also the names
-    of its hooks. is_torchs: whether it is torch's own.
+    settings: its public attributes with plain values, and by the names of its own parameters and buffers
+    their dtype, with `frozen` if they need no gradient, or None for a missing one; also the names of its
+    hooks. is_torchs: whether it is torch's own.
     """
 
     class_name: str
@@ -209,10 +209,10 @@ class EngineFacts(_Fact):
     """How the steps ran.
 
     asked: as requested; stands_behind: `known` (programs ran in place of torch's own Python), `vouched`
-    (of the user's), or `alone` (no Python was there to compare with); programs: their numbers, those of
-    steps that Python ran included; by_program: how many steps programs ran; checks: how often they were
+    (of the user's), or `alone` (without Python to compare with); programs: their numbers, those of steps
+    that Python ran included; by_program: how many steps programs ran; checks: how often they were
     compared with Python, last at step `verified_to`; eager_from: the step from which on Python ran all,
-    for that `reason`; unseen: what no program holds, in words.
+    for that `reason`; unseen: what no program can hold, as text.
     """
 
     asked: str
@@ -226,7 +226,7 @@ class EngineFacts(_Fact):
     unseen: tuple[str, ...] = ()
 
 
-#: Unless a run says otherwise, Python ran the steps.
+#: By default, Python ran the steps.
 EAGERLY = EngineFacts(
     asked="auto",
     stands_behind="known",
@@ -240,7 +240,7 @@ EAGERLY = EngineFacts(
 
 
 class FunctionFacts(_Fact):
-    """How the steps of a step function ran that the user vouched for.
+    """How the steps of a vouched step function ran.
 
     stands_behind: `vouched`; after: the last step before them, 0 unless the run was resumed; by_program:
     the number of steps that a program ran; checks: how often programs were compared with Python, last at
@@ -315,7 +315,7 @@ class TrainingFacts(_Fact):
 
     @property
     def unseen(self) -> tuple[str, ...]:
-        """What no program holds of the steps, in words."""
+        """What no program can hold of the steps, as text."""
         taken = self.loop or self.engine
         return () if taken is None else taken.unseen
 
@@ -333,7 +333,7 @@ class EarlierFacts(_Fact):
 
 
 class ForkFacts(_Fact):
-    """Where a fork starts: after step `at` of its parent, with what changed."""
+    """Where a fork starts: after step `at` of its parent, and its changes."""
 
     parent: str
     directory: str
@@ -342,10 +342,10 @@ class ForkFacts(_Fact):
 
 
 class ResumeFacts(_Fact):
-    """Where a training went on after it ended early: after step `at`, on the steps recorded before.
+    """Where a training that ended early continued: after step `at`, on the steps recorded before.
 
-    began: when; seconds: how long the training had taken before, None if unknown; changed: what was not
-    as before, as `name: before | now`, and was accepted.
+    began: when; seconds: how long the training had taken before, None if unknown; changed: accepted
+    changes, as `name: before | now`.
     """
 
     at: Whole
@@ -363,7 +363,7 @@ class WriterFacts(_Fact):
 
 
 class MeasuredFacts(_Fact):
-    """What was measured in hindsight."""
+    """A measurement made in hindsight."""
 
     expression: str
     every: Whole
@@ -373,10 +373,10 @@ class Facts(_Fact):
     """All facts of a run; a new run has only a few.
 
     steps: planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
-    batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; note: the user's
-    own words, in one line; earlier: of the steps of a fork's parent, and those before each time that the
-    run was resumed, in the order of the steps; resumed: each time; writer: the process that last wrote;
-    trained: see `training`.
+    batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; note: of the
+    user, in one line; earlier: facts of the steps of a fork's parent, and of those before each resume,
+    in the order of the steps; resumed: each time; writer: the process that last wrote; trained: see
+    `training`.
     """
 
     name: str | None = None

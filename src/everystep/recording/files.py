@@ -1,8 +1,8 @@
 """Files of a run: the one place that opens them.
 
-Names stay within the run, no link is followed, only regular files are read, and no more of them than a
-bound. Files are written as a whole, and digests tell changed ones. The data set is one of them while it
-is small, and so is what code between two steps changed.
+Names stay within the run, no link is followed, only regular files are read, up to a limit. Files are
+written as a whole, and digests detect changed ones. They include the data set while it is small, and the
+changes that code made between two steps.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _CHANGED = ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "run.sqlite-journa
 
 
 class FileRow(NamedTuple):
-    """A file as the database knows it: its name within the run, its size, and XXH3 (128 bits) of it."""
+    """A file in the database: its name within the run, its size, and its XXH3 (128 bits)."""
 
     name: str
     size: int
@@ -82,7 +82,7 @@ def program_file(number: int) -> str:
 
 
 def read_file(directory: Path, row: FileRow) -> bytes:
-    """Return the content of a file of a run, as it was recorded.
+    """Return the content of a file of a run, checked against its digest.
 
     Raises:
         RunError: it is missing, or was changed.
@@ -132,12 +132,12 @@ def has_own(directory: Path, name: str) -> bool:
 
 
 def take_file(source: Path, name: str, target: Path, own_name: str | None = None) -> None:
-    """Give a run a file of another run: a second name of it if the file system has such, or a copy.
+    """Give a run a file of another run: as a hard link if the file system supports it, or a copy.
 
     source, target: the directories of the runs; own_name: that of the file in the target.
 
     Raises:
-        RunError: the file is missing, cannot be read, or is not one of the run.
+        RunError: the file is missing, unreadable, or does not belong to the run.
         OSError: it cannot be written.
     """
     taken = own_path(target, own_name or name)
@@ -157,8 +157,8 @@ def own_path(directory: Path, name: str) -> Path:
     """Return the path of something in a run's directory, which need not exist.
 
     Raises:
-        RunError: the name leads out of the directory, by a link or by itself, or to what is neither a
-            file nor a directory (reading a pipe or a device may never end); or it cannot be looked at.
+        RunError: the name leads out of the directory, directly or by a link, or to something other than
+            a file or a directory (reading a pipe or a device may never end); or it is not accessible.
     """
     given = PurePath(name)
     is_own = bool(given.parts) and not given.anchor and ".." not in given.parts
@@ -176,7 +176,8 @@ def own_path(directory: Path, name: str) -> Path:
         is_own = False
     if not is_own:
         raise RunError(
-            f"{directory} refers to what is a link, outside the run or not a regular file: {name!r:.200}"
+            f"{directory} refers to a link, a file outside the run, or what is not a regular file: "
+            f"{name!r:.200}"
         )
     return directory / name
 
@@ -238,7 +239,7 @@ class Change(NamedTuple):
 def write_change(
     directory: Path, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()
 ) -> FileRow:
-    """Write tensors (on the CPU) as they are after `step` and the code that followed it.
+    """Write tensors (on the CPU) after `step` and the code that followed it.
 
     gone: the names of removed tensors.
     """
@@ -301,7 +302,7 @@ def write_data(
         content = save(_unshared(tensors))
         write_whole(directory / name, content)
         files.append(row_of_file(name, content))
-    # Bits depend on how a tensor lies in memory, too.
+    # Bits also depend on the memory layout of a tensor.
     strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
     fact = DataFileFacts(
         file=name, stored=is_small, bytes=size, digest=_digest(tensors), strides=strides

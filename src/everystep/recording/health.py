@@ -1,7 +1,7 @@
-"""What is wrong with a run: numbers, states or files that are missing, or not as they were recorded.
+"""What is wrong with a run: numbers, states or files that are missing or differ from the recording.
 
-This is the one place that finds it; terminal, page and `doctor` show it. Looking at the structure costs
-little at any length of a run; looking at the numbers reads them all, and looking at the files, too.
+This is the one place that finds it; terminal, page and `doctor` show it. Checking the structure costs
+little for a run of any length; checking numbers and files reads all of them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _RESTORE = (
 
 
 class Finding(NamedTuple):
-    """Something that is wrong: its place in the run, what is wrong in words, and what to do."""
+    """A problem: its place in the run, a description, and what to do."""
 
     place: str
     problem: str
@@ -80,10 +80,11 @@ class Finding(NamedTuple):
 def structure_findings(
     directory: Path, database: Database, facts: Facts, is_written: bool
 ) -> list[Finding]:
-    """Return what shows without reading all numbers.
+    """Return findings that need not read all numbers.
 
     is_written: whether a process held the run before the database was opened, so that files may be ahead
-    of it. Asked later, one that ends meanwhile would leave files that are ahead of what is read.
+    of it. If it were checked later, a process that ended in between would leave files ahead of the data
+    read.
 
     Raises:
         RunError: the database cannot be read.
@@ -115,13 +116,13 @@ def structure_findings(
         )
     if not database.has_facts_as_written():
         found.append(
-            Finding(f"{FILE_NAME}, facts", "the description of the run is not as it was recorded")
+            Finding(f"{FILE_NAME}, facts", "the description of the run does not match its digest")
         )
     return found
 
 
 def missing_steps(facts: Facts, newest: int) -> Finding | None:
-    """Return the finding that a finished run ends before its last step; None: it does not."""
+    """Return a finding if a finished run ends before its last step, else None."""
     if facts.status != "finished" or facts.steps is None or newest >= facts.steps:
         return None
     return Finding(
@@ -138,8 +139,8 @@ def number_findings(
 ) -> list[Finding]:
     """Return which losses and measurements are missing or not as recorded, or were not recorded.
 
-    known: series that have been read already; since: look only at blocks that end later; only: look
-    only at this series.
+    known: series that were already read; since: check only blocks that end later; only: check only this
+    series.
 
     Raises:
         RunError: the database cannot be read.
@@ -184,7 +185,7 @@ def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, by
 
 
 def _gap_findings(steps: NDArray[np.int64]) -> list[Finding]:
-    """Return which steps are missing between others, from 1."""
+    """Return the gaps between steps, from 1."""
     before = [0, *steps[steps > 0].tolist()]
     gaps = [(a + 1, b - 1) for a, b in pairwise(before) if b > a + 1]
     return [
@@ -196,7 +197,7 @@ def _gap_findings(steps: NDArray[np.int64]) -> list[Finding]:
 
 
 def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[Finding]:
-    """Return the findings that these blocks are not as they were recorded."""
+    """Return findings for blocks that differ from the recording."""
     found = []
     for name, first in altered[:_MOST_NAMED]:
         last = max(first, min(first + BLOCK - 1, newest))
@@ -205,13 +206,12 @@ def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[F
         found.append(
             Finding(
                 f"{FILE_NAME}, {table}",
-                f"{what} of steps {_span(max(1, first), last)} are not as they were recorded: their "
-                "digest differs",
+                f"{what} of steps {_span(max(1, first), last)} do not match their digest",
             )
         )
     if len(altered) > _MOST_NAMED:
         more = len(altered) - _MOST_NAMED
-        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers have another digest"))
+        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers do not match their digest"))
     return found
 
 
@@ -241,7 +241,7 @@ def readable_numbers(path: Path) -> str:
     """Return the losses and measurements that can be read, as CSV: series, step, value, digest.
 
     series: `loss`, or `measurement/` and its name; value: empty for NaN; digest: `same` if the block of
-    the number has the recorded digest, `differs` if it has another one, `none` if none was recorded.
+    the number has the recorded digest, `differs` if it has another one, `none` if there is no digest.
 
     path: of the database, which may be cut off or malformed.
 
@@ -277,6 +277,6 @@ def _rows(connection: sqlite3.Connection, query: str, kinds: Any) -> list[Any]:
                 if all(type(value) in kind.types for value, kind in zip(row, kinds, strict=True)):
                     found[row[:2]] = row
             break
-        except (sqlite3.Error, UnicodeError):  # damaged from here on; `doctor` says so
+        except (sqlite3.Error, UnicodeError):  # damaged from here; `doctor` reports it
             continue
     return [found[key] for key in sorted(found)]

@@ -1,4 +1,4 @@
-"""The lock of a run: one process writes, and others learn which one; also to add to a finished run."""
+"""The lock of a run: one process writes or adds to a run, and others learn which one."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from everystep.recording.files import check_writable_files
 
 __all__ = ["Unlocked", "adding", "is_locked", "locked", "write_note", "writer_here"]
 
-#: What a file system answers that has no locks, as some in a network.
+#: Errors of file systems without locks, such as some network file systems.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 #: Seconds without a write after which a process on another host counts as ended, without locks.
 _RECENT = 600.0
 
 
 class Unlocked:
-    """Stands for the lock of a run where the file system has none."""
+    """Replaces the lock of a run if the file system has no locks."""
 
     def release(self) -> None:
         """Do nothing."""
 
 
 def locked(directory: Path) -> FileLock | Unlocked:
-    """Lock a run for writing; the system releases the lock when the process ends, however it ends.
+    """Lock a run for writing; the system releases the lock when the process ends in any way.
 
-    Where the file system has no locks, say so, and go by the process that the run names as its writer.
+    If the file system has no locks, warn, and check the process that the run names as its writer.
 
     Raises:
         RunError: another process is writing the run; names it. Or the run has links.
@@ -77,13 +77,13 @@ def _say_without_locks(directory: Path) -> None:
 
 
 def is_locked(directory: Path) -> bool:
-    """Tell whether a process is writing a run."""
+    """Return whether a process is writing a run."""
     path = directory / LOCK_NAME
     try:
         status = path.lstat()
     except OSError:
         return False
-    # No process of ours holds what is no file of its own; opening it would empty it.
+    # everystep locks only files that it created; opening another one would empty it.
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         return False
     lock = FileLock(path)
@@ -91,7 +91,7 @@ def is_locked(directory: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # there are no locks, or the place can only be read from here
+    except OSError:  # there are no locks, or the directory is read-only
         return _names_a_writer(directory)
     lock.release()
     return False
@@ -112,7 +112,7 @@ def _facts_of(directory: Path) -> Facts:
 
 
 def _names_a_writer(directory: Path, *, other: bool = False) -> bool:
-    """Tell whether the process that a run names as its writer seems to be writing it.
+    """Return whether the process that a run names as its writer seems to be writing it.
 
     other: only a process other than this one.
     """
@@ -132,9 +132,9 @@ def _is_alive(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+    except (ProcessLookupError, OverflowError):  # a run from a stranger may name any number
         return False
-    except PermissionError:
+    except PermissionError:  # it is alive, and belongs to another user
         pass
     return True
 
@@ -148,7 +148,7 @@ def _by_whom(directory: Path) -> str:
 
 
 def write_note(directory: Path, text: str | None) -> str | None:
-    """Write the note of a run, and return it as written: one line. None, or a blank text, removes it.
+    """Write the note of a run, and return it as written: one line. None or a blank text removes it.
 
     Raises:
         UsageError: it is too long.

@@ -107,7 +107,7 @@ class RecordedRun:
 
     @property
     def facts(self) -> Facts:
-        """Everything known besides numbers per step: status, times, how it was trained."""
+        """Everything known except numbers per step: status, times, how it was trained."""
         return self._read(Database.facts)
 
     @property
@@ -147,7 +147,7 @@ class RecordedRun:
             since = since if since > 1 else 0
             begin = block_of(since) if since else None
             found = {LOSS: database.series(LOSS, begin)}
-            with suppress(RunError):  # of which a finding says more
+            with suppress(RunError):  # a finding reports more
                 measured = database.measurements(begin)
                 found |= {series_of(name): series for name, series in measured.items()}
             damage = self._findings_in(database, facts, found, since, is_written)
@@ -168,7 +168,7 @@ class RecordedRun:
 
     @property
     def measurements(self) -> polars.DataFrame:
-        """All measurements besides the loss: columns name, step and value (Float64)."""
+        """All measurements except the loss: columns name, step and value (Float64)."""
         import polars as pl
 
         found = self._read(Database.measurements)
@@ -182,12 +182,12 @@ class RecordedRun:
 
     @property
     def measurement_names(self) -> list[str]:
-        """The names of all measurements besides the loss."""
+        """The names of all measurements except the loss."""
         return self._read(Database.measurement_names)
 
     @property
     def latest_measurements(self) -> dict[str, float]:
-        """The newest value of each measurement besides the loss, by name."""
+        """The newest value of each measurement except the loss, by name."""
         with reading(self._database_path) as database:
             latest = {name: database.last_measured(name) for name in database.measurement_names()}
         return {name: math.nan if value is None else value for name, value in latest.items()}
@@ -215,7 +215,7 @@ class RecordedRun:
 
     def table_columns(self, last: int | None = None) -> dict[str, Any]:
         """Return the columns of `table_frame`: `step` and `loss` as arrays (steps), each measurement as
-        a list of numbers, None where there is none.
+        a list of numbers, None if there is none.
         """
         found = self._last_numbers(last)
         steps, losses = found.pop(LOSS)
@@ -242,7 +242,7 @@ class RecordedRun:
     ) -> State | None:
         """Return the newest readable state on disk up to `step`, or None.
 
-        after: it must be later than this; on_problem: called with the reason if one is unreadable.
+        after: only states later than this one; on_problem: called with the reason if one is unreadable.
         """
         for row in reversed([row for row in self.snapshot_rows() if after < row.step <= step]):
             try:
@@ -309,7 +309,7 @@ class RecordedRun:
 
     @property
     def stretches(self) -> list[Stretch]:
-        """The parts of the run whose steps were taken in the same way: one, or more for a fork."""
+        """The ranges of steps that were taken in the same way: one, or more for a fork."""
         facts = self.facts
         found: list[Stretch] = []
         first = 1
@@ -376,12 +376,12 @@ class RecordedRun:
 
     @property
     def damage(self) -> str | None:
-        """What is missing or altered among the numbers of the run, in a line; None if nothing is."""
+        """Missing or altered numbers of the run, in one line; None if there are none."""
         found = self.findings()
         return damage_text(self.name, found) if found else None
 
     def _warn_of(self, found: list[Finding]) -> None:
-        """Warn, once, if what was just read is not all, or not as it was recorded."""
+        """Warn, once, if the numbers just read are incomplete, or differ from the recording."""
         if found and not self._has_warned:
             self._has_warned = True
             warnings.warn(DamageWarning(damage_text(self.name, found)), stacklevel=3)

@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Recorder"]
 
-#: Seconds that one write takes, or that the training waits for the disk, until it is said.
+#: Seconds that one write takes, or that the training waits for the disk, before it is reported.
 LATE_SECONDS = 10.0
 #: Bytes of batches that may wait to be written, before the training waits.
 MOST_WAITING = 512_000_000
-#: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.
+#: For snapshots of at least so many bytes, the time to write them counts, not only that of the thread.
 LARGE_BYTES = 1_000_000
 #: Bytes that a run keeps while it is written: several times what its last facts take.
 _SPARE = 65_536
@@ -58,16 +58,16 @@ class Recorder:
 
     Args:
         directory: of the run; empty unless it is resumed.
-        facts: what is known before the first step; for a fork, without what it inherits.
+        facts: what is known before the first step; for a fork, without inherited ones.
         budget: maximum bytes of snapshots.
         parent: the parent run, if this is a fork.
         at: the parent's state that it starts from.
-        texts: content of text files by name: they are there before the database says so.
-        beginning: that state as the fork has it: it is written with what the fork inherits, all or
+        texts: content of text files by name, written before the database names them.
+        beginning: that state as the fork has it: written together with the inherited data, all or
             nothing, because no other snapshot has the fork's settings.
         batch_budget: maximum bytes of batches and other inputs of steps.
-        is_resumed: the run exists, and its training goes on from state `at`, which is on disk; steps
-            that the run has already are compared, not written (see `Continuation`).
+        is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
+            that the run already has are compared, not written (see `Continuation`).
 
     lost_to: the last step that needs dropped inputs.
     The next `check`, and `finish`, raise errors of the thread.
@@ -171,10 +171,10 @@ class Recorder:
         facts: Mapping[str, Any] = MappingProxyType({}),
         taken: Sequence[Taken] = (),
     ) -> None:
-        """Write the losses of consecutive steps, with what was measured and found: all or nothing.
+        """Write the losses of consecutive steps, with measurements and facts: all or nothing.
 
-        taken: what repeats the steps, if they were watched.
-        Steps that were passed before are left out: Ctrl-C may come before the caller notes it.
+        taken: the data that repeats the steps, if they were watched. Steps that were passed before are
+        left out: Ctrl-C may come before the caller notes it.
         """
         self._bytes_asked += sum(row.bytes for row in taken)
         self._put(lambda: self._write_steps(first_step, losses, measured, facts, taken))
@@ -242,9 +242,9 @@ class Recorder:
         return self._snapshots_asked > self._snapshots_written
 
     def check(self) -> None:
-        """Raise RecordingError if writing has failed, RunError if a step that is taken again differs.
+        """Raise RecordingError if writing has failed, RunError if a repeated step differs.
 
-        Say so if one write takes long.
+        Report a write that takes long.
         """
         began = self._job_began
         if began is not None and not self._is_late and time.monotonic() - began > LATE_SECONDS:
@@ -260,7 +260,7 @@ class Recorder:
             raise self._translated(self._error, self._last_step) from self._error
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Write what is left and the last facts, and close the run.
+        """Write the remaining data and the last facts, and close the run.
 
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
@@ -293,7 +293,7 @@ class Recorder:
             (self._home.here / SPARE_NAME).unlink()
 
     def _begin(self, facts: Facts, parent: RecordedRun | None, at: int, beginning: State | None) -> None:
-        """Write what is known before the first step: all or nothing."""
+        """Write the facts from before the first step: all or nothing."""
         with self._database.transaction():
             here, database, inherited = self._home.here, self._database, dict[str, Any]()
             if parent is not None:
@@ -307,7 +307,7 @@ class Recorder:
             database.write_facts(first | inherited | facts.rows())
 
     def _resume(self, facts: Facts) -> None:
-        """Take over what the run has, and remove what no recorded step belongs to."""
+        """Continue with the data of the run, and remove files of unrecorded steps."""
         recorded = self._database.newest_step()
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
@@ -348,10 +348,10 @@ class Recorder:
             self._job_began = None
 
     def _follow(self) -> None:
-        """Go on in the run's directory where it is now.
+        """Continue in the run's directory after a move.
 
         Raises:
-            RecordingError: it is gone.
+            RecordingError: it no longer exists.
         """
         if self._home.follow():
             self._database.move(self._home.here / FILE_NAME)
@@ -442,7 +442,7 @@ class Recorder:
             self._database.write_files([row])
 
     def _forget_after(self, step: int) -> None:
-        if self._continuation is not None:  # what it was resumed with is compared again
+        if self._continuation is not None:  # compare the resumed steps again
             step = max(step, self._continuation.recorded)
         later = [taken for taken in self.plan.kept if taken > step]
         for taken in later:

@@ -1,4 +1,4 @@
-"""What was asked for: the settings of a training, one by one, and how those of two trainings differ."""
+"""The settings of a training, one by one, and how those of two trainings differ."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Pair = tuple[Any, Any]
 
 
 class Setting(NamedTuple):
-    """A setting that two trainings have differently.
+    """A setting that differs between two trainings.
 
     kind: `model`, `loss`, `optimizer`, `scheduler`, `batches`, `seed`, ...; path: of the module, or the
     name of one of several optimizers; owner: the class that has it; name: None if it is an object as a
-    whole, or the kind says it all; values: in both, None where one has none; is_torchs: whether code of
-    torch or everystep alone reads it.
+    whole, or the kind is enough; values: in both, None if one has none; is_torchs: whether code of torch
+    or everystep alone reads it.
     """
 
     kind: str
@@ -55,13 +55,13 @@ class Setting(NamedTuple):
 
     @property
     def listed(self) -> str:
-        """What a list of settings calls it: `model.3 Dropout.p`."""
+        """Its name in a list of settings: `model.3 Dropout.p`."""
         place = ".".join(filter(None, (self.kind, self.path)))
         named = ".".join(filter(None, (self.owner, self.name)))
         return f"{place}{' ' if self.owner else '.'}{named}" if named else place
 
     def __str__(self) -> str:
-        """Return what a cause calls it, with both values: `module 3 Dropout: p 0.2 | 0.21`."""
+        """Return its text as a cause, with both values: `module 3 Dropout: p 0.2 | 0.21`."""
         kind = {"model": "module" if self.path else "model", "optimizer": ""}.get(self.kind, self.kind)
         place = " ".join(filter(None, (kind, self.path, self.owner))) or self.kind
         is_whole = self.name is None and self.kind in _OBJECTS
@@ -76,7 +76,7 @@ _OBJECTS = {"model", "loss", "optimizer", "scheduler", "part"}
 def asked_differences(
     one: TrainingFacts, other: TrainingFacts, *, of_own_classes: bool = True
 ) -> dict[str, Pair]:
-    """Return what differs in what was asked for, by what a list calls it, with both values.
+    """Return the differing settings by their names in a list, with both values.
 
     of_own_classes: see `settings_that_differ`.
     """
@@ -85,9 +85,9 @@ def asked_differences(
 
 
 def renamed(one: TrainingFacts, other: TrainingFacts) -> list[str]:
-    """Return which settings that differ are only names, as a list calls them.
+    """Return which differing settings are only names, as a list shows them.
 
-    That is a class or a function of one's own; and where the data comes from, if it is the same.
+    That is a class or a function of the user; and the source of the data, if the data is the same.
     """
     digests = [facts.data_file.digest if facts.data_file else None for facts in (one, other)]
     is_same_data = digests[0] is not None and digests[0] == digests[1]
@@ -98,10 +98,10 @@ def renamed(one: TrainingFacts, other: TrainingFacts) -> list[str]:
 def settings_that_differ(
     one: TrainingFacts, other: TrainingFacts, *, of_own_classes: bool = True
 ) -> list[Setting]:
-    """Return the settings that two trainings have differently.
+    """Return the settings that differ between two trainings.
 
-    of_own_classes: also attributes of classes that are not torch's own, which may count something, and
-    what modules hold besides what torch prints of them.
+    of_own_classes: include attributes of classes that are not torch's own, which may be counters, and
+    attributes of modules that torch does not print.
     """
     digests = [facts.data_file.digest if facts.data_file else None for facts in (one, other)]
     found = [
@@ -178,7 +178,7 @@ def _objects(
         is_module = isinstance(a or b, ModuleFacts)
         path = "" if name == kind and not is_module else name
         if a is None or b is None or a.class_name != b.class_name:
-            # What lies within a module that only one of them has is not listed again.
+            # The contents of a module that only one of them has are not listed again.
             parent = path.rpartition(".")[0]
             if not path or not is_module or (parent in one) == (parent in other):
                 yield _other_object(kind, path, a, b)
@@ -217,7 +217,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Tell whether two plain values are the same: NaN is NaN, and 0.0 is not -0.0."""
+    """Return whether two plain values are the same: NaN is NaN, and 0.0 is not -0.0."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same_value, one, other))
     if isinstance(one, float) and isinstance(other, float):

@@ -41,7 +41,7 @@ REST = "rest.safetensors"
 DEFAULT_BUDGET = 512_000_000
 #: A jump to any step should cost at most about this many seconds of replay.
 REPLAY_SECONDS = 0.08
-#: Snapshots may take this share of the training's time, most of it beside the training thread.
+#: Snapshots may take this share of the training's time, most of it outside the training thread.
 TIME_SHARE = 0.03
 
 
@@ -119,7 +119,7 @@ def check_snapshot(run: Path, row: SnapshotRow) -> tuple[bytes, bytes]:
 
 
 class _Group(BaseModel):
-    """The settings of a param group: the names of its parameters, and others."""
+    """The settings of a param group, and the names of its parameters."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     params: list[str]
@@ -135,14 +135,14 @@ class _Optimizer(BaseModel):
 
 
 class _HeldByPart(BaseModel):
-    """What a part holds besides tensors."""
+    """What a part holds in addition to tensors."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     optimizer: _Optimizer | None = None
 
 
 class _Settings(BaseModel):
-    """What a state holds besides tensors, as far as everystep relies on it."""
+    """What a state holds in addition to tensors, as far as everystep relies on it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     step: int | None = None
@@ -177,7 +177,7 @@ class SnapshotPlan:
             self.interval *= 2
 
     def is_due(self, step: int) -> bool:
-        """Tell whether the state after `step` should be kept."""
+        """Return whether the state after `step` should be kept."""
         return self.interval is not None and step % self.interval == 0
 
     def add(self, step: int, size: int) -> list[int]:
@@ -201,6 +201,6 @@ class SnapshotPlan:
 
 
 def remove_snapshots(folder: Path, steps: Iterable[int]) -> None:
-    """Remove the directories of snapshots that the database does not have any more."""
+    """Remove the directories of snapshots that are no longer in the database."""
     for step in steps:
         shutil.rmtree(folder / f"{step:06d}", ignore_errors=True)

@@ -21,13 +21,13 @@ __all__ = [
 ]
 
 
-#: A line of text, and how deep it lies.
+#: A line of text, and its depth.
 _Line = tuple[int, str]
 _RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
 
 
 def is_rate(name: str) -> bool:
-    """Tell whether a measurement is a learning rate or its like: recorded where it changes."""
+    """Return whether a measurement is a learning rate or its like: recorded where it changes."""
     return _RATE.fullmatch(name) is not None
 
 
@@ -118,7 +118,7 @@ def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
 
 
 def shortest(number: float) -> str:
-    """Return the fewest digits that give this float32 (or else float64) back."""
+    """Return the fewest digits that restore this float32 (or else float64)."""
     import numpy as np
 
     with np.errstate(over="ignore"):

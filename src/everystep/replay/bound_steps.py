@@ -29,9 +29,9 @@ from everystep.replay.recorded_steps import RecordedSteps
 
 __all__ = ["BATCH", "BoundStep", "BoundSteps"]
 
-#: A program is bound once it has run, or is about to run, so many steps.
+#: The number of steps, past or planned, for which a program is bound.
 WORTH = 8
-#: Bytes of their own that bound programs may have, together.
+#: Bytes that bound programs may allocate, together.
 MOST_BYTES = 1_000_000_000
 #: What no row of a run has as its numbers or its inputs.
 _NOTHING = b"nothing"
@@ -40,15 +40,14 @@ BATCH, INPUT, GENERATOR = "batch/", "input/", "generator/"
 
 @dataclass(eq=False)
 class BoundStep:
-    """A program that is bound, and what it was given last.
+    """A bound program, and its last inputs.
 
-    steps: where its numbers and inputs come from; own: the tensors of the state that it is bound to;
-    batch: the names of the tensors of the batch that it reads; outside, contents: the other inputs that
-    it has, and where their bytes are, by storage; rule: where its batch comes from, None if it is among
-    the inputs; era: of `BoundSteps`, when the state was last known to be on its own tensors; count: the
-    steps that it ran; put, loaded: numbers and inputs of the row that was put into it, as the database
-    has them; recorded: these numbers; generator: the state to draw from, if any; digests: of the state
-    after the step.
+    steps: the source of its numbers and inputs; own: the tensors of the state that it is bound to;
+    batch: the names of the tensors of the batch that it reads; outside, contents: its other inputs, and
+    the location of their bytes, by storage; rule: the source of its batch, None if it is among the
+    inputs; era: of `BoundSteps`, when the state was last on its own tensors; count: the steps that it
+    ran; put, loaded: numbers and inputs of the row in it, as in the database; recorded: these numbers;
+    generator: the state to draw from, if any; digests: of the state after the step.
     """
 
     live: BoundProgram
@@ -67,7 +66,7 @@ class BoundStep:
     digests: dict[str, str] = field(default_factory=dict)
 
     def is_for(self, given: Inputs, rule: RowsOf | None) -> bool:
-        """Tell whether it is bound to inputs of the same names as those of a step."""
+        """Return whether it is bound to inputs of the same names as those of a step."""
         return rule is self.rule and self.outside.keys() == _outside(given).keys()
 
     def begin(self, row: Repeat) -> bool:
@@ -154,7 +153,7 @@ class BoundSteps:
         self._latest: BoundStep | None = None
 
     def touched(self, interpreted: int | None = None) -> None:
-        """Something else has changed the state: the interpreter, with a program, or other code."""
+        """Note that the interpreter or other code has changed the state."""
         if interpreted is not None:
             self._interpreted[interpreted] += 1
         self._era += 1
@@ -254,7 +253,7 @@ class BoundSteps:
             held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
             if not (held - {0}).isdisjoint(map(_place, moved.values())):
                 del self._bound[next(n for n, each in self._bound.items() if each is bound)]
-                return False  # the state has something else there by now
+                return False  # the state has another tensor there now
             for name, mine in moved.items():
                 copy_into(mine, values[name])
             self._state.update(moved)
@@ -268,10 +267,10 @@ def _place(tensor: Tensor) -> int:
 
 
 def _can_be_bound(program: Program, batch: Sequence[str], outside: Collection[str]) -> bool:
-    """Tell whether a program can run many steps in a row on the same memory.
+    """Return whether a program can run many steps in a row on the same memory.
 
-    Not if it has shapes that depend on numbers, writes into its inputs, or reads what a step before has
-    left in memory that it writes into again.
+    Not if it has shapes that depend on numbers, writes into its inputs, or reads leftovers of an earlier
+    step in memory that it writes into again.
     """
     written = {
         program.tensors[name].storage
@@ -305,7 +304,7 @@ def _laid_as(tensor: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _fit(batch: Mapping[str, Tensor | None], program: Program) -> bool:
-    """Tell whether the tensors of a batch have the shapes and dtypes that a program expects."""
+    """Return whether the tensors of a batch have the shapes and dtypes that a program expects."""
     specs = ((each, program.tensors[name]) for name, each in batch.items())
     return all(
         each is not None and (tuple(each.shape), each.dtype) == (spec.shape, spec.torch_dtype)

@@ -52,7 +52,7 @@ __all__ = ["Fork", "fork"]
 
 @dataclass(frozen=True)
 class Fork:
-    """What is asked for: a fork of `run` at state `at`, in a directory or the next free one in `runs`.
+    """A request: a fork of `run` at state `at`, in a directory or the next free one in `runs`.
 
     settings: what changes, by path, as in an experiment; of a run from Python objects, `lr` and the
     arguments of `train` that are plain values; without: rows of the data that are left out of the
@@ -70,7 +70,7 @@ class Fork:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """What changes, as far as it is plain data."""
+        """The changes that are plain data."""
         found = {
             path: value
             for path, value in self.settings.items()
@@ -173,7 +173,7 @@ class Fork:
         advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
-            # It says that the optimizer has not stepped, which is true.
+            # torch warns that the optimizer has not stepped, which is correct here.
             warnings.simplefilter("ignore", UserWarning)
             for number in range(known.step + 1, self.at + 1):
                 if isinstance(scheduler, ReduceLROnPlateau):
@@ -193,7 +193,7 @@ def fork(
 
     Args:
         asked: the fork to make.
-        given: the objects among the arguments of `Run.fork`, None where not given.
+        given: the objects among the arguments of `Run.fork`, None if absent.
         known: the objects that trained the run in this process.
         opener: opens the parent's states.
         progress: watches the training.
@@ -321,7 +321,7 @@ def _fork_objects(
         if goes_on:
             state = asked.with_scheduler(job.training, state)
         training = job.training
-        # A loss that holds other numbers than the parent's did in state 0 stays as it is.
+        # A loss with different numbers than the parent's in state 0 stays unchanged.
         first = None if is_own else asked.run.state_near(0)
         kinds = ["model", *["loss"] * (first is None or not _has_other_loss(training, first))]
         kinds += ["optimizer"] * (
@@ -381,7 +381,7 @@ def _bring(
 def _check_kept(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> None:
-    """Check that an optimizer which has taken steps keeps all that it needs with other settings.
+    """Check that an optimizer which has taken steps has all the state that changed settings need.
 
     Raises:
         ExperimentError: it does not.
@@ -412,7 +412,7 @@ def _set_rate(training: Training, lr: float) -> None:
 
 
 def _has_other_loss(training: Training, first: State) -> bool:
-    """Tell whether the tensors of the loss are not those of a state."""
+    """Return whether the tensors of the loss are not those of a state."""
     known = first.named()
     live = training.parts.only(["model", "loss"]).state()
     own = training.parts.only(["model"]).state()

@@ -1,7 +1,7 @@
-"""Living: steps of a run that nothing has recorded, with the objects that trained it.
+"""Living: unrecorded steps of a run, with the objects that trained it.
 
-Those of a what-if, and those on the way to a state from which Python continues. The objects come from
-the run's experiment, or from the user.
+They are those of a what-if, and those on the way to a state from which Python continues. The objects
+come from the run's experiment, or from the user.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["Living"]
 
 
 class _Unwritten:
-    """Takes what belongs to steps, and writes none of it."""
+    """A writer that writes nothing."""
 
     def __init__(self) -> None:
         self._programs = 0
@@ -55,13 +55,13 @@ class _Unwritten:
 
 
 class Living:
-    """A training of a run, alive again, at a state.
+    """A training of a run, restored at a state.
 
     Args:
         run: the run.
         stretch: the part of it that the training is of.
         objects: those that trained it, if it has no experiment.
-        state: to begin with.
+        state: to start from.
         engine: `auto`: programs may take steps; `eager`: Python takes all, as objects may hold more than
             tensors.
 
@@ -98,7 +98,7 @@ class Living:
         self._begun(state.step)
 
     def begin(self, batches: Batches) -> None:
-        """Begin once more, with these batches of the same rows."""
+        """Start again, with these batches of the same rows."""
         assert isinstance(self._training.batch, RowsOf)
         self._training.batch.use(batches)
         self._training.restore(self._beginning)
@@ -134,7 +134,7 @@ class Living:
         """Run the next step in Python, and return everything in it.
 
         Raises:
-            RunError: it fails, or no program holds what it does.
+            RunError: it fails, or no program can hold it.
         """
         number, watched, device = self._ready(), self._watched, self._training.device
         named = watched.parts.state
@@ -163,14 +163,14 @@ class Living:
         return observed_step(number, observer.observation(done.loss), seen, copies, ends[1])
 
     def _ready(self) -> int:
-        """Bring the training to what it was before the next step; return the number of that step."""
+        """Bring the training to the state before the next step; return the number of that step."""
         self._settle()
         number = self._stepper.step + 1
         self._set_hyperparameters(number)
         return number
 
     def _settle(self) -> None:
-        """Apply what other code changed after the last step, before anything else runs."""
+        """Apply the changes of other code after the last step, before anything else runs."""
         step = self._stepper.step
         if step not in self._between or self._settled == step:
             return

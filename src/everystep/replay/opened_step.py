@@ -44,7 +44,7 @@ class Batch:
 
     tensors: by their path in the batch (N, ...); those of a pair are called `x` and `y`; rows: the row
     numbers in the data (N), None if they are all rows in order, or unknown; nested: the batch in its
-    original nesting, with its tensors; source: what the rows are of, in words.
+    original nesting, with its tensors; source: the name of the rows' data.
     """
 
     tensors: dict[str, Tensor]
@@ -58,12 +58,12 @@ class Batch:
 
     @property
     def whole(self) -> str:
-        """What its rows are numbered in: the source of the data, or the batch where that is unknown."""
+        """What its row numbers refer to: the source of the data, or the batch if that is unknown."""
         return "the batch" if self.rows is None else self.source
 
     @property
     def count(self) -> int:
-        """How many rows it has: as many as its first tensor that has any."""
+        """The number of rows: that of its first tensor that has any."""
         return next((len(tensor) for tensor in self.tensors.values() if tensor.dim()), 0)
 
     def number(self, place: int) -> int:
@@ -132,18 +132,18 @@ class Update(NamedTuple):
 class Step:
     """Step `number` of a run; it takes state `number - 1` to state `number`.
 
-    Everything except `updates` is what the forward and the backward pass saw, on state `number - 1`. All
+    Everything except `updates` is from the forward and the backward pass, on state `number - 1`. All
     tensors are copies on the CPU.
 
     loss: from the replay; recorded_loss: from the recording; diverged_at: the first step, up to this
     one, with a replay that differs from the recording, or None; batch; parameters, buffers: by
     name; activations: the output of each module, by its path (a tuple if it returned several tensors);
-    dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
-    backward pass left them (clipping them is the first part of the update); updates: by
-    parameter; operations: in order, with inputs and results; hyperparameters: the lr and similar
-    settings, `lr[1]` for the second param group; epoch: from 0; places: the memory that the names of its
-    tensors mean; state, end: every tensor of the state before the step, and after it, by its name in the
-    run (`optimizer/0.weight/exp_avg`); earlier: opens another step of the run; view: how it is shown.
+    dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, after the
+    backward pass, before clipping (which is the first part of the update); updates: by parameter;
+    operations: in order, with inputs and results; hyperparameters: the lr and similar settings, `lr[1]`
+    for the second param group; epoch: from 0; places: the memory that the names of its tensors refer to;
+    state, end: every tensor of the state before the step, and after it, by its name in the run
+    (`optimizer/0.weight/exp_avg`); earlier: opens another step of the run; view: how it is shown.
     """
 
     number: int
@@ -215,24 +215,24 @@ class Step:
 
     @cached_property
     def rows(self) -> Rows:
-        """How much of the loss, and of each gradient, each row of the batch makes."""
+        """How much each row of the batch contributes to the loss and to each gradient."""
         from everystep.answers.rows import rows_of
 
         return rows_of(self)
 
     @cached_property
     def unset(self) -> frozenset[tuple[int, str, str]]:
-        """Tensors of operations that hold no numbers, since a kernel left its own bytes there.
+        """Tensors of operations without numbers, because a kernel left its own bytes there.
 
-        As (number of the operation, `inputs` or `results`, name). What lies in such memory may be of
-        anything that was computed before, and is shown to nobody.
+        As (number of the operation, `inputs` or `results`, name). Such memory may hold anything that was
+        computed before, so it is never shown.
         """
         found: set[tuple[int, str, str]] = set()
-        unset: dict[str, bool] = {}  # by name, as the operations have been run so far
+        unset: dict[str, bool] = {}  # by name, as of the operations run so far
         for number, seen in enumerate(self.operations):
             for name in seen.inputs:
                 base = name.partition("~")[0]
-                # A program has no operation that only asks for memory.
+                # A program has no operations that only allocate memory.
                 is_first = base not in unset and "/" not in base and name in seen.results
                 if unset.get(base) or (is_first and overwrites(seen.operation)):
                     found.add((number, "inputs", name))
@@ -298,7 +298,7 @@ def statistics(tensor: Tensor) -> Statistics:
     zeros = (count - int(torch.count_nonzero(numbers))) / count
     finite = numbers.double()
     mean = float(finite.mean())
-    if not math.isfinite(mean):  # which one NaN or infinity is enough for
+    if not math.isfinite(mean):  # one NaN or infinity is enough
         finite = finite[torch.isfinite(finite)]
         if not len(finite):
             return Statistics(math.nan, math.nan, math.nan, math.nan, zeros, count)

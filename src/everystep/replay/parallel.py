@@ -1,8 +1,8 @@
 """Parallel: replays many steps of a run, in spans shared by processes.
 
-The spans lie between snapshots. Each process computes with one thread, which is the fastest way to use
-all cores. If that gives other losses or another final state than recorded, the span is replayed once
-more with as many threads as in the training.
+The spans are between snapshots. Each process computes with one thread, which is the fastest way to use
+all cores. If losses or the final state differ from the recording, the span is replayed again with as
+many threads as in the training.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 #: Steps that run between two looks at the losses.
 STRIDE = 256
-#: Neighbouring spans that a process is given at once, if there are enough.
+#: Consecutive spans for a process at a time, if there are enough.
 GROUP = 8
 #: Spans for each core, where spans should be long.
 SPANS_EACH = 8
@@ -67,8 +67,8 @@ class Replayed:
 
     losses: the number of differing losses, and the first of them; states: tensors of the final state
     that differ; compared: whether there was a final state to compare; stopped_at: the first step that
-    nothing repeats, None if all were taken, or no more were needed; threads: the number of threads, and
-    the numerics; result: of the visitor.
+    cannot be replayed, None if all were, or no more were needed; threads: the number of threads, and the
+    numerics; result: of the visitor.
     """
 
     span: Span
@@ -103,7 +103,7 @@ class Replayed:
 class Visitor:
     """Runs the steps of a span; a subclass uses them. It is sent to other processes.
 
-    may_share: whether it may use the replay that opens steps: not if user code runs meanwhile, or if
+    may_share: whether it may use the replay that opens steps: not if user code runs in between, or if
     everything must be read from disk again; is_done: whether it needs no more steps.
     """
 
@@ -246,7 +246,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
             step = last
         if step == span.last:
             _compare_state(found, replay, span)
-    replay.diverged_at = known  # of the steps that are opened; the result says what is so of the span
+    replay.diverged_at = known  # of the opened steps; the result has those of the span
     found.result = visitor.result()
     found.problems = list(replay.problems)
     return found

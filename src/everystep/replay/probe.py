@@ -93,7 +93,7 @@ class Probe:
         self._finish(step.number, step.loss)
 
     def has(self, reference: Reference) -> bool:
-        """Tell whether a value exists: not before the first step, nor for a module that did not run."""
+        """Return whether a value exists: not before step 1, and not for a module that did not run."""
         if reference.is_previous:
             return reference in self._before
         return _copied(reference) in self._copies
@@ -147,7 +147,7 @@ class Probe:
             copies[reference] = batch[reference.name]
 
     def _finish(self, number: int, loss: float) -> bool:
-        """Answer a step, and keep what the next one needs of it; return whether to continue."""
+        """Answer a step, and keep values for the next one; return whether to continue."""
         goes_on = self._answer(number, loss)
         self._before = {
             reference: self.value_of(own).clone()
@@ -167,7 +167,7 @@ class OpenedValues:
         self.step = step
 
     def has(self, reference: Reference) -> bool:
-        """Tell whether a value exists: not of the step before, nor of a module that did not run."""
+        """Return whether a value exists: not of the step before, nor of a module that did not run."""
         if reference.is_previous or reference.kind == "rows":
             return not reference.is_previous
         found = self._named(reference.kind).get(reference.name)
@@ -197,7 +197,7 @@ class OpenedValues:
 
 
 def _copied(reference: Reference) -> Reference:
-    """Return what is copied for a reference."""
+    """Return the values to copy for a reference."""
     return reference._replace(part="before") if reference.kind == "updates" else reference
 
 

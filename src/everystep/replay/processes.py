@@ -1,4 +1,4 @@
-"""Processes: where a run is replayed, so that it computes as in the training.
+"""Processes in which a run is replayed, so that it computes as in the training.
 
 That is this process if its numerics match those of the run, and otherwise workers started with them.
 What cannot be set (another processor, another torch) stays different, and each loss is compared. Such
@@ -92,7 +92,7 @@ ALONE_SECONDS = 4.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
-#: What tells a run that is over from the same run after it was resumed; None while it is trained.
+#: Distinguishes a finished run from the same run after it was resumed; None during training.
 Edition = tuple[int, int] | None
 
 
@@ -109,7 +109,7 @@ def recorded_numerics(facts: Facts) -> Numerics:
 
 
 def needs_worker(facts: Facts) -> bool:
-    """Tell whether this process cannot compute as the run did, but another one could.
+    """Return whether this process cannot compute as the run did, but another one could.
 
     Raises:
         DeviceError: the device of the run is not available.
@@ -131,14 +131,14 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
     """Return processes that compute as the run did, with `threads` threads each; they end afterwards.
 
     Raises:
-        TrainingError: none can be started, or one has ended by itself.
+        TrainingError: none can be started, or one ended unexpectedly.
     """
     from loky import ProcessPoolExecutor
 
     alive, of_parent = Pipe(duplex=False)
     environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
-    # loky takes a process that holds 300 MB more than at its start for one that leaks, warns of it, and
-    # starts another, which knows nothing of the run.
+    # loky restarts a process that grew by 300 MB, as a leak, with a warning; the new one would have no
+    # replay of the run.
     environment["LOKY_MAX_MEMORY_LEAK_SIZE"] = "1e18"
     begin = {"initializer": _begin, "initargs": (threads, alive)}
     executor = ProcessPoolExecutor(count, env=environment, **begin)
@@ -158,7 +158,7 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
 
 
 def process_count(run: RecordedRun, steps: int, asked: int | None, tasks: int, threads: int) -> int:
-    """Return how many processes share so many steps of a run, 1 for this one alone.
+    """Return the number of processes for so many steps of a run, 1 for this one alone.
 
     asked: number of processes, None for one per core if worth their start; threads: of each.
     """
@@ -178,16 +178,16 @@ def shared(
     task: Callable[..., T],
     given: Iterable[tuple[Any, ...]],
 ) -> Generator[T, None, None]:
-    """Do something with replays of a run in processes, and yield each result when it is there.
+    """Run a task with replays of a run in processes, and yield each result when it is ready.
 
     Args:
         opener: of the run.
         count: the number of processes.
         threads: of each.
-        task: what to do; called with a replay, and once with each of `given`.
+        task: called with a replay and each of `given`.
 
     Raises:
-        whatever the task raises.
+        the errors of the task.
     """
     place = opener.run.directory, opener.objects, threads
     with workers(opener.run.facts, count, threads) as executor:
@@ -218,7 +218,7 @@ def _in_worker(
     *given: P.args,
     **named: P.kwargs,
 ) -> T:
-    """Do something with the replay of a run in this worker: the same one if it needs no objects."""
+    """Call a task with the replay of a run in this worker: the same one if it needs no objects."""
     if objects is None:
         return task(_replay(directory, threads, _edition_of(RecordedRun(directory))), *given, **named)
     return task(Replay(RecordedRun(directory), objects, threads), *given, **named)
@@ -233,14 +233,14 @@ def _ended_too_early() -> TrainingError:
 
 def _begin(threads: int, parent: Connection) -> None:
     end_with(parent)
-    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
+    warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     # Ctrl-C is for the process that waits; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
 
 class Opener:
-    """Opens steps and states of a run; caches what was replayed.
+    """Opens steps and states of a run; caches replayed ones.
 
     Args:
         run: the run.
@@ -259,7 +259,7 @@ class Opener:
         self._worker: ProcessPoolExecutor | None = None
         self._workers = ExitStack()
         weakref.finalize(self, self._workers.close)
-        #: What was known of the run when it was last chosen where to replay it.
+        #: The state of the run when its process was last chosen.
         self._known: tuple[Edition, EngineFacts | None] | None = None
 
     @property
@@ -270,7 +270,7 @@ class Opener:
 
     @property
     def diverged_at(self) -> int | None:
-        """The first step with another loss in the replay, None if there was none."""
+        """The first step with a different loss in the replay, None if there was none."""
         found: int | None = self.call(getattr, "diverged_at")
         return found
 
@@ -283,10 +283,10 @@ class Opener:
         return self.call(Replay.state, number)
 
     def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
-        """Do something with the replay of the run, where it can compute as in the training.
+        """Call a task with the replay of the run, in a process that computes as the training did.
 
         Raises:
-            whatever the task raises.
+            the errors of the task.
         """
         self._prepare()
         if self._replay is not None:
@@ -304,7 +304,7 @@ class Opener:
     def replay_here(self, *, may_share: bool = True) -> Replay:
         """Return a replay in this process, shared with the one that opens steps if possible.
 
-        It cannot be shared if it needs the user's objects: their state besides tensors must be
+        It cannot be shared if it needs the user's objects: their state other than tensors must be
         unchanged.
         """
         self._prepare()
@@ -328,5 +328,5 @@ class Opener:
         elif self._worker is None:
             threads = facts.training.numerics.threads
             self._worker = self._workers.enter_context(workers(facts, 1, threads))
-        # Not before: what has failed is tried, and reported, again.
+        # Not earlier: after a failure, the next call tries and reports again.
         self._known = edition, engine

@@ -31,7 +31,7 @@ def rule_of(
     objects: Objects,
     conversion: Precision | None = None,
 ) -> RowsOf | None:
-    """Return the batches of everystep's own steps, None where each step holds its batch.
+    """Return the batches of everystep's own steps, None if each step holds its batch.
 
     Raises:
         RunError: the data is missing or unreadable; reports a fix.

@@ -100,10 +100,10 @@ class HeldNumber:
 
 
 def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
-    """Return what tells a measurement of a step, None where it has none.
+    """Return a function that looks up a measurement by step (None if it has none).
 
-    A setting of an optimizer is recorded when it changes, and holds until then; of a loop, these are the
-    learning rates. What a loop logs belongs to its step.
+    A setting of an optimizer is recorded when it changes, and holds until the next change; of a loop,
+    these are the learning rates. What a loop logs belongs to its step.
     """
     training, values = run.facts.training, run.measured(name)
     is_rate = name.partition("[")[0].rpartition(".")[2] == "lr" and bool(training.optimizers)
@@ -122,7 +122,7 @@ class ValueSource(Protocol):
 
 
 class _NothingThereError(Exception):
-    """Something that an expression names has no value at this step."""
+    """A name in an expression has no value at this step."""
 
 
 class Evaluator:

@@ -36,13 +36,13 @@ __all__ = [
     "read_program",
 ]
 
-#: Rows of the database, and losses, that are read at once.
+#: Rows of the database, and losses, to read at once.
 BLOCK = 256
-#: Steps that are looked at in advance: to bind their program, and to read their inputs at once.
+#: Steps to look ahead: to bind their program, and to read their inputs at once.
 LOOK_AHEAD = 64
 #: Bytes of contents that stay in memory, because later steps may need them again.
 KEPT_BYTES = 64_000_000
-#: Bytes of contents that are read ahead at once.
+#: Bytes of contents to read ahead at once.
 AHEAD_BYTES = 16_000_000
 #: Steps with their inputs decoded.
 KEPT_STEPS = 512
@@ -64,16 +64,16 @@ class StepInputs(NamedTuple):
 
 
 class RecordedSteps:
-    """What repeats each step of a stretch, as a run has it.
+    """The recorded data that repeats each step of a stretch.
 
-    Steps share contents: the rows of a batch return in each epoch. These are read once, for many steps
-    together, as far as `KEPT_BYTES` go.
+    Steps share contents: the rows of a batch return in each epoch. They are read once, for many steps
+    together, up to `KEPT_BYTES`.
 
     Args:
         run: the run.
         stretch: the steps, of a user's loop or of everystep's own.
-        rule: returns the batches of everystep's own steps, None where each row holds its batch.
-        conversion: of the programs and their inputs, None as recorded.
+        rule: returns the batches of everystep's own steps, None if each row holds its batch.
+        conversion: of the programs and their inputs, None for none.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class RecordedSteps:
         self._bytes = self._read_to = 0
         if conversion is not None:
             for number in self.facts.programs:
-                self.program(number)  # each tells what else is converted
+                self.program(number)  # each determines what else is converted
 
     def row(self, number: int) -> Repeat:
-        """Return what repeats a step, as a row of this step alone.
+        """Return the data that repeats a step, as a row of this step alone.
 
         Raises:
             NotReplayedError: the run has none, or it cannot be read.
@@ -254,13 +254,13 @@ class RecordedSteps:
             return
 
     def forget_ahead(self) -> None:
-        """Read again what the next steps need: they are others than before."""
+        """Forget data read ahead, because other steps are next."""
         self._read_to = 0
 
     def _want(
         self, given: Given, wanted: dict[tuple[str, tuple[int, ...], bool], dict[bytes, None]]
     ) -> int:
-        """Add what is not known yet of an input; return how many bytes that is.
+        """Add the unread digests of an input; return their bytes.
 
         wanted: digests, by dtype, shape, and whether they are of rows.
         """
@@ -353,12 +353,12 @@ class StepsAtRate(RecordedSteps):
 
 
 class FurtherSteps(StepsAtRate):
-    """What each step of a run would be, by its rules, whether the run has it or not.
+    """Each step of a run by its rules, recorded or not.
 
     Args:
         run: its batches follow from a rule, and no schedule changes its settings.
-        rule: returns its batches, None if no step is to be taken.
-        lr: another learning rate than the run's, None for that.
+        rule: returns its batches, None if no step will run.
+        lr: a different learning rate, None for that of the run.
     """
 
     def __init__(self, run: RecordedRun, rule: RowsOf | None = None, lr: float | None = None) -> None:
@@ -374,7 +374,7 @@ class FurtherSteps(StepsAtRate):
         return self._step(number)[0]._replace(step=number)
 
     def taken(self, number: int) -> Taken:
-        """Return a step as it is written."""
+        """Return a step in its stored form."""
         return self._step(number)[1]._replace(step=number)
 
     def ahead(self, first: int, last: int) -> list[Repeat]:
@@ -382,14 +382,14 @@ class FurtherSteps(StepsAtRate):
         return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
 
     def reason_against(self) -> str | None:
-        """Return why there are no such steps after the run's last, None if there are."""
+        """Return why no steps can follow the run's last, None if they can."""
         epoch = range(self._newest + 1, self._newest + 1 + self._batches.steps_per_epoch)
         if not all(map(self._can_take, epoch)):
             return "it has too few steps: no program takes later ones"
         return self._reason_against_changes()
 
     def _can_take(self, number: int) -> bool:
-        """Tell whether there is a program: not one of a first step, which makes what later ones find."""
+        """Return whether there is a program, other than that of a first step, which creates state."""
         try:
             ends = self.program_of(self._like(number)).program.ends
         except NotReplayedError:
@@ -397,9 +397,9 @@ class FurtherSteps(StepsAtRate):
         return all(name.startswith("gradient/") for name in ends)
 
     def _reason_against_changes(self) -> str | None:
-        """Return what code between the steps did that programs would not do, None if it did nothing.
+        """Return what code between the steps did that programs cannot repeat, None if nothing.
 
-        What it drew matters only to steps that draw, too.
+        Its draws matter only if steps draw, too.
         """
         changes = sorted(self.run.change_files().items())
         for step, file in changes:
@@ -435,7 +435,8 @@ class FurtherSteps(StepsAtRate):
 
     def _further(self, row: Repeat) -> tuple[Repeat, Taken]:
         inputs = self.given(row)
-        # Where the recorded step found its generator, this one finds it as the step before has left it.
+        # The recorded step had a different generator state; this one uses the state that the previous
+        # step left.
         given = {name: each for name, each in inputs.given.items() if not name.startswith("generator/")}
         listed = {name: each.to_json() for name, each in given.items()}
         made = row._replace(inputs=packed({"nesting": inputs.nesting, "given": listed}))
@@ -459,7 +460,7 @@ def read_program(run: RecordedRun, number: int) -> Program:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Report that something of the run cannot be read as what keeps a step from being replayed."""
+    """Report an unreadable file of the run as the reason that a step cannot be replayed."""
     try:
         yield
     except RunError as error:

@@ -63,14 +63,14 @@ class Saved(NamedTuple):
 
 
 class ReplayStepper:
-    """Takes steps again, in any order of loading and running.
+    """Repeats steps; states can be loaded and steps run in any order.
 
     Args:
-        steps: what repeats each of them.
-        diverged: called with a step that differs from the recording, and how, in words.
+        steps: the data that repeats each step.
+        diverged: called with a step that differs from the recording, and a description.
 
-    state: the step after which the current state is, None before one is loaded; has_gradients_in_state:
-    whether a state holds the gradients that the next step drops: if not, they are made once more.
+    state: the number of the current state, None before one is loaded; has_gradients_in_state: whether a
+    state holds the gradients that the next step drops: if not, they are computed again.
     """
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
@@ -133,7 +133,7 @@ class ReplayStepper:
         return {name: tensor.to(self.steps.device, copy=True) for name, tensor in tensors.items()}
 
     def continue_with(self, steps: RecordedSteps) -> None:
-        """From here on take these steps, with nothing between them."""
+        """Take these steps next, with nothing between them."""
         self.steps, self._between = steps, {}
         self._bound = BoundSteps(self._tensors)
 
@@ -241,7 +241,7 @@ class ReplayStepper:
         found = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []
         return [*found]
 
-    # What a step is given.
+    # The inputs of a step.
 
     def epoch(self, number: int) -> int:
         """Return the epoch of a step, from 0; a user's loop has no epochs."""
@@ -269,7 +269,7 @@ class ReplayStepper:
         return Batch(tensors, batches.numbers_of(number), nested, batches.source)
 
     def given(self, number: int) -> bytes:
-        """Return a fingerprint of the next step's inputs besides its state: numbers and inputs."""
+        """Return a fingerprint of the next step's numbers and inputs, without its state."""
         self.settle()
         row = self.steps.row(number)
         given = repr(sorted(self.steps.given(row).given.items())).encode()
@@ -279,7 +279,7 @@ class ReplayStepper:
         return (row.numbers or b"") + given
 
     def module_paths(self) -> list[str]:
-        """Return the paths of modules, of which not each need run at each step."""
+        """Return the paths of modules; not all of them run at each step."""
         programs = [self.steps.program(n).program for n in self.steps.facts.programs]
         return list(dict.fromkeys(path for program in programs for path in program.activations))
 
@@ -299,8 +299,8 @@ class ReplayStepper:
     def watch(self, last: int, hook: Hook) -> Tensor:
         """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
 
-        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that none
-        runs, or when the hook returns so.
+        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that no
+        bound program runs, or when the hook asks for it.
 
         Raises:
             RunError: as `run`.
@@ -308,7 +308,7 @@ class ReplayStepper:
         return self._advance(last, hook)
 
     def can_watch(self, number: int) -> bool:
-        """Tell whether a hook can observe the next step: a program that is bound runs it."""
+        """Return whether a hook can observe the next step: a program that is bound runs it."""
         try:
             self.settle()
             row = self.steps.row(number)
@@ -341,7 +341,7 @@ class ReplayStepper:
         return found._replace(places=found.places._replace(has_unseen=has_unseen))
 
     def _before(self, row: Repeat, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return copies of tensors of a step's program, by name, as they are before an operation."""
+        """Return copies of tensors of a step's program, by name, before an operation."""
         found: dict[str, Tensor] = {}
 
         def look(place: int, environment: Environment) -> None:

@@ -1,4 +1,4 @@
-"""Resume: goes on with a run that ended early, from its newest snapshot, to the bits of a whole run."""
+"""Resume: continues a run from its newest snapshot, to the bits of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ __all__ = ["Resume", "resume", "resume_experiment", "resume_objects"]
 
 @dataclass(frozen=True)
 class Resume:
-    """What is asked for.
+    """A request.
 
-    steps: the last step, None for that of the run; is_accepted: train on although something changed, and
+    steps: the last step, None for that of the run; is_accepted: continue although something changed, and
     discard the recorded steps after the snapshot; budget: maximum bytes of snapshots.
     """
 
@@ -106,9 +106,9 @@ class Resume:
         return last
 
     def train(self, job: Job, progress: Progress, left_out: tuple[str, ...] = ()) -> Outcome:
-        """Go on with a job that is as the run's was when it began.
+        """Continue with a job equal to that of the run when it began.
 
-        left_out: what the names of settings that were not compared begin with.
+        left_out: prefixes of the names of settings that were not compared.
         """
         run, recorded = self.run, len(self)
         facts = run.facts.training
@@ -140,7 +140,7 @@ class Resume:
         return run_job(job, None, run.directory.parent, self.budget, progress)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:
-        """Return the newest state that can be read, None if the run has not begun, and what is wrong.
+        """Return the newest readable state, None if the run has not begun, and problems.
 
         Raises:
             RunError: the run has begun, but no state of it can be read.
@@ -158,11 +158,11 @@ class Resume:
 def resume(
     asked: Resume, given: Mapping[str, Any], known: Objects | None, progress: Progress
 ) -> tuple[Outcome, Objects | None]:
-    """Go on with a run: by its experiment, by the objects that train it, or by its programs alone.
+    """Continue a run: by its experiment, by the objects that train it, or by its programs alone.
 
     Args:
-        asked: the run, and how far to go.
-        given: the objects among the arguments of `Run.resume`, None where not given.
+        asked: the run, and its last step.
+        given: the objects among the arguments of `Run.resume`, None if absent.
         known: the objects that trained the run in this process.
         progress: watches the training.
 
@@ -206,7 +206,7 @@ def resume(
 def resume_experiment(
     asked: Resume, progress: Progress, experiment: Experiment | None = None
 ) -> Outcome:
-    """Go on with a run of an experiment; create everything from the experiment again.
+    """Continue a run of an experiment; create everything from the experiment again.
 
     experiment: must be the run's, except for the number of steps, which is then this one's.
 
@@ -251,10 +251,10 @@ def resume_objects(
     progress: Progress,
     iteration: Iteration | None = None,
 ) -> Outcome:
-    """Go on with a run from Python objects, which are trained in place.
+    """Continue a run from Python objects, which are trained in place.
 
     Args:
-        asked: the run, and how far to go.
+        asked: the run, and its last step.
         objects: see above.
         is_own: whether they are those that trained the run in this process.
         progress: watches the training.
@@ -330,7 +330,7 @@ def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experimen
 
 
 def _check_same_data(job: Job, facts: TrainingFacts) -> None:
-    """Check that data that is not in the run is what it was.
+    """Check that data that is not in the run is unchanged.
 
     Raises:
         RunError: it is not.

@@ -32,11 +32,11 @@ from everystep.training.objects import Objects
 
 __all__ = ["Replay", "no_such_step", "observed_step", "open_next", "same_number"]
 
-#: States are kept in memory about so many seconds of replay apart, so that stepping back is quick.
+#: Seconds of replay between states in memory, so that stepping back is quick.
 KEPT_SECONDS = 0.005
 #: Bytes that states in memory, and opened steps, may take.
 KEPT_BYTES = 256_000_000
-#: Recorded losses are read so many at once.
+#: Recorded losses to read at once.
 BLOCK = 1024
 
 
@@ -45,11 +45,11 @@ class Replay:
 
     Args:
         run: the run.
-        objects: the objects that trained it, for steps that no program runs.
+        objects: the objects that trained it, for steps without a program.
         threads: number of threads that torch uses; default: as many as in the training.
         conversion: of its programs, to another precision; default: as in the training.
 
-    problems: found on the way, such as an unreadable snapshot; diverged_at: the first step with another
+    problems: found so far, such as an unreadable snapshot; diverged_at: the first step with a different
     loss in the replay, None if there was none.
     """
 
@@ -63,7 +63,7 @@ class Replay:
         self.run = run
         self.problems: list[str] = []
         self.diverged_at: int | None = None
-        # A run that is no longer trained need not be read again.
+        # A finished run need not be read again.
         self._is_over = run.status != "running"
         self._losses: dict[int, list[float]] = {}
         self._rows: list[SnapshotRow] | None = None
@@ -290,7 +290,7 @@ class Replay:
         return self._steppers[at]
 
     def _diverge(self, step: int, problem: str) -> None:
-        """Note that a step did something other than recorded."""
+        """Note that a step differs from the recording."""
         self.diverged_at = step if self.diverged_at is None else min(step, self.diverged_at)
         self._note(problem)
 
@@ -315,7 +315,7 @@ def no_such_step(run: RecordedRun, number: int) -> StepError:
 
 
 def same_number(one: float, two: float) -> bool:
-    """Tell whether two losses are equal; NaN equals NaN."""
+    """Return whether two losses are equal; NaN equals NaN."""
     return one == two or (one != one and two != two)
 
 
@@ -381,7 +381,7 @@ def _converted(state: State, conversion: Precision) -> State:
 
 
 def _is_added_to(observation: Observation, parameter: str) -> bool:
-    """Tell whether a step adds to the gradient of the step before, rather than dropping it."""
+    """Return whether a step adds to the gradient of the step before, rather than dropping it."""
     places = observation.places
     spec = places.tensors.get(f"gradient/{parameter}")
     if spec is None:

@@ -1,4 +1,4 @@
-"""An answer that a notebook shows as the terminal prints it."""
+"""An answer, which a notebook shows as the terminal prints it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Shown:
-    """What a run answers. view: how it is shown; None: `repr` is all there is."""
+    """An answer of a run. view: how it is shown; None: only by `repr`."""
 
     view: View | None = field(default=None, repr=False, compare=False, kw_only=True)
 

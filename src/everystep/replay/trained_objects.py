@@ -1,4 +1,4 @@
-"""What trained a run, once more: its arguments, its data, and the objects that go on with it."""
+"""What trained a run: its arguments, its data, and the objects that continue it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objects | None, bool]:
-    """Return the objects that go on with a run, and whether they are those that trained it.
+    """Return the objects that continue a run, and whether they are those that trained it.
 
-    given: arguments of `fork` or `resume`, None where not given; known: the objects that trained the run
-    in this process. Without objects, None: only the run's programs can go on.
+    given: arguments of `fork` or `resume`, None if absent; known: the objects that trained the run in
+    this process. Without objects, None: only the run's programs can continue.
     """
     is_own = all(given[name] is None for name in ("model", "loss", "optimizer"))
     objects = known if is_own else Objects(given["model"], given["loss"], given["optimizer"])
@@ -56,9 +56,9 @@ def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objec
 
 
 def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
-    """Check that the programs of a run can go on with it alone.
+    """Check that the programs of a run can continue it alone.
 
-    call: the beginning of the call that was made; reason: why they cannot, if already known.
+    call: the beginning of the user's call; reason: why they cannot, if already known.
 
     Raises:
         RunError: they cannot.
@@ -77,8 +77,8 @@ def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
 def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> State:
     """Return a state from which Python can continue.
 
-    A replay of steps that Python took knows their tensors; what objects hold besides (a counter, a
-    schedule's rate) only Python brings from the last snapshot to the state.
+    A replay of steps that Python took restores tensors only; for everything else that objects hold (a
+    counter, a schedule's rate), Python repeats the steps since the last snapshot.
 
     Args:
         replay: of the run.
@@ -123,7 +123,7 @@ def with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: st
 
 @contextmanager
 def prepared(threads: int | None, device: torch.device) -> Iterator[None]:
-    """Compute as a training does, and leave the process as it was."""
+    """Compute as a training does, and restore the process afterwards."""
     numerics.prepare()
     with numerics.in_force(threads), generators_preserved(device):
         yield

@@ -1,8 +1,8 @@
-"""What if: steps of a run once more, from a state, without some rows of the data, or at another rate.
+"""What if: repeat steps of a run without some rows of the data, or at another learning rate.
 
-Programs take the steps with batches that are as recorded, and Python those that lack rows. Each training
-is exact: it has the bits of the same training by hand. At another learning rate, the programs of the
-recorded steps run again, of any run; what your code decided stays as recorded.
+Programs take the steps with unchanged batches, and Python those that lack rows. Each training is exact:
+it has the bits of the same training by hand. At another learning rate, the programs of the recorded
+steps run again, of any run; what your code decided stays as recorded.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ GROUP = 8
 
 @dataclass(frozen=True)
 class Case:
-    """What became of a training with something changed.
+    """The outcome of a training with something changed.
 
     rows: of the data, left out; value: of the expression, None if it has none at that step; losses: of
     the steps (steps), NaN where the step logs none that an operation returned; lr: the learning rate,
-    None for the recorded ones; differs_from: the first step in which Python would read another number
-    than it did, so that your code could do something else from there on; None if there is none.
+    None for the recorded ones; differs_from: the first step in which Python would read a different
+    number than recorded, so that your code could act differently from there; None if there is none.
     """
 
     rows: tuple[int, ...]
@@ -58,8 +58,8 @@ class Case:
 class WhatIf(Shown):
     """Trainings from state `at` to step `until`, each without some rows, or at another learning rate.
 
-    by: the expression that is compared at the last step; source: what the rows are of; recorded: what
-    it is with nothing changed; cases: in order of their values, the smallest first.
+    by: the expression that is compared at the last step; source: the name of the rows' data; recorded:
+    its value without changes; cases: in order of their values, the smallest first.
     """
 
     name: str
@@ -103,7 +103,7 @@ def what_if(
         StepError: the run has no such step.
         UsageError: rows do not exist, are in no batch, or a batch would be empty.
         ExpressionError: the expression is invalid, or needs what only the recorded run has.
-        RunError: the steps cannot be taken again with the change; gives the reason.
+        RunError: the steps cannot be repeated with the change; gives the reason.
     """
     run = opener.run
     count = run.newest_step()
@@ -137,7 +137,7 @@ def what_if(
     others: list[Case] = []
     groups = [(cases[first : first + GROUP], *trained) for first in range(0, len(cases), GROUP)]
     threads = recorded_numerics(run.facts).threads
-    # None computes with fewer threads than the run: nothing could show that this gives the same bits.
+    # Each uses as many threads as the run: with fewer, nothing could show that the bits are the same.
     share = process_count(run, (until - at) * len(cases), processes, len(groups), threads)
     results = (
         shared(opener, share, threads, train, groups)
@@ -156,7 +156,7 @@ def check_has_rows(run: RecordedRun) -> None:
     """Check that everystep makes the batches of a run from the rows of its data.
 
     Raises:
-        RunError: something else does.
+        RunError: other code does.
     """
     facts = run.facts.training
     if facts.loop:
@@ -171,10 +171,10 @@ def check_has_rows(run: RecordedRun) -> None:
 
 
 def _check(run: RecordedRun, at: int, until: int, *, is_of_rates: bool) -> None:
-    """Check that the run decides what its steps see and do, once something is changed.
+    """Check that the run alone determines its steps after a change.
 
     Raises:
-        RunError: something else does.
+        RunError: other code does.
     """
     stretches = [each for each in run.stretches if each.first <= until]
     facts, name = stretches[-1].facts, run.name
@@ -265,7 +265,7 @@ def _outcome(
 ) -> tuple[float | None, tuple[float, ...]]:
     """Train up to a step; return the answer to a question there, and the losses.
 
-    take: takes steps up to one; open_last: takes the last, where the question is of more than its loss.
+    take: takes steps up to one; open_last: takes the last, if the question needs more than its loss.
     """
     is_of_loss = all(each.kind in ("loss", "step") for each in question.references)
     losses = take(until if is_of_loss else until - 1)

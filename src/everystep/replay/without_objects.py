@@ -26,7 +26,7 @@ __all__ = ["continue_alone", "facts_alone", "reason_against"]
 
 
 def reason_against(run: RecordedRun) -> str | None:
-    """Return why programs alone cannot go on with a run, None if they can."""
+    """Return why programs alone cannot continue a run, None if they can."""
     facts = run.facts.training
     engine = facts.engine
     if engine is None or engine.eager_from is not None:
@@ -49,11 +49,11 @@ def continue_alone(
     """Take steps of a run by its programs, and record them.
 
     Args:
-        run: programs can go on with it alone, see `reason_against`.
+        run: one that programs can continue alone, see `reason_against`.
         at: the step before the first of them.
-        facts: of what is trained.
+        facts: of the training.
         record: returns the recorder, given the state after `at`.
-        progress: watches the training.
+        progress: receives progress.
         lr: another learning rate; None: the run's.
 
     Raises:
@@ -63,7 +63,7 @@ def continue_alone(
     if needs_worker(run.facts):
         environment = " ".join(f"{k}={v}" for k, v in recorded_numerics(run.facts).environment().items())
         raise RunError(
-            f"{run.name} was trained under numerics that this process cannot have any more; start "
+            f"{run.name} was trained under numerics that this process can no longer have; start "
             f"Python with {environment}"
         )
     replay = Replay(run)

@@ -1,7 +1,7 @@
 """Acceleration: whether programs may run the steps of a training, until when, and how it is checked.
 
-A program may run in place of Python only where all Python of the step is torch's own, known by identity,
-or where the user vouches for it. Other code runs at every step.
+A program may replace Python only if all Python of the step is torch's own, known by identity, or if the
+user vouches for it. Other code runs at every step.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _OPTIMIZER = "the optimizer"
 
 
 class Acceleration:
-    """Whether programs may run the steps of a training, and what must hold for that.
+    """Whether programs may run the steps of a training, and under which conditions.
 
     Args:
-        training: what is trained.
+        training: the training.
         is_vouched: whether the user vouches for code that is not torch's.
 
-    reason: why Python runs every step, or None; is_vouchable: whether nothing stands against a program
-    but code that the user may vouch for; stands_behind: what justifies the programs: the code is
-    `known`, or `vouched` for.
+    reason: why Python runs every step, or None; is_vouchable: whether the only objection to a program is
+    code that the user may vouch for; stands_behind: what justifies the programs: the code is `known`, or
+    `vouched` for.
     """
 
     def __init__(self, training: Training, is_vouched: bool = False) -> None:
@@ -77,14 +77,14 @@ class Acceleration:
         self._guard_loss()
 
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
-        """Return in words what changed since programs were captured, or None.
+        """Describe what changed since programs were captured, or return None.
 
         state: of the training now, if already known.
         """
         return self._surroundings.difference(None if state is None else _but_optimizer(state))
 
     def _guard_loss(self) -> None:
-        """Note what a loss holds that is a function of torch with some of its arguments."""
+        """Note the arguments of a loss that is a partial torch function."""
         loss, guards = self._training.loss, self._surroundings.guards
         if type(loss) is not functools.partial:
             return
@@ -97,7 +97,7 @@ class Acceleration:
 
 
 def _against_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
-    """Return in words why no program may run the update, or None."""
+    """Return why no program may run the update, or None."""
     if not is_torchs_optimizer(optimizer):
         return f"{type(optimizer).__qualname__} is not one of torch's optimizers"
     if "zero_grad" in vars(optimizer):
@@ -123,7 +123,7 @@ def _against_functions(scheduler: LRScheduler | None) -> str | None:
 
 
 def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a step carries, without what the optimizer creates and replaces itself."""
+    """Return the carried tensors, without those that the optimizer creates or replaces itself."""
     own = "optimizer/", "part/optimizer."
     return {name: tensor for name, tensor in state.items() if not name.startswith(own)}
 

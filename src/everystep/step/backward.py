@@ -25,11 +25,11 @@ _OTHER_KINDS = {"MaskedFillBackward1", "ProdBackward0", "ProdBackward1"}
 
 
 class Graph(NamedTuple):
-    """What a backward pass runs.
+    """The graph of a backward pass.
 
-    key: its nodes and edges, and the settings of the pass, None if its operations may depend on
-    something else; leaves: the tensors whose gradients it adds to; given: other tensors that it starts
-    from; is_other: whether torch computes different bits where the pass is watched.
+    key: its nodes and edges, and the settings of the pass, None if its operations may depend on anything
+    else; leaves: the tensors with gradients that it adds to; given: other tensors that it starts from;
+    is_other: whether torch computes different bits if the pass is watched.
     """
 
     key: Any
@@ -41,8 +41,8 @@ class Graph(NamedTuple):
 def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: int) -> Graph:
     """Return the graph of a backward pass.
 
-    What its operations may depend on besides is Python (hooks, functions of one's own, a second
-    derivative), or nodes from before the step, whose arguments the step has not shown.
+    Its operations may also depend on Python (hooks, custom functions, a second derivative), or on nodes
+    from before the step, with unknown arguments.
 
     Args:
         outputs, args, kwargs: of `torch.autograd._engine_run_backward`.
@@ -72,6 +72,7 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
         elif not is_own or node._sequence_nr() < since:
             is_sure = False
         is_other = is_other or (may_be_other and _has_other_bits(node))
+        # Negative numbers are no places of nodes: no node, a result other than the first, the last edge.
         for other, place in node.next_functions:
             if other is None:
                 edges.append(-1)
@@ -91,13 +92,13 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
 
 
 def _is_special(leaf: Tensor) -> bool:
-    """Tell whether Python runs where a leaf gets its gradient, or whether it is sparse."""
+    """Return whether Python runs where a leaf gets its gradient, or whether it is sparse."""
     has_hooks = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
     return bool(has_hooks) or leaf.layout is not torch.strided
 
 
 def _has_other_bits(node: Any) -> bool:
-    """Tell whether the formula of a node is another one under a dispatch mode, with other bits.
+    """Return whether the formula of a node is another one under a dispatch mode, with other bits.
 
     torch asks there whether a tensor is like one of a subclass (isTensorSubclassLike), as any is while a
     mode is in force: prod, and the value that masked_fill fills with, take a way that works for those.
@@ -171,7 +172,7 @@ class BackwardPasses:
         return self._cursor.happens("backward", graph.key, nones, tensors=started)
 
     def _ends(self, entry: Entry, begin: int, left: list[Any]) -> None:
-        """Note what a watched pass has left, and whether it can run unwatched the next time."""
+        """Note the results of a watched pass, and whether it can run unwatched the next time."""
         cursor = self._cursor
         known = cursor.happens("end of backward", tensors=left)
         end = cursor.at
@@ -197,9 +198,9 @@ class BackwardPasses:
     def _run_by_content(
         self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any, *, runs_python: bool = False
     ) -> Any:
-        """Run a pass that has other bits where it is watched; what it leaves is kept by content.
+        """Run a pass that would have different bits if it were watched; its results are kept by content.
 
-        runs_python: whether hooks or functions of the user's may run in it, and change anything.
+        runs_python: whether hooks or functions of the user may run in it, and change anything.
         """
         cursor = self._cursor
         before = [leaf.grad for leaf in leaves]
@@ -222,7 +223,7 @@ def _left(leaves: list[Tensor], result: Any) -> list[Tensor | None]:
 
 
 def _can_jump(entry: Entry, end: Entry) -> bool:
-    """Tell whether what is between two points depends on nothing but what was compared before."""
+    """Return whether everything between two points depends only on what was compared before."""
     at = end.parent
     while at is not None and at is not entry:
         if at.key[0] != "call" or at.contents or at.draws > entry.draws or at.shaped:

@@ -51,7 +51,7 @@ def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
 
 
 class _Builder:
-    """Gives everything a name, and leaves out what has no effect."""
+    """Names all tensors, and omits operations without effect."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -108,7 +108,7 @@ class _Builder:
     def _name_storages(self) -> None:
         """Name storages after state, gradients and the loss; others after their operator.
 
-        One that becomes state in the step has the name that it gets there.
+        One that becomes state in the step has its name in the state.
         """
         path, storage_of = self._path, [tensor.storage for tensor in self._path.tensors]
         made = {n: k for n, k in path.ends if n not in self._state and not n.startswith("gradient/")}

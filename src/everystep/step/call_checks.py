@@ -14,7 +14,7 @@ from everystep.step.path import flattened
 
 __all__ = ["MISS", "check_of"]
 
-#: What a check returns for a call that is not the one of its entry.
+#: The result of a check for a call that does not match its entry.
 MISS = object()
 
 
@@ -52,7 +52,7 @@ def check_of(
 
 
 def _code(token: Any) -> str:
-    """Return r: a known tensor; k: None or a bool; c: what == compares; f, i: a slot; g: all else."""
+    """Return r: a known tensor; k: None or a bool; c: compared by ==; f, i: a slot; g: others."""
     kind = token[0]
     if kind == "r":
         return "r"
@@ -67,7 +67,7 @@ def _code(token: Any) -> str:
 
 
 def _is_plainly_equal(value: Any) -> bool:
-    """Tell whether == and the same type mean the same value: not of 0.0 and -0.0, nor of NaN."""
+    """Return whether == and the same type mean the same value: not of 0.0 and -0.0, nor of NaN."""
     return value is None or type(value) in (
         *(bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format),
     )
@@ -77,8 +77,8 @@ def _is_plainly_equal(value: Any) -> bool:
 def _maker(codes: str, words: str, results: str, has_before: bool, has_after: bool) -> Any:
     """Return a function that makes checks of one shape.
 
-    Generated, since a step compares some hundred arguments, and a loop over them takes three times as
-    long; the source holds nothing but these letters.
+    Generated, because a step compares some hundred arguments, and a loop over them takes three times as
+    long; the source depends on these letters only.
     """
     names = [f"a{place}" for place in range(len(codes))]
     fail = "del N[count:]; return MISS"

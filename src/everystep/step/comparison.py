@@ -19,19 +19,19 @@ from everystep.step.state import same_bits
 __all__ = ["Comparison", "PartsCopy"]
 
 Number = int | float
-#: A copy of so many bytes, of the state and of the program's memory, is kept for the next comparison.
+#: Bytes up to which a copy of the state and of the program's memory is kept for the next comparison.
 SMALL_BYTES = 16_000_000
 
 
 class PartsCopy(NamedTuple):
-    """What the parts carry before a step: copies of their tensors by name, and torch's generator."""
+    """The parts before a step: copies of their tensors by name, and torch's generator."""
 
     tensors: dict[str, Tensor]
     generator: Tensor
 
     @classmethod
     def of(cls, parts: Parts) -> PartsCopy:
-        """Copy what the parts carry now."""
+        """Copy the current state of the parts."""
         copies = {name: tensor.detach().clone() for name, tensor in parts.state().items()}
         return cls(copies, torch.get_rng_state())
 
@@ -76,13 +76,13 @@ class Comparison:
         numbers: Sequence[Number],
         logged: Mapping[str, Any],
     ) -> str | None:
-        """Run a step that Python just ran, on a copy; return in words what differs, or None.
+        """Run a step that Python just ran, on a copy; describe the difference, or return None.
 
         Args:
             before: the parts before the step.
             batch: copies of its tensors.
             numbers: of the step.
-            logged: what Python's step has given.
+            logged: by the step in Python.
         """
         interpreter = self._interpreter
         live, copies = self._bound_to_copies(before.tensors)

@@ -19,7 +19,7 @@ from everystep.step.torchs_own import reason_against_loss, reason_against_module
 __all__ = ["Evaluation"]
 
 
-#: Rows that go through the model at once, by default.
+#: Rows per forward pass, by default.
 ROWS = 1024
 
 
@@ -29,7 +29,7 @@ class Evaluation:
 
     standard: everystep's measurements, by name, including the training loss; metrics: the user's own;
     each a function of all predictions and all targets, and a standard one returns None if it does not
-    fit the prediction. rows: the number of rows that go through the model at once.
+    fit the prediction. rows: the number of rows per forward pass.
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ class Evaluation:
         """Return each measurement as a number.
 
         The model predicts in evaluation mode. The mode of every module, the buffers and the random
-        generators are restored before a metric is called: what a metric changes, stays.
+        generators are restored before a metric is called: changes by a metric stay.
         """
         with torch.no_grad(), generators_preserved(self.device), _evaluating(self.model, self.standard):
             parts = [self.model(part) for part in torch.split(self.x, self.rows)]

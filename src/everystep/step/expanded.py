@@ -1,6 +1,6 @@
-"""Expanded: a program in which the step of an optimizer is not one operation, but those that it runs.
+"""Expanded: a program with the single operations of an optimizer's step.
 
-To look into a step, torch's own code takes the step of the optimizer on other memory, and is watched.
+To get them, torch's own code takes the step of the optimizer on other memory, and is watched.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from everystep.step.path import Path
 __all__ = ["Expanded", "Expander"]
 
 Number = int | float
-#: Returns copies of tensors of a program, by name, as they are before an operation.
+#: Returns copies of tensors of a program, by name, before an operation.
 Before = Callable[[int, Sequence[str]], dict[str, Tensor]]
 
 
 class Expanded(NamedTuple):
-    """A step in which each step of an optimizer is the operations that it runs.
+    """A step with the single operations of each optimizer's step.
 
-    inputs: bytes of what these bring along, such as a constant, by `input/name`.
+    inputs: bytes of their inputs, such as a constant, by `input/name`.
     """
 
     interpreter: Interpreter
@@ -54,18 +54,19 @@ class Expander:
         self._device = device
         operations = interpreter.program.operations
         self._places = [n for n, each in enumerate(operations) if each.operator in OPTIMIZERS]
-        #: By place: of what an optimizer reads numbers, and whether the state before the step tells it.
+        #: By place: the tensor that an optimizer reads as numbers, and whether it is in the state
+        #: before.
         self._read = {place: _read(operations[place], interpreter.program) for place in self._places}
         self._is_told = {place: self._tells(place) for place in self._places}
         self._last: tuple[list[Path], _Spliced] | None = None
 
     def _tells(self, place: int) -> bool:
-        """Tell whether what an optimizer reads as a number is in the state, and unchanged until then."""
+        """Return whether a number that an optimizer reads is in the state, still unchanged."""
         program = self._interpreter.program
         written: set[str] = set()
         made: set[str | None] = set()
         for each in program.operations[:place]:
-            if each.operator in OPTIMIZERS:  # its stand-ins have what it has written
+            if each.operator in OPTIMIZERS:  # its stand-ins hold the numbers that it wrote
                 made.update(each.results)
             else:
                 names = (*each.written(), *filter(None, each.results))
@@ -83,8 +84,9 @@ class Expander:
 
         Args:
             numbers: of the step, for this program.
-            state: before the step, by name: how many steps an optimizer has taken decides what it does.
-            before: runs the step up to an operation, where the state does not tell what it is given.
+            state: before the step, by name: an optimizer's operations depend on how many steps it has
+                taken.
+            before: runs the step up to an operation, for inputs that are not in the state.
         """
         if not self._places:
             return Expanded(self._interpreter, [*numbers], {})
@@ -110,7 +112,7 @@ class Expander:
 
 
 def _read(operation: Operation, program: Program) -> list[str]:
-    """Return the tensors of which an optimizer reads numbers: of a single one, kept or as a setting."""
+    """Return the tensors that an optimizer reads as numbers: one-element state or settings."""
     if OPTIMIZERS[operation.operator].kind is torch.optim.Adafactor:
         return [*dict.fromkeys(operation.reads())]  # it reads the norms of parameters and updates
     given = operation.arguments[ARGUMENTS.index("kept")], *operation.keywords.values()
@@ -131,7 +133,7 @@ class _FixedFollower:
 
 
 class _StandIns:
-    """Tensors that lie as those of a program, on other memory."""
+    """Tensors with the layouts of those of a program, on other memory."""
 
     def __init__(
         self, interpreter: Interpreter, state: Mapping[str, Tensor], device: torch.device
@@ -148,7 +150,7 @@ class _StandIns:
             self._tensor(name).copy_(tensor)
 
     def take(self, operation: Operation) -> tuple[Path, Cursor]:
-        """Take the step of an optimizer, whose numbers are in the operation, and watch it."""
+        """Take the step of an optimizer, with the numbers of the operation, and watch it."""
         given = {name: self._tensor(name) for name in operation.reads()}
         arguments = [decode(value, self._tensor) for value in operation.arguments]
         settings = {key: decode(value, self._tensor) for key, value in operation.keywords.items()}
@@ -163,7 +165,7 @@ class _StandIns:
         return watch.end(given | results, None), watch
 
     def _tensor(self, name: str) -> Tensor:
-        """Return the stand-in of a tensor; one of a single number has its value in the state."""
+        """Return the stand-in of a tensor; one with a single element has its value from the state."""
         if name not in self._tensors:
             spec = self._interpreter.program.tensors[name]
             if spec.storage not in self._memory:

@@ -28,7 +28,7 @@ class Generators:
 
     @classmethod
     def capture(cls, device: torch.device) -> Generators:
-        """Read all of them; draws from none."""
+        """Read all of them, without drawing."""
         return cls(
             torch_cpu=torch.get_rng_state(),
             torch_device=_device_generator_state(device),
@@ -38,16 +38,16 @@ class Generators:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Generators:
-        """Return what `tensors` was made from.
+        """Return the argument of `tensors`.
 
         Raises:
-            RunError: `tensors` returns no such tensors.
+            RunError: `tensors` does not return such tensors.
         """
         with _as_recorded():
             gauss = [float(each) for each in tensors["python.gauss"].tolist()]
             position, has_gauss = tensors["numpy.position"].tolist()
             keys = tensors["numpy"].numpy().astype(np.uint32)
-            if not 0 <= position <= len(keys):  # NumPy would read what is behind them
+            if not 0 <= position <= len(keys):  # NumPy would read past their end
                 raise ValueError
             words = tuple(tensors["python"].tolist())
             return cls(
@@ -58,7 +58,7 @@ class Generators:
             )
 
     def restore(self, device: torch.device) -> None:
-        """Set all of them to what `capture` read; torch's own of another kind of device stays.
+        """Set all of them to this state; torch's generator of another kind of device stays unchanged.
 
         Raises:
             RunError: they cannot be in this state.
@@ -87,7 +87,7 @@ class Generators:
 
 @contextmanager
 def _as_recorded() -> Iterator[None]:
-    """Report what torch, Python and NumPy make of a state that none of them was in."""
+    """Report errors of torch, Python and NumPy about an invalid state."""
     try:
         yield
     except (LookupError, RuntimeError, TypeError, ValueError, OverflowError):
@@ -98,7 +98,7 @@ def _as_recorded() -> Iterator[None]:
 
 @contextmanager
 def generators_preserved(device: torch.device) -> Iterator[None]:
-    """Restore the generators afterwards, whatever is drawn inside."""
+    """Restore the generators after the block."""
     before = Generators.capture(device)
     try:
         yield

@@ -30,7 +30,7 @@ __all__ = [
     "same_value",
 ]
 
-#: Types with values that never change, and with a comparison that runs no user code.
+#: Types with immutable values, and a comparison that runs no user code.
 PLAIN_TYPES: frozenset[type] = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range}
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
@@ -40,7 +40,7 @@ PLAIN_TYPES: frozenset[type] = frozenset(
 COPIED_BYTES = 1_000_000
 
 
-#: Classes of classes that are known to look nothing up and to compare by identity.
+#: Metaclasses with default attribute access and comparison by identity.
 _METACLASSES = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 
 
@@ -56,10 +56,10 @@ ABSENT = _Absent()
 
 
 class _Guard(NamedTuple):
-    """What must stay as it is.
+    """A value that must not change.
 
-    where: its name in messages; read: reads it; value: what it was; changes: returns in words what has
-    changed, given this guard and the value now, or None.
+    where: its name in messages; read: reads it; value: the noted one; changes: describes the change,
+    given this guard and the value now, or returns None.
     """
 
     where: str
@@ -69,7 +69,7 @@ class _Guard(NamedTuple):
 
 
 class Guards:
-    """What must still hold for a program to stand in for the Python that it was captured from."""
+    """Conditions for a program to replace the Python that it was captured from."""
 
     def __init__(self) -> None:
         #: By what compares them, and by their place, in the order in which they are compared.
@@ -79,11 +79,11 @@ class Guards:
         self._tensors: list[tuple[str, Tensor, int, Tensor | bytes]] = []
 
     def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> None:
-        """Note a value, or a list made of values, that `again(*given)` reads; key: for its place."""
+        """Note a value, or a list of values, that `again(*given)` reads; key: of its place."""
         self._note(key, where, partial(again, *given), _value_changes)
 
     def contents(self, container: Any, where: str) -> None:
-        """Note what a dict or a list holds: which objects, in which order."""
+        """Note the contents of a dict or a list: which objects, in which order."""
         self._note(
             (id(container), "*contents"), where, partial(_contents_of, container), _contents_change
         )
@@ -107,7 +107,7 @@ class Guards:
             known[key] = _Guard(where, read, read(), changes)
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
-        """Return in words what changed, or None.
+        """Describe what changed, or return None.
 
         is_thorough: compare the values of tensors that are not state, and not only their versions.
         """
@@ -165,7 +165,7 @@ def _geometry_changes(guard: _Guard, now: Any) -> str | None:
 
 
 def has_comparable_numbers(tensor: Tensor) -> bool:
-    """Tell whether the numbers of a tensor can be noted: it is dense, and has memory that is counted."""
+    """Return whether a tensor's numbers can be noted: it is dense, and torch counts its changes."""
     is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
     return is_dense and tensor.device.type != "meta" and not tensor.is_inference()
 
@@ -190,7 +190,7 @@ def _digest(array: np.ndarray[Any, Any]) -> bytes:
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether a value is a number, a string or the like, or a tuple or slice of such."""
+    """Return whether a value is a number, a string or similar, or a tuple or slice of these."""
     kind = kind_of(value)
     if kind is tuple:
         return all(map(is_plain, value))
@@ -206,12 +206,12 @@ def kind_of(value: Any) -> type:
 
 
 def is_a(value: Any, *kinds: type) -> bool:
-    """Tell whether a value is of a class; `isinstance` would also ask the value itself."""
+    """Return whether a value is of a class; `isinstance` would also ask the value itself."""
     return issubclass(kind_of(value), kinds)
 
 
 def class_dict(cls: type) -> Any:
-    """Return what a class holds, without asking its metaclass."""
+    """Return the dict of a class, without its metaclass."""
     return type.__dict__["__dict__"].__get__(cls)
 
 
@@ -226,7 +226,7 @@ def held(holder: Any, name: str) -> Any:
 
 
 def same_value(one: Any, two: Any) -> bool:
-    """Tell whether two values are one object, or equal plain values (0.0 is not -0.0, nor 1 True)."""
+    """Return whether two values are one object, or equal plain values (0.0 is not -0.0, nor 1 True)."""
     if one is two:
         return True
     if type(one) is str and type(two) is str:

@@ -27,7 +27,7 @@ _PLACES = {name: place for place, name in _SHORT.items()}
 
 
 class HasGroups(Protocol):
-    """An optimizer, or what has param groups as one."""
+    """An optimizer, or another object with param groups."""
 
     param_groups: list[dict[str, Any]]
 
@@ -45,7 +45,7 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def expected_to_change(name: str, *, more_than_lr: bool) -> bool:
-    """Tell whether a schedule is expected to change a number at every step.
+    """Return whether a schedule is expected to change a number at every step.
 
     more_than_lr: whether the schedule changes the momentum as well.
     """
@@ -54,7 +54,7 @@ def expected_to_change(name: str, *, more_than_lr: bool) -> bool:
 
 
 def is_hyperparameter(name: str) -> bool:
-    """Tell whether a measurement of that name is such a number."""
+    """Return whether a measurement is a hyperparameter, by its name."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -90,7 +90,7 @@ def _numbers(group: dict[str, Any]) -> Iterator[tuple[str, int | None, float]]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a setting of a param group as a number, None if it is absent or something else."""
+    """Return a setting of a param group as a number, None if it is absent or not a number."""
     from torch import Tensor
 
     is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()

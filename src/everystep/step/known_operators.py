@@ -1,4 +1,4 @@
-"""What is known about a torch operator, looked up once: whether and how a watch sees it."""
+"""Properties of a torch operator, looked up once: whether and how a watch sees it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _PICKING = {"gather", "index", "index_select", "take"}
 
 
 class KnownOperator(NamedTuple):
-    """What is known about an operator, looked up once.
+    """Everything known about an operator, looked up once.
 
-    how: `pass` (it computes nothing), `make` (it only allocates memory), `see`, `decompose` (its parts
-    are seen), or why it is not seen; places: its parameters, and whether each is a slot for numbers;
-    resizes: whether it gives its `out` a shape that depends on numbers.
+    how: `pass` (it computes nothing), `make` (it only allocates memory), `see`, `decompose` (its
+    component operations are seen), or why it is not seen; places: its parameters, and whether each is a
+    slot for numbers; resizes: whether it gives its `out` a shape that depends on numbers.
     """
 
     how: str
@@ -58,7 +58,7 @@ class KnownOperator(NamedTuple):
 
 @cache
 def known_operator(func: Any) -> KnownOperator:
-    """Return what is known of an operator."""
+    """Return the properties of an operator."""
     name = func.overloadpacket.__name__
     how, text = "see", str(func)
     if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:
@@ -96,7 +96,7 @@ def known_operator(func: Any) -> KnownOperator:
 
 
 def _makes_dtype(func: Any) -> bool:
-    """Tell whether an operator creates a tensor from none, by default in the process's dtype."""
+    """Return whether an operator creates a tensor without inputs, by default in the process's dtype."""
     kinds = {p.name: p.kind for p in parameters(func)}
     return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
 
@@ -109,7 +109,7 @@ def _resizes(func: Any) -> bool:
 
 
 def _is_composite(func: Any) -> bool:
-    """Tell whether torch decomposes an operator before it runs."""
+    """Return whether torch decomposes an operator before it runs."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))
 
@@ -120,20 +120,20 @@ def gathers_data(
     is_met: Callable[[Tensor], bool],
     is_drawn: Callable[[Tensor], bool],
 ) -> bool:
-    """Tell whether an operation cuts numbers out of data from outside, or writes into a part of it.
+    """Return whether an operation cuts numbers out of data from outside, or writes into a part of it.
 
-    A loop without a loader cuts its batches out of one long tensor, at other places at each step. What
-    it gets is an input of the step, kept by content as a batch is, and the operation is left out: so
-    steps that read other places have the same path, and the long tensor itself is not kept.
+    A loop without a loader cuts its batches out of one long tensor, at different places at each step.
+    The result is an input of the step, kept by content as a batch is, and the operation is left out: so
+    steps that read different places have the same path, and the long tensor itself is not kept.
 
-    A read counts where it is given nothing else, and its places may change: a part of a tensor, or
-    numbers that an index picks.
+    A read counts if it has no other inputs and its places may change: a slice of a tensor, or numbers
+    picked by an index.
 
     Args:
-        known: what is known of its operator.
-        tensors: that it is given.
-        is_met: tells whether a tensor is on memory that the step knows.
-        is_drawn: tells whether the step has drawn such a tensor at random, from nothing else.
+        known: its operator.
+        tensors: its inputs.
+        is_met: whether a tensor is on memory that the step knows.
+        is_drawn: whether the step has drawn a tensor at random, without other inputs.
     """
     if known.how not in ("see", "pass") or known.draws or (known.writes and not known.copies):
         return False
@@ -155,7 +155,7 @@ def gathers_data(
 
 
 def is_shaped_by_numbers(func: Any, args: Any) -> bool:
-    """Tell whether the shapes of an operation's results depend on numbers."""
+    """Return whether the shapes of an operation's results depend on numbers."""
     if func.overloadpacket.__name__ == "_pack_padded_sequence":  # torch has no tag on it
         return True
     if torch.Tag.dynamic_output_shape not in func.tags:

@@ -18,15 +18,15 @@ __all__ = ["KnownPaths"]
 
 #: Steps that are remembered; a loop in which each step differs would fill the memory.
 _MOST_LEARNED = 200
-#: After so many new steps in a row, some are watched without being remembered, so many at most.
+#: After so many consecutive new steps, some are watched without being remembered, at most so many.
 _PATIENCE, _LONGEST_REST = 4, 512
 
 
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: those of the step under way; calls: of optimizers; given_up: why no step is followed any
-    more, in words, or None.
+    tensors: of the step in progress; calls: of optimizers; given_up: why steps are no longer followed,
+    or None.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class KnownPaths:
         self._without_hooks: dict[int, Any] = {}
 
     def may_follow(self) -> bool:
-        """Tell whether the next step may be followed, or remembered if it is new."""
+        """Return whether the next step may be followed, or remembered if it is new."""
         if self.given_up is not None:
             return False
         if self._rest:
@@ -52,11 +52,11 @@ class KnownPaths:
         return True
 
     def root(self, state: Mapping[str, Tensor], same: int, *, is_remembered: bool) -> Entry:
-        """Return the point at which steps begin that have such a state.
+        """Return the point at which steps with such a state begin.
 
         Args:
             state: the tensors.
-            same: how many of them, the first ones, are as they were at the last call.
+            same: how many of them, from the first, are unchanged since the last call.
             is_remembered: whether later steps may follow this one.
         """
         lies = self._lies[:same]
@@ -84,7 +84,7 @@ class KnownPaths:
         return root
 
     def have_hooks(self, leaves: Iterable[Tensor]) -> bool:
-        """Tell whether Python runs where autograd adds to the gradients of some tensors."""
+        """Return whether Python runs where autograd adds to the gradients of some tensors."""
         if self._handles != handles():
             self._without_hooks.clear()
         known = self._without_hooks
@@ -103,7 +103,7 @@ class KnownPaths:
         self._new, self._next_rest = 0, 1
 
     def learned(self) -> None:
-        """A step was new, and is remembered from here on."""
+        """Remember a new step."""
         self._learned += 1
         self._new += 1
         if self._learned > _MOST_LEARNED:

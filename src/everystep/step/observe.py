@@ -1,4 +1,4 @@
-"""Observe: what is seen of a step that a program repeats: operations, activations, gradients."""
+"""Observe: operations, activations and gradients of a step that a program repeats."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class ValuePlace(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Which memory the names of a step's tensors mean.
+    """The memory of the names of a step's tensors.
 
     tensors, storages: by name; activations, gradients: where they were read, by path and by parameter;
-    loss: the name of the loss, None if the step has none; ends: the tensor that a state name means after
-    the step, if it is another than before; has_unseen: whether operations may have run that are not
-    among those of the step.
+    loss: the name of the loss, None if the step has none; ends: the tensor of a state name after the
+    step, if it differs from before; has_unseen: whether operations may have run that are not in the
+    step.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -54,9 +54,9 @@ class Places(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What was seen of a step; all tensors but the loss are copies on the CPU.
+    """The observed values of a step; all tensors except the loss are copies on the CPU.
 
-    activations: what each module returned, by its path; gradients: by parameter, as backward left them.
+    activations: the output of each module, by its path; gradients: by parameter, after backward.
     """
 
     loss: Tensor
@@ -84,7 +84,7 @@ class StepObserver:
         self._gradients: dict[str, Tensor] = {}
         self._read = gradient_places(program)
         self._with_numbers = interpreter.operations_with(numbers)
-        #: What to copy once so many operations have run: activations by path, gradients by parameter.
+        #: What to copy after so many operations: activations by path, gradients by parameter.
         self._due: dict[int, list[tuple[str, tuple[str, ...]]]] = {}
         for path, index in interpreter.given_after.items():
             self._due.setdefault(index + 1, []).append((path, program.activations[path]))
@@ -145,7 +145,7 @@ class StepObserver:
 
 
 def makes_gradients(operation: Operation) -> bool:
-    """Tell whether an operation is of backward; that a GradScaler divides by its scale is part of it."""
+    """Return whether an operation belongs to backward, a GradScaler's division included."""
     return operation.phase == "backward" or operation.name.rstrip("_") == UNSCALES
 
 

@@ -1,4 +1,4 @@
-"""Optimizer call: the next step of one of torch's own optimizers, with all that it depends on."""
+"""Optimizer call: the next step of one of torch's own optimizers, and everything it depends on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OWN = {
     *("_warned_capturable_if_run_uncaptured", "_step_supports_amp_scaling", "_step_count"),
     "_need_device_dtype_check_for_fused",
 }
-#: What Adagrad reads from its defaults, not from its param groups, where it makes what it keeps.
+#: Settings that Adagrad reads from its defaults, not from its param groups, when it creates its state.
 _FROM_DEFAULTS = "initial_accumulator_value"
 _NOTHING: dict[str, Any] = {}
 _TRUSTED = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
@@ -53,8 +53,8 @@ class Settings(NamedTuple):
 class OptimizerCall(NamedTuple):
     """A step of an optimizer that is one operation.
 
-    operator: of a program; parameters: by group, those that have a gradient; entries: what the optimizer
-    keeps of each; tensors: the parameters, their gradients, those of the entries and of the settings;
+    operator: of a program; parameters: by group, those that have a gradient; entries: the optimizer's
+    state of each; tensors: the parameters, their gradients, those of the entries and of the settings;
     state: of the optimizer.
     """
 
@@ -66,25 +66,25 @@ class OptimizerCall(NamedTuple):
     state: Mapping[Tensor, dict[str, Any]]
 
     def kept(self) -> list[dict[str, Tensor]]:
-        """Return what the optimizer keeps of each parameter, by key."""
+        """Return the optimizer's state of each parameter, by key."""
         return [self.state.get(p, _NOTHING).copy() for group in self.parameters for p in group]
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What a step depends on besides numbers and tensors, comparable."""
+        """Everything that a step depends on except numbers and tensors, comparable."""
         keys = [tuple([(*entry,) for entry in entries]) for entries in self.entries]
         return (*keys, self.settings.layout)
 
 
 class OptimizerCalls:
-    """Finds out what the next step of an optimizer is."""
+    """Determines the next step of an optimizer."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[list[Any], Settings | None]] = {}
         self._code: dict[type, _Code] = {}
 
     def of(self, optimizer: torch.optim.Optimizer) -> OptimizerCall | None:
-        """Return the next step of an optimizer, None if it is not of torch's own code alone."""
+        """Return the next step of an optimizer, None if it runs code that is not torch's."""
         operator = _BY_KIND.get(type(optimizer))
         if operator is None or any(getattr(optimizer, name) for name in _HOOKS):
             return None
@@ -117,7 +117,7 @@ class OptimizerCalls:
         groups = optimizer.param_groups
         default = optimizer.defaults.get(_FROM_DEFAULTS)
         given = [operator, default, *[group.get(key) for key in operator.settings for group in groups]]
-        # They are mostly the same objects as before, and none of them can change.
+        # They are mostly the same objects as before, and immutable.
         known = self._known.get(id(optimizer))
         if known is not None and len(known[0]) == len(given) and all(map(is_, known[0], given)):
             return known[1]
@@ -138,7 +138,7 @@ class OptimizerCalls:
 class _Code:
     """The functions that the step of a class may run: its own, and those of its modules.
 
-    A program names the class only, so what somebody has put in the place of one of them must be watched.
+    A program names the class only, so a replaced function must be watched.
     """
 
     def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
@@ -156,7 +156,7 @@ class _Code:
         self._step: Any = None
 
     def is_torchs(self) -> bool:
-        """Tell whether all of them are torch's, now."""
+        """Return whether all of them are torch's, now."""
         if not self._is_known:
             return False
         for table, named in self._functions:
@@ -171,12 +171,12 @@ class _Code:
 
 
 def _is_ours(hook: Any) -> bool:
-    """Tell whether a hook is everystep's."""
+    """Return whether a hook is everystep's."""
     return str(getattr(hook, "__module__", "")).startswith("everystep.")
 
 
 def _is_written_by_torch(function: Any) -> bool:
-    """Tell whether torch, everystep or the standard library has a function, and what it wraps."""
+    """Return whether a function, and one it wraps, is torch's, everystep's or the standard library's."""
     while type(function) is FunctionType:
         file = function.__code__.co_filename
         if not file.startswith(_TRUSTED) and file != typing_extensions.__file__:

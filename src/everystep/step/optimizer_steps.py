@@ -1,7 +1,7 @@
 """Optimizer steps: that of one of torch's own optimizers runs unwatched, as one operation.
 
-torch computes it as it would without everystep. What it computes depends on the class, the settings and
-the tensors that it is given, and these are noted. Other optimizers are watched operation by operation.
+torch computes it as it would without everystep. The result depends on the class, the settings and the
+tensors, which are noted. Other optimizers are watched operation by operation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OptimizerStep(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """A step of an optimizer that runs unwatched. before: what it kept; versions: of the state."""
+    """A step of an optimizer that runs unwatched. before: its state; versions: of the tensors."""
 
     optimizer: torch.optim.Optimizer
     call: OptimizerCall
@@ -51,7 +51,7 @@ class OptimizerSteps:
     """Notes the steps of optimizers while a step is watched; those of torch's own run unwatched.
 
     Args:
-        step: the step under way, and the mode that watches it.
+        step: the step in progress, and the mode that watches it.
 
     seen: those that are one operation.
     """
@@ -73,7 +73,7 @@ class OptimizerSteps:
         Args:
             optimizer: the optimizer.
             name: of the optimizer.
-            has_arguments: whether it is given a closure, or something else.
+            has_arguments: whether it gets a closure or another argument.
             gradients: returns those of its parameters, by name.
         """
         step = self._step
@@ -92,7 +92,7 @@ class OptimizerSteps:
         _pop_mode()
 
     def _may_be_one(self, call: OptimizerCall) -> bool:
-        """Tell whether the path knows what an optimizer uses, unless one like it is expected anyway."""
+        """Return whether the path knows what an optimizer uses."""
         step, expected = self._step, self._step.at.next
         if not step.is_remembered or (expected is not None and expected.key[0] == "optimizer"):
             return True
@@ -100,7 +100,7 @@ class OptimizerSteps:
         return all(step.tensors.number(tensor) is not None for tensor in call.tensors)
 
     def _can_hold(self, call: OptimizerCall) -> bool:
-        """Tell whether a program can hold the step: it knows all memory that the step uses."""
+        """Return whether a program can hold the step: it knows all memory that the step uses."""
         step, tensors = self._step, self._step.tensors
         with torch._C._DisableTorchDispatch():
             given = call.tensors
@@ -139,7 +139,7 @@ class OptimizerSteps:
     def _note(self, call: OptimizerCall, kept: Kept, name: str | None, gradients: Gradients) -> None:
         """Note a step, which has run unwatched, as one operation.
 
-        kept: what the optimizer kept before it, by parameter and key.
+        kept: the optimizer's state before it, by parameter and key.
         """
         step, tensors = self._step, self._step.tensors
         places = [(g, index) for g, group in enumerate(call.parameters) for index in range(len(group))]
@@ -177,9 +177,9 @@ class OptimizerSteps:
         step.add(key, operation, step.marks(as_gradients(gradients())))
 
     def recover(self) -> None:
-        """Watch again after an optimizer's step that raised: what was not seen is kept by content.
+        """Watch again after an optimizer's step that raised; unseen results are kept by content.
 
-        torch has no hook there. An optimizer of its own runs no module, no backward pass and no other
+        torch has no hook there. A torch optimizer runs no module, no backward pass and no other
         optimizer: if one of these follows, it has raised.
         """
         running, self._running = self._running, None

@@ -15,7 +15,7 @@ __all__ = ["OutsideTensors", "version_of", "versions_by_name", "versions_of"]
 
 @dataclass
 class OutsideTensors:
-    """Bytes of storages from elsewhere, copied once as long as they stay the same.
+    """Bytes of storages from outside, copied once while they stay the same.
 
     A storage is identified by its weak reference, and the version of the observed tensor.
 
@@ -47,7 +47,7 @@ class OutsideTensors:
         return copy
 
     def forget(self, place: int) -> None:
-        """Copy a storage again when it is seen next: it was changed."""
+        """Copy a changed storage again at its next use."""
         self._copies.pop(place, None)
 
     def clean(self) -> None:

@@ -1,8 +1,8 @@
-"""What optimizers and other objects hold: as named tensors and plain data, to write and to restore.
+"""The state of optimizers and other objects, as named tensors and plain data, to write and to restore.
 
 torch's optimizers keep tensors by parameter, and settings by param group. Others keep lists of tensors,
-counters, generators or another optimizer in their attributes. All of it is stored by its path, so that a
-state can be restored into an optimizer of the same class.
+counters, generators or another optimizer in their attributes. Everything is stored by its path, so that
+a state can be restored into an optimizer of the same class.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ _OF_TORCH = {
     *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks", "step"),
     *("_warned_capturable_if_run_uncaptured", "_opt_called"),
 }
-#: Objects that stay as they are: code, modules, and objects that cannot be copied.
+#: Objects that are left unchanged: code, modules, and objects that cannot be copied.
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Where the classes of functions, methods and operators are defined.
 _WITH_CODE = ("builtins", "functools", "torch", "types")
 
 
 def keeps_own_state(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Tell whether an optimizer may keep more than torch's own do."""
+    """Return whether an optimizer may keep more than torch's own do."""
     return optimizer is not None and not type(optimizer).__module__.startswith(
         ("torch.optim", "everystep.")
     )
@@ -98,13 +98,13 @@ def captured(
     names: Mapping[Tensor, str],
     known: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Any]:
-    """Return all that an optimizer keeps: live tensors by name, and the rest as JSON can hold it.
+    """Return the state of an optimizer: live tensors by name, and the rest as JSON can hold it.
 
     Args:
         optimizer: the optimizer.
-        place: what the names of its tensors begin with.
+        place: the prefix of the names of its tensors.
         names: of its parameters, which are not among the tensors.
-        known: tensors that have a name already.
+        known: tensors that already have a name.
     """
     walk = _Capturing(names, known)
     return walk.tensors, walk.attributes(optimizer, f"{place}.")
@@ -128,13 +128,13 @@ def restore(
 def encoded(
     value: Any, place: str, known: Mapping[str, Tensor], left_alone: Container[int]
 ) -> tuple[dict[str, Tensor], Any]:
-    """Return all that an object keeps: live tensors by name, and the rest as JSON can hold it.
+    """Return the state of an object: live tensors by name, and the rest as JSON can hold it.
 
     Args:
         value: the object.
-        place: what the names of its tensors begin with.
-        known: tensors that have a name already.
-        left_alone: ids of objects within it that are written elsewhere.
+        place: the prefix of the names of its tensors.
+        known: tensors that already have a name.
+        left_alone: ids of objects inside it that are written separately.
     """
     walk = _Capturing({}, known, left_alone)
     data = walk.encoded(value, place)
@@ -161,7 +161,7 @@ class _Capturing:
         self._places: dict[int, tuple[str, Any]] = {}
 
     def encoded(self, value: Any, place: str) -> Any:
-        """Return a value as JSON can hold it; what cannot be held is `left` as it is."""
+        """Return a value as JSON can hold it; other values are `left` unchanged."""
         if value is None or type(value) in (bool, int, float, str):
             return value
         if id(value) in self._places:
@@ -194,7 +194,7 @@ class _Capturing:
         return {"object": self.attributes(value, f"{place}.")}
 
     def attributes(self, value: Any, prefix: str) -> dict[str, Any]:
-        """Return the attributes of an object. prefix: what the names of its tensors begin with."""
+        """Return the attributes of an object. prefix: of the names of its tensors."""
         skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else ()
         own = vars(value).items()
         return {n: self.encoded(each, f"{prefix}{n}") for n, each in own if n not in skipped}
@@ -224,7 +224,7 @@ class _Capturing:
 
 
 def _is_code(value: Any) -> bool:
-    """Tell whether a value is a function or the like; an object of another class may count its calls."""
+    """Return whether a value is like a function; an object of another class may count its calls."""
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 
 
@@ -281,7 +281,7 @@ class _Restoring:
         if fits:
             with torch.no_grad():
                 return there.copy_(saved)  # type: ignore[no-any-return]
-        # What has the shape of a parameter is on its device; a count of steps stays on the CPU.
+        # Tensors with the shape of a parameter are on its device; a count of steps stays on the CPU.
         like = next((p for p in self._parameters.values() if p.shape == saved.shape), None)
         if like is None or saved.ndim == 0:
             return saved.clone()
@@ -319,7 +319,7 @@ class _Restoring:
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Return what an optimizer holds besides tensors. names: of its parameters."""
+    """Return the state of an optimizer other than tensors. names: of its parameters."""
     values = {
         f"{names.get(parameter, '#')}/{key}": _plain(value)
         for parameter, entries in entries_of(optimizer)
@@ -344,11 +344,11 @@ def restore_optimizer(
     """Restore the settings and the entries of an optimizer; tensors that it has are filled in later.
 
     Args:
-        optimizer: of the class that it was written of.
+        optimizer: of the same class as the written one.
         names: of its parameters.
         settings: as `optimizer_settings` returned them.
         saved: tensors by name.
-        prefix: what the names of its tensors begin with.
+        prefix: of the names of its tensors.
 
     Raises:
         ValueError: it is the state of another optimizer.
@@ -393,7 +393,7 @@ def _made(optimizer: torch.optim.Optimizer, parameter: Tensor, tensor: Tensor) -
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as JSON can hold it; of what it cannot hold, the class."""
+    """Return the value as JSON can hold it; the class of other values."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

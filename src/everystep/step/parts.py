@@ -1,4 +1,4 @@
-"""Parts: what a loop carries from step to step, by name: models, optimizers, schedules, tensors."""
+"""Parts: named objects that a loop carries from step to step: models, optimizers, tensors, ..."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts"]
 
-#: How deep tensors are looked for within the attributes, dicts and lists of a part.
+#: Maximum depth of the search for tensors in attributes, dicts and lists of a part.
 _DEPTH = 6
 #: Dtypes that safetensors holds.
 _HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
-#: What torch keeps in an optimizer besides what a step depends on, or what is named otherwise.
+#: Attributes of torch's optimizers that steps do not depend on, or that have other names.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
 _WITH_TENSORS = (Tensor, nn.Module, dict)
 
@@ -36,8 +36,8 @@ class Parts:
     Args:
         named: the parts by name: modules, optimizers, schedules, scalers, averaged copies, tensors,
             or dicts, lists and objects that hold tensors.
-        apart: modules among them that are no models, such as a loss with weights: a snapshot does not
-            have their tensors among the parameters.
+        apart: modules that are not models, such as a loss with weights: in a snapshot, their tensors are
+            not among the parameters.
     """
 
     def __init__(self, named: Mapping[str, Any], apart: Collection[str] = ()) -> None:
@@ -94,7 +94,7 @@ class Parts:
         return Parts({name: part for name, part in self.named.items() if name in names}, self.apart)
 
     def prefix(self, name: str) -> str:
-        """Return what the names of a module's tensors begin with."""
+        """Return the prefix of the names of a module's tensors."""
         if name == self.main:
             return ""
         taken = vars(self.named[self.main])["_modules"] if name in self.apart and self.main else ()
@@ -243,12 +243,12 @@ class _Layout:
         self._known = self._objects()
 
     def holds(self) -> bool:
-        """Tell whether they are still in the same places."""
+        """Return whether they are still in the same places."""
         now = self._objects() if self._is_sure else []
         return self._is_sure and len(now) == len(self._known) and all(map(is_, now, self._known))
 
     def _objects(self) -> list[Any]:
-        """Return all that is or may hold a tensor, and its keys: not the numbers besides."""
+        """Return all objects that are or may hold tensors, and their keys, without plain numbers."""
         found: list[Any] = [*chain(*self._tables), *chain(*map(dict.values, self._tables))]
         tables: list[Mapping[Any, Any]] = [*self._entries]
         for optimizer in self._optimizers:

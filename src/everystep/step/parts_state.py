@@ -1,7 +1,7 @@
-"""The whole state of parts: what a snapshot of a loop has besides named tensors, and its way back.
+"""The state of parts in addition to named tensors: its snapshot, and how it is restored.
 
-Schedules, scalers, dicts and other objects are written attribute by attribute, optimizers as torch keeps
-them, and of modules the plain attributes that changed since the recording began.
+Schedules, scalers, dicts and other objects are written attribute by attribute, optimizers in torch's
+format, and modules by their plain attributes that changed since the recording began.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PartsState:
     def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
         """Return what the parts hold besides the tensors of a state, and the random generators.
 
-        live: their tensors as far as a state has them; None: all.
+        live: their tensors in a state; None: all.
         """
         parts, live = self._parts, self._parts.state() if live is None else live
         tensors: dict[str, Tensor] = {}
@@ -109,12 +109,12 @@ class PartsState:
         return State(step, parameters, others | tensors, settings)
 
     def check_begins_as(self, state: State, cure: str) -> None:
-        """Check that what the parts hold besides numbers is what they held in a state.
+        """Check that the parts are equal to those of a state, except for numbers.
 
         cure: how to change it instead.
 
         Raises:
-            RunError: it is not; names the parts.
+            RunError: they differ; names the parts.
         """
         now, then = (each.settings for each in (self.snapshot(state.step), state))
         held = then.get("held", {})
@@ -141,11 +141,11 @@ class PartsState:
     def restore(self, state: State, only: Collection[str] | None = None) -> None:
         """Bring the parts to a state that was written in this or another process.
 
-        only: some parts, as far as the state has them; which parameters are trained, and by which group
-            of an optimizer, is not restored. None: all parts, as they were.
+        only: some parts, if the state has them, without restoring which parameters are trained, and by
+        which group of an optimizer. None: all parts, completely.
 
         Raises:
-            RunError: it is the state of other parts; lists what does not fit.
+            RunError: the state has different parts; lists the differences.
         """
         parts, held = self._parts, state.settings.get("held", {})
         if only is not None and isinstance(held, dict):
@@ -157,7 +157,7 @@ class PartsState:
                 "same parts under the same names"
             )
         saved = dict(state.rest) | state.named()
-        # Files hold tensors in no fixed order; an optimizer gets its entries in the order that it had.
+        # Files have no fixed order of tensors; an optimizer gets its entries in their original order.
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
         try:
             for name in parts.named:
@@ -245,7 +245,7 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
 def _restore_groups(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], groups: list[dict[str, Any]]
 ) -> None:
-    """Give an optimizer the param groups that it had, such as those of layers unfrozen on the way."""
+    """Restore the param groups of an optimizer, including those added during training."""
     by_name = {name: parameter for parameter, name in names.items()}
     for group in groups[len(optimizer.param_groups) :]:
         optimizer.add_param_group({"params": [by_name[name] for name in group["params"]]})
@@ -280,7 +280,7 @@ def _is_same(one: Any, two: Any) -> bool:
 
 
 def _is_equal(one: Any, two: Any) -> bool:
-    """Tell whether two settings are written alike."""
+    """Return whether two settings are written alike."""
     return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
 
 

@@ -1,8 +1,9 @@
-"""Replaced: the two functions of torch that are others while steps are watched, in any thread.
+"""Replaced: the two functions of torch that are replaced while steps are watched, in any thread.
 
 torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`),
-nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows. They
-belong to the process, and a watch to its thread: each has its own, and others see torch's functions.
+nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows. The
+functions belong to the process, but a watch to its thread: each watched thread has its own, and others
+get torch's functions.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["OF_WATCHES", "begin", "end", "install", "remove", "run_engine"]
 
-#: The names of these, of which another thread may be the reason that they are replaced.
+#: Their names; another thread may be the reason that they are replaced.
 OF_WATCHES = {"_engine_run_backward", "data"}
 
 _DATA = torch._C.TensorBase.data
@@ -39,7 +40,7 @@ class _OfThread(threading.local):
 _here = _OfThread()
 _lock = threading.Lock()
 _count = 0
-#: torch's own, or what somebody has put in its place.
+#: torch's own, or a replacement by other code.
 _engine: Any = None
 
 
@@ -51,7 +52,7 @@ def install() -> None:
     """
     global _count, _engine
     with _lock:
-        if not _count:
+        if not _count:  # the first watch of the process; the last one restores torch's functions
             _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
             torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
             torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore

@@ -1,9 +1,9 @@
 """Stand-in: a program that runs a step in place of its Python.
 
-The step is torch's own code, or the user vouches that it runs the same operations each time. What can be
-seen is looked at: its numbers are those of torch's optimizers, are read from tensors and only logged, or
-stay the same. The program is compared with Python's step on a copy of the state, at first and at steps
-2, 4, 8, ..., bit for bit.
+The step is torch's own code, or the user vouches that it runs the same operations each time. Visible
+conditions are checked: its numbers are those of torch's optimizers, are read from tensors and only
+logged, or stay the same. The program is compared with Python's step on a copy of the state, at first and
+at steps 2, 4, 8, ..., bit for bit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CreatesTensorsError(NotReplaceableError):
 
 
 class Around:
-    """What a step of Python does besides operations: its optimizers step, its schedules advance.
+    """Effects of a step in Python other than operations: its optimizers step, its schedules advance.
 
     Args:
         parts: of the training; the step is about to run.
@@ -134,22 +134,22 @@ class StandIn:
     """Runs the steps with a batch of one kind.
 
     Args:
-        parts: what is trained.
+        parts: of the training.
         built: the program.
-        path: what each step does.
+        path: of each step.
         seen: the Python step that it was built from.
         optimizers: those that stepped in it, in order.
-        schedules: those that it has advanced.
+        schedules: those that it advanced.
         batch: the tensors of the batch, by name.
-        plain: values that this step has logged, and that are not tensors.
+        plain: logged values of this step that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
         fixed: the tensors of a batch that is the same at every step, by name.
 
-    path: what each step does; schedules: those that it advances; live: the program on the tensors that
-    `is_ready` was given last.
+    path: of each step; schedules: those that it advances; live: the program on the last tensors of
+    `is_ready`.
 
     Raises:
-        NotReplaceableError: the next step may do something else; gives the reason.
+        NotReplaceableError: the next step may differ; gives the reason.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class StandIn:
         self._places: list[int] = []
         self._era: int | None = None
         self.live: BoundProgram | None = None
-        #: The batch that the program holds, until something else runs.
+        #: The batch in the program's memory, until other code runs.
         self._loaded: list[Tensor] = []
         #: The places of the numbers that Python reads, by the name under which it logs them.
         self._logged_reads = self._places_of_logged()
@@ -269,7 +269,7 @@ class StandIn:
         return None
 
     def is_ready(self, state: Mapping[str, Tensor], era: int) -> bool:
-        """Tell whether the tensors of the state have the layout of the program; bind it to them.
+        """Return whether the tensors of the state have the layout of the program; bind it to them.
 
         era: within the same era, only programs have run.
         """
@@ -303,25 +303,25 @@ class StandIn:
 
     @property
     def bytes(self) -> int:
-        """The memory that the program holds besides the state and the batch."""
+        """The memory of the program without the state and the batch."""
         return 0 if self.live is None else self.live.temporary_bytes
 
     def let_go(self) -> None:
-        """Give up the memory of the program; `is_ready` binds it again."""
+        """Free the memory of the program; `is_ready` binds it again."""
         self.live = None
 
     def take(
         self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_settled: bool
     ) -> tuple[TakenByProgram, dict[str, Any]]:
-        """Run a step on the live tensors, as `is_ready` has found them; return it, and what it logs.
+        """Run a step on the live tensors that `is_ready` checked; return it, and what it logs.
 
         Args:
-            state: these tensors, which become those after the step.
+            state: these tensors; updated to those after the step.
             batch: its tensors, by name.
             is_settled: nothing has run since the last step, which a program ran.
 
         Raises:
-            NotReplaceableError: an optimizer would take another step than before; nothing was done yet.
+            NotReplaceableError: an optimizer would take a different step; nothing was changed yet.
             RuntimeError: a kernel refuses its arguments.
         """
         live = self.live
@@ -339,7 +339,7 @@ class StandIn:
             if name in state:
                 self._set_gradient(state, name, None)
                 taken.is_still = False
-        if not is_settled:  # a graph that somebody keeps must notice the writes
+        if not is_settled:  # a graph that other code keeps must notice the writes
             written = [state[name] for name in self._written if name in state]
             torch.autograd.graph.increment_version(written)
         for schedule in self.schedules:
@@ -448,14 +448,14 @@ class StandIn:
         batch: Mapping[str, Tensor],
         logged: Mapping[str, Any],
     ) -> str | None:
-        """Compare the program with a step of Python on the same path; return in words what differs.
+        """Compare the program with a step of Python on the same path; describe the difference.
 
         Args:
             numbers: predicted for that step.
-            seen: that step.
+            seen: the step.
             before: the parts before it.
             batch: copies of its tensors.
-            logged: what it has logged.
+            logged: by the step.
         """
         if not self._foresees(numbers, seen.numbers):
             return "a Python number in the step changes from step to step; compute it with tensors"
@@ -472,7 +472,7 @@ class StandIn:
         return self._comparison.difference(before, batch, seen.numbers, logged)
 
     def _foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
-        """Tell whether the numbers of a Python step were predicted, except those that it reads."""
+        """Return whether the numbers of a Python step were predicted, except those that it reads."""
         return len(numbers) == len(seen) and all(
             repr(one) == repr(two)
             for place, (one, two) in enumerate(zip(numbers, seen, strict=True))
@@ -510,7 +510,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:
-    """Tell whether the tensors of a state share memory exactly as a program says."""
+    """Return whether the tensors of a state share memory exactly as a program says."""
     places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
     storages, memories = zip(*places, strict=True) if places else ((), ())
     return len(set(storages)) == len(set(memories)) == len(places)
@@ -537,7 +537,7 @@ def _steps_of(
 
 
 def _is_shaped(seen: Any, path: Path) -> bool:
-    """Tell whether the shapes of an operation's results depend on values."""
+    """Return whether the shapes of an operation's results depend on values."""
     tags = seen.operator.tags
     if torch.Tag.data_dependent_output in tags:
         return True

@@ -37,7 +37,7 @@ class State:
 
     step: 0 before the first step; parameters: exactly `model.state_dict()`; rest: buffers outside it,
     optimizer tensors and generators, by `kind/name`; settings: everything that is not a tensor, in JSON
-    form: in `names`, the tensors that a step can use, and in `held`, what each part holds besides.
+    form: in `names`, the tensors that a step can use, and in `held`, the rest of each part.
     """
 
     step: int
@@ -53,7 +53,7 @@ class State:
         return Generators.from_tensors(named)
 
     def optimizer(self, part: str) -> dict[str, Any]:
-        """Return the settings of an optimizer: its class, its param groups, and what it keeps."""
+        """Return the settings of an optimizer: its class, its param groups, and its state."""
         held = self.settings.get("held", {}).get(part, {})
         return dict(held.get("optimizer", {}))
 

@@ -1,4 +1,4 @@
-"""Surroundings: what the operations of a step depend on besides its code."""
+"""Surroundings: everything that the operations of a step depend on except its code."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Surroundings:
     """The modules, optimizers and tensors of a training, and the settings of the process.
 
     Args:
-        modules: what is trained, and a loss that is a module; by what messages call it.
-        optimizers: by what messages call them.
-        named_state: returns the live tensors that are carried from step to step, by name, as far as
-            code needs them as they are.
+        modules: the trained ones, and a loss that is a module, by their names in messages.
+        optimizers: by their names in messages.
+        named_state: returns the live tensors that are carried from step to step, by name, if code needs
+            them in place.
         device: of the training.
-        is_vouched: whether the user vouches for code that is not torch's; what modules of such code
-            hold may change, except for their tensors, modules, hooks and mode.
+        is_vouched: whether the user vouches for code that is not torch's; the contents of such modules
+            may change, except for their tensors, modules, hooks and mode.
 
-    guards: what must stay as it is, besides what is always compared.
+    guards: additional values that must not change.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Surroundings:
         self._state: Mapping[str, Tensor] | None = None
 
     def reasons(self) -> Iterator[str]:
-        """Yield why Python must run at every step, whatever its code is."""
+        """Yield reasons why Python must run at every step, independent of its code."""
         against = _reason_against_process()
         if against is not None:
             yield against
@@ -128,7 +128,7 @@ class Surroundings:
             guards.read((key, "class", method), where, getattr, type(optimizer), method)
 
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
-        """Return in words what changed since programs were captured, or None.
+        """Describe what changed since programs were captured, or return None.
 
         state: of the training now, if already known.
         """
@@ -139,9 +139,9 @@ class Surroundings:
             self._state = None
 
     def _hooked_node(self) -> str | None:
-        """Return in words which parameter has a hook on its node in the graph, or None.
+        """Describe a parameter that has a hook on its node in the graph, or return None.
 
-        Only a backward pass shows such a hook. It stays as long as other code keeps a graph.
+        Only a backward pass shows such a hook. It lasts while other code keeps a graph.
         """
         named = (self._state or self._named_state()).items()
         with torch._C.DisableTorchFunctionSubclass():
@@ -172,7 +172,7 @@ def _functions_in(module: types.ModuleType) -> list[Any]:
 
 
 def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
-    """Note which tensors, modules and hooks a module has, its mode, and what a call of it runs."""
+    """Note the tensors, modules and hooks of a module, its mode, and the functions of its call."""
     own = vars(module)
     for name in ("_parameters", "_buffers", "_modules", *HOOKS):
         if name in own:
@@ -220,7 +220,7 @@ def _flag(name: str) -> Any:
 
 @cache
 def _flags() -> tuple[str, ...]:
-    """Return the names of torch's own functions that tell how kernels are chosen, of this torch."""
+    """Return the names of this torch's functions that report how kernels are chosen."""
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 warns, once, of a function that it calls old
@@ -257,7 +257,7 @@ def _names_of_functions() -> tuple[tuple[str, ...], ...]:
 
 
 def _reason_against_process() -> str | None:
-    """Return why Python must run at every step, whatever the model, or None."""
+    """Return why Python must run at every step of any model, or None."""
     if _hooks_on_all():
         return "the process has a hook on all modules or optimizers"
     if torch.is_anomaly_enabled():
@@ -271,13 +271,13 @@ def _reason_against_process() -> str | None:
 
 
 def _has_tensor_hooks() -> bool:
-    """Tell whether hooks on saved tensors are active."""
+    """Return whether hooks on saved tensors are active."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(False) is not None
 
 
 def _hooks_on_all() -> bool:
-    """Tell whether there is a hook on all modules or all optimizers; torch's own do not count."""
+    """Return whether there is a hook on all modules or all optimizers; torch's own do not count."""
     modules, optimizers = vars(nn.modules.module), vars(sys.modules[torch.optim.Optimizer.__module__])
     tables = [modules[f"_global{name}"] for name in HOOKS]
     tables += [optimizers.get(name, {}) for name in _HOOKS_ON_OPTIMIZERS]
@@ -286,7 +286,7 @@ def _hooks_on_all() -> bool:
 
 
 def _is_harmless(hook: Any) -> bool:
-    """Tell whether a hook is torch's own, or that of a capture in another thread."""
+    """Return whether a hook is torch's own, or that of a capture in another thread."""
     function = getattr(hook, "__func__", hook)
     origin = str(getattr(function, "__module__", None) or type(hook).__module__)
     return is_torchs_function(function) or origin.startswith("everystep.")

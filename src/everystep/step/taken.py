@@ -44,5 +44,5 @@ class TakenByProgram:
         return self._contents.get(storage)
 
     def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
-        """Return what the step did."""
+        """Return the path of the step."""
         return self._path

@@ -51,7 +51,7 @@ __all__ = [
 
 #: Exact types of tensors; a subclass may have methods of its own.
 TENSOR_TYPES: frozenset[type] = frozenset({Tensor, nn.Parameter})
-#: Where a module keeps its hooks, and what they are called.
+#: The attributes in which a module keeps its hooks, and their names.
 HOOKS = {
     "_forward_hooks": "a forward hook",
     "_forward_pre_hooks": "a forward hook",
@@ -85,7 +85,7 @@ def reason_against_loss(loss: Any) -> str | None:
 
 
 def hook_on(module: nn.Module) -> str | None:
-    """Return what kind of hook a module has, or None."""
+    """Return the kind of hook that a module has, or None."""
     own = _own_dict(module)
     return next((kind for name, kind in HOOKS.items() if own.get(name)), None)
 
@@ -115,7 +115,7 @@ def guard_contents(module: nn.Module, where: str, guards: Guards) -> None:
 
 
 def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a module and all within it, with their paths; asks no method of theirs."""
+    """Yield a module and all its submodules, with their paths, without calling their methods."""
     seen: set[int] = set()
     waiting = [("", module)]
     while waiting:
@@ -130,7 +130,7 @@ def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_torchs_module(module: nn.Module, *, but_hooks: bool = False) -> bool:
-    """Tell whether a module is torch's own and unmodified, whatever its submodules are.
+    """Return whether a module is torch's own and unmodified, apart from its submodules.
 
     but_hooks: it may have hooks.
     """
@@ -138,7 +138,7 @@ def is_torchs_module(module: nn.Module, *, but_hooks: bool = False) -> bool:
 
 
 def hooks_of(module: nn.Module) -> dict[str, str]:
-    """Return the hooks of a module: the names of the functions, by what torch calls such a hook."""
+    """Return the hooks of a module: the names of the functions, by torch's name of the hook."""
     own = _own_dict(module)
     return {
         name.strip("_").removesuffix("s").replace("_", " "): names_of(own[name])
@@ -164,7 +164,7 @@ def _name_of_function(function: Any) -> str:
 
 
 def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimizer's class is torch's, or the chapter's, with no method replaced."""
+    """Return whether an optimizer's class is torch's, or the chapter's, with no method replaced."""
     cls, own = type(optimizer), vars(optimizer)
     if cls is not GradientDescent and (
         getattr(torch.optim, cls.__name__, None) is not cls
@@ -182,7 +182,7 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def is_torchs_schedule(schedule: LRScheduler | None, *, but_functions: bool = False) -> bool:
-    """Tell whether a schedule and its inner schedules are torch's, and call no user function.
+    """Return whether a schedule and its inner schedules are torch's, and call no user function.
 
     but_functions: they may call functions of the user's.
     """
@@ -202,18 +202,18 @@ def is_torchs_schedule(schedule: LRScheduler | None, *, but_functions: bool = Fa
 
 
 def _exchanged(value: Any, but: str = "") -> bool:
-    """Tell whether an object replaces a method of its class."""
+    """Return whether an object replaces a method of its class."""
     own = vars(value).items()
     return any(callable(each) and name != but and hasattr(type(value), name) for name, each in own)
 
 
 def is_torchs_function(function: Any) -> bool:
-    """Tell whether a function of Python was written by torch."""
+    """Return whether a function of Python was written by torch."""
     return type(function) is types.FunctionType and function.__code__.co_filename.startswith(_TORCH)
 
 
 def _is_overridable(function: Any) -> bool:
-    """Tell whether a function is one of torch's that take tensors, by identity."""
+    """Return whether a function is one of torch's that take tensors, by identity."""
     return id(function) in _overridable_functions()
 
 
@@ -252,7 +252,7 @@ def _methods_of(cls: type) -> str:
 
 
 def _own_dict(module: nn.Module) -> dict[str, Any]:
-    """Return what a module itself holds, without asking its class."""
+    """Return the dict of a module, without its class."""
     found: dict[str, Any] = vars(nn.Module)["__dict__"].__get__(module)
     return found
 
@@ -262,7 +262,7 @@ def _identity_of_dict(module: nn.Module) -> int:
 
 
 def _is_from(cls: type, package: str) -> bool:
-    """Tell whether a class is what a module of a package has under its name."""
+    """Return whether a class is the one that a module of a package has under its name."""
     own = class_dict(cls).get("__module__")
     if type(own) is not str or not own.startswith(package):
         return False
@@ -271,7 +271,7 @@ def _is_from(cls: type, package: str) -> bool:
 
 
 def _is_known(value: Any) -> bool:
-    """Tell whether an attribute of a module is plain, a tensor, a torch function, or made of such."""
+    """Return whether a module's attribute is plain, a tensor, a torch function, or made of these."""
     kind = kind_of(value)
     if is_plain(value) or kind in TENSOR_TYPES:
         return True

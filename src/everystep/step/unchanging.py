@@ -15,18 +15,18 @@ __all__ = ["unchanging_reads"]
 def unchanging_reads(
     path: Path, fixed: Container[str], changing_numbers: Container[int]
 ) -> dict[int, set[int]]:
-    """Return the numbers that Python reads from what is computed of unchanging tensors alone.
+    """Return the numbers that Python reads from tensors computed from unchanging tensors alone.
 
-    Such a mask or variance is of the state, of a batch that stays, or from outside, and no operation of
-    the step writes into it.
+    These are in the state, in a fixed batch, or from outside, and no operation of the step writes into
+    them.
 
     Args:
-        path: what a step does.
-        fixed: the names of the tensors of a batch that stays.
+        path: of the step.
+        fixed: the names of the tensors of a fixed batch.
         changing_numbers: the places of numbers that differ from step to step.
 
     Returns:
-        By the place of the number in the step: the storages that it depends on.
+        The storages that each number depends on, by its place in the step.
     """
     written = {storage for operation in path.operations for storage in operation.writes}
     names = {path.tensors[tensor].storage: name for name, tensor in path.named}
@@ -58,5 +58,5 @@ def unchanging_reads(
 
 
 def _leaves_bytes(operator: Any) -> bool:
-    """Tell whether a result has bytes of memory that nothing has written."""
+    """Return whether a result has bytes of memory that nothing has written."""
     return any(part in operator.overloadpacket.__name__ for part in ("empty", "resize"))

@@ -34,7 +34,7 @@ class BatchCopies:
         self._copies: dict[int, _Copy] = {}
 
     def of(self, tensors: Mapping[str, Tensor], era: int | None = None) -> dict[str, Tensor]:
-        """Return copies of tensors, by name; nobody may change them.
+        """Return copies of tensors, by name; they must not be changed.
 
         era: within the same era, nothing writes into copied tensors; None: something may.
         """
@@ -61,7 +61,7 @@ class _Copy(NamedTuple):
     era: int | None
 
     def holds(self, tensor: Tensor, era: int | None) -> bool:
-        """Tell whether the tensor still has the bits of the copy."""
+        """Return whether the tensor still has the bits of the copy."""
         if era is not None and era == self.era:
             return True
         is_plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
@@ -71,9 +71,9 @@ class _Copy(NamedTuple):
 def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:
     """Return the tensors in a batch by their path; those of a pair are `x` and `y`, a lone one is `x`.
 
-    NumPy's arrays count as tensors, on the same memory. What is neither is left out.
+    NumPy's arrays count as tensors, on the same memory. Other objects are left out.
 
-    path: what all paths begin with.
+    path: the prefix of all paths.
     """
     if _is_short(batch):
         return {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
@@ -134,7 +134,7 @@ def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _is_short(batch: Any) -> bool:
-    """Tell whether a batch is one tensor, or a pair of tensors, in a list or a tuple."""
+    """Return whether a batch is one tensor, or a pair of tensors, in a list or a tuple."""
     is_short = type(batch) in (list, tuple) and len(batch) in (1, 2)
     return is_short and all(isinstance(part, Tensor | np.ndarray) and _is_dense(part) for part in batch)
 
@@ -151,7 +151,7 @@ def _as_tensor(part: Tensor | np.ndarray[Any, Any]) -> Tensor:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]] | None:
-    """Return the items of a container with their names, else None."""
+    """Return the items of a container with their names; None for other objects."""
     if isinstance(value, Mapping):
         return ((str(key), item) for key, item in value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -1,5 +1,5 @@
-"""What x and y may be, and a map-style Dataset of them: read once if it is torch's own, of tensors, and
-else at every step.
+"""Checks of x and y, and of a map-style Dataset: read once if it is torch's own, of tensors, else at
+every step.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def read_once(
 
     progress: called with the number of rows read, and of all rows.
 
-    Returns x and y, and what must stay the same for the rows to stay the same; None for any other
-    Dataset, which must be read at every step.
+    Returns x and y, and guards of what the rows depend on; None for any other Dataset, which must be
+    read at every step.
 
     Raises:
         DataError: it has no rows, rows that are not pairs, or more than `limit` bytes.
@@ -114,7 +114,7 @@ def length_of(dataset: Dataset[Any]) -> int:
 
 
 def _is_torchs(dataset: Any) -> bool:
-    """Tell whether a Dataset is torch's own, of tensors."""
+    """Return whether a Dataset is torch's own, of tensors."""
     if type(dataset) is TensorDataset:
         return all(type(tensor) in TENSOR_TYPES for tensor in dataset.tensors)
     if type(dataset) is Subset:
@@ -268,7 +268,7 @@ def _numpy_state() -> list[Any]:
 
 
 class Unfit(NamedTuple):
-    """Something that cannot be trained on. what: `a tuple of 2 tensors`; cure: what to pass instead."""
+    """An object that cannot be trained on. what: `a tuple of 2 tensors`; cure: a fix."""
 
     what: str
     cure: str
@@ -286,7 +286,7 @@ def unfit(value: Any, name: str) -> Unfit | None:
 
 
 def called(value: Any) -> str:
-    """Return what a value is, in words: `None`, `a list of 3`, `the class SGD`."""
+    """Describe a value: `None`, `a list of 3`, `the class SGD`."""
     if value is None:
         return "None"
     if isinstance(value, type):

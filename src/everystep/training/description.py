@@ -126,7 +126,7 @@ def modules_of(module: nn.Module, path: str = "") -> dict[str, ModuleFacts]:
 
 
 def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
-    """Return the facts of a loop that is not everystep's. loop: what is known of it before it begins."""
+    """Return the facts of a user's loop. loop: known before it begins."""
     modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
     for name in sorted(parts.modules, key=lambda name: name != parts.main):
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
@@ -231,7 +231,7 @@ def _settings(thing: Any) -> dict[str, Any]:
 
 
 def _is_simple(value: Any) -> bool:
-    """Tell whether a value is a number, a string or None, or a short collection of these."""
+    """Return whether a value is a number, a string or None, or a short collection of these."""
     if type(value) in (list, tuple):
         return len(value) <= _MOST_ITEMS and all(map(_is_simple, value))
     if type(value) in (dict, Counter):
@@ -240,7 +240,7 @@ def _is_simple(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting as JSON can hold it; what it cannot, in words."""
+    """Return a setting as JSON can hold it; other values as text."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, Tensor):

@@ -53,7 +53,7 @@ def train_experiment(
             return run_job(job, directory, runs, budget, progress)
         except EverystepError:
             raise
-        except Exception as error:  # no code but torch's has run: whatever it makes of the experiment
+        except Exception as error:  # only torch's code has run, so any error is about the experiment
             reason = str(error).strip() or type(error).__name__
             raise TrainingError(
                 f"{name} failed: {reason}\n(run `everystep runs` to list what was recorded before)"

@@ -114,7 +114,7 @@ def job_of(
         data: None if a Dataset is read at every step.
         source: the facts about where the data comes from.
         evaluation: what is measured.
-        device: that the objects are on.
+        device: of the objects.
 
     Raises:
         UsageError: there are too many steps.
@@ -158,8 +158,8 @@ def _check_dense(training: Training) -> None:
 class _Read(NamedTuple):
     """The data as far as it could be read before training.
 
-    data: None if it must be read at every step; rows: to train on; guards: what must stay the same for
-    data read from a Dataset.
+    data: None if it must be read at every step; rows: to train on; guards: what data read from a Dataset
+    depends on.
     """
 
     data: Data | None

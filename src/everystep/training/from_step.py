@@ -74,7 +74,7 @@ def train_step(
         recording: not started yet.
 
     Raises:
-        UsageError: the step returns something else.
+        UsageError: the step returns another type.
         TrainingError: `engine="program"`, and no program can run a step; or a check failed.
         RecordingError: writing the run failed; everything recorded before is kept.
     """

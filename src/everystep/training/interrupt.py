@@ -17,9 +17,9 @@ _REASONS = {signal.SIGINT: "by the user (Ctrl-C)", signal.SIGTERM: "by the syste
 
 
 class Interrupt:
-    """Which signal asked the training to end, if any did.
+    """Records which signal ended the training, if any.
 
-    received: called when one arrives; defers: whether a signal waits now, or acts as if nobody listened.
+    received: called when one arrives; defers: whether a signal waits now, or acts as by default.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Interrupt:
         return self._signal == signal.SIGINT
 
     def listen(self) -> None:
-        """Catch signals, in the main thread; a SIGTERM only where the caller has no handler for it.
+        """Catch signals, in the main thread; SIGTERM only if the caller has no handler for it.
 
-        Within another that listens, it leaves them to that one.
+        When nested, the outer one catches them.
         """
         if threading.current_thread() is not threading.main_thread():
             return

@@ -79,7 +79,7 @@ class Job:
             raise ExperimentError([fault], "the training")
 
     def numbered_as(self, facts: TrainingFacts) -> Job:
-        """Return the job with the rows of another training's data, numbered as they were there."""
+        """Return the job with the rows of another training's data, with the same numbers."""
         if isinstance(self.training.batch, RowsOf):
             numbers = facts.data.numbers()
             batches = self.training.batch.batches
@@ -140,9 +140,7 @@ class Job:
 
     def _rows(self, what: str) -> RowsOf:
         if not isinstance(self.training.batch, RowsOf):
-            raise UsageError(
-                f"{what} only where everystep holds the data, not of a Dataset that it reads"
-            )
+            raise UsageError(f"{what} only if everystep holds the data, not for a Dataset that it reads")
         return self.training.batch
 
     def with_facts(self, **facts: Any) -> Job:
@@ -188,7 +186,7 @@ class Progress(Protocol):
         """These consecutive steps have run."""
 
     def notice(self, message: str) -> None:
-        """Something the user should know."""
+        """A message to the user."""
 
     def end(self) -> None:
         """Training has ended, well or not."""

@@ -1,9 +1,9 @@
 """The place of a training in its batches: recorded step by step, and found again when it is resumed.
 
-A loader cannot be rewound. It goes to its place by its own state where it has one (`state_dict`, as
-torchdata's StatefulDataLoader), by its sampler alone where torch's own DataLoader reads in this process,
-and else by drawing batches again without using them. The random generators are as they were before
-each draw that used them.
+A loader cannot be rewound. It goes to its place by its own state if it has one (`state_dict`, as
+torchdata's StatefulDataLoader), by its sampler alone if torch's own DataLoader reads in this process,
+and else by drawing batches again without using them. The random generators are restored before each draw
+that used them.
 """
 
 from __future__ import annotations
@@ -80,14 +80,13 @@ History = Callable[[int], Drawn]
 
 
 class LoaderPosition:
-    """Draws batches, and knows where it is.
+    """Draws batches, and tracks its place.
 
     Args:
         device: of the parts, for its random generator.
 
-    generators: those before the last draw, by name, if it used them, and found them different from what
-    the draw before it had left; at_end: those before a draw that found no more batches, by the names
-    that a state has.
+    generators: those before the last draw, by name, if it used them, and they had changed since the
+    previous draw; at_end: those before a draw that found no more batches, by the names that a state has.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -122,9 +121,9 @@ class LoaderPosition:
 
         Args:
             goal: the place.
-            step: after which it is.
-            history: returns what the recording knows of a draw.
-            reached: called there: a loop may have done something after epochs that it skipped.
+            step: before the place.
+            history: returns the recorded data of a draw.
+            reached: called there: a loop may have changed something after epochs that it skipped.
         """
         self._goal, self._history, self._first = goal, history, step - goal.taken + 1
         self._reached = reached
@@ -194,7 +193,7 @@ class LoaderPosition:
             self._reached()
         self._goal = None
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
-        # What a state 0 has, a resumed training begins with; what a draw leaves, it leaves again.
+        # A resumed training begins with the generators of state 0; the effects of a draw repeat.
         after = self._at_first if self._call == 0 else {}
         while True:
             self.generators = {}
@@ -265,7 +264,7 @@ class LoaderPosition:
         self._at_first = self._generators()
 
     def _generators(self) -> dict[str, Any]:
-        """Return the states of all random generators that a draw can use, as they are held."""
+        """Return the states of all random generators that a draw can use."""
         found = Generators.capture(self._device)
         own = {name: each.get_state() for name, each in _own_generators(self._loader).items()}
         states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}
@@ -304,7 +303,7 @@ def _tensors(states: Mapping[str, Any], names: Collection[str]) -> dict[str, Ten
 
 
 def is_quiet(batches: Any) -> bool:
-    """Tell whether making a batch runs only torch's code, which draws only as an epoch begins."""
+    """Return whether making a batch runs only torch's code, which draws only as an epoch begins."""
     if batches is None or type(batches) in (list, tuple):
         return True
     return (
@@ -318,7 +317,7 @@ def is_quiet(batches: Any) -> bool:
 
 
 def is_indexed(batches: Any) -> bool:
-    """Tell whether a loader goes to a place by its sampler alone, without reading data."""
+    """Return whether a loader can go to a place by its sampler alone, without reading data."""
     return (
         type(batches) is DataLoader
         and batches.num_workers == 0

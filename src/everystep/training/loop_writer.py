@@ -38,7 +38,7 @@ class _Here(NamedTuple):
 
 
 class LoopWriter(RunWriter):
-    """Turns watched steps of a loop into what a run stores.
+    """Turns watched steps of a loop into stored data.
 
     Args:
         directory: of the run; empty unless it is resumed.
@@ -93,7 +93,7 @@ class LoopWriter(RunWriter):
             say(message)
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
-        """Store what the loop changed since the last step, outside of any. state: the current one."""
+        """Store changes of the loop since the last step, outside of any. state: the current one."""
         if (changed := self.watched.note_changes(self.step, state)) is not None:
             self.watched.notices.changed_between(self.step, changed.partition("/")[2])
 
@@ -128,7 +128,7 @@ class LoopWriter(RunWriter):
         """Take the last snapshot, if the state is still that of the last step, and close the run.
 
         Raises:
-            RecordingError: writing failed; what was written before is kept.
+            RecordingError: writing failed; earlier data is kept.
         """
         is_pending = self._pending is not None and self._pending.step == self.step
         self._keep_pending()
@@ -162,7 +162,7 @@ class LoopWriter(RunWriter):
         return State(state.step, state.parameters, state.rest, state.settings | here.place)
 
     def _note_numerics(self) -> None:
-        """Note what was set, of all that bits depend on; report it if steps before had another value."""
+        """Note the settings that bits depend on; report one that changed since earlier steps."""
         now = numerics.in_effect()
         if now == self._in_effect:
             return
@@ -182,7 +182,7 @@ class LoopWriter(RunWriter):
                 self._loss_dtype = "float64" if is_wide else "float32"
             self.has_loss = True
         for name, value in step.logged.items():
-            # What the loop logs as a rate may be the one after the step; the name is of the one used.
+            # A logged rate may be the one after the step; this name is for the one that was used.
             title = f"{name} (logged)" if name in step.rates else name
             self.measured.append((title, self.step, value))
         self.note_rates(self.step, step.rates)

@@ -17,7 +17,7 @@ from everystep.step.evaluate import Evaluation
 
 __all__ = ["evaluation_of"]
 
-#: What a prediction of torch's losses of two classes is compared with, by class and by function.
+#: The threshold of predictions for torch's losses of two classes, by class and by function.
 _THRESHOLDS = {
     **{"BCELoss": 0.5, "binary_cross_entropy": 0.5},
     **{"BCEWithLogitsLoss": 0.0, "binary_cross_entropy_with_logits": 0.0},
@@ -85,7 +85,7 @@ def _kind_of(loss: Any, target: Tensor) -> tuple[TargetKind | None, Callable[[Te
 
 
 def _torchs_name(loss: Any) -> str | None:
-    """Return the name of the loss of torch's that a loss is, or derives from; None if it is another."""
+    """Return the name of the torch loss that a loss is or derives from; None for others."""
     if isinstance(loss, nn.Module):
         own = (each.__name__ for each in type(loss).__mro__ if each.__module__ == nn.MSELoss.__module__)
         return next((name for name in own if not name.startswith("_")), None)
@@ -97,7 +97,7 @@ def _torchs_name(loss: Any) -> str | None:
 
 
 def _predicts_logs(loss: Any) -> bool:
-    """Tell whether predictions for a loss of rates are the logarithms of rates, as by default."""
+    """Return whether predictions for a loss of rates are the logarithms of rates, as by default."""
     if isinstance(loss, nn.PoissonNLLLoss):
         return loss.log_input
     return bool(loss.keywords.get("log_input", True)) if type(loss) is partial else True

@@ -9,14 +9,14 @@ from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Notices"]
 
-#: What is not seen is reported so often; the rest is in the run's facts.
+#: Maximum number of reports about unseen operations; all are in the run's facts.
 MOST_SAID = 3
 
 
 class Notices:
-    """Reports what the recording of a loop lacks, or what may differ from the loop without everystep.
+    """Reports what a recording lacks, or what may differ from the loop without everystep.
 
-    unseen: what was not seen, in words.
+    unseen: what was not recorded, as text.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Objects: what the user trains with, checked and copied; every error has a fix."""
+"""Objects: the user's model, loss, optimizer and data, checked and copied; every error has a fix."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _COPYING = threading.Lock()
 
 @dataclass(frozen=True)
 class Objects:
-    """What the user trains with: live objects, unchecked; to replay and to fork, not all are needed.
+    """The user's live objects, unchecked; a replay or a fork may need only some.
 
     model: an nn.Module; loss: a function of prediction and target; optimizer: over the model's
     parameters; data: x (N, ...) and y (N, ...), or a Dataset; scheduler: a scheduler of torch's;
@@ -104,7 +104,7 @@ class Objects:
         }
 
     def check(self) -> None:
-        """Check what a training of these objects needs.
+        """Check that these objects can be trained.
 
         Raises:
             ExperimentError: lists every error.
@@ -172,7 +172,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
-    """Tell whether rows are to be read by number, from a Dataset or something like it."""
+    """Return whether an object has rows by number, as a Dataset does."""
     if isinstance(data, DataLoader | Sampler):
         return False
     return isinstance(data, Dataset) or (
@@ -183,7 +183,7 @@ def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
 
 
 def _model_faults(model: Any) -> Faults:
-    """Yield what is wrong with the model."""
+    """Yield faults of the model."""
     if not isinstance(model, nn.Module):
         cure = ""
         if inspect.isclass(model):
@@ -217,7 +217,7 @@ def _model_faults(model: Any) -> Faults:
 
 
 def _loss_faults(loss: Any) -> Faults:
-    """Yield what is wrong with the loss."""
+    """Yield faults of the loss."""
     if inspect.isclass(loss):
         yield Fault("loss", f"is the class {loss.__name__}; create an instance: add parentheses")
     elif not callable(loss):
@@ -226,7 +226,7 @@ def _loss_faults(loss: Any) -> Faults:
 
 
 def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
-    """Yield what is wrong with the optimizer, and with it for this model."""
+    """Yield faults of the optimizer, alone and for this model."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         yield Fault("optimizer", _no_optimizer(optimizer))
         return
@@ -289,7 +289,7 @@ def _metrics_faults(metrics: Any) -> Faults:
 
 
 def _data_faults(data: Any) -> Faults:
-    """Yield what is wrong with the data, without reading rows of a Dataset."""
+    """Yield faults of the data, without reading rows of a Dataset."""
     if isinstance(data, tuple | list) and len(data) == 2:
         yield from _pair_faults("data", data)
     elif not is_dataset(data):
@@ -298,7 +298,7 @@ def _data_faults(data: Any) -> Faults:
 
 
 def _validation_faults(validation: Any) -> Faults:
-    """Yield what is wrong with the validation part."""
+    """Yield faults of the validation part."""
     if isinstance(validation, tuple | list) and len(validation) == 2:
         yield from _pair_faults("validation", validation)
     elif validation is not None and not (isinstance(validation, float) and 0 < validation < 1):
@@ -308,7 +308,7 @@ def _validation_faults(validation: Any) -> Faults:
 
 
 def _pair_faults(name: str, pair: Any) -> Faults:
-    """Yield what is wrong with x and y of `data` or `validation`, each on its own and together."""
+    """Yield faults of x and y of `data` or `validation`, alone and together."""
     sizes = []
     for letter, part in zip("xy", pair, strict=True):
         wrong = unfit(part, letter)

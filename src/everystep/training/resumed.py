@@ -1,5 +1,5 @@
-"""Continuing a run: what must be as it was, what the run reports about it, and for a user's loop the
-state that it continues from, and its place in the batches.
+"""Continuing a run: what must be unchanged, what the run records about changes, and for a user's loop
+the state that it continues from, and its place in the batches.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _MOST_SHOWN = 200
 
 
 def changes(before: TrainingFacts, now: TrainingFacts, left_out: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return what is not as it was, as `name: before | now`: what was asked for, versions, numerics.
+    """Return what changed, as `name: before | now`: settings, versions, numerics.
 
-    left_out: what the names of settings that do not count begin with.
+    left_out: prefixes of the names of settings that do not count.
     """
     found = asked_differences(before, now, of_own_classes=False)
     found = {name: pair for name, pair in found.items() if not name.startswith(tuple(left_out))}
@@ -134,10 +134,10 @@ def facts_resumed(run: RecordedRun, trained: TrainingFacts, steps: int, resumed:
 class ResumedLoop(NamedTuple):
     """Where a loop continues.
 
-    state: on disk; later: another one, which the loop must reach again, None if there is none; facts: of
-    the run, to be written with its first new step; is_finite: whether each loss so far was; has_loss:
-    whether the loop logs one; rates: the learning rates, by name; goal: the place in the batches, None
-    if the loop does not iterate over `steps`; draw: returns the draw of a step.
+    state: on disk; later: a later one, which the loop must reach again, if any; facts: of the run, to be
+    written with its first new step; is_finite: whether each loss so far was; has_loss: whether the loop
+    logs one; rates: the learning rates, by name; goal: the place in the batches, None if the loop does
+    not iterate over `steps`; draw: returns the draw of a step.
     """
 
     state: State
@@ -157,11 +157,11 @@ def resumed_loop(
     """Return where a recorded loop continues.
 
     That is the second newest snapshot if there is one: the state at the newest is then compared, which
-    shows that nothing the loop carries was left out.
+    shows that no part of the loop is missing.
 
     Args:
         run: of a loop.
-        parts: as they were before the training.
+        parts: in their state before the training.
         is_accepted: continue although something changed.
         is_new: the run is a fork that has just been made.
 
@@ -205,8 +205,8 @@ def resumed_loop(
 def forked_loop(parent: RecordedRun, parts: Parts, at: int) -> Facts:
     """Return the facts of a fork of a recorded loop.
 
-    Its loop takes the steps from the newest snapshot to `at` again, as a resumed loop does: nothing but
-    a snapshot holds all that a loop carries.
+    Its loop repeats the steps from the newest snapshot to `at`, as a resumed loop does: only a snapshot
+    holds everything that a loop carries.
 
     Args:
         parent: the run.
@@ -259,7 +259,7 @@ def _rate(run: RecordedRun, name: str, step: int) -> list[float]:
 
 
 def _goal(run: RecordedRun, state: State) -> Recorded | None:
-    """Return the place in the batches that a state has, None if it has none.
+    """Return the place in the batches of a state, if it has one.
 
     Raises:
         RunError: it is not valid, or state 0 cannot be read.
@@ -283,7 +283,7 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:
-    """Return what the recording knows of the draw of a batch.
+    """Return the recorded data of the draw of a batch.
 
     Raises:
         RunError: the recording has not kept it.

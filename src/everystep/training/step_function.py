@@ -30,7 +30,7 @@ Step = Callable[..., Any]
 
 #: How often guards may change, without a step by a program between, until training ends.
 MOST_RENEWALS = 3
-#: Steps in a row with a kind of batch that may differ from those before, until no program is expected.
+#: Consecutive steps with a kind of batch that may differ from earlier ones before programs are given up.
 MOST_UNLIKE = 4
 #: Kinds of batches that programs are kept for, and bytes that these hold together, if they are several.
 MOST_KINDS = 64
@@ -50,7 +50,7 @@ def run_step(step: Step, recording: Recording[Any], *batch: Any) -> dict[str, An
 
 
 class _SeenBatch(NamedTuple):
-    """What is kept of a batch. era: in which nothing changes it."""
+    """A copy of a batch. era: in which nothing changes it."""
 
     batch: tuple[Any, ...]
     era: int
@@ -61,10 +61,10 @@ class _SeenBatch(NamedTuple):
 
 @dataclass
 class _Kind:
-    """What is known of steps with one kind of batch.
+    """The state of steps with one kind of batch.
 
-    is_checked: whether the stand-in was compared with Python; unlike: how many steps in a row were not
-    like one before; is_left: to Python, for good.
+    is_checked: whether the stand-in was compared with Python; unlike: how many consecutive steps
+    differed from earlier ones; is_left: permanently to Python.
     """
 
     stand_in: StandIn | None = None
@@ -74,7 +74,7 @@ class _Kind:
 
 
 class VouchedStep:
-    """A step function that the user vouches for: programs run its steps, and are compared with Python.
+    """A vouched step function: programs run its steps, and are compared with Python.
 
     Args:
         step: returns the loss, or numbers by name including `loss`, or None.
@@ -107,8 +107,8 @@ class VouchedStep:
         self._last_batch = self._last_key = None
         self._seen: _SeenBatch | None = None
         self._parameters: list[Tensor] = []
-        #: Whether nothing but steps by programs has happened since the guards were compared, and in
-        #: which stretch of such steps this one is.
+        #: Whether only steps by programs have run since the guards were compared, and the number of this
+        #: stretch of steps.
         self._is_settled = False
         self._era = 0
         self._after = self._writer.step
@@ -167,7 +167,7 @@ class VouchedStep:
         return any(kind.stand_in is not None for kind in self._kinds.values())
 
     def _kind_of(self, batch: tuple[Any, ...], is_settled: bool) -> _Kind | None:
-        """Return what is known of such steps, None if Python runs them.
+        """Return the kind of such steps, None if Python runs them.
 
         They are of one kind if their batches are, and the same gradients are pending.
         """
@@ -200,17 +200,17 @@ class VouchedStep:
     # What runs the step.
 
     def _by_python(self, batch: tuple[Any, ...]) -> tuple[dict[str, Any], Around]:
-        """Run a step in Python; return what it logs, and what it does besides operations."""
+        """Run a step in Python; return what it logs, and its effects other than operations."""
         state = self._watched.state
         for kind in self._kinds.values():
-            # A program writes into gradients that Python may keep: the parts get others.
+            # A program writes into gradients that Python may still hold, so the parts get new ones.
             if kind.stand_in is not None and state is not None and kind.stand_in.release(state):
                 self._watched.note_versions()
         around = self._watched.around = Around(self._parts)
         return run_step(self._step, self._recording, *batch), around
 
     def _watch(self, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
-        """Run a step in Python; if it is like one before, a program may stand in from then on."""
+        """Run a step in Python; if it equals an earlier one, a program may run later ones."""
         logged, around = self._by_python(batch)
         path, seen = self._watched.last
         if not isinstance(seen, Cursor) or not seen.is_followed:
@@ -280,7 +280,7 @@ class VouchedStep:
         return logged
 
     def _batch_of(self, batch: tuple[Any, ...]) -> _SeenBatch:
-        """Return what is kept of a batch; of the last one again if it is the same, in the same era."""
+        """Return the copy of a batch; the last one if it is the same, in the same era."""
         seen, era = self._seen, self._era
         if seen is None or seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
             tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
@@ -337,7 +337,7 @@ class VouchedStep:
             )
 
     def _leave(self, kind: _Kind, reason: str) -> None:
-        """Run steps with batches of a kind in Python; programs must run others."""
+        """Leave steps with this kind of batch to Python; programs must run some other kind."""
         kind.is_left = True
         if not self._has_programs:
             self._refuse(reason)
@@ -358,13 +358,13 @@ class VouchedStep:
         return self._parts.state() if known is None else known
 
     def _carried(self) -> dict[str, Tensor]:
-        """Return what the parts carry, except gradients."""
+        """Return the state of the parts, except gradients."""
         state = self._parts.state()
         return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
 
 
 def _other_schedules(around: Around, stand_in: StandIn) -> str | None:
-    """Return in words why a program cannot advance schedules as a step of Python did, or None."""
+    """Return why a program cannot advance schedules as Python did, or None."""
     try:
         schedules = around.schedules()
     except NotReplaceableError as error:
@@ -375,7 +375,7 @@ def _other_schedules(around: Around, stand_in: StandIn) -> str | None:
 
 
 def _tensors_of(batch: tuple[Any, ...]) -> dict[str, Tensor]:
-    """Return the tensors of a batch, or of none."""
+    """Return the tensors of a batch; none without one."""
     return tensors_of(batch[0]) if batch else {}
 
 

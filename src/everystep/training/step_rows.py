@@ -22,12 +22,12 @@ __all__ = ["AnyWatch", "StepRows", "StepWriter", "WrittenProgram"]
 
 #: Paths that are remembered; a training in which every step has another would fill the memory.
 MOST_PATHS = 200
-#: Digests of the state are taken if that takes no more than this share of the time so far, at so many
-#: bytes a second.
+#: Digests of the state are computed if that takes at most this share of the time so far, at so many
+#: bytes per second.
 DIGEST_SHARE = 0.01
 DIGESTED_A_SECOND = 2e9
 
-#: What knows what a step does.
+#: An object that knows a step's operations.
 AnyWatch = Cursor | TakenByProgram
 
 
@@ -60,14 +60,14 @@ class StepRows:
     def __init__(self, writer: StepWriter) -> None:
         self.written: list[int] = []
         self._writer = writer
-        #: The program of each path, or why there is none.
+        #: The program of each path, or why it has none.
         self._programs: dict[Path, WrittenProgram | str] = {}
         self._generator = torch.get_rng_state()
         self._copied = 0
         self._began = clock.now()
 
     def program_of(self, path: Path) -> WrittenProgram | str:
-        """Return the program of a path that a row was made of, or why it has none."""
+        """Return the program of a path with a row, or why it has none."""
         return self._programs.get(path, "the steps do something else each time")
 
     def forget_generator(self) -> None:
@@ -84,14 +84,14 @@ class StepRows:
         nesting: Any = None,
         copied: int = 0,
     ) -> Taken:
-        """Return the row of a step that is over.
+        """Return the row of a finished step.
 
         Args:
             step: its number.
-            watch: which has seen it.
-            path: what it did.
+            watch: of the step.
+            path: of the step.
             state: the live tensors after it.
-            inputs: what it was given that the watch does not know, by the names that rows have.
+            inputs: those that the watch does not know, by their names in rows.
             nesting: of its batch.
             copied: bytes from outside that were copied since the training began.
         """

@@ -21,7 +21,7 @@ __all__ = ["RunWriter", "now"]
 FLUSH_SECONDS = 0.1
 #: Steps that are timed, one by one, before the snapshots' interval is chosen.
 TIMED_STEPS = 8
-#: Steps run in stretches of about so many seconds; Ctrl-C waits for the end of one.
+#: Steps run in stretches of about so many seconds; Ctrl-C takes effect after one.
 STRETCH_SECONDS = 0.02
 
 
@@ -32,7 +32,7 @@ def now() -> datetime:
 
 
 class RunWriter:
-    """Collects what a run stores of its steps, passes it to the recorder, and closes the run.
+    """Collects the data of steps, passes it to the recorder, and closes the run.
 
     Args:
         recorder: of the run.
@@ -42,11 +42,11 @@ class RunWriter:
         seconds_before: how long the training took before it was resumed; None if unknown.
         is_finite: whether each loss so far was.
 
-    step: the last step; taken, losses, measured: what is to be written of the steps so far; rates: the
+    step: the last step; taken, losses, measured: values of steps that are not written yet; rates: the
     numbers of the optimizers that are recorded only when they change; step_seconds: the time of a step.
     """
 
-    #: What the notice of a loss that is not finite begins and ends with.
+    #: The beginning and the end of the notice of a loss that is not finite.
     advice = "", ""
 
     def __init__(
@@ -120,10 +120,10 @@ class RunWriter:
         return min(stops)
 
     def is_snapshot_due(self) -> bool:
-        """Tell whether the current state should be kept."""
+        """Return whether the current state should be kept."""
         recorder = self.recorder
         if recorder.lost_to > self._lost_to:
-            # Old batches were dropped: everything from here on must open without them.
+            # Old batches were dropped: everything from here must open without them.
             self._lost_to = recorder.lost_to
             recorder.plan.pinned = {0, self.step}
             return True
@@ -137,15 +137,15 @@ class RunWriter:
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
 
     def flush(self) -> None:
-        """Pass what was recorded so far to the recorder; this also happens several times a second."""
+        """Pass everything recorded so far to the recorder; this also happens several times a second."""
         raise NotImplementedError
 
     def write(self, first: int, losses: Sequence[float | None], facts: dict[str, Any]) -> None:
-        """Pass what was collected to the recorder.
+        """Pass the collected steps to the recorder.
 
         Args:
             first: the first of the steps.
-            losses: of the steps, None where the training logs none.
+            losses: of the steps, None if the training logs none.
             facts: to be written with them.
         """
         facts |= self._nonfinite_in(first, losses)
@@ -155,16 +155,16 @@ class RunWriter:
         self.taken, self.losses, self.measured = [], [], []
 
     def show_written(self) -> None:
-        """Show the losses that are on disk by now, so that none that was shown can be lost."""
+        """Show the losses that are on disk, so that no shown loss can be lost."""
         for first, losses in self.recorder.written():
             if self._advanced is not None:
                 self._advanced(first, losses)
 
     def close(self, status: str, reason: str | None, facts: dict[str, Any]) -> None:
-        """Write what is left, and how the training ended, and close the run.
+        """Write the remaining data, and how the training ended, and close the run.
 
         Raises:
-            RecordingError: writing failed; what was written before is kept.
+            RecordingError: writing failed; earlier data is kept.
         """
         seconds = time.perf_counter() - self._started
         in_all = None if self._seconds_before is None else self._seconds_before + seconds

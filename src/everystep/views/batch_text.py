@@ -1,4 +1,4 @@
-"""What a batch holds apart from the numbers of its tensors: plain values, classes, columns."""
+"""Contents of a batch other than tensors: plain values, classes, columns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_VALUES, MOST_ITEMS, LONGEST_TEXT = 50, 64, 200
 
 
 def class_names(facts: Facts) -> list[str] | None:
-    """Return the names of the classes of a run's targets, by number; None: they are not known."""
+    """Return the names of the classes of a run's targets, by number; None if unknown."""
     trained = facts.trained
     known: Sequence[Any] | None = ((trained and trained.preparation) or {}).get("classes")
     return [str(name) for name in known] if isinstance(known, list | tuple) and known else None
@@ -73,7 +73,7 @@ def classes_of_tensors(
     """Return the ids of tensors that are about classes.
 
     `values`: their numbers are classes; `columns`: they have a column for each class: the output of a
-    Sequential, and what its loss makes of it.
+    Sequential, and tensors that its loss derives from it.
     """
     if names is None or targets(step.batch, names) is None:
         return {}
@@ -103,9 +103,9 @@ def classes_of_tensors(
 def about_classes(
     step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
 ) -> dict[str, str]:
-    """Return what to say of the tensors that are about classes, by their ids.
+    """Return the explanations of tensors about classes, by their ids.
 
-    Classes that are called by their numbers need no explanation.
+    Classes with their numbers as names need none.
     """
     if names is None or names == [str(number) for number in range(len(names))]:
         return {}
@@ -116,7 +116,7 @@ def about_classes(
 
 
 def plain_values(nested: Any, *, whole: bool = False) -> list[dict[str, Any]]:
-    """Return what a batch has besides tensors: name, its texts, and their count.
+    """Return the plain values of a batch: name, texts, and their count.
 
     whole: all names and texts; by default the first of them, cut.
     """
@@ -129,7 +129,7 @@ def plain_values(nested: Any, *, whole: bool = False) -> list[dict[str, Any]]:
 
 
 def other_values(nested: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a batch has besides tensors, by its path in the batch: a value, or a list of values."""
+    """Yield the plain values of a batch, by path: a value, or a list of values."""
     for path, value in _plain(nested, ""):
         yield path or "batch", value
 
@@ -158,8 +158,8 @@ def _cut(value: Any) -> str:
 def columns_of(batch: Batch, facts: Facts, count: int) -> list[tuple[str, list[Any]]]:
     """Return name and values of each column of a batch of `count` rows, those of its targets first.
 
-    Of a table, the columns are in its own units: what was scaled is scaled back, and words are words
-    (a missing one is blank). Whole numbers are texts.
+    Columns of a table are in its own units: scaling is undone, and categories are words (a missing one
+    is blank). Integers are texts.
 
     facts: of the run.
     """
@@ -177,7 +177,7 @@ def columns_of(batch: Batch, facts: Facts, count: int) -> list[tuple[str, list[A
 
 
 def about_columns(facts: Facts) -> list[str]:
-    """Return what to say of the columns of a run's table, in lines."""
+    """Return explanations of the columns of a run's table, in lines."""
     table = _table(facts)
     columns = [] if table is None else table.columns
     if all(isinstance(each, CategoricalColumn) or each.fill is None for each in columns):
@@ -231,6 +231,6 @@ def _values(numbers: Tensor) -> list[Any]:
 
 
 def first_of(given: Any) -> Tensor | None:
-    """Return what a module gave; of several tensors the first."""
+    """Return the output of a module; the first of several tensors."""
     found: Tensor | None = given[0] if isinstance(given, tuple | list) and given else given
     return found

@@ -175,7 +175,7 @@ def _reason(found: Difference, operation: OperationDifference) -> str:
 
 
 def _input_name(name: str) -> str:
-    """Return what an operation receives, in words."""
+    """Describe an input of an operation."""
     kind, _, rest = name.partition("~")[0].partition("/")
     if kind in ("x", "y"):
         return f"{kind} of the batch"
@@ -221,7 +221,7 @@ def _value_text(value: Any) -> str:
 
 
 def operation_name(operation: Operation | Apart) -> str:
-    """Return an operation in words: `aten.addmm.default of module 0, forward`."""
+    """Describe an operation: `aten.addmm.default of module 0, forward`."""
     module = f" of module {operation.module}" if operation.module else ""
     return f"{operation.operator}{module}, {operation.phase}"
 
@@ -249,7 +249,7 @@ def _diff_verdict(found: Difference) -> str:
 
 
 def _hint(found: Difference) -> str:
-    """Return how more is compared, where nothing differs in what was."""
+    """Return how to compare more, if nothing compared differs."""
     differs = (found.loss, found.states, found.operation, found.measured, found.problems)
     return "" if found.is_thorough or any(differs) else "; --thorough compares every operation"
 
@@ -265,7 +265,7 @@ class Listed(NamedTuple):
 
 
 def listed(found: Difference) -> list[Listed]:
-    """Return what was asked for differently, one line for each setting or number of the data."""
+    """Return the differing settings and numbers of the data, one per line."""
     settings = [
         Listed(name, _pair_texts(pair))
         for name, pair in found.experiments.items()
@@ -307,7 +307,7 @@ def _text(value: Any) -> str:
 
 
 def match_text(found: Match) -> str:
-    """Return what of the first run's step the second does not have, and where that begins, in lines."""
+    """Return the tensors of the first run's step that the second lacks, and the suspects, in lines."""
     one, other = found.names
     lines = [
         ("runs", f"{one}\n{other}"),
@@ -356,7 +356,7 @@ def rerun_text(found: Rerun) -> str:
 
 
 def rerun_sentence(found: Rerun) -> str:
-    """Return the conclusion in a sentence: where a run parts, and by how much at most."""
+    """Return the conclusion in a sentence: where a run diverges, and by how much at most."""
     if not found.has_loss or not found.relative.any():
         return _rerun_verdict(found)
     far = int(found.relative.argmax())

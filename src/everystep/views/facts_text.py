@@ -1,4 +1,4 @@
-"""What a run is, how its steps ran, how it ended, and what to type next, in words.
+"""What a run is, how its steps ran, how it ended, and the next commands, as text.
 
 The terminal, the page, the report and a notebook show the same.
 """
@@ -42,15 +42,15 @@ _LABEL_WIDTH = 8
 
 
 def header(facts: Facts) -> str:
-    """Return what a run is, in the chapter's order, as text."""
+    """Return the description of a run, in the chapter's order, as text."""
     return "\n".join(labelled(label, text, _LABEL_WIDTH) for label, text in header_rows(facts))
 
 
 def header_rows(facts: Facts) -> list[tuple[str, str]]:
-    """Return what a run is as (label, text), in the chapter's order: device, data, model, loss, update.
+    """Return the description of a run as (label, text): device, data, model, loss, update.
 
     Raises:
-        RunError: the run does not say how it was trained.
+        RunError: the run has no record of how it was trained.
     """
     training = facts.training
     numerics = training.numerics
@@ -67,14 +67,14 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
 
 
 def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
-    """Return what a run is, and how its steps ran, as (label, text), in the order of the header."""
+    """Return the description of a run and how its steps ran, as (label, text), in the header's order."""
     has_taken = facts.training.engine or facts.training.loop
     how = f"\n{engine_text(facts)}" if has_taken else ""
     return [(label, f"{text}{how}" if label == "steps" else text) for label, text in header_rows(facts)]
 
 
 def closing(directory: Path, reason: str | None) -> str:
-    """Return the final message of a training: how it ended, where the run is, what to type next."""
+    """Return the final message of a training: how it ended, where the run is, and the next command."""
     run = RecordedRun(directory)
     summary = run.summary()
     facts = run.facts
@@ -191,7 +191,7 @@ def _steps_text(steps: int, training: TrainingFacts) -> str:
 
 
 def shortest_name(directory: Path) -> str:
-    """Return what a user need type: the bare name of a run in runs/."""
+    """Return the shortest argument for a run: its bare name if it is in runs/."""
     return directory.name if directory.parent == Path("runs") else str(directory)
 
 
@@ -221,7 +221,7 @@ def going_on(run: RecordedRun, facts: Facts) -> str:
 
 
 def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[str, Any]:
-    """Return how far a run has come; of one that ended early, how, and how to go on.
+    """Return the progress of a run; for one that ended early, also why, and how to continue.
 
     facts, status, steps: of the run, as already read.
     """
@@ -239,9 +239,9 @@ def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[
 
 
 def facts_data(facts: Facts) -> dict[str, Any]:
-    """Return everything that is known of a run, in words, as the page and the report show it.
+    """Return everything known about a run as text, as the page and the report show it.
 
-    facts: as (label, text); details: numerics and versions, each as a title, a few words, and all as
+    facts: as (label, text); details: numerics and versions, each as a title, a short text, and all as
     (label, text); times: when it was trained, and how long that took, in lines.
     """
     training = facts.training

@@ -43,8 +43,8 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 #: Characters of a label of an answer.
 _WIDTH = 12
 
-#: Control characters besides line feed and tab (escape sequences begin with one), marks that turn the
-#: direction of text or hide in it, and halves of surrogate pairs.
+#: Control characters except line feed and tab (escape sequences begin with one), marks that change the
+#: direction of text or are invisible, and halves of surrogate pairs.
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -57,7 +57,7 @@ def clean(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text as part of a line: whatever is not printable is replaced, line breaks, too."""
+    """Return a text as part of a line: unprintable characters and line breaks are replaced."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else "\ufffd" for each in text)
@@ -128,5 +128,5 @@ def block(lines: Iterable[tuple[str, str]], verdict: str) -> str:
 
 
 def about_numbers(source: str) -> str:
-    """Return what the numbers of rows are; source: what they are of, empty if they are unknown."""
+    """Return an explanation of row numbers; source: the name of their data, empty if unknown."""
     return f"row: its {f'number in {source}, counted from 0' if source else 'place in the batch'}"

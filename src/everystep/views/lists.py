@@ -114,7 +114,7 @@ def runs_tables(runs: Iterable[Summary], width: int | None = None) -> Iterator[T
 
 
 def _in_moments(runs: Iterable[Summary]) -> Iterator[list[Summary]]:
-    """Yield what comes within a moment, together."""
+    """Yield the items of each moment together."""
     some: list[Summary] = []
     began = time.monotonic()
     for run in runs:

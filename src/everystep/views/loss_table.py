@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LossTable", "column_title", "environment", "loss_table", "shortest_texts"]
 
-#: Rows that stand in the page as plain HTML, for where scripts do not run.
+#: Rows in the page as plain HTML, for viewers without scripts.
 STATIC_ROWS = 10
-#: An excerpt of fewer rows would say nothing.
+#: An excerpt of fewer rows would be useless.
 FEWEST_ROWS = 100
 
 
@@ -70,7 +70,7 @@ class LossTable:
         return _rendered("table_fragment.html", **self.content())
 
     def content(self) -> dict[str, Any]:
-        """Return what a template shows of the table: words, the rows as data, and DataTables."""
+        """Return the content for a template: texts, the rows as data, and DataTables."""
         steps, *numbers = self.frame.get_columns()
         columns = [steps.to_list(), *map(shortest_texts, numbers)]
         return {
@@ -112,8 +112,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
 
     Args:
         run: the run.
-        rows: maximum number of rows, at least 100. For a longer run, the table is an excerpt, and says
-            so: evenly spaced steps, the smallest and the largest values of stretches of steps, the
+        rows: maximum number of rows, at least 100. For a longer run, the table is an excerpt, with a
+            note: evenly spaced steps, the smallest and the largest values of stretches of steps, the
             first, the last.
 
     Raises:
@@ -156,10 +156,9 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
 
 
 def shortest_texts(values: pl.Series) -> list[str]:
-    """Return each number in the fewest digits that give it back; an empty text where it is null.
+    """Return each number in the fewest digits that give it back; null becomes an empty text.
 
-    A column of Float32 is read as such. Of Float64, numbers that are float32 values, as most
-    measurements are, are written as such.
+    Float64 numbers that are float32 values, as most measurements are, get the digits of float32.
     """
     numbers = values.to_numpy()
     with np.errstate(over="ignore"):

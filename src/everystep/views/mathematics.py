@@ -1,8 +1,8 @@
 """An operation as a line of mathematics.
 
 `#3` is the result of operation 3, `∂#3` the gradient of the loss with respect to it, `·` the matrix
-product, `*` the product of numbers. A view is written as what it is a view of: transposed `#3ᵀ`, or
-`permute(#3)`, or `part(#3)`; reshaped or broadcast, it is `#3` itself.
+product, `*` the product of numbers. A view is written as its base: transposed `#3ᵀ`, or `permute(#3)`,
+or `part(#3)`; reshaped or broadcast, it is `#3` itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Line", "all_arguments", "kind_of", "mathematics", "value_text"]
 
 _VIEW = re.compile(r"~\d+$")
 _NUMBERED = re.compile(r"#\d+(\.\d+)?")
-#: What the names of kernels have, and their mathematics does not.
+#: Parts of kernel names that are omitted in mathematics.
 _DECORATIONS = re.compile(r"^_|^_?native_|^_?cudnn_|_with_indices|_forward$|(?<=[a-z0-9])_$")
 _ATTENTION = re.compile(r"scaled_dot_product_\w*attention(_for_cpu)?")
 
@@ -118,7 +118,7 @@ class _Naming:
         return called if name == base else _as_view(called, tensor, self._shapes.get(base))
 
     def _differentiated(self, call: NamedCall, size: int) -> str | None:
-        """Return what a backward operation gives the whole gradient of, where that is sure."""
+        """Return the tensor of which a backward operation returns the whole gradient, if certain."""
         gradient = next(iter(call.tensors.values()), "")
         made = self._made.get("loss" if gradient == "1" else gradient.removeprefix("∂"))
         if made is None or not gradient.startswith(("1", "∂")):
@@ -130,7 +130,7 @@ class _Naming:
 
 
 def _source(made: _Made, call: NamedCall) -> str:
-    """Return what `made` was made of that the operation may give the gradient of; "" if unknown."""
+    """Return the input of `made` for which the operation may return the gradient; "" if unknown."""
     first = next(iter(made.tensors.values()), "")
     if call.kind == "mm" and made.kind in ("addmm", "mm"):
         right, factor = made.tensors["mat2"], call.tensors.get("mat2", "")
@@ -223,12 +223,13 @@ def right_side(call: NamedCall) -> str:
     try:
         text = line(own) if callable(line) else line
         return text.format_map(call) if text else _as_call(call)
-    except (KeyError, NoRuleError):  # an operator of that name which takes something else
+    except (KeyError, NoRuleError):  # an operator of that name with other arguments
         return _as_call(call)
 
 
 def _as_call(call: NamedCall) -> str:
-    """Return `name(arguments)`: tensors, and what is not the default, by name after what is left out.
+    """Return `name(arguments)`: tensors, and other arguments than the default, by name after omitted
+    ones.
 
     The settings of a backward operation are those of the operation that it is of.
     """
@@ -247,7 +248,7 @@ def _as_call(call: NamedCall) -> str:
 
 
 def _is_usual(value: Any, default: Any) -> bool:
-    """Tell whether an argument changes nothing of what is computed."""
+    """Return whether an argument does not affect the result."""
     if isinstance(value, dict):
         return not {"text", "float"} & value.keys() or value.get("text") == default
     if isinstance(value, list | tuple) and isinstance(default, int):

@@ -12,14 +12,14 @@ from everystep.views.batch_text import first_of
 
 __all__ = ["network"]
 
-#: What an operation is given besides what comes from the layer before.
+#: Inputs of an operation other than the output of the previous layer.
 _OWN = ("parameter/", "buffer/")
 
 
 def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, Any]]:
     """Return the layers in the order of execution, each with its shapes, parameters and operations.
 
-    Modules that hold others are among them only where they have run operations of their own.
+    A module with submodules is included only if it ran operations of its own.
 
     Args:
         step: the opened step.
@@ -49,7 +49,7 @@ def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, An
 
 
 def _follows(step: Step, before: list[int], operations: list[int]) -> bool:
-    """Tell whether a layer uses what the layer before it gives; without operations, it counts as if."""
+    """Return whether a layer uses the output of the previous one; True for one without operations."""
     if not before or not operations:
         return True
     reached: set[str] = set()
@@ -64,7 +64,7 @@ def _follows(step: Step, before: list[int], operations: list[int]) -> bool:
 
 
 def _in_order(step: Step, operations: dict[str, list[int]]) -> list[str]:
-    """Return the paths of modules; one without operations comes after the one that gave before it."""
+    """Return the paths of modules; one without operations comes after the module before it."""
     places: dict[str, float] = {path: numbers[0] for path, numbers in operations.items()}
     last = -0.5
     for path in step.activations:
@@ -76,7 +76,7 @@ def _in_order(step: Step, operations: dict[str, list[int]]) -> list[str]:
 
 
 def _described(module: ModuleFacts | None, is_container: bool) -> dict[str, str]:
-    """Return a module's class, what it prints of its settings, and both together."""
+    """Return a module's class, its printed settings, and both together."""
     if module is None:
         return {"type": "", "arguments": "", "text": ""}
     name = module.class_name
@@ -104,7 +104,7 @@ def _layer(step: Step, path: str, operations: list[int], backward: list[int]) ->
 
 
 def _input_shape(step: Step, operations: list[int]) -> list[int] | None:
-    """Return the shape of what comes in from outside the layer."""
+    """Return the shape of the input from outside the layer."""
     made: set[str] = set()
     for number in operations:
         seen = step.operations[number]

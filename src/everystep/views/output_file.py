@@ -1,4 +1,4 @@
-"""Files for the user, such as plots and pages: complete, or not there."""
+"""Files for the user, such as plots and pages: complete, or absent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _is_own(path: Path) -> bool:
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:
-    """Write a file that is complete when it has its name; what was there stays until then.
+    """Write a file that gets its name when it is complete; an existing file stays until then.
 
     Raises:
         UsageError: the file cannot be written.
@@ -59,7 +59,7 @@ def write_file(path: str | Path, content: bytes | str) -> None:
 
 
 def _can_be_replaced(path: Path) -> bool:
-    """Tell whether another file may take the name: not that of a link, a pipe or a device."""
+    """Return whether another file may take the name: not that of a link, a pipe or a device."""
     is_plain = path.is_file() and not path.is_symlink()
     return os.access(path.absolute().parent, os.W_OK) and (is_plain or not os.path.lexists(path))
 

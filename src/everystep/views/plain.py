@@ -37,10 +37,10 @@ def metric_data(measurement: str) -> dict[str, Any]:
 
 
 def plain_data(value: Any) -> Any:
-    """Return what JSON can hold: of an answer its fields, and what it derives from them.
+    """Return an answer as JSON can hold it: its fields and derived properties.
 
-    NaN and infinities become texts, and so do complex numbers, times and paths. A step is its number, an
-    operation its operator, phase and module.
+    NaN and infinities become texts, and so do complex numbers, times and paths. A step becomes its
+    number, an operation its operator, phase and module.
     """
     if value is None or isinstance(value, (str, int)):
         return value

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["curves_plot", "loss_plot", "save_plot"]
 
-#: Of a series of more points than MOST, so many evenly spread ones are drawn, and the extremes of so
-#: many buckets: these alone would look like two bands.
+#: For a series of more than MOST points: the number of evenly spaced points to draw, and of buckets with
+#: their extremes, which alone would look like two bands.
 MOST, SPREAD, BUCKETS = 6000, 4000, 1000
 #: More marks than this look the same.
 MARKS = 1000
@@ -53,8 +53,8 @@ def loss_plot(
 
     Args:
         runs: at least one; colors distinguish several.
-        log: a log10 axis; it omits values that are not positive, and the caption says so.
-        measurements: names of what to draw besides the loss; a run without one is drawn without it.
+        log: a log10 axis; it omits values that are not positive, with a note in the caption.
+        measurements: names of measurements to draw, too; a run without one is drawn without it.
 
     Raises:
         UsageError: there are no runs, or none of them has a measurement.
@@ -139,7 +139,7 @@ def _names(runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]) -> pd.DataFrame:
-    """Return the points to draw: run, step, value; notes what had to be left out."""
+    """Return the points to draw: run, step, value; notes omitted ones."""
     finite = frame.filter(pl.col(column).is_finite())
     if log:
         positive = finite.filter(pl.col(column) > 0)
@@ -260,7 +260,7 @@ def _repeated(values: Sequence[str], count: int) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide remarks of plotnine and matplotlib from the user: the caption says what matters."""
+    """Hide warnings of plotnine and matplotlib from the user: the caption reports what matters."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -22,7 +22,7 @@ from everystep.views.terminal import SafeConsole
 __all__ = ["Silent", "TerminalProgress", "counting"]
 
 
-#: Set by Jupyter for all that a cell starts; the lines that a training prints there.
+#: Set by Jupyter for everything that a cell starts; the number of lines that a training prints there.
 _IN_NOTEBOOK, _LINES_IN_NOTEBOOK = "JPY_PARENT_PID", 20
 
 
@@ -30,20 +30,20 @@ class Silent:
     """Watches a training, and prints only notices."""
 
     def reading(self, done: int, total: int) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def begin(self, directory: Path, facts: Facts) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def notice(self, message: str) -> None:
         """Print a notice on stderr."""
         print(clean(f"everystep: {message}"), file=sys.stderr)
 
     def end(self) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 class TerminalProgress(Silent):
@@ -73,7 +73,7 @@ class TerminalProgress(Silent):
             self._console.print(header(facts), markup=False)
             self._console.print()
         self._start("training", facts.steps or 0, "")
-        if _IN_NOTEBOOK in os.environ:  # nobody reads hundreds of lines below a cell
+        if _IN_NOTEBOOK in os.environ:  # hundreds of lines below a cell are too many
             self._last = facts.steps or 0
             self._every = max(self._last // _LINES_IN_NOTEBOOK, 1)
 
@@ -93,7 +93,7 @@ class TerminalProgress(Silent):
         self._console.print(Text(f"everystep: {message}", style="yellow"))
 
     def end(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -122,8 +122,8 @@ def counting(
 ) -> Iterator[Callable[[int], None]]:
     """Show a bar for `total` steps; yield the function to call with the number of new steps.
 
-    wanted: whether to show a bar; or the function to call instead. Its `begin_counting`, if it has that,
-    is called before, with what is counted, and the total.
+    wanted: whether to show a bar; or the function to call instead. Its `begin_counting`, if it has one,
+    is called first, with the counted things and the total.
     """
     if callable(wanted):
         if begin := getattr(wanted, "begin_counting", None):

@@ -47,7 +47,7 @@ def _extremes(frame: polars.DataFrame, starts: NDArray[np.int64], value: str) ->
     """Return the rows to keep of a frame in buckets that begin at the rows `starts`."""
     values = frame[value].to_numpy()
     kept = [0, len(values) - 1]
-    # One bucket after the other stays in the processor's cache; arrays of all rows do not.
+    # A bucket fits into the processor's cache; arrays of all rows do not.
     for begin, end in pairwise([*starts.tolist(), len(values)]):
         bucket = values[begin:end]
         finite = np.isfinite(bucket)

@@ -65,11 +65,11 @@ class Report(str):
 def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequence[str] = ()) -> str:
     """Return a run as a complete page: its facts, a plot to zoom into, and the table of its losses.
 
-    Of a run of more than 50,000 steps it holds the excerpt that `loss_table` makes, and says so.
+    For a run of more than 50,000 steps, it holds the excerpt of `loss_table`, with a note.
 
     Args:
         opened: a section of opened steps.
-        modules: of the page that the section begins with.
+        modules: of the page, which the section loads first.
     """
     table = loss_table(run, rows=ROWS)
     facts = run.facts
@@ -98,7 +98,7 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
 
 
 def _inlined(first: Sequence[str]) -> dict[str, str]:
-    """Return modules of the page and all that they import, by bare names, each as a data: address."""
+    """Return modules of the page and all their imports, by bare names, each as a data: address."""
     found: dict[str, str] = {}
     due = [*first]
     while due:

@@ -26,14 +26,14 @@ __all__ = ["order_of", "rows_data", "rows_text"]
 
 #: What rows are ranked by.
 ORDERS = ("loss", "gradient")
-#: Columns of each row besides its numbers.
+#: Columns of each row other than its numbers.
 MOST_COLUMNS = 40
 
 
 def order_of(
     rows: Rows, by: str | None = None, parameter: str | None = None
 ) -> tuple[str, list[int]] | None:
-    """Return what rows are ranked by, and their places in the batch; None if that is unknown.
+    """Return the key that rows are ranked by, and their places in the batch; None if unknown.
 
     by: `loss` or `gradient`; default: the loss, unless it is unknown or a parameter is named.
 
@@ -59,7 +59,7 @@ def rows_text(
     parameter: str | None = None,
     first: int = 10,
 ) -> str:
-    """Return the worst rows, a line for each, then what is of no row, and what is unknown.
+    """Return the worst rows, a line for each, then the term of no row, and unknown ones.
 
     facts, name: of the run; by, parameter: see `order_of`; first: how many rows.
     """
@@ -86,7 +86,7 @@ def rows_text(
 
 
 def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
-    """Return what the numbers are, and why some are unknown, in lines."""
+    """Return explanations of the numbers, and why some are unknown, in lines."""
     from everystep.answers.rows import Share
 
     lines = [about_numbers(rows.source)]
@@ -114,11 +114,7 @@ def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
 
 
 def _rest(rest: float) -> str:
-    return (
-        f", and of {number(rest)} that no row makes (a penalty, or what was there before)"
-        if rest
-        else ""
-    )
+    return f", and of {number(rest)} from no row (a penalty, or earlier gradients)" if rest else ""
 
 
 def rows_data(
@@ -189,9 +185,9 @@ def rows_data(
 
 
 def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
-    """Return what is known of what rows are ranked by (N).
+    """Return the known numbers that rows are ranked by (N).
 
-    The loss of each, and the 2-norm of its term in the gradients, those of which the rows are known.
+    The loss of each row, and the 2-norm of its term in the gradients with known rows.
     """
     names = [parameter] if parameter else rows.known
     asked: dict[str, Callable[[], Tensor]] = {
@@ -206,7 +202,7 @@ def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
 
 
 def _shares(rows: Rows, names: Sequence[str]) -> list[Share]:
-    """Return what is known of some parameters."""
+    """Return the known shares of some parameters."""
     from everystep.answers.rows import Share
 
     return [each for name in names if isinstance(each := rows.gradients[name], Share)]

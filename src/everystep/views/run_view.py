@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FINITE", "RunView", "skipped_text", "when_text"]
 
-#: What is said where there is no NaN and no infinity.
+#: The text if there is no NaN and no infinity.
 FINITE = "all results of all operations are finite"
 
 #: Rows of a training that are named before the rest is counted.
@@ -47,9 +47,9 @@ _ROWS_NAMED = 8
 
 
 class RunView(NamedTuple):
-    """How what a run answers is shown.
+    """How answers of a run are shown.
 
-    run: None for a diagnosis, which a run that cannot be opened has, too; step: that rows are of.
+    run: None for a diagnosis, which also exists for a run that cannot be opened; step: of rows.
     """
 
     run: Any
@@ -78,7 +78,7 @@ class RunView(NamedTuple):
         return step_html(step, self.run.facts, self.run.name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An answer can be pickled; the run with all that it has opened cannot.
+        # An answer can be pickled; a run with its opened steps cannot.
         return _view_of, (self.run and self.run.directory, self.step)
 
 
@@ -182,7 +182,7 @@ def when_text(losses: Mapping[int, float]) -> str:
 
 
 def _found_text(found: Found, view: RunView) -> str:
-    """Return the steps with their losses, or that there is none, and which were skipped."""
+    """Return the steps with their losses, or that there is none, and the skipped ones."""
     text = when_text(view.run.losses_at(found.steps)).rstrip("\n") or "no step matches"
     return f"{text}\n{skipped_text(found.inexact)}" if found.inexact else text
 
@@ -263,7 +263,7 @@ def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
 
 
 def _diagnosis_text(found: Diagnosis, view: RunView | None = None) -> str:
-    """Return what is wrong with a run, and what can be read, in lines."""
+    """Return the problems of a run, and what can be read, in lines."""
     findings: list[str] = []
     for each in found.findings:
         findings += [labelled("place", each.place), labelled("problem", each.problem)]

@@ -1,7 +1,7 @@
 """An opened step as plain data: what `--json` prints and the page gets.
 
-Its tensors are named by ids, such as `batch.x` or `operations/3/inputs/x`; what their numbers are like
-is in one table of all of them, and the numbers come apart.
+Its tensors are named by ids, such as `batch.x` or `operations/3/inputs/x`; their statistics are in one
+common table, and their numbers are sent separately.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _settings(step: Step, part: str | None) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)}
 
 
-#: Images are drawn as such up to this many pixels along a side.
+#: Images are drawn up to this many pixels along a side.
 _LARGEST_IMAGE = 512
 _PARTS_OF_UPDATE = ("before", "after", "change")
 
@@ -130,15 +130,15 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "updates": _updates(step, _formulas(step, training, happened), tensors),
     }
     content["tensors"] = tensors.known
-    # Of these there are many, and none of their values is a number that could be NaN.
+    # These are many, and none of their values can be NaN.
     plain = ("operations", "network")
     return {key: each if key in plain else plain_data(each) for key, each in content.items()}
 
 
 class _Tensors:
-    """The tensors that are spoken of, by id, with what their numbers are like.
+    """The named tensors, by id, with their statistics.
 
-    Many ids are of the same memory, and are looked at once.
+    Many ids share memory, which is read once.
     """
 
     def __init__(self, step: Step, of_classes: Mapping[str, str], values: bool) -> None:
@@ -147,7 +147,7 @@ class _Tensors:
         self._values = values
         self.known: dict[str, dict[str, Any]] = {}
         self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
-        # As long as they are held, no other tensor can come to lie in their memory.
+        # While they are referenced, no other tensor can get their memory.
         self._held: list[Tensor] = []
 
     def add(self, id: str, tensor: Tensor) -> str:
@@ -177,7 +177,7 @@ class _Tensors:
     def called(
         self, place: str, given: dict[str, Tensor], names: dict[str, str]
     ) -> list[dict[str, str]]:
-        """Look at what an operation is given, or gives; `names`: what its mathematics calls each."""
+        """Add the inputs or results of an operation; `names`: of each in its mathematics."""
         return [
             {"name": n, "called": names.get(n, n), "tensor": self.add(f"{place}/{n}", tensor)}
             for n, tensor in given.items()
@@ -248,7 +248,7 @@ def _arguments(operation: Operation, line: Line) -> list[list[str | bool]]:
 
 
 def _as_made(step: Step) -> dict[str, Tensor]:
-    """Return the gradients as the backward pass made them, in order; those not seen there at the end."""
+    """Return the gradients in the order of the backward pass; unknown ones at the end."""
     made: dict[str, int] = {}
     for number, seen in enumerate(step.operations):
         if seen.operation.phase == "backward":
@@ -341,7 +341,7 @@ def unset_ids(step: Step) -> frozenset[str]:
 
 
 def images_of(x: Tensor, facts: Facts) -> Tensor | None:
-    """Return the images that a batch is, as they were before they were scaled; None: it is none.
+    """Return a batch as images, before scaling; None if it is not one of images.
 
     Args:
         x: (N, 1 or 3, H, W).

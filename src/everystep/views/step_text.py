@@ -42,7 +42,7 @@ from everystep.views.update_formula import UpdateFormula, update_formulas
 
 __all__ = ["PHASES", "step_html", "step_text"]
 
-#: What can be looked at alone.
+#: Phases that can be shown alone.
 PHASES = ("batch", *get_args(Phase))
 
 #: Columns of a step in a notebook.
@@ -53,12 +53,12 @@ _HTML = '<pre style="overflow-x: auto; line-height: 1.35; background: none">{cod
 _INDENT = 2
 #: Rows of a batch that are named.
 _ROWS_SHOWN = 3
-#: The numbers of tensors of an operation with at most so many elements are shown unasked.
+#: Numbers of an operation's tensors are shown by default up to so many elements.
 FEW_VALUES = 64
 #: Characters of the path of a module.
 _LONGEST_PATH = 18
 
-#: What the terminal shows of an operation in a line.
+#: The columns of an operation in the terminal.
 OPERATIONS: tuple[Column[Mapping[str, Cell]], ...] = (
     keyed("number", "", style="dim"),
     keyed("module", style="cyan"),
@@ -66,7 +66,7 @@ OPERATIONS: tuple[Column[Mapping[str, Cell]], ...] = (
     *NUMBERS,
     keyed("operator", style="dim", rank=4),
 )
-#: What it shows of the update of a parameter.
+#: The columns of the update of a parameter.
 UPDATES: tuple[Column[Mapping[str, Cell]], ...] = (
     keyed("parameter"),
     keyed("norm before", is_number=True, rank=1),
@@ -230,7 +230,7 @@ class _Opened:
         )
 
     def _as_it_happened(self, loop: LoopFacts) -> None:
-        """Write a step of a loop: its batch, its segments in their order, and what has changed."""
+        """Write a step of a loop: its batch, its segments in order, and other changes."""
         step, page = self.step, self.page
         self._batch()
         happened = as_it_happened(step, self.training, loop)
@@ -366,7 +366,7 @@ class _Opened:
         }
 
     def _operations(self, phase: str, alone: bool) -> None:
-        """List the operations of a phase: a line for each, or alone all that is known of them."""
+        """List the operations of a phase: a line for each, or a single one in full."""
         places = self._places(phase)
         if not places:
             self.page.line(("no operations", "dim"), indent=_INDENT)

@@ -21,7 +21,7 @@ __all__ = ["Sparkline", "sparkline", "summary_html"]
 
 #: The picture's size in CSS pixels, and the room it leaves at its edges.
 WIDTH, HEIGHT, MARGIN = 320, 72, 5
-#: The loss is drawn on a log axis where its largest value is so many times its smallest.
+#: The loss is drawn on a log axis if its largest value is so many times its smallest.
 DECADES = 100.0
 
 

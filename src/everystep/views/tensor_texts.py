@@ -23,13 +23,13 @@ __all__ = [
     "write_tensors",
 ]
 
-#: Of tensors with at most so many elements, all are printed; of larger ones, the edges.
+#: Tensors with at most so many elements are printed whole, larger ones by their edges.
 ALL_VALUES = 1000
 
 #: After the shape of a complex tensor: its statistics are of absolute values.
 ABSOLUTE = "|z|"
 
-#: What the numbers of a tensor are like: columns of `numbers_of`.
+#: Statistics of a tensor: columns of `numbers_of`.
 NUMBERS: tuple[Column[Mapping[str, Cell]], ...] = (
     keyed("shape"),
     keyed("mean", is_number=True),
@@ -44,7 +44,7 @@ NUMBERS: tuple[Column[Mapping[str, Cell]], ...] = (
 def numbers_of(tensor: Tensor) -> dict[str, Cell]:
     """Return the shape of a tensor and its statistics; for a single number, the number as its mean.
 
-    For complex elements, these are of their absolute values, and the shape says so.
+    Statistics of complex elements are of absolute values, as noted in the shape.
     """
     seen = statistics(tensor)
     found: dict[str, Cell] = {

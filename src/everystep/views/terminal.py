@@ -20,11 +20,11 @@ __all__ = ["Cell", "Column", "Page", "SafeConsole", "Styled", "TextTable", "keye
 
 #: A text and its style.
 Styled = tuple[str, str]
-#: A cell of a table: its text, or one with a style of its own.
+#: A cell of a table: its text, perhaps with a style.
 Cell = str | Styled
 Row = TypeVar("Row")
 
-#: Cells that can be cut keep so many characters.
+#: Characters that a cut cell keeps.
 _NARROWEST = 16
 
 
@@ -32,10 +32,10 @@ _NARROWEST = 16
 class Column(Generic[Row]):
     """A column of a table.
 
-    header; value: the cell of a row; is_number: whether it is aligned to the right; rank: which columns
-    a narrow table does without first, the largest; 0: never; style: of cells without one; least: before
-    other columns are left out, its cells are cut to so many characters; 0: they are never cut; wraps:
-    its cells continue in the next line, and are not cut.
+    header; value: the cell of a row; is_number: whether it is aligned to the right; rank: a narrow table
+    omits the columns with the largest first; 0: never; style: of cells without one; least: before other
+    columns are left out, its cells are cut to so many characters; 0: they are never cut; wraps: its
+    cells continue in the next line, and are not cut.
     """
 
     header: str
@@ -61,7 +61,7 @@ def keyed(key: str, header: str | None = None, **options: Any) -> Column[Mapping
 class TextTable(Generic[Row]):
     """Rows in aligned columns. A column without a text in any row is left out.
 
-    width: that lines fit, by cutting cells and leaving out columns; None: they may have any.
+    width: of the lines, reached by cutting cells and omitting columns; None: any.
     """
 
     def __init__(self, columns: Sequence[Column[Row]], width: int | None = None) -> None:
@@ -191,7 +191,7 @@ _LABEL = 10
 
 
 class SafeConsole(Console):
-    """A console that cleans whatever it prints; colours and progress bars are its own."""
+    """A console that sanitizes its output, except its own colours and progress bars."""
 
     def render(self, *given: Any, **named: Any) -> Iterator[Segment]:
         """Yield the pieces of something to print, cleaned."""

@@ -62,7 +62,7 @@ class _Term(NamedTuple):
 
 
 class _Composer:
-    """What each tensor is by now, in terms of what there was before the update."""
+    """Each tensor at the current operation, in terms of the tensors before the update."""
 
     def __init__(self, optimizers: Mapping[str, OptimizerFacts]) -> None:
         alone = next(iter(optimizers.values())) if len(optimizers) == 1 else None
@@ -85,7 +85,7 @@ class _Composer:
         }
         results = [name for name in seen.operation.results if name] or list(seen.results)
         for place, name in enumerate(results):
-            if name.startswith("gradient/"):  # clipped: from here on it is the parameter's gradient
+            if name.startswith("gradient/"):  # clipped: from here it is the parameter's gradient
                 self._terms.pop(name, None)
                 continue
             own = {
@@ -114,7 +114,7 @@ class _Composer:
         )
 
     def _decays_now(self, name: str) -> bool:
-        """Tell whether the operations decay a parameter, and the documented formula does not."""
+        """Return whether the operations decay a parameter, and the documented formula does not."""
         if any(text in line for text in ("weight_decay", "lambd") for line in self._documented):
             return False
         own = f"optimizer/{name.partition('/')[2]}/"
@@ -201,7 +201,7 @@ _FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov
 
 
 def _documented(optimizer: OptimizerFacts) -> tuple[str, ...] | None:
-    """Return the formula of an optimizer of torch as its documentation has it, None if not sure."""
+    """Return the formula of a torch optimizer as in its documentation, None if uncertain."""
     if optimizer.class_name not in UPDATES or not optimizer.groups:
         return None
     flags = [{key: bool(group.get(key)) for key in _FLAGS} for group in optimizer.groups]

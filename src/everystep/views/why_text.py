@@ -68,7 +68,7 @@ class _Writer:
             self.page.line((about_numbers("" if batch.rows is None else batch.source), "dim"))
 
     def _way(self, way: tuple[Why, ...]) -> None:
-        """Write what a NaN or infinity came through, and where it began."""
+        """Write the way of a NaN or infinity, and its origin."""
         *through, last = way
         if through:
             self.page.blank()
@@ -141,7 +141,7 @@ def _below(found: Why) -> Iterator[Why]:
         yield from _below(each)
 
 
-#: A term of a sum, or what stands for several: its text, its numbers with their texts, its row.
+#: One or several terms of a sum: text, numbers with their texts, row.
 _Row = tuple[Cell, list[tuple[Cell, str]], str]
 
 
@@ -210,9 +210,9 @@ def _rows_text(each: Why) -> str:
     if each.rows is None or each.origin == "batch":
         return ""
     if not each.rows:
-        return "no row of the batch is behind it"
+        return "it depends on no row of the batch"
     if len(each.rows) == each.step.batch.count and len(each.rows) > 1:
-        return f"all {len(each.rows):,} rows of the batch are behind it"
+        return f"it depends on all {len(each.rows):,} rows of the batch"
     return f"row{'s' * (len(each.rows) > 1)} {named(each.rows, 10)} of {each.step.batch.whole}"
 
 
@@ -277,7 +277,7 @@ def spot_of(step: Step, facts: Facts, id: str, index: str) -> str | Spot:
         index: of the number in it: `3,5`.
 
     Raises:
-        UsageError: there is no such number, or nothing is known of it.
+        UsageError: there is no such number, or it is unknown.
     """
     shape = tuple(tensor_of(step, id, facts).shape)
     if index and not _INDEX.fullmatch(index):

@@ -100,7 +100,7 @@ def view(tmp_path):
 
 @pytest.fixture
 def train(recorded):
-    """Start `everystep train` beside the recorded runs; it is killed at the end, and its run removed."""
+    """Start `everystep train` in the same directory; it is killed at the end, and its run removed."""
     with contextlib.ExitStack() as stack:
 
         def start(name, *arguments):
@@ -117,7 +117,7 @@ SIZE = {"width": 1280, "height": 900}
 
 
 class Window:
-    """A profile of its own with an open page, and what was said in its consoles."""
+    """A separate profile with an open page, and the messages of its consoles."""
 
     def __init__(self, browser, **options):
         self.said = []
@@ -138,7 +138,7 @@ class Window:
         self.said.append(text)
 
     def check(self, expected):
-        """Nothing may have been said but what is expected, parts of texts."""
+        """Only expected messages are allowed; `expected`: parts of texts."""
         unexpected = [text for text in self.said if not any(part in text for part in expected)]
         self.said.clear()
         assert not unexpected
@@ -149,7 +149,7 @@ class Window:
 
 @pytest.fixture
 def open_page(browser):
-    """Open an address in a window of its own; nothing unexpected may be said in its console."""
+    """Open an address in a separate window; its console must have no unexpected messages."""
     with contextlib.ExitStack() as stack:
 
         def open_page(address=None, *, expected=(), **options):
@@ -234,7 +234,7 @@ def windows(browser, shared):
 
 @pytest.fixture
 def visit(windows, copied, train):
-    """Go to a place of the shared server; nothing unexpected may be said in the console."""
+    """Go to a place of the shared server; the console must have no unexpected messages."""
     with contextlib.ExitStack() as stack:
 
         def visit(

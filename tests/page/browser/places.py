@@ -74,7 +74,7 @@ def expect_another_picture(canvas, before):
 
 
 def value(readout, place=r"\[.*\]"):
-    """Return the number that a heat map tells of the cell that is pointed at."""
+    """Return the number that a heat map shows for the cell under the pointer."""
     expect(readout).to_have_text(re.compile(rf"^{place} = "))
     return float(readout.inner_text().rpartition("= ")[2])
 
@@ -94,6 +94,6 @@ def expect_no_sideways_scrolling(page):
 
 @contextmanager
 def changed(run):
-    """Change what a run's database says."""
+    """Change a run's database."""
     with closing(Database.change(run / "run.sqlite")) as database, database.transaction():
         yield database

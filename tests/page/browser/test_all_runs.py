@@ -164,7 +164,7 @@ def test_several_runs_are_laid_over_each_other_and_taken_away_again(visit):
     expect(table.get_by_role("row", name=re.compile("^chapter"))).to_contain_text("628.3 at 1")
     shown = page.get_by_role("group", name="what the plot shows")
     expect(shown.get_by_role("button", name=other, exact=True)).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("button", name=f"take {other} out of the plot").click()
+    page.get_by_role("button", name=f"remove {other} from the plot").click()
     expect(page.locator("h1")).to_have_text("1 run")
     assert page.url.endswith(f"/overlay?run={first}")
     page.go_back()

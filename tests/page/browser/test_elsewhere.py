@@ -1,4 +1,4 @@
-"""A run elsewhere, in the browser: a sentence, both losses in one plot, and errors in words."""
+"""A rerun in the browser: a sentence, both losses in one plot, and errors in words."""
 
 import re
 
@@ -46,7 +46,7 @@ def test_a_run_in_another_precision_lies_over_the_recorded_one(form, recorded):
 def test_what_cannot_be_is_said_in_words_and_a_rerun_is_cancelled(form):
     asked = form("chapter")
     press(asked, "Rerun")
-    expect(asked.locator(".alarm")).to_contain_text("needs something that differs from the recording")
+    expect(asked.locator(".alarm")).to_contain_text("needs a condition that differs from the recording")
     asked.get_by_label("threads").fill("1")
     asked.get_by_label("precision").select_option("bfloat16")
     press(asked, "Rerun")

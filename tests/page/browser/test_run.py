@@ -1,4 +1,4 @@
-"""One run in the browser: what it is, and going through its steps."""
+"""One run in the browser: its description, and stepping through it."""
 
 import os
 import re
@@ -82,7 +82,7 @@ def test_a_question_mark_shows_the_keys(visit):
     page.keyboard.press("?")
     help = page.get_by_role("dialog", name="Keys")
     for words in (
-        "the step before; ten with Shift",
+        "the previous step; ten with Shift",
         "the last step",
         "go to a step",
         "play through the run",
@@ -102,7 +102,7 @@ def test_a_run_has_two_ends(visit):
     page = visit("/runs/chapter?step=1")
     expect_step(page, 1)
     expect(part(page, "Zero grad")).to_contain_text("no gradients yet")
-    for name in ("first step (Home)", "\N{MINUS SIGN}10", "the step before (←)"):
+    for name in ("first step (Home)", "\N{MINUS SIGN}10", "the previous step (←)"):
         expect(page.get_by_role("button", name=name)).to_be_disabled()
     page.keyboard.press("Shift+ArrowLeft")
     expect_step(page, 1)
@@ -137,7 +137,7 @@ def test_play_goes_through_the_run_and_stops(visit):
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="play (p)")).to_be_visible()
     expect(heading(page)).to_be_visible()
-    page.get_by_label("how fast it plays").select_option(label="at full speed")
+    page.get_by_label("speed").select_option(label="at full speed")
     page.get_by_role("button", name="play (p)").click()
     expect_step(page, 500)
     expect(page.get_by_role("button", name="play (p)")).to_be_disabled()
@@ -218,7 +218,7 @@ def test_a_step_or_a_run_that_is_not_there_is_said(visit):
 
 def test_a_run_that_is_deleted_while_it_is_shown_stays_on_the_screen(copied, visit, tmp_path):
     run = copied("digits")
-    page = visit(f"/runs/{run.name}?step=7", expected=["404", "no run", "not there any more"])
+    page = visit(f"/runs/{run.name}?step=7", expected=["404", "no run", "no longer exists"])
     expect(heading(page)).to_have_text(re.compile("^Step 7 of"))
     # At once, as a file manager does: the server may be reading within.
     remove(run.rename(tmp_path / run.name))
@@ -238,9 +238,9 @@ def test_the_server_may_be_stopped_and_started_again_under_an_open_page(view, re
     expect_step(page, 137)
     served.stop()
     away = page.locator(".away")
-    expect(away).to_have_text("The server does not answer; trying again.")
+    expect(away).to_have_text("The server does not respond; trying again.")
     page.keyboard.press("ArrowRight")
-    expect(part(page, "Step").get_by_role("alert")).to_contain_text("the server does not answer")
+    expect(part(page, "Step").get_by_role("alert")).to_contain_text("the server does not respond")
     view(recorded, port=served.port)
     expect(away).to_be_empty()
     expect_step(page, 138)

@@ -154,7 +154,7 @@ def test_a_click_goes_to_the_step_and_the_table_follows(on_page):
 
 def test_as_many_rows_are_shown_as_one_likes(on_page):
     page = on_page("chapter")
-    page.get_by_label("a page").select_option("25")
+    page.get_by_label("per page").select_option("25")
     expect(rows(page)).to_have_count(25)
     turn_to(page, "20")
     expect(column(page, 1).last).to_have_text("500")
@@ -230,7 +230,9 @@ def test_steps_are_searched_for(saved):
     expect(info(page)).to_have_text("1 to 10 of 500")
     for text in ("abc", "1-2-3", "1" * 400, "-"):
         search.fill(text)
-        expect(page.get_by_text(f"search '{text[:80]}' names no steps; write 137")).to_be_visible()
+        expect(
+            page.get_by_text(f"search '{text[:80]}' is not a range of steps; write 137")
+        ).to_be_visible()
 
 
 def test_a_range_of_losses_includes_the_losses_that_bound_it(saved):

@@ -28,7 +28,9 @@ def test_names_and_texts_from_runs_are_text(hostile, shared, open_page):
     row(page, hostile).get_by_role("link", name=hostile).click()
     expect(page.locator("h1")).to_have_text(hostile)
     said = page.locator(".banner p").first
-    expect(said).to_have_text(re.compile(rf"^failed: {re.escape(hostile)}\. Go on: everystep resume '"))
+    expect(said).to_have_text(
+        re.compile(rf"^failed: {re.escape(hostile)}\. To continue: everystep resume '")
+    )
     plot(page)
     expect(page.get_by_role("columnheader", name=hostile)).to_be_visible()
     expect(page.get_by_role("button", name=hostile, exact=True)).to_be_visible()

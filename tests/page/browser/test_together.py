@@ -54,19 +54,19 @@ def test_two_runs_are_compared_down_to_the_operation(visit):
 
 def test_a_run_and_itself_are_the_same(visit):
     page = visit("/compare?one=chapter&other=chapter")
-    expect(page.get_by_text("This is one run twice, and so the same, bit for bit")).to_be_visible()
+    expect(page.get_by_text("These are the same run")).to_be_visible()
     page.get_by_role("combobox", name="second run: choose another").select_option("fork")
     expect(page).to_have_url(re.compile(r"one=chapter&other=fork$"))
-    expect(page.get_by_text("part at step 139").first).to_be_visible()
+    expect(page.get_by_text("diverge at step 139").first).to_be_visible()
 
 
 def test_a_copy_is_the_same_bit_for_bit(copied, visit):
     copy = copied("diverged")
     page = visit(f"/compare?one=diverged&other={copy.name}")
     expect(page.locator("p.verdict")).to_contain_text("is identical, bit for bit")
-    page.get_by_role("button", name="Look at every operation").click()
+    page.get_by_role("button", name="Compare every operation").click()
     expect(page.locator("p.verdict")).to_have_text("The runs are bit-identical.")
-    expect(page.get_by_text("The losses of all 30 common steps are the same.")).to_be_visible()
+    expect(page.get_by_text("The losses of all 30 common steps are identical.")).to_be_visible()
 
 
 def test_runs_of_nothing_in_common_are_compared_too(visit):
@@ -82,13 +82,13 @@ def test_a_run_without_steps_has_no_losses_to_tell(copied, visit):
     with changed(run) as database:
         database.forget_after(0)
     page = visit(f"/compare?one={run.name}&other=chapter")
-    expect(page.get_by_text("has no step yet")).to_be_visible()
+    expect(page.get_by_text("has no steps yet")).to_be_visible()
     expect(page.locator(".side p.small")).to_have_text(["0 steps", re.compile("^500 steps, loss 628")])
 
 
 def test_a_run_to_compare_with_that_is_not_there_is_said(visit):
     page = visit("/compare?one=chapter&other=nothing")
-    expect(page.get_by_text("There is no run nothing here; choose another.")).to_be_visible()
+    expect(page.get_by_text("There is no run nothing here; choose another one.")).to_be_visible()
     page.goto(page.url.partition("?")[0])
     expect(page.get_by_text("Choose two runs to compare.")).to_be_visible()
 
@@ -176,7 +176,7 @@ def saved(shared, recorded, browser, tmp_path_factory):
     steps = dialog.get_by_label("steps", exact=True)
     expect(steps).to_have_value("137")
     steps.fill("1, 501")
-    expect(dialog.get_by_role("alert")).to_have_text("there is no step 501: they go from 1 to 500")
+    expect(dialog.get_by_role("alert")).to_have_text("there is no step 501; steps are 1 to 500")
     steps.fill("1, 137")
     expect(dialog).to_contain_text("everystep report chapter --step 1 --step 137 -o chapter.html")
     with page.expect_download() as download:

@@ -1,4 +1,4 @@
-"""A training in the browser, while it goes on."""
+"""A training in the browser, while it runs."""
 
 import re
 import time

@@ -1,8 +1,7 @@
-"""Why: where a number of a step comes from, followed through its operations and into the steps before.
+"""Why: where a number of a step comes from, followed through its operations and into earlier steps.
 
-Each answer is one operation: the numbers that it made this number from, by the operator's rule
-(`everystep.ops`), and whether its formula gives the same bits for them. Each of these numbers can be
-followed in turn.
+Each answer is one operation: the inputs of this number, by the operator's rule (`everystep.ops`), and
+whether its formula gives the same bits for them. Each of these numbers can be followed in turn.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ def why(step: Step, expression: str | Spot, *, back: int = 0, depth: int = 1, te
 
     Args:
         step: the opened step.
-        expression: names the number, or is where it was read.
-        back: how many steps before to follow what was there before the step.
+        expression: names the number, or is the place where it was read.
+        back: how many earlier steps to follow the state into.
         depth: how many operations deep to follow the largest numbers.
         terms: how many terms of a sum to return one by one.
 

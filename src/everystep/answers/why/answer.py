@@ -1,4 +1,4 @@
-"""Answers: a number, what made it, and the numbers that went in."""
+"""Answers: a number, the operation that computed it, and its inputs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Number:
 
     name: as an expression that `why` takes, `#7[17, 3]` for a number of the result of operation 7;
     value; dtype; row: of the data, or of the batch where those are not known, if it is a number of the
-    batch; step: its number; spot, session: where it was read, and the steps that can be asked about it.
+    batch; step: its number; spot, session: where it was read, and the steps that can answer about it.
     """
 
     name: str
@@ -70,17 +70,17 @@ class Number:
         return origin is not None and origin.operation is not None
 
     def has_bits_of(self, value: Any) -> bool:
-        """Tell whether a value of its dtype has its bits."""
+        """Return whether a value of its dtype has its bits."""
         dtype = getattr(torch, self.dtype)
         return same_number_bits(torch.tensor(value, dtype=dtype), torch.tensor(self.value, dtype=dtype))
 
 
 @dataclass(frozen=True)
 class Term:
-    """A term of a sum, or a number that a formula is given: numbers by their name in the formula.
+    """A term of a sum, or an input of a formula: numbers by their name in the formula.
 
-    value: of the term; None in a formula; weights: numbers by which the terms differ that are of no
-    tensor, by their name in the formula.
+    value: of the term; None in a formula; weights: factors of the terms that are in no tensor, by their
+    name in the formula.
     """
 
     numbers: dict[str, Number]
@@ -90,7 +90,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Group:
-    """Terms of one kind, or the numbers of one argument; the largest are shown.
+    """Terms of one kind, or the numbers of one argument; only the largest are shown.
 
     text: the term as a formula, or the argument; terms: shown; count: of all; rest: the sum of those
     that are not shown, None in a formula.
@@ -106,15 +106,14 @@ class Group:
 class Why(Shown):
     """Where a number comes from.
 
-    number; asked: the expression that named it, if one did; origin: whether an operation made it, or
-    what else it is; step: the opened step; operation: the number of the operation in it; formula: how
-    the operation makes it from `groups`, for a sum divided by `divisor`, empty if only words (`note`)
-    report it; recomputed: what the formula gives for these numbers in double precision, rounded once to
-    the dtype of the number, None if it was not computed; is_equal: whether these are the bits of the
-    number; unknown: tensors of which the operation used numbers, but which is not known; note: what else
-    there is to say; causes: answers for numbers that were followed as asked, or all that a NaN or
-    infinity came through but for `left_out` in the middle; rows: where that began, the rows of the batch
-    behind it, None if they are not known, as `step.batch.whole` numbers them.
+    number; asked: the expression that named it, if any; origin: its source: an operation, the batch,
+    ...; step: the opened step; operation: the number of the operation in it; formula: how the operation
+    computes it from `groups`, for a sum divided by `divisor`, empty if there is only a text (`note`);
+    recomputed: the formula's result for these numbers in double precision, rounded once to the dtype of
+    the number, None if not computed; is_equal: whether these are the bits of the number; unknown:
+    tensors of which the operation used unknown numbers; note: a remark; causes: answers for the followed
+    numbers, or the whole way of a NaN or infinity except `left_out` in the middle; rows: at its origin,
+    the rows of the batch that it depends on, None if unknown, as `step.batch.whole` numbers them.
     """
 
     number: Number
@@ -144,7 +143,7 @@ class Why(Shown):
 
     @property
     def began(self) -> Why | None:
-        """Where a NaN or infinity began, if this is one that came from somewhere else."""
+        """The origin of a NaN or infinity, if it is not this number."""
         is_bad = not cmath.isfinite(self.number.value) and self.origin != "difference"
         return self.causes[-1] if is_bad and self.causes else None
 
@@ -164,13 +163,12 @@ _Groups = tuple[Group, ...]
 
 
 def answered(asked: Why, call: Call, at: NumberAt, count: int) -> Why:
-    """Return an answer with how its operation made the number, by the rule of the operator.
+    """Return an answer completed by the rule of its operator.
 
-    call: the operation; at: makes numbers of pieces; count: how many of each kind are shown.
+    call: the operation; at: turns pieces into numbers; count: how many of each kind to show.
 
     Raises:
-        NoRuleError: there is no rule, or it does not give such complex numbers: it was written for real
-            ones.
+        NoRuleError: there is no rule, or it covers only real numbers.
     """
     number, made = asked.number, how_made(call)
     try:
@@ -237,7 +235,7 @@ def _largest(values: Any, count: int) -> Any:
 
 
 def _rounded(value: Any, dtype: torch.dtype) -> Any:
-    """Return what a formula gives, rounded once to a dtype; None if that has no such number."""
+    """Return a formula's result, rounded once to a dtype; None if that cannot represent it."""
     if value is None:
         return None
     if dtype.is_complex:

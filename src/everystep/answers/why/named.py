@@ -21,20 +21,20 @@ from everystep.replay.opened_step import Step
 
 __all__ = ["numbers_named"]
 
-#: What is not in the language of expressions, and stands for a tensor all the same.
+#: Names of tensors that are not in the language of expressions.
 _HEAD = re.compile(
     r"#(?P<number>\d{1,9})(\.(?P<place>\d{1,9}))?|tensors\[(?P<quote>['\"])(?P<name>.+?)(?P=quote)\]"
 )
 _STAND_IN = "loss"
-#: A tensor by its name, and how many operations had run when it was read.
+#: A tensor by its name, and the number of operations before it was read.
 _Reading = tuple[str, int]
 
 
 def numbers_named(text: str, session: Session, step: int) -> list[Number]:
-    """Return the number of a step that an expression names; of an update, that after and that before it.
+    """Return the number of a step that an expression names; for an update, the ones after and before it.
 
     Raises:
-        ExpressionError: the expression is invalid, or names something else than one number of a tensor.
+        ExpressionError: the expression is invalid, or does not name a single number of a tensor.
     """
     text, trace = text.strip(), session.trace(step)
     half = next((place for place, end in enumerate((".real", ".imag")) if text.endswith(end)), None)
@@ -73,7 +73,7 @@ def _example(step: Step) -> str:
 
 
 def _is_element(text: str) -> bool:
-    """Tell whether an expression is a tensor with indices, or one without."""
+    """Return whether an expression is a tensor with indices, or one without."""
     node = ast.parse(text, mode="eval").body
     while isinstance(node, ast.Subscript | ast.Attribute):
         node = node.value
@@ -146,7 +146,7 @@ def _referred(text: str, reference: Reference, step: Step) -> list[_Reading]:
 
 def _index(text: str, expression: Expression, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the index of the one element that an expression picks from a tensor of a shape."""
-    whole = torch.empty(shape, device="meta")  # of which only the geometry is there
+    whole = torch.empty(shape, device="meta")  # only their geometry is known
     sizes = f"shape {tuple(shape)}" if shape else "a single number, without a shape"
     try:
         found = expression.evaluate(lambda _: whole)

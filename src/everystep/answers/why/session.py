@@ -1,4 +1,4 @@
-"""A session: the opened steps that an answer goes through, and the answers for numbers of them."""
+"""A session: the opened steps of an answer, and the answers for their numbers."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from everystep.replay.opened_step import Step
 
 __all__ = ["Session"]
 
-#: So many steps are opened together on the way back.
+#: Steps to open together on the way back.
 MOST_TOGETHER = 8
-#: So many answers at each end of the way of a NaN are kept: each holds its step.
+#: Answers to keep at each end of the way of a NaN; each holds its step.
 LONGEST = 8
 #: Numbers that are followed to the rows behind them before giving up.
 MOST_FOLLOWED = 20_000
 
 
 class Session:
-    """The steps that an answer goes through.
+    """The steps of an answer.
 
     Args:
         step: where it begins.
-        back: how many steps before are followed, as far as known; they are opened in the order in which
+        back: how many earlier steps are followed, if possible; they are opened in the order in which
             they ran, since a replay goes forward.
-        terms: how many terms of a sum the answers have that numbers are followed to.
+        terms: how many terms of a sum the answers of followed numbers have.
     """
 
     def __init__(self, step: Step, back: int, terms: int) -> None:
@@ -74,7 +74,7 @@ class Session:
         return Number(name, value.item(), dtype, step, row, spot, self)
 
     def earlier(self, number: Number) -> Number | None:
-        """Return a number of the state as the step before left it, None if it is another one there."""
+        """Return a number of the state at the end of the previous step, None if it differs there."""
         trace = self.trace(number.step)
         origin = trace.origin(number.spot)
         if origin is None or origin.operation is not None or trace.kind(origin.name) != "state":
@@ -172,7 +172,7 @@ class Session:
         if answer.origin == "state":
             yield from self._before(answer.number, depth, back)
             return
-        # Of each kind of terms, the numbers of the largest.
+        # The numbers of the largest terms of each kind.
         for number in (n for g in answer.groups for term in g.terms[:1] for n in term.numbers.values()):
             if not number.is_made:
                 yield from self._before(number, depth, back)
@@ -186,7 +186,7 @@ class Session:
         if earlier is not None:
             yield from self._one(earlier, depth, back - 1)
         elif (answer := number.why()).origin == "state":
-            note = f"not what step {number.step - 1:,} left: made, or changed, between the steps"
+            note = f"not what step {number.step - 1:,} left: created or changed between the steps"
             yield replace(answer, note=note)
 
     def _one(self, number: Number, depth: int, back: int) -> Iterator[Why]:
@@ -196,7 +196,7 @@ class Session:
             yield self.followed(number.why(terms=self._terms), max(depth, 1), back)
 
     def _to_its_beginning(self, answer: Why) -> Why:
-        """Return the answer for a NaN or infinity, with all that it came through up to its beginning."""
+        """Return the answer for a NaN or infinity, with the whole way to its origin."""
         chain: list[Why] = []
         left_out = 0
         self._together = MOST_TOGETHER
@@ -216,9 +216,9 @@ class Session:
         return replace(answer, causes=causes, left_out=left_out)
 
     def _rows_behind(self, number: Number) -> tuple[int, ...] | None:
-        """Return the rows that went into a number, as the data numbers them, None if not known.
+        """Return the rows that a number depends on, as the data numbers them, None if unknown.
 
-        By the rules of the operators alone; a rule may be missing, or the way too long.
+        Only by the rules of operators: a rule may be missing, or the way too long.
         """
         trace = self.trace(number.step)
         found: set[int] = set()
@@ -255,7 +255,7 @@ class Session:
 
 
 def _next_nonfinite(answer: Why) -> Number | None:
-    """Return a number that brought a NaN or infinity here, None if it began here, or is from outside."""
+    """Return an input that is NaN or infinite, None if this is the origin, or it is from outside."""
     if answer.origin == "state":
         return answer.number.earlier
     bad = [number for number in answer.numbers if not isfinite(number.value)]
@@ -284,9 +284,9 @@ def _not_made(number: Number, trace: Trace, origin: Origin) -> Why:
     if origin.name.removeprefix("batch/") in step.batch.tensors:
         note = "of the batch" if number.row is None else f"row {number.row} of {step.batch.whole}"
         return Why(number, "batch", step, note=note)
-    note = "given to the step by your own code: not of the batch"
+    note = "passed to the step by your own code, not part of the batch"
     if step.places.has_unseen:
-        note += ", or made by an operation that is kept as numbers only"
+        note += ", or computed by an operation of which only the results were recorded"
     return Why(number, "outside", step, note=note)
 
 

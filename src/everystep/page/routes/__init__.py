@@ -1,1 +1,1 @@
-"""What the server answers at which address."""
+"""The addresses of the server, and their answers."""

@@ -1,4 +1,4 @@
-"""What the body of a request asks for, field by field; what does not serve raises UsageError."""
+"""The body of a request, field by field; an invalid one raises UsageError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_TEXT = 10_000
 #: Bytes of a request.
 MOST_BYTES = 1_000_000
 
-#: Reads a field of a request: its value, None where it is missing, and its name.
+#: Reads a field of a request, given its value (None if it is missing) and its name.
 Field = Callable[[Any, str], Any]
 
 
@@ -43,11 +43,11 @@ async def fields_of(request: Request) -> dict[str, Any]:
 
 
 def text(absent: Any = ..., longest: int = LONGEST_TEXT) -> Field:
-    """Return what reads a text; absent: what stands for a missing one, unless it is needed."""
+    """Return a reader of a string; absent: the value of a missing one; `...`: it is required."""
 
     def read(value: Any, name: str) -> Any:
         if not isinstance(value, str) or not value.strip():
-            raise UsageError(f"{name} is missing; write it as a text")
+            raise UsageError(f"{name} is missing; write it as a string")
         if len(value) > longest:
             raise UsageError(f"{name} is longer than {longest:,} characters; write it shorter")
         return value
@@ -56,7 +56,7 @@ def text(absent: Any = ..., longest: int = LONGEST_TEXT) -> Field:
 
 
 def whole(absent: Any = ..., least: int = 0) -> Field:
-    """Return what reads a whole number."""
+    """Return a reader of an integer."""
 
     def read(value: Any, name: str) -> Any:
         if not _is_whole(value, least):
@@ -83,7 +83,7 @@ def wholes(value: Any, name: str) -> list[int]:
 def line(value: Any, name: str) -> str:
     """Return a text that may be blank."""
     if not isinstance(value, str) or len(value) > LONGEST_TEXT:
-        raise UsageError(f"{name} must be a text of at most {LONGEST_TEXT:,} characters")
+        raise UsageError(f"{name} must be a string of at most {LONGEST_TEXT:,} characters")
     return value
 
 
@@ -96,12 +96,12 @@ def flag(value: Any, name: str) -> bool:
 
 
 def settings(value: Any, name: str) -> dict[str, str]:
-    """Return texts by path, none of which reads a file."""
+    """Return strings by path; none of them reads a file."""
     value = value or {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise UsageError(f"{name} must be texts by path, as after --set")
+        raise UsageError(f"{name} must map paths to strings, as after --set")
     if not all(text.isprintable() for text in value.values()):
-        raise UsageError(f"{name} must be texts of one line, as after --set")
+        raise UsageError(f"{name} must be strings of one line, as after --set")
     for path in value:
         keys = re.findall(r"[^.\[\]]+", path)
         if not keys or "=" in path:

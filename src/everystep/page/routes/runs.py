@@ -22,7 +22,7 @@ from everystep.recording.lock import write_note
 
 __all__ = ["routes"]
 
-#: Points of a curve, unless asked for otherwise, and at most.
+#: Points of a curve: by default, and at most.
 POINTS, MOST_POINTS = 2000, 100_000
 
 

@@ -20,7 +20,7 @@ _WHOLE = re.compile(r"\d{1,18}", re.ASCII)
 _RANGE = re.compile(r"(\d{1,18}):(\d{1,18})", re.ASCII)
 
 
-#: What can be asked of a step: its address, and the fields of the question, as the address has them.
+#: The questions about a step: the address of each, and its fields in the query.
 QUESTIONS: dict[str, tuple[str, Callable[[Mapping[str, str]], dict[str, Any]]]] = {
     "content": ("", lambda query: {}),
     "numbers": (
@@ -88,7 +88,7 @@ async def _answered(request: Request, worker: WorkerClient, kind: str, **asked: 
     except NoAnswer as error:
         return JSONResponse({"error": str(error)}, 502)
     except Gone:
-        # A server that stops says that clients have gone who still listen; of others, nobody reads it.
+        # A stopping server treats all clients as disconnected; only those that still listen read this.
         return JSONResponse({"error": "the server is being stopped"}, 502)
     if answer.status != 200:
         return JSONResponse(answer.about, answer.status)

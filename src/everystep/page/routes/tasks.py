@@ -1,4 +1,4 @@
-"""Questions that take long, and forks: the answer is the id of a task, its events say the rest."""
+"""Long questions and forks: the answer is the id of a task, and its events are the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LONGEST_NAME = 200
 _SILENCE = 20.0
 
 
-#: What can be asked of a run: the fields of each question, and how they are read.
+#: The questions about a run: the fields of each, and how they are read.
 QUESTIONS: dict[str, dict[str, Field]] = {
     "measure": {
         "expression": text(),
@@ -81,7 +81,7 @@ def _asking(kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def events(request: Request) -> Response:
-    """Report what a task reports, as server-sent events, until it ends."""
+    """Send the messages of a task as server-sent events, until it ends."""
     task = _task(request)
     if task is None:
         return _unknown()
@@ -89,7 +89,7 @@ async def events(request: Request) -> Response:
 
 
 async def cancel(request: Request) -> Response:
-    """Stop a task; what it has done is kept."""
+    """Stop a task; its results so far are kept."""
     task = _task(request)
     if task is None:
         return _unknown()
@@ -108,7 +108,7 @@ def _task(request: Request) -> Task | None:
 
 
 def _unknown() -> Response:
-    return JSONResponse({"error": "this task does not exist any more; ask again"}, 404)
+    return JSONResponse({"error": "this task no longer exists; ask again"}, 404)
 
 
 def _check_new(name: str, request: Request) -> None:
@@ -121,9 +121,11 @@ def _check_new(name: str, request: Request) -> None:
         name.isprintable() and not name.startswith((".", "-", "~")) and not set(name) & set("/\\:")
     )
     if not is_plain or len(os.fsencode(name)) > _LONGEST_NAME:
-        raise UsageError(f"{name!r:.80} cannot be a run's name; write a short one, without / and \\")
+        raise UsageError(f"{name!r:.80} cannot be a run's name; choose a short one without / and \\")
     if (request.app.state.run_index.directory / name).exists():
-        raise UsageError(f"{name!r:.80} is there already, and no run is overwritten; choose another")
+        raise UsageError(
+            f"{name!r:.80} already exists, and everystep never overwrites a run; choose another"
+        )
 
 
 routes = [

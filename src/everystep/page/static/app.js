@@ -1,4 +1,4 @@
-// The page: shows what its address says, one view at a time.
+// The page: shows the view of its address.
 
 import * as address from "./shared/address.js";
 import * as keys from "./shared/keys.js";
@@ -13,15 +13,15 @@ const views = {
 };
 
 const NOT_LOADED =
-  "A file of the page does not load. Is everystep view still running? If everystep was updated since it started, start it again.";
+  "A file of the page failed to load. Is everystep view still running? If everystep was updated since it started, start it again.";
 
 const main = document.querySelector("main");
 let shown = null; // {key, update, close}
 let turn = 0;
 
-/** Show a place: the view that is there already takes it over, or another one is opened. */
+/** Show a place: update the current view, or open another one. */
 async function show(place) {
-  // A dialog is of what was looked at before.
+  // A dialog belongs to the previous view.
   document.querySelectorAll("dialog[open]").forEach((dialog) => dialog.close());
   const key = place.view === "compare" ? JSON.stringify(place) : `${place.view} ${place.run ?? ""}`;
   if (shown?.key === key) return shown.update(place);
@@ -52,7 +52,7 @@ function failure({ run }, message) {
   return [run ? element("h1", {}, run) : "", element("p", { class: "alarm", role: "alert" }, message), element("p", {}, link)];
 }
 
-// The token has become a cookie; it is not to stay where it can be read or copied along.
+// The token is a cookie now; remove it from the address, where it could be read or copied.
 const here = new URL(location.href);
 if (here.searchParams.has("token")) {
   here.searchParams.delete("token");

@@ -45,7 +45,7 @@ OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
 
 
 def is_number(value: Any) -> bool:
-    """Tell plain numbers from tensors."""
+    """Return whether a value is a plain number, not a tensor."""
     return isinstance(value, int | float)
 
 
@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def truth(value: Any) -> bool:
-    """Tell whether a number, or the one element of a tensor, is not 0."""
+    """Return whether a number, or the one element of a tensor, is not 0."""
     if not is_number(value) and value.numel() != 1:
         shape = tuple(value.shape)
         raise ValueError(f"a tensor of shape {shape} is not a condition; use any(...) or all(...) of it")
@@ -72,7 +72,7 @@ def truth(value: Any) -> bool:
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
-    """Return, for each element, `yes` where the condition holds, and `no` elsewhere."""
+    """Return, for each element, `yes` where the condition holds, else `no`."""
     values = condition, yes, no
     if all(map(is_number, values)):
         return yes if condition else no
@@ -89,7 +89,7 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
 
 
 def bounded(number: Any) -> Any:
-    """Return a result as it is, but integers from 2**63 as floats, so that none can fill the memory."""
+    """Return a result unchanged, but integers from 2**63 as floats, so that none can fill the memory."""
     if type(number) is not int or abs(number) < 2**63:
         return number
     try:
@@ -148,7 +148,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dot": lambda a, b: _dot(a, b),
     "cosine": lambda a, b: _cosine(a, b),
 }
-#: Those of each element; the others return one number.
+#: Functions of each element; the others return one number.
 OF_EACH = frozenset(
     {"abs", "sqrt", "exp", "log", "log10", "sign", "clip", "where", "isnan", "isinf", "isfinite"}
 )
@@ -188,7 +188,7 @@ def _sum(x: Any) -> Any:
 
 
 def _is_single(x: Any) -> bool:
-    """Tell whether it has fewer than two elements, so that it has no spread; torch would warn."""
+    """Return whether it has fewer than two elements, so that it has no spread; torch would warn."""
     return is_number(x) or x.numel() < 2
 
 

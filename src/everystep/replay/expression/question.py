@@ -49,8 +49,8 @@ class Expression:
     """A question about a step, as `parse` reads it.
 
     `value_of` returns the value of a reference: a plain number, or a tensor, which is never changed. It
-    is called only for what is needed (`step > 1 and loss > previous.loss` needs nothing previous at step
-    1), and its exceptions pass through.
+    is called only for needed references (`step > 1 and loss > previous.loss` needs nothing previous at
+    step 1), and its exceptions pass through.
     """
 
     text: str
@@ -65,10 +65,10 @@ class Expression:
     def evaluate(self, value_of: ValueOf) -> Any:
         """Return its value on a step: a plain number, or a tensor.
 
-        Use it at once: a tensor may share its memory with what `value_of` gave.
+        Use it at once: a tensor may share its memory with a result of `value_of`.
 
         Raises:
-            ExpressionError: the values do not fit what is done with them.
+            ExpressionError: the values do not fit the expression.
         """
         return self._evaluate(value_of)
 
@@ -81,7 +81,7 @@ class Expression:
         return float(self._as(plain, value_of))
 
     def truth(self, value_of: ValueOf) -> bool:
-        """Tell whether it holds on a step. As in Python, every number but 0 does, NaN too.
+        """Return whether it holds on a step. As in Python, every number except 0 is true, NaN too.
 
         Raises:
             ExpressionError: as `evaluate`, or the value is a tensor of several elements or of none.

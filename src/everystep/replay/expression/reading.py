@@ -39,12 +39,12 @@ _DEEPEST = 100  # levels of nesting
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
 
 _NAMES = ("parameters", "buffers", "gradients", "activations", "updates", "measurements")
-#: What is followed by a name in brackets, and how.
+#: The references that take a name in brackets, with an example.
 _MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
     "activations": "activations['0']",
     "measurements": "measurements['lr']",
 }
-#: Names that are not values by themselves, and what to write in their place.
+#: Names that are not values alone, and what to write instead.
 _INCOMPLETE = _MAPPINGS | {
     "batch": "batch.x or batch.y",
     "rows": "rows.loss or rows.gradient",
@@ -88,7 +88,7 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
     if len(text) > _LONGEST:
         raise error_at(text, f"an expression has at most {_LONGEST:,} characters; split it")
     try:
-        with warnings.catch_warnings(action="ignore"):  # about escapes that are none
+        with warnings.catch_warnings(action="ignore"):  # about invalid escapes
             body = ast.parse(text, mode="eval").body
     except SyntaxError as error:
         raise _syntax_error(text, error) from None
@@ -327,7 +327,7 @@ def _why_refused(node: ast.AST) -> str:
 
 
 def _why_no_name(node: ast.expr, name: str, is_previous: bool, bare: Collection[str]) -> str:
-    """Explain why a name, without its `previous.`, means nothing. `bare` are measurements."""
+    """Explain why a name, without its `previous.`, is unknown. `bare` are measurements."""
     if name in _INCOMPLETE:
         return f"{name} alone is not a value; write {_INCOMPLETE[name]}"
     if is_previous and name.split(".")[0] == "previous":

@@ -1,4 +1,4 @@
-// Makes every table of ours in the document browsable, once. Runs in pages of its own and in notebooks.
+// Makes every everystep table in the document browsable, once. Runs in standalone pages and in notebooks.
 (() => {
   "use strict";
 
@@ -8,7 +8,7 @@
     return Number(String(cell).replace("inf", "Infinity"));
   };
 
-  // Numbers, then NaN; blanks last whichever way the column is sorted.
+  // Numbers, then NaN; blanks last in both directions.
   const compare = (a, b, direction) => {
     if (a === null || b === null) return (a === null) - (b === null);
     if (Number.isNaN(a) || Number.isNaN(b)) return direction * (Number.isNaN(a) - Number.isNaN(b));

@@ -1,16 +1,16 @@
-// How the plot of the loss looks: the options that uPlot draws it by.
+// The look of the loss plot: the options of uPlot.
 
 import { short, whole } from "../shared/format.js";
 
-/** Decades that a log axis has a line for, at most, and pixels between two of its lines, at least. */
+/** The maximum number of decades with a line on a log axis, and the minimum pixels between two lines. */
 const MOST_DECADES = 12;
 const APART = 16;
-/** What the numbers at the lines of a log axis begin with: as many as there is room for. */
+/** First digits of the labels of a log axis, as many as there is room for. */
 const LEADING = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 7], [1, 2, 5], [1]];
-/** A measurement has points, too, where it has no more than these: one alone makes no line. */
+/** A measurement of at most so many values is also drawn as points: one alone makes no line. */
 const FEW = 40;
 const FONT = "12px system-ui, sans-serif";
-/** Steps between two lines of the grid: whole numbers. */
+/** Steps between two grid lines: integers. */
 const STRIDES = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((leading) => leading * 10 ** power));
 
 let loading = null;
@@ -25,14 +25,14 @@ export function loadUPlot() {
     script.onload = () => resolve(window.uPlot);
     script.onerror = () => {
       loading = null;
-      reject(new Error("the plot's library does not load; is `everystep view` still running?"));
+      reject(new Error("the plot library failed to load; is `everystep view` still running?"));
     };
     document.head.append(script);
   });
   return loading;
 }
 
-/** Return the width and the height of a plot: nearly half of the window's, unless the style sheet says --plot-height. */
+/** Return the width and the height of a plot: nearly half of the window's, or --plot-height of the style sheet. */
 export function sizeOf(place) {
   const width = place.clientWidth;
   const given = Number.parseFloat(getComputedStyle(place).getPropertyValue("--plot-height"));
@@ -83,7 +83,7 @@ function seriesOptions({ title, colour: token, scale, kind, curve }, { isLine, i
   const stroke = colour(token);
   const common = { label: title, scale, stroke };
   if (kind === "average") return { ...common, width: 2, points: { show: false } };
-  // A learning rate stays until it is changed; between other measurements a line is but a guide.
+  // A learning rate is constant until it changes; between other measurements, a line is only a guide.
   const guide = { ...common, width: 2, spanGaps: true, points: { show: curve.points()[0].length <= FEW, size: 6, fill: stroke } };
   if (kind === "rate") return { ...guide, paths: window.uPlot.paths.stepped({ align: 1 }) };
   if (kind === "measured") return guide;
@@ -117,12 +117,12 @@ function plainAxis(scale, label, side) {
   return { scale, label, side, stroke: colour("--muted"), font: FONT, labelFont: FONT, labelSize: 20, gap: 6, ticks: { show: false } };
 }
 
-// A log axis has a line only where a number fits beside it: of a decade 9, 5, 3 or 1, or 1 for every second decade, third, ...
+// A log axis has a line only where its label fits: 9, 5, 3 or 1 per decade, or 1 for every second decade, third, ...
 function gridLines(chart, splits, isLog) {
   if (!isLog) return splits;
   const { min, max } = chart.scales.loss;
   const decades = Math.log10(max / min);
-  const height = (chart.bbox.height / window.devicePixelRatio || chart.height) / decades; // pixels a decade
+  const height = (chart.bbox.height / window.devicePixelRatio || chart.height) / decades; // pixels per decade
   const leading = decades > 3 ? [1] : (LEADING.find((each) => nearest(each) * height >= APART) ?? [1]);
   const every = Math.ceil(Math.max(decades / MOST_DECADES, APART / height));
   return splits.map((split) => (split !== null && isShown(split, leading, every) ? split : null));
@@ -134,7 +134,7 @@ function isShown(split, leading, every) {
   return isLeading && (leading.length > 1 || power % every === 0);
 }
 
-// How far the nearest two numbers of a decade are apart, in decades.
+// The distance of the nearest two numbers of a decade, in decades.
 function nearest(leading) {
   return Math.min(...leading.map((number, place) => Math.log10((leading[place + 1] ?? 10) / number)));
 }

@@ -2,12 +2,12 @@
 
 import { element, button } from "../shared/elements.js";
 
-/** Return a button that opens the list: {node, update(lines)}; `choose(line)`: is called for one that is shown, or no longer. */
+/** Return a button that opens the list: {node, update(lines)}; `choose(line)`: called when one is shown or hidden. */
 export function lineChooser(choose) {
   const opener = button("", () => show(panel.hidden), { "aria-expanded": "false" });
   const search = element("input", { type: "search", placeholder: "search", "aria-label": "search the measurements", autocomplete: "off", spellcheck: false });
   const list = element("ul");
-  const none = element("p", { class: "muted small" }, "no measurement has this in its name");
+  const none = element("p", { class: "muted small" }, "no measurement matches");
   const panel = element("div", { class: "further", role: "group", "aria-label": "more measurements", hidden: true }, search, none, list);
   const node = element("div", { class: "loose", hidden: true }, opener, panel);
   const items = new Map();

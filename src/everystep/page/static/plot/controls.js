@@ -3,7 +3,7 @@
 import { element, button } from "../shared/elements.js";
 import { lineChooser } from "./chooser.js";
 
-/** More measurements than this are in a list to search, all but the first of them. */
+/** If there are more measurements than this, all except the first ones are in a list to search. */
 const MOST = 6;
 
 /**
@@ -22,7 +22,7 @@ export function plotControls(does) {
     made.title = line.problem ?? "";
     made.style.setProperty("--swatch", `var(${line.colour})`);
     if (!does.remove || index === 0 || line.curve.measurement !== null) return made;
-    const says = `take ${line.title} out of the plot`;
+    const says = `remove ${line.title} from the plot`;
     const remove = button("×", () => does.remove(line.curve.run), { title: says, "aria-label": says });
     return element("span", { class: "removable" }, made, remove);
   };
@@ -34,7 +34,7 @@ export function plotControls(does) {
   const [ofLines, others] = ["", ""].map(() => element("div", { class: "loose" }));
   const chooser = lineChooser(does.line);
   host.append(ofLines, chooser.node, others);
-  const placed = new Set(); // lines with a button: one that was chosen stays where it can be taken off again
+  const placed = new Set(); // lines with a button: a chosen one keeps its button, so that it can be removed
   const draw = (lines, { hasLoss, isLine, isLog, isZoomed }) => {
     const listed = further(lines);
     lines.filter((line) => line.isShown || !listed.includes(line)).forEach((line) => placed.add(line));
@@ -52,14 +52,14 @@ export function plotControls(does) {
   return { host, draw };
 }
 
-// The measurements that are in a list, where there are many.
+// The measurements in the list, if there are many.
 function further(lines) {
   const measured = lines.filter(({ curve }) => curve.measurement !== null);
   return measured.length > MOST ? measured.slice(MOST - 1) : [];
 }
 
 function smoothingSlider(changed, first) {
-  const says = "Exponential moving average of the points drawn, corrected for its start; 0: none";
+  const says = "Exponential moving average of the points, corrected for its start; 0: none";
   const said = element("output", {}, String(first));
   const change = ({ target }) => {
     said.textContent = target.value;

@@ -1,4 +1,4 @@
-// The points that a plot draws: of a whole run few enough to draw at once, finer ones where it is zoomed to.
+// The points of a plot: a reduced number for a whole run, finer ones in the zoomed range.
 
 import { numberOf } from "../shared/format.js";
 
@@ -29,7 +29,7 @@ export class Curve {
   /** Fetch the whole run's curve. */
   async load(signal) {
     const found = await this.#fetch(null, null, signal);
-    // What came in by `extend` while the answer was on its way stays.
+    // Points added by `extend` during the request are kept.
     const known = found.steps.at(-1) ?? 0;
     const from = this.#whole.steps.findIndex((step) => step > known);
     if (from >= 0 && this.measurement === null) {
@@ -39,7 +39,7 @@ export class Curve {
     this.#whole = found;
   }
 
-  /** Fetch the curve between two steps in more detail, where there is more to know. */
+  /** Fetch the curve between two steps in more detail, if there is more. */
   async refine(first, last, signal) {
     const isThere = this.#part && this.#part.first <= first && this.#part.last >= last && !this.#part.isReduced;
     if (!this.#whole.isReduced || isThere) return;
@@ -88,7 +88,7 @@ export class Curve {
 }
 
 /**
- * Return the exponential moving average of values; what is not finite has no part in it.
+ * Return the exponential moving average of values; values that are not finite are left out.
  *
  * Corrected for its start at zero as Adam's averages are (Kingma and Ba 2015, section 3).
  */

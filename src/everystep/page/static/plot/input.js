@@ -1,18 +1,18 @@
-// How a plot is moved through by keys and by the wheel; what the pointer drags is uPlot's own.
+// Keys and wheel of a plot; uPlot handles dragging.
 
 import { rowOf } from "./readout.js";
 
 /**
  * Listen to a plot's keys and wheel.
  *
- * `plot`: {chart, at (the step under the cursor), step (that is looked at), isWalked, zoom(range), show(step), goTo(step)}.
+ * `plot`: {chart, at (the step under the cursor), step (the open one), isWalked, zoom(range), show(step), goTo(step)}.
  */
 export function listenToInput(node, plot) {
   node.addEventListener("keydown", (event) => press(plot, event));
   node.addEventListener("wheel", (event) => turn(plot, event), { passive: false });
 }
 
-// Arrow keys walk from point to point; where a step is open, they go from step to step as anywhere.
+// Arrow keys walk from point to point; if a step is open, they go from step to step.
 function press(plot, event) {
   if (!plot.chart || event.altKey || event.ctrlKey || event.metaKey) return;
   const stride = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];

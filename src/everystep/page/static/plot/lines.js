@@ -2,7 +2,7 @@
 
 import { Curve, smoothed } from "./curves.js";
 
-/** Losses of one run, and of several, need a log axis where the largest is more than so many times the smallest. */
+/** Losses of one run, and of several, need a log axis if the largest is more than so many times the smallest. */
 const APART = 1000;
 const APART_OF_SEVERAL = 100;
 
@@ -14,7 +14,7 @@ export function lossLine(name, index, isAlone, source) {
 
 /** Return the line of a measurement that comes after other lines. */
 export function measuredLine(run, name, isRate, lines, source) {
-  // What is a loss shares the axis of the loss; everything else has one of its own, on the right.
+  // Losses share the axis of the loss; each other measurement has its own, on the right.
   const isLoss = name.endsWith("loss");
   const isAlone = lines.filter(({ curve }) => curve.measurement === null).length === 1;
   const isNarrow = window.matchMedia("(max-width: 30rem)").matches;
@@ -30,7 +30,7 @@ export function measuredLine(run, name, isRate, lines, source) {
   };
 }
 
-/** Return whether losses, all of them positive, are so far apart that a linear axis shows the largest alone. */
+/** Return whether positive losses are so far apart that a linear axis shows only the largest. */
 export function needLogAxis(lines) {
   const runs = lines.filter(({ curve }) => curve.measurement === null);
   let [low, high] = [Infinity, 0];
@@ -42,7 +42,7 @@ export function needLogAxis(lines) {
   return low > 0 && high > (runs.length > 1 ? APART_OF_SEVERAL : APART) * low;
 }
 
-/** Return what the chart draws of lines: those that are shown, the losses faint under their averages. */
+/** Return the lines to draw: the shown ones, with the losses faint under their averages. */
 export function drawnOf(lines, weight) {
   const shown = lines.filter((line) => line.isShown);
   if (!weight) return shown;
@@ -50,7 +50,7 @@ export function drawnOf(lines, weight) {
   return [...shown.map((line) => (line.kind === "raw" ? { ...line, kind: "faint" } : line)), ...averages];
 }
 
-/** Return what is drawn in the order in which it is: the first run over the others, measurements over the losses. */
+/** Return the lines in drawing order: the first run over the others, measurements over the losses. */
 export function stacked(drawn) {
   const of = (...kinds) => drawn.filter(({ kind }) => kinds.includes(kind));
   return [...of("raw", "faint").reverse(), ...of("average").reverse(), ...of("measured", "rate")];

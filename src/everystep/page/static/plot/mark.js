@@ -1,12 +1,12 @@
-// The line in a plot at the step that is looked at. It lies over the canvas, so that stepping redraws nothing.
+// The line in a plot at the open step. It is above the canvas, so that stepping redraws nothing.
 
 import { element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
 import { rowOf } from "./readout.js";
 
-const REST = 150; // milliseconds that a step is looked at before its loss is asked for, where no point has it
+const REST = 150; // milliseconds before the loss of an open step is requested, if no point has it
 
-/** The line; `curve`: of the loss; `hasLoss`: whether it is logged; `found()`: is called once the loss of the step is known. */
+/** The line; `curve`: of the loss; `hasLoss`: whether it is logged; `found()`: called when the loss of the step is known. */
 export class StepMark {
   #timer = 0;
   #known = [null, null]; // a step and its loss
@@ -20,7 +20,7 @@ export class StepMark {
     this.node = element("div", { class: "at-step", "aria-hidden": "true", hidden: true }, element("span"));
   }
 
-  /** The loss of the step, or null where, and while, it is not known. */
+  /** The loss of the step, null while it is unknown. */
   get loss() {
     if (!this.hasLoss) return null;
     if (this.#known[0] === this.step) return this.#known[1];
@@ -29,7 +29,7 @@ export class StepMark {
     return row === null ? null : values[row];
   }
 
-  /** Put the line where the chart has its step. */
+  /** Move the line to its step. */
   place(chart) {
     if (this.step === null) return void (this.node.hidden = true);
     const width = chart.over.clientWidth;
@@ -43,7 +43,7 @@ export class StepMark {
     if (this.loss === null && this.hasLoss) this.#timer = setTimeout(() => this.#find(), REST);
   }
 
-  /** Ask for nothing more. */
+  /** Stop requests. */
   close() {
     clearTimeout(this.#timer);
     this.#ended.abort();

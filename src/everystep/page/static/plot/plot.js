@@ -16,10 +16,9 @@ const DOUBLE = 300; // milliseconds in which a second click makes a double one
 /**
  * Draw the loss of runs, named, into `host`; return {setStep, extend, setMeasurements, toggleLog, resize, close}.
  *
- * `source`: of the curves, as `Curve` has it; `step`: the one that is looked at; `goTo(step)`: is called for a click, where one is;
- * `walks`: arrow keys walk from point to point in any case; `remove(name)`: takes a run but the first out of the plot, where that can
- * be; `look`: {line, log, smooth} as the reader chose before, null where not; `looked(look)`: is called when the reader chooses;
- * `hasLoss`: whether the first run logs a loss at all.
+ * `source`: of the curves, as in `Curve`; `step`: the open one; `goTo(step)`: called for a click, if given; `walks`: arrow keys always walk
+ * from point to point; `remove(name)`: removes a run other than the first from the plot, if that can be; `look`: {line, log, smooth} as the
+ * reader chose before, or null; `looked(look)`: called when the reader chooses; `hasLoss`: whether the first run logs a loss at all.
  */
 export function lossPlot(host, names, options) {
   return new LossPlot(host, names, options);
@@ -27,13 +26,13 @@ export function lossPlot(host, names, options) {
 
 class LossPlot {
   #lines;
-  #drawn = []; // those of the chart: the lines that are shown, and their averages
+  #drawn = []; // the shown lines of the chart, and their averages
   #nonfinite = []; // steps
   chart = null; // of uPlot
   #isLog = false;
   #isLine = false;
-  #weight = 0; // of what was before, in the moving average
-  #range = null; // of steps, where zoomed
+  #weight = 0; // weight of earlier values in the moving average
+  #range = null; // of steps, if zoomed
   at = null; // the step under the cursor
   #mark;
   #timers = new Timers();
@@ -50,7 +49,7 @@ class LossPlot {
     this.#begin();
   }
 
-  /** Show which step is looked at. */
+  /** Mark the open step. */
   setStep(step) {
     this.#mark.step = step;
     this.at = null;
@@ -65,7 +64,7 @@ class LossPlot {
     this.#refresh();
   }
 
-  /** Say what is measured in the first run: `measurements` of what the server says of it. */
+  /** Set the measurements of the first run, as the server sent them. */
   setMeasurements(measurements) {
     const changed = [];
     for (const { name, count, is_rate: isRate } of measurements) {
@@ -79,7 +78,7 @@ class LossPlot {
     this.#timers.soon("measured", () => this.#load(this.#lines.filter((line) => line.isShown && line.curve.measurement !== null)));
   }
 
-  /** Put the loss on a logarithmic axis, or take it off one. */
+  /** Toggle the logarithmic axis of the loss. */
   toggleLog() {
     this.#isLog = !this.#isLog;
     this.#build();
@@ -95,17 +94,17 @@ class LossPlot {
     return this.#range !== null;
   }
 
-  /** Whether arrow keys walk from point to point: no step is open that they would go on from. */
+  /** Whether arrow keys walk from point to point: no step is open. */
   get isWalked() {
     return this.walks || this.step === null;
   }
 
-  /** The step that is looked at, null where none is. */
+  /** The open step, or null. */
   get step() {
     return this.#mark.step;
   }
 
-  /** Take the plot away. */
+  /** Remove the plot. */
   close() {
     this.#ended.abort();
     this.#refining.abort();
@@ -154,7 +153,7 @@ class LossPlot {
     }
   }
 
-  // As the reader chose; else the one on which the losses can be read.
+  // As the reader chose, or the one on which the losses are readable.
   #axis() {
     return Boolean(this.look.log ?? needLogAxis(this.#lines));
   }
@@ -229,7 +228,7 @@ class LossPlot {
     this.#drawMark();
   }
 
-  // Where the plot is zoomed, the first of two clicks is not yet a click: two show the whole run.
+  // If the plot is zoomed, wait for a second click: a double click shows the whole run.
   #click(count) {
     const step = this.at;
     const isFirst = this.goTo && step !== null && count < 2;
@@ -243,7 +242,7 @@ class LossPlot {
     return data;
   }
 
-  // New numbers in the chart that is there, at most once for each frame of the screen.
+  // Put new numbers into the existing chart, at most once per frame.
   #refresh() {
     if (!this.chart || this.#frame) return;
     this.#frame = requestAnimationFrame(() => {
@@ -297,13 +296,13 @@ class LossPlot {
     if (!signal.aborted) this.#refresh();
   }
 
-  /** Say in words what is at a step; null: where nothing is under the cursor. */
+  /** Write the values at a step; null: nothing is under the cursor. */
   show(at) {
     this.at = at;
     this.#tell();
   }
 
-  // In words: what is under the cursor, or else the step that is looked at, or else what can be done.
+  // As text: the values under the cursor, or of the open step, or a hint.
   #tell() {
     const told = this.#drawn.filter(({ curve }) => this.hasLoss || curve !== this.#lines[0].curve);
     const parts = this.at !== null ? partsAt(told, this.at, this.#weight) : partsOfStep(this.#mark, this.#lines[0].title);
@@ -321,7 +320,7 @@ class LossPlot {
   }
 }
 
-// The first run is drawn, whatever is the matter with the others.
+// The first run is drawn even if others fail.
 async function loadOther(line, signal) {
   await line.curve.load(signal).catch((error) => Object.assign(line, { isShown: false, problem: error.message }));
 }

@@ -1,4 +1,4 @@
-// What the plot says in words of the place under the cursor: every number in full precision.
+// The text of a plot for the step under the cursor: every number in full precision.
 
 import { element } from "../shared/elements.js";
 import { fullText, short, whole } from "../shared/format.js";
@@ -34,7 +34,7 @@ export function partsAt(lines, step, weight) {
   return parts;
 }
 
-/** Return the same of the step that is looked at, of which `title` is the loss; nothing where none is. */
+/** Return the same for the open step, with `title` for the loss; nothing if none is open. */
 export function partsOfStep({ step, loss }, title) {
   if (step === null) return [];
   return [["step", whole(step), ""], ...(loss === null ? [] : [[title, fullText(loss), ""]])];
@@ -45,7 +45,7 @@ export function words(parts) {
   return parts.map(([title, text, where]) => element("span", {}, `${title} `, element("b", {}, text), where));
 }
 
-/** Return what can be done with a plot that nothing is pointed at in, and what is not to be seen in it. */
+/** Return the hint of a plot without a cursor, and which values it does not show. */
 export function hint({ goTo, walks, hasLoss }, curve, isLog, nonfinite) {
   const isOpening = goTo && !walks;
   const opens = isOpening ? "Click to open a step; drag" : "Drag";
@@ -53,7 +53,7 @@ export function hint({ goTo, walks, hasLoss }, curve, isLog, nonfinite) {
   if (!hasLoss) return `This loop logs no loss.${isOpening ? " Click to open a step." : ""}`;
   const said = [`${opens} to zoom, double click to see the whole run.`];
   const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;
-  if (left) said.push(`Of 0 or less, with no place on a log axis: ${whole(left)}.`);
+  if (left) said.push(`0 or less, not shown on a log axis: ${whole(left)}.`);
   if (nonfinite.length) said.push("Marked at the bottom: losses that are not finite.");
   return said.join(" ");
 }

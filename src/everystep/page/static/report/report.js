@@ -1,11 +1,11 @@
-// A saved report: the plot and the table of the page, on the numbers that the report holds.
+// A saved report: the plot and the table of the page, with the numbers in the report.
 
 import { lossPlot } from "../plot/plot.js";
 import { stepTable } from "../table/table.js";
 import { choose, chosenStep, onChosen } from "./chosen.js";
 import { savedRows } from "./rows.js";
 
-/** Draw the plot and the table of the report that this stands in. */
+/** Draw the plot and the table of this report. */
 export function begin() {
   const [host, place] = document.querySelectorAll(".saved-plot, .saved-table");
   const held = JSON.parse(document.querySelector("script.losses").textContent);
@@ -27,7 +27,7 @@ function plotOf(host, { name, titles, columns }, step) {
   return plot;
 }
 
-// An empty cell of the table is a step without that number.
+// A step without the number has an empty cell.
 function rowsWith(steps, texts) {
   const rows = [...texts.keys()].filter((row) => texts[row] !== "");
   return { steps: rows.map((row) => steps[row]), values: rows.map((row) => texts[row]), total: rows.length };

@@ -1,11 +1,11 @@
-// The rows of the table of a saved report: those that the report holds, sorted and filtered here.
+// The rows of the table of a saved report, sorted and filtered here.
 
 import { numberOf } from "../shared/format.js";
 
 /**
- * Return what the table asks for, as `serverRows` does.
+ * Return the source of the table, like `serverRows`.
  *
- * `titles` and `columns` of the rows, step first, texts but for the steps; `name`: of the run.
+ * `titles` and `columns` of the rows, step first, strings except for the steps; `name`: of the run.
  */
 export function savedRows({ name, titles, columns }) {
   const [steps, ...texts] = columns;
@@ -51,7 +51,7 @@ function sorted(rows, numbers, titles, { sort = null, direction = null }) {
   return [...rows].sort(compare);
 }
 
-// What was made for the last question, as long as the question is the same.
+// The result for the last query, reused while the query is the same.
 function remembered(make) {
   let asked = null;
   let made = null;

@@ -1,11 +1,11 @@
-// The opened steps of a saved report: the view of the page, on data that the report itself holds.
+// The opened steps of a saved report: the view of the page, with the data in the report.
 
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { stepView } from "../step/step.js";
 import { chosenStep, onChosen } from "./chosen.js";
 
-/** Show the steps of the report that this stands in. */
+/** Show the steps of this report. */
 export function begin() {
   const section = document.querySelector(".opened");
   const data = JSON.parse(section.querySelector("script.opened-steps").textContent);
@@ -28,7 +28,7 @@ export function begin() {
   if (!showIfKept(chosenStep())) show(data.steps[0].content.step);
 }
 
-// What the view asks for, as the server would give it; tensors always come as they are kept.
+// The source of the view, in the server's format; tensors are returned as stored.
 function savedSource({ steps, histograms, numbers }) {
   const known = new Map(steps.map((step) => [step.content.step, step]));
   return {

@@ -1,28 +1,28 @@
-// What the buttons above a run do; their dialogs are loaded when they are asked for.
+// The buttons above a run; their dialogs are loaded on demand.
 
 import * as address from "../shared/address.js";
 import { element } from "../shared/elements.js";
 import { ask, tell } from "../shared/server.js";
 import { chooseRun } from "./parts.js";
 
-/** Train on from a step; null: from the beginning. */
+/** Fork from a step; null: from the beginning. */
 export async function fork(about, step) {
   const { forkDialog } = await import("../tasks/fork.js");
   forkDialog(about, step ?? 0);
 }
 
-/** Save the run, and the step that is looked at, as a page. */
+/** Save the run and the open step as a page. */
 export async function share(about, step) {
   const { shareDialog } = await import("../tasks/share.js");
   shareDialog(about, step);
 }
 
-/** Stop the training of a fork that was begun from a page: its server trains it. */
+/** Stop the training of a fork that the server trains. */
 export async function stop(about) {
   await tell(`/api/tasks/${encodeURIComponent(about.task)}`, null, { method: "DELETE" });
 }
 
-/** Offer the other runs, to compare the one at a place with, or to show beside it. */
+/** List the other runs, to compare with the current one, or to plot together. */
 export async function compare(place) {
   const { runs } = await ask("/api/runs");
   const link = (other, text) => element("a", { href: address.write(other) }, text);

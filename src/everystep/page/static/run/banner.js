@@ -1,4 +1,4 @@
-// What a reader must know first: that a run is damaged, why it ended, and where its loss stopped being finite.
+// What a reader must know first: damage, why the run ended, and where its loss stopped being finite.
 
 import * as address from "../shared/address.js";
 import { copyMark } from "../shared/copy.js";
@@ -30,7 +30,7 @@ class Banner {
     this.host.hidden = !ending && !nonfinite && !damage;
     this.why.hidden = !nonfinite || this.#task !== null;
     const said = JSON.stringify([ending, nonfinite, damage]);
-    if (this.said === said) return; // a link that is about to be clicked stays
+    if (this.said === said) return; // keep a link that is about to be clicked
     this.said = said;
     const broken = damage ? [element("b", {}, damage), ending || nonfinite ? ". " : ""] : [];
     this.says.replaceChildren(...broken, ...(ending ? endingWords(ending, goingOn, nonfinite) : []), ...this.#nonfinite(nonfinite));
@@ -82,14 +82,14 @@ class Banner {
   }
 }
 
-/** Return how a training ended early, and what goes on with it, to copy. */
+/** Return how a training ended early, and the command that continues it, to copy. */
 function endingWords(ending, goingOn, nonfinite) {
-  const copying = copyMark(() => goingOn, "copy what goes on with the training");
-  return [`${ending}. Go on: `, element("code", {}, goingOn), copying, ...(nonfinite ? [" "] : [])];
+  const copying = copyMark(() => goingOn, "copy how to continue the training");
+  return [`${ending}. To continue: `, element("code", {}, goingOn), copying, ...(nonfinite ? [" "] : [])];
 }
 
 function inputLine([name, { shape, minimum, maximum, nonfinite: bad }]) {
-  const range = minimum === "nan" ? "no finite number" : `${short(minimum)} to ${short(maximum)}`;
+  const range = minimum === "nan" ? "no finite numbers" : `${short(minimum)} to ${short(maximum)}`;
   return element("li", {}, element("span", { class: "mono" }, name), ` ${shapeText(shape)}: ${range}${bad ? `, ${whole(bad)} not finite` : ""}`);
 }
 

@@ -1,4 +1,4 @@
-// What a run is: its name, how it stands, the facts in the chapter's order, its most telling losses.
+// The head of a run: its name, its state, the facts in the chapter's order, its most important losses.
 
 import * as address from "../shared/address.js";
 import { copyMark } from "../shared/copy.js";
@@ -15,7 +15,7 @@ export function stepLink(run, step, go, text = `step ${whole(step)}`) {
   return element("a", { href: address.write({ view: "run", run, step }), onclick: press }, text);
 }
 
-/** Return the words on how a run stands; `speed`: steps a second, or null. */
+/** Return the text of a run's state; `speed`: steps per second, or null. */
 export function statusLine(about, speed) {
   const { status, steps, planned } = about;
   const last = about.landmarks.find(({ what }) => what === "last");
@@ -36,7 +36,7 @@ export function lineage({ name, parent, forks, unread }) {
   for (const fork of forks) {
     parts.push(element("span", {}, `forked at ${whole(fork.at)}: `, link(fork.name), " (", overlay(fork.name), ")"));
   }
-  if (unread) parts.push(element("span", {}, `forks among ${whole(unread)} runs that are not read yet are missing here`));
+  if (unread) parts.push(element("span", {}, `${whole(unread)} runs are not read yet; forks among them are missing here`));
   return parts;
 }
 
@@ -68,7 +68,7 @@ export function factsBrief({ facts, is_of_loop: isOfLoop }) {
   return (isOfLoop ? ["update"] : ["data", "loss", "update"]).filter((label) => of.has(label)).map((label) => inLine(of.get(label))).join(" · ");
 }
 
-// Of several optimizers, each with its name, only what they are: one line has no room for all their settings.
+// Several named optimizers show their classes only: a line has no room for all settings.
 function inLine(text) {
   const lines = text.split("\n").map((line) => line.trim());
   const named = /^([^\s:]+: \w+)\(.*\)$/;

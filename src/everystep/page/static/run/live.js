@@ -1,12 +1,12 @@
-// What is heard of a run while it is shown: its training, and of those beside it.
+// Live events of a run and of those plotted with it.
 
 import { addressOf, ask, listen } from "../shared/server.js";
 import { numberOf } from "../shared/format.js";
 
-const MOST = 2; // streams of runs beside: a browser holds but six connections to a server
-const SPAN = 5000; // milliseconds over which the speed is taken
+const MOST = 2; // streams of other runs: a browser has only six connections to a server
+const SPAN = 5000; // milliseconds over which the speed is measured
 
-/** Listen to a run; return a function that ends it. `hears`: {losses(steps, losses), state(state), gone(), server(isThere)}. */
+/** Listen to a run; return a function that stops. `hears`: {losses(steps, losses), state(state), gone(), server(isThere)}. */
 export function listenToRun(name, after, hears) {
   const heard = {
     losses: ({ steps, losses }) => hears.losses(steps, losses.map(numberOf)),
@@ -20,7 +20,7 @@ export function listenToRun(name, after, hears) {
   return end;
 }
 
-/** Listen to those of the runs that are being trained; return a function that ends it. */
+/** Listen to the runs in training; return a function that stops. */
 export function listenToThose(names, extend) {
   let isEnded = false;
   let ends = [];
@@ -38,12 +38,12 @@ export function listenToThose(names, extend) {
   };
 }
 
-/** How fast a training goes, of what was heard of it. */
+/** The speed of a training, from its events. */
 export class Speed {
   #heard = [];
-  now = null; // steps a second; null: not known
+  now = null; // steps per second; null: unknown
 
-  /** Take in how many steps there are by now. */
+  /** Note the current number of steps. */
   take(steps) {
     const time = performance.now();
     this.#heard = [...this.#heard.filter(([then]) => time - then < SPAN), [time, steps]];

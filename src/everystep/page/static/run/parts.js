@@ -1,17 +1,17 @@
-// The places of the parts of a run's view, and where they stand on wide and on narrow screens.
+// The layout of a run's view, on wide and on narrow screens.
 
 import { button, element } from "../shared/elements.js";
 import { noteOf } from "../shared/note.js";
 import { banner } from "./banner.js";
 
-/** Make the places. `does`: {fork(), compare(), share(), stop(), goTo(step)}. */
+/** Create the elements. `does`: {fork(), compare(), share(), stop(), goTo(step)}. */
 export function runParts(name, does) {
   const stop = button("Stop", does.stop, { title: "stop the training of this fork; its steps are kept", hidden: true });
   const actions = element(
     "div",
     { class: "actions" },
     stop,
-    button("Fork", does.fork, { title: "train on from a step with other settings (f)" }),
+    button("Fork", does.fork, { title: "continue from a step with different settings (f)" }),
     button("Compare", does.compare, { title: "with another run" }),
     button("Save this view", does.share, { title: "as one file that opens without a server" }),
   );
@@ -35,17 +35,17 @@ export function runParts(name, does) {
   const step = element("section", { class: "step-part", "aria-label": "Step" }, bar, problem, waiting, shown);
   const left = element("div", { class: "run-left" }, loss, table, questions);
   const body = element("div", { class: "run-body" }, left, step);
-  // What sticks within the step sticks beneath the bar.
+  // Sticky elements of the step stick below the bar.
   const measured = new ResizeObserver(() => step.style.setProperty("--step-top", `${bar.offsetHeight}px`));
   measured.observe(bar);
   return { header, stop, state, note, family, banner: top, facts, brief, landmarks, plot, bar, loss, questions, table, problem, waiting, shown, step, left, body };
 }
 
 /**
- * Put the parts where they have room.
+ * Arrange the parts.
  *
- * An open step stands beside the plot and the table, or between them. The facts are a column at the right where there
- * is one free, else a line that unfolds.
+ * An open step is next to the plot and the table, or between them. The facts are a column at the right if there is room, else a line that
+ * unfolds.
  */
 export function arrange({ step, left, body, loss, facts }, main, { isOpen, isWide }) {
   const isColumn = isWide && !isOpen;
@@ -71,7 +71,7 @@ export function chooseRun(name, runs, linksOf) {
     "dialog",
     { class: "choose", "aria-labelledby": "choose-title" },
     element("h2", { id: "choose-title" }, `${name} and …`),
-    rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There is no other run here."),
+    rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There are no other runs here."),
     element("form", { method: "dialog" }, element("button", {}, "Close")),
   );
   dialog.addEventListener("click", (event) => event.target.closest("a") && dialog.close());

@@ -1,13 +1,13 @@
-// The place where the step that is looked at is shown.
+// The element that shows the open step.
 
 import * as address from "../shared/address.js";
 import { whole } from "../shared/format.js";
 import { newestOnly } from "./stepping.js";
 
-/** Shows steps of a run one after the other; `parts`: {shown, problem, waiting}, the places of the step and of words. */
+/** Shows steps of a run one after the other; `parts`: {shown, problem, waiting}, the elements of the step and of messages. */
 export class StepPlace {
   #view = null; // a promise
-  #shown = null; // the target that is drawn, or failed to be
+  #shown = null; // the target that was drawn, or failed
   #isThere = false; // something is drawn
   #isClosed = false;
   isFailed = false;
@@ -44,7 +44,7 @@ export class StepPlace {
     this.#shown = JSON.stringify(target);
   }
 
-  // Before the first step is there, a word stands in its place.
+  // Until the first step is loaded, a message is shown.
   #wait(step) {
     this.waiting.textContent = step === null ? "" : `Opening step ${whole(step)}.`;
     this.waiting.hidden = step === null || this.#isThere;
@@ -56,7 +56,7 @@ export class StepPlace {
     this.#isThere = error === null && step !== null;
     this.problem.textContent = error?.message ?? "";
     this.problem.hidden = error === null;
-    // A step that is not there leaves nothing to look at; where the server is away, what was seen stays.
+    // A missing step shows nothing; if the server is away, the previous step stays.
     this.host.hidden = error?.status === 404;
   }
 

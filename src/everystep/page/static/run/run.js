@@ -1,4 +1,4 @@
-// One run: its facts, its loss, every step as a table, and the step that is looked at.
+// One run: its facts, its loss, every step as a table, and the open step.
 
 import * as address from "../shared/address.js";
 import * as keys from "../shared/keys.js";
@@ -21,7 +21,7 @@ import { StepPlace } from "./place.js";
 
 /** Show a run. */
 export async function open(place, main) {
-  const waiting = element("p", { class: "waiting muted" }, "Reading the run.");
+  const waiting = element("p", { class: "waiting muted" }, "Loading the run.");
   main.append(waiting);
   const about = await ask(addressOf(place.run)).finally(() => waiting.remove());
   const view = new RunView(main, about, place);
@@ -29,7 +29,7 @@ export async function open(place, main) {
 }
 
 class RunView {
-  #isWalking = false; // the entry of the history is one of stepping: the next step takes its place
+  #isWalking = false; // the history entry is from stepping: the next step replaces it
   #isOwn = false; // we are changing the address ourselves
   #isFollowing = false;
   #isKeepingUp = false;
@@ -42,7 +42,7 @@ class RunView {
     this.about = about;
     this.name = about.name;
     this.place = { ...place, step: null, beside: [] };
-    this.leftOpen = []; // what was unfolded in the step that was left
+    this.leftOpen = []; // what was unfolded in the previous step
     this.away = awayBanner();
     this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => compare(this.place), share: () => share(this.about, this.step), stop: () => stop(this.about), goTo: (step) => this.jump(step) });
     const { header, body, bar } = this.parts;
@@ -120,7 +120,7 @@ class RunView {
     document.querySelector("#trail").replaceChildren();
   }
 
-  /** Go some steps on, or back. */
+  /** Go some steps forward or back. */
   walk(stride) {
     const { steps } = this.about;
     if (!steps) return;
@@ -238,7 +238,7 @@ class RunView {
   }
 
   #hearLosses(steps, losses) {
-    const isAgain = steps[0] <= this.about.steps; // what is known of these steps holds no more
+    const isAgain = steps[0] <= this.about.steps; // cached data of these steps is invalid
     this.plot.extend(this.name, { steps, losses });
     this.about.steps = steps.at(-1);
     if (isAgain) return this.#askAgain();
@@ -290,7 +290,7 @@ class RunView {
   }
 
   #hearGone() {
-    const says = "This run was deleted. What is on the screen stays until you leave it.";
+    const says = "This run was deleted. It remains on the screen until you leave it.";
     this.parts.header.append(element("p", { class: "alarm", role: "alert" }, says));
   }
 
@@ -307,7 +307,7 @@ class RunView {
     this.#questions = module.questions(this.parts.questions, this.about, does);
   }
 
-  /** Train on from the step that is looked at. */
+  /** Fork from the open step. */
   fork() {
     return fork(this.about, this.step);
   }

@@ -1,4 +1,4 @@
-// The bar above a step: first, back, the step's number, forth, last, play.
+// The bar above a step: first, back, the step's number, forward, last, play.
 
 import { button, drawing, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
@@ -34,11 +34,11 @@ class Stepper {
     this.back = [
       signed("first", "first step (Home)", () => does.jump(1)),
       button("−10", () => does.walk(-10), { title: "ten steps back (Shift+←)" }),
-      signed("back", "the step before (←)", () => does.walk(-1)),
+      signed("back", "the previous step (←)", () => does.walk(-1)),
     ];
     this.forth = [
       signed("forth", "the next step (→)", () => does.walk(1)),
-      button("+10", () => does.walk(10), { title: "ten steps on (Shift+→)" }),
+      button("+10", () => does.walk(10), { title: "ten steps forward (Shift+→)" }),
       signed("last", "last step (End)", () => does.jump(this.#has.steps)),
     ];
     this.field = element("input", { type: "text", inputMode: "numeric", autocomplete: "off", "aria-label": "step", placeholder: "step" });
@@ -49,10 +49,10 @@ class Stepper {
     this.of = element("span", { class: "muted" });
     this.player = signed("play", "play (p)", does.play);
     const options = PACES.map(([text, pace]) => element("option", { value: String(pace), selected: pace === 5 }, text));
-    this.pace = element("select", { "aria-label": "how fast it plays", "data-own-keys": "" }, ...options);
+    this.pace = element("select", { "aria-label": "speed", "data-own-keys": "" }, ...options);
     this.pace.addEventListener("change", () => does.pace(Number(this.pace.value)));
     this.follow = button("follow", does.follow, { title: "always show the newest step (End)", hidden: true });
-    this.leave = signed("leave", "leave the step (Escape)", does.leave);
+    this.leave = signed("leave", "close the step (Escape)", does.leave);
     this.leave.classList.add("leave");
     const group = (says, ...parts) => element("span", { class: "group", role: "group", "aria-label": says }, ...parts);
     const where = element("span", { class: "where" }, this.field, this.of);
@@ -73,7 +73,7 @@ class Stepper {
     this.host.classList.toggle("is-long", steps >= 1e5);
     const isNone = steps === 0;
     this.field.disabled = isNone;
-    // Without a step there is only the first, the next, which is the first, and the last.
+    // Without an open step, next is the first step.
     this.back.forEach((one, index) => (one.disabled = isNone || (step === null ? index > 0 : step <= 1)));
     this.forth.forEach((one, index) => (one.disabled = isNone || (step === null ? index === 1 : step >= steps)));
     this.player.disabled = isNone || (!isPlaying && step !== null && step >= steps);

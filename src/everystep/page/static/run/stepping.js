@@ -1,10 +1,10 @@
-// Going from step to step: never more than one on its way, and playing at a steady pace.
+// Stepping: at most one request at a time, and playing at a steady pace.
 
 /**
- * Return a function that has `work(target)` done, one target at a time.
+ * Return a function that runs `work(target)`, one target at a time.
  *
- * While one is being done only the newest of the others is remembered; after `patience` milliseconds it is
- * waited for no longer. What the function returns is fulfilled when nothing is left to do.
+ * During a run, only the newest target is remembered; after `patience` milliseconds, the function waits no longer. Its promise is fulfilled
+ * when nothing is left to do.
  */
 export function newestOnly(work, patience = 300) {
   let wanted = null;
@@ -27,11 +27,11 @@ export function newestOnly(work, patience = 300) {
   };
 }
 
-/** Steps by itself: `advance()` takes a step, is fulfilled when it is drawn, and says whether there is more. */
+/** Plays steps: `advance()` takes a step; its promise is fulfilled when it is drawn, with whether there are more. */
 export class Player {
   #turn = 0;
   isPlaying = false;
-  pace = 5; // steps a second; Infinity: as fast as they are drawn
+  pace = 5; // steps per second; Infinity: as fast as they are drawn
 
   constructor(advance, changed) {
     this.advance = advance;
@@ -65,7 +65,7 @@ export class Player {
   }
 }
 
-/** Return the step that a text means: "137", or "+10" and "-1" from where one is; null: it means none. */
+/** Return the step that a text means: "137", or "+10" and "-1" relative to the current one; null if invalid. */
 export function stepOf(text, step, steps) {
   const found = /^\s*([+\-−]?)\s*([\d,]+)\s*$/.exec(text);
   if (!found) return null;

@@ -1,11 +1,11 @@
-// Which runs are shown, and in which order.
+// The shown runs, and their order.
 
 import { numberOf, short } from "../shared/format.js";
 
-/** Settings that are marked where a run differs from most of the others. */
+/** Settings to mark if a run differs from most others. */
 export const COMPARED = ["optimizer", "lr", "batch_size"];
 
-/** Return runs that a text is in, sorted, as {name, depth}; by name or time, forks stand beneath their parents. */
+/** Return runs that contain a text, sorted, as {name, depth}; by name or time, forks are below their parents. */
 export function arranged(runs, { key, direction }, text) {
   const wanted = text.trim().toLowerCase();
   const found = runs.filter(({ name, status, optimizer, note }) => [name, status, optimizer, note].join(" ").toLowerCase().includes(wanted));
@@ -15,7 +15,7 @@ export function arranged(runs, { key, direction }, text) {
   return nested(sorted);
 }
 
-/** Return the value of each compared setting that more than half of the runs have, where there is one. */
+/** Return the value of each compared setting that more than half of the runs have, if there is one. */
 export function usualOf(runs) {
   const usual = new Map();
   for (const key of COMPARED) {
@@ -62,7 +62,7 @@ function valueOf(run, key) {
   return run[key];
 }
 
-// Numbers, then NaN; what is not there last, whichever way is sorted.
+// Numbers, then NaN; missing values last in both directions.
 function compared(a, b, sign) {
   if (a === null || b === null) return (a === null) - (b === null);
   if (typeof a === "string") return sign * byName(a, b);

@@ -1,4 +1,4 @@
-// Several runs over each other: their losses in one plot, and what they differ in.
+// Several runs together: their losses in one plot, and their differences.
 
 import * as address from "../shared/address.js";
 import { element } from "../shared/elements.js";
@@ -10,17 +10,17 @@ import { listenToThose } from "../run/live.js";
 import { COMPARED, settingOf } from "./order.js";
 import { nonfiniteText } from "./row.js";
 
-/** What people change most comes first. */
+/** The settings that are changed most often come first. */
 const FIRST = ["optimizer", "scheduler", "batch_size", "seed", "model", "loss"];
 /** Compare shows more settings than this. */
 const MOST = 5;
 
-/** Show runs over each other. */
+/** Show several runs together. */
 export async function open(place, main) {
   document.title = "Overlay – everystep";
   document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Overlay");
   main.classList.add("wide");
-  const waiting = element("p", { class: "waiting muted" }, "Reading the runs.");
+  const waiting = element("p", { class: "waiting muted" }, "Loading the runs.");
   main.append(waiting);
   const { runs } = await ask("/api/runs").finally(() => waiting.remove());
   const view = new Overlay(main, runs);
@@ -43,7 +43,7 @@ class Overlay {
     const missing = runs.filter((name) => !names.includes(name));
     this.title.textContent = names.length === 1 ? "1 run" : `${names.length} runs`;
     this.problem.hidden = !missing.length;
-    this.problem.textContent = `Not here, or unreadable: ${missing.join(", ")}.`;
+    this.problem.textContent = `Missing or unreadable: ${missing.join(", ")}.`;
     this.close();
     if (!names.length) return this.body.replaceChildren();
     const remove = (name) => address.go({ view: "overlay", runs: runs.filter((other) => other !== name) });
@@ -91,7 +91,7 @@ function settingsOf({ settings }) {
   return new Map(Object.entries(settings).map(([key, value]) => [key, String(value)]));
 }
 
-// What the list of runs knows of each: all there is to compare where not all are experiments.
+// Data of the list of runs: the only common data if not all are experiments.
 function listed(summary) {
   return new Map(COMPARED.map((key) => [key, String(settingOf(summary, key) ?? "")]));
 }

@@ -7,10 +7,10 @@ import { noteOf } from "../shared/note.js";
 import { COMPARED, settingOf } from "./order.js";
 import { ago, duration, fullText, numberOf, percent, short, whole } from "../shared/format.js";
 
-const REST = 2000; // milliseconds between pictures of a run that is being trained
+const REST = 2000; // milliseconds between pictures of a run in training
 const CELLS = ["status", "steps", "last_loss", "picture", "validation", "optimizer", "lr", "batch_size", "seconds", "started"];
 
-/** Make the row of a run; return {host, run, update(run), see(isSeen), indent(depth)}. `pick(isPicked)`: is called for its box. */
+/** Make the row of a run; return {host, run, update(run), see(isSeen), indent(depth)}. `pick(isPicked)`: called for its checkbox. */
 export function runRow(run, pick) {
   return new RunRow(run, pick);
 }
@@ -42,7 +42,7 @@ class RunRow {
     this.host.classList.toggle("unreadable", problem !== null);
     this.box.disabled = problem !== null;
     if (!isNamed) {
-      // A link that is about to be clicked, or has the focus, stays.
+      // Keep a link that is about to be clicked, or has the focus.
       const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
       const own = problem === null ? [this.note.host] : [];
       this.name.replaceChildren(problem === null ? link : name, ...own, ...this.#lineage());
@@ -54,7 +54,7 @@ class RunRow {
     this.#draw();
   }
 
-  /** Mark the settings that most runs have otherwise; `usual`: their values by key. */
+  /** Mark the settings that differ from most runs; `usual`: their values by key. */
   tellUnusual(usual) {
     const isOther = (key) => usual.has(key) && this.run.optimizer !== null && settingOf(this.run, key) !== usual.get(key);
     for (const key of COMPARED) this.cells[key].classList.toggle("unusual", isOther(key));
@@ -73,7 +73,7 @@ class RunRow {
     return [element("span", { class: "lineage" }, "fork of ", link, ` at ${whole(parent[1])}`)];
   }
 
-  // The picture, once the row is seen; drawn again now and then while there are more steps.
+  // The picture, once the row is visible; redrawn from time to time while steps are added.
   async #draw() {
     const { name, steps } = this.run;
     if (!this.#isSeen || this.#isWaiting || !steps || steps === this.#pictured) return;
@@ -83,7 +83,7 @@ class RunRow {
     try {
       this.picture.replaceChildren(sparkline(await ask(addressOf(name, "sparkline")), name));
     } catch {
-      this.picture.replaceChildren(); // a picture that is missing says enough: the row is still right
+      this.picture.replaceChildren(); // without a picture, the row is still correct
     }
     setTimeout(() => {
       this.#isWaiting = false;
@@ -92,7 +92,7 @@ class RunRow {
   }
 }
 
-// Return the text and the title of each cell that has no more than these.
+// Return the text and the title of each plain cell.
 function textsOf(run) {
   const { problem, steps, planned, last_loss: loss, validation, optimizer, batch_size: batch, seconds, started } = run;
   const utc = (time) => `${new Date(time).toISOString().replace("T", " ").slice(0, 19)} UTC`;
@@ -117,7 +117,7 @@ function nonfinite(run) {
   return run.nonfinite_step ? [element("span", { class: "nonfinite" }, nonfiniteText(run))] : [];
 }
 
-/** Return from which step on the loss of a run is not finite, in words. */
+/** Describe from which step the loss of a run is not finite. */
 export function nonfiniteText({ nonfinite_step: step, last_loss: loss }) {
   return `not finite ${Number.isFinite(numberOf(loss)) ? "at" : "from"} step ${whole(step)}`;
 }

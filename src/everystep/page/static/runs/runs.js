@@ -21,17 +21,17 @@ const COLUMNS = [
   { key: "started", title: "started", first: "descending" },
 ];
 
-// Rows that are drawn at first, and then whenever the end of them comes near: the layout of thousands takes seconds.
+// Rows drawn at first, and then whenever their end comes near: the layout of thousands takes seconds.
 const SOME = 100;
 
-// Where the address does not say otherwise it stays as it was: one comes back from a run.
+// Kept for the return from a run, unless the address has another order.
 const sorting = { key: "started", direction: "descending" };
 
 /** Show all runs. */
 export async function open(place, main) {
   document.title = "everystep";
   document.querySelector("#trail").replaceChildren();
-  const waiting = element("p", { class: "waiting muted" }, "Reading the runs.");
+  const waiting = element("p", { class: "waiting muted" }, "Loading the runs.");
   main.append(waiting);
   const { directory, runs, unread } = await ask("/api/runs?soon").finally(() => waiting.remove());
   const view = new Runs(main, directory, { runs, unread }, place);
@@ -50,8 +50,8 @@ class Runs {
     this.head = element("p", { class: "lead" });
     this.search = element("input", { type: "search", placeholder: "search", "aria-label": "search the runs", title: "in name, status, optimizer and note" });
     this.search.addEventListener("input", () => this.#arrange());
-    this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs: their losses over each other" });
-    this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs: where they part" });
+    this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs to plot their losses together" });
+    this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs to find where they diverge" });
     this.chosen = element("span", { class: "muted small", role: "status" });
     this.headings = element("tr", { role: "row" });
     this.body = element("tbody", { role: "rowgroup" });
@@ -80,10 +80,10 @@ class Runs {
     this.reach.disconnect();
     this.away.close();
     this.watcher.disconnect();
-    this.#rows.forEach((row) => row.see(false)); // no picture is asked for any more
+    this.#rows.forEach((row) => row.see(false)); // no more pictures are requested
   }
 
-  // Runs may have gone while nothing was heard: those that a new stream does not name until all are read.
+  // Runs may have been deleted while the stream was closed: those that a new stream does not name until all are read.
   #hear({ runs, gone, begins, unread }) {
     if (begins) this.named = new Set();
     for (const { name } of runs) this.named?.add(name);
@@ -130,7 +130,7 @@ class Runs {
     if (this.#most >= this.#runs.size) return;
     this.#most += SOME;
     this.#arrange();
-    // An end that stays near is not seen again otherwise.
+    // Observe again, because an end that stays near causes no new event.
     this.reach.unobserve(this.end);
     this.reach.observe(this.end);
   }
@@ -157,7 +157,7 @@ class Runs {
 
   #tellCount(all, shown) {
     const running = all.filter(({ status }) => status === "running").length;
-    const words = [`${all.length} ${all.length === 1 ? "run" : "runs"}`, ...(running ? [`${running} running`] : []), ...(this.unread ? [`${this.unread} still to be read`] : [])];
+    const words = [`${all.length} ${all.length === 1 ? "run" : "runs"}`, ...(running ? [`${running} running`] : []), ...(this.unread ? [`${this.unread} not read yet`] : [])];
     this.head.textContent = all.length || this.unread ? words.join(" · ") : "";
     this.table.hidden = !shown;
     this.tools.hidden = !all.length;
@@ -185,7 +185,7 @@ class Runs {
     this.field.value = `${sorting.key} ${sorting.direction}`;
   }
 
-  // Where rows are stacked there are no headings to press.
+  // Stacked rows have no headings to click.
   #sortField() {
     const choices = COLUMNS.filter(({ key }) => key).flatMap(({ key, title, first }) =>
       [first, OTHER[first]].map((direction) => element("option", { value: `${key} ${direction}` }, `${title} ${ARROWS[direction]}`)),

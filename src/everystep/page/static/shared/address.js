@@ -1,10 +1,10 @@
-// The address of what is looked at, and going there: Back and Forward work.
+// The address of the current place, and navigation; Back and Forward work.
 //
 // A place: {view: "runs", sort, direction}, {view: "run", run, step, phase, operation, open: [keys], sort, direction, line,
-// log, smooth, beside: [names]} (`open`: what is unfolded in the step; how the table is sorted and the plot is drawn; null:
-// as it is by itself), {view: "overlay", runs: [names]} or {view: "compare", one, other}.
+// log, smooth, beside: [names]} (`open`: what is unfolded in the step; how the table is sorted and the plot is drawn; null: the default),
+// {view: "overlay", runs: [names]} or {view: "compare", one, other}.
 
-/** Servers refuse longer addresses than those of some hundred open tensors. */
+/** Servers refuse longer addresses, as of several hundred open tensors. */
 const MOST_OPEN = 200;
 
 const watchers = new Set();
@@ -38,7 +38,7 @@ export function read(address = location.href) {
   return { view: "runs", ...sorted };
 }
 
-// A name that is badly written stays as it is: there is no such run, and the server says so.
+// An invalid name stays unchanged: the server reports that there is no such run.
 function decoded(name) {
   try {
     return decodeURIComponent(name);
@@ -63,20 +63,20 @@ export function write(place) {
   return query.size ? `${path}?${query}` : path;
 }
 
-/** Go to a place; `replace`: without an entry of its own in the history (stepping quickly). */
+/** Go to a place; `replace`: without a new history entry (stepping quickly). */
 export function go(place, { replace = false } = {}) {
   const address = write(place);
   if (address !== location.pathname + location.search) history[replace ? "replaceState" : "pushState"](null, "", address);
   tellAll();
 }
 
-/** Have a function called with what is looked at, whenever that changes; return one that ends it. */
+/** Call a function with the current place whenever it changes; return a function that stops. */
 export function watch(changed) {
   watchers.add(changed);
   return () => watchers.delete(changed);
 }
 
-/** Let links of ours go there without reloading the page, and listen to Back and Forward. */
+/** Follow internal links without reloading the page, and listen to Back and Forward. */
 export function begin() {
   window.addEventListener("popstate", tellAll);
   document.addEventListener("click", (event) => {

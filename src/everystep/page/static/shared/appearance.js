@@ -1,10 +1,10 @@
-// How the page looks to this reader: remembered by the browser, for all runs.
+// The appearance of the page: remembered by the browser, for all runs.
 
 import { button, element } from "./elements.js";
 import { openDialog } from "./dialog.js";
 
 const CHOICES = [
-  { key: "theme", title: "Colours", values: [["system", "same as system"], ["light", "light"], ["dark", "dark"]] },
+  { key: "theme", title: "Colours", values: [["system", "as the system"], ["light", "light"], ["dark", "dark"]] },
   { key: "size", title: "Size", values: [["normal", "normal"], ["large", "large, for a projector"]] },
   { key: "operators", title: "Operator names (aten.mm)", values: [["hidden", "hidden"], ["shown", "shown"]] },
 ];
@@ -13,7 +13,7 @@ const DARK = "(prefers-color-scheme: dark)";
 const chosen = Object.fromEntries(CHOICES.map(({ key, values }) => [key, remembered(key, values)]));
 const watchers = new Set();
 
-/** Have a function called when colours or sizes change; return one that ends it. */
+/** Call a function when colours or sizes change; return a function that stops. */
 export function watchAppearance(changed) {
   watchers.add(changed);
   const system = window.matchMedia(DARK);
@@ -24,7 +24,7 @@ export function watchAppearance(changed) {
   };
 }
 
-/** Let the page look as chosen. */
+/** Apply the choices. */
 export function applyAppearance() {
   const { theme, size, operators } = chosen;
   Object.assign(document.documentElement.dataset, { size, operators });
@@ -52,7 +52,7 @@ function choiceOf({ key, title, values }) {
     try {
       localStorage.setItem(`everystep ${key}`, value);
     } catch {
-      // A browser that keeps nothing still shows what was chosen.
+      // Choices apply even if the browser cannot store them.
     }
     applyAppearance();
   }

@@ -1,8 +1,8 @@
-// The word that the server is away; it goes by itself.
+// The message that the server is away; it disappears when the server is back.
 
 import { element } from "./elements.js";
 
-const PATIENCE = 1000; // milliseconds: a short break is not worth a word
+const PATIENCE = 1000; // milliseconds: a short break shows no message
 
 /** Make the banner; return {host, tell(isThere), close()}. */
 export function awayBanner() {
@@ -11,7 +11,7 @@ export function awayBanner() {
   const tell = (isThere) => {
     clearTimeout(timer);
     if (isThere) host.textContent = "";
-    else timer = setTimeout(() => (host.textContent = "The server does not answer; trying again."), PATIENCE);
+    else timer = setTimeout(() => (host.textContent = "The server does not respond; trying again."), PATIENCE);
   };
   return { host, tell, close: () => clearTimeout(timer) };
 }

@@ -1,9 +1,9 @@
-// Texts to copy: buttons that do it, and say so.
+// Buttons that copy texts, and confirm it.
 
 import { button, drawing, element } from "./elements.js";
 
 const FAILED = "Select it, and press Ctrl+C";
-/** So long a button says that it has copied. */
+/** Milliseconds for which a button shows that it has copied. */
 const SAID = 2000;
 const SIGNS = {
   copy: "M6 6V3.5h6.5V10H10M3.5 6H10v6.5H3.5z",
@@ -11,7 +11,7 @@ const SIGNS = {
   done: "M3.5 8.5l3 3 6-7",
 };
 
-/** Return a button that copies the text that `text()` gives, and says so. */
+/** Return a button that copies the result of `text()`, and confirms it. */
 export function copyButton(text, says = "Copy", properties = {}) {
   const made = button(says, async () => {
     const isCopied = await copy(text(), made);
@@ -28,7 +28,7 @@ export function copyButton(text, says = "Copy", properties = {}) {
   return element("span", { class: "copying" }, made, said);
 }
 
-/** Return a small sign that copies the text that `text()` gives; `label`: what it copies, `sign`: `copy` or `link`. */
+/** Return a small icon that copies the result of `text()`; `label`: what it copies, `sign`: `copy` or `link`. */
 export function copyMark(text, label, sign = "copy") {
   const said = element("span", { class: "unseen", role: "status" });
   const made = button("", press, { class: "copy-mark", title: label, "aria-label": label });
@@ -53,7 +53,7 @@ function signOf(name) {
   return drawing("svg", { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" }, drawing("path", { d: SIGNS[name] }));
 }
 
-/** Copy a text, which a button that stands on the page asks for; return whether that worked. */
+/** Copy a text for a button on the page; return whether that worked. */
 export async function copy(text, beside) {
   try {
     await navigator.clipboard.writeText(text);
@@ -63,7 +63,7 @@ export async function copy(text, beside) {
   }
 }
 
-// On another host than this one, without encryption, and in a frame of a notebook, browsers have no clipboard to write to.
+// On other hosts without encryption, and in a frame of a notebook, browsers do not allow writing to the clipboard.
 function copyBySelecting(text, beside) {
   const field = element("textarea", { value: text, class: "unseen", readOnly: true });
   beside.after(field);

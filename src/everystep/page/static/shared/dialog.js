@@ -5,7 +5,7 @@ import { element } from "./elements.js";
 
 let count = 0;
 
-/** Open a dialog with a title; return it. `closed` is called when it is gone; Escape closes it. */
+/** Open a dialog with a title; return it. `closed`: called after it was closed; Escape closes it. */
 export function openDialog(title, content, { closed = () => {} } = {}) {
   const id = `dialog-${++count}`;
   const dialog = element("dialog", { "aria-labelledby": id }, element("h2", { id }, title), content);
@@ -21,7 +21,7 @@ export function openDialog(title, content, { closed = () => {} } = {}) {
   return dialog;
 }
 
-/** Return a command line, or lines of Python, to be copied; `set(text)` changes it. */
+/** Return a command line, or lines of Python, to copy; `set(text)` changes it. */
 export function commandLine(label, text = "") {
   const shown = element("code", {}, text);
   const block = element("pre", { class: "command", tabIndex: 0, role: "group", "aria-label": label }, shown);
@@ -30,7 +30,7 @@ export function commandLine(label, text = "") {
   return { node, set: (changed) => (shown.textContent = changed) };
 }
 
-/** Return a word as a shell takes it. */
+/** Return a word quoted for a shell. */
 export function quoted(word) {
   return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
 }

@@ -1,6 +1,6 @@
-// Numbers and times as the page shows them.
+// Formats of numbers and times.
 
-/** Return a number of the server's JSON, in which nan and infinities are texts. */
+/** Return a number of the server's JSON, in which nan and infinities are strings. */
 export function numberOf(value) {
   if (typeof value === "number") return value;
   if (value === null || value === undefined) return null;
@@ -14,17 +14,17 @@ export function short(value, digits = 4) {
   if (!Number.isFinite(number)) return Number.isNaN(number) ? "nan" : number > 0 ? "inf" : "-inf";
   const rounded = Number(number.toPrecision(digits));
   const size = Math.abs(rounded);
-  // Python's way to write exponents: what the server writes stands beside it.
+  // Exponents as in Python, because the server's texts are next to them.
   if (size !== 0 && (size >= 1e6 || size < 1e-4)) return rounded.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
   return String(rounded);
 }
 
-/** Return a whole number with commas between thousands. */
+/** Return an integer with commas between thousands. */
 export function whole(number) {
   return number.toLocaleString("en");
 }
 
-/** Return a shape: 64×1,000; "number" where it has no dimensions. */
+/** Return a shape: 64×1,000; "number" if it has no dimensions. */
 export function shapeText(shape) {
   return shape.length ? shape.map(whole).join("×") : "number";
 }
@@ -35,7 +35,7 @@ export function percent(share) {
   return Number.isFinite(number) ? `${short(100 * number, 3)}%` : short(number);
 }
 
-/** Return how long ago a time was, or its date where that is long. */
+/** Return how long ago a time was, or its date if that is long. */
 export function ago(iso) {
   const seconds = (Date.now() - new Date(iso).getTime()) / 1000;
   if (seconds < 60) return "just now";
@@ -44,7 +44,7 @@ export function ago(iso) {
   return new Date(iso).toISOString().slice(0, 10);
 }
 
-/** Return seconds as a person says them. */
+/** Return seconds in readable units. */
 export function duration(seconds) {
   if (seconds < 10) return `${short(seconds, 2)} s`;
   if (seconds < 90) return `${Math.round(seconds)} s`;
@@ -52,13 +52,13 @@ export function duration(seconds) {
   return `${Math.round(seconds / 3600)} h`;
 }
 
-/** Return a number in the fewest digits that give it back; `isSingle`: as a float32, which it is. */
+/** Return a number in the fewest digits that restore it; `isSingle`: as a float32. */
 export function fullText(value, isSingle = Math.fround(value) === value) {
   if (!Number.isFinite(value)) return String(value).replace("NaN", "nan").replace("Infinity", "inf");
   if (Object.is(value, -0)) return "-0";
   const size = Math.abs(value);
   const shortest = isSingle ? ofSingle(value) : value;
-  // The table's texts, which Python writes, change to exponents at the same sizes.
+  // Switch to exponents at the same sizes as the table's texts, which Python writes.
   if (size === 0 || (size >= 1e-4 && size < (isSingle ? 1e6 : 1e16))) return String(shortest);
   return shortest.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
 }

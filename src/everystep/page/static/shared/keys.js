@@ -5,7 +5,7 @@ import { element } from "./elements.js";
 const bound = [];
 
 /**
- * Bind keys; return a function that frees them again.
+ * Bind keys; return a function that unbinds them.
  *
  * Each binding: {keys: ["ArrowLeft"], shown: "←", says: "the step before", press: (event) => ...}.
  */
@@ -49,7 +49,7 @@ function cap(text) {
   return element(/^[a-z]{2,}$/.test(text) ? "span" : "kbd", {}, text);
 }
 
-// Where letters go into a field, or arrows belong to what has the focus, keys are not ours.
+// Ignore keys that go into a field, or arrows that belong to the focused element.
 function isTyping(event) {
   const { target } = event;
   if (target.isContentEditable || target.closest?.("select, textarea, input:not([type=checkbox], [type=radio])")) return true;

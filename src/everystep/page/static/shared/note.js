@@ -1,4 +1,4 @@
-// A note of one's own on a run: a line of text that can be changed where it is read.
+// The user's note on a run: a line of text that can be edited in place.
 
 import { button, drawing, element } from "./elements.js";
 import { setText, show } from "./part.js";
@@ -6,9 +6,9 @@ import { addressOf, tell } from "./server.js";
 
 const LONGEST = 1000; // characters, as in facts.py
 const PENCIL = "3,13 3.6,10.4 11,3 13,5 5.6,12.4";
-const IN_TRAINING = "The note of a run can be written when its training has ended.";
+const IN_TRAINING = "You can write a note when the training has ended.";
 
-/** Return the part of a run's note: {host, update({note, status})}; `says`: the text of its button where there is none yet. */
+/** Return the part of a run's note: {host, update({note, status})}; `says`: the text of its button if there is no note yet. */
 export function noteOf(name, { says = null } = {}) {
   return new Note(name, says);
 }
@@ -23,7 +23,7 @@ class Note {
     this.words = element("span", { class: "words" });
     this.pen = button("", () => this.#edit(), { class: "pen", title: "change the note" });
     this.line = element("span", { class: "line" }, this.words, this.pen);
-    this.field = element("input", { type: "text", maxLength: LONGEST, "aria-label": `note on ${name}`, placeholder: "a note of your own" });
+    this.field = element("input", { type: "text", maxLength: LONGEST, "aria-label": `note on ${name}`, placeholder: "your note" });
     const keep = element("button", { type: "submit" }, "Save");
     const form = { class: "edit", hidden: true, onsubmit: (event) => this.#save(event), onkeydown: (event) => this.#press(event) };
     this.form = element("form", form, this.field, keep, button("Cancel", () => this.#close()));
@@ -69,7 +69,7 @@ class Note {
       this.update({ note, status: null });
       this.#close();
     } catch (error) {
-      this.#tell(error.message); // what was written stays, to be copied
+      this.#tell(error.message); // the written text stays, to be copied
     }
   }
 

@@ -1,11 +1,11 @@
-// Parts of an open step. A part is {node, update(content)[, close()]}: it is built once, and given
-// the content of one step after the other, so that numbers change and nothing moves.
+// Parts of an open step. A part is {node, update(content)[, close()]}: it is built once, and updated with the content of each step, so that
+// numbers change and nothing moves.
 
 import { element } from "./elements.js";
 
 let unfoldings = 0;
 
-/** Set the text of a node, where it is another. */
+/** Set the text of a node, if it changed. */
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -15,7 +15,7 @@ export function show(node, isShown) {
   if (node.hidden === isShown) node.hidden = !isShown;
 }
 
-/** Unfold everything that a node is folded away in. */
+/** Unfold all ancestors of a node. */
 export function unfoldAround(node) {
   for (let fold = node?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
 }
@@ -44,10 +44,10 @@ export function fixed(node, update = () => {}) {
 }
 
 /**
- * Return a part whose button, or a click beside it, unfolds more beneath it.
+ * Return a part with a button (or a click next to it) that unfolds more below it.
  *
- * view: what is open stays open by its key from step to step; open(): the part beneath; changed: called
- * when the reader, not the address, has opened or closed it.
+ * view: what is open stays open by its key from step to step; open(): the part below; changed: called when the reader, not the address, has
+ * opened or closed it.
  */
 export function unfolding(view, { key, name, beside, className, open, update, changed = () => view.unfolded() }) {
   const id = `unfolding-${++unfoldings}`;
@@ -76,7 +76,7 @@ export function unfolding(view, { key, name, beside, className, open, update, ch
     }
   };
   head.addEventListener("click", (event) => {
-    // A click that ends the selection of a text, or is on a link or another button, is not meant for the row.
+    // Ignore a click that ends a text selection, or is on a link or another button.
     if (event.target.closest("a, .copying") || !getSelection().isCollapsed) return;
     set(!inner);
     changed(Boolean(inner));

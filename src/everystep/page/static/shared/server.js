@@ -1,6 +1,6 @@
-// What the page asks of its server.
+// Requests to the server.
 
-/** An answer of the server that is a no; `status` 0: it did not answer at all. */
+/** An error response; `status` 0: the server did not respond. */
 export class ServerError extends Error {
   constructor(message, status) {
     super(message);
@@ -13,7 +13,7 @@ export async function ask(address, { signal } = {}) {
   return (await answer(address, { signal })).json();
 }
 
-/** Return the numbers of a region of a tensor, and what the server says of them. */
+/** Return the numbers of a region of a tensor, and their description. */
 export async function askNumbers(address, { signal } = {}) {
   const response = await answer(address, { signal });
   const about = JSON.parse(response.headers.get("Everystep-Tensor"));
@@ -21,7 +21,7 @@ export async function askNumbers(address, { signal } = {}) {
   return { ...about, numbers: about.format === "float64" ? new Float64Array(bytes) : new Float32Array(bytes) };
 }
 
-/** Ask the server to do something; return its JSON. */
+/** Send a POST request; return its JSON. */
 export async function tell(address, content, { method = "POST" } = {}) {
   const body = JSON.stringify(content ?? {});
   return (await answer(address, { method, body, headers: { "Content-Type": "application/json" } })).json();
@@ -33,30 +33,29 @@ async function answer(address, options) {
     response = await fetch(address, { credentials: "same-origin", ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("the server does not answer; is `everystep view` still running?", 0);
+    throw new ServerError("the server does not respond; is `everystep view` still running?", 0);
   }
   if (response.ok) return response;
   const content = await response.json().catch(() => ({}));
-  throw new ServerError(content.error ?? `the server answers ${response.status}`, response.status);
+  throw new ServerError(content.error ?? `the server returned ${response.status}`, response.status);
 }
 
-/** Return the address of what the server knows about a run: of("two-layer-1", "steps", 137). */
+/** Return an API address of a run: of("two-layer-1", "steps", 137). */
 export function addressOf(run, ...parts) {
   return ["/api/runs", encodeURIComponent(run), ...parts].join("/");
 }
 
-/** Return an address with a query; what is null is left out. */
+/** Return an address with a query, without null values. */
 export function withQuery(address, query) {
   const given = Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "");
   return given.length ? `${address}?${new URLSearchParams(given)}` : address;
 }
 
 /**
- * Listen to a stream of events; return a function that ends it.
+ * Listen to a stream of events; return a function that stops.
  *
- * After a break the stream goes on after the event that was seen last, or `after`. While the page is
- * hidden it rests: a browser holds but few connections to a server. `heard`: a function by name of
- * event; `changed`: is called with whether the server is there.
+ * After a break, the stream continues after the last event, or `after`. It pauses while the page is hidden, because a browser has few
+ * connections to a server. `heard`: a function by name of event; `changed`: called with whether the server responds.
  */
 export function listen(address, heard, changed = () => {}, { after = "" } = {}) {
   let source = null;
@@ -73,7 +72,7 @@ export function listen(address, heard, changed = () => {}, { after = "" } = {}) 
     source.addEventListener("open", () => changed(true));
     source.addEventListener("error", () => {
       changed(false);
-      // A server that answers, but with no stream, ends it for good: it may just be starting again.
+      // An answer without a stream would end it permanently, but the server may just be restarting.
       if (source.readyState === EventSource.CLOSED) again = setTimeout(begin, 2000);
     });
   };

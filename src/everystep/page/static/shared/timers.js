@@ -1,4 +1,4 @@
-// Doing things in a moment, once.
+// Delayed calls.
 
 const REST = 150; // milliseconds
 
@@ -6,18 +6,18 @@ const REST = 150; // milliseconds
 export class Timers {
   #running = new Map();
 
-  /** Do something once it has been quiet for a while: each call puts it off. */
+  /** Call a function after a pause; each new call restarts the pause. */
   rest(name, does, pause = REST) {
     clearTimeout(this.#running.get(name));
     this.#start(name, does, pause);
   }
 
-  /** Do something in a while, once for all calls until then. */
+  /** Call a function after a delay, once for all calls in it. */
   soon(name, does, pause = 3 * REST) {
     if (!this.#running.has(name)) this.#start(name, does, pause);
   }
 
-  /** Do nothing more. */
+  /** Cancel all. */
   clear() {
     this.#running.forEach((timer) => clearTimeout(timer));
     this.#running.clear();
@@ -32,7 +32,7 @@ export class Timers {
   }
 }
 
-/** Return {update, close}: only the newest content is drawn, and not while the next is coming already. */
+/** Return {update, close}: only the newest content is drawn, and not while the next one is already coming. */
 export function latest(draw, patience) {
   let asked = new AbortController();
   let waiting = null;

@@ -8,7 +8,7 @@ import { fixed, rebuilt, setText, show } from "../shared/part.js";
 import { tensorRow } from "../tensor/tensor.js";
 
 const ROWS_SHOWN = 12;
-/** A batch of more tensors, of several passes, shows the others on demand. */
+/** A batch with more tensors shows the others on demand. */
 const TENSORS_SHOWN = 8;
 
 /** Return the part that shows the batch. */
@@ -55,7 +55,7 @@ function rowsOfData() {
 
   function tell(all) {
     isAll = all;
-    if (!rows) return setText(text, isOfLoop ? "as your loop had it" : "all rows of the data, in order");
+    if (!rows) return setText(text, isOfLoop ? "as in your loop" : "all rows of the data, in order");
     const listed = isAll ? rows : rows.slice(0, ROWS_SHOWN);
     setText(text, `${whole(rows.length)} rows of ${source}: ${listed.join(", ")}${listed.length < rows.length ? ", …" : ""}`);
     setText(more, isAll ? "fewer" : "all");
@@ -73,13 +73,13 @@ function rowsOfData() {
   };
 }
 
-// Images have their targets beneath them; of other rows they are a list.
+// Images have their targets below them; targets of other rows are a list.
 function targets() {
   const node = element("p", { class: "rows small muted" });
   return fixed(node, ({ batch }) => setText(node, `targets: ${listed(batch.targets, batch.targets.length)}`));
 }
 
-// What a loop's batch has besides tensors: names, texts, numbers.
+// Plain values of a loop's batch: names, texts, numbers.
 function values() {
   const node = element("dl", { class: "arguments values" });
   return fixed(node, ({ batch }) => {

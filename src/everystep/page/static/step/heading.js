@@ -5,7 +5,7 @@ import { element } from "../shared/elements.js";
 import { numberOf, short, whole } from "../shared/format.js";
 import { fixed, setText, show } from "../shared/part.js";
 
-/** Return the part that says which step it is, its loss, and whether it is the recorded one. */
+/** Return the part with the step's number, its loss, and whether it matches the recording. */
 export function heading() {
   const title = element("h2");
   const loss = element("span", { class: "loss-short" });

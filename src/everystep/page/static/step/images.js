@@ -7,10 +7,10 @@ import { latest } from "../shared/timers.js";
 
 const IMAGES_SHOWN = 16;
 const IMAGES_MOST = 128;
-/** Pictures wait so long for the next step: they are not asked for while one steps quickly. */
+/** Delay before pictures are requested, so that quick stepping requests none. */
 const PATIENCE = 60;
 
-/** Return the part that shows the images of a batch, with their targets beneath them. */
+/** Return the part that shows the images of a batch, with their targets below. */
 export function images(view) {
   const grid = element("div", { class: "images" });
   const more = button("", () => showMore(), { class: "plain", hidden: true });
@@ -47,7 +47,7 @@ export function images(view) {
   };
 }
 
-/** Return images of a batch that follow each other, each {width, height, channels}; none where the server has none. */
+/** Return images of a batch that follow each other, each {width, height, channels}; none if the server has none. */
 export async function askImages(view, { batch, tensors, step }, { first, count }, signal) {
   const [, channels] = tensors[batch.images].shape;
   try {
@@ -55,7 +55,7 @@ export async function askImages(view, { batch, tensors, step }, { first, count }
     const pixels = await view.source.numbers(step, batch.images, region, { signal });
     return Array.from({ length: count }, (_, place) => imageOf(pixels, place, channels));
   } catch (error) {
-    // A picture that cannot be had, since the server says no or is away, is not drawn: all else is there.
+    // If the server has no picture or is away, it is not drawn; everything else is shown.
     if (error.name !== "AbortError" && error.status === undefined) throw error;
     return [];
   }
@@ -106,7 +106,7 @@ function labelOf({ rows, targets }, place) {
   return targets ? `${row}, target ${targets[place]}` : row;
 }
 
-// Standardised pixels have outliers that would leave all others grey: they are cut off.
+// Outliers of standardised pixels would make all others grey, so they are clipped.
 function brightness({ minimum, maximum, mean, std }) {
   return minimum < 0 ? [Math.max(minimum, mean - 2 * std), Math.min(maximum, mean + 2 * std)] : [minimum, maximum];
 }

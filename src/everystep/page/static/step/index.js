@@ -1,4 +1,4 @@
-// The list of what stands in a step: it stays in sight, and marks what is read.
+// The contents of a step: the list stays visible, and marks the current section.
 
 import { element } from "../shared/elements.js";
 import { fixed } from "../shared/part.js";
@@ -21,7 +21,7 @@ export function index(sections) {
   sections.forEach((section) => watching.observe(section.node));
   addEventListener("scroll", choose, { passive: true });
 
-  // At the end of the page, the last section is read, however low it stands.
+  // At the end of the page, the last section is the current one.
   function choose() {
     const isAtEnd = scrollY > 0 && innerHeight + scrollY >= document.documentElement.scrollHeight - 2;
     const now = isAtEnd ? sections.at(-1).node : sections.find(({ node }) => seen.has(node))?.node;
@@ -32,7 +32,7 @@ export function index(sections) {
     before?.removeAttribute("aria-current");
     if (!link) return;
     link.setAttribute("aria-current", "true");
-    // The list of a long step is wider than the page.
+    // The list of a long step can be wider than the page.
     node.scrollLeft = link.offsetLeft - node.offsetLeft - (node.clientWidth - link.offsetWidth) / 2;
   }
 

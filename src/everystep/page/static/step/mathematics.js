@@ -5,8 +5,8 @@ import { element } from "../shared/elements.js";
 const WORDS = new Set(["if", "else", "at", "with", "probability", "of", "tensors"]);
 const SIGNS = { "*": "×", "-": "−" };
 
-// In turn: a reference, what is raised, a number, a setting (`padding 1`, `p=0.5`), a name
-// (of a function where a parenthesis follows), anything else.
+// In order: a reference, a superscript, a number, a setting (`padding 1`, `p=0.5`), a name (of a function where a parenthesis follows),
+// anything else.
 const TOKEN = new RegExp(
   [
     String.raw`(?<reference>∂?#(?<number>\d+)(?:\.\d+)?)`,

@@ -1,6 +1,6 @@
-// What a parameter is called: by its layer, for people who do not know its path.
+// Names of parameters by their layer, for readers who do not know the path.
 
-/** Return `Linear 0 · weight` of `0.weight`; the path itself where the layer is not known. */
+/** Return `Linear 0 · weight` of `0.weight`; the path itself if the layer is unknown. */
 export function parameterName({ network }, parameter) {
   const dot = parameter.lastIndexOf(".");
   const path = parameter.slice(0, Math.max(dot, 0));

@@ -1,4 +1,4 @@
-// The network, layer by layer: what flows between them, and, of the one that is chosen, all there is.
+// The network, layer by layer, with the shapes between them and the details of the chosen layer.
 
 import { element } from "../shared/elements.js";
 import { shapeText, whole } from "../shared/format.js";
@@ -7,7 +7,7 @@ import { fixed, rebuilt } from "../shared/part.js";
 import { tensorRow } from "../tensor/tensor.js";
 
 const LIST = { class: "layers", tabIndex: 0, "aria-label": "the network, layer by layer" };
-/** Settings that are as they are unless someone says otherwise. */
+/** Default values of settings. */
 const USUAL = [
   "bias=True",
   "inplace=False",
@@ -17,12 +17,12 @@ const USUAL = [
   "(?:elementwise_)?affine=True",
   "track_running_stats=True",
 ];
-/** In less width than this, layers stand beneath each other. */
+/** Below this width, layers are in one column. */
 const NARROW = 520;
-/** From left to right, layers take so many lines at most. */
+/** The maximum number of lines of layers from left to right. */
 const LINES = 4;
 
-/** Return the part that draws the network; part: the model's name, where a step has several. */
+/** Return the part that draws the network; part: the model's name, if a step has several. */
 export function network(view, { part = null } = {}) {
   const node = element("div", { class: "network" });
   const structureOf = (content) => [
@@ -63,7 +63,7 @@ function diagram(view, content, part) {
   return [drawn(element("ol", LIST, given(content, shown), ...layers, end(content))), detail];
 }
 
-// A loop may give a model anything: only a step of the chapter begins with the batch, and ends with the loss.
+// A loop may pass anything to a model: only a step of the chapter begins with the batch and ends with the loss.
 function given({ tensors, batch, is_of_loop }, [{ input }]) {
   if (is_of_loop) return element("li", { class: "end" }, element("span", { class: "loss" }, "input"), flow(input));
   const [first] = batch.tensors;
@@ -76,7 +76,7 @@ function end({ loss_function, is_of_loop }) {
   return element("li", { class: "end" }, element("span", { class: "loss", title: loss_function.text }, loss_function.name));
 }
 
-// From left to right, in a few lines where there is the place; else from top to bottom.
+// From left to right, in a few lines if there is room, else from top to bottom.
 function drawn(list) {
   let width = null;
   const sized = new ResizeObserver(() => {
@@ -99,7 +99,7 @@ function layerButton({ path, type, text, arguments: settingsAsPrinted }, press) 
   );
 }
 
-// The next layer does not use what this one gives: it begins another branch.
+// The next layer does not use the output of this one: it begins another branch.
 function apart() {
   return element("span", { class: "apart", title: "the next layer does not use this one's output" });
 }
@@ -108,7 +108,7 @@ function flow(shape) {
   return element("span", { class: "flow" }, element("span", {}, shape ? shapeText(shape) : ""));
 }
 
-/** Return the settings of a layer, as PyTorch prints them, in less room: `1,000 → 100`. */
+/** Return the settings of a layer, shorter than PyTorch prints them: `1,000 → 100`. */
 function briefly(settings) {
   return settings
     .replace(/in_features=(\d+), out_features=(\d+)/, fromTo)
@@ -166,6 +166,6 @@ function detailParts(view, layer, { gradients }) {
 function passes({ operations, backward }) {
   const links = (title, numbers) => (numbers.length ? [title, ...numbers.flatMap((number) => [" ", reference(number)])] : []);
   const [forward, back] = [links("forward", operations), links("backward", backward)];
-  if (!forward.length && !back.length) return ["no operations of its own: it only looks at what it is given in another way"];
+  if (!forward.length && !back.length) return ["no operations of its own: it only returns a view of its input"];
   return [...forward, forward.length && back.length ? " · " : "", ...back];
 }

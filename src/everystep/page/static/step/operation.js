@@ -8,12 +8,12 @@ import { typeset } from "./mathematics.js";
 import { tensorRow } from "../tensor/tensor.js";
 import { thumbnail } from "../tensor/thumbnail.js";
 
-/** How many operations stand in a block that the browser draws only near the screen. */
+/** Operations in a block, which the browser draws only near the screen. */
 const BLOCK = 40;
-/** A module of more characters stands beneath the mathematics where there is little room. */
+/** A longer module name is below the mathematics if there is little room. */
 const BESIDE = 14;
 
-/** Return the key by which an operation that is unfolded is known. */
+/** Return the key of an unfolded operation. */
 export function keyOfOperation(number) {
   return `operation ${number}`;
 }
@@ -86,7 +86,7 @@ function operationRow(view, number) {
   part.node.id = `operation-${number}`;
   view.rows.set(number, part);
   const close = () => {
-    if (view.rows.get(number) === part) view.rows.delete(number); // it may be in another list by now
+    if (view.rows.get(number) === part) view.rows.delete(number); // it may be in another list now
     picture.close();
     part.close();
   };

@@ -1,4 +1,4 @@
-// What stands in an open step, in order: the phases of the chapter, or the segments of a user's loop.
+// The contents of an open step, in order: the phases of the chapter, or the segments of a user's loop.
 
 const TITLES = {
   batch: "Batch",
@@ -9,7 +9,7 @@ const TITLES = {
   update: "Update",
   other: "Other",
 };
-/** Segments that follow each other in the same order so often, or more often, stand together. */
+/** Sequences of segments that repeat at least so often are grouped. */
 const REPEATED = 3;
 
 /**
@@ -66,7 +66,7 @@ function together(entries) {
   return found;
 }
 
-// Return what repeats from a place on: how many entries, the fewest there are, and how often.
+// Return the shortest repetition from a place on: the number of entries, and how often they repeat.
 function repetition(entries, start) {
   for (let period = 1; start + REPEATED * period <= entries.length; period += 1) {
     let end = start + period;

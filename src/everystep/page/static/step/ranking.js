@@ -1,4 +1,4 @@
-// The rows that make most of a step's loss, or of its gradients: ranked when the reader asks for it.
+// The rows that contribute most to a step's loss or gradients, ranked on demand.
 
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
@@ -8,12 +8,12 @@ import { askImages, drawImage } from "./images.js";
 import { worstRows } from "./worst.js";
 
 const ORDERS = ["loss", "gradient"];
-/** Rows that are shown at first, as in the terminal. */
+/** Rows shown at first, as in the terminal. */
 const SHOWN = 10;
-/** Ranking may take seconds: it waits until one does not step on. */
+/** Delay before ranking, which may take seconds, so that quick stepping does not start it. */
 const PATIENCE = 300;
 
-/** Return the part that ranks the rows of a batch by `source.rows`; its order is among what is unfolded. */
+/** Return the part that ranks the rows of a batch by `source.rows`; its order is stored with the unfolded keys. */
 export function ranking(view) {
   return new Ranking(view);
 }
@@ -21,7 +21,7 @@ export function ranking(view) {
 class Ranking {
   #content = null;
   #answer = null; // of the server, on `#ranked`
-  #ranked = null; // the content of the step of which rows are shown
+  #ranked = null; // the content of the step with the shown rows
   #shown = SHOWN;
 
   constructor(view) {
@@ -43,7 +43,7 @@ class Ranking {
   update(content) {
     this.#content = content;
     const order = this.#order;
-    if (order === null && this.body.hidden) return; // as at every step of most readers
+    if (order === null && this.body.hidden) return; // the usual case
     this.buttons.forEach((each, place) => each.setAttribute("aria-pressed", String(ORDERS[place] === order)));
     this.close();
     show(this.body, order !== null);
@@ -71,7 +71,7 @@ class Ranking {
     this.update(this.#content);
   }
 
-  // What is there stays until the rows of the next step come, and is said to be of the step before.
+  // The rows of the previous step stay, labelled as such, until the new ones arrive.
   #wait() {
     const before = this.#ranked === null ? "" : `; these are of step ${whole(this.#ranked.step)}`;
     this.#say(`Ranking the rows of step ${whole(this.#content.step)}${before}.`);
@@ -119,7 +119,7 @@ class Ranking {
     this.pictures.update(content);
   }
 
-  // One after the other: the next key waits for none but the first.
+  // One after the other, so that the next key waits for at most one.
   async #drawImages(content, signal) {
     for (const canvas of this.table.querySelectorAll("canvas")) {
       const first = Number(canvas.dataset.place);

@@ -1,4 +1,4 @@
-// A section of an open step: its heading, and the parts that show what happened in it.
+// A section of an open step: its heading and its parts.
 
 import { batch } from "./batch.js";
 import { element } from "../shared/elements.js";
@@ -11,21 +11,21 @@ import { fixed, rebuilt, setText, show } from "../shared/part.js";
 import { tensorRow } from "../tensor/tensor.js";
 import { changes, formulas, scale, settingsText, update } from "./update.js";
 
-/** What a phase is, for those who see one for the first time. */
+/** Explanations of the phases for newcomers. */
 const SAYS = {
   batch: "The rows (samples) that this step learns from.",
-  forward: "What does the model predict for these rows, with its parameters as they are?",
+  forward: "What does the model predict for these rows with its current parameters?",
   loss: "How far are the predictions from the targets, as one number?",
-  zero_grad: "PyTorch adds new gradients to old ones, so each step first drops those of the step before.",
-  backward: "How much would the loss change if each number changed a little?",
+  zero_grad: "PyTorch adds new gradients to old ones, so each step first drops those of the previous step.",
+  backward: "How much would the loss change if a number changed a little?",
   update: "Each parameter moves a little against its gradient, which makes the loss smaller.",
 };
-const UPDATED_BEFORE = "This optimizer has updated before in this step: the changes are those of all its updates together.";
+const UPDATED_BEFORE = "This optimizer updates several times in this step; the changes are those of all its updates together.";
 
 /**
  * Return the part of an entry of the outline, with {entry, inner}.
  *
- * level: of its heading; inner: the sections within it, where it is of several passes.
+ * level: of its heading; inner: the sections in it, if it has several passes.
  */
 export function section(view, entry, level = 3) {
   const link = element("a", { href: `#phase-${entry.key}`, "data-phase": entry.key }, ...titleOf(entry));
@@ -87,13 +87,13 @@ function networksOf(view, entries) {
   return entries.filter(({ phase, count }) => phase === "forward" && count === 1).map(({ part }) => network(view, { part }));
 }
 
-/** Return the settings of an update's optimizer, to stand in its heading. */
+/** Return the settings of an update's optimizer, for its heading. */
 function settingsBeside({ place }) {
   const node = element("span", { class: "beside" });
   return fixed(node, ({ segments }) => setText(node, segments[place].optimizer ? settingsText(segments[place]) : ""));
 }
 
-/** Return one of several passes, folded; its line says which operations it is, and what backward was called on. */
+/** Return one of several passes, folded; its line has its operations, and the tensor on which backward was called. */
 function pass(view, entries, number, count) {
   const sections = entries.map((entry) => section(view, { ...entry, isInPass: true, label: `${entry.title}, pass ${number + 1}` }, 4));
   const range = element("span", { class: "range small muted" });
@@ -117,7 +117,7 @@ function rangeText(entries, { segments }) {
   return first === last ? `#${first}` : `#${first} to #${last}`;
 }
 
-// Autograd begins with a 1 for the number that backward is called on.
+// Autograd starts with a 1 as the gradient of that number.
 function beginningText(entries, { segments, operations, tensors }) {
   const backward = entries.find(({ phase }) => phase === "backward");
   if (!backward) return "";
@@ -140,7 +140,7 @@ function dropping() {
   );
 }
 
-/** Return the part of the operations of zero_grad, where it has any. */
+/** Return the part of the operations of zero_grad, if it has any. */
 function zeroing(list) {
   return {
     ...list,
@@ -151,7 +151,7 @@ function zeroing(list) {
   };
 }
 
-/** Return the part of the operations of an update, which its formulas tell already: folded. */
+/** Return the part of the operations of an update, folded, because its formulas describe them. */
 function operationFold(list, entry) {
   const summary = element("summary");
   const node = element("details", { class: "fold" }, summary, list.node);
@@ -167,7 +167,7 @@ function operationFold(list, entry) {
   };
 }
 
-/** Return the part that lists a tensor of each parameter; parameters: not of all, but of these. */
+/** Return the part that lists a tensor of each parameter; parameters: only of these. */
 function tensors(view, kind, parameters = null, title = "") {
   const of = (content) => {
     if (parameters === null) return content[kind];

@@ -1,12 +1,12 @@
-// Where an open step's content comes from when a server is there.
+// The content of an open step from the server.
 
 import * as address from "../shared/address.js";
 import { addressOf, ask, askNumbers, withQuery } from "../shared/server.js";
 
-/** So long after a step, in which its own tensors are asked for, the next one is asked for. */
+/** Delay before the next step is requested, in which the current one requests its tensors. */
 const PATIENCE = 80;
 
-/** Return what the view of a step asks a server for: content, numbers, histograms, reasons and ranked rows of a run; what if asks for more. */
+/** Return the source of a step's view: content, numbers, histograms, reasons and ranked rows of a run. */
 export function serverSource(run) {
   const of = (step, ...what) => addressOf(run, "steps", step, ...what);
   return {
@@ -21,13 +21,13 @@ export function serverSource(run) {
   };
 }
 
-// The dialog is loaded when it is asked for; what to type after a command is known to the server.
+// The dialog is loaded on demand; the server knows the run's argument for a command.
 async function askWhatIf(run, content, rows) {
   const [{ whatIfDialog }, { directory }] = await Promise.all([import("../tasks/what_if.js"), ask(addressOf(run)).catch(() => ({}))]);
   whatIfDialog(content, rows, directory ?? run);
 }
 
-// Who goes from step to step goes on: the step after the next key is there before it is pressed.
+// Prefetch the next step, because stepping usually continues.
 function lookingAhead(content) {
   let last = null;
   let ahead = null; // {step, answer, asked}

@@ -1,4 +1,4 @@
-// A step opened: what happened in it, in the order in which it happened, as one column to read.
+// An open step: its operations in order, as one column to read.
 
 import { element } from "../shared/elements.js";
 import { heading } from "./heading.js";
@@ -9,16 +9,15 @@ import { whole } from "../shared/format.js";
 import { rebuilt, setText, show, unfoldAround } from "../shared/part.js";
 import { section } from "./section.js";
 
-/** So long the step before stays as it is; then it is drawn as one that is about to change. */
+/** Delay before the previous step is drawn as outdated. */
 const PATIENCE = 300;
 
 /**
  * Open the view of a run's steps in `host`; return {show(step, {phase, operation, open}), clear(), close()}.
  *
- * open: the keys of what is unfolded besides the operation and its first result. go({phase, operation, open}): asked to
- * change the address, and to call show again; source: gives
- * content(step), numbers(step, id, region) and histogram(step, id), each with {signal}; leave(), if it
- * has that, when no step is looked at any more.
+ * open: the keys of what is unfolded in addition to the operation and its first result. go({phase, operation, open}): called to change the
+ * address, which calls show again; source: has content(step), numbers(step, id, region) and histogram(step, id), each with {signal}, and
+ * perhaps leave(), for when no step is open.
  */
 export function stepView(run, host, { go, source }) {
   return new StepView(run, host, go, source);
@@ -78,14 +77,14 @@ class StepView {
     this.pointedAt.forEach((row) => row.classList.add("pointed-at"));
   }
 
-  /** An operation was opened, or closed, by the reader: the address follows. */
+  /** The reader opened or closed an operation: update the address. */
   chosen(number, isOpen) {
     if (isOpen) this.#choose(number);
     else if (this.place.operation === number) this.#choose(null);
     else this.unfolded();
   }
 
-  /** Something else was opened, or closed, by the reader: the address follows. */
+  /** The reader opened or closed something else: update the address. */
   unfolded() {
     this.#go(this.place);
   }
@@ -97,7 +96,7 @@ class StepView {
       signal.throwIfAborted();
       return content;
     } catch (error) {
-      if (!signal.aborted && error.status !== 0) this.clear(); // with the server away, what is seen stays
+      if (!signal.aborted && error.status !== 0) this.clear(); // if the server is away, the shown step stays
       throw error;
     } finally {
       clearTimeout(late);
@@ -134,14 +133,14 @@ class StepView {
     node?.scrollIntoView();
   }
 
-  // A link may name what this step does not have.
+  // A link may name something that this step does not have.
   #tellMissing() {
     const { phase, operation } = this.place;
     const { step, operations } = this.content;
     const all = operations.length ? `it has #0 to #${operations.length - 1}` : "it has none";
     const says = {
       operation: operation !== null && !operations[operation] && `Step ${whole(step)} has no operation #${operation}; ${all}.`,
-      phase: phase !== null && !this.sections.has(phase) && `Step ${whole(step)} has no phase “${phase}”; those it has are listed here.`,
+      phase: phase !== null && !this.sections.has(phase) && `Step ${whole(step)} has no phase “${phase}”; its phases are listed here.`,
     };
     setText(this.missing, says.operation || says.phase || "");
     show(this.missing, Boolean(this.missing.textContent));
@@ -155,7 +154,7 @@ class StepView {
 
   #open(before, operation) {
     if (before !== null) this.rows.get(before)?.node.classList.remove("marked");
-    // Back, to where it was not open yet.
+    // Back to a place where it was not open yet.
     if (operation === null) return this.rows.get(before)?.set(false);
     const row = this.rows.get(operation);
     if (!row) return;
@@ -170,7 +169,7 @@ class StepView {
     this.#go({ phase: operation === null ? this.place.phase : this.#keyOf(operation), operation });
   }
 
-  // The place that is gone to says what is open: nothing is to be opened or closed for it.
+  // The target address determines what is open.
   #go({ phase, operation }) {
     const implied = new Set(impliedBy(this.content, operation, [...this.opened]));
     const open = [...this.opened].filter((key) => !implied.has(key) && this.#isSeen(key));
@@ -178,7 +177,7 @@ class StepView {
     this.go({ phase, operation, open });
   }
 
-  // The tensors of an operation that is folded are remembered, but not seen.
+  // Open tensors of a folded operation are remembered.
   #isSeen(key) {
     const [, number] = /^operations\/(\d+)\//.exec(key) ?? [];
     return number === undefined || this.opened.has(keyOfOperation(number));
@@ -193,7 +192,7 @@ class StepView {
     this.#again({ phase: this.#keyOf(Number(operation)), operation: Number(operation) });
   }
 
-  // Where one is already, a link still leads there: one may have scrolled away.
+  // A link to the current place still scrolls there.
   #again(place) {
     const isThere = place.phase === this.place.phase && place.operation === this.place.operation;
     if (isThere) this.place = { phase: null, operation: null, open: this.place.open };
@@ -205,7 +204,7 @@ class StepView {
   }
 }
 
-// The operation of the address is open, and with each operation its first result.
+// The operation of the address is open, and so is the first result of each open operation.
 function impliedBy({ operations }, operation, open) {
   const numbers = [operation, ...open.map((key) => Number(/^operation (\d+)$/.exec(key)?.[1] ?? NaN))];
   const results = numbers.flatMap((number) => operations[number]?.results[0]?.tensor ?? []);

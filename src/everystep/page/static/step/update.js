@@ -8,7 +8,7 @@ import { parameterName } from "./names.js";
 import { tensorPanel } from "../tensor/tensor.js";
 import { thumbnail } from "../tensor/thumbnail.js";
 
-/** The bar of relative sizes begins at 10 to this power, and ends at 1. */
+/** The bar of relative sizes ranges from 10 to this power to 1. */
 const SMALLEST = -6;
 
 /** Return the parts that show the update of all parameters. */
@@ -18,7 +18,7 @@ export function update(view) {
   return [fixed(settings, (content) => setText(settings, settingsText(content))), clipping(), formulas(all), changes(view, all), scale()];
 }
 
-/** Return an optimizer with its settings, those that are recorded at each step before the others. */
+/** Return an optimizer with its settings, first those recorded at each step. */
 export function settingsText({ optimizer, hyperparameters }) {
   const recorded = Object.entries(hyperparameters).map(([key, value]) => `${key} = ${short(value, 8)}`);
   const others = Object.entries(optimizer.settings)
@@ -27,7 +27,7 @@ export function settingsText({ optimizer, hyperparameters }) {
   return [optimizer.name, ...recorded, ...others].join(", ");
 }
 
-/** Return the part that shows how far parameters went; parametersOf(content): which, by name. */
+/** Return the part that shows the changes of parameters; parametersOf(content): which, by name. */
 export function changes(view, parametersOf) {
   const structureOf = (content) => updatesOf(content, parametersOf).map(({ parameter, numbers }) => [parameter, numbers]);
   return rebuilt(element("div", { class: "updates" }), structureOf, (content) =>
@@ -52,7 +52,7 @@ function clipping() {
   });
 }
 
-/** Return the part of the formulas of parameters: each once, for all that share it. */
+/** Return the part of the formulas of parameters, each once for all that share it. */
 export function formulas(parametersOf) {
   const groups = (content) => {
     const found = new Map();
@@ -135,7 +135,7 @@ function along(relative) {
   return Math.min(Math.max(1 - Math.log10(relative) / SMALLEST, 0), 1);
 }
 
-/** Return the part that says what the rows of changes show. */
+/** Return the explanation of the rows of changes. */
 export function scale() {
   const text = [
     "Norms of the parameter before, after, and of the change; ",

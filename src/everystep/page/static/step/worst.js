@@ -1,4 +1,4 @@
-// The table of the worst rows: what each makes of the loss and of the gradients, and what is in it.
+// The table of the worst rows: the contribution of each to the loss and the gradients, and its content.
 
 import { button, element } from "../shared/elements.js";
 import { fullText, numberOf, short } from "../shared/format.js";
@@ -6,8 +6,8 @@ import { fullText, numberOf, short } from "../shared/format.js";
 /**
  * Return the head and the body of the table.
  *
- * answer: {rows, columns} of the server; places: of the rows in the batch; order: by which they are ranked; leaveOut(row):
- * asks what would be without a row. Images are canvases with `data-place`, still to be drawn.
+ * answer: {rows, columns} of the server; places: of the rows in the batch; order: by which they are ranked; leaveOut(row): opens the
+ * what-if dialog. Images are canvases with `data-place`, still to be drawn.
  */
 export function worstRows({ rows, columns }, places, order, { batch, tensors }, leaveOut) {
   const given = places.map((place) => ({ place, ...rows[place] }));
@@ -30,7 +30,7 @@ function rowButton(row, leaveOut) {
   return button(String(row), () => leaveOut(row), { class: "plain", title: `what if row ${row} is left out?` });
 }
 
-// They have their size from the beginning, so that nothing moves when they are drawn.
+// Their size is set at once, so that nothing moves when they are drawn.
 function images([, , height, width]) {
   return { title: "", cell: ({ place }) => element("td", {}, element("canvas", { width, height, "data-place": place })) };
 }
@@ -51,7 +51,7 @@ function numbers(title, valueOf, { text = short, most = null } = {}) {
   return { title, isNumber: true, isOrder: most !== null, cell };
 }
 
-// The decimals of the terminal: percentages stand below each other.
+// Decimals as in the terminal, so that percentages align.
 function percent(share) {
   return Number.isFinite(share) ? `${(100 * share).toFixed(1)}%` : short(share);
 }

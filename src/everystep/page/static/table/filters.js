@@ -1,4 +1,4 @@
-// What the rows of the table are filtered by: fields for the steps and for the range of the loss.
+// The filters of the table: fields for the steps and for the range of the loss.
 
 import { element } from "../shared/elements.js";
 import { numberOf } from "../shared/format.js";
@@ -7,7 +7,7 @@ import { Timers } from "../shared/timers.js";
 const BETWEEN = /^(\d{1,18})?(?:-|–|\.\.|…)(\d{1,18})?$/u;
 const BEYOND = /^(>=?|<=?|≥|≤)(\d{1,18})$/u;
 
-/** The fields; `changed()`: is called when the reader changes one. */
+/** The fields; `changed()`: called when the reader changes one. */
 export class Filters {
   #timers = new Timers();
 
@@ -29,15 +29,15 @@ export class Filters {
   }
 
   /**
-   * What the fields ask for: {first, last, low, high}, the last two as texts, each null where it is not asked for.
+   * The values of the fields: {first, last, low, high}, the last two as strings, each null if empty.
    *
-   * Throws an error, for the reader, where a field cannot be read.
+   * Throws an error for the reader if a field is invalid.
    */
   get wanted() {
     return { ...stepsOf(this.search.value), low: boundOf("from", this.low.value), high: boundOf("to", this.high.value) };
   }
 
-  /** Change nothing more. */
+  /** Stop listening. */
   close() {
     this.#timers.clear();
   }
@@ -54,7 +54,7 @@ function stepsOf(text) {
     return { first, last };
   }
   const [, sign, digits] = BEYOND.exec(plain) ?? [];
-  if (!sign) throw new Error(`search '${text.trim().slice(0, 80)}' names no steps; write 137, 137-200, >137 or <137`);
+  if (!sign) throw new Error(`search '${text.trim().slice(0, 80)}' is not a range of steps; write 137, 137-200, >137 or <137`);
   const step = Number(digits);
   if (sign === ">" || sign === "<") return sign === ">" ? { first: step + 1, last: null } : { first: null, last: step - 1 };
   return sign === ">=" || sign === "≥" ? { first: step, last: null } : { first: null, last: step };

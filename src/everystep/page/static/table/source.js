@@ -1,14 +1,14 @@
-// Where the rows of the table come from when a server is there.
+// Rows of the table from the server.
 
 import * as address from "../shared/address.js";
 import { addressOf, ask, withQuery } from "../shared/server.js";
 
 /**
- * Return what the table asks a server for, of a run.
+ * Return the source of a run's table.
  *
  * `page(wanted, {signal})`: {columns, total, filtered, start, left_out, rows}, of `wanted`: {sort, direction, first, last, low, high},
- * null where not wanted, and {start, length, around}, the step that is to be on the page; `csv(wanted)`: the address of a file with all
- * such rows; `link(step)`: the address of a step.
+ * null if absent, and {start, length, around}, the step that must be on the page; `csv(wanted)`: the address of a file with all such rows;
+ * `link(step)`: the address of a step.
  */
 export function serverRows(run) {
   return {

@@ -1,4 +1,4 @@
-// The table of every step, by DataTables: its source sorts, filters and cuts out pages.
+// The table of every step, by DataTables: its source sorts, filters and returns pages.
 
 import { copy } from "../shared/copy.js";
 import { button, element } from "../shared/elements.js";
@@ -12,14 +12,14 @@ const COPIED = 10000; // rows, at most
 /**
  * Show a table of steps in `host`; return {setStep(step), setSort(sorted), refresh(), close()}.
  *
- * `source`: of the rows, as `serverRows` has it; `sorted`: {sort, direction}, the title of a column, and `asc` or `desc`; null: by the
- * steps. `goTo(step)`: is called for a row; `sortedBy(sorted)`: when the reader sorts.
+ * `source`: of the rows, like `serverRows`; `sorted`: {sort, direction}, the title of a column, and `asc` or `desc`; null: by the steps.
+ * `goTo(step)`: called for a row; `sortedBy(sorted)`: when the reader sorts.
  */
 export function stepTable(host, source, { step = null, sorted = {}, goTo = () => {}, sortedBy = () => {} } = {}) {
   return new StepTable(host, source, { step, sorted, goTo, sortedBy });
 }
 
-// A saved report holds the library itself, and has set it already.
+// A saved report contains the library, and has already set it.
 async function dataTables() {
   window.everystepDataTables ??= import("/static/datatables.js").then(({ default: DataTable }) => DataTable);
   const DataTable = await window.everystepDataTables;
@@ -31,7 +31,7 @@ class StepTable {
   #table = null;
   #columns = [];
   #step;
-  #answer = null; // a page that is there before DataTables asks for it
+  #answer = null; // a page that was loaded before DataTables requests it
   #isFinding = false;
   #asking = new AbortController();
   #ended = new AbortController();
@@ -44,7 +44,7 @@ class StepTable {
     this.filters = new Filters(() => this.#table?.draw());
     this.csv = element("a", { class: "csv", download: source.file ?? "" }, "CSV");
     this.note = element("p", { class: "note", role: "status", hidden: true });
-    const says = "copy the rows that are filtered, up to 10,000";
+    const says = "copy the filtered rows, up to 10,000";
     const copying = button("Copy", ({ target }) => this.#copy(target), { title: says });
     const actions = element("span", { class: "actions" }, copying, this.csv);
     this.place = element("div");
@@ -61,7 +61,7 @@ class StepTable {
     this.#find();
   }
 
-  /** Sort as the address says. */
+  /** Sort as in the address. */
   setSort(sorted) {
     const wanted = sortOf(sorted);
     if (isSame(wanted, this.sorted)) return;
@@ -97,7 +97,7 @@ class StepTable {
     }
   }
 
-  // The first page, and what is wrong with the order that the address asks for: then it is that of the steps.
+  // The first page, and the error of an invalid order in the address, which is replaced by that of the steps.
   async #first() {
     const query = { start: 0, length: 10, around: this.#step };
     try {
@@ -137,7 +137,7 @@ class StepTable {
     });
   }
 
-  // As DataTables has it.
+  // In the format of DataTables.
   #order() {
     const column = this.#columns.indexOf(this.sorted.sort);
     return column < 0 ? [] : [[column, this.sorted.direction]];
@@ -157,7 +157,7 @@ class StepTable {
     done({ draw: asked.draw, recordsTotal: answer.total, recordsFiltered: answer.filtered, data: answer.rows });
   }
 
-  // The page that DataTables asks for, or null where it cannot be had: then what is shown stays.
+  // The page that DataTables requests, or null on an error: then the current rows stay.
   async #page({ start, length }) {
     const here = this.#answer;
     this.#answer = null;
@@ -176,12 +176,12 @@ class StepTable {
     }
   }
 
-  // What the table shows as it stands, without which page of it.
+  // The current query of the table, without the page.
   #wanted() {
     return { ...this.#sortedNow(), ...this.filters.wanted };
   }
 
-  // As DataTables has it; as it is to be, until it has begun.
+  // The order of DataTables; before its start, the requested one.
   #sortedNow() {
     if (!this.#table) return this.sorted;
     const [first] = this.#table.order();
@@ -209,7 +209,7 @@ class StepTable {
     }
   }
 
-  // Turn to the page of the step that is looked at; while one page is on its way, only the newest step is remembered.
+  // Go to the page of the open step; during a request, only the newest step is remembered.
   async #find() {
     if (this.#isFinding || !this.#table) return;
     this.#isFinding = true;
@@ -235,7 +235,7 @@ class StepTable {
     const answer = await this.source.page({ ...this.#wanted(), length, around: step }, this.#ended);
     if (this.#ended.signal.aborted || length !== this.#table.page.len() || !answer.rows.some(([own]) => own === step)) return;
     this.#answer = answer;
-    // Not by `page()`: that turns back to the first page where there were fewer steps at the last draw.
+    // Not by `page()`: that goes back to the first page if there were fewer steps at the last draw.
     this.#table.settings()[0]._iDisplayStart = answer.start;
     this.#table.draw("page");
   }
@@ -244,7 +244,7 @@ class StepTable {
     try {
       const { columns, rows, filtered } = await this.source.page({ ...this.#wanted(), start: 0, length: COPIED }, this.#ended);
       const isCopied = await copy([columns, ...rows].map((row) => row.join("\t")).join("\n"), pressed);
-      if (!isCopied) throw new Error("the browser does not allow it; save the rows as CSV");
+      if (!isCopied) throw new Error("the browser does not allow this; save the rows as CSV");
       const which = filtered > rows.length ? `The first ${whole(rows.length)} of ${whole(filtered)}` : whole(rows.length);
       this.#say(`${which} rows are in the clipboard.`);
     } catch (error) {
@@ -270,7 +270,7 @@ function isSame(one, other) {
   return one.sort === other.sort && one.direction === other.direction;
 }
 
-// Scrolls the table where it scrolls by itself, and never the page.
+// Scrolls only the table, if it is scrollable, never the page.
 function reveal(row, box) {
   const head = box.querySelector("thead").offsetHeight;
   if (row.offsetTop - head < box.scrollTop) box.scrollTop = row.offsetTop - head;

@@ -1,6 +1,6 @@
-// How DataTables arranges the table, and what it says.
+// The layout and the texts of DataTables.
 
-/** Where DataTables puts its parts. */
+/** The layout of DataTables. */
 export const LAYOUT = {
   topStart: null,
   topEnd: null,
@@ -8,13 +8,13 @@ export const LAYOUT = {
   bottomEnd: { paging: { buttons: 5, firstLast: false } },
 };
 
-/** What DataTables says. */
+/** The texts of DataTables. */
 export const WORDS = {
-  lengthMenu: "_MENU_ a page",
+  lengthMenu: "_MENU_ per page",
   info: "_START_ to _END_ of _TOTAL_",
   infoEmpty: "no rows",
   infoFiltered: "(filtered from _MAX_)",
-  zeroRecords: "no step is like this",
-  emptyTable: "no step was taken",
+  zeroRecords: "no matching steps",
+  emptyTable: "no steps",
   paginate: { previous: "←", next: "→" },
 };

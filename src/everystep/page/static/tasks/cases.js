@@ -1,12 +1,12 @@
-// What became of trainings without some rows: a line for each, beside the recorded one.
+// The results of trainings without some rows: a line for each, and one for the recording.
 
 import { element } from "../shared/elements.js";
 import { fullText, numberOf, short, whole } from "../shared/format.js";
 
-/** Rows that are named before the rest is counted, as in the terminal. */
+/** Number of rows that are listed, as in the terminal. */
 const NAMED = 8;
 
-/** Return the table of the trainings: what is compared at the last step, and its change against the recording. */
+/** Return the table of the trainings: the compared value at the last step, and its change against the recording. */
 export function casesTable({ until, by, recorded, cases }) {
   const known = numberOf(recorded.value);
   const changes = cases.map(({ value }) => (value === null || known === null ? null : numberOf(value) - known));
@@ -29,7 +29,7 @@ function numberCell(value) {
   return element("td", { class: Number.isFinite(number) ? "number" : "number nonfinite", title: fullText(number) }, short(number));
 }
 
-// Its bar goes to the left where the number is smaller than recorded.
+// The bar points left if the number is smaller than recorded.
 function changeCell(change, most) {
   const cell = numberCell(change);
   if (change > 0) cell.textContent = `+${cell.textContent}`;

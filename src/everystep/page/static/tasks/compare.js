@@ -1,4 +1,4 @@
-// Two runs compared: their losses over each other, what was asked for, and where they part.
+// Two runs compared: their losses in one plot, their settings, and where they diverge.
 
 import { go, write } from "../shared/address.js";
 import { commandLine, quoted } from "../shared/dialog.js";
@@ -8,7 +8,7 @@ import { short, whole } from "../shared/format.js";
 import { ask, tell } from "../shared/server.js";
 import { errorText, runTask } from "./task.js";
 
-// What has been compared since the page was loaded: Back is to be at once.
+// Comparisons since the page was loaded, so that Back is immediate.
 const known = new Map();
 
 /** Open the comparison of two runs in `main`. */
@@ -27,20 +27,20 @@ export async function open({ one, other }, main) {
   return { update() {}, close: () => view.closing.forEach((close) => close()) };
 }
 
-// Say why there is nothing to compare, or nothing yet.
+// Return why there is nothing to compare, or nothing yet.
 function unready(names, found) {
   const missing = names.findIndex((name, place) => name && !found[place]);
-  if (missing >= 0) return `There is no run ${names[missing]} here; choose another.`;
+  if (missing >= 0) return `There is no run ${names[missing]} here; choose another one.`;
   const broken = found.find((run) => run?.problem);
   if (broken) return `${broken.name} cannot be read: ${broken.problem}`;
   const open = names.findIndex((name) => !name);
   if (open >= 0) return names[1 - open] ? `Choose the run to compare ${names[1 - open]} with.` : "Choose two runs to compare.";
-  if (names[0] === names[1]) return "This is one run twice, and so the same, bit for bit; choose another to compare it with.";
+  if (names[0] === names[1]) return "These are the same run; choose another one to compare with.";
   const empty = found.find((run) => !run.steps);
-  return empty ? `${empty.name} has no step yet, so that no step is common to both.` : null;
+  return empty ? `${empty.name} has no steps yet, so there are no common steps.` : null;
 }
 
-// Both names, each with another to choose in its place, and a button between that swaps them.
+// Both names, each with a choice of other runs, and a button that swaps them.
 function headOf(names, found, runs) {
   const [left, right] = names.map((name, place) => sideOf(name, found[place], place, names, runs));
   const exchange = () => go({ view: "compare", one: names[1], other: names[0] });
@@ -105,7 +105,7 @@ function compare(view) {
   else begin(false);
 }
 
-// The losses over each other; the comparison can be read without.
+// The losses in one plot; if it fails, the comparison is still shown.
 async function overlay(view, host) {
   let isClosed = false;
   view.closing.push(() => (isClosed = true));
@@ -152,14 +152,14 @@ function textOf(value) {
   return typeof value === "string" ? value : JSON.stringify(value);
 }
 
-// What the losses and the states on disk show.
+// The comparison of losses and states on disk.
 function statesOf({ loss, steps, states, common_state: common }) {
   const lines = [];
   const both = whole(Math.min(...steps));
-  if (loss) lines.push(`The losses part at step ${whole(loss.step)}: ${short(loss.recorded, 8)} and ${short(loss.replayed, 8)}.`);
-  else lines.push(`The losses of all ${both} common steps are the same.`);
+  if (loss) lines.push(`The losses diverge at step ${whole(loss.step)}: ${short(loss.recorded, 8)} and ${short(loss.replayed, 8)}.`);
+  else lines.push(`The losses of all ${both} common steps are identical.`);
   if (steps[0] !== steps[1]) lines.push(`They took ${whole(steps[0])} and ${whole(steps[1])} steps.`);
-  if (common !== null) lines.push(`Of the states on disk, those up to ${whole(common)} are the same.`);
+  if (common !== null) lines.push(`The states on disk are identical up to state ${whole(common)}.`);
   const rows = states.map((each) => element("li", {}, element("code", {}, each.tensor), ` ${stateText(each)}`));
   const first = states.length > 0 && element(
     "details",
@@ -172,11 +172,11 @@ function statesOf({ loss, steps, states, common_state: common }) {
 }
 
 function stateText({ elements, size }) {
-  if (!elements) return "has another shape, or only one run has it";
+  if (!elements) return "has a different shape, or is only in one run";
   return `${whole(elements)} numbers${size && `, ${size}`}`;
 }
 
-// Where losses or states differ and no operation was found, looking at all of them finds none either.
+// If losses or states differ and no operation was found, comparing all of them finds none either.
 function isWorthAll({ is_thorough: thorough, operation, loss, states }) {
   return !thorough && (operation || !(loss || states.length));
 }
@@ -184,9 +184,9 @@ function isWorthAll({ is_thorough: thorough, operation, loss, states }) {
 function thoroughOf({ operation }, lookAtAll) {
   const says = operation
     ? "These are the first differences in the losses and the states on disk. An operation may have differed earlier, without effect on either."
-    : "Losses and states on disk are the same. An operation may still differ, without effect on either.";
+    : "Losses and states on disk are identical. An operation may still differ, without effect on either.";
   return element("section", { class: "thorough" },
-    element("h2", {}, "More thoroughly"), element("p", { class: "muted" }, says), button("Look at every operation", lookAtAll));
+    element("h2", {}, "More thoroughly"), element("p", { class: "muted" }, says), button("Compare every operation", lookAtAll));
 }
 
 function terminalOf({ names, directory }, { text, is_thorough: thorough }) {

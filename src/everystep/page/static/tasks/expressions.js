@@ -28,14 +28,14 @@ export function toFind(about) {
 }
 
 const language = [
-  ["loss  step  lr", "what is recorded; any measurement by its name"],
-  ["parameters['0.weight']", "before the update; likewise gradients, buffers, activations['1'], batch.x, batch.y"],
+  ["loss  step  lr", "recorded values; any measurement by its name"],
+  ["parameters['0.weight']", "before the update; also gradients, buffers, activations['1'], batch.x, batch.y"],
   ["updates['0.weight']", "after minus before; also .before and .after"],
-  ["previous.loss", "of the step before; likewise previous.gradients['0.weight'] and all others"],
+  ["previous.loss", "of the previous step; also previous.gradients['0.weight'] and all others"],
   ["norm mean std min max sum median", "one number of a tensor; also rms, var, quantile(x, q), numel"],
-  ["zeros(x)  nonfinite(x)", "the share of zeros; how many are NaN or infinite"],
-  ["dot(a, b)  cosine(a, b)", "of two tensors of one shape"],
-  ["abs sqrt exp log log10 sign isnan isinf", "of each element; any(x) and all(x) make one answer of them"],
+  ["zeros(x)  nonfinite(x)", "the fraction of zeros; the number of NaN and infinite elements"],
+  ["dot(a, b)  cosine(a, b)", "of two tensors of the same shape"],
+  ["abs sqrt exp log log10 sign isnan isinf", "of each element; any(x) and all(x) reduce them to one answer"],
   ["+ - * / // % ** @", "and comparisons, and, or, not, a if c else b, x[0, :3]"],
 ];
 
@@ -46,6 +46,6 @@ export function languageHelp() {
     { class: "more language" },
     element("summary", {}, "What an expression can contain"),
     element("dl", {}, ...language.flatMap(([code, says]) => [element("dt", { class: "mono" }, code), element("dd", {}, says)])),
-    element("p", { class: "muted small" }, "Expressions are read as such; nothing in them is run as Python."),
+    element("p", { class: "muted small" }, "Expressions are parsed; nothing in them runs as Python."),
   );
 }

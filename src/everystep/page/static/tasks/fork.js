@@ -1,4 +1,4 @@
-// The dialog that begins a fork: a run that is its parent's up to a step, and goes on by other rules.
+// The dialog that starts a fork: a run that equals its parent up to a step, and continues with changes.
 
 import { go } from "../shared/address.js";
 import { commandLine, openDialog, quoted } from "../shared/dialog.js";
@@ -7,7 +7,7 @@ import { whole } from "../shared/format.js";
 import { addressOf, tell } from "../shared/server.js";
 import { runTask } from "./task.js";
 
-/** Open the dialog; when the fork has begun, it is shown beside its parent. */
+/** Open the dialog; when the fork has started, it is shown with its parent. */
 export function forkDialog(about, step) {
   const title = step ? `Fork after step ${whole(step)}` : "Fork before the first step";
   if (!about.has_experiment) return openDialog(title, inPython(about, step));
@@ -38,10 +38,10 @@ export function forkDialog(about, step) {
 
 function introduction({ name }, step) {
   const kept = step ? `${name}'s steps up to ${whole(step)}` : `${name}'s data and first parameters`;
-  return `It has ${kept}, and continues with what you change here.`;
+  return `It has ${kept}, and continues with your changes.`;
 }
 
-// Start the fork; as soon as it has begun, it is shown beside its parent.
+// Start the fork; as soon as it runs, it is shown with its parent.
 function train(about, asked, { host, button: pressed, dialog, training }) {
   pressed.disabled = true;
   const task = runTask(() => tell(addressOf(about.name, "fork"), asked), host, {
@@ -60,7 +60,7 @@ function train(about, asked, { host, button: pressed, dialog, training }) {
   return task;
 }
 
-// The settings of the experiment: what is changed most often first. Nothing is sent of what is left as it is.
+// The settings of the experiment, the most frequently changed first. Only changes are sent.
 function fieldsOf(about, step) {
   const setting = (path) => field(path, about.settings[path], { path, class: "mono" });
   const paths = Object.keys(about.settings).filter((path) => !["seed", "steps"].includes(path));
@@ -118,9 +118,9 @@ function inPython(about, step) {
       ? [`model.load_state_dict(run.parameters(${step}))`, "with everystep.record(model=model, optimizer=optimizer) as recording:", "    ..."]
       : [`fork = run.fork(${step}, lr=1e-3, model=model, loss=loss, optimizer=optimizer)`]),
   ];
-  const objects = `${about.name} was trained from Python objects, which a run does not hold. Make them as you did, and fork it there:`;
-  const loop = `${about.name} was recorded from a loop of your own, which a fork would need. Load the parameters, and record your loop from there:`;
-  const problem = `${about.experiment_problem}. Or make the objects that trained the run, and fork it in Python:`;
+  const objects = `${about.name} was trained from Python objects, which a run does not hold. Create them again, and fork it in Python:`;
+  const loop = `${about.name} was recorded from your own loop, which a fork needs. Load the parameters, and record your loop from there:`;
+  const problem = `${about.experiment_problem}. Or create the objects that trained the run, and fork it in Python:`;
   return element(
     "div",
     { class: "asking" },

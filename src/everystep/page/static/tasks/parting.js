@@ -1,4 +1,4 @@
-// The operation at which two runs part, side by side, down to the numbers that differ.
+// The operation at which two runs diverge, side by side, down to the numbers that differ.
 
 import { write } from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
@@ -8,12 +8,12 @@ import { typeset } from "../step/mathematics.js";
 /** How much of a tensor is shown, around the first number that differs. */
 const ROWS = 6;
 const COLUMNS = 4;
-/** Positions in full precision that are shown at once. */
+/** Positions in full precision shown at first. */
 const POSITIONS = 4;
-/** Units in the last place that a person can still picture, as for the sizes that the server gives. */
+/** Units in the last place up to which the count is shown, as in the server's sizes. */
 const READABLE = 9999n;
 
-/** Return the view of the operation in which two runs part; `result`: of the comparison. */
+/** Return the view of the operation at which two runs diverge; `result`: of the comparison. */
 export function partingView({ names: runs, operation, sides }) {
   const { step, index, causes, rows } = operation;
   const tensors = [["Result", operation.results, "result"], ["What differs in its inputs", operation.inputs, "input"]];
@@ -30,8 +30,8 @@ export function partingView({ names: runs, operation, sides }) {
 }
 
 function causeText(cause) {
-  if (cause === null) return "What it is given differs already.";
-  if (cause.startsWith("another operation")) return `From here on, the two take different operations${cause.slice("another operation".length)}.`;
+  if (cause === null) return "Its inputs already differ.";
+  if (cause.startsWith("another operation")) return `From here, the two runs execute different operations${cause.slice("another operation".length)}.`;
   return cause.startsWith("the same inputs") ? `${cause[0].toUpperCase()}${cause.slice(1)}.` : `Because of ${cause}.`;
 }
 
@@ -39,7 +39,7 @@ function rowsText(rows) {
   const called = (a, b) => (a === b ? `row ${a}` : `rows ${a} and ${b}`);
   const nameOf = ([place, a, b]) => (a === b && a === place ? called(a, b) : `${called(a, b)} at place ${place}`);
   const named = rows.slice(0, 6).map(nameOf);
-  return `In the batch differ: ${named.join(", ")}${rows.length > 6 ? `, and ${whole(rows.length - 6)} more` : ""}.`;
+  return `The batches differ in: ${named.join(", ")}${rows.length > 6 ? `, and ${whole(rows.length - 6)} more` : ""}.`;
 }
 
 function sideOf(run, step, side, place) {
@@ -58,7 +58,7 @@ function sideOf(run, step, side, place) {
   );
 }
 
-// The line of mathematics; the operations that it names are links into that run's step.
+// The line of mathematics, with links to operations in that run's step.
 function formulaOf(run, step, { mathematics }) {
   const line = element("p", { class: "mathematics" }, typeset(mathematics));
   for (const link of line.querySelectorAll("a[data-operation]")) {
@@ -91,20 +91,20 @@ function tensorOf(side, role, name) {
 }
 
 function sizeText({ elements, of, positions, size }) {
-  if (!positions.length) return "Another shape or dtype.";
+  if (!positions.length) return "Different shape or dtype.";
   const all = of === 1 ? "Differs" : `All ${whole(of)} numbers differ`;
   const share = elements === of ? all : `${whole(elements)} of ${whole(of)} numbers differ`;
   return `${share}${size && `, ${size}`}.`;
 }
 
-// The numbers of a tensor as rows of a table; null where a table shows no more than the number itself.
+// The numbers of a tensor as rows of a table; null if a table would show only the number itself.
 function gridOf({ values, shape, window }) {
   if (!values || !shape.length) return null;
   const rows = Array.isArray(values[0]) ? values : [values];
   return Array.isArray(rows[0]?.[0]) ? null : { rows, first: window ? [window[0][0], window[1][0]] : [0, 0] };
 }
 
-// Both tensors around the first number that differs, each number in as many digits as tell the two apart.
+// Both tensors around the first number that differs, in as many digits as distinguish the two.
 function grids(pair, { name }, runs) {
   const both = pair.map(gridOf);
   const [{ rows, first }] = both;
@@ -118,7 +118,7 @@ function grids(pair, { name }, runs) {
   return element("div", { class: "both" }, ...both.map((own, side) => grid(own, both[1 - side], part, `${name} of ${runs[side]}`, side)));
 }
 
-// Return at most so many places, one of them before the place that is asked for.
+// Return at most so many places, one of them before the requested place.
 function around(at, size, most) {
   const first = Math.max(0, Math.min(at - 1, size - most));
   return Array.from({ length: Math.min(most, size) }, (_, place) => first + place);
@@ -137,7 +137,7 @@ function grid(own, other, { rows, columns, different }, label, side) {
       return element("td", { title: String(value) }, isDifferent ? element("mark", {}, text) : text);
     }),
   ));
-  const caption = element("caption", { class: "unseen" }, `${label}; what differs is marked`);
+  const caption = element("caption", { class: "unseen" }, `${label}; differences are marked`);
   const table = element("table", { class: "numbers" }, caption, element("thead", {}, head), element("tbody", {}, body));
   return element("div", { class: `scrolling series-${side}`, tabIndex: 0, role: "region", "aria-label": label }, table);
 }
@@ -176,7 +176,7 @@ function positionsOf({ name, positions, values }, runs, dtype) {
   return [scrolling, positions.length > POSITIONS ? more : null];
 }
 
-// How many units in the last place lie between two numbers, or null where that has no meaning.
+// The distance of two numbers in units in the last place, null if undefined.
 function distance(one, other, dtype) {
   if (![one, other].every(Number.isFinite) || !["float32", "float64"].includes(dtype)) return null;
   const [a, b] = [one, other].map((value) => ordinal(value, dtype));
@@ -192,10 +192,10 @@ function ordinal(value, dtype) {
   return value < 0 ? -count : count;
 }
 
-// What the operation was given that is the same in both, in a line.
+// The identical inputs of the operation, in a line.
 function restOf({ results, inputs }, [one]) {
   const different = new Set([...results, ...inputs].map(({ name }) => name));
   const same = one.tensors.filter(({ name }) => !different.has(name));
   const texts = same.map((each) => `${each.called ?? each.name} (${shapeText(each.shape)})`);
-  return same.length ? element("p", { class: "muted" }, `The same in both: ${texts.join(", ")}.`) : null;
+  return same.length ? element("p", { class: "muted" }, `Identical in both: ${texts.join(", ")}.`) : null;
 }

@@ -1,14 +1,14 @@
-// A question to a whole run: its form, and its answer beneath.
+// A question about a whole run: its form, and its answer below.
 
 import { element } from "../shared/elements.js";
 import { addressOf, tell } from "../shared/server.js";
 import { runTask } from "./task.js";
 
 /**
- * Return a form with perhaps an expression, a button that asks, and a place for progress and answer: {node, ask(), close()}.
+ * Return a form with an optional expression, a button, and a place for progress and answer: {node, ask(), close()}.
  *
- * `place.about`: the run; `path`, `content()`: what the server is asked; `done(result)`: what is shown of the answer; `failed(message)`:
- * is called with what went wrong.
+ * `place.about`: the run; `path`, `content()`: of the request; `done(result)`: returns the view of the answer; `failed(message)`: called on
+ * errors.
  */
 export function questionForm(place, { title, says, expression, options, verb, path, content, done, failed = () => {} }) {
   const host = element("div", { class: "answer" });
@@ -45,7 +45,7 @@ export function questionForm(place, { title, says, expression, options, verb, pa
   return { node, ask, close: () => task?.leave() };
 }
 
-/** Return an option of a question, with words before and perhaps after it. */
+/** Return an option of a question, with text before and perhaps after it. */
 export function labelled(before, input, after = null) {
   return element("label", { class: "option" }, before, input, after);
 }

@@ -1,4 +1,4 @@
-// Questions to a whole run: measure in hindsight, find the steps at which something is true, verify, rerun.
+// Questions about a whole run: measure in hindsight, find the steps that meet a condition, verify, rerun.
 
 import { read, write } from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
@@ -7,10 +7,10 @@ import { fullText, numberOf, short, whole } from "../shared/format.js";
 import { labelled, questionForm } from "./question.js";
 import { rerunning } from "./rerun.js";
 
-/** Steps that are listed at once. */
+/** Steps listed at once. */
 const LISTED = 60;
 
-/** Show the questions to a run in `host`; return {update(about), close()}. */
+/** Show the questions about a run in `host`; return {update(about), close()}. */
 export function questions(host, about, { goTo, changed }) {
   const place = { about, goTo, changed };
   const parts = [measuring(place), finding(place), findingOrigin(place), verifying(place), rerunning(place)];
@@ -36,10 +36,10 @@ function measuring(place) {
   const name = element("input", { type: "text", autocomplete: "off", placeholder: "as the expression" });
   const every = element("input", { type: "number", min: 1, step: 1, value: "1", required: true });
   const overwrite = element("input", { type: "checkbox" });
-  const overwriting = element("label", { class: "option", hidden: true }, overwrite, "overwrite the one of that name");
+  const overwriting = element("label", { class: "option", hidden: true }, overwrite, "overwrite an existing one");
   const question = questionForm(place, {
     title: "Measure",
-    says: "Adds a number for each step, as if it had been logged while training.",
+    says: "Adds a number for each step, as if it had been logged during training.",
     expression,
     options: [labelled("name", name), labelled("every", every, "steps"), overwriting],
     verb: "Measure",
@@ -50,7 +50,7 @@ function measuring(place) {
       every: Number(every.value),
       overwrite: overwrite.checked,
     }),
-    // The server says so where the name is taken by what may be overwritten.
+    // The server reports if the name is taken by a measurement that may be overwritten.
     failed: (message) => (overwriting.hidden = !message.includes("overwrite")),
     done(result) {
       overwriting.hidden = true;
@@ -67,7 +67,7 @@ function finding(place) {
   const which = element("select", {}, ...["first", "last", "all"].map((each) => element("option", {}, each)));
   const question = questionForm(place, {
     title: "When",
-    says: "Finds the steps at which something is true.",
+    says: "Finds the steps at which a condition is true.",
     expression,
     options: [labelled("which", which)],
     verb: "Find",
@@ -129,7 +129,7 @@ function expressionField(label, id) {
 
 function foundSteps(place, { steps, count: all, inexact: leftOut = [], text }) {
   const from = leftOut.map(whole).join(", ");
-  const left = leftOut.length > 0 && element("p", { class: "note" }, `Not asked, as the replay was not exact, or ended: from step ${from}.`);
+  const left = leftOut.length > 0 && element("p", { class: "note" }, `Not evaluated, because the replay was not exact or ended: from step ${from}.`);
   if (!steps.length) return [element("p", { class: "result" }, text?.trim() || "at no step"), left];
   const list = element("ul", { class: "found" });
   const more = button("", () => show(list.children.length + 10 * LISTED), { class: "plain" });
@@ -155,11 +155,11 @@ function originOf(place, { step, phase, index: operation }, text) {
   return [
     element("p", { class: "result" }, first),
     others.length > 0 && element("pre", { tabIndex: 0, class: "origin" }, others.join("\n")),
-    element("p", {}, stepLink(place, { step, phase, operation }, "Look at it")),
+    element("p", {}, stepLink(place, { step, phase, operation }, "Open")),
   ];
 }
 
-// A link that can be opened elsewhere, too; here it moves the step only.
+// A link that can also be opened in another tab; here it only changes the step.
 function stepLink(place, { step, phase, operation }, text) {
   const here = { view: "run", run: place.about.name, step, phase, operation, beside: read().beside };
   const isStepOnly = phase === undefined;

@@ -1,14 +1,14 @@
-// The steps of a run once more, elsewhere: under other numerics, or in another precision.
+// Rerun: the steps of a run under other numerics, or in another precision.
 
 import { element } from "../shared/elements.js";
 import { numberOf } from "../shared/format.js";
 import { labelled, questionForm } from "./question.js";
 
-/** What the processor and its libraries can be told to be, as `everystep rerun` has it. */
+/** The values of the options, as in `everystep rerun`. */
 const CAPABILITIES = ["default", "avx2", "avx512"];
 const BRANCHES = ["OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512"];
 const PRECISIONS = ["float64", "bfloat16"];
-/** Curves that are less far apart, relative to the recorded one, cannot be told from each other. */
+/** Curves with a smaller relative difference look the same. */
 const VISIBLE = 0.002;
 
 /** Return the question. */
@@ -51,7 +51,7 @@ function choice(names) {
   return element("select", {}, element("option", { value: "" }, "as recorded"), ...names.map((name) => element("option", { value: name }, name)));
 }
 
-// The recorded losses, and those elsewhere over them; the answer can be read without.
+// The recorded losses and those of the rerun; if the plot fails, the answer is still shown.
 async function overlay({ about, goTo }, host, { place, losses }, drawn) {
   drawn.plot?.close();
   drawn.plot = null;
@@ -66,7 +66,7 @@ async function overlay({ about, goTo }, host, { place, losses }, drawn) {
   }
 }
 
-// All points that came: the server has sent no more.
+// All points that the server sent.
 async function between({ steps, values }, { first, last }) {
   const shown = [...steps.keys()].filter((place) => steps[place] >= (first ?? 0) && steps[place] <= (last ?? Infinity));
   return { steps: shown.map((place) => steps[place]), values: shown.map((place) => values[place]), total: shown.length };

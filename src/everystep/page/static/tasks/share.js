@@ -69,7 +69,7 @@ function complain({ field, fault }, problem = null) {
 
 async function saveReport(run, steps, fields, signal) {
   fields.save.disabled = true;
-  fields.says.textContent = "Opening the steps and writing the page.";
+  fields.says.textContent = "Writing the page.";
   try {
     keep(await reportOf(run, steps, signal), `${run}.html`);
     fields.says.textContent = "Saved.";
@@ -83,27 +83,27 @@ async function saveReport(run, steps, fields, signal) {
 async function reportOf(run, steps, signal) {
   const address = withQuery(addressOf(run, "report"), { steps: steps.join(",") });
   const response = await fetch(address, { signal }).catch((error) => {
-    throw error.name === "AbortError" ? error : new Error("the server does not answer; is `everystep view` still running?");
+    throw error.name === "AbortError" ? error : new Error("the server does not respond; is `everystep view` still running?");
   });
   if (response.ok) return response.blob();
   const { error } = await response.json().catch(() => ({}));
-  throw new Error(error ?? `the server answers ${response.status}`);
+  throw new Error(error ?? `the server returned ${response.status}`);
 }
 
-// Have the browser keep a file.
+// Download a file.
 function keep(content, name) {
   const address = URL.createObjectURL(content);
   element("a", { href: address, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
-// The steps that a text names, in order; or what is wrong with it.
+// The steps in a text, in order, or its problem.
 function stepsOf(text, last) {
   const words = text.split(/[\s,;]+/).filter(Boolean);
   const wrong = words.find((word) => !/^\d+$/.test(word));
   if (wrong) return { problem: `“${wrong}” is not a step: write whole numbers, with commas between` };
   const beyond = words.map(Number).find((step) => step < 1 || step > last);
-  if (beyond !== undefined) return { problem: `there is no step ${beyond}: they go from 1 to ${whole(last)}` };
+  if (beyond !== undefined) return { problem: `there is no step ${beyond}; steps are 1 to ${whole(last)}` };
   const steps = [...new Set(words.map(Number))].sort((one, other) => one - other);
   if (steps.length <= MOST_STEPS) return { steps };
   return { problem: `${steps.length} steps would be too large to send: choose at most ${MOST_STEPS}` };

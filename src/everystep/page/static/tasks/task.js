@@ -1,4 +1,4 @@
-// A task of the server on the page: how far it is, how long it takes still, and what comes of it.
+// A task of the server on the page: its progress, the remaining time, and its result.
 
 import { button, element } from "../shared/elements.js";
 import { duration, whole } from "../shared/format.js";
@@ -7,8 +7,8 @@ import { tell, withQuery } from "../shared/server.js";
 /**
  * Start a task and show it in `host`; return the Task.
  *
- * `start` asks the server to begin, and gives its {task}. `done(result)` returns what is shown of the result; `begun(content)`
- * is called with what a task announces; `over(message)` that it has ended, with the error if there was one.
+ * `start` asks the server to begin, and returns its {task}. `done(result)` returns the view of the result; `begun(content)`: called with
+ * announcements of the task; `over(message)`: called at the end, with the error if there was one.
  */
 export function runTask(start, host, options = {}) {
   const task = new Task(host, options);
@@ -31,7 +31,7 @@ class Task {
     host.replaceChildren(this.#view.line, this.#answer);
   }
 
-  /** Follow what the task says, to its end. */
+  /** Follow the task's events to its end. */
   follow(id) {
     this.#address = `/api/tasks/${encodeURIComponent(id)}`;
     if (this.#isCancelled) this.cancel();
@@ -51,7 +51,7 @@ class Task {
     else this.#end(errorText(message), message);
   }
 
-  /** Have the server stop; what is done is kept. */
+  /** Stop the task; its results so far are kept. */
   async cancel() {
     this.#isCancelled = true;
     this.#view.cancelling();
@@ -59,14 +59,14 @@ class Task {
     await tell(this.#address, {}, { method: "DELETE" }).catch((error) => this.fail(error.message));
   }
 
-  /** Look no longer; the task goes on. */
+  /** Stop listening; the task continues. */
   leave() {
     this.#isOver = true;
     this.#view.end();
     this.#stop();
   }
 
-  /** Look no longer, and have the server stop. */
+  /** Stop listening, and stop the task. */
   abandon() {
     if (this.#isOver) return;
     this.leave();
@@ -84,7 +84,7 @@ class Task {
   }
 }
 
-/** Return an error of the server as it reads: its lines kept, as a caret may point into the one above. */
+/** Return an error of the server with its lines kept, as a caret may point into the one above. */
 export function errorText(message) {
   if (!message.includes("\n")) return element("p", { class: "alarm" }, message);
   return element("pre", { class: "alarm", tabIndex: 0, "aria-label": "error" }, message);
@@ -102,14 +102,14 @@ function follow(address, heard, view, fail) {
   };
   const heardOf = (event, hear) => {
     last = event.lastEventId || last;
-    // A break in the connection is an error too, one without data.
+    // A break in the connection is an error event without data.
     if (event.data !== undefined) hear(JSON.parse(event.data));
     else broken();
   };
   const broken = async () => {
     view.waiting(true);
     if (source.readyState !== EventSource.CLOSED) return;
-    if (await isForgotten(address)) fail("the server was restarted and no longer knows this task; ask again");
+    if (await isForgotten(address)) fail("the server was restarted and lost this task; ask again");
     else again = setTimeout(begin, 2000);
   };
   begin();
@@ -119,7 +119,7 @@ function follow(address, heard, view, fail) {
   };
 }
 
-// Tell whether the server is there, and knows of no such task.
+// Return whether the server responds, but does not know the task.
 async function isForgotten(address) {
   try {
     const response = await fetch(address);
@@ -137,7 +137,7 @@ function progressView(label, cancel) {
   const begin = { time: null, done: 0 };
   let said = "starting";
   const started = performance.now();
-  // Where there is nothing to count yet, the seconds say that it goes on.
+  // If there is nothing to count yet, the seconds show that it is running.
   const ticking = setInterval(() => begin.done || tellSeconds(), 1000);
   const tellSeconds = () => {
     if (!stopping.disabled && !bar.hasAttribute("value")) text.textContent = `${said}, ${duration(Math.floor((performance.now() - started) / 1000))}`;
@@ -146,7 +146,7 @@ function progressView(label, cancel) {
     const now = performance.now();
     if (begin.time === null) Object.assign(begin, { time: now, done });
     bar.max = total || 1;
-    // Until the first step is done the bar only moves: torch is being loaded, or a state read.
+    // Until the first step is done, the bar is indeterminate: torch is being loaded, or a state read.
     if (done) bar.value = done;
     const left = ((now - begin.time) / 1000 / (done - begin.done)) * (total - done);
     const isKnown = now - begin.time > 700 && done > begin.done && done < total;

@@ -1,4 +1,4 @@
-// The dialog that asks what a step would have led to without some rows of its batch.
+// The dialog of a what-if: a training without some rows of a step's batch.
 
 import { commandLine, openDialog, quoted } from "../shared/dialog.js";
 import { button, element } from "../shared/elements.js";
@@ -7,11 +7,11 @@ import { addressOf, tell } from "../shared/server.js";
 import { casesTable } from "./cases.js";
 import { runTask } from "./task.js";
 
-/** Steps after which the trainings are compared, if the reader chooses no other. */
+/** Steps after which the trainings are compared, by default. */
 const STEPS = 5;
 const EACH = "one after the other";
 
-/** Open the dialog for an open step; `chosen`: rows that the reader has chosen already; `argument`: the run after a command. */
+/** Open the dialog for an open step; `chosen`: rows that are already chosen; `argument`: the run in a command. */
 export function whatIfDialog({ run, step, steps, batch, tensors }, chosen, argument) {
   const fields = fieldsOf(step, steps, chosen);
   const command = commandLine("The same from the command line");
@@ -75,7 +75,7 @@ function complain({ rows, fault }, problem) {
   rows.setAttribute("aria-invalid", String(Boolean(problem)));
 }
 
-// What the fields ask for; `problem`: what is wrong with them.
+// The values of the fields; `problem`: an error in them.
 function askedOf({ rows, how, until, by }, step, batch, tensors) {
   const words = rows.value.split(/[\s,;]+/).filter(Boolean);
   const wrong = words.find((word) => !/^\d+$/.test(word));
@@ -86,7 +86,7 @@ function askedOf({ rows, how, until, by }, step, batch, tensors) {
     rows: given,
     each: how.value === EACH,
     by: by.value.trim() || "loss",
-    problem: wrong ? `“${wrong}” is not a row: write whole numbers, with commas between` : given.length ? null : "this batch has no rows: name those to leave out",
+    problem: wrong ? `“${wrong}” is not a row: write whole numbers, with commas between` : given.length ? null : "this batch has no row numbers; name the rows to leave out",
   };
 }
 

@@ -1,8 +1,8 @@
-// The colours of numbers in a heat map: around 0 in two directions, or in one where all have one sign.
+// The colours of numbers in a heat map: around 0 in two directions, or in one if all have the same sign.
 
 const SHADES = 128;
 
-/** Return the range that a tensor's finite numbers are coloured in: {kind, from, to}. */
+/** Return the colour range of a tensor's finite numbers: {kind, from, to}. */
 export function rangeOf(lowest, highest) {
   if (lowest === null || highest === null || Number.isNaN(lowest)) return { kind: "both", from: -1, to: 1 };
   if (lowest < 0 && highest > 0) {
@@ -13,7 +13,7 @@ export function rangeOf(lowest, highest) {
   return { kind: highest <= 0 ? "below" : "above", from: lowest, to: highest };
 }
 
-/** Return the colours that the style of a node gives: shades from lowest to highest, and what is not finite. */
+/** Return the colours of a node's style: shades from lowest to highest, and that of non-finite numbers. */
 export function coloursOf(node) {
   const style = getComputedStyle(node);
   const of = (name) => parsed(style.getPropertyValue(`--map-${name}`));
@@ -35,7 +35,7 @@ export function painter(colours, { kind, from, to }, isRooted) {
   };
 }
 
-/** Return the share of the scale at which the colour of the linear scale's `share` stands. */
+/** Return the position on the scale for the linear scale's `share`. */
 function rooted(share, kind) {
   if (kind === "above") return Math.sqrt(share);
   if (kind === "below") return 1 - Math.sqrt(1 - share);
@@ -43,12 +43,12 @@ function rooted(share, kind) {
   return 0.5 + (Math.sign(away) * Math.sqrt(Math.abs(away))) / 2;
 }
 
-/** Return whether dark text is read better on a colour. */
+/** Return whether dark text is more readable on a colour. */
 export function isLight([red, green, blue]) {
   return 0.299 * red + 0.587 * green + 0.114 * blue > 140;
 }
 
-/** Return a colour as CSS writes it. */
+/** Return a colour in CSS notation. */
 export function css([red, green, blue]) {
   return `rgb(${red} ${green} ${blue})`;
 }

@@ -1,4 +1,4 @@
-// What stands around a heat map: the slice of a tensor of several dimensions, zoom, and the legend.
+// The controls of a heat map: the slice of a tensor of several dimensions, zoom, and the legend.
 
 import { css } from "./colours.js";
 import { button, element } from "../shared/elements.js";
@@ -75,7 +75,7 @@ export function legend(rooted) {
     class: "plain",
     "aria-pressed": "false",
     "aria-label": "square root scale",
-    title: "colours by the square root: small numbers stand out",
+    title: "colours by square root, so that small numbers stand out",
   });
   const node = element("div", { class: "legend" }, ends[0], bar, ends[1], isRooted, others);
 

@@ -1,21 +1,21 @@
-// What is seen of a grid of cells: where its corner is, and how many pixels a cell takes.
+// The visible part of a grid of cells: its corner, and the pixels per cell.
 
-/** Cells with numbers in them, at the largest. */
+/** The largest size of cells with numbers in them. */
 const LARGEST = { width: 84, height: 30 };
-/** A cell of a grid that fits is no larger. */
+/** The largest size of cells of a grid that fits. */
 const FITTING = 28;
-/** A grid of many rows is at least so high, and so wide. */
+/** The minimum height and width of a grid of many rows. */
 const LOWEST = 140;
 const NARROWEST = 280;
-/** A cell is so many times as long as it is wide, at most. */
+/** The maximum ratio of a cell's sides. */
 const LONGEST = 2.5;
 
 /** An extract of a grid of rows and columns, drawn on so many pixels. */
 export class Extract {
-  /** `width`: of the place there is for it, in pixels; `most`: how high it may be. */
+  /** `width`: available, in pixels; `most`: its maximum height. */
   constructor(rows, columns, width, most) {
     let [wide, high] = [Math.min(FITTING, width / columns), Math.min(FITTING, most / rows)];
-    // Cells are nearly square, unless so flat or narrow a grid would be left that nothing is seen of it from near.
+    // Cells are nearly square, unless the grid would be too flat or too narrow to be readable.
     if (rows > 1) {
       wide = Math.min(wide, Math.max(LONGEST * high, NARROWEST / columns));
       high = Math.min(high, Math.max(LONGEST * wide, LOWEST / rows));
@@ -36,11 +36,11 @@ export class Extract {
   }
 
   get isWhole() {
-    // In and out again is the whole, though the factors are rounded.
+    // Zooming in and out again shows the whole, although factors are rounded.
     return ["width", "height"].every((name) => this.cell[name] <= this.fit[name] * (1 + 1e-9));
   }
 
-  /** Take over the place of another extract of a grid just as large. */
+  /** Copy the position of another extract of a grid of the same size. */
   follow(other) {
     const share = { width: other.cell.width / other.fit.width, height: other.cell.height / other.fit.height };
     this.x = other.x;
@@ -66,21 +66,21 @@ export class Extract {
     this.#keepInside();
   }
 
-  /** Move so far that a cell is seen. */
+  /** Move so that a cell is visible. */
   reveal([row, column]) {
     this.x = Math.min(Math.max(this.x, column + 1 - this.width / this.cell.width), column);
     this.y = Math.min(Math.max(this.y, row + 1 - this.height / this.cell.height), row);
     this.#keepInside();
   }
 
-  /** Return the cell, [row, column], at a pixel; null beside the grid. */
+  /** Return the cell, [row, column], at a pixel; null outside the grid. */
   at(left, top) {
     const row = Math.floor(this.y + top / this.cell.height);
     const column = Math.floor(this.x + left / this.cell.width);
     return row >= 0 && row < this.rows && column >= 0 && column < this.columns ? [row, column] : null;
   }
 
-  /** Return the rows and the columns that are seen, as [first, past the last]. */
+  /** Return the visible rows and columns, as [first, past the last]. */
   seen() {
     const past = (start, size, length) => [Math.max(Math.floor(start), 0), Math.min(Math.ceil(start + size), length)];
     return {

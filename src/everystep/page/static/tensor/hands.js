@@ -2,7 +2,7 @@
 
 const STEP = 1.6;
 
-/** Let a heat map be moved; return a function that ends it. */
+/** Make a heat map movable; return a function that stops. */
 export function handle(map) {
   const { canvas } = map;
   const listeners = {
@@ -10,7 +10,7 @@ export function handle(map) {
     dblclick: () => map.reset(),
     blur: ({ relatedTarget }) => isAway(map, relatedTarget) && map.point(null),
     wheel(event) {
-      // The wheel scrolls the page until the map has been clicked, or two fingers pinch it.
+      // The wheel scrolls the page until the map was clicked, or two fingers pinch it.
       if (document.activeElement !== canvas && !event.ctrlKey) return;
       if (event.deltaY > 0 && map.extract.isWhole) return;
       event.preventDefault();
@@ -24,10 +24,10 @@ export function handle(map) {
   };
   const ended = new AbortController();
   for (const [name, listener] of Object.entries(listeners)) {
-    const hear = (event) => map.extract && listener(event); // there is nothing to move before there are numbers
+    const hear = (event) => map.extract && listener(event); // nothing to move before the numbers are loaded
     canvas.addEventListener(name, hear, { passive: false, signal: ended.signal });
   }
-  // On the way to the button that copies the number of a cell, the cell stays.
+  // Keep the cell while the pointer moves to the button that copies its number.
   const left = (event) => map.extract && event.pointerType === "mouse" && !map.node.contains(document.activeElement) && map.point(null);
   map.node.addEventListener("pointerleave", left, { signal: ended.signal });
   map.node.addEventListener("focusout", ({ relatedTarget }) => map.extract && isAway(map, relatedTarget) && map.point(null), { signal: ended.signal });
@@ -91,13 +91,13 @@ function press(map, { key, shiftKey }) {
   return true;
 }
 
-// The cursor goes from cell to cell as they are drawn, and takes what is seen along.
+// The cursor moves between drawn cells, and scrolls the map.
 function move(map, [down, right]) {
   const { rows, columns } = map.extract;
   const [high, wide] = map.block;
   const { rows: [top], columns: [left] } = map.extract.seen();
   const within = (value, length) => Math.min(Math.max(value, 0), length - 1);
-  const isFirst = !map.cursor && Number.isFinite(right); // it appears where the map begins
+  const isFirst = !map.cursor && Number.isFinite(right); // it starts at the first cell
   const [row, column] = map.cursor ?? [top, left];
   const next = isFirst ? [row, column] : [row + down * high, column + right * wide];
   map.point([within(next[0], rows), within(next[1], columns)], true);

@@ -1,4 +1,4 @@
-// A heat map of a tensor: every number a cell, as near as one likes.
+// A heat map of a tensor, with a cell for every number, at any zoom.
 
 import { coloursOf, isLight, painter, rangeOf } from "./colours.js";
 import { watchAppearance } from "../shared/appearance.js";
@@ -14,12 +14,12 @@ import { isComplex } from "./statistics.js";
 
 const HIGHEST = 320;
 const MOST = 1024;
-/** Cells at least so large have their numbers written in them. */
+/** Minimum size of cells with their numbers written in them. */
 const READABLE = { width: 50, height: 15 };
 
 /**
  * Return a heat map: {node, load(ask, {seen, label, classes, signal}), close()}; `classes`: their names, or null.
- * `chosen` is called with the index of a number that is clicked.
+ * `chosen`: called with the index of a clicked number.
  */
 export function heatMap(chosen = () => {}) {
   return new HeatMap(chosen);
@@ -45,12 +45,12 @@ class HeatMap {
     this.isRooted = false;
     this.index = 0;
     this.whole = null; // the patch of all the numbers
-    this.fine = null; // the patch of those that are seen, when nearer
+    this.fine = null; // the patch of the visible ones, when zoomed
     this.cursor = null;
     this.#watch();
   }
 
-  /** Ask for the numbers; the promise gives a function that shows them. */
+  /** Request the numbers; the promise returns a function that shows them. */
   async load(ask, { seen, label, classes = null, signal }) {
     const isAnother = String(seen.shape) !== String(this.shape);
     const index = isAnother ? 0 : this.index;
@@ -82,7 +82,7 @@ class HeatMap {
     this.draw();
   }
 
-  /** Draw what is seen. */
+  /** Draw the visible part. */
   draw() {
     const { canvas, extract } = this;
     const ratio = devicePixelRatio;
@@ -126,7 +126,7 @@ class HeatMap {
     this.#moved();
   }
 
-  /** Point at a cell; `isByKey`: it is said aloud, and moves into sight. */
+  /** Point at a cell; `isByKey`: announce it, and scroll to it. */
   point(cell, isByKey = false) {
     this.cursor = cell;
     if (isByKey) this.readout.setAttribute("aria-live", "polite");
@@ -137,12 +137,12 @@ class HeatMap {
     } else this.draw();
   }
 
-  /** A number was clicked: called with it, unless its cell stands for several. */
+  /** A number was clicked: report it, unless its cell represents several. */
   choose(cell) {
     if (cell && this.#patchAt(cell).isFine) this.chosen(this.#indexOf(cell));
   }
 
-  /** Return how many rows and columns a cell of what is drawn has. */
+  /** Return the number of rows and columns per drawn cell. */
   get block() {
     return (this.#patchAt(this.cursor ?? [0, 0]) ?? this.whole).block;
   }
@@ -195,7 +195,7 @@ class HeatMap {
     if (!this.whole.isFine && !this.extract.isWhole && this.#isCoarse()) this.waiting = setTimeout(() => this.#refine(), 80);
   }
 
-  /** Whether what is seen could be had in smaller blocks than it is drawn in. */
+  /** Whether the visible part is available in smaller blocks than drawn. */
   #isCoarse() {
     if (!this.fine?.covers(this.extract.seen())) return true;
     const { rows, columns } = this.#wanted();
@@ -211,7 +211,7 @@ class HeatMap {
     this.draw();
   }
 
-  // What is seen and half as much on each side, so that a small move needs nothing new.
+  // The visible part and half as much on each side, so that a small move needs no request.
   #wanted() {
     const { rows, columns } = this.extract.seen();
     const wider = ([first, past], length) => {

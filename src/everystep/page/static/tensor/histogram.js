@@ -1,4 +1,4 @@
-// A histogram: how often numbers of each size are in a tensor.
+// A histogram of a tensor's numbers.
 
 import { button, drawing, element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
@@ -49,7 +49,7 @@ class Histogram {
     this.plot.setAttribute("aria-label", labelOf(counted));
     setText(this.low, short(edges[0], 3));
     setText(this.high, short(edges.at(-1), 3));
-    // The 0 is written only where it is not in the way of the ends.
+    // The 0 is written only if it does not overlap the ends.
     setText(this.zero, zero > 0.25 && zero < 0.75 ? "0" : "");
     this.zero.style.left = `${100 * (zero ?? 0)}%`;
     this.#point(this.at !== null && this.at < counts.length ? this.at : null);

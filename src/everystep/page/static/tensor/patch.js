@@ -2,7 +2,7 @@
 
 import { fullText } from "../shared/format.js";
 
-/** A region as the server gives it: {rows, columns, height, width, block, numbers}. */
+/** A region in the server's format: {rows, columns, height, width, block, numbers}. */
 export class Patch {
   constructor(answer) {
     Object.assign(this, answer);
@@ -14,12 +14,12 @@ export class Patch {
     return this.block[0] === 1 && this.block[1] === 1;
   }
 
-  /** Whether it has all of a region. */
+  /** Whether it contains a region. */
   covers({ rows, columns }) {
     return this.rows[0] <= rows[0] && rows[1] <= this.rows[1] && this.columns[0] <= columns[0] && columns[1] <= this.columns[1];
   }
 
-  /** Whether it has a cell. */
+  /** Whether it contains a cell. */
   has([row, column]) {
     return this.covers({ rows: [row, row + 1], columns: [column, column + 1] });
   }
@@ -30,12 +30,12 @@ export class Patch {
     return this.numbers[Math.floor((row - this.rows[0]) / this.block[0]) * this.width + across];
   }
 
-  /** Return the number at a cell in full: the fewest digits that give it back in its own format. */
+  /** Return the number at a cell in full: the fewest digits that restore it in its dtype. */
   text(cell) {
     return fullText(this.at(cell), this.format === "float32");
   }
 
-  /** Return the first and the last cell of the block in which a cell is. */
+  /** Return the first and the last cell of a cell's block. */
   blockOf([row, column]) {
     const along = (value, [first, past], size) => {
       const start = first + Math.floor((value - first) / size) * size;
@@ -68,13 +68,13 @@ export class Patch {
     this.picture = picture;
   }
 
-  /** Put its picture where an extract shows it. */
+  /** Draw its picture at its place in an extract. */
   draw(context, extract) {
     const [height, width] = this.block;
     const rows = [this.rows[0], this.rows[0] + this.height * height];
     const columns = [this.columns[0], this.columns[0] + this.width * width];
     const { left, top, width: wide, height: high } = extract.place(rows, columns);
-    // Where several numbers share a pixel, they are blended; else each is a crisp rectangle.
+    // If several numbers share a pixel, they are blended; else each is a crisp rectangle.
     context.imageSmoothingEnabled = wide < this.width || high < this.height;
     context.drawImage(this.picture, left, top, wide, high);
   }

@@ -1,10 +1,10 @@
-// Where a number comes from: the operation that made it, and the numbers that went in, each to be followed.
+// Where a number comes from: the operation that computed it, and its inputs, each of which can be followed.
 
 import { button, element } from "../shared/elements.js";
 import { fullText, numberOf, whole } from "../shared/format.js";
 import { setText, show } from "../shared/part.js";
 
-/** Lines of the way of a NaN that are shown before and after what is left out. */
+/** Lines of the way of a NaN that are shown before and after the omitted ones. */
 const ENDS = 3;
 
 /** Return the part: {node, begin(step, {id, index}), clear()}. `source.why` answers. */
@@ -86,7 +86,7 @@ class Reasons {
     if (note) lines.push(element("p", { class: "muted small" }, note));
     if (groups.length) lines.push(this.#table(groups));
     if (check) lines.push(element("p", { class: isEqual ? "small" : "muted small" }, check));
-    if (unknown.length) lines.push(element("p", { class: "muted small" }, `Which numbers it used is not known; it was given all of ${unknown.join(", ")}.`));
+    if (unknown.length) lines.push(element("p", { class: "muted small" }, `Which numbers it used is unknown; its inputs were all of ${unknown.join(", ")}.`));
     if (rows) lines.push(element("p", { class: "muted small" }, rows));
     return lines;
   }
@@ -113,7 +113,7 @@ class Reasons {
   }
 }
 
-// The numbers of a term, and those by which terms differ that are of no tensor.
+// The numbers of a term, and its factors that are in no tensor.
 function numbersOf({ numbers, weights }) {
   const others = Object.entries(weights).map(([name, value]) => ({ name, text: fullText(numberOf(value)), row: null, goes_on: false }));
   return [...Object.values(numbers), ...others];
@@ -127,7 +127,7 @@ function left(group, most) {
   return element("tr", {}, head, element("td", { colSpan: 2 * most + 1, class: "muted" }, `${whole(count)} more${of}`));
 }
 
-// What a NaN or infinity came through, in lines.
+// The way of a NaN or infinity, in lines.
 function way(through, leftOut) {
   const lines = through.map(({ number, made, note }) => element("li", {}, `step ${whole(number.step)}, ${number.name} = ${number.text}, ${made ?? note}`));
   const more = Math.max(lines.length - 2 * ENDS, 0);

@@ -1,4 +1,4 @@
-// What the numbers of a tensor are like, in a quiet line.
+// Statistics of a tensor, in a line.
 
 import { element } from "../shared/elements.js";
 import { numberOf, percent, shapeText, short, whole } from "../shared/format.js";
@@ -25,7 +25,7 @@ export function statisticsLine({ norm = false } = {}) {
     update(seen) {
       show(node, Boolean(seen));
       if (!seen) return;
-      // Nearly everything is float32: only another type is named.
+      // Nearly everything is float32: only other dtypes are named.
       setText(shape, shapeText(seen.shape) + (seen.dtype === "float32" ? "" : ` ${seen.dtype}`));
       shape.title = seen.dtype;
       setText(alarm, seen.nonfinite ? `${whole(seen.nonfinite)} not finite` : "");
@@ -51,7 +51,7 @@ export function statisticsText(seen) {
   return [`${shapeText(seen.shape)} ${seen.dtype}`, ...numbers, ...bad].join(", ");
 }
 
-/** Return whether what is shown of numbers is their absolute values. */
+/** Return whether the statistics are of absolute values. */
 export function isComplex({ dtype }) {
   return dtype.startsWith("complex");
 }

@@ -1,9 +1,9 @@
-// Taking a tensor along: as a line of Python that gives it, or as a file of NumPy's.
+// Export of a tensor: as a line of Python, or as a NumPy file.
 
 import { copyButton } from "../shared/copy.js";
 import { element } from "../shared/elements.js";
 
-/** Return the part: {node, update({run, step}, id)}; the file only where there is a server. */
+/** Return the part: {node, update({run, step}, id)}; the file only with a server. */
 export function takeAlong(source) {
   let python = "";
   const file = element("a", { class: "small" }, ".npy");

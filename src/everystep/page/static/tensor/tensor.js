@@ -1,4 +1,4 @@
-// A tensor: its name and what its numbers are like; unfolded, a heat map and a histogram of them.
+// A tensor: its name and statistics; unfolded, a heat map and a histogram.
 
 import { element } from "../shared/elements.js";
 import { heatMap } from "./heatmap.js";
@@ -73,7 +73,7 @@ class TensorPanel {
     if (this.id !== "batch.images") this.reasons?.begin(this.content.step, { id: this.id, index: index.join(",") });
   }
 
-  // What is drawn stays until all that takes its place is there.
+  // The old drawing stays until the new one is complete.
   async #draw() {
     this.asked.abort();
     this.asked = new AbortController();

@@ -1,7 +1,6 @@
 // Small pictures of tensors, in the rows that show them: a heat map, or of a vector a histogram.
 //
-// They must cost nothing that a reader waits for: only what is on the screen is asked for, one after the other, while the
-// browser is idle.
+// They must not delay anything else: only visible ones are requested, one after the other, while the browser is idle.
 
 import { coloursOf, painter, rangeOf } from "./colours.js";
 import { element } from "../shared/elements.js";
@@ -9,11 +8,11 @@ import { numberOf } from "../shared/format.js";
 import { show } from "../shared/part.js";
 import { Patch } from "./patch.js";
 
-/** Pictures wait so long for the next step: none is asked for while one steps quickly. */
+/** Delay before pictures are requested, so that quick stepping requests none. */
 const PATIENCE = 120;
 /** Cells along a side of a heat map. */
 const MOST = 96;
-/** Of a tensor with more dimensions, so many slices stand side by side. */
+/** Slices side by side, for a tensor of more dimensions. */
 const SLICES = 4;
 const PLACE = { width: 88, height: 34, least: 14 };
 
@@ -22,7 +21,7 @@ const watcher = new IntersectionObserver((entries) => entries.forEach(({ target,
   rootMargin: "100px",
 });
 
-/** Return the part of a picture; `idOf(content)`: of which tensor, or nothing. */
+/** Return the part of a picture; `idOf(content)`: the tensor's id, or nothing. */
 export function thumbnail(view, idOf) {
   return new Thumbnail(view, idOf);
 }
@@ -97,7 +96,7 @@ async function heat(canvas, source, step, { id, shape }, signal) {
   fit(canvas);
 }
 
-// As large as fits into its place; narrow matrices are stretched so that they can be seen.
+// As large as fits; narrow matrices are stretched to be visible.
 function fit(canvas) {
   const scale = Math.min(PLACE.width / canvas.width, PLACE.height / canvas.height);
   canvas.style.width = `${Math.max(canvas.width * scale, PLACE.least)}px`;
@@ -123,7 +122,7 @@ async function bars(canvas, source, step, { id }, signal) {
   fit(canvas);
 }
 
-// One after the other, whenever nothing else is to be done.
+// One after the other, whenever the browser is idle.
 let last = Promise.resolve();
 
 function inTurn(signal, draw) {
@@ -138,7 +137,7 @@ function idle() {
   return new Promise((resolve) => (window.requestIdleCallback ? requestIdleCallback(resolve, { timeout: 1000 }) : setTimeout(resolve, 30)));
 }
 
-// A picture that cannot be had, since the server says no or is away, is not drawn: all else is there.
+// If the server has no picture or is away, it is not drawn; everything else is shown.
 function forgive(error) {
   if (error.name !== "AbortError" && error.status === undefined) throw error;
 }
