@@ -141,7 +141,7 @@ class Evidence(StepPair):
         return [each for each in found if each.kind != "optimizer" or each.path == path]
 
     def schedulers(self) -> list[Setting]:
-        """Return what differs in schedules, unless the numbers that they start from differ."""
+        """Return what differs in schedulers, unless the numbers that they start from differ."""
         names = {(each.path, each.name) for each in self.of_kind("optimizer")}
         is_start = any((each.path, each.name) in names for each in self.current)
         return [] if is_start else self.of_kind("scheduler")

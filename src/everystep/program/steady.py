@@ -76,7 +76,7 @@ def _has_shape_of_values(operation: Operation, program: Program) -> bool:
     return any(program.tensors[name].dtype in ("bool", "uint8") for name in masks)
 
 
-#: Steps with the same settings before operators are called directly: a schedule changes them at each
+#: Steps with the same settings before operators are called directly: a scheduler changes them at each
 #: step.
 SAME_BEFORE = 3
 #: Bytes that the results of its operators may take. With larger tensors, Python takes little of a step.

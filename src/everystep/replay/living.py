@@ -208,7 +208,7 @@ class Living:
 
 
 def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
-    """Return the training with its model, from the user or from the experiment, without a schedule."""
+    """Return the training with its model, from the user or from the experiment, without a scheduler."""
     facts = stretch.facts
     device = select(facts.device)
     batch = batch_source(run, facts, objects, device)

@@ -356,7 +356,7 @@ class FurtherSteps(StepsAtRate):
     """Each step of a run by its rules, recorded or not.
 
     Args:
-        run: its batches follow from a rule, and no schedule changes its settings.
+        run: its batches follow from a rule, and no scheduler changes its settings.
         rule: returns its batches, None if no step will run.
         lr: a different learning rate, None for that of the run.
     """

@@ -78,7 +78,7 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     """Return a state from which Python can continue.
 
     A replay of steps that Python took restores tensors only; for everything else that objects hold (a
-    counter, a schedule's rate), Python repeats the steps since the last snapshot.
+    counter, a scheduler's rate), Python repeats the steps since the last snapshot.
 
     Args:
         replay: of the run.

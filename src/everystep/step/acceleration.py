@@ -22,7 +22,7 @@ from everystep.step.state import State
 from everystep.step.surroundings import Surroundings
 from everystep.step.torchs_own import (
     is_torchs_optimizer,
-    is_torchs_schedule,
+    is_torchs_scheduler,
     reason_against_loss,
     reason_against_module,
 )
@@ -106,9 +106,9 @@ def _against_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def _against_scheduler(training: Training) -> str | None:
-    """Return in words why Python must advance the schedule, or None."""
+    """Return in words why Python must advance the scheduler, or None."""
     scheduler = training.scheduler
-    if not is_torchs_schedule(scheduler, but_functions=True):
+    if not is_torchs_scheduler(scheduler, but_functions=True):
         return f"{type(scheduler).__qualname__} is not one of torch's schedulers"
     if scheduler is not None and training.has_tensor_settings:
         return "a scheduler sets a learning rate that is a tensor"
@@ -116,8 +116,8 @@ def _against_scheduler(training: Training) -> str | None:
 
 
 def _against_functions(scheduler: LRScheduler | None) -> str | None:
-    """Return in words which code of the user's a schedule of torch's calls, or None."""
-    if is_torchs_schedule(scheduler) or not is_torchs_schedule(scheduler, but_functions=True):
+    """Return in words which code of the user's a scheduler of torch's calls, or None."""
+    if is_torchs_scheduler(scheduler) or not is_torchs_scheduler(scheduler, but_functions=True):
         return None
     return f"{type(scheduler).__qualname__} calls a function of yours"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -106,12 +106,6 @@ def _has_other_bits(node: Any) -> bool:
     return type(node).__name__ != "MaskedFillBackward1" or node.next_functions[1][0] is not None
 
 
-class _SeesHooks(Protocol):
-    """What watches the calls of a step, and sees whether a user's hook packs what autograd saves."""
-
-    has_saved_hooks: bool
-
-
 class BackwardPasses:
     """Runs the backward passes of a step while it is watched, in place of torch's own call.
 
@@ -132,7 +126,7 @@ class BackwardPasses:
         if cursor.is_paused or _get_current_dispatch_mode() is not cursor:
             return run_engine(outputs, *args, **kwargs)
         graph = graph_of(outputs, args, kwargs, self._since, self._handles)
-        is_sure = graph.key is not None and not cast(_SeesHooks, cursor).has_saved_hooks
+        is_sure = graph.key is not None and not cursor.has_saved_hooks
         if not is_sure or cursor.paths.have_hooks(graph.leaves):
             if not graph.is_other:
                 return run_engine(outputs, *args, **kwargs)

@@ -47,7 +47,7 @@ class Cursor(UnderWay):
     Args:
         paths, device, follower, elsewhere: as `UnderWay` has them.
 
-    optimizers: their steps; has_saved_hooks: whether a hook of the user's packs what autograd saves.
+    optimizers: their steps.
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class Cursor(UnderWay):
     ) -> None:
         super().__init__(paths, device, follower, elsewhere)
         self.optimizers = OptimizerSteps(self)
-        self.has_saved_hooks = False
         self._backward = BackwardPasses(self)
         self._depth = 0
 

@@ -45,9 +45,9 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def expected_to_change(name: str, *, more_than_lr: bool) -> bool:
-    """Return whether a schedule is expected to change a number at every step.
+    """Return whether a scheduler is expected to change a number at every step.
 
-    more_than_lr: whether the schedule changes the momentum as well.
+    more_than_lr: whether the scheduler changes the momentum as well.
     """
     short = name.partition("[")[0]
     return short == "lr" or (more_than_lr and short in ("momentum", "beta1"))

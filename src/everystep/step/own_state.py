@@ -72,7 +72,7 @@ def entries_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mappi
 PREFIX = "own/"
 _DICTS = (dict, OrderedDict, defaultdict)
 _LISTS: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple}
-#: Attributes of torch's base class and its schedules; no step depends on them.
+#: Attributes of torch's base class and its schedulers; no step depends on them.
 _OF_TORCH = {
     *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_zero_grad_profile_name"),
     *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks", "_patch_step_function"),

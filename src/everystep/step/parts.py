@@ -34,7 +34,7 @@ class Parts:
     names of other modules begin with that of the part (`generator.0.weight`).
 
     Args:
-        named: the parts by name: modules, optimizers, schedules, scalers, averaged copies, tensors,
+        named: the parts by name: modules, optimizers, schedulers, scalers, averaged copies, tensors,
             or dicts, lists and objects that hold tensors.
         apart: modules that are not models, such as a loss with weights: in a snapshot, their tensors are
             not among the parameters.

@@ -1,6 +1,6 @@
 """The state of parts in addition to named tensors: its snapshot, and how it is restored.
 
-Schedules, scalers, dicts and other objects are written attribute by attribute, optimizers in torch's
+Schedulers, scalers, dicts and other objects are written attribute by attribute, optimizers in torch's
 format, and modules by their plain attributes that changed since the recording began.
 """
 

@@ -34,7 +34,7 @@ from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.state import same_bits
 from everystep.step.taken import TakenByProgram
-from everystep.step.torchs_own import is_torchs_schedule
+from everystep.step.torchs_own import is_torchs_scheduler
 from everystep.step.unchanging import unchanging_reads
 
 __all__ = ["Around", "CreatesTensorsError", "NotReplaceableError", "StandIn"]
@@ -52,7 +52,7 @@ class CreatesTensorsError(NotReplaceableError):
 
 
 class Around:
-    """Effects of a step in Python other than operations: its optimizers step, its schedules advance.
+    """Effects of a step in Python other than operations: its optimizers step, its schedulers advance.
 
     Args:
         parts: of the training; the step is about to run.
@@ -63,43 +63,43 @@ class Around:
     def __init__(self, parts: Parts) -> None:
         self.optimizers: list[torch.optim.Optimizer] = []
         self._parts = parts
-        self._schedules = [part for part in parts.named.values() if isinstance(part, LRScheduler)]
-        self._before = [*map(_steps_taken, self._schedules)]
+        self._schedulers = [part for part in parts.named.values() if isinstance(part, LRScheduler)]
+        self._before = [*map(_steps_taken, self._schedulers)]
         self._settings = self._settings_now()
         self._early: list[LRScheduler] = []
 
     def optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer starts a step."""
         self.optimizers.append(optimizer)
-        for schedule, before in zip(self._schedules, self._before, strict=True):
-            if schedule.optimizer is optimizer and _steps_taken(schedule) != before:
-                self._early.append(schedule)
+        for scheduler, before in zip(self._schedulers, self._before, strict=True):
+            if scheduler.optimizer is optimizer and _steps_taken(scheduler) != before:
+                self._early.append(scheduler)
 
-    def schedules(self) -> list[LRScheduler]:
-        """Return the schedules that the step has advanced, each once, after its optimizer.
+    def schedulers(self) -> list[LRScheduler]:
+        """Return the schedulers that the step has advanced, each once, after its optimizer.
 
         Raises:
             NotReplaceableError: it has changed the settings of an optimizer in another way.
         """
         advanced = []
-        for schedule, before in zip(self._schedules, self._before, strict=True):
-            if _steps_taken(schedule) == before:
+        for scheduler, before in zip(self._schedulers, self._before, strict=True):
+            if _steps_taken(scheduler) == before:
                 continue
-            problem, groups = "", schedule.optimizer.param_groups
-            if not is_torchs_schedule(schedule, but_functions=True):
+            problem, groups = "", scheduler.optimizer.param_groups
+            if not is_torchs_scheduler(scheduler, but_functions=True):
                 problem = "is not a scheduler of torch; advance it between steps"
-            elif isinstance(schedule, ReduceLROnPlateau) or _steps_taken(schedule) != before + 1:
+            elif isinstance(scheduler, ReduceLROnPlateau) or _steps_taken(scheduler) != before + 1:
                 problem = "does not advance by one step; advance it between steps"
-            elif any(each is schedule for each in self._early):
+            elif any(each is scheduler for each in self._early):
                 problem = "advances before its optimizer steps; advance it afterwards"
             elif any(isinstance(value, Tensor) for group in groups for value in group.values()):
                 problem = "sets a learning rate that is a tensor; use a number"
             if problem:
-                raise NotReplaceableError(f"{type(schedule).__name__} {problem}")
-            advanced.append(schedule)
+                raise NotReplaceableError(f"{type(scheduler).__name__} {problem}")
+            advanced.append(scheduler)
         now = self._settings_now()
         for name, optimizer in self._parts.optimizers.items():
-            own = [schedule for schedule in advanced if schedule.optimizer is optimizer]
+            own = [scheduler for scheduler in advanced if scheduler.optimizer is optimizer]
             expected = [repr(each.get_last_lr()) for each in own] or [self._settings[name][0]]
             is_more = any(map(changes_more_than_lr, own))
             if now[name][0] not in expected or (now[name][1] != self._settings[name][1] and not is_more):
@@ -122,9 +122,9 @@ class Around:
         return found
 
 
-def _steps_taken(schedule: Any) -> int:
-    """Return how often a schedule has advanced; a chain of schedules advances all of them."""
-    own = vars(schedule)
+def _steps_taken(scheduler: Any) -> int:
+    """Return how often a scheduler has advanced; a chain of schedulers advances all of them."""
+    own = vars(scheduler)
     if "last_epoch" in own:
         return int(own["last_epoch"])
     return _steps_taken(own["_schedulers"][0]) if own.get("_schedulers") else 0
@@ -139,13 +139,13 @@ class StandIn:
         path: of each step.
         seen: the Python step that it was built from.
         optimizers: those that stepped in it, in order.
-        schedules: those that it advanced.
+        schedulers: those that it advanced.
         batch: the tensors of the batch, by name.
         plain: logged values of this step that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
         fixed: the tensors of a batch that is the same at every step, by name.
 
-    path: of each step; schedules: those that it advances; live: the program on the last tensors of
+    path: of each step; schedulers: those that it advances; live: the program on the last tensors of
     `is_ready`.
 
     Raises:
@@ -159,7 +159,7 @@ class StandIn:
         path: Path,
         seen: Cursor,
         optimizers: Sequence[torch.optim.Optimizer],
-        schedules: Sequence[LRScheduler],
+        schedulers: Sequence[LRScheduler],
         batch: Mapping[str, Tensor],
         plain: Mapping[str, Any],
         *,
@@ -176,7 +176,7 @@ class StandIn:
         self._plain = plain
         self._optimizer_steps = _steps_of(seen.optimizers.seen, optimizers)
         self._calls = OptimizerCalls()
-        self.schedules = [*schedules]
+        self.schedulers = [*schedulers]
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
         interpreter = Interpreter(built.program, parts.device)
@@ -342,8 +342,8 @@ class StandIn:
         if not is_settled:  # a graph that other code keeps must notice the writes
             written = [state[name] for name in self._written if name in state]
             torch.autograd.graph.increment_version(written)
-        for schedule in self.schedules:
-            schedule.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
         read = {place: live.numbers[index] for place, index in self._read.items()}
         for place, number in read.items():
             numbers[place] = number

@@ -15,7 +15,7 @@ __all__ = ["TakenByProgram"]
 class TakenByProgram:
     """A step that a program ran, as a watch would have observed it.
 
-    numbers, generators, drawn: as in `Watch`; is_still: no tensor of the parts was exchanged, or has
+    numbers, generators, drawn: as in `UnderWay`; is_still: no tensor of the parts was exchanged, or has
     another version than before, although it may have other values.
     """
 

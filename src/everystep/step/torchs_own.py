@@ -1,4 +1,4 @@
-"""torch's own modules, functions, losses, optimizers and schedules, by identity; and hooks on them."""
+"""torch's own modules, functions, losses, optimizers and schedulers, by identity; and hooks on them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
     "is_torchs_function",
     "is_torchs_module",
     "is_torchs_optimizer",
-    "is_torchs_schedule",
+    "is_torchs_scheduler",
     "names_of",
     "own_modules",
     "reason_against_loss",
@@ -174,29 +174,29 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     settings = (
         value for group in optimizer.param_groups for key, value in group.items() if key != "params"
     )
-    # A schedule wraps the step of the class.
+    # A scheduler wraps the step of the class.
     is_wrapped = "step" not in own or (
         is_torchs_function(own["step"]) and inspect.unwrap(own["step"]) is inspect.unwrap(cls.step)
     )
     return is_wrapped and not _exchanged(optimizer, but="step") and all(map(_is_known, settings))
 
 
-def is_torchs_schedule(schedule: LRScheduler | None, *, but_functions: bool = False) -> bool:
-    """Return whether a schedule and its inner schedules are torch's, and call no user function.
+def is_torchs_scheduler(scheduler: LRScheduler | None, *, but_functions: bool = False) -> bool:
+    """Return whether a scheduler and its inner schedulers are torch's, and call no user function.
 
     but_functions: they may call functions of the user's.
     """
-    if schedule is None:
+    if scheduler is None:
         return True
-    cls = type(schedule)
-    functions = [*getattr(schedule, "lr_lambdas", ()), getattr(schedule, "_scale_fn_custom", None)]
+    cls = type(scheduler)
+    functions = [*getattr(scheduler, "lr_lambdas", ()), getattr(scheduler, "_scale_fn_custom", None)]
     return (
         getattr(torch.optim.lr_scheduler, cls.__name__, None) is cls
         and (but_functions or all(function is None for function in functions))
-        and not _exchanged(schedule)
+        and not _exchanged(scheduler)
         and all(
-            is_torchs_schedule(each, but_functions=but_functions)
-            for each in getattr(schedule, "_schedulers", ())
+            is_torchs_scheduler(each, but_functions=but_functions)
+            for each in getattr(scheduler, "_schedulers", ())
         )
     )
 

@@ -50,7 +50,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     where they differ from what the previous draw left; drawn: that state after the last draw, None if
     there was none; unseen: what was not seen, in words, and how often; changed_elsewhere: a tensor that
     the step has changed and that is in no part, in words, or None; changed_unseen: names of the state
-    that something has changed which the dispatcher did not show.
+    that something has changed which the dispatcher did not show; has_saved_hooks: whether a hook of the
+    user's packs what autograd saves.
 
     at: the point of the path at which the step is; is_remembered: whether later steps may follow it;
     is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
@@ -69,7 +70,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.unseen: dict[str, int] = {}
         self.changed_elsewhere: str | None = None
         self.changed_unseen: list[str] = []
-        self.is_paused = self.is_remembered = self.is_followed = False
+        self.is_paused = self.is_remembered = self.is_followed = self.has_saved_hooks = False
         self.at: Entry
         self.followed: Entry | None = None
         self._device = device

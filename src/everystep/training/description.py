@@ -36,7 +36,7 @@ from everystep.step.torchs_own import (
     hooks_of,
     is_torchs_module,
     is_torchs_optimizer,
-    is_torchs_schedule,
+    is_torchs_scheduler,
     names_of,
     reason_against_loss,
 )
@@ -201,7 +201,7 @@ def scheduler_facts(scheduler: LRScheduler, every: str | None) -> SchedulerFacts
     settings = {k: v for k, v in _settings(scheduler).items() if k not in _COUNTED}
     return SchedulerFacts(
         class_name=type(scheduler).__name__,
-        is_torchs=is_torchs_schedule(scheduler),
+        is_torchs=is_torchs_scheduler(scheduler),
         settings=settings,
         every=every,
     )

@@ -21,7 +21,7 @@ from everystep.recording.recorder import Recorder
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import expected_to_change
-from everystep.step.torchs_own import is_torchs_schedule
+from everystep.step.torchs_own import is_torchs_scheduler
 from everystep.training.dataset import DatasetBatches
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Job, Outcome, Progress
@@ -288,7 +288,7 @@ class _ModelWriter(RunWriter):
     def _expected(self) -> dict[str, float]:
         """Return the numbers of the optimizer that are recorded only when they change.
 
-        What a schedule changes is recorded from the first step on.
+        What a scheduler changes is recorded from the first step on.
         """
         training, scheduler = self.job.training, self.job.training.scheduler
         if scheduler is None:
@@ -304,10 +304,10 @@ class _ModelWriter(RunWriter):
         return step % self.job.evaluate_every == 0 or step == self.job.steps
 
     def _evaluate(self, stepper: Stepper, evaluation: Evaluation) -> None:
-        """Measure; a schedule that follows the validation loss advances."""
+        """Measure; a scheduler that follows the validation loss advances."""
         scheduler = self.job.training.scheduler
         follows = scheduler if isinstance(scheduler, ReduceLROnPlateau) else None
-        is_known = not evaluation.has_foreign_code and is_torchs_schedule(follows)
+        is_known = not evaluation.has_foreign_code and is_torchs_scheduler(follows)
         had_rule = stepper.has_rule
         with nullcontext() if is_known else stepper.foreign_code():
             measured = evaluation.measure()

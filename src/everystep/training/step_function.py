@@ -231,7 +231,7 @@ class VouchedStep:
                 raise NotReplaceableError(f"{min(unknown)} is not the result of an operation")
             if isinstance(built, str):
                 raise NotReplaceableError(built)
-            did = around.optimizers, around.schedules()
+            did = around.optimizers, around.schedulers()
             known = self._parts, built, path, seen, *did, _tensors_of(batch), plain
             kind.stand_in = StandIn(*known, is_quiet=self._is_quiet)
         except NotReplaceableError as error:
@@ -275,7 +275,7 @@ class VouchedStep:
         writer.add(step, state)
         self._by_program += 1
         self._renewals = 0
-        self._is_settled = not stand_in.schedules
+        self._is_settled = not stand_in.schedulers
         self._plan.timed(1, clock.now() - started)
         return logged
 
@@ -308,7 +308,7 @@ class VouchedStep:
         path, seen = self._watched.last
         reason = "Python runs different operations than before"
         if path == stand_in.path and isinstance(seen, Cursor) and seen.is_followed:
-            reason = _other_schedules(around, stand_in) or (
+            reason = _other_schedulers(around, stand_in) or (
                 stand_in.difference(numbers, seen, before, copies, logged) or ""
             )
         if not reason:
@@ -363,13 +363,13 @@ class VouchedStep:
         return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
 
 
-def _other_schedules(around: Around, stand_in: StandIn) -> str | None:
-    """Return why a program cannot advance schedules as Python did, or None."""
+def _other_schedulers(around: Around, stand_in: StandIn) -> str | None:
+    """Return why a program cannot advance schedulers as Python did, or None."""
     try:
-        schedules = around.schedules()
+        schedulers = around.schedulers()
     except NotReplaceableError as error:
         return str(error)
-    if schedules != stand_in.schedules:
+    if schedulers != stand_in.schedulers:
         return "not every step advances the same schedulers; advance them between steps"
     return None
 

@@ -6,7 +6,7 @@ an interval that costs less than a hundredth of the time, and at the last step, 
 the program is compared with it.
 
 `acceleration` decides whether a program may run steps at all. If not, Python runs all of them. After a
-schedule or a metric of the user's has run, everystep compares what programs rely on.
+scheduler or a metric of the user's has run, everystep compares what programs rely on.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ class Stepper:
         return x, y
 
     def watch(self, number: int, x: Tensor, y: Tensor) -> Tensor:
-        """Run a whole step in Python on a batch, watched, and advance the schedule; return the loss.
+        """Run a whole step in Python on a batch, watched, and advance the scheduler; return the loss.
 
         Raises:
             as `EagerStep.take`.
