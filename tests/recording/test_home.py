@@ -12,7 +12,7 @@ import everystep
 from everystep.errors import RecordingError
 from everystep.views.progress import Silent
 
-STEPS = 4000
+STEPS = 1500
 
 
 class Midway(Silent):

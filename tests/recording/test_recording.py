@@ -2,9 +2,9 @@ import math
 import os
 import sqlite3
 import struct
-import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import everystep
-from everystep.errors import RunError
 from everystep.recording import database as database_module
 from everystep.recording.database import Database, reading
 from everystep.recording.snapshots import SnapshotPlan
@@ -41,24 +40,21 @@ def test_any_float32_loss_comes_back_from_sqlite(losses):
         assert np.float32(got) == got or math.isnan(got)
 
 
-def test_any_sqlite_client_reads_the_run_while_training_goes_on(small):
+def test_any_sqlite_client_reads_the_run_while_training_goes_on(small, monkeypatch):
+    monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
     model, x, y = small
-    seen = []
+    calls, seen = [], []
 
     def watching(prediction, target):
-        if len(seen) < 3:
-            for directory in everystep.runs():
-                with sqlite3.connect(directory.directory / "run.sqlite") as connection:
-                    count = connection.execute("SELECT count(*) FROM steps").fetchone()[0]
-                connection.close()
-                if count and count not in seen:
-                    seen.append(count)
-                    assert everystep.runs()[0].status == "running"
+        calls.append(1)
+        while len(calls) == 20 and not seen:
+            with closing(sqlite3.connect("run/run.sqlite")) as connection:
+                seen.extend(connection.execute("SELECT step FROM steps").fetchall())
+        assert not seen or everystep.open("run").status == "running"
         return nn.functional.mse_loss(prediction, target)
 
-    run = train(model, (x, y), loss=watching, steps=3000)
-    assert seen
-    assert seen[-1] < 3000
+    run = train(model, (x, y), loss=watching, steps=25, directory="run")
+    assert 0 < len(seen) < 20
     assert run.status == "finished"
 
 
@@ -114,18 +110,6 @@ def test_a_run_is_never_overwritten(small):
     assert [run.name for run in everystep.runs("runs")] == names
 
 
-def test_runs_started_at_once_take_different_directories(small):
-    _, x, y = small
-    threads = [
-        threading.Thread(target=lambda: train(nn.Linear(4, 2), (x, y), steps=2)) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [run.status for run in everystep.runs()] == ["finished"] * 4
-
-
 def test_trainings_in_threads_do_not_disturb_each_other(small):
     _, x, y = small
 
@@ -174,15 +158,6 @@ def test_a_run_of_a_newer_format_is_refused_with_the_cure(small):
     connection.close()
     with pytest.raises(everystep.RunError, match="newer everystep"):
         everystep.open(run.directory)
-
-
-def test_a_run_that_cannot_be_read_does_not_hide_the_others(small, tmp_path):
-    model, x, y = small
-    train(model, (x, y))
-    (tmp_path / "runs" / "broken").mkdir()
-    (tmp_path / "runs" / "broken" / "run.sqlite").write_bytes(b"nothing of the kind" * 100)
-    with pytest.warns(UserWarning, match="skipped: .*broken"):
-        assert [run.name for run in everystep.runs()] == ["sequential-1"]
 
 
 def test_a_misspelt_run_is_guessed(small):
@@ -252,37 +227,6 @@ def test_equal_states_have_equal_digests(small):
     assert digests[0] == digests[1]
 
 
-def test_a_full_disk_ends_in_one_message_and_keeps_what_was_recorded():
-    code = """
-import resource, sys
-import everystep, torch
-from torch import nn
-torch.manual_seed(0)
-model = nn.Linear(4, 2)
-x, y = torch.randn(8, 4), torch.randn(8, 2)
-calls = 0
-def loss(p, t):
-    global calls
-    calls += 1
-    if calls == 2000:  # from here on, no file may grow beyond what it is
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-    return nn.functional.mse_loss(p, t)
-try:
-    everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run", engine="eager",
-                    optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))
-except everystep.RecordingError as error:
-    print(error)
-    sys.exit(7)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 7, done.stderr
-    assert "writing the run run failed" in done.stdout
-    assert "are saved" in done.stdout
-    run = everystep.open("run")
-    assert len(run.losses) > 0
-    assert run.status in ("failed", "killed")
-
-
 def test_a_place_that_cannot_be_written_is_named(small, tmp_path):
     model, x, y = small
     (tmp_path / "file").write_text("")
@@ -290,30 +234,6 @@ def test_a_place_that_cannot_be_written_is_named(small, tmp_path):
         train(model, (x, y), directory="file/run")
     with pytest.raises(everystep.RecordingError, match="cannot create the run's directory"):
         train(model, (x, y), directory="/proc/run")
-
-
-def test_a_killed_run_reads_as_interrupted():
-    code = """
-import everystep, os, signal, torch
-from torch import nn
-model = nn.Linear(4, 2)
-x, y = torch.randn(8, 4), torch.randn(8, 2)
-import time
-taken = 0
-def loss(p, t):
-    global taken
-    taken += 1
-    if taken == 800: time.sleep(1), os.kill(os.getpid(), signal.SIGKILL)
-    return nn.functional.mse_loss(p, t)
-everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run", engine="eager",
-                optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))
-"""
-    subprocess.run([sys.executable, "-c", code], capture_output=True)
-    run = everystep.open("run")
-    assert run.status == "killed"
-    losses = run.losses
-    assert losses["step"].to_list() == list(range(1, len(losses) + 1))
-    assert len(losses) > 100
 
 
 @pytest.mark.skipif(os.name != "posix", reason="directories are made read-only by their mode")
@@ -326,56 +246,17 @@ def test_a_run_that_can_only_be_read_is_read(small):
     run.directory.chmod(0o755)
 
 
-@pytest.mark.parametrize("missing", [1, 100, 4096, 9000])
-@pytest.mark.parametrize("ask", [lambda run: run.losses, lambda run: run.verify(progress=False)])
-def test_a_database_that_is_cut_off_is_not_read(tmp_path, missing, ask):
-    everystep.train_experiment("two-layer", {"steps": 30}, directory=tmp_path / "run", progress=False)
-    path = tmp_path / "run" / "run.sqlite"
-    os.truncate(path, path.stat().st_size - missing)
-    with pytest.raises(RunError, match=r"run.sqlite is cut off: it has [\d,]+ of [\d,]+ bytes"):
-        ask(everystep.open(tmp_path / "run"))
-
-
-@pytest.mark.parametrize(
-    ("statement", "message"),
-    [
-        (
-            "DELETE FROM steps WHERE step > 20",
-            "finished with 30 steps, but its database ends at step 20",
-        ),
-        ("DELETE FROM steps", "finished with 30 steps, but its database ends at step 0"),
-        ("DELETE FROM steps WHERE step = 7", "has no loss for step 7, but one for step 8"),
-        ("UPDATE steps SET step = 0 WHERE step = 7", "has no loss for step 1, but one for step 0"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::everystep.DamageWarning")
-def test_losses_that_are_missing_are_named(tmp_path, statement, message):
-    everystep.train_experiment("two-layer", {"steps": 30}, directory=tmp_path / "run", progress=False)
-    with sqlite3.connect(tmp_path / "run" / "run.sqlite") as database:
-        database.execute(statement)
-    with pytest.raises(RunError, match=message):
-        everystep.open(tmp_path / "run").losses  # noqa: B018
-
-
-@pytest.mark.parametrize("patience", [60.0, 0.01])
-def test_another_program_may_lock_the_database_for_a_while(small, monkeypatch, patience):
+def test_another_program_that_locks_the_database_for_good_ends_the_training(small, monkeypatch):
     model, x, y = small
-    monkeypatch.setattr(database_module, "PATIENCE", patience)
-    locked, calls = [], 0
+    monkeypatch.setattr(database_module, "PATIENCE", 0.01)
+    locked = []
 
     def locking(prediction, target):
-        nonlocal calls
-        calls += 1
-        if calls == 100:
-            other = sqlite3.connect("run/run.sqlite", isolation_level=None, check_same_thread=False)
-            other.execute("BEGIN IMMEDIATE")
-            locked.append(other)
-            threading.Timer(1.0, other.close).start()
+        if not locked:
+            locked.append(sqlite3.connect("run/run.sqlite", isolation_level=None))
+            locked[0].execute("BEGIN IMMEDIATE")
         return nn.functional.mse_loss(prediction, target)
 
-    if patience < 1:
-        with pytest.raises(everystep.RecordingError, match="database is locked"):
-            train(model, (x, y), loss=locking, steps=600, directory="run", engine="eager")
-        return
-    run = train(model, (x, y), loss=locking, steps=600, directory="run", engine="eager")
-    assert locked and len(run.losses) == 600 and run.status == "finished"
+    with pytest.raises(everystep.RecordingError, match="database is locked"):
+        train(model, (x, y), loss=locking, directory="run")
+    locked[0].close()

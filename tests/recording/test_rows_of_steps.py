@@ -3,21 +3,13 @@
 import math
 import sqlite3
 from contextlib import closing
-from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import everystep
-from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError
-from everystep.recording.contents import Repeats, Taken, packed
-from everystep.recording.continuation import Continuation
-from everystep.recording.database import FILE_NAME, Database, Repeat, cut
+from everystep.recording.database import FILE_NAME, Database
 
 
 class Custom(torch.nn.Module):
@@ -29,74 +21,6 @@ class Custom(torch.nn.Module):
 
     def forward(self, x):
         return self.layer(x)
-
-
-def _by_step(rows):
-    """Return what rows say of each step."""
-    return {row.step + n: row[1:4] for row in rows for n in range(row.count)}
-
-
-def _between(by_step, first, last):
-    return {step: each for step, each in by_step.items() if first <= step <= last}
-
-
-@st.composite
-def rows_of_steps(draw):
-    """Draw rows in order."""
-    rows, step = [], 1
-    for _ in range(draw(st.integers(0, 6))):
-        count = draw(st.integers(1, 5))
-        inputs = packed({"nesting": draw(st.integers(0, 1)), "given": {}})
-        rows.append(Repeat(step, draw(st.sampled_from([None, 1])), None, inputs, count))
-        step += count
-    return rows
-
-
-@given(taken=rows_of_steps(), cuts=st.data())
-def test_a_resumed_training_compares_recorded_steps_and_returns_the_others(taken, cuts):
-    steps = sum(row.count for row in taken)
-    recorded = cuts.draw(st.integers(0, steps))
-    ends = sorted({0, recorded, *cuts.draw(st.lists(st.integers(0, recorded), max_size=3))})
-    known = [row for a, b in pairwise(ends) for row in cut(taken, a + 1, b)]
-    changed = cuts.draw(st.integers(1, recorded)) if recorded and cuts.draw(st.booleans()) else None
-    with TemporaryDirectory() as folder:
-        path = Path(folder)
-        with closing(Database.create(path / FILE_NAME)) as database:
-            with database.transaction():
-                database.write_losses(1, [0.5] * recorded)
-                database.write_repeats(known)
-            continuation = Continuation(path, database, {})
-            if changed is None:
-                new = continuation.new_repeats(taken)
-                assert _by_step(new) == _between(_by_step(taken), recorded + 1, steps)
-                return
-            other = Repeat(changed, 1, None, packed({"nesting": "another", "given": {}}))
-            changed_rows = [*cut(taken, 1, changed - 1), other, *cut(taken, changed + 1, steps)]
-            with pytest.raises(RunError, match=f"when step {changed} is repeated, the batch is not"):
-                continuation.new_repeats(changed_rows)
-
-
-@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([None, [1.5]]), st.integers(0, 3))))
-def test_equal_consecutive_steps_are_written_as_one_row(steps):
-    """Unless they were given something, or have digests."""
-    taken, at = [], 1
-    for count, numbers, kind in steps:
-        inputs = {"batch/x": torch.ones(2)} if kind == 1 else {}
-        digests = {"parameter/w": "00"} if kind == 2 else {}
-        taken.append(Taken(at, 1, numbers, inputs, None, 8, digests, 1 if digests else count))
-        at += taken[-1].count
-    with TemporaryDirectory() as folder, closing(Database.create(Path(folder, FILE_NAME))) as database:
-        writer = Repeats(Path(folder), database, 1e6, 0)
-        writer.write(taken, None)
-        writer.close()
-        rows = database.repeats(1, MOST_STEPS)
-    contents = [(row.numbers, bool(row.inputs), bool(row.digests)) for row in taken]
-    joined = sum(a == b and not any(b[1:]) for a, b in pairwise(contents))
-    assert len(rows) == len(taken) - joined
-    assert sorted(_by_step(rows)) == list(range(1, at))
-    for row in taken:
-        for each in cut(rows, row.step, row.step + row.count - 1):
-            assert each.numbers == (packed(row.numbers) if row.numbers else None)
 
 
 @pytest.fixture(scope="module")
