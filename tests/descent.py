@@ -5,7 +5,7 @@ from torch import nn
 
 import everystep
 
-__all__ = ["descend", "trained"]
+__all__ = ["descend", "of_table", "trained"]
 
 
 def descend(optimizer, loss):
@@ -21,3 +21,15 @@ def trained(model, data, **options):
     settings = {"loss": nn.MSELoss(), "progress": False} | options
     settings.setdefault("optimizer", torch.optim.SGD(model.parameters(), lr=0.1))
     return everystep.train(model, data, **settings)
+
+
+def of_table(path, target, *layers, loss="MSELoss", data=None, **settings):
+    """Return a short experiment on a table."""
+    experiment = {
+        "steps": 3,
+        "data": {"source": "table", "path": str(path), "target": target} | (data or {}),
+        "model": {"layers": [*layers]},
+        "loss": {"name": loss},
+        "optimizer": {"name": "SGD", "lr": 0.01},
+    }
+    return experiment | settings

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+from tests.descent import of_table
 from tests.page.serving import PATIENCE
 from tests.page.test_worker import slow
 from torch import nn
@@ -29,20 +30,8 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flowers(server, table):
-    experiment = {
-        "steps": 6,
-        "batch_size": 10,
-        "data": {
-            "source": "table",
-            "path": str(table[0]),
-            "target": "kind",
-            "missing": "mean",
-            "scale": "standard",
-        },
-        "model": {"layers": ["Linear(4, 3)"]},
-        "loss": {"name": "CrossEntropyLoss"},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-    }
+    settings = {"steps": 6, "batch_size": 10, "data": {"missing": "mean", "scale": "standard"}}
+    experiment = of_table(table[0], "kind", "Linear(4, 3)", loss="CrossEntropyLoss", **settings)
     directory = server.directory / "flowers"
     return everystep.train_experiment(experiment, directory=directory, progress=False)
 

@@ -4,26 +4,20 @@ import json
 import math
 import re
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from benchmarks.faults.kinds.judging import all_kinds, judged
 from benchmarks.faults.kinds.sides import Training, with_module
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.descent import descend
+from tests.descent import descend, of_table
 from torch import nn
 from torch.nn import functional
 from torch.optim import AdamW
 
 import everystep
-from everystep.answers.causes import COMPUTED_OTHERWISE, Evidence, causes_of
-from everystep.answers.operations import OperationDifference, TensorDifference
-from everystep.program.observed import Observed
-from everystep.program.operation import Operation, TensorSpec
-from everystep.replay.step import Batch
 from everystep.step.check import Size, distance, same_bits, size_of_difference
 from everystep.views.comparisons import diff_sentence, listed
 
@@ -86,33 +80,6 @@ def test_a_cause_is_the_same_in_text_sentence_and_data():
     assert data["asked"] == [{"name": "optimizer AdamW.eps", "values": ["1e-08", "1.1e-08"]}]
 
 
-def with_numerics(numerics):
-    """Return the causes of an operation that is given the same in both runs."""
-    tensor = torch.ones(2)
-    operation = Operation(
-        phase="forward", operator="aten.tanh.default", arguments=("x",), results=("y",)
-    )
-    seen = Observed(operation, {"x": tensor}, {"y": tensor})
-    results = [TensorDifference("y", 1, 2, [(0,)], [(1.0, 2.0)], None)]
-    given = TensorSpec(storage="x", dtype="float32", shape=(2,), stride=(1,))
-    step = SimpleNamespace(
-        operations=[seen],
-        state={},
-        batch=Batch({"x": tensor}),
-        places=SimpleNamespace(tensors={"x": given}),
-    )
-    evidence = Evidence.__new__(Evidence)
-    evidence.steps, evidence.settings, evidence.numerics = (step, step), [], numerics
-    return causes_of(OperationDifference(1, 0, seen, seen, results), evidence)
-
-
-def test_only_where_all_is_the_same_does_it_say_so_with_the_numerics():
-    assert with_numerics([]) == [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
-    assert with_numerics(["threads 1 and 2"]) == [
-        f"{COMPUTED_OTHERWISE}, under different numerics: threads 1 and 2"
-    ]
-
-
 def test_an_optimizer_that_keeps_more_is_named(tmp_path):
     def trained(name, **settings):
         torch.manual_seed(0)
@@ -161,13 +128,7 @@ def test_a_table_is_listed_by_row_and_name_of_column(tmp_path):
         lines[3] = f"22,156,{weight}"
         path = tmp_path / f"{name}.csv"
         path.write_text("\n".join(lines))
-        experiment = {
-            "steps": 3,
-            "data": {"source": "table", "path": str(path), "target": "weight"},
-            "model": {"layers": ["Linear(2, 1)"]},
-            "loss": {"name": "MSELoss"},
-            "optimizer": {"name": "SGD", "lr": 0.01},
-        }
+        experiment = of_table(path, "weight", "Linear(2, 1)")
         runs.append(everystep.train_experiment(experiment, progress=False))
     found = runs[0].diff(runs[1], progress=False)
     assert [str(each) for each in listed(found) if "path" not in each.name] == [
@@ -249,18 +210,6 @@ def test_the_units_between_two_floats_are_exact(dtype, data):
         assert units == max(abs(place(a, dtype) - place(b, dtype)) for a, b in pairs)
     if not same_bits(one, other):
         assert size_of_difference(one, other).units == units
-
-
-@given(st.floats(allow_nan=False), st.integers(0, 20))
-@example(-INFINITY, 0)
-def test_a_unit_is_a_step_to_the_next_float(number, steps):
-    after = number
-    for _ in range(steps):
-        after = math.nextafter(after, INFINITY)
-    # From the largest number on, fewer steps than asked for lead to infinity.
-    ends = place(number, torch.float64), place(after, torch.float64)
-    expected = steps if math.isfinite(after) else ends[1] - ends[0]
-    assert distance(*(torch.tensor(each, dtype=torch.float64) for each in (number, after))) == expected
 
 
 @pytest.mark.parametrize(
@@ -567,19 +516,9 @@ def test_another_file_with_the_same_data_is_no_difference_of_the_runs(tmp_path, 
     columns = {"age": range(12), "height": range(50, 74, 2), "weight": range(9, 45, 3)}
     for name, order in (("one", ["age", "height", "weight"]), ("other", ["weight", "height", "age"])):
         lines = [",".join(order), *(",".join(str(columns[c][i]) for c in order) for i in range(12))]
-        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
-        experiment = {
-            "steps": 3,
-            "data": {
-                "source": "table",
-                "path": str(tmp_path / f"{name}.csv"),
-                "features": ["age", "height"],
-                "target": "weight",
-            },
-            "model": {"layers": ["Linear(2, 1)"]},
-            "loss": {"name": "MSELoss"},
-            "optimizer": {"name": "SGD", "lr": 0.01},
-        }
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join(lines))
+        experiment = of_table(path, "weight", "Linear(2, 1)", data={"features": ["age", "height"]})
         everystep.train_experiment(experiment, directory=name, progress=False)
     code, out, _ = everystep_command("diff", "one", "other")
     assert code == 0 and "data.path" in out and "only names differ" in out

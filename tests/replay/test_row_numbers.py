@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from tests.descent import of_table
 from torch import nn
 
 import everystep
@@ -27,19 +28,10 @@ def write_table(path, bad=500.0):
             table.writerow([] if number == EMPTY else row)
 
 
-EXPERIMENT = {
-    "epochs": 2,
-    "batch_size": 8,
-    "data": {"source": "table", "target": "y", "validation": 0.3, "missing": "drop"},
-    "model": {"layers": ["Linear(3, 1)"]},
-    "loss": {"name": "MSELoss"},
-    "optimizer": {"name": "SGD", "lr": 1e-4},
-}
-
-
 def train(directory, name, **changed):
-    data = EXPERIMENT["data"] | {"path": str(directory / f"{name}.csv")}
-    experiment = EXPERIMENT | {"data": data} | changed
+    data = {"validation": 0.3, "missing": "drop"}
+    settings = {"steps": 22, "batch_size": 8, "optimizer": {"name": "SGD", "lr": 1e-4}} | changed
+    experiment = of_table(directory / f"{name}.csv", "y", "Linear(3, 1)", data=data, **settings)
     return everystep.train_experiment(experiment, directory=directory / name, progress=False)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, of_table
 from torch import nn
 
 import everystep
@@ -287,29 +287,12 @@ def test_a_metric_without_validation_rows_sees_the_other_targets(tmp_path):
 def test_what_a_run_holds_is_not_read_where_it_came_from(tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["a,b", *(f"{n % 7},{n % 5}" for n in range(20))]))
-    experiment = {
-        "steps": 6,
-        "batch_size": 5,
-        "data": {"source": "table", "path": str(table), "target": "b"},
-        "model": {"layers": ["Linear(1, 1)"]},
-        "loss": {"name": "MSELoss"},
-        "optimizer": {"name": "SGD", "lr": 0.01},
-    }
+    experiment = of_table(table, "b", "Linear(1, 1)", steps=6, batch_size=5)
     run = everystep.train_experiment(experiment, directory=tmp_path / "run", progress=False)
     found = run.what_if(1, 4, without_rows_of=2, each=True, progress=False)
     table.unlink()
     again = everystep.open(tmp_path / "run").what_if(1, 4, without_rows_of=2, each=True, progress=False)
     assert again.cases == found.cases and len(found.cases) == 5
-
-
-def test_a_loop_is_refused_before_its_batch_is_read(tmp_path):
-    model = nn.Linear(3, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run=tmp_path / "loop", model=model, optimizer=optimizer) as recording:
-        for batch in recording.steps([{"rows": torch.randn(4, 3)}] * 3):
-            recording.log(loss=descend(optimizer, model(batch["rows"]).square().mean()))
-    with pytest.raises(RunError, match="recorded from your own loop"):
-        recording.run.what_if(1, 3, without_rows_of=2, each=True, progress=False)
 
 
 def loop(rate=None, at=4, record=None, logs_item=False, optimizer=ADAM):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from tests.descent import of_table
 from torch import nn
 
 import everystep
+from everystep.views.batch import LONGEST_TEXT, MOST_ITEMS
 from everystep.views.step import step_text
 from everystep.views.texts import TIMES
 
@@ -20,13 +22,8 @@ def flowers(tmp_path):
     """A run on a table of flowers, in which classes have names."""
     rows = [f"{n % 7},{n % 5},{NAMES[n % 3]}" for n in range(12)]
     (tmp_path / "flowers.csv").write_text("\n".join(["long,wide,kind", *rows]))
-    experiment = {
-        "steps": 1,
-        "data": {"source": "table", "path": str(tmp_path / "flowers.csv"), "target": "kind"},
-        "model": {"layers": ["Linear(2, 3)"]},
-        "loss": {"name": "CrossEntropyLoss"},
-        "optimizer": {"name": "SGD", "lr": 0.1},
-    }
+    layers = "Linear(2, 3)", "ReLU()", "Linear(3, 3)"
+    experiment = of_table(tmp_path / "flowers.csv", "kind", *layers, loss="CrossEntropyLoss", steps=1)
     return everystep.train_experiment(experiment, directory=tmp_path / "run", progress=False)
 
 
@@ -38,7 +35,25 @@ def test_classes_are_shown_by_their_names(flowers):
     operation = text_of(flowers, 1, operation=names.index("aten.nll_loss_forward.default"))
     assert "classes: 0 setosa, 1 versicolor, 2 virginica" in operation
     assert "columns: setosa, versicolor, virginica" in operation
-    assert flowers[1].data()["batch"]["classes"] == NAMES
+    batch = flowers[1].data()["batch"]
+    assert (batch["classes"], batch["targets"]) == (NAMES, NAMES * 4)
+
+
+def test_what_is_of_classes_is_said_and_no_more(flowers):
+    """A hidden layer as wide as there are classes has no column for each."""
+    content = flowers[1].data()
+    found = {id: seen["classes"] for id, seen in content["tensors"].items() if "classes" in seen}
+    assert found["batch.y"] == "values"
+    assert found["activations/2"] == "columns"
+    assert {"activations/0", "activations/1", "batch.x"}.isdisjoint(found)
+    assert not any(id.startswith(("parameters", "updates", "gradients")) for id in found)
+    of_model = [
+        f"operations/{one['number']}/results/{result['name']}"
+        for one in content["operations"]
+        for result in one["results"]
+        if one["module"] in ("0", "1")
+    ]
+    assert len(of_model) > 2 and not set(of_model) & set(found)
 
 
 def test_a_batch_without_classes_names_none(small):
@@ -56,6 +71,7 @@ def test_strings_and_complex_numbers_of_a_batch():
         "wave": torch.ones(2, 2, dtype=torch.complex64),
         "text": ["a\x1b[2J", "b"],
         "about": {"epoch": 3, "words": [f"word {n}" for n in range(100)]},
+        "long": "z" * 999,
     }
     with everystep.record(run="run", model=model) as recording:
         for each in recording.steps([batch]):
@@ -73,6 +89,10 @@ def test_strings_and_complex_numbers_of_a_batch():
     told = run[1].data(values=True)
     values = {each["name"]: each["texts"] for each in told["batch"]["values"]}
     assert values["about.epoch"] == ["3"] and values["about.words"][99] == "word 99"
+    shortened = {each["name"]: each for each in run[1].data()["batch"]["values"]}
+    words = shortened["about.words"]
+    assert (len(words["texts"]), words["count"]) == (MOST_ITEMS, 100)
+    assert len(shortened["long"]["texts"][0]) == LONGEST_TEXT + 1
     assert told["tensors"]["batch/wave"]["statistics_of"] == "absolute values"
     assert "statistics_of" not in told["tensors"]["batch.x"]
 
