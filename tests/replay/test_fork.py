@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 from everystep import numerics
-from everystep.errors import ExperimentError, RunError, StepError, UsageError
+from everystep.errors import ExperimentError, RunError, UsageError
 from everystep.experiment.batches import Batches
 from everystep.experiment.specification import load
 from everystep.training.from_experiment import experiment_job
@@ -309,18 +309,6 @@ def rules_of(experiment: str, settings: dict[str, Any]) -> Rules:
     return Rules(made, read.batch_size, read.seed, training.schedule_every)
 
 
-def test_the_optimizer_goes_on_and_one_of_another_class_begins_anew():
-    parent = by_train(new_training(), steps=STEPS)
-    same, other = new_training(), new_training(optimizer=partial(torch.optim.Adam, lr=0.01))
-    opened = everystep.open(parent.directory)
-    for made in (same, other):
-        opened.fork(AT, **objects_of(made), steps=AT + 1, progress=False)
-    first = other.model[0].weight
-    assert other.optimizer.state[first]["step"] == 1
-    expected = by_hand(Rules(new_training()), AT + 1, {})
-    assert state_of(same.model) == expected.states[AT + 1]
-
-
 # A fork is a complete run of its own.
 
 
@@ -332,12 +320,6 @@ def test_the_optimizer_goes_on_and_one_of_another_class_begins_anew():
 def test_a_fork_stands_alone(changed):
     parent = by_train(with_dropout(), steps=STEPS, batch_size=6)
     assert_complete(parent, parent.fork(AT, **changed, progress=False))
-
-
-def test_a_fork_with_another_optimizer_stands_alone():
-    parent = by_train(new_training(), steps=STEPS)
-    new = new_training(optimizer=partial(torch.optim.Adam, lr=0.01))
-    assert_complete(parent, parent.fork(AT, **objects_of(new), progress=False))
 
 
 def test_a_fork_of_a_fork():
@@ -373,16 +355,6 @@ def test_a_fork_of_a_fork_of_an_experiment():
     expected.assert_is(last, 4, 5, 8, 9)
     assert last.verify(processes=1, progress=False).is_exact
     assert last.facts.fork.parent == "two-layer-1-fork-1"
-
-
-def test_a_fork_of_a_fork_where_that_begins_goes_on_as_it_did():
-    parent = by_train(with_dropout(), steps=STEPS, batch_size=6)
-    rules = {"lr": 0.1, "batch_size": 4}
-    fork = parent.fork(10, **rules, progress=False)
-    same = fork.fork(10, progress=False)
-    assert same.losses.equals(fork.losses)
-    assert same[11].hyperparameters == {"lr": 0.1}
-    assert same.verify(processes=1, progress=False).is_exact
 
 
 def test_a_fork_of_a_fork_of_an_experiment_where_that_begins_goes_on_as_it_did():
@@ -429,14 +401,6 @@ def test_other_data_are_stored_beside_the_parents():
     assert torch.equal(fork[AT + 1].batch.x, other_data()[0])
     again = fork.fork(30, **objects_of(new_training()), progress=False)
     assert torch.equal(again[31].batch.x, other_data()[0])
-
-
-def test_a_fork_leaves_the_callers_generator_and_the_objects_alone():
-    made = with_dropout()
-    parent = by_train(made, steps=STEPS)
-    left = contents(made)
-    parent.fork(AT, lr=0.1, seed=3, progress=False)
-    assert contents(made) == left
 
 
 def test_measurements_up_to_the_fork_are_the_parents():
@@ -521,24 +485,6 @@ def test_a_command_that_cannot_fork_says_why_and_leaves_nothing(everystep_comman
     assert (code, out) == (2, "")
     assert said in err
     assert [path.name for path in Path("runs").iterdir()] == ["two-layer-1"]
-
-
-def test_there_is_no_such_step():
-    parent = by_train(new_training(), steps=10)
-    for at in (-1, 11):
-        with pytest.raises(StepError, match=f"has no step {at}: it has steps 1 to 10"):
-            parent.fork(at, progress=False)
-
-
-def test_a_fork_needs_steps_after_its_beginning():
-    parent = by_train(new_training(), steps=10)
-    for steps in (3, 6):
-        with pytest.raises(
-            UsageError, match=rf"starts after step 6 but would end at step {steps};.*506"
-        ):
-            parent.fork(6, steps=steps, progress=False)
-    with pytest.raises(UsageError, match="starts after step 10"):
-        parent.fork(10, progress=False)
 
 
 def test_what_a_run_does_not_hold_must_be_given():

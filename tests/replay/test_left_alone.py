@@ -1,6 +1,7 @@
 """Processes end with the one that started them, however that one was ended."""
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -61,11 +62,17 @@ def end_all_by_ending(process, others):
     until(lambda: all(has_ended(each) for each in others))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    settings = {"steps": 3000, "threads": 1}
+    everystep.train_experiment("two-layer", settings, directory=directory, progress=False)
+    return directory
+
+
 @pytest.fixture
-def run():
-    return everystep.train_experiment(
-        "two-layer", {"steps": 3000, "threads": 1}, directory="run", progress=False
-    ).directory
+def run(trained):
+    return shutil.copytree(trained, Path("run"))
 
 
 def command(*arguments):
@@ -75,6 +82,7 @@ def command(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("arguments", "count"),
     [(("verify", "run", "--processes", "2"), 2), (("rerun", "run", "--mkl", "COMPATIBLE"), 1)],

@@ -14,12 +14,10 @@ import polars as pl
 import pytest
 import torch
 from tests.training.by_hand import Made, by_hand, by_train, new_training
-from tests.training.engine_cases import CASES
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import everystep
-from everystep.answers import nonfinite
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.batches import Batches
 from everystep.recording import lock
@@ -216,6 +214,7 @@ def test_what_is_not_finite_is_measured_too():
 # Names, intervals, what is there already.
 
 
+@pytest.mark.sweep(every=5)
 @pytest.mark.parametrize("question", ["loss * 2", SIZE, lambda step: step.loss])
 @pytest.mark.parametrize("every", [1, 7, 30, 31])
 def test_every_so_many_steps(question, every):
@@ -590,33 +589,11 @@ def test_an_update_that_makes_it_is_named(fused):
     assert (found.name, found.nans) == ("parameter/0.weight", 4)
 
 
-@pytest.mark.usefixtures("snapshots_every_8")
-def test_the_first_of_many_pieces_is_named():
-    made = new_training(lambda: nn.Linear(4, 2), optimizer=partial(SGD, lr=3.0))
-    losses = by_hand(made, steps=120)
-    first = next(step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss))
-    run = train(
-        model=lambda: nn.Linear(4, 2),
-        optimizer=partial(SGD, lr=3.0),
-        **{"batch_size": None, "steps": 120},
-    )
-    assert run.facts.nonfinite_step == first > 24
-    assert run.first_nonfinite(progress=False).step.number == first
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"model": normalized}, {"optimizer": partial(Adam, lr=0.01)}, {"engine": "eager"}]
 )
 def test_where_all_is_finite_nothing_is_found(options):
     assert train(**options).first_nonfinite(progress=False) is None
-
-
-def test_a_causal_mask_is_no_finding():
-    case = next(case for case in CASES if case.name == "causal transformer")
-    run = by_train(case.make(), **case.options)
-    masks = [o for o in run[1].operations if not is_finite(o.results.values())]
-    assert masks
-    assert run.first_nonfinite(progress=False) is None
 
 
 def masked(x, share):
@@ -665,36 +642,6 @@ def test_a_mask_that_is_a_buffer_hides_nothing(optimizer):
     found = run.first_nonfinite(progress=False)
     assert 1 < found.step.number == run.facts.nonfinite_step
     assert found.operation.operation.operator == "aten.log.default"
-
-
-class Padded(nn.Module):
-    """Scores of rows below a bound are hidden by infinities: of some batches, none are."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        hidden = self.first(x)
-        scores = hidden.masked_fill((x < -1.0) & (x > x.amin(1, keepdim=True)), -math.inf)
-        return self.last(hidden * scores.softmax(-1))
-
-
-def test_masks_that_come_later_are_looked_at_once(monkeypatch):
-    looked_at, judged = [], nonfinite._first_made
-
-    def noted(step):
-        looked_at.append(step.number)
-        return judged(step)
-
-    monkeypatch.setattr(nonfinite, "_first_made", noted)
-    options = {"steps": 40, "batch_size": 2, "engine": "program"}
-    run = train(model=Padded, optimizer=partial(Adam, lr=1e-3), **options)
-    results = {n: [t for o in run[n].operations for t in o.results.values()] for n in range(1, 41)}
-    masked = [number for number, tensors in results.items() if not is_finite(tensors)]
-    assert len(masked) > 4 and masked[0] > 1
-    assert run.first_nonfinite(progress=False) is None
-    assert looked_at == [1, 1, masked[0]]  # the first step, and where a program of many steps is new
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Adam])

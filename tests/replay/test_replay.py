@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import everystep
 
 
+@pytest.mark.sweep(every=5)
 @pytest.mark.parametrize("number", [1, 2, 11, 20])
 @pytest.mark.parametrize(
     "name",

@@ -660,7 +660,8 @@ def test_batches_without_rows_in_common(tmp_path):
     assert rows.numbers == () and "no first axis in common (x (4, 6)" in str(rows.loss_share)
 
 
-@pytest.mark.parametrize("data", ["digits", "table"])
+@pytest.mark.sweep(every=2)
+@pytest.mark.parametrize("data", ["table", "digits"])
 def test_a_bad_row_ranks_first(data, tmp_path):
     run = trained(data, tmp_path / "run", epochs=3)
     found = planted(run, data, 0, tmp_path / "fork")
