@@ -471,12 +471,6 @@ SCHEDULES = [
         schedule=halving,
         eager=(1, "a learning rate that is a tensor"),
     ),
-    row(
-        "StepLR of SGD with an lr tensor",
-        optimizer=of_lr_tensor(SGD),
-        schedule=halving,
-        eager=(1, "a learning rate that is a tensor"),
-    ),
     row("CosineAnnealingLR", optimizer=adamw, schedule=cosine),
     row("CosineAnnealingWarmRestarts", optimizer=adamw, schedule=restarts),
     row("OneCycleLR", schedule=one_cycle),
@@ -511,7 +505,6 @@ BATCHES = [
     row("x is y", partial(mlp, 4), itself),
     row("x is y in batches", partial(mlp, 4), itself, batch_size=8),
     row("y in x", data=y_in_x),
-    row("y in x in batches", data=y_in_x, batch_size=8),
 ]
 
 images = partial(floats, 3, 4, 4)
@@ -528,7 +521,6 @@ MODELS = [
     ),
     row("lstm", lambda: Last(nn.LSTM(8, 6, batch_first=True)), sequences, optimizer=adamw),
     row("gru", lambda: Last(nn.GRU(8, 6, batch_first=True)), sequences, batch_size=8),
-    row("rnn", lambda: Last(nn.RNN(8, 6, batch_first=True)), sequences),
     row("attention", Attention, sequences, optimizer=adamw),
     row("transformer", partial(Transformer, causal=False), sequences, optimizer=adamw),
     row(
@@ -546,7 +538,6 @@ MODELS = [
     row("weight_norm", partial(normalized, parametrizations.weight_norm)),
     row("spectral_norm", partial(normalized, parametrizations.spectral_norm)),
     row("old weight_norm", partial(normalized, nn.utils.weight_norm), eager=(1, "a forward hook")),
-    row("old spectral_norm", partial(normalized, nn.utils.spectral_norm), eager=(1, "a forward hook")),
     row("channels_last", channels_last, images_channels_last),
     row("channels_last in batches", channels_last, images_channels_last, batch_size=8, optimizer=adamw),
     row("float64", mlp_double, lambda: tuple(t.double() for t in floats(4)), optimizer=adamw),
@@ -588,7 +579,6 @@ LOSSES = [
     row("huber", loss=partial(nn.HuberLoss, delta=0.7), batch_size=8),
     row("kl", log_probabilities, probabilities, partial(nn.KLDivLoss, reduction="batchmean")),
     row("nll", log_probabilities, partial(classes, 4), nn.NLLLoss, adamw),
-    row("l1", loss=nn.L1Loss),
     row("a loss of the user", loss=lambda: relative_error),
     row("loss with parameters", loss=Uncertain, optimizer=with_loss(AdamW, lr=0.01, fused=True)),
     row("loss with parameters not optimized", loss=Uncertain),

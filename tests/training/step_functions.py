@@ -85,16 +85,7 @@ for _name, _make in {
     "sgd": sgd,
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
     "adam": adam,
-    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "adam_fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
-    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
-    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.01),
-    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True),
-    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
-    "asgd": torch.optim.ASGD,
     "lr_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
     "groups": lambda p: torch.optim.SGD(
         [{"params": [each], "lr": 0.1 / (i + 1)} for i, each in enumerate(p)], momentum=0.5
@@ -136,23 +127,6 @@ def micro_batches():
         optimizer.step()
         optimizer.zero_grad()
         return {"loss": total, "norm": norm}
-
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
-
-
-@case
-def clipped_by_value():
-    """Clipping of each number."""
-    model = network()
-    optimizer = sgd(model.parameters())
-
-    def step(batch):
-        optimizer.zero_grad()
-        loss = mean_square(model, *batch)
-        loss.backward()
-        nn.utils.clip_grad_value_(model.parameters(), 0.01)
-        optimizer.step()
-        return loss
 
     return Case(step, rows(), {"model": model, "optimizer": optimizer})
 
@@ -334,20 +308,6 @@ def tied_and_frozen():
 
 
 @case
-def attention():
-    """Layers of a transformer, in training mode."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.ModuleList([layer, nn.Linear(8, 1)])
-    batches = [(torch.randn(4, 5, 8), torch.randn(4, 1)) for _ in range(3)]
-    return usual(
-        lambda p: torch.optim.AdamW(p, lr=0.01),
-        model,
-        lambda m, x, y: functional.mse_loss(m[1](m[0](x).mean(1)), y),
-        batches=batches,
-    )
-
-
-@case
 def short_last_batch():
     """Two kinds of batches."""
     return usual(adam, batches=rows(count=40))
@@ -409,21 +369,6 @@ def changed_batch():
     return usual(sgd, loss=loss, batches=batches, reason="changes its batch")
 
 
-class Trainer:
-    """A step that is a method."""
-
-    def __init__(self):
-        self.model = network()
-        self.optimizer = adam(self.model.parameters())
-        self.loss = nn.SmoothL1Loss()
-
-    def compute(self, x, y):
-        return self.loss(self.model(x), y)
-
-    def step(self, batch):
-        return descend(self.optimizer, self.compute(*batch))
-
-
 @case
 def number_returned():
     """A step that returns a number of Python's."""
@@ -441,13 +386,6 @@ def number_in_a_dict():
         return {"loss": float(loss.detach()), "half": loss.detach() / 2, "rate": 0.1}
 
     return made._replace(step=step)
-
-
-@case
-def method():
-    """A step that is a method."""
-    trainer = Trainer()
-    return Case(trainer.step, rows(), {"model": trainer.model, "optimizer": trainer.optimizer})
 
 
 # What no program can run.
@@ -607,11 +545,6 @@ def schedule_at_the_end_of_an_epoch():
     return Case(step, batches, parts, least=5)
 
 
-def scheduled(factor):
-    """Return a case with a schedule that calls a function."""
-    return followed_by(lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
-
-
 def followed_by(make):
     """Return a case with a schedule for its optimizer, which advances at each step."""
     made = usual(sgd)
@@ -626,31 +559,8 @@ def followed_by(make):
 
 
 @case
-def schedule_by_arithmetic():
-    warm_up = 7
-
-    def decay(done, total=40):
-        """Fall like a cosine."""
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done / total)))
-
-    def factor(step):
-        if step < warm_up:
-            return step / max(1, warm_up)
-        return decay(step - warm_up)
-
-    return scheduled(factor)
-
-
-@case
 def schedule_of_another_package():
     return followed_by(lambda o: transformers.get_cosine_schedule_with_warmup(o, 5, 40))
-
-
-@case
-def recurrent():
-    """Weights that are used several times."""
-    model = nn.ModuleList([nn.GRU(1, 8, batch_first=True), nn.Linear(8, 1)])
-    return usual(sgd, model, lambda m, x, y: functional.mse_loss(m[1](m[0](x.unsqueeze(-1))[1][-1]), y))
 
 
 @case

@@ -13,7 +13,6 @@ from tests.training.by_hand import bits
 from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn import functional
-from torch.utils import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
@@ -46,7 +45,7 @@ def encoder():
 
 
 @case
-def a_teacher_in_eval(monkeypatch):
+def a_teacher_in_eval():
     student, teacher = network(), encoder()
 
     def loss(x):
@@ -58,19 +57,7 @@ def a_teacher_in_eval(monkeypatch):
 
 
 @case
-def attention_in_eval(monkeypatch):
-    model, attention = network(), nn.MultiheadAttention(8, 2, batch_first=True).eval()
-
-    def loss(x):
-        with torch.no_grad():
-            seen = attention(x, x, x, need_weights=False)[0]
-        return functional.mse_loss(model(x), seen)
-
-    return usual(model, loss, attention=attention)
-
-
-@case
-def a_validation_that_decides_on_the_rate(monkeypatch):
+def a_validation_that_decides_on_the_rate():
     model, judge = network(), encoder()
     parts, step = usual(model, lambda x: model(x).square().mean())
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(parts["optimizer"], patience=1, threshold=0.05)
@@ -86,7 +73,7 @@ def a_validation_that_decides_on_the_rate(monkeypatch):
 
 
 @case
-def a_product(monkeypatch):
+def a_product():
     """Noisy or, as in multiple-instance learning."""
     model = network()
 
@@ -112,13 +99,13 @@ def noisy_or(out):
 
 
 @case
-def a_product_below_a_function_of_ones_own(monkeypatch):
+def a_product_below_a_function_of_ones_own():
     model = network()
     return usual(model, lambda x: noisy_or(Doubled.apply(model(x))).log().mean())
 
 
 @case
-def a_product_and_a_hook_that_changes_the_state(monkeypatch):
+def a_product_and_a_hook_that_changes_the_state():
     model, seen = network(), torch.zeros(8)
 
     def note(gradient):
@@ -143,7 +130,7 @@ def a_product_and_a_hook_that_changes_the_state(monkeypatch):
 
 
 @case
-def a_product_and_an_optimizer_in_the_backward_pass(monkeypatch):
+def a_product_and_an_optimizer_in_the_backward_pass():
     model = network()
     optimizers = {p: torch.optim.Adam([p], lr=1e-2) for p in model.parameters()}
 
@@ -163,7 +150,7 @@ def a_product_and_an_optimizer_in_the_backward_pass(monkeypatch):
 
 
 @case
-def a_penalty_on_the_gradient_of_a_product(monkeypatch):
+def a_penalty_on_the_gradient_of_a_product():
     model = network()
 
     def loss(x):
@@ -176,20 +163,7 @@ def a_penalty_on_the_gradient_of_a_product(monkeypatch):
 
 
 @case
-def a_product_that_is_computed_again_in_the_backward_pass(monkeypatch):
-    model = network()
-
-    def loss(x):
-        out = checkpoint.checkpoint(
-            lambda x: noisy_or(model(x)), x.clone().requires_grad_(), use_reentrant=True
-        )
-        return out.log().mean()
-
-    return usual(model, loss)
-
-
-@case
-def a_filled_mask(monkeypatch):
+def a_filled_mask():
     model = network()
 
     def loss(x):
@@ -200,7 +174,7 @@ def a_filled_mask(monkeypatch):
 
 
 @case
-def an_operation_that_fails_and_is_tried_in_another_way(monkeypatch):
+def an_operation_that_fails_and_is_tried_in_another_way():
     model = network()
 
     def loss(x):
@@ -215,7 +189,7 @@ def an_operation_that_fails_and_is_tried_in_another_way(monkeypatch):
 
 
 @case
-def a_graph_from_before_the_step(monkeypatch):
+def a_graph_from_before_the_step():
     """The factor is an attribute of a node that no operation of the step shows."""
     model, scale, numbers = network(), nn.Parameter(torch.ones(8)), iter(range(1, 100))
     parts, _ = usual(model, None)
@@ -237,7 +211,7 @@ def a_graph_from_before_the_step(monkeypatch):
 
 
 @case
-def results_of_other_shapes_at_each_step(monkeypatch):
+def results_of_other_shapes_at_each_step():
     model, kept = network(), torch.empty(0)
 
     def loss(x):
@@ -249,9 +223,9 @@ def results_of_other_shapes_at_each_step(monkeypatch):
     return usual(model, loss)
 
 
-def made(name, monkeypatch):
+def made(name):
     torch.manual_seed(0)
-    parts, step = CASES[name](monkeypatch)
+    parts, step = CASES[name]()
     return parts, step, list(torch.randn(20, 4, 3, 8))
 
 
@@ -265,20 +239,19 @@ def state_of(parts):
 
 
 @pytest.fixture(params=CASES)
-def alone(request, monkeypatch):
+def alone(request):
     """A case, its losses and its end without everystep."""
-    with monkeypatch.context() as patch:
-        parts, step, batches = made(request.param, patch)
-        return request.param, [step(x).item() for x in batches], state_of(parts)
+    parts, step, batches = made(request.param)
+    return request.param, [step(x).item() for x in batches], state_of(parts)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 
 @pytest.mark.sweep(every=2)
-def test_a_recorded_loop(alone, monkeypatch):
+def test_a_recorded_loop(alone):
     name, losses, state = alone
-    parts, step, batches = made(name, monkeypatch)
+    parts, step, batches = made(name)
     with everystep.record(**parts) as recording:
         for x in recording.steps(batches):
             recording.log(loss=step(x))
@@ -290,9 +263,9 @@ def test_a_recorded_loop(alone, monkeypatch):
 
 
 @pytest.mark.sweep(every=2)
-def test_a_step_function(alone, monkeypatch):
+def test_a_step_function(alone):
     name, losses, state = alone
-    parts, step, batches = made(name, monkeypatch)
+    parts, step, batches = made(name)
     run = everystep.train(step, batches, parts=parts, epochs=1, progress=False)
     assert run.losses["loss"].to_list() == losses
     assert state_of(parts) == state

@@ -55,32 +55,8 @@ class OwnLoss(nn.Module):
 TRAINING = {"training": True}
 
 
-def linear(outputs):
-    """Return the facts of a layer with four inputs."""
-    tensors = {"weight": "float32", "bias": "float32"}
-    return ModuleFacts(
-        class_name="Linear",
-        arguments=f"in_features=4, out_features={outputs}, bias=True",
-        settings=TRAINING | {"in_features": 4, "out_features": outputs} | tensors,
-        is_torchs=True,
-    )
-
-
 def test_a_nested_model_is_known_module_by_module():
     run = by_train(new_training(Own), steps=2)
-    assert run.facts.training.modules == {
-        "": ModuleFacts(class_name="Own", settings=TRAINING),
-        "blocks": ModuleFacts(class_name="ModuleList", settings=TRAINING, is_torchs=True),
-        **{f"blocks.{n}": linear(4) for n in range(3)},
-        "end": ModuleFacts(class_name="Sequential", settings=TRAINING, is_torchs=True),
-        "end.0": ModuleFacts(
-            class_name="Dropout",
-            arguments="p=0.1, inplace=False",
-            settings=TRAINING | {"p": 0.1, "inplace": False},
-            is_torchs=True,
-        ),
-        "end.1": linear(2),
-    }
     assert model_text(run.facts.training.modules) == (
         "Own(\n"
         "  (blocks): ModuleList(\n"

@@ -104,59 +104,29 @@ def test_what_a_forward_does_at_one_step_alone_is_in_that_step():
 # Hooks.
 
 
-def hook_forward(trained, called):
-    return trained.model[0].register_forward_hook(lambda *_: called())
-
-
-def hook_forward_before(trained, called):
-    return trained.model[0].register_forward_pre_hook(lambda *_: called())
-
-
-def hook_backward(trained, called):
-    return trained.model[2].register_full_backward_hook(lambda *_: called())
-
-
-def hook_gradient(trained, called):
-    return trained.model[0].weight.register_hook(lambda *_: called())
-
-
-def hook_accumulated(trained, called):
-    return trained.model[0].weight.register_post_accumulate_grad_hook(lambda *_: called())
-
-
-def hook_before_update(trained, called):
-    return trained.optimizer.register_step_pre_hook(lambda *_: called())
-
-
-def hook_after_update(trained, called):
-    return trained.optimizer.register_step_post_hook(lambda *_: called())
-
-
-def hook_loss(trained, called):
-    return trained.loss.register_forward_hook(lambda *_: called())
-
-
-def hook_all_modules(trained, called):
-    return torch_modules.register_module_forward_hook(
-        lambda module, *_: called() if module is trained.model else None
-    )
-
-
-def hook_all_optimizers(trained, called):
-    return torch_optimizer.register_optimizer_step_post_hook(lambda *_: called())
-
-
+#: How a hook is registered, and what is said of it.
 HOOKS = {
-    hook_forward: "module 0 has a forward hook",
-    hook_forward_before: "module 0 has a forward hook",
-    hook_backward: "module 2 has a backward hook",
-    hook_gradient: "0.weight has a hook on its gradient",
-    hook_accumulated: "0.weight has a hook on its gradient",
-    hook_before_update: "the optimizer has a hook",
-    hook_after_update: "the optimizer has a hook",
-    hook_loss: "the loss has a forward hook",
-    hook_all_modules: "a hook on all modules or optimizers",
-    hook_all_optimizers: "a hook on all modules or optimizers",
+    "forward": (lambda t, c: t.model[0].register_forward_hook(c), "module 0 has a forward hook"),
+    "before": (lambda t, c: t.model[0].register_forward_pre_hook(c), "module 0 has a forward hook"),
+    "backward": (lambda t, c: t.model[2].register_full_backward_hook(c), "module 2 has a backward hook"),
+    "gradient": (lambda t, c: t.model[0].weight.register_hook(c), "0.weight has a hook on its gradient"),
+    "accumulated": (
+        lambda t, c: t.model[0].weight.register_post_accumulate_grad_hook(c),
+        "0.weight has a hook on its gradient",
+    ),
+    "step": (lambda t, c: t.optimizer.register_step_pre_hook(c), "the optimizer has a hook"),
+    "stepped": (lambda t, c: t.optimizer.register_step_post_hook(c), "the optimizer has a hook"),
+    "loss": (lambda t, c: t.loss.register_forward_hook(c), "the loss has a forward hook"),
+    "all modules": (
+        lambda t, c: torch_modules.register_module_forward_hook(
+            lambda module, *_: c() if module is t.model else None
+        ),
+        "a hook on all modules or optimizers",
+    ),
+    "all optimizers": (
+        lambda t, c: torch_optimizer.register_optimizer_step_post_hook(c),
+        "a hook on all modules or optimizers",
+    ),
 }
 
 
@@ -164,11 +134,12 @@ HOOKS = {
 def test_hooks_are_called_at_every_step(hook, capfd):
     calls = []
     trained = new_training()
-    handle = hook(trained, lambda: calls.append(1))
+    register, reason = HOOKS[hook]
+    handle = register(trained, lambda *_: calls.append(1))
     try:
         run = by_train(trained, steps=20)
     finally:
         handle.remove()
     assert len(calls) == 20
-    assert_eager(run, capfd, 1, HOOKS[hook])
+    assert_eager(run, capfd, 1, reason)
     assert run.losses["loss"].to_list() == by_hand(new_training(), steps=20)

@@ -33,6 +33,7 @@ def test_training_has_the_bits_of_the_loop(name):
     run = by_train(trained, steps=STEPS)
     assert run.losses["loss"].to_list() == losses
     assert contents(trained) == left
+    assert run.verify(processes=1, progress=False).is_exact
 
 
 @pytest.mark.parametrize("name", [name for name in TRIED if name in NEEDS])

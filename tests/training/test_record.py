@@ -1,12 +1,9 @@
 """Recorded loops do what they do without everystep, and every step of them opens again without them."""
 
 import contextlib
-import json
 import math
 import random
 import sqlite3
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -22,20 +19,6 @@ import everystep
 from everystep.recording.contents import packed
 
 STEPS = 30
-
-#: Runs in a process of its own, which knows nothing of the loop: verifies, and opens steps.
-REPLAY = """
-import json, sys
-import everystep
-found = {}
-for name in sys.argv[1:]:
-    run = everystep.open(name)
-    verified = run.verify(processes=1, progress=False)
-    steps = [run[number] for number in (3, len(run))]
-    losses = [[step.number, step.loss, step.is_exact] for step in steps]
-    found[name] = {"exact": verified.is_exact, "text": str(verified), "losses": losses}
-print(json.dumps(found))
-"""
 
 
 def seeded():
@@ -67,20 +50,6 @@ def test_a_loop_does_the_same_recorded_and_every_step_opens_again(name, tmp_path
         step = run[number]
         assert step.is_exact and step.loss == losses[number - 1]
         assert len(step.operations) > 5
-
-
-def test_a_process_that_knows_nothing_of_a_loop_replays_it(tmp_path):
-    """Functions of its own, and numbers from Python's generator."""
-    names = ["sparse_embeddings_and_own_functions", "depth_drawn_from_pythons_random"]
-    for name in names:
-        take_loop(name, lambda name=name, **parts: everystep.record(run=tmp_path / name, **parts))
-    command = [sys.executable, "-c", REPLAY, *names]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for name, found in json.loads(done.stdout).items():
-        assert found["exact"], found["text"]
-        losses = everystep.open(tmp_path / name).losses["loss"].to_list()
-        assert found["losses"] == [[3, losses[2], True], [STEPS, losses[-1], True]]
 
 
 # What is said, and what is kept, when things are otherwise.
@@ -142,21 +111,6 @@ def test_a_break_ends_a_step_and_an_exception_discards_it(made):
     assert (len(run), run.status, run.facts.reason) == (3, "failed", "of my own")
     assert run.snapshots == [0]
     assert run.verify(processes=1, progress=False).is_exact
-
-
-def test_an_interrupted_loop_is_closed_and_can_be_run_again(made):
-    model, optimizer, batch = made
-    for name in ("loop-1", "loop-2"):
-        with (
-            pytest.raises(KeyboardInterrupt),
-            everystep.record(model=model, optimizer=optimizer) as recording,
-        ):
-            for number, each in enumerate(recording.steps([batch] * 9)):
-                recording.log(loss=take(model, optimizer, each))
-                if number == 4:
-                    raise KeyboardInterrupt
-        assert (recording.run.name, len(recording.run), recording.run.status) == (name, 4, "stopped")
-        assert recording.run.verify(processes=1, progress=False).is_exact
 
 
 def test_a_step_without_loss_or_backward_is_a_step(made):
@@ -303,26 +257,6 @@ def test_a_loader_that_is_empty_or_raises(made, capsys):
         for each in recording.steps(broken()):
             recording.log(loss=take(model, optimizer, each))
     assert (len(recording.run), recording.run.status) == (1, "failed")
-
-
-def test_two_recordings_that_part_are_told_apart_by_operation(made):
-    model, optimizer, batch = made
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    runs = []
-    for factor in (1.0, 1.0000001):
-        model.load_state_dict(start)
-        with everystep.record(model=model, optimizer=optimizer) as recording:
-            for number, each in enumerate(recording.steps([batch] * 12)):
-                loss = take(model, optimizer, each)
-                if number == 7:
-                    with torch.no_grad():
-                        model[2].bias.mul_(factor)
-                recording.log(loss=loss)
-        runs.append(recording.run)
-    found = runs[0].diff(runs[1], progress=False)
-    assert found.operation.step == 8
-    assert "mul_" in found.operation.one.operation.operator
-    assert any("1.0000001" in cause for cause in found.operation.causes)
 
 
 def test_rows_that_are_not_finite_are_those_of_the_batch(made):

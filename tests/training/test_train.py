@@ -1,6 +1,7 @@
 """Training live objects: against loops written out by hand, and what becomes of what is handed in."""
 
 import math
+import os
 import random
 import subprocess
 import sys
@@ -10,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 import everystep
-from everystep.experiment.batches import Batches
 
 
 def train(model, data, **options):
@@ -130,40 +130,6 @@ def test_what_train_changes_it_restores(small):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_dataset_gives_the_bits_of_its_tensors(small):
-    model, x, y = small
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    from_tensors = train(model, (x, y), batch_size=6, seed=1)
-    model.load_state_dict(start)
-    from_dataset = train(model, TensorDataset(x, y), batch_size=6, seed=1)
-    assert from_dataset.losses.equals(from_tensors.losses)
-
-
-class Augmented(Dataset):
-    def __init__(self, x, y):
-        self.x, self.y = x, y
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, row):
-        return self.x[row] + torch.rand(4), self.y[row]
-
-
-def test_a_dataset_that_gives_other_rows_each_time_is_read_lazily(small, capfd):
-    model, x, y = small
-    before = torch.get_rng_state()
-    run = train(model, Augmented(x, y), batch_size=6, steps=1)
-    assert "the Dataset is read at every step" in capfd.readouterr().err
-    assert run.facts.training.data.lazy
-    assert not (run.directory / "data.safetensors").exists()
-    torch.set_rng_state(before)
-    rows = Batches(20, 6, torch.initial_seed()).indices(1).tolist()
-    drawn = [x[row] + torch.rand(4) for row in rows]
-    model.load_state_dict(run.parameters(0))
-    assert nn.MSELoss()(model(torch.stack(drawn)), y[rows]).item() == run.losses["loss"][0]
-
-
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([])
@@ -184,22 +150,15 @@ def test_datasets_that_cannot_be_used_say_why(small):
 def test_wrong_arguments_are_told_at_once(small):
     model, x, y = small
     with pytest.raises(everystep.ExperimentError) as caught:
-        train("model", x, loss=3, optimizer="SGD", validation=2)
-    assert {f.path for f in caught.value.faults} == {"model", "data", "loss", "optimizer", "validation"}
-    with pytest.raises(everystep.ExperimentError) as caught:
         train(model, (x, y), steps=-1, batch_size=0, seed="a")
     assert {f.path for f in caught.value.faults} == {"steps", "batch_size", "seed"}
     with pytest.raises(everystep.ExperimentError, match="either steps or epochs"):
         train(model, (x, y), epochs=1)
-    with pytest.raises(everystep.ExperimentError, match="closure"):
-        train(model, (x, y), optimizer=torch.optim.LBFGS(model.parameters()))
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"loss": nn.MSELoss(reduction="none")}, r"one number, not shape \(20, 2\)"),
-        ({"loss": lambda p, y: 3.0}, "one number, not float"),
         ({"loss": lambda p, y: torch.tensor(1.0)}, "does not depend on any parameter"),
         ({"batch_size": 21}, "21 is out of range: there are 20 training rows"),
         ({"device": "cuda:99"}, "this machine has: cpu"),
@@ -233,8 +192,6 @@ def test_slips_with_loss_and_optimizer_are_named(small):
     others = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(everystep.ExperimentError, match="none of the model's parameters"):
         train(model, (x, y), optimizer=others)
-    with pytest.raises(everystep.DataError, match=r"x is sparse; pass x\.to_dense"):
-        train(model, (x.to_sparse(), y))
     with pytest.raises(everystep.DeviceError, match="meta device"):
         train(nn.Linear(4, 2, device="meta"), (x, y))
 
@@ -292,32 +249,7 @@ def test_a_model_in_evaluation_mode_is_pointed_out(small, capfd):
     assert not model.training
 
 
-def test_importing_everystep_imports_no_torch_and_late_numerics_are_said():
-    code = """
-import everystep, sys
-assert "torch" not in sys.modules and "plotnine" not in sys.modules
-import torch
-from torch import nn
-x = torch.randn(64, 64)
-x @ x
-model = nn.Linear(64, 1)
-optimizer = everystep.GradientDescent(model.parameters(), lr=1e-4)
-run = everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=2)
-print(run.facts.training.numerics.mkl_cbwr)
-"""
-    import os
-
-    environment = {k: v for k, v in os.environ.items() if k != "MKL_CBWR"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
-    if done.stdout.strip() == "off":
-        assert "torch already computed something in this process" in done.stderr
-    else:
-        assert "already computed" not in done.stderr
-
-
-def test_a_loop_recorded_after_torch_computed_replays_under_the_same_numerics():
+def test_numerics_that_come_too_late_are_said_and_a_loop_replays_under_them():
     code = """
 import torch
 from torch import nn
@@ -327,19 +259,23 @@ x @ x.T
 import everystep
 model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-with everystep.record(model=model, optimizer=optimizer, run="run") as recording:
+with everystep.record(model=model, optimizer=optimizer, run="loop") as recording:
     for row in recording.steps(range(0, 72, 8)):
         optimizer.zero_grad()
         loss = model(x[row : row + 8]).square().mean()
         loss.backward()
         optimizer.step()
         recording.log(loss=loss)
+settings = {"optimizer": optimizer, "steps": 2, "directory": "run"}
+run = everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), **settings)
+print(run.facts.training.numerics.mkl_cbwr)
 """
-    import os
-
     own = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
     environment = {k: v for k, v in os.environ.items() if k not in own}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    verified = everystep.open("run").verify(progress=False)
-    assert verified.is_exact
-    assert not verified.numerics
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    is_late = "torch already computed something in this process" in done.stderr
+    assert is_late == (done.stdout.splitlines()[-1] == "off")
+    verified = everystep.open("loop").verify(progress=False)
+    assert verified.is_exact and not verified.numerics
