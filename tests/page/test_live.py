@@ -246,15 +246,3 @@ def test_a_long_list_comes_in_parts(shelf, monkeypatch):
     assert [run["name"] for each in found for run in each["runs"]] == [f"run-{n}" for n in range(5)]
     assert found[0]["unread"] == 4
     assert all(each["gone"] == [] for each in found)
-
-
-def test_what_changes_while_others_are_still_to_be_read_is_seen(shelf):
-    for number in range(3):
-        written(shelf / f"run-{number}", [1.0])
-    known = Shelf(shelf)
-    assert known.summaries(0.0).unread == 2
-    assert known.summaries(0.0).unread == 1
-    change(shelf / "run-0", 2, [0.5])
-    found = known.summaries()
-    assert found.unread == 0 and list(found.runs) == ["run-0", "run-1", "run-2"]
-    assert found.runs["run-0"]["last_loss"] == 0.5

@@ -49,24 +49,3 @@ def test_bytes_and_lines_arrive_as_they_were_said_and_prints_do_not(child):
     first, second = child(does, use)
     assert first == ("first", {"text": "\u2603\n"}, b"1\n{\x00" * 1000)
     assert second == ("second", {}, b"")
-
-
-@pytest.mark.parametrize(
-    ("does", "report"),
-    [
-        ("sys.exit(3)", r"has ended \(exit code 3\)"),
-        ("sys.stdout.write('{\"event\"')", r"has ended \(exit code 0\)"),
-        ("print('no message', flush=True); time.sleep(60)", "gave an answer that cannot be read"),
-        ("print('{}', flush=True); time.sleep(60)", "gave an answer that cannot be read"),
-        ("print('[]', flush=True); time.sleep(60)", "gave an answer that cannot be read"),
-        ("sys.stdout.write('1' * (2**26 + 2)); time.sleep(60)", "gave an answer that cannot be read"),
-    ],
-)
-def test_what_is_no_message_is_reported_and_ends_the_process(child, does, report):
-    async def use(child):
-        await child.ask({})
-        with pytest.raises(Ended, match=report):
-            await child.hear()
-        assert not child.is_alive
-
-    child(does, use)
