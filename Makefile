@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test sweep test-torch check format bench torture clean
+.PHONY: run test contracts types suite sweep test-torch check format bench torture clean
 
 run: .venv/installed                ## train the chapter's network, write its table, plot and report
 	@set -e; run=runs/chapter-$$(date +%Y%m%d-%H%M%S); \
@@ -11,9 +11,17 @@ run: .venv/installed                ## train the chapter's network, write its ta
 	$(BIN)/everystep plot $$run -o $$run/loss.png; \
 	$(BIN)/everystep report $$run -o $$run/report.html
 
+# At once: the contracts and the types take one core each, and the suite takes two.
 test: .venv/installed-dev           ## import contracts, types, and the whole test suite
+	@$(MAKE) --no-print-directory -j 3 contracts types suite
+
+contracts: .venv/installed-dev
 	$(BIN)/lint-imports --no-logo
+
+types: .venv/installed-dev
 	$(BIN)/mypy
+
+suite: .venv/installed-dev
 	$(BIN)/pytest
 
 sweep: .venv/installed-dev          ## the whole test suite with every case of its tables, which `make test` samples
@@ -56,12 +64,15 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "everystep needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 
+# pip would compile all that it installs, on one core; Python compiles what it imports.
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-compile --editable .
 	@touch $@
 
+# For the tests, all is compiled: a warning of the compiler would fail the test that imports a module first.
 .venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 -x 'site-packages/.*/tests/' .venv/lib || true
 	@touch $@ .venv/installed
 
 .venv/installed-bench: pyproject.toml | .venv/bin/python
