@@ -58,6 +58,7 @@ CASES_OF_FORKS = [
 ]
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("name", CASES_OF_FORKS)
 def test_a_fork_of_a_run_from_objects_that_changes_nothing_has_the_parents_bits(name):
     made, options = make_case(name)

@@ -230,6 +230,7 @@ def make_case(name):
     return case.make(), case.options | {"steps": STEPS}
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("name", CASES_OF_OBJECTS)
 def test_a_run_from_objects_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
     made, options = make_case(name)

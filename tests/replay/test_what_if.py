@@ -79,6 +79,7 @@ def test_processes_share_the_trainings(tmp_path, monkeypatch):
     assert shared.recorded == alone.recorded
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("batch_size", [6, None])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_what_if_is_the_training_by_hand_without_the_rows(tmp_path, batch_size, dropout):

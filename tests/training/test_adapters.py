@@ -78,7 +78,8 @@ class Classifier(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)]
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}])
+@pytest.mark.sweep(every=2)
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}, {}])
 def test_lightning(tmp_path, monkeypatch, replays, options):
     monkeypatch.chdir(tmp_path)
 

@@ -19,8 +19,8 @@ from everystep.program.step_program import Program
 sgd_module = sys.modules["torch.optim.sgd"]
 
 OPTIMIZERS = {
-    "gradient_descent": lambda p: GradientDescent(p, 0.1),
     "sgd": lambda p: optim.SGD(p, 0.1, weight_decay=0.0),
+    "gradient_descent": lambda p: GradientDescent(p, 0.1),
     "sgd_momentum": lambda p: optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "sgd_fused": lambda p: optim.SGD(p, 0.1, momentum=0.9, fused=True),
     "adam": lambda p: optim.Adam(p, 0.01),
@@ -84,6 +84,7 @@ def assert_as_unrecorded(make, place, change=lambda optimizer, step: None):
     return run
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_has_the_bits_of_the_loop_and_comes_back(name, tmp_path):
     run = assert_as_unrecorded(OPTIMIZERS[name], tmp_path / "run", set_settings)

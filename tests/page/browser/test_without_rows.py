@@ -74,7 +74,7 @@ def test_a_row_of_the_ranking_is_left_out_by_a_click(ask, recorded):
 
 
 def test_what_is_wrong_is_reported_and_a_training_is_cancelled(ask):
-    """It would take a while: 65 times 178 steps."""
+    """It would take a while: 65 times 54 steps."""
     page = ask(7)
     dialog = page.get_by_role("dialog")
     field(page, "rows to leave out").fill("12, a")
@@ -83,9 +83,9 @@ def test_what_is_wrong_is_reported_and_a_training_is_cancelled(ask):
     press(page, "Train again")
     expect(dialog.locator(".task-answer .alarm")).to_contain_text("no row 999,999")
     field(page, "rows to leave out").fill("")
-    field(page, "compare at step").fill("184")
+    field(page, "compare at step").fill("60")
     press(page, "Train again")
-    expect(dialog.locator(".task-text")).to_have_text(re.compile(r"^training: [0-9,]+ of 11,570"))
+    expect(dialog.locator(".task-text")).to_have_text(re.compile(r"^training: [0-9,]+ of 3,510"))
     press(page, "Cancel")
     expect(dialog.locator(".note")).to_have_text("stopped")
     press(page, "Close")
