@@ -255,7 +255,7 @@ def first_nonfinite(
 
     Prints its inputs, and the rows of the batch behind them. Exits with 1 if all results are finite.
     """
-    from everystep.views.answers import FINITE
+    from everystep.views.run_view import FINITE
 
     found = open_run(run).first_nonfinite(processes=processes)
     if found is None:
