@@ -669,7 +669,7 @@ def train_and_compare(function: Function, directory: Path) -> str:
     left = _left(alone)
     things, batches, step = function.make()
     engine = "program" if function.is_vouched else "auto"
-    options = {"steps": STEPS, "directory": directory, "engine": engine, "progress": False}
+    options = {"steps": STEPS, "run": directory, "engine": engine, "progress": False}
     try:
         run = everystep.train(step, batches, parts=things.parts(), **options)
     except TrainingError as refused:

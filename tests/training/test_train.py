@@ -266,7 +266,7 @@ with everystep.record(model=model, optimizer=optimizer, run="loop") as recording
         loss.backward()
         optimizer.step()
         recording.log(loss=loss)
-settings = {"optimizer": optimizer, "steps": 2, "directory": "run"}
+settings = {"optimizer": optimizer, "steps": 2, "run": "run"}
 run = everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), **settings)
 print(run.facts.training.numerics.mkl_cbwr)
 """
