@@ -251,7 +251,7 @@ def train(
 
 
 def record(
-    *,
+    *unnamed: Any,
     run: str | Path | None = None,
     resume: bool | str | Path = False,
     force: bool = False,
@@ -296,11 +296,17 @@ def record(
             module) keep their names; the names of all others start with the name of their part.
 
     Raises:
-        UsageError: an argument is not a part of a training.
+        UsageError: an argument is not a part of a training, or has no name.
         RunError: the run to continue or to fork does not exist.
     """
     from everystep.training.record import Recording
 
+    if unnamed:
+        kinds = ", ".join(type(part).__name__ for part in unnamed)
+        raise UsageError(
+            f"record got {kinds} without a name; name each part: everystep.record(model=model, "
+            "optimizer=optimizer)"
+        )
     place = None if run is None else Path(run)
     resumed = _resumed(place, resume)
     return Recording(

@@ -72,6 +72,7 @@ def test_a_recording_without_a_loss_says_so(tmp_path, capfd):
         for _ in recording.steps(range(3)):
             pass
     assert "no loss was recorded; record it in each step" in capfd.readouterr().err
+    assert recording.run.table_frame().columns == ["step"]
 
 
 def test_a_loss_that_is_changed_after_it_was_logged(tmp_path):

@@ -202,7 +202,7 @@ class RecordedRun:
         return dict(zip(steps.tolist(), values.tolist(), strict=True))
 
     def table_frame(self, last: int | None = None) -> polars.DataFrame:
-        """Return the losses of all or the last steps, with a column for each measurement.
+        """Return the losses of all or the last steps, if any, with a column for each measurement.
 
         A step without a measurement has null there. Measurements of state 0, before the first step, have
         no row.
@@ -215,11 +215,13 @@ class RecordedRun:
 
     def table_columns(self, last: int | None = None) -> dict[str, Any]:
         """Return the columns of `table_frame`: `step` and `loss` as arrays (steps), each measurement as
-        a list of numbers, None if there is none.
+        a list of numbers, None if there is none. A run without losses has no `loss`.
         """
         found = self._last_numbers(last)
         steps, losses = found.pop(LOSS)
-        columns: dict[str, Any] = {"step": steps, "loss": losses}
+        columns: dict[str, Any] = {"step": steps}
+        if self.facts.has_loss:
+            columns["loss"] = losses
         first = int(steps[0]) if len(steps) else 1
         for series, (at, values) in found.items():
             if last is not None and not len(at):
