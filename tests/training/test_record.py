@@ -215,6 +215,16 @@ def test_what_is_no_part_is_named(parts, message):
         everystep.record(**parts)
 
 
+def test_a_progress_bar_knows_how_many_steps_there_are(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        steps = recording.steps([batch] * 3)
+        assert len(steps) == 3 and [len(each) for each in steps] == [2, 2, 2]
+        with pytest.raises(TypeError, match="has no len"):
+            len(recording.steps(iter([batch])))
+        assert len(list(recording.steps(iter([batch])))) == 1
+
+
 def test_a_part_without_a_name_is_reported(made):
     model, optimizer, _ = made
     with pytest.raises(everystep.UsageError, match=r"got Sequential, .* without a name.*model=model"):

@@ -236,7 +236,8 @@ class Recording(Generic[R]):
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Return an iterator over batches; each is a step, from one batch to the next.
 
-        `break` ends a step; an exception discards it.
+        `break` ends a step; an exception discards it. Its length, for a progress bar, is that of the
+        batches, if they have one.
 
         Args:
             batches: any iterable: a DataLoader, a list, a generator.
@@ -246,7 +247,7 @@ class Recording(Generic[R]):
             RecordingError: writing the run failed.
         """
         _ = self.writer
-        steps = self._steps(batches)
+        steps = _Steps(self._steps(batches), batches)
         self._iterator = weakref.ref(steps)
         return steps
 
@@ -504,6 +505,20 @@ class Recording(Generic[R]):
         """On SIGTERM: end the loop after the step in progress, or at once between two steps."""
         if self._under_way is None and not self._is_writing:
             raise SystemExit(_TERMINATED)
+
+
+class _Steps(Iterator[Any]):
+    """The steps over some batches."""
+
+    def __init__(self, steps: Iterator[Any], batches: Iterable[Any]) -> None:
+        self._steps = steps
+        self._batches = batches
+
+    def __next__(self) -> Any:
+        return next(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
