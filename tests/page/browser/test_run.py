@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -229,8 +230,15 @@ def test_a_run_that_is_deleted_while_it_is_shown_stays_on_the_screen(copied, vis
     expect(row(page, run.name)).to_have_count(0)
 
 
+def free_port():
+    """Return a port that no other `everystep view` takes, which begin with 8140."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_the_server_may_be_stopped_and_started_again_under_an_open_page(view, recorded, open_page):
-    served = view(recorded)
+    served = view(recorded, port=free_port())
     page = open_page(
         at(served, "/runs/chapter?step=137"),
         expected=["ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE", "502", "being stopped"],
