@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.errors import UsageError, did_you_mean
+from everystep.errors import UsageError
 from everystep.program.observed import Observed, overwrites, unset_results
 from everystep.program.operation import Phase
 from everystep.step.observe import Places
@@ -128,34 +128,6 @@ class Update(NamedTuple):
         return change / before if before else (math.inf if change else 0.0)
 
 
-class _UnknownNameError(UsageError, KeyError):
-    """A step has nothing of that name."""
-
-    __str__ = Exception.__str__  # a KeyError's has quotes
-
-
-class _Named(dict[str, Any]):
-    """What a step has of one kind, by name."""
-
-    def __init__(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self._where = f"step {step} has no {kind}"
-
-    def __missing__(self, name: str) -> Any:
-        raise _UnknownNameError(f"{self._where} {name!r:.80}; {did_you_mean(str(name), [*self])}")
-
-
-#: The fields of a step that have a value by name, and what one of them is called.
-_KINDS = {
-    "parameters": "parameter",
-    "buffers": "buffer",
-    "activations": "activation of",
-    "gradients": "gradient of",
-    "updates": "update of",
-    "hyperparameters": "hyperparameter",
-}
-
-
 @dataclass(frozen=True)
 class Step:
     """Step `number` of a run; it takes state `number - 1` to state `number`.
@@ -193,10 +165,6 @@ class Step:
     end: dict[str, Tensor] = field(repr=False, compare=False)
     earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
     view: View | None = field(default=None, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            object.__setattr__(self, name, _Named(self.number, kind, getattr(self, name)))
 
     @property
     def is_exact(self) -> bool:
