@@ -1,12 +1,12 @@
 """What changes on disk reaches all listeners of a real server, and nothing is lost on the way."""
 
 import asyncio
+import contextlib
 import json
 import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +142,37 @@ def test_the_list_tells_what_begins_changes_and_goes(server):
         }  # fmt: skip
 
 
+def test_a_training_whose_database_is_still_empty_is_running(server):
+    run = server.directory / "begun"
+    run.mkdir()
+    with FileLock(run / "run.lock"):
+        Database.create(run / "run.sqlite").close()
+        with events(server.client, "/api/events") as stream:
+            told = {each["name"]: each["status"] for each in next(stream)[1]["runs"]}
+    assert told["begun"] == "running"
+
+
+def test_a_killed_run_that_is_continued_is_running_in_the_list(shelf, monkeypatch):
+    run = written(shelf / "continued", [1.0], status="running")
+    monkeypatch.setattr(live, "SELDOM", 0.1)
+    told = Live(RunIndex(shelf), Columns())
+
+    async def listen():
+        statuses = []
+        with contextlib.ExitStack() as writing:
+            async for each in told.list_events():
+                if "data: " in each:
+                    [listed] = json.loads(each.partition("data: ")[2])["runs"]
+                    statuses.append(listed["status"])
+                    if len(statuses) == 2:
+                        told.close()
+                        return statuses
+                    writing.enter_context(FileLock(run / "run.lock"))
+                    change(run, 2, [2.0])
+
+    assert asyncio.run(asyncio.wait_for(listen(), PATIENCE)) == ["killed", "running"]
+
+
 def test_a_name_from_outside_is_followed_nowhere(server):
     written(server.directory.parent / "outside", [1.0])
     for name in ("%2e%2e", "..%2foutside", "outside", "%00", "x" * 1000):
@@ -183,7 +214,7 @@ def test_whoever_leaves_is_forgotten(server):
     def watched():
         count = 0
         for text in Path(f"/proc/{server.process.pid}/fdinfo").iterdir():
-            with suppress(FileNotFoundError):  # closed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 count += text.read_text().count("inotify wd")
         return count
 

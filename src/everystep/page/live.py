@@ -57,8 +57,9 @@ def last_seen(request: Request) -> int:
 RUN_PAUSE, LIST_PAUSE = 0.125, 0.5
 #: Seconds after which the runs read so far are sent while others are still unread: first, and then.
 MOMENT, LONGER = 0.25, 1.0
-#: Seconds after which something is looked at again although no change was heard of.
-AGAIN = 2.0
+#: Seconds after which something is looked at again although no change was reported: where changes may
+#: not be (a process is killed), and where they are not expected (a finished run is continued).
+AGAIN, SELDOM = 2.0, 10.0
 #: New losses sent at once; more are reduced.
 MOST_LOSSES = 2000
 
@@ -246,7 +247,7 @@ class Feed(Generic[Content]):
             if not sight.is_whole:
                 continue
             await asyncio.sleep(self._pause)
-            wait = None if is_complete and not sight.is_moving else AGAIN
+            wait = SELDOM if is_complete and not sight.is_moving else AGAIN
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait)
 

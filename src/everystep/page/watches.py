@@ -1,4 +1,4 @@
-"""Watched directories: the file system reports changes, so nothing polls."""
+"""Watched directories: the file system reports changes."""
 
 from __future__ import annotations
 
