@@ -79,6 +79,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.tensors = paths.tensors
         self.contents: dict[int, Tensor] = {}
         self.written_elsewhere: dict[int, str] = {}
+        self.ending: Ending | None = None
         self._origins: tuple[int, ...] = ()
         self._state: Mapping[str, Tensor] = {}
         self._versions: list[int | None] = []
@@ -95,18 +96,28 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """
         return self.contents.get(self._origins[storage])
 
-    def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the state before the step."""
+    def begin(self, state: Mapping[str, Tensor], left: Ending | None = None) -> None:
+        """Note the tensors of the state before the step.
+
+        left: how the step before ended, if nothing has changed the state since.
+        """
         self._state, self.paths.step = state, self
         self._versions = versions_of(state.values())
         self.is_remembered = self.paths.may_follow()
-        same = self.tensors.same(state)
-        if not all(map(is_plain, [*state.values()][same:])):
-            self.is_remembered = False
-            state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
+        known = self.paths.beginning_after(left) if self.is_remembered else None
+        if known is not None:
+            self.at = root = known.root
+            self.tensors.begin(state, known.same, root)
+        else:
             same = self.tensors.same(state)
-        self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
-        self.tensors.begin(state, same, root)
+            if not all(map(is_plain, [*state.values()][same:])):
+                self.is_remembered = False
+                state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
+                same = self.tensors.same(state)
+            self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
+            self.tensors.begin(state, same, root)
+            if left is not None and self.is_remembered:
+                self.paths.begins_after(left, root, same)
         self.is_followed = bool(root.children) or root.ending is not None
 
     # What happens besides calls.
@@ -165,11 +176,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         expected = self.at.next
         if self.is_remembered and expected is not None and expected.key[:-1] == what:
             met, known = self.tensors.met, expected.key[-1]
-            if len(known) == len(tensors) and all(
-                t is None if k is None else met[k]() is t for k, t in zip(known, tensors, strict=True)
-            ):
-                self.at = expected
-                return True
+            if len(known) == len(tensors):
+                for number, tensor in zip(known, tensors, strict=True):
+                    if tensor is not (None if number is None else met[number]()):
+                        break
+                else:
+                    self.at = expected
+                    return True
         with torch._C._DisableTorchDispatch():
             self.tensors.catch_up(self.at)
             numbers = tuple([None if t is None else self.tensors.number(t) for t in tensors])
@@ -373,6 +386,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.is_followed = False
                 ending = self._write(state, loss)
         self._origins = ending.origins
+        self.ending = ending if ending is self.at.ending else None  # one that others can have, too
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return ending.path
 

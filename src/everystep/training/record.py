@@ -575,7 +575,7 @@ def _say_where(run: RecordedRun, resumed: ResumedLoop, *, is_new: bool) -> None:
 
 
 def _number(name: str, value: Any) -> float | Tensor:
-    """Return a number, or a copy of a tensor with one element.
+    """Return a number; of a device's tensor with one element a copy, since to read it means to wait.
 
     Raises:
         UsageError: the value is neither.
@@ -585,7 +585,7 @@ def _number(name: str, value: Any) -> float | Tensor:
             raise UsageError(
                 f"log: {name} has shape {tuple(value.shape)}; log one number, such as its mean"
             )
-        return value.detach().reshape(()).clone()
+        return value.item() if value.is_cpu else value.detach().reshape(()).clone()
     with suppress(TypeError, ValueError):
         if not isinstance(value, str):
             return float(value)
