@@ -226,6 +226,9 @@ def step(
             autocompletion=operation_numbers,
         ),
     ] = None,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Print the line of your code that called each operation.")
+    ] = False,
     values: Annotated[bool, typer.Option("--values", help="Print the values of tensors.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -237,7 +240,7 @@ def step(
         raise UsageError("--phase and --op are mutually exclusive")
     opened = open_run(run)
     found = opened[number]
-    text = {"phase": phase, "operation": operation, "width": page_width()}
+    text = {"phase": phase, "operation": operation, "lines": lines, "width": page_width()}
     answer(found, json, opened.problems, text=text, values=values)
 
 

@@ -7,6 +7,7 @@ the loop uses from elsewhere. Such a step is not remembered: no later step follo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from everystep.program.number_slots import READ
 from everystep.program.operators import OperatorMode
+from everystep.step.calling_code import Calls, calls_here
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
@@ -31,6 +33,7 @@ _OTHER_WHEN_WATCHED = (
 
 #: Memory from elsewhere of more bytes than this is not kept; what is computed from it is.
 MOST_BYTES = 100_000_000
+_next_node = torch._C._autograd._get_sequence_nr
 #: Stands for a logged tensor that the step has not met: its content is kept each time.
 _UNKNOWN = ("unknown",)
 #: Tensors that have a name: the kind, the name, and the tensors.
@@ -83,6 +86,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self._origins: tuple[int, ...] = ()
         self._state: Mapping[str, Tensor] = {}
         self._versions: list[int | None] = []
+        self._first_node = _next_node()
+        #: The number of the next node; how many there were after each operation so far, and its code.
+        self._graph: tuple[int, list[int], list[Calls]] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -279,12 +285,31 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             if self.is_followed:
                 self.is_followed, self.followed = False, at
             entry = Entry(key, at, tuple(tensors.known[at.met :]), operation, tuple(marks))
+            if operation is not None:
+                entry.lines = self._lines()
+                entry.nodes = _next_node() - self._first_node
             if self.is_remembered:
                 at.children[place] = entry
         if self.is_remembered:
             at.next = entry
         self.at = entry
         return entry
+
+    def _lines(self) -> Calls:
+        """Return the code that calls the current operation.
+
+        One of a backward pass belongs to that of the forward pass which made its node of the graph.
+        """
+        calls, is_of_graph = calls_here()
+        node = torch._C._current_autograd_node() if is_of_graph else None
+        if node is None:
+            return calls
+        if self._graph is None or self._graph[0] != _next_node():
+            made = [e for e in self.at.from_root() if e.nodes and e.lines]
+            self._graph = _next_node(), [e.nodes for e in made], [e.lines for e in made]
+        _, nodes, lines = self._graph
+        place = bisect_right(nodes, node._sequence_nr() - self._first_node)
+        return lines[place] if place < len(nodes) else calls
 
     def undo(self) -> None:
         """Forget what a call has brought that raised; the loop may catch it, and continue."""
