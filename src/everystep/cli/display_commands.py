@@ -34,16 +34,21 @@ def runs(
     directory: Annotated[
         Path, typer.Argument(metavar="DIRECTORY", help="Directory that contains runs.")
     ] = Path("runs"),
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", metavar="NAME", help="Only runs with this tag.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """List runs.
 
-    Shows name, status, steps, first and last loss, start time, parent and note, as the width allows.
+    Shows name, status, steps, first and last loss, start time, parent, tags and note, as the width
+    allows.
     """
     from everystep.views.lists import runs_json, runs_tables
 
     killed: list[Path] = []
-    summaries = _summaries(directory, killed)
+    wanted = {*(tag or ())}
+    summaries = (run for run in _summaries(directory, killed) if wanted <= {*run.tags})
     if json:
         for text in runs_json(summaries):
             say(text, nl=False)
@@ -53,7 +58,10 @@ def runs(
         show(table)
         has_some = True
     if not has_some:
-        hint(f"{directory} has no runs; everystep train creates the first")
+        which = f" with the tag {' and '.join(sorted(wanted))}" if wanted else ""
+        hint(
+            f"{directory} has no runs{which}" + ("" if which else "; everystep train creates the first")
+        )
     _say_killed(killed)
 
 

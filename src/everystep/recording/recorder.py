@@ -321,7 +321,8 @@ class Recorder:
         self._continuation = continuation
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
-            self._database.write_facts(known)
+            said = {"config": facts.config, "tags": facts.tags}
+            self._database.write_facts(known | {name: value for name, value in said.items() if value})
 
     def _newest_program(self) -> int:
         files = (self._home.here / "programs").glob("*.json")

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -64,8 +64,11 @@ class Recording(Generic[R]):
         resumed: R | None = None,
         is_accepted: bool = False,
         fork: tuple[RecordedRun, int] | None = None,
+        said: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         check_parts(parts)
+        #: Facts that the user gave: config and tags.
+        self._said = {name: value for name, value in said.items() if value}
         self._parts = Parts(parts)
         self._resumed = resumed
         self._is_accepted = is_accepted
@@ -144,7 +147,7 @@ class Recording(Generic[R]):
         directory = create_directory(self._directories[0], "loop", self._directories[1])
         whole, place = PartsState(self._parts), self._place
         place.begin()
-        return LoopWriter(directory, whole, place, *self._budgets, self._advanced)
+        return LoopWriter(directory, whole, place, *self._budgets, self._advanced, said=self._said)
 
     def _gone_on(self, run: RecordedRun, *, is_new: bool = False) -> LoopWriter:
         """Continue a run: bring the parts to its newest snapshot. is_new: it is a fork just made.
@@ -161,7 +164,8 @@ class Recording(Generic[R]):
         if resumed.goal is not None:
             place.resume(resumed.goal, resumed.state.step, resumed.draw, self._settle)
         self._restore = lambda: whole.restore(resumed.state)
-        return LoopWriter(run.directory, whole, place, *self._budgets, self._advanced, resumed)
+        given = (*self._budgets, self._advanced, resumed)
+        return LoopWriter(run.directory, whole, place, *given, said=self._said)
 
     def _forked(self, parent: RecordedRun, at: int) -> LoopWriter:
         """Make a run of a parent's steps up to `at`, and continue it.

@@ -99,6 +99,7 @@ COLUMNS: tuple[Column[Summary], ...] = (
     Column("last loss", lambda run: number(run.last_loss), is_number=True, rank=1),
     Column("started", lambda run: time_text(run.started), rank=3),
     Column("fork of", _parent_text, rank=5),
+    Column("tags", lambda run: one_line(", ".join(run.tags)), style="dim", rank=6),
     Column("note", _note, style="dim", rank=6, least=16),
 )
 
