@@ -23,7 +23,7 @@ from everystep.program.source_line import LONGEST_FILE, LONGEST_LINE, SourceLine
 __all__ = ["CallingLine", "Calls", "LineTable", "calls_here"]
 
 #: Calls that are kept of an operation, from the innermost on.
-MOST_CALLS = 12
+MOST_CALLS = 64
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _EVERYSTEP = f"{Path(__file__).parent.parent}{os.sep}"
 _LIBRARY = f"{sysconfig.get_path('stdlib')}{os.sep}"
