@@ -35,6 +35,7 @@ from everystep.cli.question_commands import (
     when,
     why,
 )
+from everystep.cli.space_commands import du, rm
 from everystep.cli.training_commands import experiments, fork, resume, train
 from everystep.errors import EverystepError
 
@@ -51,7 +52,7 @@ app = typer.Typer(
 )
 for command in (
     *(train, resume, experiments, runs, losses, table, plot, report, step, verify, doctor, diff),
-    *(match, rerun, fork, what_if, measure, when, first_nonfinite, why, rows, view),
+    *(match, rerun, fork, what_if, measure, when, first_nonfinite, why, rows, view, du, rm),
 ):
     # -1 is a step, not an option.
     settings = {"ignore_unknown_options": True} if command in (step, why, rows) else {}

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.text import Text
 
+from everystep.recording.space import Space
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
-from everystep.views.formatting import cut, number, one_line, time_text
+from everystep.views.formatting import cut, number, one_line, size_text, time_text
 from everystep.views.plain import as_json, metric_data, plain_data, plain_number
 from everystep.views.terminal import Column, Page, Styled, TextTable, table_text
 
-__all__ = ["losses_text", "runs_json", "runs_tables", "summary_data"]
+__all__ = ["losses_text", "runs_json", "runs_tables", "spaces_json", "spaces_text", "summary_data"]
 
 #: Characters of a note.
 _LONGEST_NOTE = 100
@@ -102,6 +104,39 @@ COLUMNS: tuple[Column[Summary], ...] = (
     Column("tags", lambda run: one_line(", ".join(run.tags)), style="dim", rank=6),
     Column("note", _note, style="dim", rank=6, least=16),
 )
+
+
+def _size_text(size: int) -> str:
+    return size_text(size) if size else "0"
+
+
+def _size(name: str, rank: int = 0) -> Column[Space]:
+    return Column(name, lambda space: _size_text(getattr(space, name)), is_number=True, rank=rank)
+
+
+#: The columns of what runs take on the disk.
+SPACES: tuple[Column[Space], ...] = (
+    Column("run", lambda space: space.name),
+    _size("total"),
+    *(_size(name, 1) for name in ("snapshots", "batches", "data", "programs", "database")),
+    _size("others", 2),
+)
+
+
+def spaces_text(spaces: Sequence[Space], width: int | None = None) -> Text:
+    """Return what runs take on the disk as a table, with a line for all of them together."""
+    numbers = [name for name in Space._fields if name not in ("name", "directory")]
+    sums = {name: sum(getattr(each, name) for each in spaces) for name in numbers}
+    whole = [Space("all", Path(), **sums)] if len(spaces) > 1 else []
+    page = Page()
+    for line in TextTable(SPACES, width).lines([*spaces, *whole]):
+        page.line(*line)
+    return page.text
+
+
+def spaces_json(spaces: Sequence[Space]) -> str:
+    """Return what runs take on the disk as a JSON array, in bytes."""
+    return as_json(plain_data(list(spaces)))
 
 
 def runs_tables(runs: Iterable[Summary], width: int | None = None) -> Iterator[Text]:
