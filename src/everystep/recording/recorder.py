@@ -333,6 +333,17 @@ class Recorder:
         """How many programs the run has; those of a parent, or from before it was resumed, included."""
         return self._programs
 
+    def drain(self) -> None:
+        """Wait until everything so far is on disk.
+
+        Raises:
+            RecordingError: writing the run failed.
+        """
+        written = threading.Event()
+        self._put(written.set)
+        while not written.wait(0.01):
+            self.check()
+
     def _put(self, job: Callable[[], None]) -> None:
         self._queue.put(job)
 

@@ -481,8 +481,15 @@ class Recording(Generic[R]):
         self._stopped = reason
 
     def flush(self) -> None:
-        """Write everything recorded so far to disk; this also happens several times a second."""
+        """Write everything recorded so far to disk, and wait for it.
+
+        It is also written several times a second, and nothing waits for that.
+
+        Raises:
+            RecordingError: writing the run failed.
+        """
         self.writer.flush()
+        self.writer.recorder.drain()
 
     def _abandon(self) -> None:
         """Discard an incomplete step: record neither it nor a snapshot of its state."""
