@@ -123,6 +123,19 @@ def numbers_of(host):
     ]
 
 
+def test_the_line_of_code_stands_above_the_operations_that_it_called(show, loops):
+    page = show("accumulated", 3)
+    lines = [seen.line for seen in loops["accumulated"][3].operations]
+    clips = next(place for place, line in enumerate(lines) if "clip_grad_norm_" in line.text)
+    text = f"{lines[clips].place}{lines[clips].text}"
+    expect(operation(page, clips).locator(".code-line")).to_have_text(text)
+    expect(operation(page, clips + 1).locator(".code-line")).to_be_hidden()
+    toggle(page, clips + 1).click()
+    calls = operation(page, clips + 1).locator(".calls li")
+    expect(calls.first).to_have_text(text)
+    expect(calls).to_have_count(1 + len(lines[clips].callers))
+
+
 def test_a_step_is_its_segments_in_order_each_with_its_model_or_optimizer(show, loops):
     page = show("gan", 3)
     expect(page.locator(".exactness")).to_have_text(
