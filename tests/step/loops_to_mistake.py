@@ -785,6 +785,35 @@ def updates_between_the_steps(record):
     return model
 
 
+@loop(10)
+def gradients_that_are_exchanged_between_the_steps(record):
+    def between(model, optimizer, number):
+        weight, biases = model[2].weight, (model[0].bias, model[2].bias)
+        if weight.grad is None:
+            return
+        if number % 7 == 3:
+            weight.grad = weight.grad.t().contiguous().t()
+        if number % 11 == 4:
+            biases[1].grad = None
+        if number % 11 == 7:
+            with torch.no_grad():
+                weight.grad.t_()
+        if number % 13 == 6:
+            biases[0].grad, biases[1].grad = biases[1].grad, biases[0].grad
+        if number % 13 == 9:
+            weight.grad.as_strided_((8, 8), (8, 1))
+
+    def body(model, optimizer, x, y, number):
+        loss = functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        for parameter in model.parameters():
+            parameter.grad *= 0.5
+        return loss
+
+    return trained(record, body, between=between)
+
+
 # Steps that fail or break off, evaluations, another thread.
 
 
