@@ -233,3 +233,56 @@ def test_an_operation_of_a_strangers_unknown_line_is_refused(lined):
     data["operations"][0]["line"] = len(data["lines"])
     with pytest.raises(everystep.RunError, match="unknown line of code"):
         Program.from_json(json.dumps(data))
+
+
+class Descent(torch.optim.Optimizer):
+    """An optimizer of one's own, in the file of the loop, without `no_grad`."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure):
+        loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad.data, alpha=-0.1)
+        return loss
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.LBFGS])
+def test_what_a_closure_does_is_no_update(kind, tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = kind(model.parameters(), lr=0.1)
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for x in recording.steps([torch.randn(4, 3) for _ in range(3)]):
+
+            def closure(x=x):
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            recording.log(loss=optimizer.step(closure))
+    phases = {}
+    for seen in everystep.open(tmp_path / "run")[2].operations:
+        phases.setdefault(seen.operation.phase, set()).add(seen.line.text)
+    assert phases["update"] == {"recording.log(loss=optimizer.step(closure))"}
+    assert "loss = model(x).square().mean()" in phases["forward"] & phases["loss"]
+    assert "loss = model(x).square().mean()" in phases["backward"]
+
+
+def test_an_optimizer_of_ones_own_is_an_update(tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = Descent(model.parameters())
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for x in recording.steps([torch.randn(4, 3) for _ in range(3)]):
+
+            def closure(x=x):
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            recording.log(loss=optimizer.step(closure))
+    step = everystep.open(tmp_path / "run")[2]
+    assert "parameter.data.add_(parameter.grad.data, alpha=-0.1)" in lines_of(step, phase="update")

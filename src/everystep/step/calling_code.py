@@ -20,11 +20,12 @@ import torch
 
 from everystep.program.source_line import LONGEST_FILE, LONGEST_LINE, SourceLine
 
-__all__ = ["CallingLine", "Calls", "LineTable", "calls_here"]
+__all__ = ["CallingLine", "Calls", "LineTable", "calls_here", "is_called_in"]
 
 #: Calls that are kept of an operation, from the innermost on.
 MOST_CALLS = 64
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_OPTIMIZERS = f"{_TORCH}optim{os.sep}"
 _EVERYSTEP = f"{Path(__file__).parent.parent}{os.sep}"
 _LIBRARY = f"{sysconfig.get_path('stdlib')}{os.sep}"
 _PACKAGES = ("site-packages", "dist-packages")
@@ -89,6 +90,22 @@ def calls_here() -> tuple[Calls, bool]:
                 break
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found), is_within_backward
+
+
+def is_called_in(file: str) -> bool:
+    """Return whether code of a file, or of torch's optimizers, leads here, without the user's between.
+
+    file: that of an optimizer.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name == file or name.startswith(_OPTIMIZERS):
+            return True
+        if _kind(name) == "user":
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return True
 
 
 class LineTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from torch.optim.optimizer import (
 from everystep.errors import Fault, UsageError
 from everystep.program.operators import leaves
 from everystep.program.step_program import Phase
+from everystep.step.calling_code import is_called_in
 
 __all__ = ["Follower", "is_compiled", "scripted_fault"]
 
@@ -74,6 +76,8 @@ class Follower:
         self._thread = threading.get_ident()
         self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
+        #: Of each optimizer that runs: the file of its step, if that has a closure.
+        self._files: list[str | None] = []
         # The modules that ran in turn, and the number of the first node of the graph that each made.
         self._modules: list[str | None] = [None]
         self._nodes: list[int] = [0]
@@ -99,7 +103,7 @@ class Follower:
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
-        self._open, self._optimizer, self._modules, self._nodes = [], [], [], []
+        self._open, self._optimizer, self._files, self._modules, self._nodes = [], [], [], [], []
         self.enter(None)
 
     def enter(self, phase: Phase | None) -> None:
@@ -128,7 +132,7 @@ class Follower:
         module = self._open[-1] if self._open else None
         if module is not None:
             return "forward", module or None
-        if self._optimizer:
+        if self._optimizer and ((file := self._files[-1]) is None or is_called_in(file)):
             return "update", self._optimizer[-1]
         if self._phase is not None:
             return self._phase, None
@@ -166,6 +170,8 @@ class Follower:
     def update_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         """Note that an optimizer begins its step."""
         self._optimizer.append(self._optimizers.get(id(optimizer)))
+        code = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
+        self._files.append(code.co_filename if has_arguments and code is not None else None)
         self._moved()
         self._optimizer_begins(optimizer, has_arguments)
 
@@ -173,6 +179,7 @@ class Follower:
         """Note that an optimizer is done with its step."""
         if self._optimizer:
             self._optimizer.pop()
+            self._files.pop()
             self._moved()
             self._optimizer_ends(optimizer)
 
