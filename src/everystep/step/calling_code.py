@@ -20,7 +20,7 @@ import torch
 
 from everystep.program.source_line import LONGEST_FILE, LONGEST_LINE, SourceLine
 
-__all__ = ["CallingLine", "Calls", "LineTable", "calls_here", "is_called_in"]
+__all__ = ["CallingLine", "Calls", "LineTable", "calls_here", "is_called_in", "named_here"]
 
 #: Calls that are kept of an operation, from the innermost on.
 MOST_CALLS = 64
@@ -90,6 +90,12 @@ def calls_here() -> tuple[Calls, bool]:
                 break
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found), is_within_backward
+
+
+def named_here() -> str:
+    """Return the user's line that leads here, as file and line, empty if there is none."""
+    calls, _ = calls_here()
+    return f"{_shown(calls[0].file)}:{calls[0].line}" if calls else ""
 
 
 def is_called_in(file: str) -> bool:

@@ -19,6 +19,7 @@ from everystep.program.operators import leaves, parameters, writes
 from everystep.step import replaced
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of
+from everystep.step.calling_code import named_here
 from everystep.step.follow import Follower
 from everystep.step.known_operators import (
     KnownOperator,
@@ -324,8 +325,9 @@ class Cursor(UnderWay):
             tensor = self.tensors.met[number]()
             if origin in self.contents and tensor is not None:
                 self.outside.forget(tensor.untyped_storage()._cdata)
+                where = named_here()
                 text = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
-                self.written_elsewhere[origin] = text
+                self.written_elsewhere[origin] = f"{text} ({where})" if where else text
 
     def _are_gradients(self, numbers: Sequence[int]) -> bool:
         """Tell whether tensors are on the memory of gradients from before the step."""
