@@ -40,7 +40,7 @@ R = TypeVar("R", bound=RecordedRun)
 
 #: The public face of a recording, which the reference describes: `dir(recording)`.
 _PUBLIC = [
-    *("run", "steps", "step", "step_count", "log", "paused", "flush", "stop"),
+    *("run", "steps", "step", "epochs", "step_count", "is_resuming", "log", "paused", "flush", "stop"),
     *("begin_step", "add_batch", "end_step"),
 ]
 
