@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,39 +39,34 @@ def runs(
 
     Shows name, status, steps, first and last loss, start time, parent and note, as the width allows.
     """
-    from everystep.views.lists import runs_json, runs_tables
+    from everystep.views.lists import runs_text, summary_data
+    from everystep.views.plain import as_json
 
-    killed: list[Path] = []
-    summaries = _summaries(directory, killed)
+    found = _summaries(directory)
     if json:
-        for text in runs_json(summaries):
-            say(text, nl=False)
-        return
-    has_some = False
-    for table in runs_tables(summaries, terminal_width()):
-        show(table)
-        has_some = True
-    if not has_some:
+        say(as_json([summary_data(run) for run in found]))
+    elif found:
+        show(runs_text(found, terminal_width()))
+        _say_killed([run.directory for run in found if run.status == "killed"])
+    else:
         hint(f"{directory} has no runs; everystep train creates the first")
-    _say_killed(killed)
 
 
-def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
-    """Yield all runs in one line each, as they are read; hint at damaged ones, and note killed ones."""
+def _summaries(directory: Path) -> list[Summary]:
+    """Return all runs that can be read in one line each; hint at damaged ones."""
     from everystep.recording.directories import find_runs
     from everystep.recording.recorded_run import RecordedRun
 
+    found = []
     for path in find_runs(directory):
         try:
-            summary = RecordedRun(path, may_be_cut=True).summary()
+            found.append(RecordedRun(path, may_be_cut=True).summary())
         except RunError as error:
             hint(f"everystep: skipped: {error}")
-            continue
-        if summary.damage is not None:
-            hint(f"everystep: {summary.damage}")
-        if summary.status == "killed":
-            killed.append(path)
-        yield summary
+        else:
+            if damage := found[-1].damage:
+                hint(f"everystep: {damage}")
+    return found
 
 
 #: Runs that the list names below it.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rich.text import Text
@@ -12,15 +12,13 @@ from rich.text import Text
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.formatting import cut, number, one_line, time_text
-from everystep.views.plain import as_json, metric_data, plain_data, plain_number
-from everystep.views.terminal import Column, Page, Styled, TextTable, table_text
+from everystep.views.plain import metric_data, plain_data, plain_number
+from everystep.views.terminal import Column, Page, Styled, table_lines, table_text
 
-__all__ = ["losses_text", "runs_json", "runs_tables", "summary_data"]
+__all__ = ["losses_text", "runs_text", "summary_data"]
 
 #: Characters of a note.
 _LONGEST_NOTE = 100
-#: Seconds from one part of a list of runs to the next.
-_MOMENT = 0.25
 
 
 def summary_data(summary: Summary) -> dict[str, Any]:
@@ -36,15 +34,6 @@ def summary_data(summary: Summary) -> dict[str, Any]:
     losses = {name: plain_number(getattr(summary, name)) for name in ("first_loss", "last_loss")}
     found: dict[str, Any] = plain_data(summary)
     return found | losses | {"validation": validation, "problem": None}
-
-
-def runs_json(runs: Iterable[Summary]) -> Iterator[str]:
-    """Yield the pieces of a JSON array of the runs, as they come."""
-    mark = "["
-    for run in runs:
-        yield f"{mark}\n{as_json(summary_data(run))}"
-        mark = ","
-    yield "[]\n" if mark == "[" else "\n]\n"
 
 
 def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> str:
@@ -103,24 +92,9 @@ COLUMNS: tuple[Column[Summary], ...] = (
 )
 
 
-def runs_tables(runs: Iterable[Summary], width: int | None = None) -> Iterator[Text]:
-    """Yield the list of runs in parts, one below the other, as the runs come: the first in a moment."""
-    table = TextTable(COLUMNS, width)
-    for some in _in_moments(runs):
-        page = Page()
-        for line in table.lines(some):
-            page.line(*line)
-        yield page.text
-
-
-def _in_moments(runs: Iterable[Summary]) -> Iterator[list[Summary]]:
-    """Yield the items of each moment together."""
-    some: list[Summary] = []
-    began = time.monotonic()
-    for run in runs:
-        some.append(run)
-        if time.monotonic() - began > _MOMENT:
-            yield some
-            some, began = [], time.monotonic()
-    if some:
-        yield some
+def runs_text(runs: Sequence[Summary], width: int | None = None) -> Text:
+    """Return the list of runs; width: of the terminal."""
+    page = Page()
+    for line in table_lines(COLUMNS, runs, math.inf if width is None else width):
+        page.line(*line)
+    return page.text

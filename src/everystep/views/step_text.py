@@ -37,7 +37,7 @@ from everystep.views.tensor_texts import (
     write_numbers,
     write_tensors,
 )
-from everystep.views.terminal import Cell, Column, Page, Styled, TextTable, keyed
+from everystep.views.terminal import Cell, Column, Page, Styled, keyed, table_lines
 from everystep.views.update_formula import UpdateFormula, update_formulas
 
 __all__ = ["PHASES", "step_html", "step_text"]
@@ -396,7 +396,7 @@ class _Opened:
                     "operator": seen.operation.operator,
                 }
                 rows[-1] |= numbers_of(next(iter(seen.made.values()))) if seen.made else {}
-        return list(TextTable(OPERATIONS, self.page.width - _INDENT).lines(rows))
+        return table_lines(OPERATIONS, rows, self.page.width - _INDENT)
 
     def _operation_in_full(self, place: int) -> None:
         seen, line, page = self.step.operations[place], self.lines[place], self.page
