@@ -56,19 +56,14 @@ def test_commands_options_and_names(complete, runs):
     assert complete("train", "--engine", "e") == ["eager"]
 
 
-def test_phases_operations_and_measurements(complete):
+def test_phases_and_measurements(complete):
     assert complete("step", "first-1", "2", "--phase", "") == list(PHASES)
-    numbers = complete("step", "first-1", "2", "--op", "1")
-    assert numbers == ["1", "10", "11"]  # those of the update are found when the step is opened
-    operator = everystep.open("first-1")[2].operations[1].operation.operator
-    assert complete("step", "first-1", "2", "--op", "1", shell="fish")[0] == f"1\t{operator}"
     assert complete("plot", "first-1", "first-2", "-m", "t") == ["twice"]
 
 
 def test_what_does_not_exist_is_left_to_the_shell(complete):
     assert complete("nonsense", "x") == []
     assert complete("losses", "nothing") == []
-    assert complete("step", "nothing", "1", "--op", "") == []
 
 
 def test_bash_completes_without_torch(runs, tmp_path):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.command_group import Commands
+from everystep.cli.command_group import Commands, documented
 from everystep.cli.display_commands import losses, plot, report, runs, step, table, view
 from everystep.cli.output import (
     OutputError,
@@ -55,7 +55,7 @@ for command in (
 ):
     # -1 is a step, not an option.
     settings = {"ignore_unknown_options": True} if command in (step, why, rows) else {}
-    app.command(context_settings=settings)(command)
+    app.command(context_settings=settings)(documented(command))
 
 
 @app.callback(invoke_without_command=True)

@@ -10,15 +10,14 @@ import typer
 
 from everystep.cli.output import answer, hint, page_width, say, say_written, show, terminal_width
 from everystep.cli.shared_options import (
+    FileOption,
     JsonOption,
-    PageOption,
     RunArgument,
     RunsArgument,
     StepArgument,
     measurement_names,
     one_of,
     open_run,
-    operation_numbers,
     run_names,
 )
 from everystep.errors import RunError, UsageError
@@ -30,14 +29,15 @@ __all__ = ["losses", "plot", "report", "runs", "step", "table", "view"]
 
 
 def runs(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIRECTORY", help="Directory that contains runs.")
-    ] = Path("runs"),
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY")] = Path("runs"),
     json: JsonOption = False,
 ) -> None:
     """List runs.
 
     Shows name, status, steps, first and last loss, start time, parent and note, as the width allows.
+
+    Args:
+        directory: Directory that contains runs.
     """
     from everystep.views.lists import runs_text, summary_data
     from everystep.views.plain import as_json
@@ -87,16 +87,20 @@ def _say_killed(directories: list[Path]) -> None:
 
 def losses(
     run: RunArgument,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    csv: Annotated[bool, typer.Option("--csv")] = False,
     json: JsonOption = False,
-    parquet: Annotated[bool, typer.Option("--parquet", help="Write Parquet; needs --output.")] = False,
-    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last N steps.")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Write to FILE instead of stdout."),
-    ] = None,
+    parquet: Annotated[bool, typer.Option("--parquet")] = False,
+    last: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
+    output: FileOption = None,
 ) -> None:
-    """Print the loss and the measurements of every step."""
+    """Print the loss and the measurements of every step.
+
+    Args:
+        csv: Print CSV.
+        parquet: Write Parquet; needs --output.
+        last: Only the last N steps.
+        output: Write to FILE instead of stdout.
+    """
     from everystep.views.lists import losses_text
     from everystep.views.output_file import write_file
 
@@ -123,14 +127,16 @@ def losses(
 
 def table(
     run: RunArgument,
-    output: PageOption = None,
-    rows: Annotated[
-        int, typer.Option(min=1, help="Maximum number of rows to embed; a longer run is excerpted.")
-    ] = 100_000,
+    output: FileOption = None,
+    rows: Annotated[int, typer.Option(min=1)] = 100_000,
 ) -> None:
     """Write a page with a table of the losses to browse.
 
     The table can be sorted, searched, copied, and saved as CSV.
+
+    Args:
+        output: The page to write (.html); default: RUN-losses.html or RUN-report.html here.
+        rows: Maximum number of rows to embed; a longer run is excerpted.
     """
     from everystep.views.output_file import default_output
 
@@ -142,30 +148,21 @@ def table(
 
 def plot(
     runs: RunsArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="The plot to write (.png, .svg, .pdf); default: RUN-loss.png, or loss.png, here.",
-        ),
-    ] = None,
-    log: Annotated[bool, typer.Option("--log", help="Use a logarithmic loss axis.")] = False,
+    output: FileOption = None,
+    log: Annotated[bool, typer.Option("--log")] = False,
     measurements: Annotated[
         list[str] | None,
-        typer.Option(
-            "--measurement",
-            "-m",
-            metavar="NAME",
-            help="Also draw this measurement, such as validation_loss. Repeatable.",
-            autocompletion=measurement_names,
-        ),
+        typer.Option("--measurement", "-m", metavar="NAME", autocompletion=measurement_names),
     ] = None,
 ) -> None:
     """Plot the loss of one run or several.
 
     The loss is drawn at each iteration; several runs share one plot.
+
+    Args:
+        output: The plot to write (.png, .svg, .pdf); default: RUN-loss.png, or loss.png, here.
+        log: Use a logarithmic loss axis.
+        measurements: Also draw this measurement, such as validation_loss. Repeatable.
     """
     from everystep.views.output_file import default_output
     from everystep.views.plot import loss_plot, save_plot
@@ -178,13 +175,15 @@ def plot(
 
 def report(
     run: RunArgument,
-    output: PageOption = None,
-    steps: Annotated[
-        list[int] | None,
-        typer.Option("--step", metavar="N", help="Embed this step; -1: the newest. Repeatable."),
-    ] = None,
+    output: FileOption = None,
+    steps: Annotated[list[int] | None, typer.Option("--step", metavar="N")] = None,
 ) -> None:
-    """Write everything about a run as one page."""
+    """Write everything about a run as one page.
+
+    Args:
+        output: The page to write (.html); default: RUN-losses.html or RUN-report.html here.
+        steps: Embed this step; -1: the newest. Repeatable.
+    """
     from everystep.views.output_file import default_output, write_file
 
     opened = open_run(run)
@@ -205,27 +204,21 @@ def step(
     phase: Annotated[
         str | None,
         typer.Option(
-            help="Show only this phase: batch, forward, loss, zero_grad, backward, update.",
-            autocompletion=one_of(
-                "batch", "forward", "loss", "zero_grad", "backward", "update", "other"
-            ),
+            autocompletion=one_of("batch", "forward", "loss", "zero_grad", "backward", "update", "other")
         ),
     ] = None,
-    operation: Annotated[
-        int | None,
-        typer.Option(
-            "--op",
-            metavar="N",
-            help="Show only this operation, in full.",
-            autocompletion=operation_numbers,
-        ),
-    ] = None,
-    values: Annotated[bool, typer.Option("--values", help="Print the values of tensors.")] = False,
+    operation: Annotated[int | None, typer.Option("--op", metavar="N")] = None,
+    values: Annotated[bool, typer.Option("--values")] = False,
     json: JsonOption = False,
 ) -> None:
     """Open a step: batch, operations, gradients, updates.
 
     everystep replays the step from the nearest snapshot, and compares its loss with the recorded one.
+
+    Args:
+        phase: Show only this phase: batch, forward, loss, zero_grad, backward, update.
+        operation: Show only this operation, in full.
+        values: Print the values of tensors.
     """
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
@@ -236,35 +229,21 @@ def step(
 
 
 def view(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|DIRECTORY",
-            help="Run to open (its directory, or its name in runs/), or a directory of runs.",
-            autocompletion=run_names,
-        ),
-    ] = "runs",
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Address to listen on; any other than the default exposes the page to the network."
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Port to listen on; if taken, the next free one.")
-    ] = 8137,
-    browser: Annotated[
-        bool | None,
-        typer.Option(
-            "--browser/--no-browser",
-            help="Open a browser, or do not; default: only if one is available.",
-        ),
-    ] = None,
+    what: Annotated[str, typer.Argument(metavar="RUN|DIRECTORY", autocompletion=run_names)] = "runs",
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8137,
+    browser: Annotated[bool | None, typer.Option("--browser/--no-browser")] = None,
 ) -> None:
     """Open runs as a local web page.
 
     Watch a training, walk through its steps, compare, measure, fork. Prints the address, which gives
     access to anyone who has it, and serves until Ctrl-C. New runs appear automatically.
+
+    Args:
+        what: Run to open (its directory, or its name in runs/), or a directory of runs.
+        host: Address to listen on; any other than the default exposes the page to the network.
+        port: Port to listen on; if taken, the next free one.
+        browser: Open a browser, or do not; default: only if one is available.
     """
     from everystep.page.server import place_of, serve
 
