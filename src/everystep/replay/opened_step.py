@@ -27,6 +27,7 @@ __all__ = [
     "Statistics",
     "Step",
     "Update",
+    "norm",
     "statistics",
 ]
 
@@ -124,7 +125,7 @@ class Update(NamedTuple):
     @property
     def relative_size(self) -> float:
         """The 2-norm of the change divided by that of the parameter before it; infinite if that is 0."""
-        change, before = (_norm(tensor) for tensor in (self.change, self.before))
+        change, before = (norm(tensor) for tensor in (self.change, self.before))
         return change / before if before else (math.inf if change else 0.0)
 
 
@@ -321,7 +322,7 @@ def _as_they_lie(tensor: Tensor) -> Tensor:
     return tensor.permute(order).flatten()
 
 
-def _norm(tensor: Tensor) -> float:
-    return float(
-        torch.linalg.vector_norm(tensor.detach().double() if not tensor.is_complex() else tensor)
-    )
+def norm(tensor: Tensor) -> float:
+    """Return the 2-norm of a tensor."""
+    magnitudes = (tensor.abs() if tensor.is_complex() else tensor).detach()
+    return float(torch.linalg.vector_norm(magnitudes.double()))

@@ -121,16 +121,10 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     """
     if rows < FEWEST_ROWS:
         raise UsageError(f"rows must be at least {FEWEST_ROWS}, not {rows}")
-    losses = run.losses
-    measured = {
-        column_title(str(name)): part.select("step", pl.col("value").alias(column_title(str(name))))
-        for (name,), part in run.measurements.partition_by("name", as_dict=True).items()
-    }
-    frame = losses
-    for part in measured.values():
-        frame = frame.join(part, on="step", how="full", coalesce=True)
-    if measured:
-        frame = frame.sort("step")
+    losses, titles = run.losses, {name: column_title(name) for name in ("step", "loss")}
+    measured = run.measurements.with_columns(pl.col("name").replace(titles))
+    measured = measured.pivot("name", index="step", values="value")
+    frame = losses.join(measured, on="step", how="full", coalesce=True).sort("step")
     if not run.facts.has_loss:
         frame = frame.drop("loss")
     total = len(frame)
@@ -138,11 +132,16 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         return LossTable(run.name, frame, total, None, run.damage)
     stride = _round_up(8 * total / rows)
     # All measurements together have as many rows as the losses.
-    wide = _round_up(8 * total * len(measured) / rows) if measured else None
+    names = measured.columns[1:]
+    wide = _round_up(8 * total * len(names) / rows) if names else None
     kept = [
         frame.filter(pl.col("step") % stride == 0)["step"],
         extremes(losses, stride)["step"],
-        *(extremes(part, wide, value=name)["step"] for name, part in measured.items() if wide),
+        *(
+            extremes(frame.select("step", name).drop_nulls(), wide, value=name)["step"]
+            for name in names
+            if wide
+        ),
     ]
     some = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
     spans = {"loss": stride if run.facts.has_loss else None, "value of each measurement": wide}

@@ -119,13 +119,15 @@ def _replayed_text(found: Verification) -> str:
 
 def _losses_text(found: Verification) -> str:
     if found.first_loss is None:
-        is_all = found.steps == found.all_steps
-        count = f"all {found.steps:,}" if is_all else f"{found.steps:,} of {found.all_steps:,}"
-        return f"{count} bit-identical"
+        return f"{_share(found.steps, found.all_steps)} bit-identical"
     step, recorded, replayed = found.first_loss
     pair = f"recorded {shortest(recorded)}, replayed {shortest(replayed)}"
     far = _apart(recorded, replayed, found.loss_distance)
     return f"{found.different_steps:,} of {found.steps:,} differ, first at step {step:,}:\n{pair}{far}"
+
+
+def _share(count: int, whole: int) -> str:
+    return f"all {whole:,}" if count == whole else f"{count:,} of {whole:,}"
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
@@ -140,11 +142,8 @@ def _apart(recorded: float, replayed: float, units: int | None) -> str:
 
 def _snapshots_text(found: Verification) -> str:
     if not found.states:
-        count = f"all {found.snapshots:,}"
-        if found.snapshots < found.all_snapshots:
-            count = f"{found.snapshots:,} of {found.all_snapshots:,}"
-        if found.snapshots == found.all_snapshots == 1:
-            count = "the only one"
+        is_only = found.snapshots == found.all_snapshots == 1
+        count = "the only one" if is_only else _share(found.snapshots, found.all_snapshots)
         return f"{count} after state 0 bit-identical"
     states = sorted({each.state for each in found.states})
     first = [each for each in found.states if each.state == states[0]]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.program.operation import Operation
 from everystep.recording.facts import Facts, LoopFacts, ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.opened_step import Batch, Segment, Step, statistics
+from everystep.replay.opened_step import Batch, Segment, Step, norm, statistics
 from everystep.views.batch_text import (
     class_names,
     classes_of_tensors,
@@ -26,10 +25,9 @@ from everystep.views.batch_text import (
     targets,
 )
 from everystep.views.formatting import dtype_text
-from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
+from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.network import network
 from everystep.views.plain import plain_data
-from everystep.views.tensor_texts import norm
 from everystep.views.update_formula import UpdateFormula, update_formulas
 
 __all__ = ["Happened", "SegmentSeen", "as_it_happened", "step_data", "tensor_of"]
@@ -229,21 +227,13 @@ def _operations(step: Step, tensors: _Tensors) -> list[dict[str, Any]]:
             "operator": seen.operation.operator,
             "left": line.left,
             "right": line.right,
-            "arguments": _arguments(seen.operation, line),
+            "arguments": argument_texts(seen.operation, line.given),
             "inputs": tensors.called(f"operations/{number}/inputs", seen.inputs, line.given),
             "results": tensors.called(f"operations/{number}/results", seen.results, line.made),
         }
         for number, (seen, line) in enumerate(
             zip(step.operations, mathematics(step.operations), strict=True)
         )
-    ]
-
-
-def _arguments(operation: Operation, line: Line) -> list[list[str | bool]]:
-    """Return name, text, and whether it is the default."""
-    return [
-        [key, value_text(value, lambda name: line.given.get(name, name)), not is_given]
-        for key, (value, is_given) in all_arguments(operation).items()
     ]
 
 

@@ -16,7 +16,7 @@ from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
 from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.opened_step import Step
+from everystep.replay.opened_step import Step, norm
 from everystep.views.batch_text import (
     MOST_VALUES,
     about_classes,
@@ -26,12 +26,11 @@ from everystep.views.batch_text import (
     targets,
 )
 from everystep.views.formatting import cut, grouped
-from everystep.views.mathematics import all_arguments, mathematics, value_text
+from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.step_data import SegmentSeen, as_it_happened
 from everystep.views.tensor_texts import (
     ABSOLUTE,
     NUMBERS,
-    norm,
     numbers_of,
     statistics_text,
     write_numbers,
@@ -65,6 +64,12 @@ OPERATIONS: tuple[Column[Mapping[str, Cell]], ...] = (
     keyed("formula", least=34),
     *NUMBERS,
     keyed("operator", style="dim", rank=4),
+)
+#: The columns of the arguments of an operation: name, text, whether it is the default.
+ARGUMENTS: tuple[Column[tuple[str, str, bool]], ...] = (
+    Column("", lambda row: row[0], style="dim"),
+    Column("", lambda row: row[1]),
+    Column("", lambda row: "default" if row[2] else "", style="dim"),
 )
 #: The columns of the update of a parameter.
 UPDATES: tuple[Column[Mapping[str, Cell]], ...] = (
@@ -163,22 +168,9 @@ class _Opened:
         page.labelled("phase", seen.operation.phase)
         if seen.operation.module is not None:
             page.labelled("module", seen.operation.module)
-        arguments = [
-            {
-                "name": key,
-                "value": value_text(value, lambda name: line.given.get(name, name)),
-                "default": "" if is_given else "default",
-            }
-            for key, (value, is_given) in all_arguments(seen.operation).items()
-        ]
-        if arguments:
+        if arguments := argument_texts(seen.operation, line.given):
             page.heading("arguments")
-            columns = (
-                keyed("name", "", style="dim"),
-                keyed("value", ""),
-                keyed("default", "", style="dim"),
-            )
-            page.table(columns, arguments)
+            page.table(ARGUMENTS, arguments)
         about = about_classes(self.step, self.classes, self.training.modules)
         for role, tensors, called in (
             ("inputs", seen.inputs, line.given),
