@@ -1,15 +1,11 @@
-"""An answer, which a notebook shows as the terminal prints it."""
+"""An answer or an opened step, which a notebook shows as the terminal prints it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any, Protocol
 
 __all__ = ["Shown", "View"]
-
-#: A long answer scrolls, and the colours are those of the notebook.
-_STYLE = "overflow: auto; max-height: 40em; line-height: 1.35; background: none"
 
 
 class View(Protocol):
@@ -21,8 +17,8 @@ class View(Protocol):
     def data(self, answer: Any, **options: Any) -> dict[str, Any]:
         """Return an answer as plain data."""
 
-    def html(self, step: Any) -> str:
-        """Return a step as a notebook shows it."""
+    def html(self, answer: Any) -> str:
+        """Return an answer as a notebook shows it."""
 
 
 @dataclass(frozen=True)
@@ -40,4 +36,4 @@ class Shown:
         return {} if self.view is None else self.view.data(self, **options)
 
     def _repr_html_(self) -> str | None:
-        return None if self.view is None else f'<pre style="{_STYLE}">{escape(self.to_text())}</pre>'
+        return None if self.view is None else self.view.html(self)

@@ -66,10 +66,6 @@ def _status(run: Summary) -> Styled:
     return f"{run.status}{bad}{'' if run.damage is None else ', damaged'}", "red"
 
 
-def _parent_text(run: Summary) -> str:
-    return "" if run.parent is None else f"{run.parent[0]}, step {run.parent[1]}"
-
-
 def _note(run: Summary) -> str:
     return cut(one_line(run.note or "").replace("\ufffd", " "), _LONGEST_NOTE)
 
@@ -87,7 +83,7 @@ COLUMNS: tuple[Column[Summary], ...] = (
     Column("first loss", lambda run: number(run.first_loss), is_number=True, rank=4),
     Column("last loss", lambda run: number(run.last_loss), is_number=True, rank=1),
     Column("started", lambda run: time_text(run.started), rank=3),
-    Column("fork of", _parent_text, rank=5),
+    Column("fork of", lambda run: "{}, step {}".format(*run.parent) if run.parent else "", rank=5),
     Column("note", _note, style="dim", rank=6, least=16),
 )
 

@@ -28,7 +28,7 @@ from everystep.views.reduction import extremes
 if TYPE_CHECKING:
     from everystep.recording.recorded_run import RecordedRun
 
-__all__ = ["LossTable", "column_title", "environment", "loss_table", "shortest_texts"]
+__all__ = ["LossTable", "column_title", "loss_table", "rendered", "shortest_texts"]
 
 #: Rows in the page as plain HTML, for viewers without scripts.
 STATIC_ROWS = 10
@@ -67,7 +67,7 @@ class LossTable:
 
     def fragment(self) -> str:
         """Return the table as HTML to embed in another page, more than once if needed."""
-        return _rendered("table_fragment.html", **self.content())
+        return rendered("table_fragment.html", **self.content())
 
     def content(self) -> dict[str, Any]:
         """Return the content for a template: texts, the rows as data, and DataTables."""
@@ -88,7 +88,7 @@ class LossTable:
         """Return a complete page."""
         is_whole = self.excerpt is None and self.damage is None
         lead = "The loss of every step" if is_whole else "The losses"
-        return _rendered("table.html", name=self.name, lead=lead, fragment=Markup(self.fragment()))
+        return rendered("table.html", name=self.name, lead=lead, fragment=Markup(self.fragment()))
 
     def save(self, path: str | Path) -> None:
         """Write a complete page.
@@ -173,9 +173,13 @@ def shortest_texts(values: pl.Series) -> list[str]:
     return texts
 
 
+def rendered(template: str, **values: Any) -> str:
+    """Return a template as text; everything passed to it is escaped."""
+    return _environment().get_template(template).render(**values)
+
+
 @cache
-def environment() -> Environment:
-    """Return the renderer of the templates; it escapes everything passed to them."""
+def _environment() -> Environment:
     found = Environment(
         loader=PackageLoader("everystep.views"),
         autoescape=True,
@@ -187,10 +191,6 @@ def environment() -> Environment:
     # `tojson` escapes <, > and & for use in a script element; NaN is not JSON.
     found.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return found
-
-
-def _rendered(template: str, **values: Any) -> str:
-    return environment().get_template(template).render(**values)
 
 
 def _asset(name: str) -> Markup:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
 
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import shortest
@@ -42,6 +46,9 @@ __all__ = ["FINITE", "RunView", "skipped_text", "when_text"]
 #: The text if there is no NaN and no infinity.
 FINITE = "all results of all operations are finite"
 
+#: A long answer scrolls. Colours are those of the notebook, and only emphasis is added.
+_HTML = '<pre style="overflow: auto; max-height: 40em; line-height: 1.35; background: none">{code}</pre>'
+
 #: Rows of a training that are named before the rest is counted.
 _ROWS_NAMED = 8
 
@@ -71,11 +78,14 @@ class RunView(NamedTuple):
         )
         return found if self.run is None else {"run": self.run.name} | found
 
-    def html(self, step: Step) -> str:
-        """Return a step as a notebook shows it."""
-        from everystep.views.step_text import step_html
-
-        return step_html(step, self.run.facts, self.run.name)
+    def html(self, answer: Any) -> str:
+        """Return an answer as a notebook shows it: what the terminal prints."""
+        shown = self.shown(answer)
+        if isinstance(shown, str):
+            return _HTML.format(code=escape(shown))
+        console = Console(file=io.StringIO(), record=True, color_system="truecolor")
+        console.print(shown, soft_wrap=True)
+        return console.export_html(inline_styles=True, code_format=_HTML)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An answer can be pickled; a run with its opened steps cannot.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -39,15 +38,10 @@ from everystep.views.tensor_texts import (
 from everystep.views.terminal import Cell, Column, Page, Styled, keyed, table_lines
 from everystep.views.update_formula import UpdateFormula, update_formulas
 
-__all__ = ["PHASES", "step_html", "step_text"]
+__all__ = ["PHASES", "step_text"]
 
 #: Phases that can be shown alone.
 PHASES = ("batch", *get_args(Phase))
-
-#: Columns of a step in a notebook.
-HTML_WIDTH = 110
-#: Colours are those of the notebook, and only emphasis is added.
-_HTML = '<pre style="overflow-x: auto; line-height: 1.35; background: none">{code}</pre>'
 
 _INDENT = 2
 #: Rows of a batch that are named.
@@ -119,15 +113,6 @@ def step_text(
     else:
         opened.whole(name, phase)
     return opened.page.text
-
-
-def step_html(step: Step, facts: Facts, name: str) -> str:
-    """Return a step as a notebook shows it: the page of the terminal."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), record=True, width=HTML_WIDTH, color_system="truecolor")
-    console.print(step_text(step, facts, name=name, width=HTML_WIDTH), soft_wrap=True)
-    return console.export_html(inline_styles=True, code_format=_HTML)
 
 
 class _Opened:
