@@ -320,9 +320,7 @@ class Run(RecordedRun):
         Args:
             condition: an expression, `"isnan(loss)"`, or a function of the opened step.
             which: steps to find.
-            processes: number of processes; default: one per core, if worth their start.
-            progress: show a progress bar if stderr is a terminal; or a function, called with the number
-                of steps just replayed.
+            processes, progress: as in `measure`.
 
         Raises:
             UsageError: the condition does not fit.

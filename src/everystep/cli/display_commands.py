@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import everystep
 from everystep.cli.output import answer, hint, page_width, say, say_written, show, terminal_width
 from everystep.cli.shared_options import (
     FileOption,
     JsonOption,
     RunArgument,
-    RunsArgument,
     StepArgument,
     measurement_names,
     one_of,
-    open_run,
     run_names,
 )
 from everystep.errors import RunError, UsageError
@@ -108,7 +107,7 @@ def losses(
         raise UsageError("--csv, --json and --parquet are mutually exclusive")
     if parquet and output is None:
         raise UsageError("Parquet is binary; write it to a file: --parquet -o losses.parquet")
-    opened = open_run(run)
+    opened = everystep.open(run)
     content: str | bytes
     if parquet:
         file = io.BytesIO()  # if polars writes a file itself, a full disk raises its own error
@@ -140,14 +139,14 @@ def table(
     """
     from everystep.views.output_file import default_output
 
-    opened = open_run(run)
+    opened = everystep.open(run)
     place = output or default_output(f"{opened.name}-losses.html")
     opened.table(rows).save(place)
     say_written(place)
 
 
 def plot(
-    runs: RunsArgument,
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", autocompletion=run_names)],
     output: FileOption = None,
     log: Annotated[bool, typer.Option("--log")] = False,
     measurements: Annotated[
@@ -160,6 +159,7 @@ def plot(
     The loss is drawn at each iteration; several runs share one plot.
 
     Args:
+        runs: Run directories, or their names in runs/.
         output: The plot to write (.png, .svg, .pdf); default: RUN-loss.png, or loss.png, here.
         log: Use a logarithmic loss axis.
         measurements: Also draw this measurement, such as validation_loss. Repeatable.
@@ -167,7 +167,7 @@ def plot(
     from everystep.views.output_file import default_output
     from everystep.views.plot import loss_plot, save_plot
 
-    opened = [open_run(run) for run in runs]
+    opened = [everystep.open(run) for run in runs]
     place = output or default_output(f"{opened[0].name}-loss.png" if len(opened) == 1 else "loss.png")
     save_plot(loss_plot(opened, log=log, measurements=measurements or []), place)
     say_written(place)
@@ -186,7 +186,7 @@ def report(
     """
     from everystep.views.output_file import default_output, write_file
 
-    opened = open_run(run)
+    opened = everystep.open(run)
     place = output or default_output(f"{opened.name}-report.html")
     if steps:
         from everystep.page.share import shared_report
@@ -222,7 +222,7 @@ def step(
     """
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened[number]
     text = {"phase": phase, "operation": operation, "width": page_width()}
     answer(found, json, opened.problems, text=text, values=values)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import everystep
 from everystep.cli.output import answer, hint, page_width, quoted, say, say_written
 from everystep.cli.shared_options import (
     CountOption,
@@ -18,7 +19,6 @@ from everystep.cli.shared_options import (
     StepArgument,
     StepOption,
     one_of,
-    open_run,
     row_numbers,
 )
 from everystep.errors import UsageError
@@ -63,7 +63,7 @@ def why(
         depth: Follow the largest numbers N operations deep.
         terms: Terms of a sum to show one by one.
     """
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened.why(number, expression, back=back, depth=depth, terms=terms)
     answer(found, json, opened.problems, text={"width": page_width()})
     if not json:
@@ -91,7 +91,7 @@ def rows(
     """
     from everystep.views.rows_text import order_of
 
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened.rows(number)
     is_known = order_of(found, by, parameter) is not None
     first_rows = {"first": first}
@@ -116,7 +116,7 @@ def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption
     Compares every loss and every snapshot. This shows that the replay matches the recording; the line
     `recorded` shows what backs the recording itself. Exits with 1 if something differs.
     """
-    found = open_run(run).verify(processes=processes)
+    found = everystep.open(run).verify(processes=processes)
     answer(found, json, is_yes=found.is_exact)
 
 
@@ -134,12 +134,10 @@ def doctor(
     Args:
         export: Write the numbers that can be read as CSV.
     """
-    from everystep.api import doctor
-
-    found = doctor(run)
+    found = everystep.doctor(run)
     answer(found, json)
     if export is not None:
-        doctor(run, export=export)
+        everystep.doctor(run, export=export)
         say_written(export)
     if not found.is_healthy:
         raise typer.Exit(1)
@@ -158,7 +156,7 @@ def diff(
     Args:
         thorough: Compare every step, not only those around the first difference.
     """
-    found = open_run(one).diff(open_run(other), thorough=thorough)
+    found = everystep.open(one).diff(everystep.open(other), thorough=thorough)
     answer(found, json, is_yes=found.is_same)
 
 
@@ -176,7 +174,7 @@ def match(
     Args:
         step: Match this step; default: the first that differs.
     """
-    found = open_run(one).match(open_run(other), step)
+    found = everystep.open(one).match(everystep.open(other), step)
     answer(found, json, is_yes=found.is_match)
 
 
@@ -201,7 +199,7 @@ def measure(
         every: Measure every N steps.
         overwrite: Replace an existing measurement of that name.
     """
-    opened = open_run(run)
+    opened = everystep.open(run)
     try:
         found = opened.measure(
             expression, name=name, every=every, overwrite=overwrite, processes=processes
@@ -237,7 +235,7 @@ def when(
 
     if last and all:
         raise UsageError("--last and --all are mutually exclusive")
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
     if found.inexact:
         hint(f"everystep: {skipped_text(found.inexact)}; run everystep verify for details")
@@ -259,7 +257,7 @@ def first_nonfinite(
     """
     from everystep.views.run_view import FINITE
 
-    found = open_run(run).first_nonfinite(processes=processes)
+    found = everystep.open(run).first_nonfinite(processes=processes)
     if found is None:
         say("null" if json else FINITE)
         raise typer.Exit(1)
@@ -296,14 +294,14 @@ def rerun(
         output: Plot both losses (.png, .svg or .pdf).
         log: Plot on a log axis.
     """
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened.rerun(
         threads=threads,
         capability=capability,
         mkl=mkl,
         precision=precision,  # type: ignore[arg-type]  # checked with the other settings
         python=python,
-        beside=[open_run(each) for each in beside or ()],
+        beside=[everystep.open(each) for each in beside or ()],
     )
     answer(found, json)
     if output is not None:
@@ -344,7 +342,7 @@ def what_if(
     """
     from everystep.replay.what_if import check_has_rows
 
-    opened = open_run(run)
+    opened = everystep.open(run)
     if not lr:
         check_has_rows(opened)
     if without_rows is None and without_rows_of is None and not lr:

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from everystep.errors import RunError, UsageError
-
-if TYPE_CHECKING:
-    from everystep.run import Run
 
 __all__ = [
     "BudgetOption",
@@ -28,7 +25,6 @@ __all__ = [
     "QuietOption",
     "RowsOption",
     "RunArgument",
-    "RunsArgument",
     "SettingsOption",
     "StepArgument",
     "StepOption",
@@ -36,7 +32,6 @@ __all__ = [
     "experiments_and_files",
     "measurement_names",
     "one_of",
-    "open_run",
     "row_numbers",
     "run_names",
 ]
@@ -90,12 +85,6 @@ RunArgument = Annotated[
         metavar="RUN", help="A run's directory, or its name in runs/.", autocompletion=run_names
     ),
 ]
-RunsArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="RUN...", help="Run directories, or their names in runs/.", autocompletion=run_names
-    ),
-]
 StepArgument = Annotated[int, typer.Argument(metavar="STEP", help="Step, from 1, or from the end: -1.")]
 SettingsOption = Annotated[
     list[str] | None,
@@ -116,17 +105,6 @@ RowsOption = Annotated[str | None, typer.Option(metavar="ROWS")]
 StepOption = Annotated[int | None, typer.Option(metavar="STEP")]
 #: How many.
 CountOption = Annotated[int, typer.Option(min=1, metavar="N")]
-
-
-def open_run(name: str) -> Run:
-    """Return the run in a directory, or of that name in runs/.
-
-    Raises:
-        RunError: there is none, or it cannot be read.
-    """
-    from everystep import api
-
-    return api.open(name)
 
 
 def row_numbers(text: str | None) -> list[int]:

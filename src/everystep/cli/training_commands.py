@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import everystep
 from everystep.cli.output import hint, say, say_lines
 from everystep.cli.shared_options import (
     BudgetOption,
@@ -19,7 +20,6 @@ from everystep.cli.shared_options import (
     experiment_names,
     experiments_and_files,
     one_of,
-    open_run,
     row_numbers,
 )
 from everystep.errors import UsageError, did_you_mean
@@ -184,7 +184,7 @@ def fork(
 
     numerics.prepare()
     changes: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
-    made = open_run(run).fork(
+    made = everystep.open(run).fork(
         at,
         changes,
         steps=steps,

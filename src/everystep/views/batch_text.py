@@ -17,7 +17,6 @@ from everystep.replay.opened_step import Batch, Step
 
 __all__ = [
     "MOST_VALUES",
-    "about_classes",
     "about_columns",
     "class_names",
     "classes_of_tensors",
@@ -98,21 +97,6 @@ def classes_of_tensors(
                 elif name in columns and tensor.shape == shape:
                     found[f"operations/{number}/{role}/{name}"] = "columns"
     return found
-
-
-def about_classes(
-    step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
-) -> dict[str, str]:
-    """Return the explanations of tensors about classes, by their ids.
-
-    Classes with their numbers as names need none.
-    """
-    if names is None or names == [str(number) for number in range(len(names))]:
-        return {}
-    numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names))
-    texts = {"values": f"classes: {numbered}", "columns": f"columns: {', '.join(names)}"}
-    found = classes_of_tensors(step, names, modules)
-    return {id: texts[kind] for id, kind in found.items()}
 
 
 def plain_values(nested: Any, *, whole: bool = False) -> list[dict[str, Any]]:

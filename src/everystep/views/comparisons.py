@@ -177,12 +177,11 @@ def _reason(found: Difference, operation: OperationDifference) -> str:
 
 def _input_name(name: str) -> str:
     """Describe an input of an operation."""
-    kind, _, rest = name.partition("~")[0].partition("/")
-    if kind in ("x", "y"):
-        return f"{kind} of the batch"
-    if kind == "gradient":
-        return f"the gradient of {rest}"
-    return rest if kind in ("parameter", "buffer") else name
+    from everystep.answers.operations import name_in_words
+
+    base = name.partition("~")[0]
+    words = f"{base} of the batch" if base in ("x", "y") else name_in_words(base)
+    return f"the {words}" if base.startswith("gradient/") else words
 
 
 def _tensor_text(found: TensorDifference) -> str:

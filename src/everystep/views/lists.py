@@ -13,7 +13,7 @@ from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.formatting import cut, number, one_line, time_text
 from everystep.views.plain import metric_data, plain_data, plain_number
-from everystep.views.terminal import Column, Page, Styled, table_lines, table_text
+from everystep.views.terminal import Column, Page, Styled, keyed, table_lines, table_text
 
 __all__ = ["losses_text", "runs_text", "summary_data"]
 
@@ -48,15 +48,14 @@ def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> st
         rows = [{name: column[place] for name, column in plain.items()} for place in range(count)]
         return json.dumps(rows, indent=1) + "\n"
 
-    columns = [
-        Column(name, lambda row, place=place, name=name: _value_text(row[place], name), is_number=True)  # type: ignore[misc]
-        for place, name in enumerate(values)
-    ]
-    return "\n".join([*table_text(columns, list(zip(*values.values(), strict=True))), ""])
-
-
-def _value_text(value: Any, name: str) -> str:
-    return "-" if value is None else str(value) if name == "step" else shortest(value)
+    texts = {
+        name: [
+            str(each) if name == "step" else "-" if each is None else shortest(each) for each in column
+        ]
+        for name, column in values.items()
+    }
+    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    return "\n".join([*table_text([keyed(name, is_number=True) for name in texts], rows), ""])
 
 
 def _status(run: Summary) -> Styled:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.recording.facts import Facts, LoopFacts, ModuleFacts, TrainingFacts
+from everystep.recording.facts import Facts, LoopFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.opened_step import Batch, Segment, Step, norm, statistics
@@ -99,6 +99,10 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     loss = loss_text(training.loss)
     loop = training.loop
     happened = as_it_happened(step, training, loop) if loop else None
+    layers = network(step, training.modules)
+    for layer in layers:
+        if (output := first_of(step.activations.get(layer["path"]))) is not None:
+            tensors.add(layer["activation"], output)
     content = {
         "step": step.number,
         "steps": run.newest_step(),
@@ -119,7 +123,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "batch": _batch(step.batch, facts, tensors, values),
         "parameters": tensors.of("parameters", step.parameters),
         "buffers": tensors.of("buffers", step.buffers),
-        "network": _network(step, training.modules, tensors),
+        "network": layers,
         "operations": _operations(step, tensors),
         "segments": _segments(happened, training) if happened else None,
         "changed_otherwise": happened.changed_otherwise if happened else [],
@@ -206,16 +210,6 @@ def _batch(batch: Batch, facts: Facts, tensors: _Tensors, values: bool) -> dict[
         "classes": names,
         "values": plain_values(batch.nested, whole=values),
     }
-
-
-def _network(step: Step, modules: Mapping[str, ModuleFacts], tensors: _Tensors) -> list[dict[str, Any]]:
-    layers = network(step, modules)
-    for layer in layers:
-        if layer["activation"] is not None:
-            activation = first_of(step.activations[layer["path"]])
-            assert activation is not None
-            tensors.add(layer["activation"], activation)
-    return layers
 
 
 def _operations(step: Step, tensors: _Tensors) -> list[dict[str, Any]]:

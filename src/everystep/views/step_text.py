@@ -18,8 +18,8 @@ from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.opened_step import Step, norm
 from everystep.views.batch_text import (
     MOST_VALUES,
-    about_classes,
     class_names,
+    classes_of_tensors,
     classes_text,
     other_values,
     targets,
@@ -156,7 +156,7 @@ class _Opened:
         if arguments := argument_texts(seen.operation, line.given):
             page.heading("arguments")
             page.table(ARGUMENTS, arguments)
-        about = about_classes(self.step, self.classes, self.training.modules)
+        about = self._about_classes()
         for role, tensors, called in (
             ("inputs", seen.inputs, line.given),
             ("results", seen.results, line.made),
@@ -173,6 +173,16 @@ class _Opened:
                     page.wrapped(text, "dim", indent=2 * _INDENT)
                 if (self.values or tensor.numel() <= FEW_VALUES) and not is_unset:
                     write_numbers(page, tensor, indent=2 * _INDENT)
+
+    def _about_classes(self) -> dict[str, str]:
+        """Return explanations of tensors, by id; classes with their numbers as names need none."""
+        names = self.classes or []
+        if names == [str(number) for number in range(len(names))]:
+            return {}
+        numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+        texts = {"values": f"classes: {numbered}", "columns": f"columns: {', '.join(names)}"}
+        found = classes_of_tensors(self.step, names, self.training.modules)
+        return {id: texts[kind] for id, kind in found.items()}
 
     def _heading(self, name: str) -> None:
         step, page = self.step, self.page
@@ -373,7 +383,7 @@ class _Opened:
                     "operator": seen.operation.operator,
                 }
                 rows[-1] |= numbers_of(next(iter(seen.made.values()))) if seen.made else {}
-        return table_lines(OPERATIONS, rows, self.page.width - _INDENT)
+        return list(table_lines(OPERATIONS, rows, self.page.width - _INDENT))
 
     def _operation_in_full(self, place: int) -> None:
         seen, line, page = self.step.operations[place], self.lines[place], self.page

@@ -60,8 +60,8 @@ def keyed(key: str, header: str | None = None, **options: Any) -> Column[Mapping
 
 def table_lines(
     columns: Sequence[Column[Row]], rows: Sequence[Row], width: float = math.inf
-) -> list[list[Styled]]:
-    """Return rows in aligned columns: the headings, if there are any, and the lines of each row.
+) -> Iterator[list[Styled]]:
+    """Yield rows in aligned columns: the headings, if there are any, and the lines of each row.
 
     A column without a text in any row is left out.
 
@@ -69,13 +69,16 @@ def table_lines(
     """
     filled = [_Filled(column, [column.cell(row) for row in rows]) for column in columns]
     shown = _fitting([each for each in filled if each.has_text or not rows], width)
-    lines = []
+    is_narrow = any(each.width < each.widest for each in shown)
     headings = [one_line(each.column.header) for each in shown]
     if any(headings):
-        lines.append(_line(shown, [(heading, "dim") for heading in headings]))
-    for cells in zip(*(each.folded() for each in shown), strict=True):
-        lines += [_line(shown, line) for line in zip_longest(*cells, fillvalue=("", ""))]
-    return lines
+        yield _line(shown, [(heading, "dim") for heading in headings])
+    for row in zip(*(each.cells for each in shown), strict=True):
+        if is_narrow:
+            folded = (each.folded(cell) for each, cell in zip(shown, row, strict=True))
+            yield from (_line(shown, line) for line in zip_longest(*folded, fillvalue=("", "")))
+        else:
+            yield _line(shown, row)
 
 
 def table_text(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> list[str]:
@@ -89,16 +92,17 @@ class _Filled:
     def __init__(self, column: Column[Any], cells: list[Styled]) -> None:
         self.column = column
         self.cells = cells
-        self.width = max(map(_width, [one_line(column.header), *(text for text, _ in cells)]))
+        self.width = self.widest = max(
+            map(_width, [one_line(column.header), *(text for text, _ in cells)])
+        )
         self.has_text = any(text for text, _ in cells)
 
-    def folded(self) -> Iterator[list[Styled]]:
-        """Yield each cell as the lines that it takes."""
-        for text, style in self.cells:
-            if self.column.wraps:
-                yield [(line, style) for line in textwrap.wrap(text, self.width)]
-            else:
-                yield [(cut(text, self.width) if self.column.least else text, style)]
+    def folded(self, cell: Styled) -> list[Styled]:
+        """Return a cell as the lines that it takes: one, cut where it must be, or several."""
+        text, style = cell
+        if self.column.wraps:
+            return [(line, style) for line in textwrap.wrap(text, self.width)]
+        return [(cut(text, self.width), style)]
 
 
 def _fitting(columns: list[_Filled], width: float) -> list[_Filled]:
