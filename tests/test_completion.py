@@ -30,12 +30,10 @@ def complete(runs, monkeypatch, everystep_command):
     """Return what is offered after these words; the last is not yet complete."""
     monkeypatch.chdir(runs)
 
-    def complete(*words, shell="bash"):
-        monkeypatch.setenv("_EVERYSTEP_COMPLETE", f"complete_{shell}")
+    def complete(*words):
+        monkeypatch.setenv("_EVERYSTEP_COMPLETE", "complete_bash")
         monkeypatch.setenv("COMP_WORDS", " ".join(["everystep", *words]))
         monkeypatch.setenv("COMP_CWORD", str(len(words)))
-        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", " ".join(["everystep", *words]))
-        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
         code, out, err = everystep_command()
         assert (code, err) == (0, "")
         return out.split("\n")[:-1] if out.strip() else []

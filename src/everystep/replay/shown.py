@@ -11,8 +11,8 @@ __all__ = ["Shown", "View"]
 class View(Protocol):
     """How answers and steps are shown."""
 
-    def text(self, answer: Any, **options: Any) -> str:
-        """Return an answer as the terminal prints it."""
+    def shown(self, answer: Any, **options: Any) -> Any:
+        """Return an answer as the terminal prints it: a text, some with styles."""
 
     def data(self, answer: Any, **options: Any) -> dict[str, Any]:
         """Return an answer as plain data."""
@@ -29,7 +29,7 @@ class Shown:
 
     def to_text(self, **options: Any) -> str:
         """Return it as the terminal prints it."""
-        return repr(self) if self.view is None else self.view.text(self, **options)
+        return repr(self) if self.view is None else str(self.view.shown(self, **options))
 
     def data(self, **options: Any) -> dict[str, Any]:
         """Return everything in it as plain data: what `--json` prints and the page gets."""

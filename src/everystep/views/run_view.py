@@ -62,10 +62,6 @@ class RunView(NamedTuple):
     run: Any
     step: Step | None = None
 
-    def text(self, answer: Any, **options: Any) -> str:
-        """Return an answer as the terminal prints it."""
-        return str(self.shown(answer, **options))
-
     def shown(self, answer: Any, **options: Any) -> str | Text:
         """Return an answer as the terminal prints it, some with styles."""
         return _TEXTS[type(answer).__name__](answer, self, **options)
