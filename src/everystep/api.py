@@ -257,6 +257,8 @@ def record(
     force: bool = False,
     fork: str | Path | Run | None = None,
     at: int | None = None,
+    config: Any = None,
+    tags: Iterable[str] = (),
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     **parts: Any,
@@ -288,6 +290,9 @@ def record(
         force: continue although the parts, the versions or the numerics changed; the recorded steps
             after the snapshot are discarded, and the run records what changed.
         fork, at: the run to make a fork of, and the step after which the fork begins.
+        config: the settings of your script: a dict, a dataclass or an `argparse.Namespace`. It is shown
+            with the run, and compared by `diff`; everystep does nothing with it.
+        tags: words by which to find the run: `everystep runs --tag NAME`.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches; beyond that, everystep drops the oldest ones, and their
             steps no longer open.
@@ -299,6 +304,7 @@ def record(
         UsageError: an argument is not a part of a training, or has no name.
         RunError: the run to continue or to fork does not exist.
     """
+    from everystep.training.config import checked_config, checked_tags
     from everystep.training.record import Recording
 
     if unnamed:
@@ -319,6 +325,7 @@ def record(
         resumed=resumed,
         is_accepted=force,
         fork=_forked(fork, at, resumed),
+        said={"config": checked_config(config), "tags": checked_tags(tags)},
     )
 
 

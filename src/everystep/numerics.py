@@ -238,7 +238,6 @@ def in_effect() -> tuple[Any, ...]:
     return (
         torch.get_num_threads(),
         torch.get_default_dtype(),
-        torch.get_deterministic_debug_mode(),
         torch.get_float32_matmul_precision(),
         *[read() for read in _switches()],
     )
@@ -246,10 +245,12 @@ def in_effect() -> tuple[Any, ...]:
 
 @cache
 def _switches() -> tuple[Callable[[], bool], ...]:
-    """Return torch's functions that report which kernels may be used."""
+    """Return torch's functions that report which kernels may be used, and how."""
     import torch
 
     names = [
+        "_get_deterministic_algorithms",
+        "_get_deterministic_algorithms_warn_only",
         "_get_mkldnn_enabled",
         "_get_mkldnn_deterministic",
         "_get_nnpack_enabled",

@@ -157,20 +157,24 @@ def test_a_killed_run_that_is_continued_is_running_in_the_list(shelf, monkeypatc
     monkeypatch.setattr(live, "SELDOM", 0.1)
     told = Live(RunIndex(shelf), Columns())
 
+    statuses = []
+
     async def listen():
-        statuses = []
         with contextlib.ExitStack() as writing:
             async for each in told.list_events():
                 if "data: " in each:
                     [listed] = json.loads(each.partition("data: ")[2])["runs"]
                     statuses.append(listed["status"])
                     if len(statuses) == 2:
-                        told.close()
-                        return statuses
+                        return
                     writing.enter_context(FileLock(run / "run.lock"))
                     change(run, 2, [2.0])
 
-    assert asyncio.run(asyncio.wait_for(listen(), PATIENCE)) == ["killed", "running"]
+    try:
+        asyncio.run(asyncio.wait_for(listen(), PATIENCE))
+    finally:
+        told.close()
+    assert statuses == ["killed", "running"]
 
 
 def test_a_name_from_outside_is_followed_nowhere(server):

@@ -4,6 +4,8 @@ import contextlib
 import math
 import random
 import sqlite3
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -197,6 +199,22 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
     assert run[300].is_exact and run[300].batch.x.equal(x)
     after = next(step for step in run.snapshots if step > lost_to)
     assert after < 300 and run[after + 1].is_exact
+
+
+def test_what_was_flushed_is_on_disk_however_the_process_ends(tmp_path):
+    code = f"""
+import os, torch, everystep
+model = torch.nn.Linear(3, 1)
+with everystep.record(model=model, run={str(tmp_path / "flushed")!r}) as recording:
+    for x in recording.steps([torch.randn(4, 3)] * 9):
+        recording.log(loss=model(x).sum())
+        if recording.step_count == 7:
+            recording.flush()
+            os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    run = everystep.open(tmp_path / "flushed")
+    assert (run.status, len(run.losses)) == ("killed", 7)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from everystep.errors import RunError
 from everystep.recording.contents import digest_of
 from everystep.recording.files import program_file
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.settings_diff import asked_differences, renamed
+from everystep.recording.settings_diff import asked_differences, config_differences, renamed
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import LossDifference
@@ -64,7 +64,7 @@ class Difference(Shown):
     differs; operation: the first that differs, and why; is_thorough: whether every step was replayed;
     problems: why something could not be compared; is_complete: whether all common snapshots could be
     read, and the replays are those of the recordings; measured: the measurements that differ, and their
-    first values that do; renamed: settings of `experiments` that are only names, and change nothing;
+    first values that do; renamed: settings of `experiments` that change nothing: names, and the config;
     unread: tensors of a batch that differ and that no operation reads, as text.
     """
 
@@ -141,6 +141,7 @@ def diff(
     common, states, problems = _snapshots(one, other, compares_generators=random)
     steps = (one.newest_step(), other.newest_step())
     experiments = asked_differences(one.facts.training, other.facts.training)
+    configs = config_differences(one.facts, other.facts)
     numerics = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
     ends = [loss.step] if loss else []
     ends += [states[0].state or 1] if states else []
@@ -170,7 +171,7 @@ def diff(
             problems.append(str(error))
     return Difference(
         names=(one.name, other.name),
-        experiments=experiments,
+        experiments=experiments | configs,
         numerics=numerics,
         steps=steps,
         loss=loss,
@@ -183,7 +184,7 @@ def diff(
         data_tensors=data_differences(one, other),
         measured=tuple(_measured(one, other)),
         unread=tuple(unread),
-        renamed=tuple(renamed(one.facts.training, other.facts.training)),
+        renamed=(*renamed(one.facts.training, other.facts.training), *configs),
         first_state=first_state,
     )
 

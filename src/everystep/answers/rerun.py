@@ -230,7 +230,7 @@ def _taken_twice(opener: Opener, process: OtherProcess, number: int) -> StepPair
     if len(rows) != len(own.operations):
         raise RunError(f"step {number} has different operations in the rerun: the run was changed")
     pairs = zip(own.operations, rows, strict=True)
-    operations = tuple(Observed(seen.operation, *row) for seen, row in pairs)
+    operations = tuple(Observed(seen.operation, *row, line=seen.line) for seen, row in pairs)
     return StepPair(own, replace(own, operations=operations, loss=loss))
 
 

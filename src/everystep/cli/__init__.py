@@ -14,6 +14,7 @@ import typer
 
 from everystep.cli import display_commands as display
 from everystep.cli import question_commands as question
+from everystep.cli import space_commands as space
 from everystep.cli import training_commands as training
 from everystep.cli.command_group import Commands, documented
 from everystep.cli.output import (
@@ -42,6 +43,7 @@ for command in (
     *(display.table, display.plot, display.report, display.step, question.verify, question.doctor),
     *(question.diff, question.match, question.rerun, training.fork, question.what_if, question.measure),
     *(question.when, question.first_nonfinite, question.why, question.rows, display.view),
+    *(space.du, space.rm),
 ):
     # -1 is a step, not an option.
     has_step = command in (display.step, question.why, question.rows)

@@ -14,6 +14,7 @@ from everystep.cli.shared_options import (
     FileOption,
     JsonOption,
     RunArgument,
+    RunsArgument,
     StepArgument,
     measurement_names,
     one_of,
@@ -29,24 +30,30 @@ __all__ = ["losses", "plot", "report", "runs", "step", "table", "view"]
 
 def runs(
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY")] = Path("runs"),
+    tag: Annotated[list[str] | None, typer.Option("--tag", metavar="NAME")] = None,
     json: JsonOption = False,
 ) -> None:
     """List runs.
 
-    Shows name, status, steps, first and last loss, start time, parent and note, as the width allows.
+    Shows name, status, steps, first and last loss, start time, parent, tags and note, as the width
+    allows.
 
     Args:
         directory: Directory that contains runs.
+        tag: Only runs with this tag.
     """
     from everystep.views.lists import runs_text, summary_data
     from everystep.views.plain import as_json
 
-    found = _summaries(directory)
+    wanted = {*(tag or ())}
+    found = [run for run in _summaries(directory) if wanted <= {*run.tags}]
     if json:
         say(as_json([summary_data(run) for run in found]))
     elif found:
         show(runs_text(found, terminal_width()))
         _say_killed([run.directory for run in found if run.status == "killed"])
+    elif wanted:
+        hint(f"{directory} has no runs with the tag {' and '.join(sorted(wanted))}")
     else:
         hint(f"{directory} has no runs; everystep train creates the first")
 
@@ -146,7 +153,7 @@ def table(
 
 
 def plot(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", autocompletion=run_names)],
+    runs: RunsArgument,
     output: FileOption = None,
     log: Annotated[bool, typer.Option("--log")] = False,
     measurements: Annotated[
@@ -159,7 +166,6 @@ def plot(
     The loss is drawn at each iteration; several runs share one plot.
 
     Args:
-        runs: Run directories, or their names in runs/.
         output: The plot to write (.png, .svg, .pdf); default: RUN-loss.png, or loss.png, here.
         log: Use a logarithmic loss axis.
         measurements: Also draw this measurement, such as validation_loss. Repeatable.
@@ -208,6 +214,7 @@ def step(
         ),
     ] = None,
     operation: Annotated[int | None, typer.Option("--op", metavar="N")] = None,
+    lines: Annotated[bool, typer.Option("--lines")] = False,
     values: Annotated[bool, typer.Option("--values")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -218,13 +225,14 @@ def step(
     Args:
         phase: Show only this phase: batch, forward, loss, zero_grad, backward, update.
         operation: Show only this operation, in full.
+        lines: Print the line of your code that called each operation.
         values: Print the values of tensors.
     """
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
     opened = everystep.open(run)
     found = opened[number]
-    text = {"phase": phase, "operation": operation, "width": page_width()}
+    text = {"phase": phase, "operation": operation, "lines": lines, "width": page_width()}
     answer(found, json, opened.problems, text=text, values=values)
 
 

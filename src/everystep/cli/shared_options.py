@@ -25,6 +25,7 @@ __all__ = [
     "QuietOption",
     "RowsOption",
     "RunArgument",
+    "RunsArgument",
     "SettingsOption",
     "StepArgument",
     "StepOption",
@@ -83,6 +84,12 @@ RunArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN", help="A run's directory, or its name in runs/.", autocompletion=run_names
+    ),
+]
+RunsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...", help="Run directories, or their names in runs/.", autocompletion=run_names
     ),
 ]
 StepArgument = Annotated[int, typer.Argument(metavar="STEP", help="Step, from 1, or from the end: -1.")]

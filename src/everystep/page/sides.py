@@ -54,6 +54,7 @@ def _side(
         "operator": own.operation.operator,
         "phase": own.operation.phase,
         "module": own.operation.module,
+        "line": None if own.line is None else str(own.line),
         "tensors": [
             {"name": (name, its_name)[place], "called": called.get(name, name), "role": role}
             | _tensor(tensor, its)

@@ -14,6 +14,7 @@ from torch import Tensor
 from everystep.program.arguments import references
 from everystep.program.operation import Operation
 from everystep.program.operators import ALLOCATING
+from everystep.program.source_line import CodeLine
 
 __all__ = ["Observed", "overwrites", "unread_inputs", "unset_results"]
 
@@ -80,7 +81,8 @@ def unread_inputs(operation: Operation) -> frozenset[str]:
 class Observed(NamedTuple):
     """An operation that just ran: its inputs before it ran, and its results, by name.
 
-    written: inputs that it also wrote into, such as running statistics, after it ran.
+    written: inputs that it also wrote into, such as running statistics, after it ran; line: of the code
+    that called it, None if it is unknown.
 
     The tensors are copies and do not change. A tensor that several operations use is copied once.
     """
@@ -89,6 +91,7 @@ class Observed(NamedTuple):
     inputs: dict[str, Tensor]
     results: dict[str, Tensor]
     written: dict[str, Tensor] = {}  # noqa: RUF012  # a default that nothing changes
+    line: CodeLine | None = None
 
     @property
     def read(self) -> dict[str, Tensor]:

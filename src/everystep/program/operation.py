@@ -110,7 +110,8 @@ class Operation(StrictModel):
 
     operator: `aten.name.overload`, or `optim.name.step` for the whole step of one of torch's optimizers;
     arguments and keywords: as `encode` writes them; results: names of the result tensors, in order, null
-    for a result that is not a tensor; module: the path of its module, also in the backward phase.
+    for a result that is not a tensor; module: the path of its module, also in the backward phase; line:
+    the place, in the table of the program, of the line of code that called it, None if it is unknown.
     """
 
     phase: Phase
@@ -119,6 +120,7 @@ class Operation(StrictModel):
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = Field({})
     results: tuple[Name | None, ...] = ()
+    line: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def resolved(self) -> Any:

@@ -28,6 +28,7 @@ from everystep.program.operation import (
     usual_geometry,
 )
 from everystep.program.soundness import check_soundness, is_known_sound, note_sound
+from everystep.program.source_line import CodeLine, SourceLine
 
 __all__ = [
     "FORMAT_VERSION",
@@ -50,7 +51,8 @@ class Program(StrictModel):
     loss: the name of the loss, None if the step has none; gradients: of each parameter's gradient;
     activations: of each module's output, by the module's path; logged: of other logged numbers; ends:
     the tensor of a state name after the step, if it differs from before; gone: names of the state that
-    the step removed.
+    the step removed; lines: of the code that called the operations, when a step did so first; sources:
+    the SHA-256 of their files.
 
     It repeats one observed step: its numbers (`Scalar` and `float` arguments) belong to that step. It
     may read numbers, and the shapes of its results may depend on values: their use in Python shows in
@@ -69,6 +71,18 @@ class Program(StrictModel):
     logged: dict[str, Name] = Field(default_factory=dict)
     ends: dict[Name, Name] = Field(default_factory=dict)
     gone: tuple[Name, ...] = ()
+    lines: tuple[SourceLine, ...] = ()
+    sources: dict[str, str] = Field(default_factory=dict)
+
+    def line_of(self, operation: Operation) -> CodeLine | None:
+        """Return the line of code that called an operation, None if it is unknown."""
+        lines: list[SourceLine] = []
+        place = operation.line
+        while place is not None:
+            lines.append(self.lines[place])
+            place = lines[-1].above
+        calls = tuple(CodeLine(each.file, each.line, each.function, each.text) for each in lines)
+        return calls[0]._replace(callers=calls[1:]) if calls else None
 
     def given_after(self) -> dict[str, int]:
         """Return the operation after which each module's output exists (-1: before all), by its path.
@@ -164,7 +178,11 @@ class Program(StrictModel):
             raise ValueError("the storages are too large for any machine")
         for name, tensor in self.tensors.items():
             tensor.check(name, self.storages)
+        if any((line.above or -1) >= place for place, line in enumerate(self.lines)):
+            raise ValueError("a line of code is called by a later one")
         for place, operation in self.placed_operations():
+            if (operation.line or -1) >= len(self.lines):
+                raise ValueError(f"{place}: unknown line of code {operation.line}")
             try:
                 operation.check(self.tensors)
             except ValueError as error:  # NotAllowedError is one
@@ -187,7 +205,7 @@ class Program(StrictModel):
 
 def _check_size(data: dict[str, Any]) -> None:
     """Check that a program is not too large to be checked."""
-    for key in ("operations", "tensors", "storages"):
+    for key in ("operations", "tensors", "storages", "lines", "sources"):
         entries = data.get(key)
         if isinstance(entries, list | dict) and len(entries) > MOST_ENTRIES:
             raise ProgramError(f"the program has more than {MOST_ENTRIES:,} {key}, too many to read")

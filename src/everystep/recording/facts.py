@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EAGERLY",
+    "LARGEST_CONFIG",
     "LONGEST_NAME",
     "LONGEST_NOTE",
+    "LONGEST_TAG",
     "MOST_NAMES",
+    "MOST_TAGS",
     "BatchFacts",
     "DataFacts",
     "DataFileFacts",
@@ -55,6 +58,9 @@ __all__ = [
 LONGEST_NAME, MOST_NAMES = 10_000, 10_000
 #: Characters of a note.
 LONGEST_NOTE = 1000
+#: Tags of a run, and characters of one; bytes of a config.
+MOST_TAGS, LONGEST_TAG, LARGEST_CONFIG = 100, 100, 1_000_000
+Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
 #: A seed has 64 bits.
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
 #: Plain values by name, as in JSON; a value that JSON cannot hold is described as text.
@@ -372,11 +378,12 @@ class MeasuredFacts(_Fact):
 class Facts(_Fact):
     """All facts of a run; a new run has only a few.
 
-    status: as the writer left it; "running" without the writer's lock means that it was killed. steps: planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
-    batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; note: of the
-    user, in one line; earlier: facts of the steps of a fork's parent, and of those before each resume,
-    in the order of the steps; resumed: each time; writer: the process that last wrote; trained: see
-    `training`.
+    status: as the writer left it; "running" without the writer's lock means that it was killed. steps:
+    planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
+    batches_lost_to: the last step with dropped inputs; config, tags: those that the user gave; measured:
+    in hindsight, by name; note: of the user, in one line; earlier: facts of the steps of a fork's
+    parent, and of those before each resume, in the order of the steps; resumed: each time; writer: the
+    process that last wrote; trained: see `training`.
     """
 
     name: str | None = None
@@ -389,6 +396,8 @@ class Facts(_Fact):
     loss_dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
     nonfinite_step: Whole | None = None
     batches_lost_to: Whole | None = None
+    config: Settings = {}
+    tags: Annotated[tuple[Tag, ...], Field(max_length=MOST_TAGS)] = ()
     measured: dict[str, MeasuredFacts] = {}
     note: Annotated[str, Field(max_length=LONGEST_NOTE)] | None = None
     fork: ForkFacts | None = None

@@ -321,7 +321,8 @@ class Recorder:
         self._continuation = continuation
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
-            self._database.write_facts(known)
+            said = {"config": facts.config, "tags": facts.tags}
+            self._database.write_facts(known | {name: value for name, value in said.items() if value})
 
     def _newest_program(self) -> int:
         files = (self._home.here / "programs").glob("*.json")
@@ -331,6 +332,17 @@ class Recorder:
     def program_count(self) -> int:
         """How many programs the run has; those of a parent, or from before it was resumed, included."""
         return self._programs
+
+    def drain(self) -> None:
+        """Wait until everything so far is on disk.
+
+        Raises:
+            RecordingError: writing the run failed.
+        """
+        written = threading.Event()
+        self._put(written.set)
+        while not written.wait(0.01):
+            self.check()
 
     def _put(self, job: Callable[[], None]) -> None:
         self._queue.put(job)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from everystep.recording.facts import (
     Described,
+    Facts,
     LossFacts,
     ModuleFacts,
     OptimizerFacts,
@@ -20,6 +21,7 @@ from everystep.recording.texts import value_text, whole_text
 __all__ = [
     "Setting",
     "asked_differences",
+    "config_differences",
     "flat",
     "renamed",
     "same_value",
@@ -82,6 +84,11 @@ def asked_differences(
     """
     found = settings_that_differ(one, other, of_own_classes=of_own_classes)
     return {each.listed: each.values for each in found}
+
+
+def config_differences(one: Facts, other: Facts) -> dict[str, Pair]:
+    """Return how the configs that users gave differ, by their names in a list, with both values."""
+    return {each.listed: each.values for each in _named("config", one.config, other.config)}
 
 
 def renamed(one: TrainingFacts, other: TrainingFacts) -> list[str]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,8 @@ class Summary(NamedTuple):
     nonfinite_step: the first with a loss that is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
     validation: the newest metric on validation rows, with its name; parent: for a fork, the
-    name of its parent and the last step taken from it; note: the user's own words; damage: what is
-    missing or altered, as far as it shows without reading all numbers.
+    name of its parent and the last step taken from it; note, config, tags: the user's own; damage: what
+    is missing or altered, as far as it shows without reading all numbers.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Summary(NamedTuple):
     validation: tuple[str, float] | None = None
     parent: tuple[str, int] | None = None
     note: str | None = None
+    config: Mapping[str, Any] = MappingProxyType({})
+    tags: tuple[str, ...] = ()
     damage: str | None = None
 
 
@@ -73,6 +76,8 @@ def summary_of(name: str, directory: Path, facts: Facts, status: str, database: 
         validation=_validation(database),
         parent=(facts.fork.parent, facts.fork.at) if facts.fork else None,
         note=facts.note,
+        config=facts.config,
+        tags=facts.tags,
     )
 
 

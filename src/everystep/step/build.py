@@ -14,6 +14,7 @@ from everystep.program.arguments import encode
 from everystep.program.number_slots import READ
 from everystep.program.operators import draws_random_numbers
 from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
+from everystep.step.calling_code import LineTable
 from everystep.step.path import FLOAT, INT, Path
 
 __all__ = ["BuiltPath", "NotCapturableError", "build_path"]
@@ -63,6 +64,7 @@ class _Builder:
         self._storages: dict[str, Storage] = {}
         self._tensors: dict[str, TensorSpec] = {}
         self._tensor_names: dict[int, str] = {}
+        self._lines = LineTable()
         self._name_storages()
 
     def built(self, numbers: Sequence[Number]) -> BuiltPath:
@@ -98,6 +100,8 @@ class _Builder:
             logged=logged,
             ends=ends,
             gone=path.gone,
+            lines=tuple(self._lines.lines),
+            sources=self._lines.sources,
         )
         place_of = {name: place for place, name in self._names.items()}
         inputs = {n: place_of[n] for n, storage in storages.items() if storage.kind == "input"}
@@ -177,7 +181,7 @@ class _Builder:
 
     def _operations(self, numbers: Iterator[Number]) -> Iterator[Operation]:
         """Yield the operations with the numbers of a step; what Python read is in no argument."""
-        for seen in self._path.operations:
+        for seen, calls in zip(self._path.operations, self._path.lines, strict=True):
             arguments = tuple(self._argument(value, numbers) for value in seen.arguments)
             keywords = {key: self._argument(value, numbers) for key, value in seen.keywords}
             results = tuple(None if r is None else self._tensor(int(r[1:])) for r in seen.results)
@@ -190,6 +194,7 @@ class _Builder:
                 arguments=arguments,
                 keywords=keywords,
                 results=results,
+                line=self._lines.place(calls),
             )
 
     def _argument(self, value: Any, numbers: Iterator[Number]) -> Any:

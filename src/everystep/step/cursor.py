@@ -67,13 +67,25 @@ class Cursor(UnderWay):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self.is_paused or func.namespace in _NO_OPERATIONS:
+        at, expected = self.at, self.at.next
+        if self.is_paused or (
+            (expected is None or expected.func is not func) and func.namespace in _NO_OPERATIONS
+        ):
             return func(*args, **(kwargs or {}))
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
-        at = self.at
         if self.is_remembered:
             try:
+                if (
+                    expected is not None
+                    and expected.func is func
+                    and not (expected.brings or expected.kept or expected.shaped)
+                    and expected.where == self.follower.where
+                ):
+                    result = expected.check(args, kwargs)  # type: ignore[misc]
+                    if result is not MISS:
+                        self.at = expected
+                        return result
                 result = self._followed(at, func, args, kwargs)
             except BaseException:  # the loop may catch it, and continue
                 self.undo()

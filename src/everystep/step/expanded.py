@@ -198,7 +198,8 @@ class _Spliced:
         for place, (path, watch) in zip(places, watched, strict=True):
             built = build_path(path, watch.numbers)
             outer = program.operations[place]
-            operations[place], names = self._renamed(built.program, {*outer.reads()})
+            inner, names = self._renamed(built.program, {*outer.reads()})
+            operations[place] = [each.model_copy(update={"line": outer.line}) for each in inner]
             self.parts.append((built, names))
         parts = {
             "operations": tuple(each for own in operations for each in own),

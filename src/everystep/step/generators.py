@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class Generators:
             torch_cpu=torch.get_rng_state(),
             torch_device=_device_generator_state(device),
             python=random.getstate(),
-            numpy=np.random.get_state(),  # type: ignore[arg-type]  # the legacy tuple
+            numpy=_numpy_state(),
         )
 
     @classmethod
@@ -104,6 +105,32 @@ def generators_preserved(device: torch.device) -> Iterator[None]:
         yield
     finally:
         before.restore(device)
+
+
+#: NumPy's generator: the memory of its state, and the state that was read from it.
+_numpy: tuple[bytes, Any] = b"", None
+
+
+def _numpy_state() -> Any:
+    """Return the state of NumPy's generator, as a tuple that must not be changed.
+
+    NumPy copies its 624 words one by one, so it is asked only if they have changed, or if it keeps the
+    second of two normal numbers, which is not among them.
+    """
+    global _numpy
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937:
+        return np.random.get_state()
+    words = ctypes.string_at(generator.ctypes.state_address, _NUMPY_BYTES)
+    known, state = _numpy
+    if words != known or state[3]:
+        state = np.random.get_state()
+        _numpy = words, state
+    return state
+
+
+#: Of NumPy's `mt19937_state`: 624 words, and the position of the next.
+_NUMPY_BYTES = 624 * 4 + 4
 
 
 def _device_generator_state(device: torch.device) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everystep.step.met_tensors import MetTensors
 from everystep.step.optimizer_call import OptimizerCalls
-from everystep.step.path import Entry, Mark, MetTensor, geometry
+from everystep.step.path import Ending, Entry, Mark, MetTensor, geometry
 from everystep.step.torchs_own import handles, has_hooks_on_node
 
 __all__ = ["KnownPaths"]
@@ -20,6 +20,13 @@ __all__ = ["KnownPaths"]
 _MOST_LEARNED = 200
 #: After so many consecutive new steps, some are watched without being remembered, at most so many.
 _PATIENCE, _LONGEST_REST = 4, 512
+
+
+class Beginning(NamedTuple):
+    """How a step begins. same: how many tensors of the state are as when the step before began."""
+
+    root: Entry
+    same: int
 
 
 class KnownPaths:
@@ -38,6 +45,8 @@ class KnownPaths:
         self._learned = self._new = self._rest = 0
         self._next_rest = 1
         self._last: tuple[list[Any], Entry] | None = None
+        #: How the step after a known ending begins, where nothing changes the state between.
+        self._after: tuple[Ending, Beginning] | None = None
         self._lies: list[tuple[Any, ...]] = []
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
@@ -60,7 +69,7 @@ class KnownPaths:
             is_remembered: whether later steps may follow this one.
         """
         lies = self._lies[:same]
-        for tensor in [*state.values()][same:]:
+        for tensor in [*state.values()][len(lies) :]:
             storage = tensor.untyped_storage()
             lies.append((geometry(tensor), storage.nbytes(), tensor.is_cpu, storage._cdata))
         self._lies = lies
@@ -82,6 +91,22 @@ class KnownPaths:
             self._roots[key] = root
             self._last = looks, root
         return root
+
+    def begins_after(self, ending: Ending, root: Entry, same: int) -> None:
+        """Note how the step after an ending began. root, same: as `root` has them."""
+        if all(number == place for place, number in enumerate(ending.bound[:same])):
+            self._after = ending, Beginning(root, same)
+
+    def beginning_after(self, ending: Ending | None) -> Beginning | None:
+        """Return how the step after such an ending begins, if one has begun before, and as it was left.
+
+        The ending says where each tensor comes from, and so how it lies.
+        """
+        if self._after is None or ending is not self._after[0]:
+            return None
+        known = self._after[1]
+        del self._lies[known.same :]  # of the tensors of the step before
+        return known
 
     def have_hooks(self, leaves: Iterable[Tensor]) -> bool:
         """Return whether Python runs where autograd adds to the gradients of some tensors."""
@@ -107,6 +132,6 @@ class KnownPaths:
         self._learned += 1
         self._new += 1
         if self._learned > _MOST_LEARNED:
-            self._learned, self._roots, self._last = 0, {}, None
+            self._learned, self._roots, self._last, self._after = 0, {}, None, None
         if self._new > _PATIENCE:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

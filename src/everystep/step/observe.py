@@ -132,7 +132,8 @@ class StepObserver:
             self._copies.pop(storage, None)
         results = {name: self._copy(name, environment) for name in names}
         others = {name: self._copy(name, environment) for name in written if name not in results}
-        self._operations.append(Observed(operation, self._inputs, results, others))
+        line = self._program.line_of(operation)
+        self._operations.append(Observed(operation, self._inputs, results, others, line))
 
     def _copy(self, name: str, environment: Environment) -> Tensor:
         copies = self._copies.setdefault(self._storage(name), {})

@@ -15,7 +15,7 @@ them:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from everystep.program.memory import ALIGNMENT
 from everystep.program.number_slots import READ
 from everystep.program.step_program import Phase
+from everystep.step.calling_code import Calls
 
 __all__ = [
     "FLOAT",
@@ -113,6 +114,8 @@ class Path:
     loss: int | None
     activations: tuple[tuple[str, tuple[int, ...]], ...]
     logged: tuple[tuple[str, int], ...] = ()
+    #: The code that called each operation when a step had this path first.
+    lines: tuple[Calls, ...] = field(default=(), compare=False)
 
     @cached_property
     def _hash(self) -> int:
@@ -216,6 +219,8 @@ class Entry:
     the entry after it; kept: results with memory that is met again without them, by their place and
     number.
 
+    Of an operation: lines: the code that called it; nodes: how many nodes autograd's graph has after it.
+
     jump: of a backward pass that can run unwatched, the entry after it, its numbers, and the numbers
     before it.
     """
@@ -232,9 +237,10 @@ class Entry:
             "jump",
             "kept",
             "key",
+            "lines",
             "marks",
         ),
-        *("met", "new", "next", "operation", "parent", "shaped", "where"),
+        *("met", "new", "next", "nodes", "operation", "parent", "shaped", "where"),
     )
 
     def __init__(
@@ -259,6 +265,8 @@ class Entry:
         self.kept: tuple[tuple[int, int], ...] = ()
         self.ending: Ending | None = None
         self.jump: Any = None
+        self.lines: Calls = ()
+        self.nodes = 0
 
     def from_root(self) -> list[Entry]:
         """Return the entries from the beginning of the step to this one."""
@@ -306,10 +314,12 @@ class PathWriter:
         logged: dict[str, int] = {}
         operations: list[SeenOperation] = []
         seen: list[SeenOperation] = []
+        lines: list[Calls] = []
         written: set[int] = set()
         for entry in end.from_root():
             if entry.operation is not None and not entry.shaped:
                 seen.append(entry.operation)
+                lines.append(entry.lines)
                 operations.append(self._renumbered(entry.operation))
                 written.update(operations[-1].writes)
             for mark in entry.marks:
@@ -343,6 +353,7 @@ class PathWriter:
             loss=loss_number,
             activations=tuple(activations.items()),
             logged=tuple(logged.items()),
+            lines=tuple(lines),
         )
 
     def _number(self, met: int) -> int:

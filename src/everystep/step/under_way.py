@@ -7,6 +7,7 @@ the loop uses from elsewhere. Such a step is not remembered: no later step follo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from everystep.program.number_slots import READ
 from everystep.program.operators import OperatorMode
+from everystep.step.calling_code import Calls, calls_here
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
@@ -31,6 +33,7 @@ _OTHER_WHEN_WATCHED = (
 
 #: Memory from elsewhere of more bytes than this is not kept; what is computed from it is.
 MOST_BYTES = 100_000_000
+_next_node = torch._C._autograd._get_sequence_nr
 #: Stands for a logged tensor that the step has not met: its content is kept each time.
 _UNKNOWN = ("unknown",)
 #: Tensors that have a name: the kind, the name, and the tensors.
@@ -79,9 +82,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.tensors = paths.tensors
         self.contents: dict[int, Tensor] = {}
         self.written_elsewhere: dict[int, str] = {}
+        self.ending: Ending | None = None
         self._origins: tuple[int, ...] = ()
         self._state: Mapping[str, Tensor] = {}
         self._versions: list[int | None] = []
+        self._first_node = _next_node()
+        #: The number of the next node; how many there were after each operation so far, and its code.
+        self._graph: tuple[int, list[int], list[Calls]] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -95,18 +102,28 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """
         return self.contents.get(self._origins[storage])
 
-    def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the state before the step."""
+    def begin(self, state: Mapping[str, Tensor], left: Ending | None = None) -> None:
+        """Note the tensors of the state before the step.
+
+        left: how the step before ended, if nothing has changed the state since.
+        """
         self._state, self.paths.step = state, self
         self._versions = versions_of(state.values())
         self.is_remembered = self.paths.may_follow()
-        same = self.tensors.same(state)
-        if not all(map(is_plain, [*state.values()][same:])):
-            self.is_remembered = False
-            state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
+        known = self.paths.beginning_after(left) if self.is_remembered else None
+        if known is not None:
+            self.at = root = known.root
+            self.tensors.begin(state, known.same, root)
+        else:
             same = self.tensors.same(state)
-        self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
-        self.tensors.begin(state, same, root)
+            if not all(map(is_plain, [*state.values()][same:])):
+                self.is_remembered = False
+                state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
+                same = self.tensors.same(state)
+            self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
+            self.tensors.begin(state, same, root)
+            if left is not None and self.is_remembered:
+                self.paths.begins_after(left, root, same)
         self.is_followed = bool(root.children) or root.ending is not None
 
     # What happens besides calls.
@@ -165,11 +182,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         expected = self.at.next
         if self.is_remembered and expected is not None and expected.key[:-1] == what:
             met, known = self.tensors.met, expected.key[-1]
-            if len(known) == len(tensors) and all(
-                t is None if k is None else met[k]() is t for k, t in zip(known, tensors, strict=True)
-            ):
-                self.at = expected
-                return True
+            if len(known) == len(tensors):
+                for number, tensor in zip(known, tensors, strict=True):
+                    if tensor is not (None if number is None else met[number]()):
+                        break
+                else:
+                    self.at = expected
+                    return True
         with torch._C._DisableTorchDispatch():
             self.tensors.catch_up(self.at)
             numbers = tuple([None if t is None else self.tensors.number(t) for t in tensors])
@@ -266,12 +285,31 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             if self.is_followed:
                 self.is_followed, self.followed = False, at
             entry = Entry(key, at, tuple(tensors.known[at.met :]), operation, tuple(marks))
+            if operation is not None:
+                entry.lines = self._lines()
+                entry.nodes = _next_node() - self._first_node
             if self.is_remembered:
                 at.children[place] = entry
         if self.is_remembered:
             at.next = entry
         self.at = entry
         return entry
+
+    def _lines(self) -> Calls:
+        """Return the code that calls the current operation.
+
+        One of a backward pass belongs to that of the forward pass which made its node of the graph.
+        """
+        calls, is_of_graph = calls_here()
+        node = torch._C._current_autograd_node() if is_of_graph else None
+        if node is None:
+            return calls
+        if self._graph is None or self._graph[0] != _next_node():
+            made = [e for e in self.at.from_root() if e.nodes and e.lines]
+            self._graph = _next_node(), [e.nodes for e in made], [e.lines for e in made]
+        _, nodes, lines = self._graph
+        place = bisect_right(nodes, node._sequence_nr() - self._first_node)
+        return lines[place] if place < len(nodes) else calls
 
     def undo(self) -> None:
         """Forget what a call has brought that raised; the loop may catch it, and continue."""
@@ -373,6 +411,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 self.is_followed = False
                 ending = self._write(state, loss)
         self._origins = ending.origins
+        self.ending = ending if ending is self.at.ending else None  # one that others can have, too
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return ending.path
 

@@ -25,6 +25,7 @@ _HELD = {
 #: Copies that are kept to be compared; a loader that makes new tensors has no use for them.
 MOST_COPIES = 64
 _PLAIN = (bool, int, float, str, type(None))
+_ARRAYS = (Tensor, np.ndarray)
 
 
 class BatchCopies:
@@ -46,6 +47,8 @@ class BatchCopies:
     def _copy(self, tensor: Tensor, era: int | None) -> Tensor:
         known = self._copies.get(id(tensor))
         if known is not None and known.of() is tensor and known.holds(tensor, era):
+            if era == known.era:
+                return known.copy
             copy = known.copy
         else:
             copy = tensor.detach().cpu().resolve_conj().resolve_neg().clone()
@@ -64,7 +67,7 @@ class _Copy(NamedTuple):
         """Return whether the tensor still has the bits of the copy."""
         if era is not None and era == self.era:
             return True
-        is_plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
+        is_plain = tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
         return is_plain and same_bits(tensor, self.copy)
 
 
@@ -136,7 +139,7 @@ def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _is_short(batch: Any) -> bool:
     """Return whether a batch is one tensor, or a pair of tensors, in a list or a tuple."""
     is_short = type(batch) in (list, tuple) and len(batch) in (1, 2)
-    return is_short and all(isinstance(part, Tensor | np.ndarray) and _is_dense(part) for part in batch)
+    return is_short and all(isinstance(part, _ARRAYS) and _is_dense(part) for part in batch)
 
 
 def _is_dense(part: Any) -> bool:
@@ -169,7 +172,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _walk(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, _ARRAYS):
         if _is_dense(value):
             yield path, _as_tensor(value)
         return
@@ -178,7 +181,7 @@ def _walk(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _text(value: Any, path: str) -> Any:
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, _ARRAYS):
         kind = f"{type(value).__name__} of {value.dtype}"
         return {"tensor": path or "x"} if _is_dense(value) else {"left": kind}
     if isinstance(value, _PLAIN):

@@ -29,6 +29,7 @@ from torch.utils.data import (
 from everystep.errors import RunError
 from everystep.step.generators import Generators
 from everystep.step.own_state import decoded, encoded
+from everystep.step.state import same_bits
 
 __all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet"]
 
@@ -285,8 +286,10 @@ def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
 
 
 def _is_same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
     if isinstance(one, Tensor):
-        return torch.equal(one, other)
+        return same_bits(one, other)
     if isinstance(one, tuple) and isinstance(one[1], np.ndarray):  # NumPy's
         return np.array_equal(one[1], other[1]) and one[2:] == other[2:]
     return bool(one == other)

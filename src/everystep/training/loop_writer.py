@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class LoopWriter(RunWriter):
         snapshot_budget, batch_budget: bytes that the run may keep.
         advanced: called with a step that was written, and the losses from it on.
         resumed: where a run continues, None for a new one.
+        said: facts that the user gave.
 
     parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran;
     has_loss: whether a step has logged a loss.
@@ -61,6 +63,8 @@ class LoopWriter(RunWriter):
         batch_budget: float,
         advanced: Callable[[int, Sequence[float]], None] | None,
         resumed: ResumedLoop | None = None,
+        *,
+        said: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._whole = parts
         self.parts = parts.parts
@@ -72,13 +76,14 @@ class LoopWriter(RunWriter):
         if resumed is None:
             beginning = parts.snapshot(0)
             trained = facts_of_loop(self.parts, LoopFacts.of(self.parts.named))
-            facts = Facts(name=directory.name, started=now(), steps=0, trained=trained)
+            facts = Facts(name=directory.name, started=now(), steps=0, trained=trained, **said)
             recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
             recorder.snapshot(beginning)
             super().__init__(recorder, 0, say, advanced)
             self.has_loss, self._loss_dtype, self._later = False, "float64", None
         else:
-            at, facts, budget = resumed.state.step, resumed.facts, snapshot_budget
+            at, budget = resumed.state.step, snapshot_budget
+            facts = resumed.facts.model_copy(update=dict(said))
             recorder = Recorder(
                 directory, facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
             )

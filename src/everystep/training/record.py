@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -64,8 +64,11 @@ class Recording(Generic[R]):
         resumed: R | None = None,
         is_accepted: bool = False,
         fork: tuple[RecordedRun, int] | None = None,
+        said: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         check_parts(parts)
+        #: Facts that the user gave: config and tags.
+        self._said = {name: value for name, value in said.items() if value}
         self._parts = Parts(parts)
         self._resumed = resumed
         self._is_accepted = is_accepted
@@ -144,7 +147,7 @@ class Recording(Generic[R]):
         directory = create_directory(self._directories[0], "loop", self._directories[1])
         whole, place = PartsState(self._parts), self._place
         place.begin()
-        return LoopWriter(directory, whole, place, *self._budgets, self._advanced)
+        return LoopWriter(directory, whole, place, *self._budgets, self._advanced, said=self._said)
 
     def _gone_on(self, run: RecordedRun, *, is_new: bool = False) -> LoopWriter:
         """Continue a run: bring the parts to its newest snapshot. is_new: it is a fork just made.
@@ -161,7 +164,8 @@ class Recording(Generic[R]):
         if resumed.goal is not None:
             place.resume(resumed.goal, resumed.state.step, resumed.draw, self._settle)
         self._restore = lambda: whole.restore(resumed.state)
-        return LoopWriter(run.directory, whole, place, *self._budgets, self._advanced, resumed)
+        given = (*self._budgets, self._advanced, resumed)
+        return LoopWriter(run.directory, whole, place, *given, said=self._said)
 
     def _forked(self, parent: RecordedRun, at: int) -> LoopWriter:
         """Make a run of a parent's steps up to `at`, and continue it.
@@ -477,8 +481,15 @@ class Recording(Generic[R]):
         self._stopped = reason
 
     def flush(self) -> None:
-        """Write everything recorded so far to disk; this also happens several times a second."""
+        """Write everything recorded so far to disk, and wait for it.
+
+        It is also written several times a second, and nothing waits for that.
+
+        Raises:
+            RecordingError: writing the run failed.
+        """
         self.writer.flush()
+        self.writer.recorder.drain()
 
     def _abandon(self) -> None:
         """Discard an incomplete step: record neither it nor a snapshot of its state."""
@@ -575,7 +586,7 @@ def _say_where(run: RecordedRun, resumed: ResumedLoop, *, is_new: bool) -> None:
 
 
 def _number(name: str, value: Any) -> float | Tensor:
-    """Return a number, or a copy of a tensor with one element.
+    """Return a number; of a device's tensor with one element a copy, since to read it means to wait.
 
     Raises:
         UsageError: the value is neither.
@@ -585,7 +596,7 @@ def _number(name: str, value: Any) -> float | Tensor:
             raise UsageError(
                 f"log: {name} has shape {tuple(value.shape)}; log one number, such as its mean"
             )
-        return value.detach().reshape(()).clone()
+        return value.item() if value.is_cpu else value.detach().reshape(()).clone()
     with suppress(TypeError, ValueError):
         if not isinstance(value, str):
             return float(value)

@@ -24,7 +24,7 @@ from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.outside_tensors import OutsideTensors, versions_by_name
 from everystep.step.parts import Parts
-from everystep.step.path import Path
+from everystep.step.path import Ending, Path
 from everystep.step.stand_in import Around
 from everystep.step.state import copy_of
 from everystep.step.taken import TakenByProgram
@@ -122,6 +122,9 @@ class WatchedSteps:
         self._elsewhere = OutsideTensors()
         self._versions = versions_by_name(parts.state())
         self._is_still = False
+        #: How the last step ended; and the same, once nothing has changed its state since.
+        self._ending: Ending | None = None
+        self._left: Ending | None = None
         self._optimizer_names = parts.optimizer_names()
         hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
         self._follower = Follower(parts.module_paths(), self._optimizer_names, *hooks)
@@ -155,7 +158,8 @@ class WatchedSteps:
         """Begin to watch a step. state: the live tensors of the parts."""
         watch = Cursor(self._paths, self.parts.device, self._follower, self._elsewhere)
         step = StepUnderWay(watch, self.parts.rates())
-        watch.begin(state)
+        watch.begin(state, self._left)
+        self._left = None
         self._follower.step_begins()
         watch.__enter__()
         self.under_way = step
@@ -190,6 +194,7 @@ class WatchedSteps:
         """
         watch, path = step.watch, step.end(after)
         self.last, self.state = (path, watch), after
+        self._ending = watch.ending if isinstance(watch, Cursor) else None
         if watch.changed_unseen:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
@@ -246,6 +251,7 @@ class WatchedSteps:
         """
         before, now = self._versions, versions_by_name(state)
         if before == now and not known and not drawn:
+            self._left = self._ending
             return None
         changed = {n: copy_of(state[n]) for n in now if n in known or before.get(n) != now[n]}
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]

@@ -110,6 +110,8 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
     sides = ["no operation" if each is None else operation_name(each.operation) for each in pair]
     where = sides[0] if sides[0] == sides[1] else f"{names[0]}: {sides[0]}\n{names[1]}: {sides[1]}"
     lines = [("operation", f"#{found.index} of step {found.step:,}\n{where}")]
+    code = [f"{each.line}" for each in pair if each is not None and each.line is not None]
+    lines += [("line", "\n".join(dict.fromkeys(code)))] if code else []
     lines += [("result", _tensor_text(each)) for each in found.results]
     lines += [("input", _tensor_text(each)) for each in found.inputs]
     if found.rows:
@@ -324,6 +326,7 @@ def _suspect_text(found: Suspect, name: str, other: str) -> str:
     lines = [
         f"result of {name} that {other} does not have, {given}:",
         f"#{found.operation} {operation_name(found.observed.operation)}",
+        *([] if found.observed.line is None else [str(found.observed.line)]),
     ]
     if math.isfinite(found.distance) and found.nearest is not None:
         far = f"off by {found.distance:.2g} of the largest number"
@@ -388,6 +391,7 @@ def _bits_text(found: OperationDifference) -> str:
     assert observed is not None
     where = f"#{found.index} of step {found.step:,}, {operation_name(observed.operation)}"
     lines = [f"first difference: operation {where}"]
+    lines += [str(observed.line)] if observed.line is not None else []
     lines += [f"{e.name}: {e.elements:,} of {e.of:,} numbers{_far(e)}" for e in found.results]
     return "\n".join([*lines, *(["its inputs are the same"] if not found.inputs else [])])
 

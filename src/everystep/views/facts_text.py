@@ -6,7 +6,7 @@ The terminal, the page, the report and a notebook show the same.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from everystep.recording.facts import (
     TrainingFacts,
 )
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.texts import loss_text, model_text, optimizers_text, scheduler_text, shortest
+from everystep.recording.settings_diff import flat
+from everystep.recording.texts import (
+    loss_text,
+    model_text,
+    optimizers_text,
+    scheduler_text,
+    shortest,
+    value_text,
+)
 from everystep.views.formatting import counted, labelled, measured_text, number, time_text
 
 __all__ = [
@@ -61,9 +69,15 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
         ("loss", loss_text(training.loss)),
         ("update", _update_text(training)),
         ("steps", _steps_text(facts.steps or 0, training)),
+        *([("config", _config_text(facts.config))] if facts.config else []),
+        *([("tags", ", ".join(facts.tags))] if facts.tags else []),
         *([("fork of", _fork_text(facts.fork))] if facts.fork else []),
         *([("resumed", _resumed_text(facts.resumed))] if facts.resumed else []),
     ]
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    return "\n".join(f"{name}: {value_text(value)}" for name, value in flat(dict(config)).items())
 
 
 def facts_in_order(facts: Facts) -> list[tuple[str, str]]:

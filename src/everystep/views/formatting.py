@@ -96,7 +96,10 @@ def dtype_text(tensor: Tensor) -> str:
 
 
 def size_text(count: int) -> str:
-    """Return a number of bytes."""
+    """Return a number of bytes: `12 kB`, `3.4 MB`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:,.3g} {unit}"
     return f"{count / 1000:,.0f} kB" if count >= 1000 else f"{count} bytes"
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.text import Text
 
+from everystep.recording.space import Space
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
-from everystep.views.formatting import cut, number, one_line, time_text
+from everystep.views.formatting import cut, number, one_line, size_text, time_text
 from everystep.views.plain import metric_data, plain_data, plain_number
-from everystep.views.terminal import Column, Page, Styled, keyed, table_lines, table_text
+from everystep.views.terminal import Column, Page, Row, Styled, keyed, table_lines, table_text
 
-__all__ = ["losses_text", "runs_text", "summary_data"]
+__all__ = ["losses_text", "runs_text", "spaces_text", "summary_data"]
 
 #: Characters of a note.
 _LONGEST_NOTE = 100
@@ -83,13 +85,43 @@ COLUMNS: tuple[Column[Summary], ...] = (
     Column("last loss", lambda run: number(run.last_loss), is_number=True, rank=1),
     Column("started", lambda run: time_text(run.started), rank=3),
     Column("fork of", lambda run: "{}, step {}".format(*run.parent) if run.parent else "", rank=5),
+    Column("tags", lambda run: one_line(", ".join(run.tags)), style="dim", rank=6),
     Column("note", _note, style="dim", rank=6, least=16),
 )
 
 
 def runs_text(runs: Sequence[Summary], width: int | None = None) -> Text:
     """Return the list of runs; width: of the terminal."""
+    return _list_text(COLUMNS, runs, width)
+
+
+def _list_text(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int | None) -> Text:
     page = Page()
-    for line in table_lines(COLUMNS, runs, math.inf if width is None else width):
+    for line in table_lines(columns, rows, math.inf if width is None else width):
         page.line(*line)
     return page.text
+
+
+def _size_text(size: int) -> str:
+    return size_text(size) if size else "0"
+
+
+def _size(name: str, rank: int = 0) -> Column[Space]:
+    return Column(name, lambda space: _size_text(getattr(space, name)), is_number=True, rank=rank)
+
+
+#: The columns of what runs take on the disk.
+SPACES: tuple[Column[Space], ...] = (
+    Column("run", lambda space: space.name),
+    _size("total"),
+    *(_size(name, 1) for name in ("snapshots", "batches", "data", "programs", "database")),
+    _size("others", 2),
+)
+
+
+def spaces_text(spaces: Sequence[Space], width: int | None = None) -> Text:
+    """Return what runs take on the disk as a table, with a line for all of them together."""
+    numbers = [name for name in Space._fields if name not in ("name", "directory")]
+    sums = {name: sum(getattr(each, name) for each in spaces) for name in numbers}
+    whole = [Space("all", Path(), **sums)] if len(spaces) > 1 else []
+    return _list_text(SPACES, [*spaces, *whole], width)

@@ -40,7 +40,7 @@ def plain_data(value: Any) -> Any:
     """Return an answer as JSON can hold it: its fields and derived properties.
 
     NaN and infinities become texts, and so do complex numbers, times and paths. A step becomes its
-    number, an operation its operator, phase and module.
+    number, an operation its operator, phase, module and line of code.
     """
     if value is None or isinstance(value, (str, int)):
         return value
@@ -53,7 +53,8 @@ def plain_data(value: Any) -> Any:
         return value.number
     if kind == "Observed":
         operation = value.operation
-        return {key: getattr(operation, key) for key in ("operator", "phase", "module")}
+        found = {key: getattr(operation, key) for key in ("operator", "phase", "module")}
+        return found | {"line": None if value.line is None else value.line.data()}
     names = None
     if is_dataclass(value):
         names = [each.name for each in fields(value) if each.repr]

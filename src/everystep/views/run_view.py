@@ -213,6 +213,7 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
         where = f"step {step:,}, {found.phase}, operation #{found.index}"
         lines = [
             f"{where}: {operation.operator}{module} {made}",
+            *([] if found.operation.line is None else [f"  {found.operation.line}"]),
             *(f"  from {name}: {_range(tensor)}" for name, tensor in found.operation.inputs.items()),
         ]
     if found.rows:

@@ -219,6 +219,7 @@ def _operations(step: Step, tensors: _Tensors) -> list[dict[str, Any]]:
             "phase": seen.operation.phase,
             "module": seen.operation.module,
             "operator": seen.operation.operator,
+            "line": None if seen.line is None else seen.line.data(),
             "left": line.left,
             "right": line.right,
             "arguments": argument_texts(seen.operation, line.given),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
+from everystep.program.source_line import CodeLine
 from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.opened_step import Step, norm
@@ -84,6 +85,7 @@ def step_text(
     phase: str | None = None,
     operation: int | None = None,
     values: bool = False,
+    lines: bool = False,
     width: int = 100,
 ) -> Text:
     """Return a step as text, to print with `soft_wrap=True`.
@@ -95,6 +97,7 @@ def step_text(
         phase: show only this one, in full; one of `PHASES`.
         operation: show only this one, counted from 0 as in `Step.operations`.
         values: show the values of the tensors, too; for more than 1,000 elements, only the edges.
+        lines: show the line of code above the operations that it called.
         width: columns of the terminal; tables of operations omit what does not fit.
 
     Raises:
@@ -107,7 +110,7 @@ def step_text(
     if operation is not None and not 0 <= operation <= last:
         known = f"operations are numbered from 0 to {last}" if last >= 0 else "it has none"
         raise UsageError(f"step {step.number} has no operation {operation}: {known}")
-    opened = _Opened(step, facts, Page(width), values)
+    opened = _Opened(step, facts, Page(width), values, lines)
     if operation is not None:
         opened.operation(name, operation)
     else:
@@ -116,15 +119,20 @@ def step_text(
 
 
 class _Opened:
-    """A step on its way to a page. values: whether the numbers of tensors are shown."""
+    """A step on its way to a page.
 
-    def __init__(self, step: Step, facts: Facts, page: Page, values: bool) -> None:
+    values: whether the numbers of tensors are shown; has_code: whether the lines of code are.
+    """
+
+    def __init__(self, step: Step, facts: Facts, page: Page, values: bool, has_code: bool) -> None:
         self.step = step
         self.steps = facts.steps or 0
         self.training = facts.training_of(step.number)
         self.classes = class_names(facts)
         self.page = page
         self.values = values
+        self.has_code = has_code
+        self._code: CodeLine | None = None
         self.lines = mathematics(step.operations)
 
     def whole(self, name: str, phase: str | None) -> None:
@@ -153,6 +161,10 @@ class _Opened:
         page.labelled("phase", seen.operation.phase)
         if seen.operation.module is not None:
             page.labelled("module", seen.operation.module)
+        if seen.line is not None:
+            page.labelled("line", str(seen.line))
+            if seen.line.callers:
+                page.labelled("called by", "\n".join(map(str, seen.line.callers)))
         if arguments := argument_texts(seen.operation, line.given):
             page.heading("arguments")
             page.table(ARGUMENTS, arguments)
@@ -368,7 +380,15 @@ class _Opened:
 
     def _list(self, places: Sequence[int], *, has_headings: bool) -> None:
         for place in (-1, *places) if has_headings else places:
+            if place >= 0:
+                self._write_code(self.step.operations[place].line)
             self.page.line(*self._rows[place + 1], indent=_INDENT)
+
+    def _write_code(self, line: CodeLine | None) -> None:
+        """Write the line of code of the next operation, if it is not that of the last one."""
+        if self.has_code and line is not None and line != self._code:
+            self.page.line((cut(str(line), self.page.width - _INDENT), "green"), indent=_INDENT)
+        self._code = line
 
     @cached_property
     def _rows(self) -> list[list[Styled]]:
@@ -387,6 +407,7 @@ class _Opened:
 
     def _operation_in_full(self, place: int) -> None:
         seen, line, page = self.step.operations[place], self.lines[place], self.page
+        self._write_code(seen.line)
         module = "" if seen.operation.module is None else f"  module {seen.operation.module}"
         origin = f"{module}  {seen.operation.operator}"
         page.line((f"{f'#{place}':<5}", "dim"), (str(line), ""), (origin, "dim"), indent=_INDENT)

@@ -100,6 +100,8 @@ class _Writer:
         self.page.line((name, "bold"), (f"  {value_text(number)}", ""), (also, "dim"), (step, "dim"))
         if each.origin == "operation" or each.operation is not None:
             self.page.line((self._made(each), ""), indent=_INDENT)
+            if each.observed is not None and each.observed.line is not None:
+                self.page.line((str(each.observed.line), "green"), indent=_INDENT)
         if each.formula:
             self.page.line(("from ", "dim"), (each.formula, ""), indent=_INDENT)
         if each.note:

@@ -63,7 +63,7 @@ class Banner {
 
   #story({ found, text }) {
     if (!found) return element("p", {}, text);
-    const { step, phase, index: operation, name, nans, infinities, rows, inputs, mathematics, by_own_code: how } = found;
+    const { step, phase, index: operation, name, nans, infinities, rows, inputs, mathematics, operation: made, by_own_code: how } = found;
     const open = { view: "run", run: this.about.name, step, phase, operation, beside: address.read().beside };
     const counts = [nans && `${whole(nans)} NaN`, infinities && `${whole(infinities)} infinite`].filter(Boolean).join(" and ");
     const where = operation === null ? `Step ${whole(step)}, before any operation` : `Step ${whole(step)}, ${phase}, operation #${operation}`;
@@ -76,6 +76,7 @@ class Banner {
         ` has ${counts}${how && `; ${how}`}. `,
         element("a", { href: address.write(open) }, "Open"),
       ),
+      made?.line ? element("p", { class: "small" }, `${made.line.file}:${made.line.line}  `, element("code", {}, made.line.text)) : null,
       element("ul", { class: "inputs" }, ...Object.entries(inputs).map(inputLine)),
       rows.length ? element("p", {}, rowsText(found)) : null,
     ];

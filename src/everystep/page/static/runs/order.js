@@ -8,7 +8,8 @@ export const COMPARED = ["optimizer", "lr", "batch_size"];
 /** Return runs that contain a text, sorted, as {name, depth}; by name or time, forks are below their parents. */
 export function arranged(runs, { key, direction }, text) {
   const wanted = text.trim().toLowerCase();
-  const found = runs.filter(({ name, status, optimizer, note }) => [name, status, optimizer, note].join(" ").toLowerCase().includes(wanted));
+  const textOf = ({ name, status, optimizer, note, tags, config }) => [name, status, optimizer, note, ...(tags ?? []), JSON.stringify(config)].join(" ");
+  const found = runs.filter((run) => textOf(run).toLowerCase().includes(wanted));
   const sign = direction === "ascending" ? 1 : -1;
   const sorted = found.sort((a, b) => compared(valueOf(a, key), valueOf(b, key), sign) || byName(a.name, b.name));
   if (key !== "name" && key !== "started") return sorted.map(({ name }) => ({ name, depth: 0 }));

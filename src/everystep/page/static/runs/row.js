@@ -36,7 +36,7 @@ class RunRow {
 
   update(run) {
     const isSame = (...keys) => keys.every((key) => JSON.stringify(run[key]) === JSON.stringify(this.run?.[key]));
-    const isNamed = this.run && isSame("parent", "problem");
+    const isNamed = this.run && isSame("parent", "problem", "tags");
     this.run = run;
     const { name, problem, status } = run;
     this.host.classList.toggle("unreadable", problem !== null);
@@ -45,7 +45,8 @@ class RunRow {
       // Keep a link that is about to be clicked, or has the focus.
       const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
       const own = problem === null ? [this.note.host] : [];
-      this.name.replaceChildren(problem === null ? link : name, ...own, ...this.#lineage());
+      const tags = (run.tags ?? []).map((tag) => element("span", { class: "tag" }, tag));
+      this.name.replaceChildren(problem === null ? link : name, ...tags, ...own, ...this.#lineage());
     }
     this.note.update(run);
     const state = problem === null ? [status, status] : ["failed", "cannot be read"];

@@ -48,7 +48,7 @@ class Runs {
     take(place);
     this.away = awayBanner();
     this.head = element("p", { class: "lead" });
-    this.search = element("input", { type: "search", placeholder: "search", "aria-label": "search the runs", title: "in name, status, optimizer and note" });
+    this.search = element("input", { type: "search", placeholder: "search", "aria-label": "search the runs", title: "in name, status, optimizer, tags, config and note" });
     this.search.addEventListener("input", () => this.#arrange());
     this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs to plot their losses together" });
     this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs to find where they diverge" });

@@ -6,6 +6,7 @@ import { openDialog } from "./dialog.js";
 const CHOICES = [
   { key: "theme", title: "Colours", values: [["system", "as the system"], ["light", "light"], ["dark", "dark"]] },
   { key: "size", title: "Size", values: [["normal", "normal"], ["large", "large, for a projector"]] },
+  { key: "lines", title: "Lines of your code", values: [["shown", "shown"], ["hidden", "hidden"]] },
   { key: "operators", title: "Operator names (aten.mm)", values: [["hidden", "hidden"], ["shown", "shown"]] },
 ];
 const DARK = "(prefers-color-scheme: dark)";
@@ -26,8 +27,8 @@ export function watchAppearance(changed) {
 
 /** Apply the choices. */
 export function applyAppearance() {
-  const { theme, size, operators } = chosen;
-  Object.assign(document.documentElement.dataset, { size, operators });
+  const { theme, size, lines, operators } = chosen;
+  Object.assign(document.documentElement.dataset, { size, lines, operators });
   document.documentElement.style.colorScheme = theme === "system" ? "" : theme;
   const media = { system: DARK, light: "not all", dark: "all" }[theme];
   for (const sheet of document.styleSheets) {

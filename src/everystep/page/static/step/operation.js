@@ -2,7 +2,7 @@
 
 import { copyMark } from "../shared/copy.js";
 import { element } from "../shared/elements.js";
-import { fixed, rebuilt, setText, unfolding } from "../shared/part.js";
+import { fixed, rebuilt, setText, show, unfolding } from "../shared/part.js";
 import { statisticsLine } from "../tensor/statistics.js";
 import { typeset } from "./mathematics.js";
 import { tensorRow } from "../tensor/tensor.js";
@@ -28,7 +28,8 @@ export function operationList(view, of) {
   }
 
   function build(content) {
-    const rows = of(content).map(({ number }) => operationRow(view, number));
+    const numbers = of(content).map(({ number }) => number);
+    const rows = numbers.map((number, place) => operationRow(view, number, numbers[place - 1]));
     const blocks = [];
     for (let start = 0; start < rows.length; start += BLOCK) blocks.push(block(rows.slice(start, start + BLOCK)));
     return blocks.length ? blocks : [fixed(element("p", { class: "muted small" }, "no operations"))];
@@ -43,7 +44,8 @@ function block(rows) {
   };
 }
 
-function operationRow(view, number) {
+/** before: the operation above it, if there is one. */
+function operationRow(view, number, before) {
   const mathematics = element("span", { class: "mathematics" });
   const module = element("span", { class: "module" });
   const operator = element("span", { class: "operator" });
@@ -82,6 +84,8 @@ function operationRow(view, number) {
       picture.update(view.content);
     },
   });
+  const code = codeLine(({ operations }) => (isSameLine(operations[number], operations[before]) ? null : operations[number].line));
+  part.node.prepend(code.node);
   part.node.dataset.number = number;
   part.node.id = `operation-${number}`;
   view.rows.set(number, part);
@@ -90,7 +94,34 @@ function operationRow(view, number) {
     picture.close();
     part.close();
   };
-  return { ...part, close };
+  const update = (content) => {
+    code.update(content);
+    part.update(content);
+  };
+  return { ...part, update, close };
+}
+
+function placeOf({ file, line }) {
+  return `${file}:${line}`;
+}
+
+function isSameLine(one, other) {
+  return JSON.stringify(one.line) === JSON.stringify(other?.line);
+}
+
+/** Return the part of a line of code; of(content): which, null for none. */
+function codeLine(of) {
+  const place = element("span", { class: "place" });
+  const text = element("code", {});
+  const node = element("div", { class: "code-line" }, place, text);
+  const update = (content) => {
+    const line = of(content);
+    show(node, Boolean(line));
+    setText(place, line ? placeOf(line) : "");
+    setText(text, line?.text ?? "");
+    node.title = line ? [`in ${line.function}`, ...line.callers.map((each) => `called by ${placeOf(each)}`)].join("\n") : "";
+  };
+  return { node, update };
 }
 
 function insides(view, number) {
@@ -102,7 +133,7 @@ function insides(view, number) {
   return rebuilt(node, structureOf, ({ operations }) => {
     const { inputs, results } = operations[number];
     if (results.length) view.opened.add(results[0].tensor);
-    return [...tensors(view, "Results", results), ...tensors(view, "Inputs", inputs), argumentList(number)];
+    return [...tensors(view, "Results", results), ...tensors(view, "Inputs", inputs), argumentList(number), calls(number)];
   });
 }
 
@@ -123,6 +154,23 @@ function argumentList(number) {
     list.replaceChildren(...given.flatMap(argument));
   };
   return fixed(element("div", {}, element("h4", {}, "Arguments"), list), update);
+}
+
+/** Return the part that lists the line of code of an operation, and those that led to it. */
+function calls(number) {
+  const list = element("ol", { class: "calls" });
+  let shown = null;
+  const node = element("div", {}, element("h4", {}, "Your code"), list);
+  const update = ({ operations }) => {
+    const { line } = operations[number];
+    show(node, Boolean(line));
+    const lines = line ? [line, ...line.callers] : [];
+    const now = JSON.stringify(lines);
+    if (now === shown) return;
+    shown = now;
+    list.replaceChildren(...lines.map((each) => element("li", {}, element("span", { class: "place" }, placeOf(each)), element("code", {}, each.text))));
+  };
+  return fixed(node, update);
 }
 
 function argument([name, text, isDefault]) {

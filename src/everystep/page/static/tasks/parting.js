@@ -47,7 +47,7 @@ function sideOf(run, step, side, place) {
   const missing = element("p", { class: "muted" }, "has no such operation");
   if (!side) return element("div", { class: `side series-${place}` }, name, missing);
   const link = write({ view: "run", run, step, phase: side.phase, operation: side.number });
-  const facts = [["operator", side.operator], ["phase", side.phase], ["module", side.module]].filter(([, text]) => text);
+  const facts = [["operator", side.operator], ["phase", side.phase], ["module", side.module], ["line", side.line]].filter(([, text]) => text);
   return element(
     "div",
     { class: `side series-${place}` },

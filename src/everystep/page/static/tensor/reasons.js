@@ -77,11 +77,12 @@ class Reasons {
     return element("span", {}, button(answer.number.name, back, { class: "plain" }), " › ");
   }
 
-  #answer({ number, made, formula, groups, check, is_equal: isEqual, unknown, note, rows_text: rows }) {
+  #answer({ number, made, observed, formula, groups, check, is_equal: isEqual, unknown, note, rows_text: rows }) {
     const first = this.trail[0].number.step;
     const step = number.step === first ? null : element("span", { class: "muted" }, ` at step ${whole(number.step)}`);
     const lines = [element("p", { class: "reason-of" }, element("b", {}, number.name), ` = ${number.text}`, step)];
     if (made) lines.push(element("p", { class: "made" }, made));
+    if (observed?.line) lines.push(element("p", { class: "muted small" }, `${observed.line.file}:${observed.line.line}  `, element("code", {}, observed.line.text)));
     if (formula) lines.push(element("p", { class: "muted small" }, `from ${formula}`));
     if (note) lines.push(element("p", { class: "muted small" }, note));
     if (groups.length) lines.push(this.#table(groups));

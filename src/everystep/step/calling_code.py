@@ -1,0 +1,158 @@
+"""Calling code: the lines of the user's code that call the operations of a step.
+
+They are found by the frames of Python when an operation is written down for the first time, so that a
+step that is followed costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import os
+import sys
+import sysconfig
+import time
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from everystep.program.source_line import LONGEST_FILE, LONGEST_LINE, SourceLine
+
+__all__ = ["CallingLine", "Calls", "LineTable", "calls_here"]
+
+#: Calls that are kept of an operation, from the innermost on.
+MOST_CALLS = 64
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_EVERYSTEP = f"{Path(__file__).parent.parent}{os.sep}"
+_LIBRARY = f"{sysconfig.get_path('stdlib')}{os.sep}"
+_PACKAGES = ("site-packages", "dist-packages")
+#: Modules of everystep that stand between the user's code and an operation.
+_WATCHING = tuple(
+    f"{_EVERYSTEP}{name}"
+    for name in (
+        *(f"step{os.sep}{name}.py" for name in ("calling_code", "cursor", "follow", "under_way")),
+        *(f"step{os.sep}{name}.py" for name in ("optimizer_steps", "replaced")),
+        f"training{os.sep}watched_steps.py",
+    )
+)
+#: The module that runs a backward pass.
+_BACKWARD = f"{_EVERYSTEP}step{os.sep}backward.py"
+#: A file that was written later may not be the code that runs.
+_BEGAN = time.time()
+
+
+class CallingLine(NamedTuple):
+    """A line that runs in a frame of Python. file: as Python names it; function: of the line."""
+
+    file: str
+    line: int
+    function: str
+
+
+#: The calls that lead to an operation, the innermost first.
+Calls = tuple[CallingLine, ...]
+
+
+@cache
+def _kind(file: str) -> str:
+    """Return whose code a file has: `user`, `backward`, `everystep`; `other` for what is passed over."""
+    if file == _BACKWARD:
+        return "backward"
+    if file.startswith(_EVERYSTEP):
+        return "other" if file in _WATCHING else "everystep"
+    is_packaged = any(name in file for name in _PACKAGES)
+    if file.startswith(_TORCH) or (file.startswith(_LIBRARY) and not is_packaged):
+        return "other"
+    return "other" if file.startswith("<frozen ") else "user"
+
+
+def calls_here() -> tuple[Calls, bool]:
+    """Return the user's calls that lead here, and whether a backward pass stands between.
+
+    A backward pass runs code of the user's only in hooks and in functions of their own.
+    """
+    found: list[CallingLine] = []
+    is_within_backward = False
+    frame = sys._getframe(1)
+    while frame is not None and len(found) < MOST_CALLS:
+        code = frame.f_code
+        kind = _kind(code.co_filename)
+        if kind == "everystep":
+            break
+        if kind == "backward":
+            is_within_backward = is_within_backward or not found
+        elif kind == "user":
+            found.append(CallingLine(code.co_filename, frame.f_lineno, code.co_name))
+            if code.co_name == "<module>":
+                break
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(found), is_within_backward
+
+
+class LineTable:
+    """The table of the lines of a program.
+
+    lines: so far; sources: the SHA-256 of each file, by its name in the lines.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[SourceLine] = []
+        self.sources: dict[str, str] = {}
+        self._places: dict[tuple[CallingLine, int | None], int] = {}
+
+    def place(self, calls: Calls) -> int | None:
+        """Return the place of the innermost of some calls; add what is missing. None: there are none."""
+        above: int | None = None
+        for call in reversed(calls):
+            if (call, above) not in self._places:
+                name, digest = _shown(call.file), _digest(call.file)
+                text = "" if digest is None else linecache.getline(call.file, call.line).strip()
+                self.lines.append(
+                    SourceLine(
+                        file=name,
+                        line=call.line,
+                        function=_printable(call.function, LONGEST_FILE),
+                        text=_printable(text, LONGEST_LINE),
+                        above=above,
+                    )
+                )
+                if digest is not None:
+                    self.sources[name] = digest
+                self._places[call, above] = len(self.lines) - 1
+            above = self._places[call, above]
+        return above
+
+
+@cache
+def _shown(file: str) -> str:
+    """Return the name of a file as people know it."""
+    if f"{os.sep}ipykernel_" in file:
+        return "<notebook cell>"
+    path = Path(file)
+    for name in _PACKAGES:
+        if name in path.parts:
+            return _printable(str(Path(*path.parts[path.parts.index(name) + 1 :])), LONGEST_FILE)
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    for place in (Path.cwd(), *([Path(script).absolute().parent] if script else [])):
+        if path.is_relative_to(place):
+            path = path.relative_to(place)
+            break
+    return _printable(str(path), LONGEST_FILE)
+
+
+@cache
+def _digest(file: str) -> str | None:
+    """Return the SHA-256 of a file as it was loaded, None if that is unknown."""
+    try:
+        if Path(file).stat().st_mtime > _BEGAN:
+            return None
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:  # a cell of a notebook, or what `exec` was given
+        lines = linecache.getlines(file)
+        return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+def _printable(text: str, length: int) -> str:
+    return "".join(each if each.isprintable() else "?" for each in text)[:length]

@@ -1,0 +1,95 @@
+"""Config and tags of a recorded loop: kept, shown, searched and compared."""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import everystep
+
+
+@dataclasses.dataclass
+class Settings:
+    width: int = 4
+    dtype: torch.dtype = torch.float32
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Record two steps, into a directory of their own."""
+    monkeypatch.chdir(tmp_path)
+
+    def record(name, **options):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        with everystep.record(model=model, run=name, **options) as recording:
+            for x in recording.steps([torch.ones(2, 3)] * 2):
+                recording.log(loss=model(x).sum())
+        return recording.run
+
+    return record
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        ({"lr": 0.1, "model": {"width": 64}}, {"lr": 0.1, "model": {"width": 64}}),
+        (argparse.Namespace(seed=3, name="a"), {"seed": 3, "name": "a"}),
+        (Settings(), {"width": 4, "dtype": "torch.float32"}),
+        ({1: (2, {3}), "far": float("inf")}, {"1": [2, [3]], "far": "inf"}),
+    ],
+)
+def test_a_config_is_kept_as_plain_data(record, config, plain):
+    run = record("a", config=config)
+    assert run.facts.config == plain
+    assert run.summary().config == plain
+
+
+def test_tags_and_config_are_shown_and_searched(record, everystep_command):
+    record("runs/one", config={"model": {"width": 64}}, tags=["baseline", "two  words", "baseline"])
+    record("runs/two", tags=["other"])
+    code, listed, _ = everystep_command("runs", "--tag", "baseline", "--tag", "two words")
+    assert code == 0
+    assert [line.split()[0] for line in listed.splitlines()] == ["run", "one"]
+    runs = json.loads(everystep_command("runs", "--json")[1])
+    assert {run["name"]: run["tags"] for run in runs} == {
+        "one": ["baseline", "two words"],
+        "two": ["other"],
+    }
+    assert "model.width: 64" in everystep.open("runs/one").report()
+    nothing = everystep_command("runs", "--tag", "nothing")
+    assert nothing[1:] == ("", "runs has no runs with the tag nothing\n")
+
+
+def test_a_config_that_differs_is_named_by_diff_and_is_no_difference_of_the_training(record):
+    one = record("one", config={"lr": 0.1, "name": "a"})
+    other = record("other", config={"lr": 0.1, "name": "b"})
+    found = one.diff(other)
+    assert found.experiments == {"config.name": ("a", "b")}
+    assert found.is_same
+
+
+def test_a_resumed_run_keeps_its_config_or_takes_the_new_one(record):
+    record("again", config={"epochs": 1}, tags=["first"])
+    assert record("again", resume=True).facts.config == {"epochs": 1}
+    run = record("again", resume=True, config={"epochs": 2})
+    assert (run.facts.config, run.facts.tags) == ({"epochs": 2}, ("first",))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"config": [1, 2]}, "config is a list; pass a dict"),
+        ({"config": {"a": "x" * 2_000_000}}, "a run holds at most 1,000,000"),
+        ({"tags": "baseline"}, r"tags is a text; pass a list: tags=\['baseline'\]"),
+        ({"tags": ["", 3, "x" * 200]}, r"tags\[0\].*\n.*tags\[1\].*\n.*tags\[2\]"),
+        ({"tags": [str(n) for n in range(101)]}, "101 tags are too many"),
+    ],
+)
+def test_what_a_run_cannot_hold_is_refused_before_it_begins(record, tmp_path, options, problem):
+    with pytest.raises(everystep.UsageError, match=problem):
+        record("refused", **options)
+    assert not (tmp_path / "refused").exists()

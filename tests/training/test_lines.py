@@ -1,0 +1,235 @@
+"""The line of code behind each operation: that of the user's code which called it."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import everystep
+from everystep.views.comparisons import diff_text
+
+SCRIPT = """
+import torch
+from torch import nn
+import everystep
+
+def penalty(mean, spread):
+    return (spread.exp() - mean).pow(2).sum()
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x + x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2.5
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+
+    def forward(self, x):
+        mean, spread = self.inner(x).chunk(2, 1)
+        return Doubled.apply(mean), spread
+
+def scaled(gradient):
+    return gradient * 0.25
+
+torch.manual_seed(0)
+model = Model()
+model.inner.bias.register_hook(scaled)
+optimizer = torch.optim.Adam(model.parameters())
+batches = [torch.randn(5, 4) for _ in range(6)]
+with everystep.record(model=model, optimizer=optimizer, run="lined") as recording:
+    for x in recording.steps(batches):
+        mean, spread = model(x)
+        loss = penalty(mean, spread)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        recording.log(loss=loss)
+"""
+
+
+@pytest.fixture(scope="module")
+def lined(tmp_path_factory):
+    """A recorded script, and its lines by number."""
+    place = tmp_path_factory.mktemp("lined")
+    (place / "train.py").write_text(SCRIPT)
+    os.utime(place / "train.py", (1e9, 1e9))
+    done = subprocess.run(
+        [sys.executable, "train.py"], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return everystep.open(place / "lined"), SCRIPT.splitlines()
+
+
+def lines_of(step, name=None, phase=None):
+    """Return the text of the line of each operation, or of those of an operator, or of a phase."""
+    return [
+        seen.line.text
+        for seen in step.operations
+        if name in (None, seen.operation.name) and phase in (None, seen.operation.phase)
+    ]
+
+
+def test_each_operation_has_its_line_and_the_text_is_that_of_the_file(lined):
+    run, text = lined
+    for step in (run[1], run[2], run[6]):
+        for seen in step.operations:
+            for line in (seen.line, *seen.line.callers):
+                assert (line.file, text[line.line - 1].strip()) == ("train.py", line.text)
+    called = {seen.operation.name: seen.line for seen in run[3].operations}
+    assert called["addmm"].text == "mean, spread = self.inner(x).chunk(2, 1)"
+    assert called["addmm"].function == "forward"
+    assert [line.text for line in called["addmm"].callers] == ["mean, spread = model(x)"]
+    assert called["exp"].text == "return (spread.exp() - mean).pow(2).sum()"
+    assert [line.text for line in called["exp"].callers] == ["loss = penalty(mean, spread)"]
+    assert str(called["exp"]) == "train.py:7  return (spread.exp() - mean).pow(2).sum()"
+
+
+def test_the_backward_pass_has_the_lines_of_the_forward_pass_and_of_code_that_runs_in_it(lined):
+    step = lined[0][4]
+    backward = lines_of(step, phase="backward")
+    assert lines_of(step, "mm", "backward") == ["mean, spread = self.inner(x).chunk(2, 1)"]
+    assert backward.count("return gradient * 2.5") == 1
+    assert backward.count("return gradient * 0.25") == 1
+    assert backward[0] == "return (spread.exp() - mean).pow(2).sum()"
+    assert lines_of(step, "ones_like") == ["loss.backward()"]
+
+
+def test_an_optimizer_has_the_line_of_its_step(lined):
+    assert set(lines_of(lined[0][2], phase="update")) == {"optimizer.step()"}
+    clipped = lines_of(lined[0][2], "_foreach_norm")
+    assert clipped == ["nn.utils.clip_grad_norm_(model.parameters(), 1.0)"]
+
+
+def test_the_run_keeps_the_digest_of_the_file_and_not_the_file(lined):
+    run, _ = lined
+    program = json.loads((run.directory / "programs" / "1.json").read_text())
+    assert program["sources"] == {"train.py": hashlib.sha256(SCRIPT.encode()).hexdigest()}
+    everything = b"".join(path.read_bytes() for path in run.directory.rglob("*") if path.is_file())
+    assert b"class Doubled" not in everything
+
+
+def test_lines_are_shown_by_commands(lined):
+    run, _ = lined
+    place = str(run.directory)
+
+    def shown(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "everystep", *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    whole = shown("step", place, "3", "--lines").splitlines()
+    at = next(n for n, line in enumerate(whole) if "self.inner(x).chunk" in line)
+    assert whole[at].strip() == "train.py:24  mean, spread = self.inner(x).chunk(2, 1)"
+    assert whole[at + 1].split()[0] == "#0"
+    assert "train.py:24" not in shown("step", place, "3")
+    assert "called by train.py:38  loss = penalty" in shown("step", place, "3", "--op", "2")
+    assert "train.py:7  return (spread.exp()" in shown("why", place, "3", "loss")
+    operations = json.loads(shown("step", place, "3", "--json"))["operations"]
+    assert operations[0]["line"]["line"] == 24
+
+
+def test_diff_and_first_nonfinite_name_the_line(tmp_path):
+    def train(name, factor):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        batches = [torch.randn(4, 3) for _ in range(4)]
+        with everystep.record(model=model, optimizer=optimizer, run=tmp_path / name) as recording:
+            for x in recording.steps(batches):
+                loss = model(x).pow(2).mean() * factor
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                recording.log(loss=loss)
+                factor = factor if recording.step_count < 2 else factor * 1e39
+        return everystep.open(tmp_path / name)
+
+    one, other = train("one", 1.0), train("other", 2.0)
+    text = "loss = model(x).pow(2).mean() * factor"
+    first = one.diff(other).data()["operation"]
+    assert [first[side]["line"]["text"] for side in ("one", "other")] == [text, text]
+    assert text in diff_text(one.diff(other))
+    assert one.first_nonfinite().operation.line.text == text
+
+
+def test_steps_that_torch_alone_takes_have_no_lines(tmp_path):
+    x = torch.randn(8, 3)
+    data = x, x.sum(1, keepdim=True)
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    run = everystep.train(
+        model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=3, run=tmp_path / "plain"
+    )
+    assert {seen.line for seen in run[2].operations} == {None}
+
+
+def test_a_step_function_has_the_lines_of_its_code(tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    parts, batches = {"model": model, "optimizer": optimizer}, [torch.randn(4, 3)] * 3
+    run = everystep.train(step, batches, parts=parts, epochs=1, run=tmp_path / "function")
+    seen = run[2].operations[0]
+    assert seen.line.text == "loss = model(batch).square().mean()"
+    assert seen.line.callers == ()
+
+
+def test_a_file_that_has_changed_since_it_was_loaded_has_no_text(tmp_path, monkeypatch):
+    module = tmp_path / "changed.py"
+    module.write_text("def loss_of(model, x):\n    return model(x).square().mean()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import changed
+
+    os.utime(module, (2e9, 2e9))
+    model = nn.Linear(3, 1)
+    with everystep.record(model=model, run=tmp_path / "run") as recording:
+        for x in recording.steps([torch.randn(4, 3)] * 2):
+            recording.log(loss=changed.loss_of(model, x))
+    line = everystep.open(tmp_path / "run")[2].operations[0].line
+    assert (line.place.endswith("changed.py:2"), line.text) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"above": 3}, "a line of code is called by a later one"),
+        ({"text": "\x1b[31m"}, "String should match pattern"),
+        ({"file": "x" * 2000}, "at most 1000 characters"),
+    ],
+)
+def test_a_strangers_lines_are_checked(lined, change, problem):
+    from everystep.program.step_program import Program
+
+    data = json.loads((lined[0].directory / "programs" / "1.json").read_text())
+    data["lines"][0] |= change
+    with pytest.raises(everystep.RunError, match=problem):
+        Program.from_json(json.dumps(data))
+
+
+def test_an_operation_of_a_strangers_unknown_line_is_refused(lined):
+    from everystep.program.step_program import Program
+
+    data = json.loads((lined[0].directory / "programs" / "1.json").read_text())
+    data["operations"][0]["line"] = len(data["lines"])
+    with pytest.raises(everystep.RunError, match="unknown line of code"):
+        Program.from_json(json.dumps(data))
