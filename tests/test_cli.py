@@ -21,7 +21,7 @@ from everystep.experiment.specification import built_in
 from everystep.recording.directories import find_runs
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import model_text, optimizers_text
-from everystep.views.lists import runs_tables
+from everystep.views.lists import runs_text
 
 
 def start(*arguments, **options):
@@ -233,7 +233,7 @@ def test_the_list_of_runs_fits_a_narrow_terminal(everystep_command):
         (40, ["run", "status"]),
     ):
         file = io.StringIO()
-        Console(file=file, width=width).print(*runs_tables(summaries, width))
+        Console(file=file, width=width).print(runs_text(summaries, width))
         lines = file.getvalue().splitlines()
         assert lines[0].split() == headings
         assert max(map(len, lines)) <= width

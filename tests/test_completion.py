@@ -30,12 +30,10 @@ def complete(runs, monkeypatch, everystep_command):
     """Return what is offered after these words; the last is not yet complete."""
     monkeypatch.chdir(runs)
 
-    def complete(*words, shell="bash"):
-        monkeypatch.setenv("_EVERYSTEP_COMPLETE", f"complete_{shell}")
+    def complete(*words):
+        monkeypatch.setenv("_EVERYSTEP_COMPLETE", "complete_bash")
         monkeypatch.setenv("COMP_WORDS", " ".join(["everystep", *words]))
         monkeypatch.setenv("COMP_CWORD", str(len(words)))
-        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", " ".join(["everystep", *words]))
-        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
         code, out, err = everystep_command()
         assert (code, err) == (0, "")
         return out.split("\n")[:-1] if out.strip() else []
@@ -56,19 +54,14 @@ def test_commands_options_and_names(complete, runs):
     assert complete("train", "--engine", "e") == ["eager"]
 
 
-def test_phases_operations_and_measurements(complete):
+def test_phases_and_measurements(complete):
     assert complete("step", "first-1", "2", "--phase", "") == list(PHASES)
-    numbers = complete("step", "first-1", "2", "--op", "1")
-    assert numbers == ["1", "10", "11"]  # those of the update are found when the step is opened
-    operator = everystep.open("first-1")[2].operations[1].operation.operator
-    assert complete("step", "first-1", "2", "--op", "1", shell="fish")[0] == f"1\t{operator}"
     assert complete("plot", "first-1", "first-2", "-m", "t") == ["twice"]
 
 
 def test_what_does_not_exist_is_left_to_the_shell(complete):
     assert complete("nonsense", "x") == []
     assert complete("losses", "nothing") == []
-    assert complete("step", "nothing", "1", "--op", "") == []
 
 
 def test_bash_completes_without_torch(runs, tmp_path):

@@ -360,10 +360,7 @@ def _setting(name: str) -> bool | str | None:
             warnings.simplefilter("ignore")
             value: Any = attrgetter(_READERS.get(name, name))(torch)
             value = value() if name in _READERS else value
-    except (
-        AttributeError,
-        RuntimeError,
-    ):  # RuntimeError: precisions were set both in the old and in the new way
+    except (AttributeError, RuntimeError):  # precisions were set both in the old and in the new way
         return None
     if isinstance(value, tuple):  # whether it reduces in lower precision, and whether it splits sums
         value = value[0]

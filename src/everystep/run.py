@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from everystep.questions import Questions
+from everystep.errors import StepError, UsageError
 from everystep.recording.directories import RUNS
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
@@ -20,12 +22,27 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
+    from everystep.answers.diff import Difference
     from everystep.answers.doctor import Diagnosis
+    from everystep.answers.match import Match
+    from everystep.answers.measure import Measured
+    from everystep.answers.nonfinite import NonFinite
+    from everystep.answers.rerun import Rerun
+    from everystep.answers.rows import Rows
+    from everystep.answers.verify import Verification
+    from everystep.answers.why import Why
     from everystep.experiment.metrics import Metrics
+    from everystep.replay.opened_step import Step
+    from everystep.replay.processes import Opener
+    from everystep.replay.recorded_columns import Found
+    from everystep.replay.shown import Shown
+    from everystep.replay.what_if import WhatIf
     from everystep.training.job import Outcome, Progress
     from everystep.training.objects import Objects
     from everystep.views.loss_table import LossTable
     from everystep.views.report import Report
+
+__all__ = ["Counting", "Run", "Steps", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
 
 #: The public face of a run, which the reference describes: `dir(run)`. What else there is, other modules
 #: of everystep read.
@@ -36,16 +53,408 @@ _PUBLIC = [
     *("rows", "why", "what_if", "fork", "resume"),
 ]
 
-__all__ = ["Run", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
+#: Whether to show a progress bar if stderr is a terminal; or a function, called with the number of steps
+#: just replayed.
+Counting = bool | Callable[[int], None]
+
+Answer = TypeVar("Answer", bound="Shown | None")
 
 
-class Run(Questions):
+class Run(RecordedRun):
     """A recorded training, read from its directory on demand.
 
     `run[137]` opens step 137 with everything in it, and `run[-1]` the newest step. `run[10:20]` is a
     sequence of the steps 10 to 19; it opens each step when you access it, as does iterating over the
-    run.
+    run. Opened steps are kept as memory allows.
     """
+
+    def __init__(self, directory: str | Path, objects: Objects | None = None) -> None:
+        super().__init__(directory)
+        self._objects = objects
+        self._own_opener: Opener | None = None
+        #: The step opened last, as it was returned: it keeps what was computed from it.
+        self._last_opened: tuple[Step, Step] | None = None
+
+    def __dir__(self) -> list[str]:
+        return _PUBLIC
+
+    def __repr__(self) -> str:
+        summary = self.summary()
+        losses = ""
+        if summary.first_loss is not None and summary.last_loss is not None:
+            losses = f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}"
+        return (
+            f"<everystep run {str(self.directory)!r}: {summary.status}, {summary.steps} steps{losses}>"
+        )
+
+    def __len__(self) -> int:
+        return self.newest_step()
+
+    @overload
+    def __getitem__(self, step: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> Steps: ...
+
+    def __getitem__(self, step: int | slice) -> Step | Steps:
+        if isinstance(step, slice):
+            count = len(self)
+            begin = 1 if step.start is None and (step.step or 1) > 0 else step.start
+            first, *others = slice(begin, step.stop, step.step).indices(count + 1)
+            return Steps(self, [number for number in range(first, *others) if number > 0])
+        number = self._number(step)
+        opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
+        if self._last_opened is not None and self._last_opened[0] is opened:
+            return self._last_opened[1]
+        from everystep.views.run_view import RunView
+
+        shown = replace(opened, view=RunView(self), earlier=self.__getitem__)
+        self._last_opened = opened, shown
+        return shown
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self[:])
+
+    @property
+    def note(self) -> str | None:
+        """Your own note on the run, in one line; None if there is none.
+
+        Set it to a text of up to 1,000 characters (line breaks become spaces), or to None to remove it.
+
+        Raises:
+            UsageError: the text is too long.
+            RunError: the run is still being trained, or another process is adding to it.
+            RecordingError: it cannot be written to.
+        """
+        return self.facts.note
+
+    @note.setter
+    def note(self, text: str | None) -> None:
+        from everystep.recording.lock import write_note
+
+        if not isinstance(text, str | None):
+            raise UsageError(f"a note is a text, or None to remove it; this is {type(text).__name__}")
+        write_note(self.directory, text)
+
+    @property
+    def problems(self) -> list[str]:
+        """Problems found while opening steps, such as an unreadable snapshot."""
+        return self._own_opener.problems if self._own_opener else []
+
+    def parameters(self, step: int) -> dict[str, Tensor]:
+        """Return the model's state_dict after `step` (0: before the first step).
+
+        Negative steps count from the newest: -1 is the newest state.
+
+        Raises:
+            StepError: the run has no such step.
+            RunError: a needed file is missing or unreadable.
+        """
+        number = self._number(step)
+        return self._opener.state(number + len(self) + 1 if number < 0 else number).parameters
+
+    def table(self, rows: int = 100_000) -> LossTable:
+        """Return the losses as a browsable table (DataTables); shows in a notebook; `save(path)`.
+
+        rows: maximum number of rows to embed; a longer run is excerpted, with a note in the table.
+        """
+        from everystep.views.loss_table import loss_table
+
+        return loss_table(self, rows)
+
+    def plot(self, *others: RecordedRun, log: bool = False, measurements: Sequence[str] = ()) -> ggplot:
+        """Return a plot of the loss at each iteration; shows in a notebook; `save(path)`.
+
+        others: runs to draw in the same plot; log: a logarithmic loss axis; measurements: names to draw
+        as lines.
+        """
+        from everystep.views.plot import loss_plot
+
+        return loss_plot([self, *others], log=log, measurements=measurements)
+
+    def report(self) -> Report:
+        """Return everything about the run as one self-contained HTML page.
+
+        The page is a str; it shows in a notebook, and `save(path)` writes it.
+        """
+        from everystep.views.report import Report, report_html
+
+        return Report(report_html(self), self.name)
+
+    def verify(self, *, processes: int | None = None, progress: Counting = True) -> Verification:
+        """Replay every step, and compare every loss and every snapshot, bit for bit.
+
+        processes: number of processes; default: one per core, if worth their start.
+
+        Raises:
+            RunError: a needed file is missing or unreadable.
+        """
+        from everystep.answers.verify import verify
+
+        return self._answered("replaying", len(self), progress, partial(verify, self._opener, processes))
+
+    def diff(self, other: Run, *, thorough: bool = False, progress: Counting = True) -> Difference:
+        """Return how this run differs from another, down to the first operation.
+
+        thorough: compare every step, not only those between the last common state and the first
+        difference. That also finds differences that no loss and no snapshot shows.
+
+        Raises:
+            RunError: a run is unreadable.
+        """
+        from everystep.answers.diff import diff
+
+        if not isinstance(other, Run):
+            raise UsageError(f"expected another run to compare with, not {other!r:.80}")
+        objects = self._objects, other._objects
+        ask = partial(diff, self, other, thorough=thorough, objects=objects)
+        return self._answered("comparing", min(len(self), len(other)), progress, ask)
+
+    def match(self, other: Run, step: int | None = None) -> Match:
+        """Return how a step of this run matches one of another that is written differently, by values.
+
+        The gradients, parameters and buffers of this run are searched among all tensors of the other, up
+        to rounding and by any name: for a backward pass written by hand, another module structure,
+        another optimizer of the same mathematics, or another precision.
+
+        step: its number; None: the first that does not match, or else the last that both have.
+
+        Raises:
+            StepError: a run has no such step.
+            RunError: a step cannot be opened.
+        """
+        from everystep.answers.match import match
+
+        if not isinstance(other, Run):
+            raise UsageError(f"expected another run to match with, not {other!r:.80}")
+        number = None if step is None else self._number(step)
+        return self._shown(match(self._opener, other._opener, number))
+
+    def rerun(
+        self,
+        *,
+        threads: int | None = None,
+        capability: str | None = None,
+        mkl: str | None = None,
+        precision: Literal["float64", "bfloat16"] | None = None,
+        python: str | None = None,
+        beside: Sequence[Run] = (),
+        progress: Counting = True,
+    ) -> Rerun:
+        """Repeat the steps under different conditions; return where they diverge from the recording.
+
+        The programs of the run compute them in another process, without its code.
+
+        Args:
+            threads: number of threads of torch.
+            capability: CPU instructions of torch's kernels: `default`, `avx2` or `avx512`.
+            mkl: branch of MKL's reproducibility: `OFF`, `COMPATIBLE`, `AVX2`, ...
+            precision: of all floating-point numbers.
+            python: another interpreter, with its own everystep and torch.
+            beside: other runs; the answer reports how far each is from the losses of the rerun.
+            progress: as in `measure`.
+
+        Raises:
+            ExperimentError: a setting is invalid, or nothing differs from the recording.
+            RunError: the steps cannot run there; gives the reason.
+            TrainingError: the process there does not start, or ended early.
+        """
+        from everystep.answers.other_process import Conditions
+        from everystep.answers.rerun import rerun
+
+        conditions = Conditions(threads, capability, mkl, precision, python)
+        ask = partial(rerun, self._opener, conditions, beside)
+        count = len(self) - self.stretches[-1].first + 1 if len(self) else 0
+        return self._answered("taking steps", count, progress, ask)
+
+    def measure(
+        self,
+        question: str | Callable[[Step], Any],
+        *,
+        name: str | None = None,
+        every: int = 1,
+        overwrite: bool = False,
+        processes: int | None = None,
+        progress: Counting = True,
+    ) -> Measured:
+        """Add a measurement to the run, as if it had been made during training.
+
+        Args:
+            question: an expression, `"norm(gradients['0.weight'])"`, or a function of the opened step
+                that returns a number.
+            name: the name of the measurement; default: the expression, or the function's name.
+            every: steps between two measurements.
+            overwrite: replace an existing measurement of that name.
+            processes: number of processes; default: one per core, if worth their start.
+            progress: show a progress bar if stderr is a terminal; or a function, called with the number
+                of steps just replayed.
+
+        Raises:
+            UsageError: the question does not fit, or the name is taken.
+            RunError: a needed file is missing, unreadable or being written.
+        """
+        from everystep.answers.measure import measure
+
+        asked, called = self._question(question)
+        ask = partial(
+            measure,
+            self._opener,
+            asked,
+            name or called,
+            every=every,
+            overwrite=overwrite,
+            processes=processes,
+        )
+        return self._answered("measuring", len(self), progress, ask)
+
+    def when(
+        self,
+        condition: str | Callable[[Step], Any],
+        which: Literal["first", "last", "all"] = "first",
+        *,
+        processes: int | None = None,
+        progress: Counting = True,
+    ) -> Found:
+        """Find the first step at which a condition is true, the last, or all.
+
+        Args:
+            condition: an expression, `"isnan(loss)"`, or a function of the opened step.
+            which: steps to find.
+            processes, progress: as in `measure`.
+
+        Raises:
+            UsageError: the condition does not fit.
+            RunError: a needed file is missing or unreadable.
+        """
+        if which not in ("first", "last", "all"):
+            raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
+        asked, _ = self._question(condition)
+        if getattr(asked, "is_recorded", False):
+            from everystep.replay.recorded_columns import Found, ask_columns, chosen
+
+            steps = [step for step, _ in ask_columns(asked, self, (1, len(self)), as_condition=True)]
+            return self._shown(Found(chosen(steps, which)))
+        from everystep.answers.measure import when
+
+        ask = partial(when, self._opener, asked, which, processes=processes)
+        return self._answered("looking", len(self), progress, ask)
+
+    def first_nonfinite(
+        self, *, processes: int | None = None, progress: Counting = True
+    ) -> NonFinite | None:
+        """Return the operation that made the first NaN or infinity, or None if all is finite.
+
+        Raises:
+            RunError: a needed file is missing or unreadable.
+        """
+        from everystep.answers.nonfinite import find_nonfinite
+
+        count = self.facts.nonfinite_step or len(self)
+        return self._answered(
+            "looking", count, progress, partial(find_nonfinite, self._opener, processes)
+        )
+
+    def rows(self, step: int) -> Rows:
+        """Return how much each row of a step's batch contributes to its loss and to each gradient.
+
+        Exact where the step itself adds up rows; else unknown, with the operation that mixes rows. The
+        same as `run[step].rows`.
+
+        Raises:
+            StepError: the run has no such step.
+            RunError: a needed file is missing or unreadable.
+        """
+        from everystep.views.run_view import RunView
+
+        opened = self[step]
+        return replace(opened.rows, view=RunView(self, opened))
+
+    def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
+        """Return where a number of a step comes from: the operation that computed it, and its inputs.
+
+        NaN and infinity are followed to their origin, with the rows of the batch that they depend on.
+
+        Args:
+            step: the step, from 1, or from the end: -1.
+            expression: names the number: `"gradients['0.weight'][3, 5]"`, `"loss"`, or, as answers name
+                them, `"#7[17, 3]"`, a number of the result of operation 7.
+            back: how many earlier steps to follow the state into.
+            depth: how many operations deep to follow the largest numbers; each number in an answer can
+                be followed by its own `why()`.
+            terms: how many terms of a sum to return one by one.
+
+        Raises:
+            UsageError: an argument is invalid, or the expression is not one number of the step.
+            RunError: a step cannot be opened.
+        """
+        return self[step].why(expression, back=back, depth=depth, terms=terms)
+
+    def what_if(
+        self,
+        at: int | None = None,
+        until: int | None = None,
+        *,
+        without_rows: Iterable[int] = (),
+        without_rows_of: int | None = None,
+        each: bool = False,
+        lr: float | Iterable[float] = (),
+        by: str = "loss",
+        processes: int | None = None,
+        progress: Counting = True,
+    ) -> WhatIf:
+        """Train again from a state with something changed, and return how the loss changes.
+
+        Nothing is recorded. Without rows of the data, the steps have the bits of a training by hand
+        without those rows. At other learning rates, programs repeat the recorded steps, of any run; what
+        your code decided stays as recorded.
+
+        Args:
+            at: the step after which the trainings start; default: the one before `without_rows_of`.
+            until: the step that they are compared at; default: the last.
+            without_rows: rows of the data to leave out of the batches that they are in.
+            without_rows_of: the step of which all rows are left out.
+            each: leave out each row alone, not all at once.
+            lr: learning rates to train at, one training each, for all param groups of torch's own
+                optimizers; not together with rows.
+            by: an expression of step `until` to compare: `norm(gradients['0.weight'])`.
+            processes: number of processes, each with as many threads as the run was trained with;
+                default: as many as there are cores for, if worth their start.
+            progress: as in `measure`.
+
+        Raises:
+            StepError: the run has no such step.
+            UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
+            RunError: the steps cannot be repeated without the rows; gives the reason.
+        """
+        from everystep.replay.what_if import check_has_rows, what_if
+
+        rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
+        chosen = [operator.index(row) for row in without_rows]
+        if rates and (chosen or without_rows_of is not None):
+            raise UsageError("pass either rows to leave out or lr, not both")
+        if wrong := [rate for rate in rates if not 0 <= rate < math.inf]:
+            raise UsageError(f"lr is {wrong[0]:g}; pass learning rates from 0 on")
+        if not rates:
+            check_has_rows(self)
+        if at is None and without_rows_of is None:
+            raise UsageError(
+                "no start: pass at, the step after which the trainings start, or "
+                "without_rows_of, the step to leave out the rows of"
+            )
+        until = self.newest_step() if until is None else self._number(until)
+        if without_rows_of is not None:
+            step = self[self._number(without_rows_of)]
+            at, batch = step.number - 1 if at is None else at, step.batch
+            chosen += map(batch.number, range(batch.count))
+        rows = sorted(set(chosen))
+        if not rows and not rates:
+            raise UsageError("no rows to leave out: pass without_rows, or without_rows_of")
+        cases: Any = rates or ([(row,) for row in rows] if each else [tuple(rows)])
+        assert at is not None
+        steps = (until - at) * (len(cases) + 1)
+        start = self._number(at)
+        ask = partial(what_if, self._opener, start, until, cases, by, self._objects, processes)
+        return self._answered("training", max(0, steps), progress, ask)
 
     def doctor(self, *, export: str | Path | None = None) -> Diagnosis:
         """Report what is wrong with the run, and what can still be read; replays nothing.
@@ -130,7 +539,7 @@ class Run(Questions):
             "metrics": metrics,
         }
         outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
-        return run_of(outcome, trained and dataclasses.replace(trained, validation=None))
+        return run_of(outcome, trained and replace(trained, validation=None))
 
     def resume(
         self,
@@ -183,50 +592,80 @@ class Run(Questions):
         outcome, trained = resume(asked, given, self._objects, progress_of(progress))
         return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
 
-    def __dir__(self) -> list[str]:
-        return _PUBLIC
-
-    def __repr__(self) -> str:
-        summary = self.summary()
-        losses = ""
-        if summary.first_loss is not None and summary.last_loss is not None:
-            losses = f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}"
-        return (
-            f"<everystep run {str(self.directory)!r}: {summary.status}, {summary.steps} steps{losses}>"
-        )
-
-    def table(self, rows: int = 100_000) -> LossTable:
-        """Return the losses as a browsable table (DataTables); shows in a notebook; `save(path)`.
-
-        rows: maximum number of rows to embed; a longer run is excerpted, with a note in the table.
-        """
-        from everystep.views.loss_table import loss_table
-
-        return loss_table(self, rows)
-
-    def plot(self, *others: RecordedRun, log: bool = False, measurements: Sequence[str] = ()) -> ggplot:
-        """Return a plot of the loss at each iteration; shows in a notebook; `save(path)`.
-
-        others: runs to draw in the same plot; log: a logarithmic loss axis; measurements: names to draw
-        as lines.
-        """
-        from everystep.views.plot import loss_plot
-
-        return loss_plot([self, *others], log=log, measurements=measurements)
-
-    def report(self) -> Report:
-        """Return everything about the run as one self-contained HTML page.
-
-        The page is a str; it shows in a notebook, and `save(path)` writes it.
-        """
-        from everystep.views.report import Report, report_html
-
-        return Report(report_html(self), self.name)
-
     def _repr_html_(self) -> str:
         from everystep.views.summary_html import summary_html
 
         return summary_html(self)
+
+    def _number(self, step: Any) -> int:
+        try:
+            return operator.index(step)
+        except TypeError:
+            raise StepError(f"a step of {self.name} must be an integer, not {step!r:.80}") from None
+
+    @property
+    def _opener(self) -> Opener:
+        from everystep.replay.processes import Opener
+
+        if self._own_opener is None:
+            self._own_opener = Opener(self, self._objects)
+        return self._own_opener
+
+    def _answered(self, what: str, steps: int, progress: Counting, ask: Callable[..., Answer]) -> Answer:
+        """Ask, show how far it is, and return the answer, which shows itself."""
+        from everystep.views.progress import counting
+
+        with counting(what, steps, progress) as on_progress:
+            return self._shown(ask(on_progress=on_progress))
+
+    def _shown(self, answer: Answer) -> Answer:
+        from everystep.views.run_view import RunView
+
+        return answer and replace(answer, view=RunView(self))  # type: ignore[type-var]
+
+    def _question(self, question: str | Callable[[Step], Any]) -> tuple[Any, str]:
+        """Return a question in the form that queries take, and its name."""
+        from everystep import numerics
+
+        numerics.prepare()
+        if callable(question):
+            return question, getattr(question, "__name__", "measurement")
+        if not isinstance(question, str):
+            raise UsageError(f"expected an expression or a function of a step, not {question!r:.80}")
+        from everystep.replay.recorded_columns import read_question
+
+        expression = read_question(question, self)
+        if not expression.is_recorded:
+            from everystep.replay.probe import check_question
+
+            check_question(expression, self._opener)
+        return expression, question
+
+
+class Steps(Sequence["Step"]):
+    """A sequence of steps of a run; each opens when you access it."""
+
+    def __init__(self, run: Run, numbers: list[int]) -> None:
+        self._run = run
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Steps: ...
+
+    def __getitem__(self, place: int | slice) -> Step | Steps:
+        if isinstance(place, slice):
+            return Steps(self._run, self._numbers[place])
+        return self._run[self._numbers[place]]
+
+    def __repr__(self) -> str:
+        ends = f"{self._numbers[0]} to {self._numbers[-1]}" if self._numbers else "none"
+        return f"<steps of {self._run.name}: {ends}>"
 
 
 def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis:
@@ -244,7 +683,7 @@ def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis
     found = doctor(directory)
     if export is not None:
         write_file(export, readable_numbers(directory / FILE_NAME))
-    return dataclasses.replace(found, view=RunView(None))
+    return replace(found, view=RunView(None))
 
 
 def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
@@ -272,7 +711,7 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     """
     is_read = any(stretch.facts.data.lazy for stretch in run_of(outcome).stretches)
     data = objects.data if is_read else None
-    return run_of(outcome, dataclasses.replace(objects, data=data, validation=None))
+    return run_of(outcome, replace(objects, data=data, validation=None))
 
 
 def progress_of(wanted: bool | Progress) -> Progress:

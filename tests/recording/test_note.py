@@ -9,7 +9,7 @@ from rich.console import Console
 
 import everystep
 from everystep.errors import RunError, UsageError
-from everystep.views.lists import runs_tables
+from everystep.views.lists import runs_text
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_list_of_runs_shows_notes_where_there_is_width(run, everystep_comman
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 200
     narrow = Console(width=70, file=io.StringIO())
-    narrow.print(*runs_tables([run.summary()], narrow.width))
+    narrow.print(runs_text([run.summary()], narrow.width))
     assert "note" not in narrow.file.getvalue() and run.name in narrow.file.getvalue()
     [listed] = json.loads(everystep_command("runs", "--json")[1])
     assert listed["note"] == run.note

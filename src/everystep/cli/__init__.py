@@ -12,8 +12,11 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.command_group import Commands
-from everystep.cli.display_commands import losses, plot, report, runs, step, table, view
+from everystep.cli import display_commands as display
+from everystep.cli import question_commands as question
+from everystep.cli import space_commands as space
+from everystep.cli import training_commands as training
+from everystep.cli.command_group import Commands, documented
 from everystep.cli.output import (
     OutputError,
     drop_output,
@@ -22,21 +25,6 @@ from everystep.cli.output import (
     prepare_streams,
     shortened,
 )
-from everystep.cli.question_commands import (
-    diff,
-    doctor,
-    first_nonfinite,
-    match,
-    measure,
-    rerun,
-    rows,
-    verify,
-    what_if,
-    when,
-    why,
-)
-from everystep.cli.space_commands import du, rm
-from everystep.cli.training_commands import experiments, fork, resume, train
 from everystep.errors import EverystepError
 
 __all__ = ["app", "main"]
@@ -51,12 +39,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    *(train, resume, experiments, runs, losses, table, plot, report, step, verify, doctor, diff),
-    *(match, rerun, fork, what_if, measure, when, first_nonfinite, why, rows, view, du, rm),
+    *(training.train, training.resume, training.experiments, display.runs, display.losses),
+    *(display.table, display.plot, display.report, display.step, question.verify, question.doctor),
+    *(question.diff, question.match, question.rerun, training.fork, question.what_if, question.measure),
+    *(question.when, question.first_nonfinite, question.why, question.rows, display.view),
+    *(space.du, space.rm),
 ):
     # -1 is a step, not an option.
-    settings = {"ignore_unknown_options": True} if command in (step, why, rows) else {}
-    app.command(context_settings=settings)(command)
+    has_step = command in (display.step, question.why, question.rows)
+    settings = {"ignore_unknown_options": True} if has_step else {}
+    app.command(context_settings=settings)(documented(command))
 
 
 @app.callback(invoke_without_command=True)

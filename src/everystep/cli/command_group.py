@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from copy import copy
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer.core
 
 from everystep.errors import UsageError, did_you_mean
 
-__all__ = ["Commands"]
+__all__ = ["Commands", "documented"]
 
 #: Names of commands in other tools, and the everystep command to use instead.
 _INSTEAD = {
@@ -43,6 +47,25 @@ _SETTINGS = {
     "--seed": "seed",
     "--epochs": "epochs",
 }
+
+
+#: An argument in a docstring.
+_ARGUMENT = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
+
+
+def documented(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the arguments and options of a command the help that its docstring has for them."""
+    text, _, arguments = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
+    hints = get_type_hints(command, include_extras=True)
+    for name, help in _ARGUMENT.findall(arguments):
+        kind, *declared = (
+            get_args(hints[name]) if get_origin(hints[name]) is Annotated else [hints[name]]
+        )
+        option = copy(declared[0]) if declared else typer.Option()
+        option.help = " ".join(help.split())
+        hints[name] = Annotated[kind, option]
+    command.__doc__, command.__annotations__ = text, hints
+    return command
 
 
 class Commands(typer.core.TyperGroup):

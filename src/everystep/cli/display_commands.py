@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import everystep
 from everystep.cli.output import answer, hint, page_width, say, say_written, show, terminal_width
 from everystep.cli.shared_options import (
+    FileOption,
     JsonOption,
-    PageOption,
     RunArgument,
     RunsArgument,
     StepArgument,
     measurement_names,
     one_of,
-    open_run,
-    operation_numbers,
     run_names,
 )
 from everystep.errors import RunError, UsageError
@@ -31,56 +29,50 @@ __all__ = ["losses", "plot", "report", "runs", "step", "table", "view"]
 
 
 def runs(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIRECTORY", help="Directory that contains runs.")
-    ] = Path("runs"),
-    tag: Annotated[
-        list[str] | None, typer.Option("--tag", metavar="NAME", help="Only runs with this tag.")
-    ] = None,
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY")] = Path("runs"),
+    tag: Annotated[list[str] | None, typer.Option("--tag", metavar="NAME")] = None,
     json: JsonOption = False,
 ) -> None:
     """List runs.
 
     Shows name, status, steps, first and last loss, start time, parent, tags and note, as the width
     allows.
+
+    Args:
+        directory: Directory that contains runs.
+        tag: Only runs with this tag.
     """
-    from everystep.views.lists import runs_json, runs_tables
+    from everystep.views.lists import runs_text, summary_data
+    from everystep.views.plain import as_json
 
-    killed: list[Path] = []
     wanted = {*(tag or ())}
-    summaries = (run for run in _summaries(directory, killed) if wanted <= {*run.tags})
+    found = [run for run in _summaries(directory) if wanted <= {*run.tags}]
     if json:
-        for text in runs_json(summaries):
-            say(text, nl=False)
-        return
-    has_some = False
-    for table in runs_tables(summaries, terminal_width()):
-        show(table)
-        has_some = True
-    if not has_some:
-        which = f" with the tag {' and '.join(sorted(wanted))}" if wanted else ""
-        hint(
-            f"{directory} has no runs{which}" + ("" if which else "; everystep train creates the first")
-        )
-    _say_killed(killed)
+        say(as_json([summary_data(run) for run in found]))
+    elif found:
+        show(runs_text(found, terminal_width()))
+        _say_killed([run.directory for run in found if run.status == "killed"])
+    elif wanted:
+        hint(f"{directory} has no runs with the tag {' and '.join(sorted(wanted))}")
+    else:
+        hint(f"{directory} has no runs; everystep train creates the first")
 
 
-def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
-    """Yield all runs in one line each, as they are read; hint at damaged ones, and note killed ones."""
+def _summaries(directory: Path) -> list[Summary]:
+    """Return all runs that can be read in one line each; hint at damaged ones."""
     from everystep.recording.directories import find_runs
     from everystep.recording.recorded_run import RecordedRun
 
+    found = []
     for path in find_runs(directory):
         try:
-            summary = RecordedRun(path, may_be_cut=True).summary()
+            found.append(RecordedRun(path, may_be_cut=True).summary())
         except RunError as error:
             hint(f"everystep: skipped: {error}")
-            continue
-        if summary.damage is not None:
-            hint(f"everystep: {summary.damage}")
-        if summary.status == "killed":
-            killed.append(path)
-        yield summary
+        else:
+            if damage := found[-1].damage:
+                hint(f"everystep: {damage}")
+    return found
 
 
 #: Runs that the list names below it.
@@ -101,16 +93,20 @@ def _say_killed(directories: list[Path]) -> None:
 
 def losses(
     run: RunArgument,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    csv: Annotated[bool, typer.Option("--csv")] = False,
     json: JsonOption = False,
-    parquet: Annotated[bool, typer.Option("--parquet", help="Write Parquet; needs --output.")] = False,
-    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last N steps.")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Write to FILE instead of stdout."),
-    ] = None,
+    parquet: Annotated[bool, typer.Option("--parquet")] = False,
+    last: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
+    output: FileOption = None,
 ) -> None:
-    """Print the loss and the measurements of every step."""
+    """Print the loss and the measurements of every step.
+
+    Args:
+        csv: Print CSV.
+        parquet: Write Parquet; needs --output.
+        last: Only the last N steps.
+        output: Write to FILE instead of stdout.
+    """
     from everystep.views.lists import losses_text
     from everystep.views.output_file import write_file
 
@@ -118,7 +114,7 @@ def losses(
         raise UsageError("--csv, --json and --parquet are mutually exclusive")
     if parquet and output is None:
         raise UsageError("Parquet is binary; write it to a file: --parquet -o losses.parquet")
-    opened = open_run(run)
+    opened = everystep.open(run)
     content: str | bytes
     if parquet:
         file = io.BytesIO()  # if polars writes a file itself, a full disk raises its own error
@@ -137,18 +133,20 @@ def losses(
 
 def table(
     run: RunArgument,
-    output: PageOption = None,
-    rows: Annotated[
-        int, typer.Option(min=1, help="Maximum number of rows to embed; a longer run is excerpted.")
-    ] = 100_000,
+    output: FileOption = None,
+    rows: Annotated[int, typer.Option(min=1)] = 100_000,
 ) -> None:
     """Write a page with a table of the losses to browse.
 
     The table can be sorted, searched, copied, and saved as CSV.
+
+    Args:
+        output: The page to write (.html); default: RUN-losses.html or RUN-report.html here.
+        rows: Maximum number of rows to embed; a longer run is excerpted.
     """
     from everystep.views.output_file import default_output
 
-    opened = open_run(run)
+    opened = everystep.open(run)
     place = output or default_output(f"{opened.name}-losses.html")
     opened.table(rows).save(place)
     say_written(place)
@@ -156,35 +154,26 @@ def table(
 
 def plot(
     runs: RunsArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="The plot to write (.png, .svg, .pdf); default: RUN-loss.png, or loss.png, here.",
-        ),
-    ] = None,
-    log: Annotated[bool, typer.Option("--log", help="Use a logarithmic loss axis.")] = False,
+    output: FileOption = None,
+    log: Annotated[bool, typer.Option("--log")] = False,
     measurements: Annotated[
         list[str] | None,
-        typer.Option(
-            "--measurement",
-            "-m",
-            metavar="NAME",
-            help="Also draw this measurement, such as validation_loss. Repeatable.",
-            autocompletion=measurement_names,
-        ),
+        typer.Option("--measurement", "-m", metavar="NAME", autocompletion=measurement_names),
     ] = None,
 ) -> None:
     """Plot the loss of one run or several.
 
     The loss is drawn at each iteration; several runs share one plot.
+
+    Args:
+        output: The plot to write (.png, .svg, .pdf); default: RUN-loss.png, or loss.png, here.
+        log: Use a logarithmic loss axis.
+        measurements: Also draw this measurement, such as validation_loss. Repeatable.
     """
     from everystep.views.output_file import default_output
     from everystep.views.plot import loss_plot, save_plot
 
-    opened = [open_run(run) for run in runs]
+    opened = [everystep.open(run) for run in runs]
     place = output or default_output(f"{opened[0].name}-loss.png" if len(opened) == 1 else "loss.png")
     save_plot(loss_plot(opened, log=log, measurements=measurements or []), place)
     say_written(place)
@@ -192,16 +181,18 @@ def plot(
 
 def report(
     run: RunArgument,
-    output: PageOption = None,
-    steps: Annotated[
-        list[int] | None,
-        typer.Option("--step", metavar="N", help="Embed this step; -1: the newest. Repeatable."),
-    ] = None,
+    output: FileOption = None,
+    steps: Annotated[list[int] | None, typer.Option("--step", metavar="N")] = None,
 ) -> None:
-    """Write everything about a run as one page."""
+    """Write everything about a run as one page.
+
+    Args:
+        output: The page to write (.html); default: RUN-losses.html or RUN-report.html here.
+        steps: Embed this step; -1: the newest. Repeatable.
+    """
     from everystep.views.output_file import default_output, write_file
 
-    opened = open_run(run)
+    opened = everystep.open(run)
     place = output or default_output(f"{opened.name}-report.html")
     if steps:
         from everystep.page.share import shared_report
@@ -219,69 +210,48 @@ def step(
     phase: Annotated[
         str | None,
         typer.Option(
-            help="Show only this phase: batch, forward, loss, zero_grad, backward, update.",
-            autocompletion=one_of(
-                "batch", "forward", "loss", "zero_grad", "backward", "update", "other"
-            ),
+            autocompletion=one_of("batch", "forward", "loss", "zero_grad", "backward", "update", "other")
         ),
     ] = None,
-    operation: Annotated[
-        int | None,
-        typer.Option(
-            "--op",
-            metavar="N",
-            help="Show only this operation, in full.",
-            autocompletion=operation_numbers,
-        ),
-    ] = None,
-    lines: Annotated[
-        bool, typer.Option("--lines", help="Print the line of your code that called each operation.")
-    ] = False,
-    values: Annotated[bool, typer.Option("--values", help="Print the values of tensors.")] = False,
+    operation: Annotated[int | None, typer.Option("--op", metavar="N")] = None,
+    lines: Annotated[bool, typer.Option("--lines")] = False,
+    values: Annotated[bool, typer.Option("--values")] = False,
     json: JsonOption = False,
 ) -> None:
     """Open a step: batch, operations, gradients, updates.
 
     everystep replays the step from the nearest snapshot, and compares its loss with the recorded one.
+
+    Args:
+        phase: Show only this phase: batch, forward, loss, zero_grad, backward, update.
+        operation: Show only this operation, in full.
+        lines: Print the line of your code that called each operation.
+        values: Print the values of tensors.
     """
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened[number]
     text = {"phase": phase, "operation": operation, "lines": lines, "width": page_width()}
     answer(found, json, opened.problems, text=text, values=values)
 
 
 def view(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|DIRECTORY",
-            help="Run to open (its directory, or its name in runs/), or a directory of runs.",
-            autocompletion=run_names,
-        ),
-    ] = "runs",
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Address to listen on; any other than the default exposes the page to the network."
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Port to listen on; if taken, the next free one.")
-    ] = 8137,
-    browser: Annotated[
-        bool | None,
-        typer.Option(
-            "--browser/--no-browser",
-            help="Open a browser, or do not; default: only if one is available.",
-        ),
-    ] = None,
+    what: Annotated[str, typer.Argument(metavar="RUN|DIRECTORY", autocompletion=run_names)] = "runs",
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8137,
+    browser: Annotated[bool | None, typer.Option("--browser/--no-browser")] = None,
 ) -> None:
     """Open runs as a local web page.
 
     Watch a training, walk through its steps, compare, measure, fork. Prints the address, which gives
     access to anyone who has it, and serves until Ctrl-C. New runs appear automatically.
+
+    Args:
+        what: Run to open (its directory, or its name in runs/), or a directory of runs.
+        host: Address to listen on; any other than the default exposes the page to the network.
+        port: Port to listen on; if taken, the next free one.
+        browser: Open a browser, or do not; default: only if one is available.
     """
     from everystep.page.server import place_of, serve
 

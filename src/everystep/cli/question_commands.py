@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import everystep
 from everystep.cli.output import answer, hint, page_width, quoted, say, say_written
 from everystep.cli.shared_options import (
+    CountOption,
+    FileOption,
     JsonOption,
     ProcessesOption,
+    RowsOption,
     RunArgument,
     StepArgument,
+    StepOption,
     one_of,
-    open_run,
     row_numbers,
 )
 from everystep.errors import UsageError
@@ -40,19 +44,10 @@ __all__ = [
 def why(
     run: RunArgument,
     number: StepArgument,
-    expression: Annotated[
-        str,
-        typer.Argument(
-            metavar="NUMBER", help="gradients['0.weight'][3, 5], loss, or #7[3, 5] of operation 7."
-        ),
-    ],
-    back: Annotated[int, typer.Option(min=0, metavar="N", help="Follow the state N steps back.")] = 0,
-    depth: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Follow the largest numbers N operations deep.")
-    ] = 1,
-    terms: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Terms of a sum to show one by one.")
-    ] = 5,
+    expression: Annotated[str, typer.Argument(metavar="NUMBER")],
+    back: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
+    depth: CountOption = 1,
+    terms: CountOption = 5,
     json: JsonOption = False,
 ) -> None:
     """Show where a number of a step comes from.
@@ -61,8 +56,14 @@ def why(
     infinity are followed to their origin, with the rows of the batch that they depend on. "=" is shown
     if the formula, computed in double precision from the numbers shown and rounded once, gives the same
     bits.
+
+    Args:
+        expression: gradients['0.weight'][3, 5], loss, or #7[3, 5] of operation 7.
+        back: Follow the state N steps back.
+        depth: Follow the largest numbers N operations deep.
+        terms: Terms of a sum to show one by one.
     """
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened.why(number, expression, back=back, depth=depth, terms=terms)
     answer(found, json, opened.problems, text={"width": page_width()})
     if not json:
@@ -72,14 +73,9 @@ def why(
 def rows(
     run: RunArgument,
     number: StepArgument,
-    by: Annotated[
-        str | None, typer.Option(metavar="ORDER", help="loss or gradient; default: loss, if known.")
-    ] = None,
-    parameter: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The gradient of this parameter only: 0.weight."),
-    ] = None,
-    first: Annotated[int, typer.Option(min=1, metavar="N", help="Rows to print.")] = 10,
+    by: Annotated[str | None, typer.Option(metavar="ORDER")] = None,
+    parameter: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    first: CountOption = 10,
     json: JsonOption = False,
 ) -> None:
     """Rank the rows (samples) of a step by loss or gradient.
@@ -87,10 +83,15 @@ def rows(
     The rows are those of its batch, and the gradient is what each adds to it. Exact where the step
     itself adds up rows. If an operation mixes rows, as batch norm does, it is named, and the result is
     unknown. Exits with 1 if the result is unknown.
+
+    Args:
+        by: loss or gradient; default: loss, if known.
+        parameter: The gradient of this parameter only: 0.weight.
+        first: Rows to print.
     """
     from everystep.views.rows_text import order_of
 
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened.rows(number)
     is_known = order_of(found, by, parameter) is not None
     first_rows = {"first": first}
@@ -115,16 +116,13 @@ def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption
     Compares every loss and every snapshot. This shows that the replay matches the recording; the line
     `recorded` shows what backs the recording itself. Exits with 1 if something differs.
     """
-    found = open_run(run).verify(processes=processes)
+    found = everystep.open(run).verify(processes=processes)
     answer(found, json, is_yes=found.is_exact)
 
 
 def doctor(
     run: RunArgument,
-    export: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the numbers that can be read as CSV."),
-    ] = None,
+    export: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
     json: JsonOption = False,
 ) -> None:
     """Report what is wrong with a run, and what is readable.
@@ -132,13 +130,14 @@ def doctor(
     Compares numbers, states, data, programs and batches with their digests; everystep verify replays the
     steps. Exits with 1 if something is wrong. The last column of the CSV shows if the digest of a
     number matches, differs or is missing.
-    """
-    from everystep.api import doctor
 
-    found = doctor(run)
+    Args:
+        export: Write the numbers that can be read as CSV.
+    """
+    found = everystep.doctor(run)
     answer(found, json)
     if export is not None:
-        doctor(run, export=export)
+        everystep.doctor(run, export=export)
         say_written(export)
     if not found.is_healthy:
         raise typer.Exit(1)
@@ -147,52 +146,44 @@ def doctor(
 def diff(
     one: RunArgument,
     other: RunArgument,
-    thorough: Annotated[
-        bool,
-        typer.Option(
-            "--thorough", help="Compare every step, not only those around the first difference."
-        ),
-    ] = False,
+    thorough: Annotated[bool, typer.Option("--thorough")] = False,
     json: JsonOption = False,
 ) -> None:
     """Show where two runs differ, down to the operation.
 
     Compares experiments, losses and states. Exits with 1 if they differ.
+
+    Args:
+        thorough: Compare every step, not only those around the first difference.
     """
-    found = open_run(one).diff(open_run(other), thorough=thorough)
+    found = everystep.open(one).diff(everystep.open(other), thorough=thorough)
     answer(found, json, is_yes=found.is_same)
 
 
 def match(
     one: RunArgument,
     other: RunArgument,
-    step: Annotated[
-        int | None,
-        typer.Option(metavar="STEP", help="Match this step; default: the first that differs."),
-    ] = None,
+    step: StepOption = None,
     json: JsonOption = False,
 ) -> None:
     """Match two trainings that are written differently.
 
     By values: the tensors of a step are looked for in the other run, up to rounding, whatever operations
     made them: to check a backward pass written by hand, for example. Exits with 1 if they differ.
+
+    Args:
+        step: Match this step; default: the first that differs.
     """
-    found = open_run(one).match(open_run(other), step)
+    found = everystep.open(one).match(everystep.open(other), step)
     answer(found, json, is_yes=found.is_match)
 
 
 def measure(
     run: RunArgument,
-    expression: Annotated[
-        str, typer.Argument(metavar="EXPRESSION", help="norm(gradients['0.weight']), for example.")
-    ],
-    name: Annotated[
-        str | None, typer.Option(help="Name of the measurement; default: the expression.")
-    ] = None,
-    every: Annotated[int, typer.Option(min=1, metavar="N", help="Measure every N steps.")] = 1,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing measurement of that name.")
-    ] = False,
+    expression: Annotated[str, typer.Argument(metavar="EXPRESSION")],
+    name: str | None = None,
+    every: CountOption = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
     processes: ProcessesOption = None,
 ) -> None:
     """Add a measurement to a finished run.
@@ -201,8 +192,14 @@ def measure(
     parameters['0.weight'], buffers[...], gradients[...], activations['1'], updates[...], previous.loss
     (and so on), and measurements by name. Ctrl-C keeps the values measured so far; run the same command
     again to continue.
+
+    Args:
+        expression: norm(gradients['0.weight']), for example.
+        name: Name of the measurement; default: the expression.
+        every: Measure every N steps.
+        overwrite: Replace an existing measurement of that name.
     """
-    opened = open_run(run)
+    opened = everystep.open(run)
     try:
         found = opened.measure(
             expression, name=name, every=every, overwrite=overwrite, processes=processes
@@ -219,23 +216,26 @@ def measure(
 
 def when(
     run: RunArgument,
-    condition: Annotated[str, typer.Argument(metavar="EXPRESSION", help="isnan(loss), for example.")],
-    last: Annotated[
-        bool, typer.Option("--last", help="Find the last step instead of the first.")
-    ] = False,
-    all: Annotated[bool, typer.Option("--all", help="Find all steps instead of the first.")] = False,
+    condition: Annotated[str, typer.Argument(metavar="EXPRESSION")],
+    last: Annotated[bool, typer.Option("--last")] = False,
+    all: Annotated[bool, typer.Option("--all")] = False,
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Find the first step at which something is true.
 
     Prints the step and its loss. Exits with 1 if no step matches.
+
+    Args:
+        condition: isnan(loss), for example.
+        last: Find the last step instead of the first.
+        all: Find all steps instead of the first.
     """
     from everystep.views.run_view import skipped_text, when_text
 
     if last and all:
         raise UsageError("--last and --all are mutually exclusive")
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
     if found.inexact:
         hint(f"everystep: {skipped_text(found.inexact)}; run everystep verify for details")
@@ -257,7 +257,7 @@ def first_nonfinite(
     """
     from everystep.views.run_view import FINITE
 
-    found = open_run(run).first_nonfinite(processes=processes)
+    found = everystep.open(run).first_nonfinite(processes=processes)
     if found is None:
         say("null" if json else FINITE)
         raise typer.Exit(1)
@@ -266,36 +266,16 @@ def first_nonfinite(
 
 def rerun(
     run: RunArgument,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of threads of torch.")
-    ] = None,
-    capability: Annotated[
-        str | None, typer.Option(metavar="NAME", help="CPU instructions: default, avx2 or avx512.")
-    ] = None,
-    mkl: Annotated[
-        str | None,
-        typer.Option(metavar="BRANCH", help="MKL's reproducibility branch: COMPATIBLE, for example."),
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
+    capability: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    mkl: Annotated[str | None, typer.Option(metavar="BRANCH")] = None,
     precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DTYPE",
-            help="Of all floating-point numbers: float64 or bfloat16.",
-            autocompletion=one_of("float64", "bfloat16"),
-        ),
+        str | None, typer.Option(metavar="DTYPE", autocompletion=one_of("float64", "bfloat16"))
     ] = None,
-    python: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Another interpreter, with its own torch.")
-    ] = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option("--with", metavar="RUN", help="Also plot and compare this run. Repeatable."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Plot both losses (.png, .svg or .pdf)."),
-    ] = None,
-    log: Annotated[bool, typer.Option("--log", help="Plot on a log axis.")] = False,
+    python: Annotated[str | None, typer.Option(metavar="FILE")] = None,
+    beside: Annotated[list[str] | None, typer.Option("--with", metavar="RUN")] = None,
+    output: FileOption = None,
+    log: Annotated[bool, typer.Option("--log")] = False,
     json: JsonOption = False,
 ) -> None:
     """Repeat the steps under different numerics, and compare.
@@ -303,15 +283,25 @@ def rerun(
     Reports where they diverge, and how far; also in another precision, or with another torch. The
     programs of the run compute the steps, without its code. Exits with 1 if results differ under
     different numerics or another torch.
+
+    Args:
+        threads: Number of threads of torch.
+        capability: CPU instructions: default, avx2 or avx512.
+        mkl: MKL's reproducibility branch: COMPATIBLE, for example.
+        precision: Of all floating-point numbers: float64 or bfloat16.
+        python: Another interpreter, with its own torch.
+        beside: Also plot and compare this run. Repeatable.
+        output: Plot both losses (.png, .svg or .pdf).
+        log: Plot on a log axis.
     """
-    opened = open_run(run)
+    opened = everystep.open(run)
     found = opened.rerun(
         threads=threads,
         capability=capability,
         mkl=mkl,
         precision=precision,  # type: ignore[arg-type]  # checked with the other settings
         python=python,
-        beside=[open_run(each) for each in beside or ()],
+        beside=[everystep.open(each) for each in beside or ()],
     )
     answer(found, json)
     if output is not None:
@@ -325,30 +315,13 @@ def rerun(
 
 def what_if(
     run: RunArgument,
-    at: Annotated[
-        int | None,
-        typer.Option(metavar="STEP", help="Step to start after; default: before --without-rows-of."),
-    ] = None,
-    until: Annotated[
-        int | None, typer.Option(metavar="STEP", help="Step to compare; default: the last.")
-    ] = None,
-    without_rows: Annotated[
-        str | None,
-        typer.Option(metavar="ROWS", help="Rows (samples) of the data to leave out: 8123,8124."),
-    ] = None,
-    without_rows_of: Annotated[
-        int | None, typer.Option(metavar="STEP", help="Leave out the rows of the batch of this step.")
-    ] = None,
-    each: Annotated[
-        bool, typer.Option("--each", help="Leave out each row alone, not all at once.")
-    ] = False,
-    lr: Annotated[
-        list[float] | None,
-        typer.Option(help="Another learning rate; may be repeated, one training each."),
-    ] = None,
-    by: Annotated[
-        str, typer.Option(metavar="EXPRESSION", help="What to compare: norm(gradients['0.weight']).")
-    ] = "loss",
+    at: StepOption = None,
+    until: StepOption = None,
+    without_rows: RowsOption = None,
+    without_rows_of: StepOption = None,
+    each: Annotated[bool, typer.Option("--each")] = False,
+    lr: list[float] | None = None,
+    by: Annotated[str, typer.Option(metavar="EXPRESSION")] = "loss",
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -357,10 +330,19 @@ def what_if(
     Trains from a step, and ranks the trainings by the resulting loss. Without rows (samples), each has
     the bits of a training by hand without them. At another learning rate, programs repeat the recorded
     steps, of any run. Nothing is recorded; everystep fork records one.
+
+    Args:
+        at: Step to start after; default: before --without-rows-of.
+        until: Step to compare; default: the last.
+        without_rows: Rows (samples) of the data to leave out: 8123,8124.
+        without_rows_of: Leave out the rows of the batch of this step.
+        each: Leave out each row alone, not all at once.
+        lr: Another learning rate; may be repeated, one training each.
+        by: What to compare: norm(gradients['0.weight']).
     """
     from everystep.replay.what_if import check_has_rows
 
-    opened = open_run(run)
+    opened = everystep.open(run)
     if not lr:
         check_has_rows(opened)
     if without_rows is None and without_rows_of is None and not lr:

@@ -1,39 +1,38 @@
 """Arguments and options that several commands share, and what the shell offers for them on Tab.
 
+The help of those without one is in the docstrings of the commands.
+
 What it offers imports no torch. Where a function returns nothing that fits, the shell offers files and
 directories.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from everystep.errors import RunError, UsageError
 
-if TYPE_CHECKING:
-    from everystep.run import Run
-
 __all__ = [
     "BudgetOption",
+    "CountOption",
+    "FileOption",
     "JsonOption",
-    "PageOption",
     "ProcessesOption",
     "QuietOption",
+    "RowsOption",
     "RunArgument",
     "RunsArgument",
     "SettingsOption",
     "StepArgument",
+    "StepOption",
     "experiment_names",
     "experiments_and_files",
     "measurement_names",
     "one_of",
-    "open_run",
-    "operation_numbers",
     "row_numbers",
     "run_names",
 ]
@@ -66,47 +65,19 @@ def one_of(*names: str) -> Callable[[], list[str]]:
     return lambda: list(names)
 
 
-def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
-    """Return the operations of a step, except those of an optimizer, which opening it finds out.
-
-    Each with its operator, which zsh and fish show.
-    """
-    from everystep.recording.directories import find_run
-    from everystep.recording.files import program_file
-    from everystep.recording.recorded_run import RecordedRun
-
-    try:
-        name, step, *_ = _arguments(ctx, "run")
-        run = RecordedRun(find_run(name))
-        (row,) = run.repeats(int(step), int(step))
-        operations = json.loads(run.read_file(program_file(row.program or 0)))["operations"]
-        operations = [each for each in operations if not each["operator"].startswith("optim.")]
-        return [(str(number), each["operator"]) for number, each in enumerate(operations)]
-    except (RunError, ValueError, LookupError, TypeError):
-        return []
-
-
 def measurement_names(ctx: typer.Context) -> list[str]:
     """Return the measurements that can be drawn of the runs typed so far."""
     from everystep.recording.directories import find_run
     from everystep.recording.recorded_run import RecordedRun
 
     found: set[str] = set()
-    for run in _arguments(ctx, "runs"):
+    # Parsing stops at the option, because its value is missing; the arguments are then left as typed.
+    for run in ctx.params.get("runs") or ctx.args:
         try:
             found.update(RecordedRun(find_run(run), may_be_cut=True).measurement_names)
         except RunError:
             continue
     return sorted(found)
-
-
-def _arguments(ctx: typer.Context, name: str) -> list[str]:
-    """Return what was typed for an argument before an option with its value still to come.
-
-    Parsing stops at that option, because its value is missing; the arguments are then left as typed.
-    """
-    found = ctx.params.get(name)
-    return ctx.args if not found else [found] if isinstance(found, str) else list(found)
 
 
 RunArgument = Annotated[
@@ -135,26 +106,12 @@ ProcessesOption = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Number of processes that replay; default: one per core."),
 ]
-PageOption = Annotated[
-    Path | None,
-    typer.Option(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help="The page to write (.html); default: RUN-losses.html or RUN-report.html here.",
-    ),
-]
-
-
-def open_run(name: str) -> Run:
-    """Return the run in a directory, or of that name in runs/.
-
-    Raises:
-        RunError: there is none, or it cannot be read.
-    """
-    from everystep import api
-
-    return api.open(name)
+FileOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")]
+RowsOption = Annotated[str | None, typer.Option(metavar="ROWS")]
+#: A place among the steps.
+StepOption = Annotated[int | None, typer.Option(metavar="STEP")]
+#: How many.
+CountOption = Annotated[int, typer.Option(min=1, metavar="N")]
 
 
 def row_numbers(text: str | None) -> list[int]:

@@ -16,36 +16,38 @@ __all__ = ["du", "rm"]
 
 
 def du(
-    directory: Annotated[
-        Path, typer.Argument(metavar="[DIRECTORY|RUN]", help="A directory of runs, or a run.")
-    ] = Path("runs"),
+    directory: Annotated[Path, typer.Argument(metavar="[DIRECTORY|RUN]")] = Path("runs"),
     json: JsonOption = False,
 ) -> None:
     """Show what runs take on the disk, and for what.
 
     The largest run comes first. A file that several runs share, as forks do, counts once.
+
+    Args:
+        directory: A directory of runs, or a run.
     """
     from everystep.recording.directories import RUNS, find_runs, is_run
     from everystep.recording.space import spaces_of
-    from everystep.views.lists import spaces_json, spaces_text
+    from everystep.views.lists import spaces_text
+    from everystep.views.plain import as_json, plain_data
 
     run = next((each for each in (directory, RUNS / directory) if is_run(each)), None)
     found = spaces_of(iter([run]) if run is not None else find_runs(directory))
     if json:
-        say(spaces_json(found))
+        say(as_json(plain_data(list(found))))
     elif found:
         show(spaces_text(found, terminal_width()))
     else:
         hint(f"{directory} has no runs")
 
 
-def rm(
-    runs: RunsArgument,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Do not ask.")] = False,
-) -> None:
+def rm(runs: RunsArgument, force: Annotated[bool, typer.Option("--force", "-f")] = False) -> None:
     """Remove runs.
 
     Forks of a run stay whole. Files in its directory that everystep did not write stay, too.
+
+    Args:
+        force: Do not ask.
     """
     from everystep.recording.directories import find_run
     from everystep.recording.space import remove_run, spaces_of

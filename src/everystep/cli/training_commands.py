@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import everystep
 from everystep.cli.output import hint, say, say_lines
 from everystep.cli.shared_options import (
     BudgetOption,
     QuietOption,
+    RowsOption,
     RunArgument,
     SettingsOption,
     experiment_names,
     experiments_and_files,
     one_of,
-    open_run,
     row_numbers,
 )
 from everystep.errors import UsageError, did_you_mean
@@ -31,44 +32,21 @@ __all__ = ["experiments", "fork", "resume", "train"]
 
 def train(
     experiment: Annotated[
-        str,
-        typer.Argument(
-            metavar="EXPERIMENT",
-            help="TOML file, or name of a built-in experiment.",
-            autocompletion=experiments_and_files,
-        ),
+        str, typer.Argument(metavar="EXPERIMENT", autocompletion=experiments_and_files)
     ] = "two-layer",
     settings: SettingsOption = None,
-    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Number of passes over all rows, instead of steps.")
-    ] = None,
+    steps: int | None = None,
+    epochs: int | None = None,
     device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1, mps, xpu, or auto.",
-            autocompletion=one_of("cpu", "cuda", "mps", "xpu", "auto"),
-        ),
+        str | None, typer.Option(autocompletion=one_of("cpu", "cuda", "mps", "xpu", "auto"))
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of data, model and batches.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Number of threads that torch uses.")] = None,
+    seed: int | None = None,
+    threads: int | None = None,
     engine: Annotated[
-        str | None,
-        typer.Option(
-            help="eager: Python runs every step; auto: programs run the steps if all code is torch's; "
-            "program: the same, and you vouch for your own code.",
-            autocompletion=one_of("auto", "program", "eager"),
-        ),
+        str | None, typer.Option(autocompletion=one_of("auto", "program", "eager"))
     ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            "--run", metavar="DIR", help="Run directory; must not exist, except with --resume."
-        ),
-    ] = None,
-    resume_run: Annotated[
-        bool, typer.Option("--resume", help="Resume the run in --run DIR if it exists.")
-    ] = False,
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR")] = None,
+    resume_run: Annotated[bool, typer.Option("--resume")] = False,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
@@ -76,6 +54,18 @@ def train(
 
     In a terminal, it shows the experiment and a progress bar; if stdout is piped, it prints a line
     step<TAB>loss for each step.
+
+    Args:
+        experiment: TOML file, or name of a built-in experiment.
+        steps: Number of steps.
+        epochs: Number of passes over all rows, instead of steps.
+        device: cpu, cuda, cuda:1, mps, xpu, or auto.
+        seed: Seed of data, model and batches.
+        threads: Number of threads that torch uses.
+        engine: eager: Python runs every step; auto: programs run the steps if all code is torch's;
+            program: the same, and you vouch for your own code.
+        run: Run directory; must not exist, except with --resume.
+        resume_run: Resume the run in --run DIR if it exists.
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
@@ -112,23 +102,19 @@ def train(
 
 def resume(
     run: RunArgument,
-    steps: Annotated[
-        int | None, typer.Option(help="Last step, to train further; default: that of the run.")
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Resume although versions, data or numerics changed; discards the recorded steps after "
-            "the newest snapshot.",
-        ),
-    ] = False,
+    steps: int | None = None,
+    force: Annotated[bool, typer.Option("--force")] = False,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
     """Continue a training that was killed or stopped.
 
     The run is bit-identical to one that was not interrupted.
+
+    Args:
+        steps: Last step, to train further; default: that of the run.
+        force: Resume although versions, data or numerics changed; discards the recorded steps after the
+            newest snapshot.
     """
     from everystep.recording.directories import find_run
     from everystep.recording.recorded_run import RecordedRun
@@ -150,12 +136,13 @@ def resume(
 
 
 def experiments(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="The experiment to print.", autocompletion=experiment_names),
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=experiment_names)] = None,
 ) -> None:
-    """List the built-in experiments, or print one to copy."""
+    """List the built-in experiments, or print one to copy.
+
+    Args:
+        name: The experiment to print.
+    """
     from everystep.experiment.specification import built_in
     from everystep.views.terminal import keyed, table_text
 
@@ -172,40 +159,32 @@ def experiments(
 
 def fork(
     run: RunArgument,
-    at: Annotated[
-        int, typer.Option("--at", metavar="STEP", help="Last step to keep from the parent; 0: none.")
-    ],
+    at: Annotated[int, typer.Option("--at", metavar="STEP")],
     settings: SettingsOption = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps", "--until", help="Last step of the fork, counted from the parent's step 1."
-        ),
-    ] = None,
-    without_rows: Annotated[
-        str | None,
-        typer.Option(metavar="ROWS", help="Rows (samples) to leave out of their batches: 8123,8124."),
-    ] = None,
-    relabel: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ROW=TARGET", help="Another target for a row of the data. Repeatable."),
-    ] = None,
-    directory: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="Directory of the fork; must not exist.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", "--until")] = None,
+    without_rows: RowsOption = None,
+    relabel: Annotated[list[str] | None, typer.Option(metavar="ROW=TARGET")] = None,
+    directory: Annotated[Path | None, typer.Option("--run", metavar="DIR")] = None,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
     """Continue a run from any step, with changes.
 
     The fork is a new run, which equals its parent up to that step.
+
+    Args:
+        at: Last step to keep from the parent; 0: none.
+        steps: Last step of the fork, counted from the parent's step 1.
+        without_rows: Rows (samples) to leave out of their batches: 8123,8124.
+        relabel: Another target for a row of the data. Repeatable.
+        directory: Directory of the fork; must not exist.
     """
     from everystep import numerics
     from everystep.experiment.specification import parse_setting
 
     numerics.prepare()
     changes: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
-    made = open_run(run).fork(
+    made = everystep.open(run).fork(
         at,
         changes,
         steps=steps,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -16,7 +15,7 @@ from everystep.page.regions import MOST, histogram, matrix, region
 from everystep.replay.opened_step import Step
 from everystep.replay.run_replay import no_such_step
 from everystep.run import Run
-from everystep.views.loss_table import environment
+from everystep.views.loss_table import rendered
 from everystep.views.report import report_html
 from everystep.views.step_data import tensor_of
 
@@ -29,7 +28,6 @@ WHOLE = 4096
 #: Larger ones are reduced to so many rows and columns, and to so many numbers in all slices together.
 SIDE = 96
 
-_STATIC = Path(__file__).parent / "static"
 #: The module that begins.
 _FIRST = "report/steps.js"
 
@@ -66,19 +64,14 @@ def _section(run: Run, numbers: list[int]) -> Markup:
     kept = _HeldNumbers()
     steps = [kept.step(run[number], run) for number in numbers]
     data = {"run": run.name, "steps": steps, "histograms": kept.histograms, "numbers": kept.numbers}
-    text = (
-        environment()
-        .get_template("opened.html")
-        .render(
-            numbers=numbers,
-            whole=WHOLE,
-            is_reduced=kept.is_reduced,
-            megabytes=len(json.dumps(data)) / 1e6,
-            style=Markup((_STATIC / "page.css").read_text(encoding="utf-8")),
-            step_style=Markup((_STATIC / "step" / "step.css").read_text(encoding="utf-8")),
-            first=_FIRST,
-            data=data,
-        )
+    text = rendered(
+        "opened.html",
+        numbers=numbers,
+        whole=WHOLE,
+        is_reduced=kept.is_reduced,
+        megabytes=len(json.dumps(data)) / 1e6,
+        first=_FIRST,
+        data=data,
     )
     return Markup(text)
 

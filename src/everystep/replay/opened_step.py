@@ -14,12 +14,12 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.program.observed import Observed, overwrites, unset_results
 from everystep.program.operation import Phase
+from everystep.replay.shown import Shown
 from everystep.step.observe import Places
 
 if TYPE_CHECKING:
     from everystep.answers.rows import Rows
     from everystep.answers.why import Why
-    from everystep.replay.shown import View
 
 __all__ = [
     "Batch",
@@ -27,6 +27,7 @@ __all__ = [
     "Statistics",
     "Step",
     "Update",
+    "norm",
     "statistics",
 ]
 
@@ -124,12 +125,12 @@ class Update(NamedTuple):
     @property
     def relative_size(self) -> float:
         """The 2-norm of the change divided by that of the parameter before it; infinite if that is 0."""
-        change, before = (_norm(tensor) for tensor in (self.change, self.before))
+        change, before = (norm(tensor) for tensor in (self.change, self.before))
         return change / before if before else (math.inf if change else 0.0)
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Shown):
     """Step `number` of a run; it takes state `number - 1` to state `number`.
 
     Everything except `updates` is from the forward and the backward pass, on state `number - 1`. All
@@ -164,7 +165,6 @@ class Step:
     state: dict[str, Tensor] = field(repr=False, compare=False)
     end: dict[str, Tensor] = field(repr=False, compare=False)
     earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
-    view: View | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_exact(self) -> bool:
@@ -252,13 +252,6 @@ class Step:
         storages = (tensor.untyped_storage() for tensor in tensors)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def _repr_html_(self) -> str | None:
-        return None if self.view is None else self.view.html(self)
-
-    def data(self, *, values: bool = False) -> dict[str, Any]:
-        """Return everything in it as plain data; values: the numbers of every tensor, too."""
-        return {} if self.view is None else self.view.data(self, values=values)
-
     def __dir__(self) -> list[str]:
         return _PUBLIC
 
@@ -321,7 +314,7 @@ def _as_they_lie(tensor: Tensor) -> Tensor:
     return tensor.permute(order).flatten()
 
 
-def _norm(tensor: Tensor) -> float:
-    return float(
-        torch.linalg.vector_norm(tensor.detach().double() if not tensor.is_complex() else tensor)
-    )
+def norm(tensor: Tensor) -> float:
+    """Return the 2-norm of a tensor."""
+    magnitudes = (tensor.abs() if tensor.is_complex() else tensor).detach()
+    return float(torch.linalg.vector_norm(magnitudes.double()))

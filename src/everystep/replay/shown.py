@@ -1,28 +1,24 @@
-"""An answer, which a notebook shows as the terminal prints it."""
+"""An answer or an opened step, which a notebook shows as the terminal prints it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any, Protocol
 
 __all__ = ["Shown", "View"]
-
-#: A long answer scrolls, and the colours are those of the notebook.
-_STYLE = "overflow: auto; max-height: 40em; line-height: 1.35; background: none"
 
 
 class View(Protocol):
     """How answers and steps are shown."""
 
-    def text(self, answer: Any, **options: Any) -> str:
-        """Return an answer as the terminal prints it."""
+    def shown(self, answer: Any, **options: Any) -> Any:
+        """Return an answer as the terminal prints it: a text, some with styles."""
 
     def data(self, answer: Any, **options: Any) -> dict[str, Any]:
         """Return an answer as plain data."""
 
-    def html(self, step: Any) -> str:
-        """Return a step as a notebook shows it."""
+    def html(self, answer: Any) -> str:
+        """Return an answer as a notebook shows it."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +29,11 @@ class Shown:
 
     def to_text(self, **options: Any) -> str:
         """Return it as the terminal prints it."""
-        return repr(self) if self.view is None else self.view.text(self, **options)
+        return repr(self) if self.view is None else str(self.view.shown(self, **options))
 
     def data(self, **options: Any) -> dict[str, Any]:
         """Return everything in it as plain data: what `--json` prints and the page gets."""
         return {} if self.view is None else self.view.data(self, **options)
 
     def _repr_html_(self) -> str | None:
-        return None if self.view is None else f'<pre style="{_STYLE}">{escape(self.to_text())}</pre>'
+        return None if self.view is None else self.view.html(self)

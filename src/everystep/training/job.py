@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,8 +173,8 @@ class Outcome(NamedTuple):
     interrupted: bool = False
 
 
-class Progress(Protocol):
-    """What watches a training."""
+class Progress:
+    """Watches a training; does nothing by itself."""
 
     def reading(self, done: int, total: int) -> None:
         """A Dataset is being read: `done` of `total` rows."""

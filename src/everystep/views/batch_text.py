@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,6 @@ from everystep.replay.opened_step import Batch, Step
 
 __all__ = [
     "MOST_VALUES",
-    "about_classes",
     "about_columns",
     "class_names",
     "classes_of_tensors",
@@ -100,21 +99,6 @@ def classes_of_tensors(
     return found
 
 
-def about_classes(
-    step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
-) -> dict[str, str]:
-    """Return the explanations of tensors about classes, by their ids.
-
-    Classes with their numbers as names need none.
-    """
-    if names is None or names == [str(number) for number in range(len(names))]:
-        return {}
-    numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names))
-    texts = {"values": f"classes: {numbered}", "columns": f"columns: {', '.join(names)}"}
-    found = classes_of_tensors(step, names, modules)
-    return {id: texts[kind] for id, kind in found.items()}
-
-
 def plain_values(nested: Any, *, whole: bool = False) -> list[dict[str, Any]]:
     """Return the plain values of a batch: name, texts, and their count.
 
@@ -128,26 +112,21 @@ def plain_values(nested: Any, *, whole: bool = False) -> list[dict[str, Any]]:
     return found
 
 
-def other_values(nested: Any) -> Iterator[tuple[str, Any]]:
+def other_values(nested: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the plain values of a batch, by path: a value, or a list of values."""
-    for path, value in _plain(nested, ""):
-        yield path or "batch", value
-
-
-def _plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if value is None or isinstance(value, Tensor):
+    is_list = isinstance(nested, list | tuple)
+    items: Iterable[tuple[Any, Any]]
+    if nested is None or isinstance(nested, Tensor):
         return
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _plain(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        if value and all(isinstance(item, str | int | float | bool) for item in value):
-            yield path, list(value)
-            return
-        for index, item in enumerate(value):
-            yield from _plain(item, f"{path}.{index}" if path else str(index))
+    if isinstance(nested, Mapping):
+        items = nested.items()
+    elif is_list and not (nested and all(isinstance(item, str | int | float) for item in nested)):
+        items = enumerate(nested)
     else:
-        yield path, value
+        yield path or "batch", list(nested) if is_list else nested
+        return
+    for key, item in items:
+        yield from other_values(item, f"{path}.{key}" if path else str(key))
 
 
 def _cut(value: Any) -> str:

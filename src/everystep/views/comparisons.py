@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from everystep.recording.texts import shortest
-from everystep.views.formatting import NAMED, block, named, number
+from everystep.views.formatting import NAMED, block, counted, named, number
 
 if TYPE_CHECKING:
     from everystep.answers.data_differences import DataDifference
@@ -65,13 +65,14 @@ def diff_text(found: Difference) -> str:
         lines.append(("measured", f"{name} differs from step {each.step:,} on: {pair}"))
     lines.append(("states", _states_text(found)))
     lines += [("batch", f"{each} differs; no operation reads it") for each in found.unread]
-    verdict = _diff_verdict(found) + _hint(found)
     problems = [("problem", problem) for problem in found.problems]
-    if found.operation is None:
-        return block([*lines, *problems], verdict)
-    states = [("state", text) for text in _first_state_texts(found)]
-    of_operation = [*_operation_lines(found.operation, found.names), *states, *problems]
-    return block(lines, block(of_operation, verdict))
+    if found.operation is not None:
+        states = [("state", text) for text in _first_state_texts(found)]
+        of_operation = [*_operation_lines(found.operation, found.names), *states, *problems]
+        return block(lines, block(of_operation, _diff_verdict(found)))
+    differs = any((found.loss, found.states, found.measured, found.problems))
+    hint = "" if found.is_thorough or differs else "; --thorough compares every operation"
+    return block([*lines, *problems], _diff_verdict(found) + hint)
 
 
 def diff_sentence(found: Difference) -> str:
@@ -178,12 +179,11 @@ def _reason(found: Difference, operation: OperationDifference) -> str:
 
 def _input_name(name: str) -> str:
     """Describe an input of an operation."""
-    kind, _, rest = name.partition("~")[0].partition("/")
-    if kind in ("x", "y"):
-        return f"{kind} of the batch"
-    if kind == "gradient":
-        return f"the gradient of {rest}"
-    return rest if kind in ("parameter", "buffer") else name
+    from everystep.answers.operations import name_in_words
+
+    base = name.partition("~")[0]
+    words = f"{base} of the batch" if base in ("x", "y") else name_in_words(base)
+    return f"the {words}" if base.startswith("gradient/") else words
 
 
 def _tensor_text(found: TensorDifference) -> str:
@@ -207,9 +207,7 @@ def tensors_text(differences: Sequence[StateDifference]) -> str:
         for each in differences[:NAMED]
     ]
     if len(differences) > NAMED:
-        lines.append(
-            f"and {len(differences) - NAMED:,} more tensor{'s' * (len(differences) > NAMED + 1)}"
-        )
+        lines.append(f"and {counted(len(differences) - NAMED, 'more tensor')}")
     return "\n".join(lines)
 
 
@@ -248,12 +246,6 @@ def _diff_verdict(found: Difference) -> str:
     if found.steps[0] != found.steps[1] and not found.experiments:
         return f"{same}; one run is longer"
     return f"{same}, bit for bit{names}" if found.is_same or found.is_thorough else same
-
-
-def _hint(found: Difference) -> str:
-    """Return how to compare more, if nothing compared differs."""
-    differs = (found.loss, found.states, found.operation, found.measured, found.problems)
-    return "" if found.is_thorough or any(differs) else "; --thorough compares every operation"
 
 
 class Listed(NamedTuple):
@@ -457,10 +449,10 @@ def _apart_text(found: Apart) -> str:
 
 def _nearer_text(found: Rerun) -> str:
     rows = sorted(distances(found).items(), key=lambda item: item[1]["median"])
-    steps = _common(found)
+    steps = min(map(len, (found.losses, *found.others.values())))
+    over = f", over {steps:,} steps" if steps < len(found.losses) else ""
     return "\n".join(
-        f"{name}: losses {row['median']:.2g} away in the median, {row['largest']:.2g} at most"
-        + (f", over {steps:,} steps" if steps < len(found.losses) else "")
+        f"{name}: losses {row['median']:.2g} away in the median, {row['largest']:.2g} at most{over}"
         for name, row in rows
     )
 
@@ -469,17 +461,12 @@ def distances(found: Rerun) -> dict[str, dict[str, float]]:
     """Return how far the losses of each run are from those of the rerun, relative to these."""
     from everystep.answers.rerun import relative_distance
 
-    count = _common(found)
+    count = min(map(len, (found.losses, *found.others.values())))
     distances = {}
     for name, losses in ({found.name: found.recorded} | found.others).items():
         relative = relative_distance(found.losses[:count], losses[:count])
         distances[name] = {"median": float(np.median(relative)), "largest": float(relative.max())}
     return distances
-
-
-def _common(found: Rerun) -> int:
-    """Return how many steps all compared runs have."""
-    return min(len(losses) for losses in (found.losses, *found.others.values()))
 
 
 def _rerun_verdict(found: Rerun) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +14,13 @@ from everystep.recording.space import Space
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.formatting import cut, number, one_line, size_text, time_text
-from everystep.views.plain import as_json, metric_data, plain_data, plain_number
-from everystep.views.terminal import Column, Page, Styled, TextTable, table_text
+from everystep.views.plain import metric_data, plain_data, plain_number
+from everystep.views.terminal import Column, Page, Row, Styled, keyed, table_lines, table_text
 
-__all__ = ["losses_text", "runs_json", "runs_tables", "spaces_json", "spaces_text", "summary_data"]
+__all__ = ["losses_text", "runs_text", "spaces_text", "summary_data"]
 
 #: Characters of a note.
 _LONGEST_NOTE = 100
-#: Seconds from one part of a list of runs to the next.
-_MOMENT = 0.25
 
 
 def summary_data(summary: Summary) -> dict[str, Any]:
@@ -40,15 +38,6 @@ def summary_data(summary: Summary) -> dict[str, Any]:
     return found | losses | {"validation": validation, "problem": None}
 
 
-def runs_json(runs: Iterable[Summary]) -> Iterator[str]:
-    """Yield the pieces of a JSON array of the runs, as they come."""
-    mark = "["
-    for run in runs:
-        yield f"{mark}\n{as_json(summary_data(run))}"
-        mark = ","
-    yield "[]\n" if mark == "[" else "\n]\n"
-
-
 def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> str:
     """Return a table of losses and measurements as text, every number in full precision.
 
@@ -61,15 +50,14 @@ def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> st
         rows = [{name: column[place] for name, column in plain.items()} for place in range(count)]
         return json.dumps(rows, indent=1) + "\n"
 
-    columns = [
-        Column(name, lambda row, place=place, name=name: _value_text(row[place], name), is_number=True)  # type: ignore[misc]
-        for place, name in enumerate(values)
-    ]
-    return "\n".join([*table_text(columns, list(zip(*values.values(), strict=True))), ""])
-
-
-def _value_text(value: Any, name: str) -> str:
-    return "-" if value is None else str(value) if name == "step" else shortest(value)
+    texts = {
+        name: [
+            str(each) if name == "step" else "-" if each is None else shortest(each) for each in column
+        ]
+        for name, column in values.items()
+    }
+    rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    return "\n".join([*table_text([keyed(name, is_number=True) for name in texts], rows), ""])
 
 
 def _status(run: Summary) -> Styled:
@@ -77,10 +65,6 @@ def _status(run: Summary) -> Styled:
         return run.status, {"finished": "", "running": "green"}.get(run.status, "yellow")
     bad = "" if run.nonfinite_step is None else f", not finite at step {run.nonfinite_step:,}"
     return f"{run.status}{bad}{'' if run.damage is None else ', damaged'}", "red"
-
-
-def _parent_text(run: Summary) -> str:
-    return "" if run.parent is None else f"{run.parent[0]}, step {run.parent[1]}"
 
 
 def _note(run: Summary) -> str:
@@ -100,10 +84,22 @@ COLUMNS: tuple[Column[Summary], ...] = (
     Column("first loss", lambda run: number(run.first_loss), is_number=True, rank=4),
     Column("last loss", lambda run: number(run.last_loss), is_number=True, rank=1),
     Column("started", lambda run: time_text(run.started), rank=3),
-    Column("fork of", _parent_text, rank=5),
+    Column("fork of", lambda run: "{}, step {}".format(*run.parent) if run.parent else "", rank=5),
     Column("tags", lambda run: one_line(", ".join(run.tags)), style="dim", rank=6),
     Column("note", _note, style="dim", rank=6, least=16),
 )
+
+
+def runs_text(runs: Sequence[Summary], width: int | None = None) -> Text:
+    """Return the list of runs; width: of the terminal."""
+    return _list_text(COLUMNS, runs, width)
+
+
+def _list_text(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int | None) -> Text:
+    page = Page()
+    for line in table_lines(columns, rows, math.inf if width is None else width):
+        page.line(*line)
+    return page.text
 
 
 def _size_text(size: int) -> str:
@@ -128,35 +124,4 @@ def spaces_text(spaces: Sequence[Space], width: int | None = None) -> Text:
     numbers = [name for name in Space._fields if name not in ("name", "directory")]
     sums = {name: sum(getattr(each, name) for each in spaces) for name in numbers}
     whole = [Space("all", Path(), **sums)] if len(spaces) > 1 else []
-    page = Page()
-    for line in TextTable(SPACES, width).lines([*spaces, *whole]):
-        page.line(*line)
-    return page.text
-
-
-def spaces_json(spaces: Sequence[Space]) -> str:
-    """Return what runs take on the disk as a JSON array, in bytes."""
-    return as_json(plain_data(list(spaces)))
-
-
-def runs_tables(runs: Iterable[Summary], width: int | None = None) -> Iterator[Text]:
-    """Yield the list of runs in parts, one below the other, as the runs come: the first in a moment."""
-    table = TextTable(COLUMNS, width)
-    for some in _in_moments(runs):
-        page = Page()
-        for line in table.lines(some):
-            page.line(*line)
-        yield page.text
-
-
-def _in_moments(runs: Iterable[Summary]) -> Iterator[list[Summary]]:
-    """Yield the items of each moment together."""
-    some: list[Summary] = []
-    began = time.monotonic()
-    for run in runs:
-        some.append(run)
-        if time.monotonic() - began > _MOMENT:
-            yield some
-            some, began = [], time.monotonic()
-    if some:
-        yield some
+    return _list_text(SPACES, [*spaces, *whole], width)

@@ -28,7 +28,7 @@ from everystep.views.reduction import extremes
 if TYPE_CHECKING:
     from everystep.recording.recorded_run import RecordedRun
 
-__all__ = ["LossTable", "column_title", "environment", "loss_table", "shortest_texts"]
+__all__ = ["LossTable", "column_title", "loss_table", "rendered", "shortest_texts"]
 
 #: Rows in the page as plain HTML, for viewers without scripts.
 STATIC_ROWS = 10
@@ -67,7 +67,7 @@ class LossTable:
 
     def fragment(self) -> str:
         """Return the table as HTML to embed in another page, more than once if needed."""
-        return _rendered("table_fragment.html", **self.content())
+        return rendered("table_fragment.html", **self.content())
 
     def content(self) -> dict[str, Any]:
         """Return the content for a template: texts, the rows as data, and DataTables."""
@@ -88,7 +88,7 @@ class LossTable:
         """Return a complete page."""
         is_whole = self.excerpt is None and self.damage is None
         lead = "The loss of every step" if is_whole else "The losses"
-        return _rendered("table.html", name=self.name, lead=lead, fragment=Markup(self.fragment()))
+        return rendered("table.html", name=self.name, lead=lead, fragment=Markup(self.fragment()))
 
     def save(self, path: str | Path) -> None:
         """Write a complete page.
@@ -121,16 +121,10 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     """
     if rows < FEWEST_ROWS:
         raise UsageError(f"rows must be at least {FEWEST_ROWS}, not {rows}")
-    losses = run.losses
-    measured = {
-        column_title(str(name)): part.select("step", pl.col("value").alias(column_title(str(name))))
-        for (name,), part in run.measurements.partition_by("name", as_dict=True).items()
-    }
-    frame = losses
-    for part in measured.values():
-        frame = frame.join(part, on="step", how="full", coalesce=True)
-    if measured:
-        frame = frame.sort("step")
+    losses, titles = run.losses, {name: column_title(name) for name in ("step", "loss")}
+    measured = run.measurements.with_columns(pl.col("name").replace(titles))
+    measured = measured.pivot("name", index="step", values="value")
+    frame = losses.join(measured, on="step", how="full", coalesce=True).sort("step")
     if not run.facts.has_loss:
         frame = frame.drop("loss")
     total = len(frame)
@@ -138,11 +132,16 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         return LossTable(run.name, frame, total, None, run.damage)
     stride = _round_up(8 * total / rows)
     # All measurements together have as many rows as the losses.
-    wide = _round_up(8 * total * len(measured) / rows) if measured else None
+    names = measured.columns[1:]
+    wide = _round_up(8 * total * len(names) / rows) if names else None
     kept = [
         frame.filter(pl.col("step") % stride == 0)["step"],
         extremes(losses, stride)["step"],
-        *(extremes(part, wide, value=name)["step"] for name, part in measured.items() if wide),
+        *(
+            extremes(frame.select("step", name).drop_nulls(), wide, value=name)["step"]
+            for name in names
+            if wide
+        ),
     ]
     some = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
     spans = {"loss": stride if run.facts.has_loss else None, "value of each measurement": wide}
@@ -174,9 +173,13 @@ def shortest_texts(values: pl.Series) -> list[str]:
     return texts
 
 
+def rendered(template: str, **values: Any) -> str:
+    """Return a template as text; everything passed to it is escaped."""
+    return _environment().get_template(template).render(**values)
+
+
 @cache
-def environment() -> Environment:
-    """Return the renderer of the templates; it escapes everything passed to them."""
+def _environment() -> Environment:
     found = Environment(
         loader=PackageLoader("everystep.views"),
         autoescape=True,
@@ -188,10 +191,6 @@ def environment() -> Environment:
     # `tojson` escapes <, > and & for use in a script element; NaN is not JSON.
     found.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return found
-
-
-def _rendered(template: str, **values: Any) -> str:
-    return environment().get_template(template).render(**values)
 
 
 def _asset(name: str) -> Markup:

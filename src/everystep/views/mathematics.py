@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 
-__all__ = ["Line", "all_arguments", "kind_of", "mathematics", "value_text"]
+__all__ = ["Line", "all_arguments", "argument_texts", "kind_of", "mathematics"]
 
 _VIEW = re.compile(r"~\d+$")
 _NUMBERED = re.compile(r"#\d+(\.\d+)?")
@@ -186,12 +186,23 @@ def all_arguments(operation: Operation) -> dict[str, tuple[Any, bool]]:
     return {p.name: (given[p.name], True) if p.name in given else (p.default, False) for p in known}
 
 
-def value_text(value: Any, name_of: Callable[[str], str] = str) -> str:
-    """Return an encoded argument as text, with tensors as `name_of` calls them."""
+def argument_texts(operation: Operation, called: Mapping[str, str]) -> list[tuple[str, str, bool]]:
+    """Return name and text of each argument of an operation, and whether it is the default.
+
+    called: the names of its input tensors.
+    """
+    return [
+        (key, _argument_text(value, called), not is_given)
+        for key, (value, is_given) in all_arguments(operation).items()
+    ]
+
+
+def _argument_text(value: Any, called: Mapping[str, str]) -> str:
+    """Return an encoded argument as text."""
     if isinstance(value, str):
-        return name_of(value)
+        return called.get(value, value)
     if isinstance(value, list | tuple):
-        return f"[{', '.join(value_text(item, name_of) for item in value)}]"
+        return f"[{', '.join(_argument_text(item, called) for item in value)}]"
     if isinstance(value, dict):
         return ", ".join(map(str, value.values()))
     return f"{value:,}" if type(value) is int else str(value)
@@ -212,7 +223,7 @@ class NamedCall:
         }
 
     def __getitem__(self, key: str) -> str:
-        return value_text(self.arguments[key][0], lambda name: self.names.get(name, name))
+        return _argument_text(self.arguments[key][0], self.names)
 
 
 def right_side(call: NamedCall) -> str:

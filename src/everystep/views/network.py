@@ -77,10 +77,8 @@ def _in_order(step: Step, operations: dict[str, list[int]]) -> list[str]:
 
 def _described(module: ModuleFacts | None, is_container: bool) -> dict[str, str]:
     """Return a module's class, its printed settings, and both together."""
-    if module is None:
-        return {"type": "", "arguments": "", "text": ""}
-    name = module.class_name
-    if is_container or "\n" in module.arguments:
+    name = module.class_name if module else ""
+    if module is None or is_container or "\n" in module.arguments:
         return {"type": name, "arguments": "", "text": name}
     return {"type": name, "arguments": module.arguments, "text": f"{name}({module.arguments})"}
 

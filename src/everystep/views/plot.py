@@ -32,7 +32,8 @@ __all__ = ["curves_plot", "loss_plot", "save_plot"]
 MOST, SPREAD, BUCKETS = 6000, 4000, 1000
 #: More marks than this look the same.
 MARKS = 1000
-#: Of one run: ink for the loss, and colours for measurements. Of several: colours for each run.
+#: Of one run: ink for the loss, and colours for measurements. Of several: colours for each run. They
+#: are used again where there are more.
 INK = "#1c1d20"
 ALARM = "#b3261e"
 COLOURS = ["#2a5db0", "#c2570c", "#1a7a5a", "#8a4bc4", "#a83264", "#6b6f78", "#8a6d0a", "#0b7f93"]
@@ -92,11 +93,11 @@ def _plot(
     frame = pd.concat(points)
     plot = p9.ggplot(frame, p9.aes("step", "value")) + _layers(several, frame, pd.concat(marks), lines)
     if several:
-        plot += p9.scale_colour_manual(_repeated(COLOURS, len(names)), breaks=names, limits=names)
+        plot += p9.scale_colour_manual(COLOURS * len(names), breaks=names, limits=names)
         if not len(lines):
             plot += p9.guides(colour=p9.guide_legend(override_aes={"size": 3}))
     elif len(lines):
-        plot += p9.scale_colour_manual(_repeated(COLOURS, len(measurements)))
+        plot += p9.scale_colour_manual(COLOURS * len(measurements))
     if log and any(map(len, [*points, lines])):
         plot += p9.scale_y_log10(minor_breaks=False)
     others = [name for name in dict.fromkeys(measurements) if not name.endswith("loss")]
@@ -220,7 +221,7 @@ def _layers(several: bool, points: pd.DataFrame, marks: pd.DataFrame, lines: pd.
         )
         layers.append(p9.geom_line(by, data=lines, size=0.7))
         if several:
-            layers.append(p9.scale_linetype_manual(_repeated(LINES, lines["measurement"].nunique())))
+            layers.append(p9.scale_linetype_manual(LINES * lines["measurement"].nunique()))
     if len(marks):
         layers.append(
             p9.geom_rug(p9.aes(x="step"), data=marks, inherit_aes=False, sides="b", colour=ALARM)
@@ -252,10 +253,6 @@ def _plain(text: str) -> str:
 
 def _thousands(ticks: Sequence[float]) -> list[str]:
     return [f"{tick:,.0f}" if tick == round(tick) else f"{tick:g}" for tick in ticks]
-
-
-def _repeated(values: Sequence[str], count: int) -> list[str]:
-    return [values[index % len(values)] for index in range(count)]
 
 
 @contextmanager

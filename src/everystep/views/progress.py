@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
+from everystep.training.job import Progress
 from everystep.views.facts_text import header
 from everystep.views.formatting import clean, number
 from everystep.views.terminal import SafeConsole
@@ -26,24 +27,12 @@ __all__ = ["Silent", "TerminalProgress", "counting"]
 _IN_NOTEBOOK, _LINES_IN_NOTEBOOK = "JPY_PARENT_PID", 20
 
 
-class Silent:
+class Silent(Progress):
     """Watches a training, and prints only notices."""
-
-    def reading(self, done: int, total: int) -> None:
-        """Print nothing."""
-
-    def begin(self, directory: Path, facts: Facts) -> None:
-        """Print nothing."""
-
-    def advance(self, first_step: int, losses: Sequence[float]) -> None:
-        """Print nothing."""
 
     def notice(self, message: str) -> None:
         """Print a notice on stderr."""
         print(clean(f"everystep: {message}"), file=sys.stderr)
-
-    def end(self) -> None:
-        """Print nothing."""
 
 
 class TerminalProgress(Silent):
@@ -56,7 +45,7 @@ class TerminalProgress(Silent):
         self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
         self._show_header = show_header
         self._lines = lines
-        self._bar: Progress | None = None
+        self._bar: bars.Progress | None = None
         self._every, self._last = 1, 0
 
     def reading(self, done: int, total: int) -> None:
@@ -107,10 +96,10 @@ class TerminalProgress(Silent):
             self._bar.update(self._bar.task_ids[0], completed=completed, **fields)
 
 
-class _Speed(ProgressColumn):
+class _Speed(bars.ProgressColumn):
     """Steps per second."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         """Return the speed, or nothing before there is one."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f}/s" if speed else "", style="dim")
@@ -134,15 +123,15 @@ def counting(
         yield lambda steps: bar.advance(bar.task_ids[0], steps)
 
 
-def _bar(console: Console, what: str, total: int, text: str, *, is_shown: bool = True) -> Progress:
+def _bar(console: Console, what: str, total: int, text: str, *, is_shown: bool = True) -> bars.Progress:
     """Return a bar, which only a person sees: on a terminal, or in a notebook."""
-    bar = Progress(
-        TextColumn("{task.description:<8}"),
-        BarColumn(bar_width=32),
-        TextColumn("{task.completed:>{task.fields[width]}}/{task.total}"),
-        TextColumn("{task.fields[text]:<14}"),
+    bar = bars.Progress(
+        bars.TextColumn("{task.description:<8}"),
+        bars.BarColumn(bar_width=32),
+        bars.TextColumn("{task.completed:>{task.fields[width]}}/{task.total}"),
+        bars.TextColumn("{task.fields[text]:<14}"),
         _Speed(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        bars.TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         disable=not (is_shown and (console.is_terminal or console.is_jupyter)),
     )

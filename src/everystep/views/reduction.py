@@ -30,42 +30,33 @@ def reduce(frame: polars.DataFrame, buckets: int, value: str = "loss") -> polars
     assert buckets >= 1
     if len(frame) <= 2 * buckets:
         return frame
-    return _extremes(frame, _starts(frame["step"].to_numpy(), buckets), value)
+    steps = frame["step"].to_numpy()
+    width = int(steps[-1] - steps[0]) + 1
+    return _extremes(frame, steps[0] - -np.arange(buckets) * width // buckets, value)
 
 
 def extremes(frame: polars.DataFrame, width: int, value: str = "loss") -> polars.DataFrame:
-    """Return the rows that `reduce` keeps, with buckets of steps 1 to `width`, and so on.
+    """Return the rows that `reduce` keeps, with buckets of steps 1 to `width`, and so on."""
+    return _extremes(frame, np.arange(1, frame["step"].item(-1) + 1, width), value)
+
+
+def _extremes(frame: polars.DataFrame, begins: NDArray[np.int64], value: str) -> polars.DataFrame:
+    """Return the rows to keep of a frame in buckets that begin at these steps.
 
     A frame of up to two rows for each bucket is returned unchanged.
     """
-    steps = frame["step"].to_numpy()
-    starts = np.unique(np.searchsorted(steps, np.arange(1, steps[-1] + 1, width)))
-    return frame if len(frame) <= 2 * len(starts) else _extremes(frame, starts, value)
-
-
-def _extremes(frame: polars.DataFrame, starts: NDArray[np.int64], value: str) -> polars.DataFrame:
-    """Return the rows to keep of a frame in buckets that begin at the rows `starts`."""
+    starts = np.unique(np.searchsorted(frame["step"].to_numpy(), begins))
+    if len(frame) <= 2 * len(starts):
+        return frame
     values = frame[value].to_numpy()
     kept = [0, len(values) - 1]
     # A bucket fits into the processor's cache; arrays of all rows do not.
     for begin, end in pairwise([*starts.tolist(), len(values)]):
         bucket = values[begin:end]
-        finite = np.isfinite(bucket)
-        if finite.all():
-            kept += [begin + int(bucket.argmin()), begin + int(bucket.argmax())]
-            continue
-        kept.append(begin + int(finite.argmin()))
-        rows = np.flatnonzero(finite)
+        rows = np.flatnonzero(np.isfinite(bucket))
+        if len(rows) < len(bucket):
+            kept.append(begin + int(np.isfinite(bucket).argmin()))
         if len(rows):
             among = bucket[rows]
             kept += [begin + int(rows[among.argmin()]), begin + int(rows[among.argmax()])]
     return frame[np.unique(kept)]
-
-
-def _starts(steps: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
-    """Return the index of the first row of each bucket that has one."""
-    width = int(steps[-1] - steps[0]) + 1
-    begins = -(-np.arange(buckets) * width // buckets)
-    starts: NDArray[np.int64] = np.searchsorted(steps, begins + steps[0])
-    sizes = np.diff(starts, append=len(steps))
-    return starts[sizes > 0]

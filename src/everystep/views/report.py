@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from everystep.views.facts_text import facts_data, landmarks, state_data
 from everystep.views.formatting import size_text
-from everystep.views.loss_table import environment, loss_table
+from everystep.views.loss_table import loss_table, rendered
 from everystep.views.output_file import write_file
 
 if TYPE_CHECKING:
@@ -77,23 +77,16 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
     count = int(steps[-1]) if len(steps) else 0
     losses = table.frame.select("step", "loss").drop_nulls() if facts.has_loss else table.frame[:0]
     columns = [losses["step"].to_numpy(), losses[losses.columns[-1]].to_numpy()]
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            name=run.name,
-            **state_data(run, facts, run.status, count),
-            **facts_data(facts),
-            **landmarks(*columns),
-            opened=opened,
-            first=_FIRST,
-            modules={"imports": _inlined((_FIRST, *modules))},
-            styles=[
-                Markup((_STATIC / name).read_text(encoding="utf-8"))
-                for name in ("plot/plot.css", "table/table.css")
-            ],
-            **table.content(),
-        )
+    return rendered(
+        "report.html",
+        name=run.name,
+        **state_data(run, facts, run.status, count),
+        **facts_data(facts),
+        **landmarks(*columns),
+        opened=opened,
+        first=_FIRST,
+        modules={"imports": _inlined((_FIRST, *modules))},
+        **table.content(),
     )
 
 

@@ -14,8 +14,6 @@ from everystep.views.plain import plain_data
 from everystep.views.terminal import keyed, table_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from everystep.answers.rows import Rows, Share
@@ -190,14 +188,11 @@ def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
     The loss of each row, and the 2-norm of its term in the gradients with known rows.
     """
     names = [parameter] if parameter else rows.known
-    asked: dict[str, Callable[[], Tensor]] = {
-        "loss": lambda: rows.loss,
-        "gradient": lambda: rows.gradient_of(*names),
-    }
-    found = {}
-    for name, ask in asked.items():
-        with suppress(RunError):
-            found[name] = ask()
+    found: dict[str, Tensor] = {}
+    with suppress(RunError):
+        found["loss"] = rows.loss
+    with suppress(RunError):
+        found["gradient"] = rows.gradient_of(*names)
     return found
 
 

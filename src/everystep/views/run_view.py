@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
 
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import shortest
@@ -42,6 +46,9 @@ __all__ = ["FINITE", "RunView", "skipped_text", "when_text"]
 #: The text if there is no NaN and no infinity.
 FINITE = "all results of all operations are finite"
 
+#: A long answer scrolls. Colours are those of the notebook, and only emphasis is added.
+_HTML = '<pre style="overflow: auto; max-height: 40em; line-height: 1.35; background: none">{code}</pre>'
+
 #: Rows of a training that are named before the rest is counted.
 _ROWS_NAMED = 8
 
@@ -55,10 +62,6 @@ class RunView(NamedTuple):
     run: Any
     step: Step | None = None
 
-    def text(self, answer: Any, **options: Any) -> str:
-        """Return an answer as the terminal prints it."""
-        return str(self.shown(answer, **options))
-
     def shown(self, answer: Any, **options: Any) -> str | Text:
         """Return an answer as the terminal prints it, some with styles."""
         return _TEXTS[type(answer).__name__](answer, self, **options)
@@ -71,11 +74,14 @@ class RunView(NamedTuple):
         )
         return found if self.run is None else {"run": self.run.name} | found
 
-    def html(self, step: Step) -> str:
-        """Return a step as a notebook shows it."""
-        from everystep.views.step_text import step_html
-
-        return step_html(step, self.run.facts, self.run.name)
+    def html(self, answer: Any) -> str:
+        """Return an answer as a notebook shows it: what the terminal prints."""
+        shown = self.shown(answer)
+        if isinstance(shown, str):
+            return _HTML.format(code=escape(shown))
+        console = Console(file=io.StringIO(), record=True, color_system="truecolor")
+        console.print(shown, soft_wrap=True)
+        return console.export_html(inline_styles=True, code_format=_HTML)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An answer can be pickled; a run with its opened steps cannot.
@@ -119,13 +125,15 @@ def _replayed_text(found: Verification) -> str:
 
 def _losses_text(found: Verification) -> str:
     if found.first_loss is None:
-        is_all = found.steps == found.all_steps
-        count = f"all {found.steps:,}" if is_all else f"{found.steps:,} of {found.all_steps:,}"
-        return f"{count} bit-identical"
+        return f"{_share(found.steps, found.all_steps)} bit-identical"
     step, recorded, replayed = found.first_loss
     pair = f"recorded {shortest(recorded)}, replayed {shortest(replayed)}"
     far = _apart(recorded, replayed, found.loss_distance)
     return f"{found.different_steps:,} of {found.steps:,} differ, first at step {step:,}:\n{pair}{far}"
+
+
+def _share(count: int, whole: int) -> str:
+    return f"all {whole:,}" if count == whole else f"{count:,} of {whole:,}"
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
@@ -140,11 +148,8 @@ def _apart(recorded: float, replayed: float, units: int | None) -> str:
 
 def _snapshots_text(found: Verification) -> str:
     if not found.states:
-        count = f"all {found.snapshots:,}"
-        if found.snapshots < found.all_snapshots:
-            count = f"{found.snapshots:,} of {found.all_snapshots:,}"
-        if found.snapshots == found.all_snapshots == 1:
-            count = "the only one"
+        is_only = found.snapshots == found.all_snapshots == 1
+        count = "the only one" if is_only else _share(found.snapshots, found.all_snapshots)
         return f"{count} after state 0 bit-identical"
     states = sorted({each.state for each in found.states})
     first = [each for each in found.states if each.state == states[0]]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.program.operation import Operation
-from everystep.recording.facts import Facts, LoopFacts, ModuleFacts, TrainingFacts
+from everystep.recording.facts import Facts, LoopFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.opened_step import Batch, Segment, Step, statistics
+from everystep.replay.opened_step import Batch, Segment, Step, norm, statistics
 from everystep.views.batch_text import (
     class_names,
     classes_of_tensors,
@@ -26,10 +25,9 @@ from everystep.views.batch_text import (
     targets,
 )
 from everystep.views.formatting import dtype_text
-from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
+from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.network import network
 from everystep.views.plain import plain_data
-from everystep.views.tensor_texts import norm
 from everystep.views.update_formula import UpdateFormula, update_formulas
 
 __all__ = ["Happened", "SegmentSeen", "as_it_happened", "step_data", "tensor_of"]
@@ -101,6 +99,10 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     loss = loss_text(training.loss)
     loop = training.loop
     happened = as_it_happened(step, training, loop) if loop else None
+    layers = network(step, training.modules)
+    for layer in layers:
+        if (output := first_of(step.activations.get(layer["path"]))) is not None:
+            tensors.add(layer["activation"], output)
     content = {
         "step": step.number,
         "steps": run.newest_step(),
@@ -121,7 +123,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "batch": _batch(step.batch, facts, tensors, values),
         "parameters": tensors.of("parameters", step.parameters),
         "buffers": tensors.of("buffers", step.buffers),
-        "network": _network(step, training.modules, tensors),
+        "network": layers,
         "operations": _operations(step, tensors),
         "segments": _segments(happened, training) if happened else None,
         "changed_otherwise": happened.changed_otherwise if happened else [],
@@ -210,16 +212,6 @@ def _batch(batch: Batch, facts: Facts, tensors: _Tensors, values: bool) -> dict[
     }
 
 
-def _network(step: Step, modules: Mapping[str, ModuleFacts], tensors: _Tensors) -> list[dict[str, Any]]:
-    layers = network(step, modules)
-    for layer in layers:
-        if layer["activation"] is not None:
-            activation = first_of(step.activations[layer["path"]])
-            assert activation is not None
-            tensors.add(layer["activation"], activation)
-    return layers
-
-
 def _operations(step: Step, tensors: _Tensors) -> list[dict[str, Any]]:
     return [
         {
@@ -230,21 +222,13 @@ def _operations(step: Step, tensors: _Tensors) -> list[dict[str, Any]]:
             "line": None if seen.line is None else seen.line.data(),
             "left": line.left,
             "right": line.right,
-            "arguments": _arguments(seen.operation, line),
+            "arguments": argument_texts(seen.operation, line.given),
             "inputs": tensors.called(f"operations/{number}/inputs", seen.inputs, line.given),
             "results": tensors.called(f"operations/{number}/results", seen.results, line.made),
         }
         for number, (seen, line) in enumerate(
             zip(step.operations, mathematics(step.operations), strict=True)
         )
-    ]
-
-
-def _arguments(operation: Operation, line: Line) -> list[list[str | bool]]:
-    """Return name, text, and whether it is the default."""
-    return [
-        [key, value_text(value, lambda name: line.given.get(name, name)), not is_given]
-        for key, (value, is_given) in all_arguments(operation).items()
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,39 +16,33 @@ from everystep.program.operation import Phase
 from everystep.program.source_line import CodeLine
 from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
-from everystep.replay.opened_step import Step
+from everystep.replay.opened_step import Step, norm
 from everystep.views.batch_text import (
     MOST_VALUES,
-    about_classes,
     class_names,
+    classes_of_tensors,
     classes_text,
     other_values,
     targets,
 )
 from everystep.views.formatting import cut, grouped
-from everystep.views.mathematics import all_arguments, mathematics, value_text
+from everystep.views.mathematics import argument_texts, mathematics
 from everystep.views.step_data import SegmentSeen, as_it_happened
 from everystep.views.tensor_texts import (
     ABSOLUTE,
     NUMBERS,
-    norm,
     numbers_of,
     statistics_text,
     write_numbers,
     write_tensors,
 )
-from everystep.views.terminal import Cell, Column, Page, Styled, TextTable, keyed
+from everystep.views.terminal import Cell, Column, Page, Styled, keyed, table_lines
 from everystep.views.update_formula import UpdateFormula, update_formulas
 
-__all__ = ["PHASES", "step_html", "step_text"]
+__all__ = ["PHASES", "step_text"]
 
 #: Phases that can be shown alone.
 PHASES = ("batch", *get_args(Phase))
-
-#: Columns of a step in a notebook.
-HTML_WIDTH = 110
-#: Colours are those of the notebook, and only emphasis is added.
-_HTML = '<pre style="overflow-x: auto; line-height: 1.35; background: none">{code}</pre>'
 
 _INDENT = 2
 #: Rows of a batch that are named.
@@ -66,6 +59,12 @@ OPERATIONS: tuple[Column[Mapping[str, Cell]], ...] = (
     keyed("formula", least=34),
     *NUMBERS,
     keyed("operator", style="dim", rank=4),
+)
+#: The columns of the arguments of an operation: name, text, whether it is the default.
+ARGUMENTS: tuple[Column[tuple[str, str, bool]], ...] = (
+    Column("", lambda row: row[0], style="dim"),
+    Column("", lambda row: row[1]),
+    Column("", lambda row: "default" if row[2] else "", style="dim"),
 )
 #: The columns of the update of a parameter.
 UPDATES: tuple[Column[Mapping[str, Cell]], ...] = (
@@ -119,15 +118,6 @@ def step_text(
     return opened.page.text
 
 
-def step_html(step: Step, facts: Facts, name: str) -> str:
-    """Return a step as a notebook shows it: the page of the terminal."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), record=True, width=HTML_WIDTH, color_system="truecolor")
-    console.print(step_text(step, facts, name=name, width=HTML_WIDTH), soft_wrap=True)
-    return console.export_html(inline_styles=True, code_format=_HTML)
-
-
 class _Opened:
     """A step on its way to a page.
 
@@ -175,23 +165,10 @@ class _Opened:
             page.labelled("line", str(seen.line))
             if seen.line.callers:
                 page.labelled("called by", "\n".join(map(str, seen.line.callers)))
-        arguments = [
-            {
-                "name": key,
-                "value": value_text(value, lambda name: line.given.get(name, name)),
-                "default": "" if is_given else "default",
-            }
-            for key, (value, is_given) in all_arguments(seen.operation).items()
-        ]
-        if arguments:
+        if arguments := argument_texts(seen.operation, line.given):
             page.heading("arguments")
-            columns = (
-                keyed("name", "", style="dim"),
-                keyed("value", ""),
-                keyed("default", "", style="dim"),
-            )
-            page.table(columns, arguments)
-        about = about_classes(self.step, self.classes, self.training.modules)
+            page.table(ARGUMENTS, arguments)
+        about = self._about_classes()
         for role, tensors, called in (
             ("inputs", seen.inputs, line.given),
             ("results", seen.results, line.made),
@@ -208,6 +185,16 @@ class _Opened:
                     page.wrapped(text, "dim", indent=2 * _INDENT)
                 if (self.values or tensor.numel() <= FEW_VALUES) and not is_unset:
                     write_numbers(page, tensor, indent=2 * _INDENT)
+
+    def _about_classes(self) -> dict[str, str]:
+        """Return explanations of tensors, by id; classes with their numbers as names need none."""
+        names = self.classes or []
+        if names == [str(number) for number in range(len(names))]:
+            return {}
+        numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+        texts = {"values": f"classes: {numbered}", "columns": f"columns: {', '.join(names)}"}
+        found = classes_of_tensors(self.step, names, self.training.modules)
+        return {id: texts[kind] for id, kind in found.items()}
 
     def _heading(self, name: str) -> None:
         step, page = self.step, self.page
@@ -416,7 +403,7 @@ class _Opened:
                     "operator": seen.operation.operator,
                 }
                 rows[-1] |= numbers_of(next(iter(seen.made.values()))) if seen.made else {}
-        return list(TextTable(OPERATIONS, self.page.width - _INDENT).lines(rows))
+        return list(table_lines(OPERATIONS, rows, self.page.width - _INDENT))
 
     def _operation_in_full(self, place: int) -> None:
         seen, line, page = self.step.operations[place], self.lines[place], self.page

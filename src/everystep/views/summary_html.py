@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from everystep.views.facts_text import facts_in_order, state_data
 from everystep.views.formatting import number
-from everystep.views.loss_table import environment
+from everystep.views.loss_table import rendered
 from everystep.views.reduction import reduce
 
 if TYPE_CHECKING:
@@ -44,17 +44,14 @@ def summary_html(run: RecordedRun) -> str:
     """Return a run as a small table of facts and a picture of the loss: a piece of HTML, no scripts."""
     facts, losses = run.facts, run.losses
     ends = [losses["loss"].item(0), losses["loss"].item(-1)] if len(losses) else []
-    return (
-        environment()
-        .get_template("summary.html")
-        .render(
-            name=run.name,
-            damage=run.damage,
-            **state_data(run, facts, run.status, len(losses)),
-            ends=[(number(loss), str(loss)) for loss in ends],
-            rows=facts_in_order(facts),
-            line=sparkline(losses),
-        )
+    return rendered(
+        "summary.html",
+        name=run.name,
+        damage=run.damage,
+        **state_data(run, facts, run.status, len(losses)),
+        ends=[(number(loss), str(loss)) for loss in ends],
+        rows=facts_in_order(facts),
+        line=sparkline(losses),
     )
 
 

@@ -16,7 +16,6 @@ from everystep.views.terminal import Cell, Column, Page, Styled, keyed
 __all__ = [
     "ABSOLUTE",
     "NUMBERS",
-    "norm",
     "numbers_of",
     "statistics_text",
     "write_numbers",
@@ -116,10 +115,3 @@ def write_numbers(page: Page, tensor: Tensor, *, indent: int) -> None:
     )
     for line in text.splitlines():
         page.line((line, ""), indent=indent)
-
-
-def norm(tensor: Tensor) -> float:
-    """Return the 2-norm of a tensor."""
-    magnitudes = (tensor.abs() if tensor.is_complex() else tensor).detach()
-    floats = magnitudes if magnitudes.is_floating_point() else magnitudes.double()
-    return float(torch.linalg.vector_norm(floats, dtype=torch.float64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Generic, TypeVar
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from everystep.views.formatting import clean, cut, labelled, one_line
 
-__all__ = ["Cell", "Column", "Page", "SafeConsole", "Styled", "TextTable", "keyed", "table_text"]
+__all__ = ["Cell", "Column", "Page", "SafeConsole", "Styled", "keyed", "table_lines", "table_text"]
 
 #: A text and its style.
 Styled = tuple[str, str]
@@ -58,78 +58,72 @@ def keyed(key: str, header: str | None = None, **options: Any) -> Column[Mapping
     return Column(key if header is None else header, lambda row: row.get(key, ""), **options)
 
 
-class TextTable(Generic[Row]):
-    """Rows in aligned columns. A column without a text in any row is left out.
+def table_lines(
+    columns: Sequence[Column[Row]], rows: Sequence[Row], width: float = math.inf
+) -> Iterator[list[Styled]]:
+    """Yield rows in aligned columns: the headings, if there are any, and the lines of each row.
 
-    width: of the lines, reached by cutting cells and omitting columns; None: any.
+    A column without a text in any row is left out.
+
+    width: of the lines, reached by cutting cells and omitting columns.
     """
+    filled = [_Filled(column, [column.cell(row) for row in rows]) for column in columns]
+    shown = _fitting([each for each in filled if each.has_text or not rows], width)
+    is_narrow = any(each.width < each.widest for each in shown)
+    headings = [one_line(each.column.header) for each in shown]
+    if any(headings):
+        yield _line(shown, [(heading, "dim") for heading in headings])
+    for row in zip(*(each.cells for each in shown), strict=True):
+        if is_narrow:
+            folded = (each.folded(cell) for each, cell in zip(shown, row, strict=True))
+            yield from (_line(shown, line) for line in zip_longest(*folded, fillvalue=("", "")))
+        else:
+            yield _line(shown, row)
 
-    def __init__(self, columns: Sequence[Column[Row]], width: int | None = None) -> None:
-        self._columns = columns
-        self._width = math.inf if width is None else width
-        self._headers = [one_line(each.header) for each in columns]
-        self._widths = list(map(cell_len, self._headers))
-        self._used: set[int] = set()
-        self._shown: dict[int, int] = {}
 
-    def lines(self, rows: Sequence[Row]) -> Iterator[list[Styled]]:
-        """Yield the headings and a line for each row.
+def table_text(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> list[str]:
+    """Return a table as lines without styles: the headings, and a line for each row."""
+    return ["".join(text for text, _ in line).rstrip() for line in table_lines(columns, rows)]
 
-        Called again, it continues the table: columns only grow, and headings are repeated where another
-        column is shown.
-        """
-        cells = [[column.cell(row) for row in rows] for column in self._columns]
-        for place, column in enumerate(cells):
-            self._widths[place] = max([self._widths[place], *(_width(text) for text, _ in column)])
-            if not rows or any(text for text, _ in column):
-                self._used.add(place)
-        before, self._shown = self._shown, self._fitting()
-        headers = [(self._headers[place], "dim") for place in self._shown]
-        if before.keys() != self._shown.keys() and any(text for text, _ in headers):
-            yield self._line(headers)
-        if not any(self._columns[place].wraps for place in self._shown):
-            yield from map(
-                self._line, zip(*[self._cells(p, cells[p]) for p in self._shown], strict=True)
-            )
-            return
-        for row in zip(*cells, strict=True):
-            folded = [self._folded(place, *row[place]) for place in self._shown]
-            yield from map(self._line, zip_longest(*folded, fillvalue=("", "")))
 
-    def _fitting(self) -> dict[int, int]:
-        """Return the columns that are shown, with their widths."""
-        shown = {place: self._widths[place] for place in sorted(self._used)}
-        for rank in sorted({column.rank for column in self._columns} - {0}, reverse=True):
-            least = [min(width, self._columns[p].least or width) for p, width in shown.items()]
-            if _width_of(least) > self._width:
-                shown = {p: width for p, width in shown.items() if self._columns[p].rank != rank}
-        for place in reversed(shown):
-            excess = _width_of(shown.values()) - self._width
-            if self._columns[place].least and excess > 0:
-                shown[place] -= min(int(excess), max(shown[place] - _NARROWEST, 0))
-        return shown
+class _Filled:
+    """A column with its cells, and with the width that it has in the table."""
 
-    def _cells(self, place: int, cells: list[Styled]) -> Iterable[Styled]:
-        """Return the cells of a column, cut where they may be."""
-        width = self._shown[place]
-        return (
-            ((cut(text, width), style) for text, style in cells) if self._columns[place].least else cells
+    def __init__(self, column: Column[Any], cells: list[Styled]) -> None:
+        self.column = column
+        self.cells = cells
+        self.width = self.widest = max(
+            map(_width, [one_line(column.header), *(text for text, _ in cells)])
         )
+        self.has_text = any(text for text, _ in cells)
 
-    def _folded(self, place: int, text: str, style: str) -> list[Styled]:
-        """Return a cell as the lines that it takes."""
-        column, width = self._columns[place], self._shown[place]
-        if column.wraps:
-            return [(line, style) for line in textwrap.wrap(text, width)]
-        return [(cut(text, width) if column.least else text, style)]
+    def folded(self, cell: Styled) -> list[Styled]:
+        """Return a cell as the lines that it takes: one, cut where it must be, or several."""
+        text, style = cell
+        if self.column.wraps:
+            return [(line, style) for line in textwrap.wrap(text, self.width)]
+        return [(cut(text, self.width), style)]
 
-    def _line(self, cells: Iterable[Styled]) -> list[Styled]:
-        line: list[Styled] = []
-        for (place, width), (text, style) in zip(self._shown.items(), cells, strict=True):
-            space = " " * (width - _width(text))
-            before, after = (space, "") if self._columns[place].is_number else ("", space)
-            line += [("  " * bool(line) + before, ""), (text, style), (after, "")]
-        return line
+
+def _fitting(columns: list[_Filled], width: float) -> list[_Filled]:
+    """Return the columns that a table of this width shows; cuts those that may be cut."""
+    for rank in sorted({each.column.rank for each in columns} - {0}, reverse=True):
+        if _total(min(each.width, each.column.least or each.width) for each in columns) > width:
+            columns = [each for each in columns if each.column.rank != rank]
+    for each in reversed(columns):
+        excess = _total(other.width for other in columns) - width
+        if each.column.least and excess > 0:
+            each.width -= min(int(excess), max(each.width - _NARROWEST, 0))
+    return columns
+
+
+def _line(columns: Sequence[_Filled], cells: Iterable[Styled]) -> list[Styled]:
+    line: list[Styled] = []
+    for each, (text, style) in zip(columns, cells, strict=True):
+        space = " " * (each.width - _width(text))
+        before, after = (space, "") if each.column.is_number else ("", space)
+        line += [("  " * bool(line) + before, ""), (text, style), (after, "")]
+    return line
 
 
 def _width(text: str) -> int:
@@ -137,13 +131,9 @@ def _width(text: str) -> int:
     return len(text) if text.isascii() else cell_len(text)
 
 
-def _width_of(widths: Collection[int]) -> int:
-    return sum(widths) + 2 * (len(widths) - 1)
-
-
-def table_text(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> list[str]:
-    """Return a table as lines without styles: the headings, and a line for each row."""
-    return ["".join(text for text, _ in line).rstrip() for line in TextTable(columns).lines(rows)]
+def _total(widths: Iterable[int]) -> int:
+    """Return the width of a table with columns of these widths."""
+    return sum(width + 2 for width in widths) - 2
 
 
 class Page:
@@ -183,7 +173,7 @@ class Page:
 
     def table(self, columns: Sequence[Column[Row]], rows: Sequence[Row], indent: int = 2) -> None:
         """Add a table that fits the page."""
-        for line in TextTable(columns, self.width - indent).lines(rows):
+        for line in table_lines(columns, rows, self.width - indent):
             self.line(*line, indent=indent)
 
 

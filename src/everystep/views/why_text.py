@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from rich.text import Text
@@ -18,7 +19,7 @@ from everystep.views.formatting import number as four_digits
 from everystep.views.mathematics import Line, mathematics
 from everystep.views.plain import DERIVED
 from everystep.views.step_data import tensor_of
-from everystep.views.terminal import Cell, Column, Page
+from everystep.views.terminal import Cell, Column, Page, keyed
 
 __all__ = ["spot_of", "why_text"]
 
@@ -143,51 +144,46 @@ def _below(found: Why) -> Iterator[Why]:
         yield from _below(each)
 
 
-#: One or several terms of a sum: text, numbers with their texts, row.
-_Row = tuple[Cell, list[tuple[Cell, str]], str]
-
-
-def _columns(each: Why) -> list[Column[_Row]]:
+def _columns(each: Why) -> list[Column[Mapping[str, Cell]]]:
     """Return the columns of the numbers of an answer: a term, its numbers, where they are from."""
     most = max(len(_numbers(term)) for group in each.groups for term in group.terms or (Term({}),))
     main = max(each.groups, key=lambda group: group.count)
     names = [*main.terms[0].numbers, *main.terms[0].weights] if _is_sum(each) and main.terms else []
-    columns: list[Column[_Row]] = [
-        Column("term" if _is_sum(each) else "", lambda row: row[0], is_number=_is_sum(each))
-    ]
-    for place in range(most):
-        title = names[place] if place < len(names) else ""
-        columns += [
-            Column(title, lambda row, place=place: _at(row, place)[0]),  # type: ignore[misc]
-            Column("", lambda row, place=place: _at(row, place)[1], is_number=True),  # type: ignore[misc]
-        ]
-    return [*columns, Column("", lambda row: row[2], style="dim")]
-
-
-def _at(row: _Row, place: int) -> tuple[Cell, str]:
-    return row[1][place] if place < len(row[1]) else ("", "")
+    titles = [*names, *[""] * most][:most]
+    pairs = (
+        (keyed(f"name {i}", title), keyed(f"text {i}", "", is_number=True))
+        for i, title in enumerate(titles)
+    )
+    first = keyed("term", "term" if _is_sum(each) else "", is_number=_is_sum(each))
+    return [first, *chain.from_iterable(pairs), keyed("row", "", style="dim")]
 
 
 def _is_sum(each: Why) -> bool:
-    terms = (term for group in each.groups for term in group.terms)
-    return any(group.rest is not None for group in each.groups) or any(
-        t.value is not None for t in terms
+    return any(
+        group.rest is not None or any(term.value is not None for term in group.terms)
+        for group in each.groups
     )
 
 
-def _rows(each: Why) -> Iterator[_Row]:
+def _rows(each: Why) -> Iterator[dict[str, Cell]]:
+    """Yield a row for each term, and for those that are left out together."""
     for group in each.groups:
         for term in group.terms:
-            first = (group.text, "dim") if term.value is None else _digits_text(term.value)
             rows = (number.row for number in term.numbers.values() if number.row is not None)
-            yield first, _numbers(term), ", ".join(dict.fromkeys(f"row {row:,}" for row in rows))
+            row: dict[str, Cell] = {
+                "term": (group.text, "dim") if term.value is None else _digits_text(term.value),
+                "row": ", ".join(dict.fromkeys(f"row {row:,}" for row in rows)),
+            }
+            for place, (name, text) in enumerate(_numbers(term)):
+                row |= {f"name {place}": name, f"text {place}": text}
+            yield row
         if group.count > len(group.terms):
-            rest = "" if group.rest is None else _digits_text(group.rest)
             of = "" if _is_sum(each) else f" of {group.text}"
-            yield rest, [((f"{group.count - len(group.terms):,} more{of}", "dim"), "")], ""
+            more = f"{group.count - len(group.terms):,} more{of}"
+            yield {"term": _optional(group.rest) or "", "name 0": (more, "dim")}
 
 
-def _numbers(term: Term) -> list[tuple[Cell, str]]:
+def _numbers(term: Term) -> list[tuple[str, str]]:
     """Return the names and the texts of the numbers of a term; its weights have no names."""
     numbers = [(number.name, value_text(number)) for number in term.numbers.values()]
     return [*numbers, *(("", shortest(weight)) for weight in term.weights.values())]
