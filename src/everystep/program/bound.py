@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +52,6 @@ class BoundProgram:
         inputs: bytes of each input storage that does not belong to the batch, by the storage's name.
         batch: the names of the tensors of the batch.
         device: the device of memory that the program allocates.
-        fixed: tensors of a batch that is the same at every step, by name. The program reads them in
-            place if they have the expected layout, else a copy.
 
     loss: the live tensor of the loss, or a NaN to be set from outside if the program has none; logged:
     the live tensors of all numbers that the step logs, by name; ends: the tensors that state names have
@@ -74,8 +71,6 @@ class BoundProgram:
         inputs: Mapping[str, Tensor],
         batch: Collection[str],
         device: torch.device,
-        *,
-        fixed: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.program = program
         self.numbers: list[Number] = []
@@ -83,14 +78,11 @@ class BoundProgram:
         self._puts: list[_Put] = []
         self._optimizers: list[SteadyOptimizer] = []
         steady = steady_operations(program)
-        given = [name for name in batch if name in program.tensors]
-        here = _in_place(program, {name: fixed[name] for name in given if name in fixed}, device)
-        #: The tensors of the batch that have memory here.
-        self._batch = [name for name in given if program.tensors[name].storage not in here]
+        self._batch = [name for name in batch if name in program.tensors]
         own = _batch_memory(program, self._batch, device)
         temporary = _temporary(program, device, steady)
         known = {program.tensors[name].storage: state[name] for name in program.state_names}
-        anchors = here | own | temporary
+        anchors = own | temporary
         anchors |= _given(program, {**known, **inputs}, anchors)
         self._tensors = {
             name: tensor_on(anchors[spec.storage].storage, spec, anchors[spec.storage].start)
@@ -102,8 +94,6 @@ class BoundProgram:
         given_on = Counter(program.tensors[name].storage for name in self._batch)
         #: Storages of views of the batch, which may include bytes between the numbers of a tensor.
         self._viewed = {storage for storage, count in given_on.items() if used[storage] > count}
-        if fixed:
-            self.load(fixed)
         nan = torch.full((), math.nan, dtype=torch.float64)
         self.loss = nan if program.loss is None else self.tensor(program.loss)
         logged = {} if program.loss is None else {"loss": program.loss}
@@ -255,27 +245,6 @@ def _slots(value: Any, target: Any, place: Any) -> Iterator[_Put]:
             target[place] = kind(number)
 
         yield put
-
-
-def _in_place(program: Program, fixed: Mapping[str, Tensor], device: torch.device) -> dict[str, _Anchor]:
-    """Return where tensors of a batch are that a program can read where they are, by storage."""
-    written = {program.tensors[name].storage for op in program.operations for name in op.changed()}
-    found = {}
-    for name, tensor in fixed.items():
-        spec = program.tensors[name]
-        begin = spec.offset * tensor.itemsize
-        others = [t for n, t in program.tensors.items() if t.storage == spec.storage and n != name]
-        is_alone = all(begin <= t.offset * t.torch_dtype.itemsize and t.end <= spec.end for t in others)
-        place = torch.device("cpu") if program.storages[spec.storage].host else device
-        geometry = tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
-        lies_so = geometry == (spec.torch_dtype, spec.shape, spec.stride)
-        # Where kernels meet other boundaries of memory, they may add up in another order.
-        is_aligned = (tensor.data_ptr() - begin) % ALIGNMENT == 0
-        is_here = tensor.device.type == place.type and tensor.layout == torch.strided
-        if is_alone and lies_so and is_aligned and is_here and spec.storage not in written:
-            start = int(tensor.storage_offset()) * tensor.itemsize - begin
-            found[spec.storage] = _Anchor(tensor.untyped_storage(), start)
-    return found
 
 
 def _batch_memory(program: Program, names: Sequence[str], device: torch.device) -> dict[str, _Anchor]:

@@ -7,9 +7,9 @@ faster, once it is bound, which takes some milliseconds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +17,18 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.experiment.batches import RowsOf
 from everystep.program.bound import BoundProgram
+from everystep.program.calls import Call
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into
 from everystep.program.number_slots import READ
 from everystep.program.operation import TensorSpec
 from everystep.program.steady import has_fixed_shapes
 from everystep.program.step_program import Program
-from everystep.recording.contents import Given, Inputs
+from everystep.recording.contents import Inputs
 from everystep.recording.database import Repeat
 from everystep.replay.recorded_steps import RecordedSteps
 
-__all__ = ["BATCH", "BoundStep", "BoundSteps"]
+__all__ = ["BATCH", "BoundStep", "BoundSteps", "Hook", "Look"]
 
 #: The number of steps, past or planned, for which a program is bound.
 WORTH = 8
@@ -37,89 +38,128 @@ MOST_BYTES = 1_000_000_000
 _NOTHING = b"nothing"
 BATCH, INPUT, GENERATOR = "batch/", "input/", "generator/"
 
+#: Looks at a step under way; it is given a function that returns a live tensor by its name.
+Look = Callable[[Callable[[str], Tensor]], object]
 
-@dataclass(eq=False)
+
+class Hook(Protocol):
+    """Looks at steps while programs run them. A step has the same bits with and without it."""
+
+    def looks(self, program: Program) -> Mapping[int, Sequence[Look]]:
+        """Return what looks at the steps of a program, by the operation after which (-1: before all)."""
+
+    def after(self, number: int, loss: float) -> bool:
+        """Look at a step that just ran; return whether to continue."""
+
+
 class BoundStep:
     """A bound program, and its last inputs.
 
-    steps: the source of its numbers and inputs; own: the tensors of the state that it is bound to;
-    batch: the names of the tensors of the batch that it reads; outside, contents: its other inputs, and
-    the location of their bytes, by storage; rule: the source of its batch, None if it is among the
-    inputs; era: of `BoundSteps`, when the state was last on its own tensors; count: the steps that it
-    ran; put, loaded: numbers and inputs of the row in it, as in the database; recorded: these numbers;
+    Args:
+        live: the bound program.
+        steps: the source of its numbers and inputs.
+        own: the tensors of the state that it is bound to.
+        batch: the names of the tensors of the batch that it reads.
+        contents: the bytes of its other inputs, by storage.
+        rule: the source of its batch, None if it is among the inputs.
+
     generator: the state to draw from, if any; digests: of the state after the step.
     """
 
-    live: BoundProgram
-    steps: RecordedSteps
-    own: dict[str, Tensor]
-    batch: list[str]
-    outside: dict[str, Given]
-    contents: dict[str, Tensor]
-    rule: RowsOf | None
-    era: int
-    count: int = 0
-    put: bytes | None = _NOTHING
-    loaded: bytes | None = _NOTHING
-    recorded: list[int | float] = field(default_factory=list)
-    generator: Tensor | None = None
-    digests: dict[str, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        live: BoundProgram,
+        steps: RecordedSteps,
+        own: dict[str, Tensor],
+        batch: list[str],
+        contents: dict[str, Tensor],
+        rule: RowsOf | None,
+    ) -> None:
+        self.live = live
+        self.own = own
+        self.generator: Tensor | None = None
+        self.digests: dict[str, str] = {}
+        self._steps = steps
+        self._batch = batch
+        self._contents = contents
+        self._rule = rule
+        #: The numbers and the inputs of the row in it, as in the database; these numbers.
+        self._put: bytes | None = _NOTHING
+        self._loaded: bytes | None = _NOTHING
+        self._recorded: list[int | float] = []
+        self._hooked: tuple[Hook, list[Call]] | None = None
 
-    def is_for(self, given: Inputs, rule: RowsOf | None) -> bool:
-        """Return whether it is bound to inputs of the same names as those of a step."""
-        return rule is self.rule and self.outside.keys() == _outside(given).keys()
+    def is_loaded(self, row: Repeat) -> bool:
+        """Return whether it has the inputs of a step that no rule finds."""
+        return row.inputs == self._loaded
 
     def begin(self, row: Repeat) -> bool:
         """Put the numbers and the inputs of a step where it reads them; return whether they fit."""
-        if row.inputs != self.loaded and not self._load(row):
+        is_new = not self.is_loaded(row)
+        if is_new and not self._load(row):
             return False
-        if row.numbers != self.put:
-            self.put, self.recorded = _NOTHING, self.steps.numbers(row)
+        if row.numbers != self._put:
+            self._put, self._recorded = _NOTHING, self._steps.numbers(row)
             try:
-                self.live.put(self.recorded)
+                self.live.put(self._recorded)
             except (ProgramError, ValueError, OverflowError):
                 return False
-            self.put = row.numbers
-        return self.rule is None or self.rule.is_fixed or self._load_rows(row.step, self.rule)
+            self._put = row.numbers
+        if self._rule is None or (self._rule.is_fixed and not is_new):
+            return True
+        fits = self._load_rows(row.step, self._rule)
+        self._loaded = row.inputs if fits else _NOTHING
+        return fits
 
     def _load(self, row: Repeat) -> bool:
-        self.loaded = _NOTHING
-        given = self.steps.given(row)
-        names = [name for name in given.given if name.startswith(GENERATOR)]
-        if names not in ([], [f"{GENERATOR}0"]):
-            return False  # it sets a generator between two draws
-        self.digests, self.generator = given.digests, None
-        outside = _outside(given)
-        is_other = outside != self.outside
-        if any(f"{BATCH}{name}" in given.given for name in self.batch) or names or is_other:
-            found = self.steps.inputs(row).tensors
-            others = [(c, found.get(f"{INPUT}{name}")) for name, c in self.contents.items()]
-            if any(o is None or (o.shape, o.dtype) != (c.shape, c.dtype) for c, o in others):
+        self._loaded = _NOTHING
+        given = self._steps.given(row)
+        drawn = [name for name in given.given if name.startswith(GENERATOR)]
+        if (
+            rule_of(self._steps, given) is not self._rule
+            or not all(f"{INPUT}{name}" in given.given for name in self._contents)
+            or drawn not in ([], [f"{GENERATOR}0"])  # it sets a generator between two draws
+        ):
+            return False
+        found = self._steps.inputs(row).tensors if given.given else {}
+        self.digests, self.generator = given.digests, found.get(f"{GENERATOR}0")
+        for name, content in self._contents.items():
+            other = found[f"{INPUT}{name}"]
+            if (other.shape, other.dtype) != (content.shape, content.dtype):
                 return False
-            for content, other in others if is_other else ():
-                assert other is not None
-                content.copy_(other)
-            self.outside = outside
-            self.generator = found.get(f"{GENERATOR}0")
-            batch = {name: found.get(f"{BATCH}{name}") for name in self.batch}
+            content.copy_(other)
+        if self._rule is None:
+            batch = {name: found.get(f"{BATCH}{name}") for name in self._batch}
             if not _fit(batch, self.live.program):
                 return False
             specs = self.live.program.tensors
             self.live.load({n: _laid_as(t, specs[n]) for n, t in batch.items() if t is not None})
-        self.loaded = row.inputs
+        self._loaded = row.inputs
         return True
 
     def _load_rows(self, step: int, rule: RowsOf) -> bool:
-        targets = [self.live.tensor(name) for name in self.batch]
+        targets = [self.live.tensor(name) for name in self._batch]
         count = rule.shape(step)
-        if self.batch == ["x", "y"] and all(t.is_contiguous() and len(t) == count for t in targets):
+        if self._batch == ["x", "y"] and all(t.is_contiguous() and len(t) == count for t in targets):
             rule.into(step, *targets)
             return True
-        batch = {n: tensor for n, tensor in zip("xy", rule(step), strict=True) if n in self.batch}
+        batch = {n: tensor for n, tensor in zip("xy", rule(step), strict=True) if n in self._batch}
         fits = _fit(batch, self.live.program)
         if fits:
             self.live.load(batch)
         return fits
+
+    def calls(self, hook: Hook | None) -> list[Call]:
+        """Return the calls of a step, with those of a hook in between."""
+        if hook is None:
+            return self.live.calls
+        if self._hooked is None or self._hooked[0] is not hook:
+            after = {
+                place: [partial(look, self.live.tensor) for look in looks]
+                for place, looks in hook.looks(self.live.program).items()
+            }
+            self._hooked = hook, self.live.calls_with(after)
+        return self._hooked[1]
 
     @cached_property
     def _reading(self) -> list[int]:
@@ -129,7 +169,7 @@ class BoundStep:
     def different_read(self) -> str | None:
         """Return the first number that the step read and that differs from the recording, in words."""
         for place, index in zip(self.live.reads, self._reading, strict=True):
-            found, known = self.live.numbers[place], self.recorded[place]
+            found, known = self.live.numbers[place], self._recorded[place]
             if found != known and (found == found or known == known):
                 reason = f"returns {found} to Python, but the recording has {known}"
                 return f"operation #{index}, {READ}, {reason}"
@@ -146,18 +186,10 @@ class BoundSteps:
     def __init__(self, state: dict[str, Tensor]) -> None:
         self._state = state
         self._bound: dict[int, BoundStep] = {}
+        #: How many steps of each program the interpreter ran.
         self._interpreted: Counter[int] = Counter()
-        #: Programs that the interpreter runs.
+        #: Programs that cannot be bound.
         self._left: set[int] = set()
-        self._era = 0
-        self._latest: BoundStep | None = None
-
-    def touched(self, interpreted: int | None = None) -> None:
-        """Note that the interpreter or other code has changed the state."""
-        if interpreted is not None:
-            self._interpreted[interpreted] += 1
-        self._era += 1
-        self._latest = None
 
     def begin(self, row: Repeat, last: int, steps: RecordedSteps) -> BoundStep | None:
         """Prepare a step; return the program that runs it, None if the interpreter must.
@@ -170,48 +202,31 @@ class BoundSteps:
         interpreter, number = steps.program_of(row), row.program
         assert number is not None
         bound = self._bound.get(number)
-        if bound is None or row.inputs != bound.loaded:
+        if bound is None or not bound.is_loaded(row):
             steps.read_ahead(row.step, last)
-            given = steps.given(row)
-            rule = None if f"{BATCH}x" in given.given else steps.rule
-            if bound is None and self._is_worth(number, steps.ahead(row.step, last)):
-                bound = self._bind(row, interpreter, steps, rule)
-            if bound is None:
-                return None
-            if not bound.is_for(given, rule):
-                if self._bound.pop(number).count < WORTH:
-                    self._left.add(number)
-                return None
-        if bound.era != self._era and not self._bring(bound, interpreter):
-            return None
-        return bound if bound.begin(row) else None
+        if bound is None and self._is_worth(number, steps.ahead(row.step, last)):
+            bound = self._bind(row, interpreter, steps)
+        if bound is not None and self._bring(bound, interpreter) and bound.begin(row):
+            return bound
+        self._interpreted[number] += 1
+        return None
 
     def end(self, bound: BoundStep) -> None:
         """Let the state be as a step that just ran leaves it."""
-        bound.count += 1
-        if bound is self._latest:
-            return
         for name in bound.live.program.gone:
             self._state.pop(name, None)
         self._state.update(bound.live.ends)
-        # The tensors that this program itself reads are where they were.
-        self._era += 1
-        bound.era = self._era
-        self._latest = bound
 
     def _is_worth(self, program: int, ahead: Sequence[Repeat]) -> bool:
         count = sum(each.program == program for each in ahead)
         return program not in self._left and count + self._interpreted[program] >= WORTH
 
-    def _bind(
-        self, row: Repeat, interpreter: Interpreter, steps: RecordedSteps, rule: RowsOf | None
-    ) -> BoundStep | None:
+    def _bind(self, row: Repeat, interpreter: Interpreter, steps: RecordedSteps) -> BoundStep | None:
         """Bind the program of a step to the state; return None if the interpreter must run it."""
         assert row.program is not None
         program, device = interpreter.program, steps.device
-        given, tensors = steps.given(row), steps.inputs(row).tensors
-        names = set("xy") if rule is not None else {n.removeprefix(BATCH) for n in tensors}
-        batch = [name for name in interpreter.inputs if name in names]
+        tensors, rule = steps.inputs(row).tensors, rule_of(steps, steps.given(row))
+        batch = [name for name in interpreter.inputs if f"{BATCH}{name}" in tensors]
         contents = {
             name: tensors[f"{INPUT}{name}"].to("cpu" if storage.host else device, copy=True)
             for name, storage in program.storages.items()
@@ -219,21 +234,14 @@ class BoundSteps:
         }
         try:
             interpreter.lay_state(self._state)
-            self.touched()
             if not _can_be_bound(program, batch, contents):
                 raise ProgramError("it cannot run many steps on the same memory")
-            rows = {} if rule is None else dict(zip("xy", rule(row.step), strict=True))
-            rows = {name: rows[name] for name in batch if name in rows}
-            if not _fit(rows, program):
-                raise ProgramError("it is of another batch")
-            fixed = rows if rule is not None and rule.is_fixed else {}
-            live = BoundProgram(program, self._state, contents, batch, device, fixed=fixed)
+            live = BoundProgram(program, self._state, contents, batch, device)
         except ProgramError:
             self._left.add(row.program)
             return None
         own = {name: self._state[name] for name in interpreter.state}
-        known = _outside(given), contents, rule, self._era
-        bound = self._bound[row.program] = BoundStep(live, steps, own, batch, *known)
+        bound = self._bound[row.program] = BoundStep(live, steps, own, batch, contents, rule)
         while len(self._bound) > 1 and self._bytes() > MOST_BYTES:
             del self._bound[next(iter(self._bound))]
         return bound
@@ -243,23 +251,27 @@ class BoundSteps:
 
     def _bring(self, bound: BoundStep, interpreter: Interpreter) -> bool:
         """Bring the state to the memory that a program is bound to; return whether it fits."""
+        if all(self._state.get(name) is mine for name, mine in bound.own.items()):
+            return True
         try:
             interpreter.lay_state(self._state)
         except ProgramError:
             return False
         moved = {name: mine for name, mine in bound.own.items() if self._state[name] is not mine}
-        if moved:
-            values = {name: self._state[name].clone() for name in moved}
-            held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
-            if not (held - {0}).isdisjoint(map(_place, moved.values())):
-                del self._bound[next(n for n, each in self._bound.items() if each is bound)]
-                return False  # the state has another tensor there now
-            for name, mine in moved.items():
-                copy_into(mine, values[name])
-            self._state.update(moved)
-            self.touched()
-        bound.era = self._era
+        values = {name: self._state[name].clone() for name in moved}
+        held = {_place(tensor) for name, tensor in self._state.items() if name not in moved}
+        if not (held - {0}).isdisjoint(map(_place, moved.values())):
+            del self._bound[next(n for n, each in self._bound.items() if each is bound)]
+            return False  # the state has another tensor there now
+        for name, mine in moved.items():
+            copy_into(mine, values[name])
+        self._state.update(moved)
         return True
+
+
+def rule_of(steps: RecordedSteps, given: Inputs) -> RowsOf | None:
+    """Return what finds the rows of a step, None if the run has its batch by content."""
+    return None if f"{BATCH}x" in given.given else steps.rule
 
 
 def _place(tensor: Tensor) -> int:
@@ -286,11 +298,6 @@ def _can_be_bound(program: Program, batch: Sequence[str], outside: Collection[st
         and program.state_names.isdisjoint(program.ends)
         and {program.tensors[name].storage for name in batch}.isdisjoint(outside)
     )
-
-
-def _outside(given: Inputs) -> dict[str, Given]:
-    """Return the inputs that do not belong to the batch."""
-    return {name: each for name, each in given.given.items() if name.startswith(INPUT)}
 
 
 def _laid_as(tensor: Tensor, spec: TensorSpec) -> Tensor:

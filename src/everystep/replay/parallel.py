@@ -27,7 +27,6 @@ __all__ = [
     "Replayed",
     "Span",
     "Visitor",
-    "coarser",
     "parallel",
     "spans",
 ]
@@ -114,25 +113,14 @@ class Visitor:
         """Return the state to start from: that before the span, or an earlier one."""
         return span.first - 1
 
-    def take(self, replay: Replay, last: int) -> list[float]:
-        """Run the steps from the replay's current state up to `last`; return their losses.
+    def run(self, replay: Replay, last: int) -> list[float]:
+        """Run the steps after the replay's current state, `last` at most; return their losses.
 
         If nothing repeats a step, return the losses of those before it: the next call raises.
 
         Raises:
             RunError: a step fails.
         """
-        losses: list[float] = []
-        try:
-            while replay.stepper.state < last and not self.is_done:  # type: ignore[operator]
-                losses += self.some(replay, last)
-        except NotReplayedError:
-            if not losses:
-                raise
-        return losses
-
-    def some(self, replay: Replay, last: int) -> list[float]:
-        """Run the next steps, up to `last` at most; return their losses."""
         losses: list[float] = replay.stepper.run(last).tolist()
         return losses
 
@@ -140,35 +128,21 @@ class Visitor:
         """Return the result for the span."""
 
 
-def spans(run: RecordedRun, first: int, last: int) -> list[Span]:
-    """Return the spans that cover steps `first` to `last`."""
+def spans(run: RecordedRun, first: int, last: int, *, are_long: bool = False) -> list[Span]:
+    """Return the spans that cover steps `first` to `last`.
+
+    are_long: `SPANS_EACH` for each core, if there are more, for visitors that need the step before each
+    span, and so must replay the span before.
+    """
     stretches = run.stretches
-    ends = {row.step for row in run.snapshot_rows() if first <= row.step < last}
-    ends |= {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
+    ends = [row.step for row in run.snapshot_rows() if first <= row.step < last]
+    size = -(-len(ends) // (SPANS_EACH * cores())) if are_long else 1
+    begins = {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
+    between = sorted({*ends[:: max(1, size)], *begins})
     found = []
-    for begin, end in zip([first - 1, *sorted(ends)], [*sorted(ends), last], strict=True):
+    for begin, end in zip([first - 1, *between], [*between, last], strict=True):
         at = max(i for i, stretch in enumerate(stretches) if stretch.first <= begin + 1)
         found.append(Span(begin + 1, end, at))
-    return found
-
-
-def coarser(wanted: list[Span], is_wanted: bool) -> list[Span]:
-    """Return fewer, longer spans, `SPANS_EACH` for each core, if wanted: for visitors that need the
-
-    step before each span, and so must replay the span before.
-    """
-    if not is_wanted:
-        return wanted
-    size = -(-len(wanted) // (SPANS_EACH * cores()))
-    found: list[Span] = []
-    count = 0
-    for span in wanted:
-        if found and found[-1].at == span.at and count < size:
-            found[-1] = found[-1]._replace(last=span.last)
-            count += 1
-        else:
-            found.append(span)
-            count = 1
     return found
 
 
@@ -235,7 +209,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
         while step < span.last and not visitor.is_done:
             try:
                 last = min(span.last, step + STRIDE)
-                losses = visitor.take(replay, last)
+                losses = visitor.run(replay, last)
             except NotReplayedError as error:
                 # The steps before it, and after it, may be as recorded.
                 replay.problems.append(str(error))

@@ -7,23 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError, RunError
-from everystep.program.bound import BoundProgram
-from everystep.program.calls import Call, without_autograd
+from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Environment, Interpreted, Interpreter
 from everystep.program.memory import copy_on_cpu
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
-from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps
+from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps, Hook
 from everystep.replay.opened_step import Batch
 from everystep.replay.recorded_batches import batches_of, settings_of
-from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
@@ -33,7 +32,7 @@ from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 
-__all__ = ["Hook", "ReplayStepper", "Saved"]
+__all__ = ["ReplayStepper", "Saved"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
@@ -43,16 +42,6 @@ _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
 
 class _FoundError(Exception):
     """Ends a run of a program that has come far enough."""
-
-
-class Hook(Protocol):
-    """Observes steps while bound programs run them. A step has the same bits with and without it."""
-
-    def calls(self, bound: BoundProgram) -> list[Call]:
-        """Return the calls of a step, with observing calls in between."""
-
-    def after(self, number: int, bound: BoundProgram) -> bool:
-        """Observe a step that just ran; return whether to continue."""
 
 
 class Saved(NamedTuple):
@@ -125,7 +114,6 @@ class ReplayStepper:
     def _begin(self, step: int, tensors: dict[str, Tensor]) -> None:
         self._tensors.clear()
         self._tensors |= tensors
-        self._bound.touched()
         self.steps.forget_ahead()
         self.state, self._settled, self._loaded_at = step, None, None
 
@@ -150,7 +138,6 @@ class ReplayStepper:
             convert = self.steps.conversion.tensor
             tensors = {name: convert(name, each) for name, each in tensors.items()}
         self._tensors |= self._here(tensors)
-        self._bound.touched()
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
@@ -285,36 +272,35 @@ class ReplayStepper:
 
     # Steps.
 
-    def run(self, last: int) -> Tensor:
+    def run(self, last: int, hook: Hook | None = None) -> Tensor:
         """Run the steps up to `last`; return their losses (steps), on the CPU.
 
         If a step logged no loss, or a loss that no operation returned, this is the recorded one. If a
-        step cannot be taken, the losses of those before it; the next call raises.
+        step cannot be taken, the losses of those before it; the next call raises. It ends before `last`
+        if a hook asks for it.
 
         Raises:
             RunError: nothing repeats the next step, or its inputs were dropped.
         """
-        return self._advance(last)
-
-    def watch(self, last: int, hook: Hook) -> Tensor:
-        """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
-
-        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that no
-        bound program runs, or when the hook asks for it.
-
-        Raises:
-            RunError: as `run`.
-        """
-        return self._advance(last, hook)
-
-    def can_watch(self, number: int) -> bool:
-        """Return whether a hook can observe the next step: a program that is bound runs it."""
+        losses: list[float] = []
+        assert self.state is not None
         try:
-            self.settle()
-            row = self.steps.row(number)
-            return self._bound.begin(row, number + LOOK_AHEAD, self.steps) is not None
-        except NotReplayedError:  # which running the step reports
-            return False
+            with without_autograd():
+                while self.state < last:
+                    self.settle()
+                    row = self.steps.row(self.state + 1)
+                    bound = self._bound.begin(row, last, self.steps)
+                    if bound is not None:
+                        losses.append(self._run_bound(row.step, bound, hook))
+                    else:
+                        look = None if hook is None else _look_of(hook, self.steps.program_of(row))
+                        losses.append(self._interpret(row, look))
+                    if hook is not None and not hook.after(row.step, losses[-1]):
+                        break
+        except NotReplayedError:
+            if not losses:
+                raise
+        return torch.tensor(losses, dtype=torch.float64)
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it.
@@ -356,30 +342,10 @@ class ReplayStepper:
         drawn.restore(self.steps.device)
         return found
 
-    def _advance(self, last: int, hook: Hook | None = None) -> Tensor:
-        losses: list[float] = []
-        assert self.state is not None
-        try:
-            with without_autograd():
-                while self.state < last:
-                    self.settle()
-                    row = self.steps.row(self.state + 1)
-                    bound = self._bound.begin(row, last, self.steps)
-                    if bound is not None:
-                        losses.append(self._run_bound(row.step, bound, hook))
-                    elif hook is None:
-                        losses.append(self._interpret(row))
-                    if hook is not None and (bound is None or not hook.after(row.step, bound.live)):
-                        break
-        except NotReplayedError:
-            if not losses:
-                raise
-        return torch.tensor(losses, dtype=torch.float64)
-
     def _run_bound(self, number: int, bound: BoundStep, hook: Hook | None) -> float:
         """Run a step by a bound program that is ready for it; return its loss."""
         live = bound.live
-        calls = live.calls if hook is None else hook.calls(live)
+        calls = bound.calls(hook)
         if live.draws and bound.generator is not None:
             torch.set_rng_state(bound.generator)
         try:
@@ -404,7 +370,6 @@ class ReplayStepper:
         inputs = self.steps.inputs(row)
         interpreter = self.steps.program_of(row)
         step = expansion or Expanded(interpreter, self.steps.numbers(row), {})
-        self._bound.touched(row.program)
         try:
             with without_autograd():
                 taken = _run(step, self._tensors, inputs.tensors, look)
@@ -453,6 +418,17 @@ def _run(
     drawn = ((_GENERATOR.fullmatch(name), tensor) for name, tensor in inputs.items())
     generators = {int(found[1]): tensor for found, tensor in drawn if found}
     return interpreter.run(state, interpreter.lay_inputs(inputs | more), numbers, generators, look)
+
+
+def _look_of(hook: Hook, interpreter: Interpreter) -> Callable[[int, Environment], None]:
+    """Return what lets a hook look at a step of the interpreter."""
+    looks = hook.looks(interpreter.program)
+
+    def look(index: int, environment: Environment) -> None:
+        for each in looks.get(index - 1, ()):
+            each(environment.tensor)
+
+    return look
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
