@@ -390,7 +390,7 @@ def footprints(
                         made.update(bytes_of(tensor))
                 digests["operations"] = made.hexdigest()
             else:
-                losses = stepper.run(number).tolist()
+                losses = stepper.run(number)
             digests["loss"] = repr(losses)
             replay.compare(number, losses, replay.recorded_losses(number, number))
             state = stepper.named_state().items()

@@ -124,7 +124,7 @@ class Query(Visitor):
         if not self._is_looked_at(number):
             next_due = -(-(number + 1) // self._every) * self._every
             until = min(last, next_due - 1 - self.looks_back)
-            losses: list[float] = stepper.run(max(number, until)).tolist()
+            losses = stepper.run(max(number, until))
         elif self._opens:
             step = replay.next_step()
             self._answer(number, step.loss, OpenedValues(step))
@@ -133,7 +133,7 @@ class Query(Visitor):
             self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
             while number < last and self._is_looked_at(number + 1):
                 number += 1
-            losses = stepper.run(number, self._probe).tolist()
+            losses = stepper.run(number, self._probe)
         self._asked.previous_loss = losses[-1]
         return losses
 

@@ -110,8 +110,7 @@ class FiniteCheck(Visitor):
 
     def run(self, replay: Replay, last: int) -> list[float]:
         """Run the next steps, up to the first that is not finite; return their losses."""
-        losses: list[float] = replay.stepper.run(last, self).tolist()
-        return losses
+        return replay.stepper.run(last, self)
 
     def after(self, number: int, loss: float) -> bool:
         """Note whether everything in a step was finite; return whether it was."""

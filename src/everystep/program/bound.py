@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode
 from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
-from everystep.program.memory import ALIGNMENT, copy_into, plan_memory, tensor_on
+from everystep.program.memory import copy_into, plan_memory, tensor_on
 from everystep.program.number_slots import READ, Number, is_number, is_number_slot
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters
@@ -34,7 +34,7 @@ _Put = Callable[[Number], None]
 
 
 class _Anchor(NamedTuple):
-    """Where a storage of a program begins (in bytes) on a storage of torch, perhaps before it."""
+    """Where a storage of a program begins (in bytes) on a storage of torch."""
 
     storage: torch.UntypedStorage
     start: int = 0
@@ -79,8 +79,9 @@ class BoundProgram:
         self._optimizers: list[SteadyOptimizer] = []
         steady = steady_operations(program)
         self._batch = [name for name in batch if name in program.tensors]
-        own = _batch_memory(program, self._batch, device)
+        _check_batch(program, self._batch)
         temporary = _temporary(program, device, steady)
+        own = _memory_of(program, {program.tensors[name].storage for name in self._batch}, device)
         known = {program.tensors[name].storage: state[name] for name in program.state_names}
         anchors = own | temporary
         anchors |= _given(program, {**known, **inputs}, anchors)
@@ -247,24 +248,18 @@ def _slots(value: Any, target: Any, place: Any) -> Iterator[_Put]:
         yield put
 
 
-def _batch_memory(program: Program, names: Sequence[str], device: torch.device) -> dict[str, _Anchor]:
-    """Return memory for tensors of the batch, by storage: a batch may be any part of more data.
+def _check_batch(program: Program, names: Sequence[str]) -> None:
+    """Check that a program reads nothing around the tensors of its batch, which may be of more data.
 
     Raises:
-        ProgramError: the program reads memory around the tensors of the batch.
+        ProgramError: it does.
     """
-    found = {}
     for storage in dict.fromkeys(program.tensors[name].storage for name in names):
         on = {name for name, spec in program.tensors.items() if spec.storage == storage}
         extents = [_extent(program, name) for name in names if name in on]
         begin, end = min(b for b, _ in extents), max(e for _, e in extents)
-        begin -= begin % ALIGNMENT
         if any(not begin <= b <= e <= end for b, e in (_extent(program, name) for name in on)):
             raise ProgramError("the step reads memory around its batch")
-        place = torch.device("cpu") if program.storages[storage].host else device
-        memory = torch.empty(end - begin, dtype=torch.uint8, device=place).untyped_storage()
-        found[storage] = _Anchor(memory, -begin)
-    return found
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -315,17 +310,20 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     kept = {program.tensors[name].storage for name in (*filter(None, shown), *made)}
     alone = {name for name in names if name in kept or program.storages[name].host}
     plan = plan_memory(program, [name for name in names if name not in alone])
+    shared = _empty(plan.size, device)
+    own = _memory_of(program, alone, device)
+    return own | {name: _Anchor(shared, start) for name, start in plan.offsets.items()}
 
-    def memory(size: int, *, is_host: bool = False) -> torch.UntypedStorage:
-        place = "cpu" if is_host else device
-        return torch.empty(size, dtype=torch.uint8, device=place).untyped_storage()
 
+def _memory_of(program: Program, names: Iterable[str], device: torch.device) -> dict[str, _Anchor]:
+    """Return new memory for storages of a program."""
+    storages = {name: program.storages[name] for name in names}
+    places = {name: torch.device("cpu") if each.host else device for name, each in storages.items()}
+    return {name: _Anchor(_empty(each.bytes, places[name])) for name, each in storages.items()}
+
+
+def _empty(size: int, device: torch.device) -> torch.UntypedStorage:
     try:
-        shared = memory(plan.size)
-        own = {
-            name: _Anchor(memory(program.storages[name].bytes, is_host=program.storages[name].host))
-            for name in alone
-        }
+        return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
     except RuntimeError as error:
         raise ProgramError(f"not enough memory for the program: {error}") from None
-    return own | {name: _Anchor(shared, start) for name, start in plan.offsets.items()}

@@ -294,10 +294,6 @@ class Environment:
             here[name] = tensor_on(self._memory[spec.storage], spec)
         return here[name]
 
-    def is_there(self, name: str) -> bool:
-        """Return whether a tensor's memory exists yet."""
-        return self._program.tensors[name].storage in self._memory
-
     def put(self, name: str, tensor: Any) -> None:
         """Store a tensor that an operation returned.
 

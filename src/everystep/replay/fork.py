@@ -19,7 +19,7 @@ from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import check_iteration, load
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
-from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.processes import Opener
@@ -97,7 +97,8 @@ class Fork:
     @property
     def stretch(self) -> Stretch:
         """The part of the parent that the state belongs to."""
-        return [stretch for stretch in self.run.stretches if stretch.first <= self.at + 1][-1]
+        stretches = self.run.stretches
+        return stretches[stretch_at(stretches, self.at + 1)]
 
     def facts(self, steps: int) -> ForkFacts:
         """Return the facts of a fork that ends at a step.

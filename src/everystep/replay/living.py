@@ -23,9 +23,8 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.program.step_program import Program
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.opened_step import Batch, Step
+from everystep.replay.opened_step import Batch, Step, observed_step
 from everystep.replay.recorded_batches import batch_source, settings_of, stored_data
-from everystep.replay.run_replay import observed_step
 from everystep.step.eager import Training
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter

@@ -14,7 +14,7 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.program.observed import Observed, overwrites, unset_results
 from everystep.program.operation import Phase
-from everystep.step.observe import Places
+from everystep.step.observe import Observation, Places
 
 if TYPE_CHECKING:
     from everystep.answers.rows import Rows
@@ -27,6 +27,7 @@ __all__ = [
     "Statistics",
     "Step",
     "Update",
+    "observed_step",
     "statistics",
 ]
 
@@ -136,14 +137,14 @@ class Step:
     tensors are copies on the CPU.
 
     loss: from the replay; recorded_loss: from the recording; diverged_at: the first step, up to this
-    one, with a replay that differs from the recording, or None; batch; parameters, buffers: by
-    name; activations: the output of each module, by its path (a tuple if it returned several tensors);
-    dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, after the
-    backward pass, before clipping (which is the first part of the update); updates: by parameter;
-    operations: in order, with inputs and results; hyperparameters: the lr and similar settings, `lr[1]`
-    for the second param group; epoch: from 0; places: the memory that the names of its tensors refer to;
-    state, end: every tensor of the state before the step, and after it, by its name in the run
-    (`optimizer/0.weight/exp_avg`); earlier: opens another step of the run; view: how it is shown.
+    one, with a replay that differs from the recording, or None; batch; activations: the output of each
+    module, by its path (a tuple if it returned several tensors); gradients: by parameter, after the
+    backward pass, before clipping (which is the first part of the update); operations: in order, with
+    inputs and results; places: the memory that the names of its tensors refer to; state, end: every
+    tensor of the state before the step, and after it, by its name in the run
+    (`optimizer/0.weight/exp_avg`); dropped: gradients of the previous step, which zero_grad drops;
+    hyperparameters: the lr and similar settings, `lr[1]` for the second param group; epoch: from 0;
+    earlier: opens another step of the run; view: how it is shown.
     """
 
     number: int
@@ -151,18 +152,15 @@ class Step:
     recorded_loss: float
     diverged_at: int | None
     batch: Batch
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
     activations: dict[str, Any]
-    dropped: dict[str, Tensor]
     gradients: dict[str, Tensor]
-    updates: dict[str, Update]
     operations: tuple[Observed, ...]
-    hyperparameters: dict[str, float]
-    epoch: int
     places: Places = field(repr=False, compare=False)
     state: dict[str, Tensor] = field(repr=False, compare=False)
     end: dict[str, Tensor] = field(repr=False, compare=False)
+    dropped: dict[str, Tensor] = field(default_factory=dict)
+    hyperparameters: dict[str, float] = field(default_factory=dict)
+    epoch: int = 0
     earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
     view: View | None = field(default=None, repr=False, compare=False)
 
@@ -170,6 +168,22 @@ class Step:
     def is_exact(self) -> bool:
         """Whether the replay of this step, and of all steps on the way here, matches the recording."""
         return self.diverged_at is None
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters before the step, by name."""
+        return _of_kind(self.state, "parameter")
+
+    @cached_property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers before the step, by name."""
+        return _of_kind(self.state, "buffer")
+
+    @cached_property
+    def updates(self) -> dict[str, Update]:
+        """The parameters before and after the step, by name."""
+        after = _of_kind(self.end, "parameter")
+        return {name: Update(tensor, after[name]) for name, tensor in self.parameters.items()}
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -245,8 +259,8 @@ class Step:
     @cached_property
     def bytes(self) -> int:
         """The memory that its tensors use, in bytes."""
-        tensors = [*self.batch.tensors.values(), *self.parameters.values(), *self.buffers.values()]
-        tensors += [*self.dropped.values(), *self.state.values(), *self.end.values()]
+        tensors = [*self.batch.tensors.values(), *self.dropped.values()]
+        tensors += [*self.state.values(), *self.end.values()]
         for seen in self.operations:
             tensors += [*seen.inputs.values(), *seen.results.values()]
         storages = (tensor.untyped_storage() for tensor in tensors)
@@ -272,6 +286,28 @@ class Step:
             f"<everystep step {self.number}: loss {self.loss:.6g}, {exact}; "
             f"{len(self.operations)} operations, {len(self.updates)} updates>"
         )
+
+
+def observed_step(
+    number: int,
+    observation: Observation,
+    batch: Batch,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+) -> Step:
+    """Return a step that was observed. before, after: copies of the tensors of the state, by name."""
+    loss = float(observation.loss)
+    activations = {
+        path: given[0] if len(given) == 1 else given for path, given in observation.activations.items()
+    }
+    operations = tuple(observation.operations)
+    known = observation.gradients, operations, observation.places, before, after
+    return Step(number, loss, loss, None, batch, activations, *known)
+
+
+def _of_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    prefix = f"{kind}/"
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 class Statistics(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from everystep.device import select
 from everystep.errors import RunError
 from everystep.numerics import Numerics
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, cores, needs_worker, process_count, shared
 from everystep.replay.recorded_steps import NotReplayedError
@@ -28,6 +28,7 @@ __all__ = [
     "Span",
     "Visitor",
     "parallel",
+    "replay_span",
     "spans",
 ]
 
@@ -64,15 +65,16 @@ class LossDifference(NamedTuple):
 class Replayed:
     """The result of replaying a span.
 
-    losses: the number of differing losses, and the first of them; states: tensors of the final state
-    that differ; compared: whether there was a final state to compare; stopped_at: the first step that
-    cannot be replayed, None if all were, or no more were needed; threads: the number of threads, and the
-    numerics; result: of the visitor.
+    losses: of its steps; different_losses, first_loss: how many differ, and the first of them; states:
+    tensors of the final state that differ; compared: whether there was a final state to compare;
+    stopped_at: the first step that cannot be replayed, None if all were, or no more were needed;
+    threads: the number of threads, and the numerics; result: of the visitor.
     """
 
     span: Span
     threads: int
     numerics: Numerics | None = None
+    losses: list[float] = field(default_factory=list)
     different_losses: int = 0
     first_loss: LossDifference | None = None
     states: list[StateDifference] = field(default_factory=list)
@@ -121,8 +123,7 @@ class Visitor:
         Raises:
             RunError: a step fails.
         """
-        losses: list[float] = replay.stepper.run(last).tolist()
-        return losses
+        return replay.stepper.run(last)
 
     def result(self) -> Any:
         """Return the result for the span."""
@@ -141,8 +142,7 @@ def spans(run: RecordedRun, first: int, last: int, *, are_long: bool = False) ->
     between = sorted({*ends[:: max(1, size)], *begins})
     found = []
     for begin, end in zip([first - 1, *between], [*between, last], strict=True):
-        at = max(i for i, stretch in enumerate(stretches) if stretch.first <= begin + 1)
-        found.append(Span(begin + 1, end, at))
+        found.append(Span(begin + 1, end, stretch_at(stretches, begin + 1)))
     return found
 
 
@@ -170,7 +170,7 @@ def parallel(
     if count == 1 and not needs_worker(run.facts):
         replay = opener.replay_here(may_share=visitor.may_share)
         for span in wanted:
-            yield _replay(replay, span, visitor, threads)
+            yield replay_span(replay, span, visitor, threads)
             on_progress(span.steps)
         return
     left = [*wanted]
@@ -195,10 +195,11 @@ def _replay_group(
     replay: Replay, group: Sequence[Span], visitor: Visitor, threads: int
 ) -> list[Replayed]:
     """Replay neighboring spans: one continues where the other ends."""
-    return [_replay(replay, span, visitor, threads) for span in group]
+    return [replay_span(replay, span, visitor, threads) for span in group]
 
 
-def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
+def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
+    """Replay a span, and compare its losses and its last state with the recording."""
     found = Replayed(span, threads)
     known = replay.diverged_at
     with replay.in_force(span.first):
@@ -217,6 +218,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
                 break
             last = step + len(losses)
             _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
+            found.losses += losses
             step = last
         if step == span.last:
             _compare_state(found, replay, span)

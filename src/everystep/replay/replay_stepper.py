@@ -272,8 +272,8 @@ class ReplayStepper:
 
     # Steps.
 
-    def run(self, last: int, hook: Hook | None = None) -> Tensor:
-        """Run the steps up to `last`; return their losses (steps), on the CPU.
+    def run(self, last: int, hook: Hook | None = None) -> list[float]:
+        """Run the steps up to `last`; return their losses.
 
         If a step logged no loss, or a loss that no operation returned, this is the recorded one. If a
         step cannot be taken, the losses of those before it; the next call raises. It ends before `last`
@@ -300,7 +300,7 @@ class ReplayStepper:
         except NotReplayedError:
             if not losses:
                 raise
-        return torch.tensor(losses, dtype=torch.float64)
+        return losses
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it.

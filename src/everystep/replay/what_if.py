@@ -252,7 +252,7 @@ def _taken(stepper: ReplayStepper, last: int) -> list[float]:
     """Take steps up to `last`; return their losses."""
     losses: list[float] = []
     while stepper.state is not None and stepper.state < last:
-        losses += stepper.run(last).tolist()
+        losses += stepper.run(last)
     return losses
 
 
