@@ -58,30 +58,31 @@ _OF_A_FACTORIZATION = {"linalg_lu_solve", "linalg_ldl_solve", "lu_unpack"}
 
 
 def check_soundness(
-    operations: Sequence[tuple[str, Operation]],
+    operations: Sequence[Operation],
     tensors: Mapping[str, TensorSpec],
     storages: Mapping[str, Storage],
 ) -> None:
-    """Check operations, each with its place in the program, in order of execution.
+    """Check the operations of a program, in order of execution.
 
     Raises:
         ValueError: an operator rejects its arguments, or does not return what the program declares.
     """
-    check = _Check([operation for _, operation in operations], tensors, storages)
+    check = _Check(operations, tensors, storages)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for index, (place, operation) in enumerate(operations):
+        for index, operation in enumerate(operations):
             try:
                 check.operation(index)
             except Exception as error:  # torch may raise anything
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                raise ValueError(f"{place}: {operation.operator}: {reason:.200}") from None
+                place = f"operations.{index}: {operation.operator}"
+                raise ValueError(f"{place}: {reason:.200}") from None
 
 
 class _Check:
     def __init__(
         self,
-        operations: list[Operation],
+        operations: Sequence[Operation],
         tensors: Mapping[str, TensorSpec],
         storages: Mapping[str, Storage],
     ) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -140,7 +139,7 @@ class Program(StrictModel):
             program = cls.model_validate_json(completed)
             content = text.encode() if isinstance(text, str) else text
             if not is_known_sound(content):
-                check_soundness(list(program.placed_operations()), program.tensors, program.storages)
+                check_soundness(program.operations, program.tensors, program.storages)
                 note_sound(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -153,22 +152,17 @@ class Program(StrictModel):
             return program
         raise ProgramError(f"not a valid program: {problem}")
 
-    def placed_operations(self) -> Iterator[tuple[str, Operation]]:
-        """Yield all operations in the order in which they run, with their place: `operations.3`."""
-        for index, operation in enumerate(self.operations):
-            yield f"operations.{index}", operation
-
     @model_validator(mode="after")
     def _check(self) -> Program:
         if sum(storage.bytes for storage in self.storages.values()) > LIMIT:
             raise ValueError("the storages are too large for any machine")
         for name, tensor in self.tensors.items():
             tensor.check(name, self.storages)
-        for place, operation in self.placed_operations():
+        for index, operation in enumerate(self.operations):
             try:
                 operation.check(self.tensors)
             except ValueError as error:  # NotAllowedError is one
-                raise ValueError(f"{place}: {error}") from None
+                raise ValueError(f"operations.{index}: {error}") from None
         shown = [name for names in self.activations.values() for name in names]
         loss = () if self.loss is None else (self.loss,)
         logged = self.logged.values()

@@ -142,9 +142,8 @@ class Step:
     backward pass, before clipping (which is the first part of the update); operations: in order, with
     inputs and results; places: the memory that the names of its tensors refer to; state, end: every
     tensor of the state before the step, and after it, by its name in the run
-    (`optimizer/0.weight/exp_avg`); dropped: gradients of the previous step, which zero_grad drops;
-    hyperparameters: the lr and similar settings, `lr[1]` for the second param group; epoch: from 0;
-    earlier: opens another step of the run; view: how it is shown.
+    (`optimizer/0.weight/exp_avg`); hyperparameters: the lr and similar settings, `lr[1]` for the second
+    param group; epoch: from 0; earlier: opens another step of the run; view: how it is shown.
     """
 
     number: int
@@ -158,7 +157,6 @@ class Step:
     places: Places = field(repr=False, compare=False)
     state: dict[str, Tensor] = field(repr=False, compare=False)
     end: dict[str, Tensor] = field(repr=False, compare=False)
-    dropped: dict[str, Tensor] = field(default_factory=dict)
     hyperparameters: dict[str, float] = field(default_factory=dict)
     epoch: int = 0
     earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
@@ -184,6 +182,27 @@ class Step:
         """The parameters before and after the step, by name."""
         after = _of_kind(self.end, "parameter")
         return {name: Update(tensor, after[name]) for name, tensor in self.parameters.items()}
+
+    @cached_property
+    def dropped(self) -> dict[str, Tensor]:
+        """The gradients of the previous step that zero_grad drops, by parameter."""
+        pending = _of_kind(self.state, "gradient").items()
+        return {name: gradient for name, gradient in pending if not self._is_added_to(name)}
+
+    def _is_added_to(self, parameter: str) -> bool:
+        """Return whether the step adds to the gradient of the step before, rather than dropping it."""
+        tensors = self.places.tensors
+        spec = tensors.get(f"gradient/{parameter}")
+        if spec is None:
+            return False
+        for seen in self.operations:
+            read, made = (
+                {tensors[name].storage for name in names}
+                for names in (seen.inputs, [*seen.results, *seen.written])
+            )
+            if spec.storage in read | made:
+                return spec.storage in read and "zero" not in seen.operation.name
+        return False
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -259,8 +278,7 @@ class Step:
     @cached_property
     def bytes(self) -> int:
         """The memory that its tensors use, in bytes."""
-        tensors = [*self.batch.tensors.values(), *self.dropped.values()]
-        tensors += [*self.state.values(), *self.end.values()]
+        tensors = [*self.batch.tensors.values(), *self.state.values(), *self.end.values()]
         for seen in self.operations:
             tensors += [*seen.inputs.values(), *seen.results.values()]
         storages = (tensor.untyped_storage() for tensor in tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
 from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps, Hook
-from everystep.replay.opened_step import Batch
+from everystep.replay.opened_step import Batch, Step, observed_step
 from everystep.replay.recorded_batches import batches_of, settings_of
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
@@ -187,15 +188,6 @@ class ReplayStepper:
         """Return the live tensors of the state by name."""
         return self._tensors
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Return copies of the gradients that are pending, by parameter."""
-        prefix = "gradient/"
-        return {
-            name.removeprefix(prefix): copy_on_cpu(tensor)
-            for name, tensor in self._tensors.items()
-            if name.startswith(prefix)
-        }
-
     @property
     def has_gradients(self) -> bool:
         """Whether the gradients of the last step are available."""
@@ -229,10 +221,6 @@ class ReplayStepper:
         return [*found]
 
     # The inputs of a step.
-
-    def epoch(self, number: int) -> int:
-        """Return the epoch of a step, from 0; a user's loop has no epochs."""
-        return 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
 
     def generators(self, number: int) -> dict[str, Tensor]:
         """Return the states of the random generators that the next step draws from, by name."""
@@ -301,6 +289,24 @@ class ReplayStepper:
             if not losses:
                 raise
         return losses
+
+    def open(self) -> Step:
+        """Run the next step, and return everything in it; its loss is not compared.
+
+        Raises:
+            RunError: as `run`.
+        """
+        assert self.state is not None
+        self.settle()
+        number = self.state + 1
+        before = {name: copy_on_cpu(tensor) for name, tensor in self._tensors.items()}
+        batch, observation = self.batch(number), self.observe()
+        after = {name: copy_on_cpu(tensor) for name, tensor in self._tensors.items()}
+        return replace(
+            observed_step(number, observation, batch, before, after),
+            hyperparameters=self.hyperparameters(),
+            epoch=0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number),
+        )
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it.

@@ -16,20 +16,18 @@ from torch import Tensor
 from everystep import clock, numerics
 from everystep.device import select
 from everystep.errors import RunError, StepError
-from everystep.program.memory import copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.recorded_run import RecordedRun, stretch_at
-from everystep.replay.opened_step import Step, observed_step
+from everystep.replay.opened_step import Step
 from everystep.replay.recorded_batches import rule_of
 from everystep.replay.recorded_steps import RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.generators import Generators, generators_preserved
-from everystep.step.observe import Observation
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
-__all__ = ["Replay", "no_such_step", "open_next", "same_number"]
+__all__ = ["Replay", "no_such_step", "same_number"]
 
 #: Seconds of replay between states in memory, so that stepping back is quick.
 KEPT_SECONDS = 0.005
@@ -131,7 +129,7 @@ class Replay:
 
     def next_step(self) -> Step:
         """Open the step after the current state; call it inside `in_force`."""
-        step = open_next(self.stepper)
+        step = self.stepper.open()
         recorded = self.recorded_loss(step.number)
         self.compare(step.number, [step.loss], [recorded])
         diverged = self.diverged_at
@@ -324,42 +322,8 @@ def same_number(one: float, two: float) -> bool:
     return one == two or (one != one and two != two)
 
 
-def open_next(stepper: ReplayStepper) -> Step:
-    """Run the next step, and return everything in it; its loss is not compared."""
-    assert stepper.state is not None
-    stepper.settle()
-    number = stepper.state + 1
-    dropped = stepper.gradients()
-    before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
-    batch = stepper.batch(number)
-    observation = stepper.observe()
-    after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
-    return replace(
-        observed_step(number, observation, batch, before, after),
-        dropped={n: each for n, each in dropped.items() if not _is_added_to(observation, n)},
-        hyperparameters=stepper.hyperparameters(),
-        epoch=stepper.epoch(number),
-    )
-
-
 def _converted(state: State, conversion: Precision) -> State:
     def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: conversion.tensor(name, tensor) for name, tensor in tensors.items()}
 
     return replace(state, parameters=cast(state.parameters), rest=cast(state.rest))
-
-
-def _is_added_to(observation: Observation, parameter: str) -> bool:
-    """Return whether a step adds to the gradient of the step before, rather than dropping it."""
-    places = observation.places
-    spec = places.tensors.get(f"gradient/{parameter}")
-    if spec is None:
-        return False
-    for seen in observation.operations:
-        read, made = (
-            {places.tensors[name].storage for name in names}
-            for names in (seen.inputs, [*seen.results, *seen.written])
-        )
-        if spec.storage in read | made:
-            return spec.storage in read and "zero" not in seen.operation.name
-    return False
