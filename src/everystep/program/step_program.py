@@ -214,14 +214,7 @@ def _readable(data: dict[str, Any]) -> str:
     lines = []
     for key, value in data.items():
         entries: list[str] = []
-        if isinstance(value, dict) and key in (
-            "storages",
-            "tensors",
-            "gradients",
-            "activations",
-            "logged",
-            "ends",
-        ):
+        if isinstance(value, dict):
             entries = [f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()]
         elif isinstance(value, list | tuple):
             entries = [json.dumps(item) for item in value]

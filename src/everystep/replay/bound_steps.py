@@ -121,7 +121,7 @@ class BoundStep:
             or drawn not in ([], [f"{GENERATOR}0"])  # it sets a generator between two draws
         ):
             return False
-        found = self._steps.inputs(row).tensors if given.given else {}
+        found = self._steps.inputs(row) if given.given else {}
         self.digests, self.generator = given.digests, found.get(f"{GENERATOR}0")
         for name, content in self._contents.items():
             other = found[f"{INPUT}{name}"]
@@ -225,7 +225,7 @@ class BoundSteps:
         """Bind the program of a step to the state; return None if the interpreter must run it."""
         assert row.program is not None
         program, device = interpreter.program, steps.device
-        tensors, rule = steps.inputs(row).tensors, rule_of(steps, steps.given(row))
+        tensors, rule = steps.inputs(row), rule_of(steps, steps.given(row))
         batch = [name for name in interpreter.inputs if f"{BATCH}{name}" in tensors]
         contents = {
             name: tensors[f"{INPUT}{name}"].to("cpu" if storage.host else device, copy=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ __all__ = [
     "FurtherSteps",
     "NotReplayedError",
     "RecordedSteps",
-    "StepInputs",
     "StepsAtRate",
     "read_program",
 ]
@@ -50,17 +49,6 @@ KEPT_STEPS = 512
 
 class NotReplayedError(RunError):
     """A step that cannot be replayed; the message gives the reason."""
-
-
-class StepInputs(NamedTuple):
-    """The inputs of a step: tensors by `batch/name` and `input/name`, and the nesting of the batch.
-
-    digests: of the state after the step, by name, if it has any.
-    """
-
-    tensors: dict[str, Tensor]
-    nesting: Any
-    digests: dict[str, Any]
 
 
 class RecordedSteps:
@@ -191,13 +179,12 @@ class RecordedSteps:
                 self._given[row.inputs] = inputs_of(row.inputs, _what(self.run, row))
         return self._given[row.inputs]
 
-    def inputs(self, row: Repeat) -> StepInputs:
-        """Return the inputs of a step, on the CPU; the tensors are the caller's own.
+    def inputs(self, row: Repeat) -> dict[str, Tensor]:
+        """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own.
 
         Raises:
             NotReplayedError: one was dropped, or cannot be read.
         """
-        given = self.given(row)
         tensors = self.stored(row)
         if self.rule is not None and "batch/x" not in tensors:
             rows = zip("xy", self.rule(row.step), strict=True)
@@ -205,7 +192,7 @@ class RecordedSteps:
         if self.conversion is not None and row.program is not None:
             self.program(row.program)
             tensors = self._converted(self.conversion, row.program, tensors)
-        return StepInputs(tensors, given.nesting, given.digests)
+        return tensors
 
     def stored(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, as recorded.

@@ -224,7 +224,7 @@ class ReplayStepper:
 
     def generators(self, number: int) -> dict[str, Tensor]:
         """Return the states of the random generators that the next step draws from, by name."""
-        given = self.steps.inputs(self.steps.row(number)).tensors
+        given = self.steps.inputs(self.steps.row(number))
         drawn = {name: tensor for name, tensor in given.items() if _GENERATOR.fullmatch(name)}
         return Generators.capture(self.steps.device).tensors() | drawn
 
@@ -234,10 +234,10 @@ class ReplayStepper:
         Raises:
             RunError: it was dropped.
         """
-        inputs = self.steps.inputs(self.steps.row(number))
-        named = inputs.tensors.items()
+        row = self.steps.row(number)
+        named = self.steps.inputs(row).items()
         tensors = {n.removeprefix(BATCH): t for n, t in named if n.startswith(BATCH)}
-        nested = nested_again(inputs.nesting, tensors)
+        nested = nested_again(self.steps.given(row).nesting, tensors)
         if self._is_own_loop:
             return Batch(tensors, None, nested)
         batches = batches_of(self.steps.facts)
@@ -249,7 +249,7 @@ class ReplayStepper:
         row = self.steps.row(number)
         given = repr(sorted(self.steps.given(row).given.items())).encode()
         if self.steps.rule is not None:
-            tensors = self.steps.inputs(row).tensors
+            tensors = self.steps.inputs(row)
             given += b"".join(digest_of(tensors[f"batch/{name}"]).encode() for name in "xy")
         return (row.numbers or b"") + given
 
@@ -344,7 +344,7 @@ class ReplayStepper:
         drawn = Generators.capture(self.steps.device)
         step = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
         with suppress(_FoundError):
-            _run(step, _copies(self._tensors), self.steps.inputs(row).tensors, look)
+            _run(step, _copies(self._tensors), self.steps.inputs(row), look)
         drawn.restore(self.steps.device)
         return found
 
@@ -378,11 +378,11 @@ class ReplayStepper:
         step = expansion or Expanded(interpreter, self.steps.numbers(row), {})
         try:
             with without_autograd():
-                taken = _run(step, self._tensors, inputs.tensors, look)
+                taken = _run(step, self._tensors, inputs, look)
         except (ProgramError, ValueError) as error:
             raise NotReplayedError(self._failure(row.step, str(error))) from None
         self.state = row.step
-        self._compare(row.step, taken.differs, inputs.digests)
+        self._compare(row.step, taken.differs, self.steps.given(row).digests)
         return self.steps.loss(row.step) if taken.loss is None else float(taken.loss)
 
     def _not_replayed(self, number: int, error: Exception) -> NotReplayedError:
