@@ -34,10 +34,10 @@ from everystep.errors import (
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.program.precision import Precision
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.processes import end_with_stdin, recorded_numerics
+from everystep.replay.processes import end_with_stdin
 from everystep.replay.run_replay import Replay
 
-__all__ = ["Conditions", "OtherProcess", "main", "other_process"]
+__all__ = ["Conditions", "OtherProcess", "main", "opened", "other_process"]
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class OtherProcess:
             raise TrainingError(f"{conditions.interpreter} has a different everystep; {self._cure}")
 
     def call(self, task: Callable[..., T], *given: Any, **named: Any) -> T:
-        """Do something with the replay of the run there, which the task is given first.
+        """Do something with the replay of the run there, which the task is given first, or open a run.
 
         Raises:
             RunError: it cannot be done there; gives the reason.
@@ -169,21 +169,19 @@ class OtherProcess:
 
 
 @contextmanager
-def other_process(run: RecordedRun, conditions: Conditions) -> Iterator[OtherProcess]:
-    """Start a process that replays a run under different conditions; it ends afterwards.
+def other_process(conditions: Conditions, environment: dict[str, str]) -> Iterator[OtherProcess]:
+    """Start a process with these variables; it ends afterwards.
 
     Raises:
         TrainingError: it does not start, or has no everystep that understands this one.
     """
     code = "from everystep.answers.other_process import main; main()"
-    known = recorded_numerics(run.facts)
-    asked = str(run.directory.absolute()), str(conditions.threads or known.threads)
     with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
         with (Path(folder) / "errors").open("wb") as errors:
             # -P: nothing is imported from the working directory.
             process = subprocess.Popen(
-                [conditions.interpreter, "-P", "-c", code, *asked, conditions.precision or ""],
-                env=os.environ | conditions.environment(known),
+                [conditions.interpreter, "-P", "-c", code],
+                env=os.environ | environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -195,19 +193,25 @@ def other_process(run: RecordedRun, conditions: Conditions) -> Iterator[OtherPro
             process.communicate()
 
 
+def opened(run: Path, threads: int, precision: str | None) -> Replay:
+    """Return a replay of a run, to which the tasks after this one are done."""
+    wanted = None if precision is None else Precision(getattr(torch, precision))
+    return Replay(RecordedRun(run), threads=threads, conversion=wanted)
+
+
 def main() -> None:
     """Do tasks until there are no more."""
-    directory, threads, precision = sys.argv[1:]
     end_with_stdin()
     warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
     _send(PROTOCOL)
-    wanted = Precision(getattr(torch, precision)) if precision else None
-    replay = Replay(RecordedRun(directory), threads=int(threads), conversion=wanted)
+    replay: Replay | None = None
     with suppress(EOFError):
         while True:
             task, given, named = pickle.load(sys.stdin.buffer)
             try:
-                _send(task(replay, *given, **named))
+                if task is opened:
+                    replay = opened(*given)
+                _send(None if task is opened else task(replay, *given, **named))
             except (EverystepError, RuntimeError, OSError) as error:
                 _send(RuntimeError(str(error).strip().partition("\n")[0] or type(error).__name__))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everystep.answers.diff import BEFORE, footprints
 from everystep.answers.operations import OperationDifference, StepPair
-from everystep.answers.other_process import Conditions, OtherProcess, other_process
+from everystep.answers.other_process import Conditions, OtherProcess, opened, other_process
 from everystep.answers.rounding import Apart, apart, tolerance
 from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError
@@ -148,8 +148,10 @@ def rerun(
         raise UsageError(f"{run.name} has no steps to repeat")
     known = recorded_numerics(facts)
     recorded = np.array(run.losses_between(first, last))
-    with other_process(run, conditions) as process:
-        replayed = _replayed(process, run, conditions.threads or known.threads, on_progress)
+    with other_process(conditions, conditions.environment(known)) as process:
+        threads = conditions.threads or known.threads
+        process.call(opened, run.directory.absolute(), threads, conditions.precision)
+        replayed = _replayed(process, run, threads, on_progress)
         differ = range(0) if conditions.precision is not None else _suspicious(replayed)
         operation, parts_at = None, _parting_step(opener, process, differ)
         if parts_at is not None:

@@ -14,7 +14,7 @@ from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
 from everystep.program.calls import ASK_FOR_GRADIENTS, flattened
 from everystep.program.memory import copy_into, lies_as, tensor_on
-from everystep.program.number_slots import READ, Number, count_numbers, is_number, is_number_slot
+from everystep.program.number_slots import READ, Number, is_number, is_number_slot, numbers_in
 from everystep.program.operation import Operation
 from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
 from everystep.program.step_program import Program
@@ -201,18 +201,14 @@ class _Instruction:
             self._call = torch.enable_grad()(operator._op)
         self._reads_number = operation.operator == READ
         self.draws = draws_random_numbers(operator)
+        #: How many numbers of the step it has.
+        self.numbers = self._reads_number + len(numbers_in(operation))
         names = [p.name for p in parameters(operator) if p.is_positional]
         pairs = zip(names, operation.arguments, strict=False)
         self._positional = [(value, is_number_slot(operator, name)) for name, value in pairs]
         self._keywords = {
             key: (value, is_number_slot(operator, key)) for key, value in operation.keywords.items()
         }
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers of the step it has."""
-        values = [*self._positional, *self._keywords.values()]
-        return self._reads_number + sum(count_numbers(value) for value, is_slot in values if is_slot)
 
     def with_numbers(self, numbers: Iterator[Number]) -> Operation:
         """Return the operation with the numbers of a step in it."""

@@ -14,7 +14,7 @@ from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 
-__all__ = ["READ", "Number", "count_numbers", "has_numbers", "is_number", "is_number_slot"]
+__all__ = ["READ", "Number", "count_numbers", "is_number", "is_number_slot", "numbers_in"]
 
 Number = int | float
 #: The operator by which Python reads a number from a tensor.
@@ -58,8 +58,9 @@ def count_numbers(value: Any) -> int:
     return sum(map(count_numbers, value)) if isinstance(value, list | tuple) else int(is_number(value))
 
 
-def has_numbers(operation: Operation) -> bool:
-    """Return whether an operation has arguments that belong to the step."""
+def numbers_in(operation: Operation) -> list[str]:
+    """Return which argument each number of a step for an operation is in, by name and in order."""
     operator = operation.resolved
     given = operation.given().items()
-    return any(is_number_slot(operator, name) and count_numbers(value) for name, value in given)
+    counts = ((name, count_numbers(value)) for name, value in given if is_number_slot(operator, name))
+    return [name for name, count in counts for _ in range(count)]

@@ -7,7 +7,7 @@ many threads as in the training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,8 +34,6 @@ __all__ = [
 
 #: Steps that run between two looks at the losses.
 STRIDE = 256
-#: Consecutive spans for a process at a time, if there are enough.
-GROUP = 8
 #: Spans for each core, where spans should be long.
 SPANS_EACH = 8
 
@@ -176,26 +174,16 @@ def parallel(
     left = [*wanted]
     # A run that was trained with more threads, which matters, is not continued with one.
     for each in (1, threads) if count > 1 else (threads,):
-        size = max(1, min(GROUP, len(left) // (4 * count)))
-        groups = [(left[n : n + size], visitor, each) for n in range(0, len(left), size)]
-        with closing(shared(opener, count if each == 1 else 1, each, _replay_group, groups)) as found:
-            for group in found:
-                sound = [replayed for replayed in group if replayed.is_exact or threads == each]
-                for replayed in sound:
-                    left.remove(replayed.span)
-                    yield replayed
-                    on_progress(replayed.span.steps)
-                if len(sound) < len(group):
+        tasks = [(span, visitor, each) for span in left]
+        with closing(shared(opener, count if each == 1 else 1, each, replay_span, tasks)) as found:
+            for replayed in found:
+                if not replayed.is_exact and threads != each:
                     break
+                left.remove(replayed.span)
+                yield replayed
+                on_progress(replayed.span.steps)
         if not left:
             return
-
-
-def _replay_group(
-    replay: Replay, group: Sequence[Span], visitor: Visitor, threads: int
-) -> list[Replayed]:
-    """Replay neighboring spans: one continues where the other ends."""
-    return [replay_span(replay, span, visitor, threads) for span in group]
 
 
 def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:

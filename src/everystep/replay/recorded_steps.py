@@ -16,7 +16,7 @@ from everystep.experiment.batches import RowsOf
 from everystep.program.arguments import DTYPES
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_on_cpu
-from everystep.program.number_slots import count_numbers
+from everystep.program.number_slots import numbers_in
 from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.precision import Precision
@@ -292,19 +292,15 @@ class StepsAtRate(RecordedSteps):
         numbers = super().numbers(row)
         if self._lr is None:
             return numbers
-        interpreter, found, count = self.program_of(row), list[int | float](), 0
-        operations = interpreter.program.operations
+        interpreter, found = self.program_of(row), list[int | float]()
+        operations, is_known = interpreter.program.operations, False
         for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
-            place = 0
-            is_optimizer = isinstance(operation.resolved, OptimizerOperator)
-            for key, value in operation.keywords.items() if is_optimizer else ():
-                size = count_numbers(value)
-                if key == "lr":
-                    own[place : place + size] = [self._lr] * size
-                    count += size
-                place += size
+            if isinstance(operation.resolved, OptimizerOperator):
+                names = numbers_in(operation)
+                own = [self._lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
+                is_known |= "lr" in names
             found += own
-        if not count and any(operation.phase == "update" for operation in operations):
+        if not is_known and any(operation.phase == "update" for operation in operations):
             raise RunError(
                 f"{self.run.name} has no learning rate that its programs know as a number: only "
                 "optimizers of torch's own have one, where it is not a tensor; fork the run instead"

@@ -148,25 +148,17 @@ class ReplayStepper:
             self.settle()
             dropped = {n for n in self._tensors if n.startswith("gradient/")} - self._names_read()
         copies = {name: copy_of(t) for name, t in self._tensors.items() if name not in dropped}
-        known = self._loaded.parameters
-        parameters = {
-            path: copies[f"{kind}/{path}"]
-            for path in known
-            for kind in ("buffer", "parameter")
-            if f"{kind}/{path}" in copies
-        }
-        # Layers may have come on the way.
-        new = (name.partition("/") for name in copies if name.startswith("parameter/"))
-        parameters |= {
-            path: copies[f"parameter/{path}"]
-            for _, _, path in new
-            if path not in known and "#" not in path and f"parameter/{path}" not in self._loaded.rest
-        }
-        rest = {
-            name: tensor
-            for name, tensor in copies.items()
-            if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
-        }
+        known, others = self._loaded.parameters, self._loaded.rest
+
+        def is_of_model(name: str) -> bool:
+            kind, _, path = name.partition("/")
+            # Layers may have come on the way.
+            is_new = kind == "parameter" and "#" not in path and name not in others
+            return is_new or (kind in ("parameter", "buffer") and path in known)
+
+        found = {name.partition("/")[2]: copy for name, copy in copies.items() if is_of_model(name)}
+        parameters = {path: found[path] for path in dict.fromkeys((*known, *found)) if path in found}
+        rest = {name: copy for name, copy in copies.items() if not is_of_model(name)}
         generators = Generators.capture(self.steps.device).tensors()
         rest |= {f"generator/{name}": tensor for name, tensor in generators.items()}
         if not self._is_own_loop and self.state in self._between:  # what code has drawn since the step
