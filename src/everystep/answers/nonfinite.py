@@ -19,11 +19,11 @@ from everystep.answers.measure import until
 from everystep.answers.why import Spot, Why, why
 from everystep.device import on_cpu
 from everystep.errors import RunError
+from everystep.program.interpreter import Look
 from everystep.program.observed import Observed, unset_results
 from everystep.program.operation import Phase
 from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.step_program import Program
-from everystep.replay.bound_steps import Look
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener

@@ -7,28 +7,25 @@ faster, once it is bound, which takes some milliseconds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.experiment.batches import RowsOf
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import Call
-from everystep.program.interpreter import Interpreter
+from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copy_into
-from everystep.program.number_slots import READ
-from everystep.program.operation import TensorSpec
+from everystep.program.number_slots import READ, read_difference
 from everystep.program.steady import has_fixed_shapes
 from everystep.program.step_program import Program
-from everystep.recording.contents import Inputs
 from everystep.recording.database import Repeat
 from everystep.replay.recorded_steps import RecordedSteps
 
-__all__ = ["BATCH", "BoundStep", "BoundSteps", "Hook", "Look"]
+__all__ = ["BATCH", "BoundStep", "BoundSteps", "Hook"]
 
 #: The number of steps, past or planned, for which a program is bound.
 WORTH = 8
@@ -36,17 +33,14 @@ WORTH = 8
 MOST_BYTES = 1_000_000_000
 #: What no row of a run has as its numbers or its inputs.
 _NOTHING = b"nothing"
-BATCH, INPUT, GENERATOR = "batch/", "input/", "generator/"
-
-#: Looks at a step under way; it is given a function that returns a live tensor by its name.
-Look = Callable[[Callable[[str], Tensor]], object]
+BATCH, GENERATOR = "batch/", "generator/"
 
 
 class Hook(Protocol):
     """Looks at steps while programs run them. A step has the same bits with and without it."""
 
-    def looks(self, program: Program) -> Mapping[int, Sequence[Look]]:
-        """Return what looks at the steps of a program, by the operation after which (-1: before all)."""
+    def looks(self, program: Program) -> Looks:
+        """Return what looks at the steps of a program."""
 
     def after(self, number: int, loss: float) -> bool:
         """Look at a step that just ran; return whether to continue."""
@@ -59,9 +53,9 @@ class BoundStep:
         live: the bound program.
         steps: the source of its numbers and inputs.
         own: the tensors of the state that it is bound to.
-        batch: the names of the tensors of the batch that it reads.
-        contents: the bytes of its other inputs, by storage.
-        rule: the source of its batch, None if it is among the inputs.
+        interpreter: of the same program.
+        contents: the bytes of its inputs, by storage.
+        rule: the source of its batch, None if it is among the recorded inputs.
 
     generator: the state to draw from, if any; digests: of the state after the step.
     """
@@ -71,7 +65,7 @@ class BoundStep:
         live: BoundProgram,
         steps: RecordedSteps,
         own: dict[str, Tensor],
-        batch: list[str],
+        interpreter: Interpreter,
         contents: dict[str, Tensor],
         rule: RowsOf | None,
     ) -> None:
@@ -80,7 +74,7 @@ class BoundStep:
         self.generator: Tensor | None = None
         self.digests: dict[str, str] = {}
         self._steps = steps
-        self._batch = batch
+        self._interpreter = interpreter
         self._contents = contents
         self._rule = rule
         #: The numbers and the inputs of the row in it, as in the database; these numbers.
@@ -115,39 +109,38 @@ class BoundStep:
         self._loaded = _NOTHING
         given = self._steps.given(row)
         drawn = [name for name in given.given if name.startswith(GENERATOR)]
-        if (
-            rule_of(self._steps, given) is not self._rule
-            or not all(f"{INPUT}{name}" in given.given for name in self._contents)
-            or drawn not in ([], [f"{GENERATOR}0"])  # it sets a generator between two draws
-        ):
+        # It may set a generator between two draws.
+        if self._steps.rule_for(row) is not self._rule or drawn not in ([], [f"{GENERATOR}0"]):
             return False
-        found = self._steps.inputs(row) if given.given else {}
-        self.digests, self.generator = given.digests, found.get(f"{GENERATOR}0")
-        for name, content in self._contents.items():
-            other = found[f"{INPUT}{name}"]
-            if (other.shape, other.dtype) != (content.shape, content.dtype):
+        self.digests, self.generator = given.digests, None
+        if given.given:
+            found = self._steps.inputs(row)
+            try:
+                laid = self._interpreter.lay_inputs(found)
+            except ProgramError:
                 return False
-            content.copy_(other)
-        if self._rule is None:
-            batch = {name: found.get(f"{BATCH}{name}") for name in self._batch}
-            if not _fit(batch, self.live.program):
-                return False
-            specs = self.live.program.tensors
-            self.live.load({n: _laid_as(t, specs[n]) for n, t in batch.items() if t is not None})
+            for name, content in self._contents.items():
+                if name not in laid or len(laid[name]) != len(content):
+                    return False
+                content.copy_(laid[name])
+            self.generator = found.get(f"{GENERATOR}0")
         self._loaded = row.inputs
         return True
 
     def _load_rows(self, step: int, rule: RowsOf) -> bool:
-        targets = [self.live.tensor(name) for name in self._batch]
+        """Put the rows of a step where it reads them; return whether they fit."""
+        inputs = self._interpreter.inputs
+        targets = {name: self.live.tensor(name) for name in "xy" if name in inputs}
         count = rule.shape(step)
-        if self._batch == ["x", "y"] and all(t.is_contiguous() and len(t) == count for t in targets):
-            rule.into(step, *targets)
+        if len(targets) == 2 and all(t.is_contiguous() and len(t) == count for t in targets.values()):
+            rule.into(step, *targets.values())
             return True
-        batch = {n: tensor for n, tensor in zip("xy", rule(step), strict=True) if n in self._batch}
-        fits = _fit(batch, self.live.program)
-        if fits:
-            self.live.load(batch)
-        return fits
+        rows = dict(zip("xy", rule(step), strict=True))
+        for name, target in targets.items():
+            if (rows[name].shape, rows[name].dtype) != (target.shape, target.dtype):
+                return False
+            copy_into(target, rows[name])
+        return True
 
     def calls(self, hook: Hook | None) -> list[Call]:
         """Return the calls of a step, with those of a hook in between."""
@@ -169,10 +162,8 @@ class BoundStep:
     def different_read(self) -> str | None:
         """Return the first number that the step read and that differs from the recording, in words."""
         for place, index in zip(self.live.reads, self._reading, strict=True):
-            found, known = self.live.numbers[place], self._recorded[place]
-            if found != known and (found == found or known == known):
-                reason = f"returns {found} to Python, but the recording has {known}"
-                return f"operation #{index}, {READ}, {reason}"
+            if differs := read_difference(self.live.numbers[place], self._recorded[place]):
+                return f"operation #{index}, {READ}, {differs}"
         return None
 
 
@@ -224,24 +215,24 @@ class BoundSteps:
     def _bind(self, row: Repeat, interpreter: Interpreter, steps: RecordedSteps) -> BoundStep | None:
         """Bind the program of a step to the state; return None if the interpreter must run it."""
         assert row.program is not None
-        program, device = interpreter.program, steps.device
-        tensors, rule = steps.inputs(row), rule_of(steps, steps.given(row))
-        batch = [name for name in interpreter.inputs if f"{BATCH}{name}" in tensors]
-        contents = {
-            name: tensors[f"{INPUT}{name}"].to("cpu" if storage.host else device, copy=True)
-            for name, storage in program.storages.items()
-            if f"{INPUT}{name}" in tensors
-        }
+        program = interpreter.program
         try:
             interpreter.lay_state(self._state)
-            if not _can_be_bound(program, batch, contents):
+            laid = interpreter.lay_inputs(steps.inputs(row))
+            if not _can_be_bound(program):
                 raise ProgramError("it cannot run many steps on the same memory")
-            live = BoundProgram(program, self._state, contents, batch, device)
+            contents = {
+                name: laid[name].to(interpreter.place_of(name), copy=True)
+                for name in program.of_kind("input")
+                if name in laid
+            }
+            live = BoundProgram(program, self._state, contents, (), steps.device)
         except ProgramError:
             self._left.add(row.program)
             return None
         own = {name: self._state[name] for name in interpreter.state}
-        bound = self._bound[row.program] = BoundStep(live, steps, own, batch, contents, rule)
+        known = own, interpreter, contents, steps.rule_for(row)
+        bound = self._bound[row.program] = BoundStep(live, steps, *known)
         while len(self._bound) > 1 and self._bytes() > MOST_BYTES:
             del self._bound[next(iter(self._bound))]
         return bound
@@ -269,16 +260,11 @@ class BoundSteps:
         return True
 
 
-def rule_of(steps: RecordedSteps, given: Inputs) -> RowsOf | None:
-    """Return what finds the rows of a step, None if the run has its batch by content."""
-    return None if f"{BATCH}x" in given.given else steps.rule
-
-
 def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _can_be_bound(program: Program, batch: Sequence[str], outside: Collection[str]) -> bool:
+def _can_be_bound(program: Program) -> bool:
     """Return whether a program can run many steps in a row on the same memory.
 
     Not if it has shapes that depend on numbers, writes into its inputs, or reads leftovers of an earlier
@@ -296,24 +282,4 @@ def _can_be_bound(program: Program, batch: Sequence[str], outside: Collection[st
         and written.isdisjoint(inputs)
         and ends <= {"temporary"}
         and program.state_names.isdisjoint(program.ends)
-        and {program.tensors[name].storage for name in batch}.isdisjoint(outside)
-    )
-
-
-def _laid_as(tensor: Tensor, spec: TensorSpec) -> Tensor:
-    """Return a tensor with the strides that a program expects, zeros between its numbers."""
-    if tensor.stride() == spec.stride:
-        return tensor
-    laid = torch.empty_strided(spec.shape, spec.stride, dtype=tensor.dtype, device=tensor.device)
-    torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(laid.untyped_storage()).zero_()
-    copy_into(laid, tensor)
-    return laid
-
-
-def _fit(batch: Mapping[str, Tensor | None], program: Program) -> bool:
-    """Return whether the tensors of a batch have the shapes and dtypes that a program expects."""
-    specs = ((each, program.tensors[name]) for name, each in batch.items())
-    return all(
-        each is not None and (tuple(each.shape), each.dtype) == (spec.shape, spec.torch_dtype)
-        for each, spec in specs
     )

@@ -150,8 +150,8 @@ class Living:
         interpreter = Interpreter(program.built.program, device)
         observer = StepObserver(interpreter, program.numbers)
         with without_autograd():
-            inputs = interpreter.lay_inputs(given | program.inputs)
-            done = interpreter.run(state, inputs, program.numbers, {}, observer.look)
+            inputs = given | program.inputs
+            done = interpreter.run(state, inputs, program.numbers, observer.looks)
         self._stepper.restart(number)
         assert done.loss is not None
         after = {name: copy_on_cpu(tensor) for name, tensor in state.items()}

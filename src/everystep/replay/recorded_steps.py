@@ -186,13 +186,17 @@ class RecordedSteps:
             NotReplayedError: one was dropped, or cannot be read.
         """
         tensors = self.stored(row)
-        if self.rule is not None and "batch/x" not in tensors:
-            rows = zip("xy", self.rule(row.step), strict=True)
+        if (rule := self.rule_for(row)) is not None:
+            rows = zip("xy", rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self.conversion is not None and row.program is not None:
             self.program(row.program)
             tensors = self._converted(self.conversion, row.program, tensors)
         return tensors
+
+    def rule_for(self, row: Repeat) -> RowsOf | None:
+        """Return the rule that finds the rows of a step, None if the run has its batch by content."""
+        return None if "batch/x" in self.given(row).given else self.rule
 
     def stored(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, as recorded.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError, RunError
 from everystep.program.calls import without_autograd
-from everystep.program.interpreter import Environment, Interpreted, Interpreter
+from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copy_on_cpu
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
@@ -37,12 +37,8 @@ __all__ = ["ReplayStepper", "Saved"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
-_GENERATOR = re.compile(r"generator/([0-9]{1,9})")
+_GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
-
-
-class _FoundError(Exception):
-    """Ends a run of a program that has come far enough."""
 
 
 class Saved(NamedTuple):
@@ -273,8 +269,8 @@ class ReplayStepper:
                     if bound is not None:
                         losses.append(self._run_bound(row.step, bound, hook))
                     else:
-                        look = None if hook is None else _look_of(hook, self.steps.program_of(row))
-                        losses.append(self._interpret(row, look))
+                        program = self.steps.program_of(row).program
+                        losses.append(self._interpret(row, hook.looks(program) if hook else {}))
                     if hook is not None and not hook.after(row.step, losses[-1]):
                         break
         except NotReplayedError:
@@ -319,7 +315,7 @@ class ReplayStepper:
         except (ProgramError, NotCapturableError, *REFUSALS) as error:
             raise self._not_replayed(row.step, error) from None
         observer = StepObserver(expansion.interpreter, expansion.numbers)
-        loss = self._interpret(row, observer.look, expansion)
+        loss = self._interpret(row, observer.looks, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
         has_unseen = bool(self.steps.facts.unseen)
         return found._replace(places=found.places._replace(has_unseen=has_unseen))
@@ -328,15 +324,12 @@ class ReplayStepper:
         """Return copies of tensors of a step's program, by name, before an operation."""
         found: dict[str, Tensor] = {}
 
-        def look(place: int, environment: Environment) -> None:
-            if place == index:
-                found.update((name, environment.tensor(name).clone()) for name in names)
-                raise _FoundError
+        def look(tensor_of: Callable[[str], Tensor]) -> None:
+            found.update((name, tensor_of(name).clone()) for name in names)
 
         drawn = Generators.capture(self.steps.device)
-        step = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
-        with suppress(_FoundError):
-            _run(step, _copies(self._tensors), self.steps.inputs(row), look)
+        given = self.steps.inputs(row), self.steps.numbers(row), {index - 1: [look]}
+        self.steps.program_of(row).run(_copies(self._tensors), *given)
         drawn.restore(self.steps.device)
         return found
 
@@ -358,31 +351,23 @@ class ReplayStepper:
         self._compare(number, bound.different_read() if live.reads else None, bound.digests)
         return live.loss.item()
 
-    def _interpret(
-        self,
-        row: Repeat,
-        look: Callable[[int, Environment], None] | None = None,
-        expansion: Expanded | None = None,
-    ) -> float:
+    def _interpret(self, row: Repeat, looks: Looks, expansion: Expanded | None = None) -> float:
         """Run a step, or its expansion, by the interpreter; return its loss."""
         inputs = self.steps.inputs(row)
-        interpreter = self.steps.program_of(row)
-        step = expansion or Expanded(interpreter, self.steps.numbers(row), {})
+        known = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
+        interpreter, numbers, more = expansion or known
         try:
             with without_autograd():
-                taken = _run(step, self._tensors, inputs, look)
+                taken = interpreter.run(self._tensors, inputs | more, numbers, looks)
         except (ProgramError, ValueError) as error:
-            raise NotReplayedError(self._failure(row.step, str(error))) from None
+            raise self._not_replayed(row.step, error) from None
         self.state = row.step
         self._compare(row.step, taken.differs, self.steps.given(row).digests)
         return self.steps.loss(row.step) if taken.loss is None else float(taken.loss)
 
     def _not_replayed(self, number: int, error: Exception) -> NotReplayedError:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return NotReplayedError(self._failure(number, reason))
-
-    def _failure(self, number: int, reason: str) -> str:
-        return f"step {number} of {self._run.name} cannot be replayed: {reason}"
+        return NotReplayedError(f"step {number} of {self._run.name} cannot be replayed: {reason}")
 
     def _compare(self, number: int, differs: str | None, digests: Mapping[str, str]) -> None:
         """Report how a step differs from the recording; of the state after it, the first time."""
@@ -403,30 +388,6 @@ class ReplayStepper:
             f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
             "torch does not see it (NumPy, a thread, a compiled graph)",
         )
-
-
-def _run(
-    step: Expanded,
-    state: dict[str, Tensor],
-    inputs: dict[str, Tensor],
-    look: Callable[[int, Environment], None] | None,
-) -> Interpreted:
-    """Run a step on a state, with its inputs by the names that a row has."""
-    interpreter, numbers, more = step
-    drawn = ((_GENERATOR.fullmatch(name), tensor) for name, tensor in inputs.items())
-    generators = {int(found[1]): tensor for found, tensor in drawn if found}
-    return interpreter.run(state, interpreter.lay_inputs(inputs | more), numbers, generators, look)
-
-
-def _look_of(hook: Hook, interpreter: Interpreter) -> Callable[[int, Environment], None]:
-    """Return what lets a hook look at a step of the interpreter."""
-    looks = hook.looks(interpreter.program)
-
-    def look(index: int, environment: Environment) -> None:
-        for each in looks.get(index - 1, ()):
-            each(environment.tensor)
-
-    return look
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
