@@ -151,7 +151,7 @@ def _generators(replay: Replay, number: int) -> dict[str, Tensor]:
     """Return the states of the random generators that a step draws from, by name."""
     with replay.in_force(number):
         stepper = replay.go_to(number - 1, replay.stretch_of(number))
-        stepper.given(number)  # sets what belongs to the step
+        stepper.settle()
         return stepper.generators(number)
 
 

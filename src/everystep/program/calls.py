@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from everystep.program.memory import copy_into, repeats
-from everystep.program.operators import OperatorMode, out_variant
+from everystep.program.operators import OperatorMode, flattened, out_variant
 
 __all__ = [
     "ASK_FOR_GRADIENTS",
     "Call",
-    "flattened",
     "late_calls",
     "prebuilt_calls",
     "without_autograd",
@@ -170,14 +169,6 @@ def _copying(operator: Any, results: Sequence[Tensor | None]) -> Callable[..., N
             copy_into(target, flat[index])
 
     return call
-
-
-def flattened(value: Any) -> list[Any]:
-    """Return the results of an operator, with those that are in lists."""
-    found: list[Any] = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        found += item if isinstance(item, list | tuple) else [item]
-    return found
 
 
 def _quickest(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Callable[..., Any]:

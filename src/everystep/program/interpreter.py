@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
-from everystep.program.calls import ASK_FOR_GRADIENTS, flattened
+from everystep.program.calls import ASK_FOR_GRADIENTS
 from everystep.program.memory import copy_into, lies_as, tensor_on
 from everystep.program.number_slots import (
     READ,
@@ -24,7 +24,7 @@ from everystep.program.number_slots import (
     read_difference,
 )
 from everystep.program.operation import Operation
-from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
+from everystep.program.operators import REFUSALS, draws_random_numbers, flattened, parameters
 from everystep.program.step_program import Program
 
 __all__ = ["Interpreted", "Interpreter", "Look", "Looks"]

@@ -24,6 +24,7 @@ __all__ = [
     "Parameter",
     "computes",
     "draws_random_numbers",
+    "flattened",
     "leaves",
     "out_variant",
     "parameters",
@@ -235,6 +236,15 @@ def writes(operator: Any) -> frozenset[str]:
 def draws_random_numbers(operator: Any) -> bool:
     """Return whether the operator draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+def flattened(value: Any) -> list[Any]:
+    """Return all items of arguments or results, in order: those of dicts, lists and tuples."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return [each for item in value for each in flattened(item)]
+    return [value]
 
 
 def leaves(value: Any) -> list[Tensor]:

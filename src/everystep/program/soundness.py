@@ -34,7 +34,7 @@ from torch import Tensor
 from everystep.program import trusting
 from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
-from everystep.program.operators import parameters
+from everystep.program.operators import flattened, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.trusting import FORWARD, OF_BACKWARD_ALONE, RENAMED, known_names
 
@@ -263,12 +263,7 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
         else:
             keywords[known[place].name] = META
     found = operator(*arguments, **keywords)
-    if not operator._schema.returns:
-        return []
-    flat: list[Any] = []
-    for item in found if isinstance(found, list | tuple) else [found]:
-        flat += item if isinstance(item, list | tuple) else [item]
-    return flat
+    return flattened(found) if operator._schema.returns else []
 
 
 def _is_dense(spec: TensorSpec) -> bool:

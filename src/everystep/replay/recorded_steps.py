@@ -215,8 +215,9 @@ class RecordedSteps:
                     "budget (batch_budget of everystep.record); later steps may still open"
                 )
             content = torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
-            if content.nbytes != _size(given):
-                raise NotReplayedError(f"{_what(self.run, row)} was changed after recording: its size")
+            if given.dtype not in DTYPES or content.nbytes != _size(given):
+                what = _what(self.run, row)
+                raise NotReplayedError(f"{what} has another dtype or size: the database was changed")
             found[name] = content.view(DTYPES[given.dtype]).reshape(given.shape)
         return found
 
