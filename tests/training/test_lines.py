@@ -213,6 +213,7 @@ def test_a_file_that_has_changed_since_it_was_loaded_has_no_text(tmp_path, monke
     ("change", "problem"),
     [
         ({"above": 3}, "a line of code is called by a later one"),
+        ({"above": 0}, "a line of code is called by a later one"),
         ({"text": "\x1b[31m"}, "String should match pattern"),
         ({"file": "x" * 2000}, "at most 1000 characters"),
     ],
@@ -230,9 +231,10 @@ def test_an_operation_of_a_strangers_unknown_line_is_refused(lined):
     from everystep.program.step_program import Program
 
     data = json.loads((lined[0].directory / "programs" / "1.json").read_text())
-    data["operations"][0]["line"] = len(data["lines"])
-    with pytest.raises(everystep.RunError, match="unknown line of code"):
-        Program.from_json(json.dumps(data))
+    for lines, line in ((data["lines"], len(data["lines"])), ([], 0)):
+        data["operations"] = [each | {"line": line} for each in data["operations"]]
+        with pytest.raises(everystep.RunError, match="unknown line of code"):
+            Program.from_json(json.dumps(data | {"lines": lines}))
 
 
 class Descent(torch.optim.Optimizer):

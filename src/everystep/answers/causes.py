@@ -24,8 +24,7 @@ from everystep.answers.operations import (
     tensor_difference,
 )
 from everystep.program.observed import Observed
-from everystep.recording.facts import TrainingFacts
-from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.recorded_run import EXPERIMENT_FILE, stretch_at
 from everystep.recording.settings_diff import Setting, settings_that_differ
 from everystep.recording.texts import shortest, value_text
 from everystep.replay.processes import Opener
@@ -56,7 +55,8 @@ class Evidence(StepPair):
     def __init__(self, openers: tuple[Opener, Opener], number: int, numerics: Sequence[str]) -> None:
         super().__init__(openers[0].step(number), openers[1].step(number))
         self._openers = openers
-        self._facts = [_facts_at(opener.run, number) for opener in openers]
+        stretches = [opener.run.stretches for opener in openers]
+        self._facts = [each[stretch_at(each, number)].facts for each in stretches]
         self.names = [opener.run.name for opener in openers]
         self.number = number
         self.numerics = numerics
@@ -147,16 +147,11 @@ class Evidence(StepPair):
         return [] if is_start else self.of_kind("scheduler")
 
 
-def _facts_at(run: RecordedRun, step: int) -> TrainingFacts:
-    """Return how a step of a run was trained."""
-    return max((each for each in run.stretches if each.first <= step), key=lambda each: each.first).facts
-
-
 def _generators(replay: Replay, number: int) -> dict[str, Tensor]:
     """Return the states of the random generators that a step draws from, by name."""
     with replay.in_force(number):
         stepper = replay.go_to(number - 1, replay.stretch_of(number))
-        stepper.given(number)  # sets what belongs to the step
+        stepper.settle()
         return stepper.generators(number)
 
 

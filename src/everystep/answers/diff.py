@@ -23,7 +23,6 @@ from everystep.recording.contents import digest_of
 from everystep.recording.files import program_file
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences, config_differences, renamed
-from everystep.recording.snapshots import read_snapshot
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
@@ -229,14 +228,9 @@ def _snapshots(
 
     def states(step: int) -> list[State]:
         """Read a state of both; none if one cannot be read."""
-        try:
-            return [
-                read_snapshot(run.directory, known[step])
-                for run, known in zip((one, other), rows, strict=True)
-            ]
-        except RunError as error:
-            problems.append(str(error))
-            return []
+        near = (run.state_near(step, after=step - 1, on_problem=problems.append) for run in (one, other))
+        found = [state for state in near if state is not None]
+        return found if len(found) == 2 else []
 
     for step in sorted(rows[0].keys() & rows[1].keys()):
         if rows[0][step].digest != rows[1][step].digest:
@@ -391,7 +385,7 @@ def footprints(
                         made.update(bytes_of(tensor))
                 digests["operations"] = made.hexdigest()
             else:
-                losses = stepper.run(number).tolist()
+                losses = stepper.run(number)
             digests["loss"] = repr(losses)
             replay.compare(number, losses, replay.recorded_losses(number, number))
             state = stepper.named_state().items()

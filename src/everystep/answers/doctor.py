@@ -186,7 +186,7 @@ def _given(database: Database) -> Iterator[Given]:
     while rows := database.repeats_after(step, BLOCK):
         for row in rows:
             for given in inputs_of(row.inputs, f"the input of step {row.step}").given.values():
-                new = {d: piece for d, piece in _pieces_of(given).items() if d not in seen}
+                new = {d: piece for d, piece in given.pieces().items() if d not in seen}
                 seen |= new.keys()
                 yield from new.values()
         step = rows[-1].last
@@ -217,9 +217,3 @@ def _states_without_database(directory: Path) -> Iterator[str]:
     if found:
         names = ", ".join(path.parent.name for path in found[:MOST_NAMED])
         yield f"parameters of states {names}: snapshots/STEP/parameters.safetensors"
-
-
-def _pieces_of(given: Given) -> dict[bytes, Given]:
-    """Return each piece that a run holds of an input by its digest: all of it, or a row."""
-    shape = given.shape if len(given.digests) == 1 else (1, *given.shape[1:])
-    return {digest: Given(given.dtype, shape, (digest,)) for digest in given.digests}

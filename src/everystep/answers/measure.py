@@ -18,7 +18,7 @@ from everystep.recording.lock import adding
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.expression import Expression, Reference
 from everystep.replay.opened_step import Step
-from everystep.replay.parallel import Replayed, Span, Visitor, coarser, parallel, spans
+from everystep.replay.parallel import Replayed, Span, Visitor, parallel, spans
 from everystep.replay.probe import OpenedValues, Probe
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
@@ -116,7 +116,7 @@ class Query(Visitor):
         self._asked.previous_loss = known[0] if known else None
         return start
 
-    def some(self, replay: Replay, last: int) -> list[float]:
+    def run(self, replay: Replay, last: int) -> list[float]:
         """Run the next steps, and ask; return their losses."""
         stepper = replay.stepper
         assert stepper.state is not None
@@ -124,21 +124,16 @@ class Query(Visitor):
         if not self._is_looked_at(number):
             next_due = -(-(number + 1) // self._every) * self._every
             until = min(last, next_due - 1 - self.looks_back)
-            losses: list[float] = stepper.run(max(number, until)).tolist()
+            losses = stepper.run(max(number, until))
         elif self._opens:
             step = replay.next_step()
             self._answer(number, step.loss, OpenedValues(step))
             losses = [step.loss]
         else:
             self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
-            if stepper.can_watch(number):
-                while number < last and self._is_looked_at(number + 1):
-                    number += 1
-                losses = stepper.watch(number, self._probe).tolist()
-            else:
-                step = replay.next_step()
-                self._probe.opened(step)
-                losses = [step.loss]
+            while number < last and self._is_looked_at(number + 1):
+                number += 1
+            losses = stepper.run(number, self._probe)
         self._asked.previous_loss = losses[-1]
         return losses
 
@@ -160,7 +155,7 @@ class Query(Visitor):
         every = self._every
         return [
             span
-            for span in coarser(spans(run, 1, run.newest_step()), self.looks_back)
+            for span in spans(run, 1, run.newest_step(), are_long=self.looks_back)
             if any(
                 number not in self._skipped
                 for number in range(-(-span.first // every) * every, span.last + 1, every)

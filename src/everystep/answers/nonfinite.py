@@ -7,10 +7,10 @@ number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from everystep.answers.measure import until
 from everystep.answers.why import Spot, Why, why
 from everystep.device import on_cpu
 from everystep.errors import RunError
-from everystep.program.bound import BoundProgram
+from everystep.program.interpreter import Look
 from everystep.program.observed import Observed, unset_results
 from everystep.program.operation import Phase
 from everystep.program.optimizer_operator import OPTIMIZERS
+from everystep.program.step_program import Program
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener
@@ -94,7 +95,8 @@ class FiniteCheck(Visitor):
     def __init__(self, meant: frozenset[_Meant]) -> None:
         self._meant = meant
         self._found: int | None = None
-        self._plans: dict[BoundProgram, tuple[list[Any], Tensor]] = {}
+        #: Whether all is finite so far in the step under way.
+        self._is_finite = torch.tensor(True)
 
     @property
     def is_done(self) -> bool:  # type: ignore[override]
@@ -103,31 +105,16 @@ class FiniteCheck(Visitor):
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span."""
-        self._found, self._plans = None, {}
+        self._found = None
         return super().begin(replay, span)
 
-    def some(self, replay: Replay, last: int) -> list[float]:
+    def run(self, replay: Replay, last: int) -> list[float]:
         """Run the next steps, up to the first that is not finite; return their losses."""
-        stepper = replay.stepper
-        assert stepper.state is not None
-        number = stepper.state + 1
-        if stepper.can_watch(number):
-            losses: list[float] = stepper.watch(last, self).tolist()
-            return losses
-        step = replay.next_step()
-        if _first_made(step) is not None:
-            self._found = number
-        return [step.loss]
+        return replay.stepper.run(last, self)
 
-    def calls(self, bound: BoundProgram) -> list[Any]:
-        """Return the calls of a step with a check of each result."""
-        if bound not in self._plans:
-            self._plans[bound] = self._plan(bound)
-        return self._plans[bound][0]
-
-    def after(self, number: int, bound: BoundProgram) -> bool:
+    def after(self, number: int, loss: float) -> bool:
         """Note whether everything in a step was finite; return whether it was."""
-        if not bool(self._plans[bound][1].all()):
+        if not bool(self._is_finite):
             self._found = number
         return self._found is None
 
@@ -135,46 +122,44 @@ class FiniteCheck(Visitor):
         """Return the step, or None."""
         return self._found
 
-    def _plan(self, bound: BoundProgram) -> tuple[list[Any], Tensor]:
-        """Return the calls of a step with a check of each result, and the places of the checks.
+    def looks(self, program: Program) -> dict[int, list[Look]]:
+        """Return what checks each result of a step: see `Hook`.
 
         An opened step has the single operations of an optimizer. So later operations have different
         numbers there, and all infinities count here: opening the step decides.
         """
-        program = bound.program
-        flags = torch.ones(len(program.operations) + 1, dtype=torch.bool, device=bound.loss.device)
-        after: dict[int, list[Any]] = {}
-
-        def check(index: int, names: Collection[str], meant: Collection[str] = ()) -> None:
-            tensors = ((name, bound.tensor(name)) for name in names)
-            tests = [
-                (_is_number if name in meant else torch.isfinite, tensor)
-                for name, tensor in tensors
-                if tensor.is_floating_point() or tensor.is_complex()
-            ]
-            if tests:
-                after[index] = [partial(_test, flags[index], tests)]
-
-        check(-1, [n for n in program.tensors if program.storage_of(n).kind == "input" and "~" not in n])
+        inputs = [n for n in program.tensors if program.storage_of(n).kind == "input" and "~" not in n]
+        found: dict[int, list[Look]] = {-1: [self._begin_step, *self._checks(program, inputs, ())]}
         is_same_place = True
         for index, operation in enumerate(program.operations):
-            names = {*filter(None, operation.results), *operation.written()} - unset_results(operation)
+            names = {*operation.changed()} - unset_results(operation)
             is_optimizer = operation.operator in OPTIMIZERS
             is_same_place &= not is_optimizer
             is_meant = is_same_place and (index, operation.operator) in self._meant
-            check(index, names, names if is_meant else names & self._meant if is_optimizer else ())
-        return bound.calls_with(after), flags
+            meant = names if is_meant else names & self._meant if is_optimizer else ()
+            found[index] = self._checks(program, names, meant)
+        return found
+
+    def _begin_step(self, tensor_of: Callable[[str], Tensor]) -> None:
+        self._is_finite = torch.tensor(True)
+
+    def _checks(self, program: Program, names: Collection[str], meant: Collection[str]) -> list[Look]:
+        """Return what checks tensors. meant: those in which only NaNs count."""
+        dtypes = {name: program.tensors[name].torch_dtype for name in names}
+        return [
+            partial(self._check, name, _is_number if name in meant else torch.isfinite)
+            for name, dtype in dtypes.items()
+            if dtype.is_floating_point or dtype.is_complex
+        ]
+
+    def _check(
+        self, name: str, test: Callable[[Tensor], Tensor], tensor_of: Callable[[str], Tensor]
+    ) -> None:
+        self._is_finite = self._is_finite & test(tensor_of(name)).all()
 
 
 def _is_number(tensor: Tensor) -> Tensor:
     return ~torch.isnan(tensor)
-
-
-def _test(flag: Tensor, tests: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]]) -> None:
-    """Note in a flag whether tests hold for all numbers of their tensors."""
-    flag.fill_(True)
-    for test, tensor in tests:
-        flag.logical_and_(test(tensor).all())
 
 
 @on_cpu()

@@ -15,7 +15,7 @@ from everystep.answers.diff import BEFORE, footprints
 from everystep.answers.operations import OperationDifference, StepPair
 from everystep.answers.other_process import Conditions, OtherProcess, opened, other_process
 from everystep.answers.rounding import Apart, apart, tolerance
-from everystep.device import on_cpu, select
+from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError
 from everystep.numerics import Numerics
 from everystep.program.number_slots import READ
@@ -23,12 +23,12 @@ from everystep.program.observed import Observed
 from everystep.program.precision import counters
 from everystep.program.step_program import Program
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.snapshots import read_snapshot
+from everystep.replay.parallel import Replayed, Span, Visitor, replay_span, spans
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
-from everystep.step.state import State, state_differences
+from everystep.step.state import State
 
 if TYPE_CHECKING:
     import polars
@@ -151,9 +151,9 @@ def rerun(
     with other_process(conditions, conditions.environment(known)) as process:
         threads = conditions.threads or known.threads
         process.call(opened, run.directory.absolute(), threads, conditions.precision)
-        numerics = process.call(_begin, first)
-        losses, differ = _losses(opener, process, recorded, conditions.precision is None, on_progress)
-        operation, parts_at = None, None if differ is None else _parting_step(opener, process, differ)
+        replayed = _replayed(process, run, threads, on_progress)
+        differ = range(0) if conditions.precision is not None else _suspicious(replayed)
+        operation, parts_at = None, _parting_step(opener, process, differ)
         if parts_at is not None:
             operation = _taken_twice(opener, process, parts_at).first_difference()
         size = max(1, opener.step(first).bytes)
@@ -167,10 +167,10 @@ def rerun(
     return Rerun(
         name=run.name,
         place=conditions,
-        changed=_changed(known, numerics, conditions),
+        changed=_changed(known, replayed[0].numerics, conditions),
         first=first,
         recorded=recorded,
-        losses=losses,
+        losses=np.array([loss for each in replayed for loss in each.losses]),
         has_loss=facts.has_loss,
         parts_at=parts_at,
         operation=operation,
@@ -184,26 +184,40 @@ def rerun(
     )
 
 
-def _begin(replay: Replay, first: int) -> dict[str, Any]:
-    """Go to the state before a step; return what bits depend on there, by name."""
-    with replay.in_force(first):
-        replay.go_to(first - 1, replay.stretch_of(first))
-        return Numerics.read(select(replay.run.facts.training.device)).named()
+def _replayed_span(replay: Replay, span: Span, threads: int) -> Replayed:
+    """Replay a span from the current state.
 
-
-def _run(replay: Replay, last: int, is_compared: bool) -> tuple[list[float], bool]:
-    """Run steps from the current state, without checks; return their losses.
-
-    is_compared: also return whether the last state differs from its snapshot.
+    Raises:
+        RunError: a step cannot be replayed.
     """
-    with replay.in_force(last):
-        losses = replay.stepper.run(last).tolist()
-        if not is_compared:
-            return losses, False
-        here = replay.stepper.capture()
-    row = next(each for each in replay.snapshot_rows() if each.step == last)
-    recorded = read_snapshot(replay.run.directory, row)
-    return losses, bool(state_differences(recorded, here, only_seen=True))
+    found = replay_span(replay, span, Visitor(), threads)
+    if found.stopped_at is not None:
+        raise RunError(found.problems[-1])
+    return found
+
+
+def _replayed(
+    process: OtherProcess, run: RecordedRun, threads: int, on_progress: Callable[[int], None]
+) -> list[Replayed]:
+    """Replay the last stretch of a run there, one span after the other."""
+    found = []
+    for whole in spans(run, run.stretches[-1].first, run.newest_step()):
+        for first in range(whole.first, whole.last + 1, STRIDE):
+            span = whole._replace(first=first, last=min(first + STRIDE - 1, whole.last))
+            found.append(process.call(_replayed_span, span, threads))
+            on_progress(span.steps)
+    return found
+
+
+def _suspicious(replayed: Sequence[Replayed]) -> range:
+    """Return the steps among which is the first with another result; none if all are the same."""
+    first = replayed[0].span.first
+    for each in replayed:
+        if not each.is_exact:
+            last = each.first_loss.step if each.first_loss else each.span.last
+            return range(first, last + 1)
+        first = each.span.last + 1 if each.compared else first
+    return range(0)
 
 
 def _footprints_from(replay: Replay, state: State, last: int) -> list[dict[str, str]]:
@@ -217,9 +231,7 @@ def _step_from(
     replay: Replay, state: State
 ) -> tuple[float, list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]]:
     """Replay the step after a state; return its loss, and what its operations read and made."""
-    with replay.in_force(state.step + 1):
-        replay.begin(state)
-        found = replay.next_step()
+    found = replay.step_after(state)
     return found.loss, [(seen.inputs, seen.results, seen.written) for seen in found.operations]
 
 
@@ -232,41 +244,6 @@ def _taken_twice(opener: Opener, process: OtherProcess, number: int) -> StepPair
     pairs = zip(own.operations, rows, strict=True)
     operations = tuple(Observed(seen.operation, *row, line=seen.line) for seen, row in pairs)
     return StepPair(own, replace(own, operations=operations, loss=loss))
-
-
-def _losses(
-    opener: Opener,
-    process: OtherProcess,
-    recorded: NDArray[np.float64],
-    is_compared: bool,
-    on_progress: Callable[[int], None],
-) -> tuple[NDArray[np.float64], range | None]:
-    """Return the losses there, and the steps among which is the first with another result.
-
-    recorded: losses of the same steps; is_compared: look where bits differ.
-    """
-    last = opener.run.newest_step()
-    first = last - len(recorded) + 1
-    states = [row.step for row in opener.run.snapshot_rows()] if is_compared else []
-    found: list[float] = []
-    same, differ = first - 1, None
-    while len(found) < len(recorded):
-        begin = first + len(found)
-        end = min([begin + STRIDE - 1, last, *[step for step in states if step >= begin][:1]])
-        looks = is_compared and differ is None
-        losses, is_other = process.call(_run, end, looks and end in states)
-        found += losses
-        on_progress(end - begin + 1)
-        if looks:
-            known = recorded[begin - first : end - first + 1]
-            relative = relative_distance(known, np.array(losses))
-            if relative.any():
-                differ = range(same + 1, begin + int(np.flatnonzero(relative)[0]) + 1)
-            elif is_other:
-                differ = range(same + 1, end + 1)
-            elif end in states:
-                same = end
-    return np.array(found), differ
 
 
 def _parting_step(opener: Opener, process: OtherProcess, steps: range) -> int | None:
@@ -298,9 +275,10 @@ def _rounding(dtype: str, conditions: Conditions) -> float:
 
 
 def _changed(
-    known: Numerics, there: dict[str, Any], conditions: Conditions
+    known: Numerics, here: Numerics | None, conditions: Conditions
 ) -> dict[str, tuple[Any, Any]]:
     """Return what differs there, as far as both everysteps know of it."""
+    there = {} if here is None else here.named()
     found = {
         name: (value, there[name])
         for name, value in known.named().items()

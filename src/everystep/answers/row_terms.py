@@ -18,7 +18,7 @@ from everystep.program.operation import TensorSpec
 from everystep.replay.opened_step import Step
 from everystep.step.observe import ValuePlace, makes_gradients
 
-__all__ = ["Followed", "follow"]
+__all__ = ["Followed", "RowsFollower"]
 
 #: Sums of their arguments; with a number alone, a multiple of the other.
 _ADDS = {"add", "sub"}
@@ -43,17 +43,10 @@ class Followed(NamedTuple):
     penalized: frozenset[str]
 
 
-def follow(step: Step, rows: int) -> Followed:
-    """Return the gradients of a step and its loss, with the rows that make them.
+class RowsFollower:
+    """Follows the operations of a step, with the rows that make their results.
 
-    rows: of the batch. Tensors from before the step, and those that an optimizer wrote, belong to no
-    row.
-    """
-    return _RowsFollower(step, rows).followed()
-
-
-class _RowsFollower:
-    """Follows the operations of a step.
+    Tensors from before the step, and those that an optimizer wrote, belong to no row.
 
     A parameter that enters the loss only through numbers of rows has a gradient that is a sum over rows:
     its rest is not a penalty, but numbers that are the same for all rows. So the state is followed
@@ -83,7 +76,7 @@ class _RowsFollower:
         self._ends: set[str] = set()
 
     def followed(self) -> Followed:
-        """Return what rows make."""
+        """Return the gradients of the step and its loss, with the rows that make them."""
         step, places, memory = self._step, self._places, self._memory
         due: dict[int, list[str]] = {}
         for parameter, place in places.gradients.items():

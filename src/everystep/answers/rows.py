@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.answers.row_terms import follow
+from everystep.answers.row_terms import RowsFollower
 from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError, did_you_mean
 from everystep.ops.labels import MIXED, SHARED, Reason, Tracked
@@ -134,7 +134,7 @@ def rows_of(step: Step) -> Rows:
     given = step.batch.rows
     is_known = given is not None and len(given) == count
     numbers = given.tolist() if given is not None and is_known else range(count)
-    followed, rounding = follow(step, count), _rounding(step)
+    followed, rounding = RowsFollower(step, count).followed(), _rounding(step)
     norms = [float(gradient.norm()) for gradient in step.gradients.values()]
     floor = _EPS * max((norm for norm in norms if isfinite(norm)), default=0.0)
 

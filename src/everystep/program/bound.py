@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode
 from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
-from everystep.program.memory import ALIGNMENT, copy_into, plan_memory, tensor_on
+from everystep.program.memory import copy_into, plan_memory, tensor_on
 from everystep.program.number_slots import READ, Number, is_number, is_number_slot
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters
@@ -35,7 +34,7 @@ _Put = Callable[[Number], None]
 
 
 class _Anchor(NamedTuple):
-    """Where a storage of a program begins (in bytes) on a storage of torch, perhaps before it."""
+    """Where a storage of a program begins (in bytes) on a storage of torch."""
 
     storage: torch.UntypedStorage
     start: int = 0
@@ -53,8 +52,6 @@ class BoundProgram:
         inputs: bytes of each input storage that does not belong to the batch, by the storage's name.
         batch: the names of the tensors of the batch.
         device: the device of memory that the program allocates.
-        fixed: tensors of a batch that is the same at every step, by name. The program reads them in
-            place if they have the expected layout, else a copy.
 
     loss: the live tensor of the loss, or a NaN to be set from outside if the program has none; logged:
     the live tensors of all numbers that the step logs, by name; ends: the tensors that state names have
@@ -74,8 +71,6 @@ class BoundProgram:
         inputs: Mapping[str, Tensor],
         batch: Collection[str],
         device: torch.device,
-        *,
-        fixed: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.program = program
         self.numbers: list[Number] = []
@@ -83,14 +78,12 @@ class BoundProgram:
         self._puts: list[_Put] = []
         self._optimizers: list[SteadyOptimizer] = []
         steady = steady_operations(program)
-        given = [name for name in batch if name in program.tensors]
-        here = _in_place(program, {name: fixed[name] for name in given if name in fixed}, device)
-        #: The tensors of the batch that have memory here.
-        self._batch = [name for name in given if program.tensors[name].storage not in here]
-        own = _batch_memory(program, self._batch, device)
+        self._batch = [name for name in batch if name in program.tensors]
+        _check_batch(program, self._batch)
         temporary = _temporary(program, device, steady)
+        own = _memory_of(program, {program.tensors[name].storage for name in self._batch}, device)
         known = {program.tensors[name].storage: state[name] for name in program.state_names}
-        anchors = here | own | temporary
+        anchors = own | temporary
         anchors |= _given(program, {**known, **inputs}, anchors)
         self._tensors = {
             name: tensor_on(anchors[spec.storage].storage, spec, anchors[spec.storage].start)
@@ -102,8 +95,6 @@ class BoundProgram:
         given_on = Counter(program.tensors[name].storage for name in self._batch)
         #: Storages of views of the batch, which may include bytes between the numbers of a tensor.
         self._viewed = {storage for storage, count in given_on.items() if used[storage] > count}
-        if fixed:
-            self.load(fixed)
         nan = torch.full((), math.nan, dtype=torch.float64)
         self.loss = nan if program.loss is None else self.tensor(program.loss)
         logged = {} if program.loss is None else {"loss": program.loss}
@@ -257,45 +248,18 @@ def _slots(value: Any, target: Any, place: Any) -> Iterator[_Put]:
         yield put
 
 
-def _in_place(program: Program, fixed: Mapping[str, Tensor], device: torch.device) -> dict[str, _Anchor]:
-    """Return where tensors of a batch are that a program can read where they are, by storage."""
-    written = {program.tensors[name].storage for op in program.operations for name in op.changed()}
-    found = {}
-    for name, tensor in fixed.items():
-        spec = program.tensors[name]
-        begin = spec.offset * tensor.itemsize
-        others = [t for n, t in program.tensors.items() if t.storage == spec.storage and n != name]
-        is_alone = all(begin <= t.offset * t.torch_dtype.itemsize and t.end <= spec.end for t in others)
-        place = torch.device("cpu") if program.storages[spec.storage].host else device
-        geometry = tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
-        lies_so = geometry == (spec.torch_dtype, spec.shape, spec.stride)
-        # Where kernels meet other boundaries of memory, they may add up in another order.
-        is_aligned = (tensor.data_ptr() - begin) % ALIGNMENT == 0
-        is_here = tensor.device.type == place.type and tensor.layout == torch.strided
-        if is_alone and lies_so and is_aligned and is_here and spec.storage not in written:
-            start = int(tensor.storage_offset()) * tensor.itemsize - begin
-            found[spec.storage] = _Anchor(tensor.untyped_storage(), start)
-    return found
-
-
-def _batch_memory(program: Program, names: Sequence[str], device: torch.device) -> dict[str, _Anchor]:
-    """Return memory for tensors of the batch, by storage: a batch may be any part of more data.
+def _check_batch(program: Program, names: Sequence[str]) -> None:
+    """Check that a program reads nothing around the tensors of its batch, which may be of more data.
 
     Raises:
-        ProgramError: the program reads memory around the tensors of the batch.
+        ProgramError: it does.
     """
-    found = {}
     for storage in dict.fromkeys(program.tensors[name].storage for name in names):
         on = {name for name, spec in program.tensors.items() if spec.storage == storage}
         extents = [_extent(program, name) for name in names if name in on]
         begin, end = min(b for b, _ in extents), max(e for _, e in extents)
-        begin -= begin % ALIGNMENT
         if any(not begin <= b <= e <= end for b, e in (_extent(program, name) for name in on)):
             raise ProgramError("the step reads memory around its batch")
-        place = torch.device("cpu") if program.storages[storage].host else device
-        memory = torch.empty(end - begin, dtype=torch.uint8, device=place).untyped_storage()
-        found[storage] = _Anchor(memory, -begin)
-    return found
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -346,17 +310,20 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     kept = {program.tensors[name].storage for name in (*filter(None, shown), *made)}
     alone = {name for name in names if name in kept or program.storages[name].host}
     plan = plan_memory(program, [name for name in names if name not in alone])
+    shared = _empty(plan.size, device)
+    own = _memory_of(program, alone, device)
+    return own | {name: _Anchor(shared, start) for name, start in plan.offsets.items()}
 
-    def memory(size: int, *, is_host: bool = False) -> torch.UntypedStorage:
-        place = "cpu" if is_host else device
-        return torch.empty(size, dtype=torch.uint8, device=place).untyped_storage()
 
+def _memory_of(program: Program, names: Iterable[str], device: torch.device) -> dict[str, _Anchor]:
+    """Return new memory for storages of a program."""
+    storages = {name: program.storages[name] for name in names}
+    places = {name: torch.device("cpu") if each.host else device for name, each in storages.items()}
+    return {name: _Anchor(_empty(each.bytes, places[name])) for name, each in storages.items()}
+
+
+def _empty(size: int, device: torch.device) -> torch.UntypedStorage:
     try:
-        shared = memory(plan.size)
-        own = {
-            name: _Anchor(memory(program.storages[name].bytes, is_host=program.storages[name].host))
-            for name in alone
-        }
+        return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
     except RuntimeError as error:
         raise ProgramError(f"not enough memory for the program: {error}") from None
-    return own | {name: _Anchor(shared, start) for name, start in plan.offsets.items()}

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from everystep.program.memory import copy_into, repeats
-from everystep.program.operators import OperatorMode, leaves, out_variant
+from everystep.program.operators import OperatorMode, flattened, out_variant
 
 __all__ = [
     "ASK_FOR_GRADIENTS",
     "Call",
-    "flattened",
     "late_calls",
     "prebuilt_calls",
     "without_autograd",
@@ -172,14 +171,6 @@ def _copying(operator: Any, results: Sequence[Tensor | None]) -> Callable[..., N
     return call
 
 
-def flattened(value: Any) -> list[Any]:
-    """Return the results of an operator, with those that are in lists."""
-    found: list[Any] = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        found += item if isinstance(item, list | tuple) else [item]
-    return found
-
-
 def _quickest(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Callable[..., Any]:
     """Return the fastest callable for an operator with such arguments.
 
@@ -222,24 +213,23 @@ def _calls_only(
             function(*arguments, **keywords)
     except Exception:
         return False
-    if len(probe.calls) != 1:
-        return False
-    args, kwargs = probe.calls[0]
+    return probe.calls == [_identities(_named(operator, arguments, keywords))]
+
+
+def _named(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of an operator by name, with defaults."""
     parameters = operator._schema.arguments
-    seen = {p.name: v for p, v in zip(parameters, args, strict=False)} | kwargs
-    wanted = {p.name: v for p, v in zip(parameters, arguments, strict=False)} | keywords
     defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
-    return all(_same(defaults | seen, defaults | wanted, p.name) for p in parameters)
+    return defaults | dict(zip((p.name for p in parameters), arguments, strict=False)) | keywords
 
 
-def _same(seen: dict[str, Any], wanted: dict[str, Any], name: str) -> bool:
-    one, two = seen.get(name), wanted.get(name)
-    tensors = list(leaves(one)), list(leaves(two))
-    if tensors[0] or tensors[1]:
-        same_length = len(tensors[0]) == len(tensors[1])
-        return same_length and all(a is b for a, b in zip(*tensors, strict=True))
-    as_list = [list(v) if isinstance(v, list | tuple) else v for v in (one, two)]
-    return bool(as_list[0] == as_list[1])
+def _identities(value: Any) -> Any:
+    """Return what makes an argument the same as another one: of a tensor, that it is this object."""
+    if isinstance(value, dict):
+        return {key: _identities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_identities, value)]
+    return ("a tensor", id(value)) if isinstance(value, Tensor) else value
 
 
 class _Probe(OperatorMode):  # type: ignore[no-untyped-call]
@@ -248,18 +238,17 @@ class _Probe(OperatorMode):  # type: ignore[no-untyped-call]
     def __init__(self, operator: Any) -> None:
         super().__init__()
         self._operator = operator
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Any] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not self._operator:
             raise NotImplementedError("another operator")
-        keywords = kwargs or {}
-        self.calls.append((args, keywords))
-        parameters = func._schema.arguments
-        given = {p.name: v for p, v in zip(parameters, args, strict=False)} | keywords
+        given = _named(func, args, kwargs or {})
+        self.calls.append(_identities(given))
         # An operator that writes returns the tensor that it wrote into.
-        written = [given[p.name] for p in parameters if p.alias_info and p.alias_info.is_write]
+        writing = (p for p in func._schema.arguments if p.alias_info and p.alias_info.is_write)
+        written = [given[p.name] for p in writing]
         count = len(func._schema.returns)
         return None if count == 0 else written[0] if count == 1 else tuple(written[:count])

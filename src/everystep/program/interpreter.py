@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +13,26 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
-from everystep.program.calls import ASK_FOR_GRADIENTS, flattened
+from everystep.program.calls import ASK_FOR_GRADIENTS
 from everystep.program.memory import copy_into, lies_as, tensor_on
-from everystep.program.number_slots import READ, Number, count_numbers, is_number, is_number_slot
+from everystep.program.number_slots import (
+    READ,
+    Number,
+    is_number,
+    is_number_slot,
+    numbers_in,
+    read_difference,
+)
 from everystep.program.operation import Operation
-from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
+from everystep.program.operators import REFUSALS, draws_random_numbers, flattened, parameters
 from everystep.program.step_program import Program
 
-__all__ = ["Environment", "Interpreted", "Interpreter"]
+__all__ = ["Interpreted", "Interpreter", "Look", "Looks"]
+
+#: Looks at a step under way; it is given a function that returns a live tensor by its name.
+Look = Callable[[Callable[[str], Tensor]], object]
+#: What looks at a step, by the operation after which it does (-1: before all).
+Looks = Mapping[int, Sequence[Look]]
 
 
 class Interpreted(NamedTuple):
@@ -92,39 +105,38 @@ class Interpreter:
         state: dict[str, Tensor],
         inputs: Mapping[str, Tensor],
         numbers: Sequence[Number],
-        generators: Mapping[int, Tensor],
-        look: Callable[[int, Environment], None] | None = None,
+        looks: Looks = MappingProxyType({}),
     ) -> Interpreted:
         """Run the step; call this inside `without_autograd`.
 
         Args:
             state: tensors by name; the step changes them in place, replaces, adds and removes them.
-            inputs: bytes of each input storage, by its name; the step may change them.
+            inputs: as of `lay_inputs`, and `generator/N`: the state to set in torch's generator before
+                draw N, from 0. The step may change them.
             numbers: of the step, in the order of its operations, including those that Python read.
-            generators: states to set in torch's generator before a draw, by the draw's number from 0.
-            look: called before each operation with its number, and with their count at the end.
+            looks: what looks at it.
 
         Raises:
             ProgramError: the state or the inputs do not fit the program.
         """
         left = self._iterated(numbers)
-        environment = Environment(self, state, inputs)
+        environment = _Environment(self, state, self.lay_inputs(inputs))
         differs: str | None = None
         draws = 0
+        for look in looks.get(-1, ()):
+            look(environment.tensor)
         for index, call in enumerate(self._calls):
-            if look is not None:
-                look(index, environment)
             try:
-                if call.draws and draws in generators:
-                    torch.set_rng_state(generators[draws])
+                if call.draws and (generator := inputs.get(f"generator/{draws}")) is not None:
+                    torch.set_rng_state(generator)
                 draws += call.draws
                 found = call.run(environment, left)
             except REFUSALS as error:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise ProgramError(f"operation #{index}, {call.operation.operator}: {reason}") from None
             differs = differs or (found and f"operation #{index}, {call.operation.operator}, {found}")
-        if look is not None:
-            look(len(self._calls), environment)
+            for look in looks.get(index, ()):
+                look(environment.tensor)
         loss = None if self.program.loss is None else environment.tensor(self.program.loss).clone()
         ends = {name: environment.tensor(tensor) for name, tensor in self.program.ends.items()}
         for name in self.program.gone:
@@ -201,18 +213,14 @@ class _Instruction:
             self._call = torch.enable_grad()(operator._op)
         self._reads_number = operation.operator == READ
         self.draws = draws_random_numbers(operator)
+        #: How many numbers of the step it has.
+        self.numbers = self._reads_number + len(numbers_in(operation))
         names = [p.name for p in parameters(operator) if p.is_positional]
         pairs = zip(names, operation.arguments, strict=False)
         self._positional = [(value, is_number_slot(operator, name)) for name, value in pairs]
         self._keywords = {
             key: (value, is_number_slot(operator, key)) for key, value in operation.keywords.items()
         }
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers of the step it has."""
-        values = [*self._positional, *self._keywords.values()]
-        return self._reads_number + sum(count_numbers(value) for value, is_slot in values if is_slot)
 
     def with_numbers(self, numbers: Iterator[Number]) -> Operation:
         """Return the operation with the numbers of a step in it."""
@@ -244,14 +252,12 @@ class _Instruction:
         positional = [put(*each) for each in self._positional]
         return positional, {key: put(*each) for key, each in self._keywords.items()}
 
-    def run(self, environment: Environment, numbers: Iterator[Number]) -> str | None:
+    def run(self, environment: _Environment, numbers: Iterator[Number]) -> str | None:
         """Call the operator; return a deviation from the program as text, or None."""
         arguments, keywords = self._given(numbers, lambda value: decode(value, environment.tensor))
         result = self._call(*arguments, **keywords)
         if self._reads_number:
-            known = next(numbers)
-            same = known == result or (known != known and result != result)
-            return None if same else f"returns {result} to Python, but the recording has {known}"
+            return read_difference(result, next(numbers))
         flat = flattened(result) if self.operation.results else []
         for name, tensor in zip(self.operation.results, flat, strict=False):
             if name is not None:
@@ -259,7 +265,7 @@ class _Instruction:
         return None
 
 
-class Environment:
+class _Environment:
     """The memory of a step under way: storages by name, and tensors on them."""
 
     def __init__(
@@ -293,10 +299,6 @@ class Environment:
                 self._memory[spec.storage] = self._interpreter.fresh(spec.storage)
             here[name] = tensor_on(self._memory[spec.storage], spec)
         return here[name]
-
-    def is_there(self, name: str) -> bool:
-        """Return whether a tensor's memory exists yet."""
-        return self._program.tensors[name].storage in self._memory
 
     def put(self, name: str, tensor: Any) -> None:
         """Store a tensor that an operation returned.

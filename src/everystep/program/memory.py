@@ -84,7 +84,7 @@ def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
 def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -> Tensor:
     """Return a tensor on memory.
 
-    start: where the storage of the program begins in it, in bytes, perhaps before it.
+    start: where the storage of the program begins in it, in bytes.
 
     Raises:
         ProgramError: it would exceed the memory.

@@ -14,7 +14,14 @@ from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 
-__all__ = ["READ", "Number", "count_numbers", "has_numbers", "is_number", "is_number_slot"]
+__all__ = [
+    "READ",
+    "Number",
+    "is_number",
+    "is_number_slot",
+    "numbers_in",
+    "read_difference",
+]
 
 Number = int | float
 #: The operator by which Python reads a number from a tensor.
@@ -53,13 +60,20 @@ def is_number(value: Any) -> bool:
     return is_special or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def count_numbers(value: Any) -> int:
+def _count_numbers(value: Any) -> int:
     """Return how many numbers an argument, as a program holds it, has."""
-    return sum(map(count_numbers, value)) if isinstance(value, list | tuple) else int(is_number(value))
+    return sum(map(_count_numbers, value)) if isinstance(value, list | tuple) else int(is_number(value))
 
 
-def has_numbers(operation: Operation) -> bool:
-    """Return whether an operation has arguments that belong to the step."""
+def numbers_in(operation: Operation) -> list[str]:
+    """Return which argument each number of a step for an operation is in, by name and in order."""
     operator = operation.resolved
     given = operation.given().items()
-    return any(is_number_slot(operator, name) and count_numbers(value) for name, value in given)
+    counts = ((name, _count_numbers(value)) for name, value in given if is_number_slot(operator, name))
+    return [name for name, count in counts for _ in range(count)]
+
+
+def read_difference(found: Number, known: Number) -> str | None:
+    """Return how a number that Python reads differs from the recorded one, in words."""
+    is_same = found == known or (found != found and known != known)
+    return None if is_same else f"returns {found} to Python, but the recording has {known}"

@@ -24,6 +24,7 @@ __all__ = [
     "Parameter",
     "computes",
     "draws_random_numbers",
+    "flattened",
     "leaves",
     "out_variant",
     "parameters",
@@ -59,20 +60,10 @@ _TEXT_ARGUMENTS = {
 }
 
 #: The internals of torch that programs need to be captured, checked and run.
-_NEEDED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
-    (
-        "torch._C",
-        torch._C,
-        ("_AutoDispatchBelowAutograd", "_dispatch_has_kernel_for_dispatch_key", "_set_grad_enabled"),
-    ),
-    (
-        "torch.Tag",
-        torch.Tag,
-        (
-            *("data_dependent_output", "dynamic_output_shape", "inplace_view"),
-            *("nondeterministic_seeded", "view_copy"),
-        ),
-    ),
+_NEEDED = (
+    *("_C._AutoDispatchBelowAutograd", "_C._dispatch_has_kernel_for_dispatch_key"),
+    *("_C._set_grad_enabled", "Tag.data_dependent_output", "Tag.dynamic_output_shape"),
+    *("Tag.inplace_view", "Tag.nondeterministic_seeded", "Tag.view_copy"),
 )
 
 #: They return memory as they find it.
@@ -137,8 +128,10 @@ def resolve(name: str) -> Any:
 
 def _missing() -> Iterator[str]:
     """Yield what programs need of torch's internals and this torch does not have."""
-    for place, owner, names in _NEEDED:
-        yield from (f"{place}.{name}" for name in names if not hasattr(owner, name))
+    for name in _NEEDED:
+        owner, _, attribute = name.partition(".")
+        if not hasattr(getattr(torch, owner), attribute):
+            yield f"torch.{name}"
 
 
 def _reason_against(name: str, operator: Any) -> str | None:
@@ -243,6 +236,15 @@ def writes(operator: Any) -> frozenset[str]:
 def draws_random_numbers(operator: Any) -> bool:
     """Return whether the operator draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+def flattened(value: Any) -> list[Any]:
+    """Return all items of arguments or results, in order: those of dicts, lists and tuples."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return [each for item in value for each in flattened(item)]
+    return [value]
 
 
 def leaves(value: Any) -> list[Tensor]:

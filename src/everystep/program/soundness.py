@@ -34,7 +34,7 @@ from torch import Tensor
 from everystep.program import trusting
 from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
-from everystep.program.operators import parameters
+from everystep.program.operators import flattened, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.trusting import FORWARD, OF_BACKWARD_ALONE, RENAMED, known_names
 
@@ -58,30 +58,31 @@ _OF_A_FACTORIZATION = {"linalg_lu_solve", "linalg_ldl_solve", "lu_unpack"}
 
 
 def check_soundness(
-    operations: Sequence[tuple[str, Operation]],
+    operations: Sequence[Operation],
     tensors: Mapping[str, TensorSpec],
     storages: Mapping[str, Storage],
 ) -> None:
-    """Check operations, each with its place in the program, in order of execution.
+    """Check the operations of a program, in order of execution.
 
     Raises:
         ValueError: an operator rejects its arguments, or does not return what the program declares.
     """
-    check = _Check([operation for _, operation in operations], tensors, storages)
+    check = _Check(operations, tensors, storages)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for index, (place, operation) in enumerate(operations):
+        for index, operation in enumerate(operations):
             try:
                 check.operation(index)
             except Exception as error:  # torch may raise anything
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                raise ValueError(f"{place}: {operation.operator}: {reason:.200}") from None
+                place = f"operations.{index}: {operation.operator}"
+                raise ValueError(f"{place}: {reason:.200}") from None
 
 
 class _Check:
     def __init__(
         self,
-        operations: list[Operation],
+        operations: Sequence[Operation],
         tensors: Mapping[str, TensorSpec],
         storages: Mapping[str, Storage],
     ) -> None:
@@ -262,12 +263,7 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
         else:
             keywords[known[place].name] = META
     found = operator(*arguments, **keywords)
-    if not operator._schema.returns:
-        return []
-    flat: list[Any] = []
-    for item in found if isinstance(found, list | tuple) else [found]:
-        flat += item if isinstance(item, list | tuple) else [item]
-    return flat
+    return flattened(found) if operator._schema.returns else []
 
 
 def _is_dense(spec: TensorSpec) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from everystep.program.arguments import references
 from everystep.program.calls import Call, prebuilt_calls
-from everystep.program.number_slots import has_numbers
+from everystep.program.number_slots import numbers_in
 from everystep.program.observed import unread_inputs
 from everystep.program.operation import Operation
 from everystep.program.operators import (
@@ -55,7 +55,7 @@ def steady_operations(program: Program) -> set[int]:
         is_own = all(
             program.storages[name].kind == "temporary" and writers[name] == 1 for name in writes[place]
         ) and writes[place].isdisjoint(handed_out | reads)
-        is_same = not draws_random_numbers(operation.resolved) and not has_numbers(operation)
+        is_same = not draws_random_numbers(operation.resolved) and not numbers_in(operation)
         if writes[place] and is_own and reads <= fixed and is_same:
             fixed |= writes[place]
             found.add(place)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -154,7 +153,7 @@ class Program(StrictModel):
             program = cls.model_validate_json(completed)
             content = text.encode() if isinstance(text, str) else text
             if not is_known_sound(content):
-                check_soundness(list(program.placed_operations()), program.tensors, program.storages)
+                check_soundness(program.operations, program.tensors, program.storages)
                 note_sound(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -167,26 +166,22 @@ class Program(StrictModel):
             return program
         raise ProgramError(f"not a valid program: {problem}")
 
-    def placed_operations(self) -> Iterator[tuple[str, Operation]]:
-        """Yield all operations in the order in which they run, with their place: `operations.3`."""
-        for index, operation in enumerate(self.operations):
-            yield f"operations.{index}", operation
-
     @model_validator(mode="after")
     def _check(self) -> Program:
         if sum(storage.bytes for storage in self.storages.values()) > LIMIT:
             raise ValueError("the storages are too large for any machine")
         for name, tensor in self.tensors.items():
             tensor.check(name, self.storages)
-        if any((line.above or -1) >= place for place, line in enumerate(self.lines)):
-            raise ValueError("a line of code is called by a later one")
-        for place, operation in self.placed_operations():
-            if (operation.line or -1) >= len(self.lines):
-                raise ValueError(f"{place}: unknown line of code {operation.line}")
+        for place, line in enumerate(self.lines):
+            if line.above is not None and line.above >= place:
+                raise ValueError(f"lines.{place}: a line of code is called by a later one")
+        for index, operation in enumerate(self.operations):
+            if operation.line is not None and operation.line >= len(self.lines):
+                raise ValueError(f"operations.{index}: unknown line of code {operation.line}")
             try:
                 operation.check(self.tensors)
             except ValueError as error:  # NotAllowedError is one
-                raise ValueError(f"{place}: {error}") from None
+                raise ValueError(f"operations.{index}: {error}") from None
         shown = [name for names in self.activations.values() for name in names]
         loss = () if self.loss is None else (self.loss,)
         logged = self.logged.values()
@@ -238,14 +233,7 @@ def _readable(data: dict[str, Any]) -> str:
     lines = []
     for key, value in data.items():
         entries: list[str] = []
-        if isinstance(value, dict) and key in (
-            "storages",
-            "tensors",
-            "gradients",
-            "activations",
-            "logged",
-            "ends",
-        ):
+        if isinstance(value, dict):
             entries = [f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()]
         elif isinstance(value, list | tuple):
             entries = [json.dumps(item) for item in value]

@@ -63,6 +63,11 @@ class Given(NamedTuple):
         """Return it as JSON holds it."""
         return [self.dtype, list(self.shape), b"".join(self.digests).hex()]
 
+    def pieces(self) -> dict[bytes, Given]:
+        """Return each piece that a run holds of it by its digest: all of it, or a row."""
+        shape = self.shape if len(self.digests) == 1 else (1, *self.shape[1:])
+        return {digest: Given(self.dtype, shape, (digest,)) for digest in self.digests}
+
     @classmethod
     def from_json(cls, data: Any) -> Given:
         """Return the input that `to_json` wrote.

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from everystep.recording.blocks import Series
     from everystep.step.state import State
 
-__all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch"]
+__all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch", "stretch_at"]
 
 EXPERIMENT_FILE = "experiment.toml"
 
@@ -77,6 +77,11 @@ class Stretch(NamedTuple):
     first: int
     last: int | None
     facts: TrainingFacts
+
+
+def stretch_at(stretches: Sequence[Stretch], step: int) -> int:
+    """Return the place of the stretch that a step belongs to; of step 0, the first."""
+    return max(place for place, each in enumerate(stretches) if each.first <= max(step, 1))
 
 
 class RecordedRun:

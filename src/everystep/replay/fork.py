@@ -19,7 +19,7 @@ from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import check_iteration, load
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
-from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.processes import Opener
@@ -97,7 +97,8 @@ class Fork:
     @property
     def stretch(self) -> Stretch:
         """The part of the parent that the state belongs to."""
-        return [stretch for stretch in self.run.stretches if stretch.first <= self.at + 1][-1]
+        stretches = self.run.stretches
+        return stretches[stretch_at(stretches, self.at + 1)]
 
     def facts(self, steps: int) -> ForkFacts:
         """Return the facts of a fork that ends at a step.
@@ -158,7 +159,40 @@ class Fork:
         job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
-    def with_scheduler(self, training: Training, state: State) -> State:
+    def bring(
+        self,
+        training: Training,
+        state: State,
+        kinds: Sequence[str],
+        own: Collection[str] | None,
+        *,
+        has_scheduler: bool,
+    ) -> dict[str, float]:
+        """Bring a training to the parent's state; return the parent's lr and similar settings.
+
+        Args:
+            training: of the fork.
+            state: of the parent.
+            kinds: what to bring, as in `Training.restore`.
+            own: the settings of the fork's optimizer that stay, None for all.
+            has_scheduler: whether it continues the parent's scheduler.
+
+        Raises:
+            RunError: something does not fit the state.
+        """
+        groups = training.optimizer.param_groups
+        fresh = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        training.restore(self._with_scheduler(training, state) if has_scheduler else state, kinds)
+        if "optimizer" not in kinds:
+            return {}
+        before = training.hyperparameters()
+        for group, settings in zip(training.optimizer.param_groups, fresh, strict=True):
+            chosen = {key: value for key, value in settings.items() if own is None or key in own}
+            _check_kept(training.optimizer, group, chosen)
+            group.update(chosen)
+        return before
+
+    def _with_scheduler(self, training: Training, state: State) -> State:
         """Bring a scheduler to the parent's state; return the state with what the scheduler set.
 
         A replayed state has no scheduler: it continues from the snapshot before.
@@ -264,18 +298,15 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
                 data = experiment_job(old, asked.run.name, torch.device("cpu")).data
         job = experiment_job(new, asked.run.name, device, data)
         training = job.training
-        fresh = _settings_of(training.optimizer)  # a scheduler brings the parent's
         same_optimizer = old.optimizer.name == new.optimizer.name
         same_scheduler = same_optimizer and old.scheduler == new.scheduler
-        if same_scheduler:
-            state = asked.with_scheduler(training, state)
         keywords = old.optimizer.keywords, new.optimizer.keywords
         keys = {*keywords[0], *keywords[1]}
         changed = {key for key in keys if keywords[0].get(key) != keywords[1].get(key)}
         kinds = ["model", *["loss"] * (old.loss == new.loss), *["optimizer"] * same_optimizer]
         try:
-            own = changed if same_scheduler else {key for group in fresh for key in group}
-            before = _bring(training, state, kinds, fresh, own)
+            own = changed if same_scheduler else None
+            before = asked.bring(training, state, kinds, own, has_scheduler=same_scheduler)
         except RunError as error:
             fault = Fault("model.layers", f"the parent's parameters do not fit: {error}")
             raise ExperimentError([fault], "the fork") from None
@@ -318,8 +349,6 @@ def _fork_objects(
         is_known = not has_new_scheduler or job.facts.schedulers == facts.schedulers
         known = {each.class_name for each in facts.schedulers.values()} if is_known else set()
         goes_on = type(own.scheduler).__name__ in known
-        if goes_on:
-            state = asked.with_scheduler(job.training, state)
         training = job.training
         # A loss with different numbers than the parent's in state 0 stays unchanged.
         first = None if is_own else asked.run.state_near(0)
@@ -327,10 +356,9 @@ def _fork_objects(
         kinds += ["optimizer"] * (
             type(training.optimizer).__qualname__ == state.optimizer("optimizer")["class"]
         )
-        fresh = _settings_of(training.optimizer)
         try:
-            own_settings = set() if is_own or goes_on else {key for group in fresh for key in group}
-            before = _bring(training, state, kinds, fresh, own_settings)
+            own_settings = () if is_own or goes_on else None
+            before = asked.bring(training, state, kinds, own_settings, has_scheduler=goes_on)
         except RunError as error:
             raise RunError(f"the objects do not fit the run's state: {error}") from None
         if "seed" in settings:
@@ -341,41 +369,6 @@ def _fork_objects(
             _set_rate(job.training, lr)
         job = job.with_facts(optimizers={"optimizer": optimizer_facts(job.training.optimizer)})
         return asked.train(job, before, own.data is not None, progress)
-
-
-def _settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the settings of each param group."""
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-
-def _bring(
-    training: Training,
-    state: State,
-    kinds: Sequence[str],
-    fresh: list[dict[str, Any]],
-    own: Collection[str],
-) -> dict[str, float]:
-    """Bring a training to the parent's state; return the parent's lr and similar settings.
-
-    Args:
-        training: of the fork.
-        state: of the parent.
-        kinds: what to bring, as in `Training.restore`.
-        fresh: the settings of the fork's optimizer, by param group.
-        own: those of them that stay.
-
-    Raises:
-        RunError: something does not fit the state.
-    """
-    training.restore(state, kinds)
-    if "optimizer" not in kinds:
-        return {}
-    before = training.hyperparameters()
-    for group, settings in zip(training.optimizer.param_groups, fresh, strict=True):
-        chosen = {key: value for key, value in settings.items() if key in own}
-        _check_kept(training.optimizer, group, chosen)
-        group.update(chosen)
-    return before
 
 
 def _check_kept(

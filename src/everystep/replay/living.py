@@ -23,9 +23,8 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.program.step_program import Program
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.opened_step import Batch, Step
+from everystep.replay.opened_step import Batch, Step, observed_step
 from everystep.replay.recorded_batches import batch_source, settings_of, stored_data
-from everystep.replay.run_replay import observed_step
 from everystep.step.eager import Training
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
@@ -137,8 +136,8 @@ class Living:
             RunError: it fails, or no program can hold it.
         """
         number, watched, device = self._ready(), self._watched, self._training.device
-        named = watched.parts.state
-        before = {name: tensor.clone() for name, tensor in named().items()}
+        state = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
+        before = {name: copy_on_cpu(tensor) for name, tensor in state.items()}
         generators = Generators.capture(device)
         with self._watching():
             batch = dict(zip("xy", self._training.batch(number), strict=True))
@@ -147,20 +146,18 @@ class Living:
         program = watched.program_of_last()
         if program is None:
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
-        ends = Generators.capture(device), {name: copy_on_cpu(each) for name, each in named().items()}
-        copies = {name: copy_on_cpu(tensor) for name, tensor in before.items()}
         generators.restore(device)
         interpreter = Interpreter(program.built.program, device)
         observer = StepObserver(interpreter, program.numbers)
         with without_autograd():
-            inputs = interpreter.lay_inputs(given | program.inputs)
-            done = interpreter.run(before, inputs, program.numbers, {}, observer.look)
-        ends[0].restore(device)
+            inputs = given | program.inputs
+            done = interpreter.run(state, inputs, program.numbers, observer.looks)
         self._stepper.restart(number)
         assert done.loss is not None
+        after = {name: copy_on_cpu(tensor) for name, tensor in state.items()}
         tensors = {name: copy_on_cpu(tensor) for name, tensor in batch.items()}
         seen = Batch(tensors, None, tuple(tensors.values()))
-        return observed_step(number, observer.observation(done.loss), seen, copies, ends[1])
+        return observed_step(number, observer.observation(done.loss), seen, before, after)
 
     def _ready(self) -> int:
         """Bring the training to the state before the next step; return the number of that step."""

@@ -15,7 +15,7 @@ from everystep.errors import UsageError
 from everystep.program.observed import Observed, overwrites, unset_results
 from everystep.program.operation import Phase
 from everystep.replay.shown import Shown
-from everystep.step.observe import Places
+from everystep.step.observe import Observation, Places
 
 if TYPE_CHECKING:
     from everystep.answers.rows import Rows
@@ -28,6 +28,7 @@ __all__ = [
     "Step",
     "Update",
     "norm",
+    "observed_step",
     "statistics",
 ]
 
@@ -137,14 +138,13 @@ class Step(Shown):
     tensors are copies on the CPU.
 
     loss: from the replay; recorded_loss: from the recording; diverged_at: the first step, up to this
-    one, with a replay that differs from the recording, or None; batch; parameters, buffers: by
-    name; activations: the output of each module, by its path (a tuple if it returned several tensors);
-    dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, after the
-    backward pass, before clipping (which is the first part of the update); updates: by parameter;
-    operations: in order, with inputs and results; hyperparameters: the lr and similar settings, `lr[1]`
-    for the second param group; epoch: from 0; places: the memory that the names of its tensors refer to;
-    state, end: every tensor of the state before the step, and after it, by its name in the run
-    (`optimizer/0.weight/exp_avg`); earlier: opens another step of the run; view: how it is shown.
+    one, with a replay that differs from the recording, or None; batch; activations: the output of each
+    module, by its path (a tuple if it returned several tensors); gradients: by parameter, after the
+    backward pass, before clipping (which is the first part of the update); operations: in order, with
+    inputs and results; places: the memory that the names of its tensors refer to; state, end: every
+    tensor of the state before the step, and after it, by its name in the run
+    (`optimizer/0.weight/exp_avg`); hyperparameters: the lr and similar settings, `lr[1]` for the second
+    param group; epoch: from 0; earlier: opens another step of the run; view: how it is shown.
     """
 
     number: int
@@ -152,24 +152,57 @@ class Step(Shown):
     recorded_loss: float
     diverged_at: int | None
     batch: Batch
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
     activations: dict[str, Any]
-    dropped: dict[str, Tensor]
     gradients: dict[str, Tensor]
-    updates: dict[str, Update]
     operations: tuple[Observed, ...]
-    hyperparameters: dict[str, float]
-    epoch: int
     places: Places = field(repr=False, compare=False)
     state: dict[str, Tensor] = field(repr=False, compare=False)
     end: dict[str, Tensor] = field(repr=False, compare=False)
+    hyperparameters: dict[str, float] = field(default_factory=dict)
+    epoch: int = 0
     earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_exact(self) -> bool:
         """Whether the replay of this step, and of all steps on the way here, matches the recording."""
         return self.diverged_at is None
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters before the step, by name."""
+        return _of_kind(self.state, "parameter")
+
+    @cached_property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers before the step, by name."""
+        return _of_kind(self.state, "buffer")
+
+    @cached_property
+    def updates(self) -> dict[str, Update]:
+        """The parameters before and after the step, by name."""
+        after = _of_kind(self.end, "parameter")
+        return {name: Update(tensor, after[name]) for name, tensor in self.parameters.items()}
+
+    @cached_property
+    def dropped(self) -> dict[str, Tensor]:
+        """The gradients of the previous step that zero_grad drops, by parameter."""
+        pending = _of_kind(self.state, "gradient").items()
+        return {name: gradient for name, gradient in pending if not self._is_added_to(name)}
+
+    def _is_added_to(self, parameter: str) -> bool:
+        """Return whether the step adds to the gradient of the step before, rather than dropping it."""
+        tensors = self.places.tensors
+        spec = tensors.get(f"gradient/{parameter}")
+        if spec is None:
+            return False
+        for seen in self.operations:
+            read, made = (
+                {tensors[name].storage for name in names}
+                for names in (seen.inputs, [*seen.results, *seen.written])
+            )
+            if spec.storage in read | made:
+                return spec.storage in read and "zero" not in seen.operation.name
+        return False
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -245,8 +278,7 @@ class Step(Shown):
     @cached_property
     def bytes(self) -> int:
         """The memory that its tensors use, in bytes."""
-        tensors = [*self.batch.tensors.values(), *self.parameters.values(), *self.buffers.values()]
-        tensors += [*self.dropped.values(), *self.state.values(), *self.end.values()]
+        tensors = [*self.batch.tensors.values(), *self.state.values(), *self.end.values()]
         for seen in self.operations:
             tensors += [*seen.inputs.values(), *seen.results.values()]
         storages = (tensor.untyped_storage() for tensor in tensors)
@@ -265,6 +297,28 @@ class Step(Shown):
             f"<everystep step {self.number}: loss {self.loss:.6g}, {exact}; "
             f"{len(self.operations)} operations, {len(self.updates)} updates>"
         )
+
+
+def observed_step(
+    number: int,
+    observation: Observation,
+    batch: Batch,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+) -> Step:
+    """Return a step that was observed. before, after: copies of the tensors of the state, by name."""
+    loss = float(observation.loss)
+    activations = {
+        path: given[0] if len(given) == 1 else given for path, given in observation.activations.items()
+    }
+    operations = tuple(observation.operations)
+    known = observation.gradients, operations, observation.places, before, after
+    return Step(number, loss, loss, None, batch, activations, *known)
+
+
+def _of_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    prefix = f"{kind}/"
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 class Statistics(NamedTuple):

@@ -7,7 +7,7 @@ many threads as in the training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from everystep.device import select
 from everystep.errors import RunError
 from everystep.numerics import Numerics
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, cores, needs_worker, process_count, shared
 from everystep.replay.recorded_steps import NotReplayedError
@@ -27,15 +27,13 @@ __all__ = [
     "Replayed",
     "Span",
     "Visitor",
-    "coarser",
     "parallel",
+    "replay_span",
     "spans",
 ]
 
 #: Steps that run between two looks at the losses.
 STRIDE = 256
-#: Consecutive spans for a process at a time, if there are enough.
-GROUP = 8
 #: Spans for each core, where spans should be long.
 SPANS_EACH = 8
 
@@ -65,15 +63,16 @@ class LossDifference(NamedTuple):
 class Replayed:
     """The result of replaying a span.
 
-    losses: the number of differing losses, and the first of them; states: tensors of the final state
-    that differ; compared: whether there was a final state to compare; stopped_at: the first step that
-    cannot be replayed, None if all were, or no more were needed; threads: the number of threads, and the
-    numerics; result: of the visitor.
+    losses: of its steps; different_losses, first_loss: how many differ, and the first of them; states:
+    tensors of the final state that differ; compared: whether there was a final state to compare;
+    stopped_at: the first step that cannot be replayed, None if all were, or no more were needed;
+    threads: the number of threads, and the numerics; result: of the visitor.
     """
 
     span: Span
     threads: int
     numerics: Numerics | None = None
+    losses: list[float] = field(default_factory=list)
     different_losses: int = 0
     first_loss: LossDifference | None = None
     states: list[StateDifference] = field(default_factory=list)
@@ -114,61 +113,34 @@ class Visitor:
         """Return the state to start from: that before the span, or an earlier one."""
         return span.first - 1
 
-    def take(self, replay: Replay, last: int) -> list[float]:
-        """Run the steps from the replay's current state up to `last`; return their losses.
+    def run(self, replay: Replay, last: int) -> list[float]:
+        """Run the steps after the replay's current state, `last` at most; return their losses.
 
         If nothing repeats a step, return the losses of those before it: the next call raises.
 
         Raises:
             RunError: a step fails.
         """
-        losses: list[float] = []
-        try:
-            while replay.stepper.state < last and not self.is_done:  # type: ignore[operator]
-                losses += self.some(replay, last)
-        except NotReplayedError:
-            if not losses:
-                raise
-        return losses
-
-    def some(self, replay: Replay, last: int) -> list[float]:
-        """Run the next steps, up to `last` at most; return their losses."""
-        losses: list[float] = replay.stepper.run(last).tolist()
-        return losses
+        return replay.stepper.run(last)
 
     def result(self) -> Any:
         """Return the result for the span."""
 
 
-def spans(run: RecordedRun, first: int, last: int) -> list[Span]:
-    """Return the spans that cover steps `first` to `last`."""
-    stretches = run.stretches
-    ends = {row.step for row in run.snapshot_rows() if first <= row.step < last}
-    ends |= {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
-    found = []
-    for begin, end in zip([first - 1, *sorted(ends)], [*sorted(ends), last], strict=True):
-        at = max(i for i, stretch in enumerate(stretches) if stretch.first <= begin + 1)
-        found.append(Span(begin + 1, end, at))
-    return found
+def spans(run: RecordedRun, first: int, last: int, *, are_long: bool = False) -> list[Span]:
+    """Return the spans that cover steps `first` to `last`.
 
-
-def coarser(wanted: list[Span], is_wanted: bool) -> list[Span]:
-    """Return fewer, longer spans, `SPANS_EACH` for each core, if wanted: for visitors that need the
-
-    step before each span, and so must replay the span before.
+    are_long: `SPANS_EACH` for each core, if there are more, for visitors that need the step before each
+    span, and so must replay the span before.
     """
-    if not is_wanted:
-        return wanted
-    size = -(-len(wanted) // (SPANS_EACH * cores()))
-    found: list[Span] = []
-    count = 0
-    for span in wanted:
-        if found and found[-1].at == span.at and count < size:
-            found[-1] = found[-1]._replace(last=span.last)
-            count += 1
-        else:
-            found.append(span)
-            count = 1
+    stretches = run.stretches
+    ends = [row.step for row in run.snapshot_rows() if first <= row.step < last]
+    size = -(-len(ends) // (SPANS_EACH * cores())) if are_long else 1
+    begins = {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
+    between = sorted({*ends[:: max(1, size)], *begins})
+    found = []
+    for begin, end in zip([first - 1, *between], [*between, last], strict=True):
+        found.append(Span(begin + 1, end, stretch_at(stretches, begin + 1)))
     return found
 
 
@@ -196,35 +168,26 @@ def parallel(
     if count == 1 and not needs_worker(run.facts):
         replay = opener.replay_here(may_share=visitor.may_share)
         for span in wanted:
-            yield _replay(replay, span, visitor, threads)
+            yield replay_span(replay, span, visitor, threads)
             on_progress(span.steps)
         return
     left = [*wanted]
     # A run that was trained with more threads, which matters, is not continued with one.
     for each in (1, threads) if count > 1 else (threads,):
-        size = max(1, min(GROUP, len(left) // (4 * count)))
-        groups = [(left[n : n + size], visitor, each) for n in range(0, len(left), size)]
-        with closing(shared(opener, count if each == 1 else 1, each, _replay_group, groups)) as found:
-            for group in found:
-                sound = [replayed for replayed in group if replayed.is_exact or threads == each]
-                for replayed in sound:
-                    left.remove(replayed.span)
-                    yield replayed
-                    on_progress(replayed.span.steps)
-                if len(sound) < len(group):
+        tasks = [(span, visitor, each) for span in left]
+        with closing(shared(opener, count if each == 1 else 1, each, replay_span, tasks)) as found:
+            for replayed in found:
+                if not replayed.is_exact and threads != each:
                     break
+                left.remove(replayed.span)
+                yield replayed
+                on_progress(replayed.span.steps)
         if not left:
             return
 
 
-def _replay_group(
-    replay: Replay, group: Sequence[Span], visitor: Visitor, threads: int
-) -> list[Replayed]:
-    """Replay neighboring spans: one continues where the other ends."""
-    return [_replay(replay, span, visitor, threads) for span in group]
-
-
-def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
+def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
+    """Replay a span, and compare its losses and its last state with the recording."""
     found = Replayed(span, threads)
     known = replay.diverged_at
     with replay.in_force(span.first):
@@ -235,7 +198,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
         while step < span.last and not visitor.is_done:
             try:
                 last = min(span.last, step + STRIDE)
-                losses = visitor.take(replay, last)
+                losses = visitor.run(replay, last)
             except NotReplayedError as error:
                 # The steps before it, and after it, may be as recorded.
                 replay.problems.append(str(error))
@@ -243,6 +206,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
                 break
             last = step + len(losses)
             _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
+            found.losses += losses
             step = last
         if step == span.last:
             _compare_state(found, replay, span)

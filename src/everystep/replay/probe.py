@@ -1,4 +1,4 @@
-"""Probe: observes steps while programs run them.
+"""Probe: looks at steps while programs run them.
 
 A probe copies the tensors that an expression names as soon as they exist: activations when their module
 ends, gradients when the backward phase ends. Everything else runs at full speed.
@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from everystep.errors import ExpressionError
-from everystep.program.bound import BoundProgram
+from everystep.program.interpreter import Look
+from everystep.program.step_program import Program
 from everystep.replay.expression import Expression, Reference
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
@@ -71,26 +71,40 @@ class Probe:
         self._previous = [reference for reference in references if reference.is_previous]
         #: Of an update, the parameter before it; after it, the parameter itself is there.
         self._copied = {_copied(reference._replace(is_previous=False)) for reference in references}
-        self._plans: dict[BoundProgram, tuple[list[Any], Values]] = {}
         self._copies: Values = {}
         self._before: Values = {}
 
-    def calls(self, bound: BoundProgram) -> list[Any]:
-        """Return the calls of a step, with copies in between."""
-        if bound not in self._plans:
-            self._plans[bound] = self._plan(bound)
-        calls, self._copies = self._plans[bound]
-        return calls
+    def looks(self, program: Program) -> dict[int, list[Look]]:
+        """Return what copies the values of a step: see `Hook`."""
+        given_after, gradients = program.given_after(), gradient_places(program)
+        found: dict[int, list[Look]] = {-1: [lambda tensor_of: self._copies.clear()]}
+        for reference in self._copied:
+            kind, name = reference.kind, reference.name
+            if kind == "activations" and program.activations.get(name):
+                look, place = self._copying(reference, program.activations[name][0]), given_after[name]
+            elif kind == "gradients" and name in gradients:
+                look = self._copying(reference, gradients[name].names[0])
+                place = gradients[name].after - 1
+            elif kind == "batch" and name in program.tensors:
+                look, place = self._copying(reference, name), -1
+            elif kind == "batch":
+                look, place = partial(self._copy_unread, reference), -1
+            elif kind not in ("activations", "gradients"):
+                look, place = partial(self._copy_state, reference), -1
+            else:
+                continue
+            found.setdefault(place, []).append(look)
+        return found
 
-    def after(self, number: int, bound: BoundProgram) -> bool:
-        """Answer the question at a step; return whether to continue."""
-        return self._finish(number, bound.loss.item())
-
-    def opened(self, step: Step) -> None:
-        """Answer the question at a step that was opened, since no bound program runs it."""
-        found = OpenedValues(step)
-        self._copies = {r: found.value_of(r) for r in self._copied if found.has(r)}
-        self._finish(step.number, step.loss)
+    def after(self, number: int, loss: float) -> bool:
+        """Answer the question at a step, and keep values for the next; return whether to continue."""
+        goes_on = self._answer(number, loss)
+        self._before = {
+            reference: self.value_of(own).clone()
+            for reference in self._previous
+            if self.has(own := reference._replace(is_previous=False))
+        }
+        return goes_on
 
     def has(self, reference: Reference) -> bool:
         """Return whether a value exists: not before step 1, and not for a module that did not run."""
@@ -110,51 +124,23 @@ class Probe:
         after = self._state(f"parameter/{reference.name}").to(before.device)
         return after if reference.part == "after" else after - before
 
-    def _plan(self, bound: BoundProgram) -> tuple[list[Any], Values]:
-        """Return the calls of a step with copies in between, and where the copies are."""
-        program, given_after = bound.program, bound.program.given_after()
-        gradients = gradient_places(program)
-        copies: Values = {}
-        after: dict[int, list[Any]] = {}
-        for reference in self._copied:
-            kind, name = reference.kind, reference.name
-            if kind == "activations":
-                if not program.activations.get(name):
-                    continue
-                source, place = bound.tensor(program.activations[name][0]), given_after[name]
-            elif kind == "gradients":
-                if name not in gradients:
-                    continue
-                source, place = bound.tensor(gradients[name].names[0]), gradients[name].after - 1
-            elif kind == "batch" and name in program.tensors:
-                source, place = bound.tensor(name), -1
-            else:
-                after.setdefault(-1, []).append(partial(self._copy, reference, copies))
-                continue
-            copies[reference] = torch.empty_like(source)
-            after.setdefault(place, []).append(partial(copies[reference].copy_, source))
-        return bound.calls_with(after), copies
+    def _copying(self, reference: Reference, name: str) -> Look:
+        """Return what copies a tensor of the program."""
 
-    def _copy(self, reference: Reference, copies: Values) -> None:
-        """Copy a tensor of the state, or one of the batch that the step does not use."""
-        if reference.kind != "batch":
-            copies[reference] = self._state(_name_of_state(reference)).clone()
-            return
+        def look(tensor_of: Callable[[str], Tensor]) -> None:
+            self._copies[reference] = tensor_of(name).clone()
+
+        return look
+
+    def _copy_state(self, reference: Reference, tensor_of: Callable[[str], Tensor]) -> None:
+        self._copies[reference] = self._state(_name_of_state(reference)).clone()
+
+    def _copy_unread(self, reference: Reference, tensor_of: Callable[[str], Tensor]) -> None:
+        """Copy a tensor of the batch that the step does not use."""
         assert self._stepper.state is not None
-        copies.pop(reference, None)
         batch = self._stepper.batch(self._stepper.state + 1).tensors
         if reference.name in batch:
-            copies[reference] = batch[reference.name]
-
-    def _finish(self, number: int, loss: float) -> bool:
-        """Answer a step, and keep values for the next one; return whether to continue."""
-        goes_on = self._answer(number, loss)
-        self._before = {
-            reference: self.value_of(own).clone()
-            for reference in self._previous
-            if self.has(own := reference._replace(is_previous=False))
-        }
-        return goes_on
+            self._copies[reference] = batch[reference.name]
 
     def _state(self, name: str) -> Tensor:
         return self._stepper.named_state()[name].detach()

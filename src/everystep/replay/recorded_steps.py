@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from everystep.experiment.batches import RowsOf
 from everystep.program.arguments import DTYPES
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_on_cpu
-from everystep.program.number_slots import count_numbers
+from everystep.program.number_slots import numbers_in
 from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.precision import Precision
@@ -31,7 +31,6 @@ __all__ = [
     "FurtherSteps",
     "NotReplayedError",
     "RecordedSteps",
-    "StepInputs",
     "StepsAtRate",
     "read_program",
 ]
@@ -50,17 +49,6 @@ KEPT_STEPS = 512
 
 class NotReplayedError(RunError):
     """A step that cannot be replayed; the message gives the reason."""
-
-
-class StepInputs(NamedTuple):
-    """The inputs of a step: tensors by `batch/name` and `input/name`, and the nesting of the batch.
-
-    digests: of the state after the step, by name, if it has any.
-    """
-
-    tensors: dict[str, Tensor]
-    nesting: Any
-    digests: dict[str, Any]
 
 
 class RecordedSteps:
@@ -191,21 +179,24 @@ class RecordedSteps:
                 self._given[row.inputs] = inputs_of(row.inputs, _what(self.run, row))
         return self._given[row.inputs]
 
-    def inputs(self, row: Repeat) -> StepInputs:
-        """Return the inputs of a step, on the CPU; the tensors are the caller's own.
+    def inputs(self, row: Repeat) -> dict[str, Tensor]:
+        """Return the inputs of a step by `batch/name` and `input/name`, on the CPU: the caller's own.
 
         Raises:
             NotReplayedError: one was dropped, or cannot be read.
         """
-        given = self.given(row)
         tensors = self.stored(row)
-        if self.rule is not None and "batch/x" not in tensors:
-            rows = zip("xy", self.rule(row.step), strict=True)
+        if (rule := self.rule_for(row)) is not None:
+            rows = zip("xy", rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self.conversion is not None and row.program is not None:
             self.program(row.program)
             tensors = self._converted(self.conversion, row.program, tensors)
-        return StepInputs(tensors, given.nesting, given.digests)
+        return tensors
+
+    def rule_for(self, row: Repeat) -> RowsOf | None:
+        """Return the rule that finds the rows of a step, None if the run has its batch by content."""
+        return None if "batch/x" in self.given(row).given else self.rule
 
     def stored(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, as recorded.
@@ -213,22 +204,22 @@ class RecordedSteps:
         Raises:
             NotReplayedError: one was dropped, or cannot be read.
         """
-        given = self.given(row).given
-        found: dict[str, Tensor | None] = dict.fromkeys(given)
-        for name, each in given.items():
-            pieces = [self._pieces[digest] for digest in each.digests if digest in self._pieces]
-            if pieces and len(pieces) == len(each.digests):
-                found[name] = torch.cat(pieces).view(DTYPES[each.dtype]).reshape(each.shape)
-        if alone := {name: given[name] for name, tensor in found.items() if tensor is None}:
-            with _reading():
-                found |= self.run.contents(alone)
-        missing = next((name for name, tensor in found.items() if tensor is None), None)
-        if missing is not None:
-            raise NotReplayedError(
-                f"{_what(self.run, row)} was dropped ({missing}), because the batches exceeded the "
-                "budget (batch_budget of everystep.record); later steps may still open"
-            )
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        found = {}
+        with _reading():
+            self._read(self.given(row).given.values())
+        for name, given in self.given(row).given.items():
+            pieces = [self._pieces[digest] for digest in given.digests if digest in self._pieces]
+            if len(pieces) < len(given.digests):
+                raise NotReplayedError(
+                    f"{_what(self.run, row)} was dropped ({name}), because the batches exceeded the "
+                    "budget (batch_budget of everystep.record); later steps may still open"
+                )
+            content = torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
+            if given.dtype not in DTYPES or content.nbytes != _size(given):
+                what = _what(self.run, row)
+                raise NotReplayedError(f"{what} has another dtype or size: the database was changed")
+            found[name] = content.view(DTYPES[given.dtype]).reshape(given.shape)
+        return found
 
     def read_ahead(self, number: int, last: int) -> None:
         """Read contents that the next steps need, unless that was done.
@@ -240,58 +231,32 @@ class RecordedSteps:
         self.row(number)
         rows = self.ahead(number, last)
         self._read_to = number + len(rows) - 1
-        wanted: dict[tuple[str, tuple[int, ...], bool], dict[bytes, None]] = {}
-        size = 0
-        try:
-            for row in rows if len(rows) > 1 else ():
-                for given in self.given(row).given.values():
-                    size += self._want(given, wanted)
-                if size > AHEAD_BYTES:
+        given: list[Given] = []
+        with suppress(RunError):
+            for row in rows:
+                if sum(map(_size, given)) > AHEAD_BYTES:
                     break
-            if size:
-                self._keep(wanted, size)
-        except RunError:
-            return
+                given += self.given(row).given.values()
+            self._read(given)
 
     def forget_ahead(self) -> None:
         """Forget data read ahead, because other steps are next."""
         self._read_to = 0
 
-    def _want(
-        self, given: Given, wanted: dict[tuple[str, tuple[int, ...], bool], dict[bytes, None]]
-    ) -> int:
-        """Add the unread digests of an input; return their bytes.
-
-        wanted: digests, by dtype, shape, and whether they are of rows.
-        """
-        if given.dtype not in DTYPES or math.prod(given.shape) == 0:
-            return 0
-        is_by_row = len(given.digests) > 1
-        kind = given.dtype, given.shape[1:] if is_by_row else given.shape, is_by_row
-        listed = wanted.setdefault(kind, {})
-        before = len(listed)
-        listed.update(dict.fromkeys(d for d in given.digests if d not in self._pieces))
-        size = math.prod(given.shape) * DTYPES[given.dtype].itemsize
-        return (len(listed) - before) * (size // len(given.digests))
-
-    def _keep(
-        self, wanted: dict[tuple[str, tuple[int, ...], bool], dict[bytes, None]], size: int
-    ) -> None:
-        """Read contents, and keep them by their digests."""
-        asked: dict[str, Given] = {}
-        for (dtype, shape, is_by_row), digests in wanted.items():
-            if is_by_row and digests:
-                asked[f"{len(asked)}"] = Given(dtype, (len(digests), *shape), tuple(digests))
-            elif digests:
-                asked |= {f"{len(asked) + n}": Given(dtype, shape, (d,)) for n, d in enumerate(digests)}
-        if self._bytes + size > KEPT_BYTES:
+    def _read(self, wanted: Collection[Given]) -> None:
+        """Read the contents that are not in memory, in one look into the database."""
+        if all(self._pieces.keys() >= {*each.digests} for each in wanted):
+            return
+        if self._bytes > KEPT_BYTES:
             self._pieces.clear()
             self._bytes = 0
-        self._bytes += size
-        for name, tensor in self.run.contents(asked).items():
+        pieces = {digest: piece for each in wanted for digest, piece in each.pieces().items()}
+        asked = {digest: piece for digest, piece in pieces.items() if digest not in self._pieces}
+        found = self.run.contents({digest.hex(): piece for digest, piece in asked.items()}).values()
+        for digest, tensor in zip(asked, found, strict=True):
             if tensor is not None:
-                pieces = tensor.reshape(len(asked[name].digests), -1).view(torch.uint8)
-                self._pieces.update(zip(asked[name].digests, pieces, strict=True))
+                self._pieces[digest] = tensor.flatten().view(torch.uint8)
+                self._bytes += tensor.nbytes
 
     def _converted(
         self, conversion: Precision, program: int, inputs: dict[str, Tensor]
@@ -332,19 +297,15 @@ class StepsAtRate(RecordedSteps):
         numbers = super().numbers(row)
         if self._lr is None:
             return numbers
-        interpreter, found, count = self.program_of(row), list[int | float](), 0
-        operations = interpreter.program.operations
+        interpreter, found = self.program_of(row), list[int | float]()
+        operations, is_known = interpreter.program.operations, False
         for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
-            place = 0
-            is_optimizer = isinstance(operation.resolved, OptimizerOperator)
-            for key, value in operation.keywords.items() if is_optimizer else ():
-                size = count_numbers(value)
-                if key == "lr":
-                    own[place : place + size] = [self._lr] * size
-                    count += size
-                place += size
+            if isinstance(operation.resolved, OptimizerOperator):
+                names = numbers_in(operation)
+                own = [self._lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
+                is_known |= "lr" in names
             found += own
-        if not count and any(operation.phase == "update" for operation in operations):
+        if not is_known and any(operation.phase == "update" for operation in operations):
             raise RunError(
                 f"{self.run.name} has no learning rate that its programs know as a number: only "
                 "optimizers of torch's own have one, where it is not a tensor; fork the run instead"
@@ -465,6 +426,11 @@ def _reading() -> Iterator[None]:
         yield
     except RunError as error:
         raise NotReplayedError(str(error)) from None
+
+
+def _size(given: Given) -> int:
+    """Return the bytes of an input; 0 where its dtype is unknown, which reading it reports."""
+    return math.prod(given.shape) * DTYPES[given.dtype].itemsize if given.dtype in DTYPES else 0
 
 
 def _what(run: RecordedRun, row: Repeat) -> str:

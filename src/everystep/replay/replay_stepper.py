@@ -5,25 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError, RunError
-from everystep.program.bound import BoundProgram
-from everystep.program.calls import Call, without_autograd
-from everystep.program.interpreter import Environment, Interpreted, Interpreter
+from everystep.program.calls import without_autograd
+from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copy_on_cpu
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
-from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps
-from everystep.replay.opened_step import Batch
+from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps, Hook
+from everystep.replay.opened_step import Batch, Step, observed_step
 from everystep.replay.recorded_batches import batches_of, settings_of
-from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
@@ -33,26 +33,12 @@ from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 
-__all__ = ["Hook", "ReplayStepper", "Saved"]
+__all__ = ["ReplayStepper", "Saved"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
-_GENERATOR = re.compile(r"generator/([0-9]{1,9})")
+_GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
-
-
-class _FoundError(Exception):
-    """Ends a run of a program that has come far enough."""
-
-
-class Hook(Protocol):
-    """Observes steps while bound programs run them. A step has the same bits with and without it."""
-
-    def calls(self, bound: BoundProgram) -> list[Call]:
-        """Return the calls of a step, with observing calls in between."""
-
-    def after(self, number: int, bound: BoundProgram) -> bool:
-        """Observe a step that just ran; return whether to continue."""
 
 
 class Saved(NamedTuple):
@@ -125,7 +111,6 @@ class ReplayStepper:
     def _begin(self, step: int, tensors: dict[str, Tensor]) -> None:
         self._tensors.clear()
         self._tensors |= tensors
-        self._bound.touched()
         self.steps.forget_ahead()
         self.state, self._settled, self._loaded_at = step, None, None
 
@@ -150,7 +135,6 @@ class ReplayStepper:
             convert = self.steps.conversion.tensor
             tensors = {name: convert(name, each) for name, each in tensors.items()}
         self._tensors |= self._here(tensors)
-        self._bound.touched()
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
@@ -160,25 +144,17 @@ class ReplayStepper:
             self.settle()
             dropped = {n for n in self._tensors if n.startswith("gradient/")} - self._names_read()
         copies = {name: copy_of(t) for name, t in self._tensors.items() if name not in dropped}
-        known = self._loaded.parameters
-        parameters = {
-            path: copies[f"{kind}/{path}"]
-            for path in known
-            for kind in ("buffer", "parameter")
-            if f"{kind}/{path}" in copies
-        }
-        # Layers may have come on the way.
-        new = (name.partition("/") for name in copies if name.startswith("parameter/"))
-        parameters |= {
-            path: copies[f"parameter/{path}"]
-            for _, _, path in new
-            if path not in known and "#" not in path and f"parameter/{path}" not in self._loaded.rest
-        }
-        rest = {
-            name: tensor
-            for name, tensor in copies.items()
-            if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
-        }
+        known, others = self._loaded.parameters, self._loaded.rest
+
+        def is_of_model(name: str) -> bool:
+            kind, _, path = name.partition("/")
+            # Layers may have come on the way.
+            is_new = kind == "parameter" and "#" not in path and name not in others
+            return is_new or (kind in ("parameter", "buffer") and path in known)
+
+        found = {name.partition("/")[2]: copy for name, copy in copies.items() if is_of_model(name)}
+        parameters = {path: found[path] for path in dict.fromkeys((*known, *found)) if path in found}
+        rest = {name: copy for name, copy in copies.items() if not is_of_model(name)}
         generators = Generators.capture(self.steps.device).tensors()
         rest |= {f"generator/{name}": tensor for name, tensor in generators.items()}
         if not self._is_own_loop and self.state in self._between:  # what code has drawn since the step
@@ -199,15 +175,6 @@ class ReplayStepper:
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
         return self._tensors
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return copies of the gradients that are pending, by parameter."""
-        prefix = "gradient/"
-        return {
-            name.removeprefix(prefix): copy_on_cpu(tensor)
-            for name, tensor in self._tensors.items()
-            if name.startswith(prefix)
-        }
 
     @property
     def has_gradients(self) -> bool:
@@ -243,13 +210,9 @@ class ReplayStepper:
 
     # The inputs of a step.
 
-    def epoch(self, number: int) -> int:
-        """Return the epoch of a step, from 0; a user's loop has no epochs."""
-        return 0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number)
-
     def generators(self, number: int) -> dict[str, Tensor]:
         """Return the states of the random generators that the next step draws from, by name."""
-        given = self.steps.inputs(self.steps.row(number)).tensors
+        given = self.steps.inputs(self.steps.row(number))
         drawn = {name: tensor for name, tensor in given.items() if _GENERATOR.fullmatch(name)}
         return Generators.capture(self.steps.device).tensors() | drawn
 
@@ -259,10 +222,10 @@ class ReplayStepper:
         Raises:
             RunError: it was dropped.
         """
-        inputs = self.steps.inputs(self.steps.row(number))
-        named = inputs.tensors.items()
+        row = self.steps.row(number)
+        named = self.steps.inputs(row).items()
         tensors = {n.removeprefix(BATCH): t for n, t in named if n.startswith(BATCH)}
-        nested = nested_again(inputs.nesting, tensors)
+        nested = nested_again(self.steps.given(row).nesting, tensors)
         if self._is_own_loop:
             return Batch(tensors, None, nested)
         batches = batches_of(self.steps.facts)
@@ -274,7 +237,7 @@ class ReplayStepper:
         row = self.steps.row(number)
         given = repr(sorted(self.steps.given(row).given.items())).encode()
         if self.steps.rule is not None:
-            tensors = self.steps.inputs(row).tensors
+            tensors = self.steps.inputs(row)
             given += b"".join(digest_of(tensors[f"batch/{name}"]).encode() for name in "xy")
         return (row.numbers or b"") + given
 
@@ -285,36 +248,53 @@ class ReplayStepper:
 
     # Steps.
 
-    def run(self, last: int) -> Tensor:
-        """Run the steps up to `last`; return their losses (steps), on the CPU.
+    def run(self, last: int, hook: Hook | None = None) -> list[float]:
+        """Run the steps up to `last`; return their losses.
 
         If a step logged no loss, or a loss that no operation returned, this is the recorded one. If a
-        step cannot be taken, the losses of those before it; the next call raises.
+        step cannot be taken, the losses of those before it; the next call raises. It ends before `last`
+        if a hook asks for it.
 
         Raises:
             RunError: nothing repeats the next step, or its inputs were dropped.
         """
-        return self._advance(last)
+        losses: list[float] = []
+        assert self.state is not None
+        try:
+            with without_autograd():
+                while self.state < last:
+                    self.settle()
+                    row = self.steps.row(self.state + 1)
+                    bound = self._bound.begin(row, last, self.steps)
+                    if bound is not None:
+                        losses.append(self._run_bound(row.step, bound, hook))
+                    else:
+                        program = self.steps.program_of(row).program
+                        losses.append(self._interpret(row, hook.looks(program) if hook else {}))
+                    if hook is not None and not hook.after(row.step, losses[-1]):
+                        break
+        except NotReplayedError:
+            if not losses:
+                raise
+        return losses
 
-    def watch(self, last: int, hook: Hook) -> Tensor:
-        """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
-
-        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that no
-        bound program runs, or when the hook asks for it.
+    def open(self) -> Step:
+        """Run the next step, and return everything in it; its loss is not compared.
 
         Raises:
             RunError: as `run`.
         """
-        return self._advance(last, hook)
-
-    def can_watch(self, number: int) -> bool:
-        """Return whether a hook can observe the next step: a program that is bound runs it."""
-        try:
-            self.settle()
-            row = self.steps.row(number)
-            return self._bound.begin(row, number + LOOK_AHEAD, self.steps) is not None
-        except NotReplayedError:  # which running the step reports
-            return False
+        assert self.state is not None
+        self.settle()
+        number = self.state + 1
+        before = {name: copy_on_cpu(tensor) for name, tensor in self._tensors.items()}
+        batch, observation = self.batch(number), self.observe()
+        after = {name: copy_on_cpu(tensor) for name, tensor in self._tensors.items()}
+        return replace(
+            observed_step(number, observation, batch, before, after),
+            hyperparameters=self.hyperparameters(),
+            epoch=0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number),
+        )
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it.
@@ -335,7 +315,7 @@ class ReplayStepper:
         except (ProgramError, NotCapturableError, *REFUSALS) as error:
             raise self._not_replayed(row.step, error) from None
         observer = StepObserver(expansion.interpreter, expansion.numbers)
-        loss = self._interpret(row, observer.look, expansion)
+        loss = self._interpret(row, observer.looks, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
         has_unseen = bool(self.steps.facts.unseen)
         return found._replace(places=found.places._replace(has_unseen=has_unseen))
@@ -344,42 +324,19 @@ class ReplayStepper:
         """Return copies of tensors of a step's program, by name, before an operation."""
         found: dict[str, Tensor] = {}
 
-        def look(place: int, environment: Environment) -> None:
-            if place == index:
-                found.update((name, environment.tensor(name).clone()) for name in names)
-                raise _FoundError
+        def look(tensor_of: Callable[[str], Tensor]) -> None:
+            found.update((name, tensor_of(name).clone()) for name in names)
 
         drawn = Generators.capture(self.steps.device)
-        step = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
-        with suppress(_FoundError):
-            _run(step, _copies(self._tensors), self.steps.inputs(row).tensors, look)
+        given = self.steps.inputs(row), self.steps.numbers(row), {index - 1: [look]}
+        self.steps.program_of(row).run(_copies(self._tensors), *given)
         drawn.restore(self.steps.device)
         return found
-
-    def _advance(self, last: int, hook: Hook | None = None) -> Tensor:
-        losses: list[float] = []
-        assert self.state is not None
-        try:
-            with without_autograd():
-                while self.state < last:
-                    self.settle()
-                    row = self.steps.row(self.state + 1)
-                    bound = self._bound.begin(row, last, self.steps)
-                    if bound is not None:
-                        losses.append(self._run_bound(row.step, bound, hook))
-                    elif hook is None:
-                        losses.append(self._interpret(row))
-                    if hook is not None and (bound is None or not hook.after(row.step, bound.live)):
-                        break
-        except NotReplayedError:
-            if not losses:
-                raise
-        return torch.tensor(losses, dtype=torch.float64)
 
     def _run_bound(self, number: int, bound: BoundStep, hook: Hook | None) -> float:
         """Run a step by a bound program that is ready for it; return its loss."""
         live = bound.live
-        calls = live.calls if hook is None else hook.calls(live)
+        calls = bound.calls(hook)
         if live.draws and bound.generator is not None:
             torch.set_rng_state(bound.generator)
         try:
@@ -394,32 +351,23 @@ class ReplayStepper:
         self._compare(number, bound.different_read() if live.reads else None, bound.digests)
         return live.loss.item()
 
-    def _interpret(
-        self,
-        row: Repeat,
-        look: Callable[[int, Environment], None] | None = None,
-        expansion: Expanded | None = None,
-    ) -> float:
+    def _interpret(self, row: Repeat, looks: Looks, expansion: Expanded | None = None) -> float:
         """Run a step, or its expansion, by the interpreter; return its loss."""
         inputs = self.steps.inputs(row)
-        interpreter = self.steps.program_of(row)
-        step = expansion or Expanded(interpreter, self.steps.numbers(row), {})
-        self._bound.touched(row.program)
+        known = Expanded(self.steps.program_of(row), self.steps.numbers(row), {})
+        interpreter, numbers, more = expansion or known
         try:
             with without_autograd():
-                taken = _run(step, self._tensors, inputs.tensors, look)
+                taken = interpreter.run(self._tensors, inputs | more, numbers, looks)
         except (ProgramError, ValueError) as error:
-            raise NotReplayedError(self._failure(row.step, str(error))) from None
+            raise self._not_replayed(row.step, error) from None
         self.state = row.step
-        self._compare(row.step, taken.differs, inputs.digests)
+        self._compare(row.step, taken.differs, self.steps.given(row).digests)
         return self.steps.loss(row.step) if taken.loss is None else float(taken.loss)
 
     def _not_replayed(self, number: int, error: Exception) -> NotReplayedError:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return NotReplayedError(self._failure(number, reason))
-
-    def _failure(self, number: int, reason: str) -> str:
-        return f"step {number} of {self._run.name} cannot be replayed: {reason}"
+        return NotReplayedError(f"step {number} of {self._run.name} cannot be replayed: {reason}")
 
     def _compare(self, number: int, differs: str | None, digests: Mapping[str, str]) -> None:
         """Report how a step differs from the recording; of the state after it, the first time."""
@@ -440,19 +388,6 @@ class ReplayStepper:
             f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
             "torch does not see it (NumPy, a thread, a compiled graph)",
         )
-
-
-def _run(
-    step: Expanded,
-    state: dict[str, Tensor],
-    inputs: dict[str, Tensor],
-    look: Callable[[int, Environment], None] | None,
-) -> Interpreted:
-    """Run a step on a state, with its inputs by the names that a row has."""
-    interpreter, numbers, more = step
-    drawn = ((_GENERATOR.fullmatch(name), tensor) for name, tensor in inputs.items())
-    generators = {int(found[1]): tensor for found, tensor in drawn if found}
-    return interpreter.run(state, interpreter.lay_inputs(inputs | more), numbers, generators, look)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,27 +10,24 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from everystep import clock, numerics
 from everystep.device import select
 from everystep.errors import RunError, StepError
-from everystep.program.memory import copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
-from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.opened_step import Batch, Step, Update
+from everystep.recording.recorded_run import RecordedRun, stretch_at
+from everystep.replay.opened_step import Step
 from everystep.replay.recorded_batches import rule_of
 from everystep.replay.recorded_steps import RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.generators import Generators, generators_preserved
-from everystep.step.observe import Observation
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
-__all__ = ["Replay", "no_such_step", "observed_step", "open_next", "same_number"]
+__all__ = ["Replay", "no_such_step", "same_number"]
 
 #: Seconds of replay between states in memory, so that stepping back is quick.
 KEPT_SECONDS = 0.005
@@ -132,7 +129,7 @@ class Replay:
 
     def next_step(self) -> Step:
         """Open the step after the current state; call it inside `in_force`."""
-        step = open_next(self.stepper)
+        step = self.stepper.open()
         recorded = self.recorded_loss(step.number)
         self.compare(step.number, [step.loss], [recorded])
         diverged = self.diverged_at
@@ -191,6 +188,12 @@ class Replay:
                 raise
             finally:
                 self._generators = Generators.capture(device)
+
+    def step_after(self, state: State) -> Step:
+        """Open the step after a state that is given."""
+        with self.in_force(state.step + 1):
+            self.begin(state)
+            return self.next_step()
 
     def begin(self, state: State) -> None:
         """Go to a state that is given; call it inside `in_force` of the step after it."""
@@ -258,7 +261,7 @@ class Replay:
         started = clock.now()
         losses = stepper.run(last)
         self._step_seconds = (clock.now() - started) / len(losses)
-        self.compare(first, losses.tolist(), self.recorded_losses(first, last))
+        self.compare(first, losses, self.recorded_losses(first, last))
 
     def compare(self, first: int, losses: list[float], recorded: list[float]) -> None:
         """Compare losses of consecutive steps with the recorded ones, and note the first difference."""
@@ -296,7 +299,7 @@ class Replay:
 
     def stretch_of(self, step: int) -> int:
         """Return the stretch of a step or state."""
-        return max(i for i, stretch in enumerate(self.stretches) if stretch.first <= max(step, 1))
+        return stretch_at(self.stretches, step)
 
     def _note(self, problem: str) -> None:
         if problem not in self.problems:
@@ -319,83 +322,8 @@ def same_number(one: float, two: float) -> bool:
     return one == two or (one != one and two != two)
 
 
-def open_next(stepper: ReplayStepper) -> Step:
-    """Run the next step, and return everything in it; its loss is not compared."""
-    assert stepper.state is not None
-    stepper.settle()
-    number = stepper.state + 1
-    dropped = stepper.gradients()
-    before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
-    batch = stepper.batch(number)
-    observation = stepper.observe()
-    after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
-    return replace(
-        observed_step(number, observation, batch, before, after),
-        dropped={n: each for n, each in dropped.items() if not _is_added_to(observation, n)},
-        hyperparameters=stepper.hyperparameters(),
-        epoch=stepper.epoch(number),
-    )
-
-
-def observed_step(
-    number: int,
-    observation: Observation,
-    batch: Batch,
-    before: dict[str, Tensor],
-    after: dict[str, Tensor],
-) -> Step:
-    """Return a step that was observed. before, after: copies of the tensors of the state, by name."""
-    loss = float(observation.loss)
-    return Step(
-        number=number,
-        loss=loss,
-        recorded_loss=loss,
-        diverged_at=None,
-        batch=batch,
-        parameters=_of_kind(before, "parameter"),
-        buffers=_of_kind(before, "buffer"),
-        activations={
-            path: given[0] if len(given) == 1 else given
-            for path, given in observation.activations.items()
-        },
-        dropped={},
-        gradients=observation.gradients,
-        updates={
-            name: Update(tensor, after[f"parameter/{name}"])
-            for name, tensor in _of_kind(before, "parameter").items()
-        },
-        operations=tuple(observation.operations),
-        hyperparameters={},
-        epoch=0,
-        places=observation.places,
-        state=before,
-        end=after,
-    )
-
-
 def _converted(state: State, conversion: Precision) -> State:
     def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: conversion.tensor(name, tensor) for name, tensor in tensors.items()}
 
     return replace(state, parameters=cast(state.parameters), rest=cast(state.rest))
-
-
-def _is_added_to(observation: Observation, parameter: str) -> bool:
-    """Return whether a step adds to the gradient of the step before, rather than dropping it."""
-    places = observation.places
-    spec = places.tensors.get(f"gradient/{parameter}")
-    if spec is None:
-        return False
-    for seen in observation.operations:
-        read, made = (
-            {places.tensors[name].storage for name in names}
-            for names in (seen.inputs, [*seen.results, *seen.written])
-        )
-        if spec.storage in read | made:
-            return spec.storage in read and "zero" not in seen.operation.name
-    return False
-
-
-def _of_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Any]:
-    prefix = f"{kind}/"
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

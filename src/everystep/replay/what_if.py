@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -18,14 +17,13 @@ from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.expression import Expression
 from everystep.replay.living import Living
-from everystep.replay.opened_step import Step
 from everystep.replay.probe import OpenedValues, check_question
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.recorded_batches import batches_of, rule_of
 from everystep.replay.recorded_columns import Evaluator, read_question
 from everystep.replay.recorded_steps import RecordedSteps, StepsAtRate
 from everystep.replay.replay_stepper import ReplayStepper
-from everystep.replay.run_replay import Replay, no_such_step, open_next, same_number
+from everystep.replay.run_replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
@@ -218,7 +216,7 @@ def _train_without(
         training = Living(run, stretch, objects or Objects(), state)
         for rows in cases:
             training.begin(batches.without_rows(rows, at + 1, until) if rows else batches)
-            found.append(Case(rows or (), *_outcome(run, question, until, training.run, training.open)))
+            found.append(Case(rows or (), *_outcome(run, question, (at, until), training)))
     return found
 
 
@@ -242,34 +240,30 @@ def _train_at(
             steps = RecordedSteps(*what) if rate is None else StepsAtRate(*what, rate)
             stepper = ReplayStepper(steps, differing.setdefault)
             stepper.load(state)
-            taken = partial(_taken, stepper), partial(open_next, stepper)
-            outcome = _outcome(run, question, until, *taken)
+            outcome = _outcome(run, question, (at, until), stepper)
             found.append(Case((), *outcome, rate, min(differing, default=None)))
     return found
-
-
-def _taken(stepper: ReplayStepper, last: int) -> list[float]:
-    """Take steps up to `last`; return their losses."""
-    losses: list[float] = []
-    while stepper.state is not None and stepper.state < last:
-        losses += stepper.run(last).tolist()
-    return losses
 
 
 def _outcome(
     run: RecordedRun,
     question: Expression,
-    until: int,
-    take: Callable[[int], list[float]],
-    open_last: Callable[[], Step],
+    states: tuple[int, int],
+    training: Living | ReplayStepper,
 ) -> tuple[float | None, tuple[float, ...]]:
-    """Train up to a step; return the answer to a question there, and the losses.
+    """Train from a state to another one; return the answer to a question there, and the losses.
 
-    take: takes steps up to one; open_last: takes the last, if the question needs more than its loss.
+    The last step is opened only if the question needs more than its loss.
     """
     is_of_loss = all(each.kind in ("loss", "step") for each in question.references)
-    losses = take(until if is_of_loss else until - 1)
-    last = None if is_of_loss else open_last()
-    losses += [] if last is None else [last.loss]
-    opened = None if last is None else OpenedValues(last)
+    at, until = states
+    count = until - at if is_of_loss else until - at - 1
+    losses: list[float] = []
+    while len(losses) < count:
+        losses += training.run(at + count)
+    opened = None
+    if not is_of_loss:
+        last = training.open()
+        losses.append(last.loss)
+        opened = OpenedValues(last)
     return Evaluator(question, run, False).answer(until, losses[-1], opened), tuple(losses)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from everystep import clock
 from everystep.errors import RunError
 from everystep.recording.facts import Facts, TrainingFacts
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.replay.processes import needs_worker, recorded_numerics
 from everystep.replay.recorded_steps import FurtherSteps
@@ -111,11 +111,12 @@ def continue_alone(
 
 def facts_alone(run: RecordedRun, at: int) -> TrainingFacts:
     """Return the facts of the steps that programs alone take after a step."""
-    stretch = [each for each in run.stretches if each.first <= at + 1][-1]
-    engine = stretch.facts.engine
+    stretches = run.stretches
+    facts = stretches[stretch_at(stretches, at + 1)].facts
+    engine = facts.engine
     assert engine is not None
     alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
-    return stretch.facts.model_copy(update={"engine": engine.model_copy(update=alone)})
+    return facts.model_copy(update={"engine": engine.model_copy(update=alone)})
 
 
 def _take(
@@ -131,7 +132,7 @@ def _take(
     while writer.step < last and not interrupt:
         writer.recorder.check()
         first, started = writer.step + 1, clock.now()
-        losses = stepper.run(writer.next_stop(last, one_by_one=stops_on_nan)).tolist()
+        losses = stepper.run(writer.next_stop(last, one_by_one=stops_on_nan))
         writer.step += len(losses)
         writer.timed(started, stepper.named_state, len(losses))
         writer.taken = [further.taken(number) for number in range(first, writer.step + 1)]

@@ -9,8 +9,8 @@ from weakref import ref
 
 import torch
 
+from everystep.program.operators import flattened
 from everystep.step.met_tensors import MetTensors
-from everystep.step.path import flattened
 
 __all__ = ["MISS", "check_of"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.program.operators import leaves, parameters, writes
+from everystep.program.operators import flattened, leaves, parameters, writes
 from everystep.step import replaced
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of
@@ -32,7 +32,7 @@ from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_tokens
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors, version_of
-from everystep.step.path import Entry, SeenOperation, flattened, geometry
+from everystep.step.path import Entry, SeenOperation, geometry
 from everystep.step.under_way import UnderWay
 
 __all__ = ["Cursor"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from everystep.program.interpreter import Environment, Interpreter
+from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copy_on_cpu
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, Storage, TensorSpec
@@ -26,6 +27,7 @@ __all__ = [
 #: The kernel by which a GradScaler divides gradients by its scale.
 UNSCALES = "_amp_foreach_non_finite_check_and_unscale"
 _GRADIENT = "gradient/"
+_TensorOf = Callable[[str], Tensor]
 
 
 class ValuePlace(NamedTuple):
@@ -73,7 +75,7 @@ class StepObserver:
         interpreter: the program.
         numbers: of the step.
 
-    The interpreter calls `look`; `observation` returns the observations.
+    The interpreter lets `looks` look; `observation` returns the observations.
     """
 
     def __init__(self, interpreter: Interpreter, numbers: list[int | float]) -> None:
@@ -112,33 +114,39 @@ class StepObserver:
         gradients = {name: self._gradients[name] for name in order if name in self._gradients}
         return Observation(loss, self._operations, self._activations, gradients, places)
 
-    def look(self, index: int, environment: Environment) -> None:
+    @property
+    def looks(self) -> Looks:
+        """What looks at the memory before and after each operation."""
+        count = len(self._program.operations)
+        return {index - 1: [partial(self._look, index)] for index in range(count + 1)}
+
+    def _look(self, index: int, tensor_of: _TensorOf) -> None:
         """Look at the memory before an operation, that is, after the previous one."""
         if index:
-            self._look_after(index - 1, environment)
+            self._look_after(index - 1, tensor_of)
         for path, names in self._due.get(index, ()):
-            self._activations[path] = tuple(self._copy(name, environment) for name in names)
+            self._activations[path] = tuple(self._copy(name, tensor_of) for name in names)
         for parameter in self._left.get(index, ()):
-            self._gradients[parameter] = self._copy(self._read[parameter].names[0], environment)
+            self._gradients[parameter] = self._copy(self._read[parameter].names[0], tensor_of)
         if index < len(self._program.operations):
             reads = self._program.operations[index].reads()
-            self._inputs = {name: self._copy(name, environment) for name in reads}
+            self._inputs = {name: self._copy(name, tensor_of) for name in reads}
 
-    def _look_after(self, index: int, environment: Environment) -> None:
+    def _look_after(self, index: int, tensor_of: _TensorOf) -> None:
         operation = self._with_numbers[index]
         written = self._interpreter.written[index]
         names = [name for name in operation.results if name] or written
         for storage in {self._storage(name) for name in (*names, *written)}:
             self._copies.pop(storage, None)
-        results = {name: self._copy(name, environment) for name in names}
-        others = {name: self._copy(name, environment) for name in written if name not in results}
+        results = {name: self._copy(name, tensor_of) for name in names}
+        others = {name: self._copy(name, tensor_of) for name in written if name not in results}
         line = self._program.line_of(operation)
         self._operations.append(Observed(operation, self._inputs, results, others, line))
 
-    def _copy(self, name: str, environment: Environment) -> Tensor:
+    def _copy(self, name: str, tensor_of: _TensorOf) -> Tensor:
         copies = self._copies.setdefault(self._storage(name), {})
         if name not in copies:
-            copies[name] = copy_on_cpu(environment.tensor(name))
+            copies[name] = copy_on_cpu(tensor_of(name))
         return copies[name]
 
     def _storage(self, name: str) -> str:

@@ -40,7 +40,6 @@ __all__ = [
     "SeenTensor",
     "StorageKind",
     "extent_of",
-    "flattened",
     "geometry",
 ]
 
@@ -419,12 +418,3 @@ def extent_of(geometry: tuple[Any, ...]) -> tuple[int, int]:
 def geometry(tensor: Tensor) -> tuple[Any, ...]:
     """Return where a tensor lies in its memory."""
     return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-
-
-def flattened(value: Any) -> list[Any]:
-    """Return all items of arguments or results, in order: those of dicts, lists and tuples."""
-    if isinstance(value, dict):
-        value = [*value.values()]
-    if isinstance(value, list | tuple):
-        return [each for item in value for each in flattened(item)]
-    return [value]

@@ -428,7 +428,7 @@ class StandIn:
     def _bind(self, state: Mapping[str, Tensor]) -> BoundProgram:
         contents = {name.removeprefix("input/"): tensor for name, tensor in self._inputs().items()}
         given = self._built.program, state, contents, self._batch, self._parts.device
-        return BoundProgram(*given, fixed=self._fixed)
+        return BoundProgram(*given)
 
     def _inputs(self) -> dict[str, Tensor]:
         """Return the bytes of inputs that are not in the batch, by the name of their storage."""
