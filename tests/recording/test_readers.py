@@ -35,7 +35,6 @@ def test_a_run_that_ends_while_it_is_read_is_neither_damaged_nor_killed(tmp_path
     with closing(Database.change(place / FILE_NAME)) as database, database.transaction():
         database.forget_after(5)
         database.write_facts({"status": "running"})
-        database.seal_blocks()
     with pytest.warns(DamageWarning, match="steps 6 to 9 are missing"):
         run = RecordedRun(place)
     running = run.facts

@@ -11,12 +11,12 @@ from everystep.errors import EverystepError, RunError
 from everystep.recording.blocks import BLOCK
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import Given, inputs_of, read_contents
-from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
+from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import Facts
 from everystep.recording.files import program_file
 from everystep.recording.health import Finding, number_findings
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.snapshots import check_snapshot
+from everystep.recording.snapshots import SnapshotRow, check_snapshot
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.shown import Shown
 
@@ -169,7 +169,7 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
         try:
             for given in _given(database):
                 places = database.contents(given.digests)
-                file = next((place[0] for place in places.values()), 0)
+                file = next((place.file for place in places.values()), 0)
                 if file not in altered and len(altered) < MOST_NAMED:
                     problem = _problem(partial(read_contents, run.directory, places, given))
                     if problem is not None:

@@ -21,13 +21,11 @@ import xxhash
 
 from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
-from everystep.recording.database import Database, Repeat
+from everystep.recording.database import Database, Place, Repeat
 from everystep.recording.files import bytes_of, open_own
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from everystep.recording.database import Database
 
 __all__ = [
     "DEFAULT_BATCH_BUDGET",
@@ -163,9 +161,7 @@ def _digest(kind: bytes, piece: Any) -> bytes:
     return machine.digest()
 
 
-def read_contents(
-    directory: Path, places: Mapping[bytes, tuple[int, int, int]], given: Given
-) -> Tensor | None:
+def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) -> Tensor | None:
     """Return an input of a step, on the CPU; None if it was dropped.
 
     Raises:
@@ -183,28 +179,27 @@ def read_contents(
             f"{directory} has an input of unknown dtype {given.dtype!r:.40}: the database was changed"
         )
     size = math.prod(given.shape) * dtype.itemsize
-    if sum(places[digest][2] for digest in given.digests) != size or size > MEMORY:
+    pieces = [places[digest] for digest in given.digests]
+    if sum(piece.size for piece in pieces) != size or size > MEMORY:
         raise RunError(f"{directory / FOLDER} was changed after recording: an input has another size")
     kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
-    content = b"".join(_piece(directory, digest, kind, *places[digest]) for digest in given.digests)
+    content = b"".join(_read_piece(directory, kind, piece) for piece in pieces)
     if not content:
         return torch.empty(given.shape, dtype=dtype)
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
 
 
-def _piece(directory: Path, digest: bytes, kind: bytes, file: int, place: int, size: int) -> bytes:
+def _read_piece(directory: Path, kind: bytes, piece: Place) -> bytes:
+    name = f"{FOLDER}/{piece.file}.bin"
     try:
-        with open_own(directory, f"{FOLDER}/{file}.bin") as opened:
-            opened.seek(place)
-            has_all = place + size <= os.fstat(opened.fileno()).st_size
-            content = opened.read(size) if has_all else b""
+        with open_own(directory, name) as opened:
+            opened.seek(piece.place)
+            has_all = piece.place + piece.size <= os.fstat(opened.fileno()).st_size
+            content = opened.read(piece.size) if has_all else b""
     except OSError as error:
-        raise RunError(f"{directory / FOLDER}/{file}.bin cannot be read: {error.strerror}") from None
-    if _digest(kind, content) != digest:
-        raise RunError(
-            f"{directory / FOLDER}/{file}.bin was changed after recording: the digest of an input "
-            "differs"
-        )
+        raise RunError(f"{directory / name} cannot be read: {error.strerror}") from None
+    if _digest(kind, content) != piece.digest:
+        raise RunError(f"{directory / name} was changed after recording: the digest of an input differs")
     return content
 
 
@@ -248,7 +243,7 @@ class Repeats:
         self._known: dict[bytes, int] = {}
         self._sizes: dict[int, int] = {}
         self._newest_step: dict[int, int] = {}
-        self._rows: list[tuple[bytes, int, int, int]] = []
+        self._rows: list[Place] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
@@ -344,7 +339,7 @@ class Repeats:
             self._folder.mkdir(exist_ok=True)
             self._file = (self._folder / f"{self._number}.bin").open("wb")
             self._sizes[self._number] = 0
-        self._rows.append((digest, self._number, self._sizes[self._number], piece.nbytes))
+        self._rows.append(Place(digest, self._number, self._sizes[self._number], piece.nbytes))
         self._file.write(piece.data)
         self._sizes[self._number] += piece.nbytes
         self._known[digest] = self._number

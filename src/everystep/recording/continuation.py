@@ -17,11 +17,11 @@ from everystep.errors import RunError, say
 from everystep.recording.blocks import LOSS
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import inputs_of
-from everystep.recording.database import FILE_NAME, Database, Repeat, SnapshotRow, cut, reading
+from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
 from everystep.recording.facts import EarlierFacts
-from everystep.recording.files import CHANGES, changes_in, has_own, sweep, take_file
+from everystep.recording.files import CHANGES, PROGRAMS, SNAPSHOTS, has_own, sweep, take_file
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.snapshots import PARAMETERS, REST, SnapshotPlan, read_snapshot, remove_snapshots
+from everystep.recording.snapshots import SnapshotPlan, SnapshotRow, read_snapshot, snapshots_in
 
 __all__ = ["Continuation", "inherit", "shortened", "tidy"]
 
@@ -197,24 +197,22 @@ def inherit(
     database.write_repeats(repeats)
     if repeats:
         database.write_contents(contents)
-        for number in {file for _, file, _, _ in contents}:
+        for number in {place.file for place in contents}:
             _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
     # A fork of a loop begins with a snapshot of its parent; other forks write their own. The last
     # snapshot includes changes after the loop's last step.
     is_loop = parent.facts.training.loop is not None
     begins_there = is_loop and (at < parent.newest_step() or not at)
-    for row in [row for row in parent.snapshot_rows() if row.step < at + begins_there]:
-        for name in (PARAMETERS, REST):
-            _take(parent.directory, directory, f"{row.directory}/{name}")
-        database.add_snapshot(row)
-        plan.kept[row.step] = row.bytes
-    changes = changes_in(row.name for row in files)
+    states = [row for row in snapshots_in(files) if row.step < at + begins_there]
     # Changes of the parent's loop before its next step are up to the loop of the fork.
-    later = {name for step, name in changes.items() if step > at - is_loop}
-    taken = [row for row in files if row.name not in later]
+    last_change = at - is_loop
+    taken = [row for row in files if row.step is None]
+    taken += [row for row in files if row.name.startswith(CHANGES) and (row.step or 0) <= last_change]
+    taken += [file for state in states for file in state.files]
     for file in taken:
         _take(parent.directory, directory, file.name)
     database.write_files(taken)
+    plan.kept |= {state.step: state.size for state in states}
     earlier: list[EarlierFacts] = []
     for stretch in parent.stretches:
         if stretch.first > at:
@@ -256,27 +254,26 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
         recorded: the newest step that stays.
         at: the state that the training continues from; it writes later ones again.
     """
-    rows = database.snapshots()
-    removed = [row for row in rows if row.step > recorded]
-    removed += [row for row in rows if at < row.step <= recorded and not _is_sound(directory, row)]
+    removed = [
+        row.step
+        for row in database.snapshots()
+        if row.step > recorded or (row.step > at and not _is_sound(directory, row))
+    ]
     with database.transaction():
         database.forget_after(recorded)
-        database.remove_snapshots([row.step for row in removed])
-    folder = directory / "snapshots"
-    remove_snapshots(folder, [row.step for row in removed])
-    kept = {f"{row.step:06d}" for row in database.snapshots()}
-    for path in folder.iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+        database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in removed)
     sweep(directory)
-    files = {row.name for row in database.files()}
-    for path in (*directory.glob(f"{CHANGES}/*"), *directory.glob("programs/*")):
-        if f"{path.parent.name}/{path.name}" not in files:
-            path.unlink(missing_ok=True)
-    used = {file for _, file, _, _ in database.all_contents()}
-    for path in directory.glob(f"{BATCHES}/*.bin"):
-        if path.stem.isdecimal() and int(path.stem) not in used:
-            path.unlink(missing_ok=True)
+    known = {row.name for row in database.files()}
+    known |= {row.directory for row in database.snapshots()}
+    known |= {f"{BATCHES}/{place.file}.bin" for place in database.all_contents()}
+    for folder in (SNAPSHOTS, CHANGES, PROGRAMS, BATCHES):
+        for path in directory.glob(f"{folder}/*"):
+            if f"{folder}/{path.name}" in known:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _is_sound(directory: Path, row: SnapshotRow) -> bool:

@@ -372,7 +372,8 @@ class MeasuredFacts(_Fact):
 class Facts(_Fact):
     """All facts of a run; a new run has only a few.
 
-    status: as the writer left it; "running" without the writer's lock means that it was killed. steps: planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
+    status: as the writer left it; "running" without the writer's lock means that it was killed. steps:
+    planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
     batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; note: of the
     user, in one line; earlier: facts of the steps of a fork's parent, and of those before each resume,
     in the order of the steps; resumed: each time; writer: the process that last wrote; trained: see

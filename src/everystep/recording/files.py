@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -31,6 +32,8 @@ __all__ = [
     "CHANGES",
     "DATA_FILE",
     "DATA_LIMIT",
+    "PROGRAMS",
+    "SNAPSHOTS",
     "Change",
     "FileRow",
     "bytes_of",
@@ -51,11 +54,17 @@ __all__ = [
     "take_file",
     "write_change",
     "write_data",
+    "write_tensors",
     "write_whole",
 ]
 
-CHANGES = "changes"
-_NAME = re.compile(rf"{CHANGES}/(\d{{1,18}})\.safetensors")
+CHANGES, PROGRAMS, SNAPSHOTS = "changes", "programs", "snapshots"
+#: Names of files that belong to a step.
+_OF_STEP = re.compile(rf"(?:{CHANGES}|{SNAPSHOTS})/(\d{{1,18}})[./].+")
+#: The key of plain data in the metadata of a safetensors file.
+_ABOUT = "everystep"
+#: Bytes of a file that are digested at a time; in between, other threads run.
+_PIECE = 8_000_000
 DATA_FILE = "data.safetensors"
 #: Data up to this size is stored in the run; of larger data, its size and digest.
 DATA_LIMIT = 256_000_000
@@ -70,6 +79,12 @@ class FileRow(NamedTuple):
     size: int
     digest: bytes
 
+    @property
+    def step(self) -> int | None:
+        """Of a state or a change: the step that it follows."""
+        match = _OF_STEP.fullmatch(self.name)
+        return None if match is None else int(match[1])
+
 
 def row_of_file(name: str, content: bytes) -> FileRow:
     """Return the row of a file with this content."""
@@ -78,7 +93,7 @@ def row_of_file(name: str, content: bytes) -> FileRow:
 
 def program_file(number: int) -> str:
     """Return the name of the file of a program, by its number (from 1) in the run."""
-    return f"programs/{number}.json"
+    return f"{PROGRAMS}/{number}.json"
 
 
 def read_file(directory: Path, row: FileRow) -> bytes:
@@ -229,51 +244,32 @@ def sweep(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class Change(NamedTuple):
-    """What code between two steps changed: tensors by name, and the names of removed ones."""
-
-    tensors: dict[str, Tensor]
-    gone: list[str]
-
-
-def write_change(
-    directory: Path, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()
+def write_tensors(
+    path: Path, name: str, tensors: Mapping[str, Tensor], about: Any = None, *, is_synced: bool = True
 ) -> FileRow:
-    """Write tensors (on the CPU) after `step` and the code that followed it.
+    """Write tensors (on the CPU), and plain data about them, as safetensors; return the row of the file.
 
-    gone: the names of removed tensors.
+    path: of the file now; name: within the run, once it is complete. A training computes meanwhile: the
+    bytes are copied once, into the file, and Python's lock is released.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
-    folder = directory / CHANGES
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f".{step:06d}.tmp"
-    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = save(own, {"gone": json.dumps([*gone])} if gone else None)
-    temporary.write_bytes(content)
-    row = row_of_file(f"{CHANGES}/{step:06d}.safetensors", content)
-    temporary.rename(directory / row.name)
-    return row
-
-
-def changes_in(files: Iterable[str]) -> dict[int, str]:
-    """Return the files of changes among those of a run, by step."""
-    matches = [match for match in map(_NAME.fullmatch, files) if match is not None]
-    return {int(match[1]): match[0] for match in matches}
+    # One key only: safetensors writes several in no fixed order, and the digest must hold.
+    metadata = None if about is None else {_ABOUT: json.dumps(about, sort_keys=True)}
+    save_file(_unshared(tensors), path, metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+    digest = xxhash.xxh3_128()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with memoryview(content) as view:
+            for begin in range(0, len(view), _PIECE):
+                digest.update(view[begin : begin + _PIECE])
+        if is_synced:
+            os.fsync(file.fileno())
+        return FileRow(name, len(content), digest.digest())
 
 
-def read_change(content: bytes, place: Path) -> Change:
-    """Return what changed. content: of the file at `place`.
-
-    Raises:
-        RunError: the file is unreadable.
-    """
-    tensors, gone = read_tensors(content, "gone", str(place))
-    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
-
-
-def read_tensors(content: bytes, key: str, place: str) -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors of a safetensors file, and the value that its metadata has as JSON under a key.
+def read_tensors(content: bytes, place: str) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of a safetensors file, and the plain data about them, None if it has none.
 
     Raises:
         RunError: the file is unreadable; names its place.
@@ -284,28 +280,74 @@ def read_tensors(content: bytes, key: str, place: str) -> tuple[dict[str, Tensor
     try:
         tensors = load(content)
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return tensors, parse_json((header.get("__metadata__") or {}).get(key, "null"))
+        return tensors, parse_json((header.get("__metadata__") or {}).get(_ABOUT, "null"))
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{place} cannot be read: {error}") from None
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors contiguous and with separate memory, as safetensors requires."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        alone = tensor.contiguous()
+        place = alone.untyped_storage().data_ptr()
+        found[name] = alone.clone() if place in taken else alone
+        taken.add(place)
+    return found
+
+
+class Change(NamedTuple):
+    """What code between two steps changed: tensors by name, and the names of removed ones."""
+
+    tensors: dict[str, Tensor]
+    gone: list[str]
+
+
+def write_change(directory: Path, step: int, change: Change) -> FileRow:
+    """Write tensors (on the CPU) after `step` and the code that followed it."""
+    folder = directory / CHANGES
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".{step:06d}.tmp"
+    name = f"{CHANGES}/{step:06d}.safetensors"
+    row = write_tensors(temporary, name, change.tensors, change.gone or None, is_synced=False)
+    temporary.rename(directory / name)
+    return row
+
+
+def changes_in(files: Iterable[FileRow]) -> dict[int, str]:
+    """Return the files of changes among those of a run, by step."""
+    return {
+        row.step: row.name
+        for row in files
+        if row.step is not None and row.name.startswith(f"{CHANGES}/")
+    }
+
+
+def read_change(content: bytes, place: Path) -> Change:
+    """Return what changed. content: of the file at `place`.
+
+    Raises:
+        RunError: the file is unreadable.
+    """
+    tensors, gone = read_tensors(content, str(place))
+    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
 
 
 def write_data(
     directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE
 ) -> tuple[DataFileFacts, list[FileRow]]:
     """Write small data (CPU tensors) into a run; return the fact that describes it, and its file."""
-    from safetensors.torch import save
-
     size = sum(tensor.nbytes for tensor in tensors.values())
-    is_small = size <= DATA_LIMIT
     files = []
-    if is_small:
-        content = save(_unshared(tensors))
-        write_whole(directory / name, content)
-        files.append(row_of_file(name, content))
+    if size <= DATA_LIMIT:
+        temporary = directory / f".{name}.tmp"
+        files.append(write_tensors(temporary, name, tensors))
+        temporary.rename(directory / name)
     # Bits also depend on the memory layout of a tensor.
     strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
     fact = DataFileFacts(
-        file=name, stored=is_small, bytes=size, digest=_digest(tensors), strides=strides
+        file=name, stored=bool(files), bytes=size, digest=_digest(tensors), strides=strides
     )
     return fact, files
 
@@ -318,7 +360,7 @@ def read_data(content: bytes, place: Path, fact: DataFileFacts) -> dict[str, Ten
     Raises:
         RunError: the file is unreadable, or has other data.
     """
-    tensors, _ = read_tensors(content, "", str(place))
+    tensors, _ = read_tensors(content, str(place))
     check_data(tensors, fact, str(place))
     try:
         return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
@@ -357,16 +399,6 @@ def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
     if stride is None or len(stride) != tensor.ndim or 0 in stride:
         return tensor.clone()  # in memory of torch's own alignment, which kernels are faster with
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors contiguous and with separate memory, as safetensors requires."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        taken = {other.untyped_storage().data_ptr() for other in found.values()}
-        alone = tensor.contiguous()
-        found[name] = alone.clone() if alone.untyped_storage().data_ptr() in taken else alone
-    return found
 
 
 def bytes_of(tensor: Tensor) -> Any:

@@ -11,33 +11,19 @@ import io
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
-from itertools import groupby, pairwise
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError
-from everystep.recording.blocks import (
-    BLOCK,
-    BYTES,
-    FACTS,
-    LOSS,
-    LOSSES,
-    STEP,
-    TEXT,
-    VALUES,
-    block_of,
-    digests_of,
-    series_of,
-)
+from everystep.recording.blocks import BLOCK, FACTS, LOSS, block_of, digests_of, fits, series_of
 from everystep.recording.connection import connect_reading
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
+from everystep.recording.files import SNAPSHOTS
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from everystep.recording.blocks import Series
 
 __all__ = [
@@ -49,13 +35,13 @@ __all__ = [
     "structure_findings",
 ]
 
-#: Queries for losses, measurements and digests, and the types of their columns.
-_LOSSES = "SELECT 'loss', step, loss FROM steps ORDER BY step {0}", (TEXT, STEP, LOSSES)
+#: Queries for losses, measurements and digests, and the type of their last column.
+_LOSSES = "SELECT 'loss', step, loss FROM steps ORDER BY step {0}", float | None
 _MEASUREMENTS = (
     "SELECT 'measurement/' || name, step, value FROM measurements ORDER BY name {0}, step {0}",
-    (TEXT, STEP, VALUES),
+    float | None,
 )
-_DIGESTS = "SELECT name, first, digest FROM blocks ORDER BY name {0}, first {0}", (TEXT, STEP, BYTES)
+_DIGESTS = "SELECT name, first, digest FROM blocks ORDER BY name {0}, first {0}", int
 #: A run that was closed has digests of all its losses.
 _CLOSED = ("finished", "stopped", "failed")
 #: Blocks and files of a kind that are named one by one.
@@ -108,7 +94,7 @@ def structure_findings(
                 f"but the state after step {later:,} is on disk",
             )
         )
-    count, last_block = database.sealed_losses()
+    count, last_block = database.blocks_of_losses()
     is_closed = facts.status in _CLOSED and newest > 0
     if last_block > newest or (is_closed and count != newest // BLOCK + 1):
         found.append(
@@ -145,18 +131,22 @@ def number_findings(
     Raises:
         RunError: the database cannot be read.
     """
-    recorded: dict[str, dict[int, bytes]] = {LOSS: {}} if only is None else {only: {}}
+    recorded: dict[str, dict[int, int]] = {LOSS if only is None else only: {}}
     for name, first, digest in database.blocks(only):
         if name != FACTS and first + BLOCK > since:
             recorded.setdefault(name, {})[first] = digest
     found: list[Finding] = []
     if only is None:
-        if not database.is_gapless():
-            found += _gap_findings(database.steps())
+        found += [
+            Finding(
+                f"{FILE_NAME}, steps",
+                f"steps {_span(first, last)} are missing, and later ones are there",
+            )
+            for first, last in database.gaps(_MOST_NAMED)
+        ]
         try:
-            recorded |= {
-                s: {} for n in database.measurement_names() if (s := series_of(n)) not in recorded
-            }
+            for name in database.measurement_names():
+                recorded.setdefault(series_of(name), {})
         except RunError as error:
             found.append(Finding(f"{FILE_NAME}, measurements", str(error)))
     altered = []
@@ -171,29 +161,19 @@ def number_findings(
         else:
             now = digests_of(*series)
         blocks = sorted(now.keys() | recorded[name].keys())
-        altered += [(name, first) for first in blocks if now.get(first) != recorded[name].get(first)]
+        altered += [
+            (name, first) for first in blocks if now.get(first, 0) != recorded[name].get(first, 0)
+        ]
     return found + _altered_findings(altered, database.newest_step())
 
 
-def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, bytes]:
+def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, int]:
     """Return the digests of the blocks of losses that can be read."""
-    found: dict[int, bytes] = {}
+    found: dict[int, int] = {}
     for first in blocks:
         with suppress(RunError):
             found |= digests_of(*database.series(LOSS, first, first + BLOCK - 1))
     return found
-
-
-def _gap_findings(steps: NDArray[np.int64]) -> list[Finding]:
-    """Return the gaps between steps, from 1."""
-    before = [0, *steps[steps > 0].tolist()]
-    gaps = [(a + 1, b - 1) for a, b in pairwise(before) if b > a + 1]
-    return [
-        Finding(
-            f"{FILE_NAME}, steps", f"steps {_span(first, last)} are missing, and later ones are there"
-        )
-        for first, last in gaps[:_MOST_NAMED]
-    ]
 
 
 def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[Finding]:
@@ -225,7 +205,7 @@ def _later_states(directory: Path, database: Database, newest: int) -> int | Non
     """Return the newest state that is on disk or in the database, if its step is missing."""
     states = {row.step for row in database.snapshots()}
     try:
-        names = [path.name for path in (directory / "snapshots").iterdir()]
+        names = [path.name for path in (directory / SNAPSHOTS).iterdir()]
     except OSError:
         names = []
     states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
@@ -253,7 +233,7 @@ def readable_numbers(path: Path) -> str:
     with closing(connect_reading(path, is_whole=False)) as connection:
         rows = _rows(connection, *_LOSSES) + _rows(connection, *_MEASUREMENTS)
         recorded = {row[:2]: row[2] for row in _rows(connection, *_DIGESTS)}
-    now: dict[tuple[str, int], bytes] = {}
+    now: dict[tuple[str, int], int] = {}
     for name, group in groupby(rows, key=itemgetter(0)):
         _, steps, values = zip(*group, strict=True)
         digests = digests_of(np.array(steps), np.array(values, np.float64))
@@ -268,13 +248,13 @@ def readable_numbers(path: Path) -> str:
     return text.getvalue()
 
 
-def _rows(connection: sqlite3.Connection, query: str, kinds: Any) -> list[Any]:
+def _rows(connection: sqlite3.Connection, query: str, kind: Any) -> list[tuple[str, int, Any]]:
     """Return the rows of a query that can be read: from its beginning, and from its end."""
     found = {}
     for direction in ("ASC", "DESC"):
         try:
             for row in connection.execute(query.format(direction)):
-                if all(type(value) in kind.types for value, kind in zip(row, kinds, strict=True)):
+                if type(row[0]) is str and type(row[1]) is int and fits(row[2:], kind):
                     found[row[:2]] = row
             break
         except (sqlite3.Error, UnicodeError):  # damaged from here; `doctor` reports it

@@ -19,7 +19,6 @@ from everystep.recording.database import (
     FILE_NAME,
     Database,
     Repeat,
-    SnapshotRow,
     read_quickly,
     reading,
 )
@@ -43,7 +42,7 @@ from everystep.recording.health import (
     structure_findings,
 )
 from everystep.recording.lock import is_locked
-from everystep.recording.snapshots import read_snapshot
+from everystep.recording.snapshots import SnapshotRow, read_snapshot
 from everystep.recording.summary import Summary, summary_of
 
 if TYPE_CHECKING:
@@ -402,14 +401,14 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is not one of the run.
         """
-        row = self._read(lambda database: database.file(name))
-        if row is None:
+        rows = self._read(lambda database: database.files(name))
+        if not rows:
             path = own_path(self.directory, name)
             raise RunError(
                 f"{path} has no digest in {FILE_NAME}: everystep did not write it, or "
                 "the database was changed"
             )
-        return read_file(self.directory, row)
+        return read_file(self.directory, rows[0])
 
     def files(self) -> list[FileRow]:
         """Return the files with digests, by name."""
@@ -417,7 +416,7 @@ class RecordedRun:
 
     def change_files(self) -> dict[int, str]:
         """Return the files of what code between two steps changed, by step."""
-        return changes_in(row.name for row in self.files())
+        return changes_in(self.files())
 
     def change(self, name: str) -> Change:
         """Return what code between two steps changed.

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from everystep import clock
 from everystep.bounded import MOST_STEPS
@@ -25,6 +26,9 @@ from everystep.recording.facts import Facts
 from everystep.recording.files import (
     DATA_FILE,
     DATA_LIMIT,
+    PROGRAMS,
+    SNAPSHOTS,
+    Change,
     program_file,
     row_of_file,
     write_change,
@@ -51,6 +55,21 @@ MOST_WAITING = 512_000_000
 LARGE_BYTES = 1_000_000
 #: Bytes that a run keeps while it is written: several times what its last facts take.
 _SPARE = 65_536
+
+
+P = ParamSpec("P")
+
+
+def _in_thread(
+    method: Callable[Concatenate[Any, P], None],
+) -> Callable[Concatenate[Any, P], None]:
+    """Let the thread of a recorder run a method, after those that were called before."""
+
+    @wraps(method)
+    def put(recorder: Any, /, *arguments: P.args, **options: P.kwargs) -> None:
+        recorder._put(partial(method, recorder, *arguments, **options))
+
+    return put
 
 
 class Recorder:
@@ -111,7 +130,7 @@ class Recorder:
                 closing.callback(self._remove_spare)
                 # Freed to write that the disk is full. No file system packs random bytes.
                 (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
-                (self._home.here / "snapshots").mkdir(exist_ok=is_resumed)
+                (self._home.here / SNAPSHOTS).mkdir(exist_ok=is_resumed)
                 for name, text in texts.items():
                     write_whole(self._home.here / name, text.encode())
                 opened = Database.change if is_resumed else Database.create
@@ -138,30 +157,57 @@ class Recorder:
         if sum(tensor.nbytes for tensor in tensors.values()) <= DATA_LIMIT:
             # A step may change its batch in place before it is written.
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        self._put(lambda: self._write_data(tensors, name))
+        self._write_data(tensors, name)
 
     def program(self, program: Program) -> int:
         """Write a program; return its number in the run."""
         self._programs = number = self._programs + 1
-        self._put(lambda: self._write_program(number, program))
+        self._write_program(number, program)
         return number
 
+    @_in_thread
     def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
         """Write tensors (on the CPU) that code between two steps changed after `step`.
 
         gone: the names of removed tensors.
         """
-        known = self._continuation
-        if known is None or step >= known.recorded:
-            self._put(lambda: self._write_change(step, tensors, gone))
+        if step >= self.recorded:
+            row = write_change(self._home.here, step, Change(tensors, [*gone]))
+            with self._database.transaction():
+                self._database.write_files([row])
 
+    @_in_thread
     def forget_after(self, step: int) -> None:
         """Delete losses, measurements and snapshots of later steps, which will run again."""
-        self._put(lambda: self._forget_after(step))
+        step = max(step, self.recorded)  # compare the resumed steps again
+        later = [taken for taken in self.plan.kept if taken > step]
+        for taken in later:
+            del self.plan.kept[taken]
+        with self._database.transaction():
+            files = self._database.forget_after(step)
+        for name in files:
+            (self._home.here / name).unlink(missing_ok=True)
+        self._remove_snapshots(later)
+        self._last_step = min(self._last_step, step)
+        self._passed = min(self._passed, step)
 
-    def facts(self, facts: dict[str, Any]) -> None:
+    @_in_thread
+    def facts(self, facts: Mapping[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
-        self._put(lambda: self._write_facts(facts))
+        if self._again is not None:
+            self._again.facts(facts)
+            return
+        with self._database.transaction():
+            self._database.write_facts(facts)
+
+    @_in_thread
+    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
+        """Write measurements (name, step, value)."""
+        if self._again is not None:
+            self._again.measurements(rows)
+            return
+        with self._database.transaction():
+            self._database.write_measurements(rows)
 
     def losses(
         self,
@@ -177,16 +223,12 @@ class Recorder:
         left out: Ctrl-C may come before the caller notes it.
         """
         self._bytes_asked += sum(row.bytes for row in taken)
-        self._put(lambda: self._write_steps(first_step, losses, measured, facts, taken))
-
-    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
-        """Write measurements (name, step, value)."""
-        self._put(lambda: self._write_measurements(rows))
+        self._write_steps(first_step, losses, measured, facts, taken)
 
     def snapshot(self, state: State) -> None:
         """Write a state."""
         self._snapshots_asked += 1
-        self._put(lambda: self._write_snapshot(state))
+        self._write_snapshot(state)
 
     def written(self) -> Iterator[tuple[int, Sequence[float]]]:
         """Yield the losses written since the last call, and the first step of each group."""
@@ -265,7 +307,7 @@ class Recorder:
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
         """
-        self._put(lambda: self._write_last_facts(facts))
+        self._write_last_facts(facts)
         self._queue.put(None)
         self._thread.join(LATE_SECONDS)
         if self._thread.is_alive():
@@ -286,7 +328,7 @@ class Recorder:
             self._database.hurry()
             self._remove_spare()
             finished = facts.get("finished")
-            self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
+            self._end({"status": "failed", "reason": reason, "finished": finished})
 
     def _remove_spare(self) -> None:
         with suppress(OSError):
@@ -300,9 +342,9 @@ class Recorder:
                 inherited = inherit(here, database, self.plan, parent, at)
                 self._programs = self._newest_program()
             if beginning is not None:
-                row = write_snapshot(here / "snapshots", beginning)
-                database.add_snapshot(row)
-                self.plan.kept[row.step] = row.bytes
+                row = write_snapshot(here / SNAPSHOTS, beginning)
+                database.write_files(row.files)
+                self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
             database.write_facts(first | inherited | facts.rows())
 
@@ -314,7 +356,7 @@ class Recorder:
         tidy(self._home.here, self._database, recorded, self._last_step)
         continuation = Continuation(self._home.here, self._database, facts.rows())
         self._last_step = continuation.recorded
-        self.plan.kept = {row.step: row.bytes for row in self._database.snapshots()}
+        self.plan.kept = {row.step: row.size for row in self._database.snapshots()}
         earlier = (*self._database.facts().earlier, *facts.earlier)
         self.plan.pinned = {0} | {each.last for each in earlier}
         self._programs = self._newest_program()
@@ -324,7 +366,7 @@ class Recorder:
             self._database.write_facts(known)
 
     def _newest_program(self) -> int:
-        files = (self._home.here / "programs").glob("*.json")
+        files = (self._home.here / PROGRAMS).glob("*.json")
         return max((int(path.stem) for path in files if path.stem.isdecimal()), default=0)
 
     @property
@@ -364,20 +406,7 @@ class Recorder:
         known = self._continuation
         return None if known is None or known.is_over else known
 
-    def _write_facts(self, facts: dict[str, Any]) -> None:
-        if self._again is not None:
-            self._again.facts(facts)
-            return
-        with self._database.transaction():
-            self._database.write_facts(facts)
-
-    def _write_measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
-        if self._again is not None:
-            self._again.measurements(rows)
-            return
-        with self._database.transaction():
-            self._database.write_measurements(rows)
-
+    @_in_thread
     def _write_steps(
         self,
         first_step: int,
@@ -420,15 +449,20 @@ class Recorder:
         rows = cut(rows, self._passed + 1, MOST_STEPS)
         return rows if self._again is None else self._again.new_repeats(rows)
 
-    def _write_last_facts(self, facts: dict[str, Any]) -> None:
+    @_in_thread
+    def _write_last_facts(self, facts: Mapping[str, Any]) -> None:
+        self._end(facts)
+
+    def _end(self, facts: Mapping[str, Any]) -> None:
         last = facts if self._continuation is None else self._continuation.last_facts(facts)
         with self._database.transaction():
             self._database.write_facts(last)
 
+    @_in_thread
     def _write_program(self, number: int, program: Program) -> None:
         from everystep.program.soundness import note_sound
 
-        (self._home.here / "programs").mkdir(exist_ok=True)
+        (self._home.here / PROGRAMS).mkdir(exist_ok=True)
         text = program.to_json().encode()
         file = program_file(number)
         write_whole(self._home.here / file, text)
@@ -436,31 +470,14 @@ class Recorder:
             self._database.write_files([row_of_file(file, text)])
         note_sound(text)  # it comes from torch itself, not from a stranger
 
-    def _write_change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str]) -> None:
-        row = write_change(self._home.here, step, tensors, gone)
-        with self._database.transaction():
-            self._database.write_files([row])
-
-    def _forget_after(self, step: int) -> None:
-        if self._continuation is not None:  # compare the resumed steps again
-            step = max(step, self._continuation.recorded)
-        later = [taken for taken in self.plan.kept if taken > step]
-        for taken in later:
-            del self.plan.kept[taken]
-        with self._database.transaction():
-            files = self._database.forget_after(step)
-        for name in files:
-            (self._home.here / name).unlink(missing_ok=True)
-        self._remove_snapshots(later)
-        self._last_step = min(self._last_step, step)
-        self._passed = min(self._passed, step)
-
+    @_in_thread
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
         fact, files = write_data(self._home.here, tensors, name)
         with self._database.transaction():
             self._database.write_files(files)
             self._database.write_facts({"data_file": fact})
 
+    @_in_thread
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow
 
@@ -469,22 +486,22 @@ class Recorder:
             self._snapshots_written += 1
             return
         started, began = clock.worked(), clock.now()
-        row = write_snapshot(self._home.here / "snapshots", state)
-        given_up = self.plan.add(row.step, row.bytes)
+        row = write_snapshot(self._home.here / SNAPSHOTS, state)
+        given_up = self.plan.add(row.step, row.size)
         with self._database.transaction():
-            self._database.add_snapshot(row)
+            self._database.write_files(row.files)
         self._remove_snapshots(given_up)
         self._snapshot_seconds = clock.worked() - started
-        if row.bytes > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
+        if row.size > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
             self._snapshot_seconds = clock.now() - began
-        self._snapshot_bytes = row.bytes
+        self._snapshot_bytes = row.size
         self._snapshots_written += 1
 
     def _remove_snapshots(self, steps: list[int]) -> None:
         if steps:
             with self._database.transaction():
-                self._database.remove_snapshots(steps)
-            remove_snapshots(self._home.here / "snapshots", steps)
+                self._database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in steps)
+            remove_snapshots(self._home.here / SNAPSHOTS, steps)
 
     def _translated(self, error: BaseException, last_step: int) -> RecordingError:
         if last_step:

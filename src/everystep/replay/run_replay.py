@@ -19,8 +19,8 @@ from everystep.device import select
 from everystep.errors import RunError, StepError
 from everystep.program.memory import copy_on_cpu
 from everystep.program.precision import Precision
-from everystep.recording.database import SnapshotRow
 from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Batch, Step, Update
 from everystep.replay.recorded_batches import rule_of
 from everystep.replay.recorded_steps import RecordedSteps
