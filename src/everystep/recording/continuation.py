@@ -38,29 +38,25 @@ class Continuation:
         database: of the run.
         facts: to be written with the first new step, by name.
 
-    recorded: the newest step that the run has; is_over: whether a new step was written.
+    recorded: the newest step that the run has; measured: kept measurements.
     """
 
     def __init__(self, directory: Path, database: Database, facts: Mapping[str, Any]) -> None:
         self.recorded = database.newest_step()
-        self.is_over = False
         before = database.facts()
         self._before = {name: getattr(before, name) for name in ("status", "reason", "finished")}
         self._is_loop = before.trained is not None and before.trained.loop is not None
         self._fork = before.fork
         self._name = directory.resolve().name
         self._database = database
-        self._facts = dict(facts)
-        self._measurements: list[tuple[str, int, float]] = []
+        self.facts = dict(facts)
+        self.measured: list[tuple[str, int, float]] = []
         self._recorded_values: dict[tuple[str, int], float] | None = None
         self._has_differed = False
 
-    def facts(self, facts: Mapping[str, Any]) -> None:
-        """Keep facts for later."""
-        self._facts |= facts
-
-    def measurements(self, rows: Measurements) -> None:
-        """Keep measurements for later, except those that the run has; report one that differs."""
+    def keep(self, rows: Measurements, facts: Mapping[str, Any]) -> None:
+        """Keep facts, and measurements except those that the run has; report one that differs."""
+        self.facts |= facts
         again = [row for row in rows if row[1] <= self.recorded]
         if again and self._recorded_values is None:
             known = self._database.measurements(min(step for _, step, _ in again))
@@ -72,7 +68,7 @@ class Continuation:
         for row in rows:
             place = row[:2]
             if self._recorded_values is None or place not in self._recorded_values:
-                self._measurements.append(row)
+                self.measured.append(row)
             elif not self._has_differed and not _is_same(row[2], self._recorded_values[place]):
                 self._has_differed = True
                 say(self._other_measurement(*row))
@@ -85,18 +81,9 @@ class Continuation:
             f"{self._recorded_values[name, step]!r} is kept. Unless it is a time or the like, {cure}"
         )
 
-    def begin(self) -> None:
-        """Write the kept data, in a transaction, before the first new step."""
-        self.is_over = True
-        self._database.write_facts(self._facts)
-        self._database.write_measurements(self._measurements)
-        self._facts, self._measurements = {}, []
-
-    def last_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the facts to close the run with: of a failure before a new step, those from before."""
-        if self.is_over or facts.get("status") != "failed":
-            return dict(facts)
-        return dict(self._before)
+    def last_facts(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the facts to close the run with: of a failure, those from before."""
+        return self._before if facts.get("status") == "failed" else facts
 
     def new_losses(self, first: int, losses: Sequence[float]) -> tuple[int, list[float]]:
         """Compare the losses of steps that were recorded; return the first new step, and the others.

@@ -88,7 +88,8 @@ class Recorder:
         is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
             that the run already has are compared, not written (see `Continuation`).
 
-    lost_to: the last step that needs dropped inputs.
+    plan: when to take snapshots; recorded: the newest step that the run had when it was resumed, 0 for a
+    new run; program_count: how many programs the run has, those of before included.
     The next `check`, and `finish`, raise errors of the thread.
     """
 
@@ -104,7 +105,8 @@ class Recorder:
         texts: Mapping[str, str] = MappingProxyType({}),
         beginning: State | None = None,
     ) -> None:
-        self.lost_to = self._bytes_asked = self._bytes_written = 0
+        self.recorded = self.program_count = 0
+        self._bytes_asked = self._bytes_written = 0
         self._home = Home(directory)
         self.plan = SnapshotPlan(budget)
         self._snapshot_seconds = 0.0
@@ -112,16 +114,12 @@ class Recorder:
         self._last_step = self._passed = at
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[tuple[int, Sequence[float]]] = queue.SimpleQueue()
-        self._snapshots_asked = 0
-        self._snapshots_written = 0
-        self._chosen_after = 0
+        self._snapshots_asked = self._snapshots_written = self._chosen_after = 0
         self._error: BaseException | None = None
         self._job_began: float | None = None
         self._is_late = False
-        self._continuation: Continuation | None = None
-        self._programs = 0
-        self._batch_budget = batch_budget
-        self._repeats: Repeats | None = None
+        #: What compares steps with recorded ones, until the first new step.
+        self._again: Continuation | None = None
         with ExitStack() as closing:
             closing.callback(self._home.close)
             try:
@@ -140,6 +138,8 @@ class Recorder:
                     self._resume(facts)
                 else:
                     self._begin(facts, parent, at, beginning)
+                self._repeats = Repeats(self._home.here, self._database, batch_budget, self._last_step)
+                closing.callback(self._repeats.close)
             except OSError as error:
                 raise self._translated(error, at if is_resumed else 0) from error
             #: Ends the writing of the run, in any case.
@@ -161,9 +161,9 @@ class Recorder:
 
     def program(self, program: Program) -> int:
         """Write a program; return its number in the run."""
-        self._programs = number = self._programs + 1
-        self._write_program(number, program)
-        return number
+        self.program_count += 1
+        self._write_program(self.program_count, program)
+        return self.program_count
 
     @_in_thread
     def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
@@ -194,20 +194,12 @@ class Recorder:
     @_in_thread
     def facts(self, facts: Mapping[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
-        if self._again is not None:
-            self._again.facts(facts)
-            return
-        with self._database.transaction():
-            self._database.write_facts(facts)
+        self._write_numbers((), facts)
 
     @_in_thread
     def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
         """Write measurements (name, step, value)."""
-        if self._again is not None:
-            self._again.measurements(rows)
-            return
-        with self._database.transaction():
-            self._database.write_measurements(rows)
+        self._write_numbers(rows, {})
 
     def losses(
         self,
@@ -238,13 +230,13 @@ class Recorder:
 
     def differs(self, step: int, problem: str) -> RunError:
         """Return the error of a resumed training in which a step is not as recorded."""
-        assert self._continuation is not None
-        return self._continuation.differs(step, problem)
+        assert self._again is not None
+        return self._again.differs(step, problem)
 
     @property
-    def recorded(self) -> int:
-        """The newest step that the run had when it was resumed; 0 for a new run."""
-        return 0 if self._continuation is None else self._continuation.recorded
+    def lost_to(self) -> int:
+        """The last step that needs dropped inputs."""
+        return self._repeats.lost_to
 
     def wait(self) -> None:
         """Wait for the disk if too much is queued.
@@ -307,7 +299,7 @@ class Recorder:
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
         """
-        self._write_last_facts(facts)
+        self._put(partial(self._write_last_facts, facts))
         self._queue.put(None)
         self._thread.join(LATE_SECONDS)
         if self._thread.is_alive():
@@ -315,8 +307,6 @@ class Recorder:
             self._thread.join()
         if self._error is not None and not isinstance(self._error, RunError | GoneError):
             self._close_failed(self._error, facts)
-        if self._repeats is not None:
-            self._repeats.close()
         self._closing.close()
         self.check()
 
@@ -328,7 +318,7 @@ class Recorder:
             self._database.hurry()
             self._remove_spare()
             finished = facts.get("finished")
-            self._end({"status": "failed", "reason": reason, "finished": finished})
+            self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
 
     def _remove_spare(self) -> None:
         with suppress(OSError):
@@ -340,13 +330,13 @@ class Recorder:
             here, database, inherited = self._home.here, self._database, dict[str, Any]()
             if parent is not None:
                 inherited = inherit(here, database, self.plan, parent, at)
-                self._programs = self._newest_program()
             if beginning is not None:
                 row = write_snapshot(here / SNAPSHOTS, beginning)
                 database.write_files(row.files)
                 self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
             database.write_facts(first | inherited | facts.rows())
+        self._count_programs()
 
     def _resume(self, facts: Facts) -> None:
         """Continue with the data of the run, and remove files of unrecorded steps."""
@@ -354,25 +344,19 @@ class Recorder:
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
         tidy(self._home.here, self._database, recorded, self._last_step)
-        continuation = Continuation(self._home.here, self._database, facts.rows())
-        self._last_step = continuation.recorded
+        self._again = Continuation(self._home.here, self._database, facts.rows())
+        self.recorded = self._last_step = self._again.recorded
         self.plan.kept = {row.step: row.size for row in self._database.snapshots()}
         earlier = (*self._database.facts().earlier, *facts.earlier)
         self.plan.pinned = {0} | {each.last for each in earlier}
-        self._programs = self._newest_program()
-        self._continuation = continuation
+        self._count_programs()
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
             self._database.write_facts(known)
 
-    def _newest_program(self) -> int:
-        files = (self._home.here / PROGRAMS).glob("*.json")
-        return max((int(path.stem) for path in files if path.stem.isdecimal()), default=0)
-
-    @property
-    def program_count(self) -> int:
-        """How many programs the run has; those of a parent, or from before it was resumed, included."""
-        return self._programs
+    def _count_programs(self) -> None:
+        numbers = [path.stem for path in (self._home.here / PROGRAMS).glob("*.json")]
+        self.program_count = max((int(each) for each in numbers if each.isdecimal()), default=0)
 
     def _put(self, job: Callable[[], None]) -> None:
         self._queue.put(job)
@@ -397,14 +381,27 @@ class Recorder:
         """
         if self._home.follow():
             self._database.move(self._home.here / FILE_NAME)
-            if self._repeats is not None:
-                self._repeats.move(self._home.here)
+            self._repeats.move(self._home.here)
 
-    @property
-    def _again(self) -> Continuation | None:
-        """What compares steps with recorded ones, until the first new step."""
-        known = self._continuation
-        return None if known is None or known.is_over else known
+    def _write_numbers(
+        self,
+        measured: Sequence[tuple[str, int, float]],
+        facts: Mapping[str, Any],
+        losses: Sequence[float] = (),
+        first_step: int = 0,
+    ) -> None:
+        """Write measurements, facts and losses: all or nothing; keep them while no step is new."""
+        if self._again is not None:
+            first_step, losses = self._again.new_losses(first_step, losses)
+            self._again.keep(measured, facts)
+            if not losses:
+                return
+            measured, facts = self._again.measured, self._again.facts
+        with self._database.transaction():
+            self._database.write_measurements(measured)
+            self._database.write_facts(facts)
+            self._database.write_losses(first_step, losses)
+        self._again = None
 
     @_in_thread
     def _write_steps(
@@ -415,46 +412,25 @@ class Recorder:
         facts: Mapping[str, Any],
         taken: Sequence[Taken],
     ) -> None:
-        new = min(max(0, self._passed + 1 - first_step), len(losses))
         if taken:
-            self._write_repeats(taken)
+            self._repeats.write(taken, self._new_repeats)
+        self._bytes_written += sum(row.bytes for row in taken)
+        new = min(max(0, self._passed + 1 - first_step), len(losses))
         self._passed = max(self._passed, first_step + len(losses) - 1)
         first_step, losses = first_step + new, losses[new:]
-        again = self._again
-        if again is not None:
-            first_step, losses = again.new_losses(first_step, losses)
-            again.measurements(measured)
-            again.facts(facts)
-        if not losses:
-            return
-        with self._database.transaction():
-            if again is not None:
-                again.begin()
-            else:
-                self._database.write_measurements(measured)
-                self._database.write_facts(facts)
-            self._database.write_losses(first_step, losses)
-        self._last_step = first_step + len(losses) - 1
-        self._written.put((first_step, losses))
-
-    def _write_repeats(self, rows: Sequence[Taken]) -> None:
-        if self._repeats is None:
-            self._repeats = Repeats(self._home.here, self._database, self._batch_budget, self._last_step)
-        self._repeats.write(rows, self._new_repeats)
-        self.lost_to = self._repeats.lost_to
-        self._bytes_written += sum(row.bytes for row in rows)
+        self._write_numbers(measured, facts, losses, first_step)
+        new = max(0, self.recorded + 1 - first_step)
+        if losses[new:]:
+            self._last_step = first_step + len(losses) - 1
+            self._written.put((first_step + new, losses[new:]))
 
     def _new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
         """Return the rows of steps that the run does not have."""
         rows = cut(rows, self._passed + 1, MOST_STEPS)
         return rows if self._again is None else self._again.new_repeats(rows)
 
-    @_in_thread
     def _write_last_facts(self, facts: Mapping[str, Any]) -> None:
-        self._end(facts)
-
-    def _end(self, facts: Mapping[str, Any]) -> None:
-        last = facts if self._continuation is None else self._continuation.last_facts(facts)
+        last = facts if self._again is None else self._again.last_facts(facts)
         with self._database.transaction():
             self._database.write_facts(last)
 
@@ -481,8 +457,7 @@ class Recorder:
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow
 
-        known = self._continuation
-        if known is not None and (state.step < known.recorded or state.step in self.plan.kept):
+        if state.step < self.recorded or state.step in self.plan.kept:
             self._snapshots_written += 1
             return
         started, began = clock.worked(), clock.now()
