@@ -171,6 +171,30 @@ class Blocks:
                 return np.arange(low, high + 1), values
         return np.array(self.numbers(f"SELECT step {which}", *given, kind=int), np.int64), values
 
+    def losses(self, first: int, last: int | None = None) -> NDArray[np.float64]:
+        """Return the losses from step `first` (1 or later) to `last`, as far as recorded.
+
+        Raises:
+            RunError: as `series`, or a loss is missing, but a later one exists.
+        """
+        steps, losses = self.series(LOSS, first, last)
+        self.check_gap(steps, first)
+        return losses
+
+    def check_gap(self, steps: NDArray[np.int64], first: int) -> None:
+        """Check that steps are `first`, `first + 1`, ...
+
+        Raises:
+            RunError: they are not.
+        """
+        import numpy as np
+
+        for place in np.flatnonzero(steps != np.arange(first, first + len(steps)))[:1]:
+            raise RunError(
+                f"{self.path.parent.name} has no loss for step {first + place}, but one for step "
+                f"{steps[place]}: the database was changed"
+            )
+
     def gaps(self, most: int) -> list[tuple[int, int]]:
         """Return the first gaps between the steps that have losses: the ends of each, up to `most`."""
         numbers = "count(*)", "coalesce(min(step), 1)", "coalesce(max(step), 0)"

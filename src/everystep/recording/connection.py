@@ -30,7 +30,6 @@ __all__ = [
     "fingerprint",
     "has_log",
     "last_written",
-    "stillness",
 ]
 
 FILE_NAME = "run.sqlite"
@@ -124,11 +123,11 @@ def begin_database(path: Path) -> None:
     new.rename(path)
 
 
-def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False) -> sqlite3.Connection:
+def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     """Return a read-only connection to a run's database.
 
     is_whole: refuse a database that is cut off, and one with pages that SQLite finds damaged when it
-    opens it. is_still: the caller makes sure that no process writes it (see `stillness`).
+    opens it.
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
@@ -136,7 +135,7 @@ def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False
     _statuses(path)
     if is_whole and not has_log(path):  # where it has content, a checkpoint may be under way
         _check_size(path)
-    connection = _connect(path, is_whole=is_whole, is_still=is_still)
+    connection = _connect(path, is_whole=is_whole)
     try:
         _check_identity(connection, path)
     except BaseException:
@@ -159,22 +158,6 @@ def fingerprint(directory: Path) -> tuple[int, ...]:
     # file that just changed all differ.
     now = time.time_ns()
     return tuple(found if abs(now - max(found[1::3])) > _TICK else [*found, now])
-
-
-def stillness(path: Path) -> tuple[int, ...] | None:
-    """Return the fingerprint of a database; None: a process may be writing it now.
-
-    Everything read between two calls with the same result is from one moment, without any lock: a writer
-    needs a log, and changes the file only when it empties the log.
-    """
-    try:
-        statuses = _statuses(path)
-        has_logs = any(statuses[log].st_size for log in _LOGS if log in statuses)
-        found = fingerprint(path.parent)
-    except RunError:
-        return None
-    # Three numbers per file; one more is the time now, of a file that has just changed.
-    return None if has_logs or len(found) % 3 else found
 
 
 def last_written(path: Path) -> float:
@@ -231,15 +214,15 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _connect(path: Path, *, is_whole: bool, is_still: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, is_whole: bool) -> sqlite3.Connection:
     uri = path.resolve().as_uri()
     opened = partial(sqlite3.connect, uri=True, isolation_level=None, timeout=_PATIENCE)
+    # On a read-only file system SQLite cannot make the files that reading a database with a log takes,
+    # as a killed run has. An immutable database needs none, but is read without its log.
     still = partial(opened, f"{uri}?mode=ro&immutable=1")
-    # On a read-only file system SQLite cannot make its shared-memory file. An immutable database needs
-    # none, but is read without its log, which has the newest steps of a killed run.
-    beside = partial(_with_log, path) if has_log(path) else still
+    other = partial(_with_log, path) if has_log(path) else still
     last_error: Exception | None = None
-    for connect in (still,) if is_still else (partial(opened, f"{uri}?mode=ro"), beside):
+    for connect in (partial(opened, f"{uri}?mode=ro"), other):
         try:
             connection = connect()
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
@@ -19,7 +19,6 @@ from everystep.recording.connection import (
     LONGEST_VALUE,
     begin_database,
     connect_reading,
-    stillness,
 )
 from everystep.recording.facts import Facts, MeasuredFacts, read_facts, rows_of
 from everystep.recording.files import CHANGES, SNAPSHOTS, FileRow
@@ -32,14 +31,12 @@ __all__ = [
     "Place",
     "Repeat",
     "cut",
-    "read_quickly",
     "reading",
 ]
 
 
 #: Seconds that a writer waits for another program that has locked the database; writes wait in memory.
 PATIENCE = 60.0
-Found = TypeVar("Found")
 
 
 class MeasurementEnds(NamedTuple):
@@ -100,18 +97,13 @@ class Database(Blocks):
         """Create the database; other threads may use it afterwards, one at a time."""
         with _writing(path):
             begin_database(path)
-            connection = _connected(path)
-            connection.execute("PRAGMA synchronous = NORMAL")
-        return cls(connection, path)
+            return cls(_connected(path), path)
 
     @classmethod
     def change(cls, path: Path) -> Database:
         """Open an existing database to add to it; threads may use it one at a time."""
-        connection = _connected(path)
-        database = cls(connection, path)
         with _writing(path):
-            connection.execute("PRAGMA synchronous = NORMAL")
-        return database
+            return cls(_connected(path), path)
 
     def move(self, path: Path) -> None:
         """Continue with the same database at another path."""
@@ -123,7 +115,13 @@ class Database(Blocks):
         self.connection.execute("PRAGMA busy_timeout = 0")
 
     def close(self) -> None:
-        """Close the connection; committed data stays."""
+        """Close the connection; committed data stays.
+
+        A run that no process writes has no log, so that readers make no files next to its database.
+        """
+        with suppress(sqlite3.Error):  # another process reads it now
+            self.connection.execute("PRAGMA busy_timeout = 0")
+            self.connection.execute("PRAGMA journal_mode = DELETE")
         self.connection.close()
 
     @contextmanager
@@ -293,6 +291,8 @@ class Database(Blocks):
 def _connected(path: Path) -> sqlite3.Connection:
     found = sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
     found.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+    found.execute("PRAGMA journal_mode = WAL")  # processes read while this one writes
+    found.execute("PRAGMA synchronous = NORMAL")
     return found
 
 
@@ -304,37 +304,16 @@ def _writing(path: Path) -> Iterator[None]:
         raise RecordingError(f"{path} cannot be written: {error}") from error
 
 
-def read_quickly(path: Path, read: Callable[[Database], Found]) -> Found:
-    """Return the result of `read` on a run's database, all of it from one moment.
-
-    A database that no process writes is read without locks. That takes a third of the time, and leaves
-    no SQLite files next to a closed database.
-
-    Raises:
-        RunError: as `reading`.
-    """
-    before = stillness(path)
-    if before is not None:
-        with suppress(RunError), reading(path, is_still=True) as database:
-            found = read(database)
-            if stillness(path) == before:
-                return found
-    with reading(path) as database:
-        return read(database)
-
-
 @contextmanager
-def reading(path: Path, *, is_still: bool = False) -> Iterator[Database]:
+def reading(path: Path) -> Iterator[Database]:
     """Open a run's database to read it as it is at one moment, also while it is written.
-
-    is_still: as of `connect_reading`.
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep; or it was
             removed meanwhile.
     """
     try:
-        connection = connect_reading(path, is_still=is_still)
+        connection = connect_reading(path)
         connection.execute("BEGIN")
     except (OSError, sqlite3.Error, UnicodeError) as error:  # removed, or replaced, between two looks
         raise RunError(f"{path} cannot be read: {error}") from None

@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -40,6 +40,7 @@ __all__ = [
     "changes_in",
     "check_data",
     "check_writable_files",
+    "completed",
     "has_own",
     "open_own",
     "own_path",
@@ -207,21 +208,31 @@ def check_writable_files(directory: Path) -> None:
     Raises:
         RunError: it has one; names it.
     """
-    for folder, folders, files in os.walk(directory):
-        for name in (*folders, *files):
-            path = Path(folder, name)
-            status = path.lstat()
-            is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-            is_file = stat.S_ISREG(status.st_mode)
-            is_shared = is_file and name in _CHANGED and status.st_nlink > 1
-            if not is_plain or is_shared:
-                what = (
-                    "has a second name (a hard link)" if is_shared else "is a link, or no regular file"
-                )
-                raise RunError(
-                    f"{path} {what}, so everystep does not write into this run; copy the run "
-                    "(cp -rL) and use the copy"
-                )
+    for path in directory.rglob("*"):
+        status = path.lstat()
+        is_file = stat.S_ISREG(status.st_mode)
+        if not is_file and not stat.S_ISDIR(status.st_mode):
+            problem = "is a link, or no regular file"
+        elif is_file and path.name in _CHANGED and status.st_nlink > 1:
+            problem = "has a second name (a hard link)"
+        else:
+            continue
+        raise RunError(
+            f"{path} {problem}, so everystep does not write into this run; copy the run (cp -rL) and "
+            "use the copy"
+        )
+
+
+@contextmanager
+def completed(path: Path) -> Iterator[Path]:
+    """Yield a temporary name for a file or a directory, which gets its own name once it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -230,12 +241,10 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with completed(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def sweep(folder: Path) -> None:
@@ -308,20 +317,15 @@ def write_change(directory: Path, step: int, change: Change) -> FileRow:
     """Write tensors (on the CPU) after `step` and the code that followed it."""
     folder = directory / CHANGES
     folder.mkdir(exist_ok=True)
-    temporary = folder / f".{step:06d}.tmp"
     name = f"{CHANGES}/{step:06d}.safetensors"
-    row = write_tensors(temporary, name, change.tensors, change.gone or None, is_synced=False)
-    temporary.rename(directory / name)
-    return row
+    with completed(directory / name) as file:
+        return write_tensors(file, name, change.tensors, change.gone or None, is_synced=False)
 
 
 def changes_in(files: Iterable[FileRow]) -> dict[int, str]:
     """Return the files of changes among those of a run, by step."""
-    return {
-        row.step: row.name
-        for row in files
-        if row.step is not None and row.name.startswith(f"{CHANGES}/")
-    }
+    found = ((row.step, row.name) for row in files if row.name.startswith(f"{CHANGES}/"))
+    return {step: name for step, name in found if step is not None}
 
 
 def read_change(content: bytes, place: Path) -> Change:
@@ -341,9 +345,8 @@ def write_data(
     size = sum(tensor.nbytes for tensor in tensors.values())
     files = []
     if size <= DATA_LIMIT:
-        temporary = directory / f".{name}.tmp"
-        files.append(write_tensors(temporary, name, tensors))
-        temporary.rename(directory / name)
+        with completed(directory / name) as file:
+            files.append(write_tensors(file, name, tensors))
     # Bits also depend on the memory layout of a tensor.
     strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
     fact = DataFileFacts(

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from everystep.errors import RunError
 from everystep.recording.blocks import BLOCK, FACTS, LOSS, block_of, digests_of, fits, series_of
 from everystep.recording.connection import connect_reading
-from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import Facts
 from everystep.recording.files import SNAPSHOTS
+from everystep.recording.lock import is_locked
 
 if TYPE_CHECKING:
     from everystep.recording.blocks import Series
@@ -63,14 +64,8 @@ class Finding(NamedTuple):
         return f"{self.place}: {self.problem}"
 
 
-def structure_findings(
-    directory: Path, database: Database, facts: Facts, is_written: bool
-) -> list[Finding]:
+def structure_findings(directory: Path, database: Database, facts: Facts) -> list[Finding]:
     """Return findings that need not read all numbers.
-
-    is_written: whether a process held the run before the database was opened, so that files may be ahead
-    of it. If it were checked later, a process that ended in between would leave files ahead of the data
-    read.
 
     Raises:
         RunError: the database cannot be read.
@@ -84,9 +79,8 @@ def structure_findings(
     short = missing_steps(facts, newest)
     if short is not None:
         found.append(short)
-    is_ahead = is_written and facts.status == "running"
-    later = None if is_ahead or short is not None else _later_states(directory, database, newest)
-    if later is not None:
+    later = None if short is not None else _later_state(directory, database, newest)
+    if later is not None and not _is_ahead(directory, facts, newest):
         found.append(
             Finding(
                 f"{FILE_NAME}, steps",
@@ -201,16 +195,22 @@ def damage_text(name: str, findings: Sequence[Finding]) -> str:
     return f"{name} is damaged: {findings[0]}{more}; run everystep doctor {name} for details"
 
 
-def _later_states(directory: Path, database: Database, newest: int) -> int | None:
+def _later_state(directory: Path, database: Database, newest: int) -> int | None:
     """Return the newest state that is on disk or in the database, if its step is missing."""
     states = {row.step for row in database.snapshots()}
-    try:
+    with suppress(OSError):
         names = [path.name for path in (directory / SNAPSHOTS).iterdir()]
-    except OSError:
-        names = []
-    states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
+        states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
     last = max(states, default=0)
     return last if last > newest else None
+
+
+def _is_ahead(directory: Path, facts: Facts, newest: int) -> bool:
+    """Return whether a process writes the run, or did so until now: its files are ahead of its rows."""
+    if facts.status != "running" or is_locked(directory):
+        return facts.status == "running"
+    with reading(directory / FILE_NAME) as now:
+        return now.newest_step() > newest
 
 
 def _span(first: int, last: int) -> str:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.recording.connection import LOCK_NAME, last_written
-from everystep.recording.database import FILE_NAME, Database, read_quickly
+from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import LONGEST_NOTE, Facts, WriterFacts
 from everystep.recording.files import check_writable_files
 
@@ -106,7 +106,8 @@ def writer_here() -> WriterFacts:
 def _facts_of(directory: Path) -> Facts:
     """Return the facts of a run, none if it cannot be read."""
     try:
-        return read_quickly(directory / FILE_NAME, Database.facts)
+        with reading(directory / FILE_NAME) as database:
+            return database.facts()
     except RunError:
         return Facts()
 

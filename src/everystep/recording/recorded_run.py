@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
-from everystep.recording.connection import fingerprint, has_log, last_written
+from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import (
     FILE_NAME,
     Database,
     Repeat,
-    read_quickly,
     reading,
 )
 from everystep.recording.facts import DataFileFacts, Facts, TrainingFacts
@@ -93,11 +92,8 @@ class RecordedRun:
         self.directory = Path(directory)
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
-        if may_be_cut:
-            return
-        # A writer has a log. To ask for its lock takes longer than to read all of this.
-        is_written = has_log(self._database_path) and is_locked(self.directory)
-        self._read(lambda database: self._check_whole(database, is_written))
+        if not may_be_cut:
+            self._read(self._check_whole)
 
     @property
     def name(self) -> str:
@@ -139,7 +135,7 @@ class RecordedRun:
         """Return all series of the last steps, the losses in their own precision."""
         import numpy as np
 
-        edition, is_written = fingerprint(self.directory), is_locked(self.directory)
+        edition = fingerprint(self.directory)
         with reading(self._database_path) as database:
             facts = database.facts()
             since = 0 if count is None else database.newest_step() - count + 1
@@ -149,16 +145,13 @@ class RecordedRun:
             with suppress(RunError):  # a finding reports more
                 measured = database.measurements(begin)
                 found |= {series_of(name): series for name, series in measured.items()}
-            damage = self._findings_in(database, facts, found, since, is_written)
+            damage = self._findings_in(database, found, since)
         if not since:
             self._found = edition, damage
         if since:
             found = {name: _from(since, *series) for name, series in found.items()}
         steps, losses = found[LOSS]
-        expected = np.arange(max(1, since), max(1, since) + len(steps))
-        if (steps != expected).any():
-            gap = int((steps != expected).argmax())
-            raise self._gap(int(expected[gap]), int(steps[gap]))
+        database.check_gap(steps, max(1, since))
         self._warn_of(damage)
         if facts.loss_dtype != "float64":
             with np.errstate(over="ignore"):
@@ -258,12 +251,7 @@ class RecordedRun:
         Raises:
             RunError: a loss is missing, but a later one exists.
         """
-        first = max(first, 1)
-        steps, losses = self._read(lambda database: database.series(LOSS, first, last))
-        for expected, step in enumerate(steps.tolist(), start=first):
-            if step != expected:
-                raise self._gap(expected, step)
-        found: list[float] = losses.tolist()
+        found: list[float] = self._read(lambda database: database.losses(max(first, 1), last).tolist())
         return found
 
     def losses_at(self, steps: Sequence[int]) -> dict[int, float]:
@@ -325,17 +313,16 @@ class RecordedRun:
 
     def summary(self) -> Summary:
         """Return the run in one line."""
-        is_written = is_locked(self.directory)
-        return self._read(lambda database: self._summary(database, is_written))
+        return self._read(self._summary)
 
-    def _summary(self, database: Database, is_written: bool) -> Summary:
+    def _summary(self, database: Database) -> Summary:
         facts = database.facts()
-        found = structure_findings(self.directory, database, facts, is_written)
+        found = structure_findings(self.directory, database, facts)
         damage = damage_text(self.name, found) if found else None
         summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
         return summary._replace(damage=damage)
 
-    def _check_whole(self, database: Database, is_written: bool) -> None:
+    def _check_whole(self, database: Database) -> None:
         """Check that the steps of a finished run are there; warn of other damage.
 
         Raises:
@@ -348,7 +335,7 @@ class RecordedRun:
                 f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; everystep "
                 f"doctor {self.name} --export FILE.csv writes the numbers that can be read"
             )
-        self._warn_of(structure_findings(self.directory, database, facts, is_written))
+        self._warn_of(structure_findings(self.directory, database, facts))
 
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them.
@@ -356,24 +343,18 @@ class RecordedRun:
         Raises:
             RunError: the database cannot be read.
         """
-        edition, is_written = fingerprint(self.directory), is_locked(self.directory)
-        if self._found is not None and self._found[0] == edition:
-            return self._found[1]
-        with reading(self._database_path) as database:
-            found = self._findings_in(database, database.facts(), {}, 0, is_written)
-        self._found = edition, found
-        return found
+        edition = fingerprint(self.directory)
+        if self._found is None or self._found[0] != edition:
+            self._found = edition, self._read(lambda database: self._findings_in(database, {}, 0))
+        return self._found[1]
 
-    def _findings_in(
-        self, database: Database, facts: Facts, known: dict[str, Series], since: int, is_written: bool
-    ) -> list[Finding]:
-        found = structure_findings(self.directory, database, facts, is_written)
+    def _findings_in(self, database: Database, known: dict[str, Series], since: int) -> list[Finding]:
+        found = structure_findings(self.directory, database, database.facts())
         return [*found, *number_findings(database, known, since)]
 
     def database_problems(self) -> list[str]:
         """Return what SQLite itself finds wrong with the whole database."""
-        with reading(self._database_path) as database:
-            return [f"{FILE_NAME}: {problem}" for problem in database.check_quickly()]
+        return [f"{FILE_NAME}: {problem}" for problem in self._read(Database.check_quickly)]
 
     @property
     def damage(self) -> str | None:
@@ -386,12 +367,6 @@ class RecordedRun:
         if found and not self._has_warned:
             self._has_warned = True
             warnings.warn(DamageWarning(damage_text(self.name, found)), stacklevel=3)
-
-    def _gap(self, expected: int, step: int) -> RunError:
-        return RunError(
-            f"{self.name} has no loss for step {expected}, but one for step {step}: the database was "
-            "changed"
-        )
 
     def read_file(self, name: str) -> bytes:
         """Return the content of a program, of its constants, of data or of changes, as recorded.
@@ -455,7 +430,8 @@ class RecordedRun:
         return {name: read_contents(self.directory, places, each) for name, each in given.items()}
 
     def _read(self, read: Callable[[Database], _Found]) -> _Found:
-        return read_quickly(self._database_path, read)
+        with reading(self._database_path) as database:
+            return read(database)
 
     @property
     def _database_path(self) -> Path:

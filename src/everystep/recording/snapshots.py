@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from everystep.errors import RunError
-from everystep.recording.files import SNAPSHOTS, FileRow, read_file, read_tensors, write_tensors
+from everystep.recording.files import (
+    SNAPSHOTS,
+    FileRow,
+    completed,
+    read_file,
+    read_tensors,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from everystep.step.state import State
@@ -81,21 +87,13 @@ def snapshots_in(files: Iterable[FileRow]) -> list[SnapshotRow]:
 
 def write_snapshot(folder: Path, state: State) -> SnapshotRow:
     """Write a state as `folder/000137/`: under a temporary name, synced, then renamed as a whole."""
-    name = f"{state.step:06d}"
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    name = f"{folder.name}/{state.step:06d}"
     files = (PARAMETERS, state.parameters, None), (REST, state.rest, state.settings)
-    try:
-        rows = [
-            write_tensors(temporary / file, f"{folder.name}/{name}/{file}", tensors, about)
-            for file, tensors, about in files
-        ]
-        temporary.rename(folder / name)
-    except BaseException:
+    with completed(folder / f"{state.step:06d}") as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return SnapshotRow(state.step, tuple(rows))
+        temporary.mkdir(parents=True)
+        rows = (write_tensors(temporary / file, f"{name}/{file}", *given) for file, *given in files)
+        return SnapshotRow(state.step, tuple(rows))
 
 
 def read_snapshot(run: Path, row: SnapshotRow) -> State:

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from everystep.errors import RunError
 from everystep.experiment.metrics import METRICS, VALIDATION
-from everystep.recording.blocks import LOSS, series_of
+from everystep.recording.blocks import series_of
 from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
 from everystep.recording.facts import Facts, TrainingFacts
 
@@ -118,12 +117,7 @@ def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | No
         RunError: the run is unreadable, or another program changed its database.
     """
     with reading(directory / FILE_NAME) as database:
-        losses, newest = database.series(LOSS, after + 1)[1], database.newest_step()
-        if len(losses) != max(0, newest - after):
-            raise RunError(
-                f"{directory} has {len(losses):,} losses after step {after:,}, but its newest step is "
-                f"{newest:,}: the database was changed"
-            )
+        losses, newest = database.losses(after + 1), database.newest_step()
         return Numbers(
             facts=database.facts(),
             steps=newest,
