@@ -57,23 +57,6 @@ class Given(NamedTuple):
     shape: tuple[int, ...]
     digests: tuple[bytes, ...]
 
-    def to_json(self) -> list[Any]:
-        """Return it as JSON holds it."""
-        return [self.dtype, list(self.shape), b"".join(self.digests).hex()]
-
-    @classmethod
-    def from_json(cls, data: Any) -> Given:
-        """Return the input that `to_json` wrote.
-
-        Raises:
-            ValueError: `to_json` does not return this.
-        """
-        dtype, shape, digests = data
-        if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError("an input without dtype and shape")
-        joined = bytes.fromhex(digests)
-        return cls(dtype, tuple(shape), tuple(joined[i : i + 16] for i in range(0, len(joined), 16)))
-
 
 def packed(value: Any) -> bytes:
     """Return plain data as a run keeps it: JSON, compressed. Special floats are kept."""
@@ -99,7 +82,7 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
 
 
 class Inputs(NamedTuple):
-    """The inputs of a step, as in the database.
+    """The inputs of a step.
 
     given: by `batch/name` and `input/name`; nesting: of the batch; digests: of the state after the step,
     by name, if it has any.
@@ -109,6 +92,14 @@ class Inputs(NamedTuple):
     nesting: Any
     digests: dict[str, Any]
 
+    def packed(self) -> bytes:
+        """Return them as a run keeps them: see `inputs_of`."""
+        given = {
+            n: [each.dtype, each.shape, b"".join(each.digests).hex()] for n, each in self.given.items()
+        }
+        digests = {"digests": self.digests} if self.digests else {}
+        return packed({"nesting": self.nesting, "given": given} | digests)
+
 
 def inputs_of(content: bytes | None, what: str) -> Inputs:
     """Return the inputs of a step. content: as a run keeps them; what: names them in an error.
@@ -116,9 +107,15 @@ def inputs_of(content: bytes | None, what: str) -> Inputs:
     Raises:
         RunError: they cannot be read.
     """
-    found = unpacked(content, what) or {"nesting": None, "given": {}}
+    found = unpacked(content, what) or {"given": {}}
+    given = {}
     try:
-        given = {name: Given.from_json(each) for name, each in found["given"].items()}
+        for name, (dtype, shape, digests) in found["given"].items():
+            if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError("an input without dtype and shape")
+            joined = bytes.fromhex(digests)
+            pieces = (joined[i : i + 16] for i in range(0, len(joined), 16))
+            given[name] = Given(dtype, tuple(shape), tuple(pieces))
         return Inputs(given, found.get("nesting"), dict(found.get("digests", {})))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RunError(f"{what} cannot be read: the database was changed") from None
@@ -266,13 +263,14 @@ class Repeats:
         for row in rows:
             last = row.step + row.count - 1
             given = {name: self._add_once(last, tensor) for name, tensor in row.inputs.items()}
-            digests = {"digests": row.digests} if row.digests else {}
-            inputs = self._packed_inputs(row.nesting, given, digests)
+            inputs = self._packed_inputs(Inputs(given, row.nesting, row.digests))
             numbers = packed(row.numbers) if row.numbers else None
             now = Repeat(row.step, row.program, numbers, inputs, row.count)
             before = found[-1] if found else None
             # Steps with batches by rule often have everything in common.
-            is_joined = before is not None and not given and not digests and before.last + 1 == now.step
+            is_joined = (
+                before is not None and not given and not row.digests and before.last + 1 == now.step
+            )
             if before is not None and is_joined and before[1:4] == now[1:4]:
                 found[-1] = before._replace(count=before.count + now.count)
             else:
@@ -295,13 +293,11 @@ class Repeats:
             with suppress(OSError):
                 self._file.close()
 
-    def _packed_inputs(self, nesting: Any, given: dict[str, Given], digests: dict[str, Any]) -> bytes:
+    def _packed_inputs(self, inputs: Inputs) -> bytes:
         """Return the inputs of a step in database form; pack repeated ones only once."""
-        key = repr(nesting), given, digests
+        key = repr(inputs.nesting), inputs
         if key != self._packed_key:
-            listed = {name: each.to_json() for name, each in given.items()}
-            self._packed_key = key
-            self._packed = packed({"nesting": nesting, "given": listed} | digests)
+            self._packed_key, self._packed = key, inputs.packed()
         return self._packed
 
     def _commit_contents(self) -> None:

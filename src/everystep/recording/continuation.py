@@ -14,7 +14,7 @@ from typing import Any
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError, say
-from everystep.recording.blocks import LOSS
+from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
@@ -51,35 +51,24 @@ class Continuation:
         self._database = database
         self.facts = dict(facts)
         self.measured: list[tuple[str, int, float]] = []
-        self._recorded_values: dict[tuple[str, int], float] | None = None
         self._has_differed = False
 
     def keep(self, rows: Measurements, facts: Mapping[str, Any]) -> None:
         """Keep facts, and measurements except those that the run has; report one that differs."""
         self.facts |= facts
-        again = [row for row in rows if row[1] <= self.recorded]
-        if again and self._recorded_values is None:
-            known = self._database.measurements(min(step for _, step, _ in again))
-            self._recorded_values = {
-                (name, step): value
-                for name, (steps, values) in known.items()
-                for step, value in zip(steps.tolist(), values.tolist(), strict=True)
-            }
-        for row in rows:
-            place = row[:2]
-            if self._recorded_values is None or place not in self._recorded_values:
-                self.measured.append(row)
-            elif not self._has_differed and not _is_same(row[2], self._recorded_values[place]):
+        for name, step, value in rows:
+            known: list[float] = []
+            if step <= self.recorded:
+                known = self._database.series(series_of(name), step, step)[1].tolist()
+            if not known:
+                self.measured.append((name, step, value))
+            elif not self._has_differed and not _is_same(value, known[0]):
                 self._has_differed = True
-                say(self._other_measurement(*row))
-
-    def _other_measurement(self, name: str, step: int, value: float) -> str:
-        assert self._recorded_values is not None
-        cure = "pass what the loop carries from step to step as parts, or later values will differ, too"
-        return (
-            f"when step {step} of {self._name} is repeated, {name} is {value!r}; the recorded "
-            f"{self._recorded_values[name, step]!r} is kept. Unless it is a time or the like, {cure}"
-        )
+                say(
+                    f"when step {step} of {self._name} is repeated, {name} is {value!r}; the recorded "
+                    f"{known[0]!r} is kept. Unless it is a time or the like, pass what the loop carries "
+                    "from step to step as parts, or later values will differ, too"
+                )
 
     def last_facts(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the facts to close the run with: of a failure, those from before."""
