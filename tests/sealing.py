@@ -27,4 +27,4 @@ def seal_files(directory):
     paths = [path for each in ("*.safetensors", "[pcs]*/**/*.*") for path in directory.glob(each)]
     names = [str(path.relative_to(directory)) for path in paths if path.is_file()]
     with closing(Database.change(directory / FILE_NAME)) as database, database.transaction():
-        database.write_files(row_of_file(name, (directory / name).read_bytes()) for name in names)
+        database.enter([row_of_file(name, (directory / name).read_bytes()) for name in names])

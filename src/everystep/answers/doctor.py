@@ -183,7 +183,7 @@ def _given(database: Database) -> Iterator[Given]:
     """Yield the inputs of steps, row by row, each once."""
     seen: set[bytes] = set()
     step = 0
-    while rows := database.repeats_after(step, BLOCK):
+    while rows := database.repeats(step + 1, most=BLOCK):
         for row in rows:
             for given in inputs_of(row.inputs, f"the input of step {row.step}").given.values():
                 new = {d: piece for d, piece in _pieces_of(given).items() if d not in seen}

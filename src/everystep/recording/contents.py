@@ -279,7 +279,7 @@ class Repeats:
         with self._database.transaction():
             lost_to = self.lost_to
             self._commit_contents()
-            self._database.write_repeats(new)
+            self._database.enter(new)
             if self.lost_to > lost_to:
                 self._database.write_facts({"batches_lost_to": self.lost_to})
 
@@ -304,7 +304,7 @@ class Repeats:
         """Enter the contents that were added since the last time; to be called in a transaction."""
         if self._file is not None:
             self._file.flush()
-        self._database.write_contents(self._rows)
+        self._database.enter(self._rows)
         self._rows = []
         self._given = {place: each for place, each in self._given.items() if each[0]() is not None}
         if self._file is not None and self._sizes[self._number] >= self._budget / FILES:

@@ -170,9 +170,9 @@ def inherit(
     for name, (steps, values) in measured.items():
         rows = zip(steps.tolist(), values.tolist(), strict=True)
         database.write_measurements((name, *row) for row in rows)
-    database.write_repeats(repeats)
+    database.enter(repeats)
     if repeats:
-        database.write_contents(contents)
+        database.enter(contents)
         for number in {place.file for place in contents}:
             _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
     # A fork of a loop begins with a snapshot of its parent; other forks write their own. The last
@@ -187,7 +187,7 @@ def inherit(
     taken += [file for state in states for file in state.files]
     for file in taken:
         _take(parent.directory, directory, file.name)
-    database.write_files(taken)
+    database.enter(taken)
     plan.kept |= {state.step: state.size for state in states}
     earlier: list[EarlierFacts] = []
     for stretch in parent.stretches:

@@ -75,6 +75,10 @@ class Place(NamedTuple):
     size: int
 
 
+#: The tables of rows.
+_TABLES: dict[type[Any], str] = {FileRow: "files", Repeat: "repeats", Place: "contents"}
+
+
 def cut(rows: Sequence[Repeat], first: int, last: int) -> list[Repeat]:
     """Return the rows of steps `first` to `last` alone: one that reaches beyond them is shortened.
 
@@ -159,21 +163,16 @@ class Database(Blocks):
         self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
         self.change_facts_digest()
 
-    def write_files(self, rows: Iterable[FileRow]) -> None:
-        """Enter files that are complete."""
-        self.connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
+    def enter(self, rows: Sequence[FileRow] | Sequence[Repeat] | Sequence[Place]) -> None:
+        """Enter rows in their table; of a file, once it is complete."""
+        for row in rows[:1]:
+            places = ", ".join("?" * len(row))
+            query = f"INSERT OR REPLACE INTO {_TABLES[type(row)]} VALUES ({places})"
+            self.connection.executemany(query, rows)
 
     def remove_files(self, names: Iterable[str]) -> None:
         """Delete files, before they are removed. `snapshots/000137/*` names all in a directory."""
         self.connection.executemany("DELETE FROM files WHERE name GLOB ?", [(name,) for name in names])
-
-    def write_repeats(self, rows: Iterable[Repeat]) -> None:
-        """Write what repeats steps."""
-        self.connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?, ?)", rows)
-
-    def write_contents(self, rows: Iterable[Place]) -> None:
-        """Write the locations of contents."""
-        self.connection.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)", rows)
 
     def remove_contents(self, file: int) -> None:
         """Delete all contents of a file, before it is removed."""
@@ -203,16 +202,6 @@ class Database(Blocks):
             )
         return newest
 
-    def ends(self) -> tuple[int, float | None, float | None]:
-        """Return how many steps there are, and the first and the last loss."""
-        # Steps are numbered from 1 without gaps; counting them would read them all.
-        query, wrong = "SELECT loss FROM steps ORDER BY step", "losses that are not numbers"
-        first, last = (
-            next(iter(self.numbers(f"{query} {end} LIMIT 1", kind=float | None, wrong=wrong)), None)
-            for end in ("", "DESC")
-        )
-        return self.newest_step(), first, last
-
     def measurement_ends(self) -> list[MeasurementEnds]:
         """Return how many values each measurement has, and the first and the last, by name."""
         self.measurement_names()  # which checks them
@@ -239,25 +228,15 @@ class Database(Blocks):
         """Return the files of the run, by name. names: a pattern of those to return."""
         return self.rows(FileRow, "SELECT * FROM files WHERE name GLOB ? ORDER BY name", names)
 
-    def repeats(self, first: int, last: int) -> list[Repeat]:
+    def repeats(self, first: int, last: int = MOST_STEPS, most: int = -1) -> list[Repeat]:
         """Return the rows that repeat any of steps `first` to `last`, in their order.
 
-        The first and the last of them may reach beyond: see `cut`.
+        The first and the last of them may reach beyond: see `cut`. most: about how many rows to return.
         """
-        return self._repeats(first, last, -1)
-
-    def repeats_after(self, step: int, most: int) -> list[Repeat]:
-        """Return the first rows that repeat any step after `step`, in their order, up to `most`."""
-        return self._repeats(step + 1, 2**63 - 1, most + 1)[:most]
-
-    def _repeats(self, first: int, last: int, limit: int) -> list[Repeat]:
-        """Return rows that repeat any of steps `first` to `last`; a limit of -1 means no limit.
-
-        The limit counts the newest row that begins at `first` or before, which may end before it, too.
-        """
+        # The newest row that begins at `first` or before may end before it, too.
         begin = "(SELECT coalesce(max(step), 1) FROM repeats WHERE step <= ?)"
         query = f"SELECT * FROM repeats WHERE step BETWEEN {begin} AND ? ORDER BY step LIMIT ?"
-        rows = self.rows(Repeat, query, first, last, limit)
+        rows = self.rows(Repeat, query, first, last, most)
         are_apart = all(row.last < later.step for row, later in pairwise(rows))
         if not are_apart or any(not 1 <= row.step <= row.last <= MOST_STEPS for row in rows):
             raise RunError(
@@ -279,10 +258,10 @@ class Database(Blocks):
         first: int | None = self.numbers("SELECT min(step) FROM steps")[0]
         return first
 
-    def check_quickly(self, most: int = 10) -> list[str]:
+    def check_quickly(self) -> list[str]:
         """Return SQLite's own report of damage in the database."""
         try:
-            found = self.connection.execute(f"PRAGMA quick_check({most})").fetchall()
+            found = self.connection.execute("PRAGMA quick_check(10)").fetchall()
         except (sqlite3.Error, UnicodeError) as error:  # so damaged that the check itself ends
             return [str(error)]
         return [str(text) for (text,) in found if text != "ok"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import groupby
 from operator import itemgetter
@@ -64,51 +64,62 @@ class Finding(NamedTuple):
         return f"{self.place}: {self.problem}"
 
 
-def structure_findings(directory: Path, database: Database, facts: Facts) -> list[Finding]:
-    """Return findings that need not read all numbers.
+def _in_table(table: str, problem: str) -> Finding:
+    return Finding(f"{FILE_NAME}, {table}", problem)
+
+
+def structure_findings(directory: Path, database: Database, facts: Facts) -> Iterator[Finding]:
+    """Yield findings that need not read all numbers.
 
     Raises:
         RunError: the database cannot be read.
     """
-    found = []
     newest, first = database.newest_step(), database.first_step()
     if first is not None and first != 1:
-        found.append(
-            Finding(f"{FILE_NAME}, steps", f"steps begin at {first:,}; a recording begins at step 1")
-        )
+        yield _in_table("steps", f"steps begin at {first:,}; a recording begins at step 1")
     short = missing_steps(facts, newest)
     if short is not None:
-        found.append(short)
-    later = None if short is not None else _later_state(directory, database, newest)
-    if later is not None and not _is_ahead(directory, facts, newest):
-        found.append(
-            Finding(
-                f"{FILE_NAME}, steps",
-                f"steps {newest + 1:,} to {later:,} are missing: the database ends at step {newest:,}, "
-                f"but the state after step {later:,} is on disk",
-            )
+        yield short
+    elif (later := _latest_state(directory, database)) > newest and not _is_ahead(
+        directory, facts, newest
+    ):
+        yield _in_table(
+            "steps",
+            f"steps {newest + 1:,} to {later:,} are missing: the database ends at step {newest:,}, but "
+            f"the state after step {later:,} is on disk",
         )
     count, last_block = database.blocks_of_losses()
     is_closed = facts.status in _CLOSED and newest > 0
     if last_block > newest or (is_closed and count != newest // BLOCK + 1):
-        found.append(
-            Finding(f"{FILE_NAME}, blocks", "the digests of the losses do not belong to these steps")
-        )
+        yield _in_table("blocks", "the digests of the losses do not belong to these steps")
     if not database.has_facts_as_written():
-        found.append(
-            Finding(f"{FILE_NAME}, facts", "the description of the run does not match its digest")
-        )
-    return found
+        yield _in_table("facts", "the description of the run does not match its digest")
 
 
 def missing_steps(facts: Facts, newest: int) -> Finding | None:
     """Return a finding if a finished run ends before its last step, else None."""
     if facts.status != "finished" or facts.steps is None or newest >= facts.steps:
         return None
-    return Finding(
-        f"{FILE_NAME}, steps",
-        f"the run finished with {facts.steps:,} steps, but its database ends at step {newest:,}",
+    return _in_table(
+        "steps", f"the run finished with {facts.steps:,} steps, but its database ends at step {newest:,}"
     )
+
+
+def _latest_state(directory: Path, database: Database) -> int:
+    """Return the step of the newest state that is on disk or in the database, 0 if there is none."""
+    states = {row.step for row in database.snapshots()}
+    with suppress(OSError):
+        names = [path.name for path in (directory / SNAPSHOTS).iterdir()]
+        states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
+    return max(states, default=0)
+
+
+def _is_ahead(directory: Path, facts: Facts, newest: int) -> bool:
+    """Return whether a process writes the run, or did so until now: its files are ahead of its rows."""
+    if facts.status != "running" or is_locked(directory):
+        return facts.status == "running"
+    with reading(directory / FILE_NAME) as now:
+        return now.newest_step() > newest
 
 
 def number_findings(
@@ -131,25 +142,21 @@ def number_findings(
             recorded.setdefault(name, {})[first] = digest
     found: list[Finding] = []
     if only is None:
-        found += [
-            Finding(
-                f"{FILE_NAME}, steps",
-                f"steps {_span(first, last)} are missing, and later ones are there",
-            )
-            for first, last in database.gaps(_MOST_NAMED)
-        ]
+        for first, last in database.gaps(_MOST_NAMED):
+            which = f"steps {_span(first, last)} are missing, and later ones are there"
+            found.append(_in_table("steps", which))
         try:
             for name in database.measurement_names():
                 recorded.setdefault(series_of(name), {})
         except RunError as error:
-            found.append(Finding(f"{FILE_NAME}, measurements", str(error)))
+            found.append(_in_table("measurements", str(error)))
     altered = []
     for name in sorted(recorded, key=lambda name: (name != LOSS, name)):
         try:
             series = (known or {}).get(name) or database.series(name, block_of(since) if since else None)
         except RunError as error:
             if name != LOSS:
-                found.append(Finding(f"{FILE_NAME}, measurements", str(error)))
+                found.append(_in_table("measurements", str(error)))
                 continue
             now = _digests_by_block(database, recorded[LOSS])
         else:
@@ -158,7 +165,16 @@ def number_findings(
         altered += [
             (name, first) for first in blocks if now.get(first, 0) != recorded[name].get(first, 0)
         ]
-    return found + _altered_findings(altered, database.newest_step())
+    newest = database.newest_step()
+    for name, first in altered[:_MOST_NAMED]:
+        which = _span(max(1, first), max(first, min(first + BLOCK - 1, newest)))
+        table, what = "steps", "losses"
+        if name != LOSS:
+            table, what = "measurements", f"values of {name.partition('/')[2]}"
+        found.append(_in_table(table, f"{what} of steps {which} do not match their digest"))
+    if more := len(altered[_MOST_NAMED:]):
+        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers do not match their digest"))
+    return found
 
 
 def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, int]:
@@ -170,47 +186,10 @@ def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, in
     return found
 
 
-def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[Finding]:
-    """Return findings for blocks that differ from the recording."""
-    found = []
-    for name, first in altered[:_MOST_NAMED]:
-        last = max(first, min(first + BLOCK - 1, newest))
-        table = "steps" if name == LOSS else "measurements"
-        what = "losses" if name == LOSS else f"values of {name.partition('/')[2]}"
-        found.append(
-            Finding(
-                f"{FILE_NAME}, {table}",
-                f"{what} of steps {_span(max(1, first), last)} do not match their digest",
-            )
-        )
-    if len(altered) > _MOST_NAMED:
-        more = len(altered) - _MOST_NAMED
-        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers do not match their digest"))
-    return found
-
-
 def damage_text(name: str, findings: Sequence[Finding]) -> str:
     """Return in a line that a run is damaged, and what to do."""
     more = f" (and {len(findings) - 1:,} more)" if len(findings) > 1 else ""
     return f"{name} is damaged: {findings[0]}{more}; run everystep doctor {name} for details"
-
-
-def _later_state(directory: Path, database: Database, newest: int) -> int | None:
-    """Return the newest state that is on disk or in the database, if its step is missing."""
-    states = {row.step for row in database.snapshots()}
-    with suppress(OSError):
-        names = [path.name for path in (directory / SNAPSHOTS).iterdir()]
-        states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
-    last = max(states, default=0)
-    return last if last > newest else None
-
-
-def _is_ahead(directory: Path, facts: Facts, newest: int) -> bool:
-    """Return whether a process writes the run, or did so until now: its files are ahead of its rows."""
-    if facts.status != "running" or is_locked(directory):
-        return facts.status == "running"
-    with reading(directory / FILE_NAME) as now:
-        return now.newest_step() > newest
 
 
 def _span(first: int, last: int) -> str:

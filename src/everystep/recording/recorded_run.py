@@ -317,7 +317,7 @@ class RecordedRun:
 
     def _summary(self, database: Database) -> Summary:
         facts = database.facts()
-        found = structure_findings(self.directory, database, facts)
+        found = [*structure_findings(self.directory, database, facts)]
         damage = damage_text(self.name, found) if found else None
         summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
         return summary._replace(damage=damage)
@@ -335,7 +335,7 @@ class RecordedRun:
                 f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; everystep "
                 f"doctor {self.name} --export FILE.csv writes the numbers that can be read"
             )
-        self._warn_of(structure_findings(self.directory, database, facts))
+        self._warn_of([*structure_findings(self.directory, database, facts)])
 
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them.

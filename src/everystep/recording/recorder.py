@@ -174,7 +174,7 @@ class Recorder:
         if step >= self.recorded:
             row = write_change(self._home.here, step, Change(tensors, [*gone]))
             with self._database.transaction():
-                self._database.write_files([row])
+                self._database.enter([row])
 
     @_in_thread
     def forget_after(self, step: int) -> None:
@@ -332,7 +332,7 @@ class Recorder:
                 inherited = inherit(here, database, self.plan, parent, at)
             if beginning is not None:
                 row = write_snapshot(here / SNAPSHOTS, beginning)
-                database.write_files(row.files)
+                database.enter(row.files)
                 self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
             database.write_facts(first | inherited | facts.rows())
@@ -443,14 +443,14 @@ class Recorder:
         file = program_file(number)
         write_whole(self._home.here / file, text)
         with self._database.transaction():
-            self._database.write_files([row_of_file(file, text)])
+            self._database.enter([row_of_file(file, text)])
         note_sound(text)  # it comes from torch itself, not from a stranger
 
     @_in_thread
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
         fact, files = write_data(self._home.here, tensors, name)
         with self._database.transaction():
-            self._database.write_files(files)
+            self._database.enter(files)
             self._database.write_facts({"data_file": fact})
 
     @_in_thread
@@ -464,7 +464,7 @@ class Recorder:
         row = write_snapshot(self._home.here / SNAPSHOTS, state)
         given_up = self.plan.add(row.step, row.size)
         with self._database.transaction():
-            self._database.write_files(row.files)
+            self._database.enter(row.files)
         self._remove_snapshots(given_up)
         self._snapshot_seconds = clock.worked() - started
         if row.size > LARGE_BYTES:  # the system, which writes it out, takes time from the training too

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everystep.experiment.metrics import METRICS, VALIDATION
-from everystep.recording.blocks import series_of
+from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
 from everystep.recording.facts import Facts, TrainingFacts
 
@@ -50,9 +49,10 @@ class Summary(NamedTuple):
 
 def summary_of(name: str, directory: Path, facts: Facts, status: str, database: Database) -> Summary:
     """Return a run in one line; its database is open for reading."""
-    count, first, last = database.ends()
-    trained = facts.trained
-    nan = math.nan if count and facts.has_loss else None
+    count, trained = database.newest_step(), facts.trained
+    newest = count if facts.has_loss else 0
+    losses = (database.series(LOSS, step, step)[1].tolist() for step in (min(1, newest), newest))
+    first, last = (next(iter(loss), None) for loss in losses)
     groups = [g for o in trained.optimizers.values() for g in o.groups] if trained else []
     rates = [rate for group in groups if isinstance(rate := group.get("lr"), int | float)]
     return Summary(
@@ -61,8 +61,8 @@ def summary_of(name: str, directory: Path, facts: Facts, status: str, database: 
         status=status,
         steps=count,
         planned=count if facts.steps is None else facts.steps,
-        first_loss=nan if first is None else first,
-        last_loss=nan if last is None else last,
+        first_loss=first,
+        last_loss=last,
         started=facts.started or _time_of(directory / FILE_NAME),
         nonfinite_step=facts.nonfinite_step,
         seconds=facts.seconds,
