@@ -136,7 +136,7 @@ def test_an_altered_experiment_is_not_forked(run):
     trained = everystep.train_experiment("two-layer", {"steps": 5}, progress=False)
     path = trained.directory / "experiment.toml"
     path.write_text(path.read_text().replace("0.0001", "0.0002"))
-    with pytest.raises(everystep.RunError, match="was changed after the training"):
+    with pytest.raises(everystep.RunError, match="was changed after recording"):
         trained.fork(3, progress=False)
 
 

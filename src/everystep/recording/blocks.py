@@ -129,13 +129,15 @@ class Blocks:
         Raises:
             RunError: a value has another type, or the database cannot be read.
         """
-        found = [*chain.from_iterable(self._fetched(query, arguments))]
+        found = self._fetched(query, arguments, chain.from_iterable)
         self._check(found, kind, wrong)
         return found
 
-    def _fetched(self, query: str, arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
+    def _fetched(
+        self, query: str, arguments: Sequence[Any], shaped: Callable[[Any], Iterable[Any]] = iter
+    ) -> list[Any]:
         try:
-            return self.connection.execute(query, arguments).fetchall()
+            return [*shaped(self.connection.execute(query, arguments))]
         except (sqlite3.Error, UnicodeError) as error:
             is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
             cure = f"; everystep doctor {self.path.parent.name} reports what can be read"

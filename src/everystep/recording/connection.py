@@ -71,8 +71,8 @@ CREATE TABLE contents (
     size INTEGER NOT NULL                  -- bytes
 ) WITHOUT ROWID;
 
--- Files of the run besides experiments and batches, which have digests of their own. A row is entered
--- when its file is complete; a file without a row is not of the run.
+-- Files of the run besides batches, which have digests of their own. A row is entered when its file is
+-- complete; a file without a row is not of the run.
 CREATE TABLE files (
     name TEXT PRIMARY KEY,                 -- within the run: 'programs/1.json'
     size INTEGER NOT NULL,                 -- bytes

@@ -19,7 +19,7 @@ from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
 from everystep.recording.facts import EarlierFacts
-from everystep.recording.files import CHANGES, PROGRAMS, SNAPSHOTS, has_own, sweep, take_file
+from everystep.recording.files import CHANGES, PROGRAMS, SNAPSHOTS, take_file
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, SnapshotRow, read_snapshot, snapshots_in
 
@@ -174,7 +174,7 @@ def inherit(
     if repeats:
         database.enter(contents)
         for number in {place.file for place in contents}:
-            _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
+            take_file(parent.directory, f"{BATCHES}/{number}.bin", directory)
     # A fork of a loop begins with a snapshot of its parent; other forks write their own. The last
     # snapshot includes changes after the loop's last step.
     is_loop = parent.facts.training.loop is not None
@@ -182,11 +182,12 @@ def inherit(
     states = [row for row in snapshots_in(files) if row.step < at + begins_there]
     # Changes of the parent's loop before its next step are up to the loop of the fork.
     last_change = at - is_loop
-    taken = [row for row in files if row.step is None]
+    experiments = {row.name: row for row in files if row.name.endswith(".toml")}
+    taken = [row for row in files if row.step is None and row.name not in experiments]
     taken += [row for row in files if row.name.startswith(CHANGES) and (row.step or 0) <= last_change]
     taken += [file for state in states for file in state.files]
     for file in taken:
-        _take(parent.directory, directory, file.name)
+        take_file(parent.directory, file.name, directory)
     database.enter(taken)
     plan.kept |= {state.step: state.size for state in states}
     earlier: list[EarlierFacts] = []
@@ -194,10 +195,11 @@ def inherit(
         if stretch.first > at:
             continue
         training = stretch.facts
-        source = training.experiment_file or EXPERIMENT_FILE
-        if training.experiment_digest is not None or has_own(parent.directory, source):
+        experiment = experiments.get(training.experiment_file or EXPERIMENT_FILE)
+        if experiment is not None:
             name = f"experiment-{stretch.first}.toml"
-            _take(parent.directory, directory, source, name)
+            take_file(parent.directory, experiment.name, directory, name)
+            database.enter([experiment._replace(name=name)])
             training = training.model_copy(update={"experiment_file": name})
         earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
     facts = parent.facts
@@ -213,12 +215,6 @@ def inherit(
         kept["batches_lost_to"] = min(facts.batches_lost_to, at)
     plan.pinned = {0} | {each.last for each in earlier}
     return kept
-
-
-def _take(source: Path, target: Path, name: str, own_name: str | None = None) -> None:
-    """Inherit a file. A fork reports a missing file when it is read, as its parent does."""
-    if has_own(source, name):
-        take_file(source, name, target, own_name)
 
 
 def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
@@ -238,7 +234,8 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
     with database.transaction():
         database.forget_after(recorded)
         database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in removed)
-    sweep(directory)
+    for path in directory.glob(".*.tmp"):  # of a process that was killed
+        path.unlink()
     known = {row.name for row in database.files()}
     known |= {row.directory for row in database.snapshots()}
     known |= {f"{BATCHES}/{place.file}.bin" for place in database.all_contents()}

@@ -278,7 +278,7 @@ class TrainingFacts(_Fact):
     name. loss: None in a user's loop. seed: None if torch's generator was not reseeded.
     preparation: what was done to the data, as in `experiment.preparation`.
     stop_on_nan: whether the first loss that is not finite ends the training.
-    experiment_file, experiment_digest: the file of the experiment, and its SHA-256.
+    experiment_file: of the experiment, if it has another name than usual.
     """
 
     device: str
@@ -297,7 +297,6 @@ class TrainingFacts(_Fact):
     versions: dict[str, str]
     preparation: dict[str, Any] | None = None
     experiment_file: str | None = None
-    experiment_digest: str | None = None
     data_file: DataFileFacts | None = None
     engine: EngineFacts | None = None
     loop: LoopFacts | None = None

@@ -7,6 +7,7 @@ changes that code made between two steps.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -48,10 +49,8 @@ __all__ = [
     "read_change",
     "read_data",
     "read_file",
-    "read_own",
     "read_tensors",
     "row_of_file",
-    "sweep",
     "take_file",
     "write_change",
     "write_data",
@@ -101,28 +100,19 @@ def read_file(directory: Path, row: FileRow) -> bytes:
     """Return the content of a file of a run, checked against its digest.
 
     Raises:
-        RunError: it is missing, or was changed.
+        RunError: it is missing, larger than it was, changed, or not one of the run.
     """
-    content = read_own(directory, row.name, row.size)
+    path = own_path(directory, row.name)
+    try:
+        content = read_regular(path, min(row.size, MEMORY), follows_links=False)
+    except OSError as error:
+        grown = "; it was changed after recording" if error.errno == errno.EFBIG else ""
+        raise RunError(f"{_unreadable(path, error)}{grown}") from None
     if row_of_file(row.name, content) != row:
         raise RunError(
-            f"{directory / row.name} was changed after recording: its digest differs; restore it from "
-            "a copy of the run"
+            f"{path} was changed after recording: its digest differs; restore it from a copy of the run"
         )
     return content
-
-
-def read_own(directory: Path, name: str, limit: int) -> bytes:
-    """Return the content of a file of a run. limit: bytes that it may have.
-
-    Raises:
-        RunError: it is missing, cannot be read, is larger, or is not one of the run.
-    """
-    path = own_path(directory, name)
-    try:
-        return read_regular(path, min(limit, MEMORY), follows_links=False)
-    except OSError as error:
-        raise _unreadable(path, error) from None
 
 
 def open_own(directory: Path, name: str) -> BinaryIO:
@@ -150,12 +140,15 @@ def has_own(directory: Path, name: str) -> bool:
 def take_file(source: Path, name: str, target: Path, own_name: str | None = None) -> None:
     """Give a run a file of another run: as a hard link if the file system supports it, or a copy.
 
-    source, target: the directories of the runs; own_name: that of the file in the target.
+    A missing file is left out; both runs report it when it is read. source, target: the directories of
+    the runs; own_name: that of the file in the target.
 
     Raises:
-        RunError: the file is missing, unreadable, or does not belong to the run.
+        RunError: the file is unreadable, or does not belong to the run.
         OSError: it cannot be written.
     """
+    if not has_own(source, name):
+        return
     taken = own_path(target, own_name or name)
     taken.parent.mkdir(parents=True, exist_ok=True)
     with open_own(source, name) as file:
@@ -245,12 +238,6 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sweep(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in a directory."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def write_tensors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,6 @@ from everystep.recording.files import (
     read_change,
     read_data,
     read_file,
-    read_own,
 )
 from everystep.recording.health import (
     Finding,
@@ -272,28 +270,23 @@ class RecordedRun:
         Raises:
             RunError: its file was changed or removed, or cannot be read.
         """
-        from everystep.experiment.specification import LARGEST, parse
+        from everystep.experiment.specification import parse
 
         if (lost := self.lost_experiment(facts)) is not None:
             raise RunError(f"{lost} is missing, though the run was trained by it; put it back")
         name = facts.experiment_file or EXPERIMENT_FILE
-        if not has_own(self.directory, name):
-            return None
-        content, digest = read_own(self.directory, name, LARGEST), facts.experiment_digest
-        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
-            raise RunError(
-                f"{self.directory / name} was changed after the training (its digest differs), so it "
-                "does not describe the run; restore the original file"
-            )
+        rows = self.files(name)
         try:
-            return parse(content, str(self.directory / name))
+            return (
+                parse(read_file(self.directory, rows[0]), str(self.directory / name)) if rows else None
+            )
         except ExperimentError as error:
             raise RunError(str(error)) from None
 
     def lost_experiment(self, facts: TrainingFacts) -> Path | None:
         """Return the experiment file that a stretch was trained by, if it was removed since."""
         name = facts.experiment_file or EXPERIMENT_FILE
-        is_lost = facts.experiment_digest is not None and not has_own(self.directory, name)
+        is_lost = self.files(name) and not has_own(self.directory, name)
         return self.directory / name if is_lost else None
 
     @property
@@ -376,7 +369,7 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is not one of the run.
         """
-        rows = self._read(lambda database: database.files(name))
+        rows = self.files(name)
         if not rows:
             path = own_path(self.directory, name)
             raise RunError(
@@ -385,9 +378,9 @@ class RecordedRun:
             )
         return read_file(self.directory, rows[0])
 
-    def files(self) -> list[FileRow]:
-        """Return the files with digests, by name."""
-        return self._read(Database.files)
+    def files(self, names: str = "*") -> list[FileRow]:
+        """Return the files with digests, by name. names: a pattern of those to return."""
+        return self._read(lambda database: database.files(names))
 
     def change_files(self) -> dict[int, str]:
         """Return the files of what code between two steps changed, by step."""

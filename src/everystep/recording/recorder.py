@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from everystep.recording.files import (
 )
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
+from everystep.recording.snapshots import SnapshotPlan, write_snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,11 +130,14 @@ class Recorder:
                 # Freed to write that the disk is full. No file system packs random bytes.
                 (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
                 (self._home.here / SNAPSHOTS).mkdir(exist_ok=is_resumed)
-                for name, text in texts.items():
-                    write_whole(self._home.here / name, text.encode())
+                contents = {name: text.encode() for name, text in texts.items()}
+                for name, content in contents.items():
+                    write_whole(self._home.here / name, content)
                 opened = Database.change if is_resumed else Database.create
                 self._database = opened(self._home.here / FILE_NAME)
                 closing.callback(self._database.close)
+                with self._database.transaction():
+                    self._database.enter([row_of_file(*each) for each in contents.items()])
                 if is_resumed:
                     self._resume(facts)
                 else:
@@ -476,7 +480,8 @@ class Recorder:
         if steps:
             with self._database.transaction():
                 self._database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in steps)
-            remove_snapshots(self._home.here / SNAPSHOTS, steps)
+            for step in steps:
+                shutil.rmtree(self._home.here / SNAPSHOTS / f"{step:06d}", ignore_errors=True)
 
     def _translated(self, error: BaseException, last_step: int) -> RecordingError:
         if last_step:

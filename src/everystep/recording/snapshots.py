@@ -31,7 +31,6 @@ __all__ = [
     "SnapshotRow",
     "check_snapshot",
     "read_snapshot",
-    "remove_snapshots",
     "snapshots_in",
     "write_snapshot",
 ]
@@ -205,9 +204,3 @@ class SnapshotPlan:
         for step in off:
             del self.kept[step]
         return off
-
-
-def remove_snapshots(folder: Path, steps: Iterable[int]) -> None:
-    """Remove the directories of snapshots that are no longer in the database."""
-    for step in steps:
-        shutil.rmtree(folder / f"{step:06d}", ignore_errors=True)
