@@ -250,9 +250,7 @@ class Repeats:
             self._newest_step[file] = recorded
             self._number = max(self._number, file)
 
-    def write(
-        self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]] | None
-    ) -> None:
+    def write(self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]]) -> None:
         """Write steps. compare: compares steps that the run already has, and returns the new ones.
 
         Raises:
@@ -266,16 +264,13 @@ class Repeats:
             inputs = self._packed_inputs(Inputs(given, row.nesting, row.digests))
             numbers = packed(row.numbers) if row.numbers else None
             now = Repeat(row.step, row.program, numbers, inputs, row.count)
-            before = found[-1] if found else None
             # Steps with batches by rule often have everything in common.
-            is_joined = (
-                before is not None and not given and not row.digests and before.last + 1 == now.step
-            )
-            if before is not None and is_joined and before[1:4] == now[1:4]:
-                found[-1] = before._replace(count=before.count + now.count)
+            is_alike = bool(found) and not given and not row.digests and found[-1][1:4] == now[1:4]
+            if is_alike and found[-1].last + 1 == now.step:
+                found[-1] = found[-1]._replace(count=found[-1].count + now.count)
             else:
                 found.append(now)
-        new = found if compare is None else compare(found)
+        new = compare(found)
         with self._database.transaction():
             lost_to = self.lost_to
             self._commit_contents()
