@@ -28,7 +28,6 @@ __all__ = [
     "begin_database",
     "connect_reading",
     "fingerprint",
-    "has_log",
     "last_written",
 ]
 
@@ -133,7 +132,7 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
     """
     _statuses(path)
-    if is_whole and not has_log(path):  # where it has content, a checkpoint may be under way
+    if is_whole and not _has_log(path):  # where it has content, a checkpoint may be under way
         _check_size(path)
     connection = _connect(path, is_whole=is_whole)
     try:
@@ -169,7 +168,7 @@ def last_written(path: Path) -> float:
     return max(status.st_mtime for suffix, status in _statuses(path).items() if suffix != "-shm")
 
 
-def has_log(path: Path) -> bool:
+def _has_log(path: Path) -> bool:
     """Return whether a database's write-ahead log has content."""
     log = _statuses(path).get("-wal")
     return log is not None and log.st_size > 0
@@ -220,7 +219,7 @@ def _connect(path: Path, *, is_whole: bool) -> sqlite3.Connection:
     # On a read-only file system SQLite cannot make the files that reading a database with a log takes,
     # as a killed run has. An immutable database needs none, but is read without its log.
     still = partial(opened, f"{uri}?mode=ro&immutable=1")
-    other = partial(_with_log, path) if has_log(path) else still
+    other = partial(_with_log, path) if _has_log(path) else still
     last_error: Exception | None = None
     for connect in (partial(opened, f"{uri}?mode=ro"), other):
         try:

@@ -160,8 +160,9 @@ class Database(Blocks):
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
-        self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
-        self.change_facts_digest()
+        if facts:
+            self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
+            self.change_facts_digest()
 
     def enter(self, rows: Sequence[FileRow] | Sequence[Repeat] | Sequence[Place]) -> None:
         """Enter rows in their table; of a file, once it is complete."""
