@@ -39,9 +39,7 @@ def main() -> None:
         other = _trained(place / "other", arguments.steps, changed=True)
         rows = run.snapshot_rows()
         print(f"{len(run):,} steps in {run.facts.seconds:.1f} s; {len(rows)} snapshots,", end=" ")
-        print(
-            f"{sum(row.bytes for row in rows) / 1e6:.0f} MB, {rows[1].step - rows[0].step} steps apart"
-        )
+        print(f"{sum(row.size for row in rows) / 1e6:.0f} MB, {rows[1].step - rows[0].step} steps apart")
         _print_jumps(run)
         _print_seconds("everystep step, from the shell", _shell_seconds(run))
         _print_seconds("diff of the two, in an open process", _seconds(lambda: run.diff(other)))

@@ -29,7 +29,6 @@ def written(directory, losses=(), measurements=(), **facts):
         database.write_measurements(measurements)
         known = {"status": "finished", "loss_dtype": "float32", "started": "2026-01-02T03:04:05+00:00"}
         database.write_facts(known | facts)
-        database.seal_blocks()
     database.close()
     return directory
 

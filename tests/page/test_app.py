@@ -75,7 +75,7 @@ def test_an_experiment_that_was_changed_since_does_not_speak_for_the_run(chapter
     path.write_text(path.read_text() + "\n# changed\n")
     about = page.json("/api/runs/chapter")
     assert (about["has_experiment"], about["settings"]) == (False, {})
-    assert "was changed after the training" in about["experiment_problem"]
+    assert "was changed after recording" in about["experiment_problem"]
     path.unlink()
     assert "experiment.toml is missing" in page.json("/api/runs/chapter")["experiment_problem"]
 

@@ -64,14 +64,14 @@ def test_a_run_that_names_foreign_data_programs_or_snapshots_is_not_replayed_fro
     (linked.directory / "programs" / "1.json").symlink_to(elsewhere / "programs" / "1.json")
     with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         linked[1]
-    change(run, "UPDATE snapshots SET directory = ? WHERE step = 0", "../elsewhere/snapshots/000000")
-    with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
+    change(run, "UPDATE files SET name = replace(name, 's/0', 's/../../elsewhere/snapshots/0')")
+    with pytest.raises(RunError, match="a state has other files than everystep writes"):
         run[1]
 
 
 def test_a_fork_writes_nothing_outside_its_directory(tmp_path):
     run = everystep.train_experiment("two-layer", {"steps": 5}, run=tmp_path / "a", progress=False)
-    change(run, "UPDATE snapshots SET directory = '../outside' WHERE step = 0")
+    change(run, "INSERT INTO files VALUES ('../outside', 1, x'00')")
     with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         everystep.open(run.directory).fork(3, run=tmp_path / "b", progress=False)
     assert not (tmp_path / "outside").exists()
@@ -137,8 +137,7 @@ def test_a_size_that_the_database_claims_is_bound_by_the_memory(trained, tmp_pat
     for name in ("programs/1.json", "snapshots/000000/rest.safetensors"):
         os.truncate(run / name, 2**43)
     with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-        database.execute(f"UPDATE files SET bytes = {2**43} WHERE name LIKE 'programs/%'")
-        database.execute(f"UPDATE snapshots SET bytes = {2**43}")
+        database.execute(f"UPDATE files SET size = {2**43} WHERE name GLOB '*s/*[1t].*'")
     for command in (["step", "run", "2"], ["verify", "run", "--processes", "1"], ["doctor", "run"]):
         code, out, err = everystep_command(*command)
         assert code in (1, 2) and "it has 8,796,093,022,208 bytes, more than the" in out + err

@@ -35,14 +35,13 @@ def test_a_run_that_ends_while_it_is_read_is_neither_damaged_nor_killed(tmp_path
     with closing(Database.change(place / FILE_NAME)) as database, database.transaction():
         database.forget_after(5)
         database.write_facts({"status": "running"})
-        database.seal_blocks()
     with pytest.warns(DamageWarning, match="steps 6 to 9 are missing"):
         run = RecordedRun(place)
     running = run.facts
     assert len(run.losses) == 5
     is_held = [True]
-    for name in ("is_locked", "has_log"):
-        monkeypatch.setattr(f"everystep.recording.recorded_run.{name}", lambda path: is_held[0])
+    for module in ("recorded_run", "health"):
+        monkeypatch.setattr(f"everystep.recording.{module}.is_locked", lambda path: is_held[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(RecordedRun(place).losses) == 5

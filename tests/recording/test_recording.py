@@ -206,7 +206,7 @@ def test_thinned_snapshots_are_gone_from_disk_too(small):
     on_disk = sorted(int(path.name) for path in (run.directory / "snapshots").iterdir())
     assert on_disk == run.snapshots
     with reading(run.directory / "run.sqlite") as database:
-        assert sum(row.bytes for row in database.snapshots()) <= 60_000 or len(on_disk) == 2
+        assert sum(row.size for row in database.snapshots()) <= 60_000 or len(on_disk) == 2
 
 
 def test_the_files_of_a_snapshot_are_readable_by_those_who_can_read_the_run(small):
@@ -223,7 +223,7 @@ def test_equal_states_have_equal_digests(small):
         torch.manual_seed(0)
         run = train(nn.Linear(4, 2), (x, y))
         with reading(run.directory / "run.sqlite") as database:
-            digests.append([row.digest for row in database.snapshots() if row.step == 5])
+            digests.append([row.digests for row in database.snapshots() if row.step == 5])
     assert digests[0] == digests[1]
 
 

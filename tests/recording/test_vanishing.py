@@ -11,7 +11,7 @@ from everystep.recording import connection, recorded_run, summary
 
 #: Functions by which a list reads a run, in the order of their calls.
 LOOKS = [
-    (connection, "_check_files"),
+    (connection, "_statuses"),
     (connection, "_check_size"),
     (connection, "_connect"),
     (connection, "_check_identity"),

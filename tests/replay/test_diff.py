@@ -514,7 +514,7 @@ def test_a_snapshot_that_cannot_be_read_is_named_and_the_rest_found():
     fork = one.fork(12, lr=0.04, progress=False)
     found = fork.diff(same, progress=False)
     assert found.operation.step == 13
-    assert any("000030 was changed after recording" in problem for problem in found.problems)
+    assert any("000030/rest.safetensors was changed" in problem for problem in found.problems)
 
 
 def test_a_state_that_was_altered_is_not_called_identical(everystep_command):

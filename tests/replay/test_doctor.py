@@ -112,7 +112,7 @@ def test_without_its_first_states_a_run_opens_from_the_next(damaged, everystep_c
 
 
 def test_a_run_whose_database_has_no_first_state_says_so(damaged):
-    found = str(everystep.doctor(damaged("DELETE FROM snapshots WHERE step = 0")))
+    found = str(everystep.doctor(damaged("DELETE FROM files WHERE name LIKE 'snapshots/000000/%'")))
     assert "the state before the first step is missing: none of steps 1 to 9 can be opened" in found
 
 
@@ -175,7 +175,7 @@ def test_doctor_never_writes_into_the_run(damaged):
 
 def test_states_that_only_the_disk_knows_tell_which_steps_are_missing(damaged):
     run = damaged(
-        "DELETE FROM steps WHERE step > 20", "DELETE FROM snapshots WHERE step > 20",
+        "DELETE FROM steps WHERE step > 20", "DELETE FROM files WHERE name > 'snapshots/000020/z'",
         "UPDATE facts SET value = '\"running\"' WHERE key = 'status'",
     )  # fmt: skip
     found = everystep.doctor(run)

@@ -233,7 +233,7 @@ def _snapshots(
         return found if len(found) == 2 else []
 
     for step in sorted(rows[0].keys() & rows[1].keys()):
-        if rows[0][step].digest != rows[1][step].digest:
+        if rows[0][step].digests != rows[1][step].digests:
             pair = states(step)
             if not pair:
                 continue

@@ -11,12 +11,12 @@ from everystep.errors import EverystepError, RunError
 from everystep.recording.blocks import BLOCK
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import Given, inputs_of, read_contents
-from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
+from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import Facts
 from everystep.recording.files import program_file
 from everystep.recording.health import Finding, number_findings
-from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.snapshots import check_snapshot
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.snapshots import SnapshotRow, check_snapshot
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.shown import Shown
 
@@ -144,10 +144,7 @@ def _unopened(run: RecordedRun, state: int, sound: list[int]) -> str:
 
 
 def _files(run: RecordedRun) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Yield the files of a run except states and batches: kind, place, and a function that reads it.
-
-    The kind is empty if the file has no digest.
-    """
+    """Yield the files of a run except states and batches: kind, place, and a function that reads it."""
     for stretch in run.stretches:
         training = stretch.facts
         data = training.data_file
@@ -155,8 +152,9 @@ def _files(run: RecordedRun) -> Iterator[tuple[str, str, Callable[[], object]]]:
             yield "data", data.file, partial(run.data, data)
         for number in dict.fromkeys(training.programs):
             yield "programs", program_file(number), partial(read_program, run, number)
-        kind = "" if training.experiment_digest is None else "experiment"
-        yield kind, training.experiment_file or "experiment.toml", partial(run.experiment, training)
+        name = training.experiment_file or EXPERIMENT_FILE
+        if run.files(name):
+            yield "experiment", name, partial(run.experiment, training)
     for name in run.change_files().values():
         yield "changes between steps", name, partial(run.change, name)
 
@@ -169,7 +167,7 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
         try:
             for given in _given(database):
                 places = database.contents(given.digests)
-                file = next((place[0] for place in places.values()), 0)
+                file = next((place.file for place in places.values()), 0)
                 if file not in altered and len(altered) < MOST_NAMED:
                     problem = _problem(partial(read_contents, run.directory, places, given))
                     if problem is not None:
@@ -183,7 +181,7 @@ def _given(database: Database) -> Iterator[Given]:
     """Yield the inputs of steps, row by row, each once."""
     seen: set[bytes] = set()
     step = 0
-    while rows := database.repeats_after(step, BLOCK):
+    while rows := database.repeats(step + 1, most=BLOCK):
         for row in rows:
             for given in inputs_of(row.inputs, f"the input of step {row.step}").given.values():
                 new = {d: piece for d, piece in given.pieces().items() if d not in seen}

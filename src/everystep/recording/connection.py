@@ -12,12 +12,11 @@ import sqlite3
 import stat
 import tempfile
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 
 from everystep.errors import RunError
-from everystep.recording.files import own_path
 
 __all__ = [
     "APPLICATION_ID",
@@ -29,16 +28,14 @@ __all__ = [
     "begin_database",
     "connect_reading",
     "fingerprint",
-    "has_log",
     "last_written",
-    "stillness",
 ]
 
 FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -56,14 +53,6 @@ CREATE TABLE measurements (
     PRIMARY KEY (name, step)
 ) WITHOUT ROWID;
 
--- States on disk; a row is entered when its directory is complete.
-CREATE TABLE snapshots (
-    step INTEGER PRIMARY KEY,              -- the state (from 0)
-    directory TEXT NOT NULL,               -- relative to the run's
-    digest TEXT NOT NULL,                  -- SHA-256 of its files
-    bytes INTEGER NOT NULL
-);
-
 -- What repeats watched steps. A row is of `count` consecutive steps that have all of it in common.
 CREATE TABLE repeats (
     step INTEGER PRIMARY KEY,              -- the first of them
@@ -78,14 +67,14 @@ CREATE TABLE contents (
     digest BLOB PRIMARY KEY,
     file INTEGER NOT NULL,                 -- batches/N.bin
     place INTEGER NOT NULL,                -- of its first byte
-    bytes INTEGER NOT NULL
+    size INTEGER NOT NULL                  -- bytes
 ) WITHOUT ROWID;
 
--- Files of the run besides snapshots, experiments and batches, which have digests of their own. A file
--- without a row is not of the run.
+-- Files of the run besides batches, which have digests of their own. A row is entered when its file is
+-- complete; a file without a row is not of the run.
 CREATE TABLE files (
     name TEXT PRIMARY KEY,                 -- within the run: 'programs/1.json'
-    bytes INTEGER NOT NULL,
+    size INTEGER NOT NULL,                 -- bytes
     digest BLOB NOT NULL                   -- XXH3, 128 bits, of its content
 ) WITHOUT ROWID;
 
@@ -95,15 +84,17 @@ CREATE TABLE facts (
     value TEXT NOT NULL
 ) WITHOUT ROWID;
 
--- Digests of up to 4,096 steps of one series each, and of all facts; see recording/blocks.py.
+-- Digests of up to 4,096 numbers of one series each, and of all facts; see recording/blocks.py.
 CREATE TABLE blocks (
     name TEXT NOT NULL,                    -- 'loss', 'measurement/' and its name, or 'facts'
     first INTEGER NOT NULL,                -- a multiple of 4,096; 0 for facts
-    digest BLOB NOT NULL,                  -- XXH3, 128 bits
+    digest INTEGER NOT NULL,               -- 64 bits
     PRIMARY KEY (name, first)
 ) WITHOUT ROWID;
 """
 
+#: What SQLite adds to the name of a database for its logs.
+_LOGS = "-wal", "-journal"
 #: Nanoseconds of the coarsest clock of a file system with times below a second.
 _TICK = 50_000_000
 #: Seconds that another program may lock the database; everystep's writer never makes readers wait.
@@ -131,19 +122,19 @@ def begin_database(path: Path) -> None:
     new.rename(path)
 
 
-def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False) -> sqlite3.Connection:
+def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     """Return a read-only connection to a run's database.
 
     is_whole: refuse a database that is cut off, and one with pages that SQLite finds damaged when it
-    opens it. is_still: the caller makes sure that no process writes it (see `stillness`).
+    opens it.
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
     """
-    _check_files(path)
-    if is_whole:
+    _statuses(path)
+    if is_whole and not _has_log(path):  # where it has content, a checkpoint may be under way
         _check_size(path)
-    connection = _connect(path, is_whole=is_whole, is_still=is_still)
+    connection = _connect(path, is_whole=is_whole)
     try:
         _check_identity(connection, path)
     except BaseException:
@@ -159,27 +150,13 @@ def fingerprint(directory: Path) -> tuple[int, ...]:
         RunError: the run no longer exists.
     """
     found: list[int] = []
-    for status in _statuses(directory / FILE_NAME):
-        found += [status.st_ino, status.st_mtime_ns, status.st_size]
+    for suffix, status in _statuses(directory / FILE_NAME).items():
+        if suffix != "-shm":  # readers make it, too
+            found += [status.st_ino, status.st_mtime_ns, status.st_size]
     # Two changes within a tick of the file system's clock have the same time, so fingerprints of a
     # file that just changed all differ.
     now = time.time_ns()
     return tuple(found if abs(now - max(found[1::3])) > _TICK else [*found, now])
-
-
-def stillness(path: Path) -> tuple[int, ...] | None:
-    """Return the fingerprint of a database; None: a process may be writing it now.
-
-    Everything read between two calls with the same result is from one moment, without any lock: a writer
-    needs a log, and changes the file only when it empties the log.
-    """
-    try:
-        has_logs = any(status.st_size for status in _statuses(path)[1:])
-        found = fingerprint(path.parent)
-    except RunError:
-        return None
-    # Three numbers per file; one more is the time now, of a file that has just changed.
-    return None if has_logs or len(found) % 3 else found
 
 
 def last_written(path: Path) -> float:
@@ -188,70 +165,63 @@ def last_written(path: Path) -> float:
     Raises:
         RunError: there is no such database.
     """
-    return max(status.st_mtime for status in _statuses(path))
+    return max(status.st_mtime for suffix, status in _statuses(path).items() if suffix != "-shm")
 
 
-def _statuses(path: Path) -> list[os.stat_result]:
-    """Return the status of a database, and of its logs.
+def _has_log(path: Path) -> bool:
+    """Return whether a database's write-ahead log has content."""
+    log = _statuses(path).get("-wal")
+    return log is not None and log.st_size > 0
+
+
+def _statuses(path: Path) -> dict[str, os.stat_result]:
+    """Return the status of a database and of the files that SQLite keeps next to it, by their suffix.
 
     Raises:
-        RunError: there is no such database.
+        RunError: there is no such database, or one of them is not a regular file: SQLite would wait for
+            the other end of a pipe.
     """
-    try:
-        found = [path.stat()]
-    except OSError:
-        raise RunError(f"{path.parent} is no longer a run: {path.name} is missing") from None
-    for suffix in ("-wal", "-journal"):
-        with suppress(FileNotFoundError):
-            found.append(Path(f"{path}{suffix}").stat())
-    return found
-
-
-def _check_files(path: Path) -> None:
-    if not path.is_file():
-        raise RunError(f"{path.parent} is not a run: {path.name} is missing")
-    if path.is_symlink():
-        own_path(path.parent, path.name)
-    for suffix in ("-wal", "-shm", "-journal"):  # SQLite would wait for the other end of a pipe
-        beside = Path(f"{path}{suffix}")
+    found: dict[str, os.stat_result] = {}
+    for suffix in ("", *_LOGS, "-shm"):
+        file = Path(f"{path}{suffix}")
         try:
-            is_file = stat.S_ISREG(beside.lstat().st_mode)
-        except FileNotFoundError:
+            status = found[suffix] = file.lstat()
+        except (FileNotFoundError, NotADirectoryError):
             continue
-        if not is_file:
-            raise RunError(f"{beside} is not a regular file: everystep did not write it")
+        except OSError as error:
+            raise RunError(f"{str(file)!r:.200} cannot be read: {error.strerror}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise RunError(f"{file} is a link, or is not a regular file: everystep did not write it")
+    if "" not in found:
+        raise RunError(f"{path.parent} is not a run: {path.name} is missing")
+    return found
 
 
 def _check_size(path: Path) -> None:
     """Check that a database is not cut off; SQLite reads the rest of its last page as zeros.
 
-    Its header has the number of its pages (SQLite's file format, section 1.3). Where a write-ahead log
-    has content, a checkpoint may be under way.
+    Its header has the number of its pages (SQLite's file format, section 1.3).
     """
-    if has_log(path):
-        return
     with path.open("rb") as file:
-        header = file.read(100)
+        header = file.read(32)
         size = file.seek(0, os.SEEK_END)
     page, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
     expected = (65_536 if page == 1 else page) * pages
-    # Versions of SQLite that do not update the number of pages leave these two counters different.
-    is_known = header[24:28] == header[92:96]
-    if is_known and size < expected:
+    if header.startswith(b"SQLite format 3\0") and size < expected:
         raise RunError(
             f"{path} is cut off: it has {size:,} of {expected:,} bytes; restore it from a copy"
         )
 
 
-def _connect(path: Path, *, is_whole: bool, is_still: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, is_whole: bool) -> sqlite3.Connection:
     uri = path.resolve().as_uri()
     opened = partial(sqlite3.connect, uri=True, isolation_level=None, timeout=_PATIENCE)
+    # On a read-only file system SQLite cannot make the files that reading a database with a log takes,
+    # as a killed run has. An immutable database needs none, but is read without its log.
     still = partial(opened, f"{uri}?mode=ro&immutable=1")
-    # On a read-only file system SQLite cannot make its shared-memory file. An immutable database needs
-    # none, but is read without its log, which has the newest steps of a killed run.
-    beside = partial(_with_log, path) if has_log(path) else still
+    other = partial(_with_log, path) if _has_log(path) else still
     last_error: Exception | None = None
-    for connect in (still,) if is_still else (partial(opened, f"{uri}?mode=ro"), beside):
+    for connect in (partial(opened, f"{uri}?mode=ro"), other):
         try:
             connection = connect()
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
@@ -269,14 +239,6 @@ def _connect(path: Path, *, is_whole: bool, is_still: bool) -> sqlite3.Connectio
         else:
             return connection
     raise RunError(f"{path} cannot be read: {last_error}")
-
-
-def has_log(path: Path) -> bool:
-    """Return whether a database's write-ahead log has content."""
-    try:
-        return Path(f"{path}-wal").stat().st_size > 0
-    except FileNotFoundError:
-        return False
 
 
 def _with_log(path: Path) -> sqlite3.Connection:
@@ -297,15 +259,13 @@ def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
         raise RunError(f"{path} is a SQLite database, but not of an everystep run")
-    if version > SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
+        earlier = "an earlier", "everystep 0.1 reads format 1"
+        newer = "a newer", "pip install --upgrade everystep"
+        writer, cure = newer if version > SCHEMA_VERSION else earlier
         raise RunError(
-            f"{path} has format {version}, written by a newer everystep; this one reads up to format "
-            f"{SCHEMA_VERSION}: pip install --upgrade everystep"
-        )
-    if version < SCHEMA_VERSION:
-        raise RunError(
-            f"{path} has format {version}, written by an earlier everystep; this one reads format "
-            f"{SCHEMA_VERSION} only (everystep 0.1 reads format 1)"
+            f"{path} has format {version}, written by {writer} everystep; this one reads format "
+            f"{SCHEMA_VERSION} only ({cure})"
         )
     if _tables(connection) != _own_tables():
         raise RunError(f"{path} has tables that everystep does not create: the database was changed")
@@ -317,9 +277,6 @@ def _tables(connection: sqlite3.Connection) -> set[tuple[str, str, str | None]]:
 
 @cache
 def _own_tables() -> set[tuple[str, str, str | None]]:
-    connection = sqlite3.connect(":memory:")
-    try:
+    with closing(sqlite3.connect(":memory:")) as connection:
         connection.executescript(SCHEMA)
         return _tables(connection)
-    finally:
-        connection.close()

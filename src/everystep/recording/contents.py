@@ -21,13 +21,11 @@ import xxhash
 
 from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
-from everystep.recording.database import Database, Repeat
+from everystep.recording.database import Database, Place, Repeat
 from everystep.recording.files import bytes_of, open_own
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from everystep.recording.database import Database
 
 __all__ = [
     "DEFAULT_BATCH_BUDGET",
@@ -59,27 +57,10 @@ class Given(NamedTuple):
     shape: tuple[int, ...]
     digests: tuple[bytes, ...]
 
-    def to_json(self) -> list[Any]:
-        """Return it as JSON holds it."""
-        return [self.dtype, list(self.shape), b"".join(self.digests).hex()]
-
     def pieces(self) -> dict[bytes, Given]:
         """Return each piece that a run holds of it by its digest: all of it, or a row."""
         shape = self.shape if len(self.digests) == 1 else (1, *self.shape[1:])
         return {digest: Given(self.dtype, shape, (digest,)) for digest in self.digests}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Given:
-        """Return the input that `to_json` wrote.
-
-        Raises:
-            ValueError: `to_json` does not return this.
-        """
-        dtype, shape, digests = data
-        if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError("an input without dtype and shape")
-        joined = bytes.fromhex(digests)
-        return cls(dtype, tuple(shape), tuple(joined[i : i + 16] for i in range(0, len(joined), 16)))
 
 
 def packed(value: Any) -> bytes:
@@ -106,7 +87,7 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
 
 
 class Inputs(NamedTuple):
-    """The inputs of a step, as in the database.
+    """The inputs of a step.
 
     given: by `batch/name` and `input/name`; nesting: of the batch; digests: of the state after the step,
     by name, if it has any.
@@ -116,6 +97,14 @@ class Inputs(NamedTuple):
     nesting: Any
     digests: dict[str, Any]
 
+    def packed(self) -> bytes:
+        """Return them as a run keeps them: see `inputs_of`."""
+        given = {
+            n: [each.dtype, each.shape, b"".join(each.digests).hex()] for n, each in self.given.items()
+        }
+        digests = {"digests": self.digests} if self.digests else {}
+        return packed({"nesting": self.nesting, "given": given} | digests)
+
 
 def inputs_of(content: bytes | None, what: str) -> Inputs:
     """Return the inputs of a step. content: as a run keeps them; what: names them in an error.
@@ -123,9 +112,15 @@ def inputs_of(content: bytes | None, what: str) -> Inputs:
     Raises:
         RunError: they cannot be read.
     """
-    found = unpacked(content, what) or {"nesting": None, "given": {}}
+    found = unpacked(content, what) or {"given": {}}
+    given = {}
     try:
-        given = {name: Given.from_json(each) for name, each in found["given"].items()}
+        for name, (dtype, shape, digests) in found["given"].items():
+            if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError("an input without dtype and shape")
+            joined = bytes.fromhex(digests)
+            pieces = (joined[i : i + 16] for i in range(0, len(joined), 16))
+            given[name] = Given(dtype, tuple(shape), tuple(pieces))
         return Inputs(given, found.get("nesting"), dict(found.get("digests", {})))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RunError(f"{what} cannot be read: the database was changed") from None
@@ -168,9 +163,7 @@ def _digest(kind: bytes, piece: Any) -> bytes:
     return machine.digest()
 
 
-def read_contents(
-    directory: Path, places: Mapping[bytes, tuple[int, int, int]], given: Given
-) -> Tensor | None:
+def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) -> Tensor | None:
     """Return an input of a step, on the CPU; None if it was dropped.
 
     Raises:
@@ -188,28 +181,27 @@ def read_contents(
             f"{directory} has an input of unknown dtype {given.dtype!r:.40}: the database was changed"
         )
     size = math.prod(given.shape) * dtype.itemsize
-    if sum(places[digest][2] for digest in given.digests) != size or size > MEMORY:
+    pieces = [places[digest] for digest in given.digests]
+    if sum(piece.size for piece in pieces) != size or size > MEMORY:
         raise RunError(f"{directory / FOLDER} was changed after recording: an input has another size")
     kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
-    content = b"".join(_piece(directory, digest, kind, *places[digest]) for digest in given.digests)
+    content = b"".join(_read_piece(directory, kind, piece) for piece in pieces)
     if not content:
         return torch.empty(given.shape, dtype=dtype)
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
 
 
-def _piece(directory: Path, digest: bytes, kind: bytes, file: int, place: int, size: int) -> bytes:
+def _read_piece(directory: Path, kind: bytes, piece: Place) -> bytes:
+    name = f"{FOLDER}/{piece.file}.bin"
     try:
-        with open_own(directory, f"{FOLDER}/{file}.bin") as opened:
-            opened.seek(place)
-            has_all = place + size <= os.fstat(opened.fileno()).st_size
-            content = opened.read(size) if has_all else b""
+        with open_own(directory, name) as opened:
+            opened.seek(piece.place)
+            has_all = piece.place + piece.size <= os.fstat(opened.fileno()).st_size
+            content = opened.read(piece.size) if has_all else b""
     except OSError as error:
-        raise RunError(f"{directory / FOLDER}/{file}.bin cannot be read: {error.strerror}") from None
-    if _digest(kind, content) != digest:
-        raise RunError(
-            f"{directory / FOLDER}/{file}.bin was changed after recording: the digest of an input "
-            "differs"
-        )
+        raise RunError(f"{directory / name} cannot be read: {error.strerror}") from None
+    if _digest(kind, content) != piece.digest:
+        raise RunError(f"{directory / name} was changed after recording: the digest of an input differs")
     return content
 
 
@@ -253,7 +245,7 @@ class Repeats:
         self._known: dict[bytes, int] = {}
         self._sizes: dict[int, int] = {}
         self._newest_step: dict[int, int] = {}
-        self._rows: list[tuple[bytes, int, int, int]] = []
+        self._rows: list[Place] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
@@ -263,9 +255,7 @@ class Repeats:
             self._newest_step[file] = recorded
             self._number = max(self._number, file)
 
-    def write(
-        self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]] | None
-    ) -> None:
+    def write(self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]]) -> None:
         """Write steps. compare: compares steps that the run already has, and returns the new ones.
 
         Raises:
@@ -276,22 +266,20 @@ class Repeats:
         for row in rows:
             last = row.step + row.count - 1
             given = {name: self._add_once(last, tensor) for name, tensor in row.inputs.items()}
-            digests = {"digests": row.digests} if row.digests else {}
-            inputs = self._packed_inputs(row.nesting, given, digests)
+            inputs = self._packed_inputs(Inputs(given, row.nesting, row.digests))
             numbers = packed(row.numbers) if row.numbers else None
             now = Repeat(row.step, row.program, numbers, inputs, row.count)
-            before = found[-1] if found else None
             # Steps with batches by rule often have everything in common.
-            is_joined = before is not None and not given and not digests and before.last + 1 == now.step
-            if before is not None and is_joined and before[1:4] == now[1:4]:
-                found[-1] = before._replace(count=before.count + now.count)
+            is_alike = bool(found) and not given and not row.digests and found[-1][1:4] == now[1:4]
+            if is_alike and found[-1].last + 1 == now.step:
+                found[-1] = found[-1]._replace(count=found[-1].count + now.count)
             else:
                 found.append(now)
-        new = found if compare is None else compare(found)
+        new = compare(found)
         with self._database.transaction():
             lost_to = self.lost_to
             self._commit_contents()
-            self._database.write_repeats(new)
+            self._database.enter(new)
             if self.lost_to > lost_to:
                 self._database.write_facts({"batches_lost_to": self.lost_to})
 
@@ -305,20 +293,18 @@ class Repeats:
             with suppress(OSError):
                 self._file.close()
 
-    def _packed_inputs(self, nesting: Any, given: dict[str, Given], digests: dict[str, Any]) -> bytes:
+    def _packed_inputs(self, inputs: Inputs) -> bytes:
         """Return the inputs of a step in database form; pack repeated ones only once."""
-        key = repr(nesting), given, digests
+        key = repr(inputs.nesting), inputs
         if key != self._packed_key:
-            listed = {name: each.to_json() for name, each in given.items()}
-            self._packed_key = key
-            self._packed = packed({"nesting": nesting, "given": listed} | digests)
+            self._packed_key, self._packed = key, inputs.packed()
         return self._packed
 
     def _commit_contents(self) -> None:
         """Enter the contents that were added since the last time; to be called in a transaction."""
         if self._file is not None:
             self._file.flush()
-        self._database.write_contents(self._rows)
+        self._database.enter(self._rows)
         self._rows = []
         self._given = {place: each for place, each in self._given.items() if each[0]() is not None}
         if self._file is not None and self._sizes[self._number] >= self._budget / FILES:
@@ -349,7 +335,7 @@ class Repeats:
             self._folder.mkdir(exist_ok=True)
             self._file = (self._folder / f"{self._number}.bin").open("wb")
             self._sizes[self._number] = 0
-        self._rows.append((digest, self._number, self._sizes[self._number], piece.nbytes))
+        self._rows.append(Place(digest, self._number, self._sizes[self._number], piece.nbytes))
         self._file.write(piece.data)
         self._sizes[self._number] += piece.nbytes
         self._known[digest] = self._number

@@ -14,14 +14,14 @@ from typing import Any
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError, say
-from everystep.recording.blocks import LOSS
+from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import inputs_of
-from everystep.recording.database import FILE_NAME, Database, Repeat, SnapshotRow, cut, reading
+from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
 from everystep.recording.facts import EarlierFacts
-from everystep.recording.files import CHANGES, changes_in, has_own, sweep, take_file
+from everystep.recording.files import CHANGES, PROGRAMS, SNAPSHOTS, take_file
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.snapshots import PARAMETERS, REST, SnapshotPlan, read_snapshot, remove_snapshots
+from everystep.recording.snapshots import SnapshotPlan, SnapshotRow, read_snapshot, snapshots_in
 
 __all__ = ["Continuation", "inherit", "shortened", "tidy"]
 
@@ -38,65 +38,41 @@ class Continuation:
         database: of the run.
         facts: to be written with the first new step, by name.
 
-    recorded: the newest step that the run has; is_over: whether a new step was written.
+    recorded: the newest step that the run has; measured: kept measurements.
     """
 
     def __init__(self, directory: Path, database: Database, facts: Mapping[str, Any]) -> None:
         self.recorded = database.newest_step()
-        self.is_over = False
         before = database.facts()
         self._before = {name: getattr(before, name) for name in ("status", "reason", "finished")}
         self._is_loop = before.trained is not None and before.trained.loop is not None
         self._fork = before.fork
         self._name = directory.resolve().name
         self._database = database
-        self._facts = dict(facts)
-        self._measurements: list[tuple[str, int, float]] = []
-        self._recorded_values: dict[tuple[str, int], float] | None = None
+        self.facts = dict(facts)
+        self.measured: list[tuple[str, int, float]] = []
         self._has_differed = False
 
-    def facts(self, facts: Mapping[str, Any]) -> None:
-        """Keep facts for later."""
-        self._facts |= facts
-
-    def measurements(self, rows: Measurements) -> None:
-        """Keep measurements for later, except those that the run has; report one that differs."""
-        again = [row for row in rows if row[1] <= self.recorded]
-        if again and self._recorded_values is None:
-            known = self._database.measurements(min(step for _, step, _ in again))
-            self._recorded_values = {
-                (name, step): value
-                for name, (steps, values) in known.items()
-                for step, value in zip(steps.tolist(), values.tolist(), strict=True)
-            }
-        for row in rows:
-            place = row[:2]
-            if self._recorded_values is None or place not in self._recorded_values:
-                self._measurements.append(row)
-            elif not self._has_differed and not _is_same(row[2], self._recorded_values[place]):
+    def keep(self, rows: Measurements, facts: Mapping[str, Any]) -> None:
+        """Keep facts, and measurements except those that the run has; report one that differs."""
+        self.facts |= facts
+        for name, step, value in rows:
+            known: list[float] = []
+            if step <= self.recorded:
+                known = self._database.series(series_of(name), step, step)[1].tolist()
+            if not known:
+                self.measured.append((name, step, value))
+            elif not self._has_differed and not _is_same(value, known[0]):
                 self._has_differed = True
-                say(self._other_measurement(*row))
+                say(
+                    f"when step {step} of {self._name} is repeated, {name} is {value!r}; the recorded "
+                    f"{known[0]!r} is kept. Unless it is a time or the like, pass what the loop carries "
+                    "from step to step as parts, or later values will differ, too"
+                )
 
-    def _other_measurement(self, name: str, step: int, value: float) -> str:
-        assert self._recorded_values is not None
-        cure = "pass what the loop carries from step to step as parts, or later values will differ, too"
-        return (
-            f"when step {step} of {self._name} is repeated, {name} is {value!r}; the recorded "
-            f"{self._recorded_values[name, step]!r} is kept. Unless it is a time or the like, {cure}"
-        )
-
-    def begin(self) -> None:
-        """Write the kept data, in a transaction, before the first new step."""
-        self.is_over = True
-        self._database.write_facts(self._facts)
-        self._database.write_measurements(self._measurements)
-        self._facts, self._measurements = {}, []
-
-    def last_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the facts to close the run with: of a failure before a new step, those from before."""
-        if self.is_over or facts.get("status") != "failed":
-            return dict(facts)
-        return dict(self._before)
+    def last_facts(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the facts to close the run with: of a failure, those from before."""
+        return self._before if facts.get("status") == "failed" else facts
 
     def new_losses(self, first: int, losses: Sequence[float]) -> tuple[int, list[float]]:
         """Compare the losses of steps that were recorded; return the first new step, and the others.
@@ -194,36 +170,36 @@ def inherit(
     for name, (steps, values) in measured.items():
         rows = zip(steps.tolist(), values.tolist(), strict=True)
         database.write_measurements((name, *row) for row in rows)
-    database.write_repeats(repeats)
+    database.enter(repeats)
     if repeats:
-        database.write_contents(contents)
-        for number in {file for _, file, _, _ in contents}:
-            _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
+        database.enter(contents)
+        for number in {place.file for place in contents}:
+            take_file(parent.directory, f"{BATCHES}/{number}.bin", directory)
     # A fork of a loop begins with a snapshot of its parent; other forks write their own. The last
     # snapshot includes changes after the loop's last step.
     is_loop = parent.facts.training.loop is not None
     begins_there = is_loop and (at < parent.newest_step() or not at)
-    for row in [row for row in parent.snapshot_rows() if row.step < at + begins_there]:
-        for name in (PARAMETERS, REST):
-            _take(parent.directory, directory, f"{row.directory}/{name}")
-        database.add_snapshot(row)
-        plan.kept[row.step] = row.bytes
-    changes = changes_in(row.name for row in files)
+    states = [row for row in snapshots_in(files) if row.step < at + begins_there]
     # Changes of the parent's loop before its next step are up to the loop of the fork.
-    later = {name for step, name in changes.items() if step > at - is_loop}
-    taken = [row for row in files if row.name not in later]
+    last_change = at - is_loop
+    experiments = {row.name: row for row in files if row.name.endswith(".toml")}
+    taken = [row for row in files if row.step is None and row.name not in experiments]
+    taken += [row for row in files if row.name.startswith(CHANGES) and (row.step or 0) <= last_change]
+    taken += [file for state in states for file in state.files]
     for file in taken:
-        _take(parent.directory, directory, file.name)
-    database.write_files(taken)
+        take_file(parent.directory, file.name, directory)
+    database.enter(taken)
+    plan.kept |= {state.step: state.size for state in states}
     earlier: list[EarlierFacts] = []
     for stretch in parent.stretches:
         if stretch.first > at:
             continue
         training = stretch.facts
-        source = training.experiment_file or EXPERIMENT_FILE
-        if training.experiment_digest is not None or has_own(parent.directory, source):
+        experiment = experiments.get(training.experiment_file or EXPERIMENT_FILE)
+        if experiment is not None:
             name = f"experiment-{stretch.first}.toml"
-            _take(parent.directory, directory, source, name)
+            take_file(parent.directory, experiment.name, directory, name)
+            database.enter([experiment._replace(name=name)])
             training = training.model_copy(update={"experiment_file": name})
         earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
     facts = parent.facts
@@ -241,12 +217,6 @@ def inherit(
     return kept
 
 
-def _take(source: Path, target: Path, name: str, own_name: str | None = None) -> None:
-    """Inherit a file. A fork reports a missing file when it is read, as its parent does."""
-    if has_own(source, name):
-        take_file(source, name, target, own_name)
-
-
 def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
     """Remove files that belong to no recorded step, temporary files, and unreadable snapshots.
 
@@ -256,27 +226,27 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
         recorded: the newest step that stays.
         at: the state that the training continues from; it writes later ones again.
     """
-    rows = database.snapshots()
-    removed = [row for row in rows if row.step > recorded]
-    removed += [row for row in rows if at < row.step <= recorded and not _is_sound(directory, row)]
+    removed = [
+        row.step
+        for row in database.snapshots()
+        if row.step > recorded or (row.step > at and not _is_sound(directory, row))
+    ]
     with database.transaction():
         database.forget_after(recorded)
-        database.remove_snapshots([row.step for row in removed])
-    folder = directory / "snapshots"
-    remove_snapshots(folder, [row.step for row in removed])
-    kept = {f"{row.step:06d}" for row in database.snapshots()}
-    for path in folder.iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)
-    sweep(directory)
-    files = {row.name for row in database.files()}
-    for path in (*directory.glob(f"{CHANGES}/*"), *directory.glob("programs/*")):
-        if f"{path.parent.name}/{path.name}" not in files:
-            path.unlink(missing_ok=True)
-    used = {file for _, file, _, _ in database.all_contents()}
-    for path in directory.glob(f"{BATCHES}/*.bin"):
-        if path.stem.isdecimal() and int(path.stem) not in used:
-            path.unlink(missing_ok=True)
+        database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in removed)
+    for path in directory.glob(".*.tmp"):  # of a process that was killed
+        path.unlink()
+    known = {row.name for row in database.files()}
+    known |= {row.directory for row in database.snapshots()}
+    known |= {f"{BATCHES}/{place.file}.bin" for place in database.all_contents()}
+    for folder in (SNAPSHOTS, CHANGES, PROGRAMS, BATCHES):
+        for path in directory.glob(f"{folder}/*"):
+            if f"{folder}/{path.name}" in known:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _is_sound(directory: Path, row: SnapshotRow) -> bool:

@@ -4,64 +4,39 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
-from everystep.recording.blocks import (
-    BYTES,
-    LOSSES,
-    MAYBE_BYTES,
-    MAYBE_STEP,
-    STEP,
-    TEXT,
-    VALUES,
-    Blocks,
-)
+from everystep.recording.blocks import Blocks
 from everystep.recording.connection import (
     FILE_NAME,
     LONGEST_VALUE,
     begin_database,
     connect_reading,
-    stillness,
 )
 from everystep.recording.facts import Facts, MeasuredFacts, read_facts, rows_of
-from everystep.recording.files import FileRow, changes_in
+from everystep.recording.files import CHANGES, SNAPSHOTS, FileRow
+from everystep.recording.snapshots import SnapshotRow, snapshots_in
 
 __all__ = [
     "FILE_NAME",
     "Database",
     "MeasurementEnds",
+    "Place",
     "Repeat",
-    "SnapshotRow",
     "cut",
-    "read_quickly",
     "reading",
 ]
 
 
 #: Seconds that a writer waits for another program that has locked the database; writes wait in memory.
 PATIENCE = 60.0
-_SNAPSHOT = (STEP, TEXT, TEXT, STEP)
-_REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES, STEP)
-_PLACE = (STEP, STEP, STEP)
-_FILE = (TEXT, STEP, BYTES)
-
-Found = TypeVar("Found")
-
-
-class SnapshotRow(NamedTuple):
-    """A snapshot as the database knows it."""
-
-    step: int
-    directory: str
-    digest: str
-    bytes: int
 
 
 class MeasurementEnds(NamedTuple):
@@ -91,6 +66,19 @@ class Repeat(NamedTuple):
         return self.step + self.count - 1
 
 
+class Place(NamedTuple):
+    """Where the bytes of an input, or of a row of one, are: in a file of batches, by their digest."""
+
+    digest: bytes
+    file: int
+    place: int
+    size: int
+
+
+#: The tables of rows.
+_TABLES: dict[type[Any], str] = {FileRow: "files", Repeat: "repeats", Place: "contents"}
+
+
 def cut(rows: Sequence[Repeat], first: int, last: int) -> list[Repeat]:
     """Return the rows of steps `first` to `last` alone: one that reaches beyond them is shortened.
 
@@ -113,18 +101,13 @@ class Database(Blocks):
         """Create the database; other threads may use it afterwards, one at a time."""
         with _writing(path):
             begin_database(path)
-            connection = _connected(path)
-            connection.execute("PRAGMA synchronous = NORMAL")
-        return cls(connection, path)
+            return cls(_connected(path), path)
 
     @classmethod
     def change(cls, path: Path) -> Database:
         """Open an existing database to add to it; threads may use it one at a time."""
-        connection = _connected(path)
-        database = cls(connection, path)
         with _writing(path):
-            connection.execute("PRAGMA synchronous = NORMAL")
-        return database
+            return cls(_connected(path), path)
 
     def move(self, path: Path) -> None:
         """Continue with the same database at another path."""
@@ -136,20 +119,24 @@ class Database(Blocks):
         self.connection.execute("PRAGMA busy_timeout = 0")
 
     def close(self) -> None:
-        """Close the connection; committed data stays."""
+        """Close the connection; committed data stays.
+
+        A run that no process writes has no log, so that readers make no files next to its database.
+        """
+        with suppress(sqlite3.Error):  # another process reads it now
+            self.connection.execute("PRAGMA busy_timeout = 0")
+            self.connection.execute("PRAGMA journal_mode = DELETE")
         self.connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit all writes inside together, with the digests of their blocks, or none."""
+        """Commit all writes inside together, or none."""
         with _writing(self.path):
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
-                self.seal_blocks()
                 self.connection.execute("COMMIT")
             except BaseException:
-                self.forget_blocks()
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
                 raise
@@ -173,32 +160,20 @@ class Database(Blocks):
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
-        self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
-        self.seal_facts()
+        if facts:
+            self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
+            self.change_facts_digest()
 
-    def add_snapshot(self, row: SnapshotRow) -> None:
-        """Enter a snapshot with a complete directory."""
-        self.connection.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", row)
-
-    def remove_snapshots(self, steps: Iterable[int]) -> None:
-        """Delete snapshots, before their directories are removed."""
-        self.connection.executemany("DELETE FROM snapshots WHERE step = ?", [(s,) for s in steps])
-
-    def write_files(self, rows: Iterable[FileRow]) -> None:
-        """Enter files that are complete."""
-        self.connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
+    def enter(self, rows: Sequence[FileRow] | Sequence[Repeat] | Sequence[Place]) -> None:
+        """Enter rows in their table; of a file, once it is complete."""
+        for row in rows[:1]:
+            places = ", ".join("?" * len(row))
+            query = f"INSERT OR REPLACE INTO {_TABLES[type(row)]} VALUES ({places})"
+            self.connection.executemany(query, rows)
 
     def remove_files(self, names: Iterable[str]) -> None:
-        """Delete files, before they are removed."""
-        self.connection.executemany("DELETE FROM files WHERE name = ?", [(name,) for name in names])
-
-    def write_repeats(self, rows: Iterable[Repeat]) -> None:
-        """Write what repeats steps."""
-        self.connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?, ?)", rows)
-
-    def write_contents(self, rows: Iterable[tuple[bytes, int, int, int]]) -> None:
-        """Write the locations of contents (digest, file, place, bytes)."""
-        self.connection.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)", rows)
+        """Delete files, before they are removed. `snapshots/000137/*` names all in a directory."""
+        self.connection.executemany("DELETE FROM files WHERE name GLOB ?", [(name,) for name in names])
 
     def remove_contents(self, file: int) -> None:
         """Delete all contents of a file, before it is removed."""
@@ -210,32 +185,17 @@ class Database(Blocks):
         self.connection.execute("DELETE FROM repeats WHERE step > ?", (step,))
         shorten = "UPDATE repeats SET count = min(count, ? - step + 1)"
         self.connection.execute(f"{shorten} WHERE step = (SELECT max(step) FROM repeats)", (step,))
-        changes = changes_in(row.name for row in self.files())
-        later = [name for at, name in changes.items() if at > step]
+        later = [row.name for row in self.files(f"{CHANGES}/*") if (row.step or 0) > step]
         self.remove_files(later)
         return later
 
     def facts(self) -> Facts:
         """Return all facts."""
-        return read_facts(self.rows("SELECT * FROM facts"), self.path)
+        return read_facts(self._fetched("SELECT * FROM facts", ()), self.path)
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
         newest: int = self.numbers("SELECT coalesce(max(step), 0) FROM steps")[0]
-        return self._bounded(newest)
-
-    def ends(self) -> tuple[int, float | None, float | None]:
-        """Return how many steps there are, and the first and the last loss."""
-        # Steps are numbered from 1 without gaps; counting them would read them all.
-        rows = self.rows(
-            "SELECT coalesce(max(step), 0), (SELECT loss FROM steps ORDER BY step LIMIT 1), "
-            "(SELECT loss FROM steps ORDER BY step DESC LIMIT 1) FROM steps",
-            kinds=(STEP, LOSSES, LOSSES),
-        )
-        newest, first, last = rows[0]
-        return self._bounded(newest), first, last
-
-    def _bounded(self, newest: int) -> int:
         if newest > MOST_STEPS:
             raise RunError(
                 f"{self.path} claims to have step {newest:,}; everystep reads up to {MOST_STEPS:,}: the "
@@ -246,54 +206,38 @@ class Database(Blocks):
     def measurement_ends(self) -> list[MeasurementEnds]:
         """Return how many values each measurement has, and the first and the last, by name."""
         self.measurement_names()  # which checks them
-        rows = self.rows(
+        return self.rows(
+            MeasurementEnds,
             "SELECT name, count, "
             "(SELECT value FROM measurements AS m WHERE m.name = found.name AND step = low), "
             "(SELECT value FROM measurements AS m WHERE m.name = found.name AND step = high) "
             "FROM (SELECT name, count(*) AS count, min(step) AS low, max(step) AS high "
             "FROM measurements GROUP BY name ORDER BY name) AS found",
-            kinds=(TEXT, STEP, VALUES, VALUES),
         )
-        return [MeasurementEnds(*row) for row in rows]
 
     def last_measured(self, name: str) -> float | None:
         """Return the newest value of a measurement; None if there is none, or it is NaN."""
         query = "SELECT value FROM measurements WHERE name = ? ORDER BY step DESC LIMIT 1"
-        return next(iter(self.numbers(query, name, kinds=VALUES)), None)
+        wrong = "measurements that are not numbers"
+        return next(iter(self.numbers(query, name, kind=float | None, wrong=wrong)), None)
 
     def snapshots(self) -> list[SnapshotRow]:
         """Return the snapshots in order of their steps."""
-        rows = self.rows("SELECT * FROM snapshots ORDER BY step", kinds=_SNAPSHOT)
-        return [SnapshotRow(*row) for row in rows]
+        return snapshots_in(self.files(f"{SNAPSHOTS}/*"))
 
-    def file(self, name: str) -> FileRow | None:
-        """Return the file of the run with this name, None if there is none."""
-        rows = self.rows("SELECT * FROM files WHERE name = ?", name, kinds=_FILE)
-        return FileRow(*rows[0]) if rows else None
+    def files(self, names: str = "*") -> list[FileRow]:
+        """Return the files of the run, by name. names: a pattern of those to return."""
+        return self.rows(FileRow, "SELECT * FROM files WHERE name GLOB ? ORDER BY name", names)
 
-    def files(self) -> list[FileRow]:
-        """Return the files of the run, by name."""
-        return [FileRow(*row) for row in self.rows("SELECT * FROM files ORDER BY name", kinds=_FILE)]
-
-    def repeats(self, first: int, last: int) -> list[Repeat]:
+    def repeats(self, first: int, last: int = MOST_STEPS, most: int = -1) -> list[Repeat]:
         """Return the rows that repeat any of steps `first` to `last`, in their order.
 
-        The first and the last of them may reach beyond: see `cut`.
+        The first and the last of them may reach beyond: see `cut`. most: about how many rows to return.
         """
-        return self._repeats(first, last, -1)
-
-    def repeats_after(self, step: int, most: int) -> list[Repeat]:
-        """Return the first rows that repeat any step after `step`, in their order, up to `most`."""
-        return self._repeats(step + 1, 2**63 - 1, most + 1)[:most]
-
-    def _repeats(self, first: int, last: int, limit: int) -> list[Repeat]:
-        """Return rows that repeat any of steps `first` to `last`; a limit of -1 means no limit.
-
-        The limit counts the newest row that begins at `first` or before, which may end before it, too.
-        """
+        # The newest row that begins at `first` or before may end before it, too.
         begin = "(SELECT coalesce(max(step), 1) FROM repeats WHERE step <= ?)"
         query = f"SELECT * FROM repeats WHERE step BETWEEN {begin} AND ? ORDER BY step LIMIT ?"
-        rows = [Repeat(*row) for row in self.rows(query, first, last, limit, kinds=_REPEAT)]
+        rows = self.rows(Repeat, query, first, last, most)
         are_apart = all(row.last < later.step for row, later in pairwise(rows))
         if not are_apart or any(not 1 <= row.step <= row.last <= MOST_STEPS for row in rows):
             raise RunError(
@@ -301,26 +245,24 @@ class Database(Blocks):
             )
         return rows[1:] if rows and rows[0].last < first else rows
 
-    def all_contents(self) -> list[tuple[bytes, int, int, int]]:
-        """Return the locations of all contents (digest, file, place, bytes)."""
-        query = "SELECT digest, file, place, bytes FROM contents"
-        return self.rows(query, kinds=(BYTES, *_PLACE))
+    def all_contents(self) -> list[Place]:
+        """Return the locations of all contents."""
+        return self.rows(Place, "SELECT * FROM contents")
 
-    def contents(self, digests: Iterable[bytes]) -> dict[bytes, tuple[int, int, int]]:
-        """Return the locations of contents (file, place, bytes), as far as known."""
-        query = "SELECT file, place, bytes FROM contents WHERE digest = ?"
-        found = ((digest, self.rows(query, digest, kinds=_PLACE)) for digest in digests)
-        return {digest: rows[0] for digest, rows in found if rows}
+    def contents(self, digests: Iterable[bytes]) -> dict[bytes, Place]:
+        """Return the locations of contents, as far as known."""
+        query = "SELECT * FROM contents WHERE digest = ?"
+        return {digest: row for digest in digests for row in self.rows(Place, query, digest)}
 
     def first_step(self) -> int | None:
         """Return the smallest number of a step."""
         first: int | None = self.numbers("SELECT min(step) FROM steps")[0]
         return first
 
-    def check_quickly(self, most: int = 10) -> list[str]:
+    def check_quickly(self) -> list[str]:
         """Return SQLite's own report of damage in the database."""
         try:
-            found = self.connection.execute(f"PRAGMA quick_check({most})").fetchall()
+            found = self.connection.execute("PRAGMA quick_check(10)").fetchall()
         except (sqlite3.Error, UnicodeError) as error:  # so damaged that the check itself ends
             return [str(error)]
         return [str(text) for (text,) in found if text != "ok"]
@@ -329,6 +271,8 @@ class Database(Blocks):
 def _connected(path: Path) -> sqlite3.Connection:
     found = sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
     found.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+    found.execute("PRAGMA journal_mode = WAL")  # processes read while this one writes
+    found.execute("PRAGMA synchronous = NORMAL")
     return found
 
 
@@ -340,37 +284,16 @@ def _writing(path: Path) -> Iterator[None]:
         raise RecordingError(f"{path} cannot be written: {error}") from error
 
 
-def read_quickly(path: Path, read: Callable[[Database], Found]) -> Found:
-    """Return the result of `read` on a run's database, all of it from one moment.
-
-    A database that no process writes is read without locks. That takes a third of the time, and leaves
-    no SQLite files next to a closed database.
-
-    Raises:
-        RunError: as `reading`.
-    """
-    before = stillness(path)
-    if before is not None:
-        with suppress(RunError), reading(path, is_still=True) as database:
-            found = read(database)
-            if stillness(path) == before:
-                return found
-    with reading(path) as database:
-        return read(database)
-
-
 @contextmanager
-def reading(path: Path, *, is_still: bool = False) -> Iterator[Database]:
+def reading(path: Path) -> Iterator[Database]:
     """Open a run's database to read it as it is at one moment, also while it is written.
-
-    is_still: as of `connect_reading`.
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep; or it was
             removed meanwhile.
     """
     try:
-        connection = connect_reading(path, is_still=is_still)
+        connection = connect_reading(path)
         connection.execute("BEGIN")
     except (OSError, sqlite3.Error, UnicodeError) as error:  # removed, or replaced, between two looks
         raise RunError(f"{path} cannot be read: {error}") from None

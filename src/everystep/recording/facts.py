@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json, to_jsonable_python
+from pydantic_core import from_json, to_json, to_jsonable_python
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError, UsageError
@@ -152,18 +152,23 @@ class BatchFacts(_Fact):
     without: tuple[Whole, ...] = ()
 
 
-class ModuleFacts(_Fact):
+class _Described(_Fact):
+    """What has a class and settings. is_torchs: whether the class is torch's own."""
+
+    class_name: str
+    settings: Settings = {}
+    is_torchs: bool = False
+
+
+class ModuleFacts(_Described):
     """A module: its class, and its arguments as torch's own modules print them.
 
     settings: its public attributes with plain values, and by the names of its own parameters and buffers
     their dtype, with `frozen` if they need no gradient, or None for a missing one; also the names of its
-    hooks. is_torchs: whether it is torch's own.
+    hooks.
     """
 
-    class_name: str
     arguments: str = ""
-    settings: Settings = {}
-    is_torchs: bool = False
 
 
 class OptimizerFacts(_Fact):
@@ -183,27 +188,18 @@ class OptimizerFacts(_Fact):
         }
 
 
-class SchedulerFacts(_Fact):
-    """A scheduler: its class, whether it is torch's own, and its settings.
+class SchedulerFacts(_Described):
+    """A scheduler. every: `step` or `epoch`; None if a user's loop decides."""
 
-    every: `step` or `epoch`; None if a user's loop decides.
-    """
-
-    class_name: str
-    is_torchs: bool
-    settings: Settings
     every: str | None
 
 
-class LossFacts(_Fact):
-    """A loss: its class (for a function, its name), whether it is torch's own, and its settings.
+class LossFacts(_Described):
+    """A loss: its class (for a function, its name).
 
     settings: attributes that are not tensors; modules: by path, if the loss is a module.
     """
 
-    class_name: str
-    is_torchs: bool
-    settings: Settings
     modules: dict[str, ModuleFacts]
 
 
@@ -288,7 +284,7 @@ class TrainingFacts(_Fact):
     name. loss: None in a user's loop. seed: None if torch's generator was not reseeded.
     preparation: what was done to the data, as in `experiment.preparation`.
     stop_on_nan: whether the first loss that is not finite ends the training.
-    experiment_file, experiment_digest: the file of the experiment, and its SHA-256.
+    experiment_file: of the experiment, if it has another name than usual.
     """
 
     device: str
@@ -307,7 +303,6 @@ class TrainingFacts(_Fact):
     versions: dict[str, str]
     preparation: dict[str, Any] | None = None
     experiment_file: str | None = None
-    experiment_digest: str | None = None
     data_file: DataFileFacts | None = None
     engine: EngineFacts | None = None
     loop: LoopFacts | None = None
@@ -464,30 +459,21 @@ def read_facts(rows: Iterable[tuple[Any, Any]], path: Path) -> Facts:
     Raises:
         RunError: one is not what everystep writes, so that the database was changed.
     """
-    texts: dict[str, str] = {}
-    for key, text in rows:
-        try:
-            from_json(text)
-        except (TypeError, ValueError):
-            raise _changed(path, key) from None
-        texts[key] = text if isinstance(text, str) else text.decode()
-    own = [_member(key, texts[key]) for key in texts if key in _OF_RUN]
-    if texts.keys() >= _FROM_THE_BEGINNING:
-        trained = [_member(key, texts[key]) for key in texts if key in _OF_TRAINING]
-        own.append(_member("trained", f"{{{','.join(trained)}}}"))
+    key: Any = None
+    known: dict[Any, Any] = {}
     try:
-        return Facts.model_validate_json(f"{{{','.join(own)}}}")
+        for key, text in rows:
+            known[key] = from_json(text)
+        own = {key: known[key] for key in known if key in _OF_RUN}
+        if known.keys() >= _FROM_THE_BEGINNING:
+            own["trained"] = {key: known[key] for key in known if key in _OF_TRAINING}
+        return Facts.model_validate_json(to_json(own, inf_nan_mode="constants"))
     except ValidationError as error:
         place = error.errors(include_input=False)[0]["loc"]
-        raise _changed(path, place[1] if place[0] == "trained" else place[0]) from None
-
-
-def _member(key: str, text: str) -> str:
-    return f'"{key}":{text}'
-
-
-def _changed(path: Path, key: Any) -> RunError:
-    return RunError(f"{path} has an invalid value for {str(key)[:80]!r}: the database was changed")
+        key = place[1] if place[0] == "trained" else place[0]
+    except (TypeError, ValueError):
+        pass
+    raise RunError(f"{path} has an invalid value for {str(key)[:80]!r}: the database was changed")
 
 
 def check_measurement_names(names: Collection[str]) -> None:

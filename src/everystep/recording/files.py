@@ -7,14 +7,16 @@ changes that code made between two steps.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -31,12 +33,15 @@ __all__ = [
     "CHANGES",
     "DATA_FILE",
     "DATA_LIMIT",
+    "PROGRAMS",
+    "SNAPSHOTS",
     "Change",
     "FileRow",
     "bytes_of",
     "changes_in",
     "check_data",
     "check_writable_files",
+    "completed",
     "has_own",
     "open_own",
     "own_path",
@@ -44,18 +49,22 @@ __all__ = [
     "read_change",
     "read_data",
     "read_file",
-    "read_own",
     "read_tensors",
     "row_of_file",
-    "sweep",
     "take_file",
     "write_change",
     "write_data",
+    "write_tensors",
     "write_whole",
 ]
 
-CHANGES = "changes"
-_NAME = re.compile(rf"{CHANGES}/(\d{{1,18}})\.safetensors")
+CHANGES, PROGRAMS, SNAPSHOTS = "changes", "programs", "snapshots"
+#: Names of files that belong to a step.
+_OF_STEP = re.compile(rf"(?:{CHANGES}|{SNAPSHOTS})/(\d{{1,18}})[./].+")
+#: The key of plain data in the metadata of a safetensors file.
+_ABOUT = "everystep"
+#: Bytes of a file that are digested at a time; in between, other threads run.
+_PIECE = 8_000_000
 DATA_FILE = "data.safetensors"
 #: Data up to this size is stored in the run; of larger data, its size and digest.
 DATA_LIMIT = 256_000_000
@@ -70,6 +79,12 @@ class FileRow(NamedTuple):
     size: int
     digest: bytes
 
+    @property
+    def step(self) -> int | None:
+        """Of a state or a change: the step that it follows."""
+        match = _OF_STEP.fullmatch(self.name)
+        return None if match is None else int(match[1])
+
 
 def row_of_file(name: str, content: bytes) -> FileRow:
     """Return the row of a file with this content."""
@@ -78,35 +93,26 @@ def row_of_file(name: str, content: bytes) -> FileRow:
 
 def program_file(number: int) -> str:
     """Return the name of the file of a program, by its number (from 1) in the run."""
-    return f"programs/{number}.json"
+    return f"{PROGRAMS}/{number}.json"
 
 
 def read_file(directory: Path, row: FileRow) -> bytes:
     """Return the content of a file of a run, checked against its digest.
 
     Raises:
-        RunError: it is missing, or was changed.
+        RunError: it is missing, larger than it was, changed, or not one of the run.
     """
-    content = read_own(directory, row.name, row.size)
+    path = own_path(directory, row.name)
+    try:
+        content = read_regular(path, min(row.size, MEMORY), follows_links=False)
+    except OSError as error:
+        grown = "; it was changed after recording" if error.errno == errno.EFBIG else ""
+        raise RunError(f"{_unreadable(path, error)}{grown}") from None
     if row_of_file(row.name, content) != row:
         raise RunError(
-            f"{directory / row.name} was changed after recording: its digest differs; restore it from "
-            "a copy of the run"
+            f"{path} was changed after recording: its digest differs; restore it from a copy of the run"
         )
     return content
-
-
-def read_own(directory: Path, name: str, limit: int) -> bytes:
-    """Return the content of a file of a run. limit: bytes that it may have.
-
-    Raises:
-        RunError: it is missing, cannot be read, is larger, or is not one of the run.
-    """
-    path = own_path(directory, name)
-    try:
-        return read_regular(path, min(limit, MEMORY), follows_links=False)
-    except OSError as error:
-        raise _unreadable(path, error) from None
 
 
 def open_own(directory: Path, name: str) -> BinaryIO:
@@ -134,12 +140,15 @@ def has_own(directory: Path, name: str) -> bool:
 def take_file(source: Path, name: str, target: Path, own_name: str | None = None) -> None:
     """Give a run a file of another run: as a hard link if the file system supports it, or a copy.
 
-    source, target: the directories of the runs; own_name: that of the file in the target.
+    A missing file is left out; both runs report it when it is read. source, target: the directories of
+    the runs; own_name: that of the file in the target.
 
     Raises:
-        RunError: the file is missing, unreadable, or does not belong to the run.
+        RunError: the file is unreadable, or does not belong to the run.
         OSError: it cannot be written.
     """
+    if not has_own(source, name):
+        return
     taken = own_path(target, own_name or name)
     taken.parent.mkdir(parents=True, exist_ok=True)
     with open_own(source, name) as file:
@@ -192,21 +201,31 @@ def check_writable_files(directory: Path) -> None:
     Raises:
         RunError: it has one; names it.
     """
-    for folder, folders, files in os.walk(directory):
-        for name in (*folders, *files):
-            path = Path(folder, name)
-            status = path.lstat()
-            is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-            is_file = stat.S_ISREG(status.st_mode)
-            is_shared = is_file and name in _CHANGED and status.st_nlink > 1
-            if not is_plain or is_shared:
-                what = (
-                    "has a second name (a hard link)" if is_shared else "is a link, or no regular file"
-                )
-                raise RunError(
-                    f"{path} {what}, so everystep does not write into this run; copy the run "
-                    "(cp -rL) and use the copy"
-                )
+    for path in directory.rglob("*"):
+        status = path.lstat()
+        is_file = stat.S_ISREG(status.st_mode)
+        if not is_file and not stat.S_ISDIR(status.st_mode):
+            problem = "is a link, or no regular file"
+        elif is_file and path.name in _CHANGED and status.st_nlink > 1:
+            problem = "has a second name (a hard link)"
+        else:
+            continue
+        raise RunError(
+            f"{path} {problem}, so everystep does not write into this run; copy the run (cp -rL) and "
+            "use the copy"
+        )
+
+
+@contextmanager
+def completed(path: Path) -> Iterator[Path]:
+    """Yield a temporary name for a file or a directory, which gets its own name once it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -215,65 +234,38 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with completed(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(path)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in a directory."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-class Change(NamedTuple):
-    """What code between two steps changed: tensors by name, and the names of removed ones."""
-
-    tensors: dict[str, Tensor]
-    gone: list[str]
-
-
-def write_change(
-    directory: Path, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()
+def write_tensors(
+    path: Path, name: str, tensors: Mapping[str, Tensor], about: Any = None, *, is_synced: bool = True
 ) -> FileRow:
-    """Write tensors (on the CPU) after `step` and the code that followed it.
+    """Write tensors (on the CPU), and plain data about them, as safetensors; return the row of the file.
 
-    gone: the names of removed tensors.
+    path: of the file now; name: within the run, once it is complete. A training computes meanwhile: the
+    bytes are copied once, into the file, and Python's lock is released.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
-    folder = directory / CHANGES
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f".{step:06d}.tmp"
-    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = save(own, {"gone": json.dumps([*gone])} if gone else None)
-    temporary.write_bytes(content)
-    row = row_of_file(f"{CHANGES}/{step:06d}.safetensors", content)
-    temporary.rename(directory / row.name)
-    return row
-
-
-def changes_in(files: Iterable[str]) -> dict[int, str]:
-    """Return the files of changes among those of a run, by step."""
-    matches = [match for match in map(_NAME.fullmatch, files) if match is not None]
-    return {int(match[1]): match[0] for match in matches}
+    # One key only: safetensors writes several in no fixed order, and the digest must hold.
+    metadata = None if about is None else {_ABOUT: json.dumps(about, sort_keys=True)}
+    save_file(_unshared(tensors), path, metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+    digest = xxhash.xxh3_128()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with memoryview(content) as view:
+            for begin in range(0, len(view), _PIECE):
+                digest.update(view[begin : begin + _PIECE])
+        if is_synced:
+            os.fsync(file.fileno())
+        return FileRow(name, len(content), digest.digest())
 
 
-def read_change(content: bytes, place: Path) -> Change:
-    """Return what changed. content: of the file at `place`.
-
-    Raises:
-        RunError: the file is unreadable.
-    """
-    tensors, gone = read_tensors(content, "gone", str(place))
-    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
-
-
-def read_tensors(content: bytes, key: str, place: str) -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors of a safetensors file, and the value that its metadata has as JSON under a key.
+def read_tensors(content: bytes, place: str) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of a safetensors file, and the plain data about them, None if it has none.
 
     Raises:
         RunError: the file is unreadable; names its place.
@@ -284,28 +276,68 @@ def read_tensors(content: bytes, key: str, place: str) -> tuple[dict[str, Tensor
     try:
         tensors = load(content)
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return tensors, parse_json((header.get("__metadata__") or {}).get(key, "null"))
+        return tensors, parse_json((header.get("__metadata__") or {}).get(_ABOUT, "null"))
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{place} cannot be read: {error}") from None
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors contiguous and with separate memory, as safetensors requires."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        alone = tensor.contiguous()
+        place = alone.untyped_storage().data_ptr()
+        found[name] = alone.clone() if place in taken else alone
+        taken.add(place)
+    return found
+
+
+class Change(NamedTuple):
+    """What code between two steps changed: tensors by name, and the names of removed ones."""
+
+    tensors: dict[str, Tensor]
+    gone: list[str]
+
+
+def write_change(directory: Path, step: int, change: Change) -> FileRow:
+    """Write tensors (on the CPU) after `step` and the code that followed it."""
+    folder = directory / CHANGES
+    folder.mkdir(exist_ok=True)
+    name = f"{CHANGES}/{step:06d}.safetensors"
+    with completed(directory / name) as file:
+        return write_tensors(file, name, change.tensors, change.gone or None, is_synced=False)
+
+
+def changes_in(files: Iterable[FileRow]) -> dict[int, str]:
+    """Return the files of changes among those of a run, by step."""
+    found = ((row.step, row.name) for row in files if row.name.startswith(f"{CHANGES}/"))
+    return {step: name for step, name in found if step is not None}
+
+
+def read_change(content: bytes, place: Path) -> Change:
+    """Return what changed. content: of the file at `place`.
+
+    Raises:
+        RunError: the file is unreadable.
+    """
+    tensors, gone = read_tensors(content, str(place))
+    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
 
 
 def write_data(
     directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE
 ) -> tuple[DataFileFacts, list[FileRow]]:
     """Write small data (CPU tensors) into a run; return the fact that describes it, and its file."""
-    from safetensors.torch import save
-
     size = sum(tensor.nbytes for tensor in tensors.values())
-    is_small = size <= DATA_LIMIT
     files = []
-    if is_small:
-        content = save(_unshared(tensors))
-        write_whole(directory / name, content)
-        files.append(row_of_file(name, content))
+    if size <= DATA_LIMIT:
+        with completed(directory / name) as file:
+            files.append(write_tensors(file, name, tensors))
     # Bits also depend on the memory layout of a tensor.
     strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
     fact = DataFileFacts(
-        file=name, stored=is_small, bytes=size, digest=_digest(tensors), strides=strides
+        file=name, stored=bool(files), bytes=size, digest=_digest(tensors), strides=strides
     )
     return fact, files
 
@@ -318,7 +350,7 @@ def read_data(content: bytes, place: Path, fact: DataFileFacts) -> dict[str, Ten
     Raises:
         RunError: the file is unreadable, or has other data.
     """
-    tensors, _ = read_tensors(content, "", str(place))
+    tensors, _ = read_tensors(content, str(place))
     check_data(tensors, fact, str(place))
     try:
         return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
@@ -357,16 +389,6 @@ def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
     if stride is None or len(stride) != tensor.ndim or 0 in stride:
         return tensor.clone()  # in memory of torch's own alignment, which kernels are faster with
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors contiguous and with separate memory, as safetensors requires."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        taken = {other.untyped_storage().data_ptr() for other in found.values()}
-        alone = tensor.contiguous()
-        found[name] = alone.clone() if alone.untyped_storage().data_ptr() in taken else alone
-    return found
 
 
 def bytes_of(tensor: Tensor) -> Any:

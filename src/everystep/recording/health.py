@@ -9,35 +9,22 @@ from __future__ import annotations
 import csv
 import io
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from itertools import groupby, pairwise
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError
-from everystep.recording.blocks import (
-    BLOCK,
-    BYTES,
-    FACTS,
-    LOSS,
-    LOSSES,
-    STEP,
-    TEXT,
-    VALUES,
-    block_of,
-    digests_of,
-    series_of,
-)
+from everystep.recording.blocks import BLOCK, FACTS, LOSS, block_of, digests_of, fits, series_of
 from everystep.recording.connection import connect_reading
-from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import Facts
+from everystep.recording.files import SNAPSHOTS
+from everystep.recording.lock import is_locked
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from everystep.recording.blocks import Series
 
 __all__ = [
@@ -49,13 +36,13 @@ __all__ = [
     "structure_findings",
 ]
 
-#: Queries for losses, measurements and digests, and the types of their columns.
-_LOSSES = "SELECT 'loss', step, loss FROM steps ORDER BY step {0}", (TEXT, STEP, LOSSES)
+#: Queries for losses, measurements and digests, and the type of their last column.
+_LOSSES = "SELECT 'loss', step, loss FROM steps ORDER BY step {0}", float | None
 _MEASUREMENTS = (
     "SELECT 'measurement/' || name, step, value FROM measurements ORDER BY name {0}, step {0}",
-    (TEXT, STEP, VALUES),
+    float | None,
 )
-_DIGESTS = "SELECT name, first, digest FROM blocks ORDER BY name {0}, first {0}", (TEXT, STEP, BYTES)
+_DIGESTS = "SELECT name, first, digest FROM blocks ORDER BY name {0}, first {0}", int
 #: A run that was closed has digests of all its losses.
 _CLOSED = ("finished", "stopped", "failed")
 #: Blocks and files of a kind that are named one by one.
@@ -77,58 +64,62 @@ class Finding(NamedTuple):
         return f"{self.place}: {self.problem}"
 
 
-def structure_findings(
-    directory: Path, database: Database, facts: Facts, is_written: bool
-) -> list[Finding]:
-    """Return findings that need not read all numbers.
+def _in_table(table: str, problem: str) -> Finding:
+    return Finding(f"{FILE_NAME}, {table}", problem)
 
-    is_written: whether a process held the run before the database was opened, so that files may be ahead
-    of it. If it were checked later, a process that ended in between would leave files ahead of the data
-    read.
+
+def structure_findings(directory: Path, database: Database, facts: Facts) -> Iterator[Finding]:
+    """Yield findings that need not read all numbers.
 
     Raises:
         RunError: the database cannot be read.
     """
-    found = []
     newest, first = database.newest_step(), database.first_step()
     if first is not None and first != 1:
-        found.append(
-            Finding(f"{FILE_NAME}, steps", f"steps begin at {first:,}; a recording begins at step 1")
-        )
+        yield _in_table("steps", f"steps begin at {first:,}; a recording begins at step 1")
     short = missing_steps(facts, newest)
     if short is not None:
-        found.append(short)
-    is_ahead = is_written and facts.status == "running"
-    later = None if is_ahead or short is not None else _later_states(directory, database, newest)
-    if later is not None:
-        found.append(
-            Finding(
-                f"{FILE_NAME}, steps",
-                f"steps {newest + 1:,} to {later:,} are missing: the database ends at step {newest:,}, "
-                f"but the state after step {later:,} is on disk",
-            )
+        yield short
+    elif (later := _latest_state(directory, database)) > newest and not _is_ahead(
+        directory, facts, newest
+    ):
+        yield _in_table(
+            "steps",
+            f"steps {newest + 1:,} to {later:,} are missing: the database ends at step {newest:,}, but "
+            f"the state after step {later:,} is on disk",
         )
-    count, last_block = database.sealed_losses()
+    count, last_block = database.blocks_of_losses()
     is_closed = facts.status in _CLOSED and newest > 0
     if last_block > newest or (is_closed and count != newest // BLOCK + 1):
-        found.append(
-            Finding(f"{FILE_NAME}, blocks", "the digests of the losses do not belong to these steps")
-        )
+        yield _in_table("blocks", "the digests of the losses do not belong to these steps")
     if not database.has_facts_as_written():
-        found.append(
-            Finding(f"{FILE_NAME}, facts", "the description of the run does not match its digest")
-        )
-    return found
+        yield _in_table("facts", "the description of the run does not match its digest")
 
 
 def missing_steps(facts: Facts, newest: int) -> Finding | None:
     """Return a finding if a finished run ends before its last step, else None."""
     if facts.status != "finished" or facts.steps is None or newest >= facts.steps:
         return None
-    return Finding(
-        f"{FILE_NAME}, steps",
-        f"the run finished with {facts.steps:,} steps, but its database ends at step {newest:,}",
+    return _in_table(
+        "steps", f"the run finished with {facts.steps:,} steps, but its database ends at step {newest:,}"
     )
+
+
+def _latest_state(directory: Path, database: Database) -> int:
+    """Return the step of the newest state that is on disk or in the database, 0 if there is none."""
+    states = {row.step for row in database.snapshots()}
+    with suppress(OSError):
+        names = [path.name for path in (directory / SNAPSHOTS).iterdir()]
+        states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
+    return max(states, default=0)
+
+
+def _is_ahead(directory: Path, facts: Facts, newest: int) -> bool:
+    """Return whether a process writes the run, or did so until now: its files are ahead of its rows."""
+    if facts.status != "running" or is_locked(directory):
+        return facts.status == "running"
+    with reading(directory / FILE_NAME) as now:
+        return now.newest_step() > newest
 
 
 def number_findings(
@@ -145,73 +136,53 @@ def number_findings(
     Raises:
         RunError: the database cannot be read.
     """
-    recorded: dict[str, dict[int, bytes]] = {LOSS: {}} if only is None else {only: {}}
+    recorded: dict[str, dict[int, int]] = {LOSS if only is None else only: {}}
     for name, first, digest in database.blocks(only):
         if name != FACTS and first + BLOCK > since:
             recorded.setdefault(name, {})[first] = digest
     found: list[Finding] = []
     if only is None:
-        if not database.is_gapless():
-            found += _gap_findings(database.steps())
+        for first, last in database.gaps(_MOST_NAMED):
+            which = f"steps {_span(first, last)} are missing, and later ones are there"
+            found.append(_in_table("steps", which))
         try:
-            recorded |= {
-                s: {} for n in database.measurement_names() if (s := series_of(n)) not in recorded
-            }
+            for name in database.measurement_names():
+                recorded.setdefault(series_of(name), {})
         except RunError as error:
-            found.append(Finding(f"{FILE_NAME}, measurements", str(error)))
+            found.append(_in_table("measurements", str(error)))
     altered = []
     for name in sorted(recorded, key=lambda name: (name != LOSS, name)):
         try:
             series = (known or {}).get(name) or database.series(name, block_of(since) if since else None)
         except RunError as error:
             if name != LOSS:
-                found.append(Finding(f"{FILE_NAME}, measurements", str(error)))
+                found.append(_in_table("measurements", str(error)))
                 continue
             now = _digests_by_block(database, recorded[LOSS])
         else:
             now = digests_of(*series)
         blocks = sorted(now.keys() | recorded[name].keys())
-        altered += [(name, first) for first in blocks if now.get(first) != recorded[name].get(first)]
-    return found + _altered_findings(altered, database.newest_step())
-
-
-def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, bytes]:
-    """Return the digests of the blocks of losses that can be read."""
-    found: dict[int, bytes] = {}
-    for first in blocks:
-        with suppress(RunError):
-            found |= digests_of(*database.series(LOSS, first, first + BLOCK - 1))
+        altered += [
+            (name, first) for first in blocks if now.get(first, 0) != recorded[name].get(first, 0)
+        ]
+    newest = database.newest_step()
+    for name, first in altered[:_MOST_NAMED]:
+        which = _span(max(1, first), max(first, min(first + BLOCK - 1, newest)))
+        table, what = "steps", "losses"
+        if name != LOSS:
+            table, what = "measurements", f"values of {name.partition('/')[2]}"
+        found.append(_in_table(table, f"{what} of steps {which} do not match their digest"))
+    if more := len(altered[_MOST_NAMED:]):
+        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers do not match their digest"))
     return found
 
 
-def _gap_findings(steps: NDArray[np.int64]) -> list[Finding]:
-    """Return the gaps between steps, from 1."""
-    before = [0, *steps[steps > 0].tolist()]
-    gaps = [(a + 1, b - 1) for a, b in pairwise(before) if b > a + 1]
-    return [
-        Finding(
-            f"{FILE_NAME}, steps", f"steps {_span(first, last)} are missing, and later ones are there"
-        )
-        for first, last in gaps[:_MOST_NAMED]
-    ]
-
-
-def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[Finding]:
-    """Return findings for blocks that differ from the recording."""
-    found = []
-    for name, first in altered[:_MOST_NAMED]:
-        last = max(first, min(first + BLOCK - 1, newest))
-        table = "steps" if name == LOSS else "measurements"
-        what = "losses" if name == LOSS else f"values of {name.partition('/')[2]}"
-        found.append(
-            Finding(
-                f"{FILE_NAME}, {table}",
-                f"{what} of steps {_span(max(1, first), last)} do not match their digest",
-            )
-        )
-    if len(altered) > _MOST_NAMED:
-        more = len(altered) - _MOST_NAMED
-        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers do not match their digest"))
+def _digests_by_block(database: Database, blocks: Iterable[int]) -> dict[int, int]:
+    """Return the digests of the blocks of losses that can be read."""
+    found: dict[int, int] = {}
+    for first in blocks:
+        with suppress(RunError):
+            found |= digests_of(*database.series(LOSS, first, first + BLOCK - 1))
     return found
 
 
@@ -219,18 +190,6 @@ def damage_text(name: str, findings: Sequence[Finding]) -> str:
     """Return in a line that a run is damaged, and what to do."""
     more = f" (and {len(findings) - 1:,} more)" if len(findings) > 1 else ""
     return f"{name} is damaged: {findings[0]}{more}; run everystep doctor {name} for details"
-
-
-def _later_states(directory: Path, database: Database, newest: int) -> int | None:
-    """Return the newest state that is on disk or in the database, if its step is missing."""
-    states = {row.step for row in database.snapshots()}
-    try:
-        names = [path.name for path in (directory / "snapshots").iterdir()]
-    except OSError:
-        names = []
-    states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
-    last = max(states, default=0)
-    return last if last > newest else None
 
 
 def _span(first: int, last: int) -> str:
@@ -253,7 +212,7 @@ def readable_numbers(path: Path) -> str:
     with closing(connect_reading(path, is_whole=False)) as connection:
         rows = _rows(connection, *_LOSSES) + _rows(connection, *_MEASUREMENTS)
         recorded = {row[:2]: row[2] for row in _rows(connection, *_DIGESTS)}
-    now: dict[tuple[str, int], bytes] = {}
+    now: dict[tuple[str, int], int] = {}
     for name, group in groupby(rows, key=itemgetter(0)):
         _, steps, values = zip(*group, strict=True)
         digests = digests_of(np.array(steps), np.array(values, np.float64))
@@ -268,13 +227,13 @@ def readable_numbers(path: Path) -> str:
     return text.getvalue()
 
 
-def _rows(connection: sqlite3.Connection, query: str, kinds: Any) -> list[Any]:
+def _rows(connection: sqlite3.Connection, query: str, kind: Any) -> list[tuple[str, int, Any]]:
     """Return the rows of a query that can be read: from its beginning, and from its end."""
     found = {}
     for direction in ("ASC", "DESC"):
         try:
             for row in connection.execute(query.format(direction)):
-                if all(type(value) in kind.types for value, kind in zip(row, kinds, strict=True)):
+                if type(row[0]) is str and type(row[1]) is int and fits(row[2:], kind):
                     found[row[:2]] = row
             break
         except (sqlite3.Error, UnicodeError):  # damaged from here; `doctor` reports it

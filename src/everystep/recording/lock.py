@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.recording.connection import LOCK_NAME, last_written
-from everystep.recording.database import FILE_NAME, Database, read_quickly
+from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import LONGEST_NOTE, Facts, WriterFacts
 from everystep.recording.files import check_writable_files
 
@@ -62,9 +62,13 @@ def locked(directory: Path) -> FileLock | Unlocked:
 
 
 def _being_written(directory: Path) -> RunError:
+    writer, by = _facts_of(directory).writer, ""
+    if writer is not None:
+        since = writer.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        by = f": process {writer.process} on {writer.host}, since {since}"
     return RunError(
-        f"{directory} is being written (by its training, or by another process that adds to it"
-        f"{_by_whom(directory)}); wait until that ends"
+        f"{directory} is being written (by its training, or by another process that adds to it{by}); "
+        "wait until that ends"
     )
 
 
@@ -106,7 +110,8 @@ def writer_here() -> WriterFacts:
 def _facts_of(directory: Path) -> Facts:
     """Return the facts of a run, none if it cannot be read."""
     try:
-        return read_quickly(directory / FILE_NAME, Database.facts)
+        with reading(directory / FILE_NAME) as database:
+            return database.facts()
     except RunError:
         return Facts()
 
@@ -137,14 +142,6 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # it is alive, and belongs to another user
         pass
     return True
-
-
-def _by_whom(directory: Path) -> str:
-    writer = _facts_of(directory).writer
-    if writer is None:
-        return ""
-    since = writer.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    return f": process {writer.process} on {writer.host}, since {since}"
 
 
 def write_note(directory: Path, text: str | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
-from everystep.recording.connection import fingerprint, has_log, last_written
+from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import (
     FILE_NAME,
     Database,
     Repeat,
-    SnapshotRow,
-    read_quickly,
     reading,
 )
 from everystep.recording.facts import DataFileFacts, Facts, TrainingFacts
@@ -33,7 +30,6 @@ from everystep.recording.files import (
     read_change,
     read_data,
     read_file,
-    read_own,
 )
 from everystep.recording.health import (
     Finding,
@@ -43,7 +39,7 @@ from everystep.recording.health import (
     structure_findings,
 )
 from everystep.recording.lock import is_locked
-from everystep.recording.snapshots import read_snapshot
+from everystep.recording.snapshots import SnapshotRow, read_snapshot
 from everystep.recording.summary import Summary, summary_of
 
 if TYPE_CHECKING:
@@ -99,11 +95,8 @@ class RecordedRun:
         self.directory = Path(directory)
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
-        if may_be_cut:
-            return
-        # A writer has a log. To ask for its lock takes longer than to read all of this.
-        is_written = has_log(self._database_path) and is_locked(self.directory)
-        self._read(lambda database: self._check_whole(database, is_written))
+        if not may_be_cut:
+            self._read(self._check_whole)
 
     @property
     def name(self) -> str:
@@ -145,7 +138,7 @@ class RecordedRun:
         """Return all series of the last steps, the losses in their own precision."""
         import numpy as np
 
-        edition, is_written = fingerprint(self.directory), is_locked(self.directory)
+        edition = fingerprint(self.directory)
         with reading(self._database_path) as database:
             facts = database.facts()
             since = 0 if count is None else database.newest_step() - count + 1
@@ -155,16 +148,13 @@ class RecordedRun:
             with suppress(RunError):  # a finding reports more
                 measured = database.measurements(begin)
                 found |= {series_of(name): series for name, series in measured.items()}
-            damage = self._findings_in(database, facts, found, since, is_written)
+            damage = self._findings_in(database, found, since)
         if not since:
             self._found = edition, damage
         if since:
             found = {name: _from(since, *series) for name, series in found.items()}
         steps, losses = found[LOSS]
-        expected = np.arange(max(1, since), max(1, since) + len(steps))
-        if (steps != expected).any():
-            gap = int((steps != expected).argmax())
-            raise self._gap(int(expected[gap]), int(steps[gap]))
+        database.check_gap(steps, max(1, since))
         self._warn_of(damage)
         if facts.loss_dtype != "float64":
             with np.errstate(over="ignore"):
@@ -264,12 +254,7 @@ class RecordedRun:
         Raises:
             RunError: a loss is missing, but a later one exists.
         """
-        first = max(first, 1)
-        steps, losses = self._read(lambda database: database.series(LOSS, first, last))
-        for expected, step in enumerate(steps.tolist(), start=first):
-            if step != expected:
-                raise self._gap(expected, step)
-        found: list[float] = losses.tolist()
+        found: list[float] = self._read(lambda database: database.losses(max(first, 1), last).tolist())
         return found
 
     def losses_at(self, steps: Sequence[int]) -> dict[int, float]:
@@ -290,28 +275,23 @@ class RecordedRun:
         Raises:
             RunError: its file was changed or removed, or cannot be read.
         """
-        from everystep.experiment.specification import LARGEST, parse
+        from everystep.experiment.specification import parse
 
         if (lost := self.lost_experiment(facts)) is not None:
             raise RunError(f"{lost} is missing, though the run was trained by it; put it back")
         name = facts.experiment_file or EXPERIMENT_FILE
-        if not has_own(self.directory, name):
-            return None
-        content, digest = read_own(self.directory, name, LARGEST), facts.experiment_digest
-        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
-            raise RunError(
-                f"{self.directory / name} was changed after the training (its digest differs), so it "
-                "does not describe the run; restore the original file"
-            )
+        rows = self.files(name)
         try:
-            return parse(content, str(self.directory / name))
+            return (
+                parse(read_file(self.directory, rows[0]), str(self.directory / name)) if rows else None
+            )
         except ExperimentError as error:
             raise RunError(str(error)) from None
 
     def lost_experiment(self, facts: TrainingFacts) -> Path | None:
         """Return the experiment file that a stretch was trained by, if it was removed since."""
         name = facts.experiment_file or EXPERIMENT_FILE
-        is_lost = facts.experiment_digest is not None and not has_own(self.directory, name)
+        is_lost = self.files(name) and not has_own(self.directory, name)
         return self.directory / name if is_lost else None
 
     @property
@@ -331,17 +311,16 @@ class RecordedRun:
 
     def summary(self) -> Summary:
         """Return the run in one line."""
-        is_written = is_locked(self.directory)
-        return self._read(lambda database: self._summary(database, is_written))
+        return self._read(self._summary)
 
-    def _summary(self, database: Database, is_written: bool) -> Summary:
+    def _summary(self, database: Database) -> Summary:
         facts = database.facts()
-        found = structure_findings(self.directory, database, facts, is_written)
+        found = [*structure_findings(self.directory, database, facts)]
         damage = damage_text(self.name, found) if found else None
         summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
         return summary._replace(damage=damage)
 
-    def _check_whole(self, database: Database, is_written: bool) -> None:
+    def _check_whole(self, database: Database) -> None:
         """Check that the steps of a finished run are there; warn of other damage.
 
         Raises:
@@ -354,7 +333,7 @@ class RecordedRun:
                 f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; everystep "
                 f"doctor {self.name} --export FILE.csv writes the numbers that can be read"
             )
-        self._warn_of(structure_findings(self.directory, database, facts, is_written))
+        self._warn_of([*structure_findings(self.directory, database, facts)])
 
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them.
@@ -362,24 +341,18 @@ class RecordedRun:
         Raises:
             RunError: the database cannot be read.
         """
-        edition, is_written = fingerprint(self.directory), is_locked(self.directory)
-        if self._found is not None and self._found[0] == edition:
-            return self._found[1]
-        with reading(self._database_path) as database:
-            found = self._findings_in(database, database.facts(), {}, 0, is_written)
-        self._found = edition, found
-        return found
+        edition = fingerprint(self.directory)
+        if self._found is None or self._found[0] != edition:
+            self._found = edition, self._read(lambda database: self._findings_in(database, {}, 0))
+        return self._found[1]
 
-    def _findings_in(
-        self, database: Database, facts: Facts, known: dict[str, Series], since: int, is_written: bool
-    ) -> list[Finding]:
-        found = structure_findings(self.directory, database, facts, is_written)
+    def _findings_in(self, database: Database, known: dict[str, Series], since: int) -> list[Finding]:
+        found = structure_findings(self.directory, database, database.facts())
         return [*found, *number_findings(database, known, since)]
 
     def database_problems(self) -> list[str]:
         """Return what SQLite itself finds wrong with the whole database."""
-        with reading(self._database_path) as database:
-            return [f"{FILE_NAME}: {problem}" for problem in database.check_quickly()]
+        return [f"{FILE_NAME}: {problem}" for problem in self._read(Database.check_quickly)]
 
     @property
     def damage(self) -> str | None:
@@ -393,12 +366,6 @@ class RecordedRun:
             self._has_warned = True
             warnings.warn(DamageWarning(damage_text(self.name, found)), stacklevel=3)
 
-    def _gap(self, expected: int, step: int) -> RunError:
-        return RunError(
-            f"{self.name} has no loss for step {expected}, but one for step {step}: the database was "
-            "changed"
-        )
-
     def read_file(self, name: str) -> bytes:
         """Return the content of a program, of its constants, of data or of changes, as recorded.
 
@@ -407,22 +374,22 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is not one of the run.
         """
-        row = self._read(lambda database: database.file(name))
-        if row is None:
+        rows = self.files(name)
+        if not rows:
             path = own_path(self.directory, name)
             raise RunError(
                 f"{path} has no digest in {FILE_NAME}: everystep did not write it, or "
                 "the database was changed"
             )
-        return read_file(self.directory, row)
+        return read_file(self.directory, rows[0])
 
-    def files(self) -> list[FileRow]:
-        """Return the files with digests, by name."""
-        return self._read(Database.files)
+    def files(self, names: str = "*") -> list[FileRow]:
+        """Return the files with digests, by name. names: a pattern of those to return."""
+        return self._read(lambda database: database.files(names))
 
     def change_files(self) -> dict[int, str]:
         """Return the files of what code between two steps changed, by step."""
-        return changes_in(row.name for row in self.files())
+        return changes_in(self.files())
 
     def change(self, name: str) -> Change:
         """Return what code between two steps changed.
@@ -461,7 +428,8 @@ class RecordedRun:
         return {name: read_contents(self.directory, places, each) for name, each in given.items()}
 
     def _read(self, read: Callable[[Database], _Found]) -> _Found:
-        return read_quickly(self._database_path, read)
+        with reading(self._database_path) as database:
+            return read(database)
 
     @property
     def _database_path(self) -> Path:

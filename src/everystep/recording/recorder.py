@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from everystep import clock
 from everystep.bounded import MOST_STEPS
@@ -25,6 +27,9 @@ from everystep.recording.facts import Facts
 from everystep.recording.files import (
     DATA_FILE,
     DATA_LIMIT,
+    PROGRAMS,
+    SNAPSHOTS,
+    Change,
     program_file,
     row_of_file,
     write_change,
@@ -33,7 +38,7 @@ from everystep.recording.files import (
 )
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
+from everystep.recording.snapshots import SnapshotPlan, write_snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +58,21 @@ LARGE_BYTES = 1_000_000
 _SPARE = 65_536
 
 
+P = ParamSpec("P")
+
+
+def _in_thread(
+    method: Callable[Concatenate[Any, P], None],
+) -> Callable[Concatenate[Any, P], None]:
+    """Let the thread of a recorder run a method, after those that were called before."""
+
+    @wraps(method)
+    def put(recorder: Any, /, *arguments: P.args, **options: P.kwargs) -> None:
+        recorder._put(partial(method, recorder, *arguments, **options))
+
+    return put
+
+
 class Recorder:
     """The one writer of a run: takes losses, measurements and states, and writes them in a thread.
 
@@ -69,7 +89,8 @@ class Recorder:
         is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
             that the run already has are compared, not written (see `Continuation`).
 
-    lost_to: the last step that needs dropped inputs.
+    plan: when to take snapshots; recorded: the newest step that the run had when it was resumed, 0 for a
+    new run; program_count: how many programs the run has, those of before included.
     The next `check`, and `finish`, raise errors of the thread.
     """
 
@@ -85,7 +106,8 @@ class Recorder:
         texts: Mapping[str, str] = MappingProxyType({}),
         beginning: State | None = None,
     ) -> None:
-        self.lost_to = self._bytes_asked = self._bytes_written = 0
+        self.recorded = self.program_count = 0
+        self._bytes_asked = self._bytes_written = 0
         self._home = Home(directory)
         self.plan = SnapshotPlan(budget)
         self._snapshot_seconds = 0.0
@@ -93,16 +115,12 @@ class Recorder:
         self._last_step = self._passed = at
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[tuple[int, Sequence[float]]] = queue.SimpleQueue()
-        self._snapshots_asked = 0
-        self._snapshots_written = 0
-        self._chosen_after = 0
+        self._snapshots_asked = self._snapshots_written = self._chosen_after = 0
         self._error: BaseException | None = None
         self._job_began: float | None = None
         self._is_late = False
-        self._continuation: Continuation | None = None
-        self._programs = 0
-        self._batch_budget = batch_budget
-        self._repeats: Repeats | None = None
+        #: What compares steps with recorded ones, until the first new step.
+        self._again: Continuation | None = None
         with ExitStack() as closing:
             closing.callback(self._home.close)
             try:
@@ -111,16 +129,21 @@ class Recorder:
                 closing.callback(self._remove_spare)
                 # Freed to write that the disk is full. No file system packs random bytes.
                 (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
-                (self._home.here / "snapshots").mkdir(exist_ok=is_resumed)
-                for name, text in texts.items():
-                    write_whole(self._home.here / name, text.encode())
+                (self._home.here / SNAPSHOTS).mkdir(exist_ok=is_resumed)
+                contents = {name: text.encode() for name, text in texts.items()}
+                for name, content in contents.items():
+                    write_whole(self._home.here / name, content)
                 opened = Database.change if is_resumed else Database.create
                 self._database = opened(self._home.here / FILE_NAME)
                 closing.callback(self._database.close)
+                with self._database.transaction():
+                    self._database.enter([row_of_file(*each) for each in contents.items()])
                 if is_resumed:
                     self._resume(facts)
                 else:
                     self._begin(facts, parent, at, beginning)
+                self._repeats = Repeats(self._home.here, self._database, batch_budget, self._last_step)
+                closing.callback(self._repeats.close)
             except OSError as error:
                 raise self._translated(error, at if is_resumed else 0) from error
             #: Ends the writing of the run, in any case.
@@ -138,30 +161,49 @@ class Recorder:
         if sum(tensor.nbytes for tensor in tensors.values()) <= DATA_LIMIT:
             # A step may change its batch in place before it is written.
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        self._put(lambda: self._write_data(tensors, name))
+        self._write_data(tensors, name)
 
     def program(self, program: Program) -> int:
         """Write a program; return its number in the run."""
-        self._programs = number = self._programs + 1
-        self._put(lambda: self._write_program(number, program))
-        return number
+        self.program_count += 1
+        self._write_program(self.program_count, program)
+        return self.program_count
 
+    @_in_thread
     def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
         """Write tensors (on the CPU) that code between two steps changed after `step`.
 
         gone: the names of removed tensors.
         """
-        known = self._continuation
-        if known is None or step >= known.recorded:
-            self._put(lambda: self._write_change(step, tensors, gone))
+        if step >= self.recorded:
+            row = write_change(self._home.here, step, Change(tensors, [*gone]))
+            with self._database.transaction():
+                self._database.enter([row])
 
+    @_in_thread
     def forget_after(self, step: int) -> None:
         """Delete losses, measurements and snapshots of later steps, which will run again."""
-        self._put(lambda: self._forget_after(step))
+        step = max(step, self.recorded)  # compare the resumed steps again
+        later = [taken for taken in self.plan.kept if taken > step]
+        for taken in later:
+            del self.plan.kept[taken]
+        with self._database.transaction():
+            files = self._database.forget_after(step)
+        for name in files:
+            (self._home.here / name).unlink(missing_ok=True)
+        self._remove_snapshots(later)
+        self._last_step = min(self._last_step, step)
+        self._passed = min(self._passed, step)
 
-    def facts(self, facts: dict[str, Any]) -> None:
+    @_in_thread
+    def facts(self, facts: Mapping[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
-        self._put(lambda: self._write_facts(facts))
+        self._write_numbers((), facts)
+
+    @_in_thread
+    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
+        """Write measurements (name, step, value)."""
+        self._write_numbers(rows, {})
 
     def losses(
         self,
@@ -177,16 +219,12 @@ class Recorder:
         left out: Ctrl-C may come before the caller notes it.
         """
         self._bytes_asked += sum(row.bytes for row in taken)
-        self._put(lambda: self._write_steps(first_step, losses, measured, facts, taken))
-
-    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
-        """Write measurements (name, step, value)."""
-        self._put(lambda: self._write_measurements(rows))
+        self._write_steps(first_step, losses, measured, facts, taken)
 
     def snapshot(self, state: State) -> None:
         """Write a state."""
         self._snapshots_asked += 1
-        self._put(lambda: self._write_snapshot(state))
+        self._write_snapshot(state)
 
     def written(self) -> Iterator[tuple[int, Sequence[float]]]:
         """Yield the losses written since the last call, and the first step of each group."""
@@ -196,13 +234,13 @@ class Recorder:
 
     def differs(self, step: int, problem: str) -> RunError:
         """Return the error of a resumed training in which a step is not as recorded."""
-        assert self._continuation is not None
-        return self._continuation.differs(step, problem)
+        assert self._again is not None
+        return self._again.differs(step, problem)
 
     @property
-    def recorded(self) -> int:
-        """The newest step that the run had when it was resumed; 0 for a new run."""
-        return 0 if self._continuation is None else self._continuation.recorded
+    def lost_to(self) -> int:
+        """The last step that needs dropped inputs."""
+        return self._repeats.lost_to
 
     def wait(self) -> None:
         """Wait for the disk if too much is queued.
@@ -265,7 +303,7 @@ class Recorder:
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
         """
-        self._put(lambda: self._write_last_facts(facts))
+        self._put(partial(self._write_last_facts, facts))
         self._queue.put(None)
         self._thread.join(LATE_SECONDS)
         if self._thread.is_alive():
@@ -273,8 +311,6 @@ class Recorder:
             self._thread.join()
         if self._error is not None and not isinstance(self._error, RunError | GoneError):
             self._close_failed(self._error, facts)
-        if self._repeats is not None:
-            self._repeats.close()
         self._closing.close()
         self.check()
 
@@ -298,13 +334,13 @@ class Recorder:
             here, database, inherited = self._home.here, self._database, dict[str, Any]()
             if parent is not None:
                 inherited = inherit(here, database, self.plan, parent, at)
-                self._programs = self._newest_program()
             if beginning is not None:
-                row = write_snapshot(here / "snapshots", beginning)
-                database.add_snapshot(row)
-                self.plan.kept[row.step] = row.bytes
+                row = write_snapshot(here / SNAPSHOTS, beginning)
+                database.enter(row.files)
+                self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
             database.write_facts(first | inherited | facts.rows())
+        self._count_programs()
 
     def _resume(self, facts: Facts) -> None:
         """Continue with the data of the run, and remove files of unrecorded steps."""
@@ -312,26 +348,20 @@ class Recorder:
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
         tidy(self._home.here, self._database, recorded, self._last_step)
-        continuation = Continuation(self._home.here, self._database, facts.rows())
-        self._last_step = continuation.recorded
-        self.plan.kept = {row.step: row.bytes for row in self._database.snapshots()}
+        self._again = Continuation(self._home.here, self._database, facts.rows())
+        self.recorded = self._last_step = self._again.recorded
+        self.plan.kept = {row.step: row.size for row in self._database.snapshots()}
         earlier = (*self._database.facts().earlier, *facts.earlier)
         self.plan.pinned = {0} | {each.last for each in earlier}
-        self._programs = self._newest_program()
-        self._continuation = continuation
+        self._count_programs()
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
             said = {"config": facts.config, "tags": facts.tags}
             self._database.write_facts(known | {name: value for name, value in said.items() if value})
 
-    def _newest_program(self) -> int:
-        files = (self._home.here / "programs").glob("*.json")
-        return max((int(path.stem) for path in files if path.stem.isdecimal()), default=0)
-
-    @property
-    def program_count(self) -> int:
-        """How many programs the run has; those of a parent, or from before it was resumed, included."""
-        return self._programs
+    def _count_programs(self) -> None:
+        numbers = [path.stem for path in (self._home.here / PROGRAMS).glob("*.json")]
+        self.program_count = max((int(each) for each in numbers if each.isdecimal()), default=0)
 
     def drain(self) -> None:
         """Wait until everything so far is on disk.
@@ -367,29 +397,29 @@ class Recorder:
         """
         if self._home.follow():
             self._database.move(self._home.here / FILE_NAME)
-            if self._repeats is not None:
-                self._repeats.move(self._home.here)
+            self._repeats.move(self._home.here)
 
-    @property
-    def _again(self) -> Continuation | None:
-        """What compares steps with recorded ones, until the first new step."""
-        known = self._continuation
-        return None if known is None or known.is_over else known
-
-    def _write_facts(self, facts: dict[str, Any]) -> None:
+    def _write_numbers(
+        self,
+        measured: Sequence[tuple[str, int, float]],
+        facts: Mapping[str, Any],
+        losses: Sequence[float] = (),
+        first_step: int = 0,
+    ) -> None:
+        """Write measurements, facts and losses: all or nothing; keep them while no step is new."""
         if self._again is not None:
-            self._again.facts(facts)
-            return
+            first_step, losses = self._again.new_losses(first_step, losses)
+            self._again.keep(measured, facts)
+            if not losses:
+                return
+            measured, facts = self._again.measured, self._again.facts
         with self._database.transaction():
+            self._database.write_measurements(measured)
             self._database.write_facts(facts)
+            self._database.write_losses(first_step, losses)
+        self._again = None
 
-    def _write_measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
-        if self._again is not None:
-            self._again.measurements(rows)
-            return
-        with self._database.transaction():
-            self._database.write_measurements(rows)
-
+    @_in_thread
     def _write_steps(
         self,
         first_step: int,
@@ -398,105 +428,72 @@ class Recorder:
         facts: Mapping[str, Any],
         taken: Sequence[Taken],
     ) -> None:
-        new = min(max(0, self._passed + 1 - first_step), len(losses))
         if taken:
-            self._write_repeats(taken)
+            self._repeats.write(taken, self._new_repeats)
+        self._bytes_written += sum(row.bytes for row in taken)
+        new = min(max(0, self._passed + 1 - first_step), len(losses))
         self._passed = max(self._passed, first_step + len(losses) - 1)
         first_step, losses = first_step + new, losses[new:]
-        again = self._again
-        if again is not None:
-            first_step, losses = again.new_losses(first_step, losses)
-            again.measurements(measured)
-            again.facts(facts)
-        if not losses:
-            return
-        with self._database.transaction():
-            if again is not None:
-                again.begin()
-            else:
-                self._database.write_measurements(measured)
-                self._database.write_facts(facts)
-            self._database.write_losses(first_step, losses)
-        self._last_step = first_step + len(losses) - 1
-        self._written.put((first_step, losses))
-
-    def _write_repeats(self, rows: Sequence[Taken]) -> None:
-        if self._repeats is None:
-            self._repeats = Repeats(self._home.here, self._database, self._batch_budget, self._last_step)
-        self._repeats.write(rows, self._new_repeats)
-        self.lost_to = self._repeats.lost_to
-        self._bytes_written += sum(row.bytes for row in rows)
+        self._write_numbers(measured, facts, losses, first_step)
+        new = max(0, self.recorded + 1 - first_step)
+        if losses[new:]:
+            self._last_step = first_step + len(losses) - 1
+            self._written.put((first_step + new, losses[new:]))
 
     def _new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
         """Return the rows of steps that the run does not have."""
         rows = cut(rows, self._passed + 1, MOST_STEPS)
         return rows if self._again is None else self._again.new_repeats(rows)
 
-    def _write_last_facts(self, facts: dict[str, Any]) -> None:
-        last = facts if self._continuation is None else self._continuation.last_facts(facts)
+    def _write_last_facts(self, facts: Mapping[str, Any]) -> None:
+        last = facts if self._again is None else self._again.last_facts(facts)
         with self._database.transaction():
             self._database.write_facts(last)
 
+    @_in_thread
     def _write_program(self, number: int, program: Program) -> None:
         from everystep.program.soundness import note_sound
 
-        (self._home.here / "programs").mkdir(exist_ok=True)
+        (self._home.here / PROGRAMS).mkdir(exist_ok=True)
         text = program.to_json().encode()
         file = program_file(number)
         write_whole(self._home.here / file, text)
         with self._database.transaction():
-            self._database.write_files([row_of_file(file, text)])
+            self._database.enter([row_of_file(file, text)])
         note_sound(text)  # it comes from torch itself, not from a stranger
 
-    def _write_change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str]) -> None:
-        row = write_change(self._home.here, step, tensors, gone)
-        with self._database.transaction():
-            self._database.write_files([row])
-
-    def _forget_after(self, step: int) -> None:
-        if self._continuation is not None:  # compare the resumed steps again
-            step = max(step, self._continuation.recorded)
-        later = [taken for taken in self.plan.kept if taken > step]
-        for taken in later:
-            del self.plan.kept[taken]
-        with self._database.transaction():
-            files = self._database.forget_after(step)
-        for name in files:
-            (self._home.here / name).unlink(missing_ok=True)
-        self._remove_snapshots(later)
-        self._last_step = min(self._last_step, step)
-        self._passed = min(self._passed, step)
-
+    @_in_thread
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
         fact, files = write_data(self._home.here, tensors, name)
         with self._database.transaction():
-            self._database.write_files(files)
+            self._database.enter(files)
             self._database.write_facts({"data_file": fact})
 
+    @_in_thread
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow
 
-        known = self._continuation
-        if known is not None and (state.step < known.recorded or state.step in self.plan.kept):
+        if state.step < self.recorded or state.step in self.plan.kept:
             self._snapshots_written += 1
             return
         started, began = clock.worked(), clock.now()
-        row = write_snapshot(self._home.here / "snapshots", state)
-        given_up = self.plan.add(row.step, row.bytes)
+        row = write_snapshot(self._home.here / SNAPSHOTS, state)
+        given_up = self.plan.add(row.step, row.size)
         with self._database.transaction():
-            self._database.add_snapshot(row)
+            self._database.enter(row.files)
         self._remove_snapshots(given_up)
         self._snapshot_seconds = clock.worked() - started
-        if row.bytes > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
+        if row.size > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
             self._snapshot_seconds = clock.now() - began
-        self._snapshot_bytes = row.bytes
+        self._snapshot_bytes = row.size
         self._snapshots_written += 1
 
     def _remove_snapshots(self, steps: list[int]) -> None:
         if steps:
             with self._database.transaction():
-                self._database.remove_snapshots(steps)
-            remove_snapshots(self._home.here / "snapshots", steps)
+                self._database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in steps)
+            for step in steps:
+                shutil.rmtree(self._home.here / SNAPSHOTS / f"{step:06d}", ignore_errors=True)
 
     def _translated(self, error: BaseException, last_step: int) -> RecordingError:
         if last_step:

@@ -126,13 +126,8 @@ def settings_that_differ(
     found += _plain("max_grad_norm", one.max_grad_norm, other.max_grad_norm)
     found += _plain("evaluate_every", one.evaluate_every, other.evaluate_every)
     if one.loop and other.loop and of_own_classes:
-        parts = dict.fromkeys((*one.loop.parts, *other.loop.parts))
-        pairs = ((name, (one.loop.parts.get(name), other.loop.parts.get(name))) for name in parts)
-        found += [
-            Setting("part", name, None, None, pair, is_torchs=False)
-            for name, pair in pairs
-            if pair[0] != pair[1]
-        ]
+        parts = _named("part", one.loop.parts, other.loop.parts, is_torchs=False)
+        found += [each._replace(path=each.name or "", name=None) for each in parts]
     return [*found, *_named("data", {"digest": digests[0]}, {"digest": digests[1]})]
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import mmap
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from everystep.errors import RunError
-from everystep.recording.database import SnapshotRow
-from everystep.recording.files import read_own, read_tensors
+from everystep.recording.files import (
+    SNAPSHOTS,
+    FileRow,
+    completed,
+    read_file,
+    read_tensors,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from everystep.step.state import State
 
 __all__ = [
@@ -28,9 +28,10 @@ __all__ = [
     "PARAMETERS",
     "REST",
     "SnapshotPlan",
+    "SnapshotRow",
     "check_snapshot",
     "read_snapshot",
-    "remove_snapshots",
+    "snapshots_in",
     "write_snapshot",
 ]
 
@@ -45,40 +46,53 @@ REPLAY_SECONDS = 0.08
 TIME_SHARE = 0.03
 
 
+class SnapshotRow(NamedTuple):
+    """A state on disk: its step, and its two files, the parameters first."""
+
+    step: int
+    files: tuple[FileRow, ...]
+
+    @property
+    def size(self) -> int:
+        """The size of both files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """The digests of both files."""
+        return tuple(file.digest for file in self.files)
+
+    @property
+    def directory(self) -> str:
+        """The name of its directory within the run."""
+        return self.files[0].name.rpartition("/")[0]
+
+
+def snapshots_in(files: Iterable[FileRow]) -> list[SnapshotRow]:
+    """Return the states among the files of a run, in order of their steps.
+
+    Raises:
+        RunError: one has not exactly its two files.
+    """
+    found: dict[int | None, dict[str, FileRow]] = {}
+    for row in files:
+        folder, _, file = row.name.partition("/")
+        if folder == SNAPSHOTS:
+            found.setdefault(row.step, {})[file.partition("/")[2]] = row
+    if any(step is None or rows.keys() != {PARAMETERS, REST} for step, rows in found.items()):
+        raise RunError("a state has other files than everystep writes: the database was changed")
+    return sorted(SnapshotRow(step or 0, (rows[PARAMETERS], rows[REST])) for step, rows in found.items())
+
+
 def write_snapshot(folder: Path, state: State) -> SnapshotRow:
     """Write a state as `folder/000137/`: under a temporary name, synced, then renamed as a whole."""
-    name = f"{state.step:06d}"
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    # One key only: safetensors writes several in no fixed order, and the digest must hold.
-    settings = {"everystep": json.dumps(state.settings, sort_keys=True)}
-    digest = hashlib.sha256()
-    try:
-        size = _write_file(temporary / PARAMETERS, state.parameters, None, digest)
-        size += _write_file(temporary / REST, state.rest, settings, digest)
-        temporary.rename(folder / name)
-    except BaseException:
+    name = f"{folder.name}/{state.step:06d}"
+    files = (PARAMETERS, state.parameters, None), (REST, state.rest, state.settings)
+    with completed(folder / f"{state.step:06d}") as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return SnapshotRow(state.step, f"{folder.name}/{name}", digest.hexdigest(), size)
-
-
-def _write_file(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None, digest: hashlib._Hash
-) -> int:
-    """Write tensors into a file, synced, and add its bytes to a digest; return how many there are.
-
-    A training computes meanwhile: bytes are copied once, into the file, and Python's lock is released.
-    """
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        digest.update(content)
-        os.fsync(file.fileno())
-        return len(content)
+        temporary.mkdir(parents=True)
+        rows = (write_tensors(temporary / file, f"{name}/{file}", *given) for file, *given in files)
+        return SnapshotRow(state.step, tuple(rows))
 
 
 def read_snapshot(run: Path, row: SnapshotRow) -> State:
@@ -90,32 +104,24 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     from everystep.step.state import State
 
     place = f"snapshot {run / row.directory}"
-    parameters, rest = check_snapshot(run, row)
-    tensors, settings = read_tensors(rest, "everystep", place)
+    (parameters, _), (rest, settings) = (
+        read_tensors(content, place) for content in check_snapshot(run, row)
+    )
     settings = {} if settings is None else settings
     try:
         _Settings.model_validate(settings)
     except ValidationError:
         raise RunError(f"{place} has settings that everystep did not write") from None
-    return State(row.step, read_tensors(parameters, "", place)[0], tensors, settings)
+    return State(row.step, parameters, rest, settings)
 
 
-def check_snapshot(run: Path, row: SnapshotRow) -> tuple[bytes, bytes]:
+def check_snapshot(run: Path, row: SnapshotRow) -> list[bytes]:
     """Return the contents of the two files of a state.
 
     Raises:
         RunError: one is missing, or was changed.
     """
-    parameters = read_own(run, f"{row.directory}/{PARAMETERS}", row.bytes)
-    rest = read_own(run, f"{row.directory}/{REST}", row.bytes)
-    digest = hashlib.sha256(parameters)
-    digest.update(rest)
-    if digest.hexdigest() != row.digest:
-        raise RunError(
-            f"snapshot {run / row.directory} was changed after recording: its digest is "
-            f"{digest.hexdigest()[:12]}..., but the run recorded {row.digest[:12]}..."
-        )
-    return parameters, rest
+    return [read_file(run, file) for file in row.files]
 
 
 class _Group(BaseModel):
@@ -198,9 +204,3 @@ class SnapshotPlan:
         for step in off:
             del self.kept[step]
         return off
-
-
-def remove_snapshots(folder: Path, steps: Iterable[int]) -> None:
-    """Remove the directories of snapshots that are no longer in the database."""
-    for step in steps:
-        shutil.rmtree(folder / f"{step:06d}", ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from everystep.errors import RunError
 from everystep.experiment.metrics import METRICS, VALIDATION
 from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
@@ -54,9 +52,10 @@ class Summary(NamedTuple):
 
 def summary_of(name: str, directory: Path, facts: Facts, status: str, database: Database) -> Summary:
     """Return a run in one line; its database is open for reading."""
-    count, first, last = database.ends()
-    trained = facts.trained
-    nan = math.nan if count and facts.has_loss else None
+    count, trained = database.newest_step(), facts.trained
+    newest = count if facts.has_loss else 0
+    losses = (database.series(LOSS, step, step)[1].tolist() for step in (min(1, newest), newest))
+    first, last = (next(iter(loss), None) for loss in losses)
     groups = [g for o in trained.optimizers.values() for g in o.groups] if trained else []
     rates = [rate for group in groups if isinstance(rate := group.get("lr"), int | float)]
     return Summary(
@@ -65,8 +64,8 @@ def summary_of(name: str, directory: Path, facts: Facts, status: str, database: 
         status=status,
         steps=count,
         planned=count if facts.steps is None else facts.steps,
-        first_loss=nan if first is None else first,
-        last_loss=nan if last is None else last,
+        first_loss=first,
+        last_loss=last,
         started=facts.started or _time_of(directory / FILE_NAME),
         nonfinite_step=facts.nonfinite_step,
         seconds=facts.seconds,
@@ -123,12 +122,7 @@ def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | No
         RunError: the run is unreadable, or another program changed its database.
     """
     with reading(directory / FILE_NAME) as database:
-        losses, newest = database.series(LOSS, after + 1)[1], database.newest_step()
-        if len(losses) != max(0, newest - after):
-            raise RunError(
-                f"{directory} has {len(losses):,} losses after step {after:,}, but its newest step is "
-                f"{newest:,}: the database was changed"
-            )
+        losses, newest = database.losses(after + 1), database.newest_step()
         return Numbers(
             facts=database.facts(),
             steps=newest,

@@ -266,8 +266,7 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     run, at, steps = asked.run, asked.at, asked.settings.get("steps") or asked.run.facts.steps or 0
     fork, lr = asked.facts(steps), asked.settings.get("lr")
     # An experiment of the parent does not describe the fork.
-    none = {"experiment_file": None, "experiment_digest": None}
-    trained = facts_alone(run, at).model_copy(update=none)
+    trained = facts_alone(run, at).model_copy(update={"experiment_file": None})
     place = create_directory(asked.directory, f"{run.name}-fork", asked.runs)
     fork = fork.model_copy(update={"changed": {} if lr is None else {"lr": lr}})
     facts = Facts(name=place.name, started=now(), steps=steps, trained=trained, fork=fork)

@@ -21,7 +21,7 @@ from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.precision import Precision
 from everystep.program.step_program import Program
-from everystep.recording.contents import Given, Inputs, Taken, inputs_of, packed, unpacked
+from everystep.recording.contents import Given, Inputs, Taken, inputs_of, unpacked
 from everystep.recording.database import Repeat, cut
 from everystep.recording.files import program_file
 from everystep.recording.recorded_run import RecordedRun, Stretch
@@ -399,8 +399,7 @@ class FurtherSteps(StepsAtRate):
         # The recorded step had a different generator state; this one uses the state that the previous
         # step left.
         given = {name: each for name, each in inputs.given.items() if not name.startswith("generator/")}
-        listed = {name: each.to_json() for name, each in given.items()}
-        made = row._replace(inputs=packed({"nesting": inputs.nesting, "given": listed}))
+        made = row._replace(inputs=Inputs(given, inputs.nesting, {}).packed())
         tensors = self.stored(made) if given else {}
         return made, Taken(row.step, row.program, self.numbers(row), tensors, inputs.nesting, 0, {})
 

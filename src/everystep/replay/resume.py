@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -235,13 +234,12 @@ def resume_experiment(
             job = job.with_facts(preparation=facts.preparation)
         else:
             _check_same_data(job, facts)
-        text, name, digest = None, facts.experiment_file, facts.experiment_digest
+        text, name = None, facts.experiment_file
         if asked.last != _steps_of(known, facts):
             text = load(recorded, {"steps": asked.last}).to_toml()
             name = f"experiment-{len(asked) + 1}.toml"
-            digest = hashlib.sha256(text.encode()).hexdigest()
         job = replace(job, experiment_toml=text)
-        return asked.train(job.with_facts(experiment_file=name, experiment_digest=digest), progress)
+        return asked.train(job.with_facts(experiment_file=name), progress)
 
 
 def resume_objects(

@@ -17,8 +17,8 @@ from everystep import clock, numerics
 from everystep.device import select
 from everystep.errors import RunError, StepError
 from everystep.program.precision import Precision
-from everystep.recording.database import SnapshotRow
 from everystep.recording.recorded_run import RecordedRun, stretch_at
+from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
 from everystep.replay.recorded_batches import rule_of
 from everystep.replay.recorded_steps import RecordedSteps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,10 +98,8 @@ def experiment_job(
     batch = batches.of(on_device.x, on_device.y)
     source = experiment.data.model_dump(exclude_none=True)
     job = job_of(objects, experiment, batches, batch, data, source, evaluation, device)
-    text = experiment.to_toml()
-    job = job.with_facts(experiment_digest=hashlib.sha256(text.encode()).hexdigest())
     notices = [message] if (message := numerics.warning()) else []
-    return replace(job, name=name, experiment_toml=text, notices=notices)
+    return replace(job, name=name, experiment_toml=experiment.to_toml(), notices=notices)
 
 
 def _origin(data: Data) -> str:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from everystep.errors import RunError
-from everystep.recording.contents import Given, given_of, unpacked
+from everystep.recording.contents import given_of, inputs_of
 from everystep.recording.facts import (
     EarlierFacts,
     Facts,
@@ -289,9 +289,8 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
         RunError: the recording has not kept it.
     """
     rows = run.repeats(step, step)
-    content = unpacked(rows[0].inputs, f"the input of step {step}") if rows else None
-    given = {n: Given.from_json(each) for n, each in ((content or {}).get("given") or {}).items()}
-    draws = {name: each for name, each in given.items() if name.startswith(DRAW)}
+    inputs = inputs_of(rows[0].inputs if rows else None, f"the input of step {step}")
+    draws = {name: each for name, each in inputs.given.items() if name.startswith(DRAW)}
     generators = run.contents(draws)
     if any(tensor is None for tensor in generators.values()):
         raise RunError(
@@ -299,7 +298,9 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
             "with was dropped to stay within batch_budget; use a loader with a state_dict, such as "
             "torchdata's StatefulDataLoader"
         )
-    known = {n.removeprefix("batch/"): each for n, each in given.items() if n.startswith("batch/")}
+    known = {
+        n.removeprefix("batch/"): each for n, each in inputs.given.items() if n.startswith("batch/")
+    }
 
     def matches(batch: Any) -> bool:
         tensors = tensors_of(batch)
