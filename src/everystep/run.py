@@ -238,7 +238,7 @@ class Run(RecordedRun):
         mkl: str | None = None,
         precision: Literal["float64", "bfloat16"] | None = None,
         python: str | None = None,
-        beside: Sequence[Run] = (),
+        compare: Sequence[Run] = (),
         progress: Counting = True,
     ) -> Rerun:
         """Repeat the steps under different conditions; return where they diverge from the recording.
@@ -251,7 +251,7 @@ class Run(RecordedRun):
             mkl: branch of MKL's reproducibility: `OFF`, `COMPATIBLE`, `AVX2`, ...
             precision: of all floating-point numbers.
             python: another interpreter, with its own everystep and torch.
-            beside: other runs; the answer reports how far each is from the losses of the rerun.
+            compare: other runs; the answer reports how far each is from the losses of the rerun.
             progress: as in `measure`.
 
         Raises:
@@ -263,7 +263,7 @@ class Run(RecordedRun):
         from everystep.answers.rerun import rerun
 
         conditions = Conditions(threads, capability, mkl, precision, python)
-        ask = partial(rerun, self._opener, conditions, beside)
+        ask = partial(rerun, self._opener, conditions, compare)
         count = len(self) - self.stretches[-1].first + 1 if len(self) else 0
         return self._answered("taking steps", count, progress, ask)
 

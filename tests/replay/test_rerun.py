@@ -205,7 +205,7 @@ def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
 
 
 def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible, tmp_path):
-    nearer = chapter_run.rerun(precision="float64", beside=[chapter_run], progress=False)
+    nearer = chapter_run.rerun(precision="float64", compare=[chapter_run], progress=False)
     distance = nearer.data()["distance"]["chapter"]
     relative = abs(nearer.recorded - nearer.losses) / nearer.losses
     assert distance == {"median": np.median(relative), "largest": relative.max()}

@@ -273,7 +273,7 @@ def rerun(
         str | None, typer.Option(metavar="DTYPE", autocompletion=one_of("float64", "bfloat16"))
     ] = None,
     python: Annotated[str | None, typer.Option(metavar="FILE")] = None,
-    beside: Annotated[list[str] | None, typer.Option("--with", metavar="RUN")] = None,
+    compare: Annotated[list[str] | None, typer.Option("--compare", metavar="RUN")] = None,
     output: FileOption = None,
     log: Annotated[bool, typer.Option("--log")] = False,
     json: JsonOption = False,
@@ -290,7 +290,7 @@ def rerun(
         mkl: MKL's reproducibility branch: COMPATIBLE, for example.
         precision: Of all floating-point numbers: float64 or bfloat16.
         python: Another interpreter, with its own torch.
-        beside: Also plot and compare this run. Repeatable.
+        compare: Also plot and compare this run. Repeatable.
         output: Plot both losses (.png, .svg or .pdf).
         log: Plot on a log axis.
     """
@@ -301,7 +301,7 @@ def rerun(
         mkl=mkl,
         precision=precision,  # type: ignore[arg-type]  # checked with the other settings
         python=python,
-        beside=[everystep.open(each) for each in beside or ()],
+        compare=[everystep.open(each) for each in compare or ()],
     )
     answer(found, json)
     if output is not None:
