@@ -309,7 +309,7 @@ def _augmented(workers: int) -> Callable[[Path, Path, int, TextIO], None]:
         loader = DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=workers)
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         with _recording(place, lines, **parts) as recording:
-            while recording.step_count < steps or recording.is_ahead:
+            while recording.step_count < steps or recording.is_resuming:
                 for x, y in recording.steps(loader):
                     loss = nn.functional.mse_loss(model(x), y)
                     optimizer.zero_grad()
