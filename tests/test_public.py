@@ -81,7 +81,8 @@ def test_the_reference_tells_of_every_command_and_every_option_has_a_help():
     reference = (ROOT / "docs" / "reference.md").read_text()
     command = typer.main.get_command(cli.app)
     assert set(command.commands) == {
-        "train", "resume", "experiments", "runs", "du", "rm", "losses", "table", "plot", "report",
+        "du", "rm", "prune",
+        "train", "resume", "experiments", "runs", "losses", "table", "plot", "report",
         "step", "verify", "doctor", "diff", "rerun", "fork", "measure", "when", "why", "view",
         "rows", "what-if", "match", "first-nonfinite",
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """What runs take on the disk, and how they are removed."""
 
+import itertools
 import json
 import shutil
 
@@ -9,11 +10,13 @@ from filelock import FileLock
 from torch import nn
 
 import everystep
+from everystep.recording.snapshots import SnapshotPlan
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """Two runs and a fork in runs/, the working directory being that of all."""
+    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 4))
     monkeypatch.chdir(tmp_path)
     everystep.train_experiment("two-layer", {"steps": 20}, run="runs/first").fork(5, run="runs/fork")
     model = nn.Linear(300, 300)
@@ -77,3 +80,51 @@ def test_a_directory_without_runs(runs, everystep_command):
     shutil.rmtree(runs)
     runs.mkdir()
     assert everystep_command("du") == (0, "", "runs has no runs\n")
+
+
+def test_states_are_pruned_and_every_step_still_opens(runs, everystep_command):
+    run = everystep.train_experiment("two-layer", {"steps": 60}, run="runs/long")
+    before = list(run.snapshots)
+    assert len(before) > 4
+    code, said, _ = everystep_command("prune", "long", "--snapshots", 1, "--force")
+    assert code == 0
+    run = everystep.open("runs/long")
+    kept = list(run.snapshots)
+    assert kept[0] == 0 and kept[-1] == 60 and len(kept) < len(before)
+    gap = max(two - one for one, two in itertools.pairwise(kept))
+    count = f"{len(before) - len(kept)} of {len(before)} states on disk go"
+    assert said == f"{count}; opening a step replays up to {gap} steps\n"
+    assert sorted(path.name for path in (runs / "long" / "snapshots").iterdir()) == [
+        f"{step:06d}" for step in kept
+    ]
+    assert run.verify().is_exact and run.damage is None
+    assert everystep_command("prune", "long", "--snapshots", 1, "--force")[2].endswith("give up\n")
+
+
+def test_the_oldest_batches_are_pruned_and_what_still_opens_is_said(runs, everystep_command):
+    model = nn.Linear(200, 10)
+    with everystep.record(model=model, run="runs/wide", batch_budget=16_000_000) as recording:
+        for x in recording.steps([torch.randn(50, 200) for _ in range(300)]):
+            recording.log(loss=model(x).sum())
+    code, said, _ = everystep_command("prune", "wide", "--batches", 6, "--force")
+    assert code == 0
+    run = everystep.open("runs/wide")
+    lost = run.facts.batches_lost_to
+    assert said.startswith(f"batches of steps 1 to {lost} go: steps from ")
+    opens = int(said.split()[-5])
+    assert lost < opens < 300 and run[opens].is_exact and run[300].is_exact
+    held = sum(path.stat().st_size for path in (runs / "wide" / "batches").iterdir())
+    assert held <= 6_000_000
+    with pytest.raises(everystep.RunError, match="batch"):
+        run[1]
+    assert len(run.losses) == 300
+    assert run.damage is None
+
+
+def test_pruning_asks_for_what_and_whether(runs, everystep_command):
+    code, _, err = everystep_command("prune", "first")
+    assert code == 2 and "--snapshots MB, --batches MB" in err
+    everystep.train_experiment("two-layer", {"steps": 60}, run="runs/long")
+    code, _, err = everystep_command("prune", "long", "--snapshots", 1)
+    assert code == 2 and "pass --force" in err
+    assert everystep.open("runs/long").verify().is_exact

@@ -43,7 +43,7 @@ for command in (
     *(display.table, display.plot, display.report, display.step, question.verify, question.doctor),
     *(question.diff, question.match, question.rerun, training.fork, question.what_if, question.measure),
     *(question.when, question.first_nonfinite, question.why, question.rows, display.view),
-    *(space.du, space.rm),
+    *(space.du, space.prune, space.rm),
 ):
     # -1 is a step, not an option.
     has_step = command in (display.step, question.why, question.rows)

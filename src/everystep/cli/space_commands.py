@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from everystep.cli.output import hint, say, show, terminal_width
-from everystep.cli.shared_options import JsonOption, RunsArgument
+from everystep.cli.shared_options import JsonOption, RunArgument, RunsArgument
 from everystep.errors import UsageError
 
-__all__ = ["du", "rm"]
+__all__ = ["du", "prune", "rm"]
 
 
 def du(
@@ -41,6 +41,42 @@ def du(
         hint(f"{directory} has no runs")
 
 
+def prune(
+    run: RunArgument,
+    snapshots: Annotated[int | None, typer.Option(min=0, metavar="MB")] = None,
+    batches: Annotated[int | None, typer.Option(min=0, metavar="MB")] = None,
+    force: Annotated[bool, typer.Option("--force", "-f")] = False,
+) -> None:
+    """Make a run smaller.
+
+    Prints what is given up and what still opens, and asks. Losses and measurements stay in any case, and
+    so do the first and the last state. With fewer states, steps take longer to open.
+
+    Args:
+        snapshots: Maximum size of all states, in MB.
+        batches: Maximum size of all batches, in MB; the oldest go first.
+        force: Do not ask.
+    """
+    from everystep.recording.directories import find_run
+    from everystep.recording.prune import prune, pruning_of
+    from everystep.views.formatting import size_text
+    from everystep.views.lists import pruning_text
+
+    if snapshots is None and batches is None:
+        raise UsageError("say what to make smaller: --snapshots MB, --batches MB, or both")
+    directory = find_run(run)
+    sizes = (None if each is None else 1_000_000 * each for each in (snapshots, batches))
+    found = pruning_of(directory, *sizes)
+    if not (found.states or found.files):
+        hint(f"{directory} is within these sizes, or has nothing more to give up")
+        return
+    say(pruning_text(found))
+    if not _is_sure(f"Give this up ({size_text(found.bytes)})", force):
+        raise typer.Exit(1)
+    prune(directory, found)
+    hint(f"{directory} is smaller by {size_text(found.bytes)}")
+
+
 def rm(runs: RunsArgument, force: Annotated[bool, typer.Option("--force", "-f")] = False) -> None:
     """Remove runs.
 
@@ -56,14 +92,23 @@ def rm(runs: RunsArgument, force: Annotated[bool, typer.Option("--force", "-f")]
     found = spaces_of(iter(dict.fromkeys(find_run(name) for name in runs)))
     total = size_text(sum(each.total for each in found))
     named = ", ".join(str(each.directory) for each in found)
-    if not force:
-        if not sys.stdin.isatty():
-            raise UsageError(f"rm removes {named} ({total}) for good; pass --force to do so")
-        question = f"Remove {counted(len(found), 'run')} ({named}, {total}) for good?"
-        if not typer.confirm(question, err=True):
-            raise typer.Exit(1)
+    if not _is_sure(f"Remove {counted(len(found), 'run')} ({named}, {total})", force):
+        raise typer.Exit(1)
     for each in found:
         left = remove_run(each.directory)
         hint(f"removed {each.directory} ({size_text(each.total)})")
         if left:
             hint(f"{each.directory} still has {', '.join(left[:5])}, which everystep did not write")
+
+
+def _is_sure(what: str, force: bool) -> bool:
+    """Ask whether to do what cannot be undone.
+
+    Raises:
+        UsageError: nobody can answer.
+    """
+    if force:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError(f"{what}? It cannot be undone; pass --force to do it without being asked")
+    return typer.confirm(f"{what} for good?", err=True)

@@ -189,6 +189,10 @@ class SnapshotPlan:
     def add(self, step: int, size: int) -> list[int]:
         """Add a snapshot of `size` bytes; return the steps of those to delete for it."""
         self.kept[step] = size
+        return self.thin()
+
+    def thin(self) -> list[int]:
+        """Return the steps of snapshots to delete to keep within the budget, and forget them."""
         given_up = self._take_out_between()
         while sum(self.kept.values()) > self.budget and self.kept.keys() - self.pinned - {
             max(self.kept)

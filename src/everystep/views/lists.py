@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 from rich.text import Text
 
+from everystep.recording.prune import Pruning
 from everystep.recording.space import Space
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
-from everystep.views.formatting import cut, number, one_line, size_text, time_text
+from everystep.views.formatting import counted, cut, number, one_line, size_text, time_text
 from everystep.views.plain import metric_data, plain_data, plain_number
 from everystep.views.terminal import Column, Page, Row, Styled, keyed, table_lines, table_text
 
-__all__ = ["losses_text", "runs_text", "spaces_text", "summary_data"]
+__all__ = ["losses_text", "pruning_text", "runs_text", "spaces_text", "summary_data"]
 
 #: Characters of a note.
 _LONGEST_NOTE = 100
@@ -117,6 +118,23 @@ SPACES: tuple[Column[Space], ...] = (
     *(_size(name, 1) for name in ("snapshots", "batches", "data", "programs", "database")),
     _size("others", 2),
 )
+
+
+def pruning_text(pruning: Pruning) -> str:
+    """Return what a run gives up, and what still opens."""
+    lines = []
+    if pruning.states:
+        count = len(pruning.states) + len(pruning.kept)
+        lines.append(
+            f"{len(pruning.states):,} of {counted(count, 'state')} on disk go; opening a step replays "
+            f"up to {counted(pruning.replayed, 'step')}"
+        )
+    if pruning.files:
+        opens = "no step opens any more"
+        if pruning.opens is not None:
+            opens = f"steps from {pruning.opens:,} on still open"
+        lines.append(f"batches of steps 1 to {pruning.lost:,} go: {opens}")
+    return "\n".join(lines)
 
 
 def spaces_text(spaces: Sequence[Space], width: int | None = None) -> Text:
