@@ -54,6 +54,8 @@ class CallingLine(NamedTuple):
 
 #: The calls that lead to an operation, the innermost first.
 Calls = tuple[CallingLine, ...]
+#: Each way to an operation, once: the operations of many steps have it.
+_known: dict[Calls, Calls] = {}
 
 
 @cache
@@ -89,7 +91,8 @@ def calls_here() -> tuple[Calls, bool]:
             if code.co_name == "<module>":
                 break
         frame = frame.f_back  # type: ignore[assignment]
-    return tuple(found), is_within_backward
+    calls = tuple(found)
+    return _known.setdefault(calls, calls), is_within_backward
 
 
 def named_here() -> str:
