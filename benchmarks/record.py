@@ -39,13 +39,17 @@ WARM_UP = 10
 
 
 class Loop(NamedTuple):
-    """A training as a loop has it: its model and optimizer, a batch, and the loss of it."""
+    """A training as a loop has it: its model and optimizer, a batch, and the loss of it.
+
+    draws: makes the batch within the step; None: the loop has it.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     batch: tuple[Tensor, Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     steps: int
+    draws: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 def chapter() -> Loop:
@@ -78,6 +82,41 @@ def transformer() -> Loop:
         return functional.cross_entropy(prediction.flatten(0, 1), target.flatten())
 
     return Loop(model, optimizer, (ids[:, :-1], ids[:, 1:]), loss, 100)
+
+
+class _Text(nn.Module):
+    """A transformer for texts: each character follows from those before it."""
+
+    def __init__(self, characters: int, width: int, length: int) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(characters, width)
+        self.places = nn.Embedding(length, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4)
+        self.head = nn.Linear(width, characters, bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.characters(x) + self.places(torch.arange(x.shape[1]))
+        return self.head(self.layers(h, mask=self.mask, is_causal=True))  # type: ignore[no-any-return]
+
+
+def text() -> Loop:
+    """A small GPT (4 layers, 128 wide, 64 long), on 12 windows of a text, drawn within the step."""
+    length, characters = 64, torch.randint(0, 65, (10_000,))
+    model = _Text(65, 128, length)
+
+    def draws() -> tuple[Tensor, Tensor]:
+        starts = torch.randint(len(characters) - length - 1, (12,))
+        pairs = [(characters[i : i + length], characters[i + 1 : i + 1 + length]) for i in starts]
+        x, y = zip(*pairs, strict=True)
+        return torch.stack(x), torch.stack(y)
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(prediction.flatten(0, 1), target.flatten())
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return Loop(model, optimizer, draws(), loss, 150, draws)
 
 
 class _Block(nn.Module):
@@ -117,7 +156,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     print("| | steps | plain, ms a step | recorded | ratio |")
     print("| --- | --: | --: | --: | --: |")
-    for make in (chapter, digits, transformer, resnet):
+    for make in (chapter, digits, text, transformer, resnet):
         _print_row(make, rounds)
     print("\n| | steps | plain, s | as a function | ratio | unusual | model and loss | ratio |")
     print("| --- | --: | --: | --: | --: | --: | --: | --: |")
@@ -229,6 +268,8 @@ def _seconds(
         if count == WARM_UP:
             started = time.perf_counter()
         count += 1
+        if loop.draws is not None:
+            x, y = loop.draws()
         loss = loop.loss(loop.model(x), y)
         loop.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
