@@ -13,12 +13,17 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SCRIPTS = Path(__file__).parent
+#: What takes long to import: for every script, and for some.
+MODULES = ["torch", "torch._dynamo"]
+MODULES_OF = {
+    "bert_accelerate": ["accelerate", "transformers.models.bert.modeling_bert"],
+    "digits_cnn": ["sklearn.datasets"],
+}
 #: Steps from one snapshot to the next, however fast the machine is.
 INTERVAL = 4
 
@@ -43,12 +48,9 @@ class Ended(NamedTuple):
 
 
 class Launcher:
-    """Starts scripts with everystep, or without it: a stand-in that records nothing has its name.
+    """Starts scripts with everystep, or without it: a stand-in that records nothing has its name."""
 
-    modules: imported once, for all scripts.
-    """
-
-    def __init__(self, modules: Sequence[str], *, is_recorded: bool) -> None:
+    def __init__(self, *, is_recorded: bool) -> None:
         from everystep.numerics import ENVIRONMENT
 
         # The scripts choose the numerics; those of the tests are not theirs.
@@ -57,7 +59,7 @@ class Launcher:
             paths = str(SCRIPTS / "without"), environment.get("PYTHONPATH", "")
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *modules],
+            [sys.executable, __file__, *(["everystep.training.record"] if is_recorded else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -88,10 +90,12 @@ class Launcher:
 
 def serve() -> None:
     """Start a process for each request, which does what was requested."""
-    for name in sys.argv[1:]:
+    for name in (*MODULES, *sys.argv[1:]):
         import_module(name)
     for line in sys.stdin:
         script, directory, out, err, task = json.loads(line)
+        for name in MODULES_OF.get(Path(script).stem, ()):
+            import_module(name)
         child = os.fork()
         if child == 0:
             os.chdir(directory)
@@ -115,7 +119,9 @@ def _run(script: str, kill: Any) -> None:
     if "without" not in everystep.__file__:
         from everystep.recording.recorder import Recorder
         from everystep.recording.snapshots import SnapshotPlan
+        from everystep.training import writer
 
+        writer.TIMED_STEPS = 1
         SnapshotPlan.choose_interval = lambda plan, *_: setattr(plan, "interval", INTERVAL)
         Recorder.is_behind = False
     if kill is not None:

@@ -15,24 +15,27 @@ import everystep
 
 #: Where each script is killed in the normal suite: in a step, or in the code after an epoch.
 KILLS = {
+    "bert_accelerate": Kill(21, 3),
     "char_gpt": Kill(18, 12),
+    "ddpm": Kill(21, 5),
     "digits_cnn": Kill(24, 42),
     "gan": Kill(24, 4),
     "lstm_series": Kill(40, 9),
+    "out_of_memory": Kill(22, 5),
+    "ppo": Kill(10, 30),
     "progress_csv": Kill(37, 11),
+    "seeds": Kill(46, 3),
     "segmentation": Kill(21, 3),
+    "vae": Kill(33, 6),
 }
-#: What takes long to import, and is imported once.
-MODULES = ["torch", "torch._dynamo", "sklearn.datasets"]
+#: What a script needs that may not be installed.
+NEEDS = {"bert_accelerate": ("accelerate", "transformers")}
 
 
 @pytest.fixture(scope="module")
 def launchers():
     """What starts scripts, by whether they are recorded."""
-    both = {
-        True: Launcher([*MODULES, "everystep.training.record"], is_recorded=True),
-        False: Launcher(MODULES, is_recorded=False),
-    }
+    both = {is_recorded: Launcher(is_recorded=is_recorded) for is_recorded in (True, False)}
     yield both
     for launcher in both.values():
         launcher.close()
@@ -57,6 +60,8 @@ class Program:
 
 @pytest.fixture(scope="module", params=sorted(KILLS))
 def program(request, launchers, tmp_path_factory):
+    for name in NEEDS.get(request.param, ()):
+        pytest.importorskip(name)
     return Program(request.param, launchers, tmp_path_factory.mktemp(request.param))
 
 
