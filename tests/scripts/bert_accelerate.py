@@ -60,13 +60,13 @@ config = BertConfig(
     max_position_embeddings=LENGTH,
 )
 model = BertForSequenceClassification(config)
-adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
-warmup = get_linear_schedule_with_warmup(adam, 2, EPOCHS * len(train_loader) // ACCUMULATE)
-prepared = accelerator.prepare(model, adam, train_loader, test_loader, warmup)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+schedule = get_linear_schedule_with_warmup(optimizer, 2, EPOCHS * len(train_loader) // ACCUMULATE)
+prepared = accelerator.prepare(model, optimizer, train_loader, test_loader, schedule)
 model, optimizer, train_loader, test_loader, schedule = prepared
 scores = []
 
-parts = {"model": model, "adam": adam, "warmup": warmup, "scores": scores}  # added
+parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scores": scores}  # added
 with everystep.record(**parts, run="run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         model.train()

@@ -27,7 +27,7 @@ def ring(count):
 
 torch.manual_seed(3)
 loader = DataLoader(
-    ring(520), batch_size=64, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(5)
+    ring(520), batch_size=50, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(5)
 )
 net_g, net_d = network(NOISE, 24, 24, 2), network(2, 24, 24, 1)
 opt_g = torch.optim.Adam(net_g.parameters(), lr=2e-3, betas=(0.5, 0.999))

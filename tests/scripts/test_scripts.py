@@ -17,15 +17,15 @@ import everystep
 KILLS = {
     "bert_accelerate": Kill(21, 3),
     "char_gpt": Kill(18, 12),
-    "ddpm": Kill(21, 5),
+    "ddpm": Kill(18, 5),
     "digits_cnn": Kill(24, 42),
-    "gan": Kill(24, 4),
-    "lstm_series": Kill(40, 9),
+    "gan": Kill(30, 4),
+    "lstm_series": Kill(42, 9),
     "out_of_memory": Kill(22, 5),
     "ppo": Kill(10, 30),
     "progress_csv": Kill(37, 11),
     "seeds": Kill(46, 3),
-    "segmentation": Kill(21, 3),
+    "segmentation": Kill(18, 3),
     "vae": Kill(33, 6),
 }
 #: What a script needs that may not be installed.
