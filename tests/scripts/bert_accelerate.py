@@ -64,23 +64,24 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 schedule = get_linear_schedule_with_warmup(optimizer, 2, EPOCHS * len(train_loader) // ACCUMULATE)
 prepared = accelerator.prepare(model, optimizer, train_loader, test_loader, schedule)
 model, optimizer, train_loader, test_loader, schedule = prepared
-scores = []
+log = {"loss": 0.0, "scores": []}
 
-parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scores": scores}  # added
+parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "log": log}  # added
 with everystep.record(**parts, run="run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         model.train()
         for number, batch in recording.steps(enumerate(train_loader, 1)):  # was: enumerate(...)
             loss = model(**batch).loss
             accelerator.backward(loss / ACCUMULATE)
+            log["loss"] = loss.item()
             if number % ACCUMULATE == 0 or number == len(train_loader):
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
             recording.log(loss=loss)  # added
-        scores.append(accuracy())
-        accelerator.print(f"epoch {epoch}: loss {loss.item():.6f}, accuracy {scores[-1]:.3f}")
+        log["scores"].append(accuracy())
+        accelerator.print(f"epoch {epoch}: loss {log['loss']:.6f}, accuracy {log['scores'][-1]:.3f}")
         torch.save(accelerator.unwrap_model(model).state_dict(), f"model-{epoch}.pt")
 
-Path("scores.json").write_text(json.dumps(scores))
+Path("scores.json").write_text(json.dumps(log["scores"]))

@@ -54,7 +54,7 @@ loader = DataLoader(TensorDataset(train), batch_size=24, sampler=sampler)
 model = VAE()
 optimizer = torch.optim.NAdam(model.parameters(), lr=5e-3)
 warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-counts = {"updates": 0, "best": float("inf")}
+counts = {"updates": 0, "weight": 0.0, "best": float("inf")}
 Path("samples").mkdir(exist_ok=True)
 
 parts = {"model": model, "optimizer": optimizer, "warmup": warmup, "counts": counts}  # added
@@ -62,9 +62,9 @@ with everystep.record(**parts, run="runs/vae", resume=True) as recording:  # add
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         model.train()
         for (batch,) in recording.steps(loader):  # was: loader
-            weight = min(1.0, counts["updates"] / (2 * WARMUP))
+            counts["weight"] = min(1.0, counts["updates"] / (2 * WARMUP))
             reconstruction, divergence = losses_of(batch)
-            loss = reconstruction + weight * divergence
+            loss = reconstruction + counts["weight"] * divergence
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -75,7 +75,7 @@ with everystep.record(**parts, run="runs/vae", resume=True) as recording:  # add
         with torch.no_grad():
             reconstruction, divergence = (each.item() for each in losses_of(test))
             samples = model.decoder(torch.randn(4, LATENT)).sigmoid().view(-1, SIDE, SIDE)
-        print(f"epoch {epoch}: {reconstruction:.5f} + {divergence:.5f}, weight {weight:.3f}")
+        print(f"epoch {epoch}: {reconstruction:.5f} + {divergence:.5f}, weight {counts['weight']:.3f}")
         torch.save(samples, f"samples/{epoch:02d}.pt")
         if reconstruction + divergence < counts["best"]:
             counts["best"] = reconstruction + divergence
