@@ -68,7 +68,6 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
                 f"the training uses {args.world_size} processes, but everystep records only one"
             )
         model, optimizer = given["model"], given["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's around it
         self._recording = record(run=self._run, model=model, optimizer=optimizer, **self._options)
         self._recording.__enter__()
         self._hooks = [

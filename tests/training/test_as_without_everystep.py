@@ -358,7 +358,7 @@ def test_a_loader_of_accelerate_is_drawn_from_as_any_other():
         given = model, torch.optim.AdamW(model.parameters(), lr=1e-2), loader
         model, optimizer, loader = accelerator.prepare(*given)
         found = []
-        with record(model=model, optimizer=optimizer.optimizer) as recording:
+        with record(model=model, optimizer=optimizer) as recording:
             for _ in range(3):
                 for x, y in recording.steps(loader):
                     loss = functional.cross_entropy(model(x), y)

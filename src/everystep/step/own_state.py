@@ -7,6 +7,7 @@ a state can be restored into an optimizer of the same class.
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
@@ -183,6 +184,8 @@ class _Capturing:
             return {type(value).__name__: sorted(value, key=repr)}
         if isinstance(value, torch.Generator):
             return {"generator": self._kept(value.get_state(), place)}
+        if (state := _numbers_of_generator(value)) is not None:
+            return {"random": self.encoded(state, place)}
         if type(value) in _DICTS and all(map(self._is_key, value)):
             items = enumerate(value.items())
             return {"dict": [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]}
@@ -223,6 +226,15 @@ class _Capturing:
         return {"id": self._ids[key]} if type(key) is int and key in self._ids else key
 
 
+def _numbers_of_generator(value: Any) -> Any:
+    """Return the state of a generator of NumPy or of Python; None of all else."""
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state(legacy=False)
+    return value.getstate() if type(value) is random.Random else None
+
+
 def _is_code(value: Any) -> bool:
     """Return whether a value is like a function; an object of another class may count its calls."""
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
@@ -254,13 +266,16 @@ class _Restoring:
         if kind == "tensor":
             return self._tensor(self._tensors[content], there)
         if kind in ("array", "scalar"):
-            array = self._tensors[content].numpy().copy()
-            return array if kind == "array" else array[()]
+            array = self._tensors[content].numpy()
+            return self._array(array, there) if kind == "array" else array[()]
         if kind in ("set", "frozenset"):
             return set(content) if kind == "set" else frozenset(content)
         if kind == "generator":
             if isinstance(there, torch.Generator):
                 there.set_state(self._tensors[content])
+            return there
+        if kind == "random":
+            self._set_generator(there, self.decoded(content, None, place))
             return there
         if kind == "dict":
             return self._dict(content, there, place)
@@ -286,6 +301,21 @@ class _Restoring:
         if like is None or saved.ndim == 0:
             return saved.clone()
         return torch.empty_like(like, dtype=saved.dtype, requires_grad=False).copy_(saved)
+
+    def _array(self, saved: Any, there: Any) -> Any:
+        fits = type(there) is np.ndarray and (there.shape, there.dtype) == (saved.shape, saved.dtype)
+        if not fits or not there.flags.writeable:
+            return saved.copy()
+        np.copyto(there, saved)
+        return there
+
+    def _set_generator(self, there: Any, state: Any) -> None:
+        if isinstance(there, np.random.Generator):
+            there.bit_generator.state = state
+        elif isinstance(there, np.random.RandomState):
+            there.set_state(state)
+        elif type(there) is random.Random:
+            there.setstate(state)
 
     def _dict(self, items: list[list[Any]], there: Any, place: str) -> Any:
         found = there if type(there) in _DICTS else {}

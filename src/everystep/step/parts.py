@@ -25,6 +25,9 @@ _HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, t
 #: Attributes of torch's optimizers that steps do not depend on, or that have other names.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
 _WITH_TENSORS = (Tensor, nn.Module, dict)
+#: What Accelerate wraps a part in, by module, and the attribute that has the part. What else a wrapper
+#: holds belongs to the accelerator and its loaders, and is made again with them.
+_WRAPPED = {"accelerate.optimizer": "optimizer", "accelerate.scheduler": "scheduler"}
 
 
 class Parts:
@@ -41,7 +44,7 @@ class Parts:
     """
 
     def __init__(self, named: Mapping[str, Any], apart: Collection[str] = ()) -> None:
-        self.named = dict(named)
+        self.named = named = {name: _unwrapped(part) for name, part in named.items()}
         self.apart = apart
         self.modules = {n: part for n, part in named.items() if isinstance(part, nn.Module)}
         self.optimizers = {
@@ -259,6 +262,11 @@ class _Layout:
             found += table
             found += [value for value in table.values() if isinstance(value, _WITH_TENSORS)]
         return found
+
+
+def _unwrapped(part: Any) -> Any:
+    attribute = _WRAPPED.get(type(part).__module__)
+    return part if attribute is None else getattr(part, attribute)
 
 
 def check_parts(named: Mapping[str, Any]) -> None:

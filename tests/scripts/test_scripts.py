@@ -1,0 +1,141 @@
+"""Scripts as people write them: recorded in four added lines, killed and resumed, each step opened.
+
+Each is a whole program. A line that recording adds is marked `# added`; one that it changes has what it
+was (`# was: range(EPOCHS)`). Without them it runs as before: `without/everystep.py` stands in.
+"""
+
+import random
+import re
+
+import pytest
+import torch
+from tests.scripts.launcher import SCRIPTS, Kill, Launcher
+
+import everystep
+
+#: Where each script is killed in the normal suite: in a step, or in the code after an epoch.
+KILLS = {
+    "bert_accelerate": Kill(21, 3),
+    "char_gpt": Kill(18, 12),
+    "ddpm": Kill(18, 5),
+    "digits_cnn": Kill(24, 42),
+    "gan": Kill(30, 4),
+    "lstm_series": Kill(42, 9),
+    "out_of_memory": Kill(22, 5),
+    "ppo": Kill(10, 30),
+    "progress_csv": Kill(37, 11),
+    "seeds": Kill(46, 3),
+    "segmentation": Kill(18, 3),
+    "vae": Kill(33, 6),
+}
+#: What a script needs that may not be installed.
+NEEDS = {"bert_accelerate": ("accelerate", "transformers")}
+
+
+@pytest.fixture(scope="module")
+def launchers():
+    """What starts scripts, by whether they are recorded."""
+    both = {is_recorded: Launcher(is_recorded=is_recorded) for is_recorded in (True, False)}
+    yield both
+    for launcher in both.values():
+        launcher.close()
+
+
+class Program:
+    """A script; it has run once without everystep, and once with it."""
+
+    def __init__(self, name, launchers, place):
+        self.path = SCRIPTS / f"{name}.py"
+        self.kill = KILLS[name]
+        self.launchers = launchers
+        self.place = place
+        self.plain = self.run("plain", is_recorded=False)
+        self.whole = self.run("whole")
+
+    def run(self, directory, kill=None, *, is_recorded=True):
+        ended = self.launchers[is_recorded].run(self.path, self.place / directory, kill)
+        assert ended.status == (0 if kill is None else -9), ended.err
+        return ended
+
+
+@pytest.fixture(scope="module", params=sorted(KILLS))
+def program(request, launchers, tmp_path_factory):
+    for name in NEEDS.get(request.param, ()):
+        pytest.importorskip(name)
+    return Program(request.param, launchers, tmp_path_factory.mktemp(request.param))
+
+
+def files_in(directory):
+    """Return the files that a script wrote, by name: those of torch as objects, others as bytes."""
+    runs = {path.parent for path in directory.rglob("run.sqlite")}
+    paths = [path for path in directory.rglob("*") if path.is_file() and not runs & {*path.parents}]
+    return {
+        str(path.relative_to(directory)): torch.load(path, weights_only=True)
+        if path.suffix == ".pt"
+        else path.read_bytes()
+        for path in sorted(paths)
+    }
+
+
+def difference(one, other, place=""):
+    """Return where two objects differ, by their bits; None if nowhere."""
+    if type(one) is not type(other):
+        return f"{place}: {type(one)} and {type(other)}"
+    if isinstance(one, torch.Tensor):
+        is_same = one.dtype == other.dtype and one.shape == other.shape
+        bits = [each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)]
+        return None if is_same and bits[0].equal(bits[1]) else f"{place}: other numbers"
+    if isinstance(one, dict):
+        if [*one] != [*other]:
+            return f"{place}: {[*one]} and {[*other]}"
+        inner = [(key, one[key], other[key]) for key in one]
+    elif isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return f"{place}: {len(one)} and {len(other)} items"
+        inner = [(number, *pair) for number, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        is_same = one == other or (one != one and other != other)
+        return None if is_same else f"{place}: {one!r} and {other!r}"
+    return next(filter(None, (difference(a, b, f"{place}/{key}") for key, a, b in inner)), None)
+
+
+def test_at_most_four_lines_are_added(program):
+    lines = program.path.read_text().splitlines()
+    assert 40 <= len(lines) <= 110
+    marked = [line for line in lines if re.search(r"# (added|was: .+)$", line)]
+    assert 1 < sum(line.endswith("# added") for line in marked) <= 4
+    assert all(line in marked for line in lines if re.search(r"\b(everystep|parts|recording)\b", line))
+
+
+def test_a_recorded_script_prints_and_writes_what_it_did(program):
+    assert program.whole.out == program.plain.out and program.plain.out
+    files = [files_in(program.place / name) for name in ("plain", "whole")]
+    assert files[0] and difference(*files) is None
+
+
+def resume(program, kill, name):
+    """Kill a script, and start it again; return how it ended. It must end as one that was not killed."""
+    program.run(name, kill)
+    resumed = program.run(name)
+    assert program.whole.out.endswith(resumed.out)
+    assert difference(*(files_in(program.place / each) for each in ("whole", name))) is None
+    return resumed
+
+
+def test_a_killed_script_ends_as_if_it_had_not_been(program):
+    resumed = resume(program, program.kill, "killed")
+    assert " continues after step " in resumed.err
+    assert resumed.out != program.whole.out
+
+
+def test_each_step_opens_and_each_operation_has_its_line(program):
+    assert program.launchers[True].faults(program.path, program.place / "whole") == []
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("trial", range(5))
+def test_a_script_that_is_killed_anywhere_ends_as_if_it_had_not_been(program, trial):
+    draw = random.Random(f"{program.path.name} {trial}")
+    runs = [everystep.open(path.parent) for path in (program.place / "whole").rglob("run.sqlite")]
+    step = draw.randint(1, sum(map(len, runs)))
+    resume(program, Kill(step, draw.randrange(40), draw.random() < 0.5), f"killed-{trial}")
