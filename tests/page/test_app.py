@@ -97,7 +97,7 @@ def test_runs_in_a_line_each_also_those_that_cannot_be_read(chapter_run, write_r
         "first_loss": "nan",
         "last_loss": "inf", "nonfinite_step": None, "optimizer": None, "lr": [], "batch_size": None,
         "validation": None, "seconds": None, "started": "", "parent": None, "note": None,
-        "damage": None, "problem": None,
+        "config": {}, "tags": [], "damage": None, "problem": None,
     }  # fmt: skip
     assert runs["child"]["parent"] == ["chapter", 20]
     told = [runs["chapter"][key] for key in ("optimizer", "lr", "batch_size", "nonfinite_step")]

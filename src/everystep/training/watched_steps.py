@@ -253,6 +253,7 @@ class WatchedSteps:
         if before == now and not known and not drawn:
             self._left = self._ending
             return None
+        self._left = self._ending = None
         changed = {n: copy_of(state[n]) for n in now if n in known or before.get(n) != now[n]}
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
         if changed or gone or drawn:
@@ -268,10 +269,12 @@ class WatchedSteps:
     def note_versions(self) -> None:
         """Note that the state equals that after the last step, although tensors were written since."""
         self._versions = versions_by_name(self.parts.state())
+        self._left = self._ending = None
 
     def forget_versions(self) -> None:
         """Discard an incomplete step: no snapshot may hold the current state."""
         self._versions, self._is_still = {}, False
+        self._left = self._ending = None
 
     def forget_generator(self) -> None:
         """Note the random generator again at the next draw: training continues after another state."""

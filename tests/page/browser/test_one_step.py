@@ -191,8 +191,11 @@ def test_how_the_page_looks_is_remembered(visit):
     expect(operator).to_be_hidden()
     before = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
     page.get_by_role("button", name="appearance").click()
-    for name in ("dark", "large, for a projector", "shown"):
-        page.get_by_role("dialog").get_by_role("button", name=name, exact=True).click()
+    choices = page.get_by_role("dialog")
+    for name in ("dark", "large, for a projector"):
+        choices.get_by_role("button", name=name, exact=True).click()
+    operators = choices.get_by_role("group", name="Operator names (aten.mm)")
+    operators.get_by_role("button", name="shown", exact=True).click()
     page.keyboard.press("Escape")
     expect(operator).to_have_text("aten.addmm.default")
     page.reload()
