@@ -39,7 +39,7 @@ class Kill(NamedTuple):
     is_written: bool = True
 
 
-class Ended(NamedTuple):
+class ScriptEnd(NamedTuple):
     """How a script ended: its exit status, or the negative number of a signal."""
 
     status: int
@@ -66,7 +66,7 @@ class Launcher:
             env=environment,
         )
 
-    def run(self, script: Path, directory: Path, kill: Kill | None = None) -> Ended:
+    def run(self, script: Path, directory: Path, kill: Kill | None = None) -> ScriptEnd:
         """Run a script in a directory."""
         return self._ask(script, directory, kill)
 
@@ -79,13 +79,13 @@ class Launcher:
     def close(self) -> None:
         self._process.communicate()
 
-    def _ask(self, script: Path, directory: Path, task: Any) -> Ended:
+    def _ask(self, script: Path, directory: Path, task: Any) -> ScriptEnd:
         directory.mkdir(exist_ok=True)
         out, err = (directory.with_suffix(f".{name}") for name in ("out", "err"))
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps([*map(str, (script, directory, out, err)), task]) + "\n")
         self._process.stdin.flush()
-        return Ended(int(self._process.stdout.readline()), out.read_text(), err.read_text())
+        return ScriptEnd(int(self._process.stdout.readline()), out.read_text(), err.read_text())
 
 
 def serve() -> None:

@@ -1,7 +1,6 @@
 """A regression with a progress bar, and a CSV file that grows with each epoch."""
 
 import csv
-import time
 from pathlib import Path
 
 import torch
@@ -50,7 +49,6 @@ scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-2, EPOCHS * len(train_lo
 steps_log = CsvLog("steps.csv", "epoch batch loss rate")
 epochs_log = CsvLog("epochs.csv", "epoch train test averaged")
 logs = {"steps": steps_log, "epochs": epochs_log, "mean": Average()}
-started = time.time()
 
 parts = {"model": model, "ema": ema, "opt": opt, "scheduler": scheduler, "logs": logs}  # added
 with everystep.record(**parts, run="run", resume=True) as recording:  # added
