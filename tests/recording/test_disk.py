@@ -16,13 +16,13 @@ import pytest
 import torch
 from tests.descent import descend
 from tests.page.serving import written
+from tests.snapshots import take_snapshots_every
 
 import everystep
 from everystep.errors import RecordingError, RunError
 from everystep.recording import connection, lock, recorder
 from everystep.recording.database import Database
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.snapshots import SnapshotPlan
 from everystep.training import writer
 
 
@@ -60,7 +60,7 @@ def test_steps_wait_while_another_program_holds_the_database(mode, monkeypatch, 
 def test_a_slow_disk_does_not_stop_the_training(monkeypatch):
     """The disk is so slow that it waits for the loop."""
     monkeypatch.setattr(recorder, "LATE_SECONDS", 0.0)
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+    take_snapshots_every(monkeypatch, 8)
     sync, is_fast = os.fsync, threading.Event()
     is_fast.set()
     monkeypatch.setattr(os, "fsync", lambda file: (is_fast.wait(), sync(file)))

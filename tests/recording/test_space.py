@@ -7,16 +7,16 @@ import shutil
 import pytest
 import torch
 from filelock import FileLock
+from tests.snapshots import take_snapshots_every
 from torch import nn
 
 import everystep
-from everystep.recording.snapshots import SnapshotPlan
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """Two runs and a fork in runs/, the working directory being that of all."""
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 4))
+    take_snapshots_every(monkeypatch, 4)
     monkeypatch.chdir(tmp_path)
     everystep.train_experiment("two-layer", {"steps": 20}, run="runs/first").fork(5, run="runs/fork")
     model = nn.Linear(300, 300)

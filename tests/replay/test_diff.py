@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.descent import descend
+from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import Made, by_train, descent, mlp, momentum, new_training
 from torch import nn
 from torch.optim import SGD, Adam
@@ -23,7 +24,6 @@ from everystep import numerics
 from everystep.errors import DamageWarning
 from everystep.experiment.batches import Batches
 from everystep.numerics import Numerics
-from everystep.recording.snapshots import SnapshotPlan
 from everystep.recording.texts import shortest
 from everystep.step.state import StateDifference
 
@@ -489,7 +489,7 @@ def test_what_shows_in_no_loss_and_no_snapshot_is_found_thoroughly(monkeypatch):
 
 
 def test_snapshots_bracket_where_two_runs_part(monkeypatch):
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+    take_snapshots_every(monkeypatch, 8)
     one = train(steps=64)
     other = one.fork(43, lr=0.04, progress=False)
     found = one.diff(other, progress=False)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from tests.descent import descend
 from tests.sealing import seal_files
+from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import by_train, new_training
 from torch import nn
 
 import everystep
 from everystep.errors import RunError
 from everystep.recording.recorder import Recorder
-from everystep.recording.snapshots import SnapshotPlan
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def sound(tmp_path_factory):
     """A run of 40 steps with a state after every eighth; no test may change it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("sound"))
-        patch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+        take_snapshots_every(patch, 8)
         patch.setattr(Recorder, "is_behind", False)
         directory = by_train(new_training(), steps=40).directory.absolute()
     with closing(sqlite3.connect(directory / "run.sqlite")) as database:

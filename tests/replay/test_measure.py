@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import Made, by_hand, by_train, new_training
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
@@ -22,7 +23,6 @@ from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.batches import Batches
 from everystep.recording import lock
 from everystep.recording.facts import MeasuredFacts, WriterFacts
-from everystep.recording.snapshots import SnapshotPlan
 from everystep.recording.texts import shortest
 
 STEPS = 30
@@ -46,7 +46,7 @@ def train(change=lambda made: None, *, model=network, loss=None, optimizer=None,
 
 @pytest.fixture
 def snapshots_every_8(monkeypatch):
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+    take_snapshots_every(monkeypatch, 8)
 
 
 # What is measured, against a loop by hand.

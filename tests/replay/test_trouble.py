@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 from tests.sealing import seal_files
+from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import bits, by_train, new_training
 
 import everystep
 from everystep.recording.recorder import Recorder
-from everystep.recording.snapshots import SnapshotPlan
 from everystep.replay.processes import needs_worker, workers
 
 
 @pytest.fixture
 def run(monkeypatch):
     """A run of 40 steps with a snapshot at every eighth, however slow the disk is, newly opened."""
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+    take_snapshots_every(monkeypatch, 8)
     monkeypatch.setattr(Recorder, "is_behind", False)
     return everystep.open(by_train(new_training(), steps=40).directory)
 

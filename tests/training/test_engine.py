@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import (
     Made,
     assert_eager,
@@ -25,7 +26,6 @@ from torch.optim import lr_scheduler
 import everystep
 from everystep.program.step_program import Program
 from everystep.recording.files import program_file
-from everystep.recording.snapshots import SnapshotPlan
 
 
 def test_every_optimizer_of_torch_that_needs_no_closure_is_among_the_cases():
@@ -44,7 +44,7 @@ def test_every_optimizer_of_torch_that_needs_no_closure_is_among_the_cases():
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_training_has_the_bits_of_the_loop_and_every_step_comes_back(case, capfd, monkeypatch):
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+    take_snapshots_every(monkeypatch, 8)
     made = case.make()
     losses = by_hand(made, **case.options)
     expected = contents(made)

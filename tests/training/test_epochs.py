@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tests.descent import descend
+from tests.snapshots import take_snapshots_every
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 from everystep.recording.recorder import Recorder
-from everystep.recording.snapshots import SnapshotPlan
 
 STEPS = 6  # of an epoch
 
@@ -23,7 +23,7 @@ class StopError(Exception):
 
 @pytest.fixture(autouse=True)
 def snapshot_every_fourth_step(monkeypatch):
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 4))
+    take_snapshots_every(monkeypatch, 4)
     monkeypatch.setattr(Recorder, "is_behind", False)
 
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from tests.descent import descend
+from tests.snapshots import take_snapshots_every
 from torch import nn
 
 import everystep
 from everystep.recording.recorder import Recorder
-from everystep.recording.snapshots import SnapshotPlan
 
 
 def loop(directory, body, steps=6, **settings):
@@ -110,7 +110,7 @@ def test_a_loss_that_is_changed_after_it_was_logged(tmp_path):
 
 
 def test_what_was_logged_is_kept_when_a_step_is_taken_again(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+    take_snapshots_every(monkeypatch, 8)
     monkeypatch.setattr(Recorder, "is_behind", False)
 
     def with_total(crash):

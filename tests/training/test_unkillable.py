@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from tests.descent import descend
+from tests.snapshots import take_snapshots_every
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 from everystep.recording import recorder
 from everystep.recording.recorder import Recorder
-from everystep.recording.snapshots import SnapshotPlan
 from everystep.training.loop_writer import LoopWriter
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_a_loop_that_goes_on_has_the_table_and_the_state_of_a_whole_one():
 
 
 def test_a_loop_with_workers_that_stay_goes_on(monkeypatch):
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 4))
+    take_snapshots_every(monkeypatch, 4)
     monkeypatch.setattr(Recorder, "is_behind", False)
 
     def trained(directory, last):
