@@ -1,5 +1,6 @@
 """The line of code behind each operation: that of the user's code which called it."""
 
+import ast
 import hashlib
 import json
 import os
@@ -288,3 +289,24 @@ def test_an_optimizer_of_ones_own_is_an_update(tmp_path):
             recording.log(loss=optimizer.step(closure))
     step = everystep.open(tmp_path / "run")[2]
     assert "parameter.data.add_(parameter.grad.data, alpha=-0.1)" in lines_of(step, phase="update")
+
+
+def test_generated_code_and_a_working_directory_that_is_gone_do_no_harm(tmp_path, monkeypatch):
+    source = "def loss_of(model, x):\n    return model(x).square().mean()\n"
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if hasattr(node, "lineno"):
+            node.lineno = node.end_lineno = 0
+    space = {}
+    exec(compile(tree, "made", "exec"), space)
+    model = nn.Linear(3, 1)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    here.rmdir()
+    with everystep.record(model=model, run=tmp_path / "run") as recording:
+        for x in recording.steps([torch.randn(4, 3)] * 2):
+            recording.log(loss=space["loss_of"](model, x))
+    run = everystep.open(tmp_path / "run")
+    assert run.verify(processes=1, progress=False).is_exact
+    assert run[2].operations[0].line.file == "made"

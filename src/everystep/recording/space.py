@@ -92,7 +92,7 @@ def remove_run(directory: Path) -> list[str]:
     try:
         lock = locked(directory)
         try:
-            # Without its database it is no run any more, whatever happens next.
+            # Without its database it is not a run, whatever happens next.
             for path in sorted(directory.glob(f"{FILE_NAME}*")):
                 path.unlink()
             for name in _FOLDERS:

@@ -12,6 +12,7 @@ import os
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,8 @@ def calls_here() -> tuple[Calls, bool]:
         if kind == "backward":
             is_within_backward = is_within_backward or not found
         elif kind == "user":
-            found.append(CallingLine(code.co_filename, frame.f_lineno, code.co_name))
+            # Generated code may have no line, or line 0.
+            found.append(CallingLine(code.co_filename, frame.f_lineno or 1, code.co_name))
             if code.co_name == "<module>":
                 break
         frame = frame.f_back  # type: ignore[assignment]
@@ -161,10 +163,11 @@ def _shown(file: str) -> str:
         if name in path.parts:
             return _printable(str(Path(*path.parts[path.parts.index(name) + 1 :])), LONGEST_FILE)
     script = getattr(sys.modules["__main__"], "__file__", None)
-    for place in (Path.cwd(), *([Path(script).absolute().parent] if script else [])):
-        if path.is_relative_to(place):
-            path = path.relative_to(place)
-            break
+    with suppress(OSError):  # the working directory may be gone
+        for place in (Path.cwd(), *([Path(script).absolute().parent] if script else [])):
+            if path.is_relative_to(place):
+                path = path.relative_to(place)
+                break
     return _printable(str(path), LONGEST_FILE)
 
 
@@ -175,7 +178,7 @@ def _digest(file: str) -> str | None:
         if Path(file).stat().st_mtime > _BEGAN:
             return None
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except OSError:  # a cell of a notebook, or what `exec` was given
+    except (OSError, ValueError):  # a cell of a notebook, or what `exec` was given
         lines = linecache.getlines(file)
         return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
 

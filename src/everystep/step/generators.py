@@ -28,13 +28,17 @@ class Generators:
     numpy: tuple[Any, ...]
 
     @classmethod
-    def capture(cls, device: torch.device) -> Generators:
-        """Read all of them, without drawing."""
+    def capture(cls, device: torch.device, *, is_quick: bool = False) -> Generators:
+        """Read all of them, without drawing.
+
+        is_quick: read NumPy's again only if its words have changed; it may miss a `set_state` that
+            changes nothing but the second of two normal numbers.
+        """
         return cls(
             torch_cpu=torch.get_rng_state(),
             torch_device=_device_generator_state(device),
             python=random.getstate(),
-            numpy=_numpy_state(),
+            numpy=_numpy_state() if is_quick else np.random.get_state(),  # type: ignore[arg-type]
         )
 
     @classmethod

@@ -266,7 +266,7 @@ class LoaderPosition:
 
     def _generators(self) -> dict[str, Any]:
         """Return the states of all random generators that a draw can use."""
-        found = Generators.capture(self._device)
+        found = Generators.capture(self._device, is_quick=True)
         own = {name: each.get_state() for name, each in _own_generators(self._loader).items()}
         states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}
         return states | ({"device": found.torch_device} if found.torch_device is not None else {}) | own
