@@ -104,6 +104,16 @@ def a_branch_on_a_number_that_is_read(record):
     return trained(record, body)
 
 
+@loop(4)
+def numbers_that_are_read_before_the_backward_pass(record):
+    def body(model, optimizer, x, y, number):
+        loss = functional.mse_loss(model(x), y)
+        read = loss.item()  # which the gradients use from step 7 on
+        return descend(optimizer, loss * (read if number > 6 else 1.5))
+
+    return trained(record, body)
+
+
 @loop(15)
 def operands_that_are_swapped(record):
     def body(model, optimizer, x, y, number):

@@ -103,6 +103,17 @@ def test_it_has_the_bits_of_the_loop_and_comes_back(name, tmp_path):
         assert torch.equal(after["2.bias"], before["2.bias"].add(step.gradients["2.bias"], alpha=rate))
 
 
+def test_a_wrapper_may_pass_on_that_there_is_no_closure(tmp_path):
+    def make(groups):
+        optimizer = optim.Adam(groups, 0.01)
+        optimizer.step = functools.partial(optimizer.step, None)
+        return optimizer
+
+    assert_as_unrecorded(make, tmp_path / "run")
+    programs = [path.read_text() for path in (tmp_path / "run" / "programs").iterdir()]
+    assert programs and all('"optim.Adam.step"' in each for each in programs)
+
+
 @pytest.mark.sweep(every=4)
 @pytest.mark.parametrize(("name", "setting"), [("adagrad", 0.2), *((name, None) for name in OPTIMIZERS)])
 def test_an_optimizer_that_forgets_what_it_keeps_comes_back(name, setting, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
-from everystep.step.path import Entry
+from everystep.step.path import Entry, places_of_reads
 from everystep.step.replaced import run_engine
 from everystep.step.torchs_own import handles
 from everystep.step.under_way import UnderWay
@@ -21,6 +21,8 @@ _ACCUMULATE = type(_sum.grad_fn.next_functions[0][0])
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 #: Of classes of nodes: whether they are torch's own, written in C++, and whether `_has_other_bits` asks.
 _kinds: dict[type, tuple[bool, bool]] = {}
+#: A node of a C++ extension's own function: it may keep anything.
+_OF_EXTENSION = "CppFunction"
 _OTHER_KINDS = {"MaskedFillBackward1", "ProdBackward0", "ProdBackward1"}
 
 
@@ -64,7 +66,8 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
         kind = type(node)
         known_kind = _kinds.get(kind)
         if known_kind is None:
-            known_kind = _kinds[kind] = kind.__module__ == "builtins", kind.__name__ in _OTHER_KINDS
+            is_torchs = kind.__module__ == "builtins" and kind.__name__ != _OF_EXTENSION
+            known_kind = _kinds[kind] = is_torchs, kind.__name__ in _OTHER_KINDS
         is_own, may_be_other = known_kind
         kinds.append(kind)
         if kind is _ACCUMULATE:
@@ -146,7 +149,7 @@ class BackwardPasses:
         entry = cursor.at
         jump = entry.jump
         # Numbers that the graph was made with are in its nodes, and not in its key.
-        if jump is not None and [*map(repr, cursor.numbers)] == jump[2]:
+        if jump is not None and _texts(cursor.numbers, jump[2]) == jump[3]:
             result = self._unwatched(outputs, args, kwargs)
             self._jump(entry, graph, result)
             return result
@@ -174,13 +177,14 @@ class BackwardPasses:
             return
         exports = {number for number in end.key[-1] if number is not None}
         if exports.issuperset(cursor.tensors.alive(entry.met, end.met)):
-            numbers = cursor.numbers
-            entry.jump = end, numbers[begin:], [*map(repr, numbers[:begin])]
+            numbers, reads = cursor.numbers, {*places_of_reads(entry.operations())}
+            places = [place for place in range(begin) if place not in reads]
+            entry.jump = end, numbers[begin:], places, _texts(numbers, places)
 
     def _jump(self, entry: Entry, graph: Graph, result: Any) -> None:
         """Note what an unwatched pass has left."""
         cursor = self._cursor
-        end, numbers, _ = entry.jump
+        end, numbers, *_ = entry.jump
         cursor.numbers += numbers
         tensors = cursor.tensors
         tensors.drop_between(entry.met, end.met)
@@ -214,6 +218,11 @@ class BackwardPasses:
 def _left(leaves: list[Tensor], result: Any) -> list[Tensor | None]:
     """Return the tensors that a pass leaves: gradients of leaves, and results."""
     return [*(leaf.grad for leaf in leaves), *(result or ())]
+
+
+def _texts(numbers: list[int | float], places: list[int]) -> list[str]:
+    """Return the numbers at some places; the text tells -0.0 from 0.0, and finds NaN equal."""
+    return [repr(numbers[place]) for place in places]
 
 
 def _can_jump(entry: Entry, end: Entry) -> bool:

@@ -210,8 +210,10 @@ def _module_ends(module: nn.Module, inputs: Any, output: Any) -> None:
 
 
 def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
+    # Wrappers pass on `closure=None`.
+    has_arguments = any(each is not None for each in (*args[1:], *keywords.values()))
     for follower in _here():
-        follower.update_begins(optimizer, len(args) > 1 or bool(keywords))
+        follower.update_begins(optimizer, has_arguments)
 
 
 def _update_ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:

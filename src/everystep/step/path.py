@@ -41,6 +41,7 @@ __all__ = [
     "StorageKind",
     "extent_of",
     "geometry",
+    "places_of_reads",
 ]
 
 
@@ -124,14 +125,6 @@ class Path:
     def __hash__(self) -> int:
         return self._hash
 
-    def places_of_reads(self) -> Iterator[int]:
-        """Yield the places, among the numbers of a step, of those that Python has read."""
-        place = 0
-        for operation in self.operations:
-            if str(operation.operator) == READ:
-                yield place
-            place += operation.numbers
-
     def unused_gradients(self) -> set[str]:
         """Return the names of gradients from before the step that it neither reads nor writes.
 
@@ -147,6 +140,15 @@ class Path:
             for name, number in self.named
             if name.startswith("gradient/") and self.tensors[number].storage not in used
         }
+
+
+def places_of_reads(operations: Iterable[SeenOperation]) -> Iterator[int]:
+    """Yield the places, among the numbers of a step, of those that Python has read."""
+    place = 0
+    for operation in operations:
+        if str(operation.operator) == READ:
+            yield place
+        place += operation.numbers
 
 
 def _tensors_in(value: Any) -> list[int]:
@@ -220,8 +222,8 @@ class Entry:
 
     Of an operation: lines: the code that called it; nodes: how many nodes autograd's graph has after it.
 
-    jump: of a backward pass that can run unwatched, the entry after it, its numbers, and the numbers
-    before it.
+    jump: of a backward pass that can run unwatched, the entry after it, its numbers, and the places and
+    texts of the numbers before it that its graph may have.
     """
 
     __slots__ = (
@@ -274,6 +276,12 @@ class Entry:
             found.append(entry)
             entry = entry.parent
         return found[::-1]
+
+    def operations(self) -> Iterator[SeenOperation]:
+        """Yield the operations from the beginning of the step to this entry."""
+        for entry in self.from_root():
+            if entry.operation is not None and not entry.shaped:
+                yield entry.operation
 
 
 class PathWriter:

@@ -31,7 +31,7 @@ from everystep.step.eager import changes_more_than_lr
 from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.optimizer_steps import OptimizerStep
 from everystep.step.parts import Parts
-from everystep.step.path import Path
+from everystep.step.path import Path, places_of_reads
 from everystep.step.state import same_bits
 from everystep.step.taken import TakenByProgram
 from everystep.step.torchs_own import is_torchs_scheduler
@@ -215,7 +215,7 @@ class StandIn:
         Raises:
             NotReplaceableError: it reads a number that it does not log, or one of several equal ones.
         """
-        read = [*self.path.places_of_reads()]
+        read = [*places_of_reads(self.path.operations)]
         found: dict[str, int] = {}
         for name, value in self._plain.items():
             places = [place for place in read if repr(self._numbers[place]) == repr(value)]

@@ -22,7 +22,15 @@ from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
 from everystep.step.outside_tensors import OutsideTensors, version_of, versions_of
-from everystep.step.path import Ending, Entry, Mark, Path, PathWriter, SeenOperation
+from everystep.step.path import (
+    Ending,
+    Entry,
+    Mark,
+    Path,
+    PathWriter,
+    SeenOperation,
+    places_of_reads,
+)
 
 __all__ = ["UnderWay", "as_gradients"]
 
@@ -441,7 +449,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.changed_elsewhere = texts[0] if texts else None
         ending = Ending(path, tuple(writer.origins))
         if self.is_remembered:
-            reads = tuple(path.places_of_reads())
+            reads = tuple(places_of_reads(path.operations))
             token = self._loss_token(loss, path, reads)
             if None not in bound and token != _UNKNOWN and len(self.contents) == brought:
                 changes = self._changes(state, bound)
