@@ -103,10 +103,11 @@ def test_it_has_the_bits_of_the_loop_and_comes_back(name, tmp_path):
         assert torch.equal(after["2.bias"], before["2.bias"].add(step.gradients["2.bias"], alpha=rate))
 
 
-def test_a_wrapper_may_pass_on_that_there_is_no_closure(tmp_path):
+@pytest.mark.parametrize("closure", [None, lambda: 1.0])
+def test_a_step_with_a_closure_or_none_of_a_wrapper_is_one_operation(closure, tmp_path):
     def make(groups):
         optimizer = optim.Adam(groups, 0.01)
-        optimizer.step = functools.partial(optimizer.step, None)
+        optimizer.step = functools.partial(optimizer.step, closure)
         return optimizer
 
     assert_as_unrecorded(make, tmp_path / "run")
@@ -134,6 +135,8 @@ def test_a_step_that_raises_is_watched_again_from_the_next_one_on(tmp_path):
             with contextlib.suppress(TypeError):
                 optimizer.step()  # the first group is updated by then
             optimizer.param_groups[1]["lr"] = rate
+            with contextlib.suppress(ZeroDivisionError):
+                optimizer.step(lambda: 1 / 0)
 
     assert_as_unrecorded(OPTIMIZERS["sgd"], tmp_path / "run", change)
 

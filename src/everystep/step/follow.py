@@ -58,6 +58,7 @@ class Follower:
         module_done: called with the path of a module and the tensors that it returned.
         optimizer_begins: called with an optimizer before its step, and whether that has arguments.
         optimizer_ends: called with an optimizer after its step.
+        is_torchs: tells of an optimizer whether its step runs only torch's code, and a closure first.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class Follower:
         module_done: Callable[[str, list[Tensor]], None],
         optimizer_begins: Callable[[torch.optim.Optimizer, bool], None],
         optimizer_ends: Callable[[torch.optim.Optimizer], None],
+        is_torchs: Callable[[torch.optim.Optimizer], bool],
     ) -> None:
         self.modules = modules
         self._optimizers = optimizers
         self._module_done = module_done
         self._optimizer_begins = optimizer_begins
         self._optimizer_ends = optimizer_ends
+        self.is_torchs = is_torchs
         self._thread = threading.get_ident()
         self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
@@ -209,11 +212,23 @@ def _module_ends(module: nn.Module, inputs: Any, output: Any) -> None:
         follower.closed(module, output)
 
 
-def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
+def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> Any:
+    """Note that a step begins: with a closure that torch's code calls first, after the closure."""
+    followers = _here()
     # Wrappers pass on `closure=None`.
-    has_arguments = any(each is not None for each in (*args[1:], *keywords.values()))
-    for follower in _here():
-        follower.update_begins(optimizer, has_arguments)
+    given = [each for each in (*args[1:], *keywords.values()) if each is not None]
+    if len(given) != 1 or not followers or not all(each.is_torchs(optimizer) for each in followers):
+        for follower in followers:
+            follower.update_begins(optimizer, bool(given))
+        return None
+
+    def closure() -> Any:
+        loss = given[0]()
+        for follower in followers:
+            follower.update_begins(optimizer, False)
+        return loss
+
+    return (optimizer, closure), {}
 
 
 def _update_ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:

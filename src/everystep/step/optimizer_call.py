@@ -86,17 +86,10 @@ class OptimizerCalls:
     def of(self, optimizer: torch.optim.Optimizer) -> OptimizerCall | None:
         """Return the next step of an optimizer, None if it runs code that is not torch's."""
         operator = _BY_KIND.get(type(optimizer))
-        if operator is None or any(getattr(optimizer, name) for name in _HOOKS):
+        if operator is None or not self.is_torchs(optimizer):
             return None
-        if any(len(hooks) > 1 and not all(map(_is_ours, [*hooks.values()])) for hooks in _HOOKS_OF_ALL):
-            return None  # one is everystep's, and each training in another thread has one
-        own = vars(optimizer).keys() - _OWN
-        if own and not all(key.startswith("_optimizer_") for key in own):
-            return None
-        if operator.kind not in self._code:
-            self._code[operator.kind] = _Code(operator.kind)
         settings = self._settings(operator, optimizer)
-        if settings is None or not self._code[operator.kind].is_torchs():
+        if settings is None:
             return None
         groups = optimizer.param_groups
         parameters = [[p for p in group["params"] if p.grad is not None] for group in groups]
@@ -110,6 +103,20 @@ class OptimizerCalls:
         if not all(issubclass(kind, Tensor) for kind in {*map(type, tensors)}):
             return None
         return OptimizerCall(operator, settings, parameters, entries, tensors, state)
+
+    def is_torchs(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether its step runs only torch's code, and a closure before all else."""
+        kind = type(optimizer)
+        if kind not in _BY_KIND or any(getattr(optimizer, name) for name in _HOOKS):
+            return False
+        if any(len(hooks) > 1 and not all(map(_is_ours, [*hooks.values()])) for hooks in _HOOKS_OF_ALL):
+            return False  # one is everystep's, and each training in another thread has one
+        own = vars(optimizer).keys() - _OWN
+        if own and not all(key.startswith("_optimizer_") for key in own):
+            return False
+        if kind not in self._code:
+            self._code[kind] = _Code(kind)
+        return self._code[kind].is_torchs()
 
     def _settings(
         self, operator: OptimizerOperator, optimizer: torch.optim.Optimizer

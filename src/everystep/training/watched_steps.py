@@ -127,7 +127,8 @@ class WatchedSteps:
         self._left: Ending | None = None
         self._optimizer_names = parts.optimizer_names()
         hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
-        self._follower = Follower(parts.module_paths(), self._optimizer_names, *hooks)
+        is_torchs = self._paths.calls.is_torchs
+        self._follower = Follower(parts.module_paths(), self._optimizer_names, *hooks, is_torchs)
         self._follows = False
 
     @property
