@@ -80,7 +80,10 @@ _SETTINGS: dict[str, tuple[bool | str, ...]] = {
     "backends.mkldnn.rnn.fp32_precision": _PRECISIONS,
     "backends.nnpack.set_flags": _ON,
     "backends.opt_einsum.enabled": _ON,
-    "backends.opt_einsum.strategy": ("auto", "greedy", "optimal"),
+    "backends.opt_einsum.strategy": (
+        *("auto", "greedy", "optimal", "auto-hq", "eager", "opportunistic", "dp", "dynamic-programming"),
+        *("branch-1", "branch-2", "branch-all", "random-greedy", "random-greedy-128"),
+    ),
     "backends.mha.set_fastpath_enabled": _ON,
     _CUDA + "enable_flash_sdp": _ON,
     _CUDA + "enable_mem_efficient_sdp": _ON,
@@ -142,17 +145,26 @@ class Numerics(BaseModel):
     @field_validator("settings")
     @classmethod
     def _check(cls, settings: dict[str, bool | str]) -> dict[str, bool | str]:
-        for name, choices in (_SETTINGS | _SETTINGS_OF_CUDA).items():
-            value = settings.get(f"torch.{name}", choices[0])
-            if value not in choices:
-                raise ValueError(f"torch.{name} cannot be {value!r:.40}")
+        for unknown in _unknown(settings):
+            raise ValueError(unknown)
         return settings
 
     @classmethod
     def read(cls, device: torch.device) -> Numerics:
-        """Read the values in effect in this process for computing on `device`."""
+        """Read the values in effect in this process for computing on `device`.
+
+        Raises:
+            UsageError: a setting has a value that everystep does not know.
+        """
         import torch
 
+        settings = {
+            f"torch.{name}": value
+            for name in (_SETTINGS | _SETTINGS_OF_CUDA if device.type == "cuda" else _SETTINGS)
+            if (value := _setting(name)) is not None
+        }
+        if unknown := next(_unknown(settings), None):
+            raise UsageError(f"{unknown}, as far as everystep knows; set it to another value")
         return cls(
             torch_version=torch.__version__,
             architecture=platform.machine(),
@@ -165,11 +177,7 @@ class Numerics(BaseModel):
             flush_denormal=_flushes_denormals(),
             default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
             cublas_workspace_config=os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
-            settings={
-                f"torch.{name}": value
-                for name in (_SETTINGS | _SETTINGS_OF_CUDA if device.type == "cuda" else _SETTINGS)
-                if (value := _setting(name)) is not None
-            },
+            settings=settings,
         )
 
     def environment(self) -> dict[str, str]:
@@ -204,6 +212,14 @@ class Numerics(BaseModel):
         theirs = other.named()
         pairs = {n: (value, theirs[n]) for n, value in self.named().items() if n in theirs}
         return {n: pair for n, pair in pairs.items() if pair[0] != pair[1] and n not in left_out}
+
+
+def _unknown(settings: Mapping[str, bool | str]) -> Iterator[str]:
+    """Yield in words which settings have a value that is not among their choices."""
+    for name, choices in (_SETTINGS | _SETTINGS_OF_CUDA).items():
+        value = settings.get(f"torch.{name}", choices[0])
+        if value not in choices:
+            yield f"torch.{name} cannot be {value!r:.40}"
 
 
 def prepare() -> None:

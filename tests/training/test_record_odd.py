@@ -183,3 +183,24 @@ def test_a_step_that_turns_elsewhere_keeps_what_only_autograd_knows(tmp_path):
             assert not [name for name in seen.inputs if name.startswith("input")], seen
     found = run.rerun(precision="float64", progress=False)
     assert len(found.losses) == 12 and found.losses == pytest.approx(found.recorded, rel=1e-4)
+
+
+def test_a_part_may_hold_single_numbers_with_any_stride(tmp_path):
+    model, held = network(), {"first": torch.arange(3.0)[:1:3].as_strided((1,), (3,))}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(
+        run=tmp_path / "run", model=model, optimizer=optimizer, held=held
+    ) as recording:
+        for x, y in recording.steps(batches()[:3]):
+            recording.log(loss=update(model, optimizer, x * held["first"].add_(1), y))
+    assert recording.run.verify(processes=1, progress=False).is_exact
+    assert recording.run[3].end["part/held.first"].item() == 3.0
+
+
+def test_a_setting_of_torch_that_everystep_does_not_know_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.opt_einsum, "strategy", "telepathy")
+    with (
+        pytest.raises(everystep.UsageError, match=r"opt_einsum\.strategy cannot be 'telepathy'"),
+        everystep.record(run=tmp_path / "run", model=network()),
+    ):
+        pass

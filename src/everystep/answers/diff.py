@@ -20,7 +20,7 @@ from everystep.answers.operations import OperationDifference, draws, name_in_wor
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.recording.contents import digest_of
-from everystep.recording.files import program_file
+from everystep.recording.files import bytes_of, program_file
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences, config_differences, renamed
 from everystep.replay.opened_step import Step
@@ -29,7 +29,7 @@ from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.recorded_columns import recorded_at
 from everystep.replay.run_replay import Replay, same_number
 from everystep.replay.shown import Shown
-from everystep.step.state import State, StateDifference, bytes_of, same_bits, state_differences
+from everystep.step.state import State, StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects
 
 __all__ = ["BEFORE", "Difference", "FirstState", "diff", "footprints"]

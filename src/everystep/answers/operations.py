@@ -15,9 +15,10 @@ from everystep.program.arguments import references
 from everystep.program.observed import Observed, unread_inputs
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters, resolve
+from everystep.recording.files import bytes_of
 from everystep.recording.settings_diff import same_value
 from everystep.replay.opened_step import Step
-from everystep.step.state import Size, as_integers, bytes_of, same_bits, size_of_difference
+from everystep.step.state import Size, as_integers, same_bits, size_of_difference
 
 __all__ = [
     "Argument",

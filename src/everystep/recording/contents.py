@@ -149,7 +149,7 @@ def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[Any]]:
 def digest_of(tensor: Tensor) -> str:
     """Return a digest of a tensor: XXH3, 128 bits, over dtype, shape and bytes, in hexadecimal."""
     kind = _kind(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), False)
-    return _digest(kind, bytes_of(tensor.cpu())).hex()
+    return _digest(kind, bytes_of(tensor)).hex()
 
 
 def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:

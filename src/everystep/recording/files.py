@@ -392,7 +392,9 @@ def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a CPU tensor of any dtype as an array of NumPy's."""
+    """Return the bytes of a tensor of any dtype as an array of NumPy's, in the order of its elements."""
     import torch
 
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    # The stride of a single element may be any number.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()

@@ -23,7 +23,6 @@ __all__ = [
     "State",
     "StateDifference",
     "as_integers",
-    "bytes_of",
     "copy_of",
     "difference",
     "distance",
@@ -170,11 +169,6 @@ def as_integers(tensor: Tensor) -> Tensor:
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     is_float = whole.is_floating_point()
     return whole.view(integers[whole.element_size()]) if is_float else whole
-
-
-def bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a tensor as an array of NumPy's, in the order of its elements."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def distance(one: Tensor, two: Tensor) -> int | None:
