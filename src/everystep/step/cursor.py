@@ -249,7 +249,8 @@ class Cursor(UnderWay):
             entry.contents, entry.draws = contents, at.draws + known.draws
             entry.brings = any(token[0] == "x" for token in flat)
             if self.is_remembered:
-                self._compile(entry, known, is_alone=isinstance(result, Tensor))
+                is_alone = isinstance(result, Tensor)
+                entry.check = partial(_check_first, entry, known, is_alone, self.paths)
         if is_shaped:
             self._add_shapes(entry, result)
         return result
@@ -335,30 +336,6 @@ class Cursor(UnderWay):
         gradients = [m.numbers[0] for m in marks if m.name.startswith("gradient/")]
         return {*self.tensors.origins_of(numbers)} <= {*self.tensors.origins_of(gradients)}
 
-    def _compile(self, entry: Entry, known: KnownOperator, *, is_alone: bool) -> None:
-        """Make the check of a call. is_alone: whether it returns one tensor."""
-        _, func, tokens, named, places = entry.key
-        paths, draws = self.paths, entry.parent.draws  # type: ignore[union-attr]
-
-        def before(args: Any, kwargs: Any) -> None:
-            step: Cursor = paths.step
-            given = flattened([args, kwargs]) if entry.contents else []
-            for place, origin in entry.contents:
-                step.contents[origin] = step.outside.of(given[place])
-            if known.draws:
-                step.note_generator(draws)
-
-        def after(result: Any) -> None:
-            paths.step._note_result(known, result)
-
-        entry.check = check_of(
-            *(tokens, named, [(-1, places[0][1])] if is_alone and places else places),
-            partial(run_counted, func) if known.writes_list else func,
-            self.tensors,
-            before=before if entry.contents or known.draws else None,
-            after=after if known.is_read or known.draws else None,
-        )
-
     def _run_unseen(
         self, func: Any, known: KnownOperator, args: tuple[Any, ...], keywords: Any, reason: str
     ) -> Any:
@@ -394,3 +371,34 @@ class Cursor(UnderWay):
         """Forget a tensor that has got other memory."""
         self.tensors.catch_up(self.at)
         self.tensors.drop(tensor)
+
+
+def _check_first(
+    entry: Entry, known: KnownOperator, is_alone: bool, paths: KnownPaths, args: Any, kwargs: Any
+) -> Any:
+    """Make the check of a call, and check it; most calls of a first step come never again.
+
+    is_alone: whether the call returns one tensor.
+    """
+    _, func, tokens, named, places = entry.key
+    draws = entry.parent.draws  # type: ignore[union-attr]
+
+    def before(args: Any, kwargs: Any) -> None:
+        step: Cursor = paths.step
+        given = flattened([args, kwargs]) if entry.contents else []
+        for place, origin in entry.contents:
+            step.contents[origin] = step.outside.of(given[place])
+        if known.draws:
+            step.note_generator(draws)
+
+    def after(result: Any) -> None:
+        paths.step._note_result(known, result)
+
+    entry.check = check_of(
+        *(tokens, named, [(-1, places[0][1])] if is_alone and places else places),
+        partial(run_counted, func) if known.writes_list else func,
+        paths.tensors,
+        before=before if entry.contents or known.draws else None,
+        after=after if known.is_read or known.draws else None,
+    )
+    return entry.check(args, kwargs)
