@@ -47,6 +47,7 @@ def train(
     ] = None,
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR")] = None,
     resume_run: Annotated[bool, typer.Option("--resume")] = False,
+    tag: Annotated[list[str] | None, typer.Option(metavar="NAME")] = None,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
@@ -66,6 +67,7 @@ def train(
             program: the same, and you vouch for your own code.
         run: Run directory; must not exist, except with --resume.
         resume_run: Resume the run in --run DIR if it exists.
+        tag: A word by which everystep runs --tag finds the run. Repeatable.
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
@@ -81,8 +83,10 @@ def train(
     overrides |= {key: value for key, value in shorthands.items() if value is not None}
     loaded = load(experiment, overrides)
 
+    from everystep.training.config import facts_from
     from everystep.training.from_experiment import train_experiment
 
+    said = facts_from(None, tag or ())
     progress = _progress(quiet)
     name = Path(experiment).stem
     budget = snapshot_budget * 1_000_000
@@ -91,10 +95,10 @@ def train(
     if resume_run and run is not None and is_run(run):
         from everystep.replay.resume import Resume, resume_experiment
 
-        asked = Resume(RecordedRun(run), budget=budget)
+        asked = Resume(RecordedRun(run), budget=budget, said=said)
         outcome = resume_experiment(asked, progress, loaded)
     else:
-        outcome = train_experiment(loaded, name, run, RUNS, budget, progress)
+        outcome = train_experiment(loaded, name, run, RUNS, budget, progress, said)
     _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
