@@ -14,6 +14,7 @@ from everystep.cli.output import hint, say, say_lines
 from everystep.cli.shared_options import (
     BudgetOption,
     QuietOption,
+    RelabelOption,
     RowsOption,
     RunArgument,
     SettingsOption,
@@ -21,6 +22,7 @@ from everystep.cli.shared_options import (
     experiments_and_files,
     one_of,
     row_numbers,
+    targets,
 )
 from everystep.errors import UsageError, did_you_mean
 
@@ -167,7 +169,7 @@ def fork(
     settings: SettingsOption = None,
     steps: Annotated[int | None, typer.Option("--steps", "--until")] = None,
     without_rows: RowsOption = None,
-    relabel: Annotated[list[str] | None, typer.Option(metavar="ROW=TARGET")] = None,
+    relabel: RelabelOption = None,
     directory: Annotated[Path | None, typer.Option("--run", metavar="DIR")] = None,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
@@ -193,7 +195,7 @@ def fork(
         changes,
         steps=steps,
         without_rows=row_numbers(without_rows),
-        relabel=dict(map(_target, relabel or [])),
+        relabel=targets(relabel),
         run=directory,
         snapshot_budget=snapshot_budget * 1_000_000,
         progress=not quiet,
@@ -217,14 +219,6 @@ def _close(directory: Path, reason: str | None, quiet: bool) -> None:
 
     if not quiet:
         hint(closing(directory, reason))
-
-
-def _target(text: str) -> tuple[int, float]:
-    row, _, target = text.partition("=")
-    try:
-        return int(row), float(target)
-    except ValueError:
-        raise UsageError(f"--relabel {text}: write ROW=TARGET, two numbers: --relabel 8123=4") from None
 
 
 def _first_sentence(path: Path) -> str:

@@ -20,7 +20,7 @@ from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
 from everystep.training.stepper import Engine
 
-__all__ = ["Job", "Outcome", "Progress", "StartingPoint"]
+__all__ = ["Job", "Outcome", "Progress", "StartingPoint", "why_not_target"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Job:
         faults = [
             Fault(f"relabel {row}", reason)
             for row, target in targets.items()
-            if (reason := batch.batches.why_not(row) or _why_not_target(y, at(row), target))
+            if (reason := batch.batches.why_not(row) or why_not_target(y, at(row), target))
         ]
         if faults:
             raise ExperimentError(faults, "the fork")
@@ -155,7 +155,7 @@ class Job:
         return self.origin.at if self.origin else 0
 
 
-def _why_not_target(y: Tensor, row: int, target: float) -> str | None:
+def why_not_target(y: Tensor, row: int, target: float) -> str | None:
     """Return why a row cannot have another target, or None; row: its place."""
     if y[row].numel() != 1:
         return f"a target has {y[row].numel()} numbers; only single numbers can be replaced"
