@@ -15,7 +15,7 @@ from everystep.recording.contents import Given
 from everystep.recording.database import Repeat
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.recorded_steps import ChangedSteps, NotReplayedError
-from everystep.training.job import why_not_target
+from everystep.training.job import relabelled_rows
 
 __all__ = ["StepsRelabelled"]
 
@@ -59,33 +59,32 @@ class StepsRelabelled(ChangedSteps):
         self._has: dict[bytes | None, bool] = {}
         self._check_inputs(steps)
         if rule is not None:
-            batches, y = rule.batches, rule.y.clone()
-            places = {
-                row: int(batches.places([row])[0]) for row in relabelled if not batches.why_not(row)
-            }
-            faults = {row: batches.why_not(row) for row in relabelled}
-            check = why_not_target
+            self.rule = relabelled_rows(rule, relabelled, "the what-if")
+            y, places = rule.y, {row: int(rule.batches.places([row])[0]) for row in relabelled}
         else:
-            first = self.row(steps[0])
-            batch, what = _batch(super().stored(first)), f"the batch of step {first.step}"
-            self._name = _target(batch, f"{what} of {run.name}")
-            if not _is_read(self._name, self.program_of(first).program):
-                raise RunError(f"no operation of step {first.step} of {run.name} reads {self._name}")
-            y, check = batch[self._name].clone(), _why_not_held
-            places = {row: row for row in relabelled if 0 <= row < len(y)}
-            missing = f"{what} has rows 0 to {len(y) - 1:,}"
-            faults = {row: None if row in places else missing for row in relabelled}
-            alike = {n: _bytes(t) for n, t in batch.items() if t.dim() and len(t) == len(y)}
-            self._changed = [({n: t[p] for n, t in alike.items()}, relabelled[p]) for p in places]
-        faults |= {row: check(y, place, relabelled[row]) for row, place in places.items()}
-        if any(faults.values()):
-            found = [Fault(f"relabel {row}", reason) for row, reason in faults.items() if reason]
-            raise ExperimentError(found, "the what-if")
-        self.targets = {row: (float(y[place]), relabelled[row]) for row, place in places.items()}
-        if rule is not None:
-            for row, place in places.items():
-                y[place] = relabelled[row]
-            self.rule = rule.with_targets(y)
+            y, places = self._follow(steps[0], relabelled), {row: row for row in relabelled}
+        self.targets = {row: (float(y[places[row]]), target) for row, target in relabelled.items()}
+
+    def _follow(self, first: int, relabelled: Mapping[int, float]) -> Tensor:
+        """Note the bytes of rows of a batch, which later batches may have; return its targets."""
+        row, what = self.row(first), f"the batch of step {first}"
+        batch = _batch(super().stored(row))
+        self._name = _target(batch, f"{what} of {self.run.name}")
+        if not _is_read(self._name, self.program_of(row).program):
+            raise RunError(f"no operation of step {first} of {self.run.name} reads {self._name}")
+        y = batch[self._name]
+        missing = f"{what} has rows 0 to {len(y) - 1:,}"
+        faults = [
+            Fault(f"relabel {place}", reason)
+            for place, target in relabelled.items()
+            if (reason := _why_not(y, target) if 0 <= place < len(y) else missing)
+        ]
+        if faults:
+            raise ExperimentError(faults, "the what-if")
+        alike = {name: _bytes(t) for name, t in batch.items() if t.dim() and len(t) == len(y)}
+        for place, target in relabelled.items():
+            self._changed.append(({name: each[place] for name, each in alike.items()}, target))
+        return y
 
     def stored(self, row: Repeat) -> dict[str, Tensor]:
         """Return the inputs of a step that the run holds by content, with the other targets.
@@ -178,8 +177,8 @@ def _places_of(row: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> list[i
     return found
 
 
-def _why_not_held(y: Tensor, row: int, target: float) -> str | None:
-    """Return why a target of a batch cannot be another number, or None."""
+def _why_not(y: Tensor, target: float) -> str | None:
+    """Return why a tensor cannot hold a target, or None."""
     if y.is_floating_point():
         return None if math.isfinite(target) else f"{target:g} is not finite"
     fits = float(torch.tensor(target, dtype=torch.float64).to(y.dtype)) == target

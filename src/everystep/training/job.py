@@ -20,7 +20,7 @@ from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
 from everystep.training.stepper import Engine
 
-__all__ = ["Job", "Outcome", "Progress", "StartingPoint", "why_not_target"]
+__all__ = ["Job", "Outcome", "Progress", "StartingPoint", "relabelled_rows"]
 
 
 @dataclass(frozen=True)
@@ -117,23 +117,9 @@ class Job:
         """
         if not targets:
             return self
-        batch = self._rows("rows can be relabelled")
+        batch = relabelled_rows(self._rows("rows can be relabelled"), targets, "the fork")
         assert self.data is not None
-        y = batch.y.clone()
-
-        def at(row: int) -> int:
-            return int(batch.batches.places([row])[0])
-
-        faults = [
-            Fault(f"relabel {row}", reason)
-            for row, target in targets.items()
-            if (reason := batch.batches.why_not(row) or why_not_target(y, at(row), target))
-        ]
-        if faults:
-            raise ExperimentError(faults, "the fork")
-        for row, target in targets.items():
-            y[at(row)] = target
-        training = replace(self.training, batch=batch.with_targets(y))
+        y, training = batch.y, replace(self.training, batch=batch)
         evaluation = self.evaluation
         if evaluation is not None and self.data.validation is None:  # it measures on these rows
             evaluation = replace(evaluation, y=y)
@@ -155,7 +141,30 @@ class Job:
         return self.origin.at if self.origin else 0
 
 
-def why_not_target(y: Tensor, row: int, target: float) -> str | None:
+def relabelled_rows(batch: RowsOf, targets: Mapping[int, float], what: str) -> RowsOf:
+    """Return batches with other targets for some rows, which have one number each.
+
+    Raises:
+        ExperimentError: lists rows that do not exist, and targets that do not fit; what: of what.
+    """
+    y = batch.y.clone()
+
+    def at(row: int) -> int:
+        return int(batch.batches.places([row])[0])
+
+    faults = [
+        Fault(f"relabel {row}", reason)
+        for row, target in targets.items()
+        if (reason := batch.batches.why_not(row) or _why_not_target(y, at(row), target))
+    ]
+    if faults:
+        raise ExperimentError(faults, what)
+    for row, target in targets.items():
+        y[at(row)] = target
+    return batch.with_targets(y)
+
+
+def _why_not_target(y: Tensor, row: int, target: float) -> str | None:
     """Return why a row cannot have another target, or None; row: its place."""
     if y[row].numel() != 1:
         return f"a target has {y[row].numel()} numbers; only single numbers can be replaced"
