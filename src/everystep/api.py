@@ -117,6 +117,8 @@ def train(
     force: bool = False,
     fork: str | Path | Run | None = None,
     at: int | None = None,
+    config: Any = None,
+    tags: Iterable[str] = (),
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     dataset_limit: int | None = None,
@@ -174,6 +176,7 @@ def train(
         force: continue although something changed, as in `Run.resume`.
         fork, at: of a step function: begin with the state of a run after step `at`, as in `record`;
             a run of a model has `Run.fork`.
+        config, tags: the settings of your script, and words by which to find the run, as in `record`.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches to keep for a step function, as in `record`.
         dataset_limit: maximum bytes of a Dataset as tensors; default: 2 GB.
@@ -185,6 +188,7 @@ def train(
         KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import check_iteration
+    from everystep.training.config import facts_from
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
     from everystep.training.from_objects import train_objects
     from everystep.training.objects import Objects
@@ -202,7 +206,7 @@ def train(
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
-    place = None if run is None else Path(run)
+    place, said = None if run is None else Path(run), facts_from(config, tags)
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
@@ -227,6 +231,7 @@ def train(
             resumed=resumed,
             is_accepted=force,
             fork=_forked(fork, at, resumed),
+            said=said,
         )
         batches = cast("Iterable[Any] | None", data)
         return run_of(train_step(model, batches, iteration, recording, watcher))
@@ -243,10 +248,10 @@ def train(
         from everystep.replay.resume import Resume, resume_objects
 
         objects.check()
-        asked = Resume(resumed, is_accepted=force, budget=snapshot_budget)
+        asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
-        outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher)
+        outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher, said)
     return run_from_objects(outcome, replace(objects, metrics=copy(metrics or ())))
 
 
@@ -304,7 +309,7 @@ def record(
         UsageError: an argument is not a part of a training, or has no name.
         RunError: the run to continue or to fork does not exist.
     """
-    from everystep.training.config import checked_config, checked_tags
+    from everystep.training.config import facts_from
     from everystep.training.record import Recording
 
     if unnamed:
@@ -325,7 +330,7 @@ def record(
         resumed=resumed,
         is_accepted=force,
         fork=_forked(fork, at, resumed),
-        said={"config": checked_config(config), "tags": checked_tags(tags)},
+        said=facts_from(config, tags),
     )
 
 
@@ -381,6 +386,7 @@ def train_experiment(
     run: str | Path | None = None,
     resume: bool | str | Path = False,
     force: bool = False,
+    tags: Iterable[str] = (),
     snapshot_budget: int = DEFAULT_BUDGET,
     progress: bool = True,
 ) -> Run:
@@ -394,6 +400,7 @@ def train_experiment(
         settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
         run: the run's directory, which must not exist; default: the next free one in runs/.
         resume, force: continue a run of this experiment, as in `train`.
+        tags: words by which to find the run, as in `record`.
         snapshot_budget: maximum bytes of snapshots.
         progress: show a progress bar if stderr is a terminal.
 
@@ -404,6 +411,7 @@ def train_experiment(
         KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import Experiment, load
+    from everystep.training.config import facts_from
     from everystep.training.from_experiment import train_experiment as train_loaded
 
     name = Path(experiment).stem if isinstance(experiment, str | Path) else "experiment"
@@ -411,11 +419,11 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
-    place = None if run is None else Path(run)
+    place, said = None if run is None else Path(run), facts_from(None, tags)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
-        return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher))
+        return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher, said))
     from everystep.replay.resume import Resume, resume_experiment
 
-    asked = Resume(resumed, is_accepted=force, budget=snapshot_budget)
+    asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)
     return run_of(resume_experiment(asked, watcher, loaded))

@@ -398,6 +398,7 @@ class Run(RecordedRun):
         without_rows_of: int | None = None,
         each: bool = False,
         lr: float | Iterable[float] = (),
+        relabel: Mapping[int, float] | None = None,
         by: str = "loss",
         processes: int | None = None,
         progress: Counting = True,
@@ -405,8 +406,8 @@ class Run(RecordedRun):
         """Train again from a state with something changed, and return how the loss changes.
 
         Nothing is recorded. Without rows of the data, the steps have the bits of a training by hand
-        without those rows. At other learning rates, programs repeat the recorded steps, of any run; what
-        your code decided stays as recorded.
+        without those rows. At other learning rates, and with other targets, programs repeat the recorded
+        steps, of any run; what your code decided stays as recorded.
 
         Args:
             at: the step after which the trainings start; default: the one before `without_rows_of`.
@@ -415,7 +416,9 @@ class Run(RecordedRun):
             without_rows_of: the step of which all rows are left out.
             each: leave out each row alone, not all at once.
             lr: learning rates to train at, one training each, for all param groups of torch's own
-                optimizers; not together with rows.
+                optimizers.
+            relabel: other targets, by row of the data; of a run that stores its batches, by the place of
+                the row in the batch of the step after `at`. The same row has it in later batches, too.
             by: an expression of step `until` to compare: `norm(gradients['0.weight'])`.
             processes: number of processes, each with as many threads as the run was trained with;
                 default: as many as there are cores for, if worth their start.
@@ -424,17 +427,19 @@ class Run(RecordedRun):
         Raises:
             StepError: the run has no such step.
             UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
-            RunError: the steps cannot be repeated without the rows; gives the reason.
+            RunError: the steps cannot be repeated with the change; gives the reason.
         """
         from everystep.replay.what_if import check_has_rows, what_if
 
         rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
         chosen = [operator.index(row) for row in without_rows]
-        if rates and (chosen or without_rows_of is not None):
-            raise UsageError("pass either rows to leave out or lr, not both")
+        targets = {operator.index(row): float(target) for row, target in (relabel or {}).items()}
+        changes = [bool(chosen) or without_rows_of is not None, bool(rates), bool(targets)]
+        if sum(changes) > 1:
+            raise UsageError("pass one of these: rows to leave out, lr, relabel")
         if wrong := [rate for rate in rates if not 0 <= rate < math.inf]:
             raise UsageError(f"lr is {wrong[0]:g}; pass learning rates from 0 on")
-        if not rates:
+        if not rates and not targets:
             check_has_rows(self)
         if at is None and without_rows_of is None:
             raise UsageError(
@@ -447,9 +452,10 @@ class Run(RecordedRun):
             at, batch = step.number - 1 if at is None else at, step.batch
             chosen += map(batch.number, range(batch.count))
         rows = sorted(set(chosen))
-        if not rows and not rates:
+        if not any(changes):
             raise UsageError("no rows to leave out: pass without_rows, or without_rows_of")
-        cases: Any = rates or ([(row,) for row in rows] if each else [tuple(rows)])
+        without = [(row,) for row in rows] if each else [tuple(rows)]
+        cases: Any = rates or ([targets] if targets else without)
         assert at is not None
         steps = (until - at) * (len(cases) + 1)
         start = self._number(at)

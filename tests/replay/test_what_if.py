@@ -271,7 +271,7 @@ def test_a_training_that_needs_its_objects_or_its_loop_says_so(tmp_path):
     with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "loop") as recording:
         for rows in recording.steps([slice(0, 9), slice(9, 20)] * 2):
             recording.log(loss=descend(optimizer, nn.functional.cross_entropy(model(x[rows]), y[rows])))
-    with pytest.raises(RunError, match="recorded from your own loop"):
+    with pytest.raises(RunError, match=r"leave the rows out in a fork .*everystep.record\(fork="):
         recording.run.what_if(1, 3, without_rows=[2], progress=False)
 
 
@@ -310,10 +310,10 @@ def loop(rate=None, at=4, record=None, logs_item=False, optimizer=ADAM):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item() if logs_item else float(loss.detach()))
+            losses.append(loss.item() if logs_item else loss.detach())
             if recording:
                 recording.log(loss=loss)
-    return losses
+    return [float(each) for each in losses]
 
 
 def test_a_loop_at_other_rates_is_the_loop_by_hand(tmp_path, everystep_command):
@@ -355,10 +355,14 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     loop(record=tmp_path / "reads", logs_item=True)
     found = everystep.open(tmp_path / "reads").what_if(4, lr=0.5, progress=False)
     assert found.cases[0].differs_from == 6  # the first loss after an update at the rate
+    loop(record=tmp_path / "no reads")
+    unread = everystep.open(tmp_path / "no reads").what_if(4, lr=0.5, progress=False)
+    assert unread.cases[0].differs_from is None  # that states differ is what was asked for
     assert "from step 6 on, Python would read other numbers" in found.to_text()
     run = trained(tmp_path / "run")
-    with pytest.raises(UsageError, match="pass either rows to leave out or lr, not both"):
-        run.what_if(4, lr=0.5, without_rows=[2], progress=False)
+    for other in ({"without_rows": [2]}, {"relabel": {2: 1}}):
+        with pytest.raises(UsageError, match="pass one of these: rows to leave out, lr, relabel"):
+            run.what_if(4, lr=0.5, **other, progress=False)
     for rate in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"lr is {rate:g}; pass learning rates from 0 on"):
             run.what_if(4, lr=[0.5, rate], progress=False)
@@ -366,3 +370,93 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     loop(record=tmp_path / "own", optimizer=partial(own, lr=0.1))
     with pytest.raises(RunError, match="no learning rate that its programs know as a number"):
         everystep.open(tmp_path / "own").what_if(4, lr=0.5, progress=False)
+
+
+RELABELLED = {2: 1, 4: 0}
+
+
+def batches_of(targets=None, at=4):
+    """Batches of shuffled rows; after step `at`, some of the next batch have other targets."""
+    _, x, y, _ = made()
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step // 4)
+        rows = torch.randperm(ROWS, generator=generator)[step % 4 * 5 :][:5]
+        if targets and step == at:
+            y = y.clone()
+            y[rows[[*targets]]] = torch.tensor([*targets.values()])
+        yield {"image": x[rows].clone(), "meta": (y[rows].clone(), step)}
+
+
+def relabelled_loop(record=None, targets=None, as_function=False, loss_of=None):
+    """The losses of a training with own targets, which may be recorded as a loop or a step function."""
+    model, *_, optimizer = made(0.3)
+    model = nn.Sequential(nn.BatchNorm1d(4), model)
+    parts, losses = {"model": model, "optimizer": optimizer}, []
+
+    def step(batch):
+        x, y = batch["image"], batch["meta"][0]
+        loss = loss_of(model(x), y) if loss_of else nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        return loss
+
+    if as_function:
+        options = {"parts": parts, "steps": STEPS, "run": record, "progress": False}
+        everystep.train(step, batches_of(targets), **options)
+    elif record:
+        with everystep.record(run=record, **parts) as recording:
+            for batch in recording.steps(batches_of(targets)):
+                recording.log(loss=step(batch))
+    else:
+        [step(batch) for batch in batches_of(targets)]
+    return [float(each) for each in losses]
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_other_targets_are_the_loop_by_hand_with_them(tmp_path, everystep_command, as_function):
+    recorded = relabelled_loop(tmp_path / "run", as_function=as_function)
+    run = everystep.open(tmp_path / "run")
+    found = run.what_if(4, relabel=RELABELLED, by="norm(parameters['1.0.weight'])", progress=False)
+    (case,) = found.cases
+    assert list(found.recorded.losses) == recorded[4:]
+    assert list(case.losses) == relabelled_loop(targets=RELABELLED)[4:] != recorded[4:]
+    y = run[5].batch["meta.0"].tolist()
+    assert case.targets == {row: (y[row], target) for row, target in RELABELLED.items()}
+    rows = {tuple(run[5].batch["image"][row].tolist()) for row in RELABELLED}
+    known = {n: {tuple(row) for row in run[n].batch["image"].tolist()} for n in range(5, STEPS + 1)}
+    assert case.found_in == tuple(n for n, own in known.items() if rows & own)
+    assert case.differs_from is None
+    told = "--relabel", "2=1", "--relabel", "4=0"
+    code, out, _ = everystep_command("what-if", run.directory, "--at", 4, *told)
+    assert code == 0 and f"2: {y[2]} | 1, 4: {y[4]} | 0" in out
+    assert "row: its place in the batch of step 5; found in step 5, " in out
+
+
+def test_other_targets_of_a_model_are_those_of_a_fork(tmp_path):
+    run = trained(tmp_path / "run", dropout=0.2)
+    row = run[5].batch.number(0)
+    targets = {row: (run[5].batch.y[0].item() + 1) % 3}
+    (case,) = run.what_if(4, relabel=targets, progress=False).cases
+    fork = run.fork(4, relabel=targets, run=tmp_path / "fork", progress=False)
+    assert list(case.losses) == fork.losses["loss"].to_list()[4:] != run.losses["loss"].to_list()[4:]
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "targets", "message"),
+    [
+        (None, {5: 0, 2: 0.5}, r"relabel 5: the batch of step 5 has rows 0 to 4\n  relabel 2: 0.5 does"),
+        (None, {2: 7}, "step 5 of run cannot be replayed: Target 7 is out of bounds"),
+        (lambda out, y: out.square().sum(), RELABELLED, r"no operation of step 5 of run reads meta\.0"),
+        (
+            lambda out, y: (out - torch.from_numpy(y.numpy() * 2.0)[:, None]).square().sum(),
+            RELABELLED,
+            r"the steps of run read a tensor that is in no batch \(input\): your code may make it",
+        ),
+    ],
+)
+def test_targets_that_programs_cannot_change_are_refused(tmp_path, loss_of, targets, message):
+    relabelled_loop(tmp_path / "run", loss_of=loss_of)
+    with pytest.raises((RunError, ExperimentError), match=message):
+        everystep.open(tmp_path / "run").what_if(4, relabel=targets, progress=False)

@@ -1,4 +1,4 @@
-"""Config and tags of a recorded loop: kept, shown, searched and compared."""
+"""Config and tags: kept, shown, searched and compared."""
 
 import argparse
 import dataclasses
@@ -77,6 +77,37 @@ def test_a_resumed_run_keeps_its_config_or_takes_the_new_one(record):
     assert record("again", resume=True).facts.config == {"epochs": 1}
     run = record("again", resume=True, config={"epochs": 2})
     assert (run.facts.config, run.facts.tags) == ({"epochs": 2}, ("first",))
+
+
+@pytest.mark.parametrize("of_function", [False, True])
+def test_train_has_them_too(tmp_path, of_function):
+    def train(steps, **options):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        parts = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+        options |= {"steps": steps, "run": tmp_path / "run", "progress": False}
+        if of_function:
+            batches = [torch.ones(2, 3)] * 3
+            return everystep.train(lambda x: model(x).sum(), batches, parts=parts, **options)
+        data, optimizer = (torch.ones(4, 3), torch.ones(4, 1)), parts["optimizer"]
+        return everystep.train(model, data, loss=nn.MSELoss(), optimizer=optimizer, **options)
+
+    first = train(1, config={"epochs": 1}, tags=["first"])
+    assert (first.facts.config, first.facts.tags) == ({"epochs": 1}, ("first",))
+    assert "epochs: 1" in first.report()
+    assert train(2, resume=True).facts.config == {"epochs": 1}
+    again = train(3, resume=True, config={"epochs": 2})
+    assert (len(again), again.facts.config, again.facts.tags) == (3, {"epochs": 2}, ("first",))
+
+
+def test_experiments_have_tags(tmp_path, everystep_command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    everystep.train_experiment("two-layer", {"steps": 1}, tags=["one"], progress=False)
+    everystep_command("train", "--steps", 1, "--quiet", "--tag", "baseline", "--tag", "other")
+    tags = [run.facts.tags for run in everystep.runs()]
+    assert tags == [("one",), ("baseline", "other")]
+    everystep_command("train", "--steps", 2, "--run", "runs/two-layer-1", "--resume", "--tag", "two")
+    assert everystep.open("two-layer-1").facts.tags == ("two",)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -12,7 +13,6 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.views.comparisons import diff_text
 
 SCRIPT = """
 import torch
@@ -142,28 +142,43 @@ def test_lines_are_shown_by_commands(lined):
     assert operations[0]["line"]["line"] == 24
 
 
-def test_diff_and_first_nonfinite_name_the_line(tmp_path):
-    def train(name, factor):
+def test_what_differs_overflows_or_mixes_rows_is_shown_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def train(name, reduction):
+        text = f"return x.pow(2).{reduction}() * factor"
+        lines = ["def loss_of(x, factor):", "    x = x - x.mean(0)", f"    {text}"]
+        (tmp_path / f"{name}_loss.py").write_text("\n".join(lines))
+        os.utime(tmp_path / f"{name}_loss.py", (1e9, 1e9))
+        loss_of = importlib.import_module(f"{name}_loss").loss_of
         torch.manual_seed(0)
         model = nn.Linear(3, 1)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         batches = [torch.randn(4, 3) for _ in range(4)]
         with everystep.record(model=model, optimizer=optimizer, run=tmp_path / name) as recording:
             for x in recording.steps(batches):
-                loss = model(x).pow(2).mean() * factor
+                loss = loss_of(model(x), 1.0 if recording.step_count < 3 else 1e39)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 recording.log(loss=loss)
-                factor = factor if recording.step_count < 2 else factor * 1e39
-        return everystep.open(tmp_path / name)
+        return everystep.open(tmp_path / name), text
 
-    one, other = train("one", 1.0), train("other", 2.0)
-    text = "loss = model(x).pow(2).mean() * factor"
-    first = one.diff(other).data()["operation"]
-    assert [first[side]["line"]["text"] for side in ("one", "other")] == [text, text]
-    assert text in diff_text(one.diff(other))
-    assert one.first_nonfinite().operation.line.text == text
+    (one, mean), (other, total) = train("one", "mean"), train("other", "sum")
+    difference = one.diff(other)
+    first = difference.data()["operation"]
+    assert [first[side]["line"]["text"] for side in ("one", "other")] == [mean, total]
+    shown = [line.split() for line in difference.to_text().splitlines()]
+    start = next(n for n, words in enumerate(shown) if words[:1] == ["line"])
+    assert [shown[start][1], shown[start + 1][0]] == ["one:", "other:"]
+    assert [shown[start][3:], shown[start + 1][2:]] == [mean.split(), total.split()]
+    assert one.first_nonfinite().operation.line.text == mean
+    way = one.why(4, "gradients['weight'][0, 0]").to_text().partition("through")[2]
+    assert "one_loss.py:2" in way.partition("began here")[0] and mean in way
+    assert "one_loss.py:2  x = x - x.mean(0)" in one.rows(1).to_text()
+    assert one.rows(1).data()["gradients"]["weight"]["line"]["line"] == 2
+    rerun = one.rerun(precision="float64", progress=False)
+    assert rerun.beyond.line.text == mean and mean in rerun.to_text()
 
 
 def test_steps_that_torch_alone_takes_have_no_lines(tmp_path):

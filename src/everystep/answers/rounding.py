@@ -10,6 +10,7 @@ from torch import Tensor
 
 from everystep.program.arguments import references
 from everystep.program.observed import Observed
+from everystep.program.source_line import CodeLine
 from everystep.replay.opened_step import Step
 
 __all__ = ["Apart", "Residue", "apart", "relative_difference", "tolerance"]
@@ -43,7 +44,8 @@ class Apart(NamedTuple):
     relative: the largest difference of two numbers, divided by the largest number of that tensor;
     infinite if only one of the two is finite, or for integers that differ. residue: if that is beyond
     rounding, the numbers that are zero except for rounding: the result itself, or those of an input.
-    follows: whether it is computed from a result that is such a residue.
+    follows: whether it is computed from a result that is such a residue; line: of the code that called
+    the operation.
     """
 
     step: int
@@ -55,6 +57,7 @@ class Apart(NamedTuple):
     relative: float
     residue: Residue | None = None
     follows: bool = False
+    line: CodeLine | None = None
 
     @property
     def is_residue(self) -> bool:
@@ -74,7 +77,7 @@ def apart(own: Step, there: Step, limit: float) -> list[Apart]:
         for name, tensor in one.made.items():
             relative = relative_difference(tensor, theirs[name])
             place = own.number, index, operation.operator, operation.phase, operation.module
-            each = Apart(*place, name, relative)
+            each = Apart(*place, name, relative, line=one.line)
             if not relative <= limit:
                 follows = any(read.partition("~")[0] in residues for read in one.read)
                 each = each._replace(residue=_residue(one, other, name, limit), follows=follows)
@@ -97,6 +100,8 @@ def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue
     if is_sum and min(sizes) <= limit * max(sizes) and max(sizes) <= limit * of:
         return Residue(None, *sizes, of)
     beyond = ~(distance <= limit * sizes[0])
+    if not bool(beyond.any()):  # only one of the two is infinite
+        return None
     for given, tensor in read.items():
         if tensor.shape != result.shape:
             continue

@@ -14,12 +14,14 @@ from everystep.cli.shared_options import (
     FileOption,
     JsonOption,
     ProcessesOption,
+    RelabelOption,
     RowsOption,
     RunArgument,
     StepArgument,
     StepOption,
     one_of,
     row_numbers,
+    targets,
 )
 from everystep.errors import UsageError
 
@@ -321,15 +323,16 @@ def what_if(
     without_rows_of: StepOption = None,
     each: Annotated[bool, typer.Option("--each")] = False,
     lr: list[float] | None = None,
+    relabel: RelabelOption = None,
     by: Annotated[str, typer.Option(metavar="EXPRESSION")] = "loss",
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train again without some rows, or at another rate.
+    """Train again without rows, at another rate, or relabelled.
 
     Trains from a step, and ranks the trainings by the resulting loss. Without rows (samples), each has
-    the bits of a training by hand without them. At another learning rate, programs repeat the recorded
-    steps, of any run. Nothing is recorded; everystep fork records one.
+    the bits of a training by hand without them. At another learning rate, or with other targets,
+    programs repeat the recorded steps, of any run. Nothing is recorded; everystep fork records one.
 
     Args:
         at: Step to start after; default: before --without-rows-of.
@@ -338,14 +341,16 @@ def what_if(
         without_rows_of: Leave out the rows of the batch of this step.
         each: Leave out each row alone, not all at once.
         lr: Another learning rate; may be repeated, one training each.
+        relabel: Another target for a row of the data; of your own loop, for a row of the batch of the
+            step after --at, and wherever that row comes again. Repeatable.
         by: What to compare: norm(gradients['0.weight']).
     """
     from everystep.replay.what_if import check_has_rows
 
     opened = everystep.open(run)
-    if not lr:
+    if not lr and not relabel:
         check_has_rows(opened)
-    if without_rows is None and without_rows_of is None and not lr:
+    if without_rows is None and without_rows_of is None and not lr and not relabel:
         raise UsageError(
             "no rows to leave out: add --without-rows 8123,8124, or --without-rows-of STEP; "
             f"everystep rows {run} STEP ranks those of a step"
@@ -359,6 +364,7 @@ def what_if(
         without_rows_of=without_rows_of,
         each=each,
         lr=lr or (),
+        relabel=targets(relabel),
         by=by,
         processes=processes,
     )

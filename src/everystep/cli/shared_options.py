@@ -8,7 +8,7 @@ directories.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +23,7 @@ __all__ = [
     "JsonOption",
     "ProcessesOption",
     "QuietOption",
+    "RelabelOption",
     "RowsOption",
     "RunArgument",
     "RunsArgument",
@@ -35,6 +36,7 @@ __all__ = [
     "one_of",
     "row_numbers",
     "run_names",
+    "targets",
 ]
 
 
@@ -108,6 +110,7 @@ ProcessesOption = Annotated[
 ]
 FileOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")]
 RowsOption = Annotated[str | None, typer.Option(metavar="ROWS")]
+RelabelOption = Annotated[list[str] | None, typer.Option(metavar="ROW=TARGET")]
 #: A place among the steps.
 StepOption = Annotated[int | None, typer.Option(metavar="STEP")]
 #: How many.
@@ -124,3 +127,21 @@ def row_numbers(text: str | None) -> list[int]:
         return [] if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{text!r:.80} is not a list of rows; write 8123,8124") from None
+
+
+def targets(texts: Sequence[str] | None) -> dict[int, float]:
+    """Return the target of each row in `8123=4`, ...; none in None.
+
+    Raises:
+        UsageError: one is not a pair of numbers.
+    """
+    found = {}
+    for text in texts or ():
+        row, _, target = text.partition("=")
+        try:
+            found[int(row)] = float(target)
+        except ValueError:
+            raise UsageError(
+                f"--relabel {text}: write ROW=TARGET, two numbers: --relabel 8123=4"
+            ) from None
+    return found

@@ -14,6 +14,7 @@ from everystep.cli.output import hint, say, say_lines
 from everystep.cli.shared_options import (
     BudgetOption,
     QuietOption,
+    RelabelOption,
     RowsOption,
     RunArgument,
     SettingsOption,
@@ -21,6 +22,7 @@ from everystep.cli.shared_options import (
     experiments_and_files,
     one_of,
     row_numbers,
+    targets,
 )
 from everystep.errors import UsageError, did_you_mean
 
@@ -47,6 +49,7 @@ def train(
     ] = None,
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR")] = None,
     resume_run: Annotated[bool, typer.Option("--resume")] = False,
+    tag: Annotated[list[str] | None, typer.Option(metavar="NAME")] = None,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
@@ -66,6 +69,7 @@ def train(
             program: the same, and you vouch for your own code.
         run: Run directory; must not exist, except with --resume.
         resume_run: Resume the run in --run DIR if it exists.
+        tag: A word by which everystep runs --tag finds the run. Repeatable.
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
@@ -81,8 +85,10 @@ def train(
     overrides |= {key: value for key, value in shorthands.items() if value is not None}
     loaded = load(experiment, overrides)
 
+    from everystep.training.config import facts_from
     from everystep.training.from_experiment import train_experiment
 
+    said = facts_from(None, tag or ())
     progress = _progress(quiet)
     name = Path(experiment).stem
     budget = snapshot_budget * 1_000_000
@@ -91,10 +97,10 @@ def train(
     if resume_run and run is not None and is_run(run):
         from everystep.replay.resume import Resume, resume_experiment
 
-        asked = Resume(RecordedRun(run), budget=budget)
+        asked = Resume(RecordedRun(run), budget=budget, said=said)
         outcome = resume_experiment(asked, progress, loaded)
     else:
-        outcome = train_experiment(loaded, name, run, RUNS, budget, progress)
+        outcome = train_experiment(loaded, name, run, RUNS, budget, progress, said)
     _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
@@ -163,7 +169,7 @@ def fork(
     settings: SettingsOption = None,
     steps: Annotated[int | None, typer.Option("--steps", "--until")] = None,
     without_rows: RowsOption = None,
-    relabel: Annotated[list[str] | None, typer.Option(metavar="ROW=TARGET")] = None,
+    relabel: RelabelOption = None,
     directory: Annotated[Path | None, typer.Option("--run", metavar="DIR")] = None,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
@@ -189,7 +195,7 @@ def fork(
         changes,
         steps=steps,
         without_rows=row_numbers(without_rows),
-        relabel=dict(map(_target, relabel or [])),
+        relabel=targets(relabel),
         run=directory,
         snapshot_budget=snapshot_budget * 1_000_000,
         progress=not quiet,
@@ -213,14 +219,6 @@ def _close(directory: Path, reason: str | None, quiet: bool) -> None:
 
     if not quiet:
         hint(closing(directory, reason))
-
-
-def _target(text: str) -> tuple[int, float]:
-    row, _, target = text.partition("=")
-    try:
-        return int(row), float(target)
-    except ValueError:
-        raise UsageError(f"--relabel {text}: write ROW=TARGET, two numbers: --relabel 8123=4") from None
 
 
 def _first_sentence(path: Path) -> str:

@@ -239,7 +239,8 @@ class Call:
         if not isinstance(value, int | float):
             raise NoRuleError(f"{key} is not a number")
         if isinstance(value, float) and self.dtype in _ROUNDED:
-            return float(np.float32(value))
+            with np.errstate(over="ignore"):  # beyond the range, it is infinite for the operator, too
+                return float(np.float32(value))
         is_whole = not self.dtype.is_floating_point and not self.dtype.is_complex
         return int(value) if is_whole and self.dtype != torch.bool and math.isfinite(value) else value
 

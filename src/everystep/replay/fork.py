@@ -47,7 +47,7 @@ from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 from everystep.training.writer import now
 
-__all__ = ["Fork", "fork"]
+__all__ = ["Fork", "by_own_code", "fork"]
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,12 @@ def fork(
     """
     run = asked.run
     if run.facts.training.loop:
+        change = "leave the rows out there" if asked.without else "change the targets there"
+        is_of_rows = asked.without or asked.targets
         raise RunError(
             f"{run.name} was recorded from your own code, which makes its forks: "
-            f"everystep.record(fork={str(run.directory)!r}, at={asked.at}, ...) or, of a step function, "
-            "everystep.train(step, batches, fork=..., at=..., parts=...)"
+            + by_own_code(run, asked.at)
+            + (f"; {change}, once recording.step_count is {asked.at}" if is_of_rows else "")
         )
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
         settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
@@ -259,6 +261,14 @@ def fork(
     check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
     asked.check()
     return _fork_alone(asked, progress), None
+
+
+def by_own_code(run: RecordedRun, at: int | str = "STEP") -> str:
+    """Return the calls by which the user's code makes a fork of its run."""
+    return (
+        f"everystep.record(fork={str(run.directory)!r}, at={at}, ...) or, of a step function, "
+        "everystep.train(step, batches, fork=..., at=..., parts=...)"
+    )
 
 
 def _fork_alone(asked: Fork, progress: Progress) -> Outcome:

@@ -28,6 +28,7 @@ from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.recorded_batches import batches_of
 
 __all__ = [
+    "ChangedSteps",
     "FurtherSteps",
     "NotReplayedError",
     "RecordedSteps",
@@ -269,7 +270,19 @@ class RecordedSteps:
         return tensors | {prefix + name: content for name, content in cast.items()}
 
 
-class StepsAtRate(RecordedSteps):
+class ChangedSteps(RecordedSteps):
+    """Recorded steps with something changed: their losses and states are not those of the recording."""
+
+    def loss(self, number: int) -> float:
+        """Return NaN: the recorded loss is not that of the step."""
+        return math.nan
+
+    def given(self, row: Repeat) -> Inputs:
+        """Return the inputs of a step without their contents, and without digests of the state."""
+        return super().given(row)._replace(digests={})
+
+
+class StepsAtRate(ChangedSteps):
     """Recorded steps at another learning rate, of all param groups of torch's own optimizers.
 
     Args:
@@ -282,10 +295,6 @@ class StepsAtRate(RecordedSteps):
     ) -> None:
         super().__init__(run, stretch, rule)
         self._lr = lr
-
-    def loss(self, number: int) -> float:
-        """Return NaN: the recorded loss is not that of the step."""
-        return math.nan
 
     def numbers(self, row: Repeat) -> list[int | float]:
         """Return the numbers of a step, with the learning rate in them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,13 +56,15 @@ class Resume:
     """A request.
 
     steps: the last step, None for that of the run; is_accepted: continue although something changed, and
-    discard the recorded steps after the snapshot; budget: maximum bytes of snapshots.
+    discard the recorded steps after the snapshot; budget: maximum bytes of snapshots; said: facts that
+    the user gives.
     """
 
     run: RecordedRun
     steps: int | None = None
     is_accepted: bool = False
     budget: int = DEFAULT_BUDGET
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check that there is something to train.
@@ -135,7 +137,7 @@ class Resume:
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
         )
-        job = replace(job, origin=origin, notices=[*job.notices, *problems])
+        job = replace(job, origin=origin, notices=[*job.notices, *problems], said=self.said)
         return run_job(job, None, run.directory.parent, self.budget, progress)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:

@@ -1,14 +1,14 @@
-"""What if: repeat steps of a run without some rows of the data, or at another learning rate.
+"""What if: repeat steps of a run without some rows, at another learning rate, or with other targets.
 
 Programs take the steps with unchanged batches, and Python those that lack rows. Each training is exact:
-it has the bits of the same training by hand. At another learning rate, the programs of the recorded
-steps run again, of any run; what your code decided stays as recorded.
+it has the bits of the same training by hand. At another learning rate, and with other targets, the
+programs of the recorded steps run again, of any run; what your code decided stays as recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -16,12 +16,14 @@ from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.expression import Expression
+from everystep.replay.fork import by_own_code
 from everystep.replay.living import Living
 from everystep.replay.probe import OpenedValues, check_question
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.recorded_batches import batches_of, rule_of
 from everystep.replay.recorded_columns import Evaluator, read_question
 from everystep.replay.recorded_steps import RecordedSteps, StepsAtRate
+from everystep.replay.relabelled_steps import StepsRelabelled
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
@@ -42,7 +44,9 @@ class Case:
     rows: of the data, left out; value: of the expression, None if it has none at that step; losses: of
     the steps (steps), NaN where the step logs none that an operation returned; lr: the learning rate,
     None for the recorded ones; differs_from: the first step in which Python would read a different
-    number than recorded, so that your code could act differently from there; None if there is none.
+    number than recorded, so that your code could act differently from there; None if there is none;
+    targets: the recorded and the other one, by row; found_in: the steps with one of these rows, empty if
+    a rule makes the batches.
     """
 
     rows: tuple[int, ...]
@@ -50,14 +54,17 @@ class Case:
     losses: tuple[float, ...]
     lr: float | None = None
     differs_from: int | None = None
+    targets: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    found_in: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class WhatIf(Shown):
-    """Trainings from state `at` to step `until`, each without some rows, or at another learning rate.
+    """Trainings from state `at` to step `until`, each with something changed.
 
-    by: the expression that is compared at the last step; source: the name of the rows' data; recorded:
-    its value without changes; cases: in order of their values, the smallest first.
+    by: the expression that is compared at the last step; source: the name of the rows' data, empty if
+    they are counted in the batch of step `at` + 1; recorded: its value without changes; cases: in order
+    of their values, the smallest first.
     """
 
     name: str
@@ -78,19 +85,19 @@ def what_if(
     opener: Opener,
     at: int,
     until: int,
-    cases: Sequence[tuple[int, ...]] | Sequence[float],
+    cases: Sequence[tuple[int, ...]] | Sequence[float] | Sequence[Mapping[int, float]],
     by: str,
     objects: Objects | None,
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> WhatIf:
-    """Train from a state to a step, once for each choice of rows to leave out, or learning rate.
+    """Train from a state to a step, once for each choice of what to change.
 
     Args:
         opener: of the run.
         at: the state.
         until: the last step.
-        cases: the rows to leave out of each training, or the learning rate of each.
+        cases: of each training, the rows to leave out, or the learning rate, or other targets by row.
         by: an expression of the last step.
         objects: those that trained the run, if it has no experiment.
         processes: number of processes, each with the threads of the run; default: as many as there are
@@ -110,8 +117,9 @@ def what_if(
             raise no_such_step(run, number)
     if until <= at:
         raise UsageError(f"the trainings start after step {at}, so they cannot end at step {until}")
-    is_of_rates = isinstance(cases[0], float)
-    _check(run, at, until, is_of_rates=is_of_rates)
+    without_rows, is_of_rates = isinstance(cases[0], tuple), isinstance(cases[0], float)
+    change = "at another rate" if is_of_rates else "without the rows" if without_rows else "relabelled"
+    _check(run, at, until, change, is_of_rates=is_of_rates)
     question = read_question(by, run)
     wanted = [
         each for each in question.references if each.kind in ("measurements", "rows") or each.is_previous
@@ -121,12 +129,11 @@ def what_if(
             f"{wanted[0]} is known of the recorded steps only; use what step {until} has"
         )
     check_question(question, opener)
-    train: Callable[..., list[Case]] = _train_at if is_of_rates else _train_without
+    train: Callable[..., list[Case]] = _train_without if without_rows else _train_alone
     trained = opener.state(at), until, question, objects
     (recorded,) = opener.call(train, [None], *trained)
     losses = run.losses_between(at + 1, until)
     if not all(map(same_number, recorded.losses, losses)):
-        change = "at other rates" if is_of_rates else "without rows"
         raise RunError(
             f"steps {at + 1:,} to {until:,} of {run.name} cannot be replayed bit for bit, so trainings "
             f"{change} cannot be compared with them; run everystep verify for details"
@@ -146,7 +153,8 @@ def what_if(
         others += found
         on_progress((until - at) * len(found))
     others.sort(key=lambda case: (case.value is None or case.value != case.value, case.value or 0.0))
-    source = "the data" if is_of_rates else batches_of(run.facts.training).source
+    facts = run.facts.training
+    source = "" if facts.loop or facts.data.lazy else batches_of(facts).source
     return WhatIf(run.name, at, until, by, source, recorded, tuple(others))
 
 
@@ -159,8 +167,8 @@ def check_has_rows(run: RecordedRun) -> None:
     facts = run.facts.training
     if facts.loop:
         raise RunError(
-            f"{run.name} was recorded from your own loop, and its programs take batches of their own "
-            "size; leave the rows out in the loop"
+            f"{run.name} was recorded from your own code, and its programs take batches of their own "
+            f"size; leave the rows out in a fork that this code makes: {by_own_code(run)}"
         )
     if facts.data.lazy:
         raise RunError(
@@ -168,8 +176,8 @@ def check_has_rows(run: RecordedRun) -> None:
         )
 
 
-def _check(run: RecordedRun, at: int, until: int, *, is_of_rates: bool) -> None:
-    """Check that the run alone determines its steps after a change.
+def _check(run: RecordedRun, at: int, until: int, change: str, *, is_of_rates: bool) -> None:
+    """Check that the run alone determines its steps after a change, in words.
 
     Raises:
         RunError: other code does.
@@ -189,13 +197,13 @@ def _check(run: RecordedRun, at: int, until: int, *, is_of_rates: bool) -> None:
         if each.class_name == ReduceLROnPlateau.__name__ or not each.is_torchs:
             raise RunError(
                 f"the learning rate of {name} follows {each.class_name}, which may depend on losses; "
-                "fork the run instead: run.fork(at, without_rows=[...])"
+                "fork the run instead"
             )
     changed = [step for step in run.change_files() if at <= step < until]
     if changed:
         raise RunError(
             f"after step {changed[0]}, code between the steps changed tensors of {name}, and may change "
-            f"others {'at another rate' if is_of_rates else 'without the rows'}; fork the run instead"
+            f"others {change}; fork the run instead"
         )
 
 
@@ -220,28 +228,35 @@ def _train_without(
     return found
 
 
-def _train_at(
+def _train_alone(
     replay: Replay,
-    rates: Sequence[float | None],
+    cases: Sequence[float | Mapping[int, float] | None],
     state: State,
     until: int,
     question: Expression,
     objects: Objects | None,
 ) -> list[Case]:
-    """Let programs train from a state, once at each learning rate."""
+    """Let programs train from a state, once at each learning rate, or with each choice of targets."""
     run, at = replay.run, state.step
     stretch = replay.stretches[replay.stretch_of(at + 1)]
     rule = rule_of(run, stretch, objects or Objects())
     found = []
     with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
-        for rate in rates:
+        for change in cases:
             differing: dict[int, str] = {}
-            what = run, stretch, rule
-            steps = RecordedSteps(*what) if rate is None else StepsAtRate(*what, rate)
+            rate, steps = None, RecordedSteps(run, stretch, rule)
+            if isinstance(change, float):
+                rate, steps = change, StepsAtRate(run, stretch, rule, change)
+            elif change is not None:
+                steps = StepsRelabelled(run, stretch, rule, range(at + 1, until + 1), change)
             stepper = ReplayStepper(steps, differing.setdefault)
             stepper.load(state)
             outcome = _outcome(run, question, (at, until), stepper)
-            found.append(Case((), *outcome, rate, min(differing, default=None)))
+            case = Case((), *outcome, rate, min(differing, default=None))
+            if isinstance(steps, StepsRelabelled):
+                found_in = steps.steps_with(range(at + 1, until + 1))
+                case = replace(case, targets=steps.targets, found_in=found_in)
+            found.append(case)
     return found
 
 

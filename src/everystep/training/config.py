@@ -12,10 +12,20 @@ from typing import Any
 from everystep.errors import Fault, UsageError
 from everystep.recording.facts import LARGEST_CONFIG, LONGEST_TAG, MOST_TAGS
 
-__all__ = ["checked_config", "checked_tags"]
+__all__ = ["facts_from"]
 
 
-def checked_config(config: Any) -> dict[str, Any]:
+def facts_from(config: Any, tags: Iterable[str]) -> dict[str, Any]:
+    """Return the facts of a run that the user gives: `config` and `tags`, without empty ones.
+
+    Raises:
+        UsageError: one cannot be kept; gives the reason.
+    """
+    found = {"config": _checked_config(config), "tags": _checked_tags(tags)}
+    return {name: value for name, value in found.items() if value}
+
+
+def _checked_config(config: Any) -> dict[str, Any]:
     """Return a config as JSON can hold it; what JSON cannot hold is its text.
 
     config: a mapping, a dataclass, an `argparse.Namespace`, or None for none.
@@ -34,7 +44,7 @@ def checked_config(config: Any) -> dict[str, Any]:
     return plain
 
 
-def checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
+def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """Return tags, each once and in one line.
 
     Raises:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -34,8 +37,11 @@ def train_experiment(
     runs: Path,
     budget: int,
     progress: Progress,
+    said: Mapping[str, Any] = MappingProxyType({}),
 ) -> Outcome:
     """Train an experiment, and record every step; the caller's random generators keep their state.
+
+    said: facts that the user gives.
 
     Raises:
         UsageError: the device, the data or the model is invalid; gives the reason and a fix.
@@ -48,7 +54,7 @@ def train_experiment(
     held = numerics.in_force(experiment.threads, suspends_device=True)
     with held, generators_preserved(device):
         try:
-            job = experiment_job(experiment, name, device)
+            job = replace(experiment_job(experiment, name, device), said=said)
             return run_job(job, directory, runs, budget, progress)
         except EverystepError:
             raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -40,8 +42,9 @@ def train_objects(
     runs: Path,
     budget: int,
     progress: Progress,
+    said: Mapping[str, Any] = MappingProxyType({}),
 ) -> Outcome:
-    """Train the live model in place, and record every step.
+    """Train the live model in place, and record every step; said: facts that the user gives.
 
     Raises:
         UsageError: an object, the data, the device or a setting is invalid; gives the reason and a fix.
@@ -54,7 +57,7 @@ def train_objects(
             torch.manual_seed(iteration.seed)
         device = _device(objects, iteration.device)
         job = objects_job(objects, iteration, device, progress)
-        return run_job(job, directory, runs, budget, progress)
+        return run_job(replace(job, said=said), directory, runs, budget, progress)
 
 
 def objects_job(objects: Objects, iteration: Iteration, device: torch.device, progress: Progress) -> Job:

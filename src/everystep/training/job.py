@@ -20,7 +20,7 @@ from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
 from everystep.training.stepper import Engine
 
-__all__ = ["Job", "Outcome", "Progress", "StartingPoint"]
+__all__ = ["Job", "Outcome", "Progress", "StartingPoint", "relabelled_rows"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Job:
 
     name: of the run's directory; facts: known before training, for the run and the display; data: to
     store, on the CPU, or None if the run cannot hold it; evaluation: measured every `evaluate_every`
-    steps and at the last; origin: of a fork, and of a run that is resumed.
+    steps and at the last; origin: of a fork, and of a run that is resumed; said: facts that the user
+    gave.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Job:
     engine: Engine = "auto"
     notices: list[str] = field(default_factory=list)
     origin: StartingPoint | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check what neither a program nor an eager step can do, before writing anything.
@@ -115,23 +117,9 @@ class Job:
         """
         if not targets:
             return self
-        batch = self._rows("rows can be relabelled")
+        batch = relabelled_rows(self._rows("rows can be relabelled"), targets, "the fork")
         assert self.data is not None
-        y = batch.y.clone()
-
-        def at(row: int) -> int:
-            return int(batch.batches.places([row])[0])
-
-        faults = [
-            Fault(f"relabel {row}", reason)
-            for row, target in targets.items()
-            if (reason := batch.batches.why_not(row) or _why_not_target(y, at(row), target))
-        ]
-        if faults:
-            raise ExperimentError(faults, "the fork")
-        for row, target in targets.items():
-            y[at(row)] = target
-        training = replace(self.training, batch=batch.with_targets(y))
+        y, training = batch.y, replace(self.training, batch=batch)
         evaluation = self.evaluation
         if evaluation is not None and self.data.validation is None:  # it measures on these rows
             evaluation = replace(evaluation, y=y)
@@ -151,6 +139,29 @@ class Job:
     def start(self) -> int:
         """The state that the training begins with."""
         return self.origin.at if self.origin else 0
+
+
+def relabelled_rows(batch: RowsOf, targets: Mapping[int, float], what: str) -> RowsOf:
+    """Return batches with other targets for some rows, which have one number each.
+
+    Raises:
+        ExperimentError: lists rows that do not exist, and targets that do not fit; what: of what.
+    """
+    y = batch.y.clone()
+
+    def at(row: int) -> int:
+        return int(batch.batches.places([row])[0])
+
+    faults = [
+        Fault(f"relabel {row}", reason)
+        for row, target in targets.items()
+        if (reason := batch.batches.why_not(row) or _why_not_target(y, at(row), target))
+    ]
+    if faults:
+        raise ExperimentError(faults, what)
+    for row, target in targets.items():
+        y[at(row)] = target
+    return batch.with_targets(y)
 
 
 def _why_not_target(y: Tensor, row: int, target: float) -> str | None:

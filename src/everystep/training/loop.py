@@ -71,12 +71,14 @@ def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tupl
     if origin is not None and origin.resumed is not None:
         place = origin.run.directory
         facts = facts_resumed(origin.run, job.facts, job.steps, origin.resumed)
+        facts = facts.model_copy(update=dict(job.said))
         recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True, texts=texts)
         return recorder, facts.model_copy(update={"name": place.name})
     place = create_directory(directory, job.name, runs)
     parent, fork = (origin.run, origin.fork) if origin else (None, None)
     beginning = job.training.snapshot(job.start) if origin else None
     facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
+    facts = facts.model_copy(update=dict(job.said))
     try:
         recorder = Recorder(place, facts, budget, parent, job.start, texts=texts, beginning=beginning)
         return recorder, facts

@@ -68,7 +68,7 @@ class Recording(Generic[R]):
     ) -> None:
         check_parts(parts)
         #: Facts that the user gave: config and tags.
-        self._said = {name: value for name, value in said.items() if value}
+        self._said = said
         self._parts = Parts(parts)
         self._resumed = resumed
         self._is_accepted = is_accepted

@@ -108,10 +108,9 @@ def _states_text(found: Difference) -> str:
 def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list[tuple[str, str]]:
     pair = found.one, found.other
     sides = ["no operation" if each is None else operation_name(each.operation) for each in pair]
-    where = sides[0] if sides[0] == sides[1] else f"{names[0]}: {sides[0]}\n{names[1]}: {sides[1]}"
-    lines = [("operation", f"#{found.index} of step {found.step:,}\n{where}")]
-    code = [f"{each.line}" for each in pair if each is not None and each.line is not None]
-    lines += [("line", "\n".join(dict.fromkeys(code)))] if code else []
+    code = ["" if each is None else str(each.line or "") for each in pair]
+    lines = [("operation", f"#{found.index} of step {found.step:,}\n{_of_runs(sides, names)}")]
+    lines.append(("line", _of_runs(code, names)))
     lines += [("result", _tensor_text(each)) for each in found.results]
     lines += [("input", _tensor_text(each)) for each in found.inputs]
     if found.rows:
@@ -123,6 +122,14 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
         numbers = "" if found.rows_of == "the batch" else f"; in {found.rows_of}, counted from 0"
         lines.append(("rows", rows + numbers))
     return lines + [("cause", cause) for cause in found.causes]
+
+
+def _of_runs(texts: Sequence[str], names: tuple[str, str]) -> str:
+    """Return a text of each run, behind its name if they differ; empty ones are left out."""
+    if texts[0] == texts[1]:
+        return texts[0]
+    width = max(map(len, names)) + 1
+    return "\n".join(f"{n + ':':{width}} {text}" for n, text in zip(names, texts, strict=True) if text)
 
 
 def _first_state_texts(found: Difference) -> list[str]:
@@ -444,7 +451,8 @@ def _why_apart(each: Apart, found: Rerun) -> str:
 
 def _apart_text(found: Apart) -> str:
     far = f"{found.relative:.2g}" if np.isfinite(found.relative) else "differs"
-    return f"{far:<8} #{found.operation} of step {found.step:,}, {operation_name(found)}"
+    text = f"{far:<8} #{found.operation} of step {found.step:,}, {operation_name(found)}"
+    return text + (f"\n{'':11}{found.line}" if found.line is not None else "")
 
 
 def _nearer_text(found: Rerun) -> str:

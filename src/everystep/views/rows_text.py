@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from everystep.answers.rows import Rows, Share
+    from everystep.ops.labels import Reason
+    from everystep.program.source_line import CodeLine
     from everystep.recording.facts import Facts
     from everystep.replay.opened_step import Step
 
@@ -64,7 +66,7 @@ def rows_text(
     title = f"{name}, step {step.number:,}: loss {number(step.loss)}"
     order = order_of(step.rows, by, parameter)
     if order is None:
-        return "\n".join([title, "", *about_rows(step.rows, parameter)])
+        return "\n".join([title, "", *about_rows(step, parameter)])
     found = rows_data(step, facts, by=order[0], parameter=parameter, most=first)
     classes = targets(step.batch, class_names(facts))
     has_norm = "gradient" in _numbers(step.rows, parameter)
@@ -80,20 +82,21 @@ def rows_text(
     more = [f"{len(order[1]) - first:,} more"] if len(order[1]) > first else []
     table = table_text(columns, rows)
     title = f"{title}, rows by {order[0]}"
-    return "\n".join([title, "", *table, *more, "", *about_rows(step.rows, parameter)])
+    return "\n".join([title, "", *table, *more, "", *about_rows(step, parameter)])
 
 
-def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
+def about_rows(step: Step, parameter: str | None = None) -> list[str]:
     """Return explanations of the numbers, and why some are unknown, in lines."""
     from everystep.answers.rows import Share
 
+    rows = step.rows
     lines = [about_numbers(rows.source)]
     share = rows.loss_share
     if isinstance(share, Share):
         what = "mean" if share.is_mean else "sum"
         lines.append(f"loss: the step's loss is the {what} of these" + _rest(share.rest))
     else:
-        lines.append(f"loss of each row: unknown; {share}")
+        lines += [f"loss of each row: unknown; {share}", *_line_text(step, share)]
     names = [parameter] if parameter else list(rows.gradients)
     known = [name for name in names if isinstance(rows.gradients[name], Share)]
     if known:
@@ -103,12 +106,23 @@ def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
             f"gradient: 2-norm of the row's term in the gradient of {which}, before clipping"
             + _rest(rest)
         )
-    unknown: dict[str, list[str]] = {}
+    unknown: dict[Reason, list[str]] = {}
     for name in names:
-        if name not in known:
-            unknown.setdefault(str(rows.gradients[name]), []).append(name)
-    lines += [f"gradient of {named(each)}: unknown; {why}" for why, each in unknown.items()]
+        if not isinstance(reason := rows.gradients[name], Share):
+            unknown.setdefault(reason, []).append(name)
+    for reason, each in unknown.items():
+        lines += [f"gradient of {named(each)}: unknown; {reason}", *_line_text(step, reason)]
     return lines
+
+
+def _line(step: Step, reason: Reason) -> CodeLine | None:
+    """Return the line of code of the operation that a reason names."""
+    return None if reason.operation is None else step.operations[reason.operation].line
+
+
+def _line_text(step: Step, reason: Reason) -> list[str]:
+    line = _line(step, reason)
+    return [] if line is None else [f"  {line}"]
 
 
 def _rest(rest: float) -> str:
@@ -139,7 +153,7 @@ def rows_data(
         known["share"] = known["gradient"] / whole
     columns = columns_of(step.batch, facts, len(rows.numbers)) if orders else []
     shares = {name: each for name, each in rows.gradients.items() if parameter in (None, name)}
-    about = [*about_rows(rows, parameter), *(about_columns(facts) if columns else [])]
+    about = [*about_rows(step, parameter), *(about_columns(facts) if columns else [])]
     more = len(columns) - MOST_COLUMNS
     if more > 0:
         about.append(f"columns: the first {MOST_COLUMNS}, and {more:,} more are not shown")
@@ -158,7 +172,7 @@ def rows_data(
         "gradients": {
             name: {"norm": each.whole, "rest": each.rest}
             if isinstance(each, Share)
-            else {"unknown": str(each)}
+            else {"unknown": str(each), "line": _line(step, each)}
             for name, each in shares.items()
         },
         "rows": {

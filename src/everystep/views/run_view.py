@@ -284,15 +284,19 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
     """Return what became of a number at the last step, a line for each training, the smallest first."""
     known = found.recorded.value
     is_of_rates = any(case.lr is not None for case in found.cases)
+    relabelled = next((case for case in found.cases if case.targets), None)
 
     def changed(case: Case) -> str:
         if is_of_rates:
             return "as recorded" if case.lr is None else f"{case.lr:g}"
+        if relabelled is not None:
+            texts = [f"{row}: {one:g} | {other:g}" for row, (one, other) in case.targets.items()]
+            return named(texts, _ROWS_NAMED) or "as recorded"
         return named(case.rows, _ROWS_NAMED) or "none"
 
     table = table_text(
         [
-            Column("lr" if is_of_rates else "rows left out", changed),
+            Column("lr" if is_of_rates else "row: target" if relabelled else "rows left out", changed),
             Column(found.by, lambda c: "-" if c.value is None else number(c.value), is_number=True),
             Column("change", lambda case: _change(case, known), is_number=True),
         ],
@@ -301,6 +305,9 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
     title = f"{found.name}, trained again from state {found.at:,}: {found.by} at step {found.until:,}"
     differs = min((c.differs_from for c in found.cases if c.differs_from is not None), default=None)
     notes = [] if is_of_rates else [about_numbers(found.source)]
+    if relabelled is not None and not found.source:
+        notes[0] += f" of step {found.at + 1:,}; found in step {named(relabelled.found_in, _ROWS_NAMED)}"
+        notes.append("what your code made of the targets outside of torch stays as recorded")
     if differs is not None:
         notes.append(
             f"from step {differs:,} on, Python would read other numbers than it did; if your code "
@@ -310,7 +317,7 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
 
 
 def _change(case: Case, known: float | None) -> str:
-    if not case.rows and case.lr is None:
+    if not case.rows and case.lr is None and not case.targets:
         return ""
     if known is None or case.value is None:
         return "-"

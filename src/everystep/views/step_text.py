@@ -132,7 +132,7 @@ class _Opened:
         self.page = page
         self.values = values
         self.has_code = has_code
-        self._code: CodeLine | None = None
+        self._code = ""
         self.lines = mathematics(step.operations)
 
     def whole(self, name: str, phase: str | None) -> None:
@@ -386,9 +386,10 @@ class _Opened:
 
     def _write_code(self, line: CodeLine | None) -> None:
         """Write the line of code of the next operation, if it is not that of the last one."""
-        if self.has_code and line is not None and line != self._code:
-            self.page.line((cut(str(line), self.page.width - _INDENT), "green"), indent=_INDENT)
-        self._code = line
+        text = "" if line is None else str(line)
+        if self.has_code and text and text != self._code:
+            self.page.line((cut(text, self.page.width - _INDENT), "green"), indent=_INDENT)
+        self._code = text
 
     @cached_property
     def _rows(self) -> list[list[Styled]]:

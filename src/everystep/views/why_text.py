@@ -88,7 +88,9 @@ class _Writer:
         value = value_text(each.number)
         step = "" if each.number.step == self.step else f"step {each.number.step:,}  "
         parts = [(step, "dim"), (f"{each.number.name}  ", ""), (f"{value}  ", "bold red")]
-        self.page.line(*parts, (self._made(each), "dim"), indent=_INDENT)
+        line = each.observed and each.observed.line
+        place = (f"  {line.place}" if line else "", "green")
+        self.page.line(*parts, (self._made(each), "dim"), place, indent=_INDENT)
 
     def _block(self, each: Why) -> None:
         number = each.number

@@ -106,7 +106,8 @@ function placeOf({ file, line }) {
 }
 
 function isSameLine(one, other) {
-  return JSON.stringify(one.line) === JSON.stringify(other?.line);
+  const text = ({ line }) => line && `${placeOf(line)} ${line.text}`;
+  return Boolean(other) && text(one) === text(other);
 }
 
 /** Return the part of a line of code; of(content): which, null for none. */
