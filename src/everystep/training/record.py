@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
 import shutil
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -29,6 +28,7 @@ from everystep.step.parts_state import PartsState
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loader_position import LoaderPosition
+from everystep.training.loop_iterator import LoopIterator
 from everystep.training.loop_writer import LoopWriter
 from everystep.training.resumed import ResumedLoop, forked_loop, resumed_loop
 from everystep.training.watched_steps import StepUnderWay
@@ -83,7 +83,11 @@ class Recording(Generic[R]):
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
         self._left_at: int | None = None
-        self._iterator: weakref.ref[Any] | None = None
+        #: Of the last call of `steps`. A weak reference: `break` ends a step, since nothing else has it.
+        self._iterator: Callable[[], LoopIterator | None] = lambda: None
+        #: Where loops are written that need no further check.
+        self._checked: set[Any] = set()
+        self._has_told_count = False
         self._restore: Callable[[], None] = lambda: None
         self._is_writing = False
         self._interrupt = Interrupt(
@@ -251,9 +255,13 @@ class Recording(Generic[R]):
             RecordingError: writing the run failed.
         """
         _ = self.writer
-        steps = _Steps(self._steps(batches), batches)
+        steps = self._marked(self._steps(batches), batches, "steps")
         self._iterator = weakref.ref(steps)
         return steps
+
+    def _marked(self, items: Iterator[Any], of: Any, name: str) -> LoopIterator:
+        frame = sys._getframe(2)
+        return LoopIterator(items, of, name, (frame.f_code, frame.f_lasti), self._checked)
 
     def _steps(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in self.drawn(batches):
@@ -264,7 +272,7 @@ class Recording(Generic[R]):
                 if not self.is_open:  # the recording ended with an error in the loop
                     raise
                 if self._under_way is not None and self._under_way.is_untouched:
-                    # `zip` asked for it, but another iterable had ended.
+                    # `break` before anything was done with the batch.
                     self.writer.watched.close()
                 else:
                     self.end_step()
@@ -278,6 +286,7 @@ class Recording(Generic[R]):
     @property
     def step_count(self) -> int:
         """How many steps the run has; those that a resumed loop takes again do not count yet."""
+        self._has_told_count |= self.is_resuming
         return self.writer.step
 
     def _settle(self) -> None:
@@ -286,16 +295,12 @@ class Recording(Generic[R]):
         Raises:
             UsageError: something around `steps` counts the batches, and begins again.
         """
-        iterator = self._iterator() if self._iterator is not None else None
-        around = gc.get_referrers(iterator) if iterator is not None else []
-        counting = next((each for each in around if isinstance(each, _COUNTING)), None)
-        taken = self._place.taken
-        if counting is not None and not _counts_from(counting, (taken, self.step_count)):
-            name = type(counting).__name__
-            raise UsageError(
-                f"the loop continues after {taken:,} batches, but {name}(...) around "
-                f"recording.steps(...) starts again; move it inside: recording.steps({name}(...))"
-            )
+        if (steps := self._iterator()) is not None:
+            taken, count = self._place.taken, self.writer.step
+            # A loop that does not know it begins with 0 or 1, or as many more as epochs before had.
+            firsts = {0, 1, count - taken, count - taken + 1}
+            told = {taken, count} - (set() if self._has_told_count else firsts)
+            steps.continue_after(taken, firsts, told)
         self._restore()
         self.writer.watched.note_versions()
 
@@ -313,7 +318,7 @@ class Recording(Generic[R]):
             RunError: the resumed loop was recorded without `epochs`.
         """
         _ = self.writer
-        return self._epochs(count)
+        return self._marked(self._epochs(count), None if count is None else range(count), "epochs")
 
     def _epochs(self, count: int | None) -> Iterator[int]:
         for epoch in self._place.epochs(count):
@@ -518,32 +523,11 @@ class Recording(Generic[R]):
             raise SystemExit(_TERMINATED)
 
 
-class _Steps(Iterator[Any]):
-    """The steps over some batches."""
-
-    def __init__(self, steps: Iterator[Any], batches: Iterable[Any]) -> None:
-        self._steps = steps
-        self._batches = batches
-
-    def __next__(self) -> Any:
-        return next(self._steps)
-
-    def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
-
-
 _PLAIN = (Tensor, torch.nn.Parameter)
-#: They count what they iterate over, or iterate over something else besides.
-_COUNTING = (enumerate, zip, itertools.islice, itertools.zip_longest)
 #: The exit status of a process that SIGTERM ended.
 _TERMINATED = 128 + 15
 #: Recordings under way in this process.
 _recording: list[Recording[Any]] = []
-
-
-def _counts_from(counting: Any, numbers: Collection[int]) -> bool:
-    """Tell whether it is an `enumerate` that begins with one of these numbers."""
-    return type(counting) is enumerate and counting.__reduce__()[1][1] in numbers
 
 
 def _not_begun() -> UsageError:
