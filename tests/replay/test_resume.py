@@ -450,7 +450,7 @@ def shown(items):
         *[(tensors, 0, None), (Noisy, 0, None), (Noisy, 1, None), (Noisy, 0, counted_within)],
         *[(tensors, 0, counted_around), (tensors, 0, counted_from_the_place)],
     ],
-    ids=["quiet", "augmented", "by a worker", "counted within", "counted around", "told the place"],
+    ids=["quiet", "augmented", "by a worker", "counted within", "counted around", "from the place"],
 )
 def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, workers, wrap, dying):
     options = {"dataset": make(), "workers": workers, "wrap": wrap}
@@ -488,6 +488,12 @@ def test_what_would_count_from_the_start_again_is_refused_before_the_first_step(
     ):
         next(around(recording.steps([torch.zeros(1)] * 3), recording.epochs(2)))
     assert len(recording.run) == 0
+
+
+def test_what_holds_the_steps_and_counts_something_else_is_not_refused():
+    with everystep.record(run="runs/several", state=torch.zeros(1)) as recording:
+        for _, steps in enumerate([recording.steps([torch.zeros(1)] * 3)]):
+            assert len([*steps]) == 3
 
 
 def test_what_a_loop_carries_besides_its_parts_is_found(dying):

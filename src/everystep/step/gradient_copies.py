@@ -14,11 +14,14 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.program.step_program import Program
 from everystep.step.observe import UNSCALES, gradient_places
+from everystep.step.parts import Parts
 
 __all__ = ["GradientCopies"]
 
 #: How many programs of steps are known at a time.
 MOST_PROGRAMS = 64
+_SCALED = "a GradScaler changes them after the backward pass"
+_IN_TURN = "an optimizer with a closure makes and reads them in turn"
 
 
 class GradientCopies:
@@ -39,6 +42,18 @@ class GradientCopies:
         #: Of a program, whether it divides gradients by a scale, and which gradients it has.
         self._known: dict[int, tuple[Program, bool, Collection[str]]] = {}
 
+    def check(self, parts: Parts) -> None:
+        """Check before the first step what is known then.
+
+        Raises:
+            UsageError: gradients cannot be read in this loop.
+        """
+        for part in parts.named.values():
+            if isinstance(part, torch.amp.GradScaler) and part.is_enabled():
+                raise _unreadable(self._names, _SCALED)
+            if isinstance(part, torch.optim.LBFGS):
+                raise _unreadable(self._names, _IN_TURN)
+
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Begin a step. state: the live tensors of the parts."""
         named = ((name, state.get(f"parameter/{name}")) for name in self._names)
@@ -54,7 +69,7 @@ class GradientCopies:
             UsageError: it runs within the step of an optimizer that has one of the gradients.
         """
         if self._updating:
-            raise _unreadable(self._updating, "an optimizer with a closure makes and reads them in turn")
+            raise _unreadable(self._updating, _IN_TURN)
         before = {name: _version(tensor.grad) for name, tensor in self._parameters.items()}
         yield
         self._has_other_passes |= not accumulates
@@ -88,7 +103,7 @@ class GradientCopies:
             self._known[id(program)] = program, is_scaled, {*gradient_places(program)}
         _, is_scaled, has = self._known[id(program)]
         if is_scaled:
-            raise _unreadable(self._copies, "a GradScaler changes them after the backward pass")
+            raise _unreadable(self._copies, _SCALED)
         if unsure := self._unsure & {*has}:
             raise _unreadable(unsure, "torch.autograd.grad has made them, and something changes them")
         return {name: copy for name, copy in self._copies.items() if name in has}

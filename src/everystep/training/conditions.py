@@ -58,7 +58,7 @@ class LoopConditions:
         """Check the names in the conditions.
 
         Raises:
-            UsageError: some do not exist.
+            UsageError: some do not exist, or cannot be read in this loop.
         """
         self._device, state = parts.device.type, parts.state()
         known = {
@@ -67,6 +67,8 @@ class LoopConditions:
         }
         for condition in (*self._stop, *self._mark):
             condition.check(known)
+        if self.gradient_copies is not None:
+            self.gradient_copies.check(parts)
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Copy what the next step may change. state: the live tensors of the parts."""

@@ -54,20 +54,20 @@ class LoopIterator(Iterator[Any]):
     def __len__(self) -> int:
         return len(self._of)
 
-    def continue_after(self, count: int, firsts: Collection[int], told: Collection[int]) -> None:
+    def continue_after(self, count: int, firsts: Collection[int], resumed: Collection[int]) -> None:
         """Let an `enumerate` around it continue after so many items.
 
         Args:
             count: of the items.
             firsts: numbers with which it may begin in a loop that was not resumed.
-            told: those with which it begins if the loop knows that it is resumed.
+            resumed: those with which it begins if the loop accounts for what is past.
 
         Raises:
             UsageError: it begins with another number, or something else around it begins again.
         """
         counting = self._counting()
         number = None if counting is None else int(counting.__reduce__()[1][1])
-        if counting is None or number in told:
+        if counting is None or number in resumed:
             return
         if number not in firsts:
             raise UsageError(
@@ -90,9 +90,10 @@ class LoopIterator(Iterator[Any]):
         for _ in range(_DEEPEST):
             around = gc.get_referrers(*inner) if inner else []
             for each in around:
-                if type(each) is enumerate and gc.get_referents(each)[0] is self and self._is_counted:
+                source = _source(each) if type(each) in _COUNTING else None
+                if source is self and type(each) is enumerate and self._is_counted:
                     found = each
-                elif type(each) in _COUNTING:
+                elif source is not None and any(source is one for one in inner):
                     name = type(each).__name__
                     raise UsageError(
                         f"{name}(...) around recording.{self._name}(...) would begin again when the "
@@ -126,6 +127,11 @@ class LoopIterator(Iterator[Any]):
             found.append(asking)
             asking = asking.f_back
         return found
+
+
+def _source(counting: Any) -> Any:
+    """Return what it takes from: the first object that it refers to; its last result comes later."""
+    return next((each for each in gc.get_referents(counting) if not isinstance(each, type)), None)
 
 
 def _frame_of(each: Any) -> Any:

@@ -93,7 +93,7 @@ class Recording(Generic[R]):
         self._iterator: Callable[[], LoopIterator | None] = lambda: None
         #: Where loops are written that need no further check.
         self._checked: set[Any] = set()
-        self._has_told_count = False
+        self._was_count_read = False
         self._restore: Callable[[], None] = lambda: None
         self._is_writing = False
         self._interrupt = Interrupt(
@@ -310,7 +310,7 @@ class Recording(Generic[R]):
     @property
     def step_count(self) -> int:
         """How many steps the run has; those that a resumed loop takes again do not count yet."""
-        self._has_told_count |= self.is_resuming
+        self._was_count_read |= self.is_resuming
         return self.writer.step
 
     def _settle(self) -> None:
@@ -321,10 +321,11 @@ class Recording(Generic[R]):
         """
         if (steps := self._iterator()) is not None:
             taken, count = self._place.taken, self.writer.step
-            # A loop that does not know it begins with 0 or 1, or as many more as epochs before had.
+            # A loop counts from 0 or 1, or as many more as the epochs before had; one that accounts for
+            # what is past has read `step_count`.
             firsts = {0, 1, count - taken, count - taken + 1}
-            told = {taken, count} - (set() if self._has_told_count else firsts)
-            steps.continue_after(taken, firsts, told)
+            resumed = {taken, count} - (set() if self._was_count_read else firsts)
+            steps.continue_after(taken, firsts, resumed)
         self._restore()
         self.writer.watched.note_versions()
 
