@@ -266,6 +266,8 @@ def record(
     tags: Iterable[str] = (),
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
+    stop_when: str | Iterable[str] = (),
+    mark_when: str | Iterable[str] = (),
     **parts: Any,
 ) -> Recording[Run]:
     """Record your own training loop while it runs, every step, without changing it.
@@ -301,14 +303,20 @@ def record(
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches; beyond that, everystep drops the oldest ones, and their
             steps no longer open.
+        stop_when: conditions that end the loop after a step: `"norm(gradients['0.weight']) > 100"`, in
+            the language of `Run.when`. They read `loss`, `step`, logged numbers, `parameters`,
+            `buffers`, `gradients`, `updates` and `previous.loss`.
+        mark_when: conditions that mark a step and let the loop continue: the run has a measurement named
+            like the condition, with the value 1 at these steps.
         parts: what the loop carries from step to step, by any names: models, optimizers, schedulers,
             scalers, averaged copies, tensors. The tensors of the part called `model` (or of the only
             module) keep their names; the names of all others start with the name of their part.
 
     Raises:
-        UsageError: an argument is not a part of a training, or has no name.
+        UsageError: an argument is not a part of a training, or has no name; or a condition is invalid.
         RunError: the run to continue or to fork does not exist.
     """
+    from everystep.training.conditions import LoopConditions
     from everystep.training.config import facts_from
     from everystep.training.record import Recording
 
@@ -331,6 +339,7 @@ def record(
         is_accepted=force,
         fork=_forked(fork, at, resumed),
         said=facts_from(config, tags),
+        conditions=LoopConditions(stop_when, mark_when) if stop_when or mark_when else None,
     )
 
 

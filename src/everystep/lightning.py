@@ -26,7 +26,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
 
     Args:
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
-        options: options of `everystep.record`: `snapshot_budget`, `batch_budget`.
+        options: options of `everystep.record`, such as `stop_when` and `snapshot_budget`.
 
     A fit that continues from a checkpoint (`ckpt_path`) is recorded as a new run, which begins there.
 
@@ -73,7 +73,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin a step."""
-        if self._recording is not None:
+        if self._recording is not None and not self._recording.is_stopping:
             self._recording.begin_step(batch)
 
     def on_train_batch_end(
@@ -88,13 +88,14 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
 
         For an accumulated batch, Lightning passes a fraction of the loss, which is multiplied again.
         """
-        if self._recording is None:
+        if self._recording is None or self._recording.is_stopping:
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._recording.log(loss=loss * parts if parts > 1 else loss)
         self._recording.end_step()
+        trainer.should_stop |= self._recording.is_stopping
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the run."""

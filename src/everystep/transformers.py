@@ -27,7 +27,7 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
 
     Args:
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
-        options: options of `everystep.record`: `snapshot_budget`, `batch_budget`.
+        options: options of `everystep.record`, such as `stop_when` and `snapshot_budget`.
 
     A training that continues from a checkpoint is recorded as a new run, which begins there.
 
@@ -77,7 +77,7 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin a step."""
-        if self._recording is not None:
+        if self._recording is not None and not self._recording.is_stopping:
             self._recording.begin_step()
             self._is_in_step, self._losses = True, []
 
@@ -99,6 +99,7 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
             )
         self._is_in_step = False
         self._recording.end_step()
+        control.should_training_stop |= self._recording.is_stopping
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Close the run."""

@@ -109,9 +109,9 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("formulas") / "run"
     batches = [[(given, keywords) for _, given, keywords in group] for group in GROUPS]
     with everystep.record(run=path, state=torch.zeros(1)) as recording:
-        for group, batch in zip(GROUPS, recording.steps(batches), strict=True):
+        for number, batch in enumerate(recording.steps(batches)):
             loss = torch.zeros(())
-            for (name, *_), (given, keywords) in zip(group, batch, strict=True):
+            for (name, *_), (given, keywords) in zip(GROUPS[number], batch, strict=True):
                 loss = loss + called(name, given, keywords)
             recording.log(loss=loss)
     return everystep.open(path)

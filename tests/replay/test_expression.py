@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from everystep.errors import ExpressionError
-from everystep.replay.expression import Expression, Reference, parse
+from everystep.expression import Expression, Reference, parse
 
 NAN, INF = math.nan, math.inf
 W = torch.tensor([[1.0, -2.0, 3.0], [0.0, 5.0, -6.0]])
@@ -591,7 +591,7 @@ def test_tensors_are_not_changed_and_no_graph_grows():
 def test_columns_are_answered_without_torch():
     script = """
 import sys, everystep
-from everystep.replay.expression import parse
+from everystep.expression import parse
 asked = parse("max(loss, 1) > 2 * previous.loss or isnan(lr) or 1 / 0 < exp(log(step))", ["lr"])
 assert asked.is_recorded
 asked.check({"measurements": ["lr"]})

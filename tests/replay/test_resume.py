@@ -432,13 +432,25 @@ def counted_within(recording, batches):
 
 
 def counted_around(recording, batches):
-    return enumerate(recording.steps(batches))
+    return shown(enumerate(recording.steps(batches), 1))
+
+
+def counted_from_the_place(recording, batches):
+    return enumerate(recording.steps(batches), recording.step_count % 5)
+
+
+def shown(items):
+    """As a progress bar does."""
+    yield from items
 
 
 @pytest.mark.parametrize(
     ("make", "workers", "wrap"),
-    [(tensors, 0, None), (Noisy, 0, None), (Noisy, 1, None), (Noisy, 0, counted_within)],
-    ids=["quiet", "augmented", "by a worker", "counted"],
+    [
+        *[(tensors, 0, None), (Noisy, 0, None), (Noisy, 1, None), (Noisy, 0, counted_within)],
+        *[(tensors, 0, counted_around), (tensors, 0, counted_from_the_place)],
+    ],
+    ids=["quiet", "augmented", "by a worker", "counted within", "counted around", "from the place"],
 )
 def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, workers, wrap, dying):
     options = {"dataset": make(), "workers": workers, "wrap": wrap}
@@ -458,11 +470,30 @@ def test_a_loader_with_a_state_goes_to_its_place_by_itself(dying):
     assert all(map(torch.equal, whole, resumed))
 
 
-def test_what_counts_around_the_steps_is_refused(dying):
-    options = {"dataset": tensors(), "wrap": counted_around}
-    with pytest.raises(UsageError, match=r"recording.steps\(enumerate\(...\)\)"):
-        by_loop(lambda record: by_epochs(record, **options), (13,))
-    assert len(everystep.open("killed")) >= 12
+@pytest.mark.parametrize(
+    ("around", "cure"),
+    [
+        (lambda steps, epochs: enumerate(shown(steps)), "steps(enumerate(...))"),
+        (lambda steps, epochs: enumerate(map(id, steps)), "steps(enumerate(...))"),
+        (lambda steps, epochs: itertools.islice(enumerate(steps), 2), "steps(islice(...))"),
+        (lambda steps, epochs: zip(itertools.count(), steps, strict=False), "steps(zip(...))"),
+        (lambda steps, epochs: zip(epochs, [0.1], strict=False), "rates[epoch]"),
+        (lambda steps, epochs: enumerate(epochs), "rates[epoch]"),
+    ],
+)
+def test_what_would_count_from_the_start_again_is_refused_before_the_first_step(around, cure):
+    with (
+        pytest.raises(UsageError, match=re.escape(cure)),
+        everystep.record(run="runs/counted", state=torch.zeros(1)) as recording,
+    ):
+        next(around(recording.steps([torch.zeros(1)] * 3), recording.epochs(2)))
+    assert len(recording.run) == 0
+
+
+def test_what_holds_the_steps_and_counts_something_else_is_not_refused():
+    with everystep.record(run="runs/several", state=torch.zeros(1)) as recording:
+        for _, steps in enumerate([recording.steps([torch.zeros(1)] * 3)]):
+            assert len([*steps]) == 3
 
 
 def test_what_a_loop_carries_besides_its_parts_is_found(dying):

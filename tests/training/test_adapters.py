@@ -110,6 +110,8 @@ def test_lightning(tmp_path, monkeypatch, replays, options):
     replays(run)
     assert (len(run), run.status) == (len(model.losses), "finished")
     assert run[-1].batch.x.shape == (16, 8)
+    fit(callback := everystep.lightning.RecordFit(run=tmp_path / "stopped", stop_when="step == 3"))
+    assert (len(callback.run), callback.run.status) == (3, "stopped")
 
 
 def test_lightning_that_fails_closes_its_run(tmp_path, monkeypatch):
@@ -227,6 +229,9 @@ def test_hugging_face_trainer(tmp_path, replays, accumulated):
     assert batch["input_ids"].shape == (4, 10)
     assert len([name for name in batch.tensors if name.endswith("labels")]) == accumulated
     assert run.losses["loss"][-1] < run.losses["loss"][0]
+    stopping = {"stop_when": "norm(gradients['cls.predictions.bias']) > 0 and step >= 2"}
+    trained(callback := everystep.transformers.RecordTraining(run=tmp_path / "stopped", **stopping))
+    assert (len(callback.run), callback.run.status) == (2, "stopped")
 
 
 def test_a_loop_of_hugging_face_bert_with_dict_batches(tmp_path, replays):

@@ -1,6 +1,7 @@
 """What loops log: numbers of any kind, none at all, and other ones when a step is taken again."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -227,3 +228,29 @@ def test_each_optimizer_has_the_gradients_that_it_took(sets_to_none, tmp_path):
         assert one.keys() == other.keys()
         for name, tensor in other.items():
             assert torch.equal(one[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "is_named"),
+    [
+        (lambda model, x, log: log(validation=model(x).mean()), True),
+        (lambda model, x, log: log(validation=model(x).mean().item()), False),
+        (lambda model, x, log: torch.multinomial(model(x).softmax(1), 1).tolist(), False),  # a rollout
+        (lambda model, x, log: log(teacher=nn.Linear(3, 2)(x).mean()), False),
+    ],
+    ids=["logged", "read", "rollout", "another model"],
+)
+def test_an_evaluation_in_a_step_is_named_where_it_is_part_of_the_step(evaluate, is_named, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run="runs/evaluated", model=model, optimizer=optimizer) as recording:
+        for number, x in enumerate(recording.steps([torch.randn(4, 3) for _ in range(4)])):
+            recording.log(loss=update(model, optimizer, x))
+            if number % 2:
+                with torch.no_grad():
+                    evaluate(model.eval(), x, recording.log)
+                model.train()
+    named = re.search(r"step 2 evaluates .*test_logged.py:\d+\): 3 of its", capsys.readouterr().err)
+    assert (named is not None) == is_named
+    assert everystep.open("evaluated").verify(progress=False).is_exact

@@ -13,10 +13,10 @@ from torch import Tensor
 from everystep.bounded import check_steps
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.metrics import RESERVED_NAMES
+from everystep.expression import Expression, Reference
 from everystep.recording.facts import MeasuredFacts, check_measurement_names
 from everystep.recording.lock import adding
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.expression import Expression, Reference
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Replayed, Span, Visitor, parallel, spans
 from everystep.replay.probe import OpenedValues, Probe

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from everystep.errors import ExpressionError
+from everystep.expression import Expression, Reference
 from everystep.program.interpreter import Look
 from everystep.program.step_program import Program
-from everystep.replay.expression import Expression, Reference
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
 from everystep.replay.replay_stepper import ReplayStepper

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from everystep.expression import Expression, Reference, parse
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.expression import Expression, Reference, parse
 from everystep.replay.shown import Shown
 from everystep.step.hyperparameters import is_hyperparameter
 

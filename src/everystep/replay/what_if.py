@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
+from everystep.expression import Expression
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.expression import Expression
 from everystep.replay.fork import by_own_code
 from everystep.replay.living import Living
 from everystep.replay.probe import OpenedValues, check_question

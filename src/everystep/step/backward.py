@@ -123,6 +123,13 @@ class BackwardPasses:
 
     def run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass; see `torch.autograd._engine_run_backward`."""
+        copies = self._cursor.gradient_copies
+        if copies is None or self._cursor.is_paused:
+            return self._run(outputs, args, kwargs)
+        with copies.around_backward(kwargs.get("accumulate_grad", True)):
+            return self._run(outputs, args, kwargs)
+
+    def _run(self, outputs: Any, args: Any, kwargs: Any) -> Any:
         cursor = self._cursor
         if not cursor.is_paused:
             cursor.recover()

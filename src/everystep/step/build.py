@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +30,14 @@ class BuiltPath(NamedTuple):
     """A program for all steps with a path.
 
     kept: which of the numbers of a step belong to operations that the program has; inputs: the number of
-    each input's storage, by the storage's name in the program.
+    each input's storage, by the storage's name in the program; evaluation: operations that compute only
+    what is logged, with a model that the step trains: how many, and the first.
     """
 
     program: Program
     kept: tuple[int, ...]
     inputs: dict[str, int]
+    evaluation: tuple[int, Operation] | None = None
 
     def numbers(self, seen: Sequence[Number]) -> list[Number]:
         """Return the numbers of a step that its program needs."""
@@ -105,7 +107,10 @@ class _Builder:
         )
         place_of = {name: place for place, name in self._names.items()}
         inputs = {n: place_of[n] for n, storage in storages.items() if storage.kind == "input"}
-        return BuiltPath(program, tuple(self._kept_numbers(operations, kept)), inputs)
+        evaluation = self._evaluation(
+            operations, kept, {*gradients.values(), *ends.values(), loss or ""}
+        )
+        return BuiltPath(program, tuple(self._kept_numbers(operations, kept)), inputs, evaluation)
 
     # Names.
 
@@ -209,17 +214,42 @@ class _Builder:
             return [self._argument(item, numbers) for item in value]
         return encode(value, _no_tensor)
 
-    def _with_effect(self, operations: Sequence[Operation], wanted: set[str]) -> set[int]:
-        """Return the ids of operations with results that are used, or that draw random numbers."""
-        needed = {self._tensors[name].storage for name in wanted}
+    def _with_effect(
+        self, operations: Sequence[Operation], wanted: set[str], undrawn: Container[int] = ()
+    ) -> set[int]:
+        """Return the ids of operations with results that are used, or that draw random numbers.
+
+        undrawn: the ids of some for which only the results count.
+        """
+        needed = {self._tensors[name].storage for name in wanted if name}
         needed |= {name for name, storage in self._storages.items() if storage.kind == "state"}
         kept = set()
         for operation in reversed(operations):
             is_used = not needed.isdisjoint(self._writes(operation))
-            if is_used or draws_random_numbers(operation.resolved):
+            if is_used or (draws_random_numbers(operation.resolved) and id(operation) not in undrawn):
                 kept.add(id(operation))
                 needed |= {self._tensors[name].storage for name in operation.reads()}
         return kept
+
+    def _evaluation(
+        self, operations: Sequence[Operation], kept: set[int], wanted: set[str]
+    ) -> tuple[int, Operation] | None:
+        """Return the operations of an evaluation among those kept, if there is one.
+
+        Results that the step does not use are not kept, unless they are logged, or the model in training
+        mode draws random numbers. wanted: what the step computes besides what it logs.
+        """
+        identities = [*map(id, operations)]
+        passes = [identities[first:end] for first, end in self._path.evaluations]
+        within = {each for inner in passes for each in inner}
+        if within.isdisjoint(kept):
+            return None
+        used = self._with_effect(operations, wanted, within)
+        idle = [o for o in operations if id(o) in kept - used and not draws_random_numbers(o.resolved)]
+        for each in passes:
+            if used.isdisjoint(each) and (first := [o for o in idle if id(o) in each]):
+                return len(idle) - idle.index(first[0]), first[0]
+        return None
 
     def _writes(self, operation: Operation) -> set[str]:
         """Return the storages that an operation writes."""

@@ -19,6 +19,7 @@ from everystep.program.number_slots import READ
 from everystep.program.operators import OperatorMode
 from everystep.step.calling_code import Calls, calls_here
 from everystep.step.follow import Follower
+from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
 from everystep.step.outside_tensors import OutsideTensors, version_of, versions_of
@@ -67,7 +68,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     at: the point of the path at which the step is; is_remembered: whether later steps may follow it;
     is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
     not; tensors: that it has met; contents: the bytes of what it brought from elsewhere, by the number
-    of the first tensor there.
+    of the first tensor there; gradient_copies: of the gradients that somebody asks for.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.contents: dict[int, Tensor] = {}
         self.written_elsewhere: dict[int, str] = {}
         self.ending: Ending | None = None
+        self.gradient_copies: GradientCopies | None = None
         self._origins: tuple[int, ...] = ()
         self._state: Mapping[str, Tensor] = {}
         self._versions: list[int | None] = []

@@ -124,7 +124,8 @@ class LoaderPosition:
             goal: the place.
             step: before the place.
             history: returns the recorded data of a draw.
-            reached: called there: a loop may have changed something after epochs that it skipped.
+            reached: called there, in the middle of batches: a loop may have changed something after
+                epochs that it skipped.
         """
         self._goal, self._history, self._first = goal, history, step - goal.taken + 1
         self._reached = reached

@@ -118,6 +118,10 @@ class LoopWriter(RunWriter):
             self._pending = self._snapshot()
         self.flush_if_due()
 
+    def keep(self) -> None:
+        """Keep the state after the last step."""
+        self._pending = self._snapshot()
+
     def take_back(self) -> None:
         """Discard the last step, which an exception left."""
         self.step -= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from everystep.errors import say
+from everystep.program.source_line import CodeLine
 from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Notices"]
@@ -55,6 +56,25 @@ class Notices:
                 "everystep.record(...)",
             )
 
+    def evaluates(self, step: int, count: int, of: int, line: CodeLine | None) -> None:
+        """Report that a step evaluates a model that it trains.
+
+        Args:
+            step: its number.
+            count: of the operations that only evaluate.
+            of: all operations of the step.
+            line: of the code that calls the first of them, if known.
+        """
+        around = [] if line is None else [line, *line.callers]
+        called = [each.place for each in around if not each.function.endswith("forward")]
+        where = f" ({called[0]})" if called else ""
+        self._once(
+            "evaluates",
+            f"step {step} evaluates a model that it also trains{where}: {count:,} of its {of:,} "
+            "operations compute nothing that the training uses; `with recording.paused():` around the "
+            "evaluation leaves them out",
+        )
+
     def set_within(self, step: int, name: str, before: Any, now: Any) -> None:
         """Report a setting that bits depend on, and that the loop has changed."""
         self._once(
@@ -62,6 +82,10 @@ class Notices:
             f"step {step} runs with {name} = {now}, which was {before} when the recording began; a "
             f"replay uses {before}, so it may differ from here on; set it before the recording begins",
         )
+
+    def marked(self, step: int, condition: str) -> None:
+        """Report that a condition marks a step, and may mark more."""
+        self._once(f"marked {condition}", f"{condition} at step {step:,}; the run marks each such step")
 
     def _once(self, kind: str, message: str) -> None:
         if kind not in self._said:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
 import shutil
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -27,8 +26,10 @@ from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts
 from everystep.step.parts_state import PartsState
 from everystep.training.batch import tensors_of, text_of
+from everystep.training.conditions import LoopConditions
 from everystep.training.interrupt import Interrupt
 from everystep.training.loader_position import LoaderPosition
+from everystep.training.loop_iterator import LoopIterator
 from everystep.training.loop_writer import LoopWriter
 from everystep.training.resumed import ResumedLoop, forked_loop, resumed_loop
 from everystep.training.watched_steps import StepUnderWay
@@ -40,8 +41,8 @@ R = TypeVar("R", bound=RecordedRun)
 
 #: The public face of a recording, which the reference describes: `dir(recording)`.
 _PUBLIC = [
-    *("run", "steps", "step", "epochs", "step_count", "is_resuming", "log", "paused", "flush", "stop"),
-    *("begin_step", "add_batch", "end_step"),
+    *("run", "steps", "step", "epochs", "step_count", "is_resuming", "is_stopping"),
+    *("log", "paused", "flush", "stop", "begin_step", "add_batch", "end_step"),
 ]
 
 
@@ -65,6 +66,7 @@ class Recording(Generic[R]):
         is_accepted: bool = False,
         fork: tuple[RecordedRun, int] | None = None,
         said: Mapping[str, Any] = MappingProxyType({}),
+        conditions: LoopConditions | None = None,
     ) -> None:
         check_parts(parts)
         #: Facts that the user gave: config and tags.
@@ -77,13 +79,21 @@ class Recording(Generic[R]):
         self._open_run = open_run
         self._advanced = advanced
         self._stopped: str | None = None
+        self._conditions = conditions
+        #: The run that is continued, or that this one is a fork of.
+        self._earlier: RecordedRun | None = None
+        self._is_stopping = False
         self._directories = directory, runs
         self._budgets = snapshot_budget, batch_budget
         self._writer: LoopWriter | None = None
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
         self._left_at: int | None = None
-        self._iterator: weakref.ref[Any] | None = None
+        #: Of the last call of `steps`. A weak reference: `break` ends a step, since nothing else has it.
+        self._iterator: Callable[[], LoopIterator | None] = lambda: None
+        #: Where loops are written that need no further check.
+        self._checked: set[Any] = set()
+        self._was_count_read = False
         self._restore: Callable[[], None] = lambda: None
         self._is_writing = False
         self._interrupt = Interrupt(
@@ -129,14 +139,22 @@ class Recording(Generic[R]):
             )
         _check_alone()
         self._parts.check()
-        known = self._fork[0] if self._fork is not None else self._resumed
+        if self._conditions is not None:
+            self._conditions.check(self._parts)
+        self._earlier = known = self._fork[0] if self._fork is not None else self._resumed
         before = () if known is None else known.measurement_names
-        self._measured = {*before, *self._parts.rates()}
+        marks = () if self._conditions is None else self._conditions.mark
+        self._measured = {*before, *self._parts.rates(), *marks}
         check_measurement_names(self._measured)
         if self._fork is not None:
             self._writer = self._forked(*self._fork)
         else:
             self._writer = self._begun() if self._resumed is None else self._gone_on(self._resumed)
+        if self._conditions is not None:
+            self._writer.watched.gradient_copies = self._conditions.gradient_copies
+            at = self._writer.step
+            for loss in known.losses_between(at, at) if known is not None else ():
+                self._conditions.note_loss(loss)
         self._writer.watched.follow()
         self._interrupt.listen()
         _recording.append(self)
@@ -215,6 +233,8 @@ class Recording(Generic[R]):
             )
         elif not writer.has_loss and error is None and writer.function is None:
             say("no loss was recorded; record it in each step: recording.log(loss=loss)")
+        if self._conditions is not None and error is None and (names := self._conditions.never_logged):
+            say(f"a condition reads {', '.join(names)}, but the loop never logged it")
         is_failed = error is not None
         was_asked = self._interrupt.reason is not None or self._stopped is not None
         if self._fork is not None and not (is_failed or was_asked) and writer.step < self._fork[1]:
@@ -223,7 +243,10 @@ class Recording(Generic[R]):
             error = RunError(f"the loop ends after step {writer.step}, before the fork at step {at}")
         try:
             with self._writing():
-                writer.finish(*_status(error, self._interrupt.reason or self._stopped))
+                # A loop that does not leave by itself is ended with an error.
+                is_left = self._is_stopping and isinstance(error, UsageError)
+                reason = self._interrupt.reason or self._stopped
+                writer.finish(*_status(None if is_left else error, reason))
         except (RecordingError, RunError):
             is_failed = True
             if error is None:
@@ -240,8 +263,9 @@ class Recording(Generic[R]):
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Return an iterator over batches; each is a step, from one batch to the next.
 
-        `break` ends a step; an exception discards it. Its length, for a progress bar, is that of the
-        batches, if they have one.
+        `break` ends a step; an exception discards it. The iterator ends after a step at which a
+        condition of `stop_when` holds. Its length, for a progress bar, is that of the batches, if they
+        have one.
 
         Args:
             batches: any iterable: a DataLoader, a list, a generator.
@@ -251,11 +275,17 @@ class Recording(Generic[R]):
             RecordingError: writing the run failed.
         """
         _ = self.writer
-        steps = _Steps(self._steps(batches), batches)
+        steps = self._marked(self._steps(batches), batches, "steps")
         self._iterator = weakref.ref(steps)
         return steps
 
+    def _marked(self, items: Iterator[Any], of: Any, name: str) -> LoopIterator:
+        frame = sys._getframe(2)
+        return LoopIterator(items, of, name, (frame.f_code, frame.f_lasti), self._checked)
+
     def _steps(self, batches: Iterable[Any]) -> Iterator[Any]:
+        if self._is_stopping:
+            return
         for batch in self.drawn(batches):
             self.begin_step(batch)
             try:
@@ -264,7 +294,7 @@ class Recording(Generic[R]):
                 if not self.is_open:  # the recording ended with an error in the loop
                     raise
                 if self._under_way is not None and self._under_way.is_untouched:
-                    # `zip` asked for it, but another iterable had ended.
+                    # `break` before anything was done with the batch.
                     self.writer.watched.close()
                 else:
                     self.end_step()
@@ -272,12 +302,15 @@ class Recording(Generic[R]):
                     self.writer.rests()
                 raise
             self.end_step()
+            if self._is_stopping:
+                break
         if not self.is_resuming:
             self.writer.rests()
 
     @property
     def step_count(self) -> int:
         """How many steps the run has; those that a resumed loop takes again do not count yet."""
+        self._was_count_read |= self.is_resuming
         return self.writer.step
 
     def _settle(self) -> None:
@@ -286,16 +319,13 @@ class Recording(Generic[R]):
         Raises:
             UsageError: something around `steps` counts the batches, and begins again.
         """
-        iterator = self._iterator() if self._iterator is not None else None
-        around = gc.get_referrers(iterator) if iterator is not None else []
-        counting = next((each for each in around if isinstance(each, _COUNTING)), None)
-        taken = self._place.taken
-        if counting is not None and not _counts_from(counting, (taken, self.step_count)):
-            name = type(counting).__name__
-            raise UsageError(
-                f"the loop continues after {taken:,} batches, but {name}(...) around "
-                f"recording.steps(...) starts again; move it inside: recording.steps({name}(...))"
-            )
+        if (steps := self._iterator()) is not None:
+            taken, count = self._place.taken, self.writer.step
+            # A loop counts from 0 or 1, or as many more as the epochs before had; one that accounts for
+            # what is past has read `step_count`.
+            firsts = {0, 1, count - taken, count - taken + 1}
+            resumed = {taken, count} - (set() if self._was_count_read else firsts)
+            steps.continue_after(taken, firsts, resumed)
         self._restore()
         self.writer.watched.note_versions()
 
@@ -313,13 +343,17 @@ class Recording(Generic[R]):
             RunError: the resumed loop was recorded without `epochs`.
         """
         _ = self.writer
-        return self._epochs(count)
+        return self._marked(self._epochs(count), None if count is None else range(count), "epochs")
 
     def _epochs(self, count: int | None) -> Iterator[int]:
+        if self._is_stopping:
+            return
         for epoch in self._place.epochs(count):
             if not self.is_resuming:
                 self.writer.rests()
             yield epoch
+            if self._is_stopping:
+                return
         if not self.is_resuming:
             self.writer.rests()
 
@@ -331,6 +365,14 @@ class Recording(Generic[R]):
         loop uses `epochs`.
         """
         return self._place.is_ahead
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a condition of `stop_when` holds, so that no other step may begin.
+
+        A loop that marks its steps with `step` or `begin_step` leaves then; `steps` and `epochs` end.
+        """
+        return self._is_stopping
 
     def drawn(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield batches without making steps of them; of a resumed loop, from its place on."""
@@ -379,6 +421,8 @@ class Recording(Generic[R]):
             numbers = {name: _number(name, value) for name, value in values.items()}
             if not self.is_resuming:  # the run has what was logged then
                 self.writer.log_after(numbers)
+                if self._conditions is not None and (names := self._conditions.note(numbers)):
+                    self._judge(self._conditions, names)
             return
         with self._aside(values.values()):
             for name, value in values.items():
@@ -436,10 +480,14 @@ class Recording(Generic[R]):
         writer = self.writer
         if writer.watched.under_way is not None:
             raise UsageError("a step is already in progress; a recording has one loop at a time")
+        if self._is_stopping:
+            raise UsageError(f"{self._stopped}: leave the loop once recording.is_stopping")
         writer.recorder.wait()
         self._place.at_end = {}
         state = self._parts.state()
         writer.note_changes(state)
+        if self._conditions is not None:
+            self._conditions.begin(state)
         writer.watched.begin(state)
         if batch is not None:
             try:
@@ -472,9 +520,33 @@ class Recording(Generic[R]):
         """End the step that `begin_step` began, and record it."""
         step = self.writer.watched.close()
         if step is not None:
+            numbers, after = step.logged | step.rates, self._parts.state()
             with self._writing():
-                self.writer.add(step, self._parts.state())
+                self.writer.add(step, after)
+                if self._conditions is not None:
+                    built = self.writer.watched.program_of(self.writer.watched.last[0])
+                    program = None if isinstance(built, str) else built.program
+                    self._conditions.end(self.writer.step, numbers, after, program)
+                    self._judge(self._conditions)
             self._end_if_asked()
+
+    def _judge(self, conditions: LoopConditions, names: Collection[str] = ()) -> None:
+        """Mark the last step, or end the loop, where conditions hold; not again as a step is repeated.
+
+        names: of the numbers that were logged after it, if this is the reason to ask.
+        """
+        step = self.writer.step
+        earlier = self._earlier if step <= self.writer.recorder.recorded else None
+        if earlier is not None and all(step in earlier.measured(name) for name in names):
+            return
+        ends, marks = conditions.holding(names)
+        for text in marks:
+            self.writer.log_after({text: 1.0})
+            self.writer.watched.notices.marked(step, text)
+        for text in ends:
+            self._stopped, self._is_stopping = f"{text} at step {step:,}", True
+            self.writer.keep()
+            say(f"{self._stopped}; the loop ends")
 
     def stop(self, reason: str) -> None:
         """Set the reason why the loop ends before its last step; the run gets the status `stopped`."""
@@ -518,32 +590,11 @@ class Recording(Generic[R]):
             raise SystemExit(_TERMINATED)
 
 
-class _Steps(Iterator[Any]):
-    """The steps over some batches."""
-
-    def __init__(self, steps: Iterator[Any], batches: Iterable[Any]) -> None:
-        self._steps = steps
-        self._batches = batches
-
-    def __next__(self) -> Any:
-        return next(self._steps)
-
-    def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
-
-
 _PLAIN = (Tensor, torch.nn.Parameter)
-#: They count what they iterate over, or iterate over something else besides.
-_COUNTING = (enumerate, zip, itertools.islice, itertools.zip_longest)
 #: The exit status of a process that SIGTERM ended.
 _TERMINATED = 128 + 15
 #: Recordings under way in this process.
 _recording: list[Recording[Any]] = []
-
-
-def _counts_from(counting: Any, numbers: Collection[int]) -> bool:
-    """Tell whether it is an `enumerate` that begins with one of these numbers."""
-    return type(counting) is enumerate and counting.__reduce__()[1][1] in numbers
 
 
 def _not_begun() -> UsageError:

@@ -21,6 +21,7 @@ from everystep.step import replaced
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
+from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
 from everystep.step.outside_tensors import OutsideTensors, versions_by_name
 from everystep.step.parts import Parts
@@ -103,8 +104,8 @@ class WatchedSteps:
         writer: of the run.
 
     copies: of the tensors of batches; notices: about the steps; state: the live tensors after the last
-    step; under_way: the step in progress; around: what it does besides operations, where somebody asks
-    for it; last: the path of the last step, and its watch.
+    step; under_way: the step in progress; around: what it does besides operations, and gradient_copies:
+    of its gradients, where somebody asks for them; last: the path of the last step, and its watch.
     """
 
     last: tuple[Path, AnyWatch]
@@ -115,6 +116,7 @@ class WatchedSteps:
         self.state: dict[str, Tensor] | None = None
         self.under_way: StepUnderWay[Cursor] | None = None
         self.around: Around | None = None
+        self.gradient_copies: GradientCopies | None = None
         self._writer = writer
         self._rows = StepRows(writer)
         self.notices = Notices()
@@ -160,6 +162,7 @@ class WatchedSteps:
         watch = Cursor(self._paths, self.parts.device, self._follower, self._elsewhere)
         step = StepUnderWay(watch, self.parts.rates())
         watch.begin(state, self._left)
+        watch.gradient_copies = self.gradient_copies
         self._left = None
         self._follower.step_begins()
         watch.__enter__()
@@ -204,6 +207,10 @@ class WatchedSteps:
         if step.is_compiled:
             self._paths.given_up = "torch.compile is in use"
         self.notices.of_step(number, watch, is_compiled=step.is_compiled)
+        if not isinstance(built := self.program_of(path), str) and built.evaluation is not None:
+            count, first = built.evaluation
+            parts = count, len(built.program.operations)
+            self.notices.evaluates(number, *parts, built.program.line_of(first))
         self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
         if not self._is_still:
             self._versions = versions_by_name(after)
@@ -309,6 +316,8 @@ class WatchedSteps:
         if (watch := self._watch()) is not None:
             assert self.under_way is not None
             name = self._optimizer_names.get(id(optimizer))
+            if self.gradient_copies is not None:
+                self.gradient_copies.optimizer_begins(self.parts.gradients(optimizer))
             with self.paused():
                 self.under_way.rates |= self.parts.rates(optimizer)
                 gradients = self._gradients_of(optimizer)
@@ -317,6 +326,8 @@ class WatchedSteps:
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         if (watch := self._watch()) is not None:
             name = self._optimizer_names.get(id(optimizer))
+            if self.gradient_copies is not None:
+                self.gradient_copies.optimizer_ends()
             with self.paused():
                 watch.optimizers.ends(name, self._gradients_of(optimizer))
 

@@ -15,8 +15,8 @@ from everystep.answers.trace import Spot, Trace
 from everystep.answers.why.answer import Number
 from everystep.answers.why.session import Session
 from everystep.errors import ExpressionError, did_you_mean
-from everystep.replay.expression import Expression, Reference, parse
-from everystep.replay.expression.question import error_at
+from everystep.expression import Expression, Reference, parse
+from everystep.expression.question import error_at
 from everystep.replay.opened_step import Step
 
 __all__ = ["numbers_named"]

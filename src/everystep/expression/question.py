@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from everystep.errors import ExpressionError, Fault, did_you_mean
-from everystep.replay.expression.language import plain, truth
+from everystep.expression.language import plain, truth
 
 __all__ = ["Evaluate", "Expression", "Reference", "ValueOf", "column", "error_at"]
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from everystep.errors import ExpressionError, did_you_mean
-from everystep.replay.expression.language import (
+from everystep.expression.language import (
     ARGUMENTS,
     CONSTANTS,
     FUNCTIONS,
@@ -22,7 +22,7 @@ from everystep.replay.expression.language import (
     plain,
     truth,
 )
-from everystep.replay.expression.question import (
+from everystep.expression.question import (
     Evaluate,
     Expression,
     Reference,

@@ -21,7 +21,7 @@ nan, and min and max are an error. and, or, not work as in Python; chained compa
 elementwise.
 """
 
-from everystep.replay.expression.question import Expression, Reference
-from everystep.replay.expression.reading import parse
+from everystep.expression.question import Expression, Reference
+from everystep.expression.reading import parse
 
 __all__ = ["Expression", "Reference", "parse"]

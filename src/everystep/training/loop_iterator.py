@@ -1,0 +1,138 @@
+"""The iterators that a recording gives to a loop, and what is around them, such as `enumerate`.
+
+A resumed loop continues in the middle, but what counts around its iterator begins again. An `enumerate`
+is advanced to its place; all else is refused as the loop begins, not after a training was killed.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import itertools
+import sys
+from collections.abc import Collection, Iterator
+from types import CodeType, GeneratorType
+from typing import Any
+
+from everystep.errors import UsageError
+
+__all__ = ["LoopIterator"]
+
+#: They count what they iterate over, or iterate over something else besides.
+_COUNTING = (enumerate, zip, itertools.islice, itertools.zip_longest)
+#: They hold other iterators, and have no place of their own.
+_HOLDING = (tuple, map, filter, itertools.chain)
+#: Of iterators around iterators, as many as anybody nests: to find each takes as long as a collection.
+_DEEPEST = 6
+#: Where in the code a loop asked for its iterator.
+_Line = tuple[CodeType, int]
+
+
+class LoopIterator(Iterator[Any]):
+    """Iterates over the steps of some batches, or over epochs.
+
+    Args:
+        items: what it yields.
+        of: their number is that of the items, if they have one.
+        name: of what has made it, such as `steps`.
+        line: where the loop asked for it.
+        checked: the lines that need no further check.
+    """
+
+    def __init__(
+        self, items: Iterator[Any], of: Any, name: str, line: _Line, checked: set[_Line]
+    ) -> None:
+        self._items, self._of, self._name, self._line, self._checked = items, of, name, line, checked
+        self._is_skipping = False
+
+    def __next__(self) -> Any:
+        if self._line not in self._checked:
+            self._counting()
+            self._checked.add(self._line)
+        return None if self._is_skipping else next(self._items)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def continue_after(self, count: int, firsts: Collection[int], resumed: Collection[int]) -> None:
+        """Let an `enumerate` around it continue after so many items.
+
+        Args:
+            count: of the items.
+            firsts: numbers with which it may begin in a loop that was not resumed.
+            resumed: those with which it begins if the loop accounts for what is past.
+
+        Raises:
+            UsageError: it begins with another number, or something else around it begins again.
+        """
+        counting = self._counting()
+        number = None if counting is None else int(counting.__reduce__()[1][1])
+        if counting is None or number in resumed:
+            return
+        if number not in firsts:
+            raise UsageError(
+                f"the loop continues after {count:,} batches, but enumerate(...) around recording."
+                f"{self._name}(...) begins with {number:,}; {self._cure('enumerate')}"
+            )
+        self._is_skipping = True
+        for _ in range(count):  # it has asked for the item that follows them
+            next(counting)
+        self._is_skipping = False
+
+    def _counting(self) -> enumerate[Any] | None:
+        """Return the `enumerate` directly around it, None if there is none.
+
+        Raises:
+            UsageError: something else around it would begin again in a resumed loop.
+        """
+        found, frames = None, self._between()
+        inner: list[Any] = [self, *frames]
+        for _ in range(_DEEPEST):
+            around = gc.get_referrers(*inner) if inner else []
+            for each in around:
+                source = _source(each) if type(each) in _COUNTING else None
+                if source is self and type(each) is enumerate and self._is_counted:
+                    found = each
+                elif source is not None and any(source is one for one in inner):
+                    name = type(each).__name__
+                    raise UsageError(
+                        f"{name}(...) around recording.{self._name}(...) would begin again when the "
+                        f"loop is resumed; {self._cure(name)}"
+                    )
+            inner = [
+                each
+                for each in around
+                if type(each) in _HOLDING or each is found or _frame_of(each) in frames
+            ]
+        return found
+
+    @property
+    def _is_counted(self) -> bool:
+        """Whether a resumed loop can advance an `enumerate` around it."""
+        return self._name == "steps"
+
+    def _cure(self, name: str) -> str:
+        if self._is_counted:
+            return f"move it inside: recording.steps({name}(...))"
+        return "use the numbers that recording.epochs yields, such as rates[epoch]"
+
+    def _between(self) -> list[Any]:
+        """Return the frames of generators through which the loop asks, such as a progress bar."""
+        frame = sys._getframe()
+        while frame.f_code is not LoopIterator.__next__.__code__:
+            assert frame.f_back is not None
+            frame = frame.f_back
+        asking, found = frame.f_back, []
+        while asking is not None and asking.f_code.co_flags & inspect.CO_GENERATOR:
+            found.append(asking)
+            asking = asking.f_back
+        return found
+
+
+def _source(counting: Any) -> Any:
+    """Return what it takes from: the first object that it refers to; its last result comes later."""
+    return next((each for each in gc.get_referents(counting) if not isinstance(each, type)), None)
+
+
+def _frame_of(each: Any) -> Any:
+    return each.gi_frame if type(each) is GeneratorType else None
