@@ -134,6 +134,22 @@ def test_a_resumed_loop_may_keep_others_from_there_on(whole, tmp_path):
     assert run.verify(processes=1, progress=False).is_exact
 
 
+def test_steps_of_a_function_are_kept_too_and_a_model_needs_no_keep(tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"steps": 12, "run": tmp_path / "run", "progress": False}
+    parts = {"model": model, "optimizer": optimizer}
+    batches = [torch.randn(4, 3) for _ in range(12)]
+
+    def step(x):
+        return descend(optimizer, model(x).square().mean())
+
+    run = everystep.train(step, batches, parts=parts, keep=[(4, 6)], **options)
+    assert run.facts.kept(12) == [(4, 6)] and run[4].is_exact and run[6].batch.tensors
+    with pytest.raises(everystep.UsageError, match="keep is for a step function"):
+        everystep.train(model, (torch.ones(2, 3), torch.ones(2, 1)), keep="last 3 steps", **options)
+
+
 @pytest.mark.parametrize(
     ("keep", "messages"),
     [

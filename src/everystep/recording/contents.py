@@ -415,9 +415,10 @@ class Repeats:
             return known[1]
         given, pieces = _given_and_pieces(tensor)
         for digest, piece in zip(given.digests, pieces, strict=True):
-            is_known = digest in self._known and self._are_fresh({self._known[digest]}, step)
+            file, is_draw = self._known.get(digest), self._is_draw(name)
+            is_known = file is not None and (is_draw or self._are_fresh({file}, step))
             if not is_known and step > self._recorded:
-                self._write(step, self._is_draw(name), digest, piece)
+                self._write(step, is_draw, digest, piece)
         files = {self._known[digest] for digest in given.digests if digest in self._known}
         self._use(step, name, files)
         if self._known.keys() >= {*given.digests}:
@@ -425,7 +426,7 @@ class Repeats:
         return given
 
     def _are_fresh(self, files: set[int], step: int) -> bool:
-        """Return whether files will stay: a file that later steps refer to could never be given up."""
+        """Return whether steps may refer to files; old ones could not be given up then."""
         newest = self._keep and self._keep.newest
         are_old = newest is not None and any(step - self._begun.get(each, 0) > newest for each in files)
         return files <= self._sizes.keys() and not are_old
