@@ -98,6 +98,10 @@ def test_kept_steps_are_as_ever_and_others_are_refused_also_after_a_kill(
     assert (
         code == 0 and f"only steps {ranges} are kept" in text and "what kept keeps replays bit" in text
     )
+    code, text, _ = everystep_command("first-nonfinite", place)
+    assert (
+        code == 1 and text == f"all results of all operations are finite; only steps {ranges} are kept\n"
+    )
     code, _, text = everystep_command("step", place, 20)
     assert code == 2 and f"step 20 of kept was not kept (keep: {keep}); only steps {ranges}" in text
     measured = run.measure("norm(gradients['0.weight'])", progress=False)

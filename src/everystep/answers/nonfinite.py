@@ -28,7 +28,7 @@ from everystep.program.step_program import Program
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener
-from everystep.replay.recorded_steps import NotReplayedError
+from everystep.replay.recorded_steps import NotReplayedError, check_kept
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
 
@@ -170,7 +170,7 @@ def find_nonfinite(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> NonFinite | None:
-    """Return the origin of the first NaN or infinity of a run, or None if all is finite.
+    """Return the origin of the first NaN or infinity of a run, or None if all that is kept is finite.
 
     It checks every result of every operation. Infinities among the arguments of an operation (a causal
     mask) do not count; results computed from them count only if they are NaN.
@@ -186,8 +186,10 @@ def find_nonfinite(
         opener = Opener(run, opener.objects)  # with their state other than tensors restored
     bound = min(last, run.facts.nonfinite_step or last)
     meant: frozenset[_Meant] = frozenset()
+    if run.facts.nonfinite_step:
+        check_kept(run, bound)
     # The first step has the operations with intentional infinities.
-    suspect = begin = next((one for one, two in run.facts.kept(last) if one <= bound <= two), bound)
+    suspect = begin = next((first for first, _ in run.facts.kept(bound)), bound)
     while True:
         step = replace(opener.step(suspect), earlier=opener.step)  # it knows those before
         if (made := _first_made(step)) is not None:

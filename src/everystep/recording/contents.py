@@ -414,9 +414,11 @@ class Repeats:
             self._use(step, name, known[2])
             return known[1]
         given, pieces = _given_and_pieces(tensor)
+        is_draw = self._is_draw(name)
+        may_be_old = is_draw or self._keep is None
         for digest, piece in zip(given.digests, pieces, strict=True):
-            file, is_draw = self._known.get(digest), self._is_draw(name)
-            is_known = file is not None and (is_draw or self._are_fresh({file}, step))
+            file = self._known.get(digest)
+            is_known = file is not None and (may_be_old or self._are_fresh({file}, step))
             if not is_known and step > self._recorded:
                 self._write(step, is_draw, digest, piece)
         files = {self._known[digest] for digest in given.digests if digest in self._known}

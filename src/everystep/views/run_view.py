@@ -43,10 +43,7 @@ if TYPE_CHECKING:
     from everystep.replay.recorded_columns import Found
     from everystep.replay.what_if import Case, WhatIf
 
-__all__ = ["FINITE", "RunView", "skipped_text", "when_text"]
-
-#: The text if there is no NaN and no infinity.
-FINITE = "all results of all operations are finite"
+__all__ = ["RunView", "finite_text", "skipped_text", "when_text"]
 
 #: A long answer scrolls. Colours are those of the notebook, and only emphasis is added.
 _HTML = '<pre style="overflow: auto; max-height: 40em; line-height: 1.35; background: none">{code}</pre>'
@@ -184,9 +181,16 @@ def skipped_text(steps: Sequence[int]) -> str:
     """Return from which steps on a question was not asked, in each span that was replayed, and why."""
     spans = ", ".join(f"{step:,}" for step in steps[:6])
     return (
-        f"steps from {spans} on are skipped, because they cannot be replayed, or a replayed loss "
-        "differs from the recorded one"
+        f"steps from {spans} on are skipped, because they cannot be replayed, were not kept, or a "
+        "replayed loss differs from the recorded one"
     )
+
+
+def finite_text(run: RecordedRun) -> str:
+    """Return that a run has no NaN and no infinity."""
+    facts = run.facts
+    kept = f"; {kept_text(facts, run.newest_step())}" if facts.not_kept else ""
+    return f"all results of all operations are finite{kept}"
 
 
 def when_text(losses: Mapping[int, float]) -> str:
