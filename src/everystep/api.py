@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +121,7 @@ def train(
     tags: Iterable[str] = (),
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
+    keep: str | Sequence[tuple[int, int]] | None = None,
     dataset_limit: int | None = None,
     progress: bool = True,
 ) -> Run:
@@ -179,6 +180,7 @@ def train(
         config, tags: the settings of your script, and words by which to find the run, as in `record`.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches to keep for a step function, as in `record`.
+        keep: the steps of a step function that open afterwards, as in `record`.
         dataset_limit: maximum bytes of a Dataset as tensors; default: 2 GB.
         progress: show a progress bar if stderr is a terminal.
 
@@ -214,6 +216,7 @@ def train(
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
+        from everystep.recording.keep import keep_of
         from everystep.training.from_step import check_step, train_step
         from everystep.training.record import Recording
 
@@ -226,6 +229,7 @@ def train(
             RUNS,
             snapshot_budget,
             batch_budget,
+            keep_of(keep),
             Run,
             watcher.advance,
             resumed=resumed,
@@ -237,6 +241,11 @@ def train(
         return run_of(train_step(model, batches, iteration, recording, watcher))
     if fork is not None or at is not None:
         raise UsageError("a training of a model is forked by its run: everystep.open(run).fork(at, ...)")
+    if keep is not None:
+        raise UsageError(
+            "keep is for a step function: batches of a model follow from a rule, so that all its steps "
+            "open, and snapshots stay within snapshot_budget"
+        )
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     # Checked later, where all faults are reported at once.
     live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
@@ -268,6 +277,7 @@ def record(
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     stop_when: str | Iterable[str] = (),
     mark_when: str | Iterable[str] = (),
+    keep: str | Sequence[tuple[int, int]] | None = None,
     **parts: Any,
 ) -> Recording[Run]:
     """Record your own training loop while it runs, every step, without changing it.
@@ -308,6 +318,10 @@ def record(
             `buffers`, `gradients`, `updates` and `previous.loss`.
         mark_when: conditions that mark a step and let the loop continue: the run has a measurement named
             like the condition, with the value 1 at these steps.
+        keep: the steps that open afterwards, if not all: `"last 2000 steps"`, or windows with their
+            first and last steps: `[(0, 500), (9000, 10000)]`. Of the others, everystep keeps the losses
+            and all logged numbers, and what a resume needs. A resumed loop may have another `keep`,
+            from there on.
         parts: what the loop carries from step to step, by any names: models, optimizers, schedulers,
             scalers, averaged copies, tensors. The tensors of the part called `model` (or of the only
             module) keep their names; the names of all others start with the name of their part.
@@ -316,6 +330,7 @@ def record(
         UsageError: an argument is not a part of a training, or has no name; or a condition is invalid.
         RunError: the run to continue or to fork does not exist.
     """
+    from everystep.recording.keep import keep_of
     from everystep.training.conditions import LoopConditions
     from everystep.training.config import facts_from
     from everystep.training.record import Recording
@@ -334,6 +349,7 @@ def record(
         RUNS,
         snapshot_budget,
         batch_budget,
+        keep_of(keep),
         Run,
         resumed=resumed,
         is_accepted=force,

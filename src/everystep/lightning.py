@@ -26,7 +26,7 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
 
     Args:
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
-        options: options of `everystep.record`, such as `stop_when` and `snapshot_budget`.
+        options: options of `everystep.record`, such as `stop_when`, `keep` and `snapshot_budget`.
 
     A fit that continues from a checkpoint (`ckpt_path`) is recorded as a new run, which begins there.
 

@@ -344,6 +344,8 @@ class Run(RecordedRun):
     ) -> NonFinite | None:
         """Return the operation that made the first NaN or infinity, or None if all is finite.
 
+        Of a recording with `keep`: among the steps that are kept.
+
         Raises:
             RunError: a needed file is missing or unreadable.
         """

@@ -27,7 +27,7 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
 
     Args:
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
-        options: options of `everystep.record`, such as `stop_when` and `snapshot_budget`.
+        options: options of `everystep.record`, such as `stop_when`, `keep` and `snapshot_budget`.
 
     A training that continues from a checkpoint is recorded as a new run, which begins there.
 

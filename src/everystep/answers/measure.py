@@ -15,6 +15,7 @@ from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.metrics import RESERVED_NAMES
 from everystep.expression import Expression, Reference
 from everystep.recording.facts import MeasuredFacts, check_measurement_names
+from everystep.recording.keep import is_kept
 from everystep.recording.lock import adding
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.opened_step import Step
@@ -111,6 +112,7 @@ class Query(Visitor):
         super().begin(replay, span)
         self._answers, self._probe, self._first = [], None, span.first
         earlier = self.looks_back and span.first > replay.stretches[span.at].first
+        earlier = earlier and is_kept(span.first - 1, replay.run.facts.not_kept)
         start = span.first - 1 - earlier
         known = replay.recorded_losses(start, start)
         self._asked.previous_loss = known[0] if known else None
@@ -235,6 +237,7 @@ def measure(
             on_progress(last)
         else:
             query = Query(question, run, every=every, skipped=frozenset(values))
+            left_out += _not_kept(run)
             replayed = parallel(opener, query.due(run), query, processes, on_progress)
             with closing(replayed):  # type: ignore[type-var]  # a generator
                 for each in replayed:
@@ -266,7 +269,8 @@ def when(
 
     done = [_exact(each) for each in until(is_found, opener, due, query, processes, on_progress)]
     found = sorted(step for answers, _ in done for step, _ in answers)
-    return Found(chosen(found, which), tuple(sorted(step for _, each in done for step in each)))
+    left_out = [step for _, each in done for step in each]
+    return Found(chosen(found, which), tuple(sorted(left_out + _not_kept(opener.run))))
 
 
 def until(
@@ -290,6 +294,12 @@ def until(
             if any(is_found(done[span]) for span in takewhile(done.__contains__, due)):
                 break
     return [*done.values()]
+
+
+def _not_kept(run: RecordedRun) -> list[int]:
+    """Return the first of each range of steps that were not kept."""
+    last = run.newest_step()
+    return [each.first for each in run.facts.not_kept if each.first <= last]
 
 
 def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:

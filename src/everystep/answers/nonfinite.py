@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal, NamedTuple
@@ -27,6 +28,7 @@ from everystep.program.step_program import Program
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener
+from everystep.replay.recorded_steps import NotReplayedError, check_kept
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
 
@@ -168,7 +170,7 @@ def find_nonfinite(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> NonFinite | None:
-    """Return the origin of the first NaN or infinity of a run, or None if all is finite.
+    """Return the origin of the first NaN or infinity of a run, or None if all that is kept is finite.
 
     It checks every result of every operation. Infinities among the arguments of an operation (a causal
     mask) do not count; results computed from them count only if they are NaN.
@@ -184,7 +186,10 @@ def find_nonfinite(
         opener = Opener(run, opener.objects)  # with their state other than tensors restored
     bound = min(last, run.facts.nonfinite_step or last)
     meant: frozenset[_Meant] = frozenset()
-    suspect, begin = 1, 1  # the first step has the operations with intentional infinities
+    if run.facts.nonfinite_step:
+        check_kept(run, bound)
+    # The first step has the operations with intentional infinities.
+    suspect = begin = next((first for first, _ in run.facts.kept(bound)), bound)
     while True:
         step = replace(opener.step(suspect), earlier=opener.step)  # it knows those before
         if (made := _first_made(step)) is not None:
@@ -256,7 +261,10 @@ def _first_made(step: Step) -> NonFinite | None:
 
 def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
     """Return the answer for a tensor of the state before a step."""
-    before = step.earlier(step.number - 1) if step.earlier and step.number > 1 else None
+    before = None
+    if step.earlier and step.number > 1:
+        with suppress(NotReplayedError):  # where it was not kept
+            before = step.earlier(step.number - 1)
     left = None if before is None else before.end.get(name)
     is_changed = left is not None and _count(left) is None
     found = _count(tensor)

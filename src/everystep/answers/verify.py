@@ -11,6 +11,7 @@ import torch
 
 from everystep.device import on_cpu
 from everystep.numerics import Numerics
+from everystep.recording.keep import is_kept
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
 from everystep.replay.processes import Opener, recorded_numerics
@@ -24,12 +25,12 @@ __all__ = ["Verification", "verify"]
 class Verification(Shown):
     """The result of replaying every step of a run.
 
-    steps: the number of replayed steps, of `all_steps`; different_steps: the number with a different
-    loss; first_loss: the first of these, None if all match; loss_distance: its distance in units in the
-    last place; snapshots: the number of states after state 0 that were compared, of `all_snapshots`;
-    states: how they differ, in order; numerics: those that differ here, with the recorded and the
-    current value; problems: unreadable files; threads: the number of steps replayed by number of
-    threads.
+    steps: the number of replayed steps, of `all_steps`: a recording may `keep` fewer; different_steps:
+    the number with a different loss; first_loss: the first of these, None if all match; loss_distance:
+    its distance in units in the last place; snapshots: the number of states after state 0 that were
+    compared, of `all_snapshots`; states: how they differ, in order; numerics: those that differ here,
+    with the recorded and the current value; problems: unreadable files; threads: the number of steps
+    replayed by number of threads.
     """
 
     steps: int
@@ -46,7 +47,8 @@ class Verification(Shown):
 
     def __repr__(self) -> str:
         if self.is_exact:
-            found = f"{self.steps:,} steps and {self.snapshots:,} snapshots replay bit-identical"
+            of = f" of {self.all_steps:,}" if self.steps < self.all_steps else ""
+            found = f"{self.steps:,}{of} steps and {self.snapshots:,} snapshots replay bit-identical"
         elif self.first_loss is not None:
             step = self.first_loss.step
             found = f"{self.different_steps:,} of {self.steps:,} losses differ, first at step {step:,}"
@@ -58,7 +60,7 @@ class Verification(Shown):
 
     @property
     def is_exact(self) -> bool:
-        """Whether every loss and every snapshot is bit-identical, and all were readable."""
+        """Whether every loss and every snapshot that is kept is bit-identical, and all were readable."""
         return not (self.different_steps or self.states or self.problems)
 
 
@@ -79,7 +81,7 @@ def verify(
         RunError: a needed file is missing or unreadable.
     """
     run = opener.run
-    steps = run.newest_step()
+    steps, not_kept = run.newest_step(), run.facts.not_kept
     found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
     replayed = list(found) if steps else []
     damaged = [str(finding) for finding in run.findings()] + run.database_problems()
@@ -95,7 +97,9 @@ def verify(
         first_loss=firsts[0] if firsts else None,
         loss_distance=_loss_distance(run, firsts[0]) if firsts else None,
         snapshots=sum(each.compared for each in replayed),
-        all_snapshots=sum(0 < row.step <= steps for row in run.snapshot_rows()),
+        all_snapshots=sum(
+            0 < row.step <= steps and is_kept(row.step, not_kept) for row in run.snapshot_rows()
+        ),
         states=tuple(difference for each in replayed for difference in each.states),
         numerics=_other_numerics(run, replayed[0].numerics if replayed else None),
         problems=(*damaged, *dict.fromkeys(p for each in replayed for p in each.problems)),

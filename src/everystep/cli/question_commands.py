@@ -257,11 +257,12 @@ def first_nonfinite(
 
     Prints its inputs, and the rows of the batch behind them. Exits with 1 if all results are finite.
     """
-    from everystep.views.run_view import FINITE
+    from everystep.views.run_view import finite_text
 
-    found = everystep.open(run).first_nonfinite(processes=processes)
+    opened = everystep.open(run)
+    found = opened.first_nonfinite(processes=processes)
     if found is None:
-        say("null" if json else FINITE)
+        say("null" if json else finite_text(opened))
         raise typer.Exit(1)
     answer(found, json)
 

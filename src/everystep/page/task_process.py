@@ -32,7 +32,7 @@ from everystep.replay.processes import end_with_stdin
 from everystep.run import Run
 from everystep.views.plain import plain_data
 from everystep.views.progress import Silent
-from everystep.views.run_view import FINITE
+from everystep.views.run_view import finite_text
 
 __all__ = ["Voice", "do", "main"]
 
@@ -125,7 +125,7 @@ def _when(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
 def _first_nonfinite(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     found = run.first_nonfinite(progress=voice)
     if found is None:
-        return {"found": None, "text": FINITE}
+        return {"found": None, "text": finite_text(run)}
     return {"found": found.data(), "text": found.to_text()}
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import weakref
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +23,17 @@ import xxhash
 from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
 from everystep.recording.database import Database, Place, Repeat
+from everystep.recording.facts import NotKeptFacts
 from everystep.recording.files import bytes_of, open_own
+from everystep.recording.keep import Keep
+from everystep.recording.outlook import RECENT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
     "DEFAULT_BATCH_BUDGET",
+    "DRAW",
     "Given",
     "Inputs",
     "Repeats",
@@ -44,6 +49,8 @@ __all__ = [
 #: Bytes of batches and other inputs that a run may keep, by default.
 DEFAULT_BATCH_BUDGET = 2_000_000_000
 FOLDER = "batches"
+#: Prefix of the names of random generators before a batch was drawn: a resume needs them, no replay.
+DRAW = "draw/"
 #: The budget is divided into so many files.
 FILES = 16
 #: Rows of fewer bytes than this get no digests of their own.
@@ -96,6 +103,15 @@ class Inputs(NamedTuple):
     given: dict[str, Given]
     nesting: Any
     digests: dict[str, Any]
+
+    @property
+    def opens_with(self) -> dict[str, Given]:
+        """Those that opening the step needs."""
+        return {name: each for name, each in self.given.items() if not name.startswith(DRAW)}
+
+    def draws(self) -> Inputs:
+        """Return those alone that only a resume needs."""
+        return Inputs({n: each for n, each in self.given.items() if n.startswith(DRAW)}, None, {})
 
     def packed(self) -> bytes:
         """Return them as a run keeps them: see `inputs_of`."""
@@ -231,29 +247,55 @@ class Repeats:
         database: of the run.
         budget: maximum bytes of batches and other inputs.
         recorded: the newest step that the run has.
+        keep: which steps are kept, None for all.
+        is_kept: returns whether a step is kept; of others, only draws are written.
 
-    lost_to: the last step that needs dropped inputs.
+    lost_to: the last step that needs dropped inputs; recent: the bytes of new contents of the newest
+    steps.
     """
 
-    def __init__(self, directory: Path, database: Database, budget: float, recorded: int) -> None:
-        self.lost_to = 0
+    def __init__(
+        self,
+        directory: Path,
+        database: Database,
+        budget: float,
+        recorded: int,
+        keep: Keep | None = None,
+        is_kept: Callable[[int], bool] = lambda step: True,
+    ) -> None:
+        self.lost_to = self._bytes = 0
+        self.recent: deque[int] = deque(maxlen=RECENT)
         self._database = database
         self._folder = directory / FOLDER
         self._budget = budget
-        self._file: BinaryIO | None = None
+        self._recorded = recorded
+        self._keep = keep
+        self._is_kept = is_kept
+        #: The files that are being written: of draws, which may have to stay longer, and of the others.
+        self._open: dict[bool, tuple[int, BinaryIO]] = {}
         self._number = 0
         self._known: dict[bytes, int] = {}
         self._sizes: dict[int, int] = {}
         self._newest_step: dict[int, int] = {}
+        #: The step at which a file was begun, as far as known.
+        self._begun: dict[int, int] = {}
+        #: The first and the last step with draws in a file, where steps are given up.
+        self._draws: dict[int, tuple[int, int]] = {}
         self._rows: list[Place] = []
+        self._removed: list[int] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
         for digest, file, place, size in database.all_contents():
             self._known[digest] = file
             self._sizes[file] = max(self._sizes.get(file, 0), place + size)
-            self._newest_step[file] = recorded
             self._number = max(self._number, file)
+        if keep is None:
+            self._newest_step = dict.fromkeys(self._sizes, recorded)
+            return
+        for row in database.repeats(1):
+            for name, each in inputs_of(row.inputs, f"step {row.step}").given.items():
+                self._use(row.last, name, {self._known[d] for d in each.digests if d in self._known})
 
     def write(self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]]) -> None:
         """Write steps. compare: compares steps that the run already has, and returns the new ones.
@@ -265,7 +307,15 @@ class Repeats:
         found: list[Repeat] = []
         for row in rows:
             last = row.step + row.count - 1
-            given = {name: self._add_once(last, tensor) for name, tensor in row.inputs.items()}
+            if last > self._recorded and not self._is_kept(last):
+                draws = {name: each for name, each in row.inputs.items() if name.startswith(DRAW)}
+                if not draws:
+                    self.recent.append(0)
+                    continue
+                row = Taken(row.step, None, None, draws, None, 0, {}, row.count)
+            before = self._bytes
+            given = {name: self._add_once(last, name, each) for name, each in row.inputs.items()}
+            self.recent.append(self._bytes - before)
             inputs = self._packed_inputs(Inputs(given, row.nesting, row.digests))
             numbers = packed(row.numbers) if row.numbers else None
             now = Repeat(row.step, row.program, numbers, inputs, row.count)
@@ -278,20 +328,54 @@ class Repeats:
         new = compare(found)
         with self._database.transaction():
             lost_to = self.lost_to
-            self._commit_contents()
+            self._commit_contents(rows[-1].step)
             self._database.enter(new)
             if self.lost_to > lost_to:
                 self._database.write_facts({"batches_lost_to": self.lost_to})
+        self.remove_files()
+
+    @property
+    def size(self) -> int:
+        """The bytes of all contents on the disk."""
+        return sum(self._sizes.values())
 
     def move(self, directory: Path) -> None:
         """Write further files in another place: the run's directory was moved."""
         self._folder = directory / FOLDER
 
     def close(self) -> None:
-        """Close the file. Data that did not fit on the disk belongs to no recorded step."""
-        if self._file is not None:
+        """Close the files. Data that did not fit on the disk belongs to no recorded step."""
+        for _, file in self._open.values():
             with suppress(OSError):
-                self._file.close()
+                file.close()
+
+    def forget(self, not_kept: Sequence[NotKeptFacts], resumed: Sequence[tuple[int, int]]) -> None:
+        """Give up what repeats steps; to be called in a transaction, before `remove_files`.
+
+        not_kept: the steps; resumed: first and last steps of which a resume may need the draws.
+        """
+        for each in not_kept:
+            since = min((begin for begin, end in resumed if end >= each.first), default=each.last + 1)
+            for row in self._database.forget_repeats(each.first, each.last, since):
+                draws = inputs_of(row.inputs, f"step {row.step}").draws()
+                if draws.given and (row.step == 1 or row.step >= since):
+                    kept = row._replace(program=None, numbers=None, inputs=draws.packed())
+                    self._database.enter([kept])
+        written = {number for number, _ in self._open.values()}
+        self._drop([file for file in self._sizes.keys() - written if not self._is_needed(file, resumed)])
+
+    def _is_needed(self, file: int, resumed: Sequence[tuple[int, int]]) -> bool:
+        first, last = self._draws.get(file, (0, 0))
+        # Workers that stay from epoch to epoch were started with the first draw.
+        if first == 1 or any(begin <= last and first <= end for begin, end in resumed if last):
+            return True
+        return file in self._newest_step and self._is_kept(self._newest_step[file])
+
+    def remove_files(self) -> None:
+        """Remove the files that were given up, once the database does not name them."""
+        for file in self._removed:
+            (self._folder / f"{file}.bin").unlink(missing_ok=True)
+        self._removed = []
 
     def _packed_inputs(self, inputs: Inputs) -> bytes:
         """Return the inputs of a step in database form; pack repeated ones only once."""
@@ -300,49 +384,88 @@ class Repeats:
             self._packed_key, self._packed = key, inputs.packed()
         return self._packed
 
-    def _commit_contents(self) -> None:
-        """Enter the contents that were added since the last time; to be called in a transaction."""
-        if self._file is not None:
-            self._file.flush()
+    def _commit_contents(self, step: int) -> None:
+        """Enter the contents that were added since the last time; to be called in a transaction.
+
+        step: the last one.
+        """
+        for is_draw, (number, file) in [*self._open.items()]:
+            file.flush()
+            first = self._begun[number]
+            is_old = self._keep is not None and step - first >= self._keep.chunk
+            is_first = is_draw and first == 1  # which stays
+            if is_old or is_first or self._sizes[number] >= self._budget / FILES:
+                file.close()
+                del self._open[is_draw]
         self._database.enter(self._rows)
         self._rows = []
         self._given = {place: each for place, each in self._given.items() if each[0]() is not None}
-        if self._file is not None and self._sizes[self._number] >= self._budget / FILES:
-            self._file.close()
-            self._file = None
-        while sum(self._sizes.values()) > self._budget and len(self._sizes) > 1:
-            self._give_up(min(self._sizes))
+        while self.size > self._budget and (
+            closed := self._sizes.keys() - {self._number, *(number for number, _ in self._open.values())}
+        ):
+            oldest = min(closed, key=lambda file: (file in self._draws, file))
+            self.lost_to = max(self.lost_to, self._newest_step.get(oldest, 0))
+            self._drop([oldest])
 
-    def _add_once(self, step: int, tensor: Tensor) -> Given:
+    def _add_once(self, step: int, name: str, tensor: Tensor) -> Given:
         """Add a tensor; skip one that was added before and is still alive."""
         known = self._given.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[2] <= self._sizes.keys():
-            for file in known[2]:
-                self._newest_step[file] = step
+        if known is not None and known[0]() is tensor and self._are_fresh(known[2], step):
+            self._use(step, name, known[2])
             return known[1]
         given, pieces = _given_and_pieces(tensor)
+        is_draw = self._is_draw(name)
+        may_be_old = is_draw or self._keep is None
         for digest, piece in zip(given.digests, pieces, strict=True):
-            if digest not in self._known:
-                self._write(digest, piece)
-            self._newest_step[self._known[digest]] = step
-        files = {self._known[digest] for digest in given.digests}
-        self._given[id(tensor)] = weakref.ref(tensor), given, files
+            file = self._known.get(digest)
+            is_known = file is not None and (may_be_old or self._are_fresh({file}, step))
+            if not is_known and step > self._recorded:
+                self._write(step, is_draw, digest, piece)
+        files = {self._known[digest] for digest in given.digests if digest in self._known}
+        self._use(step, name, files)
+        if self._known.keys() >= {*given.digests}:
+            self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
 
-    def _write(self, digest: bytes, piece: Any) -> None:
-        if self._file is None:
+    def _are_fresh(self, files: set[int], step: int) -> bool:
+        """Return whether steps may refer to files; old ones could not be given up then."""
+        newest = self._keep and self._keep.newest
+        are_old = newest is not None and any(step - self._begun.get(each, 0) > newest for each in files)
+        return files <= self._sizes.keys() and not are_old
+
+    def _is_draw(self, name: str) -> bool:
+        return self._keep is not None and name.startswith(DRAW)
+
+    def _use(self, step: int, name: str, files: set[int]) -> None:
+        """Note that a step has an input in files."""
+        for file in files:
+            if self._is_draw(name):
+                self._draws[file] = self._draws.get(file, (step, step))[0], step
+            else:
+                self._newest_step[file] = step
+
+    def _write(self, step: int, is_draw: bool, digest: bytes, piece: Any) -> None:
+        if is_draw not in self._open:
             self._number += 1
             self._folder.mkdir(exist_ok=True)
-            self._file = (self._folder / f"{self._number}.bin").open("wb")
+            opened = (self._folder / f"{self._number}.bin").open("wb")
+            self._open[is_draw] = self._number, opened
+            self._begun[self._number] = step
             self._sizes[self._number] = 0
-        self._rows.append(Place(digest, self._number, self._sizes[self._number], piece.nbytes))
-        self._file.write(piece.data)
-        self._sizes[self._number] += piece.nbytes
-        self._known[digest] = self._number
+        number, file = self._open[is_draw]
+        self._rows.append(Place(digest, number, self._sizes[number], piece.nbytes))
+        file.write(piece.data)
+        self._sizes[number] += piece.nbytes
+        self._bytes += piece.nbytes
+        self._known[digest] = number
 
-    def _give_up(self, file: int) -> None:
-        self.lost_to = max(self.lost_to, self._newest_step.pop(file, 0))
-        del self._sizes[file]
-        self._known = {digest: place for digest, place in self._known.items() if place != file}
-        self._database.remove_contents(file)
-        (self._folder / f"{file}.bin").unlink(missing_ok=True)
+    def _drop(self, files: Sequence[int]) -> None:
+        """Give up the contents in files."""
+        for file in files:
+            del self._sizes[file]
+            self._begun.pop(file, None)
+            self._newest_step.pop(file, None)
+            self._draws.pop(file, None)
+            self._database.remove_contents(file)
+        self._known = {digest: file for digest, file in self._known.items() if file in self._sizes}
+        self._removed += files

@@ -103,6 +103,8 @@ class Continuation:
     def _compare(self, row: Repeat, before: Repeat) -> None:
         """Compare the batch; of other inputs, those that both have: a watch in full has fewer."""
         now, known = (inputs_of(each.inputs, f"step {row.step}") for each in (row, before))
+        if before.program is None and known == known.draws():  # the step was not kept
+            return
         both = now.given.keys() & known.given.keys()
         others = [name for name in both if now.given[name] != known.given[name]]
         if now.nesting != known.nesting or any(name.startswith("batch/") for name in others):
@@ -211,9 +213,13 @@ def inherit(
     }
     if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
         kept["nonfinite_step"] = facts.nonfinite_step
+    kept["not_kept"] = tuple(
+        each.model_copy(update={"last": min(each.last, at)})
+        for each in facts.not_kept
+        if each.first <= at
+    )
     if facts.batches_lost_to is not None:
         kept["batches_lost_to"] = min(facts.batches_lost_to, at)
-    plan.pinned = {0} | {each.last for each in earlier}
     return kept
 
 

@@ -179,6 +179,18 @@ class Database(Blocks):
         """Delete all contents of a file, before it is removed."""
         self.connection.execute("DELETE FROM contents WHERE file = ?", (file,))
 
+    def forget_repeats(self, first: int, last: int, since: int) -> list[Repeat]:
+        """Delete what repeats steps `first` to `last`; return the rows of those that had a program.
+
+        Rows without one stay from step `since` on, and that of step 1.
+        """
+        of_steps = "FROM repeats WHERE step >= ? AND step + count - 1 <= ? AND "
+        found = self.rows(Repeat, f"SELECT * {of_steps} program IS NOT NULL", first, last)
+        self.connection.execute(
+            f"DELETE {of_steps} (program IS NOT NULL OR step BETWEEN 2 AND ?)", (first, last, since - 1)
+        )
+        return found
+
     def forget_after(self, step: int) -> list[str]:
         """Delete losses, measurements and changes of later steps; return the files to remove."""
         self.forget_numbers_after(step)

@@ -44,6 +44,7 @@ __all__ = [
     "LossFacts",
     "MeasuredFacts",
     "ModuleFacts",
+    "NotKeptFacts",
     "OptimizerFacts",
     "ResumeFacts",
     "SchedulerFacts",
@@ -363,6 +364,14 @@ class WriterFacts(_Fact):
     since: Time
 
 
+class NotKeptFacts(_Fact):
+    """Steps `first` to `last`, which do not open: the recording was asked to `keep` others."""
+
+    first: Whole
+    last: Whole
+    keep: str
+
+
 class MeasuredFacts(_Fact):
     """A measurement made in hindsight."""
 
@@ -375,10 +384,11 @@ class Facts(_Fact):
 
     status: as the writer left it; "running" without the writer's lock means that it was killed. steps:
     planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
-    batches_lost_to: the last step with dropped inputs; config, tags: those that the user gave; measured:
-    in hindsight, by name; note: of the user, in one line; earlier: facts of the steps of a fork's
-    parent, and of those before each resume, in the order of the steps; resumed: each time; writer: the
-    process that last wrote; trained: see `training`.
+    batches_lost_to: the last step with dropped inputs; keep: which steps the recording was asked to
+    keep; not_kept: the others, taken or not; config, tags: those that the user gave; measured: in
+    hindsight, by name; note: of the user, in one line; earlier: facts of the steps of a fork's parent,
+    and of those before each resume, in the order of the steps; resumed: each time; writer: the process
+    that last wrote; trained: see `training`.
     """
 
     name: str | None = None
@@ -391,6 +401,8 @@ class Facts(_Fact):
     loss_dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
     nonfinite_step: Whole | None = None
     batches_lost_to: Whole | None = None
+    keep: str | None = None
+    not_kept: tuple[NotKeptFacts, ...] = ()
     config: Settings = {}
     tags: Annotated[tuple[Tag, ...], Field(max_length=MOST_TAGS)] = ()
     measured: dict[str, MeasuredFacts] = {}
@@ -414,6 +426,21 @@ class Facts(_Fact):
                 "its database is damaged; everystep doctor reports which"
             )
         return self.trained
+
+    @property
+    def begins(self) -> set[int]:
+        """The states with which the steps after them begin: on disk, whatever the budget."""
+        firsts = {each.first for each in self.not_kept}
+        windows = {each.last for each in self.not_kept if each.last + 1 not in firsts}
+        return {0, *(each.last for each in self.earlier), *windows}
+
+    def kept(self, last: int) -> list[tuple[int, int]]:
+        """Return the ranges of the steps up to `last` that are kept."""
+        found, begin = [], 1
+        for each in sorted(self.not_kept, key=lambda each: each.first):
+            found.append((begin, min(each.first - 1, last)))
+            begin = max(begin, each.last + 1)
+        return [(one, two) for one, two in (*found, (begin, last)) if one <= two]
 
     def training_of(self, step: int) -> TrainingFacts:
         """How a step was trained: one before a fork began by the rules of its parent.

@@ -52,15 +52,18 @@ def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> P
         facts, newest = database.facts(), database.newest_step()
         kept = {row.step: row.size for row in database.snapshots()}
         whole = sum(kept.values())
-        pinned = {0} | {each.last for each in facts.earlier}
         # The first state behind what is lost: from there, steps open without it.
-        pinned |= set(sorted(step for step in kept if lost and step >= lost)[:1])
+        pinned = facts.begins | set(sorted(step for step in kept if lost and step >= lost)[:1])
         plan = SnapshotPlan(whole if snapshots is None else snapshots, 1, dict(kept), pinned)
         states = plan.thin()
     left = sorted(plan.kept)
     lost = max(lost, facts.batches_lost_to or 0)
     behind = [step for step in left if step >= lost and step < newest]
-    gaps = [two - one for one, two in pairwise([*left, newest])]
+    gaps = [
+        min(two, last) - max(one, first - 1)
+        for one, two in pairwise([*left, newest])
+        for first, last in facts.kept(newest)
+    ]
     return Pruning(
         states=tuple(states),
         files=tuple(files),
@@ -118,7 +121,7 @@ def _files_to_drop(
     gone = {place.digest for place in places if place.file in dropped}
     lost = 0
     for row in database.repeats(1):
-        given = inputs_of(row.inputs, f"step {row.step} of {directory}").given.values()
+        given = inputs_of(row.inputs, f"step {row.step} of {directory}").opens_with.values()
         if any(digest in gone for each in given for digest in each.digests):
             lost = row.last
     return dropped, lost, sum(sizes[each] for each in dropped)

@@ -23,8 +23,9 @@ from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Repeats, Taken
 from everystep.recording.continuation import Continuation, inherit, tidy
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut
 from everystep.recording.directories import GoneError, Home
-from everystep.recording.facts import Facts
+from everystep.recording.facts import EarlierFacts, Facts, NotKeptFacts
 from everystep.recording.files import (
+    CHANGES,
     DATA_FILE,
     DATA_LIMIT,
     PROGRAMS,
@@ -36,9 +37,11 @@ from everystep.recording.files import (
     write_data,
     write_whole,
 )
+from everystep.recording.keep import Keep, is_kept
 from everystep.recording.lock import locked, writer_here
+from everystep.recording.outlook import Ahead, Outlook
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.snapshots import SnapshotPlan, write_snapshot
+from everystep.recording.snapshots import SnapshotPlan, read_snapshot, write_snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,11 +89,13 @@ class Recorder:
         beginning: that state as the fork has it: written together with the inherited data, all or
             nothing, because no other snapshot has the fork's settings.
         batch_budget: maximum bytes of batches and other inputs of steps.
+        keep: which steps can be opened afterwards; None: all.
         is_resumed: the run exists, and its training continues from state `at`, which is on disk; steps
             that the run already has are compared, not written (see `Continuation`).
 
     plan: when to take snapshots; recorded: the newest step that the run had when it was resumed, 0 for a
-    new run; program_count: how many programs the run has, those of before included.
+    new run; is_estimated: whether what it will take was reported; program_count: how many programs the
+    run has, those of before included.
     The next `check`, and `finish`, raise errors of the thread.
     """
 
@@ -105,11 +110,21 @@ class Recorder:
         is_resumed: bool = False,
         texts: Mapping[str, str] = MappingProxyType({}),
         beginning: State | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self.recorded = self.program_count = 0
+        self.is_estimated = False
         self._bytes_asked = self._bytes_written = 0
         self._home = Home(directory)
-        self.plan = SnapshotPlan(budget)
+        self.plan = SnapshotPlan(budget, is_kept=self._is_kept)
+        self._batch_budget, self._keep = batch_budget, keep
+        self._not_kept: tuple[NotKeptFacts, ...] = ()
+        self._given_up_to = 0
+        self._earlier: tuple[EarlierFacts, ...] = ()
+        #: The first step of the call of `steps` that a snapshot is in: a resume draws from there on.
+        self._call_begins: dict[int, int] = {}
+        if keep is not None and keep.newest is not None:
+            self.plan.longest = 2 ** math.ceil(math.log2(keep.newest))
         self._snapshot_seconds = 0.0
         self._snapshot_bytes = 0
         self._last_step = self._passed = at
@@ -142,7 +157,8 @@ class Recorder:
                     self._resume(facts)
                 else:
                     self._begin(facts, parent, at, beginning)
-                self._repeats = Repeats(self._home.here, self._database, batch_budget, self._last_step)
+                given = batch_budget, self._last_step, keep, self._is_kept
+                self._repeats = Repeats(self._home.here, self._database, *given)
                 closing.callback(self._repeats.close)
             except OSError as error:
                 raise self._translated(error, at if is_resumed else 0) from error
@@ -175,7 +191,7 @@ class Recorder:
 
         gone: the names of removed tensors.
         """
-        if step >= self.recorded:
+        if step >= self.recorded and self._is_kept(step + 1):
             row = write_change(self._home.here, step, Change(tensors, [*gone]))
             with self._database.transaction():
                 self._database.enter([row])
@@ -220,6 +236,26 @@ class Recorder:
         """
         self._bytes_asked += sum(row.bytes for row in taken)
         self._write_steps(first_step, losses, measured, facts, taken)
+
+    @_in_thread
+    def estimate(self, ahead: Ahead) -> None:
+        """Report, once, what the run is going to take, if that is much. ahead: the steps to come."""
+        recent, sizes = self._repeats.recent, self.plan.kept
+        if self.is_estimated or not recent or not sizes:
+            return
+        notice = Outlook(
+            steps=self._last_step,
+            batches=self._repeats.size,
+            rate=sum(recent) / len(recent),
+            state=sizes[max(sizes)],
+            interval=self.plan.interval,
+            snapshot_budget=self.plan.budget,
+            batch_budget=self._batch_budget,
+            keep=self._keep,
+        ).notice(ahead)
+        if notice is not None:
+            self.is_estimated = True
+            say(notice)
 
     def snapshot(self, state: State) -> None:
         """Write a state."""
@@ -339,7 +375,10 @@ class Recorder:
                 database.enter(row.files)
                 self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
-            database.write_facts(first | inherited | facts.rows())
+            kept = self._begin_keeping(inherited.get("not_kept", ()), at)
+            database.write_facts(first | inherited | facts.rows() | kept)
+            self._earlier = inherited.get("earlier", ())
+            self._pin()
         self._count_programs()
 
     def _resume(self, facts: Facts) -> None:
@@ -348,16 +387,66 @@ class Recorder:
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
         tidy(self._home.here, self._database, recorded, self._last_step)
-        self._again = Continuation(self._home.here, self._database, facts.rows())
+        before = self._database.facts()
+        kept = self._begin_keeping(before.not_kept, recorded)
+        self._again = Continuation(self._home.here, self._database, facts.rows() | kept)
         self.recorded = self._last_step = self._again.recorded
         self.plan.kept = {row.step: row.size for row in self._database.snapshots()}
-        earlier = (*self._database.facts().earlier, *facts.earlier)
-        self.plan.pinned = {0} | {each.last for each in earlier}
+        self._earlier = *before.earlier, *facts.earlier
+        self._pin()
         self._count_programs()
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
             said = {"config": facts.config, "tags": facts.tags}
             self._database.write_facts(known | {name: value for name, value in said.items() if value})
+
+    def _begin_keeping(self, known: Sequence[NotKeptFacts], at: int) -> dict[str, Any]:
+        """Note which steps after `at` are not kept, as far as known; return the facts of it by name."""
+        keep = self._keep or Keep("all steps")
+        self._not_kept = keep.not_kept(known, at)
+        text = None if self._keep is None else keep.text
+        return {"keep": text, "not_kept": self._not_kept} if text or self._not_kept else {}
+
+    def _pin(self) -> None:
+        """Keep the states with which a stretch begins, or steps that are kept."""
+        self.plan.pinned = Facts(earlier=self._earlier, not_kept=self._not_kept).begins
+
+    def _is_kept(self, step: int) -> bool:
+        return is_kept(step, self._not_kept)
+
+    def _give_up_old(self) -> None:
+        """Give up the steps that are not to be kept, a chunk of them at a time.
+
+        What a resume needs stays: the two newest snapshots, and the draws of the calls that they are in.
+        """
+        keep, last = self._keep, self._last_step
+        if keep is None or self._again is not None:
+            return
+        if keep.newest is not None:  # up to a snapshot, with which the others begin
+            last = max((step for step in self.plan.kept if step <= last - keep.newest), default=0)
+        if last - self._given_up_to < keep.chunk:
+            return
+        self._given_up_to = last
+        if keep.newest is not None:
+            self._not_kept = keep.without(self._not_kept, last)
+            self._pin()
+        states = self.plan.thin()
+        for row in self._database.snapshots():
+            if row.step in self.plan.kept.keys() - self._call_begins:  # of before a resume
+                with suppress(RunError):
+                    self._note_call(read_snapshot(self._home.here, row))
+        resumed = [(self._call_begins.get(step, 1), step) for step in self.plan.kept]
+        resumed.append((max(self.plan.kept) + 1, MOST_STEPS))
+        with self._database.transaction():
+            self._repeats.forget(self._not_kept, resumed)
+            rows = self._database.files(f"{CHANGES}/*")
+            changes = [row.name for row in rows if not self._is_kept((row.step or 0) + 1)]
+            self._database.remove_files(changes)
+            self._database.write_facts({"not_kept": self._not_kept})
+        self._repeats.remove_files()
+        for name in changes:
+            (self._home.here / name).unlink(missing_ok=True)
+        self._remove_snapshots(states)
 
     def _count_programs(self) -> None:
         numbers = [path.stem for path in (self._home.here / PROGRAMS).glob("*.json")]
@@ -439,6 +528,7 @@ class Recorder:
         if losses[new:]:
             self._last_step = first_step + len(losses) - 1
             self._written.put((first_step + new, losses[new:]))
+        self._give_up_old()
 
     def _new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
         """Return the rows of steps that the run does not have."""
@@ -473,11 +563,13 @@ class Recorder:
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow
 
-        if state.step < self.recorded or state.step in self.plan.kept:
+        is_missing = state.step >= self.recorded or state.step in self.plan.pinned
+        if not is_missing or state.step in self.plan.kept:
             self._snapshots_written += 1
             return
         started, began = clock.worked(), clock.now()
         row = write_snapshot(self._home.here / SNAPSHOTS, state)
+        self._note_call(state)
         given_up = self.plan.add(row.step, row.size)
         with self._database.transaction():
             self._database.enter(row.files)
@@ -487,6 +579,10 @@ class Recorder:
             self._snapshot_seconds = clock.now() - began
         self._snapshot_bytes = row.size
         self._snapshots_written += 1
+
+    def _note_call(self, state: State) -> None:
+        taken = (state.settings.get("place") or {}).get("taken", 0)
+        self._call_begins[state.step] = state.step - taken + 1
 
     def _remove_snapshots(self, steps: list[int]) -> None:
         if steps:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -164,14 +165,20 @@ class SnapshotPlan:
 
     Snapshots are at multiples of the interval, a power of two, so that any two runs share the steps of
     the sparser one. The interval starts where a jump costs up to `REPLAY_SECONDS`, or more if snapshots
-    would cost more than `TIME_SHARE` of the training, and doubles whenever the budget is full. State 0,
-    the newest, and those in `pinned` are always kept.
+    would cost more than `TIME_SHARE` of the training, and doubles whenever the budget is full, up to
+    `longest`. State 0, the newest, those in `pinned`, and `begin` are always kept.
+
+    begin: the state with which steps begin to open after batches were lost; is_kept: returns whether a
+    step is kept: of the states before others, only the two newest stay, with which a resume begins.
     """
 
     budget: int
     interval: int | None = None
     kept: dict[int, int] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=lambda: {0})
+    begin: int = 0
+    longest: float = math.inf
+    is_kept: Callable[[int], bool] = lambda step: True
 
     def choose_interval(self, step_seconds: float, snapshot_seconds: float) -> None:
         """Choose the first interval from the measured times of a step and of a snapshot."""
@@ -194,17 +201,24 @@ class SnapshotPlan:
     def thin(self) -> list[int]:
         """Return the steps of snapshots to delete to keep within the budget, and forget them."""
         given_up = self._take_out_between()
-        while sum(self.kept.values()) > self.budget and self.kept.keys() - self.pinned - {
-            max(self.kept)
-        }:
+        while (
+            sum(self.kept.values()) > self.budget
+            and self.kept.keys() - self.pinned - {self.begin, max(self.kept)}
+            and 2 * (self.interval or 1) <= self.longest
+        ):
             self.interval = 2 * (self.interval or 1)
             given_up += self._take_out_between()
         return given_up
 
     def _take_out_between(self) -> list[int]:
         """Remove snapshots off the interval, except those that are always kept."""
-        newest, interval = max(self.kept), self.interval or 1
-        off = [s for s in self.kept if s != newest and s not in self.pinned and s % interval]
+        newest, interval = sorted(self.kept)[-2:], self.interval or 1
+        always = {*self.pinned, self.begin, newest[-1]}
+        off = [
+            step
+            for step in self.kept
+            if step not in always and (step % interval or not (step in newest or self.is_kept(step + 1)))
+        ]
         for step in off:
             del self.kept[step]
         return off

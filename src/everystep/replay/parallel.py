@@ -128,19 +128,21 @@ class Visitor:
 
 
 def spans(run: RecordedRun, first: int, last: int, *, are_long: bool = False) -> list[Span]:
-    """Return the spans that cover steps `first` to `last`.
+    """Return the spans that cover steps `first` to `last`, except those that were not kept.
 
     are_long: `SPANS_EACH` for each core, if there are more, for visitors that need the step before each
     span, and so must replay the span before.
     """
-    stretches = run.stretches
+    stretches, kept = run.stretches, run.facts.kept(last)
     ends = [row.step for row in run.snapshot_rows() if first <= row.step < last]
     size = -(-len(ends) // (SPANS_EACH * cores())) if are_long else 1
     begins = {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
-    between = sorted({*ends[:: max(1, size)], *begins})
+    between = {*ends[:: max(1, size)], *begins}
     found = []
-    for begin, end in zip([first - 1, *between], [*between, last], strict=True):
-        found.append(Span(begin + 1, end, stretch_at(stretches, begin + 1)))
+    for one, two in ((max(one, first), two) for one, two in kept if two >= first):
+        within = sorted(end for end in between if one <= end < two)
+        for begin, end in zip([one - 1, *within], [*within, two], strict=True):
+            found.append(Span(begin + 1, end, stretch_at(stretches, begin + 1)))
     return found
 
 

@@ -27,7 +27,7 @@ Values = dict[Reference, Tensor]
 
 
 def check_question(expression: Expression, opener: Opener) -> None:
-    """Check the names in an expression against the first step of a run.
+    """Check the names in an expression against the first step that a run keeps.
 
     Raises:
         ExpressionError: a name does not exist, or rows and tensors of the step before are asked for.
@@ -38,7 +38,7 @@ def check_question(expression: Expression, opener: Opener) -> None:
     if has_rows and before:
         raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
     replay = opener.replay_here()
-    step = replay.step(1)
+    step = replay.step(next((first for first, _ in replay.run.facts.kept(replay.run.newest_step())), 1))
     activations = replay.stepper.module_paths()
     expression.check(
         {

@@ -24,6 +24,7 @@ from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs, Taken, inputs_of, unpacked
 from everystep.recording.database import Repeat, cut
 from everystep.recording.files import program_file
+from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.recorded_batches import batches_of
 
@@ -33,6 +34,7 @@ __all__ = [
     "NotReplayedError",
     "RecordedSteps",
     "StepsAtRate",
+    "check_kept",
     "read_program",
 ]
 
@@ -103,6 +105,7 @@ class RecordedSteps:
             steps = ((row, row.step + place) for row in rows for place in range(row.count))
             self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
         if number not in self._rows:
+            check_kept(self.run, number)
             raise NotReplayedError(
                 f"{self.run.name} has no record of step {number}: the database was changed"
             )
@@ -120,6 +123,7 @@ class RecordedSteps:
             NotReplayedError: it has none, or it cannot be read.
         """
         if row.program is None:
+            check_kept(self.run, row.step)
             raise NotReplayedError(
                 f"step {row.step} of {self.run.name} cannot be replayed: it did something that a "
                 "program cannot hold, as a notice reported when it was recorded"
@@ -206,9 +210,10 @@ class RecordedSteps:
             NotReplayedError: one was dropped, or cannot be read.
         """
         found = {}
+        wanted = self.given(row).opens_with
         with _reading():
-            self._read(self.given(row).given.values())
-        for name, given in self.given(row).given.items():
+            self._read(wanted.values())
+        for name, given in wanted.items():
             pieces = [self._pieces[digest] for digest in given.digests if digest in self._pieces]
             if len(pieces) < len(given.digests):
                 raise NotReplayedError(
@@ -237,7 +242,7 @@ class RecordedSteps:
             for row in rows:
                 if sum(map(_size, given)) > AHEAD_BYTES:
                     break
-                given += self.given(row).given.values()
+                given += self.given(row).opens_with.values()
             self._read(given)
 
     def forget_ahead(self) -> None:
@@ -411,6 +416,21 @@ class FurtherSteps(StepsAtRate):
         made = row._replace(inputs=Inputs(given, inputs.nesting, {}).packed())
         tensors = self.stored(made) if given else {}
         return made, Taken(row.step, row.program, self.numbers(row), tensors, inputs.nesting, 0, {})
+
+
+def check_kept(run: RecordedRun, step: int) -> None:
+    """Check that the recording was to keep a step.
+
+    Raises:
+        NotReplayedError: it was not.
+    """
+    facts = run.facts
+    for each in facts.not_kept:
+        if each.first <= step <= each.last:
+            raise NotReplayedError(
+                f"step {step:,} of {run.name} was not kept (keep: {each.keep}); "
+                f"{kept_text(facts, run.newest_step())}, and the losses of all steps"
+            )
 
 
 def read_program(run: RecordedRun, number: int) -> Program:

@@ -21,7 +21,7 @@ from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
 from everystep.replay.recorded_batches import rule_of
-from everystep.replay.recorded_steps import RecordedSteps
+from everystep.replay.recorded_steps import RecordedSteps, check_kept
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
@@ -86,6 +86,7 @@ class Replay:
             self._opened.move_to_end(number)
             return self._opened[number]
         self.recorded_loss(number)
+        check_kept(self.run, number)
         with self.in_force(number):
             self._go_to_start_of(number)
             step = self.next_step()
@@ -107,6 +108,7 @@ class Replay:
                 return state
         if number:
             self.recorded_loss(number)
+            check_kept(self.run, number)
         with self.in_force(max(number, 1)):
             return self.go_to(number).capture()
 

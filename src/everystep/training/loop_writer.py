@@ -15,6 +15,8 @@ from everystep import numerics
 from everystep.errors import say
 from everystep.recording.continuation import shortened
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
+from everystep.recording.keep import Keep
+from everystep.recording.outlook import RECENT
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
 from everystep.step.parts_state import PartsState, Rest
@@ -45,7 +47,7 @@ class LoopWriter(RunWriter):
         directory: of the run; empty unless it is resumed.
         parts: what the loop carries.
         place: where it is in its batches.
-        snapshot_budget, batch_budget: bytes that the run may keep.
+        snapshot_budget, batch_budget: bytes that the run may keep; keep: the steps, None for all.
         advanced: called with a step that was written, and the losses from it on.
         resumed: where a run continues, None for a new one.
         said: facts that the user gave.
@@ -61,6 +63,7 @@ class LoopWriter(RunWriter):
         place: LoaderPosition,
         snapshot_budget: int,
         batch_budget: float,
+        keep: Keep | None,
         advanced: Callable[[int, Sequence[float]], None] | None,
         resumed: ResumedLoop | None = None,
         *,
@@ -77,7 +80,7 @@ class LoopWriter(RunWriter):
             beginning = parts.snapshot(0)
             trained = facts_of_loop(self.parts, LoopFacts.of(self.parts.named))
             facts = Facts(name=directory.name, started=now(), steps=0, trained=trained, **said)
-            recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
+            recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget, keep=keep)
             recorder.snapshot(beginning)
             super().__init__(recorder, 0, say, advanced)
             self.has_loss, self._loss_dtype, self._later = False, "float64", None
@@ -85,7 +88,7 @@ class LoopWriter(RunWriter):
             at, budget = resumed.state.step, snapshot_budget
             facts = resumed.facts.model_copy(update=dict(said))
             recorder = Recorder(
-                directory, facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
+                directory, facts, budget, at=at, batch_budget=batch_budget, keep=keep, is_resumed=True
             )
             before = facts.resumed[-1].seconds if facts.resumed else 0.0
             is_finite = resumed.is_finite
@@ -117,6 +120,10 @@ class LoopWriter(RunWriter):
         if self.is_snapshot_due():
             self._pending = self._snapshot()
         self.flush_if_due()
+        taken = self.step - self.start
+        if taken >= RECENT and not taken & (taken - 1) and not self.recorder.is_estimated:
+            self.flush()
+            self.recorder.estimate(self._place.ahead(self.step))
 
     def keep(self) -> None:
         """Keep the state after the last step."""

@@ -20,6 +20,7 @@ from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.program.operation import path_faults
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import check_measurement_names
+from everystep.recording.keep import Keep
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.recorder import Recorder
 from everystep.step.cursor import Cursor
@@ -59,6 +60,7 @@ class Recording(Generic[R]):
         runs: Path,
         snapshot_budget: int,
         batch_budget: float,
+        keep: Keep | None,
         open_run: Callable[[Path], R],
         advanced: Callable[[int, Sequence[float]], None] | None = None,
         *,
@@ -84,7 +86,7 @@ class Recording(Generic[R]):
         self._earlier: RecordedRun | None = None
         self._is_stopping = False
         self._directories = directory, runs
-        self._budgets = snapshot_budget, batch_budget
+        self._budgets = snapshot_budget, batch_budget, keep
         self._writer: LoopWriter | None = None
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()

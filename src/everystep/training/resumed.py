@@ -24,7 +24,7 @@ from everystep.step.parts import Parts
 from everystep.step.state import State
 from everystep.training.batch import tensors_of
 from everystep.training.description import facts_of_loop
-from everystep.training.loader_position import DRAW, Drawn, Epoch, Recorded
+from everystep.training.loader_position import Drawn, Epoch, Recorded
 
 __all__ = [
     "ResumedLoop",
@@ -290,8 +290,7 @@ def _drawn(run: RecordedRun, step: int) -> Drawn:
     """
     rows = run.repeats(step, step)
     inputs = inputs_of(rows[0].inputs if rows else None, f"the input of step {step}")
-    draws = {name: each for name, each in inputs.given.items() if name.startswith(DRAW)}
-    generators = run.contents(draws)
+    generators = run.contents(inputs.draws().given)
     if any(tensor is None for tensor in generators.values()):
         raise RunError(
             f"{run.name} cannot find its place in the batches: what those up to step {step} were drawn "

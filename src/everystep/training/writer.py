@@ -125,10 +125,10 @@ class RunWriter:
         if recorder.lost_to > self._lost_to:
             # Old batches were dropped: everything from here must open without them.
             self._lost_to = recorder.lost_to
-            recorder.plan.pinned = {0, self.step}
+            recorder.plan.begin = self.step
             return True
         is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
-        return is_due or self.step == recorder.recorded
+        return is_due or self.step == recorder.recorded or self.step in recorder.plan.pinned
 
     def flush_if_due(self) -> None:
         """Flush if the last time is long enough ago."""

@@ -21,6 +21,7 @@ from everystep.recording.facts import (
     ResumeFacts,
     TrainingFacts,
 )
+from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.settings_diff import flat
 from everystep.recording.texts import (
@@ -131,6 +132,8 @@ def engine_text(facts: Facts) -> str:
             if lost
             else ""
         )
+        if facts.not_kept:
+            missing += f"; {kept_text(facts, facts.steps or 0)} (keep: {facts.not_kept[-1].keep})"
         kept = f"its operations are in {counted(loop.programs, 'program')}{missing}"
         if loop.function is None:
             return f"by your own loop; {kept}"

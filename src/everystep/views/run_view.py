@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import shortest
 from everystep.views.comparisons import (
@@ -37,14 +38,12 @@ if TYPE_CHECKING:
     from everystep.answers.measure import Measured
     from everystep.answers.nonfinite import NonFinite
     from everystep.answers.verify import Verification
+    from everystep.recording.facts import Facts
     from everystep.replay.opened_step import Step
     from everystep.replay.recorded_columns import Found
     from everystep.replay.what_if import Case, WhatIf
 
-__all__ = ["FINITE", "RunView", "skipped_text", "when_text"]
-
-#: The text if there is no NaN and no infinity.
-FINITE = "all results of all operations are finite"
+__all__ = ["RunView", "finite_text", "skipped_text", "when_text"]
 
 #: A long answer scrolls. Colours are those of the notebook, and only emphasis is added.
 _HTML = '<pre style="overflow: auto; max-height: 40em; line-height: 1.35; background: none">{code}</pre>'
@@ -99,33 +98,39 @@ def _verify_text(found: Verification, view: RunView) -> str:
     lines = [
         ("recorded", engine_text(facts)),
         ("numerics", numerics and f"recorded with {numerics}"),
-        ("replayed", _replayed_text(found)),
+        ("replayed", _replayed_text(found, facts)),
         (
             "losses",
-            _losses_text(found) if facts.has_loss else "not logged; only the states are compared",
+            _losses_text(found, facts) if facts.has_loss else "not logged; only the states are compared",
         ),
         ("snapshots", _snapshots_text(found)),
         *(("problem", problem) for problem in found.problems),
     ]
     verdict = "replays bit for bit" if found.is_exact else "does not replay bit for bit"
-    return block(lines, f"{view.run.name} {verdict}")
+    what = f"what {view.run.name} keeps" if facts.not_kept else view.run.name
+    return block(lines, f"{what} {verdict}")
 
 
-def _replayed_text(found: Verification) -> str:
+def _replayed_text(found: Verification, facts: Facts) -> str:
     if not found.all_steps:
         return "nothing: the run has no steps"
     threads = ", ".join(
         f"{counted(steps, 'step')} with {counted(count, 'thread')}"
         for count, steps in sorted(found.threads.items())
     )
-    missing = found.all_steps - found.steps
+    missing = _kept(found, facts) - found.steps
     left_out = f"; {missing:,} of {found.all_steps:,} could not be" if missing else ""
-    return (threads or "nothing") + left_out
+    kept = f"; {kept_text(facts, found.all_steps)}" if facts.not_kept else ""
+    return (threads or "nothing") + left_out + kept
 
 
-def _losses_text(found: Verification) -> str:
+def _kept(found: Verification, facts: Facts) -> int:
+    return sum(last - first + 1 for first, last in facts.kept(found.all_steps))
+
+
+def _losses_text(found: Verification, facts: Facts) -> str:
     if found.first_loss is None:
-        return f"{_share(found.steps, found.all_steps)} bit-identical"
+        return f"{_share(found.steps, _kept(found, facts))} bit-identical"
     step, recorded, replayed = found.first_loss
     pair = f"recorded {shortest(recorded)}, replayed {shortest(replayed)}"
     far = _apart(recorded, replayed, found.loss_distance)
@@ -176,9 +181,16 @@ def skipped_text(steps: Sequence[int]) -> str:
     """Return from which steps on a question was not asked, in each span that was replayed, and why."""
     spans = ", ".join(f"{step:,}" for step in steps[:6])
     return (
-        f"steps from {spans} on are skipped, because they cannot be replayed, or a replayed loss "
-        "differs from the recorded one"
+        f"steps from {spans} on are skipped, because they cannot be replayed, were not kept, or a "
+        "replayed loss differs from the recorded one"
     )
+
+
+def finite_text(run: RecordedRun) -> str:
+    """Return that a run has no NaN and no infinity."""
+    facts = run.facts
+    kept = f"; {kept_text(facts, run.newest_step())}" if facts.not_kept else ""
+    return f"all results of all operations are finite{kept}"
 
 
 def when_text(losses: Mapping[int, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cmath import isfinite
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.ops import NoRuleError, Piece, Sum, how_made
 from everystep.replay.opened_step import Step
+from everystep.replay.recorded_steps import NotReplayedError
 
 __all__ = ["Session"]
 
@@ -62,7 +64,8 @@ class Session:
                 "followed; use everystep.open(run).why(step, expression, back=...)"
             )
         for each in range(max(number - self._together + 1, 1), number):
-            self._first.earlier(each)
+            with suppress(NotReplayedError):
+                self._first.earlier(each)
         return self._first.earlier(number)
 
     def number(self, step: int, spot: Spot, value: Tensor | None = None) -> Number:
@@ -182,7 +185,11 @@ class Session:
     def _before(self, number: Number, depth: int, back: int) -> Iterator[Why]:
         if not back or number.step == 1:
             return
-        earlier = number.earlier
+        try:
+            earlier = number.earlier
+        except NotReplayedError as error:
+            yield replace(number.why(), note=str(error))
+            return
         if earlier is not None:
             yield from self._one(earlier, depth, back - 1)
         elif (answer := number.why()).origin == "state":
@@ -201,7 +208,14 @@ class Session:
         left_out = 0
         self._together = MOST_TOGETHER
         current = answer
-        while (number := _next_nonfinite(current)) is not None:
+        while True:
+            try:
+                number = _next_nonfinite(current)
+            except NotReplayedError as error:
+                current = replace(current, note=f"{current.note}; {error}")
+                break
+            if number is None:
+                break
             current = number.why(terms=self._terms)
             chain.append(current)
             if len(chain) > 2 * LONGEST:
@@ -211,7 +225,7 @@ class Session:
             self._traces = {n: trace for n, trace in self._traces.items() if n <= number.step}
         rows = self._rows_behind(current.number)
         if not chain:
-            return replace(answer, rows=rows)
+            return replace(current, rows=rows)
         causes = (*chain[:-1], replace(current, rows=rows))
         return replace(answer, causes=causes, left_out=left_out)
 

@@ -1,0 +1,219 @@
+"""Recordings that keep some of their steps: these open as ever, the others are refused by name."""
+
+import multiprocessing
+import os
+import random
+
+import pytest
+import torch
+from tests.descent import descend
+from tests.snapshots import take_snapshots_every
+from tests.training.by_hand import bits
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import everystep
+
+EPOCHS, LENGTH = 6, 20
+STEPS = EPOCHS * LENGTH
+RING, WINDOWS = "last 30 steps", [(0, 7), (43, 58), (100, 103)]
+
+
+class Augmented(Dataset):
+    """Rows with noise: each epoch has others, and each batch draws random numbers."""
+
+    def __len__(self):
+        return 4 * LENGTH
+
+    def __getitem__(self, place):
+        return torch.full((20,), place / 10) + 0.1 * torch.randn(20) * random.random()
+
+
+def train(directory, keep, killed_after=None, diverges_at=None, **options):
+    """Train, resumed if the run is there; change a buffer after every third step."""
+    torch.manual_seed(0)
+    random.seed(0)
+    model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    loader = DataLoader(Augmented(), batch_size=4, shuffle=True)
+    with pytest.MonkeyPatch.context() as patch:
+        take_snapshots_every(patch, 4)
+        options = {"run": directory, "resume": True} | options
+        recorded = everystep.record(model=model, optimizer=optimizer, keep=keep, **options)
+        with recorded as recording:
+            for _ in recording.epochs(EPOCHS):
+                for batch in recording.steps(loader):
+                    loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+                    if recording.step_count + 1 == diverges_at:
+                        loss = loss / 0
+                    recording.log(loss=descend(optimizer, loss))
+                    if recording.step_count % 3 == 0:
+                        model[1].num_batches_tracked.zero_()
+                    if recording.step_count == killed_after:
+                        recording.flush()
+                        os._exit(9)
+    return recording.run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of all steps."""
+    return train(tmp_path_factory.mktemp("runs") / "whole", None)
+
+
+@pytest.mark.parametrize("keep", [RING, WINDOWS])
+def test_kept_steps_are_as_ever_and_others_are_refused_also_after_a_kill(
+    keep, whole, tmp_path, everystep_command
+):
+    place = tmp_path / "kept"
+    process = multiprocessing.get_context("spawn").Process(target=train, args=(place, keep, 71))
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and everystep.open(place).status == "killed"
+    run = train(place, keep)
+    assert run.losses.equals(whole.losses) and run.measurements.equals(whole.measurements)
+    kept = run.facts.kept(STEPS)
+    if keep is WINDOWS:
+        assert kept == [(1, 7), (43, 58), (100, 103)]
+    else:  # from a snapshot on, given up in chunks
+        ((first, last),) = kept
+        assert last == STEPS and STEPS - 30 - 4 - 30 // 8 < first - 1 <= STEPS - 30
+    steps = [step for one, two in kept for step in range(one, two + 1)]
+    for number in steps:
+        found, before = run[number], whole[number]
+        assert found.is_exact
+        for kind in ("gradients", "parameters"):
+            one, two = ({n: bits(t) for n, t in getattr(each, kind).items()} for each in (found, before))
+            assert one == two
+        assert found.batch.whole is None or bits(found.batch.x) == bits(before.batch.x)
+    for number in {*range(1, STEPS + 1)} - {*steps}:
+        with pytest.raises(everystep.RunError, match=rf"^step {number} of kept was not kept \(keep: "):
+            run[number]
+    size, other = (sum(f.stat().st_size for f in each.directory.rglob("*")) for each in (run, whole))
+    assert size < 0.75 * other
+    found = run.verify(processes=1, progress=False)
+    assert found.is_exact and (found.steps, found.all_steps) == (len(steps), STEPS)
+    code, text, _ = everystep_command("verify", place)
+    ranges = " and ".join(f"{one} to {two}" for one, two in kept)
+    assert (
+        code == 0 and f"only steps {ranges} are kept" in text and "what kept keeps replays bit" in text
+    )
+    code, text, _ = everystep_command("first-nonfinite", place)
+    assert (
+        code == 1 and text == f"all results of all operations are finite; only steps {ranges} are kept\n"
+    )
+    code, _, text = everystep_command("step", place, 20)
+    assert code == 2 and f"step 20 of kept was not kept (keep: {keep}); only steps {ranges}" in text
+    measured = run.measure("norm(gradients['0.weight'])", progress=False)
+    assert [*measured.values] == steps and 8 not in measured.values
+    with pytest.raises(everystep.RunError, match="was not kept"):
+        run.parameters(20)
+    assert run.parameters(steps[-1])["0.weight"].equal(whole.parameters(steps[-1])["0.weight"])
+
+
+def test_a_ring_still_answers_where_a_nan_comes_from_and_can_be_forked_and_pruned(
+    tmp_path, everystep_command
+):
+    run = train(tmp_path / "ring", RING, diverges_at=110)
+    ((first, _),) = run.facts.kept(STEPS)
+    assert run.first_nonfinite(progress=False).step.number == run.facts.nonfinite_step == 110
+    assert run.why(first + 1, "parameters['0.weight'][0,0]", back=5) is not None
+    fork = train(tmp_path / "fork", [(115, 118)], fork=run, at=105, resume=False)
+    assert fork.facts.kept(STEPS) == [(first, 105), (115, 118)]
+    assert fork.verify(processes=1, progress=False).is_exact
+    everystep_command("prune", run.directory, "--snapshots", 0, "--force")
+    assert run[first].is_exact and run[STEPS].is_exact
+
+
+def test_a_resumed_loop_may_keep_others_from_there_on(whole, tmp_path):
+    process = multiprocessing.get_context("spawn").Process(
+        target=train, args=(tmp_path / "kept", None, 50)
+    )
+    process.start()
+    process.join()
+    run = train(tmp_path / "kept", [(60, 70)])
+    assert run.losses.equals(whole.losses) and run.facts.keep == "[(60, 70)]"
+    assert run.facts.kept(STEPS) == [(1, 50), (60, 70)]
+    assert run[1].is_exact and run[50].is_exact and run[60].is_exact and run[70].is_exact
+    assert run.verify(processes=1, progress=False).is_exact
+
+
+def test_steps_of_a_function_are_kept_too_and_a_model_needs_no_keep(tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"steps": 12, "run": tmp_path / "run", "progress": False}
+    parts = {"model": model, "optimizer": optimizer}
+    batches = [torch.randn(4, 3) for _ in range(12)]
+
+    def step(x):
+        return descend(optimizer, model(x).square().mean())
+
+    run = everystep.train(step, batches, parts=parts, keep=[(4, 6)], **options)
+    assert run.facts.kept(12) == [(4, 6)] and run[4].is_exact and run[6].batch.tensors
+    with pytest.raises(everystep.UsageError, match="keep is for a step function"):
+        everystep.train(model, (torch.ones(2, 3), torch.ones(2, 1)), keep="last 3 steps", **options)
+
+
+@pytest.mark.parametrize(
+    ("keep", "messages"),
+    [
+        ("last 0 steps", ["keep='last 0 steps' names no number", 'keep="last 2000 steps"']),
+        ("last ten", ["names no number of newest steps"]),
+        (2000, ["neither a text nor a list of windows", "(0, 500)"]),
+        ([], ["neither a text nor a list of windows"]),
+        ((0, 500), ["keep[0]: 0 is not a pair of steps", "keep[1]: 500 is not"]),
+        (
+            [(9, 3), (-1, 4), (10, 20), (20, 30), (1.5, 40)],
+            ["4 errors", "[0]: (9, 3) has no", "[1]: (-1, 4)", "[3]: (20, 30) begins before", "[4]: (1"],
+        ),
+    ],
+)
+def test_what_cannot_be_kept_is_reported_with_what_to_write(keep, messages):
+    with pytest.raises(everystep.UsageError) as caught:
+        everystep.record(model=nn.Linear(1, 1), keep=keep)
+    assert all(message in str(caught.value) for message in messages), caught.value
+
+
+class Batches:
+    """As many batches of 1 MB."""
+
+    def __init__(self, count, are_new=True):
+        self.count, self.are_new = count, are_new
+        self.first = torch.randn(250, 1000)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        yield from (torch.randn(250, 1000) if self.are_new else self.first for _ in range(self.count))
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "options", "message"),
+    [
+        (Batches(4000), 1, {}, "this run will take about 2.0 GB: 2.0 GB of batches (now 1 MB a step)"),
+        (Batches(600), 2, {}, None),  # the rows may come again
+        (Batches(10), 200, {}, "from about step 1,999 on, the oldest batches are given up"),
+        (Batches(10, are_new=False), 10_000, {}, None),
+        (Batches(4000), 1, {"keep": "last 200 steps"}, None),
+        (Batches(4000), 1, {"keep": [(0, 300), (3000, 3300)]}, None),
+        (Batches(4000), 1, {"keep": "last 3000 steps"}, "pass fewer steps in keep or a larger batch"),
+    ],
+)
+def test_a_run_that_will_be_large_is_announced_once(
+    batches, epochs, options, message, monkeypatch, tmp_path, capsys
+):
+    take_snapshots_every(monkeypatch, 1000)
+    model, taken = nn.Linear(1000, 1), 0
+    with everystep.record(model=model, run=tmp_path / "run", **options) as recording:
+        for _ in recording.epochs(epochs):
+            for x in recording.steps(batches):
+                recording.log(loss=model(x).sum())
+                taken += 1
+                if taken == 40:
+                    recording.stop("enough")
+                    break
+            if taken == 40:
+                break
+    said = [line for line in capsys.readouterr().err.splitlines() if "GB" in line]
+    assert len(said) == (message is not None) and all(message in line for line in said), said
