@@ -213,3 +213,19 @@ def test_a_step_function_that_is_stopped_keeps_its_last_state():
     run = everystep.open("run")
     assert run.status == "stopped"
     assert run.snapshots[-1] == len(run.losses) > 0
+
+
+def test_what_is_raised_as_a_loop_breaks_off_is_raised_after_it(monkeypatch):
+    def differs(self):
+        raise everystep.RunError("the state is not the recorded one")
+
+    monkeypatch.setattr(LoopWriter, "rests", differs)
+    model = torch.nn.Linear(2, 1)
+    with (
+        pytest.raises(everystep.RunError, match="not the recorded one"),
+        everystep.record(run="run", model=model) as recording,
+    ):
+        for x in recording.steps(torch.ones(3, 2)):
+            recording.log(loss=model(x))
+            break
+    assert everystep.open("run").status == "failed"

@@ -91,6 +91,8 @@ class Recording(Generic[R]):
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
         self._left_at: int | None = None
+        #: What was raised as the loop was left by `break`.
+        self._at_break: BaseException | None = None
         #: Of the last call of `steps`. A weak reference: `break` ends a step, since nothing else has it.
         self._iterator: Callable[[], LoopIterator | None] = lambda: None
         #: Where loops are written that need no further check.
@@ -218,6 +220,7 @@ class Recording(Generic[R]):
         if not self.is_open:
             return
         writer = self.writer
+        error = self._at_break if error is None else error
         try:
             if self._under_way is not None and error is None:
                 self.end_step()  # `next` asked for the batch, and not for another
@@ -299,15 +302,22 @@ class Recording(Generic[R]):
                     # `break` before anything was done with the batch.
                     self.writer.watched.close()
                 else:
-                    self.end_step()
-                    self._left_at = self.writer.step
-                    self.writer.rests()
+                    self._end_at_break()
                 raise
             self.end_step()
             if self._is_stopping:
                 break
         if not self.is_resuming:
             self.writer.rests()
+
+    def _end_at_break(self) -> None:
+        """End a step that the loop leaves; Python only prints an error raised there, so note it."""
+        try:
+            self.end_step()
+            self._left_at = self.writer.step
+            self.writer.rests()
+        except BaseException as error:
+            self._at_break = error
 
     @property
     def step_count(self) -> int:
