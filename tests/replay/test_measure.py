@@ -161,16 +161,6 @@ def test_measured_values_are_those_of_a_loop_by_hand(training):
         assert len(expected) == STEPS - ("previous" in text)
 
 
-def test_gradients_are_those_before_clipping():
-    run = train(max_grad_norm=1e-3, batch_size=None)
-    free = train(batch_size=None, steps=1)
-    assert (
-        run.measure(SIZE, progress=False).values[1]
-        == free.measure(SIZE, progress=False).values[1]
-        > 1e-3
-    )
-
-
 @pytest.mark.parametrize(
     "function",
     [
@@ -212,15 +202,6 @@ def test_what_is_not_finite_is_measured_too():
 
 
 # Names, intervals, what is there already.
-
-
-@pytest.mark.sweep(every=5)
-@pytest.mark.parametrize("question", ["loss * 2", SIZE, lambda step: step.loss])
-@pytest.mark.parametrize("every", [1, 7, 30, 31])
-def test_every_so_many_steps(question, every):
-    run = train()
-    measured = run.measure(question, name="it", every=every, progress=False)
-    assert list(measured.values) == list(run.measured("it")) == list(range(every, STEPS + 1, every))
 
 
 def test_a_previous_step_is_the_step_before_also_between_those_that_are_measured():

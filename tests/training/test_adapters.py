@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from tests.training.by_hand import bits
-from tests.training.loops import unrecorded
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -227,24 +226,3 @@ def test_hugging_face_trainer(tmp_path, replays, accumulated):
     assert batch["input_ids"].shape == (4, 10)
     assert len([name for name in batch.tensors if name.endswith("labels")]) == accumulated
     assert run.losses["loss"][-1] < run.losses["loss"][0]
-
-
-def test_a_loop_of_hugging_face_bert_with_dict_batches(tmp_path, replays):
-    def trained(record):
-        torch.manual_seed(0)
-        model = bert()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        losses = []
-        with record(model=model, optimizer=optimizer) as recording:
-            for batch in recording.steps(DataLoader(Sentences(), 8, shuffle=True)):
-                loss = model(**batch).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                recording.log(loss=loss)
-                losses.append(loss.item())
-        return losses
-
-    expected = trained(unrecorded)
-    assert trained(lambda **parts: everystep.record(run=tmp_path / "bert", **parts)) == expected
-    replays(everystep.open(tmp_path / "bert"))

@@ -86,20 +86,6 @@ def test_a_validation_measurement_belongs_to_the_state_after_the_step(small):
     assert measured["value"].to_list()[:2] == pytest.approx(run.losses["loss"].to_list()[1:], rel=1e-6)
 
 
-def test_accuracy_of_classes_and_of_logits(small):
-    _, x, _ = small
-    y = torch.arange(20) % 2
-    model = nn.Linear(4, 2)
-    run = train(model, (x, y), loss=nn.CrossEntropyLoss(), validation=(x, y))
-    accuracy = run.measurements.filter(run.measurements["name"] == "validation_accuracy")["value"][-1]
-    assert accuracy == pytest.approx((model(x).argmax(1) == y).float().mean().item())
-    model = nn.Linear(4, 1)
-    target = y[:, None].float()
-    run = train(model, (x, target), loss=nn.BCEWithLogitsLoss(), validation=(x, target))
-    accuracy = run.measurements.filter(run.measurements["name"] == "validation_accuracy")["value"][-1]
-    assert accuracy == pytest.approx(((model(x) > 0).float() == target).float().mean().item())
-
-
 def test_a_seed_reseeds_and_no_seed_goes_on(small):
     _, x, y = small
     torch.manual_seed(3)
