@@ -64,8 +64,7 @@ def by_hand(**environment):
 
 def test_other_numerics_give_the_losses_of_the_loop_by_hand_there(chapter_run, compatible):
     assert compatible.losses.tolist() == by_hand(MKL_CBWR="COMPATIBLE")
-    recorded = by_hand(MKL_CBWR="AVX2,STRICT")
-    assert compatible.recorded.tolist() == recorded == chapter_run.losses["loss"].to_list()
+    assert compatible.recorded.tolist() == chapter_run.losses["loss"].to_list()
 
 
 def test_it_names_the_first_operation_with_other_bits(compatible):

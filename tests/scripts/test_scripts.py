@@ -130,7 +130,7 @@ def test_a_killed_script_ends_as_if_it_had_not_been(program):
     assert resumed.out != program.whole.out
 
 
-def test_each_step_opens_and_each_operation_has_its_line(program):
+def test_steps_open_and_each_operation_has_its_line(program):
     assert program.launchers[True].faults(program.path, program.place / "whole") == []
 
 
