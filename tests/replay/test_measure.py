@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 import torch
 from tests.snapshots import take_snapshots_every
-from tests.training.by_hand import Made, by_hand, by_train, new_training
+from tests.training.by_hand import Made, bits, by_hand, by_train, new_training
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -159,6 +159,25 @@ def test_measured_values_are_those_of_a_loop_by_hand(training):
         assert measured.left_out == ()
         assert run.measured(f"of {text}") == expected
         assert len(expected) == STEPS - ("previous" in text)
+    for number in (1, 2, 11, STEPS):
+        step, now = run[number], seen[number - 1]
+        assert step.is_exact and step.loss == now.loss
+        assert bits_of(run.parameters(number - 1)) == bits_of(now.before)
+        assert step.parameters.keys() == now.gradients.keys() == step.updates.keys()
+        assert bits_of(step.parameters).items() <= bits_of(now.before).items()
+        assert bits_of({n: u.before for n, u in step.updates.items()}) == bits_of(step.parameters)
+        after = bits_of({n: u.after for n, u in step.updates.items()})
+        assert after.items() <= bits_of(now.after).items()
+        del now.activations[""]  # which is that of its last module
+        assert bits_of(step.activations) == bits_of(now.activations)
+        assert bits_of(step.dropped) == (bits_of(seen[number - 2].gradients) if number > 1 else {})
+        if training != "clipped":
+            assert bits_of(step.gradients) == bits_of(now.gradients)
+        assert (bits(step.batch.x), bits(step.batch.y)) == (bits(now.x), bits(now.y))
+
+
+def bits_of(tensors):
+    return {name: bits(tensor) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
