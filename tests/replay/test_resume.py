@@ -512,7 +512,7 @@ def test_other_parts_are_named():
 # Step functions.
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "dropout_and_noise", "gan"])
+@pytest.mark.parametrize("name", ["dropout_and_noise", "gan"])
 def test_a_step_function_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
     def trained(place, **options):
         seeded()
@@ -608,7 +608,6 @@ def mlp_case(optimizer):
 
 
 ALONE = {
-    "GradientDescent": lambda p: everystep.GradientDescent(p, lr=0.05),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
 }

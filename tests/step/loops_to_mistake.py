@@ -260,19 +260,6 @@ def modes_at_random(record):
 
 
 @loop(5)
-def dtypes_by_default(record):
-    def body(model, optimizer, x, y, number):
-        torch.set_default_dtype(torch.float64 if number % 6 == 0 else torch.float32)
-        try:
-            noise = torch.rand(6)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        return update(model, optimizer, x + noise.float(), y)
-
-    return trained(record, body)
-
-
-@loop(5)
 def kinds_of_attention(record):
     kinds = torch.nn.attention.SDPBackend
 
@@ -282,39 +269,6 @@ def kinds_of_attention(record):
             h = model[0](x)[None, None]
             h = functional.scaled_dot_product_attention(h, h, h)[0, 0]
         return descend(optimizer, functional.mse_loss(model[1:](h), y))
-
-    return trained(record, body)
-
-
-@loop(5)
-def checkpoints_at_times(record):
-    def body(model, optimizer, x, y, number):
-        x = x.clone().requires_grad_()
-        if number % 6 == 0:
-            h = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=number % 4 == 0)
-        else:
-            h = model(x)
-        return descend(optimizer, functional.mse_loss(h, y))
-
-    return trained(record, body, nn.Sequential(network(), nn.Dropout(0.2)))
-
-
-@loop(5)
-def transforms_at_times(record):
-    def body(model, optimizer, x, y, number):
-        loss = update(model, optimizer, x, y)
-        if number % 6 == 0:
-            parameters = dict(model.named_parameters())
-            found = torch.func.grad(
-                lambda p: functional.mse_loss(torch.func.functional_call(model, p, (x,)), y)
-            )(parameters)
-            ones = torch.ones(6)
-            value, tangent = torch.func.jvp(lambda w: (x @ w).pow(2).mean(), (ones,), (ones,))
-            with torch.no_grad():
-                factor = tangent / value + torch.func.vmap(model[0])(x).mean()
-                for name, parameter in parameters.items():
-                    parameter -= 0.01 * found[name] * factor
-        return loss
 
     return trained(record, body)
 
@@ -627,17 +581,6 @@ def another_thread(record):
         return update(model, optimizer, found[0] if found else x, y)
 
     return trained(record, body)
-
-
-@loop(10)
-def the_next_batch_by_hand(record):
-    model = network()
-    optimizer = sgd(model)
-    with record(model=model, optimizer=optimizer) as recording:
-        given = iter(recording.steps(batches()))
-        for _ in range(STEPS):
-            recording.log(loss=update(model, optimizer, *next(given)))
-    return model
 
 
 @loop(10)

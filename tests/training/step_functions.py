@@ -95,22 +95,6 @@ for _name, _make in {
 
 
 @case
-def zeroed_at_the_end():
-    """Gradients that are zeroed in place, after the update."""
-    model = network()
-    optimizer = sgd(model.parameters())
-
-    def step(batch):
-        loss = mean_square(model, *batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        return loss
-
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
-
-
-@case
 def micro_batches():
     """Several passes and one update, clipped."""
     model = network()
@@ -166,22 +150,6 @@ def momentum_by_hand():
         return loss
 
     return Case(step, rows(), {"model": model, "velocities": velocities})
-
-
-@case
-def averaged_by_hand():
-    """An average of the weights, with batch norm."""
-    model, average = (
-        network(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)) for _ in "ab"
-    )
-    average.load_state_dict(model.state_dict())
-
-    @torch.no_grad()
-    def follow():
-        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-            slow.lerp_(fast, 0.05)
-
-    return usual(adam, model, after=follow, average=average)
 
 
 @case
@@ -299,22 +267,6 @@ def views_of_a_batch_with_gaps():
     return usual(
         sgd, None, lambda m, x, y: mean_square(m, x[:, 1:] * x[:1, 0], y[: len(x)]), batches=batches
     )
-
-
-@case
-def gradients_that_are_added_to():
-    model = network()
-    optimizer = sgd(model.parameters(), lr=0.01)
-
-    def step(batch):
-        loss = mean_square(model, *batch)
-        loss.backward()
-        optimizer.step()
-        for parameter in model.parameters():
-            parameter.grad.mul_(0.5)
-        return loss
-
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
 
 
 @case
