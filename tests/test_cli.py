@@ -450,7 +450,7 @@ def test_an_answer_that_nobody_receives_is_no_success(everystep_command):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
-@pytest.mark.sweep(every=3)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("shell", [">&-", ">&- 2>&- <&-", "2>&1", ""])
 def test_a_training_continues_without_a_reader_of_its_lines(shell):
     ours, reader = os.pipe()
