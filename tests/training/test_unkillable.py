@@ -26,13 +26,13 @@ def torture(*arguments):
 
 
 def test_death_at_operations_on_files_loses_nothing():
-    done = torture("operations", "--only", "chapter-whole-batch", "--each", "300")
+    done = torture("operations", "--only", "chapter-whole-batch", "--each", "500")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failures" in f" {done.stdout.splitlines()[-1]}"
 
 
 def test_signals_close_the_run():
-    done = torture("signals", "--only", "chapter-whole-batch", "--each", "9")
+    done = torture("signals", "--only", "chapter-whole-batch", "--each", "15")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
