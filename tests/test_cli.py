@@ -366,13 +366,9 @@ def test_training_from_the_command_line_does_not_import_the_compiler():
     code = (
         "import sys; from everystep.cli import app\n"
         "app(['train', '--steps', '3', '--quiet'], standalone_mode=False)\n"
-        "print('torch._dynamo' in sys.modules)\n"
-        "import torch; torch.optim.SGD([torch.zeros(1, requires_grad=True)])\n"
-        "print('torch._dynamo' in sys.modules)"
+        "assert 'torch._dynamo' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    # Where torch does not import it any more, nothing has to be stepped around.
-    assert done.stdout.split()[-2:] == ["False", "True"]
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_what_is_missing_and_where_files_cannot_be_is_said(everystep_command):
@@ -454,7 +450,7 @@ def test_an_answer_that_nobody_receives_is_no_success(everystep_command):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
-@pytest.mark.sweep(every=3)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("shell", [">&-", ">&- 2>&- <&-", "2>&1", ""])
 def test_a_training_continues_without_a_reader_of_its_lines(shell):
     ours, reader = os.pipe()

@@ -12,9 +12,8 @@ from functools import partial
 import pytest
 import torch
 from benchmarks.why_by_hand import ALL, complaints, evaluated
-from tests.descent import descend
+from tests.descent import descend, trained
 from tests.program.test_elements import CASES, positive, rand
-from torch import nn
 from torch.nn import functional
 
 import everystep
@@ -334,15 +333,7 @@ def test_each_formula_of_an_optimizer_gives_the_number(
 ):
     model, x, y = small
     optimizer = getattr(torch.optim, name)(model.parameters(), **({"lr": 0.1} | settings))
-    run = everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=optimizer,
-        steps=6,
-        run=tmp_path / "run",
-        progress=False,
-    )
+    run = trained(model, (x, y), optimizer=optimizer, steps=6, run=tmp_path / "run")
     for number in (1, 2, 6):
         step = run[number]
         asked = ["updates['0.weight'].after[1, 2]"]

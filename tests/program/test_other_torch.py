@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests.descent import trained
 from torch import nn
 
-import everystep
 from everystep.errors import ProgramError, TrainingError
 from everystep.program import operators, trusting
 from everystep.program.operators import NotAllowedError, resolve
@@ -34,16 +34,7 @@ class Distances(nn.Module):
 
 
 def train(model, x, y, engine="auto"):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    return everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=optimizer,
-        steps=4,
-        engine=engine,
-        progress=False,
-    )
+    return trained(model, (x, y), steps=4, engine=engine)
 
 
 @pytest.mark.parametrize("name", [*trusting._ARGUMENTS, *trusting.FORWARD])

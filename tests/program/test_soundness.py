@@ -3,11 +3,11 @@
 import copy
 import json
 from functools import partial
-from inspect import signature
 
 import pytest
 import torch
-from tests.step.torch_modules import WARNINGS, module_cases
+from tests.descent import trained
+from tests.step.torch_modules import WARNINGS
 from torch import nn
 from torch.nn import functional
 
@@ -16,38 +16,6 @@ from everystep.errors import ProgramError
 from everystep.program.step_program import Program
 
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
-
-
-CASES = module_cases()
-OPTIMIZERS = [
-    (name, options)
-    for name in torch.optim.__all__
-    for options in ({}, {"foreach": True}, {"fused": True}, {"amsgrad": True}, {"momentum": 0.9})
-    if name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
-    and isinstance(getattr(torch.optim, name), type)
-    and options.keys() <= signature(getattr(torch.optim, name)).parameters.keys()
-]
-
-
-@pytest.mark.sweep(every=10)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_program_of_every_module_of_torch_is_read_as_it_was_written(case, make_trainee, program_of):
-    model, x, y, loss = case.make()
-    text = program_of(make_trainee(model, x, y, loss=loss)).to_json()
-    assert Program.from_json(text).to_json() == text
-
-
-@pytest.mark.parametrize(("name", "options"), OPTIMIZERS, ids=str)
-def test_the_program_of_every_optimizer_is_read_as_it_was_written(
-    name, options, make_trainee, program_of
-):
-    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2, bias=False))
-    optimizer = partial(getattr(torch.optim, name), **options)
-    data = torch.randn(6, 4), torch.randn(6, 2)
-    training = make_trainee(model, *data, optimizer=optimizer, max_grad_norm=0.5)
-    for step in (1, 2):
-        program = program_of(training, step)
-        assert Program.from_json(program.to_json()) == program
 
 
 class Function(nn.Module):
@@ -298,11 +266,7 @@ def test_statistics_of_every_dtype_are_read_on_a_machine_that_has_not_seen_the_p
 ):
     model = nn.Sequential(nn.Linear(4, 8), copy.deepcopy(layer), nn.Linear(8, 1)).to(dtype)
     x, y = torch.randn(6, 4, dtype=dtype), torch.randn(6, 1, dtype=dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    run = everystep.train(
-        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=3, run=tmp_path / "run",
-        progress=False,
-    )  # fmt: skip
+    run = trained(model, (x, y), steps=3, run=tmp_path / "run")
     monkeypatch.setattr("everystep.program.step_program.is_known_sound", lambda content: False)
     assert run.facts.training.engine.reason is None
     assert everystep.open(run.directory).verify(processes=1, progress=False).is_exact

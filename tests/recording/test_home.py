@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.descent import descend
+from tests.recording.test_disk import loop
 
 import everystep
 from everystep.errors import RecordingError
@@ -67,17 +67,6 @@ def test_a_training_stops_when_its_directory_is_gone():
 
 
 def test_a_loop_follows_its_directory_too(tmp_path):
-    import torch
-
-    model = torch.nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with everystep.record(run="runs/a", model=model, optimizer=optimizer) as recording:
-        for number in range(40):
-            with recording.step(torch.randn(8, 4)):
-                recording.log(loss=descend(optimizer, model(torch.randn(8, 4)).pow(2).mean()))
-            if number == 20:
-                recording.flush()
-                os.chdir("runs")
-    assert len(recording.run) == 40
-    assert recording.run.directory == tmp_path / "runs" / "a"
-    assert recording.run.verify(progress=False).is_exact
+    run = loop("runs/a", {20: lambda: os.chdir("runs")})
+    assert (len(run), run.directory) == (40, tmp_path / "runs" / "a")
+    assert run.verify(progress=False).is_exact

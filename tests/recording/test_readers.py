@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_readers_beside_a_writer_see_no_torn_run():
-    command = [sys.executable, "-m", "benchmarks.torture", "readers", "--steps", "500", "--readers", "2"]
+    command = [sys.executable, "-m", "benchmarks.torture", "readers", "--steps", "300", "--readers", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failures" in done.stdout

@@ -5,6 +5,7 @@ import struct
 import sys
 import threading
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tests.descent import trained
 from torch import nn
 
 import everystep
@@ -19,6 +21,7 @@ from everystep.recording import database as database_module
 from everystep.recording.database import Database, reading
 from everystep.recording.snapshots import SnapshotPlan
 
+train = partial(trained, steps=5)
 any_float32 = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
 
 
@@ -75,12 +78,6 @@ def test_what_is_written_while_a_run_is_opened_is_no_damage(small, monkeypatch):
     monkeypatch.setattr(Database, "numbers", numbers)
     assert everystep.open(run.directory).facts.seconds == 1000.0  # and nothing warns
     writer.close()
-
-
-def train(model, data, **options):
-    settings = {"loss": nn.MSELoss(), "steps": 5, "progress": False} | options
-    settings.setdefault("optimizer", everystep.GradientDescent(model.parameters(), lr=0.01))
-    return everystep.train(model, data, **settings)
 
 
 def test_the_directory_is_that_of_the_design(small):
@@ -158,13 +155,6 @@ def test_a_run_of_a_newer_format_is_refused_with_the_cure(small):
     connection.close()
     with pytest.raises(everystep.RunError, match="newer everystep"):
         everystep.open(run.directory)
-
-
-def test_a_misspelt_run_is_guessed(small):
-    model, x, y = small
-    train(model, (x, y))
-    with pytest.raises(everystep.RunError, match="did you mean sequential-1"):
-        everystep.open("sequentail-1")
 
 
 def test_a_state_that_was_not_reached_is_an_error(small):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, trained
 from tests.sealing import seal_files
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import by_train, new_training
@@ -197,10 +197,11 @@ def test_of_a_database_that_is_cut_off_the_pages_that_are_there_are_exported(
 def test_a_malformed_page_loses_its_own_rows_only(tmp_path, everystep_command):
     run = tmp_path / "long"
     model = nn.Linear(2, 1)
-    losses = everystep.train(
-        model, (torch.randn(4, 2), torch.randn(4, 1)), loss=nn.MSELoss(), steps=3000,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01), run=run, progress=False,
-    ).losses["loss"].to_list()  # fmt: skip
+    data, optimizer = (
+        (torch.randn(4, 2), torch.randn(4, 1)),
+        torch.optim.SGD(model.parameters(), lr=0.01),
+    )
+    losses = trained(model, data, optimizer=optimizer, steps=3000, run=run).losses["loss"].to_list()
     with closing(sqlite3.connect(run / "run.sqlite")) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     content = bytearray((run / "run.sqlite").read_bytes())

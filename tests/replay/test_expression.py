@@ -1,7 +1,6 @@
 """Expressions: what they mean, what they refuse and how, and that nothing else comes of them."""
 
 import math
-import operator
 import subprocess
 import sys
 
@@ -275,53 +274,6 @@ def test_a_large_integer_of_many_powers_is_infinite():
     """As Python's integers, the powers would take longer than a test may."""
     text = "(" * 50 + "9" + " ** 99999999)" * 50 + "** 9 ** 9 ** 9 * 0x" + "f" * 4000
     assert evaluate(text) == INF
-
-
-ARITHMETIC = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "<": operator.lt,
-    "==": operator.eq,
-    "min": lambda a, b: NAN if math.isnan(a) or math.isnan(b) else min(a, b),
-    "/": operator.truediv,
-    "//": operator.floordiv,
-    "%": operator.mod,
-    "and": lambda a, b: a and b,
-    "or": lambda a, b: a or b,
-}
-TREES = st.recursive(
-    st.floats(-1e6, 1e6) | st.sampled_from(["loss", "previous.loss"]),
-    lambda inner: st.tuples(st.sampled_from(sorted(ARITHMETIC)), inner, inner),
-    max_leaves=12,
-)
-
-
-def written(tree):
-    if not isinstance(tree, tuple):
-        return str(tree)
-    sign, left, right = tree
-    if sign == "min":
-        return f"min({written(left)}, {written(right)})"
-    return f"({written(left)} {sign} {written(right)})"
-
-
-def by_hand(tree):
-    if not isinstance(tree, tuple):
-        return {"loss": 3.5, "previous.loss": 7.0}.get(tree, tree)
-    sign, left, right = tree
-    return ARITHMETIC[sign](by_hand(left), by_hand(right))
-
-
-@given(TREES)
-def test_arithmetic_is_that_of_python(tree):
-    asked = parse(written(tree))
-    try:
-        expected = by_hand(tree)
-    except ZeroDivisionError:
-        assert isinstance(asked.evaluate(value_of), int | float)
-    else:
-        assert same(asked.evaluate(value_of), expected)
 
 
 # ---------------------------------------------------------------- numbers, truths, names

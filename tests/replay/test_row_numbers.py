@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tests.descent import of_table
+from tests.descent import of_table, trained
 from torch import nn
 
 import everystep
@@ -108,18 +108,8 @@ def test_rows_of_tensors_are_those_that_were_given(tmp_path):
     torch.manual_seed(0)
     x, y = torch.randn(40, 3), torch.randn(40, 1)
     model = nn.Linear(3, 1)
-    run = everystep.train(
-        model,
-        (x, y),
-        loss=nn.MSELoss(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        steps=6,
-        batch_size=7,
-        validation=0.25,
-        seed=3,
-        run=tmp_path / "run",
-        progress=False,
-    )
+    options = {"batch_size": 7, "validation": 0.25, "seed": 3, "run": tmp_path / "run"}
+    run = trained(model, (x, y), steps=6, **options)
     for opened in (run, everystep.open(tmp_path / "run")):
         for step in (1, 6):
             batch = opened[step].batch

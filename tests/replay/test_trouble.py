@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -51,20 +50,6 @@ def test_an_altered_snapshot_is_named_by_its_digest_and_the_one_before_is_used(r
     assert not found.is_exact
     assert (found.snapshots, found.all_snapshots) == (len(between), len(between) + 1)
     assert found.different_steps == 0 and not found.states
-
-
-@pytest.mark.parametrize("lost", ["truncated", "removed"])
-def test_without_the_first_state_later_steps_open_all_the_same(run, lost):
-    folder = run.directory / "snapshots" / "000000"
-    if lost == "removed":
-        shutil.rmtree(folder)
-    else:
-        path = folder / "rest.safetensors"
-        path.write_bytes(path.read_bytes()[:100])
-    opened = everystep.open(run.directory)
-    assert opened[30].is_exact
-    with pytest.raises(everystep.RunError, match=r"cannot be replayed from its first state: .*000000"):
-        opened[3]
 
 
 def test_altered_data_is_named(run):

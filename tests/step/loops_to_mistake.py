@@ -11,7 +11,6 @@ import torch
 from tests.descent import descend
 from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["LOOPS", "STEPS", "batches", "network", "trained", "update"]
@@ -202,128 +201,6 @@ def rows_that_a_tensor_picks(record):
     return trained(record, body)
 
 
-# What torch's functions do not show.
-
-
-@loop(2)
-def temporaries_that_are_written_out_of_sight(record):
-    def body(model, optimizer, x, y, number):
-        h = x * 2
-        if number > 5:
-            with torch._C.DisableTorchFunction():
-                h.add_(1)
-        return update(model, optimizer, h, y)
-
-    return trained(record, body)
-
-
-class Straight(torch.autograd.Function):
-    factor = 1.0
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * Straight.factor
-
-
-@loop(0)
-def a_function_with_state_in_its_backward(record):
-    def body(model, optimizer, x, y, number):
-        Straight.factor = float(number)
-        return descend(optimizer, functional.mse_loss(Straight.apply(model(x)), y))
-
-    return trained(record, body)
-
-
-@loop(10)
-def a_function_that_does_the_same_calls(record):
-    def body(model, optimizer, x, y, number):
-        h = model(x)
-        if number < 6 or number > 12:
-            with torch.no_grad():
-                s = h.sign()
-        else:
-            s = Straight.apply(h)
-        return descend(optimizer, functional.mse_loss(h + s, y))
-
-    return trained(record, body)
-
-
-def accumulator(parameter):
-    return parameter.view_as(parameter).grad_fn.next_functions[0][0]
-
-
-#: Nodes are kept, since nothing else of Python's holds them.
-NODES = []
-
-
-def hook_a_node(model):
-    NODES[:] = [accumulator(model[0].weight)]
-    NODES[0].register_prehook(lambda g: (g[0] * 2,))
-
-
-def double_gradient(parameter):
-    parameter.grad.mul_(2)
-
-
-HOOKS = {
-    "a parameter": lambda model: model[0].weight.register_hook(lambda g: g * 2),
-    "a gradient": lambda model: model[0].weight.register_post_accumulate_grad_hook(double_gradient),
-    "a node": hook_a_node,
-}
-
-
-def hooked_on_the_way(register):
-    def between(model, optimizer, number):
-        if number == 10:
-            register(model)
-
-    return lambda record: trained(record, lambda m, o, x, y, n: update(m, o, x, y), between=between)
-
-
-LOOPS |= {f"a hook on {name}": (hooked_on_the_way(hook), 5) for name, hook in HOOKS.items()}
-
-
-@loop(5)
-def a_hook_on_a_node_of_a_tensor_that_is_no_part(record):
-    scale = torch.ones(3, requires_grad=True)
-    node = accumulator(scale)
-
-    def body(model, optimizer, x, y, number):
-        scale.grad = None
-        loss = descend(optimizer, functional.mse_loss(model(x) * scale, y))
-        with torch.no_grad():
-            model[4].bias.sub_(scale.grad, alpha=0.01)
-        return loss
-
-    def between(model, optimizer, number):
-        if number == 10:
-            node.register_prehook(lambda g: (g[0] * 2,))
-
-    return trained(record, body, between=between)
-
-
-@loop(15)
-def another_backward_pass_before_an_update_by_hand(record):
-    def body(model, optimizer, x, y, number):
-        h = model(x)
-        g = torch.ones_like(h)
-        loss = functional.mse_loss(h, y)
-        model.zero_grad()
-        loss.backward(retain_graph=True)
-        if number > 7:
-            torch.autograd.backward([h], [g])
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= 0.05 * parameter.grad
-        return loss
-
-    return trained(record, body)
-
-
 # Odd gradients.
 
 
@@ -341,23 +218,6 @@ def gradients_of_the_batch_that_add_up(record):
         return update(model, optimizer, other.detach(), y)
 
     return trained(record, body, given=given)
-
-
-@loop(0)
-def gradients_of_a_tensor_that_is_no_part(record):
-    scale = torch.ones(3, requires_grad=True)
-
-    def body(model, optimizer, x, y, number):
-        loss = descend(optimizer, functional.mse_loss(model(x) * scale, y))
-        with torch.no_grad():
-            model[4].bias.sub_(scale.grad, alpha=0.01)
-        return loss
-
-    def between(model, optimizer, number):
-        if number in (3, 5, 9, 10, 14, 15, 16):
-            scale.grad = None
-
-    return trained(record, body, between=between)
 
 
 @loop(10)
@@ -379,41 +239,6 @@ def gradients_that_are_retained_and_swapped(record):
     return trained(record, body)
 
 
-@loop(5)
-def parameters_that_are_frozen(record):
-    def between(model, optimizer, number):
-        if number % 6 == 0:
-            for parameter in model[0].parameters():
-                parameter.requires_grad_(not parameter.requires_grad)
-
-    def body(model, optimizer, x, y, number):
-        if number % 9 == 0:
-            model[2].weight.requires_grad = not model[2].weight.requires_grad
-        return update(model, optimizer, x, y)
-
-    model = network()
-    return trained(record, body, model, torch.optim.AdamW(model.parameters(), lr=0.01), between=between)
-
-
-# Optimizers: a closure, one that is no part, other memory.
-
-
-@loop(15)
-def a_closure_for_adam(record):
-    model = network()
-
-    def body(model, optimizer, x, y, number):
-        def closure():
-            optimizer.zero_grad()
-            loss = functional.mse_loss(model(x), y)
-            loss.backward()
-            return loss * 2 if number > 9 else loss
-
-        return optimizer.step(closure)
-
-    return trained(record, body, model, torch.optim.Adam(model.parameters(), lr=0.01))
-
-
 @loop(0)
 def nothing_is_a_part(record):
     model, other = network(), network()
@@ -422,22 +247,6 @@ def nothing_is_a_part(record):
         for x, y in recording.steps(batches()):
             recording.log(loss=update(model, optimizer, x, y))
     return model
-
-
-@loop(10)
-def parameters_that_get_other_memory(record):
-    def body(model, optimizer, x, y, number):
-        loss = update(model, optimizer, x, y)
-        weight = model[2].weight
-        if number % 4:
-            weight.data = weight.data * 0.9
-        else:
-            weight.data.copy_(weight.data.t() * 0.9)
-        if number % 10 == 0:
-            weight.data = weight.data.t()
-        return loss
-
-    return trained(record, body)
 
 
 # Modes of torch.
@@ -461,19 +270,6 @@ def modes_at_random(record):
 
 
 @loop(5)
-def dtypes_by_default(record):
-    def body(model, optimizer, x, y, number):
-        torch.set_default_dtype(torch.float64 if number % 6 == 0 else torch.float32)
-        try:
-            noise = torch.rand(6)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        return update(model, optimizer, x + noise.float(), y)
-
-    return trained(record, body)
-
-
-@loop(5)
 def kinds_of_attention(record):
     kinds = torch.nn.attention.SDPBackend
 
@@ -487,49 +283,6 @@ def kinds_of_attention(record):
     return trained(record, body)
 
 
-@loop(5)
-def checkpoints_at_times(record):
-    def body(model, optimizer, x, y, number):
-        x = x.clone().requires_grad_()
-        if number % 6 == 0:
-            h = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=number % 4 == 0)
-        else:
-            h = model(x)
-        return descend(optimizer, functional.mse_loss(h, y))
-
-    return trained(record, body, nn.Sequential(network(), nn.Dropout(0.2)))
-
-
-@loop(5)
-def transforms_at_times(record):
-    def body(model, optimizer, x, y, number):
-        loss = update(model, optimizer, x, y)
-        if number % 6 == 0:
-            parameters = dict(model.named_parameters())
-            found = torch.func.grad(
-                lambda p: functional.mse_loss(torch.func.functional_call(model, p, (x,)), y)
-            )(parameters)
-            ones = torch.ones(6)
-            value, tangent = torch.func.jvp(lambda w: (x @ w).pow(2).mean(), (ones,), (ones,))
-            with torch.no_grad():
-                factor = tangent / value + torch.func.vmap(model[0])(x).mean()
-                for name, parameter in parameters.items():
-                    parameter -= 0.01 * found[name] * factor
-        return loss
-
-    return trained(record, body)
-
-
-class Doubles(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.is_on = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        return result * 2 if self.is_on and func is functional.mse_loss else result
-
-
 class Adds(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -541,33 +294,15 @@ class Adds(TorchDispatchMode):
 
 
 @loop(0)
-def a_mode_of_functions_around_the_loop(record):
-    with Doubles() as mode:
+def a_mode_of_operators_in_the_step(record):
+    mode = Adds()
 
-        def body(model, optimizer, x, y, number):
-            mode.is_on = number > 6
-            return update(model, optimizer, x, y)
-
-        return trained(record, body)
-
-
-def in_the_step(record, mode):
     def body(model, optimizer, x, y, number):
         mode.is_on = number > 6
         with mode:
             return update(model, optimizer, x, y)
 
     return trained(record, body)
-
-
-@loop(15)
-def a_mode_of_functions_in_the_step(record):
-    return in_the_step(record, Doubles())
-
-
-@loop(0)
-def a_mode_of_operators_in_the_step(record):
-    return in_the_step(record, Adds())
 
 
 @loop(0)
@@ -703,16 +438,6 @@ def a_script_at_times(record):
         h = x * 1.0
         k = scripted(h) if number % 5 == 0 else h * 2
         return update(model, optimizer, h + k, y)
-
-    return trained(record, body)
-
-
-@loop(5)
-def weights_that_are_swapped_between_modules(record):
-    def body(model, optimizer, x, y, number):
-        if number % 7 == 0:
-            model[0].bias, model[2].bias = model[2].bias, model[0].bias
-        return update(model, optimizer, x, y)
 
     return trained(record, body)
 
@@ -866,17 +591,6 @@ def another_thread(record):
         return update(model, optimizer, found[0] if found else x, y)
 
     return trained(record, body)
-
-
-@loop(10)
-def the_next_batch_by_hand(record):
-    model = network()
-    optimizer = sgd(model)
-    with record(model=model, optimizer=optimizer) as recording:
-        given = iter(recording.steps(batches()))
-        for _ in range(STEPS):
-            recording.log(loss=update(model, optimizer, *next(given)))
-    return model
 
 
 @loop(10)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from everystep import numerics
 from everystep.errors import TrainingError
+from everystep.program.step_program import Program
 
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
@@ -53,6 +54,9 @@ def test_by_program_it_has_the_bits_of_a_loop_written_by_hand(case, make_trainee
         by_hand, losses = trained_by_hand(case)
     assert losses.isfinite().all()
     assert torch.equal(stepper.collect()[1], losses)
+    stepper.watched.finish()
+    text = stepper.watched.program_of_last().built.program.to_json()
+    assert Program.from_json(text).to_json() == text
     assert differences(model, by_hand) == []
     untrained, *_ = case.make()
     assert set(differences(model, untrained)) & {name for name, _ in model.named_parameters()}

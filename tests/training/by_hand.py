@@ -37,6 +37,7 @@ __all__ = [
     "mlp",
     "momentum",
     "new_training",
+    "parts_of",
     "validation_loss",
 ]
 

@@ -182,34 +182,6 @@ def language_model_with_accumulation_and_clipping(steps, record):
     return [model]
 
 
-class VariationalAutoencoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(6, 8), nn.Linear(4, 6)
-
-    def forward(self, x):
-        mean, log_variance = self.encoder(x).chunk(2, dim=-1)
-        code = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
-        return self.decoder(code), mean, log_variance
-
-
-@loop
-def variational_autoencoder(steps, record):
-    x, _ = data()
-    model = VariationalAutoencoder()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    with record(model=model, optimizer=optimizer) as recording:
-        for (batch,) in recording.steps(endless(loader(x), steps)):
-            decoded, mean, log_variance = model(batch)
-            divergence = -0.5 * torch.sum(1 + log_variance - mean.pow(2) - log_variance.exp())
-            loss = functional.mse_loss(decoded, batch, reduction="sum") + divergence
-            optimizer.zero_grad(set_to_none=False)
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss, divergence=divergence)
-    return [model]
-
-
 @loop
 def bfloat16_autocast(steps, record):
     x, y = data()
@@ -284,27 +256,6 @@ def depth_drawn_from_pythons_random(steps, record):
         for inputs, targets in recording.steps(endless(loader(x, y), steps)):
             recording.log(loss=descend(optimizer, functional.mse_loss(model(inputs), targets)))
     return [model]
-
-
-@loop
-def reinforce(steps, record):
-    policy = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
-    place = torch.zeros(4)
-    with record(policy=policy, optimizer=optimizer) as recording:
-        for number in range(steps):
-            with recording.step({"episode": number}):
-                logs, rewards = [], []
-                for _ in range(3):
-                    distribution = torch.distributions.Categorical(logits=policy(place))
-                    action = distribution.sample()
-                    logs.append(distribution.log_prob(action))
-                    rewards.append(1.0 if action.item() == number % 2 else -0.5)
-                    place = torch.tensor([action.item(), number % 2, rewards[-1], 1.0])
-                returns = torch.tensor([sum(rewards[i:]) for i in range(3)])
-                loss = descend(optimizer, -(torch.stack(logs) * (returns - returns.mean())).sum())
-                recording.log(loss=loss, reward=sum(rewards))
-    return [policy]
 
 
 @loop

@@ -95,22 +95,6 @@ for _name, _make in {
 
 
 @case
-def zeroed_at_the_end():
-    """Gradients that are zeroed in place, after the update."""
-    model = network()
-    optimizer = sgd(model.parameters())
-
-    def step(batch):
-        loss = mean_square(model, *batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        return loss
-
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
-
-
-@case
 def micro_batches():
     """Several passes and one update, clipped."""
     model = network()
@@ -150,23 +134,6 @@ def by_hand_under_no_grad():
 
 
 @case
-def by_hand_on_data():
-    """The update of older loops."""
-    model = network()
-
-    def step(batch):
-        x, y = batch
-        loss = (model(x) - y).pow(2).sum()
-        loss.backward()
-        for parameter in model.parameters():
-            parameter.data -= 1e-3 * parameter.grad.data
-            parameter.grad = None
-        return loss
-
-    return Case(step, rows(), {"model": model})
-
-
-@case
 def momentum_by_hand():
     """Velocities in a list, which is a part."""
     model = network()
@@ -186,37 +153,10 @@ def momentum_by_hand():
 
 
 @case
-def averaged_by_hand():
-    """An average of the weights, with batch norm."""
-    model, average = (
-        network(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)) for _ in "ab"
-    )
-    average.load_state_dict(model.state_dict())
-
-    @torch.no_grad()
-    def follow():
-        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-            slow.lerp_(fast, 0.05)
-
-    return usual(adam, model, after=follow, average=average)
-
-
-@case
 def dropout_and_noise():
     """Random numbers, also of the step's own."""
     model = network(nn.Linear(4, 8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
     return usual(adam, model, lambda m, x, y: mean_square(m, x + 0.1 * torch.randn_like(x), y))
-
-
-@case
-def autocast():
-    """In bfloat16."""
-
-    def loss(model, x, y):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return functional.mse_loss(model(x).float(), y)
-
-    return usual(lambda p: torch.optim.AdamW(p, lr=0.01), loss=loss)
 
 
 @case
@@ -330,22 +270,6 @@ def views_of_a_batch_with_gaps():
 
 
 @case
-def gradients_that_are_added_to():
-    model = network()
-    optimizer = sgd(model.parameters(), lr=0.01)
-
-    def step(batch):
-        loss = mean_square(model, *batch)
-        loss.backward()
-        optimizer.step()
-        for parameter in model.parameters():
-            parameter.grad.mul_(0.5)
-        return loss
-
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
-
-
-@case
 def gradients_kept_at_short_batches():
     """Python takes the short batches, and keeps the gradients of a program."""
     made = usual(sgd, batches=rows(count=72))
@@ -413,13 +337,6 @@ def branched_by_a_number():
 
 
 @case
-def number_computed():
-    """A step that computes with a number of Python's."""
-    made = usual(sgd, reason="and may branch on it")
-    return made._replace(step=lambda batch: made.step(batch).item() * 2)
-
-
-@case
 def other_number_returned():
     """A step that returns another number than its loss as Python's."""
     made = usual(sgd, reason="norm is returned as a Python number")
@@ -452,20 +369,6 @@ def second_model_in_no_part():
         sgd,
         loss=lambda m, x, y: functional.mse_loss(head(m(x)), y),
         reason="the same calls of torch functions do not recur",
-    )
-
-
-@case
-def averaged_by_torch():
-    """torch's averaged model, which reads a number."""
-    model = network()
-    average = torch.optim.swa_utils.AveragedModel(model)
-    return usual(
-        sgd,
-        model,
-        after=lambda: average.update_parameters(model),
-        average=average,
-        reason="and may branch on it",
     )
 
 

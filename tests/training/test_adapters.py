@@ -1,9 +1,6 @@
-"""Lightning's and Hugging Face's own trainers, recorded by a callback, and replayed in a new process."""
+"""Lightning's and Hugging Face's own trainers, recorded by a callback, and replayed."""
 
 import copy
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,7 +8,6 @@ import pytest
 import torch
 import transformers
 from tests.training.by_hand import bits
-from tests.training.loops import unrecorded
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -25,31 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 18
 
 
-#: Takes directories of runs from stdin, a line each.
-REPLAY = """
-import json, sys
-import everystep
-for line in sys.stdin:
-    found = everystep.open(line.strip()).verify(processes=1, progress=False)
-    print(json.dumps([found.is_exact, str(found)]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def replays(tmp_path_factory):
-    """Assert that a run replays exactly in a process that knows nothing of any training."""
-    command = [sys.executable, "-c", REPLAY]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path_factory.mktemp("replays"), **pipes) as process:
-
-        def replays(run):
-            process.stdin.write(f"{run.directory.resolve()}\n")
-            process.stdin.flush()
-            is_exact, text = json.loads(process.stdout.readline())
-            assert is_exact, text
-
-        yield replays
-        process.stdin.close()
+def assert_replays(run):
+    """Assert that a run replays exactly, without anything of its training."""
+    found = everystep.open(run.directory).verify(processes=1, progress=False)
+    assert found.is_exact, found
 
 
 class Classifier(pl.LightningModule):
@@ -80,7 +55,7 @@ class Classifier(pl.LightningModule):
 
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}, {}])
-def test_lightning(tmp_path, monkeypatch, replays, options):
+def test_lightning(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
 
     def fit(*callbacks):
@@ -107,7 +82,7 @@ def test_lightning(tmp_path, monkeypatch, replays, options):
     assert model.losses == expected.losses
     assert run.losses["loss"].to_list() == model.losses
     assert [bits(p) for p in model.parameters()] == [bits(p) for p in expected.parameters()]
-    replays(run)
+    assert_replays(run)
     assert (len(run), run.status) == (len(model.losses), "finished")
     assert run[-1].batch.x.shape == (16, 8)
     fit(callback := everystep.lightning.RecordFit(run=tmp_path / "stopped", stop_when="step == 3"))
@@ -135,9 +110,7 @@ def test_lightning_that_fails_closes_its_run(tmp_path, monkeypatch):
     assert (len(callback.run), callback.run.status) == (5, "failed")
 
 
-def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(
-    tmp_path, monkeypatch, replays
-):
+def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def fit(steps, checkpoint=None):
@@ -155,7 +128,7 @@ def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(
     whole, first = fit(18), fit(12)
     second = fit(18, tmp_path / "last.ckpt")
     assert (len(first), len(second), second.directory) == (12, 6, Path("runs/loop-3"))
-    replays(second)
+    assert_replays(second)
     for name, tensor in whole.parameters(0).items():
         assert second.parameters(0)[name].shape == tensor.shape
 
@@ -192,7 +165,7 @@ def bert():
 
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_hugging_face_trainer(tmp_path, replays, accumulated):
+def test_hugging_face_trainer(tmp_path, accumulated):
     torch.manual_seed(0)
     start = bert()
 
@@ -223,7 +196,7 @@ def test_hugging_face_trainer(tmp_path, replays, accumulated):
     model = trained(callback)
     run = callback.run
     assert [bits(p) for p in model.parameters()] == [bits(p) for p in expected.parameters()]
-    replays(run)
+    assert_replays(run)
     assert (len(run), run.status) == (STEPS // accumulated, "finished")
     batch = run[2].batch
     assert batch["input_ids"].shape == (4, 10)
@@ -232,24 +205,3 @@ def test_hugging_face_trainer(tmp_path, replays, accumulated):
     stopping = {"stop_when": "norm(gradients['cls.predictions.bias']) > 0 and step >= 2"}
     trained(callback := everystep.transformers.RecordTraining(run=tmp_path / "stopped", **stopping))
     assert (len(callback.run), callback.run.status) == (2, "stopped")
-
-
-def test_a_loop_of_hugging_face_bert_with_dict_batches(tmp_path, replays):
-    def trained(record):
-        torch.manual_seed(0)
-        model = bert()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        losses = []
-        with record(model=model, optimizer=optimizer) as recording:
-            for batch in recording.steps(DataLoader(Sentences(), 8, shuffle=True)):
-                loss = model(**batch).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                recording.log(loss=loss)
-                losses.append(loss.item())
-        return losses
-
-    expected = trained(unrecorded)
-    assert trained(lambda **parts: everystep.record(run=tmp_path / "bert", **parts)) == expected
-    replays(everystep.open(tmp_path / "bert"))

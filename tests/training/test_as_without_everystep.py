@@ -10,10 +10,8 @@ import pytest
 import torch
 from tests.descent import descend
 from tests.training.by_hand import bits
-from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 
@@ -344,35 +342,6 @@ def test_a_compiled_or_scripted_module_is_refused_with_the_cure(wrap, message):
         with pytest.raises(everystep.UsageError, match=message):
             begin()
     assert not Path("runs").exists()
-
-
-def test_a_loader_of_accelerate_is_drawn_from_as_any_other():
-    from accelerate import Accelerator
-
-    def losses(record):
-        torch.manual_seed(0)
-        accelerator = Accelerator(cpu=True)
-        model = network()
-        data = TensorDataset(torch.randn(64, 8), torch.randint(0, 8, (64,)))
-        loader = DataLoader(data, batch_size=16, shuffle=True)
-        given = model, torch.optim.AdamW(model.parameters(), lr=1e-2), loader
-        model, optimizer, loader = accelerator.prepare(*given)
-        found = []
-        with record(model=model, optimizer=optimizer) as recording:
-            for _ in range(3):
-                for x, y in recording.steps(loader):
-                    loss = functional.cross_entropy(model(x), y)
-                    optimizer.zero_grad()
-                    accelerator.backward(loss)
-                    optimizer.step()
-                    recording.log(loss=loss)
-                    found.append(loss.item())
-        return found, recording
-
-    expected, _ = losses(unrecorded)
-    found, recording = losses(everystep.record)
-    assert found == expected
-    assert recording.run.status == "finished" and recording.run.verify(progress=False).is_exact
 
 
 def test_memory_that_numpy_writes_is_kept_as_each_step_has_read_it():

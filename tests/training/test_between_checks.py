@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as all_modules
 from torch.nn.utils import parametrize, prune
-from torch.optim import lr_scheduler
 from torch.optim import optimizer as all_optimizers
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
@@ -645,21 +644,6 @@ def test_a_forward_that_changes_its_batch_changes_that_of_its_step_alone():
 
 
 # Gradients, which other code may read and keep.
-
-
-@pytest.mark.parametrize("optimizer", [None, functools.partial(torch.optim.Adam, lr=0.01)])
-def test_a_scheduler_sees_the_gradients_of_its_step(optimizer):
-    def make():
-        made = new_training(optimizer=optimizer)
-
-        def rate(number):
-            gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
-            return 1 / (1 + sum(gradient.norm().item() for gradient in gradients))
-
-        made.scheduler = lr_scheduler.LambdaLR(made.optimizer, rate)
-        return made
-
-    assert "calls a function of yours" in differs_or_same(make).facts.training.engine.reason
 
 
 def test_a_metric_may_keep_a_gradient():

@@ -73,13 +73,7 @@ def test_training_has_the_bits_of_the_loop_and_every_step_comes_back(case, capfd
 
 
 #: Kernels that split their work by threads, at any size; and some that do not.
-WITH_THREADS = {
-    "GradientDescent",
-    "max_grad_norm of batches",
-    "convolutional in batches",
-    "layer norm",
-    "group norm",
-}
+WITH_THREADS = {"max_grad_norm of batches", "convolutional in batches", "layer norm"}
 
 
 def test_the_chosen_cases_are_there():

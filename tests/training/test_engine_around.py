@@ -1,13 +1,11 @@
-"""Around the steps: schedules, metrics, data, and how a training by program begins and ends."""
+"""Around the steps: metrics, and how a training by program begins and ends."""
 
 import math
-import random
 import signal
 import threading
 from functools import partial
 from itertools import count
 
-import numpy as np
 import pytest
 import torch
 from tests.training.by_hand import (
@@ -18,61 +16,13 @@ from tests.training.by_hand import (
     by_train,
     contents,
     descent,
-    mlp,
     momentum,
     new_training,
 )
-from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import Dataset
 
 import everystep
 from everystep.views.progress import Silent
-
-# Schedules.
-
-
-def test_an_lr_that_changes_at_a_step_changes_there():
-    def scheduler(optimizer):
-        return lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step >= 76 else 1.0)
-
-    run = assert_same(lambda: new_training(optimizer=descent, scheduler=scheduler), 100)
-    rates = run.measurements.filter(run.measurements["name"] == "lr")
-    assert rates["step"].to_list() == [1, 77]
-    assert rates["value"].to_list() == [0.05, 0.05 * 0.1]
-
-
-class OfTheUser(lr_scheduler.LRScheduler):
-    """Holds what is alive (a list, the model) and what cannot be copied (a lock)."""
-
-    def __init__(self, optimizer, log, model):
-        self.log, self.model, self.lock = log, model, threading.Lock()
-        super().__init__(optimizer)
-
-    def get_lr(self):
-        with torch.no_grad():
-            norm = float(sum(p.norm() for p in self.model.parameters()))
-        self.log.append(norm)
-        return [rate / (1 + norm) for rate in self.base_lrs]
-
-
-def test_a_scheduler_that_looks_at_the_model_sees_it():
-    logs = []
-
-    def make():
-        trained = new_training()
-        logs.append([])
-        trained.scheduler = OfTheUser(trained.optimizer, logs[-1], trained.model)
-        return trained
-
-    expected, trained = make(), make()
-    losses = by_hand(expected, steps=50)
-    run = by_train(trained, steps=50)
-    assert "OfTheUser is not one of torch's schedulers" in run.facts.training.engine.reason
-    assert run.losses["loss"].to_list() == losses
-    assert len(logs[0]) == 51
-    assert logs[0] == logs[1]
-
 
 # Metrics are the user's Python between steps, which may change the training, and see all of it.
 
@@ -224,61 +174,3 @@ def test_gradients_that_are_there_already_go_on(capfd):
 
     run = assert_same(make, 50)
     assert run.facts.training.engine.reason is None
-
-
-# Data.
-
-
-class Augmented(Dataset):
-    """Other rows at every look, by autograd and by all generators."""
-
-    def __init__(self):
-        self.x, self.y = torch.randn(20, 4), torch.randn(20, 2)
-
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, row):
-        x = self.x[row].clone().requires_grad_()
-        x.square().sum().backward()
-        noise = torch.rand(4) + random.random() + np.random.rand()
-        return self.x[row] + 0.1 * x.grad.sign() + 0.1 * noise, self.y[row]
-
-
-class OfAnyLength(Dataset):
-    """Rows of a length that is drawn at every look."""
-
-    def __init__(self):
-        self.x = torch.randn(20, 9, 4)
-
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, row):
-        length = int(torch.randint(3, 9, ()))
-        return self.x[row, :length], self.x[row, 0, :2]
-
-
-class Mean(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = mlp()
-
-    def forward(self, x):
-        return self.inner(x).mean(1)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "model", "batch_size"), [(Augmented, mlp, 8), (OfAnyLength, Mean, 1)]
-)
-def test_a_dataset_read_at_every_step_is_read_once_for_each(dataset, model, batch_size):
-    def make():
-        made = new_training(model)
-        made.dataset = dataset()
-        return made
-
-    run = assert_same(make, 80, batch_size=batch_size)
-    assert run.facts.training.data.lazy
-    assert everystep.open(run.directory).verify(processes=1, progress=False).is_exact
-    if dataset is OfAnyLength:
-        assert len(run.facts.training.engine.programs) == 7  # the first step, and six lengths

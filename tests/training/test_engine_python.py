@@ -87,20 +87,6 @@ def test_a_run_of_the_users_python_goes_on_with_the_objects_alone():
     assert fork.losses["loss"].to_list() == run.losses["loss"].to_list()
 
 
-def test_what_a_forward_does_at_one_step_alone_is_in_that_step():
-    calls = []
-
-    def change(_, h):
-        return h * (2 if calls.append(1) or len(calls) == 11 else 1)
-
-    run = everystep.open(by_train(new_training(lambda: Changed(change)), steps=12).directory)
-    assert run.verify(progress=False, processes=1).is_exact
-    counts = {
-        number: [o.operation.name for o in run[number].operations].count("mul") for number in (10, 11)
-    }
-    assert run[11].is_exact and counts[10] == counts[11]
-
-
 # Hooks.
 
 

@@ -12,7 +12,7 @@ import torch
 from tests.training.by_hand import Changed, by_hand, by_train, contents, mlp, momentum, new_training
 from torch import nn
 from torch.nn import functional
-from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.utils.data import Dataset
 
 import everystep
@@ -60,31 +60,6 @@ class CountsInAStateOfNoParameter(Counting):
 
 
 @one_of(OPTIMIZERS)
-class ExchangesData(Counting):
-    def step(self, closure=None):
-        self.calls += 1
-        for parameter in self.all:
-            rate = 0.1 if self.calls >= self.at else 0.05
-            parameter.data = parameter.data - rate * parameter.grad
-            parameter.grad = parameter.grad.sign()
-
-
-@one_of(OPTIMIZERS)
-class SwapsParametersAndAverages(Counting):
-    """The average becomes what is trained; the tensors change their places."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if not self.calls:
-            self.averages = [parameter.detach().clone() for parameter in self.all]
-        super().step(closure)
-        for number, parameter in enumerate(self.all):
-            self.averages[number].lerp_(parameter, 0.1)
-            if self.calls % self.at == 0:
-                self.averages[number], parameter.data = parameter.data, self.averages[number]
-
-
-@one_of(OPTIMIZERS)
 class Wraps(Optimizer):
     """Holds another optimizer, of which it shows the groups and the state."""
 
@@ -103,28 +78,6 @@ class Wraps(Optimizer):
             for parameter in self.param_groups[0]["params"]:
                 parameter.grad *= 2
         self.inner.step()
-
-
-@one_of(OPTIMIZERS)
-class ChangesItself(Counting):
-    """Adds a group, replaces its state, loads a state and freezes a parameter."""
-
-    def __init__(self, parameters, at):
-        first, *self.others = parameters
-        super().__init__([first], at)
-
-    def step(self, closure=None):
-        super().step(closure)
-        if self.calls == 3:
-            self.kept = {k: e["momentum_buffer"].clone() for k, e in self.state_dict()["state"].items()}
-        if self.calls == self.at:
-            self.add_param_group({"params": self.others, "lr": 0.01})
-            loaded = self.state_dict()
-            for number, buffer in self.kept.items():
-                loaded["state"][number]["momentum_buffer"] = -buffer
-            self.load_state_dict(loaded)
-        if self.calls == self.at + 2:
-            self.all[0].requires_grad_(False)
 
 
 class OfTheUser(lr_scheduler.LRScheduler):
@@ -146,13 +99,6 @@ class LooksAtGradientsAndParameters(OfTheUser):
                 for parameter in parameters:
                     parameter.mul_(0.99)
         return [rate / (1 + norm * (self.last_epoch >= self.at)) for rate in self.base_lrs]
-
-
-@one_of(SCHEDULERS)
-class RatesInTensorsThatAreDrawn(OfTheUser):
-    def get_lr(self):
-        noise = float(torch.rand(())) if self.last_epoch >= self.at else 1.0
-        return [torch.tensor(0.02 * noise) for _ in self.base_lrs]
 
 
 def doubled_from(at):
@@ -266,16 +212,6 @@ class ChangesItsTensors(Rows):
         return super().row(x.mul_(1.001), row)
 
 
-def with_betas(optimizer, at):
-    class SetsBetas(OfTheUser):
-        def step(self, epoch=None):
-            super().step(epoch)
-            if self.last_epoch >= self.at:
-                self.optimizer.param_groups[0] |= {"betas": (0.5, 0.99), "eps": 1e-3}
-
-    return SetsBetas(optimizer, at)
-
-
 def of_dataset(kind, at):
     made = new_training(mlp)
     made.dataset = kind(at)
@@ -308,9 +244,6 @@ CASES = {
         f"scheduler {name}": lambda at, kind=kind: new_training(scheduler=lambda o: kind(o, at))
         for name, kind in SCHEDULERS.items()
     },
-    "betas": lambda at: new_training(
-        optimizer=lambda p: Adam(p, lr=0.01, fused=True), scheduler=lambda o: with_betas(o, at)
-    ),
     **{
         f"loss {name}": lambda at, make=make: new_training(loss=lambda: make(at))
         for name, make in LOSSES.items()

@@ -199,6 +199,9 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
     with pytest.raises(everystep.RunError, match=r"batch_budget of everystep\.record"):
         run[5]
     assert run[300].is_exact and run[300].batch.x.equal(x)
+    found = run.verify(processes=1, progress=False)
+    assert not found.is_exact and found.steps < found.all_steps
+    assert not found.different_steps and any("was dropped" in problem for problem in found.problems)
     after = next(step for step in run.snapshots if step > lost_to)
     assert after < 300 and run[after + 1].is_exact
 

@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 import everystep
+from everystep import DataError, DeviceError, ExperimentError, UsageError
 from everystep.recording.texts import optimizers_text
 from everystep.step.hyperparameters import hyperparameters
 from everystep.training.description import optimizer_facts
@@ -208,6 +216,48 @@ def test_arguments_of_another_kind(small, name, value, what):
     if name == "model":
         options["optimizer"] = torch.optim.SGD(small[0].parameters(), lr=0.1)
     assert any(what in fault for fault in refused(small, **options))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "what"),
+    [
+        ({"data": TensorDataset(X, Y), "dataset_limit": 100}, DataError, "pass dataset_limit=480"),
+        ({"data": Stream()}, DataError, "map-style Dataset"),
+        ({"data": TensorDataset(X)}, DataError, r"not a pair \(x, y\)"),
+        ({"data": TensorDataset(X[:0], Y[:0])}, DataError, "no rows"),
+        ({"data": (X[:0], Y[:0])}, DataError, "no rows"),
+        ({"data": (X, Y[:19])}, DataError, "x has 20 rows and y has 19"),
+        ({"data": ([1, 2], Y)}, DataError, "x must be a tensor"),
+        ({"validation": (X[:, :2], Y)}, DataError, r"validation: x is \(20, 2\), but"),
+        ({"epochs": 1}, ExperimentError, "either steps or epochs"),
+        ({"batch_size": 21}, UsageError, "21 is out of range: there are 20 training rows"),
+        ({"device": "cuda:99"}, UsageError, "this machine has: cpu"),
+        ({"model": nn.Linear(4, 2, device="meta")}, DeviceError, "meta device"),
+        ({"loss": nn.MSELoss}, ExperimentError, "MSELoss; create an instance: add parentheses"),
+        ({"loss": lambda p, y: torch.tensor(1.0)}, UsageError, "does not depend on any parameter"),
+        ({"optimizer": Descent(nn.Linear(2, 2).parameters())}, ExperimentError, "none of the model's"),
+        (
+            {"metrics": {"step": print, "loss": print}},
+            ExperimentError,
+            "loss, step: reserved for columns",
+        ),
+        *(
+            ({"metrics": {"mine": wrong}}, ExperimentError, r"metrics\['mine'\]: must return one number")
+            for wrong in (lambda p, t: None, lambda p, t: p, lambda p, t: "x")
+        ),
+    ],
+)
+def test_what_cannot_be_trained_says_why(small, options, kind, what):
+    model, x, y = small
+    settings = {"model": model, "data": (x, y), "loss": nn.MSELoss(), "steps": 2} | options
+    settings.setdefault("optimizer", Descent(settings["model"].parameters()))
+    with pytest.raises(kind, match=what):
+        everystep.train(**settings, progress=False)
 
 
 def test_all_that_is_wrong_is_reported_at_once(small):

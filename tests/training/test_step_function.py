@@ -74,22 +74,6 @@ def test_it_stops_at_a_loss_that_is_not_finite():
     assert run.facts.reason == "the loss is nan (stop_on_nan)"
 
 
-def test_an_exception_leaves_the_steps_before_it():
-    gan, count = new_gan(), [0]
-
-    def step(batch):
-        count[0] += 1
-        if count[0] == 4:
-            raise RuntimeError("out of luck")
-        return gan.step(batch)["loss"]
-
-    with pytest.raises(RuntimeError, match="out of luck"):
-        everystep.train(step, gan.batches, parts=gan.parts, steps=9, run="run", progress=False)
-    run = everystep.open("run")
-    assert len(run.losses) == 3
-    assert run.facts.status == "failed"
-
-
 def test_all_wrong_arguments_are_reported_at_once():
     with pytest.raises(everystep.UsageError) as caught:
         everystep.train(

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from tests.descent import descend
-from tests.snapshots import take_snapshots_every
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 from everystep.recording import recorder
-from everystep.recording.recorder import Recorder
 from everystep.training.loop_writer import LoopWriter
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +26,13 @@ def torture(*arguments):
 
 
 def test_death_at_operations_on_files_loses_nothing():
-    done = torture("operations", "--only", "chapter-whole-batch", "--each", "300")
+    done = torture("operations", "--only", "chapter-whole-batch", "--each", "500")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failures" in f" {done.stdout.splitlines()[-1]}"
 
 
 def test_signals_close_the_run():
-    done = torture("signals", "--only", "chapter-whole-batch", "--each", "9")
+    done = torture("signals", "--only", "chapter-whole-batch", "--each", "15")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -70,30 +68,6 @@ def test_a_loop_that_goes_on_has_the_table_and_the_state_of_a_whole_one():
     assert run.measured("lr") == {1: 0.01}
     states = [each.state_near(36).rest for each in (run, whole)]
     assert states[0]["generator/torch"].equal(states[1]["generator/torch"])
-
-
-def test_a_loop_with_workers_that_stay_goes_on(monkeypatch):
-    take_snapshots_every(monkeypatch, 4)
-    monkeypatch.setattr(Recorder, "is_behind", False)
-
-    def trained(directory, last):
-        torch.manual_seed(0)
-        model = nn.Linear(6, 2)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        data = TensorDataset(torch.randn(32, 6))
-        loader = DataLoader(data, 8, shuffle=True, num_workers=1, persistent_workers=True)
-        with everystep.record(run=directory, resume=True, model=model, optimizer=optimizer) as recording:
-            for _ in range(6):
-                for (x,) in recording.steps(loader):
-                    recording.log(loss=descend(optimizer, model(x).square().mean()))
-                    if recording.step_count == last:
-                        return None
-        return recording.run
-
-    whole = trained("whole", None)
-    trained("run", 18)
-    run = trained("run", None)
-    assert run.losses.equals(whole.losses) and len(run.losses) == 24
 
 
 def test_a_loop_begins_where_a_killed_one_left_no_state():

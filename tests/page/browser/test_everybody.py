@@ -4,6 +4,7 @@ import re
 
 import pytest
 from playwright.sync_api import expect
+from tests.page.browser.conftest import SIZE
 from tests.page.browser.places import (
     at,
     expect_axe_finds_nothing_serious,
@@ -35,8 +36,14 @@ def wait_until_drawn(page, path):
 
 
 @pytest.mark.parametrize("path", PLACES)
-def test_axe_finds_nothing_serious(visit, path):
-    page = visit(path, color_scheme="light", bypass_csp=True, reduced_motion="reduce")
+def test_nothing_goes_sideways_and_axe_finds_nothing_serious(visit, path):
+    options = {"color_scheme": "light", "reduced_motion": "reduce", "bypass_csp": True}
+    page = visit(path, viewport={"width": 360, "height": 740}, **options)
+    wait_until_drawn(page, path)
+    expect_no_sideways_scrolling(page)
+    page.set_viewport_size({"width": 2560, "height": 740})
+    expect_no_sideways_scrolling(page)
+    page.set_viewport_size(SIZE)
     wait_until_drawn(page, path)
     expect_axe_finds_nothing_serious(page)
     page.emulate_media(color_scheme="dark", reduced_motion="reduce")
@@ -53,15 +60,6 @@ def test_axe_finds_nothing_serious_in_dialogs(visit, name):
     expect_axe_finds_nothing_serious(page)
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
-
-
-@pytest.mark.parametrize("path", PLACES)
-def test_narrow_and_wide_screens_show_all_without_going_sideways(visit, path):
-    page = visit(path, viewport={"width": 360, "height": 740})
-    wait_until_drawn(page, path)
-    expect_no_sideways_scrolling(page)
-    page.set_viewport_size({"width": 2560, "height": 740})
-    expect_no_sideways_scrolling(page)
 
 
 def test_a_phone_walks_through_a_run(visit):
