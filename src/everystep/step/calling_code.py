@@ -21,7 +21,15 @@ import torch
 
 from everystep.program.source_line import LONGEST_FILE, LONGEST_LINE, SourceLine
 
-__all__ = ["CallingLine", "Calls", "LineTable", "calls_here", "is_called_in", "named_here"]
+__all__ = [
+    "CallingLine",
+    "Calls",
+    "LineTable",
+    "calls_here",
+    "is_called_in",
+    "is_compiled_here",
+    "named_here",
+]
 
 #: Calls that are kept of an operation, from the innermost on.
 MOST_CALLS = 64
@@ -117,6 +125,16 @@ def is_called_in(file: str) -> bool:
             return False
         frame = frame.f_back  # type: ignore[assignment]
     return True
+
+
+def is_compiled_here() -> bool:
+    """Return whether a function of torch.compile leads here; torch runs it uncompiled in a mode."""
+    frame = sys._getframe(1) if "torch._dynamo.eval_frame" in sys.modules else None
+    while frame is not None:
+        if frame.f_code.co_qualname.startswith("_TorchDynamoContext."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class LineTable:

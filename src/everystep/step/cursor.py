@@ -373,6 +373,18 @@ class Cursor(UnderWay):
         self.tensors.drop(tensor)
 
 
+def _keep_from_compiler() -> None:
+    """Keep torch.compile from compiling what watches its functions; it would take seconds."""
+    compiler = torch._C._dynamo.eval_frame
+    if hasattr(compiler, "set_code_exec_strategy"):
+        skip = compiler._FrameAction.SKIP
+        strategy = compiler._FrameExecStrategy(skip, skip)  # the frame, and those that it calls
+        compiler.set_code_exec_strategy(Cursor.__torch_dispatch__.__code__, strategy)
+
+
+_keep_from_compiler()
+
+
 def _check_first(
     entry: Entry, known: KnownOperator, is_alone: bool, paths: KnownPaths, args: Any, kwargs: Any
 ) -> Any:

@@ -32,15 +32,13 @@ class Beginning(NamedTuple):
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: of the step in progress; calls: of optimizers; given_up: why steps are no longer followed,
-    or None.
+    tensors: of the step in progress; calls: of optimizers.
     """
 
     def __init__(self) -> None:
         self.tensors = MetTensors()
         self.calls = OptimizerCalls()
         self.step: Any = None
-        self.given_up: str | None = None
         self._roots: dict[Any, Entry] = {}
         self._learned = self._new = self._rest = 0
         self._next_rest = 1
@@ -53,8 +51,6 @@ class KnownPaths:
 
     def may_follow(self) -> bool:
         """Return whether the next step may be followed, or remembered if it is new."""
-        if self.given_up is not None:
-            return False
         if self._rest:
             self._rest -= 1
             return False

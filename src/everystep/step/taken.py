@@ -20,7 +20,7 @@ class TakenByProgram:
     """
 
     changed_elsewhere = None
-    is_paused = is_empty = False
+    is_paused = is_empty = is_compiled = False
 
     def __init__(
         self,

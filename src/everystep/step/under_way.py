@@ -17,7 +17,7 @@ from torch import Tensor
 
 from everystep.program.number_slots import READ
 from everystep.program.operators import OperatorMode
-from everystep.step.calling_code import Calls, calls_here
+from everystep.step.calling_code import Calls, calls_here, is_compiled_here
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
@@ -63,7 +63,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     there was none; unseen: what was not seen, in words, and how often; changed_elsewhere: a tensor that
     the step has changed and that is in no part, in words, or None; changed_unseen: names of the state
     that something has changed which the dispatcher did not show; has_saved_hooks: whether a hook of the
-    user's packs what autograd saves.
+    user's packs what autograd saves; is_compiled: whether it calls a function of torch.compile.
 
     at: the point of the path at which the step is; is_remembered: whether later steps may follow it;
     is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
@@ -83,6 +83,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.changed_elsewhere: str | None = None
         self.changed_unseen: list[str] = []
         self.is_paused = self.is_remembered = self.is_followed = self.has_saved_hooks = False
+        self.is_compiled = False
         self.at: Entry
         self.followed: Entry | None = None
         self._device = device
@@ -311,6 +312,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         One of a backward pass belongs to that of the forward pass which made its node of the graph.
         """
         calls, is_of_graph = calls_here()
+        self.is_compiled = self.is_compiled or is_compiled_here()
         node = torch._C._current_autograd_node() if is_of_graph else None
         if node is None:
             return calls

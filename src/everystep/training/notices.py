@@ -32,8 +32,8 @@ class Notices:
             "values, but no step shows how they came about",
         )
 
-    def of_step(self, step: int, seen: AnyWatch, *, is_compiled: bool) -> None:
-        """Report what the recording of a step lacks. is_compiled: torch.compile ran in it."""
+    def of_step(self, step: int, seen: AnyWatch) -> None:
+        """Report what the recording of a step lacks."""
         for reason in seen.unseen:
             if reason not in self.unseen and len(self.unseen) < MOST_SAID:
                 self.unseen.add(reason)
@@ -41,7 +41,7 @@ class Notices:
                     f"step {step}: {reason}; everystep keeps its results as numbers, and no view "
                     "shows how they were computed"
                 )
-        if is_compiled:
+        if seen.is_compiled:
             self._once(
                 "compiled",
                 f"step {step} calls a torch.compile function, which torch runs uncompiled while "

@@ -6,7 +6,6 @@ takes, torch's hooks tell which module and optimizer runs, and each step becomes
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -66,12 +65,6 @@ class StepUnderWay(Generic[W]):
         self.loss: Any = None
         self.started = clock.now()
         self._loss_version = 0
-        self._compiled = _compiled()
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether torch.compile compiled a function in it."""
-        return _compiled() > self._compiled
 
     @property
     def nested(self) -> Any:
@@ -204,9 +197,7 @@ class WatchedSteps:
             self._writer.change(number, changed)
         copied = self._elsewhere.copied
         row = self._rows.row(number, watch, path, after, inputs, step.nested, copied)
-        if step.is_compiled:
-            self._paths.given_up = "torch.compile is in use"
-        self.notices.of_step(number, watch, is_compiled=step.is_compiled)
+        self.notices.of_step(number, watch)
         if not isinstance(built := self.program_of(path), str) and built.evaluation is not None:
             count, first = built.evaluation
             parts = count, len(built.program.operations)
@@ -333,9 +324,3 @@ class WatchedSteps:
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Any:
         return lambda: self.parts.gradients(optimizer)
-
-
-def _compiled() -> int:
-    """Return the number of functions that torch.compile has processed in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return int(dynamo.counters["frames"]["total"]) if dynamo is not None else 0
