@@ -10,6 +10,8 @@ const LEADING = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 7], [1, 2, 5], [1]];
 /** A measurement of at most so many values is also drawn as points: one alone makes no line. */
 const FEW = 40;
 const FONT = "12px system-ui, sans-serif";
+/** Characters of the title of an axis that fit beside the plot. */
+const LONGEST_TITLE = 26;
 /** Steps between two grid lines: integers. */
 const STRIDES = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((leading) => leading * 10 ** power));
 
@@ -98,7 +100,8 @@ function stepAxis() {
 
 function axis(scale, title, side, isLog, token = "--muted") {
   return {
-    ...plainAxis(scale, title, side),
+    // The button above the plot has the whole name.
+    ...plainAxis(scale, title.length > LONGEST_TITLE ? `${title.slice(0, LONGEST_TITLE - 1)}…` : title, side),
     stroke: colour(token),
     grid: { show: side === 3, stroke: colour("--line"), width: 1, filter: (chart, splits) => gridLines(chart, splits, isLog) },
     values: (_, splits) => splits.map((split) => (split === null ? null : short(split))),
