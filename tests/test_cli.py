@@ -60,7 +60,7 @@ def test_a_cell_of_a_notebook_shows_few_lines(everystep_command, monkeypatch, st
 def test_settings_and_shorthands(everystep_command):
     code, _, _ = everystep_command(
         "train", "two-layer", "--steps", 3, "--seed", 7, "--device", "cpu", "--threads", 1,
-        "--set", "optimizer.lr=1e-3", "--set", "model.layers[1]=Tanh()", "--run", "mine", "-q",
+        "--set", "optimizer.lr=1e-3", "--set", "model.layers[1]=Tanh()", "--run", "./mine", "-q",
     )  # fmt: skip
     assert code == 0
     run = everystep.open("mine")
@@ -141,7 +141,7 @@ def test_wrong_use_ends_in_one_message_with_the_cure_and_exit_code_2(
 
 
 def test_losses_in_every_form(everystep_command):
-    everystep_command("train", "digits", "--steps", "46", "--run", "run", "-q")
+    everystep_command("train", "digits", "--steps", "46", "--run", "./run", "-q")
     frame = everystep.open("run").table_frame()
     code, out, _ = everystep_command("losses", "run", "--last", 2)
     assert (code, len(out.splitlines())) == (0, 3)
@@ -159,7 +159,7 @@ def test_losses_in_every_form(everystep_command):
 
 
 def test_nan_and_infinity_survive_json(everystep_command):
-    everystep_command("train", "--steps", 12, "--set", "optimizer.lr=10.0", "--run", "run", "-q")
+    everystep_command("train", "--steps", 12, "--set", "optimizer.lr=10.0", "--run", "./run", "-q")
     losses = [row["loss"] for row in json.loads(everystep_command("losses", "run", "--json")[1])]
     assert losses[-1] == "nan"
     assert "inf" in losses
@@ -258,7 +258,7 @@ def test_runs_are_listed_by_number(everystep_command):
 
 
 def test_pages_and_plots_are_written(everystep_command):
-    everystep_command("train", "--run", "run", "-q")
+    everystep_command("train", "--run", "./run", "-q")
     for command in (
         ["table", "run", "-o", "t.html"],
         ["report", "run", "-o", "r.html"],
@@ -407,7 +407,7 @@ def test_the_list_of_commands_fits_80_columns(everystep_command, monkeypatch):
 
 
 def test_a_hint_is_a_command_to_copy(everystep_command):
-    everystep_command("train", "--steps", 2, "--run", "run", "-q")
+    everystep_command("train", "--steps", 2, "--run", "./run", "-q")
     _, _, err = everystep_command("measure", "run", "norm(gradients['0.weight'])")
     assert """plot run -m "norm(gradients['0.weight'])"\n""" in err
 
@@ -418,7 +418,7 @@ def test_a_hint_is_a_command_to_copy(everystep_command):
     [(["losses", "run"], ""), (["losses", "run"], "1"), (["step", "run", "2"], ""), (["-h"], "")],
 )
 def test_output_to_a_full_disk_ends_in_one_message(everystep_command, arguments, unbuffered):
-    everystep_command("train", "--steps", 2, "--run", "run", "-q")
+    everystep_command("train", "--steps", 2, "--run", "./run", "-q")
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "everystep", *arguments], stdout=full, stderr=subprocess.PIPE,
@@ -438,7 +438,7 @@ def run_with(stdout, *arguments, shell="", **options):
 
 @pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
 def test_an_answer_that_nobody_receives_is_no_success(everystep_command):
-    everystep_command("train", "--steps", 2, "--run", "run", "-q")
+    everystep_command("train", "--steps", 2, "--run", "./run", "-q")
     for arguments in (["verify", "run"], ["losses", "run"]):
         ours, reader = os.pipe()
         os.close(ours)
@@ -455,7 +455,7 @@ def test_an_answer_that_nobody_receives_is_no_success(everystep_command):
 def test_a_training_continues_without_a_reader_of_its_lines(shell):
     ours, reader = os.pipe()
     os.close(ours)
-    code, err = run_with(reader, "train", "--steps", 4, "--run", "run", shell=shell)
+    code, err = run_with(reader, "train", "--steps", 4, "--run", "./run", shell=shell)
     os.close(reader)
     run = everystep.open("run")
     assert (code, run.status, len(run)) == (0, "finished", 4)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
-from everystep.recording.directories import RUNS, find_run, find_runs, remove_unbegun
+from everystep.recording.directories import RUNS, find_run, find_runs, place_of, remove_unbegun
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.run import Run, diagnosis_of, progress_of, run_from_objects, run_of
 
@@ -170,7 +170,7 @@ def train(
             does the same operations at every step: programs run most steps, and are compared with Python
             in some; raise an error if no program can. Python runs every step of a step function unless
             you vouch for it.
-        run: the run's directory, which must not exist; default: the next free one in runs/.
+        run: the new run: a name in runs/, or a path, which must not exist; default: the next free one.
         resume: the run to continue, after it was killed or stopped: its directory, or its name in runs/.
             True: continue `run` if it exists, else begin it. The other arguments are as before,
             except for more `steps`; see `Run.resume`.
@@ -208,7 +208,7 @@ def train(
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
-    place, said = None if run is None else Path(run), facts_from(config, tags)
+    place, said = place_of(run), facts_from(config, tags)
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
@@ -301,7 +301,8 @@ def record(
     learning rate, say) may change once `recording.step_count` is `at`.
 
     Args:
-        run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
+        run: the new run: a name in runs/, or a path, which must not exist; default: the next free
+            `runs/loop-1`, ...
         resume: the run to continue: its directory, or its name in runs/. True: continue `run` if it
             exists, else begin it.
         force: continue although the parts, the versions or the numerics changed; the recorded steps
@@ -341,7 +342,7 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
-    place = None if run is None else Path(run)
+    place = place_of(run)
     resumed = _resumed(place, resume)
     return Recording(
         parts,
@@ -400,7 +401,7 @@ def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
             raise UsageError("both run and resume name a run; pass one of them")
         return Run(find_run(resume))
     if place is None:
-        raise UsageError("resume=True needs the run's directory: run=...; or pass resume=RUN")
+        raise UsageError("resume=True needs the run: run=...; or pass resume=RUN")
     return None if remove_unbegun(place) else Run(place)
 
 
@@ -423,7 +424,7 @@ def train_experiment(
         experiment: the name of a built-in experiment, a TOML file, its content as a dict, or a loaded
             experiment.
         settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
-        run: the run's directory, which must not exist; default: the next free one in runs/.
+        run: the new run: a name in runs/, or a path, which must not exist; default: the next free one.
         resume, force: continue a run of this experiment, as in `train`.
         tags: words by which to find the run, as in `record`.
         snapshot_budget: maximum bytes of snapshots.
@@ -444,7 +445,7 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
-    place, said = None if run is None else Path(run), facts_from(None, tags)
+    place, said = place_of(run), facts_from(None, tags)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
         return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher, said))

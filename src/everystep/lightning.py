@@ -25,7 +25,8 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
     is not recorded. Precision plugins, clipping and `automatic_optimization = False` work as usual.
 
     Args:
-        run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
+        run: the new run: a name in runs/, or a path, which must not exist; default: the next free
+            `runs/loop-1`, ...
         options: options of `everystep.record`, such as `stop_when`, `keep` and `snapshot_budget`.
 
     A fit that continues from a checkpoint (`ckpt_path`) is recorded as a new run, which begins there.

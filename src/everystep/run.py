@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from everystep.errors import StepError, UsageError
-from everystep.recording.directories import RUNS
+from everystep.recording.directories import RUNS, place_of
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
 
@@ -514,7 +514,7 @@ class Run(RecordedRun):
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
             relabel: other targets, by row of the data.
-            run: the fork's directory, which must not exist; default: the next free one in runs/.
+            run: the fork: a name in runs/, or a path, which must not exist; default: the next free one.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
                 training.
@@ -530,7 +530,7 @@ class Run(RecordedRun):
 
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
-        place = None if run is None else Path(run)
+        place = place_of(run)
         asked = Fork(
             self,
             self._number(at),

@@ -26,7 +26,8 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
     loop with Accelerate.
 
     Args:
-        run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
+        run: the new run: a name in runs/, or a path, which must not exist; default: the next free
+            `runs/loop-1`, ...
         options: options of `everystep.record`, such as `stop_when`, `keep` and `snapshot_budget`.
 
     A training that continues from a checkpoint is recorded as a new run, which begins there.

@@ -31,7 +31,7 @@ def loop(directory, events=()):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
+    with everystep.record(run=Path(directory), model=model, optimizer=optimizer) as recording:
         for _ in range(40):
             with recording.step(torch.randn(8, 4)):
                 recording.log(loss=descend(optimizer, model(torch.randn(8, 4)).pow(2).mean()))
@@ -143,7 +143,7 @@ def test_a_run_on_a_full_disk_says_that_it_failed_and_resumes(monkeypatch):
         "data.D_out": 2,
         "model.layers": ["Linear(4, 2)"],
     }
-    whole = everystep.train_experiment("two-layer", settings, run="whole", progress=False)
+    whole = everystep.train_experiment("two-layer", settings, run="./whole", progress=False)
     write, written = recorder.write_snapshot, []
 
     def full(folder, state):
@@ -155,7 +155,7 @@ def test_a_run_on_a_full_disk_says_that_it_failed_and_resumes(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(recorder, "write_snapshot", full)
         with pytest.raises(RecordingError, match=r"No space left on device; .* and resume it"):
-            everystep.train_experiment("two-layer", settings, run="run", progress=False)
+            everystep.train_experiment("two-layer", settings, run="./run", progress=False)
     run = everystep.open("run")
     assert (run.status, run.facts.reason) == (
         "failed",
@@ -180,7 +180,7 @@ def test_a_run_on_a_full_disk_is_failed_though_nothing_fits_any_more(monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Database, "transaction", full)
-        code, _, err = everystep_command("train", "--steps", 400, "--run", "run", "-q")
+        code, _, err = everystep_command("train", "--steps", 400, "--run", "./run", "-q")
     assert code == 1 and "database or disk is full" in err and not spare.exists()
     _, out, err = everystep_command("runs", ".")
     assert " failed " in out and "damaged" not in out + err
@@ -191,7 +191,7 @@ def test_a_run_on_a_full_disk_is_failed_though_nothing_fits_any_more(monkeypatch
 def test_a_measurement_on_a_full_disk_leaves_the_run_whole(everystep_command):
     settings = {"steps": 3000, "data.N": 4, "data.D_in": 2, "data.D_out": 1}
     settings |= {"model.layers": ["Linear(2, 1)"]}
-    everystep.train_experiment("two-layer", settings, run="whole", progress=False)
+    everystep.train_experiment("two-layer", settings, run="./whole", progress=False)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (33_000, 37_000, 41_232, 60_000):  # bytes that the log may have, of some 100,000
         run = shutil.copytree("whole", Path(f"run-{size}"))

@@ -102,7 +102,7 @@ def test_nothing_is_taken_into_a_fork_through_a_link(trained, tmp_path, name, ev
     private.write_bytes((run / name).read_bytes() if (run / name).exists() else b"precious")
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(private)
-    code, out, err = everystep_command("fork", "run", "--at", "3", "--run", "fork", "-q")
+    code, out, err = everystep_command("fork", "run", "--at", "3", "--run", "./fork", "-q")
     assert code == (0 if name.endswith(("9.json", "9.safetensors", "x")) else code)
     assert code in (0, 1, 2) and (code == 0 or "link" in out + err)
     for path in (tmp_path / "fork").rglob("*"):
@@ -146,7 +146,7 @@ def test_a_size_that_the_database_claims_is_bound_by_the_memory(trained, tmp_pat
 def test_a_text_that_is_short_only_when_packed_is_not_unpacked(tmp_path, everystep_command):
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run="run", model=model, optimizer=optimizer) as recording:
+    with everystep.record(run="./run", model=model, optimizer=optimizer) as recording:
         for x in recording.steps([torch.ones(3, 2)] * 3):
             model(x).sum().backward()
             optimizer.step()
@@ -180,7 +180,7 @@ def test_an_experiment_that_is_costly_to_read_is_refused_soon(
 
 
 def test_a_class_that_there_is_not_is_named_by_the_step(tmp_path, everystep_command):
-    everystep.train_experiment("digits", {"steps": 4}, run="run", progress=False)
+    everystep.train_experiment("digits", {"steps": 4}, run="./run", progress=False)
     change = tensors("data.safetensors", lambda found: found["y"].fill_(2**40))
     change(tmp_path / "run")
     for command in (["step", "run", "2"], ["rows", "run", "2"], ["verify", "run", "--processes", "1"]):

@@ -167,7 +167,7 @@ def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Database, "close", copy_and_close)
-        original = everystep.train_experiment("two-layer", settings, run="original", progress=False)
+        original = everystep.train_experiment("two-layer", settings, run="./original", progress=False)
     log = run / "run.sqlite-wal"
     content = bytearray(log.read_bytes())
     content[20 if part == "header" else len(content) // 2] ^= 4
@@ -180,7 +180,7 @@ def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
         ["report", "-o", "r.html"], ["step", "17"], ["verify"], ["doctor"], ["when", "loss > 1e9"],
         ["measure", "loss + 1"], ["why", "17", "loss"], ["rows", "17"],
         ["rerun", "--precision", "float64"],
-        ["fork", "--at", "17", "--run", "fork", "-q"], ["diff", "original"], ["resume", "-q"],
+        ["fork", "--at", "17", "--run", "./fork", "-q"], ["diff", "original"], ["resume", "-q"],
     ]):  # fmt: skip
         copy = shutil.copytree(run, tmp_path / str(number) / "run")
         code, out, err = everystep_command(command[0], copy, *command[1:])

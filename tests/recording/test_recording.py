@@ -56,7 +56,7 @@ def test_any_sqlite_client_reads_the_run_while_training_goes_on(small, monkeypat
         assert not seen or everystep.open("run").status == "running"
         return nn.functional.mse_loss(prediction, target)
 
-    run = train(model, (x, y), loss=watching, steps=25, run="run")
+    run = train(model, (x, y), loss=watching, steps=25, run="./run")
     assert 0 < len(seen) < 20
     assert run.status == "finished"
 
@@ -97,11 +97,11 @@ def test_the_directory_is_that_of_the_design(small):
 
 def test_a_run_is_never_overwritten(small):
     model, x, y = small
-    train(model, (x, y), run="here")
+    train(model, (x, y), run="./here")
     with pytest.raises(
         everystep.RunError, match="here already exists, and everystep never overwrites a run"
     ):
-        train(model, (x, y), run="here")
+        train(model, (x, y), run="./here")
     names = [train(model, (x, y), steps=1).name for _ in range(2)]
     assert names == ["sequential-1", "sequential-2"]
     assert [run.name for run in everystep.runs("runs")] == names
@@ -201,7 +201,7 @@ def test_thinned_snapshots_are_gone_from_disk_too(small):
 
 def test_the_files_of_a_snapshot_are_readable_by_those_who_can_read_the_run(small):
     model, x, y = small
-    run = train(model, (x, y), run="run", steps=3)
+    run = train(model, (x, y), run="./run", steps=3)
     modes = {path.stat().st_mode for path in run.directory.glob("snapshots/*/*")}
     assert modes == {(run.directory / "run.sqlite").stat().st_mode}
 
@@ -248,5 +248,5 @@ def test_another_program_that_locks_the_database_for_good_ends_the_training(smal
         return nn.functional.mse_loss(prediction, target)
 
     with pytest.raises(everystep.RecordingError, match="database is locked"):
-        train(model, (x, y), loss=locking, run="run")
+        train(model, (x, y), loss=locking, run="./run")
     locked[0].close()

@@ -66,7 +66,7 @@ def test_one_bit_in_a_program_is_reported_by_every_command(damaged, everystep_co
     for command in (
         ("step", run, 7), ("verify", run), ("doctor", run), ("why", run, 7, "loss"),
         ("measure", run, "norm(gradients['0.bias'])"), ("when", run, "max(updates['0.bias']) > 9"),
-        ("rows", run, 7), ("fork", run, "--at", 7, "--run", "fork", "-q"),
+        ("rows", run, 7), ("fork", run, "--at", 7, "--run", "./fork", "-q"),
     ):  # fmt: skip
         code, out, err = everystep_command(*command)
         assert code and "programs/1.json was changed after recording" in out + err, command

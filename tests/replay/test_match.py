@@ -222,7 +222,7 @@ def test_neither_a_counter_of_steps_nor_a_constant_is_suspect(everystep_command)
     torch.manual_seed(0)
     model = nn.Linear(6, 3, bias=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    with everystep.record(run="torchs", model=model, optimizer=optimizer) as recording:
+    with everystep.record(run="./torchs", model=model, optimizer=optimizer) as recording:
         for x in recording.steps(batches):
             recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
     adam_by_hand("right", batches, is_corrected=True)

@@ -288,7 +288,7 @@ def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
     torch.manual_seed(0)
     model = nn.MultiheadAttention(8, 2, batch_first=True)  # the bias of its keys changes nothing
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    with everystep.record(run="attention", model=model, optimizer=optimizer) as recording:
+    with everystep.record(run="./attention", model=model, optimizer=optimizer) as recording:
         for x in recording.steps([torch.randn(4, 6, 8) for _ in range(2)]):
             recording.log(loss=descend(optimizer, model(x, x, x, need_weights=False)[0].pow(2).mean()))
     _, out, _ = everystep_command("rerun", "attention", "--precision", "float64")

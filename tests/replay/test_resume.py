@@ -164,7 +164,7 @@ def test_train_with_resume_begins_a_run_goes_on_with_it_and_leaves_a_finished_on
     code, _, said = everystep_command(*command, "--set", "optimizer.lr=1e-3")
     assert code == 2
     assert "optimizer.lr: 0.0001 | 0.001" in said and "fork" in said
-    assert "needs the run's directory" in everystep_command("train", "--resume")[2]
+    assert "needs the run: --run NAME" in everystep_command("train", "--resume")[2]
 
 
 def test_a_killed_run_says_so_and_how_to_go_on(dying, everystep_command):
@@ -535,7 +535,7 @@ def test_other_parts_are_named():
         pass
     with pytest.raises(RunError, match="no run 'b'"):
         everystep.record(resume="b", model=model)
-    with pytest.raises(UsageError, match="resume=True needs the run's directory: run"):
+    with pytest.raises(UsageError, match="resume=True needs the run: run"):
         everystep.record(resume=True, model=model)
     assert len(everystep.open("a")) == 5
 

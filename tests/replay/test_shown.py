@@ -54,7 +54,7 @@ def test_answers_are_shown_in_a_line(run):
 
 
 def test_a_notebook_shows_answers_as_the_terminal_prints_them(run, everystep_command):
-    fork = run.fork(5, lr=1e-3, run="fork", progress=False)
+    fork = run.fork(5, lr=1e-3, run="./fork", progress=False)
     names = [str(run.directory), str(fork.directory)]
     answers = {
         ("verify", names[0]): run.verify(processes=1, progress=False),

@@ -194,7 +194,7 @@ def test_it_ranks_by_an_expression(tmp_path):
 
 
 def test_an_experiment_is_trained_again_from_the_command_line(everystep_command):
-    everystep_command("train", "digits", "--steps", 8, "--set", "batch_size=12", "--run", "run", "-q")
+    everystep_command("train", "digits", "--steps", 8, "--set", "batch_size=12", "--run", "./run", "-q")
     rows = everystep.open("run")[6].batch.rows.tolist()
     arguments = ["what-if", "run", "--at", 4, "--until", 8]
     code, out, _ = everystep_command(*arguments, "--without-rows-of", 6, "--each", "--json")
@@ -203,7 +203,17 @@ def test_an_experiment_is_trained_again_from_the_command_line(everystep_command)
     assert sorted(case["rows"][0] for case in answer["cases"]) == sorted(rows)
     best = answer["cases"][0]
     code, *_ = everystep_command(
-        "fork", "run", "--at", 4, "--until", 8, "--without-rows", best["rows"][0], "--run", "fork", "-q"
+        "fork",
+        "run",
+        "--at",
+        4,
+        "--until",
+        8,
+        "--without-rows",
+        best["rows"][0],
+        "--run",
+        "./fork",
+        "-q",
     )
     assert code == 0
     assert everystep.open("fork").losses["loss"].to_list()[4:] == best["losses"]

@@ -67,7 +67,7 @@ model, optimizer, train_loader, test_loader, schedule = prepared
 log = {"loss": 0.0, "scores": []}
 
 parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "log": log}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         model.train()
         for number, batch in recording.steps(enumerate(train_loader, 1)):  # was: enumerate(...)

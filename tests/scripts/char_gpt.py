@@ -85,7 +85,7 @@ best = {"val": float("inf")}
 ahead = dict(zip("xy", get_batch("train"), strict=True))  # the next batch
 
 parts = {"model": model, "optimizer": optimizer, "best": best, "ahead": ahead}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for iteration in recording.steps(range(ITERATIONS)):  # was: range(ITERATIONS)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(iteration)

@@ -67,7 +67,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
 log = {"order": torch.arange(POINTS), "sum": 0.0, "history": []}
 
 parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "log": log}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         log["order"], log["sum"] = torch.randperm(POINTS), 0.0
         for start in recording.steps(range(0, POINTS, BATCH)):  # was: range(0, POINTS, BATCH)

@@ -55,7 +55,7 @@ best = {"loss": float("inf"), "epoch": -1}
 log = {"loss": 0.0, "seen": 0, "history": []}
 
 parts = {"model": model, "opt": opt, "scheduler": scheduler, "best": best, "log": log}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         model.train()
         log.update(loss=0.0, seen=0)

@@ -37,7 +37,7 @@ fixed = torch.randn(32, NOISE)
 sums = {"generator": 0.0, "discriminator": 0.0, "fooled": 0.0}
 
 parts = {"net_g": net_g, "net_d": net_d, "opt_g": opt_g, "opt_d": opt_d, "sums": sums}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         sums.update(dict.fromkeys(sums, 0.0))
         for real in recording.steps(loader):  # was: loader

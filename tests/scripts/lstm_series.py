@@ -36,7 +36,7 @@ scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
 carried = {"memory": None, "loss": 0.0, "windows": 0}
 
 parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "carried": carried}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         model.train()
         carried.update(memory=None, loss=0.0, windows=0)

@@ -49,7 +49,7 @@ optimizer = torch.optim.Adamax(model.parameters(), lr=1e-2)
 memory = {"size": BATCH, "failures": []}
 
 parts = {"model": model, "optimizer": optimizer, "memory": memory}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for number, sequences in recording.steps(enumerate(batches(UPDATES))):  # was: enumerate(...)
         loss = None
         while loss is None:

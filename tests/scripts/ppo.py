@@ -79,7 +79,7 @@ carts, agent = Carts(seed=8), ActorCritic()
 optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2, eps=1e-5)
 
 parts = {"agent": agent, "optimizer": optimizer, "carts": carts}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for update in recording.steps(range(UPDATES)):  # was: range(UPDATES)
         played, reward = rollout(carts, agent)
         for _ in range(PASSES):

@@ -51,7 +51,7 @@ epochs_log = CsvLog("epochs.csv", "epoch train test averaged")
 logs = {"steps": steps_log, "epochs": epochs_log, "mean": Average()}
 
 parts = {"model": model, "ema": ema, "opt": opt, "scheduler": scheduler, "logs": logs}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         logs["mean"] = mean = Average()
         bar = tqdm(recording.steps(train_loader), desc=f"epoch {epoch}")  # was: tqdm(train_loader, ...)

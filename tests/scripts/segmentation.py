@@ -66,7 +66,7 @@ scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 3], g
 losses = []
 
 parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "losses": losses}  # added
-with everystep.record(**parts, run="run", resume=True) as recording:  # added
+with everystep.record(**parts, run="./run", resume=True) as recording:  # added
     for epoch in recording.epochs(EPOCHS):  # was: range(EPOCHS)
         model.train()
         for images, masks in recording.steps(train_loader):  # was: train_loader

@@ -510,7 +510,7 @@ VOUCHED_FOR = {
 
 
 def by_model(made):
-    return by_train(made, steps=STEPS, evaluate_every=1, run="run")
+    return by_train(made, steps=STEPS, evaluate_every=1, run="./run")
 
 
 def by_step_function(made):

@@ -123,7 +123,7 @@ def test_an_error_of_torch_leaves_the_steps_before_it():
     case = seeded(CASES["tied_and_frozen"])
     wrong = [torch.full((8, 5), 99)]
     with pytest.raises(IndexError, match="out of range"):
-        vouched(case._replace(batches=case.batches * 5 + wrong), run="run")
+        vouched(case._replace(batches=case.batches * 5 + wrong), run="./run")
     run = everystep.open("run")
     assert run.facts.status == "failed"
     assert len(run) == 20
@@ -157,7 +157,7 @@ def test_a_graph_that_the_loader_keeps_is_refused_as_by_hand():
     made = seeded(lambda: changing(what))
     made.parts["kept"] = []
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        vouched(made._replace(parts=made.parts), run="run")
+        vouched(made._replace(parts=made.parts), run="./run")
 
 
 def test_a_default_dtype_of_another_kind_holds():

@@ -120,7 +120,7 @@ def test_what_is_logged_after_a_step_belongs_to_it(whole):
 
 
 def test_what_cannot_be_logged_outside_of_a_step_is_reported():
-    with everystep.record(run="run", model=nn.Linear(2, 1)) as recording:
+    with everystep.record(run="./run", model=nn.Linear(2, 1)) as recording:
         with pytest.raises(everystep.UsageError, match="before the first step"):
             recording.log(validation=1.0)
         with recording.step():

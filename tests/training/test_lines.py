@@ -48,7 +48,7 @@ model = Model()
 model.inner.bias.register_hook(scaled)
 optimizer = torch.optim.Adam(model.parameters())
 batches = [torch.randn(5, 4) for _ in range(6)]
-with everystep.record(model=model, optimizer=optimizer, run="lined") as recording:
+with everystep.record(model=model, optimizer=optimizer, run="./lined") as recording:
     for x in recording.steps(batches):
         mean, spread = model(x)
         loss = penalty(mean, spread)

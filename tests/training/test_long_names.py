@@ -16,7 +16,7 @@ def loop(model, steps=3, log=lambda recording, step: None, key="x", **parts):
     """Record a loop, with other parts and numbers; returns the run."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     parts |= {"model": model, "optimizer": optimizer}
-    with everystep.record(run="run", **parts) as recording:
+    with everystep.record(run="./run", **parts) as recording:
         for step in range(steps):
             with recording.step({key: torch.randn(4, 3)}):
                 recording.log(loss=descend(optimizer, model(torch.randn(4, 3)).square().mean()))
@@ -27,7 +27,7 @@ def loop(model, steps=3, log=lambda recording, step: None, key="x", **parts):
 def train(model, **options):
     options |= {"loss": nn.MSELoss(), "optimizer": torch.optim.Adam(model.parameters()), "steps": 4}
     pair = torch.randn(8, 3), torch.randn(8, 2)
-    return everystep.train(model, pair, run="run", progress=False, **options)
+    return everystep.train(model, pair, run="./run", progress=False, **options)
 
 
 def of_module(name):

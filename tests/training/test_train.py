@@ -179,7 +179,7 @@ x @ x.T
 import everystep
 model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-with everystep.record(model=model, optimizer=optimizer, run="loop") as recording:
+with everystep.record(model=model, optimizer=optimizer, run="./loop") as recording:
     for row in recording.steps(range(0, 72, 8)):
         optimizer.zero_grad()
         loss = model(x[row : row + 8]).square().mean()

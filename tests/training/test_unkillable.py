@@ -51,7 +51,9 @@ def loop(steps, directory, resume=False):
                 count += 1
                 yield batch
 
-    with everystep.record(run=directory, resume=resume, model=model, optimizer=optimizer) as recording:
+    with everystep.record(
+        run=Path(directory), resume=resume, model=model, optimizer=optimizer
+    ) as recording:
         for x, y in recording.steps(batches()):
             loss = descend(optimizer, nn.functional.mse_loss(model(x), y))
             recording.log(loss=loss, size=x.abs().mean())
@@ -90,7 +92,7 @@ def test_a_loop_does_not_begin_where_other_files_are():
 def test_a_fork_is_there_with_its_own_first_state_or_not_at_all(monkeypatch):
     settings = {"steps": 20, "data.N": 16, "data.D_in": 4, "data.D_out": 2}
     layers = {"model.layers": ["Linear(4, 2)"]}
-    run = everystep.train_experiment("two-layer", settings | layers, run="parent")
+    run = everystep.train_experiment("two-layer", settings | layers, run="./parent")
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -98,9 +100,9 @@ def test_a_fork_is_there_with_its_own_first_state_or_not_at_all(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(recorder, "write_snapshot", full)
         with pytest.raises(everystep.RecordingError, match="No space left"):
-            run.fork(7, lr=1e-5, run="fork")
+            run.fork(7, lr=1e-5, run="./fork")
     assert not Path("fork").exists()
-    assert run.fork(7, lr=1e-5, run="fork").verify(processes=1).is_exact
+    assert run.fork(7, lr=1e-5, run="./fork").verify(processes=1).is_exact
 
 
 def test_a_measurement_without_values_leaves_no_name():
@@ -157,7 +159,7 @@ def test_ctrl_c_while_a_run_is_closed_waits_until_it_is(monkeypatch):
 def test_ctrl_c_in_the_body_of_a_loop_ends_it_at_once():
     with (
         pytest.raises(KeyboardInterrupt),
-        everystep.record(model=nn.Linear(2, 2), run="run") as recording,
+        everystep.record(model=nn.Linear(2, 2), run="./run") as recording,
     ):
         for step in recording.steps(range(5)):
             if step == 3:
@@ -182,7 +184,7 @@ def test_a_step_function_that_is_stopped_keeps_its_last_state():
     taken = []
     parts = {"model": model, "optimizer": optimizer}
     with pytest.raises(KeyboardInterrupt):
-        everystep.train(step, parts=parts, steps=10_000_000, run="run")
+        everystep.train(step, parts=parts, steps=10_000_000, run="./run")
     timer.join()
     run = everystep.open("run")
     assert run.status == "stopped"
@@ -197,7 +199,7 @@ def test_what_is_raised_as_a_loop_breaks_off_is_raised_after_it(monkeypatch):
     model = torch.nn.Linear(2, 1)
     with (
         pytest.raises(everystep.RunError, match="not the recorded one"),
-        everystep.record(run="run", model=model) as recording,
+        everystep.record(run="./run", model=model) as recording,
     ):
         for x in recording.steps(torch.ones(3, 2)):
             recording.log(loss=model(x))

@@ -37,7 +37,7 @@ def opened():
             optimizer=optimizer,
             steps=steps,
             progress=False,
-            run="run",
+            run="./run",
             **options,
         )
         run = RecordedRun("run")
@@ -343,9 +343,9 @@ def test_clipping_is_the_first_part_of_the_update(small, opened):
 
 
 def test_a_step_of_a_forks_parent_is_shown_by_the_rules_of_the_parent():
-    run = everystep.train_experiment("two-layer", {"steps": 4}, run="run", progress=False)
+    run = everystep.train_experiment("two-layer", {"steps": 4}, run="./run", progress=False)
     changes = {"optimizer.name": "SGD", "optimizer.momentum": 0.9, "max_grad_norm": 0.5}
-    fork = run.fork(2, changes, run="fork", progress=False)
+    fork = run.fork(2, changes, run="./fork", progress=False)
     text = {number: step_text(fork[number], fork.facts).plain for number in (2, 3)}
     assert "update    GradientDescent" in text[2]
     assert "max_grad_norm" not in text[2]

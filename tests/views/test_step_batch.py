@@ -73,7 +73,7 @@ def test_strings_and_complex_numbers_of_a_batch():
         "about": {"epoch": 3, "words": [f"word {n}" for n in range(100)]},
         "long": "z" * 999,
     }
-    with everystep.record(run="run", model=model) as recording:
+    with everystep.record(run="./run", model=model) as recording:
         for each in recording.steps([batch]):
             recording.log(loss=model(each["x"]).sum())
     run = everystep.open("run")

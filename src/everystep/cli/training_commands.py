@@ -47,7 +47,7 @@ def train(
     engine: Annotated[
         str | None, typer.Option(autocompletion=one_of("auto", "program", "eager"))
     ] = None,
-    run: Annotated[Path | None, typer.Option("--run", metavar="DIR")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="RUN")] = None,
     resume_run: Annotated[bool, typer.Option("--resume")] = False,
     tag: Annotated[list[str] | None, typer.Option(metavar="NAME")] = None,
     snapshot_budget: BudgetOption = 512,
@@ -67,13 +67,13 @@ def train(
         threads: Number of threads that torch uses.
         engine: eager: Python runs every step; auto: programs run the steps if all code is torch's;
             program: the same, and you vouch for your own code.
-        run: Run directory; must not exist, except with --resume.
-        resume_run: Resume the run in --run DIR if it exists.
+        run: The new run: a name in runs/, or a path. It must not exist, except with --resume.
+        resume_run: Resume the run that --run names if it exists.
         tag: A word by which everystep runs --tag finds the run. Repeatable.
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
-    from everystep.recording.directories import RUNS, is_run
+    from everystep.recording.directories import RUNS, is_run, place_of
     from everystep.recording.recorded_run import RecordedRun
 
     if steps is not None and epochs is not None:
@@ -91,16 +91,16 @@ def train(
     said = facts_from(None, tag or ())
     progress = _progress(quiet)
     name = Path(experiment).stem
-    budget = snapshot_budget * 1_000_000
-    if resume_run and run is None:
-        raise UsageError("--resume needs the run's directory: --run DIR")
-    if resume_run and run is not None and is_run(run):
+    budget, place = snapshot_budget * 1_000_000, place_of(run)
+    if resume_run and place is None:
+        raise UsageError("--resume needs the run: --run NAME")
+    if resume_run and place is not None and is_run(place):
         from everystep.replay.resume import Resume, resume_experiment
 
-        asked = Resume(RecordedRun(run), budget=budget, said=said)
+        asked = Resume(RecordedRun(place), budget=budget, said=said)
         outcome = resume_experiment(asked, progress, loaded)
     else:
-        outcome = train_experiment(loaded, name, run, RUNS, budget, progress, said)
+        outcome = train_experiment(loaded, name, place, RUNS, budget, progress, said)
     _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
@@ -170,7 +170,7 @@ def fork(
     steps: Annotated[int | None, typer.Option("--steps", "--until")] = None,
     without_rows: RowsOption = None,
     relabel: RelabelOption = None,
-    directory: Annotated[Path | None, typer.Option("--run", metavar="DIR")] = None,
+    directory: Annotated[str | None, typer.Option("--run", metavar="RUN")] = None,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
@@ -183,7 +183,7 @@ def fork(
         steps: Last step of the fork, counted from the parent's step 1.
         without_rows: Rows (samples) to leave out of their batches: 8123,8124.
         relabel: Another target for a row of the data. Repeatable.
-        directory: Directory of the fork; must not exist.
+        directory: The fork: a name in runs/, or a path. It must not exist.
     """
     from everystep import numerics
     from everystep.experiment.specification import parse_setting

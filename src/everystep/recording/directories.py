@@ -25,6 +25,7 @@ __all__ = [
     "find_run",
     "find_runs",
     "is_run",
+    "place_of",
     "remove_unbegun",
 ]
 
@@ -60,6 +61,12 @@ def find_run(name: str | Path, runs: Path = RUNS) -> Path:
         did_you_mean(str(name), known) if known else f"{runs}/ has no runs; run `everystep train` first"
     )
     raise RunError(f"no run {str(name)!r:.200}; {cure or 'run `everystep runs` to list them'}")
+
+
+def place_of(run: str | Path | None, runs: Path = RUNS) -> Path | None:
+    """Return the directory for a new run: of a name one under `runs`; all else is a path."""
+    is_name = isinstance(run, str) and run not in ("", ".", "..") and Path(run).name == run
+    return runs / run if is_name and run else None if run is None else Path(run)
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:

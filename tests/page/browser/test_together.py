@@ -128,7 +128,7 @@ def test_a_fork_is_trained_from_the_step_that_is_looked_at(copied, recorded, vis
     expect(page.locator(".run-head .state")).to_have_text("finished")
     fork = everystep.open(recorded / f"{parent.name}-faster")
     assert fork.summary().parent == (parent.name, 137)
-    by_hand = everystep.open(parent).fork(137, lr=3e-4, run="by-hand", progress=False)
+    by_hand = everystep.open(parent).fork(137, lr=3e-4, run="./by-hand", progress=False)
     assert fork.losses.equals(by_hand.losses)
     page.get_by_text(f"fork of {parent.name} at 137").get_by_role("link", name=parent.name).click()
     expect(page.get_by_text("forked at 137:").filter(has_text="faster")).to_be_visible()
