@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
     source = {"source": "arrays", "x": str(tmp_path / "x.npy"), "y": str(tmp_path / "y.npy")}
     for run, lr in (("run", 1e-4), ("other", 2e-4)):
         settings = {"data": source, "steps": 6, "optimizer.lr": lr}
-        everystep.train_experiment("two-layer", settings, run=run, progress=False)
+        everystep.train_experiment("two-layer", settings, run=Path(run), progress=False)
     return [source["x"], source["y"]]
 
 
