@@ -65,8 +65,10 @@ def find_run(name: str | Path, runs: Path = RUNS) -> Path:
 
 def place_of(run: str | Path | None, runs: Path = RUNS) -> Path | None:
     """Return the directory for a new run: of a name one under `runs`; all else is a path."""
-    is_name = isinstance(run, str) and run not in ("", ".", "..") and Path(run).name == run
-    return runs / run if is_name and run else None if run is None else Path(run)
+    if run is None:
+        return None
+    is_name = isinstance(run, str) and run not in ("", "..") and Path(run).name == run
+    return runs / run if is_name else Path(run)
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:

@@ -10,7 +10,7 @@ const LEADING = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 7], [1, 2, 5], [1]];
 /** A measurement of at most so many values is also drawn as points: one alone makes no line. */
 const FEW = 40;
 const FONT = "12px system-ui, sans-serif";
-/** Characters of the title of an axis that fit beside the plot. */
+/** Characters of the title of an axis that fit next to the plot. */
 const LONGEST_TITLE = 26;
 /** Steps between two grid lines: integers. */
 const STRIDES = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((leading) => leading * 10 ** power));
