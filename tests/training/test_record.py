@@ -197,7 +197,7 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
     lost_to = run.facts.batches_lost_to
     assert 100 < lost_to < 300
     with pytest.raises(everystep.RunError, match=r"batch_budget of everystep\.record"):
-        run[5]
+        run[lost_to]
     assert run[300].is_exact and run[300].batch.x.equal(x)
     found = run.verify(processes=1, progress=False)
     assert not found.is_exact and found.steps < found.all_steps
@@ -385,13 +385,14 @@ def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
 
 
 def test_data_from_elsewhere_is_kept_once_or_not_at_all(made, monkeypatch):
-    from everystep.step import under_way
+    from everystep.step import outside_tensors, under_way
 
     model, optimizer, _ = made
     data, targets = torch.randn(1000, 4), torch.randn(1000, 2)
     sizes = []
     for most in (under_way.MOST_BYTES, 10_000):
-        monkeypatch.setattr(under_way, "MOST_BYTES", most)
+        for module in (outside_tensors, under_way):
+            monkeypatch.setattr(module, "MOST_BYTES", most)
         with everystep.record(model=model, optimizer=optimizer) as recording:
             for number in range(40):
                 with recording.step():

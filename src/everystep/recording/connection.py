@@ -35,7 +35,7 @@ FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -67,7 +67,8 @@ CREATE TABLE contents (
     digest BLOB PRIMARY KEY,
     file INTEGER NOT NULL,                 -- batches/N.bin
     place INTEGER NOT NULL,                -- of its first byte
-    size INTEGER NOT NULL                  -- bytes
+    size INTEGER NOT NULL,                 -- bytes
+    source BLOB                            -- digest of data that it was cut out of
 ) WITHOUT ROWID;
 
 -- Files of the run besides batches, which have digests of their own. A row is entered when its file is

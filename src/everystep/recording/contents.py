@@ -1,7 +1,8 @@
 """Contents: data and inputs of watched steps, stored once by a digest of their bytes.
 
 A tensor with rows is stored row by row, so that an epoch that shuffles its rows costs 16 bytes per row.
-Files hold the bytes one after the other. If they exceed a budget, the oldest file is deleted, and the
+Windows of a text, and rows picked out of a table, are stored as their places in it: 4 bytes each. Files
+hold the bytes one after the other. If they exceed a budget, the oldest file is deleted, and the
 steps that need it can no longer be replayed.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import xxhash
@@ -30,6 +33,8 @@ from everystep.recording.outlook import RECENT
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from everystep.step.outside_tensors import Cut
 
 __all__ = [
     "DEFAULT_BATCH_BUDGET",
@@ -55,6 +60,8 @@ DRAW = "draw/"
 FILES = 16
 #: Rows of fewer bytes than this get no digests of their own.
 _SMALLEST_ROW = 64
+#: A place in data: little-endian, 4 bytes.
+_PLACE = "<i4"
 
 
 class Given(NamedTuple):
@@ -198,6 +205,12 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
         )
     size = math.prod(given.shape) * dtype.itemsize
     pieces = [places[digest] for digest in given.digests]
+    if len(pieces) == 1 and pieces[0].source is not None and size <= MEMORY:
+        if pieces[0].source not in places:
+            return None
+        kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
+        content = _read_cut(directory, kind, pieces[0], places[pieces[0].source], size)
+        return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
     if sum(piece.size for piece in pieces) != size or size > MEMORY:
         raise RunError(f"{directory / FOLDER} was changed after recording: an input has another size")
     kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
@@ -208,16 +221,41 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
 
 
 def _read_piece(directory: Path, kind: bytes, piece: Place) -> bytes:
-    name = f"{FOLDER}/{piece.file}.bin"
+    return _checked(directory, kind, piece, _bytes_at(directory, piece.file, [piece.place], piece.size))
+
+
+def _read_cut(directory: Path, kind: bytes, piece: Place, source: Place, size: int) -> bytes:
+    """Return an input of so many bytes that was cut out of data."""
+    written = _bytes_at(directory, piece.file, [piece.place], piece.size)
+    begins = [begin for (begin,) in struct.iter_unpack("<i", written[: len(written) // 4 * 4])]
+    each = size // max(len(begins), 1)
+    is_within = source.source is None and all(0 <= begin <= source.size - each for begin in begins)
+    places = [source.place + begin for begin in begins] if is_within else []
+    return _checked(directory, kind, piece, _bytes_at(directory, source.file, places, each))
+
+
+def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> bytes:
+    """Return the bytes at places in a file of batches, `size` at each; none if it is too short."""
+    name = f"{FOLDER}/{file}.bin"
     try:
         with open_own(directory, name) as opened:
-            opened.seek(piece.place)
-            has_all = piece.place + piece.size <= os.fstat(opened.fileno()).st_size
-            content = opened.read(piece.size) if has_all else b""
+            if max(places, default=0) + size > os.fstat(opened.fileno()).st_size:
+                return b""
+            found = [opened.read(size) for place in places if opened.seek(place) == place]
     except OSError as error:
         raise RunError(f"{directory / name} cannot be read: {error.strerror}") from None
+    return b"".join(found)
+
+
+def _checked(directory: Path, kind: bytes, piece: Place, content: bytes) -> bytes:
+    """Return the content of a piece.
+
+    Raises:
+        RunError: it is another one.
+    """
     if _digest(kind, content) != piece.digest:
-        raise RunError(f"{directory / name} was changed after recording: the digest of an input differs")
+        name = directory / FOLDER / f"{piece.file}.bin"
+        raise RunError(f"{name} was changed after recording: the digest of an input differs")
     return content
 
 
@@ -226,7 +264,8 @@ class Taken(NamedTuple):
 
     program: its number, None if nothing repeats the steps; numbers: of its operators, and those that
     Python read; inputs: of each step, on the CPU, by name; nesting: the nesting of its batch; bytes: of
-    new inputs; digests: of the state afterwards, by name, if computed, of a single step only.
+    new inputs; digests: of the state afterwards, by name, if computed, of a single step only; cuts:
+    where inputs were cut out of data, by name.
     """
 
     step: int
@@ -237,6 +276,7 @@ class Taken(NamedTuple):
     bytes: int
     digests: dict[str, str]
     count: int = 1  # type: ignore[assignment]  # the method of tuples is not needed
+    cuts: Mapping[str, Cut] = MappingProxyType({})
 
 
 class Repeats:
@@ -275,6 +315,8 @@ class Repeats:
         self._open: dict[bool, tuple[int, BinaryIO]] = {}
         self._number = 0
         self._known: dict[bytes, int] = {}
+        #: The digest of the data that a content was cut out of.
+        self._sources: dict[bytes, bytes] = {}
         self._sizes: dict[int, int] = {}
         self._newest_step: dict[int, int] = {}
         #: The step at which a file was begun, as far as known.
@@ -286,8 +328,10 @@ class Repeats:
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
-        for digest, file, place, size in database.all_contents():
+        for digest, file, place, size, source in database.all_contents():
             self._known[digest] = file
+            if source is not None:
+                self._sources[digest] = source
             self._sizes[file] = max(self._sizes.get(file, 0), place + size)
             self._number = max(self._number, file)
         if keep is None:
@@ -295,7 +339,7 @@ class Repeats:
             return
         for row in database.repeats(1):
             for name, each in inputs_of(row.inputs, f"step {row.step}").given.items():
-                self._use(row.last, name, {self._known[d] for d in each.digests if d in self._known})
+                self._use(row.last, name, self._files(each.digests))
 
     def write(self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]]) -> None:
         """Write steps. compare: compares steps that the run already has, and returns the new ones.
@@ -314,7 +358,8 @@ class Repeats:
                     continue
                 row = Taken(row.step, None, None, draws, None, 0, {}, row.count)
             before = self._bytes
-            given = {name: self._add_once(last, name, each) for name, each in row.inputs.items()}
+            cuts = row.cuts
+            given = {n: self._add_once(last, n, each, cuts.get(n)) for n, each in row.inputs.items()}
             self.recent.append(self._bytes - before)
             inputs = self._packed_inputs(Inputs(given, row.nesting, row.digests))
             numbers = packed(row.numbers) if row.numbers else None
@@ -403,12 +448,13 @@ class Repeats:
         while self.size > self._budget and (
             closed := self._sizes.keys() - {self._number, *(number for number, _ in self._open.values())}
         ):
-            oldest = min(closed, key=lambda file: (file in self._draws, file))
+            last_use = self._newest_step
+            oldest = min(closed, key=lambda file: (file in self._draws, last_use.get(file, 0), file))
             self.lost_to = max(self.lost_to, self._newest_step.get(oldest, 0))
             self._drop([oldest])
 
-    def _add_once(self, step: int, name: str, tensor: Tensor) -> Given:
-        """Add a tensor; skip one that was added before and is still alive."""
+    def _add_once(self, step: int, name: str, tensor: Tensor, cut: Cut | None = None) -> Given:
+        """Add a tensor; skip one that was added before and is still alive. cut: out of data."""
         known = self._given.get(id(tensor))
         if known is not None and known[0]() is tensor and self._are_fresh(known[2], step):
             self._use(step, name, known[2])
@@ -417,15 +463,38 @@ class Repeats:
         is_draw = self._is_draw(name)
         may_be_old = is_draw or self._keep is None
         for digest, piece in zip(given.digests, pieces, strict=True):
-            file = self._known.get(digest)
-            is_known = file is not None and (may_be_old or self._are_fresh({file}, step))
+            is_known = digest in self._known
+            is_known = is_known and (may_be_old or self._are_fresh(self._files([digest]), step))
             if not is_known and step > self._recorded:
-                self._write(step, is_draw, digest, piece)
-        files = {self._known[digest] for digest in given.digests if digest in self._known}
+                places = None if cut is None else self._places(step, piece, cut)
+                self._write(step, is_draw, digest, *(places or (piece, None)))
+        files = self._files(given.digests)
         self._use(step, name, files)
         if self._known.keys() >= {*given.digests}:
             self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
+
+    def _places(self, step: int, piece: Any, cut: Cut) -> tuple[Any, bytes] | None:
+        """Return the places of an input in data, and the digest of that; None if it has other bytes."""
+        import numpy as np
+        from numpy.lib.stride_tricks import sliding_window_view
+
+        source, begins = bytes_of(cut.source), np.asarray(cut.begins, np.int64)
+        size = piece.nbytes // max(len(begins), 1)
+        is_within = size * len(begins) == piece.nbytes > 8 * len(begins)
+        if not is_within or begins.min() < 0 or begins.max() + size > len(source):
+            return None
+        # The data may have been changed since it was copied: then the bytes are not there.
+        if not np.array_equal(sliding_window_view(source, size)[begins].reshape(-1), piece):
+            return None
+        (digest,) = self._add_once(step, "source", cut.source).digests
+        return (begins.astype(_PLACE), digest) if digest in self._known else None
+
+    def _files(self, digests: Iterable[bytes]) -> set[int]:
+        """Return the files that hold contents, and the data that these were cut out of."""
+        known, sources = self._known, self._sources
+        found = {known[digest] for digest in digests if digest in known}
+        return found | {known[sources[digest]] for digest in digests if sources.get(digest) in known}
 
     def _are_fresh(self, files: set[int], step: int) -> bool:
         """Return whether steps may refer to files; old ones could not be given up then."""
@@ -444,7 +513,7 @@ class Repeats:
             else:
                 self._newest_step[file] = step
 
-    def _write(self, step: int, is_draw: bool, digest: bytes, piece: Any) -> None:
+    def _write(self, step: int, is_draw: bool, digest: bytes, piece: Any, source: bytes | None) -> None:
         if is_draw not in self._open:
             self._number += 1
             self._folder.mkdir(exist_ok=True)
@@ -453,7 +522,10 @@ class Repeats:
             self._begun[self._number] = step
             self._sizes[self._number] = 0
         number, file = self._open[is_draw]
-        self._rows.append(Place(digest, number, self._sizes[number], piece.nbytes))
+        self._rows.append(Place(digest, number, self._sizes[number], piece.nbytes, source))
+        self._sources.pop(digest, None)
+        if source is not None:
+            self._sources[digest] = source
         file.write(piece.data)
         self._sizes[number] += piece.nbytes
         self._bytes += piece.nbytes
@@ -467,5 +539,8 @@ class Repeats:
             self._newest_step.pop(file, None)
             self._draws.pop(file, None)
             self._database.remove_contents(file)
-        self._known = {digest: file for digest, file in self._known.items() if file in self._sizes}
+        known = {digest: file for digest, file in self._known.items() if file in self._sizes}
+        self._sources = {d: source for d, source in self._sources.items() if d in known}
+        lost = {digest for digest, source in self._sources.items() if source not in known}
+        self._known = {digest: file for digest, file in known.items() if digest not in lost}
         self._removed += files

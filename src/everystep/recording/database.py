@@ -67,12 +67,16 @@ class Repeat(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the bytes of an input, or of a row of one, are: in a file of batches, by their digest."""
+    """Where the bytes of an input, or of a row of one, are: in a file of batches, by their digest.
+
+    source: the digest of data that they were cut out of; then these bytes are places in that.
+    """
 
     digest: bytes
     file: int
     place: int
     size: int
+    source: bytes | None = None
 
 
 #: The tables of rows.
@@ -262,9 +266,11 @@ class Database(Blocks):
         return self.rows(Place, "SELECT * FROM contents")
 
     def contents(self, digests: Iterable[bytes]) -> dict[bytes, Place]:
-        """Return the locations of contents, as far as known."""
+        """Return the locations of contents, and of what they were cut out of, as far as known."""
         query = "SELECT * FROM contents WHERE digest = ?"
-        return {digest: row for digest in digests for row in self.rows(Place, query, digest)}
+        found = {digest: row for digest in digests for row in self.rows(Place, query, digest)}
+        sources = {row.source for row in found.values() if row.source} - found.keys()
+        return found | {digest: row for digest in sources for row in self.rows(Place, query, digest)}
 
     def first_step(self) -> int | None:
         """Return the smallest number of a step."""

@@ -103,25 +103,26 @@ def prune(directory: Path, pruning: Pruning) -> None:
 def _files_to_drop(
     directory: Path, database: Database, budget: int | None
 ) -> tuple[list[int], int, int]:
-    """Return the oldest files of batches beyond a budget, the last step that needs one, and their bytes.
+    """Return files of batches beyond a budget, the last step that needs one, and their bytes.
 
-    A batch that comes again is stored once, so steps after that one may need such a file, too: the last
-    step counts.
+    A batch that comes again is stored once, so later steps may need its file, too: the files that no
+    step has needed for longest go first.
     """
-    places = database.all_contents()
+    places = {place.digest: place for place in database.all_contents()}
     sizes: dict[int, int] = {}
-    for place in places:
+    for place in places.values():
         sizes[place.file] = sizes.get(place.file, 0) + place.size
-    dropped: list[int] = []
-    for file in sorted(sizes) if budget is not None else ():
-        if sum(sizes.values()) - sum(sizes[each] for each in dropped) > (budget or 0):
-            dropped.append(file)
-    if not dropped:
+    if budget is None or sum(sizes.values()) <= budget:
         return [], 0, 0
-    gone = {place.digest for place in places if place.file in dropped}
-    lost = 0
+    last_use = dict.fromkeys(sizes, 0)
     for row in database.repeats(1):
         given = inputs_of(row.inputs, f"step {row.step} of {directory}").opens_with.values()
-        if any(digest in gone for each in given for digest in each.digests):
-            lost = row.last
+        used = [places[digest] for each in given for digest in each.digests if digest in places]
+        used += [places[each.source] for each in used if each.source in places]
+        last_use.update((place.file, row.last) for place in used)
+    dropped: list[int] = []
+    for file in sorted(sizes, key=lambda file: (last_use[file], file)):
+        if sum(sizes.values()) - sum(sizes[each] for each in dropped) > budget:
+            dropped.append(file)
+    lost = max((last_use[file] for file in dropped), default=0)
     return dropped, lost, sum(sizes[each] for each in dropped)

@@ -100,8 +100,13 @@ class Cursor(UnderWay):
         if known.how == "pass" and not self.is_remembered:
             return func(*args, **keywords)
         self.tensors.catch_up(at)
-        if gathers_data(known, leaves([*args, *keywords.values()]), self._is_met, self._is_drawn):
-            return func(*args, **keywords)
+        given = leaves([*args, *keywords.values()])
+        is_met = self._is_met_or_read if known.copies else self._is_met
+        if gathers_data(known, given, is_met, self._is_drawn):
+            result = func(*args, **keywords)
+            if known.joins or known.picks:
+                self.gathered[result.untyped_storage()._cdata] = func, args
+            return result
         return self._learn(func, known, args, keywords)
 
     def _followed(self, at: Entry, func: Any, args: Any, kwargs: Any) -> Any:
@@ -121,8 +126,26 @@ class Cursor(UnderWay):
         return MISS
 
     def _is_met(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is on memory that the step knows."""
-        return self.tensors.place(tensor.untyped_storage()) is not None
+        """Tell whether a tensor is on memory that the step knows, and not as data from elsewhere."""
+        place = self.tensors.place(tensor.untyped_storage())
+        return place is not None and not self._is_data(place)
+
+    def _is_met_or_read(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is on memory that the step knows, or has read a part of."""
+        storage = tensor.untyped_storage()
+        return storage._cdata in self.tensors.parts or self.tensors.place(storage) is not None
+
+    def _is_data(self, place: int) -> bool:
+        """Tell whether memory is from elsewhere, and the step has not changed it."""
+        if self.tensors.known[place].kind != "input":
+            return False
+        operations = [entry.operation for entry in self.at.from_root() if entry.operation is not None]
+        return not any(place in operation.writes for operation in operations)
+
+    def _is_part(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a part of data from elsewhere, which the step has not changed."""
+        is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
+        return is_part and not self._is_met(tensor) and not tensor.requires_grad
 
     def _is_drawn(self, tensor: Tensor) -> bool:
         """Tell whether the step has drawn a tensor at random, from nothing else."""
@@ -247,7 +270,7 @@ class Cursor(UnderWay):
         if entry.func is None:
             entry.func, entry.where, entry.shaped = func, self.follower.where, is_shaped
             entry.contents, entry.draws = contents, at.draws + known.draws
-            entry.brings = any(token[0] == "x" for token in flat)
+            entry.brings = any(token[0] in ("p", "x") for token in flat)
             if self.is_remembered:
                 is_alone = isinstance(result, Tensor)
                 entry.check = partial(_check_first, entry, known, is_alone, self.paths)
@@ -267,9 +290,11 @@ class Cursor(UnderWay):
             raise UnseenError(known.how)
         is_seen = known.how == "see"  # the numbers of a view belong to its geometry
         token, slots = self.tensors.token, known.slots if is_seen else ()
+        is_part = self._is_part if is_seen and not known.writes else None
         pairs = zip(args, known.places, strict=False)
-        tokens = tuple([token(value, is_slot and is_seen) for value, (_, is_slot) in pairs])
-        return tokens, tuple([(name, token(value, name in slots)) for name, value in keywords.items()])
+        tokens = tuple([token(value, is_slot and is_seen, is_part) for value, (_, is_slot) in pairs])
+        named = [(name, token(value, name in slots, is_part)) for name, value in keywords.items()]
+        return tokens, tuple(named)
 
     def _check(self, known: KnownOperator, tokens: Iterable[Any], written: Iterable[int]) -> None:
         """Check that a program can hold an operation with these tensors.
@@ -279,7 +304,10 @@ class Cursor(UnderWay):
         """
         for token in tokens:
             self.check_readable(token[1])
-        origins = self.tensors.origins_of(written)
+        origins, met = self.tensors.origins_of(written), self.tensors.met
+        changed = [met[origin]() for origin in origins]
+        if any(t is not None and t.untyped_storage()._cdata in self.tensors.parts for t in changed):
+            raise UnseenError("changes memory that the step has read a part of")
         if known.has_out and not all(self.tensors.known[origin].bytes for origin in origins):
             raise UnseenError("allocates memory for an empty tensor")
 
@@ -296,7 +324,7 @@ class Cursor(UnderWay):
             if token[0] == "a":
                 self.keep_place_of(token[2])
         is_backward = torch._C._current_autograd_node() is not None
-        if is_backward and self.followed is not None and any(token[0] == "x" for token in tokens):
+        if is_backward and self.followed is not None and any(t[0] in ("p", "x") for t in tokens):
             # Perhaps autograd has kept it of a call that was followed, and no other tensor is on it.
             known = self.tensors.known
             made = [entry for entry in self.followed.from_root() if entry.check is not None]
@@ -399,7 +427,7 @@ def _check_first(
         step: Cursor = paths.step
         given = flattened([args, kwargs]) if entry.contents else []
         for place, origin in entry.contents:
-            step.contents[origin] = step.outside.of(given[place])
+            step.bring(origin, given[place])
         if known.draws:
             step.note_generator(draws)
 

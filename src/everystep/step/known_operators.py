@@ -30,6 +30,8 @@ _OTHER_GEOMETRY = {
 _ZEROING = {"zero_", "_foreach_zero_"}
 #: They pick numbers by an index.
 _PICKING = {"gather", "index", "index_select", "take"}
+#: They lay parts of data side by side.
+_JOINING = {"cat", "stack"}
 
 
 class KnownOperator(NamedTuple):
@@ -53,6 +55,7 @@ class KnownOperator(NamedTuple):
     is_zeroing: bool = False
     writes_list: bool = False
     picks: bool = False
+    joins: bool = False
     copies: bool = False
 
 
@@ -89,6 +92,7 @@ def known_operator(func: Any) -> KnownOperator:
             name in _ZEROING,
             "foreach" in name and bool(writes(func)),
             name in _PICKING,
+            name in _JOINING,
             name == "copy_",
         )
     except (AttributeError, RuntimeError):  # an operator without a schema that can be read
@@ -126,8 +130,8 @@ def gathers_data(
     The result is an input of the step, kept by content as a batch is, and the operation is left out: so
     steps that read different places have the same path, and the long tensor itself is not kept.
 
-    A read counts if it has no other inputs and its places may change: a slice of a tensor, or numbers
-    picked by an index.
+    A read counts if it has no other inputs and its places may change: slices that are joined, or numbers
+    picked by an index. A view is left out: what reads it has a part of the data.
 
     Args:
         known: its operator.
@@ -135,7 +139,7 @@ def gathers_data(
         is_met: whether a tensor is on memory that the step knows.
         is_drawn: whether the step has drawn a tensor at random, without other inputs.
     """
-    if known.how not in ("see", "pass") or known.draws or (known.writes and not known.copies):
+    if known.how != "pass" and not (known.picks or known.joins or known.copies):
         return False
     is_outside, reads_places = False, known.picks or known.how == "pass"
     for tensor in tensors:

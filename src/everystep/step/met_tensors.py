@@ -5,7 +5,7 @@ A tensor is known by identity, through a weak reference: with a strong one, auto
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import ref
 
@@ -59,8 +59,10 @@ class MetTensors:
         self._looks: list[Any] = []
         #: Memory that the call under way has brought.
         self._brought: list[int] = []
-        #: Of the memory of a batch: where its first tensor begins, in bytes, aligned.
-        self._bases: dict[int, int] = {}
+        #: The first part of data that the step has met, by the memory that the data is on.
+        self.parts: dict[int, int] = {}
+        #: Of a batch, and of a part: where its memory begins in that of the data, in bytes.
+        self.bases: dict[int, int] = {}
         self._extents: dict[int, list[tuple[int, int]]] | None = None
 
     def same(self, state: Mapping[str, Tensor]) -> int:
@@ -75,7 +77,7 @@ class MetTensors:
         """Begin a step with the tensors of the state. same: as `same` has returned it."""
         del self.numbers[:]
         self._brought.clear()
-        self._bases, self._extents = {}, None
+        self.bases, self.parts, self._extents = {}, {}, None
         tensors = [*state.values()]
         lasting, number_of, places = self._lasting
         if lasting > same:  # another state: none of these may be found in a later step
@@ -99,6 +101,24 @@ class MetTensors:
         self._number_of[id(tensor)] = number
         if origin == number:
             self.keep_place(tensor, number)
+
+    def meet_part(self, tensor: Tensor) -> int:
+        """Give a part of data from elsewhere the next number; its memory counts as its own."""
+        number, own = len(self.known), self._put_part(tensor, len(self.known))
+        self._add(MetTensor(number, "part", extent_of(own)[1], tensor.is_cpu, False, own))
+        return number
+
+    def _put_part(self, tensor: Tensor, number: int) -> tuple[Any, ...]:
+        """Note a part by a number, and return where it lies in its own memory.
+
+        It begins there as it does in aligned memory, where kernels may compute other bits of floats.
+        """
+        begin = int(tensor.storage_offset()) * tensor.itemsize
+        is_aligned = not (tensor.is_floating_point() or tensor.is_complex())
+        self.bases[number] = begin if is_aligned else begin - begin % ALIGNMENT
+        self.put(tensor, number, -1)
+        self.parts.setdefault(tensor.untyped_storage()._cdata, number)
+        return self.geometry(tensor, number)
 
     def meet(self, tensor: Tensor, kind: str, *, is_named: bool = False) -> int:
         """Give a tensor the next number, and return it.
@@ -145,7 +165,7 @@ class MetTensors:
                 if tensor is None or not self._is_as_met(tensor, number):
                     continue
                 self._number_of[id(tensor)] = number
-                if self.place(tensor.untyped_storage()) is None:
+                if known.kind != "part" and self.place(tensor.untyped_storage()) is None:
                     self.keep_place(tensor, known.origin)
 
     def number(self, tensor: Tensor) -> int | None:
@@ -163,8 +183,8 @@ class MetTensors:
         )
 
     def geometry(self, tensor: Tensor, origin: int) -> tuple[Any, ...]:
-        """Return where a tensor lies in memory; in that of a batch, from the first tensor on."""
-        own, base = geometry(tensor), self._bases.get(origin)
+        """Return where a tensor lies in memory; in that of a batch or a part, from its beginning on."""
+        own, base = geometry(tensor), self.bases.get(origin)
         return (*own[:3], own[3] - base // tensor.itemsize) if base else own
 
     def drop(self, tensor: Tensor) -> None:
@@ -178,6 +198,7 @@ class MetTensors:
         left = {*storages}
         for storage in left:
             self._places.pop(storage, None)
+            self.parts.pop(storage, None)
         for number, tensor in self.alive(0, len(self.known)).items():
             if tensor.untyped_storage()._cdata in left:
                 self.met[number] = _gone
@@ -209,6 +230,7 @@ class MetTensors:
         """Forget memory that a call brought which was another one after all."""
         while self._brought:
             self._places.pop(self._brought.pop(), None)
+        self.parts = {place: part for place, part in self.parts.items() if part < len(self.known)}
 
     def keep_brought(self) -> None:
         """Keep the memory that a call brought."""
@@ -239,8 +261,10 @@ class MetTensors:
 
     # Tokens.
 
-    def token(self, value: Any, is_slot: bool) -> Any:
+    def token(self, value: Any, is_slot: bool, is_part: Callable[[Tensor], bool] | None = None) -> Any:
         """Return the token of an argument, and note a tensor that the step meets here.
+
+        is_part: returns whether a tensor is a part of data from elsewhere, and only read here.
 
         Raises:
             UnseenError: no token can stand for it; gives the reason.
@@ -251,15 +275,20 @@ class MetTensors:
             number = self.number(value)
             if number is not None:
                 return "r", number
-            place = self.place(value.untyped_storage())
+            storage = value.untyped_storage()
+            place = self.place(storage)
+            if is_part is not None and is_part(value):
+                number = self.meet_part(value)
+                return "p", number, place, self.known[number].geometry
             number = self.meet(value, "input")
             known = self.known[number]
             if place is None:
-                return "x", number, known.bytes, known.geometry
+                about = known.bytes, self.parts.get(storage._cdata)
+                return "x", number, about, known.geometry
             return "a", number, place, known.geometry
         kind = type(value)
         if isinstance(value, list | tuple):
-            return "l", tuple([self.token(item, is_slot) for item in value])
+            return "l", tuple([self.token(item, is_slot, is_part) for item in value])
         if is_slot and (kind is int or kind is float):
             self.numbers.append(value)
             return "n", kind
@@ -300,9 +329,11 @@ class MetTensors:
                 return False
             self.put(value, number, known)
             return True
-        if geometry(value) != expected:
+        if kind == "p":
+            return self.place(storage) == known and bool(self._put_part(value, number) == expected)
+        if geometry(value) != expected or self.place(storage) is not None:
             return False
-        if storage.nbytes() != known or self.place(storage) is not None:
+        if (storage.nbytes(), self.parts.get(storage._cdata)) != known:
             return False
         self._brought.append(storage._cdata)
         self.put(value, number, number)
@@ -327,11 +358,12 @@ class MetTensors:
                 first[storage._cdata] = offset, len(first)
                 if place is None:
                     begin = offset * tensor.itemsize
-                    self._bases[number] = begin - begin % ALIGNMENT
+                    self.bases[number] = begin - begin % ALIGNMENT
             begin, order = first[storage._cdata]
             # Not of the state: it may be any part of more data.
             lies = (offset - begin, offset * tensor.itemsize % ALIGNMENT) if place is None else offset
-            found.append((name, tensor.dtype, tuple(tensor.shape), tensor.stride(), place, order, lies))
+            shared = place, self.parts.get(storage._cdata)
+            found.append((name, tensor.dtype, tuple(tensor.shape), tensor.stride(), shared, order, lies))
             numbers.append(number)
             new.append(tensor)
         return tuple(found), numbers, new
@@ -354,7 +386,7 @@ def tensor_tokens(tokens: Iterable[Any]) -> Iterator[Any]:
     for token in tokens:
         if token[0] == "l":
             yield from tensor_tokens(token[1])
-        elif token[0] in ("r", "a", "x"):
+        elif token[0] in ("r", "a", "p", "x"):
             yield token
 
 

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["OutsideTensors", "version_of", "versions_by_name", "versions_of"]
+from everystep.step.path import extent_of, geometry
+
+__all__ = [
+    "MOST_BYTES",
+    "Cut",
+    "OutsideTensors",
+    "places_read",
+    "version_of",
+    "versions_by_name",
+    "versions_of",
+]
+
+#: Memory from elsewhere of more bytes than this is not kept; what is computed from it is.
+MOST_BYTES = 100_000_000
+
+
+class Cut(NamedTuple):
+    """Where a step has cut an input out of data: in pieces of one size, laid side by side.
+
+    source: all bytes of the data (bytes,) uint8, on the CPU; begins: the first byte of each piece.
+    """
+
+    source: Tensor
+    begins: Sequence[int]
+
+
+@dataclass
+class _Data:
+    """Data from outside that steps cut inputs out of.
+
+    reference: to its storage; cut: the bytes that were cut out of it so far; copy: of all its bytes,
+    once these are as many.
+    """
+
+    reference: Any
+    cut: int = 0
+    copy: Tensor | None = None
 
 
 @dataclass
@@ -24,13 +60,46 @@ class OutsideTensors:
 
     copied: int = 0
     _copies: dict[int, tuple[Any, int, Tensor]] = field(default_factory=dict)
+    _data: dict[int, _Data] = field(default_factory=dict)
+
+    def cut(self, tensor: Tensor, begins: Sequence[int], size: int) -> Cut | None:
+        """Return where an input was cut out of data; None while its content costs less than the data.
+
+        Data that changes is copied once, too; then what is cut has other bytes than the copy, or is at
+        another place, and is kept by content.
+
+        Args:
+            tensor: on the memory of the data.
+            begins: the first byte of each piece.
+            size: bytes of the input.
+        """
+        storage = tensor.untyped_storage()
+        known = self._data.get(storage._cdata)
+        if known is None or known.reference.expired():
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            known = self._data[storage._cdata] = _Data(reference)
+        known.cut += size
+        if known.copy is None and storage.nbytes() <= min(known.cut, MOST_BYTES):
+            with torch._C._DisableTorchDispatch():
+                known.copy = _whole(tensor).cpu().clone()
+        return None if known.copy is None else Cut(known.copy, begins)
+
+    def of_part(self, tensor: Tensor, base: int) -> Tensor:
+        """Return a copy, on the CPU, of the bytes of a tensor alone. base: where its memory begins."""
+        begin, end = extent_of(geometry(tensor))
+        with torch._C._DisableTorchDispatch():
+            whole = _whole(tensor)
+            copy = torch.zeros(end - base, dtype=torch.uint8)
+            copy[begin - base :] = whole[begin:end]
+        self.copied += copy.nbytes
+        return copy
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a copy, on the CPU, of all bytes of a tensor's storage."""
         storage, version = tensor.untyped_storage(), version_of(tensor)
         known = self._copies.get(storage._cdata)
         with torch._C._DisableTorchDispatch():
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            whole = _whole(tensor)
             if (
                 known is not None
                 and known[1] == version
@@ -53,6 +122,36 @@ class OutsideTensors:
     def clean(self) -> None:
         """Drop the copies of deleted tensors."""
         self._copies = {place: known for place, known in self._copies.items() if not known[0].expired()}
+        self._data = {p: known for p, known in self._data.items() if not known.reference.expired()}
+
+
+def places_read(func: Any, arguments: Sequence[Any]) -> tuple[Tensor, list[int]] | None:
+    """Return what an operation cuts out of data on the CPU: the data, and the first byte of each piece.
+
+    None if the pieces are not contiguous, or not all of one size. `func` joins slices, or picks rows.
+    """
+    name, (given, *others) = func.overloadpacket.__name__, arguments
+    if name in ("stack", "cat"):
+        slices = [*given]
+        shapes = {(each.untyped_storage()._cdata, each.shape) for each in slices}
+        if len(shapes) != 1 or (others and others[0] != 0) or not all(t.is_contiguous() for t in slices):
+            return None
+        return slices[0], [t.storage_offset() * t.itemsize for t in slices]
+    is_by_rows = len(others[0]) == 1 if name == "index" else name == "index_select" and others[0] == 0
+    if is_by_rows:
+        rows = others[0][0] if name == "index" else others[1]
+        if rows.dtype != torch.int64 or not given[:1].is_contiguous():
+            return None
+        rows = torch.where(rows < 0, rows + len(given), rows).flatten()
+        begins = (rows * given.stride(0) + given.storage_offset()) * given.itemsize
+        return given, begins.tolist()
+    return None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return all bytes of a tensor's storage."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage())
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int | None]:

@@ -6,7 +6,8 @@ them:
 
     ("r", k)                       the tensor k, the same object on the same memory
     ("a", k, place, geometry)      another tensor on memory that the step knows; it becomes k
-    ("x", k, bytes, geometry)      the first tensor on memory from outside; it becomes k
+    ("x", k, about, geometry)      the first tensor on memory from outside; it becomes k
+    ("p", k, place, geometry)      a part of data from outside, at any place in it; it becomes k
     ("c", value, type, text)       a constant; the text tells -0.0 from 0.0, and finds NaN equal
     ("n", type)                    a slot: the number belongs to the step
     ("l", tokens)                  a list
@@ -166,9 +167,10 @@ class MetTensor(NamedTuple):
     """A tensor when a step met it.
 
     origin: the number of the first tensor on its memory; kind: where that memory comes from: `state`,
-    `batch`, `input` (from elsewhere) or `temporary`; bytes, on_cpu: of that memory; is_named: whether it
-    is a tensor of the state or the batch itself; geometry: dtype, shape, stride and offset; in the
-    memory of a batch, the offset counts from the first tensor there.
+    `batch`, `input` (from elsewhere), `part` (a part of data from elsewhere, as memory of its own) or
+    `temporary`; bytes, on_cpu: of that memory; is_named: whether it is a tensor of the state or the
+    batch itself; geometry: dtype, shape, stride and offset; of a batch, the offset counts from the first
+    tensor there.
     """
 
     origin: int
@@ -381,7 +383,7 @@ class PathWriter:
         if origin not in self._place_of:
             self._place_of[origin] = len(self._storages)
             first = self._met[origin]
-            kind = "input" if first.kind == "batch" else first.kind
+            kind = "input" if first.kind in ("batch", "part") else first.kind
             self._storages.append(StorageKind(kind, first.bytes, self._has_host and first.on_cpu))
             self.origins.append(origin)
         return self._place_of[origin]

@@ -43,6 +43,9 @@ class TakenByProgram:
         """Return the bytes of an input that is not in the batch."""
         return self._contents.get(storage)
 
+    def cut(self, storage: int) -> None:
+        """Return where an input was cut out of data: nowhere, since its content does not change."""
+
     def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
         """Return the path of the step."""
         return self._path

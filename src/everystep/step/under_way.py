@@ -22,7 +22,14 @@ from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
-from everystep.step.outside_tensors import OutsideTensors, version_of, versions_of
+from everystep.step.outside_tensors import (
+    MOST_BYTES,
+    Cut,
+    OutsideTensors,
+    places_read,
+    version_of,
+    versions_of,
+)
 from everystep.step.path import (
     Ending,
     Entry,
@@ -40,8 +47,6 @@ _OTHER_WHEN_WATCHED = (
     "the gradient of prod, or of the value of masked_fill, is not bit-identical when it is watched"
 )
 
-#: Memory from elsewhere of more bytes than this is not kept; what is computed from it is.
-MOST_BYTES = 100_000_000
 _next_node = torch._C._autograd._get_sequence_nr
 #: Stands for a logged tensor that the step has not met: its content is kept each time.
 _UNKNOWN = ("unknown",)
@@ -91,6 +96,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.outside = elsewhere
         self.tensors = paths.tensors
         self.contents: dict[int, Tensor] = {}
+        self.cuts: dict[int, Cut] = {}
+        #: The calls that cut data out of tensors, by the memory of their results.
+        self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_elsewhere: dict[int, str] = {}
         self.ending: Ending | None = None
         self.gradient_copies: GradientCopies | None = None
@@ -112,6 +120,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         storage: its number in the path that `end` has returned.
         """
         return self.contents.get(self._origins[storage])
+
+    def cut(self, storage: int) -> Cut | None:
+        """Return where such an input was cut out of data, if the run is to have that."""
+        return self.cuts.get(self._origins[storage])
 
     def begin(self, state: Mapping[str, Tensor], left: Ending | None = None) -> None:
         """Note the tensors of the state before the step.
@@ -242,7 +254,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     def is_unread(self, number: int) -> bool:
         """Tell whether a tensor is on memory from elsewhere that no operation has read yet."""
         origin = self.tensors.known[number].origin
-        return self.tensors.known[origin].kind == "input" and origin not in self.contents
+        return self.tensors.known[origin].kind in ("input", "part") and origin not in self.contents
 
     def check_readable(self, number: int) -> None:
         """Check that a program can hold a tensor as an argument.
@@ -258,7 +270,22 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     def keep_content(self, number: int, tensor: Tensor) -> None:
         """Keep the content of the memory of a tensor that is unread."""
-        self.contents[self.tensors.known[number].origin] = self.outside.of(tensor)
+        self.bring(self.tensors.known[number].origin, tensor)
+
+    def bring(self, origin: int, tensor: Tensor) -> None:
+        """Keep the content of memory from elsewhere. origin: the number of the first tensor there."""
+        base, outside = self.tensors.bases.get(origin), self.outside
+        if base is not None:
+            content = outside.of_part(tensor, base)
+            read = (tensor, [base]) if tensor.is_contiguous() else None
+        else:
+            content = outside.of(tensor)
+            call = self.gathered.get(tensor.untyped_storage()._cdata)
+            read = None if call is None else places_read(*call)
+        self.contents[origin] = content
+        cut = None if read is None else outside.cut(*read, content.nbytes)
+        if cut is not None:
+            self.cuts[origin] = cut
 
     def keep_place_of(self, number: int) -> None:
         """From now on, note the memory of a result when it is made: it is met again without it."""

@@ -105,17 +105,21 @@ class StepRows:
         size, self._copied = size + copied - self._copied, copied
         if isinstance(known, str):
             return Taken(step, None, None, inputs, nesting, size, {})
+        cuts = {}
         for name, storage in known.built.inputs.items():
             content = watch.content(storage)
             if content is not None and f"batch/{name}" not in inputs:
                 inputs[f"input/{name}"] = content
+                if (cut := watch.cut(storage)) is not None:
+                    cuts[f"input/{name}"] = cut
         for draw, generator in watch.generators.items():
             # A replay has the generator as the last draw left it, in this step or one before.
             if draw or not torch.equal(generator, self._generator):
                 inputs[f"generator/{draw}"] = generator
         self._generator = watch.drawn if watch.drawn is not None else self._generator
         numbers = known.built.numbers(watch.numbers)
-        return Taken(step, known.number, numbers, inputs, nesting, size, self._digests(step, state))
+        digests = self._digests(step, state)
+        return Taken(step, known.number, numbers, inputs, nesting, size, digests, cuts=cuts)
 
     def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
         try:

@@ -1,0 +1,170 @@
+"""Windows and rows that steps cut out of data: kept as their places in it, once the data is kept."""
+
+import shutil
+import sqlite3
+from contextlib import closing, nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import everystep
+from everystep.recording.database import FILE_NAME
+
+
+def _trained(run, text, steps=300, change=None, noise=0, **options):
+    """Record a loop that trains on windows of a text, drawn within each step; return its losses.
+
+    change: changes the text before a step; noise: how many numbers from NumPy each step uses, too.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 50))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    with everystep.record(model=model, optimizer=optimizer, run=run, **options) as recording:
+        for t in recording.steps(range(steps)):
+            if change is not None:
+                change(t)
+            at = torch.randint(len(text) - 33, (12,))
+            x, y = (torch.stack([text[i + k : i + k + 32] for i in at]) for k in (0, 1))
+            loss = functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            if noise:
+                loss = loss + torch.from_numpy(np.random.default_rng(t).random(noise)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+            losses.append(loss.item())
+    return everystep.open(recording.run.directory), losses
+
+
+def _size(run):
+    return sum(path.stat().st_size for path in (run.directory / "batches").iterdir())
+
+
+@pytest.fixture
+def text():
+    return torch.randint(50, (20_000,), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    text = torch.randint(50, (20_000,), generator=torch.Generator().manual_seed(3))
+    return _trained(tmp_path_factory.mktemp("cut") / "run", text)[0]
+
+
+def test_steps_cost_the_places_of_their_windows_once_these_cost_as_much_as_the_text(recorded, text):
+    windows = 2 * 12 * 32 * text.itemsize
+    places = 2 * 12 * 4
+    assert _size(recorded) < 2 * (text.nbytes + windows) + 300 * places + 20_000
+    assert _size(recorded) < 300 * windows / 4
+    assert recorded.verify(processes=1, progress=False).is_exact
+    assert recorded.facts.training.loop.programs <= 2
+    assert recorded.damage is None
+
+
+def test_a_fork_and_pruning_keep_the_text(recorded, tmp_path):
+    copy = everystep.open(recorded.directory)
+    assert copy[299].is_exact and copy[2].is_exact
+    fork, losses = _trained(
+        tmp_path / "fork", torch.arange(20_000) % 50, fork=recorded.directory, at=200
+    )
+    assert len(fork.losses) == 300 and fork[150].is_exact and fork[290].is_exact
+    assert losses[-1] == fork.losses["loss"][-1]
+
+
+def test_a_text_that_changes_is_kept_by_content(text, tmp_path):
+    def change(t):
+        if t % 3 == 0:
+            text.numpy()[:] = np.roll(text.numpy(), 7)  # torch does not see it
+        if t == 200:
+            text.fill_(1)
+
+    run, losses = _trained(tmp_path / "run", text, change=change)
+    assert run.verify(processes=1, progress=False).is_exact
+    assert [run[step].loss for step in (40, 150, 299)] == [losses[s - 1] for s in (40, 150, 299)]
+
+
+def test_the_text_stays_while_newer_steps_need_it(text, tmp_path):
+    run, _ = _trained(tmp_path / "run", text, noise=2000, batch_budget=1_500_000)
+    lost = run.facts.batches_lost_to
+    assert 0 < lost < 250 and _size(run) < 1_600_000
+    assert run[290].is_exact and run[300].is_exact
+    kept, _ = _trained(tmp_path / "kept", text, keep="last 100 steps")
+    assert kept.verify(processes=1, progress=False).is_exact and kept[250].is_exact
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE contents SET source = digest WHERE source IS NOT NULL",
+        "UPDATE contents SET source = x'00' WHERE source IS NOT NULL",
+        "UPDATE contents SET size = size - 4 WHERE source IS NOT NULL",
+        "UPDATE contents SET size = 0 WHERE source IS NOT NULL",
+        "UPDATE contents SET place = place + 1 WHERE source IS NOT NULL",
+    ],
+)
+def test_places_that_were_altered_are_reported(recorded, text, tmp_path, change):
+    place = shutil.copytree(recorded.directory, tmp_path / "run")
+    with closing(sqlite3.connect(place / FILE_NAME)) as database, database:
+        database.execute(change)
+    with pytest.raises(everystep.RunError, match=r"changed|dropped"):
+        everystep.open(place)[299]
+
+
+def _direct(t, data, model):
+    """Slices that the model takes as they are."""
+    at = int(torch.randint(900, ()))
+    return model(data[at : at + 90].view(10, 9)).square().mean()
+
+
+def _whole_too(t, data, model):
+    """A step that reads all of the data, and then a part of it."""
+    rows, at = data[:1800].view(200, 9), int(torch.randint(190, ()))
+    return model((rows[at : at + 8] - rows.mean(0)) / rows.std(0)).square().mean()
+
+
+def _changed_after(t, data, model):
+    """A step that changes the memory of which it has read a part."""
+    at = int(torch.randint(900, ()))
+    part = data[at : at + 9]
+    with torch.no_grad():
+        before = model(part)
+    data[at : at + 9] = data[at + 9 : at + 18] * 0.5
+    return (model(part) - before).square().sum()
+
+
+def _two_of_one(t, data, model):
+    """Two parts of the same memory in one operation."""
+    one, two = torch.randint(100, (2,)).tolist()
+    picked = torch.where(data[16 * one :][:90] > 0, data[16 * one :][:90], data[16 * two :][:90])
+    return model(picked.view(10, 9)).square().mean()
+
+
+@pytest.mark.parametrize("loss_of", [_direct, _whole_too, _changed_after, _two_of_one])
+def test_parts_of_data_at_any_place_have_the_same_programs(loss_of, tmp_path):
+    """Floats have one for each way in which they lie in aligned memory: kernels may differ by that."""
+
+    def trained(is_recorded):
+        torch.manual_seed(0)
+        data, model = torch.randn(2000), nn.Linear(9, 1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        parts = {"model": model, "optimizer": optimizer, "run": tmp_path / "run"}
+        losses = []
+        with everystep.record(**parts) if is_recorded else nullcontext() as recording:
+            for t in range(60) if recording is None else recording.steps(range(60)):
+                loss = loss_of(t, data, model)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                if recording is not None:
+                    recording.log(loss=loss)
+        return losses
+
+    assert trained(True) == trained(False)
+    run = everystep.open(tmp_path / "run")
+    assert run.verify(processes=1, progress=False).is_exact
+    assert run.facts.training.loop.programs <= 17
