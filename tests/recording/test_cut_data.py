@@ -65,12 +65,12 @@ def test_steps_cost_the_places_of_their_windows_once_these_cost_as_much_as_the_t
     assert recorded.damage is None
 
 
-def test_a_fork_and_pruning_keep_the_text(recorded, tmp_path):
-    copy = everystep.open(recorded.directory)
-    assert copy[299].is_exact and copy[2].is_exact
-    fork, losses = _trained(
-        tmp_path / "fork", torch.arange(20_000) % 50, fork=recorded.directory, at=200
-    )
+def test_a_fork_with_another_text_has_the_steps_of_both(recorded, text, tmp_path):
+    def change(t):
+        if t == 200:
+            text.copy_(torch.arange(20_000) % 50)
+
+    fork, losses = _trained(tmp_path / "fork", text, change=change, fork=recorded.directory, at=200)
     assert len(fork.losses) == 300 and fork[150].is_exact and fork[290].is_exact
     assert losses[-1] == fork.losses["loss"][-1]
 
@@ -143,7 +143,25 @@ def _two_of_one(t, data, model):
     return model(picked.view(10, 9)).square().mean()
 
 
-@pytest.mark.parametrize("loss_of", [_direct, _whole_too, _changed_after, _two_of_one])
+def _memory(t, data, model):
+    """Samples out of a memory of tensors, some of them more than once, and made in this step."""
+    memory = model.__dict__.setdefault("memory", [])
+    with torch.no_grad():
+        memory.append(model(data[:9]).expand(9) + torch.randn(9))
+    picked = torch.randint(len(memory), (8,)).tolist()
+    return model(torch.stack([memory[place] for place in picked])).square().mean()
+
+
+def _own_generator(t, data, model):
+    """Rows picked by a generator of the loop's own."""
+    generator = model.__dict__.setdefault("generator", torch.Generator().manual_seed(1))
+    rows = torch.randint(0, 200, (8,), generator=generator)
+    return model(data[:1800].view(200, 9)[rows]).square().mean()
+
+
+@pytest.mark.parametrize(
+    "loss_of", [_memory, _own_generator, _direct, _whole_too, _changed_after, _two_of_one]
+)
 def test_parts_of_data_at_any_place_have_the_same_programs(loss_of, tmp_path):
     """Floats have one for each way in which they lie in aligned memory: kernels may differ by that."""
 

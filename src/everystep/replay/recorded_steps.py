@@ -224,7 +224,8 @@ class RecordedSteps:
             if given.dtype not in DTYPES or content.nbytes != _size(given):
                 what = _what(self.run, row)
                 raise NotReplayedError(f"{what} has another dtype or size: the database was changed")
-            found[name] = content.view(DTYPES[given.dtype]).reshape(given.shape)
+            shape = (-1,) if name.startswith("input/") else given.shape
+            found[name] = content.view(DTYPES[given.dtype]).reshape(shape)
         return found
 
     def read_ahead(self, number: int, last: int) -> None:

@@ -107,6 +107,11 @@ class Cursor(UnderWay):
             if known.joins or known.picks:
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
+        if known.draws and not any(map(self._is_met, given)) and _has_generator(args, keywords):
+            # Its result is from outside, as what Python or NumPy has drawn: later steps may follow.
+            text = f"{func} takes a Generator"
+            self.unseen[text] = self.unseen.get(text, 0) + 1
+            return func(*args, **keywords)
         return self._learn(func, known, args, keywords)
 
     def _followed(self, at: Entry, func: Any, args: Any, kwargs: Any) -> Any:
@@ -399,6 +404,11 @@ class Cursor(UnderWay):
         """Forget a tensor that has got other memory."""
         self.tensors.catch_up(self.at)
         self.tensors.drop(tensor)
+
+
+def _has_generator(args: Any, keywords: dict[str, Any]) -> bool:
+    """Return whether a call draws from a generator that it was given."""
+    return any(isinstance(value, torch.Generator) for value in (*args, *keywords.values()))
 
 
 def _keep_from_compiler() -> None:

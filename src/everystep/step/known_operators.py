@@ -130,8 +130,9 @@ def gathers_data(
     The result is an input of the step, kept by content as a batch is, and the operation is left out: so
     steps that read different places have the same path, and the long tensor itself is not kept.
 
-    A read counts if it has no other inputs and its places may change: slices that are joined, or numbers
-    picked by an index. A view is left out: what reads it has a part of the data.
+    A read counts if its places may change: numbers picked by an index; or tensors that are joined, most
+    of them from outside, as samples out of a memory are. A view is left out: what reads it has a part of
+    the data.
 
     Args:
         known: its operator.
@@ -141,9 +142,11 @@ def gathers_data(
     """
     if known.how != "pass" and not (known.picks or known.joins or known.copies):
         return False
-    is_outside, reads_places = False, known.picks or known.how == "pass"
+    is_outside, tensors = False, [*tensors]
+    if known.joins and all(is_plain(tensor) and not tensor.requires_grad for tensor in tensors):
+        return 2 * sum(map(is_met, tensors)) < len(tensors)
     for tensor in tensors:
-        if not is_plain(tensor) or tensor.requires_grad:
+        if not is_plain(tensor) or tensor.requires_grad or known.joins:
             return False
         if is_met(tensor):
             is_index = not (tensor.is_floating_point() or tensor.is_complex())
@@ -151,11 +154,9 @@ def gathers_data(
                 return False
             continue
         is_outside = True
-        is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
         if known.copies:
-            return is_part
-        reads_places = reads_places or is_part
-    return is_outside and reads_places
+            return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
+    return is_outside
 
 
 def is_shaped_by_numbers(func: Any, args: Any) -> bool:

@@ -46,6 +46,10 @@ class TakenByProgram:
     def cut(self, storage: int) -> None:
         """Return where an input was cut out of data: nowhere, since its content does not change."""
 
+    def rows(self, storage: int) -> int:
+        """Return of how many rows an input was joined."""
+        return 1
+
     def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
         """Return the path of the step."""
         return self._path

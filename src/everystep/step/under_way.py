@@ -97,6 +97,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.tensors = paths.tensors
         self.contents: dict[int, Tensor] = {}
         self.cuts: dict[int, Cut] = {}
+        self.joined: dict[int, int] = {}
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_elsewhere: dict[int, str] = {}
@@ -124,6 +125,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     def cut(self, storage: int) -> Cut | None:
         """Return where such an input was cut out of data, if the run is to have that."""
         return self.cuts.get(self._origins[storage])
+
+    def rows(self, storage: int) -> int:
+        """Return of how many rows such an input was joined, which other steps may use, too; or 1."""
+        return self.joined.get(self._origins[storage], 1)
 
     def begin(self, state: Mapping[str, Tensor], left: Ending | None = None) -> None:
         """Note the tensors of the state before the step.
@@ -276,7 +281,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Keep the content of memory from elsewhere. origin: the number of the first tensor there."""
         base, outside = self.tensors.bases.get(origin), self.outside
         if base is not None:
-            content = outside.of_part(tensor, base)
+            content, call = outside.of_part(tensor, base), None
             read = (tensor, [base]) if tensor.is_contiguous() else None
         else:
             content = outside.of(tensor)
@@ -286,6 +291,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         cut = None if read is None else outside.cut(*read, content.nbytes)
         if cut is not None:
             self.cuts[origin] = cut
+        if call is not None and read is None and tensor.dim() and tensor.numel():
+            self.joined[origin] = len(tensor)
 
     def keep_place_of(self, number: int) -> None:
         """From now on, note the memory of a result when it is made: it is met again without it."""

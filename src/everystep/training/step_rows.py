@@ -109,7 +109,8 @@ class StepRows:
         for name, storage in known.built.inputs.items():
             content = watch.content(storage)
             if content is not None and f"batch/{name}" not in inputs:
-                inputs[f"input/{name}"] = content
+                rows = watch.rows(storage)  # each is kept once
+                inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
                 if (cut := watch.cut(storage)) is not None:
                     cuts[f"input/{name}"] = cut
         for draw, generator in watch.generators.items():
