@@ -431,7 +431,8 @@ class Run(RecordedRun):
             UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
             RunError: the steps cannot be repeated with the change; gives the reason.
         """
-        from everystep.replay.what_if import check_has_rows, what_if
+        from everystep.replay.what_if import what_if
+        from everystep.replay.without_objects import check_has_rows
 
         rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
         chosen = [operator.index(row) for row in without_rows]
@@ -442,7 +443,7 @@ class Run(RecordedRun):
         if wrong := [rate for rate in rates if not 0 <= rate < math.inf]:
             raise UsageError(f"lr is {wrong[0]:g}; pass learning rates from 0 on")
         if not rates and not targets:
-            check_has_rows(self)
+            check_has_rows(self, at)
         if at is None and without_rows_of is None:
             raise UsageError(
                 "no start: pass at, the step after which the trainings start, or "

@@ -135,6 +135,8 @@ def engine_text(facts: Facts) -> str:
         if facts.not_kept:
             missing += f"; {kept_text(facts, facts.steps or 0)} (keep: {facts.not_kept[-1].keep})"
         kept = f"its operations are in {counted(loop.programs, 'program')}{missing}"
+        if engine is not None and facts.fork is not None:
+            return f"by your own code up to step {facts.fork.at:,}, by program alone after it; {kept}"
         if loop.function is None:
             return f"by your own loop; {kept}"
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
