@@ -165,6 +165,9 @@ class RecordedSteps:
             self._losses = dict(enumerate(recorded, start=number))
         return self._losses.get(number, math.nan)
 
+    def unknown_in(self, number: int) -> str | None:
+        """Return what Python may have got otherwise in a step than recorded, and no program computes."""
+
     def digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""
         earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
@@ -294,6 +297,11 @@ class ChangedSteps(RecordedSteps):
     def given(self, row: Repeat) -> Inputs:
         """Return the inputs of a step without their contents, and without digests of the state."""
         return super().given(row)._replace(digests={})
+
+    def unknown_in(self, number: int) -> str | None:
+        """Return what Python may have got otherwise in a step than recorded, and no program computes."""
+        count = self.program_of(self.row(number)).program.left_out
+        return f"Python read {count:,} values in it that its program does not compute" if count else None
 
     def taken(self, number: int) -> Taken:
         """Return a step in its stored form.

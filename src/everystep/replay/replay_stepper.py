@@ -380,6 +380,8 @@ class ReplayStepper:
         """Report how a step differs from the recording; of the state after it, the first time."""
         if differs is not None:
             self._diverged(number, f"step {number} differs from the recording: {differs}")
+        elif (unknown := self.steps.unknown_in(number)) is not None:
+            self._diverged(number, f"step {number} may differ from the recording: {unknown}")
         if not digests or self._has_diverged or self.steps.conversion is not None:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)

@@ -41,7 +41,7 @@ class Case:
 
     rows: of the data, left out; value: of the expression, None if it has none at that step; losses: of
     the steps (steps), NaN where the step logs none that an operation returned; lr: the learning rate,
-    None for the recorded ones; differs_from: the first step in which Python would read a different
+    None for the recorded ones; differs_from: the first step in which Python could read a different
     number than recorded, so that your code could act differently from there; None if there is none;
     targets: the recorded and the other one, by row; found_in: the steps with one of these rows, empty if
     a rule makes the batches.

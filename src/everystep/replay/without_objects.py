@@ -251,6 +251,8 @@ class _StepsAlone:
             for name, value in self._logged.items():
                 title = f"{name} (logged)"  # of a rate; this name is for the one that was used
                 found.append((title if title in self._known else name, number, value))
+        if not self.is_loop:
+            return True
         if self._replay.diverged_at is not None:
             self._end = f"{self._replay.problems[-1]}; your code could act differently from there"
         elif not self._has_loss(number) and not math.isnan(RecordedSteps.loss(self._steps, number)):
