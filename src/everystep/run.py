@@ -505,6 +505,10 @@ class Run(RecordedRun):
         changes is bit-identical to this run. The optimizer continues with its state; an optimizer of
         another class starts without state.
 
+        Of your own loop or step function, the recorded programs take the recorded steps again, with
+        `relabel`, `lr` or both; other forks your code makes: `everystep.record(fork=run, at=at, ...)`.
+        The fork ends before the first step in which Python would read another number than recorded.
+
         Args:
             at: the step after which the fork starts; 0: before the first step.
             settings: changes by path, as in an experiment: `{"optimizer.lr": 1e-3}`.
@@ -514,7 +518,8 @@ class Run(RecordedRun):
                 train; `fork` trains them in place. Without them, the run's programs continue alone if
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
-            relabel: other targets, by row of the data.
+            relabel: other targets, by row of the data; of your own loop, by the place of the row in the
+                batch of the step after `at`. The same row has it in later batches, too.
             run: the fork: a name in runs/, or a path, which must not exist; default: the next free one.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the

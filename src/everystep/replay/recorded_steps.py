@@ -301,7 +301,7 @@ class ChangedSteps(RecordedSteps):
     def unknown_in(self, number: int) -> str | None:
         """Return what Python may have got otherwise in a step than recorded, and no program computes."""
         count = self.program_of(self.row(number)).program.left_out
-        return f"Python read {count:,} values in it that its program does not compute" if count else None
+        return f"Python read {count:,} of its values that no program computes" if count else None
 
     def taken(self, number: int) -> Taken:
         """Return a step in its stored form.
