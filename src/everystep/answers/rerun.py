@@ -310,6 +310,8 @@ def _diverged(opener: Opener) -> Iterator[str]:
 
 def _reads_numbers(program: Program) -> bool:
     """Return whether Python read numbers of a step, other than counters of steps."""
+    if program.left_out:
+        return True
     known = counters(program)
     read = (name for each in program.operations if each.operator == READ for name in each.reads())
     return any(program.tensors[name].storage not in known for name in read)

@@ -233,6 +233,8 @@ def going_on(run: RecordedRun, facts: Facts) -> str:
     name = shortest_name(run.directory)
     trained = facts.trained
     if trained is not None and trained.loop is not None:
+        if trained.engine is not None and facts.fork is not None:  # programs alone took its steps
+            return f"everystep.record(..., fork={facts.fork.directory!r}, at={facts.fork.at})"
         return f"everystep.record(..., resume={name!r})"
     if (run.directory / EXPERIMENT_FILE).exists():
         return f"everystep resume {shlex.quote(name)}"
