@@ -332,7 +332,9 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     def record(state: State) -> tuple[Recorder, Facts]:
         place = create_directory(asked.directory, f"{run.name}-fork", asked.runs)
         facts = Facts(name=place.name, started=now(), steps=asked.last, trained=trained, fork=fork)
-        return Recorder(place, facts, asked.budget, run, at, beginning=state), facts
+        # Only what changed is new: all batches are as far within a budget as the parent's.
+        recorder = Recorder(place, facts, asked.budget, run, at, math.inf, beginning=state)
+        return recorder, facts
 
     return continue_alone(run, at, steps_of, record, progress, lr)
 
