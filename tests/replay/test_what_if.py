@@ -415,7 +415,7 @@ def relabelled_loop(record=None, targets=None, as_function=False, loss_of=None, 
         descend(optimizer, loss)
         scheduler.step()
         losses.append(loss.detach())
-        logged = {"loss": loss, "hits": (out.argmax(1) == y).sum()}
+        logged = {"loss": loss} | ({} if loss_of else {"hits": (out.argmax(1) == y).sum()})
         if look:
             look(model.state_dict(), logged)
         return logged
