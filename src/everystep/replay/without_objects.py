@@ -118,7 +118,7 @@ def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_o
     if changed:
         raise RunError(
             f"after step {changed[0]}, code between the steps changed tensors of {name}, and may change "
-            f"others {change}; end before (steps={changed[0]}), or {cure}"
+            f"others {change}; end at step {changed[0]}, or {cure}"
         )
 
 
@@ -169,6 +169,7 @@ def continue_alone(
                     f"{by_own_code(run, at)}"
                 )
             stepper.load(state)
+            taken = _StepsAlone(replay, stepper)
         recorder, facts = record(state)
         writer = RunWriter(
             recorder,
