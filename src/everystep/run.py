@@ -431,7 +431,8 @@ class Run(RecordedRun):
             UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
             RunError: the steps cannot be repeated with the change; gives the reason.
         """
-        from everystep.replay.what_if import check_has_rows, what_if
+        from everystep.replay.what_if import what_if
+        from everystep.replay.without_objects import check_has_rows
 
         rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
         chosen = [operator.index(row) for row in without_rows]
@@ -442,7 +443,7 @@ class Run(RecordedRun):
         if wrong := [rate for rate in rates if not 0 <= rate < math.inf]:
             raise UsageError(f"lr is {wrong[0]:g}; pass learning rates from 0 on")
         if not rates and not targets:
-            check_has_rows(self)
+            check_has_rows(self, at)
         if at is None and without_rows_of is None:
             raise UsageError(
                 "no start: pass at, the step after which the trainings start, or "
@@ -504,6 +505,10 @@ class Run(RecordedRun):
         changes is bit-identical to this run. The optimizer continues with its state; an optimizer of
         another class starts without state.
 
+        Of your own loop or step function, the recorded programs take the recorded steps again, with
+        `relabel`, `lr` or both; other forks your code makes: `everystep.record(fork=run, at=at, ...)`.
+        The fork ends before the first step in which Python would read another number than recorded.
+
         Args:
             at: the step after which the fork starts; 0: before the first step.
             settings: changes by path, as in an experiment: `{"optimizer.lr": 1e-3}`.
@@ -513,7 +518,8 @@ class Run(RecordedRun):
                 train; `fork` trains them in place. Without them, the run's programs continue alone if
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
-            relabel: other targets, by row of the data.
+            relabel: other targets, by row of the data; of your own loop, by the place of the row in the
+                batch of the step after `at`. The same row has it in later batches, too.
             run: the fork: a name in runs/, or a path, which must not exist; default: the next free one.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the

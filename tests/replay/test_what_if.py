@@ -368,7 +368,7 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     loop(record=tmp_path / "no reads")
     unread = everystep.open(tmp_path / "no reads").what_if(4, lr=0.5, progress=False)
     assert unread.cases[0].differs_from is None  # that states differ is what was asked for
-    assert "from step 6 on, Python would read other numbers" in found.to_text()
+    assert "from step 6 on, Python could read other numbers" in found.to_text()
     run = trained(tmp_path / "run")
     for other in ({"without_rows": [2]}, {"relabel": {2: 1}}):
         with pytest.raises(UsageError, match="pass one of these: rows to leave out, lr, relabel"):
@@ -397,20 +397,28 @@ def batches_of(targets=None, at=4):
         yield {"image": x[rows].clone(), "meta": (y[rows].clone(), step)}
 
 
-def relabelled_loop(record=None, targets=None, as_function=False, loss_of=None):
-    """The losses of a training with own targets, which may be recorded as a loop or a step function."""
+def relabelled_loop(record=None, targets=None, as_function=False, loss_of=None, look=None):
+    """The losses of a training with own targets, which may be recorded as a loop or a step function.
+
+    look: given the state and the logged numbers of each step.
+    """
     model, *_, optimizer = made(0.3)
     model = nn.Sequential(nn.BatchNorm1d(4), model)
-    parts, losses = {"model": model, "optimizer": optimizer}, []
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.7)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    losses = []
 
     def step(batch):
         x, y = batch["image"], batch["meta"][0]
-        loss = loss_of(model(x), y) if loss_of else nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        out = model(x)
+        loss = loss_of(out, y) if loss_of else nn.functional.cross_entropy(out, y)
+        descend(optimizer, loss)
+        scheduler.step()
         losses.append(loss.detach())
-        return loss
+        logged = {"loss": loss} | ({} if loss_of else {"hits": (out.argmax(1) == y).sum()})
+        if look:
+            look(model.state_dict(), logged)
+        return logged
 
     if as_function:
         options = {"parts": parts, "steps": STEPS, "run": record, "progress": False}
@@ -418,7 +426,7 @@ def relabelled_loop(record=None, targets=None, as_function=False, loss_of=None):
     elif record:
         with everystep.record(run=record, **parts) as recording:
             for batch in recording.steps(batches_of(targets)):
-                recording.log(loss=step(batch))
+                recording.log(step(batch))
     else:
         [step(batch) for batch in batches_of(targets)]
     return [float(each) for each in losses]
@@ -442,6 +450,59 @@ def test_other_targets_are_the_loop_by_hand_with_them(tmp_path, everystep_comman
     code, out, _ = everystep_command("what-if", run.directory, "--at", 4, *told)
     assert code == 0 and f"2: {y[2]} | 1, 4: {y[4]} | 0" in out
     assert "row: its place in the batch of step 5; found in step 5, " in out
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_a_fork_with_other_targets_is_the_loop_by_hand_with_them(
+    tmp_path, everystep_command, as_function
+):
+    seen, stated = [], {}
+
+    def look(state, logged):
+        seen.append(logged["hits"].item())
+        stated.update(state)
+
+    relabelled_loop(tmp_path / "run", as_function=as_function)
+    run = everystep.open(tmp_path / "run")
+    options = "--at", 4, "--relabel", "2=1", "--relabel", "4=0", "--until", STEPS
+    code, _, err = everystep_command("fork", run.directory, *options, "--run", tmp_path / "fork")
+    assert code == 0 and "steps have a relabelled row in their batch" in err
+    fork = everystep.open(tmp_path / "fork")
+    assert fork.losses["loss"].to_list() == relabelled_loop(targets=RELABELLED, look=look)
+    hits = fork.measurements.rows(named=True)
+    assert [row["value"] for row in hits if row["name"] == "hits"] == seen
+    assert fork.measured("lr") == run.measured("lr")
+    assert all(torch.equal(fork.parameters(-1)[name], each) for name, each in stated.items())
+    assert fork.facts.fork.changed == {"relabel": ["2=1", "4=0"]}
+    assert fork.verify(processes=1, progress=False).is_exact
+    assert fork[5].batch["meta.0"][[2, 4]].tolist() == [1, 0]
+    different = run.diff(fork, progress=False).operation
+    assert different.step == 5 and "of meta.0" in str(different.causes[0])
+    assert (run.directory / "programs/1.json").samefile(fork.directory / "programs/1.json")
+    for go_on in (fork.resume, partial(everystep.record, resume=fork.directory, model=nn.ReLU())):
+        with pytest.raises(RunError, match="a loop cannot continue theirs; fork their parent"):
+            go_on().__enter__()
+    with pytest.raises(UsageError, match=f"no batches after step {STEPS}"):
+        run.fork(4, relabel=RELABELLED, steps=STEPS + 1, progress=False)
+    with pytest.raises(RunError, match=r"the shapes of its batches are part of its programs"):
+        run.fork(4, without_rows=[2], progress=False)
+
+
+def test_a_fork_ends_before_python_would_read_another_number(tmp_path):
+    loop(record=tmp_path / "loop")
+    options = {"lr": 0.5, "progress": False}
+    fork = everystep.open(tmp_path / "loop").fork(4, **options, run=tmp_path / "fork")
+    assert fork.losses["loss"].to_list() == loop(0.5) and fork.measured("lr") == {1: 0.05, 5: 0.5}
+    loop(record=tmp_path / "reads", logs_item=True)
+    reads = everystep.open(tmp_path / "reads")
+    fork = reads.fork(4, **options, run=tmp_path / "ends")
+    assert (fork.status, fork.losses["loss"].to_list()) == ("stopped", loop(0.5)[:5])
+    assert fork.facts.reason.startswith("step 6 differs from the recording: operation #")
+    assert fork.verify(processes=1, progress=False).is_exact
+    relabelled_loop(tmp_path / "read", loss_of=lambda out, y: (out.sum(1) * y).mean() * y.sum().item())
+    with pytest.raises(RunError, match=r"alone cannot fork it: step 5 may differ .*; fork it in your"):
+        everystep.open(tmp_path / "read").fork(4, relabel={0: 9}, run=tmp_path / "no", progress=False)
+    assert not (tmp_path / "no").exists()
 
 
 def test_other_targets_of_a_model_are_those_of_a_fork(tmp_path):

@@ -107,6 +107,11 @@ def test_kept_steps_are_as_ever_and_others_are_refused_also_after_a_kill(
     assert code == 2 and f"step 20 of kept was not kept (keep: {keep}); only steps {ranges}" in text
     measured = run.measure("norm(gradients['0.weight'])", progress=False)
     assert [*measured.values] == steps and 8 not in measured.values
+    found = run.diff(whole, thorough=True, progress=False)
+    assert found.is_same and found.problems == (f"of kept, only steps {ranges} are kept",)
+    assert run.match(whole).is_match and run.match(whole).step == steps[-1]
+    code, text, _ = everystep_command("du", place)
+    assert code == 0 and text.split("\n")[1].endswith(str(keep))
     with pytest.raises(everystep.RunError, match="was not kept"):
         run.parameters(20)
     assert run.parameters(steps[-1])["0.weight"].equal(whole.parameters(steps[-1])["0.weight"])
@@ -119,6 +124,8 @@ def test_a_ring_still_answers_where_a_nan_comes_from_and_can_be_forked_and_prune
     ((first, _),) = run.facts.kept(STEPS)
     assert run.first_nonfinite(progress=False).step.number == run.facts.nonfinite_step == 110
     assert run.why(first + 1, "parameters['0.weight'][0,0]", back=5) is not None
+    found = run.rerun(precision="float64", progress=False)
+    assert (found.first, len(found.losses)) == (first, STEPS - first + 1)
     fork = train(tmp_path / "fork", [(115, 118)], fork=run, at=105, resume=False)
     assert fork.facts.kept(STEPS) == [(first, 105), (115, 118)]
     assert fork.verify(processes=1, progress=False).is_exact

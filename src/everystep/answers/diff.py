@@ -21,6 +21,7 @@ from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.recording.contents import digest_of
 from everystep.recording.files import bytes_of, program_file
+from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences, config_differences, renamed
 from everystep.replay.opened_step import Step
@@ -148,17 +149,27 @@ def diff(
     if not ends and (experiments or numerics):
         thorough |= sum(run.facts.seconds or 0.0 for run in (one, other)) < THOROUGH_SECONDS
     last = min(steps) if thorough and not ends else min(ends, default=0)
-    operation, first_state, unread = None, None, []
+    operation, first_state, unread, partly = None, None, list[str](), list[str]()
     is_complete = not problems
     if last:
         first = 1 if thorough else 1 + max((state for state in common if state < last), default=0)
         search = _Lockstep((one, other), objects, numerics, random, on_progress)
+        # A state that differs shows in the step after it at the latest.
+        last = min(max(last, first), *steps)
+        kept = one.facts.kept_with(other.facts, min(steps))
+        if thorough:
+            partly = [*_partly_kept(one), *_partly_kept(other)]
+            problems += partly
+        within = [(max(first, a), min(last, b)) for a, b in kept] if thorough else [(first, last)]
         try:
-            # A state that differs shows in the step after it at the latest.
-            operation = search.first(first, min(max(last, first), *steps))
-            if operation is not None:
-                end = max(ends, default=min(steps))
-                first_state = search.first_state(operation.step, min(max(end, operation.step), *steps))
+            for first, last in within:
+                operation = search.first(first, last)
+                if operation is not None:
+                    end = max(ends, default=min(steps))
+                    ends_kept = (b for a, b in kept if a <= operation.step <= b)
+                    end = min(max(end, operation.step), *ends_kept, *steps)
+                    first_state = search.first_state(operation.step, end)
+                    break
             diverged = search.divergences()
             is_complete &= not diverged
             problems += diverged
@@ -179,13 +190,19 @@ def diff(
         operation=operation,
         problems=tuple(dict.fromkeys(problems)),
         is_complete=is_complete,
-        is_thorough=thorough,
+        is_thorough=thorough and not partly,
         data_tensors=data_differences(one, other),
         measured=tuple(_measured(one, other)),
         unread=tuple(unread),
         renamed=(*renamed(one.facts.training, other.facts.training), *configs),
         first_state=first_state,
     )
+
+
+def _partly_kept(run: RecordedRun) -> Iterator[str]:
+    """Yield which steps of a run can be compared, if it does not keep all."""
+    if run.facts.not_kept:
+        yield f"of {run.name}, {kept_text(run.facts, run.newest_step())}"
 
 
 def _first_loss(one: RecordedRun, other: RecordedRun) -> LossDifference | None:

@@ -96,7 +96,7 @@ def match(one: Opener, other: Opener, step: int | None = None) -> Match:
     Args:
         one: the first run, to which the second is compared.
         other: the second run.
-        step: its number; None: the first that does not match, or else the last that both have.
+        step: its number; None: the first kept one that does not match, or else the last that both have.
 
     Raises:
         StepError: a run has no such step.
@@ -107,12 +107,17 @@ def match(one: Opener, other: Opener, step: int | None = None) -> Match:
         last = min(each.run.newest_step() for each in (one, other))
         if last < 1:
             raise RunError("one of the runs has no steps to match")
-        step = 1
-        if matches(1).is_match:
-            # Runs that diverged stay apart, so bisection finds the first such step.
-            step = last
-            if not matches(last).is_match:
-                step = 2 + bisect_left(range(2, last), True, key=lambda n: not matches(n).is_match)
+        kept = one.run.facts.kept_with(other.run.facts, last)
+        if not kept:
+            raise RunError(f"{one.run.name} and {other.run.name} keep no common step to match")
+        for first, step in kept:
+            if not matches(first).is_match:
+                return matches(first)
+            if not matches(step).is_match:
+                # Runs that diverged stay apart, so bisection finds the first such step.
+                steps = range(first + 1, step)
+                step = steps.start + bisect_left(steps, True, key=lambda n: not matches(n).is_match)
+                return matches(step)
     return matches(step)
 
 

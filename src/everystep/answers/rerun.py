@@ -22,6 +22,7 @@ from everystep.program.number_slots import READ
 from everystep.program.observed import Observed
 from everystep.program.precision import counters
 from everystep.program.step_program import Program
+from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parallel import Replayed, Span, Visitor, replay_span, spans
 from everystep.replay.processes import Opener, recorded_numerics
@@ -126,7 +127,8 @@ def rerun(
 ) -> Rerun:
     """Repeat the steps of a run under different conditions, from its first state, and compare them.
 
-    Programs alone compute them. For a fork, these are the steps since it began. Then single steps run
+    Programs alone compute them. For a fork, these are the steps since it began; of a recording with
+    `keep`, the last kept ones in a row. Then single steps run
     from recorded states, which separates the difference that each operation adds from that of its
     inputs.
 
@@ -143,15 +145,17 @@ def rerun(
     """
     conditions.check()
     run = opener.run
-    facts, first, last = run.facts, run.stretches[-1].first, run.newest_step()
-    if last < first:
+    facts, begin = run.facts, run.stretches[-1].first
+    kept = [steps for steps in facts.kept(run.newest_step()) if steps[1] >= begin]
+    if not kept:
         raise UsageError(f"{run.name} has no steps to repeat")
+    first, last = max(kept[-1][0], begin), kept[-1][1]
     known = recorded_numerics(facts)
     recorded = np.array(run.losses_between(first, last))
     with other_process(conditions, conditions.environment(known)) as process:
         threads = conditions.threads or known.threads
         process.call(opened, run.directory.absolute(), threads, conditions.precision)
-        replayed = _replayed(process, run, threads, on_progress)
+        replayed = _replayed(process, run, (first, last), threads, on_progress)
         differ = range(0) if conditions.precision is not None else _suspicious(replayed)
         operation, parts_at = None, _parting_step(opener, process, differ)
         if parts_at is not None:
@@ -197,11 +201,15 @@ def _replayed_span(replay: Replay, span: Span, threads: int) -> Replayed:
 
 
 def _replayed(
-    process: OtherProcess, run: RecordedRun, threads: int, on_progress: Callable[[int], None]
+    process: OtherProcess,
+    run: RecordedRun,
+    steps: tuple[int, int],
+    threads: int,
+    on_progress: Callable[[int], None],
 ) -> list[Replayed]:
-    """Replay the last stretch of a run there, one span after the other."""
+    """Replay the first to the last of some steps of a run there, one span after the other."""
     found = []
-    for whole in spans(run, run.stretches[-1].first, run.newest_step()):
+    for whole in spans(run, *steps):
         for first in range(whole.first, whole.last + 1, STRIDE):
             span = whole._replace(first=first, last=min(first + STRIDE - 1, whole.last))
             found.append(process.call(_replayed_span, span, threads))
@@ -302,6 +310,8 @@ def _diverged(opener: Opener) -> Iterator[str]:
 
 def _reads_numbers(program: Program) -> bool:
     """Return whether Python read numbers of a step, other than counters of steps."""
+    if program.left_out:
+        return True
     known = counters(program)
     read = (name for each in program.operations if each.operator == READ for name in each.reads())
     return any(program.tensors[name].storage not in known for name in read)
@@ -314,5 +324,7 @@ def _taken_over(run: RecordedRun) -> Iterator[str]:
     programs = (read_program(run, number) for number in numbers)
     if any(_reads_numbers(program) for program in programs):
         yield ("Python read numbers from tensors; the repeated steps use the recorded numbers")
+    if run.facts.not_kept:
+        yield f"{kept_text(run.facts, run.newest_step())}; the last of these in a row are repeated"
     if run.change_files():
         yield "code between steps changed tensors; the repeated steps use the recorded changes"

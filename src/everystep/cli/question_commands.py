@@ -346,11 +346,11 @@ def what_if(
             step after --at, and wherever that row comes again. Repeatable.
         by: What to compare: norm(gradients['0.weight']).
     """
-    from everystep.replay.what_if import check_has_rows
+    from everystep.replay.without_objects import check_has_rows
 
     opened = everystep.open(run)
     if not lr and not relabel:
-        check_has_rows(opened)
+        check_has_rows(opened, at)
     if without_rows is None and without_rows_of is None and not lr and not relabel:
         raise UsageError(
             "no rows to leave out: add --without-rows 8123,8124, or --without-rows-of STEP; "

@@ -182,7 +182,8 @@ def fork(
         at: Last step to keep from the parent; 0: none.
         steps: Last step of the fork, counted from the parent's step 1.
         without_rows: Rows (samples) to leave out of their batches: 8123,8124.
-        relabel: Another target for a row of the data. Repeatable.
+        relabel: Another target for a row of the data; of your own loop, for a row of the batch of the
+            step after --at, and wherever that row comes again. Repeatable.
         directory: The fork: a name in runs/, or a path. It must not exist.
     """
     from everystep import numerics

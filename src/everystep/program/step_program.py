@@ -50,8 +50,9 @@ class Program(StrictModel):
     loss: the name of the loss, None if the step has none; gradients: of each parameter's gradient;
     activations: of each module's output, by the module's path; logged: of other logged numbers; ends:
     the tensor of a state name after the step, if it differs from before; gone: names of the state that
-    the step removed; lines: of the code that called the operations, when a step did so first; sources:
-    the SHA-256 of their files.
+    the step removed; left_out: how many operations gave Python something, and are left out since no
+    result of the step needs them; lines: of the code that called the operations, when a step did so
+    first; sources: the SHA-256 of their files.
 
     It repeats one observed step: its numbers (`Scalar` and `float` arguments) belong to that step. It
     may read numbers, and the shapes of its results may depend on values: their use in Python shows in
@@ -70,6 +71,7 @@ class Program(StrictModel):
     logged: dict[str, Name] = Field(default_factory=dict)
     ends: dict[Name, Name] = Field(default_factory=dict)
     gone: tuple[Name, ...] = ()
+    left_out: int = Field(default=0, ge=0)
     lines: tuple[SourceLine, ...] = ()
     sources: dict[str, str] = Field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -441,6 +442,12 @@ class Facts(_Fact):
             found.append((begin, min(each.first - 1, last)))
             begin = max(begin, each.last + 1)
         return [(one, two) for one, two in (*found, (begin, last)) if one <= two]
+
+    def kept_with(self, other: Facts, last: int) -> list[tuple[int, int]]:
+        """Return the ranges of the steps up to `last` that two runs keep."""
+        pairs = product(self.kept(last), other.kept(last))
+        both = ((max(one[0], two[0]), min(one[1], two[1])) for one, two in pairs)
+        return [(first, end) for first, end in both if first <= end]
 
     def training_of(self, step: int) -> TrainingFacts:
         """How a step was trained: one before a fork began by the rules of its parent.

@@ -370,7 +370,7 @@ class Recorder:
             here, database, inherited = self._home.here, self._database, dict[str, Any]()
             if parent is not None:
                 inherited = inherit(here, database, self.plan, parent, at)
-            if beginning is not None:
+            if beginning is not None and at not in self.plan.kept:
                 row = write_snapshot(here / SNAPSHOTS, beginning)
                 database.enter(row.files)
                 self.plan.kept[row.step] = row.size

@@ -6,13 +6,14 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from everystep.errors import RecordingError
+from everystep.errors import RecordingError, RunError
 from everystep.recording.connection import LOCK_NAME, SPARE_NAME
 from everystep.recording.contents import FOLDER as BATCHES
-from everystep.recording.database import FILE_NAME
+from everystep.recording.database import FILE_NAME, reading
 from everystep.recording.files import CHANGES
 from everystep.recording.lock import locked
 from everystep.recording.recorded_run import EXPERIMENT_FILE
@@ -27,7 +28,7 @@ class Space(NamedTuple):
 
     database: losses, measurements, facts and what differs from step to step; batches: by content, and
     what the loop changed between steps; data: the rows to train on; others: files that are not
-    everystep's.
+    everystep's; keep: which steps the recording was asked to keep, None for all.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Space(NamedTuple):
     programs: int = 0
     database: int = 0
     others: int = 0
+    keep: str | None = None
 
 
 def spaces_of(directories: Iterator[Path]) -> list[Space]:
@@ -62,7 +64,10 @@ def _space_of(directory: Path, seen: set[tuple[int, int]]) -> Space:
                 seen.add(key)
                 blocks = getattr(about, "st_blocks", None)
                 sizes[_kind(place / name)] += about.st_size if blocks is None else 512 * blocks
-    return Space(directory.resolve().name, directory, total=sum(sizes.values()), **sizes)
+    keep = None
+    with suppress(RunError), reading(directory / FILE_NAME) as database:
+        keep = database.facts().keep
+    return Space(directory.resolve().name, directory, sum(sizes.values()), **sizes, keep=keep)
 
 
 def _kind(path: Path) -> str:

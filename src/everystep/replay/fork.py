@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
+from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import check_iteration, load
@@ -24,6 +26,8 @@ from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
+from everystep.replay.recorded_steps import ChangedSteps, FurtherSteps, StepsAtRate
+from everystep.replay.relabelled_steps import StepsRelabelled
 from everystep.replay.run_replay import no_such_step
 from everystep.replay.trained_objects import (
     check_alone,
@@ -35,7 +39,13 @@ from everystep.replay.trained_objects import (
     torchs_errors,
     with_data,
 )
-from everystep.replay.without_objects import continue_alone, facts_alone
+from everystep.replay.without_objects import (
+    by_own_code,
+    check_determined,
+    check_has_rows,
+    continue_alone,
+    facts_alone,
+)
 from everystep.step.eager import EagerStep, Training
 from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State, same_bits
@@ -47,7 +57,7 @@ from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 from everystep.training.writer import now
 
-__all__ = ["Fork", "by_own_code", "fork"]
+__all__ = ["Fork", "fork"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,16 @@ class Fork:
             check_steps(self.settings["steps"])
         if not 0 <= self.at <= self.run.newest_step():
             raise no_such_step(self.run, self.at)
+
+    @property
+    def last(self) -> int:
+        """The last step of a fork by programs."""
+        run = self.run
+        return (
+            self.settings.get("steps")
+            or (run.newest_step() if run.facts.training.loop else run.facts.steps)
+            or 0
+        )
 
     @property
     def stretch(self) -> Stretch:
@@ -243,13 +263,8 @@ def fork(
     """
     run = asked.run
     if run.facts.training.loop:
-        change = "leave the rows out there" if asked.without else "change the targets there"
-        is_of_rows = asked.without or asked.targets
-        raise RunError(
-            f"{run.name} was recorded from your own code, which makes its forks: "
-            + by_own_code(run, asked.at)
-            + (f"; {change}, once recording.step_count is {asked.at}" if is_of_rows else "")
-        )
+        _check_loop(asked, given)
+        return _fork_alone(asked, progress), None
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
         settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
         return _fork_experiment(replace(asked, settings=settings), opener, progress), None
@@ -263,28 +278,65 @@ def fork(
     return _fork_alone(asked, progress), None
 
 
-def by_own_code(run: RecordedRun, at: int | str = "STEP") -> str:
-    """Return the calls by which the user's code makes a fork of its run."""
-    return (
-        f"everystep.record(fork={str(run.directory)!r}, at={at}, ...) or, of a step function, "
-        "everystep.train(step, batches, fork=..., at=..., parts=...)"
+def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
+    """Check that the programs of a user's loop can take its recorded steps with the changes.
+
+    Raises:
+        RunError: they cannot.
+        UsageError: the run has no such steps.
+    """
+    run, at = asked.run, asked.at
+    asked.check()
+    if asked.without:
+        check_has_rows(run, at)
+    others = {*asked.settings} - {"lr", "steps"} | {name for name in given if given[name] is not None}
+    others -= {"scheduler_every"}
+    if others or not (asked.targets or "lr" in asked.settings):
+        raise RunError(
+            f"{run.name} was recorded from your own code, which makes its forks: {by_own_code(run, at)}"
+            "; its programs alone can change lr and targets (relabel)"
+        )
+    last = asked.last
+    if at >= (newest := run.newest_step()) or last > newest:
+        raise UsageError(
+            f"{run.name} has no batches after step {newest:,}: a fork by its programs begins before "
+            "that step, and ends there at the latest"
+        )
+    check_determined(
+        run,
+        at,
+        last,
+        "relabelled" if asked.targets else "at another rate",
+        is_of_rates="lr" in asked.settings,
     )
 
 
 def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     """Let the programs of the parent take the steps."""
-    run, at, steps = asked.run, asked.at, asked.settings.get("steps") or asked.run.facts.steps or 0
-    fork, lr = asked.facts(steps), asked.settings.get("lr")
+    run, at, lr = asked.run, asked.at, asked.settings.get("lr")
+    if lr is not None and not (type(lr) in (int, float) and 0 <= lr < math.inf):
+        raise UsageError(f"lr is {lr!r:.80}; pass a learning rate from 0 on")
+    fork = asked.facts(asked.last)
+    fork = fork.model_copy(update={"changed": {k: v for k, v in fork.changed.items() if k != "steps"}})
     # An experiment of the parent does not describe the fork.
     trained = facts_alone(run, at).model_copy(update={"experiment_file": None})
-    place = create_directory(asked.directory, f"{run.name}-fork", asked.runs)
-    fork = fork.model_copy(update={"changed": {} if lr is None else {"lr": lr}})
-    facts = Facts(name=place.name, started=now(), steps=steps, trained=trained, fork=fork)
 
-    def record(state: State) -> Recorder:
-        return Recorder(place, facts, asked.budget, run, at, beginning=state)
+    def steps_of(rule: RowsOf | None) -> ChangedSteps:
+        if trained.loop is None:
+            return FurtherSteps(run, rule, lr)
+        steps, stretch = range(at + 1, asked.last + 1), asked.stretch
+        if not asked.targets:
+            return StepsAtRate(run, stretch, rule, lr)
+        return StepsRelabelled(run, stretch, rule, steps, asked.targets, lr)
 
-    return continue_alone(run, at, facts, record, progress, lr)
+    def record(state: State) -> tuple[Recorder, Facts]:
+        place = create_directory(asked.directory, f"{run.name}-fork", asked.runs)
+        facts = Facts(name=place.name, started=now(), steps=asked.last, trained=trained, fork=fork)
+        # Only what changed is new: all batches are as far within a budget as the parent's.
+        recorder = Recorder(place, facts, asked.budget, run, at, math.inf, beginning=state)
+        return recorder, facts
+
+    return continue_alone(run, at, steps_of, record, progress, lr)
 
 
 def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:

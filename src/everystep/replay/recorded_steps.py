@@ -165,6 +165,9 @@ class RecordedSteps:
             self._losses = dict(enumerate(recorded, start=number))
         return self._losses.get(number, math.nan)
 
+    def unknown_in(self, number: int) -> str | None:
+        """Return what Python may have got otherwise in a step than recorded, and no program computes."""
+
     def digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""
         earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
@@ -277,7 +280,16 @@ class RecordedSteps:
 
 
 class ChangedSteps(RecordedSteps):
-    """Recorded steps with something changed: their losses and states are not those of the recording."""
+    """Recorded steps with something changed: their losses and states are not those of the recording.
+
+    Args:
+        run, stretch, rule: as of `RecordedSteps`.
+    """
+
+    def __init__(self, run: RecordedRun, stretch: Stretch, rule: RowsOf | None) -> None:
+        super().__init__(run, stretch, rule)
+        #: Steps in their stored form, by their programs, numbers and inputs.
+        self._taken: dict[tuple[Any, ...], Taken] = {}
 
     def loss(self, number: int) -> float:
         """Return NaN: the recorded loss is not that of the step."""
@@ -286,6 +298,27 @@ class ChangedSteps(RecordedSteps):
     def given(self, row: Repeat) -> Inputs:
         """Return the inputs of a step without their contents, and without digests of the state."""
         return super().given(row)._replace(digests={})
+
+    def unknown_in(self, number: int) -> str | None:
+        """Return what Python may have got otherwise in a step than recorded, and no program computes."""
+        count = self.program_of(self.row(number)).program.left_out
+        return f"Python read {count:,} of its values that no program computes" if count else None
+
+    def taken(self, number: int) -> Taken:
+        """Return a step in its stored form.
+
+        Raises:
+            NotReplayedError: it cannot be read.
+        """
+        row = self.row(number)
+        if (known := self._taken.get(row[1:4])) is not None:
+            return known._replace(step=number)
+        given, tensors = self.given(row), self.stored(row)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        found = Taken(number, row.program, self.numbers(row), tensors, given.nesting, size, {})
+        if not tensors:
+            self._taken[row[1:4]] = found
+        return found
 
 
 class StepsAtRate(ChangedSteps):
@@ -343,15 +376,19 @@ class FurtherSteps(StepsAtRate):
         self._newest = run.newest_step()
         #: The newest step by its number of rows.
         self._alike: dict[int, Repeat] = {}
-        self._made: dict[tuple[Any, ...], tuple[Repeat, Taken]] = {}
+        #: What repeats the inputs of a step, by that of the recorded one.
+        self._further: dict[bytes | None, bytes] = {}
 
     def row(self, number: int) -> Repeat:
-        """Return what repeats a step, for a replay."""
-        return self._step(number)[0]._replace(step=number)
-
-    def taken(self, number: int) -> Taken:
-        """Return a step in its stored form."""
-        return self._step(number)[1]._replace(step=number)
+        """Return what repeats a step: its operations are those of a recorded one."""
+        row = self._like(number)
+        if row.inputs not in self._further:
+            # The recorded step had a different generator state; this one uses the state that the
+            # previous step left.
+            inputs = self.given(row)
+            given = {n: each for n, each in inputs.given.items() if not n.startswith("generator/")}
+            self._further[row.inputs] = inputs._replace(given=given).packed()
+        return row._replace(step=number, inputs=self._further[row.inputs])
 
     def ahead(self, first: int, last: int) -> list[Repeat]:
         """Return the rows of the next steps."""
@@ -390,14 +427,6 @@ class FurtherSteps(StepsAtRate):
             return "code between the steps drew random numbers, and the steps draw, too"
         return None
 
-    def _step(self, number: int) -> tuple[Repeat, Taken]:
-        """Return a step: its operations are those of a recorded one."""
-        row = self._like(number)
-        key = row[1:4]
-        if key not in self._made:
-            self._made[key] = self._further(row)
-        return self._made[key]
-
     def _like(self, number: int) -> Repeat:
         """Return the step itself if the run has it, else the newest one with as many rows."""
         if number <= self._newest:
@@ -408,15 +437,6 @@ class FurtherSteps(StepsAtRate):
             alike = next((n for n in epoch if self._batches.rows_of(n) == rows), 0)
             self._alike[rows] = super().row(alike)
         return self._alike[rows]
-
-    def _further(self, row: Repeat) -> tuple[Repeat, Taken]:
-        inputs = self.given(row)
-        # The recorded step had a different generator state; this one uses the state that the previous
-        # step left.
-        given = {name: each for name, each in inputs.given.items() if not name.startswith("generator/")}
-        made = row._replace(inputs=Inputs(given, inputs.nesting, {}).packed())
-        tensors = self.stored(made) if given else {}
-        return made, Taken(row.step, row.program, self.numbers(row), tensors, inputs.nesting, 0, {})
 
 
 def check_kept(run: RecordedRun, step: int) -> None:

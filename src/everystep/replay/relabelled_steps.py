@@ -14,7 +14,7 @@ from everystep.program.step_program import Program
 from everystep.recording.contents import Given
 from everystep.recording.database import Repeat
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.recorded_steps import ChangedSteps, NotReplayedError
+from everystep.replay.recorded_steps import NotReplayedError, StepsAtRate
 from everystep.training.job import relabelled_rows
 
 __all__ = ["StepsRelabelled"]
@@ -22,9 +22,10 @@ __all__ = ["StepsRelabelled"]
 #: The target of a batch with several tensors of one number per row.
 _TARGETS = ("y", "label", "labels", "target", "targets")
 _BATCH, _INPUT = "batch/", "input/"
+_WHAT = "the other targets"
 
 
-class StepsRelabelled(ChangedSteps):
+class StepsRelabelled(StepsAtRate):
     """Recorded steps with other targets for some rows, wherever these rows come.
 
     With batches by rule, rows have their numbers in the data. With batches by content, they are named by
@@ -35,6 +36,7 @@ class StepsRelabelled(ChangedSteps):
         run, stretch, rule: as of `RecordedSteps`.
         steps: those to take.
         relabelled: the targets, by row.
+        lr: another learning rate; None: the recorded ones.
 
     targets: of each row, the recorded and the other one.
 
@@ -51,15 +53,16 @@ class StepsRelabelled(ChangedSteps):
         rule: RowsOf | None,
         steps: range,
         relabelled: Mapping[int, float],
+        lr: float | None = None,
     ) -> None:
-        super().__init__(run, stretch, rule)
+        super().__init__(run, stretch, rule, lr)
         #: The bytes of each row, by the name of the tensor of the batch, and its target.
         self._changed: list[tuple[dict[str, Tensor], float]] = []
         #: Whether a batch has one of the rows, by the inputs of its step.
         self._has: dict[bytes | None, bool] = {}
         self._check_inputs(steps)
         if rule is not None:
-            self.rule = relabelled_rows(rule, relabelled, "the what-if")
+            self.rule = relabelled_rows(rule, relabelled, _WHAT)
             y, places = rule.y, {row: int(rule.batches.places([row])[0]) for row in relabelled}
         else:
             y, places = self._follow(steps[0], relabelled), {row: row for row in relabelled}
@@ -80,7 +83,7 @@ class StepsRelabelled(ChangedSteps):
             if (reason := _why_not(y, target) if 0 <= place < len(y) else missing)
         ]
         if faults:
-            raise ExperimentError(faults, "the what-if")
+            raise ExperimentError(faults, _WHAT)
         alike = {name: _bytes(t) for name, t in batch.items() if t.dim() and len(t) == len(y)}
         for place, target in relabelled.items():
             self._changed.append(({name: each[place] for name, each in alike.items()}, target))

@@ -33,7 +33,7 @@ from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 
-__all__ = ["ReplayStepper", "Saved"]
+__all__ = ["ReplayStepper", "Saved", "is_rate"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
@@ -78,7 +78,7 @@ class ReplayStepper:
         }
         self._settled: int | None = None
         self._has_diverged = False
-        is_held = _RATE.fullmatch if self._is_own_loop else is_hyperparameter
+        is_held = is_rate if self._is_own_loop else is_hyperparameter
         names = filter(is_held, self._run.measurement_names)
         self._settings = settings_of(self._run, names, steps.first)
 
@@ -161,6 +161,8 @@ class ReplayStepper:
             changed = self._run.change(self._between[self.state]).tensors
             rest |= {name: each for name, each in changed.items() if name.startswith("generator/")}
         settings = self._loaded.settings | {"step": self.state, "names": [*copies]}
+        if self._is_own_loop:  # what else it held, and its place in the batches, only snapshots know
+            settings = {key: each for key, each in settings.items() if key not in ("held", "place")}
         state = State(self.state, parameters, rest, settings)
         return state if self._is_own_loop else state.with_optimizer("optimizer", self._groups())
 
@@ -194,6 +196,11 @@ class ReplayStepper:
             if isinstance(rate, int | float | Tensor):
                 rates[f"lr[{index}]" if index else "lr"] = float(rate)
         return rates | known
+
+    def rates(self) -> list[str]:
+        """Return the names of the learning rates."""
+        names = dict.fromkeys((*self.hyperparameters(), *self._run.measurement_names))
+        return [*filter(is_rate, names)]
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
@@ -373,6 +380,8 @@ class ReplayStepper:
         """Report how a step differs from the recording; of the state after it, the first time."""
         if differs is not None:
             self._diverged(number, f"step {number} differs from the recording: {differs}")
+        elif (unknown := self.steps.unknown_in(number)) is not None:
+            self._diverged(number, f"step {number} may differ from the recording: {unknown}")
         if not digests or self._has_diverged or self.steps.conversion is not None:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
@@ -388,6 +397,11 @@ class ReplayStepper:
             f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
             "torch does not see it (NumPy, a thread, a compiled graph)",
         )
+
+
+def is_rate(name: str) -> bool:
+    """Return whether a measurement is a learning rate of a loop, by its name."""
+    return _RATE.fullmatch(name) is not None
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from everystep.errors import RunError, UsageError
 from everystep.experiment.data import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
-from everystep.recording.facts import TrainingFacts
+from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.files import check_data
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.recorder import Recorder
 from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.recorded_batches import stored_data
+from everystep.replay.recorded_steps import FurtherSteps
 from everystep.replay.trained_objects import (
     check_alone,
     iteration_of,
@@ -44,6 +46,7 @@ from everystep.training.resumed import (
     changes,
     check_changes,
     check_rules,
+    check_taken_by_loop,
     facts_resumed,
     resume_facts,
 )
@@ -178,6 +181,7 @@ def resume(
     """
     run = asked.run
     if run.facts.training.loop:
+        check_taken_by_loop(run.facts)
         raise RunError(
             f"{run.name} was recorded from your own loop; resume it in the loop: "
             f"everystep.record(..., resume={str(run.directory)!r})"
@@ -197,11 +201,11 @@ def resume(
     at = len(asked)
     facts = facts_resumed(run, facts_alone(run, at), asked.last, resume_facts(run, at))
 
-    def record(state: State) -> Recorder:
-        return Recorder(run.directory, facts, asked.budget, at=at, is_resumed=True)
+    def record(state: State) -> tuple[Recorder, Facts]:
+        recorder = Recorder(run.directory, facts, asked.budget, at=at, is_resumed=True)
+        return recorder, facts.model_copy(update={"name": run.name})
 
-    named = facts.model_copy(update={"name": run.name})
-    return continue_alone(run, at, named, record, progress), None
+    return continue_alone(run, at, partial(FurtherSteps, run), record, progress), None
 
 
 def resume_experiment(

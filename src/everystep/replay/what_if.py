@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.expression import Expression
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.fork import by_own_code
 from everystep.replay.living import Living
 from everystep.replay.probe import OpenedValues, check_question
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
@@ -27,11 +24,12 @@ from everystep.replay.relabelled_steps import StepsRelabelled
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
+from everystep.replay.without_objects import check_determined
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
-__all__ = ["Case", "WhatIf", "check_has_rows", "what_if"]
+__all__ = ["Case", "WhatIf", "what_if"]
 
 #: Trainings between two reports of progress.
 GROUP = 8
@@ -43,7 +41,7 @@ class Case:
 
     rows: of the data, left out; value: of the expression, None if it has none at that step; losses: of
     the steps (steps), NaN where the step logs none that an operation returned; lr: the learning rate,
-    None for the recorded ones; differs_from: the first step in which Python would read a different
+    None for the recorded ones; differs_from: the first step in which Python could read a different
     number than recorded, so that your code could act differently from there; None if there is none;
     targets: the recorded and the other one, by row; found_in: the steps with one of these rows, empty if
     a rule makes the batches.
@@ -119,7 +117,7 @@ def what_if(
         raise UsageError(f"the trainings start after step {at}, so they cannot end at step {until}")
     without_rows, is_of_rates = isinstance(cases[0], tuple), isinstance(cases[0], float)
     change = "at another rate" if is_of_rates else "without the rows" if without_rows else "relabelled"
-    _check(run, at, until, change, is_of_rates=is_of_rates)
+    check_determined(run, at, until, change, is_of_rates=is_of_rates)
     question = read_question(by, run)
     wanted = [
         each for each in question.references if each.kind in ("measurements", "rows") or each.is_previous
@@ -156,55 +154,6 @@ def what_if(
     facts = run.facts.training
     source = "" if facts.loop or facts.data.lazy else batches_of(facts).source
     return WhatIf(run.name, at, until, by, source, recorded, tuple(others))
-
-
-def check_has_rows(run: RecordedRun) -> None:
-    """Check that everystep makes the batches of a run from the rows of its data.
-
-    Raises:
-        RunError: other code does.
-    """
-    facts = run.facts.training
-    if facts.loop:
-        raise RunError(
-            f"{run.name} was recorded from your own code, and its programs take batches of their own "
-            f"size; leave the rows out in a fork that this code makes: {by_own_code(run)}"
-        )
-    if facts.data.lazy:
-        raise RunError(
-            f"{run.name} was trained on a Dataset that is read at every step; leave the rows out there"
-        )
-
-
-def _check(run: RecordedRun, at: int, until: int, change: str, *, is_of_rates: bool) -> None:
-    """Check that the run alone determines its steps after a change, in words.
-
-    Raises:
-        RunError: other code does.
-    """
-    stretches = [each for each in run.stretches if each.first <= until]
-    facts, name = stretches[-1].facts, run.name
-    if at < stretches[-1].first - 1:
-        raise RunError(
-            f"step {until} of {name} was trained with different settings than state {at}; start later"
-        )
-    for each in facts.schedulers.values():
-        if is_of_rates:
-            raise RunError(
-                f"the learning rate of {name} follows {each.class_name}; fork the run instead: "
-                "run.fork(at, lr=...)"
-            )
-        if each.class_name == ReduceLROnPlateau.__name__ or not each.is_torchs:
-            raise RunError(
-                f"the learning rate of {name} follows {each.class_name}, which may depend on losses; "
-                "fork the run instead"
-            )
-    changed = [step for step in run.change_files() if at <= step < until]
-    if changed:
-        raise RunError(
-            f"after step {changed[0]}, code between the steps changed tensors of {name}, and may change "
-            f"others {change}; fork the run instead"
-        )
 
 
 def _train_without(

@@ -1,6 +1,8 @@
-"""Continues a run by its programs, without the objects that trained it.
+"""Continues a run by its programs, without the code that trained it.
 
-Where programs took every step, they can take more. Nothing compares these steps with Python.
+Where programs took every step of everystep's own, they can take more. Those of a user's loop repeat its
+recorded steps with something changed, up to the first that depends on what Python does with the change.
+Nothing compares these steps with Python.
 """
 
 from __future__ import annotations
@@ -8,21 +10,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
 from everystep import clock
 from everystep.errors import RunError
-from everystep.recording.facts import Facts, TrainingFacts
+from everystep.experiment.batches import RowsOf
+from everystep.program.interpreter import Looks
+from everystep.program.step_program import Program
+from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.replay.processes import needs_worker, recorded_numerics
-from everystep.replay.recorded_steps import FurtherSteps
-from everystep.replay.replay_stepper import ReplayStepper
+from everystep.replay.recorded_steps import (
+    ChangedSteps,
+    FurtherSteps,
+    NotReplayedError,
+    RecordedSteps,
+)
+from everystep.replay.relabelled_steps import StepsRelabelled
+from everystep.replay.replay_stepper import ReplayStepper, is_rate
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
 from everystep.training.writer import RunWriter, now
 
-__all__ = ["continue_alone", "facts_alone", "reason_against"]
+__all__ = [
+    "by_own_code",
+    "check_determined",
+    "check_has_rows",
+    "continue_alone",
+    "facts_alone",
+    "reason_against",
+]
 
 
 def reason_against(run: RecordedRun) -> str | None:
@@ -38,26 +59,90 @@ def reason_against(run: RecordedRun) -> str | None:
     return FurtherSteps(run).reason_against()
 
 
+def by_own_code(run: RecordedRun, at: int | None) -> str:
+    """Return the calls by which the user's code makes a fork of its run."""
+    step = "STEP" if at is None else at
+    return (
+        f"everystep.record(fork={str(run.directory)!r}, at={step}, ...) or, of a step function, "
+        "everystep.train(step, batches, fork=..., at=..., parts=...), with the change once "
+        f"recording.step_count is {step}"
+    )
+
+
+def check_has_rows(run: RecordedRun, at: int | None) -> None:
+    """Check that everystep makes the batches of a run from the rows of its data.
+
+    Raises:
+        RunError: other code does.
+    """
+    facts = run.facts.training
+    if facts.loop:
+        raise RunError(
+            f"{run.name} was recorded from your own code, and the shapes of its batches are part of its "
+            f"programs: none fits a smaller batch; leave the rows out in a fork that your code makes: "
+            f"{by_own_code(run, at)}"
+        )
+    if facts.data.lazy:
+        raise RunError(
+            f"{run.name} was trained on a Dataset that is read at every step; leave the rows out there"
+        )
+
+
+def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_of_rates: bool) -> None:
+    """Check that the run alone determines its steps after a change, in words.
+
+    Raises:
+        RunError: other code does.
+    """
+    stretches = [each for each in run.stretches if each.first <= until]
+    facts, name = stretches[-1].facts, run.name
+    if at < stretches[-1].first - 1:
+        raise RunError(
+            f"step {until} of {name} was trained with different settings than state {at}; start later"
+        )
+    cure = f"fork the run instead: {by_own_code(run, at) if facts.loop else f'run.fork({at}, ...)'}"
+    for each in facts.schedulers.values():
+        if is_of_rates:
+            raise RunError(f"the learning rate of {name} follows {each.class_name}; {cure}")
+        if each.class_name == ReduceLROnPlateau.__name__ or not each.is_torchs:
+            raise RunError(
+                f"the learning rate of {name} follows {each.class_name}, which may depend on losses; "
+                f"{cure}"
+            )
+    if is_of_rates and facts.loop:
+        rates = (run.measured(each) for each in run.measurement_names if is_rate(each))
+        changed = sorted(step for rate in rates for step in rate if at + 1 < step <= until)
+        if changed:
+            raise RunError(f"your code changes the learning rate of {name} at step {changed[0]}; {cure}")
+    changed = [step for step in run.change_files() if at <= step < until]
+    if changed:
+        raise RunError(
+            f"after step {changed[0]}, code between the steps changed tensors of {name}, and may change "
+            f"others {change}; end at step {changed[0]}, or {cure}"
+        )
+
+
 def continue_alone(
     run: RecordedRun,
     at: int,
-    facts: Facts,
-    record: Callable[[State], Recorder],
+    steps_of: Callable[[RowsOf | None], ChangedSteps],
+    record: Callable[[State], tuple[Recorder, Facts]],
     progress: Progress,
     lr: float | None = None,
 ) -> Outcome:
     """Take steps of a run by its programs, and record them.
 
     Args:
-        run: one that programs can continue alone, see `reason_against`.
+        run: its steps are a user's loop, or programs can continue it alone, see `reason_against`.
         at: the step before the first of them.
-        facts: of the training.
-        record: returns the recorder, given the state after `at`.
+        steps_of: returns the steps, given the rule of their batches.
+        record: returns the recorder, and the facts of the training, given the state after `at`.
         progress: receives progress.
-        lr: another learning rate; None: the run's.
+        lr: the learning rate of the steps; None: the recorded ones.
 
     Raises:
-        RunError: this process cannot compute as the run did, or a replay differs from the recording.
+        RunError: this process cannot compute as the run did, a replay differs from the recording, or no
+            step can be taken.
         RecordingError: writing the run failed.
     """
     if needs_worker(run.facts):
@@ -74,10 +159,18 @@ def continue_alone(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        further = FurtherSteps(run, stepper.steps.rule, lr)
-        stepper.continue_with(further)
-        state = stepper.capture()
-        recorder = record(state)
+        stepper.continue_with(steps := steps_of(stepper.steps.rule))
+        state, taken = stepper.capture(), _StepsAlone(replay, stepper)
+        if taken.is_loop:
+            losses, reason = taken.run(at + 1)
+            if not losses:
+                raise RunError(
+                    f"the programs of {run.name} alone cannot fork it: {reason}; fork it in your code: "
+                    f"{by_own_code(run, at)}"
+                )
+            stepper.load(state)
+            taken = _StepsAlone(replay, stepper)
+        recorder, facts = record(state)
         writer = RunWriter(
             recorder,
             at,
@@ -90,17 +183,26 @@ def continue_alone(
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
         progress.notice(
-            f"{why}programs alone take the steps, without the objects that trained the run: nothing "
-            "checks them against Python, and nothing is measured on validation rows"
+            f"{why}programs alone take the steps, without "
+            + (
+                "your code: what it did outside of torch, and between steps, stays as recorded"
+                if taken.is_loop
+                else "the objects that trained the run: nothing checks them against Python, and nothing "
+                "is measured on validation rows"
+            )
         )
-        if lr is not None:
-            recorder.measurements([("lr", at + 1, lr)])
+        taken.note_rates(at, facts.steps or 0, lr)
         if at not in recorder.plan.kept:
             recorder.snapshot(state)
         try:
-            reason = _take(stepper, further, writer, facts, interrupt)
+            reason = taken.record(writer, facts, interrupt)
             status = "finished" if reason is None else "stopped"
-            writer.close(status, reason, {})
+            if isinstance(steps, StepsRelabelled):
+                count = len(steps.steps_with(range(at + 1, writer.step + 1)))
+                progress.notice(
+                    f"{count:,} of {writer.step - at:,} steps have a relabelled row in their batch"
+                )
+            writer.close(status, reason, {"steps": writer.step} if taken.is_loop else {})
         except BaseException as error:
             recorder.finish({"status": "failed", "reason": str(error), "finished": now()})
             raise
@@ -113,37 +215,111 @@ def facts_alone(run: RecordedRun, at: int) -> TrainingFacts:
     """Return the facts of the steps that programs alone take after a step."""
     stretches = run.stretches
     facts = stretches[stretch_at(stretches, at + 1)].facts
-    engine = facts.engine
-    assert engine is not None
+    engine = facts.engine or EAGERLY.model_copy(update={"eager_from": None})
     alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
     return facts.model_copy(update={"engine": engine.model_copy(update=alone)})
 
 
-def _take(
-    stepper: ReplayStepper,
-    further: FurtherSteps,
-    writer: RunWriter,
-    facts: Facts,
-    interrupt: Interrupt,
-) -> str | None:
-    """Take steps up to the last one, record them, and take snapshots; return why it stopped before."""
-    reason, newest, last = None, writer.step, facts.steps or 0
-    stops_on_nan = facts.training.stop_on_nan
-    while writer.step < last and not interrupt:
-        writer.recorder.check()
-        first, started = writer.step + 1, clock.now()
-        losses = stepper.run(writer.next_stop(last, one_by_one=stops_on_nan))
-        writer.step += len(losses)
-        writer.timed(started, stepper.named_state, len(losses))
-        writer.taken = [further.taken(number) for number in range(first, writer.step + 1)]
-        writer.write(first, losses, {})
-        if writer.is_snapshot_due():
+class _StepsAlone:
+    """Steps that programs take, as a hook that notes what they log besides the loss.
+
+    is_loop: whether they are of a user's code, which may depend on numbers that it read.
+    """
+
+    def __init__(self, replay: Replay, stepper: ReplayStepper) -> None:
+        assert isinstance(stepper.steps, ChangedSteps)
+        self.is_loop = stepper.steps.facts.loop is not None
+        self._replay, self._stepper, self._steps = replay, stepper, stepper.steps
+        self._known = {*replay.run.measurement_names}
+        self._logged: dict[str, float] = {}
+        #: Why no more steps can be taken.
+        self._end: str | None = None
+        #: Measurements by step.
+        self._measured: dict[int, list[tuple[str, int, float]]] = {}
+
+    def looks(self, program: Program) -> Looks:
+        """Return what notes the numbers that a program logs."""
+
+        def look(tensor_of: Callable[[str], Tensor]) -> None:
+            self._logged = {name: float(tensor_of(each)) for name, each in program.logged.items()}
+
+        return {len(program.operations) - 1: [look]}
+
+    def after(self, number: int, loss: float) -> bool:
+        """Note what a step logged; end if Python would have read or computed another number."""
+        if self._logged:
+            found = self._measured.setdefault(number, [])
+            for name, value in self._logged.items():
+                title = f"{name} (logged)"  # of a rate; this name is for the one that was used
+                found.append((title if title in self._known else name, number, value))
+        if not self.is_loop:
+            return True
+        if self._replay.diverged_at is not None:
+            self._end = f"{self._replay.problems[-1]}; your code could act differently from there"
+        elif not self._has_loss(number) and not math.isnan(RecordedSteps.loss(self._steps, number)):
+            self._end = f"your code computes the loss of step {number}, not an operation of torch"
+        return self._end is None
+
+    def _has_loss(self, number: int) -> bool:
+        """Return whether an operation returns the loss of a step."""
+        return self._steps.program_of(self._steps.row(number)).program.loss is not None
+
+    def note_rates(self, at: int, last: int, lr: float | None) -> None:
+        """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
+        for name in self._stepper.rates():
+            known = self._replay.run.measured(name).items() if lr is None else [(at + 1, lr)]
+            for step, rate in known:
+                if at < step <= last:
+                    self._measured.setdefault(step, []).append((name, step, rate))
+
+    def run(self, last: int) -> tuple[list[float], str | None]:
+        """Run the steps up to `last`; return their losses, and why there are no more, if so.
+
+        Those of a loop end before one that depends on what Python does with another number.
+        """
+        stepper, begin = self._stepper, self._stepper.state
+        assert begin is not None
+        if not self.is_loop:
+            return stepper.run(last, self), None
+        saved = stepper.save()
+        try:
+            losses = stepper.run(last, self)
+        except NotReplayedError as error:
+            return [], str(error)
+        if self._end is not None:
+            losses = losses[:-1]
+            stepper.restore(begin, saved)
+            if losses:
+                stepper.run(begin + len(losses))
+        return losses, self._end
+
+    def record(self, writer: RunWriter, facts: Facts, interrupt: Interrupt) -> str | None:
+        """Take the steps up to the last one, record them, and take snapshots.
+
+        Returns:
+            Why it stopped before the last one, None if it did not.
+        """
+        stepper, steps, reason = self._stepper, self._steps, None
+        newest, last, stops_on_nan = writer.step, facts.steps or 0, facts.training.stop_on_nan
+        while writer.step < last and not (interrupt or reason):
+            writer.recorder.wait()
+            first, started = writer.step + 1, clock.now()
+            losses, reason = self.run(writer.next_stop(last, one_by_one=stops_on_nan))
+            if not losses:
+                break
+            writer.step += len(losses)
+            writer.timed(started, stepper.named_state, len(losses))
+            taken = range(first, writer.step + 1)
+            writer.taken = [steps.taken(number) for number in taken]
+            writer.measured += [row for step in taken for row in self._measured.pop(step, ())]
+            pairs = zip(taken, losses, strict=True)
+            writer.write(first, [loss if self._has_loss(number) else None for number, loss in pairs], {})
+            if writer.is_snapshot_due():
+                writer.recorder.snapshot(stepper.capture())
+                newest = writer.step
+            writer.show_written()
+            if stops_on_nan and not math.isfinite(losses[-1]):
+                reason = f"the loss is {losses[-1]} at step {writer.step} (stop_on_nan)"
+        if newest < writer.step:
             writer.recorder.snapshot(stepper.capture())
-            newest = writer.step
-        writer.show_written()
-        if stops_on_nan and not math.isfinite(losses[-1]):
-            reason = f"the loss is {losses[-1]} at step {writer.step} (stop_on_nan)"
-            break
-    if newest < writer.step:
-        writer.recorder.snapshot(stepper.capture())
-    return reason or interrupt.reason
+        return reason or interrupt.reason

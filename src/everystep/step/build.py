@@ -102,6 +102,7 @@ class _Builder:
             logged=logged,
             ends=ends,
             gone=path.gone,
+            left_out=sum(self._is_read(o) for o in operations if id(o) not in kept),
             lines=tuple(self._lines.lines),
             sources=self._lines.sources,
         )
@@ -255,6 +256,10 @@ class _Builder:
         """Return the storages that an operation writes."""
         names = filter(None, (*operation.results, *operation.written()))
         return {self._tensors[name].storage for name in names}
+
+    def _is_read(self, operation: Operation) -> bool:
+        """Return whether an operation gives Python something that is not a tensor."""
+        return any(operation.reads()) and not self._writes(operation)
 
     def _checkable_reads(self, operations: Sequence[Operation], kept: set[int]) -> set[int]:
         """Return the reads of numbers that are computed anyway: they check a replay.

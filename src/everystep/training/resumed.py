@@ -31,6 +31,7 @@ __all__ = [
     "changes",
     "check_changes",
     "check_rules",
+    "check_taken_by_loop",
     "facts_resumed",
     "forked_loop",
     "resume_facts",
@@ -230,8 +231,25 @@ def forked_loop(parent: RecordedRun, parts: Parts, at: int) -> Facts:
 
 
 def _check_is_loop(run: RecordedRun, cure: str) -> None:
-    if run.facts.training.loop is None:
+    facts = run.facts
+    if facts.training.loop is None:
         raise RunError(f"{run.name} was not recorded from your own loop; {cure} {run.name}")
+    check_taken_by_loop(facts)
+
+
+def check_taken_by_loop(facts: Facts) -> None:
+    """Check that a run of a loop was not forked by its programs alone.
+
+    Raises:
+        RunError: it was: no snapshot has what the loop carries besides tensors.
+    """
+    if facts.training.engine is not None and facts.fork is not None:
+        parent, at = facts.fork.directory, facts.fork.at
+        raise RunError(
+            f"programs took the steps of {facts.name} from step {at + 1:,} on, and a loop cannot "
+            f"continue theirs; fork their parent in your code, and change it there once "
+            f"recording.step_count is {at}: everystep.record(fork={parent!r}, at={at}, ...)"
+        )
 
 
 def _continued(

@@ -135,6 +135,8 @@ def engine_text(facts: Facts) -> str:
         if facts.not_kept:
             missing += f"; {kept_text(facts, facts.steps or 0)} (keep: {facts.not_kept[-1].keep})"
         kept = f"its operations are in {counted(loop.programs, 'program')}{missing}"
+        if engine is not None and facts.fork is not None:
+            return f"by your own code up to step {facts.fork.at:,}, by program alone after it; {kept}"
         if loop.function is None:
             return f"by your own loop; {kept}"
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
@@ -231,6 +233,8 @@ def going_on(run: RecordedRun, facts: Facts) -> str:
     name = shortest_name(run.directory)
     trained = facts.trained
     if trained is not None and trained.loop is not None:
+        if trained.engine is not None and facts.fork is not None:  # programs alone took its steps
+            return f"everystep.record(..., fork={facts.fork.directory!r}, at={facts.fork.at})"
         return f"everystep.record(..., resume={name!r})"
     if (run.directory / EXPERIMENT_FILE).exists():
         return f"everystep resume {shlex.quote(name)}"

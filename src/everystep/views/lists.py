@@ -117,6 +117,7 @@ SPACES: tuple[Column[Space], ...] = (
     _size("total"),
     *(_size(name, 1) for name in ("snapshots", "batches", "data", "programs", "database")),
     _size("others", 2),
+    Column("keep", lambda space: space.keep or "", rank=1),
 )
 
 
@@ -139,7 +140,8 @@ def pruning_text(pruning: Pruning) -> str:
 
 def spaces_text(spaces: Sequence[Space], width: int | None = None) -> Text:
     """Return what runs take on the disk as a table, with a line for all of them together."""
-    numbers = [name for name in Space._fields if name not in ("name", "directory")]
+    numbers = [name for name in Space._fields if name not in ("name", "directory", "keep")]
     sums = {name: sum(getattr(each, name) for each in spaces) for name in numbers}
     whole = [Space("all", Path(), **sums)] if len(spaces) > 1 else []
-    return _list_text(SPACES, [*spaces, *whole], width)
+    columns = SPACES if any(each.keep for each in spaces) else SPACES[:-1]
+    return _list_text(columns, [*spaces, *whole], width)

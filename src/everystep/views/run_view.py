@@ -322,8 +322,8 @@ def _what_if_text(found: WhatIf, view: RunView) -> str:
         notes.append("what your code made of the targets outside of torch stays as recorded")
     if differs is not None:
         notes.append(
-            f"from step {differs:,} on, Python would read other numbers than it did; if your code "
-            "decides by them, a training of your own differs"
+            f"from step {differs:,} on, Python could read other numbers than it did; if your code "
+            "uses them, a training of your own differs"
         )
     return "\n".join([title, "", *table, *([""] if notes else []), *notes])
 

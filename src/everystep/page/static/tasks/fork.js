@@ -115,11 +115,11 @@ function inPython(about, step) {
     "",
     `run = everystep.open(${JSON.stringify(about.directory ?? about.name)})`,
     ...(about.is_of_loop
-      ? [`model.load_state_dict(run.parameters(${step}))`, "with everystep.record(model=model, optimizer=optimizer) as recording:", "    ..."]
+      ? [`fork = run.fork(${step}, lr=1e-3)  # or relabel={row: target}`, "", "# any change, in your code:", `with everystep.record(fork=run, at=${step}, model=model, optimizer=optimizer) as recording:`, "    ..."]
       : [`fork = run.fork(${step}, lr=1e-3, model=model, loss=loss, optimizer=optimizer)`]),
   ];
   const objects = `${about.name} was trained from Python objects, which a run does not hold. Create them again, and fork it in Python:`;
-  const loop = `${about.name} was recorded from your own loop, which a fork needs. Load the parameters, and record your loop from there:`;
+  const loop = `${about.name} was recorded from your own loop. Its programs alone can change the learning rate and targets:`;
   const problem = `${about.experiment_problem}. Or create the objects that trained the run, and fork it in Python:`;
   return element(
     "div",
