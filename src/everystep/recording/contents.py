@@ -15,6 +15,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
+from itertools import count, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -55,6 +57,8 @@ DRAW = "draw/"
 FILES = 16
 #: Rows of fewer bytes than this get no digests of their own.
 _SMALLEST_ROW = 64
+#: Fewer bytes than this are copied sooner than passed on.
+_SHORT = 4096
 
 
 class Given(NamedTuple):
@@ -72,7 +76,12 @@ class Given(NamedTuple):
 
 def packed(value: Any) -> bytes:
     """Return plain data as a run keeps it: JSON, compressed. Special floats are kept."""
-    return zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
+    return _compressed(json.dumps(value, separators=(",", ":")))
+
+
+@lru_cache(maxsize=16)
+def _compressed(text: str) -> bytes:
+    return zlib.compress(text.encode(), 1)  # the numbers of most steps are those of the step before
 
 
 def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
@@ -152,20 +161,21 @@ def given_of(tensor: Tensor) -> Given:
     return _given_and_pieces(tensor)[0]
 
 
-def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[Any]]:
+def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[memoryview]]:
     """Return the entry of a tensor, and the bytes of each of its digests."""
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-    whole = bytes_of(tensor)
+    whole = memoryview(bytes_of(tensor))
     is_by_row = _is_by_row(shape, len(whole))
-    pieces = whole.reshape(shape[0], -1) if is_by_row else [whole]
+    size = len(whole) // shape[0] if is_by_row else max(1, len(whole))
+    pieces = [whole[place : place + size] for place in range(0, max(1, len(whole)), size)]
     kind = _kind(dtype, shape, is_by_row)
-    return Given(dtype, shape, tuple(_digest(kind, piece) for piece in pieces)), pieces
+    return Given(dtype, shape, tuple([_digest(kind, piece) for piece in pieces])), pieces
 
 
 def digest_of(tensor: Tensor) -> str:
     """Return a digest of a tensor: XXH3, 128 bits, over dtype, shape and bytes, in hexadecimal."""
     kind = _kind(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), False)
-    return _digest(kind, bytes_of(tensor)).hex()
+    return _digest(kind, memoryview(bytes_of(tensor))).hex()
 
 
 def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
@@ -173,7 +183,9 @@ def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
     return f"{dtype} {shape[1:] if is_by_row else shape}".encode()
 
 
-def _digest(kind: bytes, piece: Any) -> bytes:
+def _digest(kind: bytes, piece: memoryview | bytes) -> bytes:
+    if len(piece) < _SHORT:
+        return xxhash.xxh3_128_digest(kind + piece)
     machine = xxhash.xxh3_128(kind)
     machine.update(piece)
     return machine.digest()
@@ -416,14 +428,16 @@ class Repeats:
         given, pieces = _given_and_pieces(tensor)
         is_draw = self._is_draw(name)
         may_be_old = is_draw or self._keep is None
-        for digest, piece in zip(given.digests, pieces, strict=True):
-            file = self._known.get(digest)
-            is_known = file is not None and (may_be_old or self._are_fresh({file}, step))
-            if not is_known and step > self._recorded:
-                self._write(step, is_draw, digest, piece)
-        files = {self._known[digest] for digest in given.digests if digest in self._known}
+        new = dict(zip(given.digests, pieces, strict=True))
+        for digest in [digest for digest in new if digest in self._known]:
+            if may_be_old or self._are_fresh({self._known[digest]}, step):
+                del new[digest]
+        if new and step > self._recorded:
+            self._write(step, is_draw, new)
+        known_files = {*map(self._known.get, given.digests)}
+        files = {file for file in known_files if file is not None}
         self._use(step, name, files)
-        if self._known.keys() >= {*given.digests}:
+        if files == known_files:
             self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
 
@@ -444,7 +458,8 @@ class Repeats:
             else:
                 self._newest_step[file] = step
 
-    def _write(self, step: int, is_draw: bool, digest: bytes, piece: Any) -> None:
+    def _write(self, step: int, is_draw: bool, pieces: Mapping[bytes, memoryview]) -> None:
+        """Write pieces of a tensor, by their digest."""
         if is_draw not in self._open:
             self._number += 1
             self._folder.mkdir(exist_ok=True)
@@ -453,11 +468,13 @@ class Repeats:
             self._begun[self._number] = step
             self._sizes[self._number] = 0
         number, file = self._open[is_draw]
-        self._rows.append(Place(digest, number, self._sizes[number], piece.nbytes))
-        file.write(piece.data)
-        self._sizes[number] += piece.nbytes
-        self._bytes += piece.nbytes
-        self._known[digest] = number
+        size = len(next(iter(pieces.values())))  # of each
+        places = zip(pieces, repeat(number), count(self._sizes[number], size), repeat(size))
+        self._rows += map(Place._make, places)
+        file.writelines(pieces.values())
+        self._sizes[number] += size * len(pieces)
+        self._bytes += size * len(pieces)
+        self._known |= dict.fromkeys(pieces, number)
 
     def _drop(self, files: Sequence[int]) -> None:
         """Give up the contents in files."""
