@@ -109,13 +109,12 @@ class KnownPaths:
         if self._handles != handles():
             self._without_hooks.clear()
         known = self._without_hooks
-        unknown = [
-            leaf for leaf in leaves if (known[id(leaf)]() if id(leaf) in known else None) is not leaf
-        ]
-        with torch._C._DisableTorchDispatch():
-            if any(map(has_hooks_on_node, unknown)):
-                return True
-        known.update((id(leaf), ref(leaf)) for leaf in unknown)
+        unknown = [leaf for leaf in leaves if (of := known.get(id(leaf))) is None or of() is not leaf]
+        if unknown:
+            with torch._C._DisableTorchDispatch():
+                if any(map(has_hooks_on_node, unknown)):
+                    return True
+            known.update((id(leaf), ref(leaf)) for leaf in unknown)
         self._handles = handles()
         return False
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["OutsideTensors", "version_of", "versions_by_name", "versions_of"]
+__all__ = ["OutsideTensors", "Versions", "version_of", "versions_by_name", "versions_of"]
+
+#: Of each tensor of a state, by name: its id, how often it was changed, and its address.
+Versions = dict[str, tuple[int, int | None, int]]
 
 
 @dataclass
@@ -55,16 +58,16 @@ class OutsideTensors:
         self._copies = {place: known for place, known in self._copies.items() if not known[0].expired()}
 
 
-def versions_of(tensors: Iterable[Tensor]) -> list[int | None]:
+def versions_of(tensors: Iterable[Tensor | None]) -> list[int | None]:
     """Return how often each tensor was changed, None if torch does not count."""
     tensors = list(tensors)
     try:
-        return [tensor._version for tensor in tensors]
+        return [None if tensor is None else tensor._version for tensor in tensors]
     except RuntimeError:
-        return [version_of(tensor) for tensor in tensors]
+        return [*map(version_of, tensors)]
 
 
-def versions_by_name(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int | None, int]]:
+def versions_by_name(state: Mapping[str, Tensor]) -> Versions:
     """Return keys that change with the values of a tensor; `tensor.data = ...` counts nothing."""
     tensors = [*state.values()]
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -72,6 +75,6 @@ def versions_by_name(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int | 
     return dict(zip(state, keys, strict=True))
 
 
-def version_of(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor | None) -> int | None:
     """Return how often a tensor was changed, None if torch does not count."""
-    return None if tensor.is_inference() else tensor._version
+    return None if tensor is None or tensor.is_inference() else tensor._version

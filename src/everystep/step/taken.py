@@ -43,6 +43,6 @@ class TakenByProgram:
         """Return the bytes of an input that is not in the batch."""
         return self._contents.get(storage)
 
-    def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
+    def end(self, state: Mapping[str, Tensor], versions: Any, loss: Any) -> Path:
         """Return the path of the step."""
         return self._path

@@ -115,7 +115,8 @@ class LoopWriter(RunWriter):
         self._note_logged(step, path)
         self._note_numerics()
         self.timed(step.started, self.parts.state)
-        self._keep_pending(self.watched.program_of(path))
+        if self._pending is not None:
+            self._keep_pending(self.watched.program_of(path))
         self._compare_with_later(None)
         if self.is_snapshot_due():
             self._pending = self._snapshot()
