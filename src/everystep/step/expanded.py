@@ -162,8 +162,7 @@ class _StandIns:
             made = optimizer.step(settings)
         results = dict(zip(filter(None, operation.results), made, strict=True))
         self._tensors |= results
-        after = given | results
-        return watch.end(after, versions_by_name(after), None), watch
+        return watch.end(after := given | results, versions_by_name(after), None), watch
 
     def _tensor(self, name: str) -> Tensor:
         """Return the stand-in of a tensor; one with a single element has its value from the state."""

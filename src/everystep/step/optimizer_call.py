@@ -67,10 +67,7 @@ class OptimizerCall(NamedTuple):
     layout: tuple[Any, ...]
 
     def made(self, state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[int, int, str, Tensor]]:
-        """Return what the step has made: the group, the place in it, the key, and the tensor.
-
-        state: of the optimizer, now.
-        """
+        """Return the group, the place in it, the key and the tensor of all that is new in the state."""
         kept = iter(self.kept)
         return [
             (number, index, key, tensor)

@@ -24,7 +24,7 @@ _DEPTH = 6
 _HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
 #: Attributes of torch's optimizers that steps do not depend on, or that have other names.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
-_HOLDERS = (Tensor, list, dict)
+_WITH_TENSORS = (Tensor, nn.Module, dict)
 #: What Accelerate wraps a part in, by module, and the attribute that has the part. What else a wrapper
 #: holds belongs to the accelerator and its loaders, and is made again with them.
 _WRAPPED = {"accelerate.optimizer": "optimizer", "accelerate.scheduler": "scheduler"}
@@ -238,34 +238,31 @@ class _Layout:
         self.names = names
         self.tensors = tensors
         self.gradient_names = [(parameter, f"gradient/{name}") for parameter, name in names.items()]
-        self._optimizers = [*optimizers.values()]
-        self._is_sure = not any(map(keeps_own_state, self._optimizers))
         inner = [m for module in modules.values() for m in module.modules()]
         tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        #: What shows what is in these tables now.
+        #: They show what is in the tables now.
         self._views = [view for table in tables for view in (table.keys(), table.values())]
-        self._views += [o.param_groups for o in self._optimizers] + [g["params"] for g in groups]
-        #: Tables that hold plain numbers, too, which may change.
-        self._mixed: list[Mapping[Any, Any]] = [*groups, *[o.state for o in self._optimizers]]
-        self._mixed += [entries for o in self._optimizers for _, entries in entries_of(o)]
+        self._optimizers = [*optimizers.values()]
+        self._entries = [entries for o in self._optimizers for _, entries in entries_of(o)]
+        self._is_sure = not any(map(keeps_own_state, self._optimizers))
         self._known = self._objects()
 
     def holds(self) -> bool:
         """Return whether they are still in the same places."""
-        if not self._is_sure:
-            return False
-        now = self._objects()
-        return len(now) == len(self._known) and all(map(is_, now, self._known))
+        now = self._objects() if self._is_sure else []
+        return self._is_sure and len(now) == len(self._known) and all(map(is_, now, self._known))
 
     def _objects(self) -> list[Any]:
-        """Return all objects that are or may hold tensors, and their keys; settings without numbers."""
-        found = [*chain.from_iterable(self._views)]
+        """Return all objects that are or may hold tensors, and their keys, without plain numbers."""
+        found: list[Any] = [*chain.from_iterable(self._views)]
+        tables: list[Mapping[Any, Any]] = [*self._entries]
         for optimizer in self._optimizers:
-            found += optimizer.state, optimizer.param_groups
-        for table in self._mixed:
+            groups = optimizer.param_groups
+            tables += [optimizer.state, *groups]
+            found += (optimizer.state, groups, *groups, *chain(*[group["params"] for group in groups]))
+        for table in tables:
             found += table
-            found += [value for value in table.values() if isinstance(value, _HOLDERS)]
+            found += [value for value in table.values() if isinstance(value, _WITH_TENSORS)]
         return found
 
 

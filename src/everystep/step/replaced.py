@@ -79,10 +79,7 @@ def remove() -> None:
 
 
 def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
-    """Let a watch run the backward passes of this thread, and know when a tensor gets other memory.
-
-    It does so between `install` and `remove`.
-    """
+    """Once installed, let a watch run the backward passes of this thread, and know of other memory."""
     _here.watches.append(_Watch(run, moves))
 
 

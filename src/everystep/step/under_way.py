@@ -22,13 +22,7 @@ from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
-from everystep.step.outside_tensors import (
-    OutsideTensors,
-    Versions,
-    version_of,
-    versions_by_name,
-    versions_of,
-)
+from everystep.step.outside_tensors import OutsideTensors, Versions, versions_by_name, versions_of
 from everystep.step.path import (
     Ending,
     Entry,
@@ -383,9 +377,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.unseen[_OTHER_WHEN_WATCHED] = self.unseen.get(_OTHER_WHEN_WATCHED, 0) + 1
             changed = [gradient for gradient in before if gradient is not None]
             if runs_python:
-                known = zip(self.tensors.met, versions, strict=False)
-                alive = [(tensor, count) for each, count in known if (tensor := each()) is not None]
-                changed += [tensor for tensor, count in alive if version_of(tensor) != count]
+                counts = zip(self.tensors.met, versions, self.state_versions(), strict=False)
+                known = [each() for each, before_it, now in counts if now != before_it]
+                changed += [tensor for tensor in known if tensor is not None]
             self.tensors.catch_up(self.at)
             others = self.tensors.all_but_state() if runs_python else []
             self.note_unseen(changed, left, others)

@@ -115,8 +115,7 @@ class LoopWriter(RunWriter):
         self._note_logged(step, path)
         self._note_numerics()
         self.timed(step.started, self.parts.state)
-        if self._pending is not None:
-            self._keep_pending(self.watched.program_of(path))
+        self._keep_pending(self.watched.program_of(path))
         self._compare_with_later(None)
         if self.is_snapshot_due():
             self._pending = self._snapshot()

@@ -477,8 +477,7 @@ class Recording(Generic[R]):
 
         A class of one's own needs torch's dispatcher; with plain tensors, Python need not see each call.
         """
-        kinds = {*map(type, values)} - _PLAIN
-        is_plain = not any(issubclass(kind, Tensor) for kind in kinds)
+        is_plain = all(type(v) in _PLAIN or not isinstance(v, Tensor) for v in values)
         return torch._C._DisableTorchDispatch() if is_plain else self.paused()
 
     def begin_step(self, batch: Any = None) -> None:
@@ -502,7 +501,7 @@ class Recording(Generic[R]):
             raise UsageError(f"{self._stopped}: leave the loop once recording.is_stopping")
         writer.recorder.wait()
         self._place.at_end = {}
-        state = writer.watched.as_left() if is_still else None
+        state = writer.watched.state if is_still else None
         if state is None:
             state = self._parts.state()
             writer.note_changes(state)
@@ -605,7 +604,7 @@ class Recording(Generic[R]):
             raise SystemExit(_TERMINATED)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN = (Tensor, torch.nn.Parameter)
 #: The exit status of a process that SIGTERM ended.
 _TERMINATED = 128 + 15
 #: Recordings under way in this process.

@@ -155,7 +155,7 @@ class WatchedSteps:
         """Begin to watch a step. state: the live tensors of the parts, which `note_changes` has seen."""
         watch = Cursor(self._paths, self.parts.device, self._follower, self._elsewhere)
         step = StepUnderWay(watch, self.parts.rates())
-        watch.begin(state, self._versions, self._left)
+        watch.begin(state, self._versions, self._ending if state is self.state else self._left)
         self.state = None  # which would hold gradients that the step drops
         watch.gradient_copies = self.gradient_copies
         self._left = None
@@ -262,11 +262,6 @@ class WatchedSteps:
         if changed or gone or drawn:
             self._writer.change(step, changed | dict(drawn), gone)
         return next(iter((*changed, *gone)), None) if before else None
-
-    def as_left(self) -> dict[str, Tensor] | None:
-        """Return the state after the last step, if it is known; nothing has run since."""
-        self._left = self._ending if self.state is not None else None
-        return self.state
 
     def is_as_after(self, state: dict[str, Tensor]) -> bool:
         """Tell whether the state is still that after the last step."""
