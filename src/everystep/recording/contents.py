@@ -17,6 +17,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
+from itertools import count, repeat
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -62,6 +64,8 @@ FILES = 16
 _SMALLEST_ROW = 64
 #: A place in data: little-endian, 4 bytes.
 _PLACE = "<i4"
+#: Fewer bytes than this are copied sooner than passed on.
+_SHORT = 4096
 
 
 class Given(NamedTuple):
@@ -79,7 +83,12 @@ class Given(NamedTuple):
 
 def packed(value: Any) -> bytes:
     """Return plain data as a run keeps it: JSON, compressed. Special floats are kept."""
-    return zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
+    return _compressed(json.dumps(value, separators=(",", ":")))
+
+
+@lru_cache(maxsize=16)
+def _compressed(text: str) -> bytes:
+    return zlib.compress(text.encode(), 1)  # the numbers of most steps are those of the step before
 
 
 def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
@@ -159,20 +168,21 @@ def given_of(tensor: Tensor) -> Given:
     return _given_and_pieces(tensor)[0]
 
 
-def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[Any]]:
+def _given_and_pieces(tensor: Tensor) -> tuple[Given, Sequence[memoryview]]:
     """Return the entry of a tensor, and the bytes of each of its digests."""
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-    whole = bytes_of(tensor)
+    whole = memoryview(bytes_of(tensor))
     is_by_row = _is_by_row(shape, len(whole))
-    pieces = whole.reshape(shape[0], -1) if is_by_row else [whole]
+    size = len(whole) // shape[0] if is_by_row else max(1, len(whole))
+    pieces = [whole[place : place + size] for place in range(0, max(1, len(whole)), size)]
     kind = _kind(dtype, shape, is_by_row)
-    return Given(dtype, shape, tuple(_digest(kind, piece) for piece in pieces)), pieces
+    return Given(dtype, shape, tuple([_digest(kind, piece) for piece in pieces])), pieces
 
 
 def digest_of(tensor: Tensor) -> str:
     """Return a digest of a tensor: XXH3, 128 bits, over dtype, shape and bytes, in hexadecimal."""
     kind = _kind(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), False)
-    return _digest(kind, bytes_of(tensor)).hex()
+    return _digest(kind, memoryview(bytes_of(tensor))).hex()
 
 
 def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
@@ -180,7 +190,9 @@ def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
     return f"{dtype} {shape[1:] if is_by_row else shape}".encode()
 
 
-def _digest(kind: bytes, piece: Any) -> bytes:
+def _digest(kind: bytes, piece: memoryview | bytes) -> bytes:
+    if len(piece) < _SHORT:
+        return xxhash.xxh3_128_digest(kind + piece)
     machine = xxhash.xxh3_128(kind)
     machine.update(piece)
     return machine.digest()
@@ -462,19 +474,24 @@ class Repeats:
         given, pieces = _given_and_pieces(tensor)
         is_draw = self._is_draw(name)
         may_be_old = is_draw or self._keep is None
-        for digest, piece in zip(given.digests, pieces, strict=True):
-            is_known = digest in self._known
-            is_known = is_known and (may_be_old or self._are_fresh(self._files([digest]), step))
-            if not is_known and step > self._recorded:
-                places = None if cut is None else self._places(step, piece, cut)
-                self._write(step, is_draw, digest, *(places or (piece, None)))
+        new = dict(zip(given.digests, pieces, strict=True))
+        for digest in [digest for digest in new if digest in self._known]:
+            if may_be_old or self._are_fresh(self._files([digest]), step):
+                del new[digest]
+        if new and step > self._recorded:
+            places = None if cut is None else self._places(step, pieces[0], cut)
+            if places is None:
+                self._write(step, is_draw, new)
+            else:
+                self._write(step, is_draw, {given.digests[0]: places[0]}, places[1])
+        known_files = {*map(self._known.get, given.digests)}
         files = self._files(given.digests)
         self._use(step, name, files)
-        if self._known.keys() >= {*given.digests}:
+        if files == known_files:
             self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
 
-    def _places(self, step: int, piece: Any, cut: Cut) -> tuple[Any, bytes] | None:
+    def _places(self, step: int, piece: memoryview, cut: Cut) -> tuple[memoryview, bytes] | None:
         """Return the places of an input in data, and the digest of that; None if it has other bytes."""
         import numpy as np
         from numpy.lib.stride_tricks import sliding_window_view
@@ -489,7 +506,8 @@ class Repeats:
         if not np.array_equal(sliding_window_view(source, size)[begins].reshape(-1), piece):
             return None
         (digest,) = self._add_once(step, "source", cut.source).digests
-        return (begins.astype(_PLACE), digest) if digest in self._known else None
+        places = memoryview(begins.astype(_PLACE).tobytes())
+        return (places, digest) if digest in self._known else None
 
     def _files(self, digests: Iterable[bytes]) -> set[int]:
         """Return the files that hold contents, and the data that these were cut out of."""
@@ -514,7 +532,14 @@ class Repeats:
             else:
                 self._newest_step[file] = step
 
-    def _write(self, step: int, is_draw: bool, digest: bytes, piece: Any, source: bytes | None) -> None:
+    def _write(
+        self,
+        step: int,
+        is_draw: bool,
+        pieces: Mapping[bytes, memoryview],
+        source: bytes | None = None,
+    ) -> None:
+        """Write pieces of a tensor, by their digest; with a source, places in that."""
         if is_draw not in self._open:
             self._number += 1
             self._folder.mkdir(exist_ok=True)
@@ -523,14 +548,17 @@ class Repeats:
             self._begun[self._number] = step
             self._sizes[self._number] = 0
         number, file = self._open[is_draw]
-        self._rows.append(Place(digest, number, self._sizes[number], piece.nbytes, source))
-        self._sources.pop(digest, None)
+        size = len(next(iter(pieces.values())))  # of each
+        places = zip(pieces, repeat(number), count(self._sizes[number], size), repeat(size))
+        self._rows += [Place(*place, source) for place in places]
+        file.writelines(pieces.values())
+        self._sizes[number] += size * len(pieces)
+        self._bytes += size * len(pieces)
+        self._known |= dict.fromkeys(pieces, number)
+        for digest in self._sources.keys() & pieces.keys():
+            del self._sources[digest]
         if source is not None:
-            self._sources[digest] = source
-        file.write(piece.data)
-        self._sizes[number] += piece.nbytes
-        self._bytes += piece.nbytes
-        self._known[digest] = number
+            self._sources |= dict.fromkeys(pieces, source)
 
     def _drop(self, files: Sequence[int]) -> None:
         """Give up the contents in files."""

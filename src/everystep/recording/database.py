@@ -6,7 +6,7 @@ import sqlite3
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -79,6 +79,8 @@ class Place(NamedTuple):
     source: bytes | None = None
 
 
+#: Rows that are entered by one call; SQLite takes 999 values.
+_AT_ONCE = 128
 #: The tables of rows.
 _TABLES: dict[type[Any], str] = {FileRow: "files", Repeat: "repeats", Place: "contents"}
 
@@ -170,10 +172,11 @@ class Database(Blocks):
 
     def enter(self, rows: Sequence[FileRow] | Sequence[Repeat] | Sequence[Place]) -> None:
         """Enter rows in their table; of a file, once it is complete."""
-        for row in rows[:1]:
-            places = ", ".join("?" * len(row))
-            query = f"INSERT OR REPLACE INTO {_TABLES[type(row)]} VALUES ({places})"
-            self.connection.executemany(query, rows)
+        for begin in range(0, len(rows), _AT_ONCE):  # one call for many: another thread waits for each
+            some = rows[begin : begin + _AT_ONCE]
+            places = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
+            query = f"INSERT OR REPLACE INTO {_TABLES[type(some[0])]} VALUES {places}"
+            self.connection.execute(query, [*chain.from_iterable(some)])
 
     def remove_files(self, names: Iterable[str]) -> None:
         """Delete files, before they are removed. `snapshots/000137/*` names all in a directory."""

@@ -16,7 +16,8 @@ from everystep.step.under_way import UnderWay
 
 __all__ = ["BackwardPasses", "Graph", "graph_of"]
 
-_sum: Any = torch.ones(1, requires_grad=True).expand(2)
+with torch.enable_grad():  # a recording may begin where gradients are off
+    _sum: Any = torch.ones(1, requires_grad=True).expand(2)
 _ACCUMULATE = type(_sum.grad_fn.next_functions[0][0])
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 #: Of classes of nodes: whether they are torch's own, written in C++, and whether `_has_other_bits` asks.
@@ -56,38 +57,35 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
     roots = [output.grad_fn if isinstance(output, Tensor) else None for output in outputs]
     is_sure = not create and known_handles == handles() and not (accumulates and inputs)
     is_sure = is_sure and _top_hooks(True) is None and None not in roots
-    order: list[Any] = [*dict.fromkeys(node for node in roots if node is not None)]
-    number: dict[Any, int] = {node: place for place, node in enumerate(order)}
+    number: dict[Any, int] = {None: -1}
+    order: list[Any] = []
+    for root in roots:
+        if root not in number:
+            number[root] = len(order)
+            order.append(root)
     kinds: list[type] = []
-    edges: list[int] = [number[node] for node in roots if node is not None]
+    edges: list[Any] = [tuple([number[root] for root in roots])]
     leaves: list[Tensor] = []
     is_other = False
     for node in order:
         kind = type(node)
-        known_kind = _kinds.get(kind)
-        if known_kind is None:
-            is_torchs = kind.__module__ == "builtins" and kind.__name__ != _OF_EXTENSION
-            known_kind = _kinds[kind] = is_torchs, kind.__name__ in _OTHER_KINDS
-        is_own, may_be_other = known_kind
         kinds.append(kind)
         if kind is _ACCUMULATE:
             leaves.append(node.variable)
-        elif not is_own or node._sequence_nr() < since:
+            continue
+        if (known_kind := _kinds.get(kind)) is None:
+            is_torchs = kind.__module__ == "builtins" and kind.__name__ != _OF_EXTENSION
+            known_kind = _kinds[kind] = is_torchs, kind.__name__ in _OTHER_KINDS
+        is_own, may_be_other = known_kind
+        if not is_own or node._sequence_nr() < since:
             is_sure = False
         is_other = is_other or (may_be_other and _has_other_bits(node))
-        # Negative numbers are no places of nodes: no node, a result other than the first, the last edge.
-        for other, place in node.next_functions:
-            if other is None:
-                edges.append(-1)
-                continue
-            known = number.get(other)
-            if known is None:
-                known = number[other] = len(order)
+        following = node.next_functions
+        for other, _ in following:
+            if other not in number:
+                number[other] = len(order)
                 order.append(other)
-            edges.append(known)
-            if place:
-                edges.append(-2 - place)
-        edges.append(-1000)
+        edges.append(tuple([(number[other], place) for other, place in following]))
     is_sure = is_sure and not any(map(_is_special, leaves))
     settings = retain, accumulates, torch._C._is_any_autocast_enabled(), len(outputs), len(gradients)
     key = (tuple(kinds), tuple(edges), settings) if is_sure else None
@@ -171,7 +169,7 @@ class BackwardPasses:
         No gradient may be held while it runs, since autograd would not add to it in place.
         """
         before = [leaf.grad for leaf in graph.leaves]
-        nones = tuple(gradient is None for gradient in before)
+        nones = tuple([gradient is None for gradient in before])
         started = [each for each in (*graph.given, *graph.leaves, *before) if each is not None]
         return self._cursor.happens("backward", graph.key, nones, tensors=started)
 
@@ -224,7 +222,7 @@ class BackwardPasses:
 
 def _left(leaves: list[Tensor], result: Any) -> list[Tensor | None]:
     """Return the tensors that a pass leaves: gradients of leaves, and results."""
-    return [*(leaf.grad for leaf in leaves), *(result or ())]
+    return [*[leaf.grad for leaf in leaves], *(result or ())]
 
 
 def _texts(numbers: list[int | float], places: list[int]) -> list[str]:

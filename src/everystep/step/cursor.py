@@ -72,7 +72,7 @@ class Cursor(UnderWay):
         if self.is_paused or (
             (expected is None or expected.func is not func) and func.namespace in _NO_OPERATIONS
         ):
-            return func(*args, **(kwargs or {}))
+            return func._op(*args, **(kwargs or {}))
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
         if self.is_remembered:
@@ -446,7 +446,7 @@ def _check_first(
 
     entry.check = check_of(
         *(tokens, named, [(-1, places[0][1])] if is_alone and places else places),
-        partial(run_counted, func) if known.writes_list else func,
+        partial(run_counted, func) if known.writes_list else func._op,
         paths.tensors,
         before=before if entry.contents or known.draws else None,
         after=after if known.is_read or known.draws else None,

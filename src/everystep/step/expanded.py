@@ -20,7 +20,7 @@ from everystep.program.step_program import Program
 from everystep.step.build import BuiltPath, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.known_paths import KnownPaths
-from everystep.step.outside_tensors import OutsideTensors
+from everystep.step.outside_tensors import OutsideTensors, versions_by_name
 from everystep.step.path import Path
 
 __all__ = ["Expanded", "Expander"]
@@ -157,12 +157,12 @@ class _StandIns:
         optimizer = BoundOptimizer(OPTIMIZERS[operation.operator], *arguments)
         following: Any = _FixedFollower(operation)
         watch = Cursor(KnownPaths(), self._device, following, OutsideTensors())
-        watch.begin(given)
+        watch.begin(given, versions_by_name(given))
         with watch:
             made = optimizer.step(settings)
         results = dict(zip(filter(None, operation.results), made, strict=True))
         self._tensors |= results
-        return watch.end(given | results, None), watch
+        return watch.end(after := given | results, versions_by_name(after), None), watch
 
     def _tensor(self, name: str) -> Tensor:
         """Return the stand-in of a tensor; one with a single element has its value from the state."""

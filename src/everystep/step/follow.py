@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from operator import itemgetter
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ _next_node = torch._C._autograd._get_sequence_nr
 #: last one removes them: other threads may be iterating over torch's tables of hooks.
 _followers: dict[int, tuple[Follower, ...]] = {}
 _hooks: list[Any] = []
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -76,14 +77,13 @@ class Follower:
         self._optimizer_begins = optimizer_begins
         self._optimizer_ends = optimizer_ends
         self.is_torchs = is_torchs
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
         #: Of each optimizer that runs: the file of its step, if that has a closure.
         self._files: list[str | None] = []
-        # The modules that ran in turn, and the number of the first node of the graph that each made.
-        self._modules: list[str | None] = [None]
-        self._nodes: list[int] = [0]
+        # The modules that ran in turn, each with the number of the first node of the graph it made.
+        self._made: list[tuple[int, str | None]] = []
         self.where: tuple[Any, ...] = ()
         self._phase: Phase | None = None
 
@@ -106,7 +106,7 @@ class Follower:
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
-        self._open, self._optimizer, self._files, self._modules, self._nodes = [], [], [], [], []
+        self._open, self._optimizer, self._files, self._made = [], [], [], []
         self.enter(None)
 
     def enter(self, phase: Phase | None) -> None:
@@ -115,14 +115,14 @@ class Follower:
         self._moved()
 
     def _moved(self) -> None:
-        self.where = (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:], self._phase)
-        self._modules.append(self._open[-1] if self._open else None)
-        self._nodes.append(_next_node())
+        module = self._open[-1] if self._open else None
+        self.where = module, *self._optimizer, self._phase
+        self._made.append((_next_node(), module))
 
     def _module_of(self, node: int) -> str | None:
         """Return the module that ran when a node of the graph was made, None if there was none."""
-        place = bisect_right(self._nodes, node) - 1
-        return self._modules[place] if place >= 0 and node < _next_node() else None
+        place = bisect_right(self._made, node, key=itemgetter(0)) - 1
+        return self._made[place][1] if place >= 0 and node < _next_node() else None
 
     def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
         """Return the phase, and the module or optimizer, of the current operation.
@@ -168,13 +168,15 @@ class Follower:
         self._moved()
         if path and id(module) in self.modules and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
-            self._module_done(path, leaves(given))
+            self._module_done(path, [given] if type(given) is Tensor else leaves(given))
 
     def update_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         """Note that an optimizer begins its step."""
         self._optimizer.append(self._optimizers.get(id(optimizer)))
-        code = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
-        self._files.append(code.co_filename if has_arguments and code is not None else None)
+        code = None
+        if has_arguments:
+            code = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
+        self._files.append(None if code is None else code.co_filename)
         self._moved()
         self._optimizer_begins(optimizer, has_arguments)
 
@@ -197,24 +199,19 @@ def _registered() -> list[Any]:
     ]
 
 
-def _here() -> tuple[Follower, ...]:
-    """Return the followers of the current thread."""
-    return _followers.get(threading.get_ident(), ())
-
-
 def _module_begins(module: nn.Module, inputs: Any) -> None:
-    for follower in _here():
+    for follower in _followers.get(get_ident(), ()):
         follower.opened(module)
 
 
 def _module_ends(module: nn.Module, inputs: Any, output: Any) -> None:
-    for follower in _here():
+    for follower in _followers.get(get_ident(), ()):
         follower.closed(module, output)
 
 
 def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> Any:
     """Note that a step begins: with a closure that torch's code calls first, after the closure."""
-    followers = _here()
+    followers = _followers.get(get_ident(), ())
     # Wrappers pass on `closure=None`.
     given = [each for each in (*args[1:], *keywords.values()) if each is not None]
     if len(given) != 1 or not followers or not all(each.is_torchs(optimizer) for each in followers):
@@ -232,5 +229,5 @@ def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -
 
 
 def _update_ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for follower in _here():
+    for follower in _followers.get(get_ident(), ()):
         follower.update_ends(optimizer)

@@ -42,9 +42,8 @@ class KnownPaths:
         self._roots: dict[Any, Entry] = {}
         self._learned = self._new = self._rest = 0
         self._next_rest = 1
-        self._last: tuple[list[Any], Entry] | None = None
-        #: How the step after a known ending begins, where nothing changes the state between.
-        self._after: tuple[Ending, Beginning] | None = None
+        #: How the step after a known ending, by its id, begins if nothing changes the state between.
+        self._after: dict[int, tuple[Ending, Beginning]] = {}
         self._lies: list[tuple[Any, ...]] = []
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
@@ -71,10 +70,7 @@ class KnownPaths:
         self._lies = lies
         places: dict[int, int] = {}
         shared = [places.setdefault(each[3], number) for number, each in enumerate(lies)]
-        looks = [*state, *shared, *[each[:3] for each in lies]]
-        if self._last is not None and self._last[0] == looks and is_remembered:
-            return self._last[1]
-        key = tuple(looks)
+        key = (*state, *shared, *[each[:3] for each in lies])
         root = self._roots.get(key) if is_remembered else None
         if root is None:
             met = tuple(
@@ -85,22 +81,21 @@ class KnownPaths:
             root = Entry("root", None, met, marks=marks)
         if is_remembered:
             self._roots[key] = root
-            self._last = looks, root
         return root
 
     def begins_after(self, ending: Ending, root: Entry, same: int) -> None:
         """Note how the step after an ending began. root, same: as `root` has them."""
         if all(number == place for place, number in enumerate(ending.bound[:same])):
-            self._after = ending, Beginning(root, same)
+            self._after[id(ending)] = ending, Beginning(root, same)
 
     def beginning_after(self, ending: Ending | None) -> Beginning | None:
         """Return how the step after such an ending begins, if one has begun before, and as it was left.
 
         The ending says where each tensor comes from, and so how it lies.
         """
-        if self._after is None or ending is not self._after[0]:
+        if id(ending) not in self._after:
             return None
-        known = self._after[1]
+        _, known = self._after[id(ending)]
         del self._lies[known.same :]  # of the tensors of the step before
         return known
 
@@ -109,13 +104,12 @@ class KnownPaths:
         if self._handles != handles():
             self._without_hooks.clear()
         known = self._without_hooks
-        unknown = [
-            leaf for leaf in leaves if (known[id(leaf)]() if id(leaf) in known else None) is not leaf
-        ]
-        with torch._C._DisableTorchDispatch():
-            if any(map(has_hooks_on_node, unknown)):
-                return True
-        known.update((id(leaf), ref(leaf)) for leaf in unknown)
+        unknown = [leaf for leaf in leaves if (of := known.get(id(leaf))) is None or of() is not leaf]
+        if unknown:
+            with torch._C._DisableTorchDispatch():
+                if any(map(has_hooks_on_node, unknown)):
+                    return True
+            known.update((id(leaf), ref(leaf)) for leaf in unknown)
         self._handles = handles()
         return False
 
@@ -128,6 +122,6 @@ class KnownPaths:
         self._learned += 1
         self._new += 1
         if self._learned > _MOST_LEARNED:
-            self._learned, self._roots, self._last, self._after = 0, {}, None, None
+            self._learned, self._roots, self._after = 0, {}, {}
         if self._new > _PATIENCE:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

@@ -54,7 +54,7 @@ class MetTensors:
         self.known: list[MetTensor] = []
         self._number_of: dict[int, int] = {}
         self._places: dict[int, tuple[Any, int]] = {}
-        #: These, of as many tensors of the state as have stayed the same.
+        #: The same of as many tensors of the state as have stayed the same.
         self._lasting: tuple[int, dict[int, int], dict[int, tuple[Any, int]]] = (0, {}, {})
         self._looks: list[Any] = []
         #: Memory that the call under way has brought.
@@ -75,22 +75,26 @@ class MetTensors:
 
     def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
         """Begin a step with the tensors of the state. same: as `same` has returned it."""
-        del self.numbers[:]
+        del self.numbers[:], self._looks[same:]
         self._brought.clear()
         self.bases, self.parts, self._extents = {}, {}, None
-        tensors = [*state.values()]
-        lasting, number_of, places = self._lasting
-        if lasting > same:  # another state: none of these may be found in a later step
-            lasting, number_of, places = self._lasting = 0, {}, {}
-        self._number_of, self._places = number_of.copy(), places.copy()
-        for number in range(lasting, len(tensors)):
-            if lasting < number == same:
-                self._lasting = same, self._number_of.copy(), self._places.copy()
-            self.put(tensors[number], number, root.new[number].origin)
-        if lasting < same == len(tensors):
-            self._lasting = same, self._number_of.copy(), self._places.copy()
-        self._looks[same:] = map(_looks, tensors[same:])
         self.known = [*root.new]
+        tensors = [*state.values()]
+        lasting, numbers, places = self._lasting
+        if lasting > same:  # another state: none of these may be found in a later step
+            lasting, numbers, places = 0, {}, {}
+        self._number_of, self._places = numbers, places
+        for number in range(lasting, len(tensors)):
+            if number == same:
+                self._number_of, self._places = {}, {}
+            self.put(tensors[number], number, root.new[number].origin)
+        if same == len(tensors):
+            self._number_of, self._places = {}, {}
+        self._lasting = same, numbers, places
+
+    def note_looks(self, state: Mapping[str, Tensor]) -> None:
+        """Note how the tensors of the state lie, for `same`."""
+        self._looks += map(_looks, [*state.values()][len(self._looks) :])
 
     def put(self, tensor: Tensor, number: int, origin: int) -> None:
         """Note a tensor by a number. origin: the number of the first tensor on its memory."""
@@ -171,6 +175,8 @@ class MetTensors:
     def number(self, tensor: Tensor) -> int | None:
         """Return the number of a tensor that the step has met and that lies as then, or None."""
         number = self._number_of.get(id(tensor))
+        if number is None:
+            number = self._lasting[1].get(id(tensor))
         if number is None or number >= len(self.known) or self.met[number]() is not tensor:
             return None
         return number if self._is_as_met(tensor, number) else None
@@ -197,7 +203,7 @@ class MetTensors:
         """Treat memory as new, and so the tensors on it. storages: their `_cdata`."""
         left = {*storages}
         for storage in left:
-            self._places.pop(storage, None)
+            self._places[storage] = _gone, 0
             self.parts.pop(storage, None)
         for number, tensor in self.alive(0, len(self.known)).items():
             if tensor.untyped_storage()._cdata in left:
@@ -205,7 +211,8 @@ class MetTensors:
 
     def all_but_state(self) -> list[int]:
         """Return the `_cdata` of all memory but that of the state."""
-        return [s for s, (_, place) in self._places.items() if self.known[place].kind != "state"]
+        known = self._places.items()
+        return [s for s, (of, place) in known if of() and self.known[place].kind != "state"]
 
     def drop_between(self, begin: int, end: int) -> None:
         """Forget tensors that steps before this one have met."""
@@ -218,7 +225,7 @@ class MetTensors:
 
     def place(self, storage: torch.UntypedStorage) -> int | None:
         """Return the number of the first tensor on some memory, None if the step does not know it."""
-        known = self._places.get(storage._cdata)
+        known = self._places.get(storage._cdata) or self._lasting[2].get(storage._cdata)
         return known[1] if known is not None and known[0]() is storage else None
 
     def keep_place(self, tensor: Tensor, number: int) -> None:
@@ -345,13 +352,14 @@ class MetTensors:
         numbers: list[int] = []
         new: list[Tensor] = []
         first: dict[int, tuple[int, int]] = {}
+        places: dict[int, int] = {}
         for name, tensor in tensors.items():
-            known = self.number(tensor)
-            again = next((n for n, t in enumerate(new) if t is tensor), None)
+            known, again = self.number(tensor), places.get(id(tensor))
             if known is not None or again is not None:
                 found.append((name, known, again))
                 numbers.append(known if again is None else len(self.known) + again)  # type: ignore
                 continue
+            places[id(tensor)] = len(new)
             offset, storage = int(tensor.storage_offset()), tensor.untyped_storage()
             place, number = self.place(storage), len(self.known) + len(new)
             if storage._cdata not in first:
@@ -363,7 +371,7 @@ class MetTensors:
             # Not of the state: it may be any part of more data.
             lies = (offset - begin, offset * tensor.itemsize % ALIGNMENT) if place is None else offset
             shared = place, self.parts.get(storage._cdata)
-            found.append((name, tensor.dtype, tuple(tensor.shape), tensor.stride(), shared, order, lies))
+            found.append((name, tensor.dtype, tensor.shape, tensor.stride(), shared, order, lies))
             numbers.append(number)
             new.append(tensor)
         return tuple(found), numbers, new

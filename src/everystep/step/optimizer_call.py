@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from operator import is_
+from itertools import chain, repeat
+from operator import is_, itemgetter
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from everystep.program.operators import leaves
 from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
+from everystep.step.own_state import entries_of
 
 __all__ = ["OptimizerCall", "OptimizerCalls", "Settings"]
 
@@ -33,7 +35,6 @@ _FROM_DEFAULTS = "initial_accumulator_value"
 _NOTHING: dict[str, Any] = {}
 _TRUSTED = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
 _STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
@@ -53,93 +54,92 @@ class Settings(NamedTuple):
 class OptimizerCall(NamedTuple):
     """A step of an optimizer that is one operation.
 
-    operator: of a program; parameters: by group, those that have a gradient; entries: the optimizer's
-    state of each; tensors: the parameters, their gradients, those of the entries and of the settings;
-    state: of the optimizer.
+    operator: of a program; parameters: by group, those that have a gradient; kept: the optimizer's state
+    of each, by key; tensors: all of these, those of the settings, and the gradients; layout: everything
+    that a step depends on except numbers and tensors, comparable.
     """
 
     operator: OptimizerOperator
     settings: Settings
     parameters: list[list[Tensor]]
-    entries: list[list[dict[str, Any]]]
+    kept: list[dict[str, Tensor]]
     tensors: list[Tensor]
-    state: Mapping[Tensor, dict[str, Any]]
+    layout: tuple[Any, ...]
 
-    def kept(self) -> list[dict[str, Tensor]]:
-        """Return the optimizer's state of each parameter, by key."""
-        return [self.state.get(p, _NOTHING).copy() for group in self.parameters for p in group]
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """Everything that a step depends on except numbers and tensors, comparable."""
-        keys = [tuple([(*entry,) for entry in entries]) for entries in self.entries]
-        return (*keys, self.settings.layout)
+    def made(self, state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[int, int, str, Tensor]]:
+        """Return the group, the place in it, the key and the tensor of all that is new in the state."""
+        kept = iter(self.kept)
+        return [
+            (number, index, key, tensor)
+            for number, group in enumerate(self.parameters)
+            for index, (parameter, known) in enumerate(zip(group, kept, strict=False))
+            for key, tensor in state.get(parameter, _NOTHING).items()
+            if known.get(key) is not tensor
+        ]
 
 
 class OptimizerCalls:
     """Determines the next step of an optimizer."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[list[Any], Settings | None]] = {}
+        self._known: dict[int, tuple[list[Any], OptimizerCall | None]] = {}
         self._code: dict[type, _Code] = {}
+        self._names = _OWN.copy()
 
     def of(self, optimizer: torch.optim.Optimizer) -> OptimizerCall | None:
         """Return the next step of an optimizer, None if it runs code that is not torch's."""
         operator = _BY_KIND.get(type(optimizer))
         if operator is None or not self.is_torchs(optimizer):
             return None
-        settings = self._settings(operator, optimizer)
-        if settings is None:
-            return None
         groups = optimizer.param_groups
-        parameters = [[p for p in group["params"] if p.grad is not None] for group in groups]
-        state = optimizer.state
-        entries = [[state.get(p, _NOTHING) for p in group] for group in parameters]
-        tensors: list[Any] = []
-        for group, kept in zip(parameters, entries, strict=True):
-            for parameter, entry in zip(group, kept, strict=True):
-                tensors += (parameter, parameter.grad, *entry.values())
-        tensors += settings.tensors
-        if not all(issubclass(kind, Tensor) for kind in {*map(type, tensors)}):
-            return None
-        return OptimizerCall(operator, settings, parameters, entries, tensors, state)
+        gradients = [p.grad for group in groups for p in group["params"]]
+        given = [operator, optimizer.defaults.get(_FROM_DEFAULTS), *map(is_, gradients, repeat(None))]
+        for group in groups:
+            given += (*group["params"], group, *map(group.get, operator.settings))
+        for parameter, entries in entries_of(optimizer):
+            given += (parameter, *entries, *entries.values())
+        # They are mostly the same objects as before, and the settings are immutable.
+        known = self._known.get(id(optimizer))
+        if known is None or len(known[0]) != len(given) or not all(map(is_, known[0], given)):
+            known = self._known[id(optimizer)] = given, _call_of(operator, optimizer)
+        call = known[1]
+        made = [gradient for gradient in gradients if gradient is not None]
+        return None if call is None else call._replace(tensors=call.tensors + made)
 
     def is_torchs(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether its step runs only torch's code, and a closure before all else."""
-        kind = type(optimizer)
-        if kind not in _BY_KIND or any(getattr(optimizer, name) for name in _HOOKS):
+        kind, own = type(optimizer), vars(optimizer)
+        if kind not in _BY_KIND or own["_optimizer_step_pre_hooks"] or own["_optimizer_step_post_hooks"]:
             return False
-        if any(len(hooks) > 1 and not all(map(_is_ours, [*hooks.values()])) for hooks in _HOOKS_OF_ALL):
-            return False  # one is everystep's, and each training in another thread has one
-        own = vars(optimizer).keys() - _OWN
-        if own and not all(key.startswith("_optimizer_") for key in own):
-            return False
+        for hooks in _HOOKS_OF_ALL:  # one is everystep's, and each training in another thread has one
+            if len(hooks) > 1 and not all(map(_is_ours, [*hooks.values()])):
+                return False
+        if not own.keys() <= self._names:
+            if not all(key.startswith("_optimizer_") for key in own.keys() - _OWN):
+                return False
+            self._names |= own.keys()
         if kind not in self._code:
             self._code[kind] = _Code(kind)
         return self._code[kind].is_torchs()
 
-    def _settings(
-        self, operator: OptimizerOperator, optimizer: torch.optim.Optimizer
-    ) -> Settings | None:
-        groups = optimizer.param_groups
-        default = optimizer.defaults.get(_FROM_DEFAULTS)
-        given = [operator, default, *[group.get(key) for key in operator.settings for group in groups]]
-        # They are mostly the same objects as before, and immutable.
-        known = self._known.get(id(optimizer))
-        if known is not None and len(known[0]) == len(given) and all(map(is_, known[0], given)):
-            return known[1]
-        values = {key: tuple([group.get(key) for group in groups]) for key in operator.settings}
-        settings = None
-        has_defaults = all(value == default for value in values.get(_FROM_DEFAULTS, ()))
-        is_usual = all(map(_is_setting, values.values())) and not any(values.get("differentiable", ()))
-        if is_usual and has_defaults:
-            numbers: list[Number] = []
-            given_values = (*values.values(),)
-            _collect(given_values, numbers)
-            layout = _without_numbers(given_values)
-            settings = Settings(values, layout, numbers, leaves(given_values))
-        self._known[id(optimizer)] = given, settings
-        return settings
+
+def _call_of(operator: OptimizerOperator, optimizer: torch.optim.Optimizer) -> OptimizerCall | None:
+    """Return the next step of an optimizer, without its gradients; None if a program cannot hold it."""
+    groups, default = optimizer.param_groups, optimizer.defaults.get(_FROM_DEFAULTS)
+    values = {key: tuple([group.get(key) for group in groups]) for key in operator.settings}
+    has_defaults = all(value == default for value in values.get(_FROM_DEFAULTS, ()))
+    is_usual = all(map(_is_setting, values.values())) and not any(values.get("differentiable", ()))
+    parameters = [[p for p in group["params"] if p.grad is not None] for group in groups]
+    kept = [optimizer.state.get(p, _NOTHING).copy() for group in parameters for p in group]
+    tensors = [*chain(*parameters), *chain(*[entries.values() for entries in kept])]
+    if not is_usual or not has_defaults or not all(isinstance(each, Tensor) for each in tensors):
+        return None
+    numbers: list[Number] = []
+    given = (*values.values(),)
+    _collect(given, numbers)
+    settings = Settings(values, _without_numbers(given), numbers, leaves(given))
+    layout = (*map(tuple, kept), settings.layout)
+    return OptimizerCall(operator, settings, parameters, kept, tensors + settings.tensors, layout)
 
 
 class _Code:
@@ -153,12 +153,14 @@ class _Code:
         tables: list[Mapping[str, Any]] = [vars(base) for base in bases]
         tables += [vars(sys.modules[base.__module__]) for base in bases]
         self._kind = kind
-        # torch wraps `step` once there is an object.
-        self._functions = [
-            (table, {n: each for n, each in table.items() if type(each) is FunctionType and n != "step"})
-            for table in tables
-        ]
-        functions = (each for _, named in self._functions for each in named.values())
+        #: What reads the functions of each table at once. torch wraps `step` once there is an object.
+        self._functions = []
+        for table in tables:
+            names = [n for n, each in table.items() if type(each) is FunctionType and n != "step"]
+            if names:
+                read = itemgetter(*names, names[0])  # of one name, it would return no tuple
+                self._functions.append((table, read, read(table)))
+        functions = (each for _, _, known in self._functions for each in known)
         self._is_known = all(map(_is_written_by_torch, functions))
         self._step: Any = None
 
@@ -166,9 +168,12 @@ class _Code:
         """Return whether all of them are torch's, now."""
         if not self._is_known:
             return False
-        for table, named in self._functions:
-            if not all(map(is_, map(table.get, named), named.values())):
-                return False
+        try:
+            for table, read, known in self._functions:
+                if not all(map(is_, read(table), known)):
+                    return False
+        except KeyError:
+            return False
         step = self._kind.step
         if step is not self._step:
             if not _is_written_by_torch(step):

@@ -20,8 +20,6 @@ from everystep.step.under_way import UnderWay, as_gradients
 
 __all__ = ["OptimizerStep", "OptimizerSteps"]
 
-#: What an optimizer keeps of each parameter, by key.
-Kept = list[dict[str, Tensor]]
 #: Returns the gradients of an optimizer's parameters, by name.
 Gradients = Callable[[], Mapping[str, Tensor]]
 
@@ -39,12 +37,11 @@ class OptimizerStep(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """A step of an optimizer that runs unwatched. before: its state; versions: of the tensors."""
+    """A step of an optimizer that runs unwatched. versions: of the state before it."""
 
     optimizer: torch.optim.Optimizer
     call: OptimizerCall
-    before: Kept
-    versions: list[tuple[Tensor, int | None]]
+    versions: list[int | None]
 
 
 class OptimizerSteps:
@@ -88,7 +85,7 @@ class OptimizerSteps:
         if not step.is_followed and not self._can_hold(call):
             step.leave()
             return
-        self._running = _Running(optimizer, call, call.kept(), step.state_versions())
+        self._running = _Running(optimizer, call, step.state_versions())
         _pop_mode()
 
     def _may_be_one(self, call: OptimizerCall) -> bool:
@@ -130,32 +127,24 @@ class OptimizerSteps:
         _push_mode(step)
         begin = len(step.numbers)
         with torch._C._DisableTorchDispatch():
-            self._note(running.call, running.before, name, gradients)
+            self._note(running.call, running.optimizer.state, name, gradients)
             step.allow_changes(running.versions)
         settings = running.call.settings
         end = begin + len(settings.numbers)
         self.seen.append(OptimizerStep(running.optimizer, begin, end, settings.layout))
 
-    def _note(self, call: OptimizerCall, kept: Kept, name: str | None, gradients: Gradients) -> None:
-        """Note a step, which has run unwatched, as one operation.
-
-        kept: the optimizer's state before it, by parameter and key.
-        """
-        step, tensors = self._step, self._step.tensors
-        places = [(g, index) for g, group in enumerate(call.parameters) for index in range(len(group))]
-        made = [
-            (*place, key, tensor)
-            for place, known, now in zip(places, kept, call.kept(), strict=True)
-            for key, tensor in now.items()
-            if known.get(key) is not tensor
-        ]
+    def _note(
+        self, call: OptimizerCall, state: Mapping[Any, Any], name: str | None, gradients: Gradients
+    ) -> None:
+        """Note a step, which has run unwatched, as one operation. state: of the optimizer, now."""
+        step, tensors, made = self._step, self._step.tensors, call.made(state)
         new, where = [each[3] for each in made], [each[:3] for each in made]
         key = "optimizer ends", *where
         if step.goes_on(key, new):
             step.numbers += call.settings.numbers
             return
         tensors.catch_up(step.at)
-        own = iter(kept)
+        own = iter(call.kept)
         keeps = [[[x for pair in next(own).items() for x in pair] for _ in g] for g in call.parameters]
         own_gradients = [[parameter.grad for parameter in group] for group in call.parameters]
         given = call.parameters, own_gradients, keeps, where
@@ -163,7 +152,7 @@ class OptimizerSteps:
         settings = [(key, held(tensors.token(v, True))) for key, v in call.settings.values.items()]
         results = [tensors.meet(tensor, "temporary") for tensor in new]
         written = [p for group in call.parameters for p in group]
-        written += [tensor for each in kept for tensor in each.values()]
+        written += [tensor for each in call.kept for tensor in each.values()]
         operation = SeenOperation(
             phase="update",
             module=name,

@@ -16,6 +16,7 @@ __all__ = [
     "MOST_BYTES",
     "Cut",
     "OutsideTensors",
+    "Versions",
     "places_read",
     "version_of",
     "versions_by_name",
@@ -47,6 +48,10 @@ class _Data:
     reference: Any
     cut: int = 0
     copy: Tensor | None = None
+
+
+#: Of each tensor of a state, by name: its id, how often it was changed, and its address.
+Versions = dict[str, tuple[int, int | None, int]]
 
 
 @dataclass
@@ -154,16 +159,16 @@ def _whole(tensor: Tensor) -> Tensor:
     return whole.set_(tensor.untyped_storage())
 
 
-def versions_of(tensors: Iterable[Tensor]) -> list[int | None]:
+def versions_of(tensors: Iterable[Tensor | None]) -> list[int | None]:
     """Return how often each tensor was changed, None if torch does not count."""
     tensors = list(tensors)
     try:
-        return [tensor._version for tensor in tensors]
+        return [None if tensor is None else tensor._version for tensor in tensors]
     except RuntimeError:
-        return [version_of(tensor) for tensor in tensors]
+        return [*map(version_of, tensors)]
 
 
-def versions_by_name(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int | None, int]]:
+def versions_by_name(state: Mapping[str, Tensor]) -> Versions:
     """Return keys that change with the values of a tensor; `tensor.data = ...` counts nothing."""
     tensors = [*state.values()]
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -171,6 +176,6 @@ def versions_by_name(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int | 
     return dict(zip(state, keys, strict=True))
 
 
-def version_of(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor | None) -> int | None:
     """Return how often a tensor was changed, None if torch does not count."""
-    return None if tensor.is_inference() else tensor._version
+    return None if tensor is None or tensor.is_inference() else tensor._version

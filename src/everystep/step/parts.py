@@ -239,7 +239,9 @@ class _Layout:
         self.tensors = tensors
         self.gradient_names = [(parameter, f"gradient/{name}") for parameter, name in names.items()]
         inner = [m for module in modules.values() for m in module.modules()]
-        self._tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
+        tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
+        #: They show what is in the tables now.
+        self._views = [view for table in tables for view in (table.keys(), table.values())]
         self._optimizers = [*optimizers.values()]
         self._entries = [entries for o in self._optimizers for _, entries in entries_of(o)]
         self._is_sure = not any(map(keeps_own_state, self._optimizers))
@@ -252,7 +254,7 @@ class _Layout:
 
     def _objects(self) -> list[Any]:
         """Return all objects that are or may hold tensors, and their keys, without plain numbers."""
-        found: list[Any] = [*chain(*self._tables), *chain(*map(dict.values, self._tables))]
+        found: list[Any] = [*chain.from_iterable(self._views)]
         tables: list[Mapping[Any, Any]] = [*self._entries]
         for optimizer in self._optimizers:
             groups = optimizer.param_groups

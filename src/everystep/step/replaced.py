@@ -4,6 +4,8 @@ torch has no hook where `backward` and `grad` start the engine (`torch.autograd.
 nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows. The
 functions belong to the process, but a watch to its thread: each watched thread has its own, and others
 get torch's functions.
+
+Each optimizer marks its time for a profiler. That is no operation, and no mode sees it meanwhile.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ _lock = threading.Lock()
 _count = 0
 #: torch's own, or a replacement by other code.
 _engine: Any = None
+_MARKS = "_record_function_enter_new", "_record_function_exit._RecordFunction"
+#: What keeps the marks of a profiler from modes, as long as it exists.
+_unmarked: Any = None
 
 
 def install() -> None:
@@ -50,9 +55,12 @@ def install() -> None:
     A change of `torch.Tensor` makes Python forget where it found the methods of all tensors, so a
     recording does this once, and not at each step.
     """
-    global _count, _engine
+    global _count, _engine, _unmarked
     with _lock:
         if not _count:  # the first watch of the process; the last one restores torch's functions
+            _unmarked = torch.library.Library("profiler", "IMPL")  # type: ignore[no-untyped-call]
+            for name in _MARKS:
+                _unmarked.impl(name, torch.library.fallthrough_kernel, "Python")
             _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
             torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
             torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore
@@ -61,24 +69,23 @@ def install() -> None:
 
 def remove() -> None:
     """Undo one `install`."""
-    global _count
+    global _count, _unmarked
     with _lock:
         _count -= 1
         if not _count:
+            _unmarked = None
             torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
             del torch.Tensor.data
 
 
 def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
-    """Let a watch run the backward passes of this thread, and know when a tensor gets other memory."""
-    install()
+    """Once installed, let a watch run the backward passes of this thread, and know of other memory."""
     _here.watches.append(_Watch(run, moves))
 
 
 def end() -> None:
     """End what `begin` began last in this thread."""
     _here.watches.pop()
-    remove()
 
 
 def run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:

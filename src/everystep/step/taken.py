@@ -50,6 +50,6 @@ class TakenByProgram:
         """Return of how many rows an input was joined."""
         return 1
 
-    def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
+    def end(self, state: Mapping[str, Tensor], versions: Any, loss: Any) -> Path:
         """Return the path of the step."""
         return self._path

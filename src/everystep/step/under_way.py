@@ -26,8 +26,9 @@ from everystep.step.outside_tensors import (
     MOST_BYTES,
     Cut,
     OutsideTensors,
+    Versions,
     places_read,
-    version_of,
+    versions_by_name,
     versions_of,
 )
 from everystep.step.path import (
@@ -104,7 +105,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.ending: Ending | None = None
         self.gradient_copies: GradientCopies | None = None
         self._origins: tuple[int, ...] = ()
-        self._state: Mapping[str, Tensor] = {}
         self._versions: list[int | None] = []
         self._first_node = _next_node()
         #: The number of the next node; how many there were after each operation so far, and its code.
@@ -130,13 +130,12 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Return of how many rows such an input was joined, which other steps may use, too; or 1."""
         return self.joined.get(self._origins[storage], 1)
 
-    def begin(self, state: Mapping[str, Tensor], left: Ending | None = None) -> None:
-        """Note the tensors of the state before the step.
+    def begin(self, state: Mapping[str, Tensor], versions: Versions, left: Ending | None = None) -> None:
+        """Note the tensors of the state before the step, and their versions.
 
         left: how the step before ended, if nothing has changed the state since.
         """
-        self._state, self.paths.step = state, self
-        self._versions = versions_of(state.values())
+        self.paths.step = self
         self.is_remembered = self.paths.may_follow()
         known = self.paths.beginning_after(left) if self.is_remembered else None
         if known is not None:
@@ -147,11 +146,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             if not all(map(is_plain, [*state.values()][same:])):
                 self.is_remembered = False
                 state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
-                same = self.tensors.same(state)
+                same, versions = self.tensors.same(state), versions_by_name(state)
             self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
             self.tensors.begin(state, same, root)
+            self.tensors.note_looks(state)
             if left is not None and self.is_remembered:
                 self.paths.begins_after(left, root, same)
+        self._versions = [count for _, count, _ in versions.values()]
         self.is_followed = bool(root.children) or root.ending is not None
 
     # What happens besides calls.
@@ -379,23 +380,23 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if self.drawn is None or not torch.equal(now, self.drawn):
             self.generators[draw] = now
 
-    def allow_changes(self, since: list[tuple[Tensor, int | None]]) -> None:
+    def allow_changes(self, since: Sequence[int | None]) -> None:
         """Do not count the changes of the state since `state_versions` returned `since`."""
-        for place, ((_, before), (_, now)) in enumerate(zip(since, self.state_versions(), strict=True)):
-            known = self._versions[place]
-            if before is not None and now is not None and known is not None:
-                self._versions[place] = known + now - before
+        counts = zip(self._versions, since, self.state_versions(), strict=True)
+        self._versions = [n if n is None or a is None or b is None else n + b - a for n, a, b in counts]
 
-    def state_versions(self) -> list[tuple[Tensor, int | None]]:
-        """Return the tensors of the state, each with how often it was changed."""
-        tensors = [*self._state.values()]
-        return [*zip(tensors, versions_of(tensors), strict=True)]
+    def state_versions(self) -> list[int | None]:
+        """Return how often each tensor of the state before the step was changed, None if it is gone.
+
+        They are not held: a gradient that the step drops gives its memory back at once.
+        """
+        return versions_of([known() for known in self.tensors.met[: len(self._versions)]])
 
     def note_unwatched(
         self,
         before: Iterable[Tensor | None],
         left: Iterable[Tensor | None],
-        versions: Iterable[tuple[Tensor, int | None]],
+        versions: Iterable[int | None],
         *,
         runs_python: bool,
     ) -> None:
@@ -411,7 +412,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.unseen[_OTHER_WHEN_WATCHED] = self.unseen.get(_OTHER_WHEN_WATCHED, 0) + 1
             changed = [gradient for gradient in before if gradient is not None]
             if runs_python:
-                changed += [tensor for tensor, version in versions if version_of(tensor) != version]
+                counts = zip(self.tensors.met, versions, self.state_versions(), strict=False)
+                known = [each() for each, before_it, now in counts if now != before_it]
+                changed += [tensor for tensor in known if tensor is not None]
             self.tensors.catch_up(self.at)
             others = self.tensors.all_but_state() if runs_python else []
             self.note_unseen(changed, left, others)
@@ -437,17 +440,17 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     # The end.
 
-    def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
+    def end(self, state: Mapping[str, Tensor], versions: Versions, loss: Any) -> Path:
         """Return what the step did.
 
         Args:
-            state: afterwards.
+            state, versions: afterwards.
             loss: what was logged as the loss: a tensor, or a number that Python has read from one.
         """
         with torch._C._DisableTorchDispatch():
             ending = self.at.ending if self.is_remembered else None
             if ending is not None and self._ends_as(ending, state, loss):
-                changes = self._changes(state, ending.bound)
+                changes = self._changes(versions, ending.bound)
                 if changes != ending.changes:
                     pairs = zip(state, changes, ending.changes, strict=True)
                     self.changed_unseen = [name for name, one, two in pairs if one != two]
@@ -455,7 +458,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                     self.paths.followed()
             else:
                 self.is_followed = False
-                ending = self._write(state, loss)
+                ending = self._write(state, versions, loss)
         self._origins = ending.origins
         self.ending = ending if ending is self.at.ending else None  # one that others can have, too
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
@@ -470,7 +473,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             return lies_as(loss, known[1])
         return bool(self._loss_token(loss, ending.path, ending.reads) == known)
 
-    def _write(self, state: Mapping[str, Tensor], loss: Any) -> Ending:
+    def _write(self, state: Mapping[str, Tensor], versions: Versions, loss: Any) -> Ending:
         """Write the path of the step down."""
         tensors, at = self.tensors, self.at
         tensors.catch_up(at)
@@ -490,7 +493,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             reads = tuple(places_of_reads(path.operations))
             token = self._loss_token(loss, path, reads)
             if None not in bound and token != _UNKNOWN and len(self.contents) == brought:
-                changes = self._changes(state, bound)
+                changes = self._changes(versions, bound)
                 ending = Ending(path, ending.origins, tuple(state), bound, changes, token, reads)
                 at.ending = ending
             else:
@@ -531,13 +534,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         found = [place for place in reads if self.numbers[place] == loss]
         return ("read", found[-1]) if found else None
 
-    def _changes(self, state: Mapping[str, Tensor], bound: tuple[Any, ...]) -> tuple[int | None, ...]:
+    def _changes(self, versions: Versions, bound: tuple[Any, ...]) -> tuple[int | None, ...]:
         """Return how often each tensor was changed that was in the state at the beginning."""
         before, count = self._versions, len(self._versions)
         return tuple(
             [
                 None if type(n) is tuple or n >= count or now is None else now - (before[n] or 0)
-                for now, n in zip(versions_of(state.values()), bound, strict=True)
+                for (_, now, _), n in zip(versions.values(), bound, strict=True)
             ]
         )
 

@@ -15,7 +15,7 @@ from everystep.program.memory import ALIGNMENT
 from everystep.step.guards import PLAIN_TYPES
 from everystep.step.state import same_bits
 
-__all__ = ["BatchCopies", "key_of", "nested_again", "tensors_of", "text_of"]
+__all__ = ["BatchCopies", "key_of", "nested_again", "tensors_of", "text_of", "unnested"]
 
 #: Dtypes that travel between processes, too.
 _HELD = {
@@ -78,9 +78,15 @@ def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:
 
     path: the prefix of all paths.
     """
+    return unnested(batch, path)[0]
+
+
+def unnested(batch: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors in a batch, as `tensors_of` does, and how it is nested, as `text_of` does."""
     if _is_short(batch):
-        return {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
-    return {each or "x": tensor for each, tensor in _walk(batch, path)}
+        tensors = {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
+        return tensors, {type(batch).__name__: [{"tensor": name} for name in tensors]}
+    return {each or "x": tensor for each, tensor in _walk(batch, path)}, _text(batch, path)
 
 
 def key_of(batch: Any, taken: Container[int] = ()) -> Any:
@@ -112,10 +118,7 @@ def key_of(batch: Any, taken: Container[int] = ()) -> Any:
 
 def text_of(batch: Any, path: str = "") -> Any:
     """Return how a batch is nested, as JSON can hold it: `{"tensor": path}` for each tensor."""
-    if _is_short(batch):
-        tensors = [{"tensor": _join(path, name)} for name, _ in zip("xy", batch, strict=False)]
-        return {type(batch).__name__: tensors}
-    return _text(batch, path)
+    return unnested(batch, path)[1]
 
 
 def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -139,7 +142,7 @@ def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _is_short(batch: Any) -> bool:
     """Return whether a batch is one tensor, or a pair of tensors, in a list or a tuple."""
     is_short = type(batch) in (list, tuple) and len(batch) in (1, 2)
-    return is_short and all(isinstance(part, _ARRAYS) and _is_dense(part) for part in batch)
+    return is_short and all(map(_is_dense, batch))
 
 
 def _is_dense(part: Any) -> bool:

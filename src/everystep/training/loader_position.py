@@ -89,12 +89,14 @@ class LoaderPosition:
         device: of the parts, for its random generator.
 
     generators: those before the last draw, by name, if it used them, and they had changed since the
-    previous draw; at_end: those before a draw that found no more batches, by the names that a state has.
+    previous draw; at_end: those before a draw that found no more batches, by the names that a state has;
+    is_still: whether only Python and torch have run between the last two batches.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.generators: dict[str, Tensor] = {}
         self.at_end: dict[str, Tensor] = {}
+        self.is_still = False
         self._device = device
         self._call = -1
         self._taken = 0
@@ -231,6 +233,7 @@ class LoaderPosition:
                 used = set() if is_left else _different(before, after)
                 held = _tensors(before, used)
                 self.generators = {f"{DRAW}{name}": tensor for name, tensor in held.items()}
+            self.is_still = quiet and self._taken > 0
             self._taken += 1
             self.at_end = {}
             yield batch

@@ -26,7 +26,7 @@ from everystep.recording.recorder import Recorder
 from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts
 from everystep.step.parts_state import PartsState
-from everystep.training.batch import tensors_of, text_of
+from everystep.training.batch import unnested
 from everystep.training.conditions import LoopConditions
 from everystep.training.interrupt import Interrupt
 from everystep.training.loader_position import LoaderPosition
@@ -246,17 +246,18 @@ class Recording(Generic[R]):
             is_failed = True
             at = self._fork[1]
             error = RunError(f"the loop ends after step {writer.step}, before the fork at step {at}")
+        self._is_writing = True
         try:
-            with self._writing():
-                # A loop that does not leave by itself is ended with an error.
-                is_left = self._is_stopping and isinstance(error, UsageError)
-                reason = self._interrupt.reason or self._stopped
-                writer.finish(*_status(None if is_left else error, reason))
+            # A loop that does not leave by itself is ended with an error.
+            is_left = self._is_stopping and isinstance(error, UsageError)
+            reason = self._interrupt.reason or self._stopped
+            writer.finish(*_status(None if is_left else error, reason))
         except (RecordingError, RunError):
             is_failed = True
             if error is None:
                 raise
         finally:
+            self._is_writing = False
             self._interrupt.leave()
             if is_failed and self._fork is not None and _has_no_more(writer.directory, self._fork[1]):
                 shutil.rmtree(writer.directory, ignore_errors=True)
@@ -292,7 +293,7 @@ class Recording(Generic[R]):
         if self._is_stopping:
             return
         for batch in self.drawn(batches):
-            self.begin_step(batch)
+            self._begin_step(batch, is_still=self._place.is_still)
             try:
                 yield batch
             except GeneratorExit:  # `break` or an exception left the loop: __exit__ knows which
@@ -489,6 +490,10 @@ class Recording(Generic[R]):
             UsageError: a step is already in progress, or the recording has not started or has ended.
             RecordingError: writing the run failed.
         """
+        self._begin_step(batch, is_still=False)
+
+    def _begin_step(self, batch: Any, *, is_still: bool) -> None:
+        """Begin a step. is_still: no code of the user's has run since the last one."""
         writer = self.writer
         if writer.watched.under_way is not None:
             raise UsageError("a step is already in progress; a recording has one loop at a time")
@@ -496,8 +501,10 @@ class Recording(Generic[R]):
             raise UsageError(f"{self._stopped}: leave the loop once recording.is_stopping")
         writer.recorder.wait()
         self._place.at_end = {}
-        state = self._parts.state()
-        writer.note_changes(state)
+        state = writer.watched.state if is_still else None
+        if state is None:
+            state = self._parts.state()
+            writer.note_changes(state)
         if self._conditions is not None:
             self._conditions.begin(state)
         writer.watched.begin(state)
@@ -520,26 +527,30 @@ class Recording(Generic[R]):
         if step is None:
             raise UsageError("add_batch is called outside of a step")
         path = str(len(step.nesting)) if step.nesting else ""
-        tensors = tensors_of(batch, path)
+        tensors, nesting = unnested(batch, path)
         if faults := [*path_faults(tensors)]:
             raise UsageError(faults, "the batch")
-        step.nesting.append(text_of(batch, path))
+        step.nesting.append(nesting)
         with self._aside(tensors.values()):
             step.batch |= self.writer.watched.copies.of(tensors)
             step.watch.add_batch(tensors)
 
     def end_step(self) -> None:
         """End the step that `begin_step` began, and record it."""
-        step = self.writer.watched.close()
+        writer = self.writer
+        step = writer.watched.close()
         if step is not None:
             numbers, after = step.logged | step.rates, self._parts.state()
-            with self._writing():
-                self.writer.add(step, after)
+            self._is_writing = True  # Ctrl-C and SIGTERM wait: a step is recorded as a whole
+            try:
+                writer.add(step, after)
                 if self._conditions is not None:
-                    built = self.writer.watched.program_of(self.writer.watched.last[0])
+                    built = writer.watched.program_of(writer.watched.last[0])
                     program = None if isinstance(built, str) else built.program
-                    self._conditions.end(self.writer.step, numbers, after, program)
+                    self._conditions.end(writer.step, numbers, after, program)
                     self._judge(self._conditions)
+            finally:
+                self._is_writing = False
             self._end_if_asked()
 
     def _judge(self, conditions: LoopConditions, names: Collection[str] = ()) -> None:
@@ -579,15 +590,6 @@ class Recording(Generic[R]):
         """Discard an incomplete step: record neither it nor a snapshot of its state."""
         self.writer.watched.close()
         self.writer.watched.forget_versions()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM wait: a step is recorded as a whole, and a run is closed."""
-        self._is_writing = True
-        try:
-            yield
-        finally:
-            self._is_writing = False
 
     def _end_if_asked(self) -> None:
         """End the loop if a signal has come in the step, or while it was recorded."""

@@ -22,7 +22,7 @@ from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
-from everystep.step.outside_tensors import OutsideTensors, versions_by_name
+from everystep.step.outside_tensors import OutsideTensors, Versions, versions_by_name
 from everystep.step.parts import Parts
 from everystep.step.path import Ending, Path
 from everystep.step.stand_in import Around
@@ -82,11 +82,11 @@ class StepUnderWay(Generic[W]):
         """Note the loss of the step."""
         self.loss, self._loss_version = loss, changes_of(loss)
 
-    def end(self, after: Mapping[str, Tensor]) -> Path:
-        """Return what the step did. after: the live tensors of the parts."""
+    def end(self, after: Mapping[str, Tensor], versions: Versions) -> Path:
+        """Return what the step did. after: the live tensors of the parts; versions: of these."""
         # Of a tensor that was changed since it was logged, no operation made the loss.
         is_as_logged = changes_of(self.loss) == self._loss_version
-        return self.watch.end(after, self.loss if is_as_logged else None)
+        return self.watch.end(after, versions, self.loss if is_as_logged else None)
 
 
 class WatchedSteps:
@@ -96,9 +96,10 @@ class WatchedSteps:
         parts: what is carried from step to step.
         writer: of the run.
 
-    copies: of the tensors of batches; notices: about the steps; state: the live tensors after the last
-    step; under_way: the step in progress; around: what it does besides operations, and gradient_copies:
-    of its gradients, where somebody asks for them; last: the path of the last step, and its watch.
+    copies: of the tensors of batches; notices: about the steps; state: between steps, the live tensors
+    after the last one; under_way: the step in progress; around: what it does besides operations, and
+    gradient_copies: of its gradients, where somebody asks for them; last: the path of the last step, and
+    its watch.
     """
 
     last: tuple[Path, AnyWatch]
@@ -151,10 +152,11 @@ class WatchedSteps:
             self._follows = False
 
     def begin(self, state: dict[str, Tensor]) -> StepUnderWay[Cursor]:
-        """Begin to watch a step. state: the live tensors of the parts."""
+        """Begin to watch a step. state: the live tensors of the parts, which `note_changes` has seen."""
         watch = Cursor(self._paths, self.parts.device, self._follower, self._elsewhere)
         step = StepUnderWay(watch, self.parts.rates())
-        watch.begin(state, self._left)
+        watch.begin(state, self._versions, self._ending if state is self.state else self._left)
+        self.state = None  # which would hold gradients that the step drops
         watch.gradient_copies = self.gradient_copies
         self._left = None
         self._follower.step_begins()
@@ -189,7 +191,11 @@ class WatchedSteps:
             after: the live tensors of the parts.
             inputs: what it was given that the watch does not know, by the names that rows have.
         """
-        watch, path = step.watch, step.end(after)
+        watch = step.watch
+        self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
+        if not self._is_still:
+            self._versions = versions_by_name(after)
+        path = step.end(after, self._versions)
         self.last, self.state = (path, watch), after
         self._ending = watch.ending if isinstance(watch, Cursor) else None
         if watch.changed_unseen:
@@ -202,9 +208,6 @@ class WatchedSteps:
             count, first = built.evaluation
             parts = count, len(built.program.operations)
             self.notices.evaluates(number, *parts, built.program.line_of(first))
-        self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
-        if not self._is_still:
-            self._versions = versions_by_name(after)
         self._elsewhere.clean()
         return row
 
@@ -253,11 +256,11 @@ class WatchedSteps:
             self._left = self._ending
             return None
         self._left = self._ending = None
+        self._versions = now
         changed = {n: copy_of(state[n]) for n in now if n in known or before.get(n) != now[n]}
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
         if changed or gone or drawn:
             self._writer.change(step, changed | dict(drawn), gone)
-        self._versions = now
         return next(iter((*changed, *gone)), None) if before else None
 
     def is_as_after(self, state: dict[str, Tensor]) -> bool:
@@ -298,8 +301,8 @@ class WatchedSteps:
         return None if watch is None or watch.is_paused else watch
 
     def _module_done(self, path: str, outputs: list[Tensor]) -> None:
-        if (watch := self._watch()) is not None:
-            watch.module_done(path, outputs)
+        if self.under_way is not None and not self.under_way.watch.is_paused:
+            self.under_way.watch.module_done(path, outputs)
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         if self.under_way is not None and self.around is not None:
@@ -309,7 +312,7 @@ class WatchedSteps:
             name = self._optimizer_names.get(id(optimizer))
             if self.gradient_copies is not None:
                 self.gradient_copies.optimizer_begins(self.parts.gradients(optimizer))
-            with self.paused():
+            with torch._C._DisableTorchDispatch():
                 self.under_way.rates |= self.parts.rates(optimizer)
                 gradients = self._gradients_of(optimizer)
                 watch.optimizers.begins(optimizer, name, has_arguments, gradients)
@@ -319,7 +322,7 @@ class WatchedSteps:
             name = self._optimizer_names.get(id(optimizer))
             if self.gradient_copies is not None:
                 self.gradient_copies.optimizer_ends()
-            with self.paused():
+            with torch._C._DisableTorchDispatch():
                 watch.optimizers.ends(name, self._gradients_of(optimizer))
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Any:

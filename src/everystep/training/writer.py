@@ -18,7 +18,7 @@ from everystep.recording.recorder import Recorder
 __all__ = ["RunWriter", "now"]
 
 #: Seconds from one time that the recording is passed to the writing thread to the next.
-FLUSH_SECONDS = 0.1
+FLUSH_SECONDS = 0.2
 #: Steps that are timed, one by one, before the snapshots' interval is chosen.
 TIMED_STEPS = 8
 #: Steps run in stretches of about so many seconds; Ctrl-C takes effect after one.
