@@ -461,3 +461,28 @@ def test_a_training_continues_without_a_reader_of_its_lines(shell):
     assert (code, run.status, len(run)) == (0, "finished", 4)
     assert run.verify(processes=1, progress=False).is_exact
     assert ("stdout is closed" in err) == (shell == ">&-")
+
+
+def test_a_fork_by_programs_starts_again_with_the_numerics_of_the_run(tmp_path, monkeypatch):
+    """As a script records it that imports everystep after torch, in a shell that sets nothing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    code = """
+import torch, everystep
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+batches = [(torch.randn(8, 4), torch.randn(8)) for _ in range(6)]
+with everystep.record(model=model, optimizer=optimizer, run="base") as recording:
+    for x, y in recording.steps(batches):
+        loss = (model(x)[:, 0] - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        recording.log(loss=loss)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    command = [sys.executable, "-m", "everystep", "fork", "base", "--at", "2", "--relabel", "0=3"]
+    done = subprocess.run([*command, "--run", "other"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(everystep.open("other").losses) == 6

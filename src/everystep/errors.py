@@ -96,7 +96,12 @@ class DeviceError(UsageError):
 
 
 class RunError(UsageError):
-    """The run is missing, unreadable, or already exists."""
+    """The run is missing, unreadable, or already exists.
+
+    environment: variables of a process that could do what this one cannot, None if none could.
+    """
+
+    environment: dict[str, str] | None = None
 
 
 class ProgramError(RunError):

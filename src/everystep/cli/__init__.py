@@ -7,7 +7,9 @@ failed, or the run is damaged; 2: invalid use; 130: Ctrl-C; 141: the reader of s
 from __future__ import annotations
 
 import errno
+import os
 import sys
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -70,6 +72,17 @@ _OF_NAMES = {
 }
 
 
+#: Set in a process that another one has started in its place.
+_STARTED_AGAIN = "EVERYSTEP_STARTED_AGAIN"
+
+
+def _start_again(environment: Mapping[str, str] | None) -> None:
+    """Replace this process by one that runs the same command in an environment; only once."""
+    if environment is not None and _STARTED_AGAIN not in os.environ:
+        changed = os.environ | environment | {_STARTED_AGAIN: "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], changed)
+
+
 def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
     prepare_streams()
@@ -85,6 +98,7 @@ def main() -> None:
         drop_output(error)
         sys.exit(error.exit_code)
     except EverystepError as error:
+        _start_again(getattr(error, "environment", None))
         hint(f"everystep: {shortened(str(error))}")
         sys.exit(error.exit_code)
     except OSError as error:

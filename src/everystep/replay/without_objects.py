@@ -146,11 +146,13 @@ def continue_alone(
         RecordingError: writing the run failed.
     """
     if needs_worker(run.facts):
-        environment = " ".join(f"{k}={v}" for k, v in recorded_numerics(run.facts).environment().items())
-        raise RunError(
+        environment = recorded_numerics(run.facts).environment()
+        error = RunError(
             f"{run.name} was trained under numerics that this process can no longer have; start "
-            f"Python with {environment}"
+            f"Python with {' '.join(f'{name}={value}' for name, value in environment.items())}"
         )
+        error.environment = environment
+        raise error
     replay = Replay(run)
     with interrupt_deferred() as interrupt, replay.in_force(max(at, 1)):
         stepper = replay.go_to(at)
