@@ -136,11 +136,11 @@ def _take(
         writer.step += len(losses)
         writer.timed(started, stepper.named_state, len(losses))
         writer.taken = [further.taken(number) for number in range(first, writer.step + 1)]
-        writer.write(first, losses, {})
+        writer.losses = losses
+        writer.flush()
         if writer.is_snapshot_due():
             writer.recorder.snapshot(stepper.capture())
             newest = writer.step
-        writer.show_written()
         if stops_on_nan and not math.isfinite(losses[-1]):
             reason = f"the loss is {losses[-1]} at step {writer.step} (stop_on_nan)"
             break

@@ -1,59 +1,27 @@
-"""The eager step: forward, loss, zero the gradients, backward, update, as Python runs them."""
+"""The training of a model, and its step: forward, loss, zero the gradients, backward, update."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.errors import EverystepError, ExperimentError, Fault, ModelError
+from everystep.experiment.batches import RowsOf
 from everystep.program.operation import Phase
 from everystep.step.hyperparameters import hyperparameters
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
+from everystep.training.dataset import DatasetBatches
 
-_OPTIMIZER_MODULE = sys.modules[torch.optim.Optimizer.__module__]
-
-__all__ = [
-    "BatchSource",
-    "EagerStep",
-    "Training",
-    "changes_more_than_lr",
-    "check_loss_value",
-    "training_parts",
-]
-
-
-class BatchSource(Protocol):
-    """Provides the batch of each step (from 1).
-
-    is_fixed: whether every step sees the same two tensors; runs_python: whether user code runs to make a
-    batch; guards: what must stay the same if the rows of a Dataset were read once, or None.
-    """
-
-    is_fixed: bool
-    runs_python: bool
-    guards: Any
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return x and y of a step."""
-
-    def shape(self, step: int) -> Hashable:
-        """Return a key that is equal for steps with batches of the same shape and dtype."""
-
-    def into(self, step: int, x: Tensor, y: Tensor) -> None:
-        """Write the batch of a step into tensors of its shape."""
-
-    def versions(self) -> list[int | None]:
-        """Return what changes with the rows that a rule finds; nothing where no rule finds them."""
+__all__ = ["Training", "training_parts"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +35,7 @@ class Training:
     model: nn.Module
     loss: Callable[[Any, Any], Tensor]
     optimizer: torch.optim.Optimizer
-    batch: BatchSource
+    batch: RowsOf | DatasetBatches
     device: torch.device
     scheduler: LRScheduler | None = None
     scheduler_every: Literal["step", "epoch"] = "step"
@@ -113,11 +81,6 @@ class Training:
                 found.pop(f"gradient/{names[parameter]}", None)
         return found
 
-    def rates(self) -> dict[int, float]:
-        """Return the current learning rate of each param group that has one, by its number."""
-        groups = enumerate(self.optimizer.param_groups)
-        return {i: float(g["lr"]) for i, g in groups if isinstance(g.get("lr"), Tensor | int | float)}
-
     @property
     def has_tensor_settings(self) -> bool:
         """Whether a param group holds a tensor, such as a learning rate."""
@@ -128,27 +91,7 @@ class Training:
         """Return the current numbers of the optimizer's param groups, by name."""
         return hyperparameters(self.optimizer)
 
-
-def training_parts(
-    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None
-) -> Parts:
-    """Return what a training of a model carries from one step to the next."""
-    named: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    if scheduler is not None:
-        named["scheduler"] = scheduler
-    if isinstance(loss, nn.Module):
-        named["loss"] = loss
-    return Parts(named, apart=("loss",))
-
-
-class EagerStep:
-    """An eager step, whole (`take`) and in parts."""
-
-    def __init__(self, training: Training) -> None:
-        self.training = training
-        self.advance = _advancing(training)
-
-    def take(
+    def step(
         self,
         x: Tensor,
         y: Tensor,
@@ -165,63 +108,49 @@ class EagerStep:
             enter: called with each phase as it begins.
 
         Raises:
-            ExperimentError: the loss is not one number.
+            ExperimentError: the loss is not one number, or a custom optimizer raises.
             ModelError: the loss does not depend on any parameter.
         """
-        prediction = self.training.model(x)
+        prediction = self.model(x)
         enter("loss")
-        loss = self.training.loss(prediction, y)
-        check_loss_value(loss)
+        loss = self.loss(prediction, y)
+        _check_loss_value(loss)
         with torch._C._DisableTorchDispatch():  # not an operation of the step
             value = loss.detach().clone()  # it may be a view of what the update changes
         log(loss)
         enter("zero_grad")
-        self.zero_grad()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if has_own_zero_grad(self.optimizer):
+            self.optimizer.zero_grad()
+        else:  # as torch does, without its mark for a profiler, which takes longer than the work
+            for parameter in parameters:
+                parameter.grad = None
         enter("backward")
         loss.backward()  # type: ignore[no-untyped-call]
         enter("update")
-        self.clip()
-        self.update()
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        with _named(self.optimizer):
+            self.optimizer.step()
         return value
 
-    def zero_grad(self) -> None:
-        """Do what `optimizer.zero_grad()` does, without its mark for torch's profiler.
+    def advance(self, number: int) -> None:
+        """Advance the scheduler after a step; one that waits for evaluations does not."""
+        is_due = self.scheduler_every == "step" or number % self.steps_per_epoch == 0
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau) and is_due:
+            self.scheduler.step()
 
-        The mark takes longer than the work: a twentieth of a step of the chapter's network.
-        """
-        if has_own_zero_grad(self.training.optimizer):
-            self.training.optimizer.zero_grad()
-            return
-        for group in self.training.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
 
-    def clip(self) -> None:
-        """Clip the gradients, if the training does."""
-        training = self.training
-        if training.max_grad_norm is not None:
-            groups = training.optimizer.param_groups
-            clipped = [parameter for group in groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(clipped, training.max_grad_norm)
-
-    def update(self) -> None:
-        """Do what `optimizer.step()` does, without torch's wrapper if that has no effect.
-
-        With hooks, or if something (a scheduler) replaced the step, call it as it is.
-
-        Raises:
-            ExperimentError: a custom optimizer raises.
-        """
-        optimizer = self.training.optimizer
-        step = type(optimizer).step
-        is_hooked = any(getattr(owner, name, True) for owner, name in _step_hooks(optimizer))
-        if not type(optimizer).__module__.startswith(("torch.", "everystep.")):
-            with _named(optimizer):
-                optimizer.step()
-        elif is_hooked or "step" in vars(optimizer) or not getattr(step, "hooked", False):
-            optimizer.step()
-        else:
-            step.__wrapped__(optimizer)  # type: ignore[attr-defined]
+def training_parts(
+    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None
+) -> Parts:
+    """Return what a training of a model carries from one step to the next."""
+    named: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    if scheduler is not None:
+        named["scheduler"] = scheduler
+    if isinstance(loss, nn.Module):
+        named["loss"] = loss
+    return Parts(named, apart=("loss",))
 
 
 @contextmanager
@@ -232,22 +161,15 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     except EverystepError:
         raise
     except Exception as error:
+        if type(optimizer).__module__.startswith(("torch.", "everystep.")):
+            raise
         reason = str(error).strip().partition("\n")[0]
         problem = f"{type(optimizer).__name__}.step() raises {type(error).__name__}: {reason}"
         cure = "everystep calls it without arguments, after one backward pass of each step"
         raise ExperimentError([Fault("optimizer", f"{problem}; {cure}")]) from error
 
 
-def _step_hooks(optimizer: torch.optim.Optimizer) -> list[tuple[Any, str]]:
-    return [
-        (optimizer, "_optimizer_step_pre_hooks"),
-        (optimizer, "_optimizer_step_post_hooks"),
-        (_OPTIMIZER_MODULE, "_global_optimizer_pre_hooks"),
-        (_OPTIMIZER_MODULE, "_global_optimizer_post_hooks"),
-    ]
-
-
-def check_loss_value(loss: Any) -> None:
+def _check_loss_value(loss: Any) -> None:
     """Check the result of a loss.
 
     Raises:
@@ -282,25 +204,7 @@ def _not_one_number(loss: Any) -> str:
     return f"{kind}; return a tensor with a gradient (without .item() or float())"
 
 
-def _advancing(training: Training) -> Callable[[int], None] | None:
-    """Return what advances the scheduler after a step; one that waits for evaluations does not."""
-    scheduler, every = training.scheduler, training.steps_per_epoch
-    if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
-        return None
-    if training.scheduler_every == "step":
-        return lambda number: scheduler.step()
-    return lambda number: scheduler.step() if number % every == 0 else None
-
-
 def has_own_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
     """Tell whether an optimizer has a custom zero_grad."""
     usual = torch.optim.Optimizer.zero_grad
     return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
-
-
-def changes_more_than_lr(scheduler: Any) -> bool:
-    """Tell whether a scheduler may change other settings of the optimizer, such as its momentum."""
-    inner = getattr(scheduler, "_schedulers", ())
-    is_known = type(scheduler).__module__.startswith("torch.")
-    own = not is_known or getattr(scheduler, "cycle_momentum", False)
-    return own or any(map(changes_more_than_lr, inner))
