@@ -81,8 +81,7 @@ class StandIn:
         is_fixed: whether the batch is the same at every step.
 
     path: of each step; schedulers: those that it advances; live: the program on the last tensors of
-    `is_ready`; moves_gradients: whether a step leaves a gradient that the next one begins with in other
-    memory.
+    `is_ready`; is_steady: whether a step leaves the gradients that it begins with as it found them.
 
     Raises:
         NotReplaceableError: the next step may differ; gives the reason.
@@ -120,7 +119,9 @@ class StandIn:
         #: Copies of the tensors from which Python reads numbers that it does not log.
         self._unchanging: dict[str, Tensor] = {}
         self._moves = [name for name in self._state if name.startswith("gradient/")]
-        self.moves_gradients = not built.program.ends.keys().isdisjoint(self._moves)
+        before, ends = _gradients(path, path.named), _gradients(path, path.ends)
+        after = {name: lies for name, lies in (before | ends).items() if name not in path.gone}
+        self.is_steady = after == before and ends.keys().isdisjoint(self._moves)
         self._is_quiet = is_quiet
         self._fixed = dict(batch) if is_fixed else {}
         self._places: list[int] = []
@@ -485,6 +486,12 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             memory[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride()
         )
     return found
+
+
+def _gradients(path: Path, named: Sequence[tuple[str, int]]) -> dict[str, tuple[Any, ...]]:
+    """Return dtype, shape and strides of each gradient among some tensors of a path, by name."""
+    found = ((n, path.tensors[number]) for n, number in named if n.startswith("gradient/"))
+    return {name: (tensor.dtype, tensor.shape, tensor.stride) for name, tensor in found}
 
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everystep.step.guards import Guards, held, is_a
+from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.parts import Parts
 from everystep.step.replaced import OF_WATCHES
 from everystep.step.torchs_own import (
@@ -101,25 +102,14 @@ class Surroundings:
         for name, tensor in self._state().items():
             guards.tensor(tensor, name.partition("/")[2], is_state=True)
         guards.read("storages", "the sharing of memory between tensors", self._shared)
-        for name in self._optimizers:
-            self._guard_optimizer(name)
+        torchs = OptimizerCalls().is_torchs
+        for name, optimizer in self._optimizers.items():
+            key = id(optimizer)
+            guards.read((key, "code"), f"the code of {name}", torchs, optimizer)
+            guards.read((key, "step"), f"step of {name}", held, optimizer, "step")
+            guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
         if type(self._loss) is partial:
             _guard_arguments(self._loss, guards)
-
-    def _guard_optimizer(self, name: str) -> None:
-        """Note what an optimizer runs, and which parameters it has."""
-        optimizer, guards = self._optimizers[name], self._guards
-        key = id(optimizer)
-        guards.read((key, "class"), f"the class of {name}", type, optimizer)
-        guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
-        for hooks in _OPTIMIZER_HOOKS:
-            guards.contents(getattr(optimizer, hooks, []), f"{hooks} of {name}")
-        module = sys.modules[type(optimizer).__module__]
-        guards.read((key, "functions"), f"a function used by {name}", _functions_in, module)
-        for method in ("step", "zero_grad"):
-            where = f"{method} of {name}"
-            guards.read((key, "own", method), where, held, optimizer, method)
-            guards.read((key, "class", method), where, getattr, type(optimizer), method)
 
     def difference(self) -> str | None:
         """Describe what changed since programs were captured, or return None."""
@@ -150,11 +140,6 @@ class Surroundings:
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Return which parameters are in which group, and None after each group."""
     return [each for group in optimizer.param_groups for each in (*group["params"], None)]
-
-
-def _functions_in(module: types.ModuleType) -> list[Any]:
-    """Return which functions a module of Python has."""
-    return [value for value in vars(module).values() if type(value) is types.FunctionType]
 
 
 def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:

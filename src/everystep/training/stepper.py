@@ -139,7 +139,9 @@ class Stepper(Acceleration):
                 self._by_python(number, None)
             else:
                 self._era += not self._is_settled
-                self._take(number, last, self._rows.shape(number), None)
+                # Pending gradients are dropped by a step, or added to, and belong to its path.
+                pending = tuple([_layout(p.grad) for p in self.watched.parts.parameter_names()])
+                self._take(number, last, (self._rows.shape(number), pending), None)
             self._check_dataset()
             if self.step < number:
                 return
@@ -313,12 +315,12 @@ class Stepper(Acceleration):
         """Run steps up to one that needs another program."""
         started, first = clock.now(), number
         shape = self._rows.shape(number)
-        is_alone = self.training.scheduler is not None or stand_in.moves_gradients
+        is_alone = self.training.scheduler is not None or not stand_in.is_steady
         while True:
             self._run_alike(stand_in, numbers, last if not is_alone else number, state)
             self.training.advance(number)
             number = self.step + 1
-            if number > last or stand_in.moves_gradients or self._rows.shape(number) != shape:
+            if number > last or not stand_in.is_steady or self._rows.shape(number) != shape:
                 break
             if self.training.scheduler is not None:
                 self.hyperparameters.append((number, self.training.hyperparameters()))
@@ -388,6 +390,13 @@ class Stepper(Acceleration):
         # A step, or other code, has written into the data itself: from then on a rule finds other rows.
         copies = self.watched.copies.of({"x": x, "y": y})
         return {f"batch/{name}": copy for name, copy in copies.items()}
+
+
+def _layout(gradient: Tensor | None) -> Any:
+    """Return how a gradient lies in memory, False if there is none."""
+    if gradient is None or gradient.layout is not torch.strided:
+        return gradient is not None
+    return gradient.dtype, gradient.stride()
 
 
 def _against_optimizer(optimizer: Optimizer) -> str | None:
