@@ -81,6 +81,8 @@ class Acceleration:
         self._steps = steps
         self._is_known = is_known
         self._is_quiet = is_quiet
+        #: Whether each step has the same batch.
+        self._is_fixed = False
         self._plan = CheckPlan(start)
         #: The step before the first that may show what later ones do.
         self._since = start
@@ -118,11 +120,6 @@ class Acceleration:
     def _tensors_of(self, number: int, batch: Any) -> dict[str, Tensor]:
         """Return the tensors of the batch of a step, by name."""
         return tensors_of(batch[0]) if batch else {}
-
-    @property
-    def _is_fixed(self) -> bool:
-        """Whether each step has the same batch."""
-        return False
 
     def _advanced(self) -> tuple[Sequence[torch.optim.Optimizer], Sequence[LRScheduler]]:
         """Return the optimizers and schedulers that the last step in Python has advanced.

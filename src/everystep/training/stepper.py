@@ -127,11 +127,8 @@ class Stepper(Acceleration):
             if self.step in self.checked[-1:] and self._way_back[0] != self.step:
                 # Not before now: what follows a step (an evaluation, say) belongs to its state.
                 self._keep_way_back()
-            if (
-                self._has_other_code_run
-                or self.training.scheduler is not None
-                or self.reason is not None
-            ):
+            changes = self.training.scheduler is not None or self.reason is not None
+            if changes or self._has_other_code_run:
                 # Not before now: the training may end before there is such a step.
                 self._has_other_code_run = False
                 self.hyperparameters.append((number, self.training.hyperparameters()))
@@ -139,6 +136,7 @@ class Stepper(Acceleration):
                 self._by_python(number, None)
             else:
                 self._era += not self._is_settled
+                self._is_fixed = self._rows.is_fixed
                 # Pending gradients are dropped by a step, or added to, and belong to its path.
                 pending = tuple([_layout(p.grad) for p in self.watched.parts.parameter_names()])
                 self._take(number, last, (self._rows.shape(number), pending), None)
@@ -213,22 +211,23 @@ class Stepper(Acceleration):
     # What runs the steps.
 
     def _reason_against(self) -> str | None:
-        training, scheduler = self.training, self.training.scheduler
-        against = (
-            reason_against_module(training.model)
-            or reason_against_loss(training.loss)
-            or _against_functions(scheduler)
-        )
-        other = (
-            _against_optimizer(training.optimizer)
-            or _against_scheduler(training)
-            or (
-                "the Dataset is read at every step"
-                if isinstance(training.batch, DatasetBatches)
-                else None
-            )
-            or super()._reason_against()
-        )
+        training, optimizer, scheduler = self.training, self.training.optimizer, self.training.scheduler
+        against = reason_against_module(training.model) or reason_against_loss(training.loss)
+        if not is_torchs_optimizer(optimizer):
+            other: str | None = f"{type(optimizer).__qualname__} is not one of torch's optimizers"
+        elif "zero_grad" in vars(optimizer):
+            other = "the optimizer has a custom zero_grad"
+        elif not is_torchs_scheduler(scheduler, but_functions=True):
+            other = f"{type(scheduler).__qualname__} is not one of torch's schedulers"
+        elif scheduler is not None and training.has_tensor_settings:
+            other = "a scheduler sets a learning rate that is a tensor"
+        elif isinstance(training.batch, DatasetBatches):
+            other = "the Dataset is read at every step"
+        else:
+            other = super()._reason_against()
+        calls_functions = is_torchs_scheduler(scheduler, but_functions=True)
+        if against is None and calls_functions and not is_torchs_scheduler(scheduler):
+            against = f"{type(scheduler).__qualname__} calls a function of yours"
         vouches = self._engine == "program"
         self.stands_behind = "vouched" if vouches and against is not None else "known"
         self.is_vouchable = against is not None and other is None
@@ -298,10 +297,6 @@ class Stepper(Acceleration):
 
     def _advanced(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         return [self.training.optimizer], []  # it advances its scheduler itself
-
-    @property
-    def _is_fixed(self) -> bool:
-        return self._rows.is_fixed
 
     def _by_program(
         self,
@@ -397,29 +392,3 @@ def _layout(gradient: Tensor | None) -> Any:
     if gradient is None or gradient.layout is not torch.strided:
         return gradient is not None
     return gradient.dtype, gradient.stride()
-
-
-def _against_optimizer(optimizer: Optimizer) -> str | None:
-    """Return why no program may run the update, or None."""
-    if not is_torchs_optimizer(optimizer):
-        return f"{type(optimizer).__qualname__} is not one of torch's optimizers"
-    if "zero_grad" in vars(optimizer):
-        return "the optimizer has a custom zero_grad"
-    return None
-
-
-def _against_scheduler(training: Training) -> str | None:
-    """Return why Python must advance the scheduler, or None."""
-    scheduler = training.scheduler
-    if not is_torchs_scheduler(scheduler, but_functions=True):
-        return f"{type(scheduler).__qualname__} is not one of torch's schedulers"
-    if scheduler is not None and training.has_tensor_settings:
-        return "a scheduler sets a learning rate that is a tensor"
-    return None
-
-
-def _against_functions(scheduler: LRScheduler | None) -> str | None:
-    """Return which code of the user's a scheduler of torch's calls, or None."""
-    if is_torchs_scheduler(scheduler) or not is_torchs_scheduler(scheduler, but_functions=True):
-        return None
-    return f"{type(scheduler).__qualname__} calls a function of yours"
