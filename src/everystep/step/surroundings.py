@@ -120,11 +120,10 @@ class Surroundings:
 
         Only a backward pass shows such a hook. It lasts while other code keeps a graph.
         """
-        named = self._state().items()
         with torch._C.DisableTorchFunctionSubclass():
             hooked = (
                 name.partition("/")[2]
-                for name, tensor in named
+                for name, tensor in self._state().items()
                 if name.startswith("parameter/") and has_hooks_on_node(tensor)
             )
             found = next(hooked, None)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -130,8 +129,13 @@ class Training:
         enter("update")
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        with _named(self.optimizer):
+        try:
             self.optimizer.step()
+        except Exception as error:
+            is_torchs = type(self.optimizer).__module__.startswith(("torch.", "everystep."))
+            if is_torchs or isinstance(error, EverystepError):
+                raise
+            raise _fault_of(self.optimizer, error) from error
         return value
 
     def advance(self, number: int) -> None:
@@ -153,20 +157,12 @@ def training_parts(
     return Parts(named, apart=("loss",))
 
 
-@contextmanager
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Report an error of the user's optimizer with its name, and with how it was called."""
-    try:
-        yield
-    except EverystepError:
-        raise
-    except Exception as error:
-        if type(optimizer).__module__.startswith(("torch.", "everystep.")):
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        problem = f"{type(optimizer).__name__}.step() raises {type(error).__name__}: {reason}"
-        cure = "everystep calls it without arguments, after one backward pass of each step"
-        raise ExperimentError([Fault("optimizer", f"{problem}; {cure}")]) from error
+def _fault_of(optimizer: torch.optim.Optimizer, error: Exception) -> ExperimentError:
+    """Return an error of the user's optimizer with its name, and with how it was called."""
+    reason = str(error).strip().partition("\n")[0]
+    problem = f"{type(optimizer).__name__}.step() raises {type(error).__name__}: {reason}"
+    cure = "everystep calls it without arguments, after one backward pass of each step"
+    return ExperimentError([Fault("optimizer", f"{problem}; {cure}")])
 
 
 def _check_loss_value(loss: Any) -> None:

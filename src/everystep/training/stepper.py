@@ -6,7 +6,6 @@ all steps. After a scheduler or a metric of the user's has run, everystep compar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -92,7 +91,6 @@ class Stepper(Acceleration):
         self._data_versions: list[int | None] | None = None
         self._engine = engine
         self._losses: list[Tensor] = []
-        self._last_loss = math.nan
         #: How the batch of the last step that Python took was nested.
         self._nesting: Any = None
         self._has_other_code_run = False
@@ -108,8 +106,8 @@ class Stepper(Acceleration):
         return self._is_by_rule and self._data_versions in (None, self.training.batch.versions())
 
     def last_loss(self) -> float:
-        """Return the loss of the last step."""
-        return float(self._losses[-1]) if self._losses else self._last_loss
+        """Return the loss of the last step, not collected yet."""
+        return float(self._losses[-1])
 
     def advance(self, last: int) -> None:
         """Run steps up to `last`.
@@ -192,14 +190,10 @@ class Stepper(Acceleration):
 
     def collect(self) -> Tensor:
         """Return the losses since the last call."""
-        losses = self._losses
-        self._losses, self.taken, self.hyperparameters = [], [], []
-        if not losses:
-            return torch.empty(0)
         # One loss may be wider than others, or have a dimension.
-        found = torch.cat([loss.reshape(1) for loss in losses])
-        self._last_loss = float(found[-1])
-        return found
+        losses = [loss.reshape(1) for loss in self._losses]
+        self._losses, self.taken, self.hyperparameters = [], [], []
+        return torch.cat(losses) if losses else torch.empty(0)
 
     def finish(self) -> None:
         """Note the settings that the last state has."""
