@@ -20,15 +20,14 @@ numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from tests.conftest import Unwritten  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.optim.lr_scheduler import StepLR  # noqa: E402
 
 import everystep  # noqa: E402
 from everystep.errors import TrainingError  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
-from everystep.step.eager import EagerStep, Training  # noqa: E402
 from everystep.step.state import same_bits  # noqa: E402
+from everystep.training.model_step import Training  # noqa: E402
 from everystep.training.stepper import Stepper  # noqa: E402
 
 __all__ = ["coverage_page"]
@@ -92,9 +91,7 @@ def outcome(make: Make) -> Outcome:
     """Train once by the engine and once by hand, and compare."""
     training, by_hand = make(), make()
     torch.manual_seed(0)
-    stepper = Stepper(
-        training, Unwritten(), STEPS, "program"
-    )  # most modules are in one of the tests' own
+    stepper = Stepper(training, None, STEPS, "program")  # most modules are in one of the tests' own
     try:
         stepper.advance(STEPS)
     except TrainingError as error:
@@ -103,17 +100,15 @@ def outcome(make: Make) -> Outcome:
         stepper.watched.finish()
     stepper.finish()
     torch.manual_seed(0)
-    step = EagerStep(by_hand)
-    losses = torch.stack([_step_by_hand(step, number) for number in range(1, STEPS + 1)])
+    losses = torch.stack([_step_by_hand(by_hand, number) for number in range(1, STEPS + 1)])
     state, other = training.named_state(), by_hand.named_state()
-    same = same_bits(stepper.collect()[1], losses) and all(
+    same = same_bits(stepper.collect(), losses) and all(
         same_bits(tensor, other[name]) for name, tensor in state.items()
     )
     return Outcome(same, None)
 
 
-def _step_by_hand(step: EagerStep, number: int) -> torch.Tensor:
-    training = step.training
+def _step_by_hand(training: Training, number: int) -> torch.Tensor:
     x, y = training.batch(number)
     loss = training.loss(training.model(x), y)
     training.optimizer.zero_grad()

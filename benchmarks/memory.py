@@ -17,13 +17,12 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
-from tests.conftest import Unwritten  # noqa: E402
 
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.bound import BoundProgram  # noqa: E402
 from everystep.program.calls import without_autograd  # noqa: E402
-from everystep.step.eager import EagerStep, Training  # noqa: E402
+from everystep.training.model_step import Training  # noqa: E402
 from everystep.training.stepper import Stepper  # noqa: E402
 
 __all__ = ["main"]
@@ -47,11 +46,10 @@ def _print_row(workload: Workload) -> None:
     batches = Batches(len(start.x), workload.batch_size).of(start.x, start.y)
     optimizer = workload.optimizer(start.model.parameters())
     training = Training(start.model, start.loss, optimizer, batches, torch.device("cpu"))
-    eager = EagerStep(training)
     x, y = training.batch(3)
     bound = _bound(training)
     state = sum(tensor.nbytes for tensor in training.named_state().values())
-    asked_eagerly = _asked(lambda: eager.take(x, y))
+    asked_eagerly = _asked(lambda: training.step(x, y))
     with without_autograd():
         asked = _asked(bound.run)
         objects = _objects(bound)
@@ -64,17 +62,17 @@ def _print_row(workload: Workload) -> None:
 
 def _bound(training: Training) -> BoundProgram:
     """Return the program of a training's steps, on its tensors, after some steps."""
-    stepper = Stepper(training, Unwritten(), 3, "eager")
+    stepper = Stepper(training, None, 3, "eager")
     for number in (1, 2, 3):
         stepper.watch(number, *training.batch(number))
     batch = dict(zip("xy", training.batch(3), strict=True))
-    stand_in = stepper.stand_in(**batch)
+    program = stepper.watched.program_of_last()
     stepper.watched.finish()
-    stand_in.is_ready(training.parts.state(), 0)
-    bound = stand_in.live
-    assert bound is not None
-    stand_in.load(batch)
-    stand_in.begin(stand_in.numbers())
+    assert program is not None
+    given = program.built.program, training.parts.state(), program.inputs, batch, training.device
+    bound = BoundProgram(*given)
+    bound.load(batch)
+    bound.put(program.numbers)
     with without_autograd():
         for _ in range(4):  # from then on, an optimizer calls its operators directly
             bound.run()

@@ -38,8 +38,8 @@ from torch import nn  # noqa: E402
 import everystep  # noqa: E402
 from everystep import cli, clock  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
-from everystep.step import acceleration  # noqa: E402
-from everystep.step.eager import Training  # noqa: E402
+from everystep.step import check_plan  # noqa: E402
+from everystep.training.model_step import Training  # noqa: E402
 from everystep.training.stepper import Stepper  # noqa: E402
 
 # Its assertions report what they compared, whichever test imports it first.
@@ -103,8 +103,8 @@ def clock_that_ticks(monkeypatch):
 @pytest.fixture(autouse=True)
 def checks_at_powers_of_two(monkeypatch):
     """Check steps 2, 4, 8, ... and the last, however long that takes on a busy machine."""
-    monkeypatch.setattr(acceleration, "LIGHT_SECONDS", math.inf)
-    monkeypatch.setattr(acceleration, "CHECK_SHARE", 0.0)
+    monkeypatch.setattr(check_plan, "LIGHT_SECONDS", math.inf)
+    monkeypatch.setattr(check_plan, "CHECK_SHARE", 0.0)
 
 
 @pytest.fixture
@@ -165,26 +165,12 @@ def make_trainee():
     return make
 
 
-class Unwritten:
-    """Takes the programs of steps, and what code changed between them, and writes nothing."""
-
-    def __init__(self):
-        self.programs = []
-
-    def program(self, program):
-        self.programs.append(program)
-        return len(self.programs)
-
-    def change(self, step, tensors, gone=()):
-        pass
-
-
 @pytest.fixture
 def step_of():
     """Take a step of a training in Python; return its program, its numbers and what it brought."""
 
     def step_of(training, step=1):
-        stepper = Stepper(training, Unwritten(), step, "eager")
+        stepper = Stepper(training, None, step, "eager")
         stepper.watch(step, *training.batch(step))
         stepper.watched.finish()
         return stepper.watched.program_of_last()
@@ -202,10 +188,7 @@ def program_of(step_of):
 def stepper_of():
     """Return what runs the steps of a training, and writes nothing."""
 
-    def stepper_of(training, steps, engine="auto"):
-        return Stepper(training, Unwritten(), steps, engine)
-
-    return stepper_of
+    return lambda training, steps, engine="auto": Stepper(training, None, steps, engine)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import nn
 import everystep
 from everystep.errors import TrainingError
 from everystep.step.stand_in import StandIn
-from everystep.training import step_function
+from everystep.training import acceleration
 
 STEPS = 40
 
@@ -197,7 +197,7 @@ def test_a_summary_says_who_took_the_steps():
 
 
 def test_programs_of_many_kinds_of_batches_share_a_limit_of_memory(monkeypatch):
-    monkeypatch.setattr(step_function, "MOST_BYTES", 0)
+    monkeypatch.setattr(acceleration, "MOST_BYTES", 0)
     let_go = []
     monkeypatch.setattr(StandIn, "let_go", noting(StandIn.let_go, let_go))
     plain = seeded(CASES["short_last_batch"])

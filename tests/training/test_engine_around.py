@@ -45,6 +45,18 @@ def test_a_metric_sees_the_gradients_of_the_step(optimizer, batch_size):
     assert measured["value"].to_list() == [max(seen[step - 1]) for step in measured["step"]]
 
 
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_metric_may_drop_the_gradients(every):
+    expected, trained = new_training(), new_training()
+    drop = {"none": lambda p, t: trained.model.zero_grad() or 0.0}
+    losses = by_hand(
+        expected, steps=42, after_step=lambda step: step % every or expected.model.zero_grad()
+    )
+    run = by_train(trained, steps=42, metrics=drop, evaluate_every=every)
+    assert (run.losses["loss"].to_list(), contents(trained)) == (losses, contents(expected))
+    assert run.facts.training.engine.reason is None
+
+
 @pytest.mark.parametrize("stops", [False, True])
 def test_nothing_is_recorded_of_a_step_after_the_last(stops):
     trained = new_training(scheduler=partial(lr_scheduler.ExponentialLR, gamma=0.5))

@@ -188,8 +188,6 @@ class RowsOf:
     must stay the same for the rows to be those of their Dataset.
     """
 
-    runs_python = False
-
     def __init__(
         self, batches: Batches, x: Tensor, y: Tensor, is_read: bool = False, guards: Any = None
     ) -> None:

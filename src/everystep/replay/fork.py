@@ -46,7 +46,6 @@ from everystep.replay.without_objects import (
     continue_alone,
     facts_alone,
 )
-from everystep.step.eager import EagerStep, Training
 from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State, same_bits
 from everystep.training.description import optimizer_facts
@@ -54,6 +53,7 @@ from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
+from everystep.training.model_step import Training
 from everystep.training.objects import Objects
 from everystep.training.writer import now
 
@@ -224,17 +224,15 @@ class Fork:
         training.restore(known, ("model", "optimizer", "scheduler"))
         batches = self.stretch.facts.batches
         # Epochs are the parent's up to here.
-        advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
+        continued = replace(training, steps_per_epoch=batches.steps_per_epoch)
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
             # torch warns that the optimizer has not stepped, which is correct here.
             warnings.simplefilter("ignore", UserWarning)
             for number in range(known.step + 1, self.at + 1):
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    if number in followed:
-                        scheduler.step(followed[number])
-                elif advance is not None:
-                    advance(number)
+                if isinstance(scheduler, ReduceLROnPlateau) and number in followed:
+                    scheduler.step(followed[number])
+                continued.advance(number)
         names = training.parts.parameter_names()
         groups = optimizer_settings(training.optimizer, names)["groups"]
         return state.with_optimizer("optimizer", groups)

@@ -6,12 +6,11 @@ come from the run's experiment, or from the user.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from everystep.bounded import MOST_STEPS
 from everystep.device import select
@@ -21,36 +20,20 @@ from everystep.experiment.specification import load
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
-from everystep.program.step_program import Program
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import Batch, Step, observed_step
 from everystep.replay.recorded_batches import batch_source, settings_of, stored_data
-from everystep.step.eager import Training
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
 from everystep.step.observe import StepObserver
 from everystep.step.state import State
 from everystep.training.dataset import DatasetBatches
 from everystep.training.from_experiment import experiment_job
+from everystep.training.model_step import Training
 from everystep.training.objects import Objects
 from everystep.training.stepper import Engine, Stepper
 
 __all__ = ["Living"]
-
-
-class _Unwritten:
-    """A writer that writes nothing."""
-
-    def __init__(self) -> None:
-        self._programs = 0
-
-    def program(self, program: Program) -> int:
-        """Return the next number of a program."""
-        self._programs += 1
-        return self._programs
-
-    def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
-        """Forget what code between two steps has changed."""
 
 
 class Living:
@@ -91,7 +74,7 @@ class Living:
             ) from None
         self._beginning = training.snapshot(state.step)
         is_by_rule = not isinstance(training.batch, DatasetBatches)
-        given = training, _Unwritten(), MOST_STEPS, engine
+        given = training, None, MOST_STEPS, engine
         self._stepper = Stepper(*given, is_by_rule=is_by_rule)
         self._watched = self._stepper.watched
         self._begun(state.step)
@@ -126,7 +109,7 @@ class Living:
             alone = self._settings or self._between  # which may change before each step
             with self._watching():
                 self._stepper.advance(number if alone else last)
-            losses += self._stepper.collect()[1].tolist()
+            losses += self._stepper.collect().tolist()
         return losses
 
     def open(self) -> Step:

@@ -18,7 +18,6 @@ from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.recorded_columns import HeldNumber
-from everystep.step.eager import BatchSource
 from everystep.training.dataset import DatasetBatches, length_of, read_rows
 from everystep.training.objects import Objects
 
@@ -65,7 +64,7 @@ def batch_source(
     objects: Objects,
     device: torch.device,
     conversion: Precision | None = None,
-) -> BatchSource:
+) -> RowsOf | DatasetBatches:
     """Return the batches: rows of the run's data, or a Dataset that is read.
 
     Raises:

@@ -33,7 +33,6 @@ from everystep.replay.trained_objects import (
     with_data,
 )
 from everystep.replay.without_objects import continue_alone, facts_alone
-from everystep.step.eager import training_parts
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
@@ -41,6 +40,7 @@ from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
+from everystep.training.model_step import training_parts
 from everystep.training.objects import Objects, is_dataset
 from everystep.training.resumed import (
     changes,

@@ -315,11 +315,11 @@ class _StepsAlone:
             writer.taken = [steps.taken(number) for number in taken]
             writer.measured += [row for step in taken for row in self._measured.pop(step, ())]
             pairs = zip(taken, losses, strict=True)
-            writer.write(first, [loss if self._has_loss(number) else None for number, loss in pairs], {})
+            writer.losses = [loss if self._has_loss(number) else None for number, loss in pairs]
+            writer.flush()
             if writer.is_snapshot_due():
                 writer.recorder.snapshot(stepper.capture())
                 newest = writer.step
-            writer.show_written()
             if stops_on_nan and not math.isfinite(losses[-1]):
                 reason = f"the loss is {losses[-1]} at step {writer.step} (stop_on_nan)"
         if newest < writer.step:

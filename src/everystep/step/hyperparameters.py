@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "changes_more_than_lr",
     "expected_to_change",
     "hyperparameters",
     "is_hyperparameter",
@@ -42,6 +43,14 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
             )
             found[f"{name}[{index}]" if index else name] = value
     return found
+
+
+def changes_more_than_lr(scheduler: Any) -> bool:
+    """Tell whether a scheduler may change other settings of the optimizer, such as its momentum."""
+    inner = getattr(scheduler, "_schedulers", ())
+    is_known = type(scheduler).__module__.startswith("torch.")
+    own = not is_known or getattr(scheduler, "cycle_momentum", False)
+    return own or any(map(changes_more_than_lr, inner))
 
 
 def expected_to_change(name: str, *, more_than_lr: bool) -> bool:

@@ -16,11 +16,13 @@ import typing_extensions
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from everystep.gradient_descent import GradientDescent
 from everystep.program.operators import leaves
 from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.step.own_state import entries_of
+from everystep.step.torchs_own import is_torchs_function, replaces_method
 
-__all__ = ["OptimizerCall", "OptimizerCalls", "Settings"]
+__all__ = ["OptimizerCall", "OptimizerCalls", "Settings", "is_torchs_optimizer"]
 
 Number = int | float
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
@@ -140,6 +142,17 @@ def _call_of(operator: OptimizerOperator, optimizer: torch.optim.Optimizer) -> O
     settings = Settings(values, _without_numbers(given), numbers, leaves(given))
     layout = (*map(tuple, kept), settings.layout)
     return OptimizerCall(operator, settings, parameters, kept, tensors + settings.tensors, layout)
+
+
+def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer's class is torch's, or the chapter's, with no method replaced."""
+    kind: Any = type(optimizer)
+    step: Any = vars(optimizer).get("step")
+    is_own = kind is GradientDescent or getattr(torch.optim, kind.__name__, None) is kind
+    # A scheduler wraps the step of the class.
+    is_wrapped = is_torchs_function(step) and inspect.unwrap(step) is inspect.unwrap(kind.step)
+    is_usual = (step is None or is_wrapped) and not replaces_method(optimizer, but="step")
+    return is_own and is_usual and _Code(kind).is_torchs()
 
 
 class _Code:

@@ -9,125 +9,60 @@ at steps 2, 4, 8, ..., bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
-from everystep.program.memory import lies_as
+from everystep.program.memory import copy_into, lies_as, tensor_on
 from everystep.program.number_slots import READ
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
+from everystep.step.around import NotReplaceableError
 from everystep.step.build import BuiltPath
-from everystep.step.comparison import Comparison, PartsCopy
 from everystep.step.cursor import Cursor
-from everystep.step.eager import changes_more_than_lr
 from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.optimizer_steps import OptimizerStep
 from everystep.step.parts import Parts
 from everystep.step.path import Path, places_of_reads
 from everystep.step.state import same_bits
 from everystep.step.taken import TakenByProgram
-from everystep.step.torchs_own import is_torchs_scheduler
 from everystep.step.unchanging import unchanging_reads
 
-__all__ = ["Around", "CreatesTensorsError", "NotReplaceableError", "StandIn"]
+__all__ = ["CreatesTensorsError", "Number", "PartsCopy", "StandIn"]
 
 Number = int | float
+#: Bytes up to which a copy of the state and of the program's memory is kept for the next comparison.
+SMALL_BYTES = 16_000_000
 CURE = "return the tensor instead of a Python number"
-
-
-class NotReplaceableError(Exception):
-    """A step that a program cannot run in place of Python; the message gives the reason."""
 
 
 class CreatesTensorsError(NotReplaceableError):
     """A step that leaves other tensors in the state than it found, as the first of a training does."""
 
 
-class Around:
-    """Effects of a step in Python other than operations: its optimizers step, its schedulers advance.
-
-    Args:
-        parts: of the training; the step is about to run.
-
-    optimizers: that stepped, in order.
+class PartsCopy(NamedTuple):
+    """What a step begins with: copies of the tensors of the parts and of the batch, by name, and torch's
+    generator.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.optimizers: list[torch.optim.Optimizer] = []
-        self._parts = parts
-        self._schedulers = [part for part in parts.named.values() if isinstance(part, LRScheduler)]
-        self._before = [*map(_steps_taken, self._schedulers)]
-        self._settings = self._settings_now()
-        self._early: list[LRScheduler] = []
+    tensors: dict[str, Tensor]
+    batch: dict[str, Tensor]
+    generator: Tensor
 
-    def optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer starts a step."""
-        self.optimizers.append(optimizer)
-        for scheduler, before in zip(self._schedulers, self._before, strict=True):
-            if scheduler.optimizer is optimizer and _steps_taken(scheduler) != before:
-                self._early.append(scheduler)
-
-    def schedulers(self) -> list[LRScheduler]:
-        """Return the schedulers that the step has advanced, each once, after its optimizer.
-
-        Raises:
-            NotReplaceableError: it has changed the settings of an optimizer in another way.
-        """
-        advanced = []
-        for scheduler, before in zip(self._schedulers, self._before, strict=True):
-            if _steps_taken(scheduler) == before:
-                continue
-            problem, groups = "", scheduler.optimizer.param_groups
-            if not is_torchs_scheduler(scheduler, but_functions=True):
-                problem = "is not a scheduler of torch; advance it between steps"
-            elif isinstance(scheduler, ReduceLROnPlateau) or _steps_taken(scheduler) != before + 1:
-                problem = "does not advance by one step; advance it between steps"
-            elif any(each is scheduler for each in self._early):
-                problem = "advances before its optimizer steps; advance it afterwards"
-            elif any(isinstance(value, Tensor) for group in groups for value in group.values()):
-                problem = "sets a learning rate that is a tensor; use a number"
-            if problem:
-                raise NotReplaceableError(f"{type(scheduler).__name__} {problem}")
-            advanced.append(scheduler)
-        now = self._settings_now()
-        for name, optimizer in self._parts.optimizers.items():
-            own = [scheduler for scheduler in advanced if scheduler.optimizer is optimizer]
-            expected = [repr(each.get_last_lr()) for each in own] or [self._settings[name][0]]
-            is_more = any(map(changes_more_than_lr, own))
-            if now[name][0] not in expected or (now[name][1] != self._settings[name][1] and not is_more):
-                raise NotReplaceableError(
-                    f"the step changes settings of {name}; do so between steps, or by a scheduler of "
-                    "torch that is among the parts"
-                )
-        return advanced
-
-    def _settings_now(self) -> dict[str, tuple[str, str]]:
-        """Return the learning rates and the other settings of each optimizer, comparable."""
-        found = {}
-        for name, optimizer in self._parts.optimizers.items():
-            rates = [group.get("lr") for group in optimizer.param_groups]
-            others = [
-                {key: value for key, value in group.items() if key not in ("params", "lr")}
-                for group in optimizer.param_groups
-            ]
-            found[name] = repr(rates), repr(others)
-        return found
+    @classmethod
+    def of(cls, parts: Parts, batch: Mapping[str, Tensor]) -> PartsCopy:
+        """Copy the current state of the parts, and a batch."""
+        return cls(_copied(parts.state()), _copied(batch), torch.get_rng_state())
 
 
-def _steps_taken(scheduler: Any) -> int:
-    """Return how often a scheduler has advanced; a chain of schedulers advances all of them."""
-    own = vars(scheduler)
-    if "last_epoch" in own:
-        return int(own["last_epoch"])
-    return _steps_taken(own["_schedulers"][0]) if own.get("_schedulers") else 0
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 class StandIn:
@@ -143,10 +78,10 @@ class StandIn:
         batch: the tensors of the batch, by name.
         plain: logged values of this step that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
-        fixed: the tensors of a batch that is the same at every step, by name.
+        is_fixed: whether the batch is the same at every step.
 
     path: of each step; schedulers: those that it advances; live: the program on the last tensors of
-    `is_ready`.
+    `is_ready`; is_steady: whether a step leaves the gradients that it begins with as it found them.
 
     Raises:
         NotReplaceableError: the next step may differ; gives the reason.
@@ -164,7 +99,7 @@ class StandIn:
         plain: Mapping[str, Any],
         *,
         is_quiet: bool,
-        fixed: Mapping[str, Tensor] = MappingProxyType({}),
+        is_fixed: bool,
     ) -> None:
         self._parts = parts
         self._built = built
@@ -179,13 +114,16 @@ class StandIn:
         self.schedulers = [*schedulers]
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
-        interpreter = Interpreter(built.program, parts.device)
-        self._state = interpreter.state
+        self._interpreter = Interpreter(built.program, parts.device)
+        self._state = self._interpreter.state
         #: Copies of the tensors from which Python reads numbers that it does not log.
         self._unchanging: dict[str, Tensor] = {}
         self._moves = [name for name in self._state if name.startswith("gradient/")]
+        before, ends = _gradients(path, path.named), _gradients(path, path.ends)
+        after = {name: lies for name, lies in (before | ends).items() if name not in path.gone}
+        self.is_steady = after == before and ends.keys().isdisjoint(self._moves)
         self._is_quiet = is_quiet
-        self._fixed = fixed
+        self._fixed = dict(batch) if is_fixed else {}
         self._places: list[int] = []
         self._era: int | None = None
         self.live: BoundProgram | None = None
@@ -202,8 +140,8 @@ class StandIn:
         other += [name for name in path.gone if not name.startswith("gradient/")]
         if other:
             raise CreatesTensorsError(f"{other[0].partition('/')[2]} is another tensor after each step")
-        compared = interpreter, self._bind, self._inputs, self._read
-        self._comparison = Comparison(parts, built, *compared, draws=self._draws)
+        #: The program on a copy of a state, to be compared, and the copy.
+        self._copy: tuple[BoundProgram, dict[str, Tensor]] | None = None
         lying = {path.tensors[number].storage: name for name, number in path.named}
         self._written = [
             lying[storage] for each in path.operations for storage in each.writes if storage in lying
@@ -234,7 +172,7 @@ class StandIn:
                 "compute with the tensor, or only return the number"
             )
         sources = {storage for place in other for storage in unchanging[place]}
-        tensors = self._parts.state() | dict(self._fixed)
+        tensors = self._parts.state() | self._fixed
         for name, number in self.path.named:
             if name in tensors and self.path.tensors[number].storage in sources:
                 self._unchanging[name] = tensors[name].detach().clone()
@@ -311,43 +249,37 @@ class StandIn:
         self.live = None
 
     def take(
-        self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_settled: bool
+        self,
+        state: dict[str, Tensor],
+        numbers: list[Number],
+        batch: Mapping[str, Tensor],
+        *,
+        is_settled: bool,
     ) -> tuple[TakenByProgram, dict[str, Any]]:
         """Run a step on the live tensors that `is_ready` checked; return it, and what it logs.
 
         Args:
             state: these tensors; updated to those after the step.
+            numbers: of the step; what it reads is put among them.
             batch: its tensors, by name.
             is_settled: nothing has run since the last step, which a program ran.
 
         Raises:
-            NotReplaceableError: an optimizer would take a different step; nothing was changed yet.
             RuntimeError: a kernel refuses its arguments.
         """
         live = self.live
         assert live is not None
-        numbers = self.numbers()
-        taken = self._begun(numbers, is_still=is_settled)
+        taken = self.begin(numbers)
         self.load(batch)
         with without_autograd():
-            found = live.take(self._built.numbers(numbers))
-        self.end(taken)
-        if any(state.get(name) is not tensor for name, tensor in live.ends.items()):
-            self._hand_out(state, live.ends)
-            taken.is_still = False
-        for name in self.path.gone:
-            if name in state:
-                self._set_gradient(state, name, None)
-                taken.is_still = False
-        if not is_settled:  # a graph that other code keeps must notice the writes
-            written = [state[name] for name in self._written if name in state]
-            torch.autograd.graph.increment_version(written)
+            live.run()
+            found = {name: tensor.clone() for name, tensor in live.logged.items()}
+        self.end(taken, state, is_settled=is_settled)
         for scheduler in self.schedulers:
             scheduler.step()
-        read = {place: live.numbers[index] for place, index in self._read.items()}
-        for place, number in read.items():
-            numbers[place] = number
-        logged = {name: read[place] for name, place in self._logged_reads.items()}
+        for place, index in self._read.items():
+            numbers[place] = live.numbers[index]
+        logged = {name: numbers[place] for name, place in self._logged_reads.items()}
         return taken, {**found, **self._plain, **logged}
 
     def load(self, batch: Mapping[str, Tensor]) -> None:
@@ -363,39 +295,43 @@ class StandIn:
         """Get ready for steps with these numbers, which `live` runs; `end` ends them."""
         assert self.live is not None
         self.live.put(self._built.numbers(numbers))
-        return self._begun(numbers, is_still=True)
-
-    def _begun(self, numbers: list[Number], *, is_still: bool) -> TakenByProgram:
-        taken = TakenByProgram(self.path, numbers, self._contents, is_still=is_still)
+        taken = TakenByProgram(self.path, numbers, self._contents)
         if self._draws:
             taken.generators[0] = torch.get_rng_state()
         return taken
 
-    def end(self, taken: TakenByProgram) -> None:
-        """Note what steps have left that `begin` began."""
+    def end(self, taken: TakenByProgram, state: dict[str, Tensor], *, is_settled: bool) -> None:
+        """Note what steps have left that `begin` began, and set the gradients.
+
+        Args:
+            taken: returned by `begin`.
+            state: the live tensors; updated to those after the steps.
+            is_settled: nothing has run since the step before, which a program ran.
+        """
+        assert self.live is not None
+        taken.is_still = is_settled
         if self._draws:
             taken.drawn = torch.get_rng_state()
+        ends = self.live.ends
+        if any(state.get(name) is not tensor for name, tensor in ends.items()):
+            # Other code may keep them, and a step that begins with them must not write into them.
+            own = ends if self._is_quiet and not self._moves else _copies(ends)
+            for name, tensor in own.items():
+                self._set_gradient(state, name, tensor)
+            taken.is_still = False
+        for name in self.path.gone:
+            if name in state:
+                self._set_gradient(state, name, None)
+                taken.is_still = False
+        if not is_settled:  # a graph that other code keeps must notice the writes
+            written = [state[name] for name in self._written if name in state]
+            torch.autograd.graph.increment_version(written)
 
     @property
     def places(self) -> list[Tensor]:
         """Where the program reads the tensors of a batch, in their order."""
         assert self.live is not None
         return [self.live.tensor(name) for name in self._batch]
-
-    def hand_out(self, state: dict[str, Tensor], *, as_copies: bool) -> None:
-        """Set the gradients that the last step of the program has left.
-
-        Args:
-            state: the live tensors, which become those with these gradients.
-            as_copies: for code that may keep them while the program continues to write into its own.
-        """
-        assert self.live is not None
-        ends = self.live.ends
-        for name, tensor in (_copies(ends) if as_copies else ends).items():
-            self._set_gradient(state, name, tensor)
-        for name in self.path.gone:
-            self._set_gradient(state, name, None)
-        torch.autograd.graph.increment_version([state[name] for name in self._written if name in state])
 
     def release(self, state: dict[str, Tensor]) -> bool:
         """Give the parts copies of the gradients that the program writes into; return whether it did.
@@ -407,16 +343,6 @@ class StandIn:
         for name, tensor in _copies(lent).items():
             self._set_gradient(state, name, tensor)
         return bool(lent)
-
-    def _hand_out(self, state: dict[str, Tensor], ends: Mapping[str, Tensor]) -> None:
-        """Set the gradients to those that the program made.
-
-        Other code may keep them, and a step that begins with them must not write into them: both get
-        copies.
-        """
-        own = ends if self._is_quiet and not self._moves else _copies(ends)
-        for name, tensor in own.items():
-            self._set_gradient(state, name, tensor)
 
     def _set_gradient(self, state: dict[str, Tensor], name: str, gradient: Tensor | None) -> None:
         self._parameters[name.removeprefix("gradient/")].grad = gradient
@@ -445,7 +371,6 @@ class StandIn:
         numbers: Sequence[Number],
         seen: Cursor,
         before: PartsCopy,
-        batch: Mapping[str, Tensor],
         logged: Mapping[str, Any],
     ) -> str | None:
         """Compare the program with a step of Python on the same path; describe the difference.
@@ -453,8 +378,7 @@ class StandIn:
         Args:
             numbers: predicted for that step.
             seen: the step.
-            before: the parts before it.
-            batch: copies of its tensors.
+            before: the parts before it, and its batch.
             logged: by the step.
         """
         if not self._foresees(numbers, seen.numbers):
@@ -469,7 +393,62 @@ class StandIn:
         for name in {**plain, **expected}:
             if name not in plain or name not in expected or repr(plain[name]) != repr(expected[name]):
                 return f"{name} is computed by Python; {CURE}"
-        return self._comparison.difference(before, batch, seen.numbers, logged)
+        return self._computed_difference(before, seen.numbers, logged)
+
+    def _computed_difference(
+        self, before: PartsCopy, numbers: Sequence[Number], logged: Mapping[str, Any]
+    ) -> str | None:
+        """Run a step that Python just ran, on a copy; describe the difference, or return None."""
+        interpreter = self._interpreter
+        live, copies = self._bound_to_copies(before.tensors)
+        batch = before.batch
+        inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
+        laid = interpreter.lay_inputs(inputs)
+        given = {
+            name: tensor_on(laid[spec.storage].untyped_storage(), spec)
+            for name, spec in interpreter.inputs.items()
+            if name in batch
+        }
+        after = torch.get_rng_state()
+        torch.set_rng_state(before.generator)
+        try:
+            with without_autograd():
+                live.load(given)
+                found = live.take(self._built.numbers(numbers))
+            is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
+        finally:
+            torch.set_rng_state(after)
+        state = self._parts.state()
+        now = {name: copies[name] for name in interpreter.state if name in state} | live.ends
+        other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
+        name = next(other, None)
+        if name is not None:
+            return f"the program computes different values of {name.partition('/')[2]} than Python"
+        for place, index in self._read.items():
+            if repr(live.numbers[index]) != repr(numbers[place]):
+                return "the program reads another number than Python"
+        for name, tensor in found.items():
+            value = logged.get(name)
+            if isinstance(value, Tensor) and not same_bits(
+                value.detach().reshape(()), tensor.reshape(())
+            ):
+                return f"the program computes another {name} than Python"
+        return None if is_drawn_alike else "the program draws different random numbers than Python"
+
+    def _bound_to_copies(self, state: Mapping[str, Tensor]) -> tuple[BoundProgram, dict[str, Tensor]]:
+        """Return the program on a copy of a state, and the copy; a small one serves again."""
+        if self._copy is not None:
+            with torch.no_grad():
+                for name, copy in self._copy[1].items():
+                    copy_into(copy, state[name])
+            return self._copy
+        copies = {name: state[name] for name in self._interpreter.state}
+        self._interpreter.lay_state(copies)
+        live = self._bind(copies)
+        size = sum(tensor.nbytes for tensor in copies.values()) + live.temporary_bytes
+        if size <= SMALL_BYTES:
+            self._copy = live, copies
+        return live, copies
 
     def _foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
         """Return whether the numbers of a Python step were predicted, except those that it reads."""
@@ -507,6 +486,12 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             memory[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride()
         )
     return found
+
+
+def _gradients(path: Path, named: Sequence[tuple[str, int]]) -> dict[str, tuple[Any, ...]]:
+    """Return dtype, shape and strides of each gradient among some tensors of a path, by name."""
+    found = ((n, path.tensors[number]) for n, number in named if n.startswith("gradient/"))
+    return {name: (tensor.dtype, tensor.shape, tensor.stride) for name, tensor in found}
 
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:

@@ -6,18 +6,19 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from everystep.step.guards import Guards, held
+from everystep.step.guards import Guards, held, is_a
+from everystep.step.optimizer_call import OptimizerCalls
+from everystep.step.parts import Parts
 from everystep.step.replaced import OF_WATCHES
 from everystep.step.torchs_own import (
     HOOKS,
-    guard_contents,
     guard_module,
     has_hooks_on_node,
     hook_on,
@@ -38,50 +39,47 @@ class Surroundings:
     """The modules, optimizers and tensors of a training, and the settings of the process.
 
     Args:
-        modules: the trained ones, and a loss that is a module, by their names in messages.
-        optimizers: by their names in messages.
-        named_state: returns the live tensors that are carried from step to step, by name, if code needs
-            them in place.
-        device: of the training.
-        is_vouched: whether the user vouches for code that is not torch's; the contents of such modules
-            may change, except for their tensors, modules, hooks and mode.
-
-    guards: additional values that must not change.
+        parts: of the training; a loss that is a module is among them.
+        loss: of a training of a model.
     """
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        optimizers: Mapping[str, torch.optim.Optimizer],
-        named_state: Callable[[], Mapping[str, Tensor]],
-        device: torch.device,
-        *,
-        is_vouched: bool,
-    ) -> None:
-        self.guards = Guards()
-        self._is_vouched = is_vouched
-        self._modules = modules
-        self._optimizers = optimizers
-        self._named_state = named_state
-        self._device = device
-        self._state: Mapping[str, Tensor] | None = None
+    def __init__(self, parts: Parts, loss: Any = None) -> None:
+        self._guards = Guards()
+        self._parts = parts
+        self._loss = loss
+        alone = len(parts.optimizers) == 1
+        self._optimizers = {
+            "the optimizer" if alone else name: each for name, each in parts.optimizers.items()
+        }
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield each module of the training, and its name in messages."""
+        for name, part in self._parts.modules.items():
+            title = f"the {name}" if name in self._parts.apart else name
+            for path, module in own_modules(part):
+                if name == self._parts.main:
+                    title = f"module {path}" if path else "the model"
+                yield title, module
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the state of the parts, except gradients."""
+        state = self._parts.state()
+        return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
 
     def reasons(self) -> Iterator[str]:
         """Yield reasons why Python must run at every step, independent of its code."""
         against = _reason_against_process()
         if against is not None:
             yield against
-        for name, part in self._modules.items():
-            for path, module in own_modules(part):
-                where = f"module {path}" if path and name == "the model" else name
-                kind = hook_on(module)
-                if kind is not None:
-                    yield f"{where} has {kind}"
-                if type(module).__module__.startswith("torch._dynamo"):
-                    yield f"{where} is compiled (torch.compile)"
-                if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-                    yield f"{where} is a {type(module).__name__}"
-        for name, tensor in self._named_state().items():
+        for where, module in self._modules():
+            kind = hook_on(module)
+            if kind is not None:
+                yield f"{where} has {kind}"
+            if type(module).__module__.startswith("torch._dynamo"):
+                yield f"{where} is compiled (torch.compile)"
+            if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+                yield f"{where} is a {type(module).__name__}"
+        for name, tensor in self._state().items():
             path = name.partition("/")[2]
             if isinstance(tensor, nn.parameter.UninitializedParameter):
                 yield f"{path} has no shape before the first step (a lazy module)"
@@ -93,61 +91,39 @@ class Surroundings:
 
     def begin(self) -> None:
         """Note everything again, before capturing a program that depends on it."""
-        guards = self.guards = Guards()
+        guards = self._guards = Guards()
         guards.read("functions", "a function of torch", _functions_of_torch)
-        for name, read in _process_settings(self._device).items():
+        for name, read in _process_settings(self._parts.device).items():
             guards.read(name, name, read)
-        for name, part in self._modules.items():
-            for path, module in own_modules(part):
-                where = f"module {path}" if path and name == "the model" else name
-                if is_torchs_module(module):
-                    guard_module(module, where, guards)
-                elif not self._is_vouched:
-                    guard_contents(module, where, guards)
-                else:
-                    _guard_registered(module, where, guards)
-        for name, tensor in self._named_state().items():
+        for where, module in self._modules():
+            # The contents of the user's own modules, who vouches for them, may change.
+            note = guard_module if is_torchs_module(module) else _guard_registered
+            note(module, where, guards)
+        for name, tensor in self._state().items():
             guards.tensor(tensor, name.partition("/")[2], is_state=True)
         guards.read("storages", "the sharing of memory between tensors", self._shared)
-        for name in self._optimizers:
-            self._guard_optimizer(name)
+        torchs = OptimizerCalls().is_torchs
+        for name, optimizer in self._optimizers.items():
+            key = id(optimizer)
+            guards.read((key, "code"), f"the code of {name}", torchs, optimizer)
+            guards.read((key, "step"), f"step of {name}", held, optimizer, "step")
+            guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
+        if type(self._loss) is partial:
+            _guard_arguments(self._loss, guards)
 
-    def _guard_optimizer(self, name: str) -> None:
-        """Note what an optimizer runs, and which parameters it has."""
-        optimizer, guards = self._optimizers[name], self.guards
-        key = id(optimizer)
-        guards.read((key, "class"), f"the class of {name}", type, optimizer)
-        guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
-        for hooks in _OPTIMIZER_HOOKS:
-            guards.contents(getattr(optimizer, hooks, []), f"{hooks} of {name}")
-        module = sys.modules[type(optimizer).__module__]
-        guards.read((key, "functions"), f"a function used by {name}", _functions_in, module)
-        for method in ("step", "zero_grad"):
-            where = f"{method} of {name}"
-            guards.read((key, "own", method), where, held, optimizer, method)
-            guards.read((key, "class", method), where, getattr, type(optimizer), method)
-
-    def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
-        """Describe what changed since programs were captured, or return None.
-
-        state: of the training now, if already known.
-        """
-        self._state = state
-        try:
-            return self.guards.difference() or self._hooked_node()
-        finally:
-            self._state = None
+    def difference(self) -> str | None:
+        """Describe what changed since programs were captured, or return None."""
+        return self._guards.difference() or self._hooked_node()
 
     def _hooked_node(self) -> str | None:
         """Describe a parameter that has a hook on its node in the graph, or return None.
 
         Only a backward pass shows such a hook. It lasts while other code keeps a graph.
         """
-        named = (self._state or self._named_state()).items()
         with torch._C.DisableTorchFunctionSubclass():
             hooked = (
                 name.partition("/")[2]
-                for name, tensor in named
+                for name, tensor in self._state().items()
                 if name.startswith("parameter/") and has_hooks_on_node(tensor)
             )
             found = next(hooked, None)
@@ -156,19 +132,13 @@ class Surroundings:
     def _shared(self) -> list[int]:
         """Return, for each tensor of the state, the first that uses the same memory."""
         first: dict[int, int] = {}
-        state = self._state or self._named_state()
-        places = (tensor.untyped_storage()._cdata for tensor in state.values())
+        places = (tensor.untyped_storage()._cdata for tensor in self._state().values())
         return [first.setdefault(place, index) for index, place in enumerate(places)]
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Return which parameters are in which group, and None after each group."""
     return [each for group in optimizer.param_groups for each in (*group["params"], None)]
-
-
-def _functions_in(module: types.ModuleType) -> list[Any]:
-    """Return which functions a module of Python has."""
-    return [value for value in vars(module).values() if type(value) is types.FunctionType]
 
 
 def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
@@ -181,6 +151,16 @@ def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
         guards.read((id(module), name), f"{name} of {where}", held, module, name)
     for name in ("forward", "__call__"):
         guards.read((id(module), "class", name), f"{name} of {where}", getattr, type(module), name)
+
+
+def _guard_arguments(loss: partial[Any], guards: Guards) -> None:
+    """Note the arguments of a loss that is a partial torch function."""
+    guards.read("loss", "the loss", getattr, loss, "func")
+    guards.read("arguments", "the arguments of the loss", getattr, loss, "args")
+    guards.contents(loss.keywords, "the loss")
+    for value in (*loss.args, *loss.keywords.values()):
+        if is_a(value, Tensor):
+            guards.tensor(value, "a tensor of the loss", is_state=False)
 
 
 # Settings of the process.

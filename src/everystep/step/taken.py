@@ -23,14 +23,9 @@ class TakenByProgram:
     is_paused = is_empty = is_compiled = False
 
     def __init__(
-        self,
-        path: Path,
-        numbers: Sequence[int | float],
-        contents: Mapping[int, Tensor],
-        *,
-        is_still: bool,
+        self, path: Path, numbers: Sequence[int | float], contents: Mapping[int, Tensor]
     ) -> None:
-        self.is_still = is_still
+        self.is_still = False
         self.numbers = numbers
         self.generators: dict[int, Tensor] = {}
         self.drawn: Tensor | None = None

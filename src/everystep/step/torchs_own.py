@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import types
 import weakref
@@ -19,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import get_overridable_functions
 from torch.utils.hooks import RemovableHandle
 
-from everystep.gradient_descent import GradientDescent
 from everystep.step.guards import (
     Guards,
     class_dict,
@@ -33,7 +31,6 @@ from everystep.step.guards import (
 __all__ = [
     "HOOKS",
     "TENSOR_TYPES",
-    "guard_contents",
     "guard_module",
     "handles",
     "has_hooks_on_node",
@@ -41,12 +38,12 @@ __all__ = [
     "hooks_of",
     "is_torchs_function",
     "is_torchs_module",
-    "is_torchs_optimizer",
     "is_torchs_scheduler",
     "names_of",
     "own_modules",
     "reason_against_loss",
     "reason_against_module",
+    "replaces_method",
 ]
 
 #: Exact types of tensors; a subclass may have methods of its own.
@@ -95,16 +92,7 @@ def guard_module(module: nn.Module, where: str, guards: Guards) -> None:
 
     where: its name in messages.
     """
-    guard_contents(module, where, guards)
-    cls = type(module)
-    for name in _LOOKED_UP:
-        guards.read((id(cls), "*found", name), f"{name} of the class {cls.__name__}", getattr, cls, name)
-    guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
-
-
-def guard_contents(module: nn.Module, where: str, guards: Guards) -> None:
-    """Note everything that a module holds: settings, tensors, hooks. It runs no code of its class."""
-    own = _own_dict(module)
+    own, cls = _own_dict(module), type(module)
     for container in _containers(own):
         guards.contents(container, where)
     for value in own.values():
@@ -112,6 +100,9 @@ def guard_contents(module: nn.Module, where: str, guards: Guards) -> None:
             guards.tensor(value, f"a tensor of {where}", is_state=False)
     guards.read((id(module), "*class"), f"the class of {where}", type, module)
     guards.read((id(module), "*dict"), f"the dict of {where}", _identity_of_dict, module)
+    for name in _LOOKED_UP:
+        guards.read((id(cls), "*found", name), f"{name} of the class {cls.__name__}", getattr, cls, name)
+    guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
 
 
 def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -163,24 +154,6 @@ def _name_of_function(function: Any) -> str:
     return code.co_qualname.rpartition("<locals>.")[2] + place * (code.co_name == "<lambda>")
 
 
-def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer's class is torch's, or the chapter's, with no method replaced."""
-    cls, own = type(optimizer), vars(optimizer)
-    if cls is not GradientDescent and (
-        getattr(torch.optim, cls.__name__, None) is not cls
-        or not is_torchs_function(inspect.unwrap(cls.step))
-    ):
-        return False
-    settings = (
-        value for group in optimizer.param_groups for key, value in group.items() if key != "params"
-    )
-    # A scheduler wraps the step of the class.
-    is_wrapped = "step" not in own or (
-        is_torchs_function(own["step"]) and inspect.unwrap(own["step"]) is inspect.unwrap(cls.step)
-    )
-    return is_wrapped and not _exchanged(optimizer, but="step") and all(map(_is_known, settings))
-
-
 def is_torchs_scheduler(scheduler: LRScheduler | None, *, but_functions: bool = False) -> bool:
     """Return whether a scheduler and its inner schedulers are torch's, and call no user function.
 
@@ -193,7 +166,7 @@ def is_torchs_scheduler(scheduler: LRScheduler | None, *, but_functions: bool = 
     return (
         getattr(torch.optim.lr_scheduler, cls.__name__, None) is cls
         and (but_functions or all(function is None for function in functions))
-        and not _exchanged(scheduler)
+        and not replaces_method(scheduler)
         and all(
             is_torchs_scheduler(each, but_functions=but_functions)
             for each in getattr(scheduler, "_schedulers", ())
@@ -201,7 +174,7 @@ def is_torchs_scheduler(scheduler: LRScheduler | None, *, but_functions: bool = 
     )
 
 
-def _exchanged(value: Any, but: str = "") -> bool:
+def replaces_method(value: Any, but: str = "") -> bool:
     """Return whether an object replaces a method of its class."""
     own = vars(value).items()
     return any(callable(each) and name != but and hasattr(type(value), name) for name, each in own)

@@ -5,7 +5,7 @@ every step.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,8 +186,6 @@ class DatasetBatches:
     two reads.
     """
 
-    is_fixed = False
-    runs_python = True
     guards = None
 
     def __init__(
@@ -216,18 +214,9 @@ class DatasetBatches:
             self._step, self._pair = step, (x.to(self._device), y.to(self._device))
         return self._pair
 
-    def shape(self, step: int) -> Hashable:
-        """Return what decides which operations a step runs: everything in its batch except values."""
-        return tuple((t.shape, t.dtype, t.stride(), t.requires_grad) for t in self(step))
-
     def versions(self) -> list[int | None]:
         """Return nothing: no rule finds the rows."""
         return []
-
-    def into(self, step: int, x: Tensor, y: Tensor) -> None:
-        """Write x and y of a step into tensors of their shape."""
-        for target, source in zip((x, y), self(step), strict=True):
-            target.copy_(source)
 
     def forget(self) -> None:
         """Read the next batch again, even if it is of the same step."""

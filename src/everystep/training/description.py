@@ -29,17 +29,17 @@ from everystep.recording.facts import (
     SchedulerFacts,
     TrainingFacts,
 )
-from everystep.step.eager import Training
 from everystep.step.guards import is_plain
+from everystep.step.optimizer_call import is_torchs_optimizer
 from everystep.step.parts import Parts
 from everystep.step.torchs_own import (
     hooks_of,
     is_torchs_module,
-    is_torchs_optimizer,
     is_torchs_scheduler,
     names_of,
     reason_against_loss,
 )
+from everystep.training.model_step import Training
 
 __all__ = [
     "circumstances",

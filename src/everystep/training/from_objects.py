@@ -17,10 +17,9 @@ from everystep import numerics
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import DataError, DeviceError, ModelError
-from everystep.experiment.batches import Batches
+from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
-from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
 from everystep.step.guards import Guards
 from everystep.training.dataset import DatasetBatches, length_of, read_once
@@ -28,6 +27,7 @@ from everystep.training.description import describe
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.measurements import evaluation_of
+from everystep.training.model_step import Training
 from everystep.training.objects import Objects, is_dataset
 
 __all__ = ["job_of", "objects_job", "train_objects"]
@@ -82,7 +82,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         kind = type(objects.data).__name__
         notices.append(f"the Dataset is read at every step: {kind} is not one of torch's, of tensors")
         dataset = cast("Dataset[Any]", objects.data)
-        batch: BatchSource = DatasetBatches(dataset, batches, device, objects.dataset_limit)
+        batch: RowsOf | DatasetBatches = DatasetBatches(dataset, batches, device, objects.dataset_limit)
     else:
         on_device = data.to(device)
         is_read = read.guards is not None
@@ -101,7 +101,7 @@ def job_of(
     objects: Objects,
     iteration: Iteration,
     batches: Batches,
-    batch: BatchSource,
+    batch: RowsOf | DatasetBatches,
     data: Data | None,
     source: dict[str, Any],
     evaluation: Evaluation | None,

@@ -16,8 +16,8 @@ from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
-from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
+from everystep.training.model_step import Training
 from everystep.training.stepper import Engine
 
 __all__ = ["Job", "Outcome", "Progress", "StartingPoint", "relabelled_rows"]

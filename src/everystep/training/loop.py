@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.files import DATA_FILE
 from everystep.recording.recorded_run import EXPERIMENT_FILE
 from everystep.recording.recorder import Recorder
-from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
-from everystep.step.hyperparameters import expected_to_change
+from everystep.step.hyperparameters import changes_more_than_lr, expected_to_change
 from everystep.step.torchs_own import is_torchs_scheduler
 from everystep.training.dataset import DatasetBatches
 from everystep.training.interrupt import Interrupt, interrupt_deferred
@@ -164,7 +164,6 @@ class _ModelWriter(RunWriter):
         if self._stepper is not None:
             self._stepper.finish()
             self.flush()
-            self._keep_engine(self._stepper)
         if self._snapshot_step != self.step:
             self._snapshot()
         self._keep_rows()
@@ -180,33 +179,23 @@ class _ModelWriter(RunWriter):
             self.recorder.finish({"status": "failed", "reason": reason, "finished": now()})
 
     def flush(self) -> None:
-        """Fetch the losses from the device; write them and the measurements.
-
-        Each time waits for the device once.
-        """
-        self.recorder.check()
-        if self._stepper is None:
-            return
-        taken, hyperparameters = self._stepper.taken, self._stepper.hyperparameters
-        first, values = self._stepper.collect()
-        self.taken += taken
-        for step, each in hyperparameters:
-            self.note_rates(step, each)
-        losses: list[float] = values.tolist()
-        if not losses:
-            measured, self.measured = self.measured, []
-            if measured:
-                self.recorder.measurements(measured)
-            return
-        found: dict[str, Any] = {}
-        widest = torch.promote_types(values.dtype, self._loss_dtype or values.dtype)
-        if widest != self._loss_dtype:
-            self._loss_dtype = widest
-            found["loss_dtype"] = str(widest).removeprefix("torch.")
-        self.write(first, losses, found)
+        """Fetch the losses from the device, which waits for it once; write them and the measurements."""
         self.recorder.wait()
-        self.show_written()
-        self._keep_engine(self._stepper)
+        if self._stepper is not None:
+            super().flush()
+            self._keep_engine(self._stepper)
+
+    def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
+        assert self._stepper is not None
+        self.taken += self._stepper.taken
+        for step, each in self._stepper.hyperparameters:
+            self.note_rates(step, each)
+        values = self._stepper.collect()
+        widest = torch.promote_types(values.dtype, self._loss_dtype or values.dtype)
+        if not len(values) or widest == self._loss_dtype:
+            return values.tolist(), {}
+        self._loss_dtype = widest
+        return values.tolist(), {"loss_dtype": str(widest).removeprefix("torch.")}
 
     def _keep_beginning(self) -> None:
         job, recorder = self.job, self.recorder
@@ -253,7 +242,7 @@ class _ModelWriter(RunWriter):
         """Write down which programs there are, how far they are verified, and what is eager, and why."""
         engine = EngineFacts(
             asked=self.job.engine,
-            stands_behind=stepper.acceleration.stands_behind,
+            stands_behind=stepper.stands_behind,
             programs=stepper.watched.programs,
             by_program=stepper.by_program,
             checks=len(stepper.checked),
@@ -278,8 +267,7 @@ class _ModelWriter(RunWriter):
         self._snapshot_step = min(self._snapshot_step, last)
         first = stepper.eager_from or 1
         since = f" from step {first} on" if first > self.job.start + 1 else ""
-        is_vouchable = stepper.acceleration.is_vouchable
-        cure = '; engine="program" vouches for such code' if is_vouchable else ""
+        cure = '; engine="program" vouches for such code' if stepper.is_vouchable else ""
         self._notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
 
     def _snapshot(self) -> None:

@@ -249,21 +249,10 @@ class LoopWriter(RunWriter):
         self.flush()  # a state on disk means that its steps are there
         self.recorder.snapshot(state)
 
-    def flush(self) -> None:
-        """Write everything recorded so far; this also happens several times a second."""
-        if not self.taken:
-            if self.measured:
-                self.recorder.measurements(self._numbers_measured())
-                self.measured = []
-            return
-        first = self.taken[0].step
+    def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
         losses = [None if loss is None else float(loss) for loss in self.losses]
-        self.measured = self._numbers_measured()
-        self.write(first, losses, {"loss_dtype": self._loss_dtype} | self._loop_facts())
-        self.show_written()
-
-    def _numbers_measured(self) -> list[tuple[str, int, float]]:
-        return [(name, step, float(value)) for name, step, value in self.measured]
+        self.measured = [(name, step, float(value)) for name, step, value in self.measured]
+        return losses, {"loss_dtype": self._loss_dtype} | self._loop_facts()
 
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(

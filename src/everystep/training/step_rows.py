@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +10,14 @@ from torch import Tensor
 from everystep import clock
 from everystep.errors import say
 from everystep.program.operators import NotAllowedError
-from everystep.program.step_program import Program
 from everystep.recording.contents import Taken, digest_of
+from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath, NotCapturableError, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.path import Path
 from everystep.step.taken import TakenByProgram
 
-__all__ = ["AnyWatch", "StepRows", "StepWriter", "WrittenProgram"]
+__all__ = ["AnyWatch", "StepRows", "WrittenProgram"]
 
 #: Paths that are remembered; a training in which every step has another would fill the memory.
 MOST_PATHS = 200
@@ -29,16 +28,6 @@ DIGESTED_A_SECOND = 2e9
 
 #: An object that knows a step's operations.
 AnyWatch = Cursor | TakenByProgram
-
-
-class StepWriter(Protocol):
-    """Writes what belongs to steps, as a `Recorder` does."""
-
-    def program(self, program: Program) -> int:
-        """Write a program; return its number in the run."""
-
-    def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
-        """Write tensors (on the CPU) that code changed after a step."""
 
 
 class WrittenProgram(NamedTuple):
@@ -52,12 +41,12 @@ class StepRows:
     """Turns watched steps into rows, and writes their programs.
 
     Args:
-        writer: of the run.
+        writer: of the run; None: nothing is written.
 
     written: the numbers of the programs so far.
     """
 
-    def __init__(self, writer: StepWriter) -> None:
+    def __init__(self, writer: Recorder | None) -> None:
         self.written: list[int] = []
         self._writer = writer
         #: The program of each path, or why it has none.
@@ -128,7 +117,8 @@ class StepRows:
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return str(error)
-        number = self._writer.program(built.program)
+        count = len(self.written) + 1
+        number = count if self._writer is None else self._writer.program(built.program)
         self.written.append(number)
         return WrittenProgram(number, built)
 

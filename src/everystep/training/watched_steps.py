@@ -16,7 +16,9 @@ from torch import Tensor
 
 from everystep import clock
 from everystep.recording.contents import Taken
+from everystep.recording.recorder import Recorder
 from everystep.step import replaced
+from everystep.step.around import Around
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
@@ -25,12 +27,11 @@ from everystep.step.known_paths import KnownPaths
 from everystep.step.outside_tensors import OutsideTensors, Versions, versions_by_name
 from everystep.step.parts import Parts
 from everystep.step.path import Ending, Path
-from everystep.step.stand_in import Around
 from everystep.step.state import copy_of
 from everystep.step.taken import TakenByProgram
 from everystep.training.batch import BatchCopies
 from everystep.training.notices import Notices
-from everystep.training.step_rows import AnyWatch, StepRows, StepWriter
+from everystep.training.step_rows import AnyWatch, StepRows
 
 __all__ = ["StepUnderWay", "WatchedSteps", "changes_of"]
 
@@ -104,7 +105,7 @@ class WatchedSteps:
 
     last: tuple[Path, AnyWatch]
 
-    def __init__(self, parts: Parts, writer: StepWriter) -> None:
+    def __init__(self, parts: Parts, writer: Recorder | None) -> None:
         self.parts = parts
         self.copies = BatchCopies()
         self.state: dict[str, Tensor] | None = None
@@ -198,7 +199,7 @@ class WatchedSteps:
         path = step.end(after, self._versions)
         self.last, self.state = (path, watch), after
         self._ending = watch.ending if isinstance(watch, Cursor) else None
-        if watch.changed_unseen:
+        if watch.changed_unseen and self._writer is not None:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
         copied = self._elsewhere.copied
@@ -212,10 +213,16 @@ class WatchedSteps:
         return row
 
     def ran(
-        self, first: int, count: int, taken: TakenByProgram, path: Path, nesting: Any
+        self, first: int, count: int, taken: TakenByProgram, after: dict[str, Tensor], nesting: Any
     ) -> list[Taken]:
-        """Return the rows of `count` steps from `first` on that a program ran with the same numbers."""
-        row = self._rows.row(first, taken, path, {}, {}, nesting)
+        """Return the rows of `count` steps from `first` on that a program ran with the same numbers.
+
+        after: the live tensors of the parts.
+        """
+        self.state, self._left, self._ending = after, None, None
+        if not taken.is_still:
+            self._versions = versions_by_name(after)
+        row = self._rows.row(first, taken, taken.end({}, {}, None), {}, {}, nesting)
         if count > 1 and taken.generators:  # which are those before the first step
             inputs = {n: t for n, t in row.inputs.items() if not n.startswith("generator/")}
             return [row, row._replace(step=first + 1, inputs=inputs, count=count - 1)]
@@ -259,7 +266,7 @@ class WatchedSteps:
         self._versions = now
         changed = {n: copy_of(state[n]) for n in now if n in known or before.get(n) != now[n]}
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
-        if changed or gone or drawn:
+        if (changed or gone or drawn) and self._writer is not None:
             self._writer.change(step, changed | dict(drawn), gone)
         return next(iter((*changed, *gone)), None) if before else None
 

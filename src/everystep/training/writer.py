@@ -138,21 +138,21 @@ class RunWriter:
 
     def flush(self) -> None:
         """Pass everything recorded so far to the recorder; this also happens several times a second."""
-        raise NotImplementedError
-
-    def write(self, first: int, losses: Sequence[float | None], facts: dict[str, Any]) -> None:
-        """Pass the collected steps to the recorder.
-
-        Args:
-            first: the first of the steps.
-            losses: of the steps, None if the training logs none.
-            facts: to be written with them.
-        """
-        facts |= self._nonfinite_in(first, losses)
-        numbers = [math.nan if loss is None else loss for loss in losses]
-        # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
-        self.recorder.losses(first, numbers, self.measured, facts, self.taken)
+        losses, facts = self._collected()
+        if self.taken:
+            first = self.taken[0].step
+            facts |= self._nonfinite_in(first, losses)
+            numbers = [math.nan if loss is None else loss for loss in losses]
+            # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
+            self.recorder.losses(first, numbers, self.measured, facts, self.taken)
+        elif self.measured:
+            self.recorder.measurements(self.measured)
         self.taken, self.losses, self.measured = [], [], []
+        self.show_written()
+
+    def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
+        """Return the losses of the steps in `taken`, None if the training logs none, and their facts."""
+        return self.losses, {}
 
     def show_written(self) -> None:
         """Show the losses that are on disk, so that no shown loss can be lost."""

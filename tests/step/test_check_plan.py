@@ -1,20 +1,6 @@
-"""By program or eagerly: which step is taken how, and what becomes of a program that does not hold."""
+"""At which steps a program is compared with Python."""
 
-from everystep.step.acceleration import CheckPlan
-
-
-def take(stepper, steps):
-    """Take all steps."""
-    while stepper.step < steps:
-        stepper.advance(steps)
-        stepper.collect()
-    stepper.finish()
-
-
-def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee, stepper_of):
-    stepper = stepper_of(make_trainee(*small), 300)
-    take(stepper, 300)
-    assert stepper.checked == [2, 4, 8, 16, 32, 64, 128, 256, 300]
+from everystep.step.check_plan import CheckPlan
 
 
 def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart(checks_in_time):
@@ -44,8 +30,7 @@ def test_the_last_step_is_checked_where_that_is_cheap(checks_in_time):
     plan = CheckPlan()
     plan.passed(2, seconds=0.05)
     plan.timed(1, 0.02)
-    assert not plan.is_due(100, last=100) and plan.until(100) == 101
-    assert plan.is_due(252, last=252) and plan.until(252) == 252  # a hundredth of 250 steps
+    assert (plan.until(100), plan.until(252)) == (101, 252)  # a hundredth of 250 steps
     plan = CheckPlan()
     plan.passed(2, seconds=0.005)
-    assert plan.is_due(3, last=3) and not plan.is_due(3, last=100)
+    assert (plan.until(3), plan.until(100)) == (3, 4)
