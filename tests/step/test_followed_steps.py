@@ -18,7 +18,7 @@ from everystep.step.known_paths import KnownPaths
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.sweep(every=4)
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", LOOPS)
 def test_steps_are_what_they_were(name, tmp_path, monkeypatch):
     function, least = LOOPS[name]
