@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from everystep import GradientDescent
 
-__all__ = ["CASES", "OPTIMIZERS", "Case"]
+__all__ = ["CASES", "OPTIMIZERS", "Case", "made_case"]
 
 
 @dataclass(frozen=True)
@@ -499,3 +499,9 @@ LOSSES = [
 ]
 
 CASES = [*OPTIMIZERS, *SCHEDULERS, *BATCHES, *MODELS, *LOSSES]
+
+
+def made_case(name: str, steps: int) -> tuple[Made, dict[str, Any]]:
+    """Return new objects of a case, and its options for so many steps."""
+    case = next(case for case in CASES if case.name == name)
+    return case.make(), case.options | {"steps": steps}

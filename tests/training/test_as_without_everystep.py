@@ -207,16 +207,6 @@ def test_a_recorded_loop(alone):
     assert all(run[number].is_exact for number in (3, 9, len(batches)))
 
 
-@pytest.mark.sweep(every=2)
-def test_a_step_function(alone):
-    name, losses, state = alone
-    parts, step, batches = made(name)
-    run = everystep.train(step, batches, parts=parts, epochs=1, progress=False)
-    assert run.losses["loss"].to_list() == losses
-    assert state_of(parts) == state
-    assert run.verify(processes=1, progress=False).is_exact
-
-
 class Product(nn.Module):
     def forward(self, x):
         return 1 - (1 - torch.sigmoid(x)).prod(dim=-1, keepdim=True)

@@ -567,7 +567,6 @@ def test_losses_of_another_dtype_are_recorded_in_full():
     assert differs_or_same(lambda: new_training(loss=lambda: loss)) is not None
 
 
-@pytest.mark.parametrize("engine", ["auto", "eager"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -575,7 +574,7 @@ def test_losses_of_another_dtype_are_recorded_in_full():
         lambda made: [own["momentum_buffer"].zero_() for own in made.optimizer.state.values()],
     ],
 )
-def test_what_a_metric_changes_after_the_last_step_is_recorded(change, engine):
+def test_what_a_metric_changes_after_the_last_step_is_recorded(change):
     made = new_training()
 
     def metric(prediction, target):
@@ -583,5 +582,5 @@ def test_what_a_metric_changes_after_the_last_step_is_recorded(change, engine):
         return 0.0
 
     made.metrics = {"mine": metric}
-    run = by_train(made, steps=20, evaluate_every=5, engine=engine)
+    run = by_train(made, steps=20, evaluate_every=5)
     assert run.verify(progress=False, processes=1).is_exact
