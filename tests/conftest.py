@@ -127,11 +127,10 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def kept_processes():
-    """Let one process after another rerun in the same environment: starting one takes seconds."""
-    module = import_module("everystep.answers.rerun")
-    kept, real = {}, module.other_process
+@pytest.fixture(scope="session")
+def processes_of_reruns():
+    """Start a process that reruns, or return one of the same environment: starting one takes seconds."""
+    kept, real = {}, import_module("everystep.answers.rerun").other_process
 
     @contextmanager
     def known(place, environment):
@@ -141,8 +140,15 @@ def kept_processes():
                 kept[key] = ends.enter_context(real(place, environment))
         yield kept[key]
 
-    with ExitStack() as ends, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "other_process", known)
+    with ExitStack() as ends:
+        yield known
+
+
+@pytest.fixture(scope="module")
+def kept_processes(processes_of_reruns):
+    """Let one process after another rerun in the same environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("everystep.answers.rerun.other_process", processes_of_reruns)
         yield
 
 
@@ -166,22 +172,16 @@ def make_trainee():
 
 
 @pytest.fixture
-def step_of():
-    """Take a step of a training in Python; return its program, its numbers and what it brought."""
+def program_of():
+    """Take the first step of a training in Python, and return its program."""
 
-    def step_of(training, step=1):
-        stepper = Stepper(training, None, step, "eager")
-        stepper.watch(step, *training.batch(step))
+    def program_of(training):
+        stepper = Stepper(training, None, 1, "eager")
+        stepper.watch(1, *training.batch(1))
         stepper.watched.finish()
-        return stepper.watched.program_of_last()
+        return stepper.watched.program_of_last().built.program
 
-    return step_of
-
-
-@pytest.fixture
-def program_of(step_of):
-    """Take a step of a training in Python, and return its program."""
-    return lambda training, step=1: step_of(training, step).built.program
+    return program_of
 
 
 @pytest.fixture

@@ -1,11 +1,31 @@
 """What small trainings of many tests have in common."""
 
+import random
+
+import numpy as np
 import torch
 from torch import nn
 
 import everystep
 
-__all__ = ["descend", "of_table", "trained"]
+__all__ = ["descend", "noting", "of_table", "seeded", "trained"]
+
+
+def seeded():
+    """Seed every generator that a loop may draw from."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+def noting(function, calls):
+    """Return a function that notes what it is called with."""
+
+    def noted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return noted
 
 
 def descend(optimizer, loss):

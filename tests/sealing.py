@@ -1,11 +1,20 @@
-"""Makes a run that a test has altered on purpose look like a recording of these numbers."""
+"""Alters a run's database on purpose, or makes an altered run look like a recording of its numbers."""
 
 import shutil
+import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.files import row_of_file
+
+
+def sql(directory, *statements):
+    """Change the database of a run; a statement is a text, or has arguments."""
+    with closing(sqlite3.connect(Path(directory, FILE_NAME))) as database, database:
+        for statement in statements:
+            database.execute(*((statement,) if isinstance(statement, str) else statement))
 
 
 def seal(directory):

@@ -197,12 +197,10 @@ def test_stop_on_nan_exits_with_1(everystep_command):
 def test_an_encoding_without_mathematical_signs_is_no_error():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     run = everystep.train_experiment("two-layer", {"steps": 3}, run="r\xfcn", progress=False)
-    losses = [str(np.float32(loss)) for loss in run.losses["loss"]]  # other processors have other ones
+    loss = str(np.float32(run.losses["loss"][2]))  # other processors have other ones
     for arguments, shown in (
-        (["step", "r\xfcn", "2", "--op", "5"], "d#2 = 2 * (#2 - y)"),
-        (["losses", "r\xfcn"], losses[2]),
-        (["train", "--steps", "2", "--run", "\u0142"], losses[1]),
-    ):
+        (["step", "r\xfcn", "2", "--op", "5"], "d#2 = 2 * (#2 - y)"), (["losses", "r\xfcn"], loss),
+    ):  # fmt: skip
         process = start(*arguments, env=environment)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, shown in out, "Error" in err) == (0, True, False), (out, err)
@@ -307,38 +305,13 @@ def test_ctrl_c_while_modules_are_imported_ends_at_once(module):
     assert not Path("runs").exists()
 
 
-def test_who_reads_only_the_first_lines_does_not_stop_the_training():
-    process = start("train", "--steps", "500")
-    process.stdout.readline()
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait(timeout=60) == 0, err
-    assert "Traceback" not in err
-    assert "Exception" not in err
-    process.stderr.close()
-    assert everystep.open("two-layer-1").summary().steps == 500
-
-
-def test_help_and_lists_import_neither_torch_nor_plotnine(everystep_command):
-    everystep_command("train", "--steps", 3, "-q")
-    code = (
-        "import sys; from everystep import cli\n"
-        "try: cli.main()\n"
-        "except SystemExit: pass\n"
-        "assert not {'torch', 'plotnine'} & set(sys.modules), 'imported'"
-    )
-    for arguments in (
-        ["--help"], ["table", "two-layer-1", "-o", "t.html"], ["experiments"],
-    ):  # fmt: skip
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
-
-
-def test_a_bar_is_shown_in_a_terminal():
+def test_a_bar_is_shown_in_a_terminal_and_the_compiler_is_not_imported():
     import pty
 
+    code = "import sys; from everystep.cli import main\ntry: main()\nfinally: print(*sys.modules)"
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", "from everystep.cli import main; main()", "train"],
+        [sys.executable, "-c", code, "train"],
         stdout=child, stderr=child, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
     )  # fmt: skip
     os.close(child)
@@ -360,15 +333,7 @@ def test_a_bar_is_shown_in_a_terminal():
     assert f"loss {run.losses['loss'][-1]:.4g}" in text
     assert "/s" in text
     assert "500\t" not in text
-
-
-def test_training_from_the_command_line_does_not_import_the_compiler():
-    code = (
-        "import sys; from everystep.cli import app\n"
-        "app(['train', '--steps', '3', '--quiet'], standalone_mode=False)\n"
-        "assert 'torch._dynamo' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert " torch.optim " in text and " torch._dynamo " not in text
 
 
 def test_what_is_missing_and_where_files_cannot_be_is_said(everystep_command):
@@ -415,7 +380,7 @@ def test_a_hint_is_a_command_to_copy(everystep_command):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize(
     ("arguments", "unbuffered"),
-    [(["losses", "run"], ""), (["losses", "run"], "1"), (["step", "run", "2"], ""), (["-h"], "")],
+    [(["losses", "run"], ""), (["losses", "run"], "1"), (["-h"], "")],
 )
 def test_output_to_a_full_disk_ends_in_one_message(everystep_command, arguments, unbuffered):
     everystep_command("train", "--steps", 2, "--run", "./run", "-q")
@@ -439,19 +404,18 @@ def run_with(stdout, *arguments, shell="", **options):
 @pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
 def test_an_answer_that_nobody_receives_is_no_success(everystep_command):
     everystep_command("train", "--steps", 2, "--run", "./run", "-q")
-    for arguments in (["verify", "run"], ["losses", "run"]):
-        ours, reader = os.pipe()
-        os.close(ours)
-        assert run_with(reader, *arguments) == (141, ""), arguments
-        os.close(reader)
+    ours, reader = os.pipe()
+    os.close(ours)
+    assert run_with(reader, "losses", "run") == (141, "")
+    os.close(reader)
     closed = "everystep: the output cannot be written: stdout is closed\n"
     assert run_with(None, "losses", "run", shell=">&-") == (1, closed)
     assert run_with(subprocess.DEVNULL, "verify", "run", shell="2>&- <&-") == (0, "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
-@pytest.mark.sweep(every=4)
-@pytest.mark.parametrize("shell", [">&-", ">&- 2>&- <&-", "2>&1", ""])
+@pytest.mark.sweep(every=2)
+@pytest.mark.parametrize("shell", [">&-", "2>&1", "", ">&- 2>&- <&-"])
 def test_a_training_continues_without_a_reader_of_its_lines(shell):
     ours, reader = os.pipe()
     os.close(ours)

@@ -18,6 +18,15 @@ def test_settings_hold_for_an_experiment_in_every_form():
     assert all(len(run.losses) == 3 and run.losses.equals(runs[0].losses) for run in runs)
 
 
+def test_an_experiment_has_the_same_losses_whatever_takes_its_steps():
+    runs = []
+    for engine in ("auto", "program", "eager"):
+        settings = {"steps": 20, "engine": engine}
+        runs.append(everystep.train_experiment("diabetes", settings, progress=False))
+    assert all(run.losses.equals(runs[0].losses) for run in runs)
+    assert [run.facts.training.engine.eager_from for run in runs] == [None, None, 1]
+
+
 def test_digits_are_told_apart():
     run = everystep.train_experiment("digits", progress=False)
     assert last(run, "validation_accuracy") >= 0.97

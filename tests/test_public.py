@@ -31,13 +31,29 @@ def test_everything_that_is_exported_is_there():
 
 
 @cache
+def sources():
+    """Return the classes of each source file, and what it imports: modules, and names of them."""
+    found = {}
+    for path in (ROOT / "src" / "everystep").rglob("*.py"):
+        classes, imported = [], []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                classes.append(node.name)
+            elif isinstance(node, ast.ImportFrom):
+                imported.append((node.module, [alias.name for alias in node.names]))
+            elif isinstance(node, ast.Import):
+                imported += [(alias.name, []) for alias in node.names]
+        found[path] = classes, imported
+    return found
+
+
+@cache
 def imported_from():
     """Return the names that the source code imports, by module."""
     found = defaultdict(set)
-    for path in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                found[node.module].update(alias.name for alias in node.names)
+    for _, imported in sources().values():
+        for module, names in imported:
+            found[module].update(names)
     return found
 
 
@@ -60,9 +76,8 @@ def test_all_lists_what_a_module_defines_for_others(name):
 def test_no_two_classes_and_no_two_modules_share_a_name():
     """A folder is a module; only `__init__` and `__main__` are in each."""
     classes, modules = Counter(), Counter()
-    for path in (ROOT / "src" / "everystep").rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        classes.update(node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    for path, (own, _) in sources().items():
+        classes.update(own)
         modules[path.parent.name if path.stem == "__init__" else path.stem] += 1
     assert not [name for names in (classes, modules) for name, count in names.items() if count > 1]
 
@@ -122,10 +137,8 @@ def test_every_key_of_an_experiment_is_an_argument_of_train():
 def test_nothing_reaches_for_the_network():
     clients = {"urllib.request", "http.client", "requests", "httpx", "aiohttp", "socket"}
     package = ROOT / "src" / "everystep"
-    for path in package.rglob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text())))
-        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    for path, (_, imported) in sources().items():
+        names = {module for module, _ in imported}
         is_listening = path in (package / "page" / "server.py", package / "page" / "guard.py")
         assert not names & (clients - {"socket"} if is_listening else clients), path
     for path in (package / "page" / "static").rglob("*.*"):

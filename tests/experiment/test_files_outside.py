@@ -1,5 +1,6 @@
 """A file outside of a run is read only where its user has named it: a stranger's run may name any."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.page.serving import served
 
 import everystep
 from everystep.experiment import data
+from everystep.page.worker import Openers, answers
 from everystep.recording import files as files_of_runs
 
 COMMANDS = [
@@ -91,6 +92,6 @@ def test_a_fork_with_other_rules_for_the_data_reads_no_file_either(here, nobody_
 
 
 def test_the_page_has_the_same_rule(here, nobody_here):
-    with served(Path()) as server:
-        answer = server.client.get("/api/runs/run/steps/3", timeout=120)
-        assert answer.status_code != 200 and "EVERYSTEP_DATA" in answer.text
+    asked = json.dumps({"kind": "content", "run": str(Path("run").absolute()), "step": 3})
+    [(_, about, _)] = answers(Openers(), [asked])
+    assert about["status"] != 200 and "EVERYSTEP_DATA" in about["about"]["error"]

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from tests.descent import seeded
 from tests.training.loops import Unrecorded
 from torch import Tensor, nn, optim
 from torch.nn import functional
@@ -129,9 +130,7 @@ class Things:
     """What the actions of a loop work on."""
 
     def __init__(self, loop: Loop) -> None:
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
+        seeded()
         self.models = [MODELS[name]() for name in loop.models]
         self.optimizers = [
             OPTIMIZERS[name](list(model.parameters()))

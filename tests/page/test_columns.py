@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import sqlite3
 import struct
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.page.serving import Application, written
+from tests.sealing import sql
 
 from everystep.recording.database import Database
 from everystep.recording.recorded_run import RecordedRun
@@ -214,13 +214,6 @@ def test_a_run_of_no_steps(write_run, page):
     assert page.json("/api/runs/run/sparkline")["path"] == ""
 
 
-def change(run, *statements):
-    with sqlite3.connect(run / "run.sqlite") as connection:
-        for statement in statements:
-            connection.execute(statement)
-    connection.close()
-
-
 def losses_now(page):
     return page.json("/api/runs/run/curve", points=100_000)["values"]
 
@@ -229,15 +222,15 @@ def test_what_is_new_is_read_and_what_was_taken_back_is_forgotten(write_run, pag
     run = write_run("run", range(1, 10_001), [("m", step, step) for step in range(1, 9001)])
     assert len(losses_now(page)) == 10_000
     assert page.json("/api/runs/run/curve", measurement="m", points=100_000)["total"] == 9000
-    change(run, "INSERT INTO steps VALUES (10001, 7)", "INSERT INTO measurements VALUES ('m', 10001, 7)")
+    sql(run, "INSERT INTO steps VALUES (10001, 7)", "INSERT INTO measurements VALUES ('m', 10001, 7)")
     assert losses_now(page)[-2:] == [10_000, 7]
     assert page.json("/api/runs/run/curve", measurement="m")["total"] == 9001
-    change(run, "DELETE FROM steps WHERE step > 500", "INSERT INTO steps VALUES (501, NULL)")
+    sql(run, "DELETE FROM steps WHERE step > 500", "INSERT INTO steps VALUES (501, NULL)")
     assert losses_now(page)[499:] == [500, "nan"]
-    change(run, "UPDATE steps SET loss = -1 WHERE step > 400", "DELETE FROM measurements WHERE step < 9")
+    sql(run, "UPDATE steps SET loss = -1 WHERE step > 400", "DELETE FROM measurements WHERE step < 9")
     assert losses_now(page)[398:] == [399, 400] + [-1] * 101
     assert page.json("/api/runs/run/curve", measurement="m")["total"] == 8993
-    change(run, "UPDATE measurements SET value = 3 WHERE step > 8000")
+    sql(run, "UPDATE measurements SET value = 3 WHERE step > 8000")
     assert page.json("/api/runs/run/curve", measurement="m")["values"][-1] == 3
 
 
@@ -270,7 +263,7 @@ def test_steps_are_read_while_they_are_written(write_run, page):
 )
 def test_a_database_that_somebody_changed_is_no_run(write_run, page, statement):
     run = write_run("run", [1.0, 2.0, 3.0])
-    change(run, statement)
+    sql(run, statement)
     answer = page.ask("/api/runs/run/curve")
     assert answer.status_code == 404
     assert "database was changed" in answer.json()["error"]

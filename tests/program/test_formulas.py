@@ -13,11 +13,12 @@ import pytest
 import torch
 from benchmarks.why_by_hand import ALL, complaints, evaluated
 from tests.descent import descend, trained
-from tests.program.test_elements import CASES, positive, rand
+from tests.program.operator_calls import CASES, positive, rand
 from torch.nn import functional
 
 import everystep
 from everystep.ops import RECORDS
+from everystep.program.arguments import decode
 from everystep.views.formatting import TIMES
 from everystep.views.mathematics import kind_of, mathematics
 
@@ -161,6 +162,37 @@ def test_words_stand_only_where_there_can_be_no_formula(answers):
     }
     assert in_words == {*WORDS}
     assert [what for what, answer in answers if answer.unknown] == []
+
+
+def test_what_words_name_is_all_that_goes_in(answers):
+    """With all other numbers changed, a kernel gives the same."""
+    for what, answer in answers:
+        if answer.formula or WORDS.get(what, "drawn") == "drawn" or "unscale" in what:
+            continue
+        operation = answer.step.operations[answer.operation]
+        named = {(number.spot.name, number.spot.index) for number in answer.numbers}
+
+        def other(name, seen=operation, named=named):
+            tensor, known = seen.inputs[name].clone(), seen.inputs[name]
+            if tensor.is_floating_point():
+                tensor.uniform_(0.2, 0.7)
+            for index in (index for of, index in named if of == name):
+                tensor[index] = known[index]
+            return tensor
+
+        arguments = decode(operation.operation.arguments, other)
+        results = operation.operation.resolved(*arguments)
+        result = int((re.findall(r"result (\d+)", what) or [1])[0]) - 1
+        found = results[result][answer.number.spot.index].item()
+        assert found == pytest.approx(answer.number.value, rel=2e-5, abs=2e-5), what
+
+
+def test_a_number_that_is_put_where_several_meet_is_not_known(tmp_path):
+    with everystep.record(run=tmp_path / "run", state=torch.zeros(1)) as recording:
+        for given, put in recording.steps([(rand(1, 3), rand(1, 2))]):
+            recording.log(loss=given.scatter(1, torch.tensor([[1, 1]]), put).sum())
+    assert recording.run.why(1, "#0[0, 1]").unknown == ("x", "input", "y")
+    assert recording.run.why(1, "#0[0, 0]").formula == "self"
 
 
 def test_each_rule_is_tried(answers):
@@ -311,15 +343,12 @@ OPTIMIZERS = [
     ("SGD", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": True}),
     ("SGD", {"momentum": 0.9, "nesterov": True, "fused": True, "weight_decay": 0.1}),
     ("Adam", {"weight_decay": 0.1, "amsgrad": True, "maximize": True}),
-    ("AdamW", {"weight_decay": 0.3}),
     ("AdamW", {"weight_decay": 0.3, "fused": True, "amsgrad": True}),
     ("Adadelta", {"weight_decay": 0.1, "maximize": True}),
     ("Adagrad", {"lr_decay": 0.1, "weight_decay": 0.1, "maximize": True}),
     ("Adagrad", {"fused": True, "lr_decay": 0.1}),
     ("Adamax", {"weight_decay": 0.1}),
-    ("NAdam", {"weight_decay": 0.1}),
     ("NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
-    ("RAdam", {"weight_decay": 0.1}),
     ("RAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.9, 0.5)}),
     ("RMSprop", {"centered": True, "momentum": 0.5, "weight_decay": 0.1}),
     ("Rprop", {"lr": 0.01}),

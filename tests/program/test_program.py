@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
@@ -83,6 +84,14 @@ def test_a_person_can_read_it(program):
         '{"phase": "forward", "module": "1", "operator": "aten.tanh.default", "arguments": ["addmm"], '
         '"results": ["tanh"]}'
     ) in lines
+
+
+def test_temporary_memory_is_shared_by_those_that_follow_each_other(make_trainee, program_of):
+    layers = [layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    data = torch.randn(256, 64), torch.randn(256, 64)
+    program = program_of(make_trainee(nn.Sequential(*layers), *data))
+    sizes = [each.bytes for each in program.storages.values() if each.kind == "temporary"]
+    assert bound(program).temporary_bytes < 0.7 * sum(sizes)
 
 
 def test_written_by_hand_it_runs(tiny):

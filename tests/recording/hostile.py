@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import closing
 
 import torch
+from tests import sealing
 from tests.sealing import seal_files
 
 from everystep.program.step_program import MOST_ENTRIES
@@ -20,12 +21,7 @@ STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066"
 def sql(*statements):
     """Return what changes the database of a run; a statement is a text, or has arguments."""
 
-    def change(run):
-        with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-            for statement in statements:
-                database.execute(*((statement,) if isinstance(statement, str) else statement))
-
-    return change
+    return lambda run: sealing.sql(run, *statements)
 
 
 def numbers(number):

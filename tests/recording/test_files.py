@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import sqlite3
 import zlib
-from contextlib import closing
 
 import pytest
 import torch
 from tests.recording.hostile import tensors
+from tests.sealing import sql
 from tests.training.by_hand import by_train, new_training
 
 import everystep
@@ -22,16 +21,11 @@ def run():
     return everystep.open(by_train(new_training(), steps=5).directory)
 
 
-def change(run, statement, *arguments):
-    with closing(sqlite3.connect(run.directory / "run.sqlite")) as database, database:
-        database.execute(statement, arguments)
-
-
 def change_fact(run, key, change_value):
     value = getattr(run.facts.training, key).model_dump(mode="json")
     change_value(value)
-    change(run, "UPDATE facts SET value = ? WHERE key = ?", json.dumps(value), key)
-    change(run, "DELETE FROM blocks WHERE name = 'facts'")
+    change = "UPDATE facts SET value = ? WHERE key = ?", (json.dumps(value), key)
+    sql(run.directory, change, "DELETE FROM blocks WHERE name = 'facts'")
 
 
 @pytest.mark.parametrize("name", ["../other", "/dev/zero", "a/../../b", "link", "pipe", "a\0b", "loop"])
@@ -64,14 +58,14 @@ def test_a_run_that_names_foreign_data_programs_or_snapshots_is_not_replayed_fro
     (linked.directory / "programs" / "1.json").symlink_to(elsewhere / "programs" / "1.json")
     with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         linked[1]
-    change(run, "UPDATE files SET name = replace(name, 's/0', 's/../../elsewhere/snapshots/0')")
+    sql(run.directory, "UPDATE files SET name = replace(name, 's/0', 's/../../elsewhere/snapshots/0')")
     with pytest.raises(RunError, match="a state has other files than everystep writes"):
         run[1]
 
 
 def test_a_fork_writes_nothing_outside_its_directory(tmp_path):
     run = everystep.train_experiment("two-layer", {"steps": 5}, run=tmp_path / "a", progress=False)
-    change(run, "INSERT INTO files VALUES ('../outside', 1, x'00')")
+    sql(run.directory, "INSERT INTO files VALUES ('../outside', 1, x'00')")
     with pytest.raises(RunError, match="outside the run, or what is not a regular file"):
         everystep.open(run.directory).fork(3, run=tmp_path / "b", progress=False)
     assert not (tmp_path / "outside").exists()
@@ -136,8 +130,7 @@ def test_a_size_that_the_database_claims_is_bound_by_the_memory(trained, tmp_pat
     run = shutil.copytree(trained.directory, tmp_path / "run")
     for name in ("programs/1.json", "snapshots/000000/rest.safetensors"):
         os.truncate(run / name, 2**43)
-    with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-        database.execute(f"UPDATE files SET size = {2**43} WHERE name GLOB '*s/*[1t].*'")
+    sql(run, f"UPDATE files SET size = {2**43} WHERE name GLOB '*s/*[1t].*'")
     for command in (["step", "run", "2"], ["verify", "run", "--processes", "1"], ["doctor", "run"]):
         code, out, err = everystep_command(*command)
         assert code in (1, 2) and "it has 8,796,093,022,208 bytes, more than the" in out + err
@@ -153,8 +146,7 @@ def test_a_text_that_is_short_only_when_packed_is_not_unpacked(tmp_path, everyst
     bomb = zlib.compress(b"[" + b"[]," * 6_000_000 + b"[]]", 9)
     for column in ("numbers", "inputs"):
         shutil.copytree("run", column)
-        with closing(sqlite3.connect(f"{column}/run.sqlite")) as database, database:
-            database.execute(f"UPDATE repeats SET {column} = ?", (bomb,))
+        sql(column, (f"UPDATE repeats SET {column} = ?", (bomb,)))
         for command in (["step", column, "2"], ["verify", column, "--processes", "1"]):
             code, out, err = everystep_command(*command)
             assert code in (1, 2) and "cannot be read: the database was changed" in out + err

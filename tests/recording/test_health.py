@@ -7,6 +7,7 @@ import warnings
 from contextlib import closing, suppress
 
 import pytest
+from tests.sealing import sql
 
 import everystep
 from everystep.errors import DamageWarning
@@ -33,8 +34,7 @@ def recorded(tmp_path_factory):
         optimizer=everystep.GradientDescent(model.parameters(), lr=0.01), validation=0.2,
         evaluate_every=5, run=directory, progress=False,
     )  # fmt: skip
-    with closing(sqlite3.connect(directory / "run.sqlite")) as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    sql(directory, "PRAGMA wal_checkpoint(TRUNCATE)")
     return directory
 
 
@@ -141,8 +141,7 @@ def test_the_list_of_runs_says_which_are_damaged(recorded, tmp_path, everystep_c
         ("shortened", "DELETE FROM steps WHERE step > 10"),
         ("described", "UPDATE facts SET value = '3' WHERE key = 'seed'"),
     ):
-        with closing(sqlite3.connect(tmp_path / "runs" / name / "run.sqlite")) as database, database:
-            database.execute(statement)
+        sql(tmp_path / "runs" / name, statement)
     code, out, err = everystep_command("runs")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0
@@ -155,7 +154,7 @@ def test_the_list_of_runs_says_which_are_damaged(recorded, tmp_path, everystep_c
 
 @pytest.mark.parametrize("part", ["header", "middle"])
 def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
-    part, tmp_path, everystep_command
+    part, tmp_path, everystep_command, kept_processes
 ):
     settings = {"steps": 20, "data.N": 4, "data.D_in": 2, "data.D_out": 1}
     settings |= {"model.layers": ["Linear(2, 1)"]}

@@ -1,19 +1,17 @@
-import math
 import os
 import sqlite3
-import struct
 import sys
 import threading
 from contextlib import closing
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tests.descent import trained
+from tests.sealing import sql
 from torch import nn
 
 import everystep
@@ -22,25 +20,6 @@ from everystep.recording.database import Database, reading
 from everystep.recording.snapshots import SnapshotPlan
 
 train = partial(trained, steps=5)
-any_float32 = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
-
-
-@given(st.lists(any_float32, min_size=1, max_size=20))
-def test_any_float32_loss_comes_back_from_sqlite(losses):
-    """All but the sign of zero and a NaN's payload."""
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        database = Database.create(Path(folder) / "run.sqlite")
-        with database.transaction():
-            database.write_losses(1, losses)
-            database.write_facts({"loss_dtype": "float32"})
-        database.close()
-        read = everystep.Run(folder).losses["loss"].to_list()
-    for wrote, got in zip(losses, read, strict=True):
-        assert got == wrote or (math.isnan(got) and math.isnan(wrote))
-        assert np.float32(got) == got or math.isnan(got)
 
 
 def test_any_sqlite_client_reads_the_run_while_training_goes_on(small, monkeypatch):
@@ -138,9 +117,7 @@ def test_what_is_no_run_is_told(tmp_path):
     with pytest.raises(everystep.RunError, match="cannot be read"):
         everystep.open("empty")
     (tmp_path / "other").mkdir()
-    with sqlite3.connect(tmp_path / "other" / "run.sqlite") as connection:
-        connection.execute("CREATE TABLE t (x)")
-    connection.close()
+    sql("other", "CREATE TABLE t (x)")
     with pytest.raises(everystep.RunError, match="not of an everystep run"):
         everystep.open("other")
     with pytest.raises(everystep.RunError, match="is not a directory"):
@@ -150,9 +127,7 @@ def test_what_is_no_run_is_told(tmp_path):
 def test_a_run_of_a_newer_format_is_refused_with_the_cure(small):
     model, x, y = small
     run = train(model, (x, y))
-    with sqlite3.connect(run.directory / "run.sqlite") as connection:
-        connection.execute("PRAGMA user_version = 99")
-    connection.close()
+    sql(run.directory, "PRAGMA user_version = 99")
     with pytest.raises(everystep.RunError, match="newer everystep"):
         everystep.open(run.directory)
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import everystep
-from everystep.errors import RunError
-from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.database import FILE_NAME
 
 
 class Custom(torch.nn.Module):
@@ -58,22 +57,3 @@ def test_a_fork_ends_the_row_of_its_parent_at_its_state(by_rule, tmp_path):
     assert (step, count // 2 + 1) in _rows(fork) and sum(count for _, count in _rows(fork)) == 50
     assert fork.verify(processes=1, progress=False).is_exact
     assert float(fork[at].loss) == by_rule.losses["loss"][at - 1]
-
-
-@pytest.mark.parametrize(
-    ("row", "count"),
-    [("max", 0), ("max", -1), ("max", "many"), ("max", 1.5), ("max", 2**60), ("min", 3)],
-)
-def test_a_changed_number_of_steps_is_refused(by_rule, tmp_path, row, count):
-    run = tmp_path / "run"
-    with closing(sqlite3.connect(by_rule.directory / FILE_NAME)) as database:
-        run.mkdir()
-        with closing(sqlite3.connect(run / FILE_NAME)) as copy, copy:
-            database.backup(copy)
-            which = f"step = (SELECT {row}(step) FROM repeats)"
-            copy.execute(f"UPDATE repeats SET count = ? WHERE {which}", (count,))
-    with (
-        pytest.raises(RunError, match="the database was changed"),
-        closing(Database.change(run / FILE_NAME)) as database,
-    ):
-        database.repeats(1, 50)

@@ -62,20 +62,6 @@ def test_step_operation_and_cause_are_those_that_were_planted(name):
     assert judgement.is_right, judgement.said
 
 
-def test_a_buffer_that_no_loss_shows_is_found_without_being_asked_for(monkeypatch):
-    monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", 0.0)
-    one, other = (
-        Training(with_module(partial(nn.BatchNorm1d, 8, momentum=momentum)))() for momentum in (0.1, 0.2)
-    )
-    found = one.diff(other, progress=False)
-    assert found.loss is None and not found.is_thorough
-    operation = found.operation
-    assert (operation.step, operation.one.operation.name) == (1, "native_batch_norm")
-    names = {each.name.partition("~")[0] for each in operation.results}
-    assert names == {"buffer/1.running_mean", "buffer/1.running_var"}
-    assert operation.causes == ["module 1 BatchNorm1d: momentum 0.1 | 0.2"]
-
-
 def test_a_cause_is_the_same_in_text_sentence_and_data():
     one, other = (Training(optimizer=partial(AdamW, eps=eps))() for eps in (1e-8, 1.1e-8))
     found = one.diff(other, progress=False)
@@ -132,20 +118,6 @@ def test_a_table_is_listed_by_row_and_name_of_column(tmp_path):
     ]
     (tensor,) = found.data()["data_tensors"]
     assert (tensor["tensor"]["name"], tensor["rows"], tensor["columns"]) == ("y", [2], [0])
-
-
-def test_much_data_that_differs_is_counted_by_rows_and_columns():
-    def change(model, x, y):
-        x[4:14, 1] += 1
-
-    found = Training()().diff(Training(before=change)(), progress=False)
-    lines = [str(each) for each in listed(found)]
-    assert len(lines) == 7 and lines[0].startswith("data.x[4, 1]  ")
-    assert re.fullmatch(
-        r"data\.x  and 4 more of 80 numbers, in rows 4, 5, 6, 7, 8, 9, 10, 11 and 2 more and column 1; "
-        r"by at most 1 \(0\.\d+ of the largest\)",
-        lines[-1],
-    )
 
 
 # How far.
@@ -206,20 +178,6 @@ def test_the_units_between_two_floats_are_exact(dtype, data):
         assert units == max(abs(place(a, dtype) - place(b, dtype)) for a, b in pairs)
     if not same_bits(one, other):
         assert size_of_difference(one, other).units == units
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "text"),
-    [
-        (2.0, -2.0, "by at most 4 (2 of the largest)"),
-        (-1e300, 1.0, "by at most 1e+300 (1 of the largest)"),
-        (1.7e308, -1.7e308, ""),
-        (0.0, -0.0, ""),
-    ],
-)
-def test_doubles_of_other_sign_are_measured_as_numbers(one, other, text):
-    tensors = (torch.tensor([each], dtype=torch.float64) for each in (one, other))
-    assert str(size_of_difference(*tensors)) == text
 
 
 def test_whole_numbers_have_a_size_too():
@@ -415,12 +373,7 @@ def noisy(seed):
     return lambda x: x + torch.randn(x.shape, generator=generator)
 
 
-def shifted(seed):
-    shift = torch.full((4,), float(seed))
-    return lambda x: x - shift
-
-
-@pytest.mark.parametrize("changed", [masked_by_numpy, noisy, shifted])
+@pytest.mark.parametrize("changed", [masked_by_numpy, noisy])
 @pytest.mark.filterwarnings("ignore:.*takes a Generator")
 def test_a_tensor_that_is_neither_of_the_batch_nor_of_the_state_is_said_to_be(said, changed):
     for name, seed in (("one", 1), ("other", 2)):
@@ -432,8 +385,8 @@ def test_a_tensor_that_is_neither_of_the_batch_nor_of_the_state_is_said_to_be(sa
     assert cause.endswith("(aten.randn.generator takes a Generator)") == (changed is noisy)
 
 
-def halves(module, given, result=None):
-    return given[0] * 0.5 if result is None else result * 0.5
+def halves(module, given, result):
+    return result * 0.5
 
 
 class Halves:
@@ -450,15 +403,11 @@ class Halves:
             "2 Tanh: forward hook None | '<lambda> in line ... of test_causes.py'",
         ),
         (
-            lambda model: model[3].register_forward_pre_hook(partial(halves, result=None)),
-            "3 Linear: forward pre hook None | 'halves'",
-        ),
-        (
             lambda model: model[3].weight.register_hook(Halves()),
             "3 Linear: weight 'float32' | 'float32, hook Halves'",
         ),
     ],
-    ids=["function", "lambda", "before", "gradient"],
+    ids=["function", "lambda", "gradient"],
 )
 def test_a_hook_is_called_by_its_name(said, hooks, cause):
     def model():
@@ -516,21 +465,11 @@ def reordered(batches):
     batches[2] = x[order], y[order]
 
 
-def other_row(batches):
-    batches[2][0][4] += 1
-
-
 def test_rows_that_moved_in_a_batch_are_said_to_have_moved(said):
     loop("one", batches=batches_of(4))
     loop("other", batches=batches_of(4, reordered))
     assert said() == ["batch: the same rows of x in another order"]
     assert said("rows") == ["1 and 4 at position 1, 3 and 1 at position 3, 4 and 3 at position 4"]
-
-
-def test_a_row_of_a_batch_that_differs_is_called_by_its_position(said):
-    loop("one", batches=batches_of(4))
-    loop("other", batches=batches_of(4, other_row))
-    assert said("rows") == ["4"]
 
 
 def far(batches):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.descent import descend, trained
-from tests.sealing import seal_files
+from tests.sealing import seal_files, sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import by_train, new_training
 from torch import nn
@@ -30,8 +30,7 @@ def sound(tmp_path_factory):
         take_snapshots_every(patch, 8)
         patch.setattr(Recorder, "is_behind", False)
         directory = by_train(new_training(), steps=40).directory.absolute()
-    with closing(sqlite3.connect(directory / "run.sqlite")) as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    sql(directory, "PRAGMA wal_checkpoint(TRUNCATE)")
     return directory
 
 
@@ -41,9 +40,7 @@ def damaged(sound, tmp_path):
 
     def make(*statements):
         run = shutil.copytree(sound, tmp_path / "damaged")
-        with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-            for statement in statements:
-                database.execute(statement)
+        sql(run, *statements)
         return run
 
     return make
@@ -202,8 +199,7 @@ def test_a_malformed_page_loses_its_own_rows_only(tmp_path, everystep_command):
         torch.optim.SGD(model.parameters(), lr=0.01),
     )
     losses = trained(model, data, optimizer=optimizer, steps=3000, run=run).losses["loss"].to_list()
-    with closing(sqlite3.connect(run / "run.sqlite")) as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    sql(run, "PRAGMA wal_checkpoint(TRUNCATE)")
     content = bytearray((run / "run.sqlite").read_bytes())
     middle = content.index(struct.pack(">d", losses[1500]))
     page = middle - middle % 4096

@@ -62,14 +62,13 @@ def test_a_right_backward_pass_by_hand_matches_at_all_steps(by_autograd, tmp_pat
     assert found.to_text().endswith(f"step {STEPS} matches")
 
 
-@pytest.mark.parametrize("since", [1, 4])
 @pytest.mark.parametrize(
-    ("mistake", "missing", "operator"),
+    ("mistake", "missing", "operator", "since"),
     [
-        ("factor", "gradients['2.bias']", "aten.mse_loss_backward.default"),
-        ("mask", "gradients['0.bias']", "aten.threshold_backward.default"),
-        ("mean", "gradients['0.bias']", "aten.sum.dim_IntList"),
-        ("sign", "parameters['2.weight']", "aten.add_.Tensor"),
+        ("factor", "gradients['2.bias']", "aten.mse_loss_backward.default", 4),
+        ("mask", "gradients['0.bias']", "aten.threshold_backward.default", 4),
+        ("mean", "gradients['0.bias']", "aten.sum.dim_IntList", 4),
+        ("sign", "parameters['2.weight']", "aten.add_.Tensor", 1),
     ],
 )
 def test_the_first_wrong_result_of_a_backward_pass_is_named(

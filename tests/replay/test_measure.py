@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import sqlite3
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -13,6 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import Made, bits, by_hand, by_train, new_training
 from torch import Tensor, nn
@@ -123,9 +122,7 @@ EXPRESSIONS = {
 }
 TRAININGS = {
     "momentum with dropout": {},
-    "all rows": {"batch_size": None},
     "Adam": {"optimizer": partial(Adam, lr=0.01)},
-    "clipped": {"max_grad_norm": 0.1},
     "eager": {"engine": "eager"},
     "batch norm": {"model": normalized},
 }
@@ -142,8 +139,6 @@ def test_measured_values_are_those_of_a_loop_by_hand(training):
     expressions = dict(EXPRESSIONS)
     if place := [*TRAININGS].index(training):  # the first has all
         expressions = dict([*expressions.items()][place % 3 :: 3])
-    if training == "clipped":  # by hand, gradients are seen when they have been clipped
-        expressions = {text: value for text, value in expressions.items() if "gradients" not in text}
     if training == "batch norm":
         expressions["buffers['1.running_var'][3]"] = lambda now, before: now.before["1.running_var"][
             3
@@ -171,8 +166,7 @@ def test_measured_values_are_those_of_a_loop_by_hand(training):
         del now.activations[""]  # which is that of its last module
         assert bits_of(step.activations) == bits_of(now.activations)
         assert bits_of(step.dropped) == (bits_of(seen[number - 2].gradients) if number > 1 else {})
-        if training != "clipped":
-            assert bits_of(step.gradients) == bits_of(now.gradients)
+        assert bits_of(step.gradients) == bits_of(now.gradients)
         assert (bits(step.batch.x), bits(step.batch.y)) == (bits(now.x), bits(now.y))
 
 
@@ -180,19 +174,16 @@ def bits_of(tensors):
     return {name: bits(tensor) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda step: step.gradients["0.weight"].norm(),
-        lambda step: step.gradients["0.weight"].norm().item(),
-        lambda step: step.gradients["0.weight"].norm().numpy(),
-    ],
-)
-def test_a_function_measures_as_an_expression_does(function):
+def test_a_function_measures_as_an_expression_does():
     run = train()
     expected = run.measure(SIZE, progress=False).values
-    assert run.measure(function, name="size", progress=False).values == expected
-    assert run.measured("size") == expected and len(expected) == STEPS
+    for number, last in enumerate((torch.clone, torch.Tensor.item, torch.Tensor.numpy)):
+
+        def size(step, last=last):
+            return last(step.gradients["0.weight"].norm())
+
+        assert run.measure(size, name=f"size {number}", progress=False).values == expected
+        assert run.measured(f"size {number}") == expected and len(expected) == STEPS
 
 
 def test_a_function_gives_its_name_and_none_leaves_a_step_out():
@@ -305,18 +296,17 @@ def test_what_is_there_is_not_measured_again():
 
 
 @pytest.mark.usefixtures("snapshots_every_8")
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interrupted_measure_goes_on(error):
+def test_an_interrupted_measure_goes_on():
     run = train(steps=60)
     asked, stops_at = [], 45
 
     def loss_of(step):
         if step.number == stops_at:
-            raise error
+            raise KeyboardInterrupt
         asked.append(step.number)
         return step.loss
 
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         run.measure(loss_of, progress=False)
     kept = max(step for step in run.snapshots if step < stops_at)
     assert kept > 0
@@ -331,9 +321,7 @@ def test_an_interrupted_measure_goes_on(error):
 
 def test_steps_that_are_not_as_recorded_are_left_out():
     run = train()
-    with closing(sqlite3.connect(run.directory / "run.sqlite")) as database:
-        database.execute("UPDATE steps SET loss = 1.5 WHERE step = 13")
-        database.commit()
+    sql(run.directory, "UPDATE steps SET loss = 1.5 WHERE step = 13")
     until = min(step for step in run.snapshots if step >= 13)
     measured = run.measure(SIZE, name="size", progress=False)
     assert measured.left_out == (13,)
@@ -437,15 +425,6 @@ def test_a_question_that_does_not_fit_is_refused_and_leaves_no_trace(text, said)
     assert run.measurement_names == []
 
 
-@pytest.mark.usefixtures("snapshots_every_8")
-def test_processes_find_what_one_finds():
-    run = train(steps=40)
-    alone = run.measure(SIZE, name="alone", processes=1, progress=False)
-    shared = run.measure(SIZE, name="shared", processes=2, progress=False)
-    assert shared.values == alone.values == run.measured("shared")
-    assert len(shared.values) == 40
-
-
 # The commands.
 
 
@@ -528,10 +507,9 @@ def test_an_overflow_names_the_operation(engine):
     ("function", "operator", "change", "row"),
     [
         (torch.exp, "aten.exp.default", lambda made: made.x[15].mul_(1000), 15),
-        (lambda x: x.abs().log(), "aten.log.default", lambda made: made.x[5].zero_(), 5),
         (lambda x: x / x, "aten.div.Tensor", lambda made: made.x[7].zero_(), 7),
     ],
-    ids=["exp", "log", "div"],
+    ids=["exp", "div"],
 )
 def test_an_operation_that_makes_it_is_named_with_the_row(function, operator, change, row):
     def without_bias(made):
@@ -590,7 +568,7 @@ def test_an_update_that_makes_it_is_named(fused):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"model": normalized}, {"optimizer": partial(Adam, lr=0.01)}, {"engine": "eager"}]
+    "options", [{"model": normalized}, {"optimizer": partial(Adam, lr=0.01), "engine": "eager"}]
 )
 def test_where_all_is_finite_nothing_is_found(options):
     assert train(**options).first_nonfinite(progress=False) is None
@@ -631,12 +609,11 @@ class Masked(nn.Module):
         return self.last((weights @ hidden.unsqueeze(-1)).squeeze(-1)).log()
 
 
-@pytest.mark.parametrize("optimizer", [SGD, Adam, partial(Adam, fused=True)])
-def test_a_mask_that_is_a_buffer_hides_nothing(optimizer):
+def test_a_mask_that_is_a_buffer_hides_nothing():
     run = train(
         model=Masked,
         loss=lambda: lambda output, target: output.sum(),
-        optimizer=partial(optimizer, lr=0.05),
+        optimizer=partial(Adam, lr=0.05),
         **{"steps": 60, "batch_size": None},
     )
     found = run.first_nonfinite(progress=False)
@@ -644,12 +621,11 @@ def test_a_mask_that_is_a_buffer_hides_nothing(optimizer):
     assert found.operation.operation.operator == "aten.log.default"
 
 
-@pytest.mark.parametrize("optimizer", [SGD, Adam])
-def test_statistics_that_overflow_are_named(optimizer):
+def test_statistics_that_overflow_are_named():
     def large(made):
         made.model[0].weight *= 1e22
 
-    run = train(large, model=normalized, optimizer=partial(optimizer, lr=1e-3))
+    run = train(large, model=normalized, optimizer=partial(SGD, lr=1e-3))
     found = run.first_nonfinite(progress=False)
     assert math.isfinite(run.losses["loss"][-1])
     assert (found.step.number, found.name) == (1, "buffer/1.running_var")
@@ -742,8 +718,7 @@ def _nonfinite(everystep_command, run):
     return everystep_command("first-nonfinite", run.directory)[1]
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-@pytest.mark.parametrize("write", [_to_gradient, _to_parameter])
+@pytest.mark.parametrize(("write", "number"), [(_to_gradient, math.inf), (_to_parameter, math.nan)])
 def test_a_number_that_the_loop_writes_is_found_between_two_operations(
     write, number, tmp_path, everystep_command
 ):

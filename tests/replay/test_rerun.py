@@ -131,13 +131,11 @@ def loop(optimizer, x, y, model, log=lambda loss: None, batches=iter):
     return losses
 
 
-@pytest.mark.parametrize("kind", ["SGD", "fused AdamW", "AdamW that reads its counter"])
+@pytest.mark.parametrize("kind", ["fused AdamW", "AdamW that reads its counter"])
 def test_a_recorded_loop_is_taken_in_double_precision(small, tmp_path, kind):
     model, x, y = small
 
     def optimizer():
-        if kind == "SGD":
-            return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         options = {"fused": True} if kind == "fused AdamW" else {"foreach": False}
         return torch.optim.AdamW(model.parameters(), lr=0.01, **options)
 
@@ -216,15 +214,6 @@ def test_what_cannot_be_taken_elsewhere_is_refused_with_the_reason(chapter_run, 
         chapter_run.rerun(threads=0, capability="x", mkl="y", python="/nowhere", progress=False)
     for part in ("threads: must", "capability: must", "mkl: must", "/nowhere is not a program"):
         assert part in str(error.value)
-
-
-def test_steps_that_python_took_are_taken_in_another_precision(small, tmp_path):
-    model, x, y = small
-    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
-    run = everystep.train(model, (x, y), **options, steps=3, engine="eager", progress=False,
-                          run=tmp_path / "eager")  # fmt: skip
-    found = run.rerun(threads=1, precision="float64", progress=False)
-    assert found.losses.tolist() == pytest.approx(run.losses["loss"].to_list(), rel=1e-5)
 
 
 def test_noise_is_other_noise_in_another_precision(tmp_path):

@@ -128,17 +128,6 @@ class Pooled(nn.Module):
         return self.last(found.flatten(1))
 
 
-class Twice(nn.Module):
-    """The same weight twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.b(torch.sigmoid(self.a(torch.relu(self.a(x)))))
-
-
 class Masked(nn.Module):
     """A mean over the numbers that count."""
 
@@ -183,14 +172,6 @@ NETWORKS = {
         nn.CrossEntropyLoss(),
     ),
     "attention": (Attention, _columns, nn.MSELoss()),
-    "shuffled": (
-        lambda: nn.Sequential(
-            *(nn.Conv2d(1, 4, 2), nn.PixelShuffle(2), nn.Upsample((8, 8), mode="nearest-exact")),
-            *(nn.Flatten(), nn.Linear(64, 4)),
-        ),
-        _images,
-        nn.CrossEntropyLoss(),
-    ),
     "vectors": (Vectors, lambda: (torch.randn(N, 6), torch.randn(N)), nn.MSELoss()),
     "pairs": (Pairs, _columns, nn.MSELoss()),
     "positions": (
@@ -198,18 +179,12 @@ NETWORKS = {
         lambda: (torch.randint(0, 12, (N, 5)), torch.randint(0, 12, (N, 5))),
         nn.CrossEntropyLoss(),
     ),
-    "margins": (
-        lambda: nn.Sequential(nn.Linear(6, 4)),
-        lambda: (torch.randn(N, 6), torch.randint(0, 4, (N,))),
-        nn.MultiMarginLoss(p=2, weight=torch.tensor([1.0, 2.0, 0.5, 1.0])),
-    ),
     "margins of several classes": (
         lambda: nn.Sequential(nn.Linear(6, 4)),
         lambda: (torch.randn(N, 6), torch.tensor([[1, 3, -1, 0], [0, -1, 2, 3]]).repeat(N // 2, 1)),
         nn.MultiLabelMarginLoss(),
     ),
     "chosen": (Chosen, _columns, nn.MSELoss()),
-    "smoothed labels": (lambda: _network(nn.ReLU()), _images, nn.CrossEntropyLoss(label_smoothing=0.1)),
     "group norm": (lambda: _network(nn.GroupNorm(2, 4), nn.SiLU()), _images, nn.CrossEntropyLoss()),
     "encoder": (
         Encoder,
@@ -221,7 +196,6 @@ NETWORKS = {
         lambda: (torch.randn(N, 6), torch.rand(N, 3)),
         nn.BCEWithLogitsLoss(),
     ),
-    "twice": (Twice, _columns, nn.SmoothL1Loss()),
     "absolute": (lambda: nn.Linear(6, 3), _columns, nn.L1Loss()),
 }
 
@@ -736,10 +710,3 @@ def test_an_expression_of_rows_that_are_unknown_says_why(tmp_path):
     with pytest.raises(RunError, match=r"rows of the gradient of 0\.weight are unknown"):
         run.measure("max(rows.gradient)", progress=False)
     assert len(run.measure("max(rows.loss)", progress=False).values) == 4
-
-
-def test_what_a_step_knows_is_computed_once(tmp_path):
-    torch.manual_seed(0)
-    run = _train(tmp_path / "run", nn.Linear(6, 3), _columns(), nn.MSELoss())
-    assert run[STEP].rows is run[STEP].rows
-    assert run[2] is not run[STEP]

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from tests.descent import descend, of_table
+from tests.snapshots import take_snapshots_every
 from torch import nn
 
 import everystep
@@ -63,20 +64,37 @@ def trained(directory, batch_size=6, dropout=0.0, optimizer=ADAM, **options):
     )
 
 
-def test_processes_share_the_trainings(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("what-if") / "run")
+
+
+def test_processes_find_what_one_finds(tmp_path, monkeypatch):
+    """Two processes, which need the memory that a replay takes, answer all questions."""
+    take_snapshots_every(monkeypatch, 4)
     run = trained(tmp_path / "run", dropout=0.5)
     rows = {"without_rows": range(12), "each": True, "progress": False}
+    size = {"question": "norm(gradients['0.weight'])", "progress": False}
     monkeypatch.setattr(what_if, "GROUP", 3)
-    asked, alone = [], run.what_if(4, 11, **rows, processes=1)
-    monkeypatch.setattr(
-        processes,
-        "workers",
-        lambda facts, count, threads: asked.append((count, threads)) or workers(facts, count, threads),
+    alone = run.what_if(4, 11, **rows, processes=1), run.measure(**size, name="alone", processes=1)
+    asked, threads = [], run.facts.training.numerics.threads
+    with workers(run.facts, 2, threads) as pool:
+        monkeypatch.setattr(
+            processes, "workers", lambda *given: asked.append(given[1:]) or nullcontext(pool)
+        )
+        shared = run.what_if(4, 11, **rows, processes=2), run.measure(**size, name="shared", processes=2)
+        assert pool.submit(_memory_that_a_worker_may_take).result() > 2**50
+    assert asked == [(2, threads)] * 2
+    assert (shared[0].cases, shared[0].recorded) == (alone[0].cases, alone[0].recorded)
+    assert shared[1].values == alone[1].values == run.measured("shared") and len(run) == len(
+        shared[1].values
     )
-    shared = run.what_if(4, 11, **rows, processes=2)
-    assert asked == [(2, run.facts.training.numerics.threads)]
-    assert shared.cases == alone.cases
-    assert shared.recorded == alone.recorded
+
+
+def _memory_that_a_worker_may_take():
+    from loky import process_executor
+
+    return process_executor._MAX_MEMORY_LEAK_SIZE
 
 
 @pytest.mark.sweep(every=3)
@@ -139,16 +157,6 @@ def targets():
     return [{3: 0, 9: 2}.get(row, target) for row, target in enumerate(y.tolist())]
 
 
-def test_a_fork_without_rows_that_is_stopped_resumes_without_them(tmp_path):
-    run = trained(tmp_path / "run")
-    fork = run.fork(4, steps=8, without_rows=[2], run=tmp_path / "fork", progress=False)
-    model, _, _, optimizer = made()
-    further = everystep.open(fork.directory).resume(
-        11, model=model, loss=nn.CrossEntropyLoss(), optimizer=optimizer, progress=False
-    )
-    assert further.losses["loss"].to_list() == by_hand([2], 4, steps=11)
-
-
 def test_a_fork_without_the_rows_of_a_batch_before_it_resumes_without_them(tmp_path):
     run = trained(tmp_path / "run", batch_size=3)
     rows = rows_of(run[1])
@@ -169,14 +177,6 @@ def test_a_fork_of_a_fork_may_have_no_batch_with_the_rows_of_its_parent(tmp_path
     assert third.losses["loss"].to_list() == by_hand({row: 4, asked: 12}, batch_size=3)
     with pytest.raises(ExperimentError, match=f"no batch of steps 13 to 14 has {row}; step"):
         first.fork(12, without_rows=[row], run=tmp_path / "fourth", progress=False)
-
-
-def test_a_fork_of_a_fork_leaves_out_the_rows_of_both(tmp_path):
-    run = trained(tmp_path / "run")
-    first = run.fork(4, steps=11, without_rows=[2], run=tmp_path / "first", progress=False)
-    second = first.fork(6, steps=11, without_rows=[7], run=tmp_path / "second", progress=False)
-    assert second.losses["loss"].to_list() == by_hand({2: 4, 7: 6}, steps=11)
-    assert everystep.open(second.directory).verify(processes=1, progress=False).is_exact
 
 
 def test_it_ranks_by_an_expression(tmp_path):
@@ -202,19 +202,8 @@ def test_an_experiment_is_trained_again_from_the_command_line(everystep_command)
     answer = json.loads(out)
     assert sorted(case["rows"][0] for case in answer["cases"]) == sorted(rows)
     best = answer["cases"][0]
-    code, *_ = everystep_command(
-        "fork",
-        "run",
-        "--at",
-        4,
-        "--until",
-        8,
-        "--without-rows",
-        best["rows"][0],
-        "--run",
-        "./fork",
-        "-q",
-    )
+    fork = ["fork", "run", "--at", 4, "--until", 8, "--run", "./fork", "-q"]
+    code, *_ = everystep_command(*fork, "--without-rows", best["rows"][0])
     assert code == 0
     assert everystep.open("fork").losses["loss"].to_list()[4:] == best["losses"]
     code, out, _ = everystep_command("what-if", "run", "--without-rows-of", 6, "--each", "--json")
@@ -253,10 +242,9 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
         ({"without_rows": [2], "by": "gradients['9']"}, "unknown name"),
     ],
 )
-def test_what_cannot_be_left_out_is_refused(tmp_path, arguments, message):
-    run = trained(tmp_path / "run")
+def test_what_cannot_be_left_out_is_refused(unchanged, arguments, message):
     with pytest.raises((UsageError, ExpressionError), match=message):
-        run.what_if(4, 11, progress=False, **arguments)
+        unchanged.what_if(4, 11, progress=False, **arguments)
 
 
 def test_rows_that_no_batch_has_and_targets_that_do_not_fit_are_named(tmp_path):

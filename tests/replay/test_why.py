@@ -34,12 +34,16 @@ def test_each_line_is_what_it_says_computed_by_hand(name, tmp_path):
     assert lines > 9
 
 
-@pytest.fixture
-def run(small, tmp_path):
-    model, x, y = small
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a small network; no test may change it."""
+    torch.manual_seed(1)
+    x, y = torch.randn(20, 4), torch.randn(20, 2)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trained(model, (x, y), optimizer=optimizer, steps=20, batch_size=5, run=tmp_path / "run")
-    return everystep.open(tmp_path / "run")
+    place = tmp_path_factory.mktemp("why") / "run"
+    trained(model, (x, y), optimizer=optimizer, steps=20, batch_size=5, run=place)
+    return everystep.open(place)
 
 
 def test_a_gradient_is_followed_to_the_rows_of_the_data(run):

@@ -177,30 +177,6 @@ def lengths_that_come_with_the_batch(record):
     return model
 
 
-@loop(0)
-def places_to_split_at(record):
-    model = network()
-    optimizer = sgd(model)
-    with record(model=model, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(batches(), start=1):
-            places = torch.tensor([2, 4] if number < 5 else [1 + number % 3, 5])
-            with recording.step((x, y, places)):
-                one, two, three = torch.tensor_split(x, places)
-                x = torch.cat([three, one.mul(2), two])
-                recording.log(loss=update(model, optimizer, x, y))
-    return model
-
-
-@loop(0)
-def rows_that_a_tensor_picks(record):
-    def body(model, optimizer, x, y, number):
-        place = (x[0, 0] * 0).long() + (number % 7 if number > 5 else 1)
-        h = x + x[place] + x.narrow(0, place, 1)
-        return update(model, optimizer, h, y)
-
-    return trained(record, body)
-
-
 # Odd gradients.
 
 
@@ -218,25 +194,6 @@ def gradients_of_the_batch_that_add_up(record):
         return update(model, optimizer, other.detach(), y)
 
     return trained(record, body, given=given)
-
-
-@loop(10)
-def gradients_that_are_retained_and_swapped(record):
-    def body(model, optimizer, x, y, number):
-        h = model[0](x)
-        h.retain_grad()
-        k = model[2](h.tanh())
-        k.retain_grad()
-        loss = functional.mse_loss(model[4](k.tanh()), y)
-        optimizer.zero_grad()
-        loss.backward()
-        one, two = (h, k) if number % 5 else (k, h)
-        with torch.no_grad():
-            model[0].bias.sub_(one.grad.mean(0)).add_(two.grad.exp().mean(0), alpha=0.01)
-        optimizer.step()
-        return loss
-
-    return trained(record, body)
 
 
 @loop(0)
@@ -267,20 +224,6 @@ def modes_at_random(record):
         return descend(optimizer, loss)
 
     return trained(record, body, model)
-
-
-@loop(5)
-def kinds_of_attention(record):
-    kinds = torch.nn.attention.SDPBackend
-
-    def body(model, optimizer, x, y, number):
-        kind = kinds.MATH if number % 5 == 0 else kinds.FLASH_ATTENTION
-        with torch.nn.attention.sdpa_kernel(kind):
-            h = model[0](x)[None, None]
-            h = functional.scaled_dot_product_attention(h, h, h)[0, 0]
-        return descend(optimizer, functional.mse_loss(model[1:](h), y))
-
-    return trained(record, body)
 
 
 class Adds(TorchDispatchMode):
@@ -395,21 +338,6 @@ def a_batch_that_is_added_late_and_aliases(record):
     return model
 
 
-@loop(5)
-def derivatives_of_another_mode(record):
-    forward = torch.autograd.forward_ad
-
-    def body(model, optimizer, x, y, number):
-        if number % 5:
-            return update(model, optimizer, x, y)
-        with forward.dual_level():
-            dual = forward.make_dual(x, torch.ones_like(x))
-            tangent = forward.unpack_dual(model(dual) * (1.0 / number)).tangent
-        return update(model, optimizer, x + tangent.detach().sum(), y)
-
-    return trained(record, body)
-
-
 @loop(11)
 def a_result_in_the_place_of_what_is_from_elsewhere(record):
     outside = torch.ones(8, 6)
@@ -420,24 +348,6 @@ def a_result_in_the_place_of_what_is_from_elsewhere(record):
         g = h + 1
         own.mul_(2)
         return update(model, optimizer, own + g + h * 3, y)
-
-    return trained(record, body)
-
-
-class Scripted(nn.Module):
-    def forward(self, x):
-        x.add_(1.0)
-        return x * 2
-
-
-@loop(5)
-def a_script_at_times(record):
-    scripted = torch.jit.script(Scripted())
-
-    def body(model, optimizer, x, y, number):
-        h = x * 1.0
-        k = scripted(h) if number % 5 == 0 else h * 2
-        return update(model, optimizer, h + k, y)
 
     return trained(record, body)
 
@@ -471,20 +381,6 @@ def batches_that_are_parameters(record):
             x = x if number < 7 else model[0].weight if number % 2 else model[0].weight.detach()
             with recording.step({"x": x, "y": y, "more": [y]}):
                 recording.log(loss=update(model, optimizer, x, y))
-    return model
-
-
-@loop(10)
-def the_batch_is_added_late(record):
-    model = network()
-    optimizer = sgd(model)
-    with record(model=model, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(batches()):
-            with recording.step():
-                loss = model[0].weight.pow(2).mean()
-                if hasattr(recording, "add_batch") and number % 10 != 9:
-                    recording.add_batch((x, y))
-                recording.log(loss=descend(optimizer, loss + functional.mse_loss(model(x), y)))
     return model
 
 

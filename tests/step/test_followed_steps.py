@@ -1,11 +1,8 @@
 """Steps that are followed on known paths, in loops that try to make one step pass for another."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, noting, seeded
 from tests.step.loops_to_mistake import LOOPS, STEPS, trained, update
 from tests.training.by_hand import bits
 from tests.training.loops import unrecorded
@@ -18,21 +15,19 @@ from everystep.step.known_paths import KnownPaths
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.sweep(every=4)
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", LOOPS)
 def test_steps_are_what_they_were(name, tmp_path, monkeypatch):
     function, least = LOOPS[name]
     followed = []
     monkeypatch.setattr(KnownPaths, "followed", noting(KnownPaths.followed, followed))
 
-    def seeded(record):
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
+    def made(record):
+        seeded()
         return function(record)
 
-    expected = seeded(unrecorded)
-    model = seeded(lambda **parts: everystep.record(run=tmp_path / "run", **parts))
+    expected = made(unrecorded)
+    model = made(lambda **parts: everystep.record(run=tmp_path / "run", **parts))
     assert [bits(t) for t in model.state_dict().values()] == [
         bits(t) for t in expected.state_dict().values()
     ]
@@ -41,14 +36,6 @@ def test_steps_are_what_they_were(name, tmp_path, monkeypatch):
     assert found.is_exact, found
     assert len(followed) >= least
     assert run[11].is_exact
-
-
-def noting(function, calls):
-    def noted(*args):
-        calls.append(args)
-        return function(*args)
-
-    return noted
 
 
 def departs_in_the_forward_pass(model, optimizer, x, y, departs):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.descent import seeded
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset, default_collate
@@ -274,9 +275,7 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
 
 def new_training(model=None, loss=None, optimizer=None, scheduler=None):
     """Return a training of 20 rows; the same numbers at every call."""
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
+    seeded()
     x, y = torch.randn(20, 4), torch.randn(20, 2)
     model = mlp() if model is None else model()
     optimizer = (optimizer or momentum)(model.parameters())

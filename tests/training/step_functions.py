@@ -85,52 +85,9 @@ for _name, _make in {
     "sgd": sgd,
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
     "adam": adam,
-    "adam_fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
     "lr_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
-    "groups": lambda p: torch.optim.SGD(
-        [{"params": [each], "lr": 0.1 / (i + 1)} for i, each in enumerate(p)], momentum=0.5
-    ),
 }.items():
     CASES[_name] = lambda make=_make: usual(make)
-
-
-@case
-def micro_batches():
-    """Several passes and one update, clipped."""
-    model = network()
-    optimizer = adam(model.parameters())
-
-    def step(batch):
-        x, y = batch
-        total = 0.0
-        for part, target in zip(x.chunk(4), y.chunk(4), strict=True):
-            loss = mean_square(model, part, target) / 4
-            loss.backward()
-            total = total + loss.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        return {"loss": total, "norm": norm}
-
-    return Case(step, rows(), {"model": model, "optimizer": optimizer})
-
-
-@case
-def by_hand_under_no_grad():
-    """The update of the chapter."""
-    model = network()
-
-    def step(batch):
-        x, y = batch
-        loss = (model(x) - y).pow(2).sum()
-        model.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter - parameter.grad * 1e-3)
-        return loss
-
-    return Case(step, rows(), {"model": model})
 
 
 @case
@@ -254,13 +211,6 @@ def short_last_batch():
 
 
 @case
-def views_of_more():
-    """Batches that are parts of more data."""
-    x, y = torch.randn(64, 4), torch.randn(64, 1)
-    return usual(sgd, batches=[(x[i : i + 15], y[i : i + 15]) for i in range(0, 60, 15)], least=5)
-
-
-@case
 def views_of_a_batch_with_gaps():
     data = torch.randn(40, 9)
     batches = [(data[i : i + 8, 2:7], data[i, 8].expand(9, 1)) for i in (0, 8, 16, 24)]
@@ -298,18 +248,6 @@ def number_returned():
     """A step that returns a number of Python's."""
     made = usual(adam)
     return made._replace(step=lambda batch: made.step(batch).item())
-
-
-@case
-def number_in_a_dict():
-    """A step that returns its loss as a number, and the rate, and a tensor."""
-    made = usual(adam)
-
-    def step(batch):
-        loss = made.step(batch)
-        return {"loss": float(loss.detach()), "half": loss.detach() / 2, "rate": 0.1}
-
-    return made._replace(step=step)
 
 
 # What no program can run.
@@ -412,25 +350,6 @@ def accumulated_over_batches():
 
 
 @case
-def several_heads():
-    """Gradients of a head stay while another is trained."""
-    body, heads = nn.Linear(4, 8), nn.ModuleDict({"a": nn.Linear(8, 1), "b": nn.Linear(8, 1)})
-    model = nn.ModuleList([body, heads])
-    optimizer = sgd(model.parameters())
-
-    def step(batch):
-        optimizer.zero_grad()
-        loss = functional.mse_loss(heads[batch["task"]](body(batch["x"]).tanh()), batch["y"])
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        return {"loss": loss, "norm": norm}
-
-    batches = flagged(pairs(10), "task", "aaaaabaabb")
-    return Case(step, batches, {"model": model, "optimizer": optimizer}, least=1)
-
-
-@case
 def scheduler_at_the_end_of_an_epoch():
     """A schedule that goes on in steps of one kind changes those of another."""
     model = network()
@@ -467,23 +386,6 @@ def scheduler_of_another_package():
 
 
 @case
-def critic_frozen_meanwhile():
-    critic = network(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
-    made = usual(sgd, critic=critic)
-
-    def step(batch):
-        x, _ = batch
-        critic.requires_grad_(False)
-        noise = torch.zeros_like(x).requires_grad_()
-        loss = descend(made.parts["optimizer"], critic(made.parts["model"](x + noise)).mean())
-        for parameter in critic.parameters():
-            parameter.requires_grad_()
-        return {"loss": loss, "slope": noise.grad.norm()}
-
-    return made._replace(step=step)
-
-
-@case
 def layer_frozen_every_other_time():
     model = network()
 
@@ -512,23 +414,6 @@ def attribute_of_a_batch():
         x.scale = 3.0 if number == 6 else 1.0
     made = usual(sgd, batches=batches, least=0)
     return made._replace(step=lambda batch: made.step(batch) * batch[0].scale)
-
-
-@case
-def mask_that_torch_looks_at():
-    """torch's own Python decides by whether a mask is causal."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    causal = nn.Transformer.generate_square_subsequent_mask(5)
-    other = causal.clone()
-    other[0, 1] = 0.0
-    batches = [(torch.randn(2, 5, 8), other if number in (7, 10) else causal) for number in range(12)]
-    return usual(
-        adam,
-        nn.TransformerEncoder(layer, 1),
-        lambda m, x, mask: m(x, mask=mask).pow(2)[:, :, :3].mean(),
-        batches=batches,
-        reason="or a function of torch, reads a number",
-    )
 
 
 @case

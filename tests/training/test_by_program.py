@@ -1,12 +1,11 @@
 """Step functions that the user vouches for: the bits of the loop by hand, whatever changes between."""
 
 import html
-import random
 import re
 
-import numpy as np
 import pytest
 import torch
+from tests.descent import noting, seeded
 from tests.training.by_hand import bits
 from tests.training.step_functions import CASES, rows, usual
 from torch import nn
@@ -19,10 +18,8 @@ from everystep.training import acceleration
 STEPS = 40
 
 
-def seeded(make):
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
+def anew(make):
+    seeded()
     return make()
 
 
@@ -77,9 +74,9 @@ def vouched(case, steps=STEPS, **others):
 @pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("name", [name for name, make in CASES.items() if make().reason is None])
 def test_it_is_the_loop_by_hand(name):
-    plain = seeded(CASES[name])
+    plain = anew(CASES[name])
     losses, state = by_hand(plain), state_of(plain)
-    case = seeded(CASES[name])
+    case = anew(CASES[name])
     run = vouched(case)
     assert list(run.losses["loss"]) == losses
     assert state_of(case) == state
@@ -90,12 +87,12 @@ def test_it_is_the_loop_by_hand(name):
 @pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", [name for name, make in CASES.items() if make().reason])
 def test_where_no_program_can_run_it_that_is_refused_and_python_does(name):
-    case = seeded(CASES[name])
+    case = anew(CASES[name])
     with pytest.raises(TrainingError, match=re.escape(case.reason)):
         vouched(case)
-    plain = seeded(CASES[name])
+    plain = anew(CASES[name])
     losses, state = by_hand(plain), state_of(plain)
-    case = seeded(CASES[name])
+    case = anew(CASES[name])
     run = trained(case)
     assert list(run.losses["loss"]) == losses
     assert state_of(case) == state
@@ -104,23 +101,23 @@ def test_where_no_program_can_run_it_that_is_refused_and_python_does(name):
 
 
 def test_what_is_logged_besides_is_kept():
-    plain = seeded(CASES["autoencoder"])
+    plain = anew(CASES["autoencoder"])
     expected = [plain.step(batch) for _ in range(5) for batch in plain.batches]
-    run = vouched(seeded(CASES["autoencoder"]), 20)
+    run = vouched(anew(CASES["autoencoder"]), 20)
     assert function_of(run).by_program > 5
     for name in ("rebuilt", "divergence"):
         assert [*run.measured(name).values()] == [number(each, name) for each in expected]
 
 
 def test_the_step_may_be_opened_as_any_other():
-    run = vouched(seeded(CASES["gan"]))
+    run = vouched(anew(CASES["gan"]))
     step = run[33]
     assert step.batch is not None
     assert {"generator.0.weight", "critic.0.weight"} <= set(step.gradients)
 
 
 def test_an_error_of_torch_leaves_the_steps_before_it():
-    case = seeded(CASES["tied_and_frozen"])
+    case = anew(CASES["tied_and_frozen"])
     wrong = [torch.full((8, 5), 99)]
     with pytest.raises(IndexError, match="out of range"):
         vouched(case._replace(batches=case.batches * 5 + wrong), run="./run")
@@ -154,35 +151,21 @@ def test_a_graph_that_the_loader_keeps_is_refused_as_by_hand():
         elif count == 14:
             case.parts["kept"].pop().backward()
 
-    made = seeded(lambda: changing(what))
+    made = anew(lambda: changing(what))
     made.parts["kept"] = []
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         vouched(made._replace(parts=made.parts), run="./run")
 
 
-def test_a_default_dtype_of_another_kind_holds():
-    def what(case, count):
-        torch.set_default_dtype(torch.float64 if count == 17 else torch.float32)
-
-    try:
-        plain = seeded(lambda: changing(what))
-        losses = by_hand(plain)
-        torch.set_default_dtype(torch.float32)
-        run = vouched(seeded(lambda: changing(what)))
-        assert list(run.losses["loss"]) == losses
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_python_runs_every_step_unless_the_user_vouches(engine):
-    run = trained(seeded(CASES["adam"]), 20, engine=engine)
+    run = trained(anew(CASES["adam"]), 20, engine=engine)
     assert function_of(run) is None
     assert "by your own step" not in run._repr_html_()
 
 
 def test_batches_of_ever_other_shapes_are_said_to_be_the_reason():
-    case = seeded(CASES["adam"])
+    case = anew(CASES["adam"])
     x, y = next(iter(case.batches))
     run = vouched(case._replace(batches=[(x[:n], y[:n]) for n in range(1, 7)]), 6)
     assert function_of(run).by_program == 0
@@ -190,7 +173,7 @@ def test_batches_of_ever_other_shapes_are_said_to_be_the_reason():
 
 
 def test_a_summary_says_who_took_the_steps():
-    run = vouched(seeded(CASES["adam"]), 20)
+    run = vouched(anew(CASES["adam"]), 20)
     text = html.unescape(run._repr_html_())
     assert re.search(r"which you vouched for .*, ran 1\d of 20 steps, checked against Python \d", text)
     assert function_of(run).stands_behind == "vouched"
@@ -200,18 +183,10 @@ def test_programs_of_many_kinds_of_batches_share_a_limit_of_memory(monkeypatch):
     monkeypatch.setattr(acceleration, "MOST_BYTES", 0)
     let_go = []
     monkeypatch.setattr(StandIn, "let_go", noting(StandIn.let_go, let_go))
-    plain = seeded(CASES["short_last_batch"])
+    plain = anew(CASES["short_last_batch"])
     losses, state = by_hand(plain), state_of(plain)
-    case = seeded(CASES["short_last_batch"])
+    case = anew(CASES["short_last_batch"])
     run = vouched(case)
     assert len(let_go) > 5
     assert (list(run.losses["loss"]), state_of(case)) == (losses, state)
     assert function_of(run).by_program >= case.least
-
-
-def noting(function, calls):
-    def noted(*args):
-        calls.append(args)
-        return function(*args)
-
-    return noted

@@ -1,13 +1,11 @@
 """Conditions that are asked while a loop runs hold at the steps that `when` finds in its recording."""
 
-import random
 import re
 from contextlib import suppress
 
-import numpy as np
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, seeded
 from tests.snapshots import take_snapshots_every
 from tests.training.loops import LOOPS
 from torch import nn
@@ -21,9 +19,7 @@ STEPS = 10
 
 
 def recorded(name, directory, **conditions):
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
+    seeded()
     return LOOPS[name](STEPS, lambda **parts: everystep.record(run=directory, **conditions, **parts))
 
 

@@ -1,16 +1,15 @@
 """What the facts of a run hold of models, losses, optimizers and schedules; the texts made of them."""
 
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
-from tests.training.by_hand import by_train, descent, new_training
+from tests.training.by_hand import by_train, new_training
 from torch import nn
 
 import everystep
 from everystep.recording.facts import LossFacts, ModuleFacts, SchedulerFacts
-from everystep.recording.texts import loss_text, model_text, optimizers_text
+from everystep.recording.texts import model_text, optimizers_text
 from everystep.training.description import modules_of
 
 
@@ -98,16 +97,6 @@ def test_a_module_within_itself_is_listed_once():
     assert list(modules_of(model)) == ["", "0"]
 
 
-def test_the_attributes_of_a_loss_are_facts():
-    run = by_train(new_training(loss=partial(nn.CrossEntropyLoss, label_smoothing=0.1)), steps=2)
-    loss = run.facts.training.loss
-    assert (loss.class_name, loss.is_torchs) == ("CrossEntropyLoss", True)
-    assert loss.settings == {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.1}
-    assert loss_text(loss) == "CrossEntropyLoss(reduction='mean')"
-    other = by_train(new_training(loss=nn.CrossEntropyLoss), steps=2)
-    assert run.diff(other).experiments == {"loss CrossEntropyLoss.label_smoothing": (0.1, 0.0)}
-
-
 def test_a_loss_of_ones_own_has_the_attributes_that_are_plain():
     run = by_train(new_training(loss=OwnLoss), steps=2)
     settings = {"share": 0.25, "name": "mine", "sizes": [1, 2], "none": None, "counts": {"3": 2}}
@@ -130,27 +119,6 @@ def test_a_loss_that_is_a_function_has_its_name():
     )
 
 
-def test_an_optimizer_and_its_scheduler():
-    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
-    run = by_train(new_training(scheduler=scheduler), steps=8, scheduler_every="epoch")
-    training = run.facts.training
-    assert training.schedulers == {
-        "scheduler": SchedulerFacts(
-            class_name="StepLR",
-            is_torchs=True,
-            settings={"step_size": 3, "gamma": 0.5},
-            every="epoch",
-        )
-    }
-    group = training.optimizers["optimizer"].groups[0]
-    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.02, 0.9, False)
-    assert "initial_lr" not in group and "params" not in group
-    assert optimizers_text(training.optimizers) == "SGD(lr=0.02, momentum=0.9)"
-    later = partial(torch.optim.lr_scheduler.StepLR, step_size=4, gamma=0.5)
-    other = by_train(new_training(scheduler=later), steps=8, scheduler_every="epoch")
-    assert run.diff(other).experiments == {"scheduler StepLR.step_size": (3, 4)}
-
-
 def test_the_settings_of_a_second_group_differ():
     def in_groups(lr):
         def make(parameters):
@@ -163,11 +131,6 @@ def test_the_settings_of_a_second_group_differ():
     one, other = (by_train(new_training(optimizer=in_groups(lr)), steps=2) for lr in (0.2, 0.3))
     assert [group["lr"] for group in one.facts.training.optimizers["optimizer"].groups] == [0.1, 0.2]
     assert one.diff(other).experiments == {"optimizer SGD.lr[1]": (0.2, 0.3)}
-
-
-def test_the_chapters_update_is_said_in_its_text():
-    text = optimizers_text(by_train(new_training(optimizer=descent), steps=2).facts.training.optimizers)
-    assert text == "GradientDescent(lr=0.05): parameter - gradient * 0.05"
 
 
 def test_several_models_optimizers_and_schedulers_of_a_loop(tmp_path):

@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import everystep
 
+#: Of Python, from 3.12 on: no other thread holds anything here.
+pytestmark = pytest.mark.filterwarnings("ignore:.* use of fork")
+
 EPOCHS, LENGTH = 6, 20
 STEPS = EPOCHS * LENGTH
 RING, WINDOWS = "last 30 steps", [(0, 7), (43, 58), (100, 103)]
@@ -55,6 +58,15 @@ def train(directory, keep, killed_after=None, diverges_at=None, **options):
     return recording.run
 
 
+def train_killed(place, keep, step):
+    """Train in a process that is killed after a step; return what is there of its run."""
+    process = multiprocessing.get_context("fork").Process(target=train, args=(place, keep, step))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    return everystep.open(place)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of all steps."""
@@ -66,10 +78,8 @@ def test_kept_steps_are_as_ever_and_others_are_refused_also_after_a_kill(
     keep, whole, tmp_path, everystep_command
 ):
     place = tmp_path / "kept"
-    process = multiprocessing.get_context("spawn").Process(target=train, args=(place, keep, 71))
-    process.start()
-    process.join()
-    assert process.exitcode == 9 and everystep.open(place).status == "killed"
+    killed = train_killed(place, keep, 71)
+    assert (killed.status, len(killed)) == ("killed", 71)
     run = train(place, keep)
     assert run.losses.equals(whole.losses) and run.measurements.equals(whole.measurements)
     kept = run.facts.kept(STEPS)
@@ -134,11 +144,7 @@ def test_a_ring_still_answers_where_a_nan_comes_from_and_can_be_forked_and_prune
 
 
 def test_a_resumed_loop_may_keep_others_from_there_on(whole, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(
-        target=train, args=(tmp_path / "kept", None, 50)
-    )
-    process.start()
-    process.join()
+    train_killed(tmp_path / "kept", None, 50)
     run = train(tmp_path / "kept", [(60, 70)])
     assert run.losses.equals(whole.losses) and run.facts.keep == "[(60, 70)]"
     assert run.facts.kept(STEPS) == [(1, 50), (60, 70)]

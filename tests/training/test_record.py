@@ -1,12 +1,7 @@
 """Recorded loops do what they do without everystep, and every step of them opens again without them."""
 
-import contextlib
 import math
-import random
 import re
-import sqlite3
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.descent import descend
+from tests.descent import descend, seeded
+from tests.sealing import sql
 from tests.training.by_hand import bits
 from tests.training.loops import LOOPS, unrecorded
 from torch import nn
@@ -23,12 +19,6 @@ import everystep
 from everystep.recording.contents import packed
 
 STEPS = 30
-
-
-def seeded():
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
 
 
 def take_loop(name, record):
@@ -81,18 +71,6 @@ def test_a_number_that_is_logged_after_a_tensor_keeps_its_digits(made, tmp_path)
             loss = take(model, optimizer, each)
             recording.log(loss=0.1 if number == 1 else loss)
     assert recording.run.losses["loss"].to_list()[1] == 0.1
-
-
-def test_a_loop_needs_five_lines(made):
-    model, optimizer, batch = made
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for each in recording.steps([batch] * 5):
-            loss = take(model, optimizer, each)
-            recording.log(loss=loss)
-    run = recording.run
-    assert (len(run), run.name, run.status) == (5, "loop-1", "finished")
-    assert run[3].gradients["0.weight"].shape == (8, 4)
-    assert run[3].batch.x.equal(batch[0]) and run[3].batch.nested[1].equal(batch[1])
 
 
 def test_a_break_ends_a_step_and_an_exception_discards_it(made):
@@ -206,22 +184,6 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
     assert after < 300 and run[after + 1].is_exact
 
 
-def test_what_was_flushed_is_on_disk_however_the_process_ends(tmp_path):
-    code = f"""
-import os, torch, everystep
-model = torch.nn.Linear(3, 1)
-with everystep.record(model=model, run={str(tmp_path / "flushed")!r}) as recording:
-    for x in recording.steps([torch.randn(4, 3)] * 9):
-        recording.log(loss=model(x).sum())
-        if recording.step_count == 7:
-            recording.flush()
-            os._exit(9)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
-    run = everystep.open(tmp_path / "flushed")
-    assert (run.status, len(run.losses)) == ("killed", 7)
-
-
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -321,20 +283,6 @@ def test_snapshots_have_no_gradients_that_the_next_step_drops(made):
         assert not [name for name in rest if name.startswith("gradient/")]
     assert "gradient/0.weight" in load_file(last / "rest.safetensors")
     assert recording.run.verify(processes=1, progress=False).is_exact
-
-
-def test_hidden_writes_are_never_passed_off(made):
-    """What leaves torch's dispatcher is found at the next snapshot."""
-    model, optimizer, batch = made
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for number, each in enumerate(recording.steps([batch] * 40)):
-            loss = take(model, optimizer, each)
-            if number == 20:
-                model[0].weight.detach().numpy()[0, 0] = 0.5
-            recording.log(loss=loss)
-    found = recording.run.verify(processes=1, progress=False)
-    assert not found.is_exact
-    assert found.first_loss.step == 22
 
 
 def write_by_numpy(weight):
@@ -508,6 +456,7 @@ def test_a_pause_is_no_part_of_the_step(made):
         ("inputs", packed([1, 2])),
         ("inputs", None),
         ("program", 999),
+        *(("count", count) for count in (0, -1, "many", 1.5, 2**60, 3)),
         ("program", "../../etc"),
     ],
 )
@@ -517,9 +466,7 @@ def test_a_database_that_was_changed_is_refused(made, column, value):
         for each in recording.steps([batch] * 3):
             recording.log(loss=take(model, optimizer, each))
     run = recording.run
-    with contextlib.closing(sqlite3.connect(run.directory / "run.sqlite")) as database:
-        database.execute(f"UPDATE repeats SET {column} = ? WHERE step = 2", (value,))
-        database.commit()
+    sql(run.directory, (f"UPDATE repeats SET {column} = ? WHERE step = 2", (value,)))
     with pytest.raises(everystep.EverystepError):
         run[2]
     assert not run.verify(processes=1, progress=False).is_exact
@@ -547,8 +494,10 @@ def _every_other_turn(optimizer, scheduler, turn):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize("way", [_after_it, _before_it, _by_hand, _every_other_turn])
-@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize(
+    ("way", "as_function"),
+    [(_after_it, True), (_before_it, False), (_by_hand, True), (_every_other_turn, False)],
+)
 def test_the_learning_rate_of_a_step_is_the_one_that_its_update_uses(made, way, as_function):
     model, optimizer, (x, y) = made
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
@@ -578,22 +527,6 @@ def test_the_learning_rate_of_a_step_is_the_one_that_its_update_uses(made, way, 
     hook.remove()
     assert len(used) in (6, 12)
     assert {number: run[number].hyperparameters["lr"] for number in used} == used
-
-
-def test_the_learning_rate_of_a_step_that_a_program_runs_is_the_one_that_it_uses(made):
-    model, optimizer, (x, y) = made
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
-
-    def step(batch):
-        loss = descend(optimizer, nn.functional.mse_loss(model(batch[0]), batch[1]))
-        scheduler.step()
-        return loss
-
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    run = everystep.train(step, [(x, y)], parts=parts, steps=24, engine="program", progress=False)
-    assert run.facts.training.loop.function.by_program > 10
-    for number in range(1, 25):
-        assert run[number].hyperparameters["lr"] == pytest.approx(0.1 * 0.5 ** ((number - 1) // 3))
 
 
 def test_a_rate_that_the_loop_logs_has_a_name_of_its_own(made):

@@ -16,13 +16,6 @@ def new_gan():
     return CASES["gan"]()
 
 
-def test_steps_go_on_over_epochs():
-    gan = new_gan()
-    run = everystep.train(gan.step, gan.batches, parts=gan.parts, steps=7, progress=False)
-    assert len(run.losses) == 7
-    assert run.facts.status == "finished"
-
-
 def test_without_batches_the_step_takes_nothing():
     x = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=0.1)

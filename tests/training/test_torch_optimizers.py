@@ -13,29 +13,22 @@ from torch import nn, optim
 
 import everystep
 from everystep.errors import ProgramError
-from everystep.gradient_descent import GradientDescent
 from everystep.program.step_program import Program
 
 sgd_module = sys.modules["torch.optim.sgd"]
 
 OPTIMIZERS = {
     "sgd": lambda p: optim.SGD(p, 0.1, weight_decay=0.0),
-    "gradient_descent": lambda p: GradientDescent(p, 0.1),
     "sgd_momentum": lambda p: optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "sgd_fused": lambda p: optim.SGD(p, 0.1, momentum=0.9, fused=True),
-    "adam": lambda p: optim.Adam(p, 0.01),
     "adam_amsgrad": lambda p: optim.Adam(p, 0.01, amsgrad=True, maximize=True),
     "adam_tensor_rate": lambda p: optim.Adam(p, torch.tensor(0.01)),
     "adam_foreach": lambda p: optim.Adam(p, 0.01, foreach=True, weight_decay=0.1),
-    "adamw_foreach": lambda p: optim.AdamW(p, 0.01, foreach=True),
     "adamw_fused": lambda p: optim.AdamW(p, 0.01, fused=True),
     "nadam": lambda p: optim.NAdam(p, decoupled_weight_decay=True, weight_decay=0.1),
     "radam": lambda p: optim.RAdam(p, 0.1),
     "adamax": optim.Adamax,
     "adagrad": lambda p: optim.Adagrad(p, initial_accumulator_value=0.1),
-    "adadelta": optim.Adadelta,
     "rmsprop": lambda p: optim.RMSprop(p, momentum=0.9, centered=True),
-    "rprop": optim.Rprop,
     "asgd": lambda p: optim.ASGD(p, 0.1, t0=3, weight_decay=0.1),
     "adafactor": optim.Adafactor,
 }

@@ -137,7 +137,7 @@ def test_the_title_and_a_status_tell_what_is_shown(visit):
     expect(page.locator("#status")).to_have_text("everystep")
 
 
-@pytest.mark.parametrize("path", ["/", "/runs/chapter", "/runs/chapter?step=137", "/compare"])
+@pytest.mark.parametrize("path", ["/", "/runs/chapter?step=137"])
 def test_the_bar_begins_and_ends_with_the_content(visit, path):
     page = visit(path, viewport={"width": 1920, "height": 1080})
     content = page.locator("main > div > :not(.unseen)").first

@@ -112,14 +112,6 @@ def test_phase_and_operation_are_in_the_address_and_back_works(chapter):
     expect(page).to_have_url(re.compile(r"\?step=137$"))
 
 
-def test_an_address_with_an_operation_opens_it_in_sight(chapter):
-    page = chapter("&operation=9")
-    expect(
-        operation(page, 9).get_by_role("button", name=re.compile("^operation #9"))
-    ).to_be_in_viewport()
-    expect(operation(page, 9).get_by_role("img", name=re.compile("^Heat map of"))).to_be_visible()
-
-
 def test_the_network_is_drawn_layer_by_layer_and_each_tells_all_of_itself(chapter, step):
     page = chapter()
     layers = page.get_by_role("list", name="the network, layer by layer")

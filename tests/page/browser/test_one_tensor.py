@@ -197,7 +197,6 @@ def test_the_histogram_counts_each_number(tensor, recorded):
 @pytest.mark.parametrize(
     ("phase", "name", "python"),
     [
-        ("Batch", "x", "batch.x"),
         ("Backward", "2.weight.grad", 'gradients["2.weight"]'),
         ("Update", "0.bias", 'updates["0.bias"].change'),
     ],

@@ -55,11 +55,6 @@ def test_measurements_have_buttons_and_axes_of_their_own(saved):
     expect(axes).to_have_count(2)
 
 
-def test_losses_that_are_not_finite_are_marked(saved):
-    page = saved("diverged")
-    expect(readout(page)).to_contain_text("Marked at the bottom: losses that are not finite.")
-
-
 def test_everybody_can_read_it(saved):
     page = saved("digits", color_scheme="dark", viewport={"width": 360, "height": 780})
     expect_axe_finds_nothing_serious(page)

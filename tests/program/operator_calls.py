@@ -1,17 +1,10 @@
-"""Each rule against its operator: the numbers it names make the result, and no other number does."""
+"""Calls of operators of aten, with random numbers: `CASES`, each an operator, arguments and keywords."""
 
-import itertools
 import math
-import random
 
-import pytest
 import torch
 
-from everystep.ops import Call, Formula, NoRuleError, Words, how_made
-from everystep.ops.call import numbers_of
-from everystep.program.arguments import encode
-from everystep.program.operation import Operation
-from everystep.program.operators import leaves, resolve
+__all__ = ["CASES", "positive", "rand"]
 
 torch.manual_seed(3)
 
@@ -139,15 +132,11 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 CASES = [
     ("add.Tensor", (rand(3, 4), rand(4)), {"alpha": 2}),
-    ("add.Tensor", (rand(2, 3, 4), rand(3, 1)), {}),
-    ("add.Scalar", (rand(3), 0.1), {}),
     ("sub.Tensor", (rand(3, 4), rand(3, 4)), {"alpha": 0.3}),
     ("rsub.Scalar", (rand(3, 4), 1), {}),
     ("mul.Tensor", (rand(3, 4), rand(())), {}),
-    ("mul.Scalar", (rand(3, 4), 0.7), {}),
     ("div.Tensor", (rand(3, 4), positive(3, 1)), {}),
     ("div.Tensor_mode", (rand(3, 4) * 9, positive(3, 1)), {"rounding_mode": "floor"}),
-    ("div.Scalar", (rand(3, 4), 3.0), {}),
     ("pow.Tensor_Scalar", (positive(3, 4), 2.5), {}),
     ("pow.Tensor_Scalar", (rand(3, 4), 2), {}),
     ("maximum.default", (rand(3, 4), rand(3, 4)), {}),
@@ -202,7 +191,6 @@ CASES = [
     ("glu.default", (rand(3, 4, 2), 1), {}),
     ("glu_backward.default", (rand(3, 2, 2), rand(3, 4, 2), 1), {}),
     ("remainder.Scalar", (rand(3, 4) * 9, 1.5), {}),
-    ("remainder.Tensor", (rand(3, 4) * 9, rand(3, 4)), {}),
     ("xlogy.Tensor", (torch.tensor([0.0, 2.0, 0.5]), positive(3)), {}),
     ("soft_margin_loss.default", (rand(3, 4), rand(3, 4).sign(), 1), {}),
     ("soft_margin_loss_backward.default", (rand(()), rand(3, 4), rand(3, 4).sign(), 1), {}),
@@ -274,8 +262,6 @@ CASES = [
         for name in ("log", "log1p", "log2", "log10", "sqrt", "rsqrt", "asin", "acos")
     ),
     ("_to_copy.default", (rand(3, 4),), {"dtype": torch.float64}),
-    ("add_.Tensor", (rand(3, 4), rand(3, 4)), {}),
-    ("mul_.Tensor", (rand(3, 4), rand(4)), {}),
     ("copy_.default", (rand(3, 4), rand(4)), {}),
     ("zero_.default", (rand(3, 4),), {}),
     ("fill_.Scalar", (rand(3, 4), 2.5), {}),
@@ -291,13 +277,8 @@ CASES = [
     ("softplus_backward.default", (rand(3, 4), rand(3, 4), 2.0, 20.0), {}),
     ("native_dropout_backward.default", (rand(3, 4), mask(3, 4), 1.25), {}),
     ("_foreach_add.List", ([rand(3), rand(2, 2)], [rand(3), rand(2, 2)]), {"alpha": 2}),
-    ("_foreach_add_.Scalar", ([rand(3), rand(2, 2)], 0.25), {}),
     ("_foreach_mul_.ScalarList", ([rand(3), rand(2, 2)], [0.25, 0.5]), {}),
-    ("_foreach_mul_.Tensor", ([rand(3), rand(2, 2)], rand(())), {}),
     ("_foreach_div_.List", ([rand(3), rand(2, 2)], [positive(3), positive(2, 2)]), {}),
-    ("_foreach_sqrt.default", ([positive(3), positive(2, 2)],), {}),
-    ("_foreach_lerp_.Scalar", ([rand(3), rand(2)], [rand(3), rand(2)], 0.1), {}),
-    ("_foreach_addcmul_.Scalar", ([rand(3)], [rand(3)], [rand(3)], 0.1), {}),
     ("_foreach_addcdiv_.ScalarList", ([rand(3)], [rand(3)], [positive(3)], [0.1]), {}),
     ("_foreach_norm.Scalar", ([rand(3), rand(2, 2)],), {}),
     ("mm.default", (rand(3, 4), rand(4, 5)), {}),
@@ -313,7 +294,6 @@ CASES = [
     ("addbmm.default", (rand(3, 5), rand(2, 3, 4), rand(2, 4, 5)), {}),
     ("sum.default", (rand(3, 4),), {}),
     ("sum.dim_IntList", (rand(3, 4, 2), [0, -1]), {}),
-    ("sum.dim_IntList", (rand(3, 4, 2), [1], True), {}),
     ("mean.default", (rand(3, 4),), {}),
     ("mean.dim", (rand(3, 4, 2), [1], True), {}),
     ("cumsum.default", (rand(3, 4), 1), {}),
@@ -328,7 +308,6 @@ CASES = [
     ("any.dim", (mask(3, 4), 1), {}),
     ("logsumexp.default", (rand(3, 4), [1]), {}),
     ("linalg_vector_norm.default", (rand(3, 4),), {}),
-    ("linalg_vector_norm.default", (rand(3, 4), 1, [1]), {}),
     ("linalg_vector_norm.default", (rand(3, 4), math.inf, [0], True), {}),
     ("var.correction", (rand(3, 4), [1]), {"correction": 1}),
     ("var_mean.correction", (rand(3, 4), [1]), {"correction": 0, "keepdim": True}),
@@ -442,7 +421,6 @@ CASES = [
     ("argmax.default", (rand(3, 4),), {}),
     ("count_nonzero.dim_IntList", (ints(3, 4, 5), [1]), {}),
     ("nansum.default", (torch.tensor([1.0, math.nan, 2.0]),), {}),
-    ("min.default", (rand(3, 4),), {}),
     ("std_mean.correction", (rand(3, 4), [1]), {"correction": 1}),
     ("linalg_vector_norm.default", (rand(3, 4), 3, [1]), {}),
     ("vdot.default", (rand(4), rand(4)), {}),
@@ -543,140 +521,4 @@ CASES = [
          {"lr": 0.1, "lr_decay": decay, "weight_decay": decay, "eps": 1e-2, "maximize": bool(decay)})
         for decay in (0.0, 0.2)
     ),
-    ("index_put.default", (rand(4, 3), [ints(4, 6)], rand(1, 1), True), {}),
 ]  # fmt: skip
-
-
-class Ran:
-    """An operator that has run, with copies of its inputs."""
-
-    def __init__(self, name, given, keywords, values=None):
-        operator = resolve(f"aten.{name}")
-        self.names = {}
-        self.inputs = dict(values or {})
-        arguments = tuple(encode(each, self._name) for each in given)
-        named = {key: encode(each, self._name) for key, each in keywords.items()}
-        called, named_called = (self._copied(each) for each in (given, keywords))
-        result = operator(*called, **named_called)
-        flat = list(leaves(result)) if isinstance(result, torch.Tensor | list | tuple) else []
-        self.results = {}
-        outputs = []
-        live = {id(copy): name for name, copy in self._copies.items()}
-        for place, tensor in enumerate(flat):
-            outputs.append(live.get(id(tensor), f"result{place}"))
-            self.results[outputs[-1]] = tensor
-        self.operation = Operation(
-            phase="forward",
-            operator=f"aten.{name}",
-            arguments=arguments,
-            keywords=named,
-            results=tuple(outputs),
-        )
-        written = [each for each in self.operation.written() if each not in outputs]
-        self.results |= {each: self._copies[each] for each in written}
-        self.outputs = [*outputs, *written]
-
-    _copies: dict
-
-    def _name(self, tensor):
-        name = self.names.setdefault(id(tensor), f"t{len(self.names)}")
-        self.inputs.setdefault(name, tensor.clone())
-        return name
-
-    def _copied(self, value):
-        if not hasattr(self, "_copies"):
-            self._copies = {}
-        if isinstance(value, torch.Tensor):
-            name = self.names[id(value)]
-            return self._copies.setdefault(name, self._as(value, self.inputs[name]))
-        if isinstance(value, dict):
-            return {key: self._copied(each) for key, each in value.items()}
-        return [self._copied(each) for each in value] if isinstance(value, list | tuple) else value
-
-    @staticmethod
-    def _as(value, content):
-        """Return a copy with the strides of the tensor that was given."""
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-        return copy.copy_(content)
-
-
-def pieces_of(made):
-    if isinstance(made, Formula | Words):
-        return [*made.given.values()]
-    return [piece for terms in made.terms for piece in terms.given.values()]
-
-
-def recomputed(ran, made):
-    def values(given):
-        return {
-            key: numbers_of((ran.results if p.is_result else ran.inputs)[p.name], p)
-            for key, p in given.items()
-        }
-
-    if isinstance(made, Words):
-        return None
-    if isinstance(made, Formula):
-        return made.of(values(made.given))
-    return sum(float(terms.of(values(terms.given)).sum()) for terms in made.terms) / made.divisor
-
-
-@pytest.mark.parametrize(
-    ("name", "given", "keywords"), CASES, ids=[f"{i}-{case[0]}" for i, case in enumerate(CASES)]
-)
-def test_a_rule_names_the_numbers_that_make_the_result(name, given, keywords):
-    ran = Ran(name, given, keywords)
-    chance = random.Random(name)
-    # The other results are memory of the kernel.
-    known = {
-        "mkldnn_rnn_layer.default": 3,
-        "_ctc_loss.default": 1,
-    }.get(name)
-    for place, output in enumerate(ran.outputs[:known]):
-        tensor = ran.results[output]
-        places = list(itertools.product(*map(range, tensor.shape)))
-        for index in chance.sample(places, min(len(places), 4)):
-            call = Call(ran.operation, ran.inputs, ran.results, ran.outputs, place, index)
-            made = how_made(call)
-            expected, found = tensor[index].item(), recomputed(ran, made)
-            if found is not None:
-                assert float(found) == pytest.approx(float(expected), rel=2e-5, abs=2e-5), made
-            unlike = with_other_numbers(ran, name, given, keywords, made)
-            assert unlike.results[output][index].item() == pytest.approx(expected, rel=2e-5, abs=2e-5), (
-                made
-            )
-
-
-def with_other_numbers(ran, name, given, keywords, made):
-    """Run the operator with all numbers changed but those that the rule names."""
-    values = {}
-    pieces = pieces_of(made)
-    # What another result of the operation was made from went in as well.
-    for piece in [piece for piece in pieces if piece.is_result]:
-        place = ran.outputs.index(piece.name)
-        call = Call(ran.operation, ran.inputs, ran.results, ran.outputs, place, piece.at(0))
-        pieces += pieces_of(how_made(call))
-    for key, tensor in ran.inputs.items():
-        values[key] = tensor.clone()
-        if tensor.is_floating_point():
-            kept = torch.zeros(tensor.shape, dtype=torch.bool)
-            for piece in pieces:
-                if piece.name == key and not piece.is_result:
-                    for number in range(piece.size):
-                        kept[piece.at(number)] = True
-            values[key] = torch.where(kept, tensor, torch.rand_like(tensor) * 0.5 + 0.2)
-    return Ran(name, given, keywords, values)
-
-
-def test_an_operator_without_a_rule_has_none():
-    ran = Ran("linalg_inv_ex.default", (rand(3, 3),), {})
-    call = Call(ran.operation, ran.inputs, ran.results, ran.outputs, 0, (0, 0))
-    with pytest.raises(NoRuleError, match="linalg_inv_ex"):
-        how_made(call)
-
-
-def test_a_number_that_is_put_where_several_meet_has_no_rule():
-    index = torch.tensor([[1, 1]])
-    ran = Ran("scatter.src", (rand(1, 3), 1, index, rand(1, 2)), {})
-    call = Call(ran.operation, ran.inputs, ran.results, ran.outputs, 0, (0, 1))
-    with pytest.raises(NoRuleError, match="several"):
-        how_made(call)
