@@ -346,6 +346,7 @@ class Repeats:
                 self._sources[digest] = source
             self._sizes[file] = max(self._sizes.get(file, 0), place + size)
             self._number = max(self._number, file)
+        self._forget_cut()
         if keep is None:
             self._newest_step = dict.fromkeys(self._sizes, recorded)
             return
@@ -507,7 +508,9 @@ class Repeats:
             return None
         (digest,) = self._add_once(step, "source", cut.source).digests
         places = memoryview(begins.astype(_PLACE).tobytes())
-        return (places, digest) if digest in self._known else None
+        # Data that is kept as places itself would be places in places.
+        is_whole = digest in self._known and digest not in self._sources
+        return (places, digest) if is_whole else None
 
     def _files(self, digests: Iterable[bytes]) -> set[int]:
         """Return the files that hold contents, and the data that these were cut out of."""
@@ -560,6 +563,13 @@ class Repeats:
         if source is not None:
             self._sources |= dict.fromkeys(pieces, source)
 
+    def _forget_cut(self) -> None:
+        """Forget contents that were cut out of data which is gone."""
+        known, sources = self._known, self._sources
+        lost = {digest for digest, source in sources.items() if source not in known}
+        self._known = {digest: file for digest, file in known.items() if digest not in lost}
+        self._sources = {digest: source for digest, source in sources.items() if digest in self._known}
+
     def _drop(self, files: Sequence[int]) -> None:
         """Give up the contents in files."""
         for file in files:
@@ -568,8 +578,6 @@ class Repeats:
             self._newest_step.pop(file, None)
             self._draws.pop(file, None)
             self._database.remove_contents(file)
-        known = {digest: file for digest, file in self._known.items() if file in self._sizes}
-        self._sources = {d: source for d, source in self._sources.items() if d in known}
-        lost = {digest for digest, source in self._sources.items() if source not in known}
-        self._known = {digest: file for digest, file in known.items() if digest not in lost}
+        self._known = {digest: file for digest, file in self._known.items() if file in self._sizes}
+        self._forget_cut()
         self._removed += files

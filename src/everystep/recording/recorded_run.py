@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -414,6 +414,11 @@ class RecordedRun:
     def repeats(self, first: int, last: int) -> list[Repeat]:
         """Return the rows that repeat any of steps `first` to `last`: see `Database.repeats`."""
         return self._read(lambda database: database.repeats(first, last))
+
+    def sources(self, digests: Iterable[bytes]) -> dict[bytes, bytes]:
+        """Return the digest of the data that inputs were cut out of, of those that were."""
+        places = self._read(lambda database: database.contents(digests))
+        return {digest: each.source for digest, each in places.items() if each.source is not None}
 
     def contents(self, given: Mapping[str, Given]) -> dict[str, Tensor | None]:
         """Return the inputs of a step, on the CPU; None for dropped ones.

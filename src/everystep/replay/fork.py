@@ -324,7 +324,9 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
             return FurtherSteps(run, rule, lr)
         steps, stretch = range(at + 1, asked.last + 1), asked.stretch
         if not asked.targets:
-            return StepsAtRate(run, stretch, rule, lr)
+            at_rate = StepsAtRate(run, stretch, rule, lr)
+            at_rate.check_inputs(steps)
+            return at_rate
         return StepsRelabelled(run, stretch, rule, steps, asked.targets, lr)
 
     def record(state: State) -> tuple[Recorder, Facts]:

@@ -320,6 +320,16 @@ class ChangedSteps(RecordedSteps):
             self._taken[row[1:4]] = found
         return found
 
+    def inputs_read(self, steps: range) -> dict[str, set[Given]]:
+        """Return what steps, and the step before them, read that is in no part and no batch, by name."""
+        prefix = "input/"
+        read: dict[str, set[Given]] = {}
+        for row in map(self.row, (max(1, steps[0] - 1), *steps)):
+            for name, each in self.given(row).given.items():
+                if name.startswith(prefix):
+                    read.setdefault(name.removeprefix(prefix), set()).add(each)
+        return read
+
 
 class StepsAtRate(ChangedSteps):
     """Recorded steps at another learning rate, of all param groups of torch's own optimizers.
@@ -334,6 +344,40 @@ class StepsAtRate(ChangedSteps):
     ) -> None:
         super().__init__(run, stretch, rule)
         self._lr = lr
+
+    def check_inputs(self, steps: range) -> None:
+        """Check that the steps read nothing that code may have computed from the parameters.
+
+        What steps before these have read, too, is data; and so is what was cut out of the same data.
+
+        Raises:
+            RunError: they read a tensor in no part and no batch that differs from step to step.
+        """
+        read = {name: each for name, each in self.inputs_read(steps).items() if len(each) > 1}
+        if not read:
+            return
+        before = {
+            digest
+            for row in self.run.repeats(1, steps[0] - 1)
+            for each in inputs_of(row.inputs, _what(self.run, row)).given.values()
+            for digest in each.digests
+        }
+        sources = self.run.sources(
+            [*before, *(d for of in read.values() for g in of for d in g.digests)]
+        )
+        data = before | {sources[digest] for digest in before if digest in sources}
+        changing = [
+            name
+            for name, given in read.items()
+            if not all(d in data or sources.get(d) in data for each in given for d in each.digests)
+        ]
+        if changing:
+            raise RunError(
+                f"the steps of {self.run.name} read a tensor that is in no part and no batch, and "
+                f"differs from step to step ({changing[0]}): your code may compute it from the "
+                "parameters; change the rate in a fork that your code makes, or pass the object that "
+                "holds it to everystep.record(...)"
+            )
 
     def numbers(self, row: Repeat) -> list[int | float]:
         """Return the numbers of a step, with the learning rate in them.

@@ -11,7 +11,6 @@ from torch import Tensor
 from everystep.errors import ExperimentError, Fault, RunError
 from everystep.experiment.batches import RowsOf
 from everystep.program.step_program import Program
-from everystep.recording.contents import Given
 from everystep.recording.database import Repeat
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.recorded_steps import NotReplayedError, StepsAtRate
@@ -21,7 +20,7 @@ __all__ = ["StepsRelabelled"]
 
 #: The target of a batch with several tensors of one number per row.
 _TARGETS = ("y", "label", "labels", "target", "targets")
-_BATCH, _INPUT = "batch/", "input/"
+_BATCH = "batch/"
 _WHAT = "the other targets"
 
 
@@ -117,14 +116,10 @@ class StepsRelabelled(StepsAtRate):
 
         A tensor that is the same with several batches is none of these.
         """
-        read: dict[str, set[Given]] = {}
-        batches = set()
+        read, batches = self.inputs_read(steps), set()
         for row in map(self.row, (max(1, steps[0] - 1), *steps)):
-            given = self.given(row).given
-            batches.add(tuple(each for name, each in given.items() if name.startswith(_BATCH)))
-            for name, each in given.items():
-                if name.startswith(_INPUT):
-                    read.setdefault(name.removeprefix(_INPUT), set()).add(each)
+            given = self.given(row).given.items()
+            batches.add(tuple(each for name, each in given if name.startswith(_BATCH)))
         is_alone = len(batches) == 1 and (self.rule is None or self.rule.is_fixed)
         unsure = [name for name, each in read.items() if is_alone or len(each) > 1]
         if unsure:

@@ -196,6 +196,7 @@ def _train_alone(
             rate, steps = None, RecordedSteps(run, stretch, rule)
             if isinstance(change, float):
                 rate, steps = change, StepsAtRate(run, stretch, rule, change)
+                steps.check_inputs(range(at + 1, until + 1))
             elif change is not None:
                 steps = StepsRelabelled(run, stretch, rule, range(at + 1, until + 1), change)
             stepper = ReplayStepper(steps, differing.setdefault)

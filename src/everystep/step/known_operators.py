@@ -144,7 +144,8 @@ def gathers_data(
         return False
     is_outside, tensors = False, [*tensors]
     if known.joins and all(is_plain(tensor) and not tensor.requires_grad for tensor in tensors):
-        return 2 * sum(map(is_met, tensors)) < len(tensors)
+        met = [tensor for tensor in tensors if is_met(tensor)]
+        return 2 * len(met) < len(tensors) and all(map(is_drawn, met))
     for tensor in tensors:
         if not is_plain(tensor) or tensor.requires_grad or known.joins:
             return False

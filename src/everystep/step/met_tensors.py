@@ -237,7 +237,9 @@ class MetTensors:
         """Forget memory that a call brought which was another one after all."""
         while self._brought:
             self._places.pop(self._brought.pop(), None)
-        self.parts = {place: part for place, part in self.parts.items() if part < len(self.known)}
+        met = len(self.known)
+        self.parts = {place: part for place, part in self.parts.items() if part < met}
+        self.bases = {number: base for number, base in self.bases.items() if number < met}
 
     def keep_brought(self) -> None:
         """Keep the memory that a call brought."""

@@ -292,8 +292,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         cut = None if read is None else outside.cut(*read, content.nbytes)
         if cut is not None:
             self.cuts[origin] = cut
-        if call is not None and read is None and tensor.dim() and tensor.numel():
-            self.joined[origin] = len(tensor)
+        # A tensor that reads it may be a view of another shape.
+        has_rows = call is not None and read is None and tensor.dim() and content.nbytes == tensor.nbytes
+        self.joined[origin] = max(len(tensor), 1) if has_rows else 1
 
     def keep_place_of(self, number: int) -> None:
         """From now on, note the memory of a result when it is made: it is met again without it."""
@@ -366,6 +367,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if self.is_remembered:
             known = {origin for entry in self.at.from_root() for _, origin in entry.contents}
         self.contents = {n: content for n, content in self.contents.items() if n in known}
+        self.cuts = {n: cut for n, cut in self.cuts.items() if n in known}
 
     def leave(self) -> None:
         """Watch the rest of the step without following or remembering it."""
