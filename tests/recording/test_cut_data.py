@@ -129,7 +129,7 @@ def _whole_too(t, data, model):
 
 
 def _changed_after(t, data, model):
-    """A step that changes the memory of which it has read a part."""
+    """A step that changes memory that it has read a part of."""
     at = int(torch.randint(900, ()))
     part = data[at : at + 9]
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_parts_of_data_at_any_place_have_the_same_programs(loss_of, tmp_path):
     assert trained(True) == trained(False)
     run = everystep.open(tmp_path / "run")
     assert run.verify(processes=1, progress=False).is_exact
-    assert run.facts.training.loop.programs <= 30
+    assert run.facts.training.loop.programs <= (30 if loss_of is _memory else 17)
 
 
 class Tagged(torch.Tensor):

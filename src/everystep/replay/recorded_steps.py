@@ -166,7 +166,7 @@ class RecordedSteps:
         return self._losses.get(number, math.nan)
 
     def unknown_in(self, number: int) -> str | None:
-        """Return what Python may have got otherwise in a step than recorded, and no program computes."""
+        """Return what Python may have read that the recording does not have, and no program computes."""
 
     def digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""
@@ -300,7 +300,7 @@ class ChangedSteps(RecordedSteps):
         return super().given(row)._replace(digests={})
 
     def unknown_in(self, number: int) -> str | None:
-        """Return what Python may have got otherwise in a step than recorded, and no program computes."""
+        """Return what Python may have read that the recording does not have, and no program computes."""
         count = self.program_of(self.row(number)).program.left_out
         return f"Python read {count:,} of its values that no program computes" if count else None
 

@@ -131,7 +131,7 @@ class Cursor(UnderWay):
         return MISS
 
     def _is_met(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is on memory that the step knows, and not as data from elsewhere."""
+        """Tell whether a tensor is on memory that the step knows, and not as data from outside."""
         place = self.tensors.place(tensor.untyped_storage())
         return place is not None and not self._is_data(place)
 
@@ -141,14 +141,14 @@ class Cursor(UnderWay):
         return storage._cdata in self.tensors.parts or self.tensors.place(storage) is not None
 
     def _is_data(self, place: int) -> bool:
-        """Tell whether memory is from elsewhere, and the step has not changed it."""
+        """Tell whether memory is from outside, and the step has not changed it."""
         if self.tensors.known[place].kind != "input":
             return False
         operations = [entry.operation for entry in self.at.from_root() if entry.operation is not None]
         return not any(place in operation.writes for operation in operations)
 
     def _is_part(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is a part of data from elsewhere, which the step has not changed."""
+        """Tell whether a tensor is a part of data from outside, which the step has not changed."""
         is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
         return is_part and not self._is_met(tensor) and not tensor.requires_grad
 

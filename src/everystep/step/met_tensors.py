@@ -107,7 +107,7 @@ class MetTensors:
             self.keep_place(tensor, number)
 
     def meet_part(self, tensor: Tensor) -> int:
-        """Give a part of data from elsewhere the next number; its memory counts as its own."""
+        """Give a part of data from outside the next number; its memory counts as its own."""
         number, own = len(self.known), self._put_part(tensor, len(self.known))
         self._add(MetTensor(number, "part", extent_of(own)[1], tensor.is_cpu, False, own))
         return number
@@ -115,7 +115,7 @@ class MetTensors:
     def _put_part(self, tensor: Tensor, number: int) -> tuple[Any, ...]:
         """Note a part by a number, and return where it lies in its own memory.
 
-        It begins there as it does in aligned memory, where kernels may compute other bits of floats.
+        It begins there as it does in aligned memory: with floats, results of kernels may depend on it.
         """
         begin = int(tensor.storage_offset()) * tensor.itemsize
         is_aligned = not (tensor.is_floating_point() or tensor.is_complex())
@@ -273,7 +273,7 @@ class MetTensors:
     def token(self, value: Any, is_slot: bool, is_part: Callable[[Tensor], bool] | None = None) -> Any:
         """Return the token of an argument, and note a tensor that the step meets here.
 
-        is_part: returns whether a tensor is a part of data from elsewhere, and only read here.
+        is_part: returns whether a tensor is a part of data from outside, and only read here.
 
         Raises:
             UnseenError: no token can stand for it; gives the reason.

@@ -23,7 +23,7 @@ __all__ = [
     "versions_of",
 ]
 
-#: Memory from elsewhere of more bytes than this is not kept; what is computed from it is.
+#: Memory from outside of more bytes than this is not kept; what is computed from it is.
 MOST_BYTES = 100_000_000
 
 

@@ -167,7 +167,7 @@ class MetTensor(NamedTuple):
     """A tensor when a step met it.
 
     origin: the number of the first tensor on its memory; kind: where that memory comes from: `state`,
-    `batch`, `input` (from elsewhere), `part` (a part of data from elsewhere, as memory of its own) or
+    `batch`, `input` (from outside), `part` (a part of data from outside, as memory of its own) or
     `temporary`; bytes, on_cpu: of that memory; is_named: whether it is a tensor of the state or the
     batch itself; geometry: dtype, shape, stride and offset; of a batch, the offset counts from the first
     tensor there.

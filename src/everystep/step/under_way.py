@@ -279,7 +279,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.bring(self.tensors.known[number].origin, tensor)
 
     def bring(self, origin: int, tensor: Tensor) -> None:
-        """Keep the content of memory from elsewhere. origin: the number of the first tensor there."""
+        """Keep the content of memory from outside. origin: the number of the first tensor there."""
         base, outside = self.tensors.bases.get(origin), self.outside
         if base is not None:
             content, call = outside.of_part(tensor, base), None
