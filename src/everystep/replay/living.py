@@ -130,11 +130,11 @@ class Living:
         if program is None:
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
         generators.restore(device)
-        interpreter = Interpreter(program.built.program, device)
-        observer = StepObserver(interpreter, program.numbers)
+        interpreter, numbers = Interpreter(program.built.program, device).at(program.numbers)
+        observer = StepObserver(interpreter, numbers)
         with without_autograd():
             inputs = given | program.inputs
-            done = interpreter.run(state, inputs, program.numbers, observer.looks)
+            done = interpreter.run(state, inputs, numbers, observer.looks)
         self._stepper.restart(number)
         assert done.loss is not None
         after = {name: copy_on_cpu(tensor) for name, tensor in state.items()}

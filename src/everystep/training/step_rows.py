@@ -107,13 +107,13 @@ class StepRows:
             if draw or not torch.equal(generator, self._generator):
                 inputs[f"generator/{draw}"] = generator
         self._generator = watch.drawn if watch.drawn is not None else self._generator
-        numbers = known.built.numbers(watch.numbers)
+        numbers = known.built.numbers(watch.numbers, watch.offsets)
         digests = self._digests(step, state)
         return Taken(step, known.number, numbers, inputs, nesting, size, digests, cuts=cuts)
 
     def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
         try:
-            built = build_path(path, watch.numbers)
+            built = build_path(path, watch.numbers, watch.offsets)
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return str(error)

@@ -241,7 +241,7 @@ class WatchedSteps:
             return None
         brought = {f"input/{n}": watch.content(place) for n, place in built.inputs.items()}
         inputs = {name: content for name, content in brought.items() if content is not None}
-        return LastProgram(built, built.numbers(watch.numbers), inputs)
+        return LastProgram(built, built.numbers(watch.numbers, watch.offsets), inputs)
 
     def note_changes(
         self,
