@@ -80,6 +80,13 @@ def _lengths(model, x, t):
     return model(part.repeat(1, 8 // width, 1).flatten(1)).square().mean()
 
 
+def _around(model, x, t):
+    """Rows of the data that the batch is a part of, in the batch and around it."""
+    i = random.choice((0, 4 * (t % 7), 9))
+    rows = model.__dict__["data"][i : i + 4]
+    return sum(model(part[:, :8, :8].flatten(1)).square().mean() for part in (x, rows))
+
+
 class Queueing(nn.Sequential):
     """A model with a queue."""
 
@@ -90,16 +97,16 @@ class Queueing(nn.Sequential):
 
 
 def _trained(run, loss_of):
-    """Train on seven batches in turn; record it if there is a run; return the losses."""
+    """Train on seven parts of the same data in turn; record it if there is a run; return the losses."""
     random.seed(0)
     torch.manual_seed(0)
     model = Queueing()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    data = [torch.randn(4, 12, 12) for _ in range(7)]
+    model.__dict__["data"] = data = torch.randn(28, 12, 12)
     losses = []
     record = everystep.record(model=model, optimizer=optimizer, run=run) if run else nullcontext()
     with record as recording:
-        given = [data[t % 7] for t in range(STEPS)]
+        given = [data.split(4)[t % 7] for t in range(STEPS)]
         for t, x in enumerate(given if recording is None else recording.steps(given)):
             loss = loss_of(model, x, t)
             optimizer.zero_grad()
@@ -113,7 +120,7 @@ def _trained(run, loss_of):
 
 LOOPS = {
     **{_crop: 10, _windows: 6, _queue: 6, _position: 6},
-    **{_in_place: 12, _odd: 6, _lengths: 12},
+    **{_in_place: 12, _odd: 6, _lengths: 12, _around: 35},
 }
 
 

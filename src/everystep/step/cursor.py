@@ -127,7 +127,7 @@ class Cursor(UnderWay):
                 if result is not MISS:
                     at.next = entry
                     return self._went(entry, result)
-                self.tensors.forget_brought()
+                self.tensors.forget_brought(at.met)
             entry = next((each for each in others if each is not expected), None)
         return MISS
 

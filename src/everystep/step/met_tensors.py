@@ -163,7 +163,7 @@ class MetTensors:
         if len(self.known) > at.met:  # of a call that has failed
             del self.known[at.met :]
             self._extents = None
-            self.forget_brought()
+            self.forget_brought(at.met)
         new: list[Entry] = []
         entry: Entry | None = at
         while entry is not None and entry.met > len(self.known):
@@ -244,11 +244,13 @@ class MetTensors:
         storage = tensor.untyped_storage()
         self._places[storage._cdata] = ref(storage), number
 
-    def forget_brought(self) -> None:
-        """Forget memory that a call brought which was another one after all."""
+    def forget_brought(self, met: int) -> None:
+        """Forget memory that a call brought which was another one after all.
+
+        met: how many tensors the step had met before.
+        """
         while self._brought:
             self._places.pop(self._brought.pop(), None)
-        met = len(self.known)
         self.parts = {place: part for place, part in self.parts.items() if part < met}
         self.bases = {number: base for number, base in self.bases.items() if number < met}
 

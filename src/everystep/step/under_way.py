@@ -363,7 +363,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     def undo(self) -> None:
         """Forget what a call has brought that raised; the loop may catch it, and continue."""
         self.tensors.catch_up(self.at)
-        self.tensors.forget_brought()
+        self.tensors.forget_brought(self.at.met)
         known: Container[int] = range(self.at.met)
         if self.is_remembered:
             known = {origin for entry in self.at.from_root() for _, origin in entry.contents}
