@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from everystep.answers.doctor import Diagnosis
     from everystep.experiment.metrics import Metrics
     from everystep.experiment.specification import Experiment
+    from everystep.training.loop_start import LoopStart
     from everystep.training.record import Recording
 
 __all__ = ["doctor", "open", "record", "runs", "train", "train_experiment"]
@@ -216,28 +217,15 @@ def train(
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
-        from everystep.recording.keep import keep_of
         from everystep.training.from_step import check_step, train_step
         from everystep.training.record import Recording
 
         check_step(model, data, parts, others)
-        resumed = _resumed(place, resume)
         watcher = progress_of(progress)
-        recording = Recording(
-            dict(parts),
-            place,
-            RUNS,
-            snapshot_budget,
-            batch_budget,
-            keep_of(keep),
-            Run,
-            watcher.advance,
-            resumed=resumed,
-            is_accepted=force,
-            fork=_forked(fork, at, resumed),
-            said=said,
-        )
+        budgets = snapshot_budget, batch_budget, keep
+        start = _loop_start(place, resume, force, fork, at, *budgets, said, watcher.advance)
         batches = cast("Iterable[Any] | None", data)
+        recording = Recording(dict(parts), start, Run)
         return run_of(train_step(model, batches, iteration, recording, watcher))
     if fork is not None or at is not None:
         raise UsageError("a training of a model is forked by its run: everystep.open(run).fork(at, ...)")
@@ -260,7 +248,7 @@ def train(
         asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
-        outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher, said)
+        outcome = train_objects(objects, iteration, place, snapshot_budget, watcher, said)
     return run_from_objects(outcome, replace(objects, metrics=copy(metrics or ())))
 
 
@@ -331,7 +319,6 @@ def record(
         UsageError: an argument is not a part of a training, or has no name; or a condition is invalid.
         RunError: the run to continue or to fork does not exist.
     """
-    from everystep.recording.keep import keep_of
     from everystep.training.conditions import LoopConditions
     from everystep.training.config import facts_from
     from everystep.training.record import Recording
@@ -342,22 +329,30 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
-    place = place_of(run)
-    resumed = _resumed(place, resume)
-    return Recording(
-        parts,
-        place,
-        RUNS,
-        snapshot_budget,
-        batch_budget,
-        keep_of(keep),
-        Run,
-        resumed=resumed,
-        is_accepted=force,
-        fork=_forked(fork, at, resumed),
-        said=facts_from(config, tags),
-        conditions=LoopConditions(stop_when, mark_when) if stop_when or mark_when else None,
-    )
+    said, budgets = facts_from(config, tags), (snapshot_budget, batch_budget, keep)
+    start = _loop_start(place_of(run), resume, force, fork, at, *budgets, said)
+    conditions = LoopConditions(stop_when, mark_when) if stop_when or mark_when else None
+    return Recording(parts, start, Run, conditions)
+
+
+def _loop_start(
+    place: Path | None,
+    resume: bool | str | Path,
+    force: bool,
+    fork: str | Path | Run | None,
+    at: int | None,
+    snapshot_budget: int,
+    batch_budget: float,
+    keep: str | Sequence[tuple[int, int]] | None,
+    said: Mapping[str, Any],
+    advanced: Callable[[int, Sequence[float]], None] | None = None,
+) -> LoopStart:
+    """Return the run that a recorded loop begins or continues. advanced: as in `LoopStart`."""
+    from everystep.recording.keep import keep_of
+    from everystep.training.loop_start import LoopStart
+
+    budgets, resumed = (snapshot_budget, batch_budget, keep_of(keep)), _resumed(place, resume)
+    return LoopStart(place, *budgets, advanced, resumed, _forked(fork, at, resumed), force, said)
 
 
 def _forked(
@@ -448,7 +443,7 @@ def train_experiment(
     place, said = place_of(run), facts_from(None, tags)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
-        return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher, said))
+        return run_of(train_loaded(loaded, name, place, snapshot_budget, watcher, said))
     from everystep.replay.resume import Resume, resume_experiment
 
     asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)

@@ -125,8 +125,8 @@ def modules_of(module: nn.Module, path: str = "") -> dict[str, ModuleFacts]:
     return dict(_modules_of(module, path, frozenset()))
 
 
-def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
-    """Return the facts of a user's loop. loop: known before it begins."""
+def facts_of_loop(parts: Parts) -> TrainingFacts:
+    """Return the facts of a user's loop before it begins."""
     modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
     for name in sorted(parts.modules, key=lambda name: name != parts.main):
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
@@ -144,7 +144,7 @@ def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
         schedulers={name: scheduler_facts(each, None) for name, each in schedulers.items()},
         max_grad_norm=None,
         evaluate_every=None,
-        loop=loop,
+        loop=LoopFacts.of(parts.named),
         **circumstances(parts.device),
     )
 

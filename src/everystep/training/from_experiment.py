@@ -34,7 +34,6 @@ def train_experiment(
     experiment: Experiment,
     name: str,
     directory: Path | None,
-    runs: Path,
     budget: int,
     progress: Progress,
     said: Mapping[str, Any] = MappingProxyType({}),
@@ -55,7 +54,7 @@ def train_experiment(
     with held, generators_preserved(device):
         try:
             job = replace(experiment_job(experiment, name, device), said=said)
-            return run_job(job, directory, runs, budget, progress)
+            return run_job(job, directory, budget, progress)
         except EverystepError:
             raise
         except Exception as error:  # only torch's code has run, so any error is about the experiment

@@ -39,7 +39,6 @@ def train_objects(
     objects: Objects,
     iteration: Iteration,
     directory: Path | None,
-    runs: Path,
     budget: int,
     progress: Progress,
     said: Mapping[str, Any] = MappingProxyType({}),
@@ -57,7 +56,7 @@ def train_objects(
             torch.manual_seed(iteration.seed)
         device = _device(objects, iteration.device)
         job = objects_job(objects, iteration, device, progress)
-        return run_job(replace(job, said=said), directory, runs, budget, progress)
+        return run_job(replace(job, said=said), directory, budget, progress)
 
 
 def objects_job(objects: Objects, iteration: Iteration, device: torch.device, progress: Progress) -> Job:

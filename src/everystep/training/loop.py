@@ -32,13 +32,12 @@ from everystep.training.writer import RunWriter, now
 __all__ = ["run_job"]
 
 
-def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress: Progress) -> Outcome:
+def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -> Outcome:
     """Train, and record every step.
 
     Args:
         job: the job.
-        directory: the run's directory, which must not exist; None: the next free one in `runs`.
-        runs: the directory of runs.
+        directory: the run's directory, which must not exist; None: the next free one.
         budget: maximum bytes of snapshots.
         progress: watches the training.
 
@@ -48,9 +47,9 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
         RecordingError: writing the run failed.
     """
     job.check()
-    recorder, facts = _recorder(job, directory, runs, budget)
+    recorder, facts = _recorder(job, directory, budget)
     progress.begin(recorder.directory, facts)
-    training = _ModelWriter(job, recorder, progress)
+    training = _ModelWriter(job, recorder, facts, progress)
     with interrupt_deferred() as interrupt:
         try:
             reason = training.train(interrupt)
@@ -64,7 +63,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     return Outcome(place, status, reason, interrupt.is_by_user)
 
 
-def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tuple[Recorder, Facts]:
+def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, Facts]:
     """Return what records a job, and what is known of the run so far."""
     origin, text = job.origin, job.experiment_toml
     texts = {} if text is None else {job.facts.experiment_file or EXPERIMENT_FILE: text}
@@ -74,7 +73,7 @@ def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tupl
         facts = facts.model_copy(update=dict(job.said))
         recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True, texts=texts)
         return recorder, facts.model_copy(update={"name": place.name})
-    place = create_directory(directory, job.name, runs)
+    place = create_directory(directory, job.name)
     parent, fork = (origin.run, origin.fork) if origin else (None, None)
     beginning = job.training.snapshot(job.start) if origin else None
     facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
@@ -90,17 +89,10 @@ def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tupl
 class _ModelWriter(RunWriter):
     """Takes the steps of a training of a model, and writes them."""
 
-    def __init__(self, job: Job, recorder: Recorder, progress: Progress) -> None:
+    def __init__(self, job: Job, recorder: Recorder, facts: Facts, progress: Progress) -> None:
         origin = job.origin
-        resumed = None if origin is None else origin.resumed
-        super().__init__(
-            recorder,
-            job.start,
-            progress.notice,
-            progress.advance,
-            seconds_before=0.0 if resumed is None else resumed.seconds,
-            is_finite=origin is None or origin.is_finite,
-        )
+        earlier = None if origin is None else origin.run.facts
+        super().__init__(recorder, job.start, facts, progress.notice, progress.advance, earlier)
         goes_on = "training continues (stop_on_nan = true stops it)"
         ends = "training stops" if job.facts.stop_on_nan else goes_on
         self.advice = f"{ends}. ", "; a smaller lr often helps"
@@ -120,7 +112,7 @@ class _ModelWriter(RunWriter):
             reason = self._run(interrupt)
             self._finish()
         except BaseException as error:
-            self._close_failed(error)
+            self.close_failed(error)
             raise
         finally:
             if self._stepper is not None:
@@ -168,15 +160,13 @@ class _ModelWriter(RunWriter):
             self._snapshot()
         self._keep_rows()
 
-    def _close_failed(self, error: BaseException) -> None:
-        """Close the run of a training that raised; what the training raised comes first."""
+    def close_failed(self, error: BaseException) -> None:
+        """Write what there is, and close the run."""
         with suppress(Exception):  # the device or the disk may be what failed
             self.flush()
             if self._stepper is not None and self._stepper.step < self.step:
                 self.recorder.forget_after(self._stepper.step)  # a failed check made them void
-        reason = str(error).strip() or type(error).__name__
-        with suppress(Exception):
-            self.recorder.finish({"status": "failed", "reason": reason, "finished": now()})
+        super().close_failed(error)
 
     def flush(self) -> None:
         """Fetch the losses from the device, which waits for it once; write them and the measurements."""

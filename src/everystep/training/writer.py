@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from everystep import clock
 from everystep.recording.contents import Taken
+from everystep.recording.facts import Facts
 from everystep.recording.recorder import Recorder
 
 __all__ = ["RunWriter", "now"]
@@ -37,10 +39,10 @@ class RunWriter:
     Args:
         recorder: of the run.
         start: the state that the training begins with.
+        facts: known as it begins.
         notice: shows a message to the user.
         advanced: called with a step that was written, and the losses from it on.
-        seconds_before: how long the training took before it was resumed; None if unknown.
-        is_finite: whether each loss so far was.
+        earlier: the facts of the run that is continued, or that this one is a fork of.
 
     step: the last step; taken, losses, measured: values of steps that are not written yet; rates: the
     numbers of the optimizers that are recorded only when they change; step_seconds: the time of a step.
@@ -53,11 +55,10 @@ class RunWriter:
         self,
         recorder: Recorder,
         start: int,
+        facts: Facts,
         notice: Callable[[str], None],
         advanced: Callable[[int, Sequence[float]], None] | None,
-        *,
-        seconds_before: float | None = 0.0,
-        is_finite: bool = True,
+        earlier: Facts | None = None,
     ) -> None:
         self.recorder = recorder
         self.step = self.start = start
@@ -68,9 +69,12 @@ class RunWriter:
         self.step_seconds = math.inf
         self._notice = notice
         self._advanced = advanced
-        self._is_finite = is_finite
+        nonfinite = None if earlier is None else earlier.nonfinite_step
+        #: Whether each loss so far was.
+        self._is_finite = nonfinite is None or nonfinite > start
         self._lost_to = 0
-        self._seconds_before = seconds_before
+        #: How long the training took before it was resumed; None if unknown.
+        self._seconds_before = facts.resumed[-1].seconds if facts.resumed else 0.0
         self._started = time.perf_counter()
         self._flush_at = 0.0
 
@@ -171,6 +175,12 @@ class RunWriter:
         ends = {"status": status, "reason": reason, "finished": now(), "seconds": in_all}
         self.recorder.finish(facts | ends)
         self.show_written()
+
+    def close_failed(self, error: BaseException) -> None:
+        """Close the run of a training that raised; what the training raised comes first."""
+        reason = str(error).strip() or type(error).__name__
+        with suppress(Exception):  # the disk may be what failed
+            self.recorder.finish({"status": "failed", "reason": reason, "finished": now()})
 
     def _nonfinite_in(self, first: int, losses: Sequence[float | None]) -> dict[str, Any]:
         """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
