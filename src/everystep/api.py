@@ -217,8 +217,8 @@ def train(
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
-        from everystep.training.from_step import check_step, train_step
         from everystep.training.record import Recording
+        from everystep.training.step_function import check_step, train_step
 
         check_step(model, data, parts, others)
         watcher = progress_of(progress)

@@ -32,7 +32,7 @@ from everystep.replay.relabelled_steps import StepsRelabelled
 from everystep.replay.replay_stepper import ReplayStepper, is_rate
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
-from everystep.training.interrupt import Interrupt, interrupt_deferred
+from everystep.training.interrupt import Interrupt
 from everystep.training.job import Outcome, Progress
 from everystep.training.writer import RunWriter
 
@@ -154,7 +154,7 @@ def continue_alone(
         error.environment = environment
         raise error
     replay = Replay(run)
-    with interrupt_deferred() as interrupt, replay.in_force(max(at, 1)):
+    with Interrupt() as interrupt, replay.in_force(max(at, 1)):
         stepper = replay.go_to(at)
         if replay.diverged_at is not None:
             raise RunError(

@@ -23,7 +23,7 @@ from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import changes_more_than_lr, expected_to_change
 from everystep.step.torchs_own import is_torchs_scheduler
 from everystep.training.dataset import DatasetBatches
-from everystep.training.interrupt import Interrupt, interrupt_deferred
+from everystep.training.interrupt import Interrupt
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.resumed import facts_resumed
 from everystep.training.stepper import Stepper
@@ -50,7 +50,7 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
     recorder, facts = _recorder(job, directory, budget)
     progress.begin(recorder.directory, facts)
     training = _ModelWriter(job, recorder, facts, progress)
-    with interrupt_deferred() as interrupt:
+    with Interrupt() as interrupt:
         try:
             reason = training.train(interrupt)
             status = "finished" if reason is None else "stopped"
@@ -233,7 +233,7 @@ class _ModelWriter(RunWriter):
         engine = EngineFacts(
             asked=self.job.engine,
             stands_behind=stepper.stands_behind,
-            programs=stepper.watched.programs,
+            programs=tuple(stepper.watched.programs),
             by_program=stepper.by_program,
             checks=len(stepper.checked),
             verified_to=stepper.checked[-1] if stepper.checked else 0,

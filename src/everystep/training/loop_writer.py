@@ -20,8 +20,8 @@ from everystep.step.parts_state import PartsState, Rest
 from everystep.step.path import Path as StepPath
 from everystep.step.state import State, state_differences
 from everystep.training.loader_position import LoaderPosition
-from everystep.training.step_rows import AnyWatch
-from everystep.training.watched_steps import StepUnderWay, WatchedSteps
+from everystep.training.step_under_way import AnyWatch, StepUnderWay
+from everystep.training.watched_steps import WatchedSteps
 from everystep.training.writer import RunWriter
 
 __all__ = ["LoopWriter"]

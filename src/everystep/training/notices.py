@@ -6,7 +6,7 @@ from typing import Any
 
 from everystep.errors import say
 from everystep.program.source_line import CodeLine
-from everystep.training.step_rows import AnyWatch
+from everystep.training.step_under_way import AnyWatch
 
 __all__ = ["Notices"]
 

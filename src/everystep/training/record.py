@@ -29,7 +29,7 @@ from everystep.training.loader_position import LoaderPosition
 from everystep.training.loop_iterator import LoopIterator
 from everystep.training.loop_start import LoopStart
 from everystep.training.loop_writer import LoopWriter
-from everystep.training.watched_steps import StepUnderWay
+from everystep.training.step_under_way import StepUnderWay
 
 __all__ = ["Recording"]
 
@@ -133,7 +133,7 @@ class Recording(Generic[R]):
             for loss in earlier.losses_between(at, at) if earlier is not None else ():
                 self._conditions.note_loss(loss)
         self._writer.watched.follow()
-        self._interrupt.listen()
+        self._interrupt.__enter__()
         _recording.append(self)
         return self
 
@@ -184,7 +184,7 @@ class Recording(Generic[R]):
                 raise
         finally:
             self._is_writing = False
-            self._interrupt.leave()
+            self._interrupt.__exit__()
             if is_failed and at is not None and _has_no_more(writer.directory, at):
                 shutil.rmtree(writer.directory, ignore_errors=True)
         if is_failed and kind is None and error is not None:
