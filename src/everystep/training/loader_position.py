@@ -331,12 +331,10 @@ def is_quiet(batches: Any) -> bool:
     if batches is None or type(batches) in (list, tuple):
         return True
     return (
-        type(batches) is DataLoader
+        is_indexed(batches)
         and type(batches.dataset) is TensorDataset
-        and batches.num_workers == 0
         and batches.collate_fn is default_collate
-        and type(batches.sampler) in (SequentialSampler, RandomSampler)
-        and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
+        and type(batches.sampler) is not WeightedRandomSampler
     )
 
 
