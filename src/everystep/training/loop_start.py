@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +62,16 @@ class LoopStart:
         """The run that is continued, or that this one is a fork of."""
         return self.fork[0] if self.fork is not None else self.resumed
 
-    def begin(self, parts: Parts, place: LoaderPosition, settle: Callable[[], None]) -> LoopWriter:
+    def begin(self, parts: Parts, place: LoaderPosition) -> LoopWriter:
         """Begin the run, or bring the parts to its newest snapshot; return what writes it.
-
-        settle: called where a resumed loop reaches its place in the batches.
 
         Raises:
             RunError: the run or the parts are other ones.
         """
         if self.fork is not None:
-            return self._forked(*self.fork, parts, place, settle)
+            return self._forked(*self.fork, parts, place)
         if self.resumed is not None:
-            return self._continued(self.resumed, parts, place, settle)
+            return self._continued(self.resumed, parts, place)
         directory = create_directory(self.directory, "loop")
         whole = PartsState(parts)
         place.begin()
@@ -97,14 +96,7 @@ class LoopStart:
             keep=self.keep,
         )
 
-    def _forked(
-        self,
-        parent: RecordedRun,
-        at: int,
-        parts: Parts,
-        place: LoaderPosition,
-        settle: Callable[[], None],
-    ) -> LoopWriter:
+    def _forked(self, parent: RecordedRun, at: int, parts: Parts, place: LoaderPosition) -> LoopWriter:
         """Make a run of a parent's steps up to `at`, and continue it.
 
         Its loop repeats the steps from the newest snapshot to `at`, as a resumed loop does: only a
@@ -129,19 +121,13 @@ class LoopStart:
                 PartsState(parts).check_begins_as(begin, cure)
             facts = Facts(name=directory.name, started=now(), steps=at, trained=trained, fork=fork)
             Recorder(directory, facts, self.snapshot_budget, parent, at, self.batch_budget).finish({})
-            return self._continued(RecordedRun(directory), parts, place, settle, is_new=True)
+            return self._continued(RecordedRun(directory), parts, place, is_new=True)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)  # made just now, and not started
             raise
 
     def _continued(
-        self,
-        run: RecordedRun,
-        parts: Parts,
-        place: LoaderPosition,
-        settle: Callable[[], None],
-        *,
-        is_new: bool = False,
+        self, run: RecordedRun, parts: Parts, place: LoaderPosition, *, is_new: bool = False
     ) -> LoopWriter:
         """Continue a run from its second newest snapshot, if there is one.
 
@@ -186,8 +172,7 @@ class LoopStart:
         rates = {name: rate for name in parts.rates() for rate in _rate(run, name, state.step)}
         whole.restore(state)
         _say_where(run, state.step, recorded, goal, is_new=is_new)
-        if goal is not None:
-            place.resume(goal, state.step, lambda step: _drawn(run, step), settle)
+        place.goal = goal
         recorder = self._recorder(run.directory, facts, state.step, is_resumed=True)
         writer = LoopWriter(recorder, state.step, facts, whole, place, self.advanced, before)
         writer.rates, writer.beginning, writer.later = rates, state, later
@@ -232,7 +217,7 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
     """
     place = state.settings.get("place")
     if not isinstance(place, Mapping):
-        return None if state.step else Recorded(0, 0, None, {}, {})
+        return None if state.step else Recorded(0, partial(_drawn, run))
     call, taken = place.get("call"), place.get("taken")
     begun = place.get("epoch", [0, 0, 0])
     is_epoch = isinstance(begun, list) and len(begun) == 3 and all(type(n) is int for n in begun)
@@ -245,7 +230,8 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
     at_first = first.generators.tensors()
     epoch = Epoch(*begun) if "epoch" in place else None
     has_workers = bool(place.get("has_workers"))
-    return Recorded(call, taken, place.get("loader"), state.rest, at_first, epoch, has_workers)
+    found = call, taken, place.get("loader"), state.rest, at_first, epoch, has_workers
+    return Recorded(state.step, partial(_drawn, run), *found)
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:

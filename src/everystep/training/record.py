@@ -59,7 +59,7 @@ class Recording(Generic[R]):
         check_parts(parts)
         self._parts = Parts(parts)
         self._start = start
-        self._place = LoaderPosition(self._parts.device)
+        self._place = LoaderPosition(self._parts.device, self._settle)
         self._open_run = open_run
         self._stopped: str | None = None
         self._conditions = conditions
@@ -126,7 +126,7 @@ class Recording(Generic[R]):
         marks = () if self._conditions is None else self._conditions.mark
         self._measured = {*before, *self._parts.rates(), *marks}
         check_measurement_names(self._measured)
-        self._writer = self._start.begin(self._parts, self._place, self._settle)
+        self._writer = self._start.begin(self._parts, self._place)
         if self._conditions is not None:
             self._writer.watched.gradient_copies = self._conditions.gradient_copies
             at = self._writer.step
@@ -302,7 +302,7 @@ class Recording(Generic[R]):
         Until then, `steps` yields nothing, and code around it runs for epochs that are past, unless the
         loop uses `epochs`.
         """
-        return self._place.is_ahead
+        return self._place.goal is not None
 
     @property
     def is_stopping(self) -> bool:
