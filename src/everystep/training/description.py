@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import platform
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -41,14 +40,7 @@ from everystep.step.torchs_own import (
 )
 from everystep.training.model_step import Training
 
-__all__ = [
-    "circumstances",
-    "describe",
-    "facts_of_loop",
-    "modules_of",
-    "optimizer_facts",
-    "scheduler_facts",
-]
+__all__ = ["describe", "facts_of_loop", "modules_of", "optimizer_facts"]
 
 #: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
@@ -78,11 +70,7 @@ def describe(
     if validation is not None:
         about_data["validation_rows"] = len(validation[0])
     preparation = data.preparation if data is not None else None
-    schedulers = {}
-    if training.scheduler is not None:
-        schedulers["scheduler"] = scheduler_facts(training.scheduler, training.scheduler_every)
     return TrainingFacts(
-        device=str(training.device),
         seed=iteration.seed,
         data=DataFacts(**about_data),
         batches=BatchFacts(
@@ -94,19 +82,21 @@ def describe(
         modules=modules_of(training.model),
         parameters=sum(parameter.numel() for parameter in training.model.parameters()),
         loss=_loss_facts(training.loss),
-        optimizers={"optimizer": optimizer_facts(training.optimizer)},
-        schedulers=schedulers,
         max_grad_norm=training.max_grad_norm,
         evaluate_every=evaluate_every,
         stop_on_nan=iteration.stop_on_nan,
         preparation=preparation.model_dump() if preparation else None,
-        **circumstances(training.device),
+        **_shared(training.parts, training.device, training.scheduler_every),
     )
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """Return the facts of a training that are not its own: numerics and versions."""
+def _shared(parts: Parts, device: torch.device, every: str | None = None) -> dict[str, Any]:
+    """Return the facts that trainings of all kinds have. every: see `SchedulerFacts`."""
+    schedulers = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
     return {
+        "device": str(device),
+        "optimizers": {name: optimizer_facts(each) for name, each in parts.optimizers.items()},
+        "schedulers": {name: _scheduler_facts(each, every) for name, each in schedulers.items()},
         "numerics": Numerics.read(device),
         "versions": {"python": platform.python_version()} | _versions(),
     }
@@ -117,12 +107,25 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("everystep", "torch", "numpy", "safetensors")}
 
 
-def modules_of(module: nn.Module, path: str = "") -> dict[str, ModuleFacts]:
+def modules_of(
+    module: nn.Module, path: str = "", around: frozenset[int] = frozenset()
+) -> dict[str, ModuleFacts]:
     """Return a module and all within it, by path, each before those within it.
 
-    path: of the module itself.
+    path: of the module itself; around: the ids of modules that it is within.
     """
-    return dict(_modules_of(module, path, frozenset()))
+    settings = {"training": module.training} | _settings(module) | _own_tensors(module)
+    own = ModuleFacts(
+        class_name=type(module).__name__,
+        arguments=module.extra_repr() if is_torchs_module(module, but_hooks=True) else "",
+        settings=settings | hooks_of(module),
+        is_torchs=is_torchs_module(module),
+    )
+    found, around = {path: own}, around | {id(module)}
+    for name, inner in module._modules.items():
+        if inner is not None and id(inner) not in around:
+            found |= modules_of(inner, f"{path}.{name}" if path else name, around)
+    return found
 
 
 def facts_of_loop(parts: Parts) -> TrainingFacts:
@@ -131,41 +134,18 @@ def facts_of_loop(parts: Parts) -> TrainingFacts:
     for name in sorted(parts.modules, key=lambda name: name != parts.main):
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
     parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
-    schedulers = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
     return TrainingFacts(
-        device=str(parts.device),
         seed=None,
         data=DataFacts(rows=0, source="loop"),
         batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
         modules=modules,
         parameters=sum(parameter.numel() for parameter in parameters),
         loss=None,
-        optimizers={name: optimizer_facts(each) for name, each in parts.optimizers.items()},
-        schedulers={name: scheduler_facts(each, None) for name, each in schedulers.items()},
         max_grad_norm=None,
         evaluate_every=None,
         loop=LoopFacts.of(parts.named),
-        **circumstances(parts.device),
+        **_shared(parts, parts.device),
     )
-
-
-def _modules_of(
-    module: nn.Module, path: str, around: frozenset[int]
-) -> Iterator[tuple[str, ModuleFacts]]:
-    settings = {"training": module.training} | _settings(module) | _own_tensors(module)
-    yield (
-        path,
-        ModuleFacts(
-            class_name=type(module).__name__,
-            arguments=module.extra_repr() if is_torchs_module(module, but_hooks=True) else "",
-            settings=settings | hooks_of(module),
-            is_torchs=is_torchs_module(module),
-        ),
-    )
-    around |= {id(module)}
-    for name, inner in module._modules.items():
-        if inner is not None and id(inner) not in around:
-            yield from _modules_of(inner, f"{path}.{name}" if path else name, around)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, str | None]:
@@ -196,7 +176,7 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     )
 
 
-def scheduler_facts(scheduler: LRScheduler, every: str | None) -> SchedulerFacts:
+def _scheduler_facts(scheduler: LRScheduler, every: str | None) -> SchedulerFacts:
     """Return the facts of a scheduler. every: see `SchedulerFacts`."""
     settings = {k: v for k, v in _settings(scheduler).items() if k not in _COUNTED}
     return SchedulerFacts(

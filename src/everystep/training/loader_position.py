@@ -33,7 +33,15 @@ from everystep.step.generators import Generators
 from everystep.step.own_state import decoded, encoded
 from everystep.step.state import same_bits
 
-__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet"]
+__all__ = [
+    "Drawn",
+    "Epoch",
+    "LoaderPosition",
+    "Recorded",
+    "different",
+    "generator_states",
+    "is_quiet",
+]
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"
@@ -206,9 +214,9 @@ class LoaderPosition:
                 self.at_end = {f"generator/{name}": tensor for name, tensor in held.items()}
                 return
             if is_seen:
-                is_left = after.keys() >= before.keys() and not _different(before, after)
+                is_left = after.keys() >= before.keys() and not different(before, after)
                 after = self._generators()
-                used = set() if is_left else _different(before, after)
+                used = set() if is_left else different(before, after)
                 held = _tensors(before, used)
                 self.generators = {f"{DRAW}{name}": tensor for name, tensor in held.items()}
             self.is_still = quiet and self.taken > 0
@@ -264,10 +272,8 @@ class LoaderPosition:
 
     def _generators(self) -> dict[str, Any]:
         """Return the states of all random generators that a draw can use."""
-        found = Generators.capture(self._device, is_quick=True)
         own = {name: each.get_state() for name, each in _own_generators(self._loader).items()}
-        states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}
-        return states | ({"device": found.torch_device} if found.torch_device is not None else {}) | own
+        return generator_states(self._device) | own
 
     def _restore(self, generators: Mapping[str, Tensor]) -> None:
         found = {name.removeprefix(DRAW): tensor for name, tensor in generators.items()}
@@ -278,7 +284,14 @@ class LoaderPosition:
         Generators.from_tensors(known | found).restore(self._device)
 
 
-def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of the global random generators, to be compared by `different`."""
+    found = Generators.capture(device, is_quick=True)
+    states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}
+    return states if found.torch_device is None else states | {"device": found.torch_device}
+
+
+def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
     """Return the names of generators with another state in the other."""
     return {name for name, state in one.items() if not _is_same(state, other[name])}
 
