@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from everystep.answers.doctor import Diagnosis
     from everystep.experiment.metrics import Metrics
     from everystep.experiment.specification import Experiment
-    from everystep.training.loop_start import LoopStart
     from everystep.training.record import Recording
 
 __all__ = ["doctor", "open", "record", "runs", "train", "train_experiment"]
@@ -191,8 +190,8 @@ def train(
         KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import check_iteration
-    from everystep.training.config import facts_from
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+    from everystep.training.description import facts_from
     from everystep.training.from_objects import train_objects
     from everystep.training.objects import Objects
 
@@ -217,13 +216,16 @@ def train(
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
+        from everystep.recording.keep import keep_of
+        from everystep.training.loop_start import LoopStart
         from everystep.training.record import Recording
         from everystep.training.step_function import check_step, train_step
 
         check_step(model, data, parts, others)
-        watcher = progress_of(progress)
-        budgets = snapshot_budget, batch_budget, keep
-        start = _loop_start(place, resume, force, fork, at, *budgets, said, watcher.advance)
+        watcher, resumed = progress_of(progress), _resumed(place, resume)
+        budgets = snapshot_budget, batch_budget, keep_of(keep)
+        forked = _forked(fork, at, resumed)
+        start = LoopStart(place, *budgets, watcher.advance, resumed, forked, force, said)
         batches = cast("Iterable[Any] | None", data)
         recording = Recording(dict(parts), start, Run)
         return run_of(train_step(model, batches, iteration, recording, watcher))
@@ -319,8 +321,10 @@ def record(
         UsageError: an argument is not a part of a training, or has no name; or a condition is invalid.
         RunError: the run to continue or to fork does not exist.
     """
+    from everystep.recording.keep import keep_of
     from everystep.training.conditions import LoopConditions
-    from everystep.training.config import facts_from
+    from everystep.training.description import facts_from
+    from everystep.training.loop_start import LoopStart
     from everystep.training.record import Recording
 
     if unnamed:
@@ -329,30 +333,12 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
-    said, budgets = facts_from(config, tags), (snapshot_budget, batch_budget, keep)
-    start = _loop_start(place_of(run), resume, force, fork, at, *budgets, said)
+    place, said = place_of(run), facts_from(config, tags)
+    resumed = _resumed(place, resume)
+    budgets = snapshot_budget, batch_budget, keep_of(keep)
+    start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, said)
     conditions = LoopConditions(stop_when, mark_when) if stop_when or mark_when else None
     return Recording(parts, start, Run, conditions)
-
-
-def _loop_start(
-    place: Path | None,
-    resume: bool | str | Path,
-    force: bool,
-    fork: str | Path | Run | None,
-    at: int | None,
-    snapshot_budget: int,
-    batch_budget: float,
-    keep: str | Sequence[tuple[int, int]] | None,
-    said: Mapping[str, Any],
-    advanced: Callable[[int, Sequence[float]], None] | None = None,
-) -> LoopStart:
-    """Return the run that a recorded loop begins or continues. advanced: as in `LoopStart`."""
-    from everystep.recording.keep import keep_of
-    from everystep.training.loop_start import LoopStart
-
-    budgets, resumed = (snapshot_budget, batch_budget, keep_of(keep)), _resumed(place, resume)
-    return LoopStart(place, *budgets, advanced, resumed, _forked(fork, at, resumed), force, said)
 
 
 def _forked(
@@ -432,7 +418,7 @@ def train_experiment(
         KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import Experiment, load
-    from everystep.training.config import facts_from
+    from everystep.training.description import facts_from
     from everystep.training.from_experiment import train_experiment as train_loaded
 
     name = Path(experiment).stem if isinstance(experiment, str | Path) else "experiment"

@@ -85,7 +85,7 @@ def train(
     overrides |= {key: value for key, value in shorthands.items() if value is not None}
     loaded = load(experiment, overrides)
 
-    from everystep.training.config import facts_from
+    from everystep.training.description import facts_from
     from everystep.training.from_experiment import train_experiment
 
     said = facts_from(None, tag or ())

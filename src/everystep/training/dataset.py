@@ -209,14 +209,6 @@ class DatasetBatches:
             self._step, self._pair = step, (x.to(self._device), y.to(self._device))
         return self._pair
 
-    def versions(self) -> list[int | None]:
-        """Return nothing: no rule finds the rows."""
-        return []
-
-    def forget(self) -> None:
-        """Read the next batch again, even if it is of the same step."""
-        self._pair = None
-
     def rows(self) -> tuple[Tensor, Tensor] | None:
         """Return x and y of all rows if each was read and stayed the same, and no number was drawn."""
         return None if self.draws or self.differs or not self._is_kept.all() else self._kept

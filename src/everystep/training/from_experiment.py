@@ -100,8 +100,7 @@ def experiment_job(
     )
     source = experiment.data.model_dump(exclude_none=True)
     job = job_of(objects, experiment, batches, data, source, device)
-    notices = [message] if (message := numerics.warning()) else []
-    return replace(job, name=name, experiment_toml=experiment.to_toml(), notices=notices)
+    return replace(job, name=name, experiment_toml=experiment.to_toml())
 
 
 def _origin(data: Data) -> str:

@@ -63,7 +63,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     """
     # Without a seed, the order of the batches follows the one that torch was last seeded with.
     seed = torch.initial_seed() if iteration.seed is None else iteration.seed
-    notices = [message] if (message := numerics.warning()) else []
+    notices = []
     if not objects.model.training:
         notices.append(
             "the model is in evaluation mode, so dropout and batch norm behave as in evaluation; to "
@@ -80,7 +80,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
     job = job_of(objects, iteration, batches, data, source, device, guards)
     _check_dense(job.training)
-    return replace(job, name=_snake(type(objects.model).__name__), notices=notices)
+    return replace(job, name=_snake(type(objects.model).__name__), notices=[*job.notices, *notices])
 
 
 def job_of(
@@ -94,14 +94,8 @@ def job_of(
 ) -> Job:
     """Return the job of training live objects.
 
-    Args:
-        objects: on the device.
-        iteration: the settings of the training.
-        batches: the rows that each step sees.
-        data: None if the Dataset of the objects is read at every step.
-        source: the facts about where the data comes from.
-        device: to train on.
-        guards: what data read from a Dataset depends on.
+    batches: the rows that each step sees; data: None if the Dataset of the objects is read at every
+    step; source: the facts about where it comes from; guards: what data read from a Dataset depends on.
 
     Raises:
         UsageError: there are too many steps, or a metric does not fit.
@@ -146,6 +140,7 @@ def job_of(
         evaluation=evaluation,
         evaluate_every=every,
         engine=iteration.engine,
+        notices=[message] if (message := numerics.warning()) else [],
     )
 
 

@@ -36,7 +36,6 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
     """Train, and record every step.
 
     Args:
-        job: the job.
         directory: the run's directory, which must not exist; None: the next free one.
         budget: maximum bytes of snapshots.
         progress: watches the training.
@@ -76,8 +75,9 @@ def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, 
     place = create_directory(directory, job.name)
     parent, fork = (origin.run, origin.fork) if origin else (None, None)
     beginning = job.training.snapshot(job.start) if origin else None
-    facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
-    facts = facts.model_copy(update=dict(job.said))
+    facts = Facts(
+        name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork, **job.said
+    )
     try:
         recorder = Recorder(place, facts, budget, parent, job.start, texts=texts, beginning=beginning)
         return recorder, facts
@@ -124,12 +124,13 @@ class _ModelWriter(RunWriter):
         job = self.job
         self._keep_beginning()
         settings = job.training, self.recorder, job.steps, job.engine, job.start
-        stepper = self._stepper = Stepper(*settings, is_by_rule=job.data is not None)
+        stepper = self._stepper = Stepper(*settings)
         self._keep_engine(stepper)
         while self.step < job.steps:
             if not self._advance(stepper):
                 continue
-            if job.evaluation is not None and self._is_evaluation(self.step):
+            is_due = self.step % job.evaluate_every == 0 or self.step == job.steps
+            if job.evaluation is not None and is_due:
                 self._evaluate(stepper, job.evaluation)
             if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
@@ -279,9 +280,6 @@ class _ModelWriter(RunWriter):
             for name, value in training.hyperparameters().items()
             if not expected_to_change(name, more_than_lr=more)
         }
-
-    def _is_evaluation(self, step: int) -> bool:
-        return step % self.job.evaluate_every == 0 or step == self.job.steps
 
     def _evaluate(self, stepper: Stepper, evaluation: Evaluation) -> None:
         """Measure; a scheduler that follows the validation loss advances."""

@@ -105,7 +105,8 @@ class LoopStart:
         _check_is_loop(parent, "fork it with everystep fork")
         if at > (newest := parent.newest_step()):
             raise RunError(f"{parent.name} has no step {at}: it has {newest:,} steps")
-        if at and not any(_goal(parent, state) for state in [parent.state_near(newest)] if state):
+        state = parent.state_near(newest)
+        if at and (state is None or _goal(parent, state) is None):
             raise RunError(
                 f"{parent.name} marks its steps with recording.step, so nothing shows what its loop "
                 "does between them; fork loops over recording.steps(batches), or fork it at step 0"

@@ -89,7 +89,7 @@ class Recording(Generic[R]):
         """
         if self._writer is None:
             raise _not_begun()
-        return self._open_run(self._writer.directory)
+        return self._open_run(self._writer.recorder.directory)
 
     @property
     def writer(self) -> LoopWriter:
@@ -117,7 +117,12 @@ class Recording(Generic[R]):
             raise UsageError(
                 "this recording has already started; create another with everystep.record(...)"
             )
-        _check_alone()
+        check_one_process()
+        if _recording:
+            raise UsageError(
+                f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "
+                "records one loop at a time"
+            )
         self._parts.check()
         if self._conditions is not None:
             self._conditions.check(self._parts)
@@ -185,8 +190,9 @@ class Recording(Generic[R]):
         finally:
             self._is_writing = False
             self._interrupt.__exit__()
-            if is_failed and at is not None and _has_no_more(writer.directory, at):
-                shutil.rmtree(writer.directory, ignore_errors=True)
+            directory = writer.recorder.directory
+            if is_failed and at is not None and _has_no_more(directory, at):
+                shutil.rmtree(directory, ignore_errors=True)
         if is_failed and kind is None and error is not None:
             raise error
         if error is None and self._interrupt.is_by_user:
@@ -538,15 +544,6 @@ _recording: list[Recording[Any]] = []
 
 def _not_begun() -> UsageError:
     return UsageError("the recording has not started; write: with everystep.record(...) as recording:")
-
-
-def _check_alone() -> None:
-    check_one_process()
-    if _recording:
-        raise UsageError(
-            f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "
-            "records one loop at a time"
-        )
 
 
 def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str | None]:

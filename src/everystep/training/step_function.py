@@ -86,6 +86,10 @@ def train_step(
         TrainingError: `engine="program"`, and no program can run a step; or a check failed.
         RecordingError: writing the run failed; everything recorded before is kept.
     """
+    total = iteration.steps
+    if total is None:  # 0 if unknown
+        total = (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0
+    check_steps(total)
     numerics.prepare()
     with numerics.in_force(iteration.threads), Interrupt() as interrupt:
         if iteration.seed is not None:
@@ -93,47 +97,28 @@ def train_step(
         try:
             with recording:
                 run = recording.run
-                progress.begin(run.directory, run.facts.model_copy(update=_total(iteration, batches)))
-                _take_all(step, batches, iteration, recording, interrupt, progress)
+                progress.begin(run.directory, run.facts.model_copy(update={"steps": total}))
+                known = run.newest_step()
+                if iteration.steps is not None and iteration.steps < known:
+                    steps = f"set more steps than {iteration.steps:,}"
+                    raise UsageError(f"the run has {known:,} steps already; {steps}")
+                take: Callable[..., dict[str, Any]] = partial(_run_step, step, recording)
+                if iteration.engine == "program":
+                    vouched = _VouchedStep(step, recording, total or None, is_quiet(batches))
+                    recording.writer.function = lambda: vouched.facts
+                    take = vouched.take
+                for batch in _batches(batches, iteration, recording, progress):
+                    logged = take(*([] if batches is None else [batch]))
+                    if iteration.stop_on_nan and not math.isfinite(loss := _loss_of(logged)):
+                        recording.stop(f"the loss is {loss} (stop_on_nan)")
+                        break
+                    if interrupt.reason is not None:
+                        recording.stop(interrupt.reason)
+                        break
         finally:
             progress.end()
     facts = recording.run.facts
     return Outcome(run.directory, facts.status, facts.reason, interrupt.is_by_user)
-
-
-def _take_all(
-    step: Step,
-    batches: Iterable[Any] | None,
-    iteration: Iteration,
-    recording: Recording[Any],
-    interrupt: Interrupt,
-    progress: Progress,
-) -> None:
-    """Call the step for each batch, until a signal or a loss that is not finite ends the training."""
-    total = _total(iteration, batches)["steps"] or None
-    if iteration.steps is not None and iteration.steps < (known := recording.run.newest_step()):
-        raise UsageError(f"the run has {known:,} steps already; set more steps than {iteration.steps:,}")
-    take: Callable[..., dict[str, Any]] = partial(_run_step, step, recording)
-    if iteration.engine == "program":
-        vouched = _VouchedStep(step, recording, total, is_quiet(batches))
-        recording.writer.function = lambda: vouched.facts
-        take = vouched.take
-    for batch in _batches(batches, iteration, recording, progress):
-        logged = take(*([] if batches is None else [batch]))
-        if iteration.stop_on_nan and not math.isfinite(loss := _loss_of(logged)):
-            recording.stop(f"the loss is {loss} (stop_on_nan)")
-            return
-        if interrupt.reason is not None:
-            recording.stop(interrupt.reason)
-            return
-
-
-def _total(iteration: Iteration, batches: Iterable[Any] | None) -> dict[str, int]:
-    """Return the number of steps, 0 if unknown."""
-    if iteration.steps is not None:
-        return {"steps": iteration.steps}
-    count = (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0
-    return {"steps": check_steps(count)}
 
 
 def _batches(
@@ -228,10 +213,7 @@ class _VouchedStep(Acceleration):
         )
 
     def take(self, *batch: Any) -> dict[str, Any]:
-        """Run a step; return what it logs.
-
-        Args:
-            batch: one, or none.
+        """Run a step on a batch, or without one; return what it logs.
 
         Raises:
             UsageError: the step returns something that cannot be logged.

@@ -69,8 +69,9 @@ class WatchedSteps:
 
     programs: the numbers of the programs written so far; copies: of the tensors of batches; notices:
     about the steps; state: between steps, the live tensors after the last one; under_way: the step in
-    progress; around: what it does besides operations, and gradient_copies: of its gradients, where
-    somebody asks for them; last: the path of the last step, and its watch.
+    progress; follower: of modules and optimizers; around: what it does besides operations, and
+    gradient_copies: of its gradients, where somebody asks for them; last: the path of the last step, and
+    its watch.
     """
 
     last: tuple[Path, AnyWatch]
@@ -102,7 +103,7 @@ class WatchedSteps:
         self._optimizer_names = parts.optimizer_names()
         hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
         is_torchs = self._paths.calls.is_torchs
-        self._follower = Follower(parts.module_paths(), self._optimizer_names, *hooks, is_torchs)
+        self.follower = Follower(parts.module_paths(), self._optimizer_names, *hooks, is_torchs)
         self._follows = False
 
     @property
@@ -113,7 +114,7 @@ class WatchedSteps:
     def follow(self) -> None:
         """Follow modules and optimizers, until `finish`."""
         if not self._follows:
-            self._follower.begin()
+            self.follower.begin()
             replaced.install()
             self._follows = True
 
@@ -121,26 +122,21 @@ class WatchedSteps:
         """Follow modules and optimizers no longer."""
         if self._follows:
             replaced.remove()
-            self._follower.finish()
+            self.follower.finish()
             self._follows = False
 
     def begin(self, state: dict[str, Tensor]) -> StepUnderWay[Cursor]:
         """Begin to watch a step. state: the live tensors of the parts, which `note_changes` has seen."""
-        watch = Cursor(self._paths, self.parts.device, self._follower, self._elsewhere)
+        watch = Cursor(self._paths, self.parts.device, self.follower, self._elsewhere)
         step = StepUnderWay(watch, self.parts.rates())
         watch.begin(state, self._versions, self._ending if state is self.state else self._left)
         self.state = None  # which would hold gradients that the step drops
         watch.gradient_copies = self.gradient_copies
         self._left = None
-        self._follower.step_begins()
+        self.follower.step_begins()
         watch.__enter__()
         self.under_way = step
         return step
-
-    @property
-    def enter(self) -> Any:
-        """Called with each phase of a step where it begins, if that is known."""
-        return self._follower.enter
 
     def close(self) -> StepUnderWay[Cursor] | None:
         """Watch the step in progress no longer; return it."""
@@ -158,11 +154,8 @@ class WatchedSteps:
     ) -> Taken:
         """Return the row of a step that is over.
 
-        Args:
-            number: of the step.
-            step: closed, or taken by a program.
-            after: the live tensors of the parts.
-            inputs: what it was given that the watch does not know, by the names that rows have.
+        step: closed, or taken by a program; after: the live tensors of the parts; inputs: what it was
+        given that the watch does not know, by the names that rows have.
         """
         watch = step.watch
         self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
@@ -175,11 +168,7 @@ class WatchedSteps:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
         row = self._row(number, watch, path, after, inputs, step.nested)
-        self.notices.of_step(number, watch)
-        if not isinstance(built := self.program_of(path), str) and built.evaluation is not None:
-            count, first = built.evaluation
-            parts = count, len(built.program.operations)
-            self.notices.evaluates(number, *parts, built.program.line_of(first))
+        self.notices.of_step(number, watch, self.program_of(path))
         self._elsewhere.clean()
         return row
 
@@ -288,11 +277,9 @@ class WatchedSteps:
     ) -> str | None:
         """Store what was changed after a step, outside of any; return the name of a tensor that was.
 
-        Args:
-            step: the last one.
-            state: the live tensors of the parts.
-            known: the names of tensors that were changed although torch may not count it.
-            drawn: the states of generators from which other code has drawn, by `generator/name`.
+        step: the last one; state: the live tensors of the parts; known: the names of tensors that were
+        changed although torch may not count it; drawn: the states of generators from which other code
+        has drawn, by `generator/name`.
         """
         before, now = self._versions, versions_by_name(state)
         if before == now and not known and not drawn:

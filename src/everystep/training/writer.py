@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -79,11 +78,6 @@ class RunWriter:
         self._flush_at = 0.0
 
     @property
-    def directory(self) -> Path:
-        """The run's directory; it may be moved while it is written."""
-        return self.recorder.directory
-
-    @property
     def has_timed_steps(self) -> bool:
         """Whether enough steps were timed to choose the snapshots' interval."""
         return self.step >= self.start + TIMED_STEPS
@@ -97,10 +91,7 @@ class RunWriter:
     def timed(self, began: float, state: Callable[[], dict[str, Tensor]], count: int = 1) -> None:
         """Note the time of `count` steps that just ran, and choose the snapshots' interval from it.
 
-        Args:
-            began: when, on the clock.
-            state: returns the live tensors that the training carries.
-            count: of steps.
+        began: when, on the clock; state: returns the live tensors that the training carries.
         """
         self.step_seconds = min(self.step_seconds, (clock.now() - began) / count)
         if self.has_timed_steps and not self.recorder.has_interval:
@@ -110,10 +101,8 @@ class RunWriter:
     def next_stop(self, last: int, *, one_by_one: bool, every: int | None = None) -> int:
         """Return the step up to which steps may run without a look at signals and snapshots.
 
-        Args:
-            last: the last step of the training.
-            one_by_one: look after each step.
-            every: look after the multiples of this, too.
+        last: the last step of the training; one_by_one: look after each step; every: look after the
+        multiples of this, too.
         """
         step, recorder = self.step, self.recorder
         if one_by_one or not self.has_timed_steps:
@@ -190,7 +179,7 @@ class RunWriter:
                 before, after = self.advice
                 self._notice(
                     f"the loss is {loss} at step {step}; {before}everystep "
-                    f"first-nonfinite {self.directory.name} finds where it came from{after}"
+                    f"first-nonfinite {self.recorder.directory.name} finds where it came from{after}"
                 )
                 return {"nonfinite_step": step}
         return {}
