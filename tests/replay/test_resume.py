@@ -62,8 +62,8 @@ def dying(monkeypatch):
     def finish_failed(writer, error):
         end(writer.recorder) if isinstance(error, Killed) else failed(writer, error)
 
-    failed, finished = loop._ModelWriter._close_failed, LoopWriter.finish
-    monkeypatch.setattr(loop._ModelWriter, "_close_failed", finish_failed)
+    failed, finished = loop._ModelWriter.close_failed, LoopWriter.finish
+    monkeypatch.setattr(loop._ModelWriter, "close_failed", finish_failed)
     monkeypatch.setattr(LoopWriter, "finish", finish)
     monkeypatch.setattr("everystep.training.writer.STRETCH_SECONDS", 0.0)
     monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)

@@ -45,30 +45,30 @@ def is_run(directory: Path) -> bool:
         raise RunError(f"{str(directory)!r:.200} cannot be read: {error.strerror}") from None
 
 
-def find_run(name: str | Path, runs: Path = RUNS) -> Path:
-    """Return the directory of a run: a path, or a name under `runs`.
+def find_run(name: str | Path) -> Path:
+    """Return the directory of a run: a path, or a name in runs/.
 
     Raises:
         RunError: the run does not exist; the message names the most similar one.
     """
-    for candidate in (Path(name), runs / name):
+    for candidate in (Path(name), RUNS / name):
         if is_run(candidate):
             return candidate
     if Path(name).exists():
         raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
-    known = [path.parent.name for path in runs.glob(f"*/{FILE_NAME}")]
+    known = [path.parent.name for path in RUNS.glob(f"*/{FILE_NAME}")]
     cure = (
-        did_you_mean(str(name), known) if known else f"{runs}/ has no runs; run `everystep train` first"
+        did_you_mean(str(name), known) if known else f"{RUNS}/ has no runs; run `everystep train` first"
     )
     raise RunError(f"no run {str(name)!r:.200}; {cure or 'run `everystep runs` to list them'}")
 
 
-def place_of(run: str | Path | None, runs: Path = RUNS) -> Path | None:
-    """Return the directory for a new run: of a name one under `runs`; all else is a path."""
+def place_of(run: str | Path | None) -> Path | None:
+    """Return the directory for a new run: of a name one in runs/; all else is a path."""
     if run is None:
         return None
     is_name = isinstance(run, str) and run not in ("", "..") and Path(run).name == run
-    return runs / run if is_name else Path(run)
+    return RUNS / run if is_name else Path(run)
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
@@ -94,7 +94,7 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
-def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
+def create_directory(directory: Path | None, name: str) -> Path:
     """Create a run's directory: that one, or the next free `runs/name-1`, `runs/name-2`, ...
 
     Raises:
@@ -103,7 +103,7 @@ def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
     """
     if directory is not None:
         _check_name(directory)
-    candidates = [directory] if directory else (runs / f"{name}-{n}" for n in itertools.count(1))
+    candidates = [directory] if directory else (RUNS / f"{name}-{n}" for n in itertools.count(1))
     for candidate in candidates:
         try:
             candidate.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,6 @@ from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
 from everystep.step.observe import StepObserver
 from everystep.step.state import State
-from everystep.training.dataset import DatasetBatches
 from everystep.training.from_experiment import experiment_job
 from everystep.training.model_step import Training
 from everystep.training.objects import Objects
@@ -73,9 +72,7 @@ class Living:
                 "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
             ) from None
         self._beginning = training.snapshot(state.step)
-        is_by_rule = not isinstance(training.batch, DatasetBatches)
-        given = training, None, MOST_STEPS, engine
-        self._stepper = Stepper(*given, is_by_rule=is_by_rule)
+        self._stepper = Stepper(training, None, MOST_STEPS, engine)
         self._watched = self._stepper.watched
         self._begun(state.step)
 
