@@ -24,10 +24,9 @@ from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
-from everystep.replay.recorded_steps import ChangedSteps, FurtherSteps, StepsAtRate
-from everystep.replay.relabelled_steps import StepsRelabelled
 from everystep.replay.run_replay import no_such_step
 from everystep.replay.trained_objects import (
     check_alone,
@@ -322,12 +321,8 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     def steps_of(rule: RowsOf | None) -> ChangedSteps:
         if trained.loop is None:
             return FurtherSteps(run, rule, lr)
-        steps, stretch = range(at + 1, asked.last + 1), asked.stretch
-        if not asked.targets:
-            at_rate = StepsAtRate(run, stretch, rule, lr)
-            at_rate.check_inputs(steps)
-            return at_rate
-        return StepsRelabelled(run, stretch, rule, steps, asked.targets, lr)
+        steps = range(at + 1, asked.last + 1)
+        return ChangedSteps(run, asked.stretch, rule, steps, lr, asked.targets)
 
     def record(state: State) -> tuple[Recorder, Facts]:
         place = create_directory(asked.directory, f"{run.name}-fork", asked.runs)

@@ -21,8 +21,8 @@ from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.recorder import Recorder
 from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.replay.changed_steps import FurtherSteps
 from everystep.replay.recorded_batches import stored_data
-from everystep.replay.recorded_steps import FurtherSteps
 from everystep.replay.trained_objects import (
     check_alone,
     iteration_of,

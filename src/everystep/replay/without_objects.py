@@ -21,14 +21,9 @@ from everystep.program.step_program import Program
 from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.recorder import Recorder
+from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
-from everystep.replay.recorded_steps import (
-    ChangedSteps,
-    FurtherSteps,
-    NotReplayedError,
-    RecordedSteps,
-)
-from everystep.replay.relabelled_steps import StepsRelabelled
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper, is_rate
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
@@ -199,7 +194,7 @@ def continue_alone(
         try:
             reason = taken.record(writer, facts, interrupt)
             status = "finished" if reason is None else "stopped"
-            if isinstance(steps, StepsRelabelled):
+            if steps.targets:
                 count = len(steps.steps_with(range(at + 1, writer.step + 1)))
                 progress.notice(
                     f"{count:,} of {writer.step - at:,} steps have a relabelled row in their batch"
