@@ -22,9 +22,10 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.recording.recorded_run import RecordedRun, Stretch
 from everystep.replay.opened_step import Batch, Step, observed_step
-from everystep.replay.recorded_batches import batch_source, settings_of, stored_data
+from everystep.replay.recorded_batches import batch_source, stored_data
+from everystep.replay.recorded_columns import settings_of
 from everystep.step.generators import Generators
-from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
+from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import StepObserver
 from everystep.step.state import State
 from everystep.training.dataset import DatasetBatches
@@ -62,8 +63,7 @@ class Living:
     ) -> None:
         self._run = run
         self._training = training = _training(run, stretch, objects)
-        names = filter(is_hyperparameter, run.measurement_names)
-        self._settings = settings_of(run, names, stretch.first)
+        self._settings = settings_of(run, stretch.facts, stretch.first)
         self._between = run.change_files()
         try:
             training.restore(state, ("model", "loss", "optimizer"))

@@ -1,9 +1,8 @@
-"""Batches: those of everystep's own steps, from the data of a run, and recorded settings."""
+"""Batches of everystep's own steps, from the data of a run."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,11 +16,10 @@ from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.recorded_columns import HeldNumber
 from everystep.training.dataset import DatasetBatches, length_of, read_rows
 from everystep.training.objects import Objects
 
-__all__ = ["batch_source", "batches_of", "rule_of", "settings_of", "stored_data"]
+__all__ = ["batch_source", "batches_of", "rule_of", "stored_data"]
 
 
 def rule_of(
@@ -139,16 +137,3 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     has_validation = {"validation_x", "validation_y"} <= tensors.keys()
     validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
     return Data(tensors["x"], tensors["y"], validation, numbering=facts.data.numbering)
-
-
-def settings_of(run: RecordedRun, names: Iterable[str], first: int) -> dict[str, HeldNumber]:
-    """Return what changed from step `first` on; what held before is in the state that it begins with.
-
-    names: of measurements that are settings.
-    """
-    found = {}
-    for name in names:
-        values = {step: value for step, value in run.measured(name).items() if step >= first}
-        if values:
-            found[name] = HeldNumber(values)
-    return found

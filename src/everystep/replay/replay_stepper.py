@@ -22,23 +22,23 @@ from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
 from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps, Hook
 from everystep.replay.opened_step import Batch, Step, observed_step
-from everystep.replay.recorded_batches import batches_of, settings_of
+from everystep.replay.recorded_batches import batches_of
+from everystep.replay.recorded_columns import is_learning_rate, settings_of
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
-from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
+from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import Observation, StepObserver
 from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 
-__all__ = ["ReplayStepper", "Saved", "is_rate"]
+__all__ = ["ReplayStepper", "Saved"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
 _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
-_RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
 
 
 class Saved(NamedTuple):
@@ -78,9 +78,7 @@ class ReplayStepper:
         }
         self._settled: int | None = None
         self._has_diverged = False
-        is_held = is_rate if self._is_own_loop else is_hyperparameter
-        names = filter(is_held, self._run.measurement_names)
-        self._settings = settings_of(self._run, names, steps.first)
+        self._settings = settings_of(self._run, steps.facts, steps.first)
 
     # The state.
 
@@ -200,7 +198,7 @@ class ReplayStepper:
     def rates(self) -> list[str]:
         """Return the names of the learning rates."""
         names = dict.fromkeys((*self.hyperparameters(), *self._run.measurement_names))
-        return [*filter(is_rate, names)]
+        return [*filter(is_learning_rate, names)]
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
@@ -397,11 +395,6 @@ class ReplayStepper:
             f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
             "torch does not see it (NumPy, a thread, a compiled graph)",
         )
-
-
-def is_rate(name: str) -> bool:
-    """Return whether a measurement is a learning rate of a loop, by its name."""
-    return _RATE.fullmatch(name) is not None
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

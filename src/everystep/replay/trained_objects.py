@@ -14,11 +14,11 @@ from everystep.errors import EverystepError, RunError, TrainingError
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.living import Living
-from everystep.replay.recorded_batches import settings_of, stored_data
+from everystep.replay.recorded_batches import stored_data
+from everystep.replay.recorded_columns import settings_of
 from everystep.replay.run_replay import Replay
 from everystep.replay.without_objects import reason_against
 from everystep.step.generators import generators_preserved
-from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.state import State
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.objects import Objects
@@ -147,7 +147,7 @@ def torchs_errors(what: str) -> Iterator[None]:
 
 def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
     """Return the lr and similar settings as last recorded up to a step."""
-    settings = settings_of(run, filter(is_hyperparameter, run.measurement_names), 0)
+    settings = settings_of(run, run.facts.training, 0)
     return {name: value for name, each in settings.items() if (value := each.at(at)) is not None}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
@@ -16,7 +17,7 @@ from everystep.expression import Expression
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.changed_steps import ChangedSteps
 from everystep.replay.living import Living
-from everystep.replay.probe import OpenedValues, check_question
+from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.recorded_batches import batches_of, rule_of
 from everystep.replay.recorded_columns import Evaluator, read_question
@@ -224,9 +225,9 @@ def _outcome(
     losses: list[float] = []
     while len(losses) < count:
         losses += training.run(at + count)
-    opened = None
-    if not is_of_loss:
-        last = training.open()
-        losses.append(last.loss)
-        opened = OpenedValues(last)
-    return Evaluator(question, run, False).answer(until, losses[-1], opened), tuple(losses)
+    evaluator = Evaluator(question, run)
+    if is_of_loss:
+        return evaluator.answer(until, (None, losses[-1])), tuple(losses)
+    last = training.open()
+    answer = evaluator.answer(until, (None, last.loss), partial(opened_value, last))
+    return answer, (*losses, last.loss)
