@@ -49,7 +49,8 @@ class Evidence(StepPair):
 
     names: of the runs; settings: those of both trainings that differ; modules and optimizers: the
     classes of the first run's, by path and by name; numerics: those that differ, as text; has_rows:
-    whether batches are rows of data that the runs know by their numbers.
+    whether batches are rows of data that the runs know by their numbers; is_data_drawn: whether the seed
+    decides on the data; is_seeded: whether it decides on everything drawn before the first step.
     """
 
     def __init__(self, openers: tuple[Opener, Opener], number: int, numerics: Sequence[str]) -> None:
@@ -65,16 +66,8 @@ class Evidence(StepPair):
         self.modules = {path: each.class_name for path, each in known.modules.items()}
         self.optimizers = {name: each.class_name for name, each in known.optimizers.items()}
         self.has_rows = not any(each.loop for each in self._facts)
-
-    @property
-    def is_data_drawn(self) -> bool:
-        """Whether the data is drawn at random, by the seed."""
-        return all(each.data.source == "random" for each in self._facts)
-
-    @property
-    def is_seeded(self) -> bool:
-        """Whether the seed decides on everything that is drawn before the first step."""
-        return all((opener.run.directory / EXPERIMENT_FILE).exists() for opener in self._openers)
+        self.is_data_drawn = all(each.data.source == "random" for each in self._facts)
+        self.is_seeded = all((each.run.directory / EXPERIMENT_FILE).exists() for each in openers)
 
     @property
     def unseen(self) -> list[str]:
@@ -104,7 +97,7 @@ class Evidence(StepPair):
         """The learning rates and other numbers of optimizers that differ at this step."""
         one, other = (step.hyperparameters for step in self.steps)
         return [
-            self._of_optimizer(name, (value, other[name]))
+            self.of_optimizer(name, (value, other[name]))
             for name, value in one.items()
             if name in other and value != other[name]
         ]
@@ -113,12 +106,7 @@ class Evidence(StepPair):
         """Return the settings of some kinds."""
         return [each for each in self.settings if each.kind in kinds]
 
-    def of_group(self, name: str, values: tuple[float, float]) -> Setting:
-        """Return a setting of a param group that is a tensor of one number: `group/1/lr`."""
-        _, place, key = name.split("/", 2)
-        return self._of_optimizer(key if place == "0" else f"{key}[{place}]", values)
-
-    def _of_optimizer(self, name: str, values: tuple[float, float]) -> Setting:
+    def of_optimizer(self, name: str, values: tuple[float, float]) -> Setting:
         """Return a setting of an optimizer. name: `lr[1]`; `generator.lr[1]` if it is one of several."""
         prefix, _, rest = name.partition(".")
         path, key = (prefix, rest) if prefix in self.optimizers and rest else ("optimizer", name)
@@ -424,7 +412,9 @@ def _of_inputs(found: OperationDifference, evidence: Evidence, *, is_shape_known
         elif is_shape_known and not each.positions:
             continue
         elif name.startswith("group/"):  # a learning rate that is a tensor
-            yield str(evidence.of_group(name, each.values[0]))
+            _, place, key = name.split("/", 2)
+            key = key if place == "0" else f"{key}[{place}]"
+            yield str(evidence.of_optimizer(key, each.values[0]))
         elif name in evidence.steps[0].state:
             yield from _of_state(name, evidence)
         elif (

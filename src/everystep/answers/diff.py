@@ -136,7 +136,8 @@ def diff(
     Raises:
         RunError: a run is unreadable.
     """
-    loss = _first_loss(one, other)
+    pairs = zip(*(run.losses["loss"].to_list() for run in (one, other)), strict=False)
+    loss = _first_number(enumerate(pairs, start=1))
     random = _draws_at_random(one) or _draws_at_random(other)
     common, states, problems = _snapshots(one, other, compares_generators=random)
     steps = (one.newest_step(), other.newest_step())
@@ -158,7 +159,11 @@ def diff(
         last = min(max(last, first), *steps)
         kept = one.facts.kept_with(other.facts, min(steps))
         if thorough:
-            partly = [*_partly_kept(one), *_partly_kept(other)]
+            partly = [
+                f"of {run.name}, {kept_text(run.facts, run.newest_step())}"
+                for run in (one, other)
+                if run.facts.not_kept
+            ]
             problems += partly
         within = [(max(first, a), min(last, b)) for a, b in kept] if thorough else [(first, last)]
         try:
@@ -197,17 +202,6 @@ def diff(
         renamed=(*renamed(one.facts.training, other.facts.training), *configs),
         first_state=first_state,
     )
-
-
-def _partly_kept(run: RecordedRun) -> Iterator[str]:
-    """Yield which steps of a run can be compared, if it does not keep all."""
-    if run.facts.not_kept:
-        yield f"of {run.name}, {kept_text(run.facts, run.newest_step())}"
-
-
-def _first_loss(one: RecordedRun, other: RecordedRun) -> LossDifference | None:
-    pair = (run.losses["loss"].to_numpy().tolist() for run in (one, other))
-    return _first_number(enumerate(zip(*pair, strict=False), start=1))
 
 
 def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossDifference]]:

@@ -162,11 +162,7 @@ def _coarsest(step: Step) -> torch.dtype:
 
 
 def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
-    """Return a step of two runs in double precision, both from the state of the first.
-
-    Raises:
-        RunError: a program cannot run in double precision; gives the reason.
-    """
+    """Return a step of two runs in double precision, both from the state of the first."""
     first, own = one.state(number - 1), other.state(number - 1)
     second = replace(
         own,

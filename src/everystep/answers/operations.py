@@ -44,7 +44,7 @@ class TensorDifference(NamedTuple):
     """How two tensors of the same name differ.
 
     elements: the number of differing elements, of how many; positions: of the first of them; values:
-    there, in both; largest, absolute, relative: how far they are apart at most, as in `Size`.
+    there, in both; size: how far they are apart at most.
     """
 
     name: str
@@ -52,14 +52,7 @@ class TensorDifference(NamedTuple):
     of: int
     positions: list[tuple[int, ...]]
     values: list[tuple[float, float]]
-    largest: int | None
-    absolute: float | None = None
-    relative: float | None = None
-
-    @property
-    def size(self) -> Size:
-        """How far they are apart."""
-        return Size(self.largest, self.absolute, self.relative)
+    size: Size = Size()
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,8 @@ class OperationDifference:
     @property
     def is_one_operation(self) -> bool:
         """Whether both runs have the same operator there, for the same purpose."""
-        return len(self.sides) == 2 and len({*map(_outline, self.sides)}) == 1
+        operations = [side.operation for side in self.sides]
+        return len(operations) == 2 and len({(o.phase, o.module, o.operator) for o in operations}) == 1
 
 
 class Source(NamedTuple):
@@ -412,11 +406,6 @@ def rows_that_differ(one: Tensor, other: Tensor) -> Tensor:
     return differs.reshape(len(one), -1).any(1)
 
 
-def _outline(observed: Observed) -> tuple[Any, ...]:
-    operation = observed.operation
-    return operation.phase, operation.module, operation.operator
-
-
 def _in_order(
     one: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -434,14 +423,14 @@ def _different(pairs: Iterable[tuple[str, Tensor, Tensor | None]]) -> list[Tenso
 def tensor_difference(name: str, one: Tensor, other: Tensor | None) -> TensorDifference:
     """Return how two tensors differ. other: None if only one run has it."""
     if other is None or one.shape != other.shape or one.dtype != other.dtype:
-        return TensorDifference(name, one.numel(), one.numel(), [], [], None)
+        return TensorDifference(name, one.numel(), one.numel(), [], [])
     other = other.to(one.device)
     differs = as_integers(one) != as_integers(other)
     differs = differs.any(-1) if one.is_complex() else differs
     positions = _first_places(differs)
     values = [(one[p].item(), other[p].item()) for p in positions]
     size = size_of_difference(one, other)
-    return TensorDifference(name, int(differs.sum()), one.numel(), positions, values, *size)
+    return TensorDifference(name, int(differs.sum()), one.numel(), positions, values, size)
 
 
 def _first_places(differs: Tensor) -> list[tuple[int, ...]]:

@@ -29,7 +29,6 @@ from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
 from everystep.replay.run_replay import no_such_step
 from everystep.replay.trained_objects import (
-    check_alone,
     iteration_of,
     objects_from,
     prepared,
@@ -40,6 +39,7 @@ from everystep.replay.trained_objects import (
 )
 from everystep.replay.without_objects import (
     by_own_code,
+    check_alone,
     check_determined,
     check_has_rows,
     continue_alone,
@@ -276,12 +276,7 @@ def fork(
 
 
 def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
-    """Check that the programs of a user's loop can take its recorded steps with the changes.
-
-    Raises:
-        RunError: they cannot.
-        UsageError: the run has no such steps.
-    """
+    """Check that the programs of a user's loop can take its recorded steps with the changes."""
     run, at = asked.run, asked.at
     asked.check()
     if asked.without:
@@ -430,11 +425,7 @@ def _fork_objects(
 def _check_kept(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> None:
-    """Check that an optimizer which has taken steps has all the state that changed settings need.
-
-    Raises:
-        ExperimentError: it does not.
-    """
+    """Check that an optimizer which has taken steps has all the state that changed settings need."""
     names = ("amsgrad", "centered") + ("momentum",) * isinstance(optimizer, torch.optim.RMSprop)
     kind = type(optimizer).__name__
     faults = [

@@ -71,7 +71,7 @@ class Replayed:
 
     span: Span
     threads: int
-    numerics: Numerics | None = None
+    numerics: Numerics
     losses: list[float] = field(default_factory=list)
     different_losses: int = 0
     first_loss: LossDifference | None = None
@@ -190,10 +190,9 @@ def parallel(
 
 def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
     """Replay a span, and compare its losses and its last state with the recording."""
-    found = Replayed(span, threads)
     known = replay.diverged_at
     with replay.in_force(span.first):
-        found.numerics = Numerics.read(select(replay.stretches[span.at].facts.device))
+        found = Replayed(span, threads, Numerics.read(select(replay.stretches[span.at].facts.device)))
         start = visitor.begin(replay, span)
         replay.go_to(start, span.at)
         step = start

@@ -105,8 +105,8 @@ def is_learning_rate(name: str) -> bool:
 def is_setting(facts: TrainingFacts, name: str) -> bool:
     """Return whether a measurement is recorded where it changes, and holds until the next change.
 
-    Of everystep's own steps, these are the settings of the optimizer; of a loop, the learning rates. What
-    a loop logs belongs to its step.
+    Of everystep's own steps, these are the settings of the optimizer; of a loop, the learning rates:
+    what it logs belongs to its step.
     """
     if facts.loop is None:
         return is_hyperparameter(name)

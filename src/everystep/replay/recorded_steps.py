@@ -81,7 +81,9 @@ class RecordedSteps:
         self._given: dict[bytes | None, Inputs] = {}
         #: The bytes of an input, or of a row of one, by their digest.
         self._pieces: dict[bytes, Tensor] = {}
-        self._bytes = self._read_to = 0
+        self._bytes = 0
+        #: The steps with contents read ahead.
+        self._ahead = range(0)
         if conversion is not None:
             for number in self.facts.programs:
                 self.program(number)  # each determines what else is converted
@@ -230,11 +232,11 @@ class RecordedSteps:
 
         What cannot be read is reported by the step itself.
         """
-        if number <= self._read_to:
+        if number in self._ahead:
             return
         self.row(number)
         rows = self.ahead(number, last)
-        self._read_to = number + len(rows) - 1
+        self._ahead = range(number, number + len(rows))
         given: list[Given] = []
         with suppress(RunError):
             for row in rows:
@@ -242,10 +244,6 @@ class RecordedSteps:
                     break
                 given += self.given(row).opens_with.values()
             self._read(given)
-
-    def forget_ahead(self) -> None:
-        """Forget data read ahead, because other steps are next."""
-        self._read_to = 0
 
     def _read(self, wanted: Collection[Given]) -> None:
         """Read the contents that are not in memory, in one look into the database."""

@@ -109,7 +109,6 @@ class ReplayStepper:
     def _begin(self, step: int, tensors: dict[str, Tensor]) -> None:
         self._tensors.clear()
         self._tensors |= tensors
-        self.steps.forget_ahead()
         self.state, self._settled, self._loaded_at = step, None, None
 
     def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,15 +34,15 @@ from everystep.training.writer import RunWriter, now
 
 __all__ = [
     "by_own_code",
+    "check_alone",
     "check_determined",
     "check_has_rows",
     "continue_alone",
     "facts_alone",
-    "reason_against",
 ]
 
 
-def reason_against(run: RecordedRun) -> str | None:
+def _reason_against(run: RecordedRun) -> str | None:
     """Return why programs alone cannot continue a run, None if they can."""
     facts = run.facts.training
     engine = facts.engine
@@ -53,6 +53,25 @@ def reason_against(run: RecordedRun) -> str | None:
     if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         return "the run does not hold its data"
     return FurtherSteps(run).reason_against()
+
+
+def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
+    """Check that the programs of a run can continue it alone.
+
+    call: the beginning of the user's call; reason: why they cannot, if already known.
+
+    Raises:
+        RunError: they cannot.
+    """
+    reason = _reason_against(run) or reason
+    if reason is None:
+        return
+    cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"
+    if (lost := run.lost_experiment(run.facts.training)) is not None:
+        what, cure = f"{lost.name} of {run.name} is missing", f"put the file back, or {cure}"
+    else:
+        what = f"{run.name} was trained from Python objects, which the run does not hold"
+    raise RunError(f"{what}, and its programs cannot continue it alone: {reason}; {cure}")
 
 
 def by_own_code(run: RecordedRun, at: int | None) -> str:
