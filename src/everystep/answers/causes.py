@@ -18,12 +18,12 @@ from everystep.answers.operations import (
     OperationPair,
     StepPair,
     TensorDifference,
-    draws,
     memory_of,
     name_in_words,
     tensor_difference,
 )
 from everystep.program.observed import Observed
+from everystep.program.operators import draws_random_numbers
 from everystep.recording.recorded_run import EXPERIMENT_FILE, stretch_at
 from everystep.recording.settings_diff import Setting, settings_that_differ
 from everystep.recording.texts import shortest, value_text
@@ -50,7 +50,8 @@ class Evidence(StepPair):
     names: of the runs; settings: those of both trainings that differ; modules and optimizers: the
     classes of the first run's, by path and by name; numerics: those that differ, as text; has_rows:
     whether batches are rows of data that the runs know by their numbers; is_data_drawn: whether the seed
-    decides on the data; is_seeded: whether it decides on everything drawn before the first step.
+    decides on the data; is_seeded: whether it decides on everything drawn before the first step;
+    unseen: inputs of operations that no program can hold, as text.
     """
 
     def __init__(self, openers: tuple[Opener, Opener], number: int, numerics: Sequence[str]) -> None:
@@ -66,15 +67,9 @@ class Evidence(StepPair):
         self.modules = {path: each.class_name for path, each in known.modules.items()}
         self.optimizers = {name: each.class_name for name, each in known.optimizers.items()}
         self.has_rows = not any(each.loop for each in self._facts)
+        self.unseen = list(dict.fromkeys(text for each in self._facts for text in each.unseen))
         self.is_data_drawn = all(each.data.source == "random" for each in self._facts)
         self.is_seeded = all((each.run.directory / EXPERIMENT_FILE).exists() for each in openers)
-
-    @property
-    def unseen(self) -> list[str]:
-        """Inputs of operations that no program can hold, as text."""
-        return list(
-            dict.fromkeys(text for each in self._facts if each.loop for text in each.loop.unseen)
-        )
 
     @property
     def changed(self) -> list[frozenset[str]]:
@@ -152,7 +147,7 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     a = found.sides[0]
     causes = list(_of_arguments(a, found, evidence))
     causes += _of_inputs(found, evidence, is_shape_known=bool(causes))
-    if draws(a.operation.operator):
+    if draws_random_numbers(a.operation.resolved):
         causes += _of_draw(evidence)
     if not causes and not found.inputs:
         causes += _of_layout(found, evidence)
@@ -268,13 +263,12 @@ def _calls(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
 
 
 def _name(seen: Observed) -> str:
-    """Return the name of an operator without its overload, or the class of an optimizer."""
-    operator = seen.operation.operator
-    if operator == "aten._to_copy.default":
+    """Return the name of an operator without its overload."""
+    if seen.operation.operator == "aten._to_copy.default":
         given = (seen.operation.keywords.get(name) for name in ("dtype", "memory_format"))
         to = [kind for each in given if isinstance(each, dict) for kind in each.values()]
         return " ".join(["_to_copy to", *(kind for kind in to if kind != "preserve_format")])
-    return seen.operation.name if operator.startswith("aten.") else operator.rpartition(".")[2]
+    return seen.operation.name
 
 
 def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -> Iterator[str]:

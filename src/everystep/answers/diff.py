@@ -16,9 +16,10 @@ import xxhash
 
 from everystep.answers.causes import Evidence, causes_of
 from everystep.answers.data_differences import DataDifference, data_differences
-from everystep.answers.operations import OperationDifference, draws, name_in_words
+from everystep.answers.operations import OperationDifference, name_in_words
 from everystep.device import on_cpu
 from everystep.errors import RunError
+from everystep.program.operators import draws_random_numbers, resolve
 from everystep.recording.contents import digest_of
 from everystep.recording.files import bytes_of, program_file
 from everystep.recording.keep import kept_text
@@ -347,7 +348,8 @@ def _draws_at_random(run: RecordedRun) -> bool:
         return True
     try:  # without checking all of a program, which takes as long as a small diff
         programs = [json.loads(program)["operations"] for program in _programs_of(run)]
-        return any(draws(each["operator"]) for program in programs for each in program)
+        operators = {each["operator"] for program in programs for each in program}
+        return any(draws_random_numbers(resolve(operator)) for operator in operators)
     except (ValueError, LookupError, TypeError, RecursionError):
         return True
 

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.answers.operations import draws
 from everystep.answers.rounding import relative_difference, tolerance
 from everystep.errors import ProgramError, RunError
 from everystep.program.observed import Observed
+from everystep.program.operators import draws_random_numbers
 from everystep.program.precision import Precision
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
@@ -276,7 +276,7 @@ class _Values:
             made = self._places(seen.made)
             is_new = all(self._kinds.get(place) == "temporary" for place in made) and not made & written
             given = self._places(seen.read) <= constant and (is_new or made <= constant)
-            if given and not draws(seen.operation.operator):
+            if given and not draws_random_numbers(seen.operation.resolved):
                 found.add(index)
                 constant |= made
             else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from everystep.program.arguments import references
 from everystep.program.observed import Observed, unread_inputs
 from everystep.program.operation import Operation
-from everystep.program.operators import draws_random_numbers, parameters, resolve
+from everystep.program.operators import parameters
 from everystep.recording.files import bytes_of
 from everystep.recording.settings_diff import same_value
 from everystep.replay.opened_step import Step
@@ -27,7 +27,6 @@ __all__ = [
     "Source",
     "StepPair",
     "TensorDifference",
-    "draws",
     "memory_of",
     "name_in_words",
     "rows_that_differ",
@@ -44,7 +43,7 @@ class TensorDifference(NamedTuple):
     """How two tensors of the same name differ.
 
     elements: the number of differing elements, of how many; positions: of the first of them; values:
-    there, in both; size: how far they are apart at most.
+    there, in both; largest, absolute, relative: how far they are apart at most, as in `Size`.
     """
 
     name: str
@@ -52,7 +51,14 @@ class TensorDifference(NamedTuple):
     of: int
     positions: list[tuple[int, ...]]
     values: list[tuple[float, float]]
-    size: Size = Size()
+    largest: int | None = None
+    absolute: float | None = None
+    relative: float | None = None
+
+    @property
+    def size(self) -> Size:
+        """How far they are apart."""
+        return Size(self.largest, self.absolute, self.relative)
 
 
 @dataclass(frozen=True)
@@ -204,11 +210,9 @@ class OperationPair:
     def __init__(self, one: Observed, other: Observed, sources: tuple[_Sources, _Sources]) -> None:
         self._pair = one, other
         self._sources = sources
-        self._arguments: list[tuple[str, Any, Any]] = []
-        if one.operation.operator.startswith("aten."):
-            given = _all_given(one.operation), _all_given(other.operation)
-            self._arguments = [(name, given[0][name], given[1][name]) for name in given[0]]
-            self._unread = unread_inputs(one.operation)
+        given = _all_given(one.operation), _all_given(other.operation)
+        self._arguments = [(name, given[0][name], given[1][name]) for name in given[0]]
+        self._unread = unread_inputs(one.operation)
 
     @property
     def arguments(self) -> list[Argument]:
@@ -224,9 +228,6 @@ class OperationPair:
         operation reads.
         """
         one, other = (each.inputs for each in self._pair)
-        if not self._arguments:
-            yield from ((name, tensor, other[name]) for name, tensor in one.items() if name in other)
-            return
         pairs = (zip(references(a), references(b), strict=False) for _, a, b in self._arguments)
         for names in dict.fromkeys(pair for each in pairs for pair in each):
             x, y = one.get(names[0]), other.get(names[1])
@@ -317,14 +318,6 @@ def name_in_words(name: str) -> str:
     if kind == "loss":
         return f"loss.{rest}"
     return rest if kind in ("parameter", "buffer") else name
-
-
-def draws(operator: str) -> bool:
-    """Return whether an operator that programs may use draws random numbers."""
-    try:
-        return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
-    except ValueError:  # an eager step may contain any operator
-        return False
 
 
 class _ATensor:
@@ -430,7 +423,7 @@ def tensor_difference(name: str, one: Tensor, other: Tensor | None) -> TensorDif
     positions = _first_places(differs)
     values = [(one[p].item(), other[p].item()) for p in positions]
     size = size_of_difference(one, other)
-    return TensorDifference(name, int(differs.sum()), one.numel(), positions, values, size)
+    return TensorDifference(name, int(differs.sum()), one.numel(), positions, values, *size)
 
 
 def _first_places(differs: Tensor) -> list[tuple[int, ...]]:

@@ -292,9 +292,7 @@ def _reads_numbers(program: Program) -> bool:
 
 def _taken_over(run: RecordedRun) -> Iterator[str]:
     """Yield what a rerun takes from the recording instead of computing."""
-    loop = run.stretches[-1].facts.loop
-    numbers = range(1, loop.programs + 1 if loop else 1)
-    programs = (read_program(run, number) for number in numbers)
+    programs = (read_program(run, number) for number in run.stretches[-1].facts.programs)
     if any(_reads_numbers(program) for program in programs):
         yield ("Python read numbers from tensors; the repeated steps use the recorded numbers")
     if run.facts.not_kept:

@@ -189,7 +189,7 @@ def shared(
     Raises:
         the errors of the task.
     """
-    place = opener.run.directory, opener.objects, threads
+    place = opener.run.directory, opener.data, threads
     with workers(opener.run.facts, count, threads) as executor:
         for future in as_completed([executor.submit(_in_worker, *place, task, *each) for each in given]):
             yield future.result()
@@ -212,16 +212,16 @@ def _stamp(run: RecordedRun) -> tuple[int, int]:
 
 def _in_worker(
     directory: Path,
-    objects: Objects | None,
+    data: Any,
     threads: int | None,
     task: Callable[Concatenate[Replay, P], T],
     *given: P.args,
     **named: P.kwargs,
 ) -> T:
-    """Call a task with the replay of a run in this worker: the same one if it needs no objects."""
-    if objects is None:
+    """Call a task with the replay of a run in this worker: the same one if it needs no other data."""
+    if data is None:
         return task(_replay(directory, threads, _edition_of(RecordedRun(directory))), *given, **named)
-    return task(Replay(RecordedRun(directory), objects, threads), *given, **named)
+    return task(Replay(RecordedRun(directory), data, threads), *given, **named)
 
 
 def _ended_too_early() -> TrainingError:
@@ -246,15 +246,15 @@ class Opener:
         run: the run.
         objects: the objects that trained it.
 
-    objects: the same, None if a replay needs only the run.
+    data: of the run, None if the run holds it itself.
     """
 
     def __init__(self, run: RecordedRun, objects: Objects | None = None) -> None:
         numerics.prepare()
         self.run = run
-        # A replay needs them where the run does not hold their data.
         files = [stretch.facts.data_file for stretch in run.stretches]
-        self.objects = objects if any(f is not None and not f.stored for f in files) else None
+        holds_all = all(file is None or file.stored for file in files)
+        self.data = None if objects is None or holds_all else objects.data
         self._replay: Replay | None = None
         self._worker: ProcessPoolExecutor | None = None
         self._workers = ExitStack()
@@ -292,7 +292,7 @@ class Opener:
         if self._replay is not None:
             return task(self._replay, *given, **named)
         assert self._worker is not None
-        place = self.run.directory, self.objects, None
+        place = self.run.directory, self.data, None
         try:
             result: T = self._worker.submit(_in_worker, *place, task, *given, **named).result()
         except BrokenProcessPool:
@@ -302,15 +302,11 @@ class Opener:
         return result
 
     def replay_here(self, *, may_share: bool = True) -> Replay:
-        """Return a replay in this process, shared with the one that opens steps if possible.
-
-        It cannot be shared if it needs the user's objects: their state other than tensors must be
-        unchanged.
-        """
+        """Return a replay in this process, shared with the one that opens steps if possible."""
         self._prepare()
-        if may_share and self.objects is None and self._replay is not None:
+        if may_share and self._replay is not None:
             return self._replay
-        return Replay(self.run, self.objects)
+        return Replay(self.run, self.data)
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
@@ -324,7 +320,7 @@ class Opener:
             return
         self._replay = None
         if not needs_worker(facts):
-            self._replay = Replay(self.run, self.objects)
+            self._replay = Replay(self.run, self.data)
         elif self._worker is None:
             threads = facts.training.numerics.threads
             self._worker = self._workers.enter_context(workers(facts, 1, threads))

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from everystep.replay.recorded_steps import RecordedSteps, check_kept
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
-from everystep.training.objects import Objects
 
 __all__ = ["Replay", "no_such_step", "same_number"]
 
@@ -42,7 +42,7 @@ class Replay:
 
     Args:
         run: the run.
-        objects: the objects that trained it, for steps without a program.
+        data: its data, where it does not hold that itself.
         threads: number of threads that torch uses; default: as many as in the training.
         conversion: of its programs, to another precision; default: as in the training.
 
@@ -53,7 +53,7 @@ class Replay:
     def __init__(
         self,
         run: RecordedRun,
-        objects: Objects | None = None,
+        data: Any = None,
         threads: int | None = None,
         conversion: Precision | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class Replay:
         self._losses: dict[int, list[float]] = {}
         self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
-        self._objects = objects or Objects()
+        self._data = data
         self._threads = threads
         self._conversion = conversion
         self._steppers: dict[int, ReplayStepper] = {}
@@ -115,12 +115,12 @@ class Replay:
     @property
     def stepper(self) -> ReplayStepper:
         """The stepper, at the current state of the replay."""
-        return self._stepper_of(self._at)
+        return self.stepper_of(self._at)
 
     def go_to(self, state: int, at: int | None = None) -> ReplayStepper:
         """Run the steps up to a state, in the stretch `at`; call it inside `in_force`."""
         at = self.stretch_of(state) if at is None else at
-        stepper = self._stepper_of(at)
+        stepper = self.stepper_of(at)
         self._start_near(stepper, at, state)
         assert stepper.state is not None
         while stepper.state < state:
@@ -212,7 +212,7 @@ class Replay:
     def _go_to_start_of(self, number: int) -> None:
         """Go to the state before a step, with the gradients of the step before still there."""
         at = self.stretch_of(number)
-        stepper = self._stepper_of(at)
+        stepper = self.stepper_of(at)
         if at == self._at and stepper.state == number - 1 and stepper.has_gradients:
             return
         if number > self.stretches[at].first and not stepper.has_gradients_in_state:
@@ -286,10 +286,11 @@ class Replay:
         while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
 
-    def _stepper_of(self, at: int) -> ReplayStepper:
+    def stepper_of(self, at: int) -> ReplayStepper:
+        """Return the stepper of a stretch."""
         if at not in self._steppers:
             stretch, conversion = self.stretches[at], self._conversion
-            rule = rule_of(self.run, stretch, self._objects, conversion)
+            rule = rule_of(self.run, stretch, self._data, conversion)
             steps = RecordedSteps(self.run, stretch, rule, conversion)
             self._steppers[at] = ReplayStepper(steps, self._diverge)
         return self._steppers[at]

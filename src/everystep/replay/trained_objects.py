@@ -316,7 +316,7 @@ def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
     """Return the training with its model, from the user or from the experiment, without a scheduler."""
     facts = stretch.facts
     device = select(facts.device)
-    batch = batch_source(run, facts, objects, device)
+    batch = batch_source(run, facts, objects.data, device)
     if objects.model is not None:
         objects.check_complete()
         own = objects.copied()

@@ -18,7 +18,7 @@ from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.changed_steps import ChangedSteps
 from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
-from everystep.replay.recorded_batches import batches_of, rule_of
+from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import Evaluator, read_question
 from everystep.replay.recorded_steps import RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper
@@ -188,8 +188,8 @@ def _train_alone(
 ) -> list[Case]:
     """Let programs train from a state, once at each learning rate, or with each choice of targets."""
     run, at = replay.run, state.step
-    stretch = replay.stretches[replay.stretch_of(at + 1)]
-    rule = rule_of(run, stretch, objects or Objects())
+    place = replay.stretch_of(at + 1)
+    stretch, rule = replay.stretches[place], replay.stepper_of(place).steps.rule
     found = []
     with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
         for change in cases:
