@@ -153,7 +153,7 @@ def rerun(
     recorded = np.array(run.losses_between(first, last))
     with other_process(conditions, conditions.environment(known)) as process:
         threads = conditions.threads or known.threads
-        process.call(opened, run.directory.absolute(), threads, conditions.precision)
+        process.call(opened, run.directory.absolute(), opener.data, threads, conditions.precision)
         replayed = _replayed(process, run, (first, last), threads, on_progress)
         differ = range(0) if conditions.precision is not None else _suspicious(replayed)
         operation, parts_at = None, _parting_step(opener, process, differ)

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Opener",
-    "cores",
     "end_with",
     "end_with_stdin",
     "needs_worker",
@@ -119,13 +118,6 @@ def needs_worker(facts: Facts) -> bool:
     return recorded_numerics(facts).needs_other_process(here)
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     """Return processes that compute as the run did, with `threads` threads each; they end afterwards.
@@ -167,7 +159,11 @@ def process_count(run: RecordedRun, steps: int, asked: int | None, tasks: int, t
         return 1
     if asked is None:
         seconds = (facts.seconds or 0.0) * steps / max(1, run.newest_step())
-        asked = 1 if seconds < ALONE_SECONDS else cores() // threads
+        if seconds < ALONE_SECONDS:
+            return 1
+        from loky import cpu_count
+
+        asked = cpu_count() // threads
     return max(1, min(asked, tasks))
 
 

@@ -65,7 +65,7 @@ class Replay:
         self._losses: dict[int, list[float]] = {}
         self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
-        self._data = data
+        self.data = data
         self._threads = threads
         self._conversion = conversion
         self._steppers: dict[int, ReplayStepper] = {}
@@ -269,8 +269,7 @@ class Replay:
         """Compare losses of consecutive steps with the recorded ones, and note the first difference."""
         for step, (loss, known) in enumerate(zip(losses, recorded, strict=False), start=first):
             if not same_number(loss, known):
-                if self.diverged_at is None or step < self.diverged_at:
-                    self.diverged_at = step
+                self._diverge(step)
                 return
 
     def _spacing(self) -> int:
@@ -290,15 +289,16 @@ class Replay:
         """Return the stepper of a stretch."""
         if at not in self._steppers:
             stretch, conversion = self.stretches[at], self._conversion
-            rule = rule_of(self.run, stretch, self._data, conversion)
+            rule = rule_of(self.run, stretch, self.data, conversion)
             steps = RecordedSteps(self.run, stretch, rule, conversion)
             self._steppers[at] = ReplayStepper(steps, self._diverge)
         return self._steppers[at]
 
-    def _diverge(self, step: int, problem: str) -> None:
-        """Note that a step differs from the recording."""
+    def _diverge(self, step: int, problem: str = "") -> None:
+        """Note that a step differs from the recording, and how if its loss does not show it."""
         self.diverged_at = step if self.diverged_at is None else min(step, self.diverged_at)
-        self._note(problem)
+        if problem:
+            self._note(problem)
 
     def stretch_of(self, step: int) -> int:
         """Return the stretch of a step or state."""
