@@ -44,7 +44,7 @@ class ChangedSteps(RecordedSteps):
         lr: the learning rate of all param groups of torch's own optimizers; None: the recorded ones.
         relabelled: other targets, by row.
 
-    targets: the recorded and the other target, by row.
+    lr: the same; targets: the recorded and the other target, by row.
 
     Raises:
         ExperimentError: lists rows that do not exist, and targets that do not fit.
@@ -62,7 +62,7 @@ class ChangedSteps(RecordedSteps):
         relabelled: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
         super().__init__(run, stretch, rule)
-        self._lr = lr
+        self.lr = lr
         #: Steps in their stored form, by their programs, numbers and inputs.
         self._taken: dict[tuple[Any, ...], Taken] = {}
         #: The bytes of each row, by the name of the tensor of the batch, and its target.
@@ -82,6 +82,10 @@ class ChangedSteps(RecordedSteps):
         else:
             y, places = self._follow(steps[0], relabelled), {row: row for row in relabelled}
         self.targets = {row: (float(y[places[row]]), target) for row, target in relabelled.items()}
+
+    def change_files(self) -> dict[int, str]:
+        """Return {}: nothing happens between these steps."""
+        return {}
 
     def loss(self, number: int) -> float:
         """Return NaN: the recorded loss is not that of the step."""
@@ -120,14 +124,14 @@ class ChangedSteps(RecordedSteps):
             RunError: the step has an optimizer with a learning rate that is not a number of the step.
         """
         numbers = super().numbers(row)
-        if self._lr is None:
+        if self.lr is None:
             return numbers
         interpreter, found = self.program_of(row), list[int | float]()
         operations, is_known = interpreter.program.operations, False
         for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
             if isinstance(operation.resolved, OptimizerOperator):
                 names = numbers_in(operation)
-                own = [self._lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
+                own = [self.lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
                 is_known |= "lr" in names
             found += own
         if not is_known and any(operation.phase == "update" for operation in operations):
@@ -244,18 +248,23 @@ class ChangedSteps(RecordedSteps):
 
 
 class FurtherSteps(ChangedSteps):
-    """Each step of a run by its rules, recorded or not.
+    """Each step of a stretch of a run by its rules, recorded or not.
 
     Args:
-        run: its batches follow from a rule, and no scheduler changes its settings.
+        run, stretch: its batches follow from a rule, and no scheduler changes its settings.
         rule: returns its batches, None if no step will run.
         lr: a different learning rate, None for that of the run.
     """
 
-    def __init__(self, run: RecordedRun, rule: RowsOf | None = None, lr: float | None = None) -> None:
-        super().__init__(run, run.stretches[-1], rule, lr=lr)
+    def __init__(
+        self,
+        run: RecordedRun,
+        stretch: Stretch,
+        rule: RowsOf | None = None,
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(run, stretch, rule, lr=lr)
         self._batches = batches_of(self.facts)
-        self._newest = run.newest_step()
         #: The newest step by its number of rows.
         self._alike: dict[int, Repeat] = {}
         #: What repeats the inputs of a step, by that of the recorded one.
@@ -278,7 +287,7 @@ class FurtherSteps(ChangedSteps):
 
     def reason_against(self) -> str | None:
         """Return why no steps can follow the run's last, None if they can."""
-        epoch = range(self._newest + 1, self._newest + 1 + self._batches.steps_per_epoch)
+        epoch = range(self.last + 1, self.last + 1 + self._batches.steps_per_epoch)
         if not all(map(self._can_take, epoch)):
             return "it has too few steps: no program takes later ones"
         return self._reason_against_changes()
@@ -311,11 +320,11 @@ class FurtherSteps(ChangedSteps):
 
     def _like(self, number: int) -> Repeat:
         """Return the step itself if the run has it, else the newest one with as many rows."""
-        if number <= self._newest:
+        if number <= self.last:
             return super().row(number)
         rows = self._batches.rows_of(number)
         if rows not in self._alike:
-            epoch = range(self._newest, max(0, self._newest - self._batches.steps_per_epoch), -1)
+            epoch = range(self.last, max(self.first - 1, self.last - self._batches.steps_per_epoch), -1)
             alike = next((n for n in epoch if self._batches.rows_of(n) == rows), 0)
             self._alike[rows] = super().row(alike)
         return self._alike[rows]

@@ -269,9 +269,9 @@ def fork(
     if objects is not None:
         is_new = not is_own or given["scheduler"] is not None
         return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
-    others = set(asked.changed) - {"lr", "steps"}
-    check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
     asked.check()
+    others = set(asked.changed) - {"lr", "steps"}
+    check_alone(run, asked.stretch, "fork(..., ", "only lr and steps can change" if others else None)
     return _fork_alone(asked, progress), None
 
 
@@ -311,11 +311,11 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     fork = asked.facts(asked.last)
     fork = fork.model_copy(update={"changed": {k: v for k, v in fork.changed.items() if k != "steps"}})
     # An experiment of the parent does not describe the fork.
-    trained = facts_alone(run, at).model_copy(update={"experiment_file": None})
+    trained = facts_alone(run, at, lr).model_copy(update={"experiment_file": None})
 
     def steps_of(rule: RowsOf | None) -> ChangedSteps:
         if trained.loop is None:
-            return FurtherSteps(run, rule, lr)
+            return FurtherSteps(run, asked.stretch, rule, lr)
         steps = range(at + 1, asked.last + 1)
         return ChangedSteps(run, asked.stretch, rule, steps, lr, asked.targets)
 

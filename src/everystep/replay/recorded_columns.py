@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from everystep.bounded import MOST_STEPS
 from everystep.expression import Expression, Reference, parse
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
@@ -113,12 +114,15 @@ def is_setting(facts: TrainingFacts, name: str) -> bool:
     return bool(facts.optimizers) and is_learning_rate(name)
 
 
-def settings_of(run: RecordedRun, facts: TrainingFacts, first: int) -> dict[str, HeldNumber]:
-    """Return the settings that changed from step `first` on; the state before it has the others."""
+def settings_of(
+    run: RecordedRun, facts: TrainingFacts, first: int, last: int = MOST_STEPS
+) -> dict[str, HeldNumber]:
+    """Return the settings that changed in steps `first` to `last`; the state before has the others."""
     found = {}
     for name in run.measurement_names:
         if is_setting(facts, name):
-            found[name] = {step: value for step, value in run.measured(name).items() if step >= first}
+            changes = run.measured(name).items()
+            found[name] = {step: value for step, value in changes if first <= step <= last}
     return {name: HeldNumber(values) for name, values in found.items() if values}
 
 

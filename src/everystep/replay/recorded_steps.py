@@ -61,6 +61,9 @@ class RecordedSteps:
         conversion: of the programs and their inputs, None for none.
     """
 
+    #: A learning rate other than the recorded ones.
+    lr: float | None = None
+
     def __init__(
         self,
         run: RecordedRun,
@@ -70,6 +73,7 @@ class RecordedSteps:
     ) -> None:
         self.run = run
         self.first = stretch.first
+        self.last = run.newest_step() if stretch.last is None else stretch.last
         self.facts = stretch.facts
         self.rule = rule
         self.device = select(stretch.facts.device)
@@ -163,6 +167,14 @@ class RecordedSteps:
 
     def unknown_in(self, number: int) -> str | None:
         """Return what Python may have read that the recording does not have, and no program computes."""
+
+    def change_files(self) -> dict[int, str]:
+        """Return the files of what code changed after steps, by step."""
+        files = self.run.change_files()
+        if self.facts.loop is not None:
+            return files
+        # A snapshot of everystep's own steps has what changed after its step.
+        return {step: file for step, file in files.items() if step >= self.first}
 
     def digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""

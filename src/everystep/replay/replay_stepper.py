@@ -70,15 +70,10 @@ class ReplayStepper:
         self._bound = BoundSteps(self._tensors)
         self._loaded: State | None = None
         self._loaded_at: int | None = None
-        #: A snapshot of everystep's own steps has what changed after its step.
-        self._between = {
-            step: name
-            for step, name in self._run.change_files().items()
-            if self._is_own_loop or step >= steps.first
-        }
+        self._between = steps.change_files()
         self._settled: int | None = None
         self._has_diverged = False
-        self._settings = settings_of(self._run, steps.facts, steps.first)
+        self._settings = settings_of(self._run, steps.facts, steps.first, steps.last)
 
     # The state.
 
@@ -113,11 +108,6 @@ class ReplayStepper:
 
     def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.steps.device, copy=True) for name, tensor in tensors.items()}
-
-    def continue_with(self, steps: RecordedSteps) -> None:
-        """Take these steps next, with nothing between them."""
-        self.steps, self._between = steps, {}
-        self._bound = BoundSteps(self._tensors)
 
     def settle(self) -> None:
         """Apply what code changed after the last step, outside of any step."""
@@ -206,7 +196,8 @@ class ReplayStepper:
             value = setting.at(self.state or 0)
             if value is not None:
                 set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
-        return groups
+        changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
+        return [group | changed for group in groups]
 
     def _loaded_groups(self) -> list[dict[str, Any]]:
         found = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []

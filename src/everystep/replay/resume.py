@@ -191,7 +191,8 @@ def resume(
         is_needless = has_rows and is_dataset(objects.data)
         trained = replace(objects, data=None) if is_needless else objects
         return resume_objects(asked, trained, is_own, progress), objects
-    check_alone(run, "resume(")
+    stretch = run.stretches[-1]
+    check_alone(run, stretch, "resume(")
     asked.check()
     at = len(asked)
     facts = facts_resumed(run, facts_alone(run, at), asked.last, resume_facts(run, at))
@@ -200,7 +201,7 @@ def resume(
         recorder = Recorder(run.directory, facts, asked.budget, at=at, is_resumed=True)
         return recorder, facts.model_copy(update={"name": run.name})
 
-    return continue_alone(run, at, partial(FurtherSteps, run), record, progress), None
+    return continue_alone(run, at, partial(FurtherSteps, run, stretch), record, progress), None
 
 
 def resume_experiment(

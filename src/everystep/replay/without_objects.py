@@ -19,7 +19,7 @@ from everystep.experiment.batches import RowsOf
 from everystep.program.interpreter import Looks
 from everystep.program.step_program import Program
 from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
-from everystep.recording.recorded_run import RecordedRun, stretch_at
+from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
@@ -42,9 +42,9 @@ __all__ = [
 ]
 
 
-def _reason_against(run: RecordedRun) -> str | None:
-    """Return why programs alone cannot continue a run, None if they can."""
-    facts = run.facts.training
+def _reason_against(run: RecordedRun, stretch: Stretch) -> str | None:
+    """Return why programs alone cannot continue a stretch of a run, None if they can."""
+    facts = stretch.facts
     engine = facts.engine
     if engine is None or engine.eager_from is not None:
         return "Python ran its steps, or a part of them"
@@ -52,18 +52,18 @@ def _reason_against(run: RecordedRun) -> str | None:
         return f"it has a scheduler ({next(iter(facts.schedulers.values())).class_name})"
     if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         return "the run does not hold its data"
-    return FurtherSteps(run).reason_against()
+    return FurtherSteps(run, stretch).reason_against()
 
 
-def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
-    """Check that the programs of a run can continue it alone.
+def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | None = None) -> None:
+    """Check that the programs of a run can continue a stretch of it alone.
 
     call: the beginning of the user's call; reason: why they cannot, if already known.
 
     Raises:
         RunError: they cannot.
     """
-    reason = _reason_against(run) or reason
+    reason = _reason_against(run, stretch) or reason
     if reason is None:
         return
     cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"
@@ -169,15 +169,15 @@ def continue_alone(
         error.environment = environment
         raise error
     replay = Replay(run)
-    with interrupt_deferred() as interrupt, replay.in_force(max(at, 1)):
-        stepper = replay.go_to(at)
+    with interrupt_deferred() as interrupt, replay.in_force(at + 1):
+        state = replay.go_to(at).capture()
         if replay.diverged_at is not None:
             raise RunError(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        stepper.continue_with(steps := steps_of(stepper.steps.rule))
-        state, taken = stepper.capture(), _StepsAlone(replay, stepper)
+        steps = steps_of(replay.stepper_of(replay.stretch_of(at + 1)).steps.rule)
+        taken = _StepsAlone(steps, state)
         if taken.is_loop:
             losses, reason = taken.run(at + 1)
             if not losses:
@@ -185,8 +185,8 @@ def continue_alone(
                     f"the programs of {run.name} alone cannot fork it: {reason}; fork it in your code: "
                     f"{by_own_code(run, at)}"
                 )
-            stepper.load(state)
-            taken = _StepsAlone(replay, stepper)
+            taken = _StepsAlone(steps, state)
+        state = taken.capture()  # with the rate of the steps
         recorder, facts = record(state)
         writer = RunWriter(
             recorder,
@@ -228,13 +228,23 @@ def continue_alone(
     return Outcome(recorder.directory, status, reason, interrupt.is_by_user)
 
 
-def facts_alone(run: RecordedRun, at: int) -> TrainingFacts:
-    """Return the facts of the steps that programs alone take after a step."""
+def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingFacts:
+    """Return the facts of the steps that programs alone take after a step. lr: if it is another one."""
     stretches = run.stretches
     facts = stretches[stretch_at(stretches, at + 1)].facts
     engine = facts.engine or EAGERLY.model_copy(update={"eager_from": None})
     alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
-    return facts.model_copy(update={"engine": engine.model_copy(update=alone)})
+    optimizers = {
+        name: each.model_copy(update={"groups": tuple(group | {"lr": lr} for group in each.groups)})
+        for name, each in facts.optimizers.items()
+        if lr is not None
+    }
+    return facts.model_copy(
+        update={
+            "engine": engine.model_copy(update=alone),
+            "optimizers": facts.optimizers | optimizers,
+        }
+    )
 
 
 class _StepsAlone:
@@ -243,12 +253,14 @@ class _StepsAlone:
     is_loop: whether they are of a user's code, which may depend on numbers that it read.
     """
 
-    def __init__(self, replay: Replay, stepper: ReplayStepper) -> None:
-        assert isinstance(stepper.steps, ChangedSteps)
-        self.is_loop = stepper.steps.facts.loop is not None
-        self._replay, self._stepper, self._steps = replay, stepper, stepper.steps
-        self._known = {*replay.run.measurement_names}
+    def __init__(self, steps: ChangedSteps, state: State) -> None:
+        self.is_loop = steps.facts.loop is not None
+        self._steps = steps
+        self._stepper = ReplayStepper(steps, self._note_difference)
+        self._stepper.load(state)
+        self._known = {*steps.run.measurement_names}
         self._logged: dict[str, float] = {}
+        self._difference: str | None = None
         #: Why no more steps can be taken.
         self._end: str | None = None
         #: Measurements by step.
@@ -271,11 +283,18 @@ class _StepsAlone:
                 found.append((title if title in self._known else name, number, value))
         if not self.is_loop:
             return True
-        if self._replay.diverged_at is not None:
-            self._end = f"{self._replay.problems[-1]}; your code could act differently from there"
+        if self._difference is not None:
+            self._end = f"{self._difference}; your code could act differently from there"
         elif not self._has_loss(number) and not math.isnan(RecordedSteps.loss(self._steps, number)):
             self._end = f"your code computes the loss of step {number}, not an operation of torch"
         return self._end is None
+
+    def capture(self) -> State:
+        """Return the current state in the form that is written to disk."""
+        return self._stepper.capture()
+
+    def _note_difference(self, number: int, difference: str) -> None:
+        self._difference = difference
 
     def _has_loss(self, number: int) -> bool:
         """Return whether an operation returns the loss of a step."""
@@ -284,8 +303,10 @@ class _StepsAlone:
     def note_rates(self, at: int, last: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
         for name in self._stepper.rates():
-            known = self._replay.run.measured(name).items() if lr is None else [(at + 1, lr)]
-            for step, rate in known:
+            known = {at + 1: lr}
+            if lr is None:
+                last, known = min(last, self._steps.last), self._steps.run.measured(name)
+            for step, rate in known.items():
                 if at < step <= last:
                     self._measured.setdefault(step, []).append((name, step, rate))
 
