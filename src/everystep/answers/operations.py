@@ -218,7 +218,11 @@ class OperationPair:
     def arguments(self) -> list[Argument]:
         """The arguments that differ, except for the content of tensors."""
         plain = (Argument(name, (_plain(a), _plain(b))) for name, a, b in self._arguments)
-        return [each for each in plain if not _same(*each.values)]
+        return [
+            each
+            for each in plain
+            if not all(map(_is_tensors, each.values)) and not same_value(*each.values)
+        ]
 
     @property
     def inputs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -353,11 +357,6 @@ def _plain(value: Any) -> Any:
         ((kind, name),) = value.items()
         return float(name) if kind == "float" else name
     return value
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Return whether two arguments are the same; of tensors, only whether both are there."""
-    return (_is_tensors(one) and _is_tensors(other)) or same_value(one, other)
 
 
 def _is_tensors(value: Any) -> bool:

@@ -226,13 +226,6 @@ def _suspicious(replayed: Sequence[Replayed]) -> range:
     return range(0)
 
 
-def _footprints_from(replay: Replay, state: State, last: int) -> list[dict[str, str]]:
-    """Replay the steps after a state; return digests of each."""
-    with replay.in_force(state.step + 1):
-        replay.begin(state)
-    return footprints(replay, state.step + 1, last)
-
-
 def _step_from(
     replay: Replay, state: State
 ) -> tuple[float, list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]]:
@@ -256,8 +249,8 @@ def _parting_step(opener: Opener, process: OtherProcess, steps: range) -> int | 
     """Return the first of some steps with a different result, None if it cannot be found again."""
     for begin in steps[::STRIDE]:
         end = min(begin + STRIDE - 1, steps[-1])
-        here = opener.call(footprints, begin, end)
-        there = process.call(_footprints_from, opener.state(begin - 1), end)
+        # There, too, they begin with the recorded state: the losses before them are the same.
+        here, there = opener.call(footprints, begin, end), process.call(footprints, begin, end)
         for step, (one, other) in enumerate(zip(here, there, strict=True), start=begin):
             if one | {BEFORE: ""} != other | {BEFORE: ""}:
                 return step

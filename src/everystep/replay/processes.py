@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Opener",
-    "end_with",
     "end_with_stdin",
     "needs_worker",
     "process_count",
@@ -53,16 +52,6 @@ __all__ = [
 
 #: Seconds that a process which is asked to stop has to keep what it has done.
 _PATIENCE = 60.0
-
-
-def end_with(parent: Connection) -> None:
-    """End this process once the other end of a pipe, through which nothing is sent, has closed."""
-
-    def watch() -> None:
-        wait([parent])
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def end_with_stdin(*, in_order: bool = False) -> None:
@@ -88,6 +77,11 @@ def end_with_stdin(*, in_order: bool = False) -> None:
 
 #: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
+
+_ENDED_TOO_EARLY = (
+    "a process that replays the run has ended too early: it was killed, or memory ran out. Try "
+    "again; if it ends again, free memory, or use fewer processes"
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -142,7 +136,7 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
             raise TrainingError(f"a process to replay the run cannot be started: {reason}") from None
         yield executor
     except BrokenProcessPool:
-        raise _ended_too_early() from None
+        raise TrainingError(_ENDED_TOO_EARLY) from None
     finally:
         executor.shutdown(wait=True, kill_workers=True)
         alive.close()
@@ -220,15 +214,12 @@ def _in_worker(
     return task(Replay(RecordedRun(directory), data, threads), *given, **named)
 
 
-def _ended_too_early() -> TrainingError:
-    return TrainingError(
-        "a process that replays the run has ended too early: it was killed, or memory ran out. Try "
-        "again; if it ends again, free memory, or use fewer processes"
-    )
-
-
 def _begin(threads: int, parent: Connection) -> None:
-    end_with(parent)
+    def watch() -> None:  # end this process once the other end of the pipe has closed
+        wait([parent])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
     warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     # Ctrl-C is for the process that waits; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -294,7 +285,7 @@ class Opener:
         except BrokenProcessPool:
             self._workers.close()
             self._worker = self._known = None  # the next question starts another one
-            raise _ended_too_early() from None
+            raise TrainingError(_ENDED_TOO_EARLY) from None
         return result
 
     def replay_here(self, *, may_share: bool = True) -> Replay:

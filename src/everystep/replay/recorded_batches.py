@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.device import select
 from everystep.errors import RunError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data
@@ -16,29 +15,10 @@ from everystep.experiment.specification import load
 from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
-from everystep.recording.recorded_run import RecordedRun, Stretch
+from everystep.recording.recorded_run import RecordedRun
 from everystep.training.dataset import DatasetBatches, length_of, read_rows
 
-__all__ = ["batch_source", "batches_of", "rule_of", "stored_data"]
-
-
-def rule_of(
-    run: RecordedRun,
-    stretch: Stretch,
-    data: Any,
-    conversion: Precision | None = None,
-) -> RowsOf | None:
-    """Return the batches of everystep's own steps, None if each step holds its batch.
-
-    Raises:
-        RunError: the data is missing or unreadable; reports a fix.
-    """
-    facts = stretch.facts
-    if facts.loop is not None or facts.data.lazy:
-        return None
-    found = batch_source(run, facts, data, select(facts.device), conversion)
-    assert isinstance(found, RowsOf)
-    return found
+__all__ = ["batch_source", "batches_of", "stored_data"]
 
 
 def batches_of(facts: TrainingFacts) -> Batches:

@@ -47,6 +47,11 @@ class Saved(NamedTuple):
     tensors: dict[str, Tensor]
     generators: Generators
 
+    @property
+    def bytes(self) -> int:
+        """The memory that its tensors use, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 class ReplayStepper:
     """Repeats steps; states can be loaded and steps run in any order.
@@ -55,15 +60,14 @@ class ReplayStepper:
         steps: the data that repeats each step.
         diverged: called with a step that differs from the recording, and a description.
 
-    state: the number of the current state, None before one is loaded; has_gradients_in_state: whether a
-    state holds the gradients that the next step drops: if not, they are computed again.
+    state: the number of the current state, None before one is loaded.
     """
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
         self.state: int | None = None
         self.steps = steps
         self._run = steps.run
-        self._is_own_loop = self.has_gradients_in_state = steps.facts.loop is not None
+        self._is_own_loop = steps.facts.loop is not None
         self._diverged = diverged
         self._expanders: dict[Interpreter, Expander] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -168,7 +172,7 @@ class ReplayStepper:
     @property
     def has_gradients(self) -> bool:
         """Whether the gradients of the last step are available."""
-        return self.has_gradients_in_state or self._loaded_at != self.state
+        return self._is_own_loop or self._loaded_at != self.state
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates of the last step, and other settings that ever changed."""

@@ -17,11 +17,12 @@ from torch import Tensor
 from everystep import clock, numerics
 from everystep.device import select
 from everystep.errors import RunError, StepError
+from everystep.experiment.batches import RowsOf
 from everystep.program.precision import Precision
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
-from everystep.replay.recorded_batches import rule_of
+from everystep.replay.recorded_batches import batch_source
 from everystep.replay.recorded_steps import RecordedSteps, check_kept
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.generators import Generators, generators_preserved
@@ -71,7 +72,7 @@ class Replay:
         self._steppers: dict[int, ReplayStepper] = {}
         self._at = 0
         self._generators: Generators | None = None
-        self._kept: OrderedDict[tuple[int, int], tuple[int, Saved]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], Saved] = OrderedDict()
         self._opened: OrderedDict[int, Step] = OrderedDict()
         self._step_seconds = 0.0
 
@@ -124,7 +125,8 @@ class Replay:
         self._start_near(stepper, at, state)
         assert stepper.state is not None
         while stepper.state < state:
-            self._advance(stepper, min(state, stepper.state + self._spacing()))
+            spacing = max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
+            self._advance(stepper, min(state, stepper.state + spacing))
             if stepper.state < state:
                 self._keep(stepper)
         return stepper
@@ -194,15 +196,11 @@ class Replay:
     def step_after(self, state: State) -> Step:
         """Open the step after a state that is given."""
         with self.in_force(state.step + 1):
-            self.begin(state)
+            self._forget_where()
+            self._kept.clear()
+            self._at = self.stretch_of(state.step + 1)
+            self._load(self.stepper, state)
             return self.next_step()
-
-    def begin(self, state: State) -> None:
-        """Go to a state that is given; call it inside `in_force` of the step after it."""
-        self._forget_where()
-        self._kept.clear()
-        self._at = self.stretch_of(state.step + 1)
-        self._load(self.stepper, state)
 
     def _forget_where(self) -> None:
         """After a step that may be incomplete: continue from a stored state."""
@@ -215,7 +213,8 @@ class Replay:
         stepper = self.stepper_of(at)
         if at == self._at and stepper.state == number - 1 and stepper.has_gradients:
             return
-        if number > self.stretches[at].first and not stepper.has_gradients_in_state:
+        if number > self.stretches[at].first and self.stretches[at].facts.loop is None:
+            # Their states do not hold the gradients that the next step drops.
             self.go_to(number - 2, at)
             self._advance(stepper, number - 1)
         self.go_to(number - 1, at)
@@ -238,7 +237,7 @@ class Replay:
                 return
         if kept > here:
             self._kept.move_to_end((at, kept))
-            stepper.restore(kept, self._kept[at, kept][1])
+            stepper.restore(kept, self._kept[at, kept])
         elif here < 0:
             self._load_first(stepper, at)
 
@@ -272,24 +271,22 @@ class Replay:
                 self._diverge(step)
                 return
 
-    def _spacing(self) -> int:
-        return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
-
     def _keep(self, stepper: ReplayStepper) -> None:
         assert stepper.state is not None
         place = self._at, stepper.state
-        if place in self._kept:
-            return
-        saved = stepper.save()
-        self._kept[place] = sum(tensor.nbytes for tensor in saved.tensors.values()), saved
-        while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        if place not in self._kept:
+            self._kept[place] = stepper.save()
+            while len(self._kept) > 1 and sum(each.bytes for each in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
 
     def stepper_of(self, at: int) -> ReplayStepper:
         """Return the stepper of a stretch."""
         if at not in self._steppers:
             stretch, conversion = self.stretches[at], self._conversion
-            rule = rule_of(self.run, stretch, self.data, conversion)
+            facts, rule = stretch.facts, None
+            if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
+                rule = batch_source(self.run, facts, self.data, select(facts.device), conversion)
+                assert isinstance(rule, RowsOf)
             steps = RecordedSteps(self.run, stretch, rule, conversion)
             self._steppers[at] = ReplayStepper(steps, self._diverge)
         return self._steppers[at]

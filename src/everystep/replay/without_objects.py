@@ -186,7 +186,7 @@ def continue_alone(
                     f"{by_own_code(run, at)}"
                 )
             taken = _StepsAlone(steps, state)
-        state = taken.capture()  # with the rate of the steps
+        state = taken.stepper.capture()  # with the rate of the steps
         recorder, facts = record(state)
         writer = RunWriter(
             recorder,
@@ -250,14 +250,15 @@ def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingF
 class _StepsAlone:
     """Steps that programs take, as a hook that notes what they log besides the loss.
 
-    is_loop: whether they are of a user's code, which may depend on numbers that it read.
+    stepper: takes them; is_loop: whether they are of a user's code, which may depend on numbers that it
+    read.
     """
 
     def __init__(self, steps: ChangedSteps, state: State) -> None:
         self.is_loop = steps.facts.loop is not None
         self._steps = steps
-        self._stepper = ReplayStepper(steps, self._note_difference)
-        self._stepper.load(state)
+        self.stepper = ReplayStepper(steps, self._note_difference)
+        self.stepper.load(state)
         self._known = {*steps.run.measurement_names}
         self._logged: dict[str, float] = {}
         self._difference: str | None = None
@@ -289,10 +290,6 @@ class _StepsAlone:
             self._end = f"your code computes the loss of step {number}, not an operation of torch"
         return self._end is None
 
-    def capture(self) -> State:
-        """Return the current state in the form that is written to disk."""
-        return self._stepper.capture()
-
     def _note_difference(self, number: int, difference: str) -> None:
         self._difference = difference
 
@@ -302,7 +299,7 @@ class _StepsAlone:
 
     def note_rates(self, at: int, last: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
-        for name in self._stepper.rates():
+        for name in self.stepper.rates():
             known = {at + 1: lr}
             if lr is None:
                 last, known = min(last, self._steps.last), self._steps.run.measured(name)
@@ -315,7 +312,7 @@ class _StepsAlone:
 
         Those of a loop end before one that depends on what Python does with another number.
         """
-        stepper, begin = self._stepper, self._stepper.state
+        stepper, begin = self.stepper, self.stepper.state
         assert begin is not None
         if not self.is_loop:
             return stepper.run(last, self), None
@@ -337,7 +334,7 @@ class _StepsAlone:
         Returns:
             Why it stopped before the last one, None if it did not.
         """
-        stepper, steps, reason = self._stepper, self._steps, None
+        stepper, steps, reason = self.stepper, self._steps, None
         newest, last, stops_on_nan = writer.step, facts.steps or 0, facts.training.stop_on_nan
         while writer.step < last and not (interrupt or reason):
             writer.recorder.wait()
