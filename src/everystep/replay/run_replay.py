@@ -285,8 +285,9 @@ class Replay:
             stretch, conversion = self.stretches[at], self._conversion
             facts, rule = stretch.facts, None
             if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
-                rule = batch_source(self.run, facts, self.data, select(facts.device), conversion)
-                assert isinstance(rule, RowsOf)
+                found = batch_source(self.run, facts, self.data, select(facts.device), conversion)
+                assert isinstance(found, RowsOf)
+                rule = found
             steps = RecordedSteps(self.run, stretch, rule, conversion)
             self._steppers[at] = ReplayStepper(steps, self._diverge)
         return self._steppers[at]

@@ -300,11 +300,10 @@ class _StepsAlone:
     def note_rates(self, at: int, last: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
         for name in self.stepper.rates():
-            known = {at + 1: lr}
-            if lr is None:
-                last, known = min(last, self._steps.last), self._steps.run.measured(name)
+            known = self._steps.run.measured(name) if lr is None else {at + 1: lr}
+            end = min(last, self._steps.last) if lr is None else last
             for step, rate in known.items():
-                if at < step <= last:
+                if at < step <= end:
                     self._measured.setdefault(step, []).append((name, step, rate))
 
     def run(self, last: int) -> tuple[list[float], str | None]:
