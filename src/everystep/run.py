@@ -332,7 +332,7 @@ class Run(RecordedRun):
         if getattr(asked, "is_recorded", False):
             from everystep.replay.recorded_columns import Found, ask_columns, chosen
 
-            steps = [step for step, _ in ask_columns(asked, self, (1, len(self)), as_condition=True)]
+            steps = [step for step, _ in ask_columns(asked, self, as_condition=True)]
             return self._shown(Found(chosen(steps, which)))
         from everystep.answers.measure import when
 

@@ -284,3 +284,17 @@ def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
     assert "aten.addcdiv_.default, update" in out
     assert "numbers of its input tensor1 are zero except for rounding (at most " in out
     assert "as the first step of Adam does" in out
+
+
+def test_data_that_a_run_does_not_hold_is_used_by_reruns_and_matches(monkeypatch):
+    monkeypatch.setattr("everystep.recording.files.DATA_LIMIT", 10)
+    torch.manual_seed(0)
+    model, runs = nn.Linear(10, 1), []
+    rows = torch.randn(8, 10).bfloat16(), torch.randn(8, 1).bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        data = tuple(each.to(dtype) for each in rows)
+        run = trained(model.to(dtype), data, steps=1)
+        assert not run.facts.training.data_file.stored
+        runs.append(everystep.open(run.directory, data=data))
+    assert runs[1].rerun(mkl="OFF", progress=False).losses.tolist()
+    assert runs[1].match(runs[0], 1).precisions == ("float32", "bfloat16")

@@ -674,10 +674,21 @@ def test_programs_alone_note_the_first_loss_that_is_not_finite():
 def test_a_fork_by_programs_alone_may_have_another_learning_rate():
     everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, run="runs/whole")
     fork = everystep.open("whole").fork(15, lr=0.001, progress=False)
-    case = mlp_case(ALONE["Adam"])
-    own = {name: case[name] for name in ("model", "loss", "optimizer")}
+    cases = mlp_case(ALONE["Adam"]), mlp_case(ALONE["Adam"])
+    own, again = ({name: case[name] for name in ("model", "loss", "optimizer")} for case in cases)
     assert fork.losses.equals(everystep.open("whole").fork(15, lr=0.001, **own, progress=False).losses)
     assert fork.facts.fork.changed == {"lr": 0.001}
+    with pytest.raises(RunError, match=r"optimizer Adam.lr: 0.001 \| 0.01"):
+        everystep.open(fork.directory).resume(STEPS + 3, **again, progress=False)
+
+
+@pytest.mark.parametrize("change", [{"seed": 9}, {"batch_size": 4}, {"lr": 0.001}])
+def test_a_fork_of_a_fork_by_programs_alone_has_the_rules_of_the_steps_that_follow(change):
+    parent = everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, run="runs/whole")
+    other = parent.fork(10, **change, progress=False)
+    for at, same in ((7, parent), (10, other), (13, other)):
+        fork = everystep.open(other.directory).fork(at, progress=False)
+        assert fork.losses.equals(same.losses) and fork.verify(progress=False).is_exact
 
 
 def test_programs_alone_may_end_at_a_state_that_is_kept_anyway(monkeypatch):

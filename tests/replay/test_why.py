@@ -16,7 +16,7 @@ from torch import nn
 
 import everystep
 from everystep import ExpressionError, UsageError
-from everystep.answers.why import Why, session
+from everystep.answers.why import Why
 from everystep.recording.texts import shortest
 
 
@@ -144,7 +144,7 @@ def test_nan_is_followed_to_the_row_that_brought_it(small, tmp_path, monkeypatch
     assert "row 13 of the data" in answer.to_text()
     # Of a long way both ends are kept, and the number of what is left out.
     assert answer.left_out
-    monkeypatch.setattr(session, "LONGEST", 1000)
+    monkeypatch.setattr("everystep.answers.why.answer.LONGEST", 1000)
     whole = opened.why(30, "parameters['2.weight'][0, 0]")
     assert len(whole.causes) == len(answer.causes) + answer.left_out
     assert whole.began.number.name == answer.began.number.name

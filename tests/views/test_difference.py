@@ -30,7 +30,7 @@ LOSS = LossDifference(138, 1.0, 2.0)
 
 
 def parting(one=ADDMM, other=ADDMM, step=138, index=9, inputs=(), causes=()):
-    given = [TensorDifference(name, 1, 4, [], [], None) for name in inputs]
+    given = [TensorDifference(name, 1, 4, [], []) for name in inputs]
     return OperationDifference(step, index, one, other, [], given, [], list(causes))
 
 

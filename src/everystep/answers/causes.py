@@ -18,12 +18,12 @@ from everystep.answers.operations import (
     OperationPair,
     StepPair,
     TensorDifference,
-    draws,
     memory_of,
     name_in_words,
     tensor_difference,
 )
 from everystep.program.observed import Observed
+from everystep.program.operators import draws_random_numbers
 from everystep.recording.recorded_run import EXPERIMENT_FILE, stretch_at
 from everystep.recording.settings_diff import Setting, settings_that_differ
 from everystep.recording.texts import shortest, value_text
@@ -49,7 +49,9 @@ class Evidence(StepPair):
 
     names: of the runs; settings: those of both trainings that differ; modules and optimizers: the
     classes of the first run's, by path and by name; numerics: those that differ, as text; has_rows:
-    whether batches are rows of data that the runs know by their numbers.
+    whether batches are rows of data that the runs know by their numbers; is_data_drawn: whether the seed
+    decides on the data; is_seeded: whether it decides on everything drawn before the first step;
+    unseen: inputs of operations that no program can hold, as text.
     """
 
     def __init__(self, openers: tuple[Opener, Opener], number: int, numerics: Sequence[str]) -> None:
@@ -65,23 +67,9 @@ class Evidence(StepPair):
         self.modules = {path: each.class_name for path, each in known.modules.items()}
         self.optimizers = {name: each.class_name for name, each in known.optimizers.items()}
         self.has_rows = not any(each.loop for each in self._facts)
-
-    @property
-    def is_data_drawn(self) -> bool:
-        """Whether the data is drawn at random, by the seed."""
-        return all(each.data.source == "random" for each in self._facts)
-
-    @property
-    def is_seeded(self) -> bool:
-        """Whether the seed decides on everything that is drawn before the first step."""
-        return all((opener.run.directory / EXPERIMENT_FILE).exists() for opener in self._openers)
-
-    @property
-    def unseen(self) -> list[str]:
-        """Inputs of operations that no program can hold, as text."""
-        return list(
-            dict.fromkeys(text for each in self._facts if each.loop for text in each.loop.unseen)
-        )
+        self.unseen = list(dict.fromkeys(text for each in self._facts for text in each.unseen))
+        self.is_data_drawn = all(each.data.source == "random" for each in self._facts)
+        self.is_seeded = all((each.run.directory / EXPERIMENT_FILE).exists() for each in openers)
 
     @property
     def changed(self) -> list[frozenset[str]]:
@@ -104,7 +92,7 @@ class Evidence(StepPair):
         """The learning rates and other numbers of optimizers that differ at this step."""
         one, other = (step.hyperparameters for step in self.steps)
         return [
-            self._of_optimizer(name, (value, other[name]))
+            self.of_optimizer(name, (value, other[name]))
             for name, value in one.items()
             if name in other and value != other[name]
         ]
@@ -113,12 +101,7 @@ class Evidence(StepPair):
         """Return the settings of some kinds."""
         return [each for each in self.settings if each.kind in kinds]
 
-    def of_group(self, name: str, values: tuple[float, float]) -> Setting:
-        """Return a setting of a param group that is a tensor of one number: `group/1/lr`."""
-        _, place, key = name.split("/", 2)
-        return self._of_optimizer(key if place == "0" else f"{key}[{place}]", values)
-
-    def _of_optimizer(self, name: str, values: tuple[float, float]) -> Setting:
+    def of_optimizer(self, name: str, values: tuple[float, float]) -> Setting:
         """Return a setting of an optimizer. name: `lr[1]`; `generator.lr[1]` if it is one of several."""
         prefix, _, rest = name.partition(".")
         path, key = (prefix, rest) if prefix in self.optimizers and rest else ("optimizer", name)
@@ -164,7 +147,7 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     a = found.sides[0]
     causes = list(_of_arguments(a, found, evidence))
     causes += _of_inputs(found, evidence, is_shape_known=bool(causes))
-    if draws(a.operation.operator):
+    if draws_random_numbers(a.operation.resolved):
         causes += _of_draw(evidence)
     if not causes and not found.inputs:
         causes += _of_layout(found, evidence)
@@ -280,13 +263,12 @@ def _calls(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
 
 
 def _name(seen: Observed) -> str:
-    """Return the name of an operator without its overload, or the class of an optimizer."""
-    operator = seen.operation.operator
-    if operator == "aten._to_copy.default":
+    """Return the name of an operator without its overload."""
+    if seen.operation.operator == "aten._to_copy.default":
         given = (seen.operation.keywords.get(name) for name in ("dtype", "memory_format"))
         to = [kind for each in given if isinstance(each, dict) for kind in each.values()]
         return " ".join(["_to_copy to", *(kind for kind in to if kind != "preserve_format")])
-    return seen.operation.name if operator.startswith("aten.") else operator.rpartition(".")[2]
+    return seen.operation.name
 
 
 def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -> Iterator[str]:
@@ -424,7 +406,9 @@ def _of_inputs(found: OperationDifference, evidence: Evidence, *, is_shape_known
         elif is_shape_known and not each.positions:
             continue
         elif name.startswith("group/"):  # a learning rate that is a tensor
-            yield str(evidence.of_group(name, each.values[0]))
+            _, place, key = name.split("/", 2)
+            key = key if place == "0" else f"{key}[{place}]"
+            yield str(evidence.of_optimizer(key, each.values[0]))
         elif name in evidence.steps[0].state:
             yield from _of_state(name, evidence)
         elif (

@@ -13,13 +13,23 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
+from pydantic import ValidationError
+from torch import Tensor
 
 from everystep.answers.causes import Evidence, causes_of
-from everystep.answers.data_differences import DataDifference, data_differences
-from everystep.answers.operations import OperationDifference, draws, name_in_words
+from everystep.answers.operations import (
+    OperationDifference,
+    TensorDifference,
+    name_in_words,
+    rows_that_differ,
+    tensor_difference,
+)
 from everystep.device import on_cpu
 from everystep.errors import RunError
+from everystep.experiment.preparation import TablePreparation
+from everystep.program.operators import draws_random_numbers, resolve
 from everystep.recording.contents import digest_of
+from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import bytes_of, program_file
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
@@ -33,12 +43,26 @@ from everystep.replay.shown import Shown
 from everystep.step.state import State, StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects
 
-__all__ = ["BEFORE", "Difference", "FirstState", "diff", "footprints"]
+__all__ = ["BEFORE", "DataDifference", "Difference", "FirstState", "diff", "footprints"]
 
 #: Runs that took less time than this together are replayed whole.
 THOROUGH_SECONDS = 4.0
 #: Steps that are replayed between two looks.
 STRIDE = 64
+
+
+class DataDifference(NamedTuple):
+    """How a tensor of the data differs.
+
+    tensor: the numbers; rows: those that differ, by their numbers in the first run's data; columns:
+    those that differ, by number, of data with two dimensions; names: of all columns, if the data is a
+    table.
+    """
+
+    tensor: TensorDifference
+    rows: list[int]
+    columns: list[int]
+    names: list[str]
 
 
 class FirstState(NamedTuple):
@@ -130,13 +154,14 @@ def diff(
         thorough: replay every step, not only those between the last common state and the first
             difference. That also finds differences that no loss and no snapshot shows. `diff` does it
             anyway if it takes only seconds, and the experiments or the numerics differ.
-        objects: the objects that trained each run, for steps that no program runs.
+        objects: the objects that trained each run, for the data of one that does not hold it.
         on_progress: called with the number of steps just replayed.
 
     Raises:
         RunError: a run is unreadable.
     """
-    loss = _first_loss(one, other)
+    pairs = zip(*(run.losses["loss"].to_list() for run in (one, other)), strict=False)
+    loss = _first_number(enumerate(pairs, start=1))
     random = _draws_at_random(one) or _draws_at_random(other)
     common, states, problems = _snapshots(one, other, compares_generators=random)
     steps = (one.newest_step(), other.newest_step())
@@ -158,7 +183,11 @@ def diff(
         last = min(max(last, first), *steps)
         kept = one.facts.kept_with(other.facts, min(steps))
         if thorough:
-            partly = [*_partly_kept(one), *_partly_kept(other)]
+            partly = [
+                f"of {run.name}, {kept_text(run.facts, run.newest_step())}"
+                for run in (one, other)
+                if run.facts.not_kept
+            ]
             problems += partly
         within = [(max(first, a), min(last, b)) for a, b in kept] if thorough else [(first, last)]
         try:
@@ -191,7 +220,7 @@ def diff(
         problems=tuple(dict.fromkeys(problems)),
         is_complete=is_complete,
         is_thorough=thorough and not partly,
-        data_tensors=data_differences(one, other),
+        data_tensors=_data_differences(one, other),
         measured=tuple(_measured(one, other)),
         unread=tuple(unread),
         renamed=(*renamed(one.facts.training, other.facts.training), *configs),
@@ -199,15 +228,47 @@ def diff(
     )
 
 
-def _partly_kept(run: RecordedRun) -> Iterator[str]:
-    """Yield which steps of a run can be compared, if it does not keep all."""
-    if run.facts.not_kept:
-        yield f"of {run.name}, {kept_text(run.facts, run.newest_step())}"
+def _data_differences(one: RecordedRun, other: RecordedRun) -> tuple[DataDifference, ...]:
+    """Return the tensors of the data that differ, if both runs hold it, and those of the same shape."""
+    facts = [run.facts.training for run in (one, other)]
+    files = [each.data_file for each in facts if each.data_file is not None and each.data_file.stored]
+    if len(files) < 2 or files[0].digest == files[1].digest:
+        return ()
+    try:
+        pair = one.data(files[0]), other.data(files[1])
+    except RunError:  # the replay reports problems with it
+        return ()
+    both = ((name, tensor, pair[1].get(name)) for name, tensor in sorted(pair[0].items()))
+    return tuple(
+        _in_data(name, tensor, its, facts)
+        for name, tensor, its in both
+        if its is not None and its.shape == tensor.shape and its.dtype == tensor.dtype and tensor.ndim
+        if not same_bits(tensor, its)
+    )
 
 
-def _first_loss(one: RecordedRun, other: RecordedRun) -> LossDifference | None:
-    pair = (run.losses["loss"].to_numpy().tolist() for run in (one, other))
-    return _first_number(enumerate(zip(*pair, strict=False), start=1))
+def _in_data(name: str, one: Tensor, other: Tensor, facts: list[TrainingFacts]) -> DataDifference:
+    rows = torch.nonzero(rows_that_differ(one, other)).flatten()
+    numbers = facts[0].data.numbers()
+    if numbers is not None:  # in the source of the data
+        rows = numbers[1 if name.startswith("validation_") else 0][rows]
+    columns = rows_that_differ(one.mT, other.mT) if one.ndim == 2 else rows.new_empty(0)
+    names = _column_names(facts) if name.endswith("x") else []
+    return DataDifference(
+        tensor_difference(name, one, other),
+        rows.tolist(),
+        torch.nonzero(columns).flatten().tolist(),
+        names if len(names) == len(columns) else [],
+    )
+
+
+def _column_names(facts: list[TrainingFacts]) -> list[str]:
+    """Return the names of the columns of x, if both runs have a table with the same ones."""
+    try:
+        one, other = (TablePreparation.model_validate(each.preparation).x_names for each in facts)
+    except ValidationError:
+        return []
+    return one if one == other else []
 
 
 def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossDifference]]:
@@ -353,7 +414,8 @@ def _draws_at_random(run: RecordedRun) -> bool:
         return True
     try:  # without checking all of a program, which takes as long as a small diff
         programs = [json.loads(program)["operations"] for program in _programs_of(run)]
-        return any(draws(each["operator"]) for program in programs for each in program)
+        operators = {each["operator"] for program in programs for each in program}
+        return any(draws_random_numbers(resolve(operator)) for operator in operators)
     except (ValueError, LookupError, TypeError, RecursionError):
         return True
 

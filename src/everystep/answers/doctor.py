@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -192,21 +193,14 @@ def _given(database: Database) -> Iterator[Given]:
 
 def _readable(run: RecordedRun, facts: Facts, states: dict[SnapshotRow, str | None]) -> Iterator[str]:
     """Yield what can be read, as text."""
-    with reading(run.directory / FILE_NAME) as database:
-        yield from _readable_numbers(database, facts)
+    with reading(run.directory / FILE_NAME) as database, suppress(RunError):
+        newest, altered = database.newest_step(), number_findings(database)
+        planned = f" of {facts.steps:,}" if facts.steps and facts.steps != newest else ""
+        yield f"losses: {newest:,}{planned}" + (", except those named above" if altered else "")
     if states:
         good = [row.step for row, problem in states.items() if problem is None]
         ends = f": {good[0]:,} to {good[-1]:,}" if len(good) > 1 else f": {good[0]:,}" if good else ""
         yield f"states: {len(good):,} of {len(states):,}{ends}"
-
-
-def _readable_numbers(database: Database, facts: Facts) -> Iterator[str]:
-    try:
-        newest, altered = database.newest_step(), number_findings(database)
-    except RunError:
-        return
-    planned = f" of {facts.steps:,}" if facts.steps and facts.steps != newest else ""
-    yield f"losses: {newest:,}{planned}" + (", except those named above" if altered else "")
 
 
 def _states_without_database(directory: Path) -> Iterator[str]:

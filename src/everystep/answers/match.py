@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.answers.operations import draws
 from everystep.answers.rounding import relative_difference, tolerance
 from everystep.errors import ProgramError, RunError
 from everystep.program.observed import Observed
+from everystep.program.operators import draws_random_numbers
 from everystep.program.precision import Precision
 from everystep.replay.opened_step import Step
 from everystep.replay.processes import Opener
@@ -162,11 +162,7 @@ def _coarsest(step: Step) -> torch.dtype:
 
 
 def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
-    """Return a step of two runs in double precision, both from the state of the first.
-
-    Raises:
-        RunError: a program cannot run in double precision; gives the reason.
-    """
+    """Return a step of two runs in double precision, both from the state of the first."""
     first, own = one.state(number - 1), other.state(number - 1)
     second = replace(
         own,
@@ -190,7 +186,7 @@ def _shared(own: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tens
 
 def _step_in_double(replay: Replay, state: State) -> Step:
     """Return the step after a state, in double precision."""
-    return Replay(replay.run, conversion=Precision(torch.float64)).step_after(state)
+    return Replay(replay.run, replay.data, conversion=Precision(torch.float64)).step_after(state)
 
 
 def _before(step: Step) -> Iterator[tuple[str, Tensor]]:
@@ -280,7 +276,7 @@ class _Values:
             made = self._places(seen.made)
             is_new = all(self._kinds.get(place) == "temporary" for place in made) and not made & written
             given = self._places(seen.read) <= constant and (is_new or made <= constant)
-            if given and not draws(seen.operation.operator):
+            if given and not draws_random_numbers(seen.operation.resolved):
                 found.add(index)
                 constant |= made
             else:

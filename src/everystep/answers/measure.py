@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -20,7 +21,7 @@ from everystep.recording.lock import adding
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Replayed, Span, Visitor, parallel, spans
-from everystep.replay.probe import OpenedValues, Probe
+from everystep.replay.probe import Probe, opened_value
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.run_replay import Replay
@@ -30,33 +31,6 @@ __all__ = ["Measured", "Question", "measure", "until", "when"]
 
 #: An expression, or what makes a number of an opened step.
 Question = Expression | Callable[[Step], Any]
-
-
-class _Function:
-    """A function of an opened step, asked as `Evaluator` evaluates an expression."""
-
-    previous_loss: float | None = None
-
-    def __init__(self, function: Callable[[Step], Any], as_condition: bool) -> None:
-        self._function = function
-        self._convert: type[float] | Callable[[Any], bool] = bool if as_condition else float
-
-    def answer(self, number: int, loss: float, probe: Probe | OpenedValues | None) -> float | None:
-        """Return the answer at a step, None if the function returns it.
-
-        Raises:
-            ExpressionError: the function does not return a number.
-        """
-        assert isinstance(probe, OpenedValues)
-        answer = self._function(probe.step)
-        if answer is None:
-            return None
-        try:
-            return float(self._convert(answer))
-        except (TypeError, ValueError, RuntimeError):
-            is_tensor = isinstance(answer, Tensor)
-            got = f"a tensor of shape {tuple(answer.shape)}" if is_tensor else f"{answer!r:.80}"
-            raise ExpressionError(f"the function must return one number, not {got}") from None
 
 
 class Query(Visitor):
@@ -83,23 +57,22 @@ class Query(Visitor):
         only_first: bool = False,
         skipped: frozenset[int] = frozenset(),
     ) -> None:
+        self._question = question
         self._every = every
         self._as_condition = as_condition
         self._only_first = only_first
         self._skipped = skipped
-        self._asked: Evaluator | _Function
         self._tensors: set[Reference] = set()
         self.may_share = isinstance(question, Expression)
         if isinstance(question, Expression):
-            self._asked = Evaluator(question, run, as_condition)
+            self._evaluator = Evaluator(question, run, as_condition)
             self._tensors = {r for r in question.references if not r.is_recorded}
-        else:
-            self._asked = _Function(question, as_condition)
         self.looks_back = any(reference.is_previous for reference in self._tensors)
         #: Whether a step must be opened: for a function, and for rows.
         self._opens = not self.may_share or any(r.kind == "rows" for r in self._tensors)
         self._answers: Answers = []
         self._first = 1
+        self._previous_loss: float | None = None
         self._probe: Probe | None = None
 
     @property
@@ -109,13 +82,12 @@ class Query(Visitor):
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span; a step earlier if it needs tensors of that step."""
-        super().begin(replay, span)
         self._answers, self._probe, self._first = [], None, span.first
         earlier = self.looks_back and span.first > replay.stretches[span.at].first
         earlier = earlier and is_kept(span.first - 1, replay.run.facts.not_kept)
         start = span.first - 1 - earlier
         known = replay.recorded_losses(start, start)
-        self._asked.previous_loss = known[0] if known else None
+        self._previous_loss = known[0] if known else None
         return start
 
     def run(self, replay: Replay, last: int) -> list[float]:
@@ -129,28 +101,53 @@ class Query(Visitor):
             losses = stepper.run(max(number, until))
         elif self._opens:
             step = replay.next_step()
-            self._answer(number, step.loss, OpenedValues(step))
+            self._answer(number, step.loss, step)
             losses = [step.loss]
         else:
             self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
             while number < last and self._is_looked_at(number + 1):
                 number += 1
             losses = stepper.run(number, self._probe)
-        self._asked.previous_loss = losses[-1]
+        self._previous_loss = losses[-1]
         return losses
 
     def result(self) -> Answers:
         """Return the answers of the span."""
         return self._answers
 
-    def _answer(self, number: int, loss: float, opened: OpenedValues | None = None) -> bool:
-        """Answer at a step that just ran, if it is due; return whether to continue."""
+    def _answer(self, number: int, loss: float, step: Step | None = None) -> bool:
+        """Answer at a step that just ran, or was opened, if it is due; return whether to continue."""
         if self._is_due(number):
-            answer = self._asked.answer(number, loss, opened or self._probe)
-            if answer is not None and (answer or not self._as_condition):
+            answer = self._asked(number, loss, step)
+            if answer is not None:
                 self._answers.append((number, answer))
-        self._asked.previous_loss = loss
+        self._previous_loss = loss
         return not self.is_done
+
+    def _asked(self, number: int, loss: float, step: Step | None) -> float | None:
+        """Return the answer at a step, if there is one.
+
+        Raises:
+            ExpressionError: the function does not return a number.
+        """
+        losses = self._previous_loss, loss
+        if isinstance(self._question, Expression):
+            if step is not None:
+                return self._evaluator.answer(number, losses, partial(opened_value, step))
+            assert self._probe is not None
+            return self._evaluator.answer(number, losses, self._probe.value_of)
+        assert step is not None
+        answer = self._question(step)
+        if answer is None:
+            return None
+        try:
+            if self._as_condition:
+                return 1.0 if answer else None
+            return float(answer)
+        except (TypeError, ValueError, RuntimeError):
+            is_tensor = isinstance(answer, Tensor)
+            got = f"a tensor of shape {tuple(answer.shape)}" if is_tensor else f"{answer!r:.80}"
+            raise ExpressionError(f"the function must return one number, not {got}") from None
 
     def due(self, run: RecordedRun) -> list[Span]:
         """Return the spans of a run in which a step is due."""
@@ -233,7 +230,7 @@ def measure(
 
         if isinstance(question, Expression) and question.is_recorded:
             last = run.newest_step()
-            keep([(s, v) for s, v in ask_columns(question, run, (1, last)) if s % every == 0])
+            keep([(s, v) for s, v in ask_columns(question, run) if s % every == 0])
             on_progress(last)
         else:
             query = Query(question, run, every=every, skipped=frozenset(values))

@@ -48,7 +48,7 @@ class NonFinite(Shown):
     operation that made it, or that copied a number of your own code into `name`; name: of the tensor;
     nans, infinities: their number in it; rows: the affected rows, if the tensor has a row for each row
     of the batch, as `step.batch.whole` numbers them. why: the first of these numbers, with the inputs
-    and the rows that it was computed from; None if no operation made it, or an optimizer's step did.
+    and the rows that it was computed from; None if no operation made it.
     """
 
     step: Step
@@ -77,10 +77,9 @@ class NonFinite(Shown):
     @cached_property
     def why(self) -> Why | None:
         """Where the first of these numbers comes from."""
-        if self.index is None or self.name not in self.step.places.tensors:
+        if self.index is None:
             return None
-        made = self.step.operations[self.index]
-        tensor = {**made.results, **made.written}[self.name]
+        tensor = self.step.operations[self.index].made[self.name]
         place = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         return why(self.step, Spot(self.name, tuple(place), self.index + 1))
 
@@ -182,8 +181,6 @@ def find_nonfinite(
     run, last = opener.run, opener.run.newest_step()
     if not last:
         return None
-    if opener.objects is not None:
-        opener = Opener(run, opener.objects)  # with their state other than tensors restored
     bound = min(last, run.facts.nonfinite_step or last)
     meant: frozenset[_Meant] = frozenset()
     if run.facts.nonfinite_step:

@@ -14,7 +14,7 @@ from torch import Tensor
 from everystep.program.arguments import references
 from everystep.program.observed import Observed, unread_inputs
 from everystep.program.operation import Operation
-from everystep.program.operators import draws_random_numbers, parameters, resolve
+from everystep.program.operators import parameters
 from everystep.recording.files import bytes_of
 from everystep.recording.settings_diff import same_value
 from everystep.replay.opened_step import Step
@@ -27,7 +27,6 @@ __all__ = [
     "Source",
     "StepPair",
     "TensorDifference",
-    "draws",
     "memory_of",
     "name_in_words",
     "rows_that_differ",
@@ -52,7 +51,7 @@ class TensorDifference(NamedTuple):
     of: int
     positions: list[tuple[int, ...]]
     values: list[tuple[float, float]]
-    largest: int | None
+    largest: int | None = None
     absolute: float | None = None
     relative: float | None = None
 
@@ -92,7 +91,8 @@ class OperationDifference:
     @property
     def is_one_operation(self) -> bool:
         """Whether both runs have the same operator there, for the same purpose."""
-        return len(self.sides) == 2 and len({*map(_outline, self.sides)}) == 1
+        operations = [side.operation for side in self.sides]
+        return len(operations) == 2 and len({(o.phase, o.module, o.operator) for o in operations}) == 1
 
 
 class Source(NamedTuple):
@@ -210,17 +210,19 @@ class OperationPair:
     def __init__(self, one: Observed, other: Observed, sources: tuple[_Sources, _Sources]) -> None:
         self._pair = one, other
         self._sources = sources
-        self._arguments: list[tuple[str, Any, Any]] = []
-        if one.operation.operator.startswith("aten."):
-            given = _all_given(one.operation), _all_given(other.operation)
-            self._arguments = [(name, given[0][name], given[1][name]) for name in given[0]]
-            self._unread = unread_inputs(one.operation)
+        given = _all_given(one.operation), _all_given(other.operation)
+        self._arguments = [(name, given[0][name], given[1][name]) for name in given[0]]
+        self._unread = unread_inputs(one.operation)
 
     @property
     def arguments(self) -> list[Argument]:
         """The arguments that differ, except for the content of tensors."""
         plain = (Argument(name, (_plain(a), _plain(b))) for name, a, b in self._arguments)
-        return [each for each in plain if not _same(*each.values)]
+        return [
+            each
+            for each in plain
+            if not all(map(_is_tensors, each.values)) and not same_value(*each.values)
+        ]
 
     @property
     def inputs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -230,9 +232,6 @@ class OperationPair:
         operation reads.
         """
         one, other = (each.inputs for each in self._pair)
-        if not self._arguments:
-            yield from ((name, tensor, other[name]) for name, tensor in one.items() if name in other)
-            return
         pairs = (zip(references(a), references(b), strict=False) for _, a, b in self._arguments)
         for names in dict.fromkeys(pair for each in pairs for pair in each):
             x, y = one.get(names[0]), other.get(names[1])
@@ -325,14 +324,6 @@ def name_in_words(name: str) -> str:
     return rest if kind in ("parameter", "buffer") else name
 
 
-def draws(operator: str) -> bool:
-    """Return whether an operator that programs may use draws random numbers."""
-    try:
-        return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
-    except ValueError:  # an eager step may contain any operator
-        return False
-
-
 class _ATensor:
     """Replaces a tensor among arguments."""
 
@@ -366,11 +357,6 @@ def _plain(value: Any) -> Any:
         ((kind, name),) = value.items()
         return float(name) if kind == "float" else name
     return value
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Return whether two arguments are the same; of tensors, only whether both are there."""
-    return (_is_tensors(one) and _is_tensors(other)) or same_value(one, other)
 
 
 def _is_tensors(value: Any) -> bool:
@@ -412,11 +398,6 @@ def rows_that_differ(one: Tensor, other: Tensor) -> Tensor:
     return differs.reshape(len(one), -1).any(1)
 
 
-def _outline(observed: Observed) -> tuple[Any, ...]:
-    operation = observed.operation
-    return operation.phase, operation.module, operation.operator
-
-
 def _in_order(
     one: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -434,7 +415,7 @@ def _different(pairs: Iterable[tuple[str, Tensor, Tensor | None]]) -> list[Tenso
 def tensor_difference(name: str, one: Tensor, other: Tensor | None) -> TensorDifference:
     """Return how two tensors differ. other: None if only one run has it."""
     if other is None or one.shape != other.shape or one.dtype != other.dtype:
-        return TensorDifference(name, one.numel(), one.numel(), [], [], None)
+        return TensorDifference(name, one.numel(), one.numel(), [], [])
     other = other.to(one.device)
     differs = as_integers(one) != as_integers(other)
     differs = differs.any(-1) if one.is_complex() else differs

@@ -42,7 +42,7 @@ __all__ = ["Conditions", "OtherProcess", "main", "opened", "other_process"]
 T = TypeVar("T")
 
 #: Of the tasks and results: both ends must have the same.
-PROTOCOL = 6
+PROTOCOL = 7
 
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
 _MKL_BRANCHES = ("OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512")
@@ -193,10 +193,13 @@ def other_process(conditions: Conditions, environment: dict[str, str]) -> Iterat
             process.communicate()
 
 
-def opened(run: Path, threads: int, precision: str | None) -> Replay:
-    """Return a replay of a run, to which the tasks after this one are done."""
+def opened(run: Path, data: Any, threads: int, precision: str | None) -> Replay:
+    """Return a replay of a run, to which the tasks after this one are done.
+
+    data: of the run, None if it holds that itself.
+    """
     wanted = None if precision is None else Precision(getattr(torch, precision))
-    return Replay(RecordedRun(run), threads=threads, conversion=wanted)
+    return Replay(RecordedRun(run), data, threads, wanted)
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from everystep.answers.other_process import Conditions, OtherProcess, opened, ot
 from everystep.answers.rounding import Apart, apart, tolerance
 from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError
-from everystep.numerics import Numerics
 from everystep.program.number_slots import READ
 from everystep.program.observed import Observed
 from everystep.program.precision import counters
@@ -154,7 +153,7 @@ def rerun(
     recorded = np.array(run.losses_between(first, last))
     with other_process(conditions, conditions.environment(known)) as process:
         threads = conditions.threads or known.threads
-        process.call(opened, run.directory.absolute(), threads, conditions.precision)
+        process.call(opened, run.directory.absolute(), opener.data, threads, conditions.precision)
         replayed = _replayed(process, run, (first, last), threads, on_progress)
         differ = range(0) if conditions.precision is not None else _suspicious(replayed)
         operation, parts_at = None, _parting_step(opener, process, differ)
@@ -163,15 +162,18 @@ def rerun(
         size = max(1, opener.step(first).bytes)
         count = min(max(2, min(COMPARED, MOST_BYTES // size)), last - first + 1)
         steps = np.linspace(first, last, count).round().astype(int).tolist()
-        limit = _rounding(facts.loss_dtype, conditions)
+        own = "float64" if facts.loss_dtype == "float64" else "float32"
+        dtypes = (own,) if conditions.precision is None else (own, conditions.precision)
+        limit = tolerance(*(getattr(torch, dtype) for dtype in dtypes))
         found: list[Apart] = []
         for step in steps:
             found += apart(*_taken_twice(opener, process, step).steps, limit)
     numbers = [each for each in found if not each.is_residue]
+    changed = {"precision": ("as recorded", conditions.precision)} if conditions.precision else {}
     return Rerun(
         name=run.name,
         place=conditions,
-        changed=_changed(known, replayed[0].numerics, conditions),
+        changed=changed | known.differences(replayed[0].numerics),
         first=first,
         recorded=recorded,
         losses=np.array([loss for each in replayed for loss in each.losses]),
@@ -189,11 +191,7 @@ def rerun(
 
 
 def _replayed_span(replay: Replay, span: Span, threads: int) -> Replayed:
-    """Replay a span from the current state.
-
-    Raises:
-        RunError: a step cannot be replayed.
-    """
+    """Replay a span from the current state, or raise why a step cannot be replayed."""
     found = replay_span(replay, span, Visitor(), threads)
     if found.stopped_at is not None:
         raise RunError(found.problems[-1])
@@ -228,13 +226,6 @@ def _suspicious(replayed: Sequence[Replayed]) -> range:
     return range(0)
 
 
-def _footprints_from(replay: Replay, state: State, last: int) -> list[dict[str, str]]:
-    """Replay the steps after a state; return digests of each."""
-    with replay.in_force(state.step + 1):
-        replay.begin(state)
-    return footprints(replay, state.step + 1, last)
-
-
 def _step_from(
     replay: Replay, state: State
 ) -> tuple[float, list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]]:
@@ -258,8 +249,8 @@ def _parting_step(opener: Opener, process: OtherProcess, steps: range) -> int | 
     """Return the first of some steps with a different result, None if it cannot be found again."""
     for begin in steps[::STRIDE]:
         end = min(begin + STRIDE - 1, steps[-1])
-        here = opener.call(footprints, begin, end)
-        there = process.call(_footprints_from, opener.state(begin - 1), end)
+        # There, too, they begin with the recorded state: the losses before them are the same.
+        here, there = opener.call(footprints, begin, end), process.call(footprints, begin, end)
         for step, (one, other) in enumerate(zip(here, there, strict=True), start=begin):
             if one | {BEFORE: ""} != other | {BEFORE: ""}:
                 return step
@@ -272,31 +263,6 @@ def _farthest(found: Sequence[Apart]) -> tuple[Apart, ...]:
     for each in sorted(found, key=lambda each: -each.relative):
         kinds.setdefault((each.operator, each.module, each.phase), each)
     return tuple(kinds.values())[:FARTHEST]
-
-
-def _rounding(dtype: str, conditions: Conditions) -> float:
-    """Return how far apart numbers are by rounding alone, of a run with losses of a dtype and there."""
-    own = torch.float64 if dtype == "float64" else torch.float32
-    return tolerance(
-        own, *([] if conditions.precision is None else [getattr(torch, conditions.precision)])
-    )
-
-
-def _changed(
-    known: Numerics, here: Numerics | None, conditions: Conditions
-) -> dict[str, tuple[Any, Any]]:
-    """Return what differs there, as far as both everysteps know of it."""
-    there = {} if here is None else here.named()
-    found = {
-        name: (value, there[name])
-        for name, value in known.named().items()
-        if name in there and there[name] != value
-    }
-    return (
-        found
-        if conditions.precision is None
-        else {"precision": ("as recorded", conditions.precision)} | found
-    )
 
 
 def _diverged(opener: Opener) -> Iterator[str]:
@@ -319,9 +285,7 @@ def _reads_numbers(program: Program) -> bool:
 
 def _taken_over(run: RecordedRun) -> Iterator[str]:
     """Yield what a rerun takes from the recording instead of computing."""
-    loop = run.stretches[-1].facts.loop
-    numbers = range(1, loop.programs + 1 if loop else 1)
-    programs = (read_program(run, number) for number in numbers)
+    programs = (read_program(run, number) for number in run.stretches[-1].facts.programs)
     if any(_reads_numbers(program) for program in programs):
         yield ("Python read numbers from tensors; the repeated steps use the recorded numbers")
     if run.facts.not_kept:

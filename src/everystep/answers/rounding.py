@@ -117,9 +117,7 @@ def _largest(tensor: Tensor) -> float:
 
 
 def _argument(seen: Observed, name: str) -> str:
-    """Return the parameter of an operation that is given a tensor; the name for an optimizer."""
-    if not seen.operation.operator.startswith("aten."):
-        return name
+    """Return the parameter of an operation that is given a tensor."""
     given = seen.operation.given().items()
     return next((key for key, value in given if name in references(value)), name)
 

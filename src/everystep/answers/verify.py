@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from everystep.device import on_cpu
-from everystep.numerics import Numerics
 from everystep.recording.keep import is_kept
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
@@ -87,6 +86,8 @@ def verify(
     damaged = [str(finding) for finding in run.findings()] + run.database_problems()
     replayed.sort(key=lambda each: each.span)
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]
+    numerics = recorded_numerics(run.facts).differences(replayed[0].numerics) if replayed else {}
+    numerics.pop("threads", None)  # those that were set are counted below
     threads: Counter[int] = Counter()
     for each in replayed:
         threads[each.threads] += each.taken
@@ -101,18 +102,10 @@ def verify(
             0 < row.step <= steps and is_kept(row.step, not_kept) for row in run.snapshot_rows()
         ),
         states=tuple(difference for each in replayed for difference in each.states),
-        numerics=_other_numerics(run, replayed[0].numerics if replayed else None),
+        numerics=numerics,
         problems=(*damaged, *dict.fromkeys(p for each in replayed for p in each.problems)),
         threads=dict(+threads),
     )
-
-
-def _other_numerics(run: RecordedRun, here: Numerics | None) -> dict[str, tuple[Any, Any]]:
-    """Return the numerics that differ and could not be set, except the threads: see `threads`."""
-    if here is None:
-        return {}
-    differences = recorded_numerics(run.facts).differences(here)
-    return {name: pair for name, pair in differences.items() if name != "threads"}
 
 
 def _loss_distance(run: RecordedRun, difference: LossDifference) -> int | None:

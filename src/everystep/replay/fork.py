@@ -24,13 +24,11 @@ from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
-from everystep.replay.recorded_steps import ChangedSteps, FurtherSteps, StepsAtRate
-from everystep.replay.relabelled_steps import StepsRelabelled
 from everystep.replay.run_replay import no_such_step
 from everystep.replay.trained_objects import (
-    check_alone,
     iteration_of,
     objects_from,
     prepared,
@@ -41,6 +39,7 @@ from everystep.replay.trained_objects import (
 )
 from everystep.replay.without_objects import (
     by_own_code,
+    check_alone,
     check_determined,
     check_has_rows,
     continue_alone,
@@ -269,19 +268,14 @@ def fork(
     if objects is not None:
         is_new = not is_own or given["scheduler"] is not None
         return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
-    others = set(asked.changed) - {"lr", "steps"}
-    check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
     asked.check()
+    others = set(asked.changed) - {"lr", "steps"}
+    check_alone(run, asked.stretch, "fork(..., ", "only lr and steps can change" if others else None)
     return _fork_alone(asked, progress), None
 
 
 def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
-    """Check that the programs of a user's loop can take its recorded steps with the changes.
-
-    Raises:
-        RunError: they cannot.
-        UsageError: the run has no such steps.
-    """
+    """Check that the programs of a user's loop can take its recorded steps with the changes."""
     run, at = asked.run, asked.at
     asked.check()
     if asked.without:
@@ -316,17 +310,13 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     fork = asked.facts(asked.last)
     fork = fork.model_copy(update={"changed": {k: v for k, v in fork.changed.items() if k != "steps"}})
     # An experiment of the parent does not describe the fork.
-    trained = facts_alone(run, at).model_copy(update={"experiment_file": None})
+    trained = facts_alone(run, at, lr).model_copy(update={"experiment_file": None})
 
     def steps_of(rule: RowsOf | None) -> ChangedSteps:
         if trained.loop is None:
-            return FurtherSteps(run, rule, lr)
-        steps, stretch = range(at + 1, asked.last + 1), asked.stretch
-        if not asked.targets:
-            at_rate = StepsAtRate(run, stretch, rule, lr)
-            at_rate.check_inputs(steps)
-            return at_rate
-        return StepsRelabelled(run, stretch, rule, steps, asked.targets, lr)
+            return FurtherSteps(run, asked.stretch, rule, lr)
+        steps = range(at + 1, asked.last + 1)
+        return ChangedSteps(run, asked.stretch, rule, steps, lr, asked.targets)
 
     def record(state: State) -> tuple[Recorder, Facts]:
         place = create_directory(asked.directory, f"{run.name}-fork")
@@ -434,11 +424,7 @@ def _fork_objects(
 def _check_kept(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> None:
-    """Check that an optimizer which has taken steps has all the state that changed settings need.
-
-    Raises:
-        ExperimentError: it does not.
-    """
+    """Check that an optimizer which has taken steps has all the state that changed settings need."""
     names = ("amsgrad", "centered") + ("momentum",) * isinstance(optimizer, torch.optim.RMSprop)
     kind = type(optimizer).__name__
     faults = [

@@ -17,7 +17,7 @@ from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import read_snapshot
-from everystep.replay.processes import Opener, cores, needs_worker, process_count, shared
+from everystep.replay.processes import Opener, needs_worker, process_count, shared
 from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.run_replay import Replay, same_number
 from everystep.step.state import StateDifference, state_differences
@@ -71,7 +71,7 @@ class Replayed:
 
     span: Span
     threads: int
-    numerics: Numerics | None = None
+    numerics: Numerics
     losses: list[float] = field(default_factory=list)
     different_losses: int = 0
     first_loss: LossDifference | None = None
@@ -135,9 +135,13 @@ def spans(run: RecordedRun, first: int, last: int, *, are_long: bool = False) ->
     """
     stretches, kept = run.stretches, run.facts.kept(last)
     ends = [row.step for row in run.snapshot_rows() if first <= row.step < last]
-    size = -(-len(ends) // (SPANS_EACH * cores())) if are_long else 1
+    size = 1
+    if are_long:
+        from loky import cpu_count
+
+        size = max(1, -(-len(ends) // (SPANS_EACH * cpu_count())))
     begins = {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
-    between = {*ends[:: max(1, size)], *begins}
+    between = {*ends[::size], *begins}
     found = []
     for one, two in ((max(one, first), two) for one, two in kept if two >= first):
         within = sorted(end for end in between if one <= end < two)
@@ -190,10 +194,9 @@ def parallel(
 
 def replay_span(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
     """Replay a span, and compare its losses and its last state with the recording."""
-    found = Replayed(span, threads)
     known = replay.diverged_at
     with replay.in_force(span.first):
-        found.numerics = Numerics.read(select(replay.stretches[span.at].facts.device))
+        found = Replayed(span, threads, Numerics.read(select(replay.stretches[span.at].facts.device)))
         start = visitor.begin(replay, span)
         replay.go_to(start, span.at)
         step = start

@@ -21,7 +21,7 @@ from everystep.replay.processes import Opener
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.step.observe import gradient_places
 
-__all__ = ["OpenedValues", "Probe", "check_question"]
+__all__ = ["Probe", "check_question", "opened_value"]
 
 Values = dict[Reference, Tensor]
 
@@ -81,12 +81,13 @@ class Probe:
         for reference in self._copied:
             kind, name = reference.kind, reference.name
             if kind == "activations" and program.activations.get(name):
-                look, place = self._copying(reference, program.activations[name][0]), given_after[name]
+                look = partial(self._copy, reference, program.activations[name][0])
+                place = given_after[name]
             elif kind == "gradients" and name in gradients:
-                look = self._copying(reference, gradients[name].names[0])
+                look = partial(self._copy, reference, gradients[name].names[0])
                 place = gradients[name].after - 1
             elif kind == "batch" and name in program.tensors:
-                look, place = self._copying(reference, name), -1
+                look, place = partial(self._copy, reference, name), -1
             elif kind == "batch":
                 look, place = partial(self._copy_unread, reference), -1
             elif kind not in ("activations", "gradients"):
@@ -99,41 +100,29 @@ class Probe:
     def after(self, number: int, loss: float) -> bool:
         """Answer the question at a step, and keep values for the next; return whether to continue."""
         goes_on = self._answer(number, loss)
-        self._before = {
-            reference: self.value_of(own).clone()
-            for reference in self._previous
-            if self.has(own := reference._replace(is_previous=False))
-        }
+        found = {each: self.value_of(each._replace(is_previous=False)) for each in self._previous}
+        self._before = {each: value.clone() for each, value in found.items() if value is not None}
         return goes_on
 
-    def has(self, reference: Reference) -> bool:
-        """Return whether a value exists: not before step 1, and not for a module that did not run."""
+    def value_of(self, reference: Reference) -> Tensor | None:
+        """Return the value of a reference in the last step; valid until the next step.
+
+        None if there is none: before step 1, and of a module that did not run.
+        """
         if reference.is_previous:
-            return reference in self._before
-        return _copied(reference) in self._copies
+            return self._before.get(reference)
+        found = self._copies.get(_copied(reference))
+        if found is None or reference.kind != "updates" or reference.part == "before":
+            return found
+        after = self._state(f"parameter/{reference.name}").to(found.device)
+        return after if reference.part == "after" else after - found
 
-    def value_of(self, reference: Reference) -> Tensor:
-        """Return the value of a reference in the last step; valid until the next step."""
-        if reference.is_previous:
-            return self._before[reference]
-        if reference.kind != "updates":
-            return self._copies[reference]
-        before = self._copies[_copied(reference)]
-        if reference.part == "before":
-            return before
-        after = self._state(f"parameter/{reference.name}").to(before.device)
-        return after if reference.part == "after" else after - before
-
-    def _copying(self, reference: Reference, name: str) -> Look:
-        """Return what copies a tensor of the program."""
-
-        def look(tensor_of: Callable[[str], Tensor]) -> None:
-            self._copies[reference] = tensor_of(name).clone()
-
-        return look
+    def _copy(self, reference: Reference, name: str, tensor_of: Callable[[str], Tensor]) -> None:
+        self._copies[reference] = tensor_of(name).clone()
 
     def _copy_state(self, reference: Reference, tensor_of: Callable[[str], Tensor]) -> None:
-        self._copies[reference] = self._state(_name_of_state(reference)).clone()
+        name = f"{'buffer' if reference.kind == 'buffers' else 'parameter'}/{reference.name}"
+        self._copies[reference] = self._state(name).clone()
 
     def _copy_unread(self, reference: Reference, tensor_of: Callable[[str], Tensor]) -> None:
         """Copy a tensor of the batch that the step does not use."""
@@ -146,46 +135,29 @@ class Probe:
         return self._stepper.named_state()[name].detach()
 
 
-class OpenedValues:
-    """What an expression names of a step that was opened, as `Probe` has it of a step that runs."""
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-
-    def has(self, reference: Reference) -> bool:
-        """Return whether a value exists: not of the step before, nor of a module that did not run."""
-        if reference.is_previous or reference.kind == "rows":
-            return not reference.is_previous
-        found = self._named(reference.kind).get(reference.name)
-        return found is not None and not (isinstance(found, tuple) and not found)
-
-    def value_of(self, reference: Reference) -> Tensor:
-        """Return the value of a reference.
-
-        Raises:
-            RunError: rows are unknown; gives the reason.
-        """
-        if reference.kind == "rows":
-            rows = self.step.rows
-            return rows.loss if reference.name == "loss" else rows.gradient
-        value = self._named(reference.kind)[reference.name]
-        if reference.kind == "updates":
-            found: Tensor = getattr(value, reference.part or "change")
-            return found
-        first: Tensor = value[0] if isinstance(value, tuple) else value
-        return first
-
-    def _named(self, kind: str) -> Mapping[str, Any]:
-        named: Mapping[str, Any] = (
-            self.step.batch.tensors if kind == "batch" else getattr(self.step, kind)
-        )
-        return named
-
-
 def _copied(reference: Reference) -> Reference:
     """Return the values to copy for a reference."""
     return reference._replace(part="before") if reference.kind == "updates" else reference
 
 
-def _name_of_state(reference: Reference) -> str:
-    return f"{'buffer' if reference.kind == 'buffers' else 'parameter'}/{reference.name}"
+def opened_value(step: Step, reference: Reference) -> Tensor | None:
+    """Return what an expression names of an opened step, as `Probe` has it of a step that runs.
+
+    None if there is none: of the step before, and of a module that did not run.
+
+    Raises:
+        RunError: rows are unknown; gives the reason.
+    """
+    kind, name = reference.kind, reference.name
+    if reference.is_previous:
+        return None
+    if kind == "rows":
+        return step.rows.loss if name == "loss" else step.rows.gradient
+    named: Mapping[str, Any] = step.batch.tensors if kind == "batch" else getattr(step, kind)
+    value: Any = named.get(name)
+    if kind == "updates" and value is not None:
+        value = getattr(value, reference.part or "change")
+    if isinstance(value, tuple):  # the outputs of a module
+        value = value[0] if value else None
+    found: Tensor | None = value
+    return found

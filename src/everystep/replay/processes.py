@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Opener",
-    "cores",
-    "end_with",
     "end_with_stdin",
     "needs_worker",
     "process_count",
@@ -54,16 +52,6 @@ __all__ = [
 
 #: Seconds that a process which is asked to stop has to keep what it has done.
 _PATIENCE = 60.0
-
-
-def end_with(parent: Connection) -> None:
-    """End this process once the other end of a pipe, through which nothing is sent, has closed."""
-
-    def watch() -> None:
-        wait([parent])
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def end_with_stdin(*, in_order: bool = False) -> None:
@@ -89,6 +77,11 @@ def end_with_stdin(*, in_order: bool = False) -> None:
 
 #: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
+
+_ENDED_TOO_EARLY = (
+    "a process that replays the run has ended too early: it was killed, or memory ran out. Try "
+    "again; if it ends again, free memory, or use fewer processes"
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -119,13 +112,6 @@ def needs_worker(facts: Facts) -> bool:
     return recorded_numerics(facts).needs_other_process(here)
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     """Return processes that compute as the run did, with `threads` threads each; they end afterwards.
@@ -150,7 +136,7 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
             raise TrainingError(f"a process to replay the run cannot be started: {reason}") from None
         yield executor
     except BrokenProcessPool:
-        raise _ended_too_early() from None
+        raise TrainingError(_ENDED_TOO_EARLY) from None
     finally:
         executor.shutdown(wait=True, kill_workers=True)
         alive.close()
@@ -167,7 +153,11 @@ def process_count(run: RecordedRun, steps: int, asked: int | None, tasks: int, t
         return 1
     if asked is None:
         seconds = (facts.seconds or 0.0) * steps / max(1, run.newest_step())
-        asked = 1 if seconds < ALONE_SECONDS else cores() // threads
+        if seconds < ALONE_SECONDS:
+            return 1
+        from loky import cpu_count
+
+        asked = cpu_count() // threads
     return max(1, min(asked, tasks))
 
 
@@ -189,7 +179,7 @@ def shared(
     Raises:
         the errors of the task.
     """
-    place = opener.run.directory, opener.objects, threads
+    place = opener.run.directory, opener.data, threads
     with workers(opener.run.facts, count, threads) as executor:
         for future in as_completed([executor.submit(_in_worker, *place, task, *each) for each in given]):
             yield future.result()
@@ -212,27 +202,24 @@ def _stamp(run: RecordedRun) -> tuple[int, int]:
 
 def _in_worker(
     directory: Path,
-    objects: Objects | None,
+    data: Any,
     threads: int | None,
     task: Callable[Concatenate[Replay, P], T],
     *given: P.args,
     **named: P.kwargs,
 ) -> T:
-    """Call a task with the replay of a run in this worker: the same one if it needs no objects."""
-    if objects is None:
+    """Call a task with the replay of a run in this worker: the same one if it needs no other data."""
+    if data is None:
         return task(_replay(directory, threads, _edition_of(RecordedRun(directory))), *given, **named)
-    return task(Replay(RecordedRun(directory), objects, threads), *given, **named)
-
-
-def _ended_too_early() -> TrainingError:
-    return TrainingError(
-        "a process that replays the run has ended too early: it was killed, or memory ran out. Try "
-        "again; if it ends again, free memory, or use fewer processes"
-    )
+    return task(Replay(RecordedRun(directory), data, threads), *given, **named)
 
 
 def _begin(threads: int, parent: Connection) -> None:
-    end_with(parent)
+    def watch() -> None:  # end this process once the other end of the pipe has closed
+        wait([parent])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
     warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     # Ctrl-C is for the process that waits; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -246,15 +233,15 @@ class Opener:
         run: the run.
         objects: the objects that trained it.
 
-    objects: the same, None if a replay needs only the run.
+    data: of the run, None if the run holds it itself.
     """
 
     def __init__(self, run: RecordedRun, objects: Objects | None = None) -> None:
         numerics.prepare()
         self.run = run
-        # A replay needs them where the run does not hold their data.
         files = [stretch.facts.data_file for stretch in run.stretches]
-        self.objects = objects if any(f is not None and not f.stored for f in files) else None
+        holds_all = all(file is None or file.stored for file in files)
+        self.data = None if objects is None or holds_all else objects.data
         self._replay: Replay | None = None
         self._worker: ProcessPoolExecutor | None = None
         self._workers = ExitStack()
@@ -292,25 +279,21 @@ class Opener:
         if self._replay is not None:
             return task(self._replay, *given, **named)
         assert self._worker is not None
-        place = self.run.directory, self.objects, None
+        place = self.run.directory, self.data, None
         try:
             result: T = self._worker.submit(_in_worker, *place, task, *given, **named).result()
         except BrokenProcessPool:
             self._workers.close()
             self._worker = self._known = None  # the next question starts another one
-            raise _ended_too_early() from None
+            raise TrainingError(_ENDED_TOO_EARLY) from None
         return result
 
     def replay_here(self, *, may_share: bool = True) -> Replay:
-        """Return a replay in this process, shared with the one that opens steps if possible.
-
-        It cannot be shared if it needs the user's objects: their state other than tensors must be
-        unchanged.
-        """
+        """Return a replay in this process, shared with the one that opens steps if possible."""
         self._prepare()
-        if may_share and self.objects is None and self._replay is not None:
+        if may_share and self._replay is not None:
             return self._replay
-        return Replay(self.run, self.objects)
+        return Replay(self.run, self.data)
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
@@ -324,7 +307,7 @@ class Opener:
             return
         self._replay = None
         if not needs_worker(facts):
-            self._replay = Replay(self.run, self.objects)
+            self._replay = Replay(self.run, self.data)
         elif self._worker is None:
             threads = facts.training.numerics.threads
             self._worker = self._workers.enter_context(workers(facts, 1, threads))

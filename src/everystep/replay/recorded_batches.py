@@ -1,14 +1,13 @@
-"""Batches: those of everystep's own steps, from the data of a run, and recorded settings."""
+"""Batches of everystep's own steps, from the data of a run."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from everystep.device import select
 from everystep.errors import RunError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data
@@ -16,31 +15,10 @@ from everystep.experiment.specification import load
 from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import check_data
-from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.recorded_columns import HeldNumber
+from everystep.recording.recorded_run import RecordedRun
 from everystep.training.dataset import DatasetBatches, length_of, read_rows
-from everystep.training.objects import Objects
 
-__all__ = ["batch_source", "batches_of", "rule_of", "settings_of", "stored_data"]
-
-
-def rule_of(
-    run: RecordedRun,
-    stretch: Stretch,
-    objects: Objects,
-    conversion: Precision | None = None,
-) -> RowsOf | None:
-    """Return the batches of everystep's own steps, None if each step holds its batch.
-
-    Raises:
-        RunError: the data is missing or unreadable; reports a fix.
-    """
-    facts = stretch.facts
-    if facts.loop is not None or facts.data.lazy:
-        return None
-    found = batch_source(run, facts, objects, select(facts.device), conversion)
-    assert isinstance(found, RowsOf)
-    return found
+__all__ = ["batch_source", "batches_of", "stored_data"]
 
 
 def batches_of(facts: TrainingFacts) -> Batches:
@@ -61,47 +39,48 @@ def batches_of(facts: TrainingFacts) -> Batches:
 def batch_source(
     run: RecordedRun,
     facts: TrainingFacts,
-    objects: Objects,
+    data: Any,
     device: torch.device,
     conversion: Precision | None = None,
 ) -> RowsOf | DatasetBatches:
     """Return the batches: rows of the run's data, or a Dataset that is read.
+
+    data: what the caller passed, for a run that does not hold its data.
 
     Raises:
         RunError: the data is missing or unreadable, or is not the run's; reports a fix.
     """
     batches = batches_of(facts)
     if not facts.data.lazy:
-        x, y = (part.to(device) for part in _data(run, facts, objects))
+        x, y = (part.to(device) for part in _rows_of(run, facts, data))
         if not (x.ndim and y.ndim and len(x) == len(y)):
             raise RunError(f"the data of {run.name} does not have a target for each row")
         if conversion is not None:
             x, y = conversion.tensor("x", x), conversion.tensor("y", y)
         count = len(x)
-    elif objects.data is None or isinstance(objects.data, tuple | list):
+    elif data is None or isinstance(data, tuple | list):
         raise RunError(
             f"{run.name} was trained on a Dataset that everystep read at every step, so the run has "
             "no rows; open it with everystep.open(run, data=dataset)"
         )
     else:
-        count = length_of(objects.data)
+        count = length_of(data)
     if count != batches.rows:
         raise RunError(
             f"{run.name} was trained on {batches.rows:,} rows of data, but the data has {count:,}"
         )
     if facts.data.lazy:
-        return DatasetBatches(objects.data, batches, device)
+        return DatasetBatches(data, batches, device)
     return batches.of(x, y, is_read=facts.data.source == "dataset")
 
 
-def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Tensor, Tensor]:
+def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor, Tensor]:
     fact = facts.data_file
     if fact is None:
         raise RunError(f"{run.name} has no data yet; training has only just started")
     if (stored := stored_data(run, facts)) is not None:
         return stored.x, stored.y
-    if objects.data is not None:
-        given = objects.data
+    if given is not None:
         if not isinstance(given, tuple | list):
             given = read_rows(given, given.__getitem__, sys.maxsize, lambda done, total: None)
         x, y = (torch.as_tensor(part) for part in given)
@@ -115,13 +94,13 @@ def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Ten
         )
     from everystep.training.from_experiment import experiment_job
 
-    data = experiment_job(load(experiment), run.name, torch.device("cpu")).data
-    assert data is not None
-    tensors = {"x": data.x, "y": data.y}
-    if data.validation is not None:
-        tensors["validation_x"], tensors["validation_y"] = data.validation
+    made = experiment_job(load(experiment), run.name, torch.device("cpu")).data
+    assert made is not None
+    tensors = {"x": made.x, "y": made.y}
+    if made.validation is not None:
+        tensors["validation_x"], tensors["validation_y"] = made.validation
     check_data(tensors, fact, f"the data that the experiment of {run.name} names")
-    return data.x, data.y
+    return made.x, made.y
 
 
 def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
@@ -139,16 +118,3 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     has_validation = {"validation_x", "validation_y"} <= tensors.keys()
     validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
     return Data(tensors["x"], tensors["y"], validation, numbering=facts.data.numbering)
-
-
-def settings_of(run: RecordedRun, names: Iterable[str], first: int) -> dict[str, HeldNumber]:
-    """Return what changed from step `first` on; what held before is in the state that it begins with.
-
-    names: of measurements that are settings.
-    """
-    found = {}
-    for name in names:
-        values = {step: value for step, value in run.measured(name).items() if step >= first}
-        if values:
-            found[name] = HeldNumber(values)
-    return found

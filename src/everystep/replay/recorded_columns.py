@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from everystep.bounded import MOST_STEPS
 from everystep.expression import Expression, Reference, parse
+from everystep.recording.facts import TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.shown import Shown
 from everystep.step.hyperparameters import is_hyperparameter
@@ -17,16 +20,20 @@ __all__ = [
     "Evaluator",
     "Found",
     "HeldNumber",
-    "ValueSource",
     "Which",
     "ask_columns",
     "chosen",
+    "is_learning_rate",
+    "is_setting",
     "read_question",
     "recorded_at",
+    "settings_of",
 ]
 
 #: Steps in the `repr` of an answer.
 SHOWN = 10
+#: Of several optimizers, the name of each is before it; `[1]` is the second param group.
+_LEARNING_RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
 Answers = list[tuple[int, float]]
 Which = Literal["first", "last", "all"]
 
@@ -57,25 +64,17 @@ def read_question(text: str, run: RecordedRun) -> Expression:
     return expression
 
 
-def ask_columns(
-    expression: Expression, run: RecordedRun, wanted: tuple[int, int], *, as_condition: bool = False
-) -> Answers:
-    """Answer from recorded columns only.
+def ask_columns(expression: Expression, run: RecordedRun, *, as_condition: bool = False) -> Answers:
+    """Return the answers at all steps from recorded columns only.
 
     Raises:
         ExpressionError: the expression does not fit.
     """
     evaluator = Evaluator(expression, run, as_condition)
-    first, last = wanted
-    before = run.losses_between(first - 1, first - 1)
-    evaluator.previous_loss = before[0] if before else None
-    answers = []
-    for number, loss in enumerate(run.losses_between(first, last), start=first):
-        answer = evaluator.answer(number, loss, None)
-        if answer is not None and (answer or not as_condition):
-            answers.append((number, answer))
-        evaluator.previous_loss = loss
-    return answers
+    losses = run.losses_between(1, run.newest_step())
+    pairs = enumerate(zip([None, *losses], losses, strict=False), start=1)
+    found = ((number, evaluator.answer(number, pair)) for number, pair in pairs)
+    return [(number, answer) for number, answer in found if answer is not None]
 
 
 def chosen(steps: list[int], which: Which) -> tuple[int, ...]:
@@ -99,26 +98,38 @@ class HeldNumber:
         return self._values[index] if index >= 0 else None
 
 
-def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
-    """Return a function that looks up a measurement by step (None if it has none).
+def is_learning_rate(name: str) -> bool:
+    """Return whether a measurement is a learning rate, by its name."""
+    return _LEARNING_RATE.fullmatch(name) is not None
 
-    A setting of an optimizer is recorded when it changes, and holds until the next change; of a loop,
-    these are the learning rates. What a loop logs belongs to its step.
+
+def is_setting(facts: TrainingFacts, name: str) -> bool:
+    """Return whether a measurement is recorded where it changes, and holds until the next change.
+
+    Of everystep's own steps, these are the settings of the optimizer; of a loop, the learning rates:
+    what it logs belongs to its step.
     """
-    training, values = run.facts.training, run.measured(name)
-    is_rate = name.partition("[")[0].rpartition(".")[2] == "lr" and bool(training.optimizers)
-    is_held = is_rate if training.loop else is_hyperparameter(name)
-    return HeldNumber(values).at if is_held else values.get
+    if facts.loop is None:
+        return is_hyperparameter(name)
+    return bool(facts.optimizers) and is_learning_rate(name)
 
 
-class ValueSource(Protocol):
-    """The values of what expressions name, at a step."""
+def settings_of(
+    run: RecordedRun, facts: TrainingFacts, first: int, last: int = MOST_STEPS
+) -> dict[str, HeldNumber]:
+    """Return the settings that changed in steps `first` to `last`; the state before has the others."""
+    found = {}
+    for name in run.measurement_names:
+        if is_setting(facts, name):
+            changes = run.measured(name).items()
+            found[name] = {step: value for step, value in changes if first <= step <= last}
+    return {name: HeldNumber(values) for name, values in found.items() if values}
 
-    def has(self, reference: Reference) -> bool:
-        """Tell whether a value exists at this step."""
 
-    def value_of(self, reference: Reference) -> Any:
-        """Return the value of a reference."""
+def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
+    """Return a function that looks up a measurement by step (None if it has none)."""
+    values = run.measured(name)
+    return HeldNumber(values).at if is_setting(run.facts.training, name) else values.get
 
 
 class _NothingThereError(Exception):
@@ -126,32 +137,48 @@ class _NothingThereError(Exception):
 
 
 class Evaluator:
-    """Evaluates an expression, step after step."""
+    """Evaluates an expression at steps of a run.
 
-    def __init__(self, expression: Expression, run: RecordedRun, as_condition: bool) -> None:
-        self._evaluate = expression.truth if as_condition else expression.number
+    as_condition: whether the answer is yes, which is 1, or no, which is no answer.
+    """
+
+    def __init__(self, expression: Expression, run: RecordedRun, as_condition: bool = False) -> None:
+        self._expression = expression
+        self._as_condition = as_condition
         names = {r.name for r in expression.references if r.kind == "measurements"}
         self._recorded = {name: recorded_at(run, name) for name in names}
-        self.previous_loss: float | None = None
 
-    def answer(self, number: int, loss: float, values: ValueSource | None) -> float | None:
-        """Return the answer at a step, or None if a value that it needs does not exist."""
+    def answer(
+        self,
+        number: int,
+        losses: tuple[float | None, float],
+        tensor_of: Callable[[Reference], Any] = lambda reference: None,
+    ) -> float | None:
+        """Return the answer at a step, or None if a value that it needs does not exist.
+
+        Args:
+            number: of the step.
+            losses: of the step before, None if there is none, and of the step.
+            tensor_of: returns what no column has, None if it does not exist.
+        """
 
         def value_of(reference: Reference) -> Any:
-            found: Any = None
+            found: Any
             if reference.kind == "step":
                 found = number - reference.is_previous
             elif reference.kind == "loss":
-                found = self.previous_loss if reference.is_previous else loss
+                found = losses[not reference.is_previous]
             elif reference.kind == "measurements":
                 found = self._recorded[reference.name](number - reference.is_previous)
-            elif values is not None and values.has(reference):
-                found = values.value_of(reference)
+            else:
+                found = tensor_of(reference)
             if found is None:
                 raise _NothingThereError
             return found
 
         try:
-            return float(self._evaluate(value_of))
+            if self._as_condition:
+                return 1.0 if self._expression.truth(value_of) else None
+            return self._expression.number(value_of)
         except _NothingThereError:
             return None

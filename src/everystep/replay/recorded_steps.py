@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +15,20 @@ from everystep.experiment.batches import RowsOf
 from everystep.program.arguments import DTYPES
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_on_cpu
-from everystep.program.number_slots import numbers_in
-from everystep.program.operators import draws_random_numbers
-from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.precision import Precision
 from everystep.program.step_program import Program
-from everystep.recording.contents import Given, Inputs, Taken, inputs_of, unpacked
+from everystep.recording.contents import Given, Inputs, inputs_of, unpacked
 from everystep.recording.database import Repeat, cut
 from everystep.recording.files import program_file
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.recorded_batches import batches_of
 
 __all__ = [
-    "ChangedSteps",
-    "FurtherSteps",
+    "LOOK_AHEAD",
     "NotReplayedError",
     "RecordedSteps",
-    "StepsAtRate",
     "check_kept",
+    "described",
     "read_program",
 ]
 
@@ -67,6 +61,9 @@ class RecordedSteps:
         conversion: of the programs and their inputs, None for none.
     """
 
+    #: A learning rate other than the recorded ones.
+    lr: float | None = None
+
     def __init__(
         self,
         run: RecordedRun,
@@ -76,6 +73,7 @@ class RecordedSteps:
     ) -> None:
         self.run = run
         self.first = stretch.first
+        self.last = run.newest_step() if stretch.last is None else stretch.last
         self.facts = stretch.facts
         self.rule = rule
         self.device = select(stretch.facts.device)
@@ -89,7 +87,9 @@ class RecordedSteps:
         self._given: dict[bytes | None, Inputs] = {}
         #: The bytes of an input, or of a row of one, by their digest.
         self._pieces: dict[bytes, Tensor] = {}
-        self._bytes = self._read_to = 0
+        self._bytes = 0
+        #: The steps with contents read ahead.
+        self._ahead = range(0)
         if conversion is not None:
             for number in self.facts.programs:
                 self.program(number)  # each determines what else is converted
@@ -193,6 +193,14 @@ class RecordedSteps:
     def unknown_in(self, number: int) -> str | None:
         """Return what Python may have read that the recording does not have, and no program computes."""
 
+    def change_files(self) -> dict[int, str]:
+        """Return the files of what code changed after steps, by step."""
+        files = self.run.change_files()
+        if self.facts.loop is not None:
+            return files
+        # A snapshot of everystep's own steps has what changed after its step.
+        return {step: file for step, file in files.items() if step >= self.first}
+
     def digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""
         earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
@@ -209,7 +217,7 @@ class RecordedSteps:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
             with _reading():
-                self._given[row.inputs] = inputs_of(row.inputs, _what(self.run, row))
+                self._given[row.inputs] = inputs_of(row.inputs, described(self.run, row))
         return self._given[row.inputs]
 
     def inputs(self, row: Repeat) -> dict[str, Tensor]:
@@ -245,12 +253,12 @@ class RecordedSteps:
             pieces = [self._pieces[digest] for digest in given.digests if digest in self._pieces]
             if len(pieces) < len(given.digests):
                 raise NotReplayedError(
-                    f"{_what(self.run, row)} was dropped ({name}), because the batches exceeded the "
+                    f"{described(self.run, row)} was dropped ({name}), because the batches exceeded the "
                     "budget (batch_budget of everystep.record); later steps may still open"
                 )
             content = torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
             if given.dtype not in DTYPES or content.nbytes != _size(given):
-                what = _what(self.run, row)
+                what = described(self.run, row)
                 raise NotReplayedError(f"{what} has another dtype or size: the database was changed")
             shape = (-1,) if name.startswith("input/") else given.shape
             found[name] = content.view(DTYPES[given.dtype]).reshape(shape)
@@ -261,11 +269,11 @@ class RecordedSteps:
 
         What cannot be read is reported by the step itself.
         """
-        if number <= self._read_to:
+        if number in self._ahead:
             return
         self.row(number)
         rows = self.ahead(number, last)
-        self._read_to = number + len(rows) - 1
+        self._ahead = range(number, number + len(rows))
         given: list[Given] = []
         with suppress(RunError):
             for row in rows:
@@ -273,10 +281,6 @@ class RecordedSteps:
                     break
                 given += self.given(row).opens_with.values()
             self._read(given)
-
-    def forget_ahead(self) -> None:
-        """Forget data read ahead, because other steps are next."""
-        self._read_to = 0
 
     def _read(self, wanted: Collection[Given]) -> None:
         """Read the contents that are not in memory, in one look into the database."""
@@ -302,211 +306,6 @@ class RecordedSteps:
         cast = conversion.contents(self._recorded[program], others)
         tensors = {name: conversion.tensor(name, tensor) for name, tensor in inputs.items()}
         return tensors | {prefix + name: content for name, content in cast.items()}
-
-
-class ChangedSteps(RecordedSteps):
-    """Recorded steps with something changed: their losses and states are not those of the recording.
-
-    Args:
-        run, stretch, rule: as of `RecordedSteps`.
-    """
-
-    def __init__(self, run: RecordedRun, stretch: Stretch, rule: RowsOf | None) -> None:
-        super().__init__(run, stretch, rule)
-        #: Steps in their stored form, by their programs, numbers and inputs.
-        self._taken: dict[tuple[Any, ...], Taken] = {}
-
-    def loss(self, number: int) -> float:
-        """Return NaN: the recorded loss is not that of the step."""
-        return math.nan
-
-    def given(self, row: Repeat) -> Inputs:
-        """Return the inputs of a step without their contents, and without digests of the state."""
-        return super().given(row)._replace(digests={})
-
-    def unknown_in(self, number: int) -> str | None:
-        """Return what Python may have read that the recording does not have, and no program computes."""
-        count = self.program_of(self.row(number)).program.left_out
-        return f"Python read {count:,} of its values that no program computes" if count else None
-
-    def taken(self, number: int) -> Taken:
-        """Return a step in its stored form.
-
-        Raises:
-            NotReplayedError: it cannot be read.
-        """
-        row = self.row(number)
-        if (known := self._taken.get(row[1:4])) is not None:
-            return known._replace(step=number)
-        given, tensors = self.given(row), self.stored(row)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        numbers = [*self.offsets(row), *self.numbers(row)]
-        found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
-        if not tensors:
-            self._taken[row[1:4]] = found
-        return found
-
-    def inputs_read(self, steps: range) -> dict[str, set[Given]]:
-        """Return what steps, and the step before them, read that is in no part and no batch, by name."""
-        prefix = "input/"
-        read: dict[str, set[Given]] = {}
-        for row in map(self.row, (max(1, steps[0] - 1), *steps)):
-            for name, each in self.given(row).given.items():
-                if name.startswith(prefix):
-                    read.setdefault(name.removeprefix(prefix), set()).add(each)
-        return read
-
-
-class StepsAtRate(ChangedSteps):
-    """Recorded steps at another learning rate, of all param groups of torch's own optimizers.
-
-    Args:
-        run, stretch, rule: as of `RecordedSteps`.
-        lr: the learning rate.
-    """
-
-    def __init__(
-        self, run: RecordedRun, stretch: Stretch, rule: RowsOf | None, lr: float | None
-    ) -> None:
-        super().__init__(run, stretch, rule)
-        self._lr = lr
-
-    def check_inputs(self, steps: range) -> None:
-        """Check that the steps read nothing that code may have computed from the parameters.
-
-        What steps before these have read, too, is data; and so is what was cut out of the same data.
-
-        Raises:
-            RunError: they read a tensor in no part and no batch that differs from step to step.
-        """
-        read = {name: each for name, each in self.inputs_read(steps).items() if len(each) > 1}
-        if not read:
-            return
-        before = {
-            digest
-            for row in self.run.repeats(1, steps[0] - 1)
-            for each in inputs_of(row.inputs, _what(self.run, row)).given.values()
-            for digest in each.digests
-        }
-        sources = self.run.sources(
-            [*before, *(d for of in read.values() for g in of for d in g.digests)]
-        )
-        data = before | {sources[digest] for digest in before if digest in sources}
-        changing = [
-            name
-            for name, given in read.items()
-            if not all(d in data or sources.get(d) in data for each in given for d in each.digests)
-        ]
-        if changing:
-            raise RunError(
-                f"the steps of {self.run.name} read a tensor that is in no part and no batch, and "
-                f"differs from step to step ({changing[0]}): your code may compute it from the "
-                "parameters; change the rate in a fork that your code makes, or pass the object that "
-                "holds it to everystep.record(...)"
-            )
-
-    def numbers(self, row: Repeat) -> list[int | float]:
-        """Return the numbers of a step, with the learning rate in them.
-
-        Raises:
-            NotReplayedError: they cannot be read.
-            RunError: the step has an optimizer with a learning rate that is not a number of the step.
-        """
-        numbers = super().numbers(row)
-        if self._lr is None:
-            return numbers
-        interpreter, found = self.program_of(row), list[int | float]()
-        operations, is_known = interpreter.program.operations, False
-        for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
-            if isinstance(operation.resolved, OptimizerOperator):
-                names = numbers_in(operation)
-                own = [self._lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
-                is_known |= "lr" in names
-            found += own
-        if not is_known and any(operation.phase == "update" for operation in operations):
-            raise RunError(
-                f"{self.run.name} has no learning rate that its programs know as a number: only "
-                "optimizers of torch's own have one, where it is not a tensor; fork the run instead"
-            )
-        return found
-
-
-class FurtherSteps(StepsAtRate):
-    """Each step of a run by its rules, recorded or not.
-
-    Args:
-        run: its batches follow from a rule, and no scheduler changes its settings.
-        rule: returns its batches, None if no step will run.
-        lr: a different learning rate, None for that of the run.
-    """
-
-    def __init__(self, run: RecordedRun, rule: RowsOf | None = None, lr: float | None = None) -> None:
-        super().__init__(run, run.stretches[-1], rule, lr)
-        self._batches = batches_of(self.facts)
-        self._newest = run.newest_step()
-        #: The newest step by its number of rows.
-        self._alike: dict[int, Repeat] = {}
-        #: What repeats the inputs of a step, by that of the recorded one.
-        self._further: dict[bytes | None, bytes] = {}
-
-    def row(self, number: int) -> Repeat:
-        """Return what repeats a step: its operations are those of a recorded one."""
-        row = self._like(number)
-        if row.inputs not in self._further:
-            # The recorded step had a different generator state; this one uses the state that the
-            # previous step left.
-            inputs = self.given(row)
-            given = {n: each for n, each in inputs.given.items() if not n.startswith("generator/")}
-            self._further[row.inputs] = inputs._replace(given=given).packed()
-        return row._replace(step=number, inputs=self._further[row.inputs])
-
-    def ahead(self, first: int, last: int) -> list[Repeat]:
-        """Return the rows of the next steps."""
-        return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
-
-    def reason_against(self) -> str | None:
-        """Return why no steps can follow the run's last, None if they can."""
-        epoch = range(self._newest + 1, self._newest + 1 + self._batches.steps_per_epoch)
-        if not all(map(self._can_take, epoch)):
-            return "it has too few steps: no program takes later ones"
-        return self._reason_against_changes()
-
-    def _can_take(self, number: int) -> bool:
-        """Return whether there is a program, other than that of a first step, which creates state."""
-        try:
-            ends = self.program_of(self._like(number)).program.ends
-        except NotReplayedError:
-            return False
-        return all(name.startswith("gradient/") for name in ends)
-
-    def _reason_against_changes(self) -> str | None:
-        """Return what code between the steps did that programs cannot repeat, None if nothing.
-
-        Its draws matter only if steps draw, too.
-        """
-        changes = sorted(self.run.change_files().items())
-        for step, file in changes:
-            change = self.run.change(file)
-            names = sorted({*change.tensors, *change.gone})
-            own = [name for name in names if not name.startswith("generator/")]
-            if own:
-                return f"code after step {step} changed {own[0].partition('/')[2]}"
-        programs = map(self.program, self.facts.programs)
-        operations = (each for program in programs for each in program.program.operations)
-        if changes and any(draws_random_numbers(each.resolved) for each in operations):
-            return "code between the steps drew random numbers, and the steps draw, too"
-        return None
-
-    def _like(self, number: int) -> Repeat:
-        """Return the step itself if the run has it, else the newest one with as many rows."""
-        if number <= self._newest:
-            return super().row(number)
-        rows = self._batches.rows_of(number)
-        if rows not in self._alike:
-            epoch = range(self._newest, max(0, self._newest - self._batches.steps_per_epoch), -1)
-            alike = next((n for n in epoch if self._batches.rows_of(n) == rows), 0)
-            self._alike[rows] = super().row(alike)
-        return self._alike[rows]
 
 
 def check_kept(run: RecordedRun, step: int) -> None:
@@ -552,5 +351,6 @@ def _size(given: Given) -> int:
     return math.prod(given.shape) * DTYPES[given.dtype].itemsize if given.dtype in DTYPES else 0
 
 
-def _what(run: RecordedRun, row: Repeat) -> str:
+def described(run: RecordedRun, row: Repeat) -> str:
+    """Name the input of a step in a message."""
     return f"the input of step {row.step} of {run.name}"

@@ -22,23 +22,23 @@ from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
 from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps, Hook
 from everystep.replay.opened_step import Batch, Step, observed_step
-from everystep.replay.recorded_batches import batches_of, settings_of
+from everystep.replay.recorded_batches import batches_of
+from everystep.replay.recorded_columns import is_learning_rate, settings_of
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
-from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
+from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import Observation, StepObserver
 from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 
-__all__ = ["ReplayStepper", "Saved", "is_rate"]
+__all__ = ["ReplayStepper", "Saved"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
 _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
-_RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
 
 
 class Saved(NamedTuple):
@@ -46,6 +46,11 @@ class Saved(NamedTuple):
 
     tensors: dict[str, Tensor]
     generators: Generators
+
+    @property
+    def bytes(self) -> int:
+        """The memory that its tensors use, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class ReplayStepper:
@@ -55,32 +60,24 @@ class ReplayStepper:
         steps: the data that repeats each step.
         diverged: called with a step that differs from the recording, and a description.
 
-    state: the number of the current state, None before one is loaded; has_gradients_in_state: whether a
-    state holds the gradients that the next step drops: if not, they are computed again.
+    state: the number of the current state, None before one is loaded.
     """
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
         self.state: int | None = None
         self.steps = steps
         self._run = steps.run
-        self._is_own_loop = self.has_gradients_in_state = steps.facts.loop is not None
+        self._is_own_loop = steps.facts.loop is not None
         self._diverged = diverged
         self._expanders: dict[Interpreter, Expander] = {}
         self._tensors: dict[str, Tensor] = {}
         self._bound = BoundSteps(self._tensors)
         self._loaded: State | None = None
         self._loaded_at: int | None = None
-        #: A snapshot of everystep's own steps has what changed after its step.
-        self._between = {
-            step: name
-            for step, name in self._run.change_files().items()
-            if self._is_own_loop or step >= steps.first
-        }
+        self._between = steps.change_files()
         self._settled: int | None = None
         self._has_diverged = False
-        is_held = is_rate if self._is_own_loop else is_hyperparameter
-        names = filter(is_held, self._run.measurement_names)
-        self._settings = settings_of(self._run, names, steps.first)
+        self._settings = settings_of(self._run, steps.facts, steps.first, steps.last)
 
     # The state.
 
@@ -111,16 +108,10 @@ class ReplayStepper:
     def _begin(self, step: int, tensors: dict[str, Tensor]) -> None:
         self._tensors.clear()
         self._tensors |= tensors
-        self.steps.forget_ahead()
         self.state, self._settled, self._loaded_at = step, None, None
 
     def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.steps.device, copy=True) for name, tensor in tensors.items()}
-
-    def continue_with(self, steps: RecordedSteps) -> None:
-        """Take these steps next, with nothing between them."""
-        self.steps, self._between = steps, {}
-        self._bound = BoundSteps(self._tensors)
 
     def settle(self) -> None:
         """Apply what code changed after the last step, outside of any step."""
@@ -181,7 +172,7 @@ class ReplayStepper:
     @property
     def has_gradients(self) -> bool:
         """Whether the gradients of the last step are available."""
-        return self.has_gradients_in_state or self._loaded_at != self.state
+        return self._is_own_loop or self._loaded_at != self.state
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates of the last step, and other settings that ever changed."""
@@ -200,7 +191,7 @@ class ReplayStepper:
     def rates(self) -> list[str]:
         """Return the names of the learning rates."""
         names = dict.fromkeys((*self.hyperparameters(), *self._run.measurement_names))
-        return [*filter(is_rate, names)]
+        return [*filter(is_learning_rate, names)]
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
@@ -209,7 +200,8 @@ class ReplayStepper:
             value = setting.at(self.state or 0)
             if value is not None:
                 set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
-        return groups
+        changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
+        return [group | changed for group in groups]
 
     def _loaded_groups(self) -> list[dict[str, Any]]:
         found = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []
@@ -397,11 +389,6 @@ class ReplayStepper:
             f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
             "torch does not see it (NumPy, a thread, a compiled graph)",
         )
-
-
-def is_rate(name: str) -> bool:
-    """Return whether a measurement is a learning rate of a loop, by its name."""
-    return _RATE.fullmatch(name) is not None
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

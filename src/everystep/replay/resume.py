@@ -21,10 +21,9 @@ from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.recorder import Recorder
 from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.replay.changed_steps import FurtherSteps
 from everystep.replay.recorded_batches import stored_data
-from everystep.replay.recorded_steps import FurtherSteps
 from everystep.replay.trained_objects import (
-    check_alone,
     iteration_of,
     objects_from,
     prepared,
@@ -32,7 +31,7 @@ from everystep.replay.trained_objects import (
     torchs_errors,
     with_data,
 )
-from everystep.replay.without_objects import continue_alone, facts_alone
+from everystep.replay.without_objects import check_alone, continue_alone, facts_alone
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
@@ -144,11 +143,7 @@ class Resume:
         return run_job(job, None, self.budget, progress)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:
-        """Return the newest readable state, None if the run has not begun, and problems.
-
-        Raises:
-            RunError: the run has begun, but no state of it can be read.
-        """
+        """Return the newest readable state, None if the run has not begun, and problems."""
         recorded, problems = len(self), list[str]()
         state = self.run.state_near(recorded, on_problem=problems.append)
         if state is None and (recorded or problems):
@@ -196,7 +191,8 @@ def resume(
         is_needless = has_rows and is_dataset(objects.data)
         trained = replace(objects, data=None) if is_needless else objects
         return resume_objects(asked, trained, is_own, progress), objects
-    check_alone(run, "resume(")
+    stretch = run.stretches[-1]
+    check_alone(run, stretch, "resume(")
     asked.check()
     at = len(asked)
     facts = facts_resumed(run, facts_alone(run, at), asked.last, resume_facts(run, at))
@@ -205,7 +201,7 @@ def resume(
         recorder = Recorder(run.directory, facts, asked.budget, at=at, is_resumed=True)
         return recorder, facts.model_copy(update={"name": run.name})
 
-    return continue_alone(run, at, partial(FurtherSteps, run), record, progress), None
+    return continue_alone(run, at, partial(FurtherSteps, run, stretch), record, progress), None
 
 
 def resume_experiment(
@@ -297,11 +293,7 @@ def resume_objects(
 
 
 def _restore_objects(run: RecordedRun, objects: Objects) -> None:
-    """Bring objects to the last state of a finished run.
-
-    Raises:
-        RunError: it cannot be read, or does not fit.
-    """
+    """Bring objects to the last state of a finished run."""
     last, problems = run.newest_step(), list[str]()
     state = run.state_near(last, after=last - 1, on_problem=problems.append)
     if state is None:
@@ -319,11 +311,7 @@ def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:
 
 
 def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experiment) -> None:
-    """Check that an experiment is the run's, except for the number of steps.
-
-    Raises:
-        RunError: lists what differs.
-    """
+    """Check that an experiment is the run's, except for the number of steps."""
     pair = [flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given)]
     changed = tuple(
         f"{path}: {pair[0].get(path)} | {pair[1].get(path)}"
@@ -334,11 +322,7 @@ def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experimen
 
 
 def _check_same_data(job: Job, facts: TrainingFacts) -> None:
-    """Check that data that is not in the run is unchanged.
-
-    Raises:
-        RunError: it is not.
-    """
+    """Check that data that is not in the run is unchanged."""
     if facts.data_file is None or job.data is None:
         return
     named = {"x": job.data.x, "y": job.data.y}

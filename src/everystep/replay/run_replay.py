@@ -10,22 +10,23 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from everystep import clock, numerics
 from everystep.device import select
 from everystep.errors import RunError, StepError
+from everystep.experiment.batches import RowsOf
 from everystep.program.precision import Precision
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
-from everystep.replay.recorded_batches import rule_of
+from everystep.replay.recorded_batches import batch_source
 from everystep.replay.recorded_steps import RecordedSteps, check_kept
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
-from everystep.training.objects import Objects
 
 __all__ = ["Replay", "no_such_step", "same_number"]
 
@@ -42,7 +43,7 @@ class Replay:
 
     Args:
         run: the run.
-        objects: the objects that trained it, for steps without a program.
+        data: its data, where it does not hold that itself.
         threads: number of threads that torch uses; default: as many as in the training.
         conversion: of its programs, to another precision; default: as in the training.
 
@@ -53,7 +54,7 @@ class Replay:
     def __init__(
         self,
         run: RecordedRun,
-        objects: Objects | None = None,
+        data: Any = None,
         threads: int | None = None,
         conversion: Precision | None = None,
     ) -> None:
@@ -65,13 +66,13 @@ class Replay:
         self._losses: dict[int, list[float]] = {}
         self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
-        self._objects = objects or Objects()
+        self.data = data
         self._threads = threads
         self._conversion = conversion
         self._steppers: dict[int, ReplayStepper] = {}
         self._at = 0
         self._generators: Generators | None = None
-        self._kept: OrderedDict[tuple[int, int], tuple[int, Saved]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], Saved] = OrderedDict()
         self._opened: OrderedDict[int, Step] = OrderedDict()
         self._step_seconds = 0.0
 
@@ -115,16 +116,17 @@ class Replay:
     @property
     def stepper(self) -> ReplayStepper:
         """The stepper, at the current state of the replay."""
-        return self._stepper_of(self._at)
+        return self.stepper_of(self._at)
 
     def go_to(self, state: int, at: int | None = None) -> ReplayStepper:
         """Run the steps up to a state, in the stretch `at`; call it inside `in_force`."""
         at = self.stretch_of(state) if at is None else at
-        stepper = self._stepper_of(at)
+        stepper = self.stepper_of(at)
         self._start_near(stepper, at, state)
         assert stepper.state is not None
         while stepper.state < state:
-            self._advance(stepper, min(state, stepper.state + self._spacing()))
+            spacing = max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
+            self._advance(stepper, min(state, stepper.state + spacing))
             if stepper.state < state:
                 self._keep(stepper)
         return stepper
@@ -194,15 +196,11 @@ class Replay:
     def step_after(self, state: State) -> Step:
         """Open the step after a state that is given."""
         with self.in_force(state.step + 1):
-            self.begin(state)
+            self._forget_where()
+            self._kept.clear()
+            self._at = self.stretch_of(state.step + 1)
+            self._load(self.stepper, state)
             return self.next_step()
-
-    def begin(self, state: State) -> None:
-        """Go to a state that is given; call it inside `in_force` of the step after it."""
-        self._forget_where()
-        self._kept.clear()
-        self._at = self.stretch_of(state.step + 1)
-        self._load(self.stepper, state)
 
     def _forget_where(self) -> None:
         """After a step that may be incomplete: continue from a stored state."""
@@ -212,10 +210,11 @@ class Replay:
     def _go_to_start_of(self, number: int) -> None:
         """Go to the state before a step, with the gradients of the step before still there."""
         at = self.stretch_of(number)
-        stepper = self._stepper_of(at)
+        stepper = self.stepper_of(at)
         if at == self._at and stepper.state == number - 1 and stepper.has_gradients:
             return
-        if number > self.stretches[at].first and not stepper.has_gradients_in_state:
+        if number > self.stretches[at].first and self.stretches[at].facts.loop is None:
+            # Their states do not hold the gradients that the next step drops.
             self.go_to(number - 2, at)
             self._advance(stepper, number - 1)
         self.go_to(number - 1, at)
@@ -238,7 +237,7 @@ class Replay:
                 return
         if kept > here:
             self._kept.move_to_end((at, kept))
-            stepper.restore(kept, self._kept[at, kept][1])
+            stepper.restore(kept, self._kept[at, kept])
         elif here < 0:
             self._load_first(stepper, at)
 
@@ -269,35 +268,35 @@ class Replay:
         """Compare losses of consecutive steps with the recorded ones, and note the first difference."""
         for step, (loss, known) in enumerate(zip(losses, recorded, strict=False), start=first):
             if not same_number(loss, known):
-                if self.diverged_at is None or step < self.diverged_at:
-                    self.diverged_at = step
+                self._diverge(step)
                 return
-
-    def _spacing(self) -> int:
-        return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
 
     def _keep(self, stepper: ReplayStepper) -> None:
         assert stepper.state is not None
         place = self._at, stepper.state
-        if place in self._kept:
-            return
-        saved = stepper.save()
-        self._kept[place] = sum(tensor.nbytes for tensor in saved.tensors.values()), saved
-        while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        if place not in self._kept:
+            self._kept[place] = stepper.save()
+            while len(self._kept) > 1 and sum(each.bytes for each in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
 
-    def _stepper_of(self, at: int) -> ReplayStepper:
+    def stepper_of(self, at: int) -> ReplayStepper:
+        """Return the stepper of a stretch."""
         if at not in self._steppers:
             stretch, conversion = self.stretches[at], self._conversion
-            rule = rule_of(self.run, stretch, self._objects, conversion)
+            facts, rule = stretch.facts, None
+            if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
+                found = batch_source(self.run, facts, self.data, select(facts.device), conversion)
+                assert isinstance(found, RowsOf)
+                rule = found
             steps = RecordedSteps(self.run, stretch, rule, conversion)
             self._steppers[at] = ReplayStepper(steps, self._diverge)
         return self._steppers[at]
 
-    def _diverge(self, step: int, problem: str) -> None:
-        """Note that a step differs from the recording."""
+    def _diverge(self, step: int, problem: str = "") -> None:
+        """Note that a step differs from the recording, and how if its loss does not show it."""
         self.diverged_at = step if self.diverged_at is None else min(step, self.diverged_at)
-        self._note(problem)
+        if problem:
+            self._note(problem)
 
     def stretch_of(self, step: int) -> int:
         """Return the stretch of a step or state."""

@@ -1,4 +1,8 @@
-"""What trained a run: its arguments, its data, and the objects that continue it."""
+"""What trained a run: its arguments, its data, and the objects that continue it.
+
+`Living` takes steps with them that are not recorded: those of a what-if, and those on the way to a state
+from which Python continues.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,32 @@ from typing import Any
 import torch
 
 from everystep import numerics
-from everystep.errors import EverystepError, RunError, TrainingError
+from everystep.bounded import MOST_STEPS
+from everystep.device import select
+from everystep.errors import EverystepError, ExperimentError, RunError, TrainingError
+from everystep.experiment.batches import Batches, RowsOf
+from everystep.experiment.specification import load
+from everystep.program.calls import without_autograd
+from everystep.program.interpreter import Interpreter
+from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.recording.facts import EAGERLY, TrainingFacts
-from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.living import Living
-from everystep.replay.recorded_batches import settings_of, stored_data
+from everystep.recording.recorded_run import RecordedRun, Stretch
+from everystep.replay.opened_step import Batch, Step, observed_step
+from everystep.replay.recorded_batches import batch_source, stored_data
+from everystep.replay.recorded_columns import settings_of
 from everystep.replay.run_replay import Replay
-from everystep.replay.without_objects import reason_against
-from everystep.step.generators import generators_preserved
-from everystep.step.hyperparameters import is_hyperparameter
+from everystep.step.generators import Generators, generators_preserved
+from everystep.step.hyperparameters import set_hyperparameter
+from everystep.step.observe import StepObserver
 from everystep.step.state import State
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+from everystep.training.from_experiment import experiment_job
+from everystep.training.model_step import Training
 from everystep.training.objects import Objects
+from everystep.training.stepper import Engine, Stepper
 
 __all__ = [
-    "check_alone",
+    "Living",
     "iteration_of",
     "objects_from",
     "prepared",
@@ -53,25 +68,6 @@ def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objec
     if "scheduler" in others:
         others["scheduler_every"] = given["scheduler_every"]
     return replace(objects, **others), is_own
-
-
-def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
-    """Check that the programs of a run can continue it alone.
-
-    call: the beginning of the user's call; reason: why they cannot, if already known.
-
-    Raises:
-        RunError: they cannot.
-    """
-    reason = reason_against(run) or reason
-    if reason is None:
-        return
-    cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"
-    if (lost := run.lost_experiment(run.facts.training)) is not None:
-        what, cure = f"{lost.name} of {run.name} is missing", f"put the file back, or {cure}"
-    else:
-        what = f"{run.name} was trained from Python objects, which the run does not hold"
-    raise RunError(f"{what}, and its programs cannot continue it alone: {reason}; {cure}")
 
 
 def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> State:
@@ -147,7 +143,7 @@ def torchs_errors(what: str) -> Iterator[None]:
 
 def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
     """Return the lr and similar settings as last recorded up to a step."""
-    settings = settings_of(run, filter(is_hyperparameter, run.measurement_names), 0)
+    settings = settings_of(run, run.facts.training, 0)
     return {name: value for name, each in settings.items() if (value := each.at(at)) is not None}
 
 
@@ -164,3 +160,178 @@ def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
         "stop_on_nan": facts.stop_on_nan,
         "engine": engine.asked,
     }
+
+
+class Living:
+    """A training of a run, restored at a state.
+
+    Args:
+        run: the run.
+        stretch: the part of it that the training is of.
+        objects: those that trained it, if it has no experiment.
+        state: to start from.
+        engine: `auto`: programs may take steps; `eager`: Python takes all, as objects may hold more than
+            tensors.
+
+    Raises:
+        RunError: there are no objects, they do not fit the state, or a file of the run is missing or
+            unreadable.
+    """
+
+    def __init__(
+        self,
+        run: RecordedRun,
+        stretch: Stretch,
+        objects: Objects,
+        state: State,
+        engine: Engine = "auto",
+    ) -> None:
+        self._run = run
+        self._training = training = _training(run, stretch, objects)
+        self._settings = settings_of(run, stretch.facts, stretch.first)
+        self._between = run.change_files()
+        try:
+            training.restore(state, ("model", "loss", "optimizer"))
+        except RunError as error:
+            raise RunError(
+                f"state {state.step} does not fit the training: {error}; open the run with objects as "
+                "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
+            ) from None
+        self._beginning = training.snapshot(state.step)
+        self._stepper = Stepper(training, None, MOST_STEPS, engine)
+        self._watched = self._stepper.watched
+        self._begun(state.step)
+
+    def begin(self, batches: Batches) -> None:
+        """Start again, with these batches of the same rows."""
+        assert isinstance(self._training.batch, RowsOf)
+        self._training.batch.use(batches)
+        self._training.restore(self._beginning)
+        self._begun(self._beginning.step)
+
+    def _begun(self, step: int) -> None:
+        self._settled = step
+        self._stepper.restart(step)
+
+    def capture(self) -> State:
+        """Return the current state in the form that is written to disk."""
+        self._settle()
+        if self._training.has_tensor_settings:
+            self._set_hyperparameters(self._stepper.step + 1)
+        return self._training.snapshot(self._stepper.step)
+
+    def run(self, last: int) -> list[float]:
+        """Run the steps up to `last`; return their losses.
+
+        Raises:
+            RunError: a step fails.
+        """
+        losses: list[float] = []
+        while self._stepper.step < last:
+            number = self._ready()
+            alone = self._settings or self._between  # which may change before each step
+            with self._watching():
+                self._stepper.advance(number if alone else last)
+            losses += self._stepper.collect().tolist()
+        return losses
+
+    def open(self) -> Step:
+        """Run the next step in Python, and return everything in it.
+
+        Raises:
+            RunError: it fails, or no program can hold it.
+        """
+        number, watched, device = self._ready(), self._watched, self._training.device
+        state = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
+        before = {name: copy_on_cpu(tensor) for name, tensor in state.items()}
+        generators = Generators.capture(device)
+        with self._watching():
+            batch = dict(zip("xy", self._training.batch(number), strict=True))
+            given = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
+            self._stepper.watch(number, *batch.values())
+        program = watched.program_of_last()
+        if program is None:
+            raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
+        generators.restore(device)
+        interpreter, numbers = Interpreter(program.built.program, device).at(program.numbers)
+        observer = StepObserver(interpreter, numbers)
+        with without_autograd():
+            inputs = given | program.inputs
+            done = interpreter.run(state, inputs, numbers, observer.looks)
+        self._stepper.restart(number)
+        assert done.loss is not None
+        after = {name: copy_on_cpu(tensor) for name, tensor in state.items()}
+        tensors = {name: copy_on_cpu(tensor) for name, tensor in batch.items()}
+        seen = Batch(tensors, None, tuple(tensors.values()))
+        return observed_step(number, observer.observation(done.loss), seen, before, after)
+
+    def _ready(self) -> int:
+        """Bring the training to the state before the next step; return the number of that step."""
+        self._settle()
+        number = self._stepper.step + 1
+        self._set_hyperparameters(number)
+        return number
+
+    def _settle(self) -> None:
+        """Apply the changes of other code after the last step, before anything else runs."""
+        step = self._stepper.step
+        if step not in self._between or self._settled == step:
+            return
+        self._settled = step
+        tensors = self._run.change(self._between[step]).tensors
+        live = self._training.named_state()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name in live and live[name].shape == tensor.shape:
+                    copy_into(live[name], tensor)
+        prefix, device = "generator/", self._training.device
+        drawn = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if drawn:
+            Generators.from_tensors(Generators.capture(device).tensors() | drawn).restore(device)
+
+    def _set_hyperparameters(self, step: int) -> None:
+        for name, setting in self._settings.items():
+            value = setting.at(step)
+            if value is not None:
+                set_hyperparameter(self._training.optimizer, name, value)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Follow modules and optimizers within; name the step in which user code or torch raised."""
+        try:
+            yield
+        except EverystepError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            number = self._stepper.step + 1
+            raise RunError(f"step {number} fails during the replay: {reason}") from error
+        finally:
+            self._watched.finish()
+
+
+def _training(run: RecordedRun, stretch: Stretch, objects: Objects) -> Training:
+    """Return the training with its model, from the user or from the experiment, without a scheduler."""
+    facts = stretch.facts
+    device = select(facts.device)
+    batch = batch_source(run, facts, objects.data, device)
+    if objects.model is not None:
+        objects.check_complete()
+        own = objects.copied()
+        own.model.to(device)
+        return Training(
+            own.model, own.loss, own.optimizer, batch, device, max_grad_norm=facts.max_grad_norm
+        )
+    # Without its file, a run is still replayed as far as its programs go.
+    experiment = None if run.lost_experiment(facts) else run.experiment(facts)
+    if experiment is None:
+        raise RunError(
+            f"steps other than the recorded ones need the objects that trained {run.name}: "
+            "everystep.open(run, model=..., loss=..., optimizer=...)"
+        )
+    try:
+        # Data that the run holds is not read from its source, which may be gone, or named by a stranger.
+        training = experiment_job(load(experiment), run.name, device, stored_data(run, facts)).training
+    except ExperimentError as error:
+        raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
+    return replace(training, batch=batch, scheduler=None)

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.expression import Expression
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.living import Living
-from everystep.replay.probe import OpenedValues, check_question
+from everystep.replay.changed_steps import ChangedSteps
+from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
-from everystep.replay.recorded_batches import batches_of, rule_of
+from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import Evaluator, read_question
-from everystep.replay.recorded_steps import RecordedSteps, StepsAtRate
-from everystep.replay.relabelled_steps import StepsRelabelled
+from everystep.replay.recorded_steps import RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
+from everystep.replay.trained_objects import Living
 from everystep.replay.without_objects import check_determined
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
@@ -187,25 +188,23 @@ def _train_alone(
 ) -> list[Case]:
     """Let programs train from a state, once at each learning rate, or with each choice of targets."""
     run, at = replay.run, state.step
-    stretch = replay.stretches[replay.stretch_of(at + 1)]
-    rule = rule_of(run, stretch, objects or Objects())
+    place = replay.stretch_of(at + 1)
+    stretch, rule = replay.stretches[place], replay.stepper_of(place).steps.rule
     found = []
     with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
         for change in cases:
             differing: dict[int, str] = {}
-            rate, steps = None, RecordedSteps(run, stretch, rule)
+            taken, rate, steps = range(at + 1, until + 1), None, RecordedSteps(run, stretch, rule)
             if isinstance(change, float):
-                rate, steps = change, StepsAtRate(run, stretch, rule, change)
-                steps.check_inputs(range(at + 1, until + 1))
+                rate, steps = change, ChangedSteps(run, stretch, rule, taken, change)
             elif change is not None:
-                steps = StepsRelabelled(run, stretch, rule, range(at + 1, until + 1), change)
+                steps = ChangedSteps(run, stretch, rule, taken, relabelled=change)
             stepper = ReplayStepper(steps, differing.setdefault)
             stepper.load(state)
             outcome = _outcome(run, question, (at, until), stepper)
             case = Case((), *outcome, rate, min(differing, default=None))
-            if isinstance(steps, StepsRelabelled):
-                found_in = steps.steps_with(range(at + 1, until + 1))
-                case = replace(case, targets=steps.targets, found_in=found_in)
+            if isinstance(steps, ChangedSteps):
+                case = replace(case, targets=steps.targets, found_in=steps.steps_with(taken))
             found.append(case)
     return found
 
@@ -226,9 +225,9 @@ def _outcome(
     losses: list[float] = []
     while len(losses) < count:
         losses += training.run(at + count)
-    opened = None
-    if not is_of_loss:
-        last = training.open()
-        losses.append(last.loss)
-        opened = OpenedValues(last)
-    return Evaluator(question, run, False).answer(until, losses[-1], opened), tuple(losses)
+    evaluator = Evaluator(question, run)
+    if is_of_loss:
+        return evaluator.answer(until, (None, losses[-1])), tuple(losses)
+    last = training.open()
+    answer = evaluator.answer(until, (None, last.loss), partial(opened_value, last))
+    return answer, (*losses, last.loss)

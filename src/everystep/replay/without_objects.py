@@ -19,17 +19,13 @@ from everystep.experiment.batches import RowsOf
 from everystep.program.interpreter import Looks
 from everystep.program.step_program import Program
 from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
-from everystep.recording.recorded_run import RecordedRun, stretch_at
+from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
+from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
-from everystep.replay.recorded_steps import (
-    ChangedSteps,
-    FurtherSteps,
-    NotReplayedError,
-    RecordedSteps,
-)
-from everystep.replay.relabelled_steps import StepsRelabelled
-from everystep.replay.replay_stepper import ReplayStepper, is_rate
+from everystep.replay.recorded_columns import is_setting
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
+from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt
@@ -38,17 +34,17 @@ from everystep.training.writer import RunWriter
 
 __all__ = [
     "by_own_code",
+    "check_alone",
     "check_determined",
     "check_has_rows",
     "continue_alone",
     "facts_alone",
-    "reason_against",
 ]
 
 
-def reason_against(run: RecordedRun) -> str | None:
-    """Return why programs alone cannot continue a run, None if they can."""
-    facts = run.facts.training
+def _reason_against(run: RecordedRun, stretch: Stretch) -> str | None:
+    """Return why programs alone cannot continue a stretch of a run, None if they can."""
+    facts = stretch.facts
     engine = facts.engine
     if engine is None or engine.eager_from is not None:
         return "Python ran its steps, or a part of them"
@@ -56,7 +52,26 @@ def reason_against(run: RecordedRun) -> str | None:
         return f"it has a scheduler ({next(iter(facts.schedulers.values())).class_name})"
     if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         return "the run does not hold its data"
-    return FurtherSteps(run).reason_against()
+    return FurtherSteps(run, stretch).reason_against()
+
+
+def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | None = None) -> None:
+    """Check that the programs of a run can continue a stretch of it alone.
+
+    call: the beginning of the user's call; reason: why they cannot, if already known.
+
+    Raises:
+        RunError: they cannot.
+    """
+    reason = _reason_against(run, stretch) or reason
+    if reason is None:
+        return
+    cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"
+    if (lost := run.lost_experiment(run.facts.training)) is not None:
+        what, cure = f"{lost.name} of {run.name} is missing", f"put the file back, or {cure}"
+    else:
+        what = f"{run.name} was trained from Python objects, which the run does not hold"
+    raise RunError(f"{what}, and its programs cannot continue it alone: {reason}; {cure}")
 
 
 def by_own_code(run: RecordedRun, at: int | None) -> str:
@@ -110,7 +125,7 @@ def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_o
                 f"{cure}"
             )
     if is_of_rates and facts.loop:
-        rates = (run.measured(each) for each in run.measurement_names if is_rate(each))
+        rates = (run.measured(each) for each in run.measurement_names if is_setting(facts, each))
         changed = sorted(step for rate in rates for step in rate if at + 1 < step <= until)
         if changed:
             raise RunError(f"your code changes the learning rate of {name} at step {changed[0]}; {cure}")
@@ -154,15 +169,15 @@ def continue_alone(
         error.environment = environment
         raise error
     replay = Replay(run)
-    with Interrupt() as interrupt, replay.in_force(max(at, 1)):
-        stepper = replay.go_to(at)
+    with Interrupt() as interrupt, replay.in_force(at + 1):
+        state = replay.go_to(at).capture()
         if replay.diverged_at is not None:
             raise RunError(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        stepper.continue_with(steps := steps_of(stepper.steps.rule))
-        state, taken = stepper.capture(), _StepsAlone(replay, stepper)
+        steps = steps_of(replay.stepper_of(replay.stretch_of(at + 1)).steps.rule)
+        taken = _StepsAlone(steps, state)
         if taken.is_loop:
             losses, reason = taken.run(at + 1)
             if not losses:
@@ -170,8 +185,8 @@ def continue_alone(
                     f"the programs of {run.name} alone cannot fork it: {reason}; fork it in your code: "
                     f"{by_own_code(run, at)}"
                 )
-            stepper.load(state)
-            taken = _StepsAlone(replay, stepper)
+            taken = _StepsAlone(steps, state)
+        state = taken.stepper.capture()  # with the rate of the steps
         recorder, facts = record(state)
         writer = RunWriter(recorder, at, facts, progress.notice, progress.advance, run.facts)
         progress.begin(recorder.directory, facts)
@@ -192,7 +207,7 @@ def continue_alone(
         try:
             reason = taken.record(writer, facts, interrupt)
             status = "finished" if reason is None else "stopped"
-            if isinstance(steps, StepsRelabelled):
+            if steps.targets:
                 count = len(steps.steps_with(range(at + 1, writer.step + 1)))
                 progress.notice(
                     f"{count:,} of {writer.step - at:,} steps have a relabelled row in their batch"
@@ -206,27 +221,40 @@ def continue_alone(
     return Outcome(recorder.directory, status, reason, interrupt.is_by_user)
 
 
-def facts_alone(run: RecordedRun, at: int) -> TrainingFacts:
-    """Return the facts of the steps that programs alone take after a step."""
+def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingFacts:
+    """Return the facts of the steps that programs alone take after a step. lr: if it is another one."""
     stretches = run.stretches
     facts = stretches[stretch_at(stretches, at + 1)].facts
     engine = facts.engine or EAGERLY.model_copy(update={"eager_from": None})
     alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
-    return facts.model_copy(update={"engine": engine.model_copy(update=alone)})
+    optimizers = {
+        name: each.model_copy(update={"groups": tuple(group | {"lr": lr} for group in each.groups)})
+        for name, each in facts.optimizers.items()
+        if lr is not None
+    }
+    return facts.model_copy(
+        update={
+            "engine": engine.model_copy(update=alone),
+            "optimizers": facts.optimizers | optimizers,
+        }
+    )
 
 
 class _StepsAlone:
     """Steps that programs take, as a hook that notes what they log besides the loss.
 
-    is_loop: whether they are of a user's code, which may depend on numbers that it read.
+    stepper: takes them; is_loop: whether they are of a user's code, which may depend on numbers that it
+    read.
     """
 
-    def __init__(self, replay: Replay, stepper: ReplayStepper) -> None:
-        assert isinstance(stepper.steps, ChangedSteps)
-        self.is_loop = stepper.steps.facts.loop is not None
-        self._replay, self._stepper, self._steps = replay, stepper, stepper.steps
-        self._known = {*replay.run.measurement_names}
+    def __init__(self, steps: ChangedSteps, state: State) -> None:
+        self.is_loop = steps.facts.loop is not None
+        self._steps = steps
+        self.stepper = ReplayStepper(steps, self._note_difference)
+        self.stepper.load(state)
+        self._known = {*steps.run.measurement_names}
         self._logged: dict[str, float] = {}
+        self._difference: str | None = None
         #: Why no more steps can be taken.
         self._end: str | None = None
         #: Measurements by step.
@@ -249,11 +277,14 @@ class _StepsAlone:
                 found.append((title if title in self._known else name, number, value))
         if not self.is_loop:
             return True
-        if self._replay.diverged_at is not None:
-            self._end = f"{self._replay.problems[-1]}; your code could act differently from there"
+        if self._difference is not None:
+            self._end = f"{self._difference}; your code could act differently from there"
         elif not self._has_loss(number) and not math.isnan(RecordedSteps.loss(self._steps, number)):
             self._end = f"your code computes the loss of step {number}, not an operation of torch"
         return self._end is None
+
+    def _note_difference(self, number: int, difference: str) -> None:
+        self._difference = difference
 
     def _has_loss(self, number: int) -> bool:
         """Return whether an operation returns the loss of a step."""
@@ -261,10 +292,11 @@ class _StepsAlone:
 
     def note_rates(self, at: int, last: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
-        for name in self._stepper.rates():
-            known = self._replay.run.measured(name).items() if lr is None else [(at + 1, lr)]
-            for step, rate in known:
-                if at < step <= last:
+        for name in self.stepper.rates():
+            known = self._steps.run.measured(name) if lr is None else {at + 1: lr}
+            end = min(last, self._steps.last) if lr is None else last
+            for step, rate in known.items():
+                if at < step <= end:
                     self._measured.setdefault(step, []).append((name, step, rate))
 
     def run(self, last: int) -> tuple[list[float], str | None]:
@@ -272,7 +304,7 @@ class _StepsAlone:
 
         Those of a loop end before one that depends on what Python does with another number.
         """
-        stepper, begin = self._stepper, self._stepper.state
+        stepper, begin = self.stepper, self.stepper.state
         assert begin is not None
         if not self.is_loop:
             return stepper.run(last, self), None
@@ -294,7 +326,7 @@ class _StepsAlone:
         Returns:
             Why it stopped before the last one, None if it did not.
         """
-        stepper, steps, reason = self._stepper, self._steps, None
+        stepper, steps, reason = self.stepper, self._steps, None
         newest, last, stops_on_nan = writer.step, facts.steps or 0, facts.training.stop_on_nan
         while writer.step < last and not (interrupt or reason):
             writer.recorder.wait()

@@ -12,8 +12,7 @@ from everystep.recording.texts import shortest
 from everystep.views.formatting import NAMED, block, counted, named, number
 
 if TYPE_CHECKING:
-    from everystep.answers.data_differences import DataDifference
-    from everystep.answers.diff import Difference
+    from everystep.answers.diff import DataDifference, Difference
     from everystep.answers.match import Match, Suspect
     from everystep.answers.operations import OperationDifference, TensorDifference
     from everystep.answers.rerun import Rerun

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from everystep.answers.trace import Spot
-from everystep.answers.why.answer import Group, Number, Term, Why
+from everystep.answers.why.answer import Group, Number, Session, Term, Why
 from everystep.answers.why.named import numbers_named
-from everystep.answers.why.session import Session
 from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.replay.opened_step import Step

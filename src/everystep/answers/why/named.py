@@ -12,8 +12,7 @@ import re
 import torch
 
 from everystep.answers.trace import Spot, Trace
-from everystep.answers.why.answer import Number
-from everystep.answers.why.session import Session
+from everystep.answers.why.answer import Number, Session
 from everystep.errors import ExpressionError, did_you_mean
 from everystep.expression import Expression, Reference, parse
 from everystep.expression.question import error_at

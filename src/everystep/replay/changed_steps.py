@@ -1,0 +1,381 @@
+"""Recorded steps with something changed: the programs run again, at another rate or on other batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ExperimentError, Fault, RunError
+from everystep.experiment.batches import RowsOf
+from everystep.program.number_slots import numbers_in
+from everystep.program.operators import draws_random_numbers
+from everystep.program.optimizer_operator import OptimizerOperator
+from everystep.program.step_program import Program
+from everystep.recording.contents import Given, Inputs, Taken, inputs_of
+from everystep.recording.database import Repeat
+from everystep.recording.recorded_run import RecordedRun, Stretch
+from everystep.replay.recorded_batches import batches_of
+from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps, described
+from everystep.training.job import relabelled_rows
+
+__all__ = ["ChangedSteps", "FurtherSteps"]
+
+#: The target of a batch with several tensors of one number per row.
+_TARGETS = ("y", "label", "labels", "target", "targets")
+_BATCH, _INPUT = "batch/", "input/"
+_WHAT = "the other targets"
+
+
+class ChangedSteps(RecordedSteps):
+    """Recorded steps with something changed: their losses and states are not those of the recording.
+
+    With batches by rule, rows have their numbers in the data. With batches by content, they are named by
+    their places in the batch of the first step; a later batch has such a row where all its tensors with
+    as many rows have the same bytes in it.
+
+    Args:
+        run, stretch, rule: as of `RecordedSteps`.
+        steps: those to take, None for steps that read nothing besides their batches.
+        lr: the learning rate of all param groups of torch's own optimizers; None: the recorded ones.
+        relabelled: other targets, by row.
+
+    lr: the same; targets: the recorded and the other target, by row.
+
+    Raises:
+        ExperimentError: lists rows that do not exist, and targets that do not fit.
+        RunError: the batches have no targets of one number per row, no operation reads them, or code
+            outside of torch may depend on the change.
+    """
+
+    def __init__(
+        self,
+        run: RecordedRun,
+        stretch: Stretch,
+        rule: RowsOf | None,
+        steps: range | None = None,
+        lr: float | None = None,
+        relabelled: Mapping[int, float] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(run, stretch, rule)
+        self.lr = lr
+        #: Steps in their stored form, by their programs, numbers and inputs.
+        self._taken: dict[tuple[Any, ...], Taken] = {}
+        #: The bytes of each row, by the name of the tensor of the batch, and its target.
+        self._changed: list[tuple[dict[str, Tensor], float]] = []
+        #: Whether a batch has one of the rows, by the inputs of its step.
+        self._has: dict[bytes | None, bool] = {}
+        self.targets: dict[int, tuple[float, float]] = {}
+        if steps is None:
+            return
+        if not relabelled:
+            self._check_not_from_parameters(steps)
+            return
+        self._check_not_from_targets(steps)
+        if rule is not None:
+            self.rule = relabelled_rows(rule, relabelled, _WHAT)
+            y, places = rule.y, {row: int(rule.batches.places([row])[0]) for row in relabelled}
+        else:
+            y, places = self._follow(steps[0], relabelled), {row: row for row in relabelled}
+        self.targets = {row: (float(y[places[row]]), target) for row, target in relabelled.items()}
+
+    def change_files(self) -> dict[int, str]:
+        """Return {}: nothing happens between these steps."""
+        return {}
+
+    def loss(self, number: int) -> float:
+        """Return NaN: the recorded loss is not that of the step."""
+        return math.nan
+
+    def given(self, row: Repeat) -> Inputs:
+        """Return the inputs of a step without their contents, and without digests of the state."""
+        return super().given(row)._replace(digests={})
+
+    def unknown_in(self, number: int) -> str | None:
+        """Return what Python may have read that the recording does not have, and no program computes."""
+        count = self.program_of(self.row(number)).program.left_out
+        return f"Python read {count:,} of its values that no program computes" if count else None
+
+    def taken(self, number: int) -> Taken:
+        """Return a step in its stored form.
+
+        Raises:
+            NotReplayedError: it cannot be read.
+        """
+        row = self.row(number)
+        if (known := self._taken.get(row[1:4])) is not None:
+            return known._replace(step=number)
+        given, tensors = self.given(row), self.stored(row)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        numbers = [*self.offsets(row), *self.numbers(row)]
+        found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
+        if not tensors:
+            self._taken[row[1:4]] = found
+        return found
+
+    def numbers(self, row: Repeat) -> list[int | float]:
+        """Return the numbers of a step, with the learning rate in them.
+
+        Raises:
+            NotReplayedError: they cannot be read.
+            RunError: the step has an optimizer with a learning rate that is not a number of the step.
+        """
+        numbers = super().numbers(row)
+        if self.lr is None:
+            return numbers
+        interpreter, found = self.program_of(row), list[int | float]()
+        operations, is_known = interpreter.program.operations, False
+        for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
+            if isinstance(operation.resolved, OptimizerOperator):
+                names = numbers_in(operation)
+                own = [self.lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
+                is_known |= "lr" in names
+            found += own
+        if not is_known and any(operation.phase == "update" for operation in operations):
+            raise RunError(
+                f"{self.run.name} has no learning rate that its programs know as a number: only "
+                "optimizers of torch's own have one, where it is not a tensor; fork the run instead"
+            )
+        return found
+
+    def steps_with(self, steps: Iterable[int]) -> tuple[int, ...]:
+        """Return those of some steps that have run and have a relabelled row in their batch."""
+        return tuple(step for step in steps if self._has.get(self.row(step).inputs))
+
+    def stored(self, row: Repeat) -> dict[str, Tensor]:
+        """Return the inputs of a step that the run holds by content, with the other targets.
+
+        Raises:
+            NotReplayedError: one was dropped, or cannot be read; or a batch has a row twice.
+        """
+        tensors = super().stored(row)
+        if not self._changed:
+            return tensors
+        batch = _batch(tensors)
+        known = {name: _bytes(tensor) for name, tensor in batch.items() if tensor.dim()}
+        self._has[row.inputs] = False
+        for own, target in self._changed:
+            places = _places_of(own, known)
+            if len(places) > 1:
+                raise NotReplayedError(
+                    f"the batch of step {row.step} has the same row {len(places)} times (places "
+                    f"{', '.join(map(str, places))}), so it cannot be known which one to relabel"
+                )
+            batch[self._name][places] = target
+            self._has[row.inputs] |= bool(places)
+        return tensors
+
+    def _follow(self, first: int, relabelled: Mapping[int, float]) -> Tensor:
+        """Note the bytes of rows of a batch, which later batches may have; return its targets."""
+        row, what = self.row(first), f"the batch of step {first}"
+        batch = _batch(self.stored(row))
+        self._name = _target(batch, f"{what} of {self.run.name}")
+        if not _is_read(self._name, self.program_of(row).program):
+            raise RunError(f"no operation of step {first} of {self.run.name} reads {self._name}")
+        y = batch[self._name]
+        missing = f"{what} has rows 0 to {len(y) - 1:,}"
+        faults = [
+            Fault(f"relabel {place}", reason)
+            for place, target in relabelled.items()
+            if (reason := _why_not(y, target) if 0 <= place < len(y) else missing)
+        ]
+        if faults:
+            raise ExperimentError(faults, _WHAT)
+        alike = {name: _bytes(t) for name, t in batch.items() if t.dim() and len(t) == len(y)}
+        for place, target in relabelled.items():
+            self._changed.append(({name: each[place] for name, each in alike.items()}, target))
+        return y
+
+    def _check_not_from_parameters(self, steps: range) -> None:
+        """Check that the steps read nothing that code may have computed from the parameters.
+
+        What steps before these have read, too, is data; and so is what was cut out of the same data.
+        """
+        read = {name: each for name, each in self._inputs_read(steps).items() if len(each) > 1}
+        if not read:
+            return
+        before = {
+            digest
+            for row in self.run.repeats(1, steps[0] - 1)
+            for each in inputs_of(row.inputs, described(self.run, row)).given.values()
+            for digest in each.digests
+        }
+        sources = self.run.sources(
+            [*before, *(d for of in read.values() for g in of for d in g.digests)]
+        )
+        data = before | {sources[digest] for digest in before if digest in sources}
+        changing = [
+            name
+            for name, given in read.items()
+            if not all(d in data or sources.get(d) in data for each in given for d in each.digests)
+        ]
+        if changing:
+            raise RunError(
+                f"the steps of {self.run.name} read a tensor that is in no part and no batch, and "
+                f"differs from step to step ({changing[0]}): your code may compute it from the "
+                "parameters; change the rate in a fork that your code makes, or pass the object that "
+                "holds it to everystep.record(...)"
+            )
+
+    def _check_not_from_targets(self, steps: range) -> None:
+        """Check that the steps read nothing that code may have made from the targets, outside of torch.
+
+        A tensor that is the same with several batches is none of these.
+        """
+        read, batches = self._inputs_read(steps), set()
+        for row in map(self.row, (max(1, steps[0] - 1), *steps)):
+            given = self.given(row).given.items()
+            batches.add(tuple(each for name, each in given if name.startswith(_BATCH)))
+        is_alone = len(batches) == 1 and (self.rule is None or self.rule.is_fixed)
+        unsure = [name for name, each in read.items() if is_alone or len(each) > 1]
+        if unsure:
+            raise RunError(
+                f"the steps of {self.run.name} read a tensor that is in no batch ({unsure[0]}): your "
+                "code may make it from the targets, as with NumPy; change the targets in a fork instead"
+            )
+
+    def _inputs_read(self, steps: range) -> dict[str, set[Given]]:
+        """Return what steps, and the step before them, read that is in no part and no batch, by name."""
+        read: dict[str, set[Given]] = {}
+        for row in map(self.row, (max(1, steps[0] - 1), *steps)):
+            for name, each in self.given(row).given.items():
+                if name.startswith(_INPUT):
+                    read.setdefault(name.removeprefix(_INPUT), set()).add(each)
+        return read
+
+
+class FurtherSteps(ChangedSteps):
+    """Each step of a stretch of a run by its rules, recorded or not.
+
+    Args:
+        run, stretch: its batches follow from a rule, and no scheduler changes its settings.
+        rule: returns its batches, None if no step will run.
+        lr: a different learning rate, None for that of the run.
+    """
+
+    def __init__(
+        self,
+        run: RecordedRun,
+        stretch: Stretch,
+        rule: RowsOf | None = None,
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(run, stretch, rule, lr=lr)
+        self._batches = batches_of(self.facts)
+        #: The newest step by its number of rows.
+        self._alike: dict[int, Repeat] = {}
+        #: What repeats the inputs of a step, by that of the recorded one.
+        self._further: dict[bytes | None, bytes] = {}
+
+    def row(self, number: int) -> Repeat:
+        """Return what repeats a step: its operations are those of a recorded one."""
+        row = self._like(number)
+        if row.inputs not in self._further:
+            # The recorded step had a different generator state; this one uses the state that the
+            # previous step left.
+            inputs = self.given(row)
+            given = {n: each for n, each in inputs.given.items() if not n.startswith("generator/")}
+            self._further[row.inputs] = inputs._replace(given=given).packed()
+        return row._replace(step=number, inputs=self._further[row.inputs])
+
+    def ahead(self, first: int, last: int) -> list[Repeat]:
+        """Return the rows of the next steps."""
+        return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
+
+    def reason_against(self) -> str | None:
+        """Return why no steps can follow the run's last, None if they can."""
+        epoch = range(self.last + 1, self.last + 1 + self._batches.steps_per_epoch)
+        if not all(map(self._can_take, epoch)):
+            return "it has too few steps: no program takes later ones"
+        return self._reason_against_changes()
+
+    def _can_take(self, number: int) -> bool:
+        """Return whether there is a program, other than that of a first step, which creates state."""
+        try:
+            ends = self.program_of(self._like(number)).program.ends
+        except NotReplayedError:
+            return False
+        return all(name.startswith("gradient/") for name in ends)
+
+    def _reason_against_changes(self) -> str | None:
+        """Return what code between the steps did that programs cannot repeat, None if nothing.
+
+        Its draws matter only if steps draw, too.
+        """
+        changes = sorted(self.run.change_files().items())
+        for step, file in changes:
+            change = self.run.change(file)
+            names = sorted({*change.tensors, *change.gone})
+            own = [name for name in names if not name.startswith("generator/")]
+            if own:
+                return f"code after step {step} changed {own[0].partition('/')[2]}"
+        programs = map(self.program, self.facts.programs)
+        operations = (each for program in programs for each in program.program.operations)
+        if changes and any(draws_random_numbers(each.resolved) for each in operations):
+            return "code between the steps drew random numbers, and the steps draw, too"
+        return None
+
+    def _like(self, number: int) -> Repeat:
+        """Return the step itself if the run has it, else the newest one with as many rows."""
+        if number <= self.last:
+            return super().row(number)
+        rows = self._batches.rows_of(number)
+        if rows not in self._alike:
+            epoch = range(self.last, max(self.first - 1, self.last - self._batches.steps_per_epoch), -1)
+            alike = next((n for n in epoch if self._batches.rows_of(n) == rows), 0)
+            self._alike[rows] = super().row(alike)
+        return self._alike[rows]
+
+
+def _batch(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(_BATCH): t for n, t in inputs.items() if n.startswith(_BATCH)}
+
+
+def _is_read(name: str, program: Program) -> bool:
+    storage = program.tensors[name].storage if name in program.tensors else None
+    read = (each for operation in program.operations for each in operation.reads())
+    return any(program.tensors[each].storage == storage for each in read)
+
+
+def _target(batch: Mapping[str, Tensor], what: str) -> str:
+    """Return the name of the tensor that has the target of each row; what: names the batch."""
+    found = [n for n, t in batch.items() if t.dim() and t.numel() == len(t) > 0 and not t.is_complex()]
+    if len(found) > 1:
+        found = [name for name in found if name.rpartition(".")[2] in _TARGETS] or found
+    if len(found) == 1 and any(
+        t.dim() and len(t) == len(batch[found[0]]) for name, t in batch.items() if name != found[0]
+    ):
+        return found[0]
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in batch.items()) or "no tensor"
+    raise RunError(
+        f"{what} has {shapes}: not rows with one target each, by which to relabel them; change the "
+        "targets in a fork of your loop"
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of each row (N, bytes)."""
+    return tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8)
+
+
+def _places_of(row: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> list[int]:
+    """Return the places at which a batch has a row, by the bytes of its tensors."""
+    pairs = [(own, batch[name]) for name, own in row.items() if name in batch]
+    is_alike = len(pairs) == len(row) and len({len(its) for _, its in pairs}) == 1
+    if not is_alike or any(its.shape[1:] != own.shape for own, its in pairs):
+        return []
+    same = torch.stack([(its == own).all(1) for own, its in pairs]).all(0)
+    found: list[int] = same.nonzero()[:, 0].tolist()
+    return found
+
+
+def _why_not(y: Tensor, target: float) -> str | None:
+    """Return why a tensor cannot hold a target, or None."""
+    if y.is_floating_point():
+        return None if math.isfinite(target) else f"{target:g} is not finite"
+    fits = float(torch.tensor(target, dtype=torch.float64).to(y.dtype)) == target
+    return None if fits else f"{target:g} does not fit into {str(y.dtype).removeprefix('torch.')}"
