@@ -29,7 +29,7 @@ from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
 from everystep.recording.database import Database, Place, Repeat
 from everystep.recording.facts import NotKeptFacts
-from everystep.recording.files import bytes_of, open_own
+from everystep.recording.files import BATCHES, bytes_of, open_own
 from everystep.recording.keep import Keep
 from everystep.recording.outlook import RECENT
 
@@ -55,7 +55,6 @@ __all__ = [
 
 #: Bytes of batches and other inputs that a run may keep, by default.
 DEFAULT_BATCH_BUDGET = 2_000_000_000
-FOLDER = "batches"
 #: Prefix of the names of random generators before a batch was drawn: a resume needs them, no replay.
 DRAW = "draw/"
 #: The budget is divided into so many files.
@@ -224,7 +223,7 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
         content = _read_cut(directory, kind, pieces[0], places[pieces[0].source], size)
         return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
     if sum(piece.size for piece in pieces) != size or size > MEMORY:
-        raise RunError(f"{directory / FOLDER} was changed after recording: an input has another size")
+        raise RunError(f"{directory / BATCHES} was changed after recording: an input has another size")
     kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
     content = b"".join(_read_piece(directory, kind, piece) for piece in pieces)
     if not content:
@@ -248,7 +247,7 @@ def _read_cut(directory: Path, kind: bytes, piece: Place, source: Place, size: i
 
 def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> bytes:
     """Return the bytes at places in a file of batches, `size` at each; none if it is too short."""
-    name = f"{FOLDER}/{file}.bin"
+    name = f"{BATCHES}/{file}.bin"
     try:
         with open_own(directory, name) as opened:
             if max(places, default=0) + size > os.fstat(opened.fileno()).st_size:
@@ -266,7 +265,7 @@ def _checked(directory: Path, kind: bytes, piece: Place, content: bytes) -> byte
         RunError: it is another one.
     """
     if _digest(kind, content) != piece.digest:
-        name = directory / FOLDER / f"{piece.file}.bin"
+        name = directory / BATCHES / f"{piece.file}.bin"
         raise RunError(f"{name} was changed after recording: the digest of an input differs")
     return content
 
@@ -318,7 +317,7 @@ class Repeats:
         self.lost_to = self._bytes = 0
         self.recent: deque[int] = deque(maxlen=RECENT)
         self._database = database
-        self._folder = directory / FOLDER
+        self._folder = directory / BATCHES
         self._budget = budget
         self._recorded = recorded
         self._keep = keep
@@ -399,7 +398,7 @@ class Repeats:
 
     def move(self, directory: Path) -> None:
         """Write further files in another place: the run's directory was moved."""
-        self._folder = directory / FOLDER
+        self._folder = directory / BATCHES
 
     def close(self) -> None:
         """Close the files. Data that did not fit on the disk belongs to no recorded step."""

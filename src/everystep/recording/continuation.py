@@ -15,12 +15,18 @@ from typing import Any
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError, say
 from everystep.recording.blocks import LOSS, series_of
-from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
 from everystep.recording.facts import EarlierFacts
-from everystep.recording.files import CHANGES, PROGRAMS, SNAPSHOTS, take_file
-from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.files import (
+    BATCHES,
+    CHANGES,
+    EXPERIMENT_FILE,
+    PROGRAMS,
+    SNAPSHOTS,
+    take_file,
+)
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, SnapshotRow, read_snapshot, snapshots_in
 
 __all__ = ["Continuation", "inherit", "shortened", "tidy"]

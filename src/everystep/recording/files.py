@@ -24,15 +24,18 @@ import xxhash
 
 from everystep.bounded import MEMORY, open_regular, parse_json, read_regular
 from everystep.errors import RunError
+from everystep.recording.connection import FILE_NAME, LOCK_NAME, LOGS
 from everystep.recording.facts import DataFileFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "BATCHES",
     "CHANGES",
     "DATA_FILE",
     "DATA_LIMIT",
+    "EXPERIMENT_FILE",
     "PROGRAMS",
     "SNAPSHOTS",
     "Change",
@@ -58,18 +61,18 @@ __all__ = [
     "write_whole",
 ]
 
-CHANGES, PROGRAMS, SNAPSHOTS = "changes", "programs", "snapshots"
+BATCHES, CHANGES, PROGRAMS, SNAPSHOTS = "batches", "changes", "programs", "snapshots"
 #: Names of files that belong to a step.
 _OF_STEP = re.compile(rf"(?:{CHANGES}|{SNAPSHOTS})/(\d{{1,18}})[./].+")
 #: The key of plain data in the metadata of a safetensors file.
 _ABOUT = "everystep"
 #: Bytes of a file that are digested at a time; in between, other threads run.
 _PIECE = 8_000_000
-DATA_FILE = "data.safetensors"
+DATA_FILE, EXPERIMENT_FILE = "data.safetensors", "experiment.toml"
 #: Data up to this size is stored in the run; of larger data, its size and digest.
 DATA_LIMIT = 256_000_000
 #: Files that are changed in place: a second name of one would be another run's file.
-_CHANGED = ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "run.sqlite-journal", "run.lock")
+_CHANGED = (LOCK_NAME, FILE_NAME, *(f"{FILE_NAME}{suffix}" for suffix in LOGS))
 
 
 class FileRow(NamedTuple):

@@ -22,6 +22,7 @@ from everystep.recording.database import (
 )
 from everystep.recording.facts import DataFileFacts, Facts, TrainingFacts
 from everystep.recording.files import (
+    EXPERIMENT_FILE,
     Change,
     FileRow,
     changes_in,
@@ -52,8 +53,6 @@ if TYPE_CHECKING:
     from everystep.step.state import State
 
 __all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch", "stretch_at"]
-
-EXPERIMENT_FILE = "experiment.toml"
 
 _Found = TypeVar("_Found")
 

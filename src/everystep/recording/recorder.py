@@ -139,8 +139,7 @@ class Recorder:
         with ExitStack() as closing:
             closing.callback(self._home.close)
             try:
-                self._lock = locked(self._home.here)
-                closing.callback(self._lock.release)
+                closing.enter_context(locked(self._home.here))
                 closing.callback(self._remove_spare)
                 # Freed to write that the disk is full. No file system packs random bytes.
                 (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
