@@ -31,8 +31,7 @@ from everystep.errors import RunError
 from everystep.recording.database import Database, Place, Repeat
 from everystep.recording.facts import NotKeptFacts
 from everystep.recording.files import BATCHES, bytes_of, open_own
-from everystep.recording.keep import Keep
-from everystep.recording.outlook import RECENT
+from everystep.recording.keep import RECENT, Keep
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -53,30 +53,30 @@ def is_run(directory: Path) -> bool:
         raise RunError(f"{str(directory)!r:.200} cannot be read: {error.strerror}") from None
 
 
-def find_run(name: str | Path, runs: Path = RUNS) -> Path:
-    """Return the directory of a run: a path, or a name under `runs`.
+def find_run(name: str | Path) -> Path:
+    """Return the directory of a run: a path, or a name under `RUNS`.
 
     Raises:
         RunError: the run does not exist; the message names the most similar one.
     """
-    for candidate in (Path(name), runs / name):
+    for candidate in (Path(name), RUNS / name):
         if is_run(candidate):
             return candidate
     if Path(name).exists():
         raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
-    known = [path.parent.name for path in runs.glob(f"*/{FILE_NAME}")]
-    cure = (
-        did_you_mean(str(name), known) if known else f"{runs}/ has no runs; run `everystep train` first"
-    )
-    raise RunError(f"no run {str(name)!r:.200}; {cure or 'run `everystep runs` to list them'}")
+    known = [path.parent.name for path in RUNS.glob(f"*/{FILE_NAME}")]
+    cure = f"{RUNS}/ has no runs; run `everystep train` first"
+    if known:
+        cure = did_you_mean(str(name), known) or "run `everystep runs` to list them"
+    raise RunError(f"no run {str(name)!r:.200}; {cure}")
 
 
-def place_of(run: str | Path | None, runs: Path = RUNS) -> Path | None:
-    """Return the directory for a new run: of a name one under `runs`; all else is a path."""
+def place_of(run: str | Path | None) -> Path | None:
+    """Return the directory for a new run: of a name one under `RUNS`; all else is a path."""
     if run is None:
         return None
     is_name = isinstance(run, str) and run not in ("", "..") and Path(run).name == run
-    return runs / run if is_name else Path(run)
+    return RUNS / run if is_name else Path(run)
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -41,7 +41,6 @@ __all__ = [
     "Change",
     "FileRow",
     "bytes_of",
-    "changes_in",
     "check_data",
     "check_writable_files",
     "completed",
@@ -49,7 +48,6 @@ __all__ = [
     "open_own",
     "own_path",
     "program_file",
-    "read_change",
     "read_data",
     "read_file",
     "read_tensors",
@@ -312,24 +310,8 @@ def write_change(directory: Path, step: int, change: Change) -> FileRow:
         return write_tensors(file, name, change.tensors, change.gone or None, is_synced=False)
 
 
-def changes_in(files: Iterable[FileRow]) -> dict[int, str]:
-    """Return the files of changes among those of a run, by step."""
-    found = ((row.step, row.name) for row in files if row.name.startswith(f"{CHANGES}/"))
-    return {step: name for step, name in found if step is not None}
-
-
-def read_change(content: bytes, place: Path) -> Change:
-    """Return what changed. content: of the file at `place`.
-
-    Raises:
-        RunError: the file is unreadable.
-    """
-    tensors, gone = read_tensors(content, str(place))
-    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
-
-
 def write_data(
-    directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE
+    directory: Path, tensors: dict[str, Tensor], name: str
 ) -> tuple[DataFileFacts, list[FileRow]]:
     """Write small data (CPU tensors) into a run; return the fact that describes it, and its file."""
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -339,9 +321,8 @@ def write_data(
             files.append(write_tensors(file, name, tensors))
     # Bits also depend on the memory layout of a tensor.
     strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
-    fact = DataFileFacts(
-        file=name, stored=bool(files), bytes=size, digest=_digest(tensors), strides=strides
-    )
+    digest = _digest(tensors)
+    fact = DataFileFacts(file=name, stored=bool(files), bytes=size, digest=digest, strides=strides)
     return fact, files
 
 
