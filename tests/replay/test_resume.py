@@ -44,10 +44,7 @@ def dying(monkeypatch):
     def end(recorder):
         recorder._queue.put(None)
         recorder._thread.join()
-        if recorder._repeats is not None:
-            recorder._repeats.close()
-        recorder._database.close()
-        recorder._lock.release()
+        recorder._closing.close()
 
     def put(recorder, job):  # a step is on disk before the next one
         try:

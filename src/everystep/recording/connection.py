@@ -22,6 +22,7 @@ __all__ = [
     "APPLICATION_ID",
     "FILE_NAME",
     "LOCK_NAME",
+    "LOGS",
     "LONGEST_VALUE",
     "SCHEMA_VERSION",
     "SPARE_NAME",
@@ -94,8 +95,8 @@ CREATE TABLE blocks (
 ) WITHOUT ROWID;
 """
 
-#: What SQLite adds to the name of a database for its logs.
-_LOGS = "-wal", "-journal"
+#: What SQLite adds to the name of a database for its logs, and for the index of one.
+LOGS = "-wal", "-journal", "-shm"
 #: Nanoseconds of the coarsest clock of a file system with times below a second.
 _TICK = 50_000_000
 #: Seconds that another program may lock the database; everystep's writer never makes readers wait.
@@ -183,7 +184,7 @@ def _statuses(path: Path) -> dict[str, os.stat_result]:
             the other end of a pipe.
     """
     found: dict[str, os.stat_result] = {}
-    for suffix in ("", *_LOGS, "-shm"):
+    for suffix in ("", *LOGS):
         file = Path(f"{path}{suffix}")
         try:
             status = found[suffix] = file.lstat()

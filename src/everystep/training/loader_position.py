@@ -28,7 +28,7 @@ from torch.utils.data import (
 
 from everystep.errors import RunError
 from everystep.recording.contents import DRAW
-from everystep.recording.outlook import RECENT, Ahead
+from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators
 from everystep.step.own_state import decoded, encoded
 from everystep.step.state import same_bits

@@ -13,7 +13,7 @@ from everystep import numerics
 from everystep.errors import say
 from everystep.recording.continuation import shortened
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
-from everystep.recording.outlook import RECENT
+from everystep.recording.keep import RECENT
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
 from everystep.step.parts_state import PartsState, Rest

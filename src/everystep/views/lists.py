@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from rich.text import Text
 
+from everystep.recording.directories import Space
 from everystep.recording.prune import Pruning
-from everystep.recording.space import Space
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.formatting import counted, cut, number, one_line, size_text, time_text
