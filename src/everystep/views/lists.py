@@ -103,12 +103,12 @@ def _list_text(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int |
     return page.text
 
 
-def _size_text(size: int) -> str:
-    return size_text(size) if size else "0"
-
-
 def _size(name: str, rank: int = 0) -> Column[Space]:
-    return Column(name, lambda space: _size_text(getattr(space, name)), is_number=True, rank=rank)
+    def text(space: Space) -> str:
+        size = getattr(space, name)
+        return size_text(size) if size else "0"
+
+    return Column(name, text, is_number=True, rank=rank)
 
 
 #: The columns of what runs take on the disk.
