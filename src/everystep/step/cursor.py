@@ -30,7 +30,7 @@ from everystep.step.known_operators import (
 )
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_tokens
-from everystep.step.moving_views import check_of_views, loosened
+from everystep.step.moving_views import check_of_views
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors, version_of
 from everystep.step.path import Entry, SeenOperation, geometry
@@ -272,20 +272,22 @@ class Cursor(UnderWay):
             results = [*map(self._result, made)]
             places = tuple((n, k) for n, k in enumerate(results) if k is not None and k >= before)
             operation = None if operation is None else self._with_results(operation, results, made)
-        are_moving = self.is_remembered and self._are_moving(func, known, tokens, flat, places)
-        if are_moving:
-            tokens = loosened(tokens)
+        moving = self._moving(func, known, tokens, flat, places) if self.is_remembered else None
+        key: tuple[Any, ...] = "call", func, tokens, named, places
+        in_graph = any(tensor.requires_grad for tensor in leaves(args))
+        if moving is not None:
+            lie = [tensors.known[number].geometry[:3] for _, number in places]
+            key = "call", func, moving, named, places, in_graph, *lie
             for _, number in places:
                 tensors.note_moving(number)
-        lie = [tensors.known[number].geometry[:3] for _, number in places if are_moving]
-        entry = self.add(("call", func, tokens, named, places, *lie), operation)
+        entry = self.add(key, operation)
         if entry.func is None:
             entry.func, entry.where, entry.shaped = func, self.follower.where, is_shaped
             entry.contents, entry.draws = contents, at.draws + known.draws
             entry.brings = any(token[0] in ("p", "x") for token in flat)
-            if are_moving:
-                entry.in_graph = any(tensor.requires_grad for tensor in leaves(args))
-                entry.check = check_of_views(func, tokens, named, places, tensors)
+            if moving is not None:
+                entry.in_graph = in_graph
+                entry.check = check_of_views(func, moving, named, places, tensors, in_graph=in_graph)
             elif self.is_remembered:
                 is_alone = isinstance(result, Tensor)
                 entry.check = partial(_check_first, entry, known, is_alone, self.paths)
@@ -293,24 +295,24 @@ class Cursor(UnderWay):
             self._add_shapes(entry, result)
         return result
 
-    def _are_moving(
+    def _moving(
         self,
         func: Any,
         known: KnownOperator,
-        tokens: Sequence[Any],
+        tokens: tuple[Any, ...],
         given: Iterable[Any],
         made: Sequence[tuple[int, int]],
-    ) -> bool:
-        """Tell whether the results of a call are views that lie at another place in each step."""
+    ) -> tuple[Any, ...] | None:
+        """Return the tokens of a call whose results lie at another place in each step, or None."""
         met = self.tensors.known
         views = [number for _, number in made if met[number].origin != number]
         if not views:
-            return False
+            return None
         if known.how == "pass" and len(views) == len(made):
-            return self.paths.views.are_moving(self.at, func, tokens, made)
+            return self.paths.views.tokens(self.at, func, tokens, made)
         if any(met[token[1]].moves is not None for token in given):
             self.leave()  # the place of a result is not compared
-        return False
+        return None
 
     def _tokens(
         self, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]

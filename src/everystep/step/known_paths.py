@@ -87,7 +87,10 @@ class KnownPaths:
 
     def begins_after(self, ending: Ending, root: Entry, same: int) -> None:
         """Note how the step after an ending began. root, same: as `root` has them."""
-        if all(number == place for place, number in enumerate(ending.bound[:same])):
+        is_still = all(number == place for place, number in enumerate(ending.bound[:same]))
+        # The geometry of a view that moves does not follow from the ending.
+        moves = any(ending.path.tensors[number].moves is not None for _, number in ending.path.ends)
+        if is_still and not moves:
             self._after[id(ending)] = ending, Beginning(root, same)
 
     def beginning_after(self, ending: Ending | None) -> Beginning | None:

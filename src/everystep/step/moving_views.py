@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
-from everystep.program.operators import flattened
+from everystep.program.operators import flattened, leaves
 from everystep.step.call_checks import MISS
 from everystep.step.met_tensors import MetTensors, tensor_tokens
 from everystep.step.path import Entry, extent_of
 
-__all__ = ["MovingViews", "check_of_views", "loosened"]
+__all__ = ["MovingViews", "check_of_views"]
 
-#: Operators with integers that only place their result; of a list of them, each is compared.
-_PLACING = {"as_strided", "select", "slice"}
+#: Operators with integers that only place their result, and which of the arguments these are.
+_PLACING = {"as_strided": (3,), "select": (2,), "slice": (2, 3)}
 
 
 class MovingViews:
@@ -30,13 +30,13 @@ class MovingViews:
 
     def __init__(self, tensors: MetTensors) -> None:
         self._tensors = tensors
-        #: The kinds of views that have moved; where one has, more of its kind often follow.
+        #: The operators, and their dimensions, of views that have moved: more of them often follow.
         self._moved: set[tuple[Any, ...]] = set()
 
-    def are_moving(
-        self, at: Entry, func: Any, tokens: Sequence[Any], made: Sequence[tuple[int, int]]
-    ) -> bool:
-        """Tell whether the views that a call returns move.
+    def tokens(
+        self, at: Entry, func: Any, tokens: tuple[Any, ...], made: Sequence[tuple[int, int]]
+    ) -> tuple[Any, ...] | None:
+        """Return the tokens of a call that returns views which move, None if they do not.
 
         Args:
             at: the point at which it was made.
@@ -45,27 +45,38 @@ class MovingViews:
         """
         known = self._tensors.known
         given = [known[token[1]] for token in tensor_tokens(tokens)]
+        loose = _loosened(func, tokens, given[0].geometry)
         if any(tensor.moves is not None for tensor in given):
-            return True
-        if func.overloadpacket.__name__ not in _PLACING:
-            return False
-        lies = known[made[0][1]].geometry[:3]
-        kind = func, given[0].origin, lies
+            return loose
+        if loose == tokens:
+            return None
+        lies = [known[number].geometry[:3] for _, number in made]
+        kind = func, tokens[1]
         if any(
-            each.func is func and loosened(each.key[2]) == loosened(tokens) and _lie_as(each, lies)
+            each.func is func
+            and _loosened(func, each.key[2], given[0].geometry) == loose
+            and [view.geometry[:3] for view in each.new] == lies
             for each in at.children.values()
         ):
             self._moved.add(kind)
-        return kind in self._moved
+        return loose if kind in self._moved else None
 
 
-def loosened(tokens: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the tokens of a call, with any integers in the place of its own."""
-    return tuple([("i",) if token[0] == "c" and type(token[1]) is int else token for token in tokens])
+def _loosened(func: Any, tokens: tuple[Any, ...], geometry: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the tokens of a call, with any integers in place of those that place its result.
 
+    Not where the offset of the result does not tell them, as in an expanded dimension.
 
-def _lie_as(entry: Entry, lies: tuple[Any, ...]) -> bool:
-    return [known.geometry[:3] for known in entry.new] == [lies]
+    geometry: of the tensor that it is a view of.
+    """
+    name, (_, _, stride, _) = func.overloadpacket.__name__, geometry
+    places = _PLACING.get(name, ())
+    if not places or (name != "as_strided" and (not stride or stride[tokens[1][1]] == 0)):
+        return tokens
+    return tuple(
+        ("i",) if place in places and token[0] == "c" and type(token[1]) is int else token
+        for place, token in enumerate(tokens)
+    )
 
 
 def check_of_views(
@@ -74,10 +85,14 @@ def check_of_views(
     named: Sequence[tuple[str, Any]],
     made: Sequence[tuple[int, int]],
     tensors: MetTensors,
+    *,
+    in_graph: bool,
 ) -> Callable[[Any, Any], Any]:
     """Return a function of the arguments of a call that returns moving views; see `check_of`.
 
     The call is made first, since it shows where they lie; it computes nothing.
+
+    in_graph: whether gradients may flow through the views: then a graph depends on where they lie.
     """
     known = [tensors.known[number] for _, number in made]
     limits = [tensors.limits(number) for _, number in made]
@@ -88,6 +103,8 @@ def check_of_views(
             return MISS
         expected = (*tokens, *(token for _, token in named))
         if not all(map(tensors.fits, expected, (*args, *keywords.values()))):
+            return MISS
+        if in_graph is not any(tensor.requires_grad for tensor in leaves(args)):
             return MISS
         result = func._op(*args, **keywords)
         flat = flattened(result)
