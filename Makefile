@@ -55,7 +55,7 @@ torture: .venv/installed-dev         ## kills, signals, losses of power, full di
 	@if command -v strace > /dev/null; then $(BIN)/python -m benchmarks.torture slow; fi
 	$(BIN)/python -m benchmarks.torture fuzz --seconds 3600
 	$(BIN)/python -m benchmarks.soak
-	@if [ -e benchmarks/torture_files.py ]; then $(BIN)/python -m benchmarks.torture_files; fi
+	$(BIN)/python -m benchmarks.torture_files
 
 clean:
 	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,7 +25,7 @@ from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 
 
 def main() -> int:
-    """Print the machine, a table that grows by workload, and the footnotes; 1 if a peer failed."""
+    """Print the machine, a table of each workload, and the footnotes; 1 if a peer failed."""
     arguments = _arguments()
     date = datetime.datetime.now().astimezone()
     # Ratios are to the plain loop, so it always runs.
@@ -53,8 +53,8 @@ def main() -> int:
 def _time(
     workloads: Sequence[Workload], peers: Sequence[Peer], rounds: int, peak: float
 ) -> dict[Workload, list[Outcome]]:
-    """Return the outcomes of each workload, and print its rows as soon as it is done."""
-    print(f"\n{table.text_heading()}", flush=True)
+    """Return the outcomes of each workload, and print its table as soon as it is done."""
+    print()
     outcomes = {}
     for workload in workloads:
         outcomes[workload] = time_workload(workload, peers, rounds, _teller(workload))

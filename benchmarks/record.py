@@ -3,11 +3,8 @@
 `python -m benchmarks.record [--rounds N]`. A step is what one waits for, from one batch to the next, the
 first ten left out; recorded steps are written to disk, snapshots among them. Medians over the rounds.
 
-The second table is of whole trainings, from the call to the closed run: the loop as it is, the same step
-as a function that is vouched for (`everystep.train(step, batches, parts=..., engine="program")`), and
-`everystep.train(model, (x, y), ...)`. Where a machine's speed changes from one training to the next,
-their ratio says little: so it also says how long the function's training took besides its usual steps
-(the median step, as often as there are).
+The second table is of whole trainings, from the call to the closed run: the loop as it is, and
+`everystep.train(model, (x, y), ...)`.
 """
 
 from __future__ import annotations
@@ -17,8 +14,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,59 +154,33 @@ def main() -> None:
     print("| --- | --: | --: | --: | --: |")
     for make in (chapter, digits, text, transformer, resnet):
         _print_row(make, rounds)
-    print("\n| | steps | plain, s | as a function | ratio | unusual | model and loss | ratio |")
-    print("| --- | --: | --: | --: | --: | --: | --: | --: |")
+    print("\n| | steps | plain, s | model and loss, s | ratio |")
+    print("| --- | --: | --: | --: | --: |")
     for make in (chapter, digits, transformer, resnet):
         _print_whole_row(make, rounds)
 
 
 def _print_whole_row(make: Callable[[], Loop], rounds: int) -> None:
-    ways = (_plainly, _as_function, _as_model)
+    ways = (_plainly, _as_model)
     seconds: list[list[float]] = [[] for _ in ways]
     for round_ in range(rounds):
-        for place in (0, 1, 2) if round_ % 2 else (2, 1, 0):
+        for place in (0, 1) if round_ % 2 else (1, 0):
             torch.manual_seed(0)
             loop = make()
             with tempfile.TemporaryDirectory() as directory:
                 started = time.perf_counter()
                 ways[place](loop, Path(directory) / "run")
                 seconds[place].append(time.perf_counter() - started)
-    plain, *others = seconds
-    row = [f"{statistics.median(plain):.3g}"]
-    for other in others:
-        ratio = statistics.median(one / two for one, two in zip(other, plain, strict=True))
-        row += [f"{statistics.median(other):.3g}", f"{ratio:.2f}"]
-    row.insert(3, f"{_unusual_seconds(make()):.2f}")
+    plain, recorded = seconds
+    ratio = statistics.median(one / two for one, two in zip(recorded, plain, strict=True))
+    one, two = statistics.median(plain), statistics.median(recorded)
     name = (make.__doc__ or "").rstrip(".")
-    print(f"| {name} | {loop.steps:,} | {' | '.join(row)} |")
+    print(f"| {name} | {loop.steps:,} | {one:.3g} | {two:.3g} | {ratio:.2f} |")
 
 
 def _plainly(loop: Loop, run: Path) -> None:
-    losses = [_step_of(loop)(loop.batch) for _ in range(loop.steps)]
+    losses = [_step(loop, *loop.batch) for _ in range(loop.steps)]
     [float(loss.detach()) for loss in losses]
-
-
-def _as_function(loop: Loop, run: Path, batches: Iterable[Any] | None = None) -> None:
-    parts = {"model": loop.model, "optimizer": loop.optimizer}
-    given = batches or [loop.batch]
-    options: Any = {"parts": parts, "steps": loop.steps, "engine": "program"}
-    everystep.train(_step_of(loop), given, **options, run=run, progress=False)
-
-
-def _unusual_seconds(loop: Loop) -> float:
-    """Train by a step function; return the seconds besides usual steps."""
-    times = [time.perf_counter()]
-
-    def batches() -> Iterator[Any]:
-        while True:
-            times.append(time.perf_counter())
-            yield loop.batch
-
-    with tempfile.TemporaryDirectory() as directory:
-        _as_function(loop, Path(directory) / "run", batches())
-        times.append(time.perf_counter())
-    usual = statistics.median(end - begin for begin, end in pairwise(times))
-    return times[-1] - times[0] - usual * loop.steps
 
 
 def _as_model(loop: Loop, run: Path) -> None:
@@ -225,18 +195,12 @@ def _as_model(loop: Loop, run: Path) -> None:
     )
 
 
-def _step_of(loop: Loop) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
-    model, optimizer, loss_of = loop.model, loop.optimizer, loop.loss
-
-    def step(batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
-        loss = loss_of(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return loss
-
-    return step
+def _step(loop: Loop, x: Tensor, y: Tensor) -> Tensor:
+    loss = loop.loss(loop.model(x), y)
+    loop.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    loop.optimizer.step()
+    return loss
 
 
 def _print_row(make: Callable[[], Loop], rounds: int) -> None:
@@ -270,11 +234,7 @@ def _seconds(
         count += 1
         if loop.draws is not None:
             x, y = loop.draws()
-        loss = loop.loss(loop.model(x), y)
-        loop.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        loop.optimizer.step()
-        log(loss)
+        log(_step(loop, x, y))
     return (time.perf_counter() - started) / (count - WARM_UP)
 
 

@@ -28,6 +28,7 @@ import everystep  # noqa: E402
 __all__ = ["main"]
 
 JUMPS = 200
+CHAPTER = (1000, 100, 10)
 
 
 def main() -> None:
@@ -35,8 +36,8 @@ def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory() as folder:
         place = arguments.directory or Path(folder)
-        run = _trained(place / "one", arguments.steps, changed=False)
-        other = _trained(place / "other", arguments.steps, changed=True)
+        run = _trained(place / "one", CHAPTER, arguments.steps)
+        other = _trained(place / "other", CHAPTER, arguments.steps, changed=True)
         rows = run.snapshot_rows()
         print(f"{len(run):,} steps in {run.facts.seconds:.1f} s; {len(rows)} snapshots,", end=" ")
         print(f"{sum(row.size for row in rows) / 1e6:.0f} MB, {rows[1].step - rows[0].step} steps apart")
@@ -44,7 +45,7 @@ def main() -> None:
         _print_seconds("everystep step, from the shell", _shell_seconds(run))
         _print_seconds("diff of the two, in an open process", _seconds(lambda: run.diff(other)))
         _print_ratios("the chapter's network", run)
-        _print_ratios("20-32-1", _trained_small(place / "small", 10 * arguments.steps))
+        _print_ratios("20-32-1", _trained(place / "small", (20, 32, 1), 10 * arguments.steps))
 
 
 def _arguments() -> argparse.Namespace:
@@ -54,28 +55,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _trained(directory: Path, steps: int, *, changed: bool) -> everystep.Run:
-    if directory.exists():
-        return everystep.open(directory)
-    torch.manual_seed(0)
-    x, y = torch.randn(64, 1000), torch.randn(64, 10)
-    model = nn.Sequential(nn.Linear(1000, 100), nn.ReLU(), nn.Linear(100, 10))
-    if changed:
-        x[17, 3] = torch.nextafter(x[17, 3], torch.tensor(torch.inf))
-    optimizer = everystep.GradientDescent(model.parameters(), lr=1e-5)
-    loss = nn.MSELoss(reduction="sum")
-    everystep.train(model, (x, y), loss=loss, optimizer=optimizer, steps=steps, run=directory)
-    return everystep.open(directory)
-
-
-def _trained_small(directory: Path, steps: int) -> everystep.Run:
-    if directory.exists():
-        return everystep.open(directory)
-    torch.manual_seed(0)
-    x, y = torch.randn(64, 20), torch.randn(64, 1)
-    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
-    optimizer = everystep.GradientDescent(model.parameters(), lr=1e-3)
-    everystep.train(model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=steps, run=directory)
+def _trained(
+    directory: Path, sizes: tuple[int, int, int], steps: int, *, changed: bool = False
+) -> everystep.Run:
+    """Train a network of these sizes, unless its run is there. changed: by a unit in a number of x."""
+    if not directory.exists():
+        torch.manual_seed(0)
+        x, y = torch.randn(64, sizes[0]), torch.randn(64, sizes[2])
+        model = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Linear(*sizes[1:]))
+        if changed:
+            x[17, 3] = torch.nextafter(x[17, 3], torch.tensor(torch.inf))
+        optimizer = everystep.GradientDescent(model.parameters(), lr=1e-5)
+        loss = nn.MSELoss(reduction="sum")
+        everystep.train(model, (x, y), loss=loss, optimizer=optimizer, steps=steps, run=directory)
     return everystep.open(directory)
 
 

@@ -11,10 +11,9 @@ from benchmarks.peers import PLAIN, Peer
 from benchmarks.timing import Outcome
 from benchmarks.workloads import Workload
 
-__all__ = ["Results", "footnotes", "page", "text", "text_heading"]
+__all__ = ["Results", "footnotes", "page", "text"]
 
 COLUMNS = ("peer", "median", "us/step", "ratio", "quartiles", "of peak", "first run", "losses")
-WIDTHS = (30, 10, 10, 9, 19, 9, 11, 0)
 HOW_TO_READ = """\
 - **median**: seconds of one training, over the rounds, from the model and the data in memory to the
   losses as Python numbers. It excludes making data and parameters, importing and converting.
@@ -44,16 +43,12 @@ class Results:
     skipped: Mapping[str, str]  # peers that are not in the table, and what they lack
 
 
-def text_heading() -> str:
-    """Return the line above the rows in the terminal."""
-    return _aligned(COLUMNS)
-
-
 def text(workload: Workload, outcomes: Sequence[Outcome], peak: float) -> str:
-    """Return the rows of a workload for the terminal."""
+    """Return the table of a workload for the terminal."""
     plain = _plain(outcomes)
-    rows = [_aligned(_cells(workload, outcome, plain, peak)) for outcome in outcomes]
-    return "\n".join([f"{workload.name} ({_description(workload)})", *rows, ""])
+    rows = [_cells(workload, outcome, plain, peak) for outcome in outcomes]
+    table = _markdown(COLUMNS, rows, numbers=range(1, len(COLUMNS) - 1))
+    return "\n".join([f"{workload.name} ({_description(workload)})", *table, ""])
 
 
 def footnotes(results: Results) -> list[str]:
@@ -160,12 +155,6 @@ def _plain(outcomes: Sequence[Outcome]) -> Outcome:
 
 def _ratio(outcome: Outcome, plain: Outcome) -> float:
     return statistics.median(outcome.ratios(plain))
-
-
-def _aligned(cells: Sequence[str]) -> str:
-    first, *others, last = cells
-    middle = "".join(cell.rjust(width) for cell, width in zip(others, WIDTHS[1:-1], strict=True))
-    return f"  {first:<{WIDTHS[0]}}{middle}  {last}"
 
 
 def _markdown(

@@ -28,16 +28,14 @@ CUTS = 40
 Damage = Callable[[Path], None]
 
 
-def losses_of_power(
-    references: Sequence[Reference], seed: int, every_byte: bool = False
-) -> list[Callable[[], Result]]:
+def losses_of_power(references: Sequence[Reference], seed: int) -> list[Callable[[], Result]]:
     """Return a trial for each damage to what each training left when it was killed."""
     generator = random.Random(seed)
     found: list[Callable[[], Result]] = []
     for reference in references:
         for share in SHARES:
             left = _left(reference, share)
-            for name, damage in _damages(left / "run", generator, every_byte):
+            for name, damage in _damages(left / "run", generator):
                 found.append(partial(_damaged, reference, left, name, damage))
     return found
 
@@ -53,7 +51,7 @@ def _left(reference: Reference, share: float) -> Path:
     return trial.folder
 
 
-def _damages(place: Path, generator: random.Random, every_byte: bool) -> list[tuple[str, Damage]]:
+def _damages(place: Path, generator: random.Random) -> list[tuple[str, Damage]]:
     found: list[tuple[str, Damage]] = []
     for path in sorted(path for path in place.rglob("*") if path.is_file()):
         name = str(path.relative_to(place))
@@ -61,7 +59,7 @@ def _damages(place: Path, generator: random.Random, every_byte: bool) -> list[tu
         if name.endswith(("-shm", ".lock", ".tmp")):
             continue
         if name.endswith("-wal"):
-            cuts = range(size) if every_byte else sorted(generator.sample(range(size), min(CUTS, size)))
+            cuts = sorted(generator.sample(range(size), min(CUTS, size)))
             found += [(f"{name} cut at {cut}", partial(_cut, name, cut)) for cut in cuts]
             found.append((f"{name} missing", partial(_remove, name)))
             continue

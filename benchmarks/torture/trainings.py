@@ -143,7 +143,7 @@ def _experiment(name: str) -> Callable[[Path, Path, int, TextIO], None]:
                 Run(place).resume(progress=_lines(lines))
             return
         loaded = load(EXPERIMENTS[name] | {"steps": steps, "threads": 1})
-        outcome = train_experiment(loaded, name, place, place.parent, BUDGET, _lines(lines))
+        outcome = train_experiment(loaded, name, place, BUDGET, _lines(lines))
         if outcome.interrupted:
             raise KeyboardInterrupt
 
@@ -368,7 +368,7 @@ def _parent(place: Path, steps: int) -> None:
     random.seed(0)
     loaded = load(EXPERIMENTS["adam-dropout-batch-norm"] | {"steps": steps, "threads": 1})
     with Path("/dev/null").open("w") as nowhere:
-        train_experiment(loaded, "parent", place / "parent", place, BUDGET, _lines(nowhere))
+        train_experiment(loaded, "parent", place / "parent", BUDGET, _lines(nowhere))
 
 
 def _fork(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:

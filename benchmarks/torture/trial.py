@@ -213,7 +213,7 @@ def failed(results: Sequence[Result]) -> list[str]:
     return [f"{result.name}: {failure}" for result in results for failure in result.failures]
 
 
-def table(results: Sequence[Result], what: str, *, by_part: bool = False) -> str:
+def table(results: Sequence[Result], what: str) -> str:
     """Return counts as a table in Markdown. what: happened to the trainings."""
     rows: dict[str, Counter[str]] = {}
     for result in results:
@@ -227,7 +227,7 @@ def table(results: Sequence[Result], what: str, *, by_part: bool = False) -> str
             refused=result.refused,
             again=result.again,
         )
-        for name in (result.part if by_part else f"{result.part}: {result.name}", "all"):
+        for name in (f"{result.part}: {result.name}", "all"):
             rows.setdefault(name, Counter()).update(counts)
     rows["all"] = rows.pop("all", Counter())
     columns = ("interrupted", "opened", "kept", "trainings", "same", "verified", "again", "refused")

@@ -190,8 +190,8 @@ def train(
         KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import check_iteration
-    from everystep.training.config import facts_from
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+    from everystep.training.description import facts_from
     from everystep.training.from_objects import train_objects
     from everystep.training.objects import Objects
 
@@ -217,27 +217,17 @@ def train(
             **{"dataset_limit": dataset_limit},
         }
         from everystep.recording.keep import keep_of
-        from everystep.training.from_step import check_step, train_step
+        from everystep.training.loop_start import LoopStart
         from everystep.training.record import Recording
+        from everystep.training.step_function import check_step, train_step
 
         check_step(model, data, parts, others)
-        resumed = _resumed(place, resume)
-        watcher = progress_of(progress)
-        recording = Recording(
-            dict(parts),
-            place,
-            RUNS,
-            snapshot_budget,
-            batch_budget,
-            keep_of(keep),
-            Run,
-            watcher.advance,
-            resumed=resumed,
-            is_accepted=force,
-            fork=_forked(fork, at, resumed),
-            said=said,
-        )
+        watcher, resumed = progress_of(progress), _resumed(place, resume)
+        budgets = snapshot_budget, batch_budget, keep_of(keep)
+        forked = _forked(fork, at, resumed)
+        start = LoopStart(place, *budgets, watcher.advance, resumed, forked, force, said)
         batches = cast("Iterable[Any] | None", data)
+        recording = Recording(dict(parts), start, Run)
         return run_of(train_step(model, batches, iteration, recording, watcher))
     if fork is not None or at is not None:
         raise UsageError("a training of a model is forked by its run: everystep.open(run).fork(at, ...)")
@@ -260,7 +250,7 @@ def train(
         asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
-        outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher, said)
+        outcome = train_objects(objects, iteration, place, snapshot_budget, watcher, said)
     return run_from_objects(outcome, replace(objects, metrics=copy(metrics or ())))
 
 
@@ -333,7 +323,8 @@ def record(
     """
     from everystep.recording.keep import keep_of
     from everystep.training.conditions import LoopConditions
-    from everystep.training.config import facts_from
+    from everystep.training.description import facts_from
+    from everystep.training.loop_start import LoopStart
     from everystep.training.record import Recording
 
     if unnamed:
@@ -342,22 +333,12 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
-    place = place_of(run)
+    place, said = place_of(run), facts_from(config, tags)
     resumed = _resumed(place, resume)
-    return Recording(
-        parts,
-        place,
-        RUNS,
-        snapshot_budget,
-        batch_budget,
-        keep_of(keep),
-        Run,
-        resumed=resumed,
-        is_accepted=force,
-        fork=_forked(fork, at, resumed),
-        said=facts_from(config, tags),
-        conditions=LoopConditions(stop_when, mark_when) if stop_when or mark_when else None,
-    )
+    budgets = snapshot_budget, batch_budget, keep_of(keep)
+    start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, said)
+    conditions = LoopConditions(stop_when, mark_when) if stop_when or mark_when else None
+    return Recording(parts, start, Run, conditions)
 
 
 def _forked(
@@ -437,7 +418,7 @@ def train_experiment(
         KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import Experiment, load
-    from everystep.training.config import facts_from
+    from everystep.training.description import facts_from
     from everystep.training.from_experiment import train_experiment as train_loaded
 
     name = Path(experiment).stem if isinstance(experiment, str | Path) else "experiment"
@@ -448,7 +429,7 @@ def train_experiment(
     place, said = place_of(run), facts_from(None, tags)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
-        return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher, said))
+        return run_of(train_loaded(loaded, name, place, snapshot_budget, watcher, said))
     from everystep.replay.resume import Resume, resume_experiment
 
     asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)

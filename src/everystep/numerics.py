@@ -320,22 +320,21 @@ def in_force(
     if mode is not None:
         raise UsageError(f"{mode} is active here, but would not be during a replay; {_CURE}")
     threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
-    _held.enter()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        if default_dtype in ("float16", "bfloat16", "float32", "float64"):
-            torch.set_default_dtype(getattr(torch, default_dtype))
-        if not deterministic:
-            torch.set_deterministic_debug_mode("default")
-        if flush_denormal:
-            torch.set_flush_denormal(True)
-        with _set(settings), on_cpu():
-            yield
-    finally:
-        torch.set_num_threads(threads_before)
-        torch.set_default_dtype(dtype_before)
-        _held.leave()
+    with _reproducible():
+        try:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            if default_dtype in ("float16", "bfloat16", "float32", "float64"):
+                torch.set_default_dtype(getattr(torch, default_dtype))
+            if not deterministic:
+                torch.set_deterministic_debug_mode("default")
+            if flush_denormal:
+                torch.set_flush_denormal(True)
+            with _set(settings), on_cpu():
+                yield
+        finally:
+            torch.set_num_threads(threads_before)
+            torch.set_default_dtype(dtype_before)
 
 
 @contextmanager
@@ -409,45 +408,35 @@ def _active_mode() -> str | None:
     return None
 
 
-class _Held:
-    """The settings of torch held during trainings, and their values before."""
+_lock = threading.Lock()
+#: For each training under way in this process, the settings of torch as it began: the first are the
+#: caller's.
+_before: list[tuple[int, bool, bool]] = []
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._before: tuple[int, bool, bool] = (0, False, False)
 
-    def enter(self) -> None:
-        """Register one more training."""
-        import torch
-        import torch.utils.deterministic as settings
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Set what belongs to the process; the last of several trainings restores it."""
+    import torch
+    import torch.utils.deterministic as settings
 
-        with self._lock:
-            self._depth += 1
-            if self._depth > 1:
-                return
-            fill = settings.fill_uninitialized_memory  # type: ignore[attr-defined]
-            self._before = torch.get_deterministic_debug_mode(), fill, _flushes_denormals()
+    with _lock:
+        fill = settings.fill_uninitialized_memory  # type: ignore[attr-defined]
+        _before.append((torch.get_deterministic_debug_mode(), fill, _flushes_denormals()))
+        if len(_before) == 1:
             # The same as use_deterministic_algorithms(True, warn_only=True), which imports the compiler.
             torch.set_deterministic_debug_mode("warn")
             settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             torch.set_flush_denormal(False)
-
-    def leave(self) -> None:
-        """Unregister a training; after the last, restore the settings."""
-        import torch
-        import torch.utils.deterministic as settings
-
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0:
-                mode, fill, flush = self._before
+    try:
+        yield
+    finally:
+        with _lock:
+            mode, fill, flush = _before.pop()
+            if not _before:
                 torch.set_deterministic_debug_mode(mode)
                 settings.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
                 torch.set_flush_denormal(flush)
-
-
-_held = _Held()
 
 
 def _flushes_denormals() -> bool:

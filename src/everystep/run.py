@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from everystep.errors import StepError, UsageError
-from everystep.recording.directories import RUNS, place_of
+from everystep.recording.directories import place_of
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
 
@@ -542,7 +542,6 @@ class Run(RecordedRun):
             self._number(at),
             changed | dict(settings or {}),
             place,
-            RUNS,
             snapshot_budget,
             without=tuple(sorted({operator.index(row) for row in without_rows})),
             targets=dict(relabel or {}),

@@ -104,10 +104,12 @@ def running(directory, **writer):
 def test_without_locks_the_named_writer_decides(without_locks, tmp_path, capfd):
     parent = running(tmp_path / "alive", process=os.getppid())
     assert RecordedRun(parent).status == "running"
-    with pytest.raises(RunError, match=f"process {os.getppid()} on {platform.node()}"):
-        lock.locked(parent)
+    named = f"process {os.getppid()} on {platform.node()}"
+    with pytest.raises(RunError, match=named), lock.locked(parent):
+        pass
     assert RecordedRun(running(tmp_path / "dead", process=2**31 - 1)).status == "killed"
-    lock.locked(tmp_path / "dead").release()
+    with lock.locked(tmp_path / "dead"):
+        pass
     elsewhere = running(tmp_path / "elsewhere", host="another")
     assert RecordedRun(elsewhere).status == "running"
     for path in elsewhere.iterdir():

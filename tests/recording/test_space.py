@@ -53,6 +53,9 @@ def test_a_removed_run_is_gone_and_its_fork_is_whole(runs, everystep_command):
     assert err.startswith("removed runs/first (")
     assert not (runs / "first").exists()
     assert everystep.open("runs/fork").verify().is_exact
+    assert json.loads(everystep_command("du", "fork", "--json")[1])[0]["others"] == 0
+    assert "still has" not in everystep_command("rm", "fork", "--force")[2]
+    assert not (runs / "fork").exists()
 
 
 def test_files_of_others_stay(runs, everystep_command):

@@ -44,10 +44,7 @@ def dying(monkeypatch):
     def end(recorder):
         recorder._queue.put(None)
         recorder._thread.join()
-        if recorder._repeats is not None:
-            recorder._repeats.close()
-        recorder._database.close()
-        recorder._lock.release()
+        recorder._closing.close()
 
     def put(recorder, job):  # a step is on disk before the next one
         try:
@@ -62,8 +59,8 @@ def dying(monkeypatch):
     def finish_failed(writer, error):
         end(writer.recorder) if isinstance(error, Killed) else failed(writer, error)
 
-    failed, finished = loop._ModelWriter._close_failed, LoopWriter.finish
-    monkeypatch.setattr(loop._ModelWriter, "_close_failed", finish_failed)
+    failed, finished = loop._ModelWriter.close_failed, LoopWriter.finish
+    monkeypatch.setattr(loop._ModelWriter, "close_failed", finish_failed)
     monkeypatch.setattr(LoopWriter, "finish", finish)
     monkeypatch.setattr("everystep.training.writer.STRETCH_SECONDS", 0.0)
     monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)

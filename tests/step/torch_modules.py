@@ -33,9 +33,7 @@ __all__ = [
     "ModuleCase",
     "ModuleWithItsInputs",
     "listed_modules",
-    "make_sample",
     "module_cases",
-    "sample_count",
 ]
 
 #: The modules of torch's list that have no case: name to reason.
@@ -149,14 +147,7 @@ def norm(prediction: Any, y: Tensor) -> Tensor:
     return total.sqrt()
 
 
-def sample_count(name: str) -> int:
-    """Return how many samples torch has of a module."""
-    return len(_samples(listed_modules()[name]))
-
-
-def make_sample(
-    name: str, number: int, *, dtype: torch.dtype = torch.float32, training: bool = True
-) -> Made:
+def make_sample(name: str, number: int) -> Made:
     """Return a model, x, y and the loss of one of a module's samples; the same numbers at every call."""
     info = listed_modules()[name]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -164,9 +155,9 @@ def make_sample(
         warnings.filterwarnings("ignore", "enable_nested_tensor is True, but", UserWarning)
         # A seed of its own for each: one number is positive for ReLU to learn, negative for PReLU.
         torch.manual_seed(SEED + zlib.crc32(info.name.encode()))
-        sample = _samples(info, dtype)[number]
+        sample = _samples(info)[number]
         construction, inputs = sample.constructor_input, sample.forward_input
-        module = info.module_cls(*construction.args, **construction.kwargs).to(dtype).train(training)
+        module = info.module_cls(*construction.args, **construction.kwargs)
         if isinstance(module, LazyModuleMixin):
             # Its parameters come to be when it first sees an input.
             with torch.no_grad():
@@ -177,12 +168,13 @@ def make_sample(
     tensors = list(_tensors((arguments, named)))
     given = next(iter(_floating_tensors(tensors)), tensors[0])
     x = given.unsqueeze(0) if given.dim() == 0 else given
-    model = ModuleWithItsInputs(module, arguments, named, given).train(training)
+    model = ModuleWithItsInputs(module, arguments, named, given)
     return model, x, torch.zeros(len(x)), norm
 
 
-def _samples(info: ModuleInfo, dtype: torch.dtype = torch.float32) -> list[ModuleInput]:
-    return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=True)
+def _samples(info: ModuleInfo) -> list[ModuleInput]:
+    options = {"device": "cpu", "dtype": torch.float32, "requires_grad": False, "training": True}
+    return info.module_inputs_func(info, **options)
 
 
 def _chosen(samples: list[ModuleInput]) -> list[int]:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from everystep.errors import EverystepError, RunError
 from everystep.recording.blocks import BLOCK
-from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import Given, inputs_of, read_contents
 from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import Facts
-from everystep.recording.files import program_file
+from everystep.recording.files import BATCHES, program_file
 from everystep.recording.health import Finding, number_findings
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import SnapshotRow, check_snapshot

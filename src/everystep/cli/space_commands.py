@@ -26,8 +26,7 @@ def du(
     Args:
         directory: A directory of runs, or a run.
     """
-    from everystep.recording.directories import RUNS, find_runs, is_run
-    from everystep.recording.space import spaces_of
+    from everystep.recording.directories import RUNS, find_runs, is_run, spaces_of
     from everystep.views.lists import spaces_text
     from everystep.views.plain import as_json, plain_data
 
@@ -85,8 +84,7 @@ def rm(runs: RunsArgument, force: Annotated[bool, typer.Option("--force", "-f")]
     Args:
         force: Do not ask.
     """
-    from everystep.recording.directories import find_run
-    from everystep.recording.space import remove_run, spaces_of
+    from everystep.recording.directories import find_run, remove_run, spaces_of
     from everystep.views.formatting import counted, size_text
 
     found = spaces_of(iter(dict.fromkeys(find_run(name) for name in runs)))

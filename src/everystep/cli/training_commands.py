@@ -73,7 +73,7 @@ def train(
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
-    from everystep.recording.directories import RUNS, is_run, place_of
+    from everystep.recording.directories import is_run, place_of
     from everystep.recording.recorded_run import RecordedRun
 
     if steps is not None and epochs is not None:
@@ -85,7 +85,7 @@ def train(
     overrides |= {key: value for key, value in shorthands.items() if value is not None}
     loaded = load(experiment, overrides)
 
-    from everystep.training.config import facts_from
+    from everystep.training.description import facts_from
     from everystep.training.from_experiment import train_experiment
 
     said = facts_from(None, tag or ())
@@ -100,7 +100,7 @@ def train(
         asked = Resume(RecordedRun(place), budget=budget, said=said)
         outcome = resume_experiment(asked, progress, loaded)
     else:
-        outcome = train_experiment(loaded, name, place, RUNS, budget, progress, said)
+        outcome = train_experiment(loaded, name, place, budget, progress, said)
     _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)

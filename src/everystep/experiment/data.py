@@ -129,7 +129,9 @@ def make_data(experiment: Experiment, target: Target) -> Data:
         y = torch.randn(data.N, data.D_out)
         return _from_arrays(x.numpy(), y.numpy(), experiment, target)
     if isinstance(data, BundledData):
-        return _from_arrays(*_load_bundled(data.name), experiment, target)
+        file = Path(__file__).parent / "bundled" / f"{data.name}.npz"
+        with np.load(file, allow_pickle=False) as arrays:
+            return _from_arrays(arrays["x"].astype(np.float64), arrays["y"], experiment, target)
     return _from_arrays(*_load_arrays(data), experiment, target)
 
 
@@ -166,42 +168,37 @@ def _from_table(data: TableData, target: Target, seed: int) -> Data:
     from everystep.experiment.table import read_table
 
     table = read_table(data, classes=target == "classes")
-    training, validation = split_rows(table.frame.height, data.validation, seed)
-    preparation = table.fit(training.numpy())
-    x, y = preparation.apply(table.frame[training.numpy()])
-    kept_out = preparation.apply(table.frame[validation.numpy()]) if len(validation) else None
-    return Data(
-        torch.from_numpy(x),
-        torch.from_numpy(y),
-        kept_out and (torch.from_numpy(kept_out[0]), torch.from_numpy(kept_out[1])),
-        preparation,
-        Numbering(None if kept_out is None else seed, table.dropped),
-    )
+    parts = [rows.numpy() for rows in split_rows(table.frame.height, data.validation, seed) if len(rows)]
+    preparation = table.fit(parts[0])
+    prepared = [preparation.apply(table.frame[rows]) for rows in parts]
+    return _data_of(prepared, preparation, seed, table.dropped)
 
 
 def _from_arrays(x: np.ndarray, y: np.ndarray, experiment: Experiment, target: Target) -> Data:
     data = experiment.data
-    training, validation = (
-        rows.numpy() for rows in split_rows(len(x), data.validation, experiment.seed)
-    )
+    split = split_rows(len(x), data.validation, experiment.seed)
+    parts = [rows.numpy() for rows in split if len(rows)]
     preparation = ArrayPreparation.fit(
-        x[training],
+        x[parts[0]],
         y,
         scale=data.scale,
         classes=target == "classes",
         indices=experiment.model.layers[0].startswith("Embedding"),
     )
-    x_training, y_training = map(torch.from_numpy, preparation.apply(x[training], y[training]))
-    x_validation, y_validation = map(torch.from_numpy, preparation.apply(x[validation], y[validation]))
-    kept_out = (x_validation, y_validation) if len(validation) else None
-    numbering = Numbering(None if kept_out is None else experiment.seed)
-    return Data(x_training, y_training, kept_out, preparation, numbering)
+    prepared = [preparation.apply(x[rows], y[rows]) for rows in parts]
+    return _data_of(prepared, preparation, experiment.seed)
 
 
-def _load_bundled(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Load a data set that comes with everystep; the digits are images of one channel (N, 1, 8, 8)."""
-    with np.load(Path(__file__).parent / "bundled" / f"{name}.npz", allow_pickle=False) as arrays:
-        return arrays["x"].astype(np.float64), arrays["y"]
+def _data_of(
+    prepared: list[tuple[np.ndarray, np.ndarray]],
+    preparation: Preparation,
+    seed: int,
+    dropped: tuple[int, ...] = (),
+) -> Data:
+    """Return the data; prepared: x and y of the rows to train on, and of those to validate on, if any."""
+    (x, y), *held_out = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in prepared]
+    validation = held_out[0] if held_out else None
+    return Data(x, y, validation, preparation, Numbering(seed if held_out else None, dropped))
 
 
 def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
@@ -294,19 +291,16 @@ def check_may_be_read(data: DataSpecification) -> None:
     allowed = {str(Path(each).absolute()) for each in given if each}
     files = files_of(data)
     for file in files:
-        if not (file in _named or file in allowed or _is_noted(file)):
+        is_noted = False
+        with suppress(OSError):
+            is_noted = _mark(file).is_file()
+        if not (is_noted or file in _named or file in allowed):
             raise DataError(
                 f"the data is outside of the run, in {file!r:.200}, and a run may come from a stranger; "
                 "everystep reads only files that you have trained on. If you trust the run, allow it: "
                 f"{_ALLOWED}={os.pathsep.join(files):.400}; in Python, everystep.open(run, data=(x, y)) "
                 "takes the data"
             )
-
-
-def _is_noted(file: str) -> bool:
-    with suppress(OSError):
-        return _mark(file).is_file()
-    return False
 
 
 def _mark(file: str) -> Path:

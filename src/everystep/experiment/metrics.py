@@ -43,7 +43,6 @@ class Metric:
 
 
 def _share(right: Tensor) -> Tensor:
-    """Return the share of true values."""
     return right.sum() / right.numel()
 
 

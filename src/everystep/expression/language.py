@@ -72,7 +72,6 @@ def truth(value: Any) -> bool:
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
-    """Return, for each element, `yes` where the condition holds, else `no`."""
     values = condition, yes, no
     if all(map(is_number, values)):
         return yes if condition else no
@@ -127,7 +126,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sign": lambda x: (x > 0) - (x < 0) if is_number(x) else x.sign(),
     "clip": lambda x, low, high: _clip(x, low, high),
     "where": _where,
-    "sum": lambda x: x + 0 if is_number(x) else _sum(x),
+    "sum": lambda x: x + 0 if is_number(x) else (_floating(x) if x.is_floating_point() else x).sum(),
     "mean": lambda x: float(x) if is_number(x) else _floating(x).mean(),
     "std": lambda x: math.nan if _is_single(x) else _floating(x).std(),
     "var": lambda x: math.nan if _is_single(x) else _floating(x).var(),
@@ -181,10 +180,6 @@ def _floating(x: Any) -> Any:
     if is_number(x):
         return x
     return x if x.is_complex() or (x.is_floating_point() and x.element_size() >= 4) else x.float()
-
-
-def _sum(x: Any) -> Any:
-    return (_floating(x) if x.is_floating_point() else x).sum()
 
 
 def _is_single(x: Any) -> bool:

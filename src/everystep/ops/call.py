@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,7 +36,6 @@ __all__ = [
     "numbers_of",
     "product",
     "single",
-    "tensors_in",
 ]
 
 #: Numbers of a piece, in double precision.
@@ -184,7 +183,7 @@ class Call:
         outputs: the names of its results in order.
         place: which of the outputs.
         index: the place of the number there.
-        kind: another operator that it represents, with these arguments.
+        kind: another operator that has the same result, with these arguments.
 
     kind: the name of the operator without what distinguishes its variants: `addmm` of `addmm_`.
     """
@@ -208,12 +207,11 @@ class Call:
         self.index = index
         self.written = outputs[place] or ""
         self.kind = kind or kind_of(operation)
-        self.arguments = _with_defaults(operation) if arguments is None else arguments
-
-    def standing_for(self, kind: str, arguments: dict[str, Any]) -> Call:
-        """Return a call of another operator with the same result."""
-        given = self.operation, self.inputs, self.results, [self.written], 0, self.index
-        return Call(*given, kind, arguments)
+        if arguments is None:
+            known = {each.name: each.default for each in parameters(operation.resolved)}
+            defaults = {k: {"text": v} if isinstance(v, str) else v for k, v in known.items()}
+            arguments = defaults | operation.given()
+        self.arguments = arguments
 
     def __contains__(self, key: str) -> bool:
         return self.arguments.get(key) is not None
@@ -335,20 +333,5 @@ def numbers_of(tensor: Tensor, piece: Piece) -> Numbers:
     return np.broadcast_to(wide.numpy(), piece.size)
 
 
-def _with_defaults(operation: Operation) -> dict[str, Any]:
-    known = parameters(operation.resolved)
-    defaults = {p.name: {"text": p.default} if isinstance(p.default, str) else p.default for p in known}
-    return defaults | operation.given()
-
-
 def _refuse(name: str) -> Tensor:
     raise NoRuleError(f"{name} is a tensor")
-
-
-def tensors_in(value: Any) -> Iterator[str]:
-    """Yield the names of tensors in an argument."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)

@@ -221,7 +221,8 @@ def foreach(call: Call) -> Call:
         arguments.setdefault("alpha", 1)
     if kind in ("addcmul", "addcdiv") and isinstance(arguments.get("value"), str):
         raise NoRuleError("the factors are in a tensor")
-    return call.standing_for(kind, arguments)
+    given = call.operation, call.inputs, call.results, [call.written], 0, call.index
+    return Call(*given, kind, arguments)
 
 
 def _added_line(call: Call) -> str:

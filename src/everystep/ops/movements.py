@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.ops.call import Call, Formula, Made, Piece, tensors_in
+from everystep.ops.call import Call, Formula, Made, Piece
 from everystep.ops.labels import SHARED, SUM, Tracked, broadcast
 from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import MixesError, Result, RowsCall, batched, sum_of
-from everystep.program.arguments import decode
+from everystep.program.arguments import decode, references
 
 __all__ = ["MOVEMENTS", "of_indices"]
 
@@ -37,7 +37,7 @@ def _moved(call: Call, keys: tuple[str, ...]) -> Made:
     """Return where an operator that only moves numbers took the wanted one from."""
     positions: dict[str, Tensor] = {}
     count = 1
-    for name in (name for key in keys for name in tensors_in(call.arguments[key])):
+    for name in (name for key in keys for name in references(call.arguments[key])):
         if name not in positions:
             tensor = call.inputs[name]
             end = count + tensor.numel()
@@ -50,7 +50,7 @@ def _moved(call: Call, keys: tuple[str, ...]) -> Made:
         return Formula("value", settings={"value": call.value("value") or 0}, note="which it fills in")
     name, own = next((n, p) for n, p in positions.items() if bool((p == at).any()))
     index = np.unravel_index(int((own == at).flatten().nonzero()), tuple(own.shape))
-    key = next(k for k in keys if name in tensors_in(call.arguments[k]))
+    key = next(k for k in keys if name in references(call.arguments[k]))
     return Formula(key, {key: Piece(name, tuple(map(int, index)))})
 
 

@@ -130,11 +130,9 @@ class RowsCall:
         given = {name: decode(value, tensor_of) for name, value in self._given.items()} | replaced
         with without_autograd():
             result = self.operation.resolved(**given)
-        return tuple(leaves(result)) if isinstance(result, list) else _as_tuple(result)
-
-
-def _as_tuple(result: Any) -> tuple[Any, ...]:
-    return tuple(result) if isinstance(result, tuple) else (result,)
+        if isinstance(result, list):
+            return tuple(leaves(result))
+        return result if isinstance(result, tuple) else (result,)
 
 
 #: Returns the labels of the results of an operation, in order; raises MixesError.

@@ -30,6 +30,7 @@ def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, A
     return state_data(run, columns.facts, status, columns.steps) | {
         "last_loss": plain_number(float(columns.losses[-1])) if columns.steps else None,
         "measurements": [_measurement(ends) for ends in columns.ends],
+        **landmarks(*(each if columns.facts.has_loss else each[:0] for each in columns.curve(None))),
     }
 
 
@@ -49,7 +50,6 @@ def about_data(
         **live_data(run, columns, run.status_by(facts)),
         "dtype": str(columns.losses.dtype),
         "has_loss": facts.has_loss,
-        **landmarks(*(each if facts.has_loss else each[:0] for each in columns.curve(None))),
         "directory": _argument(run.directory),
         "parent": [facts.fork.parent, facts.fork.at] if facts.fork else None,
         "forks": forks,

@@ -92,7 +92,6 @@ class Live:
     def __init__(self, run_index: RunIndex, columns: Columns) -> None:
         self._run_index = run_index
         self._columns = columns
-        self._watches = Watches()
         self._feeds: dict[str | None, Feed[Any]] = {}
 
     async def run_events(self, name: str, after: int) -> AsyncIterator[str]:
@@ -151,11 +150,10 @@ class Live:
         """Stop watching."""
         for feed in self._feeds.values():
             feed.stop()
-        self._watches.close()
 
     def _feed(self, key: str | None, look: Callable[[], Sight[Any]], pause: float) -> Feed[Any]:
         self._feeds = {known: feed for known, feed in self._feeds.items() if feed.has_listeners}
-        return self._feeds.setdefault(key, Feed(look, self._watches, pause))
+        return self._feeds.setdefault(key, Feed(look, pause))
 
     def _look_at(self, name: str) -> Sight[RunSight | None]:
         folder_of_all = self._run_index.directory
@@ -188,14 +186,13 @@ class Live:
 class Feed(Generic[Content]):
     """Reads something when it changes, once for all listeners, and only while there are any."""
 
-    def __init__(self, look: Callable[[], Sight[Content]], watches: Watches, pause: float) -> None:
+    def __init__(self, look: Callable[[], Sight[Content]], pause: float) -> None:
         self._look = look
-        self._watches = watches
         self._pause = pause
         self._listeners: set[asyncio.Event] = set()
         self._seen: list[Content] = []
         self._changed = asyncio.Event()
-        self._directories: set[Path] = set()
+        self._watches = Watches(self._changed)
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -226,7 +223,7 @@ class Feed(Generic[Content]):
             self._task.cancel()
         self._task = None
         self._seen = []
-        self._watch(set())
+        self._watches.close()
 
     async def _contents(self, news: asyncio.Event) -> AsyncIterator[Content]:
         while True:
@@ -240,7 +237,7 @@ class Feed(Generic[Content]):
         while True:
             self._changed.clear()
             sight = await asyncio.to_thread(self._look)
-            is_complete = self._watch(sight.directories)
+            is_complete = self._watches.watch(sight.directories)
             if self._seen != [sight.content]:
                 self._seen = [sight.content]
                 self._tell()
@@ -254,18 +251,6 @@ class Feed(Generic[Content]):
     def _tell(self) -> None:
         for news in self._listeners:
             news.set()
-
-    def _watch(self, directories: set[Path]) -> bool:
-        """Watch exactly these directories; return whether all of them can be watched."""
-        kept = {each for each in self._directories & directories if self._watches.holds(each)}
-        for directory in self._directories - kept:
-            self._watches.remove(directory, self._changed)
-        new = directories - kept
-        added = {directory for directory in new if self._watches.add(directory, self._changed)}
-        if added:
-            self._changed.set()  # it may have changed between the look and now
-        self._directories = kept | added
-        return added == new
 
 
 def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:

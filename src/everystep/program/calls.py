@@ -77,6 +77,7 @@ def prebuilt_calls(
 
     Make and call them inside `without_autograd`.
     """
+    arguments = _numbers_in_tensors(operator, arguments, results)
     if _writes_in_place(operator):
         return [partial(_quickest(operator, arguments, keywords), *arguments, **keywords)]
     if len(results) == 1 and results[0] is not None and not keywords:
@@ -104,6 +105,26 @@ def late_calls(
         function(*arguments, **keywords)
 
     return [call]
+
+
+def _numbers_in_tensors(
+    operator: Any, arguments: list[Any], results: Sequence[Tensor | None]
+) -> list[Any]:
+    """Return arguments with tensors for numbers that replace one: torch would make one at each call.
+
+    All others have the same dtype, so the number is rounded as torch does. Numbers of fewer bits are
+    computed with in more, which a number is, but not a tensor.
+    """
+    tensors = [each for each in flattened([*arguments, *results]) if isinstance(each, Tensor)]
+    kinds = {(each.dtype, each.device.type) for each in tensors}
+    if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
+        return arguments
+    return [
+        torch.tensor(value, dtype=tensors[0].dtype)
+        if type(value) in (int, float) and str(parameter.type) == "Tensor"
+        else value
+        for value, parameter in zip(arguments, operator._schema.arguments, strict=False)
+    ]
 
 
 def _writes_in_place(operator: Any) -> bool:

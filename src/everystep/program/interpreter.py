@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
@@ -69,6 +70,22 @@ class Interpreter:
             for name, spec in program.tensors.items()
             if program.storages[spec.storage].kind == "input"
         }
+
+    def at(self, numbers: Sequence[Number]) -> tuple[Interpreter, list[Number]]:
+        """Return the interpreter of one step, and the numbers of the operations of its program.
+
+        numbers: of the step: where its tensors lie that move, and those of its operations.
+
+        Raises:
+            ProgramError: a tensor lies outside of its memory.
+        """
+        count = len(self.program.moves)
+        if not count:
+            return self, [*numbers]
+        other = copy(self)
+        other.program = self.program.placed(numbers[:count])
+        other.inputs = {name: other.program.tensors[name] for name in self.inputs}
+        return other, [*numbers[count:]]
 
     @cached_property
     def written(self) -> list[list[str]]:

@@ -28,8 +28,11 @@ Number = int | float
 READ = "aten._local_scalar_dense.default"
 #: Operators with `Scalar` arguments that decide the shape of their result.
 _SHAPED_BY_NUMBERS = {"arange", "range"}
-#: Whole numbers that bound a draw.
-_BOUNDS = {"randint": {"low", "high"}, "randint_like": {"low", "high"}, "random_": {"from", "to"}}
+#: Whole numbers that bound a draw, or that only say which part of a tensor a gradient belongs to.
+_INTEGERS = {
+    **{"randint": {"low", "high"}, "randint_like": {"low", "high"}, "random_": {"from", "to"}},
+    **{"select_backward": {"index"}, "slice_backward": {"start", "end"}},
+}
 
 
 @cache
@@ -40,12 +43,12 @@ def _slots(operator: Any) -> frozenset[str]:
     name = operator.overloadpacket.__name__
     if name in _SHAPED_BY_NUMBERS:
         return frozenset()
-    bounds: set[str] = _BOUNDS.get(name, set())
+    integers: set[str] = _INTEGERS.get(name, set())
     # A number may replace a tensor, too.
     kinds = ("number", "float", "Tensor")
     held = [f"{holder}[{kind}]" for holder in ("Optional", "List") for kind in kinds]
     return frozenset(
-        p.name for p in parameters(operator) if p.kind in (*kinds, *held) or p.name in bounds
+        p.name for p in parameters(operator) if p.kind in (*kinds, *held) or p.name in integers
     )
 
 

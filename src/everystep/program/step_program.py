@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -50,13 +51,13 @@ class Program(StrictModel):
     loss: the name of the loss, None if the step has none; gradients: of each parameter's gradient;
     activations: of each module's output, by the module's path; logged: of other logged numbers; ends:
     the tensor of a state name after the step, if it differs from before; gone: names of the state that
-    the step removed; left_out: how many operations gave Python something, and are left out since no
-    result of the step needs them; lines: of the code that called the operations, when a step did so
-    first; sources: the SHA-256 of their files.
+    the step removed; moves: the tensors that lie at other places in each step; left_out: how many
+    operations gave Python something, and are left out since no result of the step needs them; lines: of
+    the code that called the operations, when a step did so first; sources: the SHA-256 of their files.
 
-    It repeats one observed step: its numbers (`Scalar` and `float` arguments) belong to that step. It
-    may read numbers, and the shapes of its results may depend on values: their use in Python shows in
-    the operations that follow.
+    It repeats one observed step, and has its numbers: the offsets of `moves`, then `Scalar` and `float`
+    arguments. It may read numbers, and the shapes of its results may depend on values: their use in
+    Python shows in the operations that follow.
     """
 
     format: Literal["everystep program"] = "everystep program"
@@ -71,6 +72,7 @@ class Program(StrictModel):
     logged: dict[str, Name] = Field(default_factory=dict)
     ends: dict[Name, Name] = Field(default_factory=dict)
     gone: tuple[Name, ...] = ()
+    moves: tuple[Name, ...] = ()
     left_out: int = Field(default=0, ge=0)
     lines: tuple[SourceLine, ...] = ()
     sources: dict[str, str] = Field(default_factory=dict)
@@ -104,6 +106,25 @@ class Program(StrictModel):
             made = [first.get(self.tensors[name].storage, -1) for name in names]
             latest = found[path] = max([latest, last.get(path, -1), *made])
         return found
+
+    def placed(self, offsets: Sequence[Any]) -> Program:
+        """Return the program with the tensors that move where they lie in a step.
+
+        offsets: of each, in elements.
+
+        Raises:
+            ProgramError: there are more or fewer, or one lies outside of its memory.
+        """
+        tensors = dict(self.tensors)
+        try:
+            for name, offset in zip(self.moves, offsets, strict=True):
+                if type(offset) is not int or offset < 0:
+                    raise ValueError(f"{name} cannot lie at {offset}")
+                tensors[name] = tensors[name].model_copy(update={"offset": offset})
+                tensors[name].check(name, self.storages)
+        except ValueError as error:
+            raise ProgramError(f"the views of the step do not fit its program: {error}") from None
+        return self.model_copy(update={"tensors": tensors})
 
     def storage_of(self, tensor: str) -> Storage:
         """Return the storage of a tensor."""
@@ -187,7 +208,8 @@ class Program(StrictModel):
         shown = [name for names in self.activations.values() for name in names]
         loss = () if self.loss is None else (self.loss,)
         logged = self.logged.values()
-        for name in (*loss, *logged, *self.gradients.values(), *shown, *self.ends.values()):
+        named = *self.gradients.values(), *shown, *self.ends.values(), *self.moves
+        for name in (*loss, *logged, *named):
             if name not in self.tensors:
                 raise ValueError(f"unknown tensor {name!r}")
         for parameter, name in self.gradients.items():

@@ -22,6 +22,7 @@ __all__ = [
     "APPLICATION_ID",
     "FILE_NAME",
     "LOCK_NAME",
+    "LOGS",
     "LONGEST_VALUE",
     "SCHEMA_VERSION",
     "SPARE_NAME",
@@ -35,7 +36,7 @@ FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -94,8 +95,8 @@ CREATE TABLE blocks (
 ) WITHOUT ROWID;
 """
 
-#: What SQLite adds to the name of a database for its logs.
-_LOGS = "-wal", "-journal"
+#: What SQLite adds to the name of a database for its logs, and for the index of one.
+LOGS = "-wal", "-journal", "-shm"
 #: Nanoseconds of the coarsest clock of a file system with times below a second.
 _TICK = 50_000_000
 #: Seconds that another program may lock the database; everystep's writer never makes readers wait.
@@ -183,7 +184,7 @@ def _statuses(path: Path) -> dict[str, os.stat_result]:
             the other end of a pipe.
     """
     found: dict[str, os.stat_result] = {}
-    for suffix in ("", *_LOGS, "-shm"):
+    for suffix in ("", *LOGS):
         file = Path(f"{path}{suffix}")
         try:
             status = found[suffix] = file.lstat()

@@ -17,6 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, repeat
 from pathlib import Path
@@ -29,9 +30,8 @@ from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
 from everystep.recording.database import Database, Place, Repeat
 from everystep.recording.facts import NotKeptFacts
-from everystep.recording.files import bytes_of, open_own
-from everystep.recording.keep import Keep
-from everystep.recording.outlook import RECENT
+from everystep.recording.files import BATCHES, bytes_of, open_own
+from everystep.recording.keep import RECENT, Keep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,6 @@ __all__ = [
 
 #: Bytes of batches and other inputs that a run may keep, by default.
 DEFAULT_BATCH_BUDGET = 2_000_000_000
-FOLDER = "batches"
 #: Prefix of the names of random generators before a batch was drawn: a resume needs them, no replay.
 DRAW = "draw/"
 #: The budget is divided into so many files.
@@ -216,17 +215,16 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
             f"{directory} has an input of unknown dtype {given.dtype!r:.40}: the database was changed"
         )
     size = math.prod(given.shape) * dtype.itemsize
+    kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
     pieces = [places[digest] for digest in given.digests]
     if len(pieces) == 1 and pieces[0].source is not None and size <= MEMORY:
         if pieces[0].source not in places:
             return None
-        kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
         content = _read_cut(directory, kind, pieces[0], places[pieces[0].source], size)
-        return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
-    if sum(piece.size for piece in pieces) != size or size > MEMORY:
-        raise RunError(f"{directory / FOLDER} was changed after recording: an input has another size")
-    kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
-    content = b"".join(_read_piece(directory, kind, piece) for piece in pieces)
+    elif sum(piece.size for piece in pieces) == size <= MEMORY:
+        content = b"".join(_read_piece(directory, kind, piece) for piece in pieces)
+    else:
+        raise RunError(f"{directory / BATCHES} was changed after recording: an input has another size")
     if not content:
         return torch.empty(given.shape, dtype=dtype)
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
@@ -248,7 +246,7 @@ def _read_cut(directory: Path, kind: bytes, piece: Place, source: Place, size: i
 
 def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> bytes:
     """Return the bytes at places in a file of batches, `size` at each; none if it is too short."""
-    name = f"{FOLDER}/{file}.bin"
+    name = f"{BATCHES}/{file}.bin"
     try:
         with open_own(directory, name) as opened:
             if max(places, default=0) + size > os.fstat(opened.fileno()).st_size:
@@ -266,7 +264,7 @@ def _checked(directory: Path, kind: bytes, piece: Place, content: bytes) -> byte
         RunError: it is another one.
     """
     if _digest(kind, content) != piece.digest:
-        name = directory / FOLDER / f"{piece.file}.bin"
+        name = directory / BATCHES / f"{piece.file}.bin"
         raise RunError(f"{name} was changed after recording: the digest of an input differs")
     return content
 
@@ -289,6 +287,20 @@ class Taken(NamedTuple):
     digests: dict[str, str]
     count: int = 1  # type: ignore[assignment]  # the method of tuples is not needed
     cuts: Mapping[str, Cut] = MappingProxyType({})
+
+
+@dataclass
+class _BatchFile:
+    """A file of batches: its bytes, the step at which it was begun (0 if unknown), and its uses.
+
+    newest_step: the last that needs it to open, 0 for none; draws: the first and the last with draws in
+    it, noted only where steps are given up.
+    """
+
+    size: int = 0
+    begun: int = 0
+    newest_step: int = 0
+    draws: tuple[int, int] = (0, 0)
 
 
 class Repeats:
@@ -318,41 +330,33 @@ class Repeats:
         self.lost_to = self._bytes = 0
         self.recent: deque[int] = deque(maxlen=RECENT)
         self._database = database
-        self._folder = directory / FOLDER
+        self._folder = directory / BATCHES
         self._budget = budget
         self._recorded = recorded
         self._keep = keep
         self._is_kept = is_kept
         #: The files that are being written: of draws, which may have to stay longer, and of the others.
         self._open: dict[bool, tuple[int, BinaryIO]] = {}
-        self._number = 0
-        self._known: dict[bytes, int] = {}
-        #: The digest of the data that a content was cut out of.
-        self._sources: dict[bytes, bytes] = {}
-        self._sizes: dict[int, int] = {}
-        self._newest_step: dict[int, int] = {}
-        #: The step at which a file was begun, as far as known.
-        self._begun: dict[int, int] = {}
-        #: The first and the last step with draws in a file, where steps are given up.
-        self._draws: dict[int, tuple[int, int]] = {}
+        self._files: dict[int, _BatchFile] = {}
+        #: Of each content its file, and the digest of the data that it was cut out of, if it was.
+        self._known: dict[bytes, tuple[int, bytes | None]] = {}
         self._rows: list[Place] = []
         self._removed: list[int] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
-        for digest, file, place, size, source in database.all_contents():
-            self._known[digest] = file
-            if source is not None:
-                self._sources[digest] = source
-            self._sizes[file] = max(self._sizes.get(file, 0), place + size)
-            self._number = max(self._number, file)
+        shared: dict[tuple[int, bytes | None], tuple[int, bytes | None]] = {}  # there may be millions
+        for digest, number, place, size, source in database.all_contents():
+            self._known[digest] = shared.setdefault((number, source), (number, source))
+            file = self._files.setdefault(
+                number, _BatchFile(newest_step=recorded if keep is None else 0)
+            )
+            file.size = max(file.size, place + size)
+        self._number = max(self._files, default=0)
         self._forget_cut()
-        if keep is None:
-            self._newest_step = dict.fromkeys(self._sizes, recorded)
-            return
-        for row in database.repeats(1):
+        for row in () if keep is None else database.repeats(1):
             for name, each in inputs_of(row.inputs, f"step {row.step}").given.items():
-                self._use(row.last, name, self._files(each.digests))
+                self._use(row.last, name, self._files_of(each.digests))
 
     def write(self, rows: Sequence[Taken], compare: Callable[[list[Repeat]], list[Repeat]]) -> None:
         """Write steps. compare: compares steps that the run already has, and returns the new ones.
@@ -395,11 +399,11 @@ class Repeats:
     @property
     def size(self) -> int:
         """The bytes of all contents on the disk."""
-        return sum(self._sizes.values())
+        return sum(file.size for file in self._files.values())
 
     def move(self, directory: Path) -> None:
         """Write further files in another place: the run's directory was moved."""
-        self._folder = directory / FOLDER
+        self._folder = directory / BATCHES
 
     def close(self) -> None:
         """Close the files. Data that did not fit on the disk belongs to no recorded step."""
@@ -419,15 +423,20 @@ class Repeats:
                 if draws.given and (row.step == 1 or row.step >= since):
                     kept = row._replace(program=None, numbers=None, inputs=draws.packed())
                     self._database.enter([kept])
-        written = {number for number, _ in self._open.values()}
-        self._drop([file for file in self._sizes.keys() - written if not self._is_needed(file, resumed)])
+        closed = self._closed_files().items()
+        self._drop([number for number, file in closed if not self._is_needed(file, resumed)])
 
-    def _is_needed(self, file: int, resumed: Sequence[tuple[int, int]]) -> bool:
-        first, last = self._draws.get(file, (0, 0))
+    def _is_needed(self, file: _BatchFile, resumed: Sequence[tuple[int, int]]) -> bool:
+        first, last = file.draws
         # Workers that stay from epoch to epoch were started with the first draw.
         if first == 1 or any(begin <= last and first <= end for begin, end in resumed if last):
             return True
-        return file in self._newest_step and self._is_kept(self._newest_step[file])
+        return file.newest_step > 0 and self._is_kept(file.newest_step)
+
+    def _closed_files(self) -> dict[int, _BatchFile]:
+        """Return the files that are complete, by number."""
+        written = {number for number, _ in self._open.values()}
+        return {number: file for number, file in self._files.items() if number not in written}
 
     def remove_files(self) -> None:
         """Remove the files that were given up, once the database does not name them."""
@@ -447,24 +456,24 @@ class Repeats:
 
         step: the last one.
         """
-        for is_draw, (number, file) in [*self._open.items()]:
-            file.flush()
-            first = self._begun[number]
-            is_old = self._keep is not None and step - first >= self._keep.chunk
-            is_first = is_draw and first == 1  # which stays
-            if is_old or is_first or self._sizes[number] >= self._budget / FILES:
-                file.close()
+        for is_draw, (number, opened) in [*self._open.items()]:
+            opened.flush()
+            file = self._files[number]
+            is_old = self._keep is not None and step - file.begun >= self._keep.chunk
+            is_first = is_draw and file.begun == 1  # which stays
+            if is_old or is_first or file.size >= self._budget / FILES:
+                opened.close()
                 del self._open[is_draw]
         self._database.enter(self._rows)
         self._rows = []
         self._given = {place: each for place, each in self._given.items() if each[0]() is not None}
-        while self.size > self._budget and (
-            closed := self._sizes.keys() - {self._number, *(number for number, _ in self._open.values())}
-        ):
-            last_use = self._newest_step
-            oldest = min(closed, key=lambda file: (file in self._draws, last_use.get(file, 0), file))
-            self.lost_to = max(self.lost_to, self._newest_step.get(oldest, 0))
-            self._drop([oldest])
+        # The newest file stays: the steps just taken need it.
+        old = {n: file for n, file in self._closed_files().items() if n != self._number}
+        for number in sorted(old, key=lambda n: (old[n].draws > (0, 0), old[n].newest_step, n)):
+            if self.size <= self._budget:
+                break
+            self.lost_to = max(self.lost_to, old[number].newest_step)
+            self._drop([number])
 
     def _add_once(self, step: int, name: str, tensor: Tensor, cut: Cut | None = None) -> Given:
         """Add a tensor; skip one that was added before and is still alive. cut: out of data."""
@@ -477,7 +486,7 @@ class Repeats:
         may_be_old = is_draw or self._keep is None
         new = dict(zip(given.digests, pieces, strict=True))
         for digest in [digest for digest in new if digest in self._known]:
-            if may_be_old or self._are_fresh(self._files([digest]), step):
+            if may_be_old or self._are_fresh(self._files_of([digest]), step):
                 del new[digest]
         if new and step > self._recorded:
             places = None if cut is None else self._places(step, pieces[0], cut)
@@ -485,10 +494,9 @@ class Repeats:
                 self._write(step, is_draw, new)
             else:
                 self._write(step, is_draw, {given.digests[0]: places[0]}, places[1])
-        known_files = {*map(self._known.get, given.digests)}
-        files = self._files(given.digests)
+        files = self._files_of(given.digests)
         self._use(step, name, files)
-        if files == known_files:
+        if self._known.keys() >= {*given.digests}:
             self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
 
@@ -509,31 +517,32 @@ class Repeats:
         (digest,) = self._add_once(step, "source", cut.source).digests
         places = memoryview(begins.astype(_PLACE).tobytes())
         # Data that is kept as places itself would be places in places.
-        is_whole = digest in self._known and digest not in self._sources
-        return (places, digest) if is_whole else None
+        _, source_of_data = self._known.get(digest, (0, digest))
+        return (places, digest) if source_of_data is None else None
 
-    def _files(self, digests: Iterable[bytes]) -> set[int]:
+    def _files_of(self, digests: Iterable[bytes]) -> set[int]:
         """Return the files that hold contents, and the data that these were cut out of."""
-        known, sources = self._known, self._sources
-        found = {known[digest] for digest in digests if digest in known}
-        return found | {known[sources[digest]] for digest in digests if sources.get(digest) in known}
+        found = {self._known[digest] for digest in digests if digest in self._known}
+        sources = (source for _, source in found if source is not None)
+        return {file for file, _ in found} | {self._known[each][0] for each in sources}
 
     def _are_fresh(self, files: set[int], step: int) -> bool:
         """Return whether steps may refer to files; old ones could not be given up then."""
         newest = self._keep and self._keep.newest
-        are_old = newest is not None and any(step - self._begun.get(each, 0) > newest for each in files)
-        return files <= self._sizes.keys() and not are_old
+        known = [self._files[each] for each in files if each in self._files]
+        are_old = newest is not None and any(step - file.begun > newest for file in known)
+        return len(known) == len(files) and not are_old
 
     def _is_draw(self, name: str) -> bool:
         return self._keep is not None and name.startswith(DRAW)
 
     def _use(self, step: int, name: str, files: set[int]) -> None:
         """Note that a step has an input in files."""
-        for file in files:
+        for file in map(self._files.__getitem__, files):
             if self._is_draw(name):
-                self._draws[file] = self._draws.get(file, (step, step))[0], step
+                file.draws = file.draws[0] or step, step
             else:
-                self._newest_step[file] = step
+                file.newest_step = step
 
     def _write(
         self,
@@ -546,38 +555,30 @@ class Repeats:
         if is_draw not in self._open:
             self._number += 1
             self._folder.mkdir(exist_ok=True)
-            opened = (self._folder / f"{self._number}.bin").open("wb")
-            self._open[is_draw] = self._number, opened
-            self._begun[self._number] = step
-            self._sizes[self._number] = 0
-        number, file = self._open[is_draw]
+            path = self._folder / f"{self._number}.bin"
+            self._open[is_draw] = self._number, path.open("wb")
+            self._files[self._number] = _BatchFile(begun=step)
+        number, opened = self._open[is_draw]
+        file = self._files[number]
         size = len(next(iter(pieces.values())))  # of each
-        places = zip(pieces, repeat(number), count(self._sizes[number], size), repeat(size))
+        places = zip(pieces, repeat(number), count(file.size, size), repeat(size))
         self._rows += [Place(*place, source) for place in places]
-        file.writelines(pieces.values())
-        self._sizes[number] += size * len(pieces)
+        opened.writelines(pieces.values())
+        file.size += size * len(pieces)
         self._bytes += size * len(pieces)
-        self._known |= dict.fromkeys(pieces, number)
-        for digest in self._sources.keys() & pieces.keys():
-            del self._sources[digest]
-        if source is not None:
-            self._sources |= dict.fromkeys(pieces, source)
+        self._known |= dict.fromkeys(pieces, (number, source))
 
     def _forget_cut(self) -> None:
         """Forget contents that were cut out of data which is gone."""
-        known, sources = self._known, self._sources
-        lost = {digest for digest, source in sources.items() if source not in known}
-        self._known = {digest: file for digest, file in known.items() if digest not in lost}
-        self._sources = {digest: source for digest, source in sources.items() if digest in self._known}
+        sources = {source for _, source in self._known.values()} - self._known.keys() - {None}
+        if sources:
+            self._known = {d: place for d, place in self._known.items() if place[1] not in sources}
 
     def _drop(self, files: Sequence[int]) -> None:
         """Give up the contents in files."""
         for file in files:
-            del self._sizes[file]
-            self._begun.pop(file, None)
-            self._newest_step.pop(file, None)
-            self._draws.pop(file, None)
+            del self._files[file]
             self._database.remove_contents(file)
-        self._known = {digest: file for digest, file in self._known.items() if file in self._sizes}
+        self._known = {d: place for d, place in self._known.items() if place[0] in self._files}
         self._forget_cut()
         self._removed += files

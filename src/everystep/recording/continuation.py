@@ -15,13 +15,19 @@ from typing import Any
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError, say
 from everystep.recording.blocks import LOSS, series_of
-from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
 from everystep.recording.facts import EarlierFacts
-from everystep.recording.files import CHANGES, PROGRAMS, SNAPSHOTS, take_file
-from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.snapshots import SnapshotPlan, SnapshotRow, read_snapshot, snapshots_in
+from everystep.recording.files import (
+    BATCHES,
+    CHANGES,
+    EXPERIMENT_FILE,
+    PROGRAMS,
+    SNAPSHOTS,
+    take_file,
+)
+from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.snapshots import SnapshotPlan, read_snapshot, snapshots_in
 
 __all__ = ["Continuation", "inherit", "shortened", "tidy"]
 
@@ -213,11 +219,6 @@ def inherit(
     }
     if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
         kept["nonfinite_step"] = facts.nonfinite_step
-    kept["not_kept"] = tuple(
-        each.model_copy(update={"last": min(each.last, at)})
-        for each in facts.not_kept
-        if each.first <= at
-    )
     if facts.batches_lost_to is not None:
         kept["batches_lost_to"] = min(facts.batches_lost_to, at)
     return kept
@@ -232,11 +233,15 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
         recorded: the newest step that stays.
         at: the state that the training continues from; it writes later ones again.
     """
-    removed = [
-        row.step
-        for row in database.snapshots()
-        if row.step > recorded or (row.step > at and not _is_sound(directory, row))
-    ]
+    removed = []
+    for row in database.snapshots():
+        try:
+            if row.step > at:
+                read_snapshot(directory, row)
+            if row.step > recorded:
+                removed.append(row.step)
+        except RunError:
+            removed.append(row.step)
     with database.transaction():
         database.forget_after(recorded)
         database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in removed)
@@ -253,11 +258,3 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()
-
-
-def _is_sound(directory: Path, row: SnapshotRow) -> bool:
-    try:
-        read_snapshot(directory, row)
-    except RunError:
-        return False
-    return True

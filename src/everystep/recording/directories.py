@@ -1,4 +1,4 @@
-"""Directories of runs: found by name, created, and followed while a run is written."""
+"""Directories of runs: found, created, measured, removed, and followed while a run is written."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ import itertools
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from everystep.errors import RecordingError, RunError, did_you_mean
 from everystep.recording.connection import LOCK_NAME, SPARE_NAME
-from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.database import FILE_NAME, reading
-from everystep.recording.files import CHANGES
+from everystep.recording.files import BATCHES, CHANGES, PROGRAMS, SNAPSHOTS
 from everystep.recording.lock import locked
 
 __all__ = [
     "RUNS",
     "GoneError",
     "Home",
+    "Space",
     "create_directory",
     "find_run",
     "find_runs",
     "is_run",
     "place_of",
+    "remove_run",
     "remove_unbegun",
+    "spaces_of",
 ]
 
-_OWN = {"snapshots", "programs", BATCHES, CHANGES, LOCK_NAME, SPARE_NAME}
 RUNS = Path("runs")
+#: The folders of a run, and what their files are for: see `Space`.
+_FOLDERS = {SNAPSHOTS: "snapshots", PROGRAMS: "programs", BATCHES: "batches", CHANGES: "batches"}
+#: Files of a run outside of them, in addition to those of its database. A fork has several of each.
+_DATA = re.compile(r"data(-\d+)?\.safetensors|experiment(-\d+)?\.toml")
 
 
 def is_run(directory: Path) -> bool:
@@ -45,30 +53,30 @@ def is_run(directory: Path) -> bool:
         raise RunError(f"{str(directory)!r:.200} cannot be read: {error.strerror}") from None
 
 
-def find_run(name: str | Path, runs: Path = RUNS) -> Path:
-    """Return the directory of a run: a path, or a name under `runs`.
+def find_run(name: str | Path) -> Path:
+    """Return the directory of a run: a path, or a name under `RUNS`.
 
     Raises:
         RunError: the run does not exist; the message names the most similar one.
     """
-    for candidate in (Path(name), runs / name):
+    for candidate in (Path(name), RUNS / name):
         if is_run(candidate):
             return candidate
     if Path(name).exists():
         raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
-    known = [path.parent.name for path in runs.glob(f"*/{FILE_NAME}")]
-    cure = (
-        did_you_mean(str(name), known) if known else f"{runs}/ has no runs; run `everystep train` first"
-    )
-    raise RunError(f"no run {str(name)!r:.200}; {cure or 'run `everystep runs` to list them'}")
+    known = [path.parent.name for path in RUNS.glob(f"*/{FILE_NAME}")]
+    cure = f"{RUNS}/ has no runs; run `everystep train` first"
+    if known:
+        cure = did_you_mean(str(name), known) or "run `everystep runs` to list them"
+    raise RunError(f"no run {str(name)!r:.200}; {cure}")
 
 
-def place_of(run: str | Path | None, runs: Path = RUNS) -> Path | None:
-    """Return the directory for a new run: of a name one under `runs`; all else is a path."""
+def place_of(run: str | Path | None) -> Path | None:
+    """Return the directory for a new run: of a name one under `RUNS`; all else is a path."""
     if run is None:
         return None
     is_name = isinstance(run, str) and run not in ("", "..") and Path(run).name == run
-    return runs / run if is_name else Path(run)
+    return RUNS / run if is_name else Path(run)
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
@@ -94,7 +102,7 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
-def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
+def create_directory(directory: Path | None, name: str) -> Path:
     """Create a run's directory: that one, or the next free `runs/name-1`, `runs/name-2`, ...
 
     Raises:
@@ -103,7 +111,7 @@ def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
     """
     if directory is not None:
         _check_name(directory)
-    candidates = [directory] if directory else (runs / f"{name}-{n}" for n in itertools.count(1))
+    candidates = [directory] if directory else (RUNS / f"{name}-{n}" for n in itertools.count(1))
     for candidate in candidates:
         try:
             candidate.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +156,91 @@ def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
     )
 
 
+class Space(NamedTuple):
+    """What a run takes on the disk, in bytes; a file that several runs share counts for the first.
+
+    database: losses, measurements, facts and what differs from step to step; batches: by content, and
+    what the loop changed between steps; data: the rows to train on; others: files that are not
+    everystep's; keep: which steps the recording was asked to keep, None for all.
+    """
+
+    name: str
+    directory: Path
+    total: int = 0
+    snapshots: int = 0
+    batches: int = 0
+    data: int = 0
+    programs: int = 0
+    database: int = 0
+    others: int = 0
+    keep: str | None = None
+
+
+def spaces_of(directories: Iterator[Path]) -> list[Space]:
+    """Return what each run takes, the largest first."""
+    seen: set[tuple[int, int]] = set()
+    return sorted((_space_of(each, seen) for each in directories), key=lambda each: -each.total)
+
+
+def _space_of(directory: Path, seen: set[tuple[int, int]]) -> Space:
+    """Return what a run takes. seen: files that were counted, by device and number."""
+    sizes = dict.fromkeys(("snapshots", "batches", "data", "programs", "database", "others"), 0)
+    for folder, _, names in os.walk(directory):
+        place = Path(folder).relative_to(directory)
+        for name in names:
+            try:
+                about = (Path(folder) / name).lstat()
+            except OSError:  # a training has just removed it
+                continue
+            key = about.st_dev, about.st_ino
+            if stat.S_ISREG(about.st_mode) and key not in seen:
+                seen.add(key)
+                blocks = getattr(about, "st_blocks", None)
+                sizes[_kind(place / name)] += about.st_size if blocks is None else 512 * blocks
+    keep = None
+    with suppress(RunError), reading(directory / FILE_NAME) as database:
+        keep = database.facts().keep
+    return Space(directory.resolve().name, directory, sum(sizes.values()), **sizes, keep=keep)
+
+
+def _kind(path: Path) -> str:
+    """Return what a file of a run is for. path: in the run."""
+    first = path.parts[0]
+    if len(path.parts) > 1:
+        return _FOLDERS.get(first, "others")
+    if first.startswith(FILE_NAME) or first in (LOCK_NAME, SPARE_NAME):
+        return "database"
+    return "data" if _DATA.fullmatch(first) else "others"
+
+
+def remove_run(directory: Path) -> list[str]:
+    """Remove the files of a run that everystep wrote; return the names of those that are left.
+
+    Forks stay whole: they have all files that they need.
+
+    Raises:
+        RunError: another process is writing the run.
+        RecordingError: a file cannot be removed.
+    """
+    try:
+        with locked(directory):
+            # Without its database it is not a run, whatever happens next.
+            for path in sorted(
+                directory.iterdir(), key=lambda path: not path.name.startswith(FILE_NAME)
+            ):
+                if path.name in _FOLDERS and path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK_NAME and _kind(Path(path.name)) != "others":
+                    path.unlink()
+        (directory / LOCK_NAME).unlink(missing_ok=True)
+        left = sorted(path.name for path in directory.iterdir())
+        if not left:
+            directory.rmdir()
+    except OSError as error:
+        raise RecordingError(f"{error.filename} cannot be removed: {error.strerror}") from None
+    return left
+
+
 def remove_unbegun(directory: Path) -> bool:
     """Return whether a run has not begun: it does not exist, or has neither a step nor a state.
 
@@ -164,14 +257,12 @@ def remove_unbegun(directory: Path) -> bool:
             if database.newest_step() or database.snapshots():
                 return False
     names = {path.name for path in directory.iterdir()}
-    if any(name not in _OWN and not name.startswith(FILE_NAME) for name in names):
+    # Data and experiments may be the user's.
+    if any(name not in _FOLDERS and _kind(Path(name)) != "database" for name in names):
         return True  # creating the run there reports that the directory exists
     try:
-        lock = locked(directory)
-        try:
+        with locked(directory):
             shutil.rmtree(directory)
-        finally:
-            lock.release()
     except OSError as error:
         raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None
     return True

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -24,21 +24,23 @@ import xxhash
 
 from everystep.bounded import MEMORY, open_regular, parse_json, read_regular
 from everystep.errors import RunError
+from everystep.recording.connection import FILE_NAME, LOCK_NAME, LOGS
 from everystep.recording.facts import DataFileFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "BATCHES",
     "CHANGES",
     "DATA_FILE",
     "DATA_LIMIT",
+    "EXPERIMENT_FILE",
     "PROGRAMS",
     "SNAPSHOTS",
     "Change",
     "FileRow",
     "bytes_of",
-    "changes_in",
     "check_data",
     "check_writable_files",
     "completed",
@@ -46,7 +48,6 @@ __all__ = [
     "open_own",
     "own_path",
     "program_file",
-    "read_change",
     "read_data",
     "read_file",
     "read_tensors",
@@ -58,18 +59,18 @@ __all__ = [
     "write_whole",
 ]
 
-CHANGES, PROGRAMS, SNAPSHOTS = "changes", "programs", "snapshots"
+BATCHES, CHANGES, PROGRAMS, SNAPSHOTS = "batches", "changes", "programs", "snapshots"
 #: Names of files that belong to a step.
 _OF_STEP = re.compile(rf"(?:{CHANGES}|{SNAPSHOTS})/(\d{{1,18}})[./].+")
 #: The key of plain data in the metadata of a safetensors file.
 _ABOUT = "everystep"
 #: Bytes of a file that are digested at a time; in between, other threads run.
 _PIECE = 8_000_000
-DATA_FILE = "data.safetensors"
+DATA_FILE, EXPERIMENT_FILE = "data.safetensors", "experiment.toml"
 #: Data up to this size is stored in the run; of larger data, its size and digest.
 DATA_LIMIT = 256_000_000
 #: Files that are changed in place: a second name of one would be another run's file.
-_CHANGED = ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "run.sqlite-journal", "run.lock")
+_CHANGED = (LOCK_NAME, FILE_NAME, *(f"{FILE_NAME}{suffix}" for suffix in LOGS))
 
 
 class FileRow(NamedTuple):
@@ -309,24 +310,8 @@ def write_change(directory: Path, step: int, change: Change) -> FileRow:
         return write_tensors(file, name, change.tensors, change.gone or None, is_synced=False)
 
 
-def changes_in(files: Iterable[FileRow]) -> dict[int, str]:
-    """Return the files of changes among those of a run, by step."""
-    found = ((row.step, row.name) for row in files if row.name.startswith(f"{CHANGES}/"))
-    return {step: name for step, name in found if step is not None}
-
-
-def read_change(content: bytes, place: Path) -> Change:
-    """Return what changed. content: of the file at `place`.
-
-    Raises:
-        RunError: the file is unreadable.
-    """
-    tensors, gone = read_tensors(content, str(place))
-    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
-
-
 def write_data(
-    directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE
+    directory: Path, tensors: dict[str, Tensor], name: str
 ) -> tuple[DataFileFacts, list[FileRow]]:
     """Write small data (CPU tensors) into a run; return the fact that describes it, and its file."""
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -336,9 +321,8 @@ def write_data(
             files.append(write_tensors(file, name, tensors))
     # Bits also depend on the memory layout of a tensor.
     strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
-    fact = DataFileFacts(
-        file=name, stored=bool(files), bytes=size, digest=_digest(tensors), strides=strides
-    )
+    digest = _digest(tensors)
+    fact = DataFileFacts(file=name, stored=bool(files), bytes=size, digest=digest, strides=strides)
     return fact, files
 
 

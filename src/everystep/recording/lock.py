@@ -8,7 +8,7 @@ import platform
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.facts import LONGEST_NOTE, Facts, WriterFacts
 from everystep.recording.files import check_writable_files
 
-__all__ = ["Unlocked", "adding", "is_locked", "locked", "write_note", "writer_here"]
+__all__ = ["adding", "is_locked", "locked", "write_note", "writer_here"]
 
 #: Errors of file systems without locks, such as some network file systems.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -29,14 +29,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 _RECENT = 600.0
 
 
-class Unlocked:
-    """Replaces the lock of a run if the file system has no locks."""
-
-    def release(self) -> None:
-        """Do nothing."""
-
-
-def locked(directory: Path) -> FileLock | Unlocked:
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
     """Lock a run for writing; the system releases the lock when the process ends in any way.
 
     If the file system has no locks, warn, and check the process that the run names as its writer.
@@ -57,8 +51,10 @@ def locked(directory: Path) -> FileLock | Unlocked:
         if _names_a_writer(directory, other=True):
             raise _being_written(directory) from None
         _say_without_locks(directory.absolute())
-        return Unlocked()
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _being_written(directory: Path) -> RunError:
@@ -170,17 +166,13 @@ def adding(directory: Path) -> Iterator[Database]:
         RunError: it is still being trained, or another process is adding to it.
         RecordingError: it cannot be written to.
     """
-    try:
-        lock = locked(directory)
-    except OSError as error:
-        raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None
-    try:
-        database = Database.change(directory / FILE_NAME)
+    with ExitStack() as closing:
         try:
-            with database.transaction():
-                database.write_facts({"writer": writer_here()})
-            yield database
-        finally:
-            database.close()
-    finally:
-        lock.release()
+            closing.enter_context(locked(directory))
+        except OSError as error:
+            raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None
+        database = Database.change(directory / FILE_NAME)
+        closing.callback(database.close)
+        with database.transaction():
+            database.write_facts({"writer": writer_here()})
+        yield database

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from everystep.errors import RecordingError
-from everystep.recording.contents import FOLDER, inputs_of
+from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, reading
-from everystep.recording.files import SNAPSHOTS
+from everystep.recording.files import BATCHES, SNAPSHOTS
 from everystep.recording.lock import adding
 from everystep.recording.snapshots import SnapshotPlan
 
@@ -95,7 +95,7 @@ def prune(directory: Path, pruning: Pruning) -> None:
                 shutil.rmtree(directory / SNAPSHOTS / f"{step:06d}")
             for file in pruning.files:
                 with suppress(FileNotFoundError):
-                    (directory / FOLDER / f"{file}.bin").unlink()
+                    (directory / BATCHES / f"{file}.bin").unlink()
         except OSError as error:
             raise RecordingError(f"{error.filename} cannot be removed: {error.strerror}") from None
 

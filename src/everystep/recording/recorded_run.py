@@ -14,22 +14,18 @@ from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, read_contents
-from everystep.recording.database import (
-    FILE_NAME,
-    Database,
-    Repeat,
-    reading,
-)
+from everystep.recording.database import FILE_NAME, Database, Repeat, reading
 from everystep.recording.facts import DataFileFacts, Facts, TrainingFacts
 from everystep.recording.files import (
+    CHANGES,
+    EXPERIMENT_FILE,
     Change,
     FileRow,
-    changes_in,
     has_own,
     own_path,
-    read_change,
     read_data,
     read_file,
+    read_tensors,
 )
 from everystep.recording.health import (
     Finding,
@@ -43,9 +39,7 @@ from everystep.recording.snapshots import SnapshotRow, read_snapshot
 from everystep.recording.summary import Summary, summary_of
 
 if TYPE_CHECKING:
-    import numpy as np
     import polars
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from everystep.recording.blocks import Series
@@ -53,15 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch", "stretch_at"]
 
-EXPERIMENT_FILE = "experiment.toml"
-
 _Found = TypeVar("_Found")
-
-
-def _from(step: int, steps: NDArray[np.int64], values: NDArray[np.float64]) -> Series:
-    """Return the numbers of a series from a step on."""
-    begin = steps.searchsorted(step)
-    return steps[begin:], values[begin:]
 
 
 class Stretch(NamedTuple):
@@ -93,6 +79,7 @@ class RecordedRun:
 
     def __init__(self, directory: str | Path, *, may_be_cut: bool = False) -> None:
         self.directory = Path(directory)
+        self._database_path = self.directory / FILE_NAME
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
         if not may_be_cut:
@@ -151,8 +138,9 @@ class RecordedRun:
             damage = self._findings_in(database, found, since)
         if not since:
             self._found = edition, damage
-        if since:
-            found = {name: _from(since, *series) for name, series in found.items()}
+        for name, (steps, values) in found.items() if since else ():
+            begins = steps.searchsorted(since)
+            found[name] = steps[begins:], values[begins:]
         steps, losses = found[LOSS]
         database.check_gap(steps, max(1, since))
         self._warn_of(damage)
@@ -389,7 +377,8 @@ class RecordedRun:
 
     def change_files(self) -> dict[int, str]:
         """Return the files of what code between two steps changed, by step."""
-        return changes_in(self.files())
+        rows = self.files(f"{CHANGES}/*")
+        return {row.step: row.name for row in rows if row.step is not None}
 
     def change(self, name: str) -> Change:
         """Return what code between two steps changed.
@@ -397,7 +386,8 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is unreadable.
         """
-        return read_change(self.read_file(name), self.directory / name)
+        tensors, gone = read_tensors(self.read_file(name), str(self.directory / name))
+        return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
 
     def data(self, fact: DataFileFacts) -> dict[str, Tensor]:
         """Return the data of the run: x, y, and validation_x and validation_y if it has them.
@@ -435,7 +425,3 @@ class RecordedRun:
     def _read(self, read: Callable[[Database], _Found]) -> _Found:
         with reading(self._database_path) as database:
             return read(database)
-
-    @property
-    def _database_path(self) -> Path:
-        return self.directory / FILE_NAME

@@ -37,9 +37,8 @@ from everystep.recording.files import (
     write_data,
     write_whole,
 )
-from everystep.recording.keep import Keep, is_kept
+from everystep.recording.keep import Ahead, Keep, Outlook, is_kept
 from everystep.recording.lock import locked, writer_here
-from everystep.recording.outlook import Ahead, Outlook
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, read_snapshot, write_snapshot
 
@@ -127,7 +126,7 @@ class Recorder:
             self.plan.longest = 2 ** math.ceil(math.log2(keep.newest))
         self._snapshot_seconds = 0.0
         self._snapshot_bytes = 0
-        self._last_step = self._passed = at
+        self._passed = at
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[tuple[int, Sequence[float]]] = queue.SimpleQueue()
         self._snapshots_asked = self._snapshots_written = self._chosen_after = 0
@@ -139,8 +138,7 @@ class Recorder:
         with ExitStack() as closing:
             closing.callback(self._home.close)
             try:
-                self._lock = locked(self._home.here)
-                closing.callback(self._lock.release)
+                closing.enter_context(locked(self._home.here))
                 closing.callback(self._remove_spare)
                 # Freed to write that the disk is full. No file system packs random bytes.
                 (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
@@ -157,6 +155,8 @@ class Recorder:
                     self._resume(facts)
                 else:
                     self._begin(facts, parent, at, beginning)
+                programs = [path.stem for path in (self._home.here / PROGRAMS).glob("*.json")]
+                self.program_count = max((int(each) for each in programs if each.isdecimal()), default=0)
                 given = batch_budget, self._last_step, keep, self._is_kept
                 self._repeats = Repeats(self._home.here, self._database, *given)
                 closing.callback(self._repeats.close)
@@ -208,7 +208,6 @@ class Recorder:
         for name in files:
             (self._home.here / name).unlink(missing_ok=True)
         self._remove_snapshots(later)
-        self._last_step = min(self._last_step, step)
         self._passed = min(self._passed, step)
 
     @_in_thread
@@ -272,6 +271,11 @@ class Recorder:
         """Return the error of a resumed training in which a step is not as recorded."""
         assert self._again is not None
         return self._again.differs(step, problem)
+
+    @property
+    def _last_step(self) -> int:
+        """The newest step on disk."""
+        return max(self._passed, self.recorded)
 
     @property
     def lost_to(self) -> int:
@@ -375,26 +379,24 @@ class Recorder:
                 database.enter(row.files)
                 self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
-            kept = self._begin_keeping(inherited.get("not_kept", ()), at)
+            kept = self._begin_keeping(() if parent is None else parent.facts.not_kept, at)
             database.write_facts(first | inherited | facts.rows() | kept)
             self._earlier = inherited.get("earlier", ())
             self._pin()
-        self._count_programs()
 
     def _resume(self, facts: Facts) -> None:
         """Continue with the data of the run, and remove files of unrecorded steps."""
         recorded = self._database.newest_step()
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
-        tidy(self._home.here, self._database, recorded, self._last_step)
+        tidy(self._home.here, self._database, recorded, self._passed)
         before = self._database.facts()
         kept = self._begin_keeping(before.not_kept, recorded)
         self._again = Continuation(self._home.here, self._database, facts.rows() | kept)
-        self.recorded = self._last_step = self._again.recorded
+        self.recorded = self._again.recorded
         self.plan.kept = {row.step: row.size for row in self._database.snapshots()}
         self._earlier = *before.earlier, *facts.earlier
         self._pin()
-        self._count_programs()
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
             said = {"config": facts.config, "tags": facts.tags}
@@ -447,10 +449,6 @@ class Recorder:
         for name in changes:
             (self._home.here / name).unlink(missing_ok=True)
         self._remove_snapshots(states)
-
-    def _count_programs(self) -> None:
-        numbers = [path.stem for path in (self._home.here / PROGRAMS).glob("*.json")]
-        self.program_count = max((int(each) for each in numbers if each.isdecimal()), default=0)
 
     def drain(self) -> None:
         """Wait until everything so far is on disk.
@@ -517,23 +515,23 @@ class Recorder:
         facts: Mapping[str, Any],
         taken: Sequence[Taken],
     ) -> None:
-        if taken:
-            self._repeats.write(taken, self._new_repeats)
-        self._bytes_written += sum(row.bytes for row in taken)
-        new = min(max(0, self._passed + 1 - first_step), len(losses))
-        self._passed = max(self._passed, first_step + len(losses) - 1)
-        first_step, losses = first_step + new, losses[new:]
-        self._write_numbers(measured, facts, losses, first_step)
-        new = max(0, self.recorded + 1 - first_step)
-        if losses[new:]:
-            self._last_step = first_step + len(losses) - 1
-            self._written.put((first_step + new, losses[new:]))
-        self._give_up_old()
+        first = max(first_step, self._passed + 1)
+        last, losses = first_step + len(losses) - 1, losses[first - first_step :]
 
-    def _new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
-        """Return the rows of steps that the run does not have."""
-        rows = cut(rows, self._passed + 1, MOST_STEPS)
-        return rows if self._again is None else self._again.new_repeats(rows)
+        def new(rows: Sequence[Repeat]) -> list[Repeat]:
+            """Return the rows of steps that the run does not have."""
+            rows = cut(rows, first, MOST_STEPS)
+            return rows if self._again is None else self._again.new_repeats(rows)
+
+        if taken:
+            self._repeats.write(taken, new)
+        self._bytes_written += sum(row.bytes for row in taken)
+        self._write_numbers(measured, facts, losses, first)
+        self._passed = max(self._passed, last)
+        shown = max(first, self.recorded + 1)
+        if losses[shown - first :]:
+            self._written.put((shown, losses[shown - first :]))
+        self._give_up_old()
 
     def _write_last_facts(self, facts: Mapping[str, Any]) -> None:
         last = facts if self._again is None else self._again.last_facts(facts)

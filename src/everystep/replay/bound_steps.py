@@ -267,8 +267,8 @@ def _place(tensor: Tensor) -> int:
 def _can_be_bound(program: Program) -> bool:
     """Return whether a program can run many steps in a row on the same memory.
 
-    Not if it has shapes that depend on numbers, writes into its inputs, or reads leftovers of an earlier
-    step in memory that it writes into again.
+    Not if it has shapes or places that depend on numbers, writes into its inputs, or reads leftovers of
+    an earlier step in memory that it writes into again.
     """
     written = {
         program.tensors[name].storage
@@ -279,6 +279,7 @@ def _can_be_bound(program: Program) -> bool:
     ends = {program.storage_of(name).kind for name in program.ends.values()}
     return (
         has_fixed_shapes(program)
+        and not program.moves
         and written.isdisjoint(inputs)
         and ends <= {"temporary"}
         and program.state_names.isdisjoint(program.ends)

@@ -111,7 +111,8 @@ class ChangedSteps(RecordedSteps):
             return known._replace(step=number)
         given, tensors = self.given(row), self.stored(row)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        found = Taken(number, row.program, self.numbers(row), tensors, given.nesting, size, {})
+        numbers = [*self.offsets(row), *self.numbers(row)]
+        found = Taken(number, row.program, numbers, tensors, given.nesting, size, {})
         if not tensors:
             self._taken[row[1:4]] = found
         return found

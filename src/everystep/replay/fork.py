@@ -61,7 +61,7 @@ __all__ = ["Fork", "fork"]
 
 @dataclass(frozen=True)
 class Fork:
-    """A request: a fork of `run` at state `at`, in a directory or the next free one in `runs`.
+    """A request: a fork of `run` at state `at`, in a directory or the next free one.
 
     settings: what changes, by path, as in an experiment; of a run from Python objects, `lr` and the
     arguments of `train` that are plain values; without: rows of the data that are left out of the
@@ -72,7 +72,6 @@ class Fork:
     at: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
-    runs: Path = Path("runs")
     budget: int = DEFAULT_BUDGET
     without: tuple[int, ...] = ()
     targets: Mapping[int, float] = field(default_factory=dict)
@@ -176,7 +175,7 @@ class Fork:
             ),
         )
         job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
-        return run_job(job, self.directory, self.runs, self.budget, progress)
+        return run_job(job, self.directory, self.budget, progress)
 
     def bring(
         self,
@@ -320,7 +319,7 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
         return ChangedSteps(run, asked.stretch, rule, steps, lr, asked.targets)
 
     def record(state: State) -> tuple[Recorder, Facts]:
-        place = create_directory(asked.directory, f"{run.name}-fork", asked.runs)
+        place = create_directory(asked.directory, f"{run.name}-fork")
         facts = Facts(name=place.name, started=now(), steps=asked.last, trained=trained, fork=fork)
         # Only what changed is new: all batches are as far within a budget as the parent's.
         recorder = Recorder(place, facts, asked.budget, run, at, math.inf, beginning=state)

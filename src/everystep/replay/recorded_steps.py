@@ -79,6 +79,8 @@ class RecordedSteps:
         self.device = select(stretch.facts.device)
         self.conversion = conversion
         self._programs: dict[int, Interpreter] = {}
+        #: Those of programs with tensors that move, where they lie in the last steps.
+        self._placed: dict[tuple[int, bytes | None], Interpreter] = {}
         self._recorded: dict[int, Program] = {}
         self._rows: dict[int, Repeat] = {}
         self._losses: dict[int, float] = {}
@@ -128,7 +130,16 @@ class RecordedSteps:
                 f"step {row.step} of {self.run.name} cannot be replayed: it did something that a "
                 "program cannot hold, as a notice reported when it was recorded"
             )
-        return self.program(row.program)
+        program = self.program(row.program)
+        if not program.program.moves:
+            return program
+        key = row.program, row.numbers
+        if key not in self._placed:
+            if len(self._placed) >= KEPT_STEPS:
+                self._placed.clear()
+            with _reading():
+                self._placed[key], _ = program.at(self.offsets(row))
+        return self._placed[key]
 
     def program(self, number: int) -> Interpreter:
         """Return a program by its number.
@@ -145,11 +156,25 @@ class RecordedSteps:
         return self._programs[number]
 
     def numbers(self, row: Repeat) -> list[int | float]:
-        """Return the numbers of a step.
+        """Return the numbers of the operations of a step.
 
         Raises:
             NotReplayedError: they cannot be read.
         """
+        return self._numbers(row)[self._moves(row) :]
+
+    def offsets(self, row: Repeat) -> list[int | float]:
+        """Return where the tensors of a step lie that move from step to step.
+
+        Raises:
+            NotReplayedError: they cannot be read.
+        """
+        return self._numbers(row)[: self._moves(row)]
+
+    def _moves(self, row: Repeat) -> int:
+        return 0 if row.program is None else len(self.program(row.program).program.moves)
+
+    def _numbers(self, row: Repeat) -> list[int | float]:
         with _reading():
             found = unpacked(row.numbers, f"step {row.step} of {self.run.name}") or []
         if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):

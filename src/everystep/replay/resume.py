@@ -140,7 +140,7 @@ class Resume:
             resumed=resume_facts(run, at, changed),
         )
         job = replace(job, origin=origin, notices=[*job.notices, *problems], said=self.said)
-        return run_job(job, None, run.directory.parent, self.budget, progress)
+        return run_job(job, None, self.budget, progress)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:
         """Return the newest readable state, None if the run has not begun, and problems."""

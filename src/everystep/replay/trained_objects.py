@@ -32,7 +32,7 @@ from everystep.step.generators import Generators, generators_preserved
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import StepObserver
 from everystep.step.state import State
-from everystep.training.dataset import DEFAULT_DATASET_LIMIT, DatasetBatches
+from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.from_experiment import experiment_job
 from everystep.training.model_step import Training
 from everystep.training.objects import Objects
@@ -198,9 +198,7 @@ class Living:
                 "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
             ) from None
         self._beginning = training.snapshot(state.step)
-        is_by_rule = not isinstance(training.batch, DatasetBatches)
-        given = training, None, MOST_STEPS, engine
-        self._stepper = Stepper(*given, is_by_rule=is_by_rule)
+        self._stepper = Stepper(training, None, MOST_STEPS, engine)
         self._watched = self._stepper.watched
         self._begun(state.step)
 
@@ -255,11 +253,11 @@ class Living:
         if program is None:
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
         generators.restore(device)
-        interpreter = Interpreter(program.built.program, device)
-        observer = StepObserver(interpreter, program.numbers)
+        interpreter, numbers = Interpreter(program.built.program, device).at(program.numbers)
+        observer = StepObserver(interpreter, numbers)
         with without_autograd():
             inputs = given | program.inputs
-            done = interpreter.run(state, inputs, program.numbers, observer.looks)
+            done = interpreter.run(state, inputs, numbers, observer.looks)
         self._stepper.restart(number)
         assert done.loss is not None
         after = {name: copy_on_cpu(tensor) for name, tensor in state.items()}

@@ -28,9 +28,9 @@ from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
-from everystep.training.interrupt import Interrupt, interrupt_deferred
+from everystep.training.interrupt import Interrupt
 from everystep.training.job import Outcome, Progress
-from everystep.training.writer import RunWriter, now
+from everystep.training.writer import RunWriter
 
 __all__ = [
     "by_own_code",
@@ -169,7 +169,7 @@ def continue_alone(
         error.environment = environment
         raise error
     replay = Replay(run)
-    with interrupt_deferred() as interrupt, replay.in_force(at + 1):
+    with Interrupt() as interrupt, replay.in_force(at + 1):
         state = replay.go_to(at).capture()
         if replay.diverged_at is not None:
             raise RunError(
@@ -188,14 +188,7 @@ def continue_alone(
             taken = _StepsAlone(steps, state)
         state = taken.stepper.capture()  # with the rate of the steps
         recorder, facts = record(state)
-        writer = RunWriter(
-            recorder,
-            at,
-            progress.notice,
-            progress.advance,
-            seconds_before=facts.resumed[-1].seconds if facts.resumed else 0.0,
-            is_finite=(run.facts.nonfinite_step or at + 1) > at,
-        )
+        writer = RunWriter(recorder, at, facts, progress.notice, progress.advance, run.facts)
         progress.begin(recorder.directory, facts)
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
@@ -221,7 +214,7 @@ def continue_alone(
                 )
             writer.close(status, reason, {"steps": writer.step} if taken.is_loop else {})
         except BaseException as error:
-            recorder.finish({"status": "failed", "reason": str(error), "finished": now()})
+            writer.close_failed(error)
             raise
         finally:
             progress.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -24,7 +25,27 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _kinds: dict[type, tuple[bool, bool]] = {}
 #: A node of a C++ extension's own function: it may keep anything.
 _OF_EXTENSION = "CppFunction"
+#: Cases of a backward pass, by numbers in its graph, in which it can run unwatched.
+_MOST_CASES = 64
 _OTHER_KINDS = {"MaskedFillBackward1", "ProdBackward0", "ProdBackward1"}
+
+
+class Jump(NamedTuple):
+    """What a backward pass does that can run unwatched.
+
+    end: the entry after it; numbers, offsets: the places of those before it that its graph may have;
+    known: its own numbers, by these.
+    """
+
+    end: Entry
+    numbers: list[int]
+    offsets: list[int]
+    known: dict[tuple[str, ...], list[int | float]]
+
+    def case(self, cursor: UnderWay) -> tuple[str, ...]:
+        """Return the numbers that the graph may have; the text tells -0.0 from 0.0, and NaN is equal."""
+        found = [repr(cursor.numbers[place]) for place in self.numbers]
+        return *found, *[repr(cursor.offsets[place]) for place in self.offsets]
 
 
 class Graph(NamedTuple):
@@ -154,13 +175,15 @@ class BackwardPasses:
         entry = cursor.at
         jump = entry.jump
         # Numbers that the graph was made with are in its nodes, and not in its key.
-        if jump is not None and _texts(cursor.numbers, jump[2]) == jump[3]:
+        case = () if jump is None else jump.case(cursor)
+        if jump is not None and case in jump.known:
             result = self._unwatched(outputs, args, kwargs)
-            self._jump(entry, graph, result)
+            cursor.numbers += jump.known[case]
+            self._jump(entry, jump.end, _left(graph.leaves, result))
             return result
         result = run_engine(outputs, *args, **kwargs)
         if cursor.is_remembered:
-            self._ends(entry, begin, _left(graph.leaves, result))
+            self._ends(entry, begin, case, _left(graph.leaves, result))
         return result
 
     def _begins(self, graph: Graph) -> bool:
@@ -173,27 +196,28 @@ class BackwardPasses:
         started = [each for each in (*graph.given, *graph.leaves, *before) if each is not None]
         return self._cursor.happens("backward", graph.key, nones, tensors=started)
 
-    def _ends(self, entry: Entry, begin: int, left: list[Any]) -> None:
+    def _ends(self, entry: Entry, begin: int, case: tuple[str, ...], left: list[Any]) -> None:
         """Note the results of a watched pass, and whether it can run unwatched the next time."""
-        cursor = self._cursor
+        cursor, jump = self._cursor, entry.jump
         known = cursor.happens("end of backward", tensors=left)
         end = cursor.at
-        if not known or entry.jump is not None or not _can_jump(entry, end):
+        if jump is not None and jump.end is end and len(jump.known) < _MOST_CASES:
+            jump.known[case] = cursor.numbers[begin:]
+        if not known or jump is not None or not _can_jump(entry, end):
             return
         exports = {number for number in end.key[-1] if number is not None}
         if exports.issuperset(cursor.tensors.alive(entry.met, end.met)):
-            numbers, reads = cursor.numbers, {*places_of_reads(entry.operations())}
-            places = [place for place in range(begin) if place not in reads]
-            entry.jump = end, numbers[begin:], places, _texts(numbers, places)
+            reads = {*places_of_reads(entry.operations())}
+            numbers = [place for place in range(begin) if place not in reads]
+            entry.jump = jump = Jump(end, numbers, [*_offsets_in_graph(entry)], {})
+            jump.known[jump.case(cursor)] = cursor.numbers[begin:]
 
-    def _jump(self, entry: Entry, graph: Graph, result: Any) -> None:
+    def _jump(self, entry: Entry, end: Entry, left: list[Any]) -> None:
         """Note what an unwatched pass has left."""
         cursor = self._cursor
-        end, numbers, *_ = entry.jump
-        cursor.numbers += numbers
         tensors = cursor.tensors
         tensors.drop_between(entry.met, end.met)
-        for number, tensor in zip(end.key[-1], _left(graph.leaves, result), strict=True):
+        for number, tensor in zip(end.key[-1], left, strict=True):
             if number is not None and number >= entry.met and tensor is not None:
                 tensors.met[number], tensors.lies[number] = ref(tensor), tensor.data_ptr()
         cursor.at = end
@@ -225,9 +249,13 @@ def _left(leaves: list[Tensor], result: Any) -> list[Tensor | None]:
     return [*[leaf.grad for leaf in leaves], *(result or ())]
 
 
-def _texts(numbers: list[int | float], places: list[int]) -> list[str]:
-    """Return the numbers at some places; the text tells -0.0 from 0.0, and finds NaN equal."""
-    return [repr(numbers[place]) for place in places]
+def _offsets_in_graph(entry: Entry) -> Iterator[int]:
+    """Yield the places, among the offsets of a step, of those that a graph made so far may have."""
+    written = {origin for operation in entry.operations() for origin in operation.writes}
+    for before in entry.from_root():
+        for known in before.new:
+            if known.moves is not None and (before.in_graph or known.origin in written):
+                yield known.moves
 
 
 def _can_jump(entry: Entry, end: Entry) -> bool:
@@ -235,6 +263,8 @@ def _can_jump(entry: Entry, end: Entry) -> bool:
     at = end.parent
     while at is not None and at is not entry:
         if at.key[0] != "call" or at.contents or at.draws > entry.draws or at.shaped:
+            return False
+        if any(known.moves is not None for known in at.new):
             return False
         if torch.Tag.data_dependent_output in at.func.tags:
             return False

@@ -29,35 +29,42 @@ class NotCapturableError(Exception):
 class BuiltPath(NamedTuple):
     """A program for all steps with a path.
 
-    kept: which of the numbers of a step belong to operations that the program has; inputs: the number of
+    moved: which of the offsets of a step belong to tensors that the program has; kept: which of the
+    numbers of a step belong to operations that it has; inputs: the number of
     each input's storage, by the storage's name in the program; evaluation: operations that compute only
     what is logged, with a model that the step trains: how many, and the first.
     """
 
     program: Program
+    moved: tuple[int, ...]
     kept: tuple[int, ...]
     inputs: dict[str, int]
     evaluation: tuple[int, Operation] | None = None
 
-    def numbers(self, seen: Sequence[Number]) -> list[Number]:
-        """Return the numbers of a step that its program needs."""
-        return [seen[place] for place in self.kept]
+    def numbers(self, seen: Sequence[Number], offsets: Sequence[int] = ()) -> list[Number]:
+        """Return the numbers of a step that its program needs: offsets of its tensors, then others."""
+        return [*[offsets[place] for place in self.moved], *[seen[place] for place in self.kept]]
 
 
-def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
+def build_path(path: Path, numbers: Sequence[Number], offsets: Sequence[int]) -> BuiltPath:
     """Return the program of a path; it contains the numbers of the first step with this path.
+
+    numbers, offsets: of that step.
 
     Raises:
         NotCapturableError: a program cannot hold it; gives the reason.
     """
-    return _Builder(path).built(numbers)
+    return _Builder(path, offsets).built(numbers)
 
 
 class _Builder:
     """Names all tensors, and omits operations without effect."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, offsets: Sequence[int]) -> None:
         self._path = path
+        self._offsets = offsets
+        #: Of each tensor that moves: which of the offsets is its own.
+        self._moves: dict[str, int] = {}
         unused = path.unused_gradients()
         self._state = {name: number for name, number in path.named if name not in unused}
         self._names: dict[int, str] = {}
@@ -90,6 +97,7 @@ class _Builder:
         used = {n for o in operations if id(o) in kept for n in (*o.reads(), *o.results) if n}
         used |= shown | set(self._state)
         tensors = {name: spec for name, spec in self._tensors.items() if name in used}
+        moves = {name: place for name, place in self._moves.items() if name in tensors}
         storages = self._used_storages(tensors)
         program = _checked(
             torch=torch.__version__,
@@ -102,6 +110,7 @@ class _Builder:
             logged=logged,
             ends=ends,
             gone=path.gone,
+            moves=tuple(moves),
             left_out=sum(self._is_read(o) for o in operations if id(o) not in kept),
             lines=tuple(self._lines.lines),
             sources=self._lines.sources,
@@ -111,7 +120,8 @@ class _Builder:
         evaluation = self._evaluation(
             operations, kept, {*gradients.values(), *ends.values(), loss or ""}
         )
-        return BuiltPath(program, tuple(self._kept_numbers(operations, kept)), inputs, evaluation)
+        numbers_kept = tuple(self._kept_numbers(operations, kept))
+        return BuiltPath(program, tuple(moves.values()), numbers_kept, inputs, evaluation)
 
     # Names.
 
@@ -154,7 +164,7 @@ class _Builder:
         if number not in self._tensor_names:
             seen = self._path.tensors[number]
             base = self._names[seen.storage]
-            whole = base not in self._tensors and seen.offset == 0
+            whole = base not in self._tensors and seen.offset == 0 and seen.moves is None
             self._views[base] = self._views.get(base, 0) + (not whole)
             self._add_tensor(base if whole else f"{base}~{self._views[base]}", number)
         return self._tensor_names[number]
@@ -164,20 +174,24 @@ class _Builder:
         storage, place = self._path.storages[seen.storage], self._names[seen.storage]
         if place not in self._storages:
             self._storages[place] = Storage(kind=storage.kind, bytes=storage.bytes, host=storage.host)  # type: ignore[arg-type]
-        dtype = str(seen.dtype).removeprefix("torch.")
+        dtype, offset = str(seen.dtype).removeprefix("torch."), seen.offset
+        if seen.moves is not None:
+            self._moves[name] = seen.moves
+            offset = self._offsets[seen.moves]
         self._tensors[name] = TensorSpec(
-            storage=place, dtype=dtype, shape=seen.shape, stride=seen.stride, offset=seen.offset
+            storage=place, dtype=dtype, shape=seen.shape, stride=seen.stride, offset=offset
         )
         self._tensor_names.setdefault(number, name)
 
     def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
         """Return the storages of tensors; for a batch that is a slice of more data, that slice."""
+        moved = {spec.storage for name, spec in tensors.items() if name in self._moves}
         ends: dict[str, int] = {}
         for spec in tensors.values():
             ends[spec.storage] = max(ends.get(spec.storage, 0), spec.end)
         return {
             name: storage.model_copy(update={"bytes": ends[name]})
-            if storage.kind == "input"
+            if storage.kind == "input" and name not in moved
             else storage
             for name, storage in self._storages.items()
             if name in ends

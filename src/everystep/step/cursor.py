@@ -30,6 +30,7 @@ from everystep.step.known_operators import (
 )
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_tokens
+from everystep.step.moving_views import check_of_views, loosened
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors, version_of
 from everystep.step.path import Entry, SeenOperation, geometry
@@ -126,7 +127,7 @@ class Cursor(UnderWay):
                 if result is not MISS:
                     at.next = entry
                     return self._went(entry, result)
-                self.tensors.forget_brought()
+                self.tensors.forget_brought(at.met)
             entry = next((each for each in others if each is not expected), None)
         return MISS
 
@@ -271,17 +272,45 @@ class Cursor(UnderWay):
             results = [*map(self._result, made)]
             places = tuple((n, k) for n, k in enumerate(results) if k is not None and k >= before)
             operation = None if operation is None else self._with_results(operation, results, made)
-        entry = self.add(("call", func, tokens, named, places), operation)
+        are_moving = self.is_remembered and self._are_moving(func, known, tokens, flat, places)
+        if are_moving:
+            tokens = loosened(tokens)
+            for _, number in places:
+                tensors.note_moving(number)
+        lie = [tensors.known[number].geometry[:3] for _, number in places if are_moving]
+        entry = self.add(("call", func, tokens, named, places, *lie), operation)
         if entry.func is None:
             entry.func, entry.where, entry.shaped = func, self.follower.where, is_shaped
             entry.contents, entry.draws = contents, at.draws + known.draws
             entry.brings = any(token[0] in ("p", "x") for token in flat)
-            if self.is_remembered:
+            if are_moving:
+                entry.in_graph = any(tensor.requires_grad for tensor in leaves(args))
+                entry.check = check_of_views(func, tokens, named, places, tensors)
+            elif self.is_remembered:
                 is_alone = isinstance(result, Tensor)
                 entry.check = partial(_check_first, entry, known, is_alone, self.paths)
         if is_shaped:
             self._add_shapes(entry, result)
         return result
+
+    def _are_moving(
+        self,
+        func: Any,
+        known: KnownOperator,
+        tokens: Sequence[Any],
+        given: Iterable[Any],
+        made: Sequence[tuple[int, int]],
+    ) -> bool:
+        """Tell whether the results of a call are views that lie at another place in each step."""
+        met = self.tensors.known
+        views = [number for _, number in made if met[number].origin != number]
+        if not views:
+            return False
+        if known.how == "pass" and len(views) == len(made):
+            return self.paths.views.are_moving(self.at, func, tokens, made)
+        if any(met[token[1]].moves is not None for token in given):
+            self.leave()  # the place of a result is not compared
+        return False
 
     def _tokens(
         self, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]

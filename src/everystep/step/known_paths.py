@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep.step.met_tensors import MetTensors
+from everystep.step.moving_views import MovingViews
 from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.path import Ending, Entry, Mark, MetTensor, geometry
 from everystep.step.torchs_own import handles, has_hooks_on_node
@@ -32,11 +33,12 @@ class Beginning(NamedTuple):
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: of the step in progress; calls: of optimizers.
+    tensors: of the step in progress; views: which of them move; calls: of optimizers.
     """
 
     def __init__(self) -> None:
         self.tensors = MetTensors()
+        self.views = MovingViews(self.tensors)
         self.calls = OptimizerCalls()
         self.step: Any = None
         self._roots: dict[Any, Entry] = {}

@@ -43,14 +43,16 @@ class MetTensors:
     """The tensors of one step after another of a recording.
 
     met, lies: a weak reference to each tensor, and the address at which it lies; numbers: those of the
-    step, in the order of its operations; known: what is known of each tensor. Checks note the first two
-    alone; `catch_up` adds the rest.
+    step, in the order of its operations; offsets: of its tensors that lie at other places in each step,
+    in the order in which it met them; known: what is known of each tensor. Checks note all but the last;
+    `catch_up` adds that.
     """
 
     def __init__(self) -> None:
         self.met: list[Any] = [_gone] * 1024
         self.lies: list[int] = [0] * 1024
         self.numbers: list[int | float] = []
+        self.offsets: list[int] = []
         self.known: list[MetTensor] = []
         self._number_of: dict[int, int] = {}
         self._places: dict[int, tuple[Any, int]] = {}
@@ -75,7 +77,7 @@ class MetTensors:
 
     def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
         """Begin a step with the tensors of the state. same: as `same` has returned it."""
-        del self.numbers[:], self._looks[same:]
+        del self.numbers[:], self.offsets[:], self._looks[same:]
         self._brought.clear()
         self.bases, self.parts, self._extents = {}, {}, None
         self.known = [*root.new]
@@ -145,6 +147,12 @@ class MetTensors:
         self._add(MetTensor(origin, kind, storage.nbytes(), tensor.is_cpu, is_kept, own))
         return number
 
+    def note_moving(self, number: int) -> None:
+        """Note that a tensor, the last that was met, lies at another place in each step."""
+        known = self.known[number]
+        self.known[number] = known._replace(moves=len(self.offsets))
+        self.offsets.append(known.geometry[3])
+
     def _add(self, known: MetTensor) -> None:
         self.known.append(known)
         if self._extents is not None and known.is_named:
@@ -155,7 +163,7 @@ class MetTensors:
         if len(self.known) > at.met:  # of a call that has failed
             del self.known[at.met :]
             self._extents = None
-            self.forget_brought()
+            self.forget_brought(at.met)
         new: list[Entry] = []
         entry: Entry | None = at
         while entry is not None and entry.met > len(self.known):
@@ -164,6 +172,9 @@ class MetTensors:
         for entry in reversed(new):
             for known in entry.new:
                 number = len(self.known)
+                if known.moves is not None:
+                    lies = *known.geometry[:3], self.offsets[known.moves]
+                    known = known._replace(geometry=lies)
                 self._add(known)
                 tensor = self.met[number]()
                 if tensor is None or not self._is_as_met(tensor, number):
@@ -233,11 +244,13 @@ class MetTensors:
         storage = tensor.untyped_storage()
         self._places[storage._cdata] = ref(storage), number
 
-    def forget_brought(self) -> None:
-        """Forget memory that a call brought which was another one after all."""
+    def forget_brought(self, met: int) -> None:
+        """Forget memory that a call brought which was another one after all.
+
+        met: how many tensors the step had met before.
+        """
         while self._brought:
             self._places.pop(self._brought.pop(), None)
-        met = len(self.known)
         self.parts = {place: part for place, part in self.parts.items() if part < met}
         self.bases = {number: base for number, base in self.bases.items() if number < met}
 
@@ -267,6 +280,12 @@ class MetTensors:
         begin, end = extent_of(tensor.geometry)
         kept = self._extents.get(tensor.origin)
         return kept is None or any(one <= begin and end <= two for one, two in kept)
+
+    def limits(self, number: int) -> list[tuple[int, int]]:
+        """Return where tensors of the batch or the state lie on the memory of a tensor, if one does."""
+        self.is_within(number)
+        assert self._extents is not None
+        return [*self._extents.get(self.known[number].origin, ())]
 
     # Tokens.
 
@@ -322,6 +341,8 @@ class MetTensors:
                 return False
             self.numbers.append(value)
             return True
+        if kind == "i":
+            return type(value) is int
         if not isinstance(value, Tensor) or not is_plain(value):
             return False
         return self._fits_new(token, value)
@@ -353,7 +374,7 @@ class MetTensors:
         found: list[Any] = ["batch"]
         numbers: list[int] = []
         new: list[Tensor] = []
-        first: dict[int, tuple[int, int]] = {}
+        first: dict[int, tuple[int, int, int]] = {}
         places: dict[int, int] = {}
         for name, tensor in tensors.items():
             known, again = self.number(tensor), places.get(id(tensor))
@@ -364,12 +385,11 @@ class MetTensors:
             places[id(tensor)] = len(new)
             offset, storage = int(tensor.storage_offset()), tensor.untyped_storage()
             place, number = self.place(storage), len(self.known) + len(new)
-            if storage._cdata not in first:
-                first[storage._cdata] = offset, len(first)
-                if place is None:
-                    begin = offset * tensor.itemsize
-                    self.bases[number] = begin - begin % ALIGNMENT
-            begin, order = first[storage._cdata]
+            begin, order, origin = first.setdefault(storage._cdata, (offset, len(first), number))
+            if place is None:
+                base = offset * tensor.itemsize
+                base -= base % ALIGNMENT
+                self.bases[origin] = min(base, self.bases.get(origin, base))
             # Not of the state: it may be any part of more data.
             lies = (offset - begin, offset * tensor.itemsize % ALIGNMENT) if place is None else offset
             shared = place, self.parts.get(storage._cdata)

@@ -10,6 +10,7 @@ them:
     ("p", k, place, geometry)      a part of data from outside, at any place in it; it becomes k
     ("c", value, type, text)       a constant; the text tells -0.0 from 0.0, and finds NaN equal
     ("n", type)                    a slot: the number belongs to the step
+    ("i",)                         any integer: where a view begins, which its offset tells
     ("l", tokens)                  a list
 """
 
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.program.memory import ALIGNMENT
 from everystep.program.number_slots import READ
 from everystep.program.step_program import Phase
 from everystep.step.calling_code import Calls
@@ -57,13 +57,22 @@ INT, FLOAT = _Slot(int), _Slot(float)
 
 
 class SeenTensor(NamedTuple):
-    """An observed tensor: its storage, and its geometry in elements."""
+    """An observed tensor: its storage, and its geometry in elements.
+
+    moves: its place among the offsets of the step, if its offset is one of those; None if it is fixed.
+    """
 
     storage: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    moves: int | None = None
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """Its dtype, shape, stride and offset."""
+        return self[1:5]
 
 
 class SeenOperation(NamedTuple):
@@ -170,7 +179,7 @@ class MetTensor(NamedTuple):
     `batch`, `input` (from outside), `part` (a part of data from outside, as memory of its own) or
     `temporary`; bytes, on_cpu: of that memory; is_named: whether it is a tensor of the state or the
     batch itself; geometry: dtype, shape, stride and offset; of a batch, the offset counts from the first
-    tensor there.
+    tensor there; moves: as of a SeenTensor.
     """
 
     origin: int
@@ -179,6 +188,7 @@ class MetTensor(NamedTuple):
     on_cpu: bool
     is_named: bool
     geometry: tuple[Any, ...]
+    moves: int | None = None
 
 
 class Mark(NamedTuple):
@@ -222,12 +232,11 @@ class Entry:
     arguments that read such memory first, by their place, and the number of the first tensor there;
     shaped: whether the call does not determine the shapes or dtypes of its results, which are those of
     the entry after it; kept: results with memory that is met again without them, by their place and
-    number.
+    number; in_graph: whether views that move, and that it returns, may be in graphs of backward passes.
 
     Of an operation: lines: the code that called it; nodes: how many nodes autograd's graph has after it.
 
-    jump: of a backward pass that can run unwatched, the entry after it, its numbers, and the places and
-    texts of the numbers before it that its graph may have.
+    jump: of a backward pass that can run unwatched, the entry after it, and in which cases.
     """
 
     __slots__ = (
@@ -245,7 +254,7 @@ class Entry:
             "lines",
             "marks",
         ),
-        *("met", "new", "next", "nodes", "operation", "parent", "shaped", "where"),
+        *("in_graph", "met", "new", "next", "nodes", "operation", "parent", "shaped", "where"),
     )
 
     def __init__(
@@ -266,7 +275,7 @@ class Entry:
         self.next: Entry | None = None
         self.children: dict[Any, Entry] = {}
         self.contents: tuple[tuple[int, int], ...] = ()
-        self.shaped = self.brings = False
+        self.shaped = self.brings = self.in_graph = False
         self.kept: tuple[tuple[int, int], ...] = ()
         self.ending: Ending | None = None
         self.jump: Any = None
@@ -355,7 +364,7 @@ class PathWriter:
         after = {name: self._number(met) for name, met in state.items()}
         loss_number = loss(seen)
         loss_number = None if loss_number is None else self._number(loss_number)
-        self._move_batch(named.values())
+        self._cut_batch(named.values())
         return Path(
             operations=tuple(operations),
             tensors=tuple(self._tensors),
@@ -374,6 +383,8 @@ class PathWriter:
     def _number(self, met: int) -> int:
         tensor = self._met[met]
         seen = SeenTensor(self._place(tensor.origin), *tensor.geometry)
+        if tensor.moves is not None:
+            seen = seen._replace(offset=0, moves=tensor.moves)
         if seen not in self._number_of:
             self._number_of[seen] = len(self._tensors)
             self._tensors.append(seen)
@@ -403,22 +414,12 @@ class PathWriter:
             return tuple(map(self._named, value))
         return value
 
-    def _move_batch(self, named: Iterable[int]) -> None:
-        """Let the tensors of the batch lie at the beginning of their memory.
-
-        A batch may be any part of more data. What remains of its place is its alignment.
-        """
+    def _cut_batch(self, named: Iterable[int]) -> None:
+        """Let the memory of a batch end with its tensors: it may be any part of more data."""
         tensors, storages = self._tensors, self._storages
         places = {tensors[number].storage for number in named}
         for storage in (place for place in places if storages[place].kind == "input"):
-            own = [n for n, tensor in enumerate(tensors) if tensor.storage == storage]
-            begin = min(tensors[n].offset * tensors[n].dtype.itemsize for n in own)
-            begin -= begin % ALIGNMENT
-            for number in own:
-                tensor = tensors[number]
-                offset = tensor.offset - begin // tensor.dtype.itemsize
-                tensors[number] = tensor._replace(offset=offset)
-            ends = (extent_of(tensors[number][1:])[1] for number in own)
+            ends = (extent_of(each.geometry)[1] for each in tensors if each.storage == storage)
             storages[storage] = storages[storage]._replace(bytes=max(ends))
 
 

@@ -180,6 +180,8 @@ class StandIn:
 
     def _reason_against(self, batch: Mapping[str, Tensor], seen: Cursor) -> str | None:
         path = self.path
+        if self._built.program.moves:
+            return "it reads a view that lies at another place in each step"
         if seen.unseen:
             return f"a program cannot hold the step: {next(iter(seen.unseen))}"
         if seen.changed_unseen:

@@ -20,6 +20,7 @@ class TakenByProgram:
     """
 
     changed_elsewhere = None
+    offsets: tuple[int, ...] = ()
     is_paused = is_empty = is_compiled = False
 
     def __init__(

@@ -64,12 +64,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         follower: knows which module and which optimizer runs.
         elsewhere: copies of what steps before brought from elsewhere.
 
-    numbers: of the step; generators: states of torch's generator before draws, by their number from 0,
-    where they differ from what the previous draw left; drawn: that state after the last draw, None if
-    there was none; unseen: what was not seen, in words, and how often; changed_elsewhere: a tensor that
-    the step has changed and that is in no part, in words, or None; changed_unseen: names of the state
-    that something has changed which the dispatcher did not show; has_saved_hooks: whether a hook of the
-    user's packs what autograd saves; is_compiled: whether it calls a function of torch.compile.
+    numbers, offsets: of the step, as `MetTensors` has them; generators: states of torch's generator
+    before draws, by their number from 0, where they differ from what the previous draw left; drawn:
+    that state after the last draw, None if there was none; unseen: what was not seen, in words, and how
+    often; changed_elsewhere: a tensor that the step has changed and that is in no part, in words, or
+    None; changed_unseen: names of the state that something has changed which the dispatcher did not
+    show; has_saved_hooks: whether a hook of the user's packs what autograd saves; is_compiled: whether
+    it calls a function of torch.compile.
 
     at: the point of the path at which the step is; is_remembered: whether later steps may follow it;
     is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
@@ -82,7 +83,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()
         self.paths = paths
-        self.numbers = paths.tensors.numbers
+        self.numbers, self.offsets = paths.tensors.numbers, paths.tensors.offsets
         self.generators: dict[int, Tensor] = {}
         self.drawn: Tensor | None = None
         self.unseen: dict[str, int] = {}
@@ -362,7 +363,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     def undo(self) -> None:
         """Forget what a call has brought that raised; the loop may catch it, and continue."""
         self.tensors.catch_up(self.at)
-        self.tensors.forget_brought()
+        self.tensors.forget_brought(self.at.met)
         known: Container[int] = range(self.at.met)
         if self.is_remembered:
             known = {origin for entry in self.at.from_root() for _, origin in entry.contents}
@@ -463,7 +464,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 ending = self._write(state, versions, loss)
         self._origins = ending.origins
         self.ending = ending if ending is self.at.ending else None  # one that others can have, too
-        self.numbers = self.numbers.copy()  # the list itself belongs to the recording
+        # The lists themselves belong to the recording.
+        self.numbers, self.offsets = self.numbers.copy(), self.offsets.copy()
         return ending.path
 
     def _ends_as(self, ending: Ending, state: Mapping[str, Tensor], loss: Any) -> bool:

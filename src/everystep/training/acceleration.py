@@ -153,11 +153,7 @@ class Acceleration:
     def _take(self, number: int, last: int, key: Any, batch: Any) -> dict[str, Any]:
         """Run a step by its program, or in Python; return what it logs.
 
-        Args:
-            number: of the step.
-            last: a program may run further steps up to this one.
-            key: of the kind of batch.
-            batch: as the training has it.
+        last: a program may run further steps up to this one; key: of the kind of batch.
         """
         if key not in self._kinds and len(self._kinds) < MOST_KINDS:
             self._kinds[key] = _Kind()
@@ -284,11 +280,7 @@ class Acceleration:
     ) -> str | None:
         """Compare a program with the last step, which Python ran; describe the difference.
 
-        Args:
-            stand_in: the program.
-            numbers: predicted for the step.
-            before: the state before it, and its batch.
-            logged: by the step.
+        numbers: predicted for the step; before: the state before it, and its batch; logged: by it.
         """
         path, seen = self.watched.last
         if path != stand_in.path or not isinstance(seen, Cursor):
@@ -328,9 +320,7 @@ class Acceleration:
     def _compare_guards(self, step: int, when: str = "") -> None:
         """Compare what programs depend on after other code has run; make them again if it changed.
 
-        Args:
-            step: the last one.
-            when: the other code has run, for messages.
+        step: the last one; when: the other code has run, for messages.
         """
         changed = self._surroundings.difference() if self._has_programs else None
         if changed is not None:

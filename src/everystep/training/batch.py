@@ -25,7 +25,6 @@ _HELD = {
 #: Copies that are kept to be compared; a loader that makes new tensors has no use for them.
 MOST_COPIES = 64
 _PLAIN = (bool, int, float, str, type(None))
-_ARRAYS = (Tensor, np.ndarray)
 
 
 class BatchCopies:
@@ -71,22 +70,29 @@ class _Copy(NamedTuple):
         return is_plain and same_bits(tensor, self.copy)
 
 
-def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:
+def tensors_of(batch: Any) -> dict[str, Tensor]:
     """Return the tensors in a batch by their path; those of a pair are `x` and `y`, a lone one is `x`.
 
     NumPy's arrays count as tensors, on the same memory. Other objects are left out.
-
-    path: the prefix of all paths.
     """
-    return unnested(batch, path)[0]
+    return unnested(batch)[0]
+
+
+def text_of(batch: Any) -> Any:
+    """Return how a batch is nested, as JSON can hold it: `{"tensor": path}` for each tensor."""
+    return unnested(batch)[1]
 
 
 def unnested(batch: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors in a batch, as `tensors_of` does, and how it is nested, as `text_of` does."""
+    """Return the tensors in a batch, as `tensors_of` does, and how it is nested, as `text_of` does.
+
+    path: the prefix of all paths.
+    """
     if _is_short(batch):
         tensors = {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
         return tensors, {type(batch).__name__: [{"tensor": name} for name in tensors]}
-    return {each or "x": tensor for each, tensor in _walk(batch, path)}, _text(batch, path)
+    tensors = {}
+    return tensors, _text(batch, path, tensors)
 
 
 def key_of(batch: Any, taken: Container[int] = ()) -> Any:
@@ -114,11 +120,6 @@ def key_of(batch: Any, taken: Container[int] = ()) -> Any:
         return kind, value.dtype, value.shape, lies, about
 
     return key(batch)
-
-
-def text_of(batch: Any, path: str = "") -> Any:
-    """Return how a batch is nested, as JSON can hold it: `{"tensor": path}` for each tensor."""
-    return unnested(batch, path)[1]
 
 
 def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -174,25 +175,20 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _walk(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, _ARRAYS):
-        if _is_dense(value):
-            yield path, _as_tensor(value)
-        return
-    for name, item in _items(value) or ():
-        yield from _walk(item, _join(path, name))
-
-
-def _text(value: Any, path: str) -> Any:
-    if isinstance(value, _ARRAYS):
-        kind = f"{type(value).__name__} of {value.dtype}"
-        return {"tensor": path or "x"} if _is_dense(value) else {"left": kind}
+def _text(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return how a value is nested; add its tensors to `tensors`."""
+    if isinstance(value, Tensor | np.ndarray):
+        if not _is_dense(value):
+            return {"left": f"{type(value).__name__} of {value.dtype}"}
+        name = path or "x"
+        tensors[name] = _as_tensor(value)
+        return {"tensor": name}
     if isinstance(value, _PLAIN):
         return value
     items = _items(value)
     if items is None:
         return {"left": type(value).__name__}
-    inner = {name: _text(item, _join(path, name)) for name, item in items}
+    inner = {name: _text(item, _join(path, name), tensors) for name, item in items}
     if type(value) in (list, tuple):
         return {type(value).__name__: [*inner.values()]}
     return {"dict": inner}

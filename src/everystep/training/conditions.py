@@ -95,11 +95,8 @@ class LoopConditions:
     ) -> None:
         """Note what there is of a step that is over.
 
-        Args:
-            number: of the step.
-            logged: its numbers by name, the loss among them.
-            state: the live tensors of the parts.
-            program: of the step, None if it has none.
+        logged: its numbers by name, the loss among them; state: the live tensors of the parts; program:
+        of the step, None if it has none.
 
         Raises:
             UsageError: gradients cannot be read in this loop.

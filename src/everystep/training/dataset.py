@@ -4,7 +4,6 @@ every step.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from everystep.experiment.batches import Batches
 from everystep.step.guards import Guards, is_plain
 from everystep.step.state import same_bits
 from everystep.step.torchs_own import TENSOR_TYPES
+from everystep.training.loader_position import different, generator_states
 
 __all__ = [
     "DEFAULT_DATASET_LIMIT",
@@ -86,11 +86,6 @@ def read_rows(
         return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
     except RuntimeError as error:
         raise DataError(f"the rows of the Dataset differ in shape: {error}") from None
-
-
-def _collate_rows(dataset: Dataset[Any], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Read these rows now, as one batch (x, y)."""
-    return _collated([_pair(dataset, row, dataset.__getitem__) for row in rows])
 
 
 def length_of(dataset: Dataset[Any]) -> int:
@@ -207,20 +202,12 @@ class DatasetBatches:
         if self._pair is None or step != self._step:
             indices = self._batches.indices(step)
             rows = range(self._batches.rows) if indices is None else indices.tolist()
-            before = _generators()
-            x, y = _collate_rows(self._dataset, rows)
-            self.draws |= before != _generators()
+            before = generator_states(self._device)
+            x, y = _collated([_pair(self._dataset, row, self._dataset.__getitem__) for row in rows])
+            self.draws |= bool(different(before, generator_states(self._device)))
             self._keep(torch.as_tensor(rows), x, y)
             self._step, self._pair = step, (x.to(self._device), y.to(self._device))
         return self._pair
-
-    def versions(self) -> list[int | None]:
-        """Return nothing: no rule finds the rows."""
-        return []
-
-    def forget(self) -> None:
-        """Read the next batch again, even if it is of the same step."""
-        self._pair = None
 
     def rows(self) -> tuple[Tensor, Tensor] | None:
         """Return x and y of all rows if each was read and stayed the same, and no number was drawn."""
@@ -244,16 +231,6 @@ class DatasetBatches:
                 return
             kept[rows] = part.detach()
         self._is_kept[rows] = True
-
-
-def _generators() -> tuple[Any, ...]:
-    """Return the states of the global random generators on the CPU, to be compared."""
-    numpy = [str(part) if isinstance(part, str) else part.tobytes() for part in _numpy_state()]
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), numpy
-
-
-def _numpy_state() -> list[Any]:
-    return [part if isinstance(part, str) else np.asarray(part) for part in np.random.get_state()]
 
 
 class Unfit(NamedTuple):

@@ -1,11 +1,18 @@
-"""The facts of a training before it starts, read from its objects; runs no user code."""
+"""The facts of a training before it starts: what its objects show, and what the user gives.
+
+Runs no user code.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import inspect
+import json
+import math
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -15,11 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from everystep.errors import Fault, UsageError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
 from everystep.experiment.specification import Iteration
 from everystep.numerics import Numerics
 from everystep.recording.facts import (
+    LARGEST_CONFIG,
+    LONGEST_TAG,
+    MOST_TAGS,
     BatchFacts,
     DataFacts,
     LoopFacts,
@@ -41,14 +52,7 @@ from everystep.step.torchs_own import (
 )
 from everystep.training.model_step import Training
 
-__all__ = [
-    "circumstances",
-    "describe",
-    "facts_of_loop",
-    "modules_of",
-    "optimizer_facts",
-    "scheduler_facts",
-]
+__all__ = ["describe", "facts_from", "facts_of_loop", "modules_of", "optimizer_facts"]
 
 #: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
@@ -78,11 +82,7 @@ def describe(
     if validation is not None:
         about_data["validation_rows"] = len(validation[0])
     preparation = data.preparation if data is not None else None
-    schedulers = {}
-    if training.scheduler is not None:
-        schedulers["scheduler"] = scheduler_facts(training.scheduler, training.scheduler_every)
     return TrainingFacts(
-        device=str(training.device),
         seed=iteration.seed,
         data=DataFacts(**about_data),
         batches=BatchFacts(
@@ -94,19 +94,21 @@ def describe(
         modules=modules_of(training.model),
         parameters=sum(parameter.numel() for parameter in training.model.parameters()),
         loss=_loss_facts(training.loss),
-        optimizers={"optimizer": optimizer_facts(training.optimizer)},
-        schedulers=schedulers,
         max_grad_norm=training.max_grad_norm,
         evaluate_every=evaluate_every,
         stop_on_nan=iteration.stop_on_nan,
         preparation=preparation.model_dump() if preparation else None,
-        **circumstances(training.device),
+        **_shared(training.parts, training.device, training.scheduler_every),
     )
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """Return the facts of a training that are not its own: numerics and versions."""
+def _shared(parts: Parts, device: torch.device, every: str | None = None) -> dict[str, Any]:
+    """Return the facts that trainings of all kinds have. every: see `SchedulerFacts`."""
+    schedulers = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
     return {
+        "device": str(device),
+        "optimizers": {name: optimizer_facts(each) for name, each in parts.optimizers.items()},
+        "schedulers": {name: _scheduler_facts(each, every) for name, each in schedulers.items()},
         "numerics": Numerics.read(device),
         "versions": {"python": platform.python_version()} | _versions(),
     }
@@ -117,55 +119,45 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("everystep", "torch", "numpy", "safetensors")}
 
 
-def modules_of(module: nn.Module, path: str = "") -> dict[str, ModuleFacts]:
+def modules_of(
+    module: nn.Module, path: str = "", around: frozenset[int] = frozenset()
+) -> dict[str, ModuleFacts]:
     """Return a module and all within it, by path, each before those within it.
 
-    path: of the module itself.
+    path: of the module itself; around: the ids of modules that it is within.
     """
-    return dict(_modules_of(module, path, frozenset()))
+    settings = {"training": module.training} | _settings(module) | _own_tensors(module)
+    own = ModuleFacts(
+        class_name=type(module).__name__,
+        arguments=module.extra_repr() if is_torchs_module(module, but_hooks=True) else "",
+        settings=settings | hooks_of(module),
+        is_torchs=is_torchs_module(module),
+    )
+    found, around = {path: own}, around | {id(module)}
+    for name, inner in module._modules.items():
+        if inner is not None and id(inner) not in around:
+            found |= modules_of(inner, f"{path}.{name}" if path else name, around)
+    return found
 
 
-def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
-    """Return the facts of a user's loop. loop: known before it begins."""
+def facts_of_loop(parts: Parts) -> TrainingFacts:
+    """Return the facts of a user's loop before it begins."""
     modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
     for name in sorted(parts.modules, key=lambda name: name != parts.main):
         modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
     parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
-    schedulers = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
     return TrainingFacts(
-        device=str(parts.device),
         seed=None,
         data=DataFacts(rows=0, source="loop"),
         batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
         modules=modules,
         parameters=sum(parameter.numel() for parameter in parameters),
         loss=None,
-        optimizers={name: optimizer_facts(each) for name, each in parts.optimizers.items()},
-        schedulers={name: scheduler_facts(each, None) for name, each in schedulers.items()},
         max_grad_norm=None,
         evaluate_every=None,
-        loop=loop,
-        **circumstances(parts.device),
+        loop=LoopFacts.of(parts.named),
+        **_shared(parts, parts.device),
     )
-
-
-def _modules_of(
-    module: nn.Module, path: str, around: frozenset[int]
-) -> Iterator[tuple[str, ModuleFacts]]:
-    settings = {"training": module.training} | _settings(module) | _own_tensors(module)
-    yield (
-        path,
-        ModuleFacts(
-            class_name=type(module).__name__,
-            arguments=module.extra_repr() if is_torchs_module(module, but_hooks=True) else "",
-            settings=settings | hooks_of(module),
-            is_torchs=is_torchs_module(module),
-        ),
-    )
-    around |= {id(module)}
-    for name, inner in module._modules.items():
-        if inner is not None and id(inner) not in around:
-            yield from _modules_of(inner, f"{path}.{name}" if path else name, around)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, str | None]:
@@ -196,7 +188,7 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     )
 
 
-def scheduler_facts(scheduler: LRScheduler, every: str | None) -> SchedulerFacts:
+def _scheduler_facts(scheduler: LRScheduler, every: str | None) -> SchedulerFacts:
     """Return the facts of a scheduler. every: see `SchedulerFacts`."""
     settings = {k: v for k, v in _settings(scheduler).items() if k not in _COUNTED}
     return SchedulerFacts(
@@ -256,3 +248,69 @@ def _plain(value: Any) -> Any:
         return value
     # Other objects may count how often they are printed.
     return str(value) if is_plain(value) else type(value).__name__
+
+
+def facts_from(config: Any, tags: Iterable[str]) -> dict[str, Any]:
+    """Return the facts of a run that the user gives: `config` and `tags`, without empty ones.
+
+    Raises:
+        UsageError: one cannot be kept; gives the reason.
+    """
+    found = {"config": _checked_config(config), "tags": _checked_tags(tags)}
+    return {name: value for name, value in found.items() if value}
+
+
+def _checked_config(config: Any) -> dict[str, Any]:
+    """Return a config as JSON can hold it; what JSON cannot hold is its text.
+
+    config: a mapping, a dataclass, an `argparse.Namespace`, or None for none.
+
+    Raises:
+        UsageError: it is none of these, or too large.
+    """
+    if isinstance(config, argparse.Namespace):
+        config = vars(config)
+    plain = _as_json({} if config is None else config)
+    if not isinstance(plain, dict):
+        kind = type(config).__name__
+        raise UsageError(f"config is a {kind}; pass a dict, a dataclass or an argparse.Namespace")
+    if (size := len(json.dumps(plain))) > LARGEST_CONFIG:
+        raise UsageError(f"config has {size:,} bytes as JSON; a run holds at most {LARGEST_CONFIG:,}")
+    return plain
+
+
+def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """Return tags, each once and in one line.
+
+    Raises:
+        UsageError: lists each that a run cannot hold.
+    """
+    if isinstance(tags, str):
+        raise UsageError(f"tags is a text; pass a list: tags=[{tags!r:.100}]")
+    given = [*tags]
+    faults = [
+        Fault(f"tags[{place}]", f"must be a text of 1 to {LONGEST_TAG} characters, not {tag!r:.100}")
+        for place, tag in enumerate(given)
+        if not isinstance(tag, str) or not 0 < len(" ".join(tag.split())) <= LONGEST_TAG
+    ]
+    if faults:
+        raise UsageError(faults, "the tags of the run")
+    found = tuple(dict.fromkeys(" ".join(tag.split()) for tag in given))
+    if len(found) > MOST_TAGS:
+        raise UsageError(f"{len(found)} tags are too many; a run has at most {MOST_TAGS}")
+    return found
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON can hold it. Numbers that are not finite become texts."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_as_json(item) for item in value]
+    return str(value)

@@ -24,7 +24,6 @@ from everystep.step.generators import generators_preserved
 from everystep.training.from_objects import job_of
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.measurements import evaluation_of
 from everystep.training.objects import Objects
 
 __all__ = ["experiment_job", "train_experiment"]
@@ -34,7 +33,6 @@ def train_experiment(
     experiment: Experiment,
     name: str,
     directory: Path | None,
-    runs: Path,
     budget: int,
     progress: Progress,
     said: Mapping[str, Any] = MappingProxyType({}),
@@ -55,7 +53,7 @@ def train_experiment(
     with held, generators_preserved(device):
         try:
             job = replace(experiment_job(experiment, name, device), said=said)
-            return run_job(job, directory, runs, budget, progress)
+            return run_job(job, directory, budget, progress)
         except EverystepError:
             raise
         except Exception as error:  # only torch's code has run, so any error is about the experiment
@@ -96,16 +94,13 @@ def experiment_job(
     optimizer = build_optimizer(experiment.optimizer, model.parameters())
     scheduler = build_scheduler(experiment.scheduler, optimizer) if experiment.scheduler else None
     every = experiment.scheduler.every if experiment.scheduler else "step"
-    objects = Objects(model, loss, optimizer, scheduler=scheduler, scheduler_every=every)
-    on_device = data.to(device)
-    held_out, rows = on_device.validation, (on_device.x, on_device.y)
-    is_validation, metrics = held_out is not None, experiment.metrics or ()
-    evaluation = evaluation_of(model, loss, held_out or rows, metrics, is_validation=is_validation)
-    batch = batches.of(on_device.x, on_device.y)
+    metrics = experiment.metrics or ()
+    objects = Objects(
+        model, loss, optimizer, scheduler=scheduler, scheduler_every=every, metrics=metrics
+    )
     source = experiment.data.model_dump(exclude_none=True)
-    job = job_of(objects, experiment, batches, batch, data, source, evaluation, device)
-    notices = [message] if (message := numerics.warning()) else []
-    return replace(job, name=name, experiment_toml=experiment.to_toml(), notices=notices)
+    job = job_of(objects, experiment, batches, data, source, device)
+    return replace(job, name=name, experiment_toml=experiment.to_toml())
 
 
 def _origin(data: Data) -> str:

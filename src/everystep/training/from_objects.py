@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from everystep import numerics
 from everystep.bounded import check_steps
@@ -20,7 +19,6 @@ from everystep.errors import DataError, DeviceError, ModelError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
-from everystep.step.evaluate import Evaluation
 from everystep.step.guards import Guards
 from everystep.training.dataset import DatasetBatches, length_of, read_once
 from everystep.training.description import describe
@@ -32,14 +30,11 @@ from everystep.training.objects import Objects, is_dataset
 
 __all__ = ["job_of", "objects_job", "train_objects"]
 
-Pair = tuple[Any, Any]
-
 
 def train_objects(
     objects: Objects,
     iteration: Iteration,
     directory: Path | None,
-    runs: Path,
     budget: int,
     progress: Progress,
     said: Mapping[str, Any] = MappingProxyType({}),
@@ -57,7 +52,7 @@ def train_objects(
             torch.manual_seed(iteration.seed)
         device = _device(objects, iteration.device)
         job = objects_job(objects, iteration, device, progress)
-        return run_job(replace(job, said=said), directory, runs, budget, progress)
+        return run_job(replace(job, said=said), directory, budget, progress)
 
 
 def objects_job(objects: Objects, iteration: Iteration, device: torch.device, progress: Progress) -> Job:
@@ -68,60 +63,59 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     """
     # Without a seed, the order of the batches follows the one that torch was last seeded with.
     seed = torch.initial_seed() if iteration.seed is None else iteration.seed
-    notices = [message] if (message := numerics.warning()) else []
+    notices = []
     if not objects.model.training:
         notices.append(
             "the model is in evaluation mode, so dropout and batch norm behave as in evaluation; to "
             "train in training mode, call model.train() first"
         )
     read = _read(objects, seed, progress)
-    data = read.data
+    data, guards = (None, None) if read is None else read
+    rows = length_of(objects.data) if data is None else len(data.x)
     numbers = None if data is None else data.numbers
-    batches = Batches(read.rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
+    batches = Batches(rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
     if data is None:
         kind = type(objects.data).__name__
         notices.append(f"the Dataset is read at every step: {kind} is not one of torch's, of tensors")
-        dataset = cast("Dataset[Any]", objects.data)
-        batch: RowsOf | DatasetBatches = DatasetBatches(dataset, batches, device, objects.dataset_limit)
-    else:
-        on_device = data.to(device)
-        is_read = read.guards is not None
-        batch = batches.of(on_device.x, on_device.y, is_read=is_read, guards=read.guards)
     source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
-    job = job_of(
-        objects, iteration, batches, batch, data, source, _evaluation(objects, read, device), device
-    )
+    job = job_of(objects, iteration, batches, data, source, device, guards)
     _check_dense(job.training)
-    name = _snake(type(objects.model).__name__)
-    stored = data.to(torch.device("cpu")) if data else None
-    return replace(job, name=name, data=stored, notices=notices)
+    return replace(job, name=_snake(type(objects.model).__name__), notices=[*job.notices, *notices])
 
 
 def job_of(
     objects: Objects,
     iteration: Iteration,
     batches: Batches,
-    batch: RowsOf | DatasetBatches,
     data: Data | None,
     source: dict[str, Any],
-    evaluation: Evaluation | None,
     device: torch.device,
+    guards: Guards | None = None,
 ) -> Job:
     """Return the job of training live objects.
 
-    Args:
-        objects: the model, the loss, the optimizer and the scheduler.
-        iteration: the settings of the training.
-        batches: the rows that each step sees.
-        batch: provides them.
-        data: None if a Dataset is read at every step.
-        source: the facts about where the data comes from.
-        evaluation: what is measured.
-        device: of the objects.
+    batches: the rows that each step sees; data: None if the Dataset of the objects is read at every
+    step; source: the facts about where it comes from; guards: what data read from a Dataset depends on.
 
     Raises:
-        UsageError: there are too many steps.
+        UsageError: there are too many steps, or a metric does not fit.
     """
+    if data is None:
+        batch: RowsOf | DatasetBatches = DatasetBatches(
+            objects.data, batches, device, objects.dataset_limit
+        )
+        validation = objects.validation and _tensors(objects.validation)
+        measured = validation and (validation[0].to(device), validation[1].to(device))
+    else:
+        on_device = data.to(device)
+        x, y, validation = on_device.x, on_device.y, on_device.validation
+        batch = batches.of(x, y, is_read=guards is not None, guards=guards)
+        # Without validation rows, metrics are measured on the data itself.
+        measured = validation or ((x, y) if objects.metrics else None)
+    is_validation, metrics = validation is not None, objects.metrics
+    evaluation = measured and evaluation_of(
+        objects.model, objects.loss, measured, metrics, is_validation=is_validation
+    )
     training = Training(
         model=objects.model,
         loss=objects.loss,
@@ -142,10 +136,11 @@ def job_of(
         training=training,
         steps=steps,
         facts=describe(training, data, batches, source, iteration, every if evaluation else None),
-        data=data,
+        data=None if data is None else data.to(torch.device("cpu")),
         evaluation=evaluation,
         evaluate_every=every,
         engine=iteration.engine,
+        notices=[message] if (message := numerics.warning()) else [],
     )
 
 
@@ -158,69 +153,43 @@ def _check_dense(training: Training) -> None:
         )
 
 
-class _Read(NamedTuple):
-    """The data as far as it could be read before training.
+def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data, Guards | None] | None:
+    """Return the data, and what data read from a Dataset depends on.
 
-    data: None if it must be read at every step; rows: to train on; guards: what data read from a Dataset
-    depends on.
+    None: the Dataset is read at every step.
     """
-
-    data: Data | None
-    rows: int
-    validation: Pair | None = None
-    guards: Guards | None = None
-
-
-def _read(objects: Objects, seed: int, progress: Progress) -> _Read:
-    guards = None
+    pair, guards = objects.data, None
     if is_dataset(objects.data):
         once = read_once(objects.data, objects.dataset_limit, progress.reading)
         if once is None:
-            return _read_lazily(objects)
+            _check_lazy(objects)
+            return None
         pair, guards = once
-    else:
-        pair = cast(Pair, objects.data)
     x, y = _tensors(pair)
     if isinstance(objects.validation, float):
         training, kept_out = split_rows(len(x), objects.validation, seed)
         held_out = x[kept_out], y[kept_out]
-        data = Data(x[training], y[training], held_out, numbering=Numbering(seed))
-        return _Read(data, len(training), guards=guards)
-    validation = objects.validation and _tensors(objects.validation)
+        return Data(x[training], y[training], held_out, numbering=Numbering(seed)), guards
+    validation = _tensors(objects.validation) if objects.validation else None
     if validation and validation[0].shape[1:] != x.shape[1:]:
         shapes = f"{tuple(validation[0].shape)}, but the data's x is {tuple(x.shape)}"
         raise DataError(f"validation: x is {shapes}; the rows must have the same shape")
-    return _Read(Data(x, y, validation or None), len(x), guards=guards)
+    return Data(x, y, validation), guards
 
 
-def _read_lazily(objects: Objects) -> _Read:
-    """Prepare for a Dataset that is read at every step."""
+def _check_lazy(objects: Objects) -> None:
     kind = type(objects.data).__name__
     problem = f"the Dataset is read at every step ({kind} is not one of torch's, of tensors)"
     if isinstance(objects.validation, float):
         raise DataError(f"{problem}, so its rows cannot be split; pass validation=(x, y)")
     if objects.metrics and objects.validation is None:
         raise DataError(f"{problem}, so metrics need separate rows; pass validation=(x, y)")
-    validation = objects.validation and _tensors(objects.validation)
-    return _Read(None, length_of(cast("Dataset[Any]", objects.data)), validation or None)
 
 
-def _tensors(pair: Pair) -> tuple[Tensor, Tensor]:
+def _tensors(pair: Any) -> tuple[Tensor, Tensor]:
     """Return x and y as tensors, the same objects if they already are; `Objects` has checked them."""
     x, y = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in pair)
     return x, y
-
-
-def _evaluation(objects: Objects, read: _Read, device: torch.device) -> Evaluation | None:
-    """Measure the validation part; without one, metrics are measured on the data itself."""
-    data = read.data
-    validation = read.validation if data is None else data.validation
-    if validation is None and (data is None or not objects.metrics):
-        return None
-    pair = validation or (data.x, data.y)  # type: ignore[union-attr]  # there is one
-    rows = pair[0].to(device), pair[1].to(device)
-    is_validation = validation is not None
-    return evaluation_of(objects.model, objects.loss, rows, objects.metrics, is_validation=is_validation)
 
 
 def _device(objects: Objects, name: str | None) -> torch.device:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
-__all__ = ["Interrupt", "interrupt_deferred"]
+__all__ = ["Interrupt"]
 
 #: Reasons, as a run has them.
 _REASONS = {signal.SIGINT: "by the user (Ctrl-C)", signal.SIGTERM: "by the system (SIGTERM)"}
 
 
 class Interrupt:
-    """Records which signal ended the training, if any.
+    """Defers Ctrl-C and SIGTERM to the end of the step; records which one ended the training, if any.
+
+    Use it as a context manager: it catches signals in the main thread, SIGTERM only if the caller has no
+    handler for it. When nested, the outer one catches them. A second signal is not deferred. After a
+    SIGTERM, the process ends at the end of the context.
 
     received: called when one arrives; defers: whether a signal waits now, or acts as by default.
     """
@@ -44,29 +47,25 @@ class Interrupt:
         """Whether it was Ctrl-C."""
         return self._signal == signal.SIGINT
 
-    def listen(self) -> None:
-        """Catch signals, in the main thread; SIGTERM only if the caller has no handler for it.
-
-        When nested, the outer one catches them.
-        """
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
-            return
+            return self
         before = {number: signal.getsignal(number) for number in _REASONS}
         if isinstance(getattr(before[signal.SIGINT], "__self__", None), Interrupt):
-            return
+            return self
         if callable(before[signal.SIGINT]):
             self._before[signal.SIGINT] = before[signal.SIGINT]
         if before[signal.SIGTERM] is signal.SIG_DFL:
             self._before[signal.SIGTERM] = signal.SIG_DFL
         for number in self._before:
             signal.signal(number, self._note)
+        return self
 
-    def leave(self) -> None:
-        """Restore the handlers; a SIGTERM ends the process now that the run is closed."""
+    def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}
-        if self._signal == signal.SIGTERM:
+        if self._signal == signal.SIGTERM:  # the run is closed now
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -76,17 +75,3 @@ class Interrupt:
         signal.signal(number, self._before[number])  # a second one is not deferred
         self._signal = number
         self._received()
-
-
-@contextmanager
-def interrupt_deferred() -> Iterator[Interrupt]:
-    """Defer Ctrl-C and SIGTERM to the end of the step, so that the state is that of a whole step.
-
-    A second signal is not deferred. After a SIGTERM, the process ends at the end of the context.
-    """
-    interrupt = Interrupt()
-    interrupt.listen()
-    try:
-        yield interrupt
-    finally:
-        interrupt.leave()

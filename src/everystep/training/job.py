@@ -38,12 +38,6 @@ class StartingPoint:
     fork: ForkFacts | None = None
     resumed: ResumeFacts | None = None
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether each loss up to there is."""
-        step = self.run.facts.nonfinite_step
-        return step is None or step > self.at
-
 
 @dataclass(frozen=True)
 class Job:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -28,12 +28,20 @@ from torch.utils.data import (
 
 from everystep.errors import RunError
 from everystep.recording.contents import DRAW
-from everystep.recording.outlook import RECENT, Ahead
+from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators
 from everystep.step.own_state import decoded, encoded
 from everystep.step.state import same_bits
 
-__all__ = ["Drawn", "Epoch", "LoaderPosition", "Recorded", "is_quiet"]
+__all__ = [
+    "Drawn",
+    "Epoch",
+    "LoaderPosition",
+    "Recorded",
+    "different",
+    "generator_states",
+    "is_quiet",
+]
 
 #: Prefix of the names of a loader's own state.
 LOADER = "own/loader"
@@ -53,24 +61,6 @@ class Epoch(NamedTuple):
     calls: int
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """Where a state is: after so many batches of a call of `steps` (from 0).
-
-    loader: the loader's own state, None if it has none; tensors: those of the state on disk; at_first:
-    the random generators of state 0; epoch: the epoch, None if the loop does not use `epochs`;
-    has_workers: whether the call began with workers of an earlier one.
-    """
-
-    call: int
-    taken: int
-    loader: Any
-    tensors: Mapping[str, Tensor]
-    at_first: dict[str, Tensor]
-    epoch: Epoch | None = None
-    has_workers: bool = False
-
-
 class Drawn(NamedTuple):
     """A draw in the recording: the generators before it, if it used them; whether it gave a batch."""
 
@@ -78,8 +68,25 @@ class Drawn(NamedTuple):
     matches: Callable[[Any], bool]
 
 
-#: Returns the draw of a step.
-History = Callable[[int], Drawn]
+@dataclass(frozen=True)
+class Recorded:
+    """Where a state is: after so many batches of a call of `steps` (from 0).
+
+    step: after which the state is; draw_of: returns the draw of a step; loader: the loader's own state,
+    None if it has none; tensors: those of the state on disk; at_first: the random generators of state 0;
+    epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
+    workers of an earlier one.
+    """
+
+    step: int
+    draw_of: Callable[[int], Drawn]
+    call: int = 0
+    taken: int = 0
+    loader: Any = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    at_first: Mapping[str, Tensor] = field(default_factory=dict)
+    epoch: Epoch | None = None
+    has_workers: bool = False
 
 
 class LoaderPosition:
@@ -87,52 +94,31 @@ class LoaderPosition:
 
     Args:
         device: of the parts, for its random generator.
+        reached: called where a resumed training continues in the middle of batches: a loop may have
+            changed something after epochs that it skipped.
 
-    generators: those before the last draw, by name, if it used them, and they had changed since the
-    previous draw; at_end: those before a draw that found no more batches, by the names that a state has;
-    is_still: whether only Python and torch have run between the last two batches.
+    goal: the place to go to before the next batch, None if that is the next one; taken: how many batches
+    of the current call of `steps` were drawn; generators: those before the last draw, by name, if it
+    used them, and they had changed since the previous draw; at_end: those before a draw that found no
+    more batches, by the names that a state has; is_still: whether only Python and torch have run between
+    the last two batches.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, reached: Callable[[], None]) -> None:
+        self.goal: Recorded | None = None
+        self.taken = 0
         self.generators: dict[str, Tensor] = {}
         self.at_end: dict[str, Tensor] = {}
         self.is_still = False
         self._device = device
         self._call = -1
-        self._taken = 0
         self._loop = -1
         self._epoch: Epoch | None = None
         self._epochs: int | None = None
         self._is_between = False
         self._has_workers = False
         self._loader: Any = None
-        self._goal: Recorded | None = None
-        self._history: History | None = None
-        self._first = 0
         self._at_first: dict[str, Any] = {}
-        self._reached: Callable[[], None] = lambda: None
-
-    @property
-    def taken(self) -> int:
-        """How many batches of the current call of `steps` were drawn."""
-        return self._taken
-
-    @property
-    def is_ahead(self) -> bool:
-        """Whether the place from which a training continues is still to be found."""
-        return self._goal is not None
-
-    def resume(self, goal: Recorded, step: int, history: History, reached: Callable[[], None]) -> None:
-        """Go to a place before the next batch.
-
-        Args:
-            goal: the place.
-            step: before the place.
-            history: returns the recorded data of a draw.
-            reached: called there, in the middle of batches: a loop may have changed something after
-                epochs that it skipped.
-        """
-        self._goal, self._history, self._first = goal, history, step - goal.taken + 1
         self._reached = reached
 
     def ahead(self, step: int) -> Ahead:
@@ -141,12 +127,12 @@ class LoaderPosition:
             size = len(self._loader)
         except (TypeError, NotImplementedError):  # torch's IterableDataset has one that raises
             return Ahead(None, None)
-        left = max(0, size - self._taken)
+        left = max(0, size - self.taken)
         if self._epoch is None or self._epochs is None:
             return Ahead(left, None)
         later = (self._epochs - self._epoch.number - 1) * size
         # The rows of the first epoch may come again.
-        may_repeat = (self._call - 1) * size + self._taken < RECENT
+        may_repeat = (self._call - 1) * size + self.taken < RECENT
         return Ahead(left if may_repeat else left + later, step + left + later)
 
     def settings(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -154,7 +140,7 @@ class LoaderPosition:
         if self._call < 0 and self._epoch is None:
             return {}, {}
         tensors: dict[str, Tensor] = {}
-        call, taken = (self._call + 1, 0) if self._is_between else (self._call, self._taken)
+        call, taken = (self._call + 1, 0) if self._is_between else (self._call, self.taken)
         place: dict[str, Any] = {"call": call, "taken": taken}
         if self._epoch is not None:
             place["epoch"] = [*self._epoch]
@@ -173,7 +159,7 @@ class LoaderPosition:
             RunError: the recorded training did not use `epochs`.
         """
         self._loop, self._epochs = self._loop + 1, count
-        goal, first = self._goal, 0
+        goal, first = self.goal, 0
         if goal is not None:
             if goal.epoch is None and (goal.call or goal.taken):
                 raise RunError(
@@ -201,8 +187,8 @@ class LoaderPosition:
             RunError: the batches are not those of the recording.
         """
         self._call += 1
-        self._taken, self._loader, self._is_between = 0, batches, False
-        goal = self._goal
+        self.taken, self._loader, self._is_between = 0, batches, False
+        goal = self.goal
         if goal is not None and self._call < goal.call:
             self._start_workers(batches, goal)
             return
@@ -212,13 +198,13 @@ class LoaderPosition:
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         if iterator is not None:
             self._reached()
-        self._goal = None
+        self.goal = None
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
         # A resumed training begins with the generators of state 0; the effects of a draw repeat.
         after = self._at_first if self._call == 0 else {}
         while True:
             self.generators = {}
-            is_seen = draws and (not quiet or self._taken == 0)
+            is_seen = draws and (not quiet or self.taken == 0)
             before = self._generators() if is_seen else {}
             iterator = iter(batches) if iterator is None else iterator
             try:
@@ -228,13 +214,13 @@ class LoaderPosition:
                 self.at_end = {f"generator/{name}": tensor for name, tensor in held.items()}
                 return
             if is_seen:
-                is_left = after.keys() >= before.keys() and not _different(before, after)
+                is_left = after.keys() >= before.keys() and not different(before, after)
                 after = self._generators()
-                used = set() if is_left else _different(before, after)
+                used = set() if is_left else different(before, after)
                 held = _tensors(before, used)
                 self.generators = {f"{DRAW}{name}": tensor for name, tensor in held.items()}
-            self.is_still = quiet and self._taken > 0
-            self._taken += 1
+            self.is_still = quiet and self.taken > 0
+            self.taken += 1
             self.at_end = {}
             yield batch
 
@@ -245,26 +231,25 @@ class LoaderPosition:
         """
         stays = isinstance(batches, DataLoader) and batches.num_workers and batches.persistent_workers
         if stays and batches._iterator is None:
-            assert self._history is not None
             before = Generators.capture(self._device)
-            self._restore(goal.at_first | self._history(1).generators)
+            self._restore({**goal.at_first, **goal.draw_of(1).generators})
             iter(batches)
             before.restore(self._device)
 
     def _skipped(self, batches: Any, goal: Recorded) -> Iterator[Any]:
         """Return an iterator over the batches after those before the goal."""
-        self._taken = goal.taken
+        self.taken = goal.taken
         if _has_state(batches) and goal.loader is not None:
             batches.load_state_dict(decoded({}, LOADER, goal.tensors, goal.loader))
             return iter(batches)
-        assert self._history is not None
-        draw = self._history(self._first)
-        self._restore((goal.at_first if goal.call == 0 else {}) | draw.generators)
+        first = goal.step - goal.taken + 1
+        draw = goal.draw_of(first)
+        self._restore({**(goal.at_first if goal.call == 0 else {}), **draw.generators})
         iterator: Any = iter(batches)
         by_sampler = is_indexed(batches)
         for place in range(goal.taken):
             if place and not by_sampler:
-                draw = self._history(self._first + place)
+                draw = goal.draw_of(first + place)
                 self._restore(draw.generators)
             try:
                 batch = iterator._next_index() if by_sampler else next(iterator)
@@ -275,7 +260,7 @@ class LoaderPosition:
                 ) from None
             if not by_sampler and not draw.matches(batch):
                 raise RunError(
-                    f"the batch of step {self._first + place:,} is not the recorded one, so the place "
+                    f"the batch of step {first + place:,} is not the recorded one, so the place "
                     "of the training cannot be found; pass the same data in the same order (a loader "
                     "with a state_dict, such as torchdata's StatefulDataLoader, finds it by itself)"
                 )
@@ -287,10 +272,8 @@ class LoaderPosition:
 
     def _generators(self) -> dict[str, Any]:
         """Return the states of all random generators that a draw can use."""
-        found = Generators.capture(self._device, is_quick=True)
         own = {name: each.get_state() for name, each in _own_generators(self._loader).items()}
-        states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}
-        return states | ({"device": found.torch_device} if found.torch_device is not None else {}) | own
+        return generator_states(self._device) | own
 
     def _restore(self, generators: Mapping[str, Tensor]) -> None:
         found = {name.removeprefix(DRAW): tensor for name, tensor in generators.items()}
@@ -301,7 +284,14 @@ class LoaderPosition:
         Generators.from_tensors(known | found).restore(self._device)
 
 
-def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of the global random generators, to be compared by `different`."""
+    found = Generators.capture(device, is_quick=True)
+    states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}
+    return states if found.torch_device is None else states | {"device": found.torch_device}
+
+
+def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
     """Return the names of generators with another state in the other."""
     return {name for name, state in one.items() if not _is_same(state, other[name])}
 
@@ -331,12 +321,10 @@ def is_quiet(batches: Any) -> bool:
     if batches is None or type(batches) in (list, tuple):
         return True
     return (
-        type(batches) is DataLoader
+        is_indexed(batches)
         and type(batches.dataset) is TensorDataset
-        and batches.num_workers == 0
         and batches.collate_fn is default_collate
-        and type(batches.sampler) in (SequentialSampler, RandomSampler)
-        and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
+        and type(batches.sampler) is not WeightedRandomSampler
     )
 
 

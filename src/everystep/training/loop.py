@@ -23,7 +23,7 @@ from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import changes_more_than_lr, expected_to_change
 from everystep.step.torchs_own import is_torchs_scheduler
 from everystep.training.dataset import DatasetBatches
-from everystep.training.interrupt import Interrupt, interrupt_deferred
+from everystep.training.interrupt import Interrupt
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.resumed import facts_resumed
 from everystep.training.stepper import Stepper
@@ -32,13 +32,11 @@ from everystep.training.writer import RunWriter, now
 __all__ = ["run_job"]
 
 
-def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress: Progress) -> Outcome:
+def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -> Outcome:
     """Train, and record every step.
 
     Args:
-        job: the job.
-        directory: the run's directory, which must not exist; None: the next free one in `runs`.
-        runs: the directory of runs.
+        directory: the run's directory, which must not exist; None: the next free one.
         budget: maximum bytes of snapshots.
         progress: watches the training.
 
@@ -48,10 +46,10 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
         RecordingError: writing the run failed.
     """
     job.check()
-    recorder, facts = _recorder(job, directory, runs, budget)
+    recorder, facts = _recorder(job, directory, budget)
     progress.begin(recorder.directory, facts)
-    training = _ModelWriter(job, recorder, progress)
-    with interrupt_deferred() as interrupt:
+    training = _ModelWriter(job, recorder, facts, progress)
+    with Interrupt() as interrupt:
         try:
             reason = training.train(interrupt)
             status = "finished" if reason is None else "stopped"
@@ -64,7 +62,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     return Outcome(place, status, reason, interrupt.is_by_user)
 
 
-def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tuple[Recorder, Facts]:
+def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, Facts]:
     """Return what records a job, and what is known of the run so far."""
     origin, text = job.origin, job.experiment_toml
     texts = {} if text is None else {job.facts.experiment_file or EXPERIMENT_FILE: text}
@@ -74,11 +72,12 @@ def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tupl
         facts = facts.model_copy(update=dict(job.said))
         recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True, texts=texts)
         return recorder, facts.model_copy(update={"name": place.name})
-    place = create_directory(directory, job.name, runs)
+    place = create_directory(directory, job.name)
     parent, fork = (origin.run, origin.fork) if origin else (None, None)
     beginning = job.training.snapshot(job.start) if origin else None
-    facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
-    facts = facts.model_copy(update=dict(job.said))
+    facts = Facts(
+        name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork, **job.said
+    )
     try:
         recorder = Recorder(place, facts, budget, parent, job.start, texts=texts, beginning=beginning)
         return recorder, facts
@@ -90,17 +89,10 @@ def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tupl
 class _ModelWriter(RunWriter):
     """Takes the steps of a training of a model, and writes them."""
 
-    def __init__(self, job: Job, recorder: Recorder, progress: Progress) -> None:
+    def __init__(self, job: Job, recorder: Recorder, facts: Facts, progress: Progress) -> None:
         origin = job.origin
-        resumed = None if origin is None else origin.resumed
-        super().__init__(
-            recorder,
-            job.start,
-            progress.notice,
-            progress.advance,
-            seconds_before=0.0 if resumed is None else resumed.seconds,
-            is_finite=origin is None or origin.is_finite,
-        )
+        earlier = None if origin is None else origin.run.facts
+        super().__init__(recorder, job.start, facts, progress.notice, progress.advance, earlier)
         goes_on = "training continues (stop_on_nan = true stops it)"
         ends = "training stops" if job.facts.stop_on_nan else goes_on
         self.advice = f"{ends}. ", "; a smaller lr often helps"
@@ -120,7 +112,7 @@ class _ModelWriter(RunWriter):
             reason = self._run(interrupt)
             self._finish()
         except BaseException as error:
-            self._close_failed(error)
+            self.close_failed(error)
             raise
         finally:
             if self._stepper is not None:
@@ -132,12 +124,13 @@ class _ModelWriter(RunWriter):
         job = self.job
         self._keep_beginning()
         settings = job.training, self.recorder, job.steps, job.engine, job.start
-        stepper = self._stepper = Stepper(*settings, is_by_rule=job.data is not None)
+        stepper = self._stepper = Stepper(*settings)
         self._keep_engine(stepper)
         while self.step < job.steps:
             if not self._advance(stepper):
                 continue
-            if job.evaluation is not None and self._is_evaluation(self.step):
+            is_due = self.step % job.evaluate_every == 0 or self.step == job.steps
+            if job.evaluation is not None and is_due:
                 self._evaluate(stepper, job.evaluation)
             if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
@@ -168,15 +161,13 @@ class _ModelWriter(RunWriter):
             self._snapshot()
         self._keep_rows()
 
-    def _close_failed(self, error: BaseException) -> None:
-        """Close the run of a training that raised; what the training raised comes first."""
+    def close_failed(self, error: BaseException) -> None:
+        """Write what there is, and close the run."""
         with suppress(Exception):  # the device or the disk may be what failed
             self.flush()
             if self._stepper is not None and self._stepper.step < self.step:
                 self.recorder.forget_after(self._stepper.step)  # a failed check made them void
-        reason = str(error).strip() or type(error).__name__
-        with suppress(Exception):
-            self.recorder.finish({"status": "failed", "reason": reason, "finished": now()})
+        super().close_failed(error)
 
     def flush(self) -> None:
         """Fetch the losses from the device, which waits for it once; write them and the measurements."""
@@ -243,7 +234,7 @@ class _ModelWriter(RunWriter):
         engine = EngineFacts(
             asked=self.job.engine,
             stands_behind=stepper.stands_behind,
-            programs=stepper.watched.programs,
+            programs=tuple(stepper.watched.programs),
             by_program=stepper.by_program,
             checks=len(stepper.checked),
             verified_to=stepper.checked[-1] if stepper.checked else 0,
@@ -289,9 +280,6 @@ class _ModelWriter(RunWriter):
             for name, value in training.hyperparameters().items()
             if not expected_to_change(name, more_than_lr=more)
         }
-
-    def _is_evaluation(self, step: int) -> bool:
-        return step % self.job.evaluate_every == 0 or step == self.job.steps
 
     def _evaluate(self, stepper: Stepper, evaluation: Evaluation) -> None:
         """Measure; a scheduler that follows the validation loss advances."""

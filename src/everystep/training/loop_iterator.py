@@ -31,12 +31,8 @@ _Line = tuple[CodeType, int]
 class LoopIterator(Iterator[Any]):
     """Iterates over the steps of some batches, or over epochs.
 
-    Args:
-        items: what it yields.
-        of: their number is that of the items, if they have one.
-        name: of what has made it, such as `steps`.
-        line: where the loop asked for it.
-        checked: the lines that need no further check.
+    of: what has as many items as it yields, if their number is known; name: of what has made it, such as
+    `steps`; line: where the loop asked for it; checked: the lines that need no further check.
     """
 
     def __init__(
@@ -57,10 +53,8 @@ class LoopIterator(Iterator[Any]):
     def continue_after(self, count: int, firsts: Collection[int], resumed: Collection[int]) -> None:
         """Let an `enumerate` around it continue after so many items.
 
-        Args:
-            count: of the items.
-            firsts: numbers with which it may begin in a loop that was not resumed.
-            resumed: those with which it begins if the loop accounts for what is past.
+        firsts: numbers with which it may begin in a loop that was not resumed; resumed: those with which
+        it begins if the loop accounts for what is past.
 
         Raises:
             UsageError: it begins with another number, or something else around it begins again.

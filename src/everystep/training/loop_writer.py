@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +13,16 @@ from everystep import numerics
 from everystep.errors import say
 from everystep.recording.continuation import shortened
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
-from everystep.recording.keep import Keep
-from everystep.recording.outlook import RECENT
+from everystep.recording.keep import RECENT
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
 from everystep.step.parts_state import PartsState, Rest
 from everystep.step.path import Path as StepPath
 from everystep.step.state import State, state_differences
-from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import LoaderPosition
-from everystep.training.resumed import ResumedLoop
-from everystep.training.step_rows import AnyWatch
-from everystep.training.watched_steps import StepUnderWay, WatchedSteps
-from everystep.training.writer import RunWriter, now
+from everystep.training.step_under_way import AnyWatch, StepUnderWay
+from everystep.training.watched_steps import WatchedSteps
+from everystep.training.writer import RunWriter
 
 __all__ = ["LoopWriter"]
 
@@ -44,61 +39,52 @@ class LoopWriter(RunWriter):
     """Turns watched steps of a loop into stored data.
 
     Args:
-        directory: of the run; empty unless it is resumed.
-        parts: what the loop carries.
+        recorder: of the run.
+        start: the state that the loop begins with.
+        facts: known as it begins.
+        whole: what the loop carries.
         place: where it is in its batches.
-        snapshot_budget, batch_budget: bytes that the run may keep; keep: the steps, None for all.
         advanced: called with a step that was written, and the losses from it on.
-        resumed: where a run continues, None for a new one.
-        said: facts that the user gave.
+        earlier: the facts of the run that is continued.
 
     parts: what the loop carries; watched: its steps; function: returns how the steps of a function ran;
-    has_loss: whether a step has logged a loss.
+    has_loss: whether a step has logged a loss; of a resumed loop, beginning: the state that it continues
+    from, and later: one that it must reach again, if any.
     """
 
     def __init__(
         self,
-        directory: Path,
-        parts: PartsState,
+        recorder: Recorder,
+        start: int,
+        facts: Facts,
+        whole: PartsState,
         place: LoaderPosition,
-        snapshot_budget: int,
-        batch_budget: float,
-        keep: Keep | None,
         advanced: Callable[[int, Sequence[float]], None] | None,
-        resumed: ResumedLoop | None = None,
-        *,
-        said: Mapping[str, Any] = MappingProxyType({}),
+        earlier: Facts | None = None,
     ) -> None:
-        self._whole = parts
-        self.parts = parts.parts
+        super().__init__(recorder, start, facts, say, advanced, earlier)
+        self._whole = whole
+        self.parts = whole.parts
         self._place = place
         self.function: Callable[[], FunctionFacts] | None = None
+        self.beginning: State | None = None
+        self.later: State | None = None
+        loop = None if earlier is None else earlier.training.loop
+        self.has_loss = loop is not None and loop.has_loss
+        self._loss_dtype = earlier.loss_dtype if earlier is not None and self.has_loss else "float64"
         self._pending: State | None = None
         self._at_rest: _Here | None = None
         self._in_effect = numerics.in_effect()
-        if resumed is None:
-            beginning = parts.snapshot(0)
-            trained = facts_of_loop(self.parts, LoopFacts.of(self.parts.named))
-            facts = Facts(name=directory.name, started=now(), steps=0, trained=trained, **said)
-            recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget, keep=keep)
-            recorder.snapshot(beginning)
-            super().__init__(recorder, 0, say, advanced)
-            self.has_loss, self._loss_dtype, self._later = False, "float64", None
-        else:
-            at, budget = resumed.state.step, snapshot_budget
-            facts = resumed.facts.model_copy(update=dict(said))
-            recorder = Recorder(
-                directory, facts, budget, at=at, batch_budget=batch_budget, keep=keep, is_resumed=True
-            )
-            before = facts.resumed[-1].seconds if facts.resumed else 0.0
-            is_finite = resumed.is_finite
-            super().__init__(recorder, at, say, advanced, seconds_before=before, is_finite=is_finite)
-            self.rates, self._later = resumed.rates, resumed.later
-            self.has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
         self._numerics = numerics.Numerics.read(self.parts.device)
         self.watched = WatchedSteps(self.parts, recorder)
         if message := numerics.warning():
             say(message)
+
+    def settle(self) -> None:
+        """Bring the parts of a resumed loop to the state that it continues from again."""
+        assert self.beginning is not None
+        self._whole.restore(self.beginning)
+        self.watched.note_versions()
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store changes of the loop since the last step, outside of any. state: the current one."""
@@ -217,13 +203,13 @@ class LoopWriter(RunWriter):
         Raises:
             RunError: it differs.
         """
-        later, place = self._later, {} if at_rest is None else at_rest.place.get("place", {})
+        later, place = self.later, {} if at_rest is None else at_rest.place.get("place", {})
         if later is None or later.step != self.step:
             return
         is_between = later.settings.get("place", {}).get("is_between", False)
         if is_between != place.get("is_between", False):
             return
-        self._later = None
+        self.later = None
         now = self._snapshot(at_rest)
         different = [each.tensor for each in state_differences(later, now, only_seen=True)]
         held = [state.settings.get("held", {}) for state in (later, now)]

@@ -58,8 +58,8 @@ def evaluation_of(
         if name not in named and not (is_validation and metric.is_standard):
             continue
         if kind is not None and kind in metric.of:
-            measure = partial(_measured, metric.of[kind], kind, scaled)
-            found[f"{prefix}{name}"] = partial(_demanded, name, measure) if name in named else measure
+            asked = name if name in named else None
+            found[f"{prefix}{name}"] = partial(_measured, metric.of[kind], kind, scaled, asked)
         elif name in named:
             raise ExperimentError([Fault("metrics", _misfit(name, kind))])
     return Evaluation(model, found, own, *rows, rows[0].device) if found or own else None
@@ -104,33 +104,38 @@ def _predicts_logs(loss: Any) -> bool:
 
 
 def _measured(
-    measure: Measure, kind: TargetKind, scaled: Callable[[Tensor], Tensor], output: Any, target: Tensor
+    measure: Measure,
+    kind: TargetKind,
+    scaled: Callable[[Tensor], Tensor],
+    asked: str | None,
+    output: Any,
+    target: Tensor,
 ) -> Tensor | None:
-    """Return a metric of outputs and targets; None if their shapes do not fit."""
-    if not isinstance(output, Tensor):
-        return None
-    shape = output.shape
-    if kind == "classes":
-        if output.ndim != target.ndim + 1 or shape[1] < 2:
-            return None
-        if not bool(((target >= 0) & (target < shape[1])).all()):
-            return None
-        shape = shape[:1] + shape[2:]
-    return measure(scaled(output), target) if shape == target.shape else None
-
-
-def _demanded(name: str, measure: Measure, output: Any, target: Tensor) -> Tensor:
-    """Return a metric that was asked for by its name.
+    """Return a metric of outputs and targets; None if their shapes do not fit.
 
     Raises:
-        ExperimentError: the shapes do not fit.
+        ExperimentError: they do not fit, and the metric was asked for by its name.
     """
-    value: Tensor | None = measure(output, target)
-    if value is None:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        problem = f"{name} cannot compare the model's output {got} with targets {tuple(target.shape)}"
-        raise ExperimentError([Fault("metrics", problem)])
-    return value
+    if _fits(output, target, kind):
+        value: Tensor = measure(scaled(output), target)
+        return value
+    if asked is None:
+        return None
+    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    problem = f"{asked} cannot compare the model's output {got} with targets {tuple(target.shape)}"
+    raise ExperimentError([Fault("metrics", problem)])
+
+
+def _fits(output: Any, target: Tensor, kind: TargetKind) -> bool:
+    """Return whether outputs can be compared with targets: for classes, one output for each."""
+    if not isinstance(output, Tensor):
+        return False
+    if kind != "classes":
+        return output.shape == target.shape
+    if output.ndim != target.ndim + 1 or output.shape[1] < 2:
+        return False
+    is_in_range = bool(((target >= 0) & (target < output.shape[1])).all())
+    return is_in_range and output.shape[:1] + output.shape[2:] == target.shape
 
 
 def _misfit(name: str, kind: TargetKind | None) -> str:

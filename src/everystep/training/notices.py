@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from everystep.errors import say
-from everystep.program.source_line import CodeLine
-from everystep.training.step_rows import AnyWatch
+from everystep.program.operation import Operation
+from everystep.program.step_program import Program
+from everystep.step.build import BuiltPath
+from everystep.training.step_under_way import AnyWatch
 
 __all__ = ["Notices"]
 
@@ -32,8 +34,8 @@ class Notices:
             "values, but no step shows how they came about",
         )
 
-    def of_step(self, step: int, seen: AnyWatch) -> None:
-        """Report what the recording of a step lacks."""
+    def of_step(self, step: int, seen: AnyWatch, built: BuiltPath | str) -> None:
+        """Report what the recording of a step lacks. built: its program, or why it has none."""
         for reason in seen.unseen:
             if reason not in self.unseen and len(self.unseen) < MOST_SAID:
                 self.unseen.add(reason)
@@ -56,15 +58,12 @@ class Notices:
                 "everystep.record(...)",
             )
 
-    def evaluates(self, step: int, count: int, of: int, line: CodeLine | None) -> None:
-        """Report that a step evaluates a model that it trains.
+        if isinstance(built, BuiltPath) and built.evaluation is not None:
+            self._evaluates(step, *built.evaluation, built.program)
 
-        Args:
-            step: its number.
-            count: of the operations that only evaluate.
-            of: all operations of the step.
-            line: of the code that calls the first of them, if known.
-        """
+    def _evaluates(self, step: int, count: int, first: Operation, program: Program) -> None:
+        """Report that a step evaluates a model that it trains, by `count` operations from `first` on."""
+        line, of = program.line_of(first), len(program.operations)
         around = [] if line is None else [line, *line.callers]
         called = [each.place for each in around if not each.function.endswith("forward")]
         where = f" ({called[0]})" if called else ""

@@ -77,8 +77,9 @@ class Objects:
                     (self.model, self.loss, self.optimizer, self.scheduler), self._without_graphs()
                 )
         except Exception as error:  # copying a user's object may raise anything
+            reason = str(error).partition(". ")[0].partition("\n")[0]
             raise RunError(
-                f"the model, loss and optimizer cannot be copied ({_first_sentence(error)}); pass new "
+                f"the model, loss and optimizer cannot be copied ({reason}); pass new "
                 "ones: model=..., loss=..., optimizer=..."
             ) from None
         return replace(self, model=model, loss=loss, optimizer=optimizer, scheduler=scheduler)
@@ -165,10 +166,6 @@ def _whole_optimizers() -> Iterator[None]:
             yield
         finally:
             del torch.optim.Optimizer.__deepcopy__  # type: ignore[attr-defined]
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).partition(". ")[0].partition("\n")[0]
 
 
 def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:

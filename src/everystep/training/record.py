@@ -6,10 +6,10 @@ import shutil
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -18,22 +18,18 @@ from torch import Tensor
 from everystep.device import check_one_process
 from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.program.operation import path_faults
-from everystep.recording.directories import create_directory
 from everystep.recording.facts import check_measurement_names
-from everystep.recording.keep import Keep
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.recorder import Recorder
 from everystep.step.cursor import Cursor
 from everystep.step.parts import Parts, check_parts
-from everystep.step.parts_state import PartsState
 from everystep.training.batch import unnested
 from everystep.training.conditions import LoopConditions
 from everystep.training.interrupt import Interrupt
 from everystep.training.loader_position import LoaderPosition
 from everystep.training.loop_iterator import LoopIterator
+from everystep.training.loop_start import LoopStart
 from everystep.training.loop_writer import LoopWriter
-from everystep.training.resumed import ResumedLoop, forked_loop, resumed_loop
-from everystep.training.watched_steps import StepUnderWay
+from everystep.training.step_under_way import StepUnderWay
 
 __all__ = ["Recording"]
 
@@ -56,37 +52,18 @@ class Recording(Generic[R]):
     def __init__(
         self,
         parts: dict[str, Any],
-        directory: Path | None,
-        runs: Path,
-        snapshot_budget: int,
-        batch_budget: float,
-        keep: Keep | None,
+        start: LoopStart,
         open_run: Callable[[Path], R],
-        advanced: Callable[[int, Sequence[float]], None] | None = None,
-        *,
-        resumed: R | None = None,
-        is_accepted: bool = False,
-        fork: tuple[RecordedRun, int] | None = None,
-        said: Mapping[str, Any] = MappingProxyType({}),
         conditions: LoopConditions | None = None,
     ) -> None:
         check_parts(parts)
-        #: Facts that the user gave: config and tags.
-        self._said = said
         self._parts = Parts(parts)
-        self._resumed = resumed
-        self._is_accepted = is_accepted
-        self._fork = fork if resumed is None else None
-        self._place = LoaderPosition(self._parts.device)
+        self._start = start
+        self._place = LoaderPosition(self._parts.device, self._settle)
         self._open_run = open_run
-        self._advanced = advanced
         self._stopped: str | None = None
         self._conditions = conditions
-        #: The run that is continued, or that this one is a fork of.
-        self._earlier: RecordedRun | None = None
         self._is_stopping = False
-        self._directories = directory, runs
-        self._budgets = snapshot_budget, batch_budget, keep
         self._writer: LoopWriter | None = None
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
@@ -98,7 +75,6 @@ class Recording(Generic[R]):
         #: Where loops are written that need no further check.
         self._checked: set[Any] = set()
         self._was_count_read = False
-        self._restore: Callable[[], None] = lambda: None
         self._is_writing = False
         self._interrupt = Interrupt(
             self._terminated, lambda number: number == signal.SIGTERM or self._is_writing
@@ -113,7 +89,7 @@ class Recording(Generic[R]):
         """
         if self._writer is None:
             raise _not_begun()
-        return self._open_run(self._writer.directory)
+        return self._open_run(self._writer.recorder.directory)
 
     @property
     def writer(self) -> LoopWriter:
@@ -141,75 +117,30 @@ class Recording(Generic[R]):
             raise UsageError(
                 "this recording has already started; create another with everystep.record(...)"
             )
-        _check_alone()
+        check_one_process()
+        if _recording:
+            raise UsageError(
+                f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "
+                "records one loop at a time"
+            )
         self._parts.check()
         if self._conditions is not None:
             self._conditions.check(self._parts)
-        self._earlier = known = self._fork[0] if self._fork is not None else self._resumed
-        before = () if known is None else known.measurement_names
+        earlier = self._start.earlier
+        before = () if earlier is None else earlier.measurement_names
         marks = () if self._conditions is None else self._conditions.mark
         self._measured = {*before, *self._parts.rates(), *marks}
         check_measurement_names(self._measured)
-        if self._fork is not None:
-            self._writer = self._forked(*self._fork)
-        else:
-            self._writer = self._begun() if self._resumed is None else self._gone_on(self._resumed)
+        self._writer = self._start.begin(self._parts, self._place)
         if self._conditions is not None:
             self._writer.watched.gradient_copies = self._conditions.gradient_copies
             at = self._writer.step
-            for loss in known.losses_between(at, at) if known is not None else ():
+            for loss in earlier.losses_between(at, at) if earlier is not None else ():
                 self._conditions.note_loss(loss)
         self._writer.watched.follow()
-        self._interrupt.listen()
+        self._interrupt.__enter__()
         _recording.append(self)
         return self
-
-    def _begun(self) -> LoopWriter:
-        """Begin a new run."""
-        directory = create_directory(self._directories[0], "loop", self._directories[1])
-        whole, place = PartsState(self._parts), self._place
-        place.begin()
-        return LoopWriter(directory, whole, place, *self._budgets, self._advanced, said=self._said)
-
-    def _gone_on(self, run: RecordedRun, *, is_new: bool = False) -> LoopWriter:
-        """Continue a run: bring the parts to its newest snapshot. is_new: it is a fork just made.
-
-        Raises:
-            RunError: the run or the parts are other ones.
-        """
-        whole, place = PartsState(self._parts), self._place
-        # A new fork has nothing to discard: its steps up to the fork are its parent's.
-        is_accepted = self._is_accepted and not is_new
-        resumed = resumed_loop(run, self._parts, is_accepted=is_accepted, is_new=is_new)
-        whole.restore(resumed.state)
-        _say_where(run, resumed, is_new=is_new)
-        if resumed.goal is not None:
-            place.resume(resumed.goal, resumed.state.step, resumed.draw, self._settle)
-        self._restore = lambda: whole.restore(resumed.state)
-        given = (*self._budgets, self._advanced, resumed)
-        return LoopWriter(run.directory, whole, place, *given, said=self._said)
-
-    def _forked(self, parent: RecordedRun, at: int) -> LoopWriter:
-        """Make a run of a parent's steps up to `at`, and continue it.
-
-        Raises:
-            RunError: the parent or the parts are other ones.
-        """
-        facts = forked_loop(parent, self._parts, at)
-        place, runs = self._directories
-        directory = create_directory(place, f"{parent.name}-fork", runs)
-        try:
-            begin = parent.state_near(0)
-            if begin is not None:
-                count = f"once recording.step_count is {at}"
-                cure = f"pass the parts as they were then, and change what should differ {count}"
-                PartsState(self._parts).check_begins_as(begin, cure)
-            facts = facts.model_copy(update={"name": directory.name})
-            Recorder(directory, facts, self._budgets[0], parent, at, self._budgets[1]).finish({})
-            return self._gone_on(RecordedRun(directory), is_new=True)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)  # made just now, and not started
-            raise
 
     def __exit__(
         self,
@@ -242,9 +173,9 @@ class Recording(Generic[R]):
             say(f"a condition reads {', '.join(names)}, but the loop never logged it")
         is_failed = error is not None
         was_asked = self._interrupt.reason is not None or self._stopped is not None
-        if self._fork is not None and not (is_failed or was_asked) and writer.step < self._fork[1]:
+        at = None if self._start.fork is None else self._start.fork[1]
+        if at is not None and not (is_failed or was_asked) and writer.step < at:
             is_failed = True
-            at = self._fork[1]
             error = RunError(f"the loop ends after step {writer.step}, before the fork at step {at}")
         self._is_writing = True
         try:
@@ -258,9 +189,10 @@ class Recording(Generic[R]):
                 raise
         finally:
             self._is_writing = False
-            self._interrupt.leave()
-            if is_failed and self._fork is not None and _has_no_more(writer.directory, self._fork[1]):
-                shutil.rmtree(writer.directory, ignore_errors=True)
+            self._interrupt.__exit__()
+            directory = writer.recorder.directory
+            if is_failed and at is not None and _has_no_more(directory, at):
+                shutil.rmtree(directory, ignore_errors=True)
         if is_failed and kind is None and error is not None:
             raise error
         if error is None and self._interrupt.is_by_user:
@@ -339,8 +271,7 @@ class Recording(Generic[R]):
             firsts = {0, 1, count - taken, count - taken + 1}
             resumed = {taken, count} - (set() if self._was_count_read else firsts)
             steps.continue_after(taken, firsts, resumed)
-        self._restore()
-        self.writer.watched.note_versions()
+        self.writer.settle()
 
     def epochs(self, count: int | None = None) -> Iterator[int]:
         """Yield the numbers of epochs, from 0; each has its loop over `steps`, and code around it.
@@ -377,7 +308,7 @@ class Recording(Generic[R]):
         Until then, `steps` yields nothing, and code around it runs for epochs that are past, unless the
         loop uses `epochs`.
         """
-        return self._place.is_ahead
+        return self._place.goal is not None
 
     @property
     def is_stopping(self) -> bool:
@@ -559,7 +490,7 @@ class Recording(Generic[R]):
         names: of the numbers that were logged after it, if this is the reason to ask.
         """
         step = self.writer.step
-        earlier = self._earlier if step <= self.writer.recorder.recorded else None
+        earlier = self._start.earlier if step <= self.writer.recorder.recorded else None
         if earlier is not None and all(step in earlier.measured(name) for name in names):
             return
         ends, marks = conditions.holding(names)
@@ -615,15 +546,6 @@ def _not_begun() -> UsageError:
     return UsageError("the recording has not started; write: with everystep.record(...) as recording:")
 
 
-def _check_alone() -> None:
-    check_one_process()
-    if _recording:
-        raise UsageError(
-            f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "
-            "records one loop at a time"
-        )
-
-
 def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str | None]:
     """Return how a recording ended, and why. stopped: the argument of `stop`."""
     if isinstance(error, KeyboardInterrupt):
@@ -631,23 +553,6 @@ def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str 
     if isinstance(error, Exception):
         return "failed", str(error).strip() or type(error).__name__
     return ("finished", None) if stopped is None else ("stopped", stopped)
-
-
-def _say_where(run: RecordedRun, resumed: ResumedLoop, *, is_new: bool) -> None:
-    """Report from where a loop continues, and what it must do itself. is_new: it is a fork just made."""
-    step, recorded, goal = resumed.state.step, run.newest_step(), resumed.goal
-    message = f"{run.name} continues after step {step:,}"
-    if step < recorded:
-        steps = f"step {recorded:,}" if step + 1 == recorded else f"steps {step + 1:,} to {recorded:,}"
-        message += f"; {steps} {'is' if step + 1 == recorded else 'are'} repeated, and compared"
-    if goal is None:
-        message += "; the loop must begin at recording.step_count"
-    elif goal.epoch is None and goal.call and not is_new:
-        message += (
-            "; code around the steps of epochs that are past runs again: iterate over "
-            "recording.epochs(n), or skip it while recording.is_resuming"
-        )
-    say(message)
 
 
 def _number(name: str, value: Any) -> float | Tensor:

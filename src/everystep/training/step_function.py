@@ -4,13 +4,19 @@ vouches for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from everystep import clock
-from everystep.errors import UsageError
+from everystep import clock, numerics
+from everystep.bounded import check_steps
+from everystep.errors import ExperimentError, Fault, UsageError
+from everystep.experiment.specification import Iteration
 from everystep.recording.facts import FunctionFacts
 from everystep.step.around import Around
 from everystep.step.stand_in import Number, StandIn
@@ -18,16 +24,137 @@ from everystep.step.surroundings import Surroundings
 from everystep.training.acceleration import Acceleration
 from everystep.training.batch import key_of, text_of
 from everystep.training.dataset import called
+from everystep.training.interrupt import Interrupt
+from everystep.training.job import Outcome, Progress
+from everystep.training.loader_position import is_quiet
 from everystep.training.record import Recording
-from everystep.training.watched_steps import StepUnderWay
+from everystep.training.step_under_way import StepUnderWay
 
-__all__ = ["VouchedStep", "run_step"]
-
+__all__ = ["check_step", "train_step"]
 
 Step = Callable[..., Any]
 
 
-def run_step(step: Step, recording: Recording[Any], *batch: Any) -> dict[str, Any]:
+def check_step(step: Any, batches: Any, parts: Any, others: Mapping[str, Any]) -> None:
+    """Check the arguments of `train` for a user's step function.
+
+    Args:
+        others: those for a training of a model and a loss only; each must be None or False.
+
+    Raises:
+        ExperimentError: lists every invalid argument, with a fix.
+    """
+    faults = []
+    if isinstance(step, nn.Module) or inspect.isclass(step) or not callable(step):
+        faults.append(Fault("step", f"must be a function of the batch, not {called(step)}"))
+    if not isinstance(parts, Mapping) or not parts:
+        example = 'parts={"model": model, "optimizer": optimizer}'
+        faults.append(Fault("parts", f"must name what the step carries from call to call: {example}"))
+    if batches is not None and not isinstance(batches, Iterable):
+        faults.append(
+            Fault("batches", f"must be a DataLoader or another iterable, not {called(batches)}")
+        )
+    faults += [
+        Fault(
+            name,
+            "does not apply to a step of your own; do it in the step, or pass what it needs in parts",
+        )
+        for name, value in others.items()
+        if value is not None and value is not False
+    ]
+    if faults:
+        raise ExperimentError(faults, "the arguments of train")
+
+
+def train_step(
+    step: Step,
+    batches: Iterable[Any] | None,
+    iteration: Iteration,
+    recording: Recording[Any],
+    progress: Progress,
+) -> Outcome:
+    """Call a step for each batch, and record each call.
+
+    Args:
+        step: returns the loss, or numbers by name including `loss`, or None.
+        batches: iterated again for each epoch; None: call the step without a batch.
+        iteration: steps or epochs, seed, threads and stop_on_nan.
+        recording: not started yet.
+
+    Raises:
+        UsageError: the step returns another type.
+        TrainingError: `engine="program"`, and no program can run a step; or a check failed.
+        RecordingError: writing the run failed; everything recorded before is kept.
+    """
+    total = iteration.steps
+    if total is None:  # 0 if unknown
+        total = (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0
+    check_steps(total)
+    numerics.prepare()
+    with numerics.in_force(iteration.threads), Interrupt() as interrupt:
+        if iteration.seed is not None:
+            torch.manual_seed(iteration.seed)
+        try:
+            with recording:
+                run = recording.run
+                progress.begin(run.directory, run.facts.model_copy(update={"steps": total}))
+                known = run.newest_step()
+                if iteration.steps is not None and iteration.steps < known:
+                    steps = f"set more steps than {iteration.steps:,}"
+                    raise UsageError(f"the run has {known:,} steps already; {steps}")
+                take: Callable[..., dict[str, Any]] = partial(_run_step, step, recording)
+                if iteration.engine == "program":
+                    vouched = _VouchedStep(step, recording, total or None, is_quiet(batches))
+                    recording.writer.function = lambda: vouched.facts
+                    take = vouched.take
+                for batch in _batches(batches, iteration, recording, progress):
+                    logged = take(*([] if batches is None else [batch]))
+                    if iteration.stop_on_nan and not math.isfinite(loss := _loss_of(logged)):
+                        recording.stop(f"the loss is {loss} (stop_on_nan)")
+                        break
+                    if interrupt.reason is not None:
+                        recording.stop(interrupt.reason)
+                        break
+        finally:
+            progress.end()
+    facts = recording.run.facts
+    return Outcome(run.directory, facts.status, facts.reason, interrupt.is_by_user)
+
+
+def _batches(
+    batches: Iterable[Any] | None,
+    iteration: Iteration,
+    recording: Recording[Any],
+    progress: Progress,
+) -> Iterator[Any]:
+    """Yield the batches of as many steps or epochs as asked for, except those of recorded steps."""
+    count, epoch = recording.step_count, 0
+    if batches is None:
+        total = iteration.steps if iteration.steps is not None else iteration.epochs or 0
+        yield from [None] * (total - count)
+        return
+    last, epochs = (math.inf if n is None else n for n in (iteration.steps, iteration.epochs))
+    while count < last and epoch < epochs:
+        before, is_skipping = count, recording.is_resuming
+        for batch in recording.drawn(batches):
+            count += 1
+            yield batch
+            if count == last:
+                return
+        epoch += 1
+        if count == before and not is_skipping:
+            what = "no batch" if epoch == 1 else f"no more batches after step {count}"
+            progress.notice(f"the loader yields {what}; a generator can be iterated only once")
+            return
+
+
+def _loss_of(logged: Mapping[str, Any]) -> float:
+    """Return the loss that a step has logged, 0 for none."""
+    loss = logged.get("loss", 0.0)
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
+def _run_step(step: Step, recording: Recording[Any], *batch: Any) -> dict[str, Any]:
     """Run a step in Python, on a batch or without one, and record it; return what it logs.
 
     Raises:
@@ -49,7 +176,7 @@ class _SeenBatch(NamedTuple):
     nesting: list[Any]
 
 
-class VouchedStep(Acceleration):
+class _VouchedStep(Acceleration):
     """A vouched step function: programs run its steps, and are compared with Python.
 
     Args:
@@ -86,10 +213,7 @@ class VouchedStep(Acceleration):
         )
 
     def take(self, *batch: Any) -> dict[str, Any]:
-        """Run a step; return what it logs.
-
-        Args:
-            batch: one, or none.
+        """Run a step on a batch, or without one; return what it logs.
 
         Raises:
             UsageError: the step returns something that cannot be logged.
@@ -117,7 +241,7 @@ class VouchedStep(Acceleration):
         """Run a step in Python, and record it."""
         self._release()
         self.watched.around = Around(self.watched.parts)
-        return run_step(self._step, self._recording, *batch)
+        return _run_step(self._step, self._recording, *batch)
 
     def _by_program(
         self,

@@ -53,7 +53,6 @@ class Stepper(Acceleration):
         engine: `eager`; `program`, which trusts code that is not torch's, and raises if no program can
             run a step; or `auto`.
         start: the initial state of the training; steps are counted from there.
-        is_by_rule: whether the run has the rows of the batches, so that a rule finds those of each step.
 
     step: the last step that ran; reason: why Python runs steps, or None; eager_from: the first of these;
     is_vouchable: whether the only objection to a program is code that the user may vouch for;
@@ -72,8 +71,6 @@ class Stepper(Acceleration):
         steps: int,
         engine: Engine = "auto",
         start: int = 0,
-        *,
-        is_by_rule: bool = True,
     ) -> None:
         surroundings = Surroundings(training.parts, training.loss)
         watched = WatchedSteps(training.parts, writer)
@@ -86,7 +83,6 @@ class Stepper(Acceleration):
         self.stands_behind: Literal["known", "vouched"] = "known"
         self.taken: list[Taken] = []
         self.hyperparameters: list[tuple[int, dict[str, float]]] = []
-        self._is_by_rule = is_by_rule
         #: How often the rows of the data had been changed when the rule was last known to hold.
         self._data_versions: list[int | None] | None = None
         self._engine = engine
@@ -103,7 +99,8 @@ class Stepper(Acceleration):
     @property
     def has_rule(self) -> bool:
         """Whether a rule still finds the rows of each step: not if the data was changed."""
-        return self._is_by_rule and self._data_versions in (None, self.training.batch.versions())
+        batch = self.training.batch
+        return isinstance(batch, RowsOf) and self._data_versions in (None, batch.versions())
 
     def last_loss(self) -> float:
         """Return the loss of the last step, not collected yet."""
@@ -358,12 +355,12 @@ class Stepper(Acceleration):
         state = watched.parts.state()
         watched.note_changes(number - 1, state)
         inputs, tensors = self._inputs(x, y), {"x": x, "y": y}
-        step = watched.begin(state)
+        step, enter = watched.begin(state), watched.follower.enter
         try:
             step.watch.add_batch(tensors)
             step.nesting.append(text_of((x, y)))
-            loss = training.step(x, y, step.has_loss, watched.enter)
-            watched.enter("other")
+            loss = training.step(x, y, step.has_loss, enter)
+            enter("other")
             training.advance(number)
         finally:
             watched.close()
@@ -374,7 +371,7 @@ class Stepper(Acceleration):
     def _inputs(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Return the batch as a row has it: nothing where a rule finds it."""
         if self.has_rule:
-            self._data_versions = self.training.batch.versions()
+            self._data_versions = self._rows.versions()
             return {}
         # A step, or other code, has written into the data itself: from then on a rule finds other rows.
         copies = self.watched.copies.of({"x": x, "y": y})

@@ -9,38 +9,47 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep import clock
-from everystep.recording.contents import Taken
+from everystep.errors import say
+from everystep.program.operators import NotAllowedError
+from everystep.recording.contents import Taken, digest_of
 from everystep.recording.recorder import Recorder
 from everystep.step import replaced
 from everystep.step.around import Around
-from everystep.step.build import BuiltPath
+from everystep.step.build import BuiltPath, NotCapturableError, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
-from everystep.step.outside_tensors import OutsideTensors, Versions, versions_by_name
+from everystep.step.outside_tensors import OutsideTensors, versions_by_name
 from everystep.step.parts import Parts
 from everystep.step.path import Ending, Path
 from everystep.step.state import copy_of
 from everystep.step.taken import TakenByProgram
 from everystep.training.batch import BatchCopies
 from everystep.training.notices import Notices
-from everystep.training.step_rows import AnyWatch, StepRows
+from everystep.training.step_under_way import AnyWatch, StepUnderWay
 
-__all__ = ["StepUnderWay", "WatchedSteps", "changes_of"]
+__all__ = ["WatchedSteps"]
 
-W = TypeVar("W", bound=AnyWatch, covariant=True)
+#: Paths that are remembered; a training in which every step has another would fill the memory.
+MOST_PATHS = 200
+#: Digests of the state are computed if that takes at most this share of the time so far, at so many
+#: bytes per second.
+DIGEST_SHARE = 0.01
+DIGESTED_A_SECOND = 2e9
 
 
-def changes_of(value: Any) -> int:
-    """Return how often a tensor was changed in place; 0 of all else, or if torch does not count."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+class WrittenProgram(NamedTuple):
+    """A program of the run, and its number."""
+
+    number: int
+    built: BuiltPath
 
 
 class LastProgram(NamedTuple):
@@ -51,54 +60,16 @@ class LastProgram(NamedTuple):
     inputs: dict[str, Tensor]
 
 
-class StepUnderWay(Generic[W]):
-    """A step in progress: its watch, its batch, and logged values.
-
-    rates: the learning rates that it uses: as it began, or as an optimizer found them.
-    """
-
-    def __init__(self, watch: W, rates: dict[str, float]) -> None:
-        self.watch = watch
-        self.rates = rates
-        self.batch: dict[str, Tensor] = {}
-        self.nesting: list[Any] = []
-        self.logged: dict[str, Any] = {}
-        self.loss: Any = None
-        self.started = clock.now()
-        self._loss_version = 0
-
-    @property
-    def nested(self) -> Any:
-        """How the batch was nested; of several, a list."""
-        if len(self.nesting) > 1:
-            return {"list": self.nesting}
-        return self.nesting[0] if self.nesting else None
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether the loop has done nothing with it yet."""
-        return self.watch.is_empty and not self.logged
-
-    def has_loss(self, loss: Any) -> None:
-        """Note the loss of the step."""
-        self.loss, self._loss_version = loss, changes_of(loss)
-
-    def end(self, after: Mapping[str, Tensor], versions: Versions) -> Path:
-        """Return what the step did. after: the live tensors of the parts; versions: of these."""
-        # Of a tensor that was changed since it was logged, no operation made the loss.
-        is_as_logged = changes_of(self.loss) == self._loss_version
-        return self.watch.end(after, versions, self.loss if is_as_logged else None)
-
-
 class WatchedSteps:
     """Watches the steps of a training, and keeps what repeats each step.
 
     Args:
         parts: what is carried from step to step.
-        writer: of the run.
+        writer: of the run; None: nothing is written.
 
-    copies: of the tensors of batches; notices: about the steps; state: between steps, the live tensors
-    after the last one; under_way: the step in progress; around: what it does besides operations, and
+    programs: the numbers of the programs written so far; copies: of the tensors of batches; notices:
+    about the steps; state: between steps, the live tensors after the last one; under_way: the step in
+    progress; follower: of modules and optimizers; around: what it does besides operations, and
     gradient_copies: of its gradients, where somebody asks for them; last: the path of the last step, and
     its watch.
     """
@@ -113,7 +84,14 @@ class WatchedSteps:
         self.around: Around | None = None
         self.gradient_copies: GradientCopies | None = None
         self._writer = writer
-        self._rows = StepRows(writer)
+        self.programs: list[int] = []
+        #: The program of each path, or why it has none.
+        self._of_paths: dict[Path, WrittenProgram | str] = {}
+        #: The random generator as the last row left it.
+        self._generator = torch.get_rng_state()
+        #: Bytes from outside that were copied up to the last row.
+        self._copied = 0
+        self._began = clock.now()
         self.notices = Notices()
         self._paths = KnownPaths()
         self._elsewhere = OutsideTensors()
@@ -125,13 +103,8 @@ class WatchedSteps:
         self._optimizer_names = parts.optimizer_names()
         hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
         is_torchs = self._paths.calls.is_torchs
-        self._follower = Follower(parts.module_paths(), self._optimizer_names, *hooks, is_torchs)
+        self.follower = Follower(parts.module_paths(), self._optimizer_names, *hooks, is_torchs)
         self._follows = False
-
-    @property
-    def programs(self) -> tuple[int, ...]:
-        """The numbers of the programs written so far."""
-        return tuple(self._rows.written)
 
     @property
     def unseen(self) -> tuple[str, ...]:
@@ -141,7 +114,7 @@ class WatchedSteps:
     def follow(self) -> None:
         """Follow modules and optimizers, until `finish`."""
         if not self._follows:
-            self._follower.begin()
+            self.follower.begin()
             replaced.install()
             self._follows = True
 
@@ -149,26 +122,21 @@ class WatchedSteps:
         """Follow modules and optimizers no longer."""
         if self._follows:
             replaced.remove()
-            self._follower.finish()
+            self.follower.finish()
             self._follows = False
 
     def begin(self, state: dict[str, Tensor]) -> StepUnderWay[Cursor]:
         """Begin to watch a step. state: the live tensors of the parts, which `note_changes` has seen."""
-        watch = Cursor(self._paths, self.parts.device, self._follower, self._elsewhere)
+        watch = Cursor(self._paths, self.parts.device, self.follower, self._elsewhere)
         step = StepUnderWay(watch, self.parts.rates())
         watch.begin(state, self._versions, self._ending if state is self.state else self._left)
         self.state = None  # which would hold gradients that the step drops
         watch.gradient_copies = self.gradient_copies
         self._left = None
-        self._follower.step_begins()
+        self.follower.step_begins()
         watch.__enter__()
         self.under_way = step
         return step
-
-    @property
-    def enter(self) -> Any:
-        """Called with each phase of a step where it begins, if that is known."""
-        return self._follower.enter
 
     def close(self) -> StepUnderWay[Cursor] | None:
         """Watch the step in progress no longer; return it."""
@@ -186,11 +154,8 @@ class WatchedSteps:
     ) -> Taken:
         """Return the row of a step that is over.
 
-        Args:
-            number: of the step.
-            step: closed, or taken by a program.
-            after: the live tensors of the parts.
-            inputs: what it was given that the watch does not know, by the names that rows have.
+        step: closed, or taken by a program; after: the live tensors of the parts; inputs: what it was
+        given that the watch does not know, by the names that rows have.
         """
         watch = step.watch
         self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
@@ -202,13 +167,8 @@ class WatchedSteps:
         if watch.changed_unseen and self._writer is not None:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
-        copied = self._elsewhere.copied
-        row = self._rows.row(number, watch, path, after, inputs, step.nested, copied)
-        self.notices.of_step(number, watch)
-        if not isinstance(built := self.program_of(path), str) and built.evaluation is not None:
-            count, first = built.evaluation
-            parts = count, len(built.program.operations)
-            self.notices.evaluates(number, *parts, built.program.line_of(first))
+        row = self._row(number, watch, path, after, inputs, step.nested)
+        self.notices.of_step(number, watch, self.program_of(path))
         self._elsewhere.clean()
         return row
 
@@ -222,15 +182,80 @@ class WatchedSteps:
         self.state, self._left, self._ending = after, None, None
         if not taken.is_still:
             self._versions = versions_by_name(after)
-        row = self._rows.row(first, taken, taken.end({}, {}, None), {}, {}, nesting)
+        row = self._row(first, taken, taken.end({}, {}, None), {}, {}, nesting)
         if count > 1 and taken.generators:  # which are those before the first step
             inputs = {n: t for n, t in row.inputs.items() if not n.startswith("generator/")}
             return [row, row._replace(step=first + 1, inputs=inputs, count=count - 1)]
         return [row._replace(count=count)]
 
+    def _row(
+        self,
+        step: int,
+        watch: AnyWatch,
+        path: Path,
+        state: dict[str, Tensor],
+        inputs: dict[str, Tensor],
+        nesting: Any,
+    ) -> Taken:
+        """Return the row of a finished step; write its program if that is new.
+
+        state: the live tensors after it; inputs: those that the watch does not know.
+        """
+        try:
+            known = self._of_paths[path]
+        except KeyError:
+            known = self._of_paths[path] = self._build(step, path, watch)
+            if len(self._of_paths) > MOST_PATHS:  # a path that occurs again then has two programs
+                del self._of_paths[next(iter(self._of_paths))]
+        size = sum(t.nbytes for n, t in inputs.items() if n.startswith("batch/"))
+        copied = self._elsewhere.copied
+        size, self._copied = size + copied - self._copied, copied
+        if isinstance(known, str):
+            return Taken(step, None, None, inputs, nesting, size, {})
+        cuts = {}
+        for name, storage in known.built.inputs.items():
+            content = watch.content(storage)
+            if content is not None and f"batch/{name}" not in inputs:
+                rows = watch.rows(storage)  # each is kept once
+                inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
+                if (cut := watch.cut(storage)) is not None:
+                    cuts[f"input/{name}"] = cut
+        for draw, generator in watch.generators.items():
+            # A replay has the generator as the last draw left it, in this step or one before.
+            if draw or not torch.equal(generator, self._generator):
+                inputs[f"generator/{draw}"] = generator
+        self._generator = watch.drawn if watch.drawn is not None else self._generator
+        numbers = known.built.numbers(watch.numbers, watch.offsets)
+        digests = self._digests(step, state)
+        return Taken(step, known.number, numbers, inputs, nesting, size, digests, cuts=cuts)
+
+    def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
+        try:
+            built = build_path(path, watch.numbers, watch.offsets)
+        except (NotCapturableError, NotAllowedError) as error:
+            say(f"step {step} cannot be replayed without your code: {error}")
+            return str(error)
+        count = len(self.programs) + 1
+        number = count if self._writer is None else self._writer.program(built.program)
+        self.programs.append(number)
+        return WrittenProgram(number, built)
+
+    def _digests(self, step: int, state: dict[str, Tensor]) -> dict[str, str]:
+        """Return digests of the state after step 1, 2, 4, 8, ..., except gradients, which may be gone.
+
+        They show between which steps something wrote where torch does not see it.
+        """
+        if step & (step - 1):
+            return {}
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
+        seconds = sum(tensor.nbytes for tensor in kept.values()) / DIGESTED_A_SECOND
+        if seconds > DIGEST_SHARE * (clock.now() - self._began):
+            return {}
+        return {name: digest_of(tensor) for name, tensor in kept.items()}
+
     def program_of(self, path: Path) -> BuiltPath | str:
         """Return the program of a path, or why it has none."""
-        known = self._rows.program_of(path)
+        known = self._of_paths.get(path, "the steps do something else each time")
         return known if isinstance(known, str) else known.built
 
     def program_of_last(self) -> LastProgram | None:
@@ -241,7 +266,7 @@ class WatchedSteps:
             return None
         brought = {f"input/{n}": watch.content(place) for n, place in built.inputs.items()}
         inputs = {name: content for name, content in brought.items() if content is not None}
-        return LastProgram(built, built.numbers(watch.numbers), inputs)
+        return LastProgram(built, built.numbers(watch.numbers, watch.offsets), inputs)
 
     def note_changes(
         self,
@@ -252,11 +277,9 @@ class WatchedSteps:
     ) -> str | None:
         """Store what was changed after a step, outside of any; return the name of a tensor that was.
 
-        Args:
-            step: the last one.
-            state: the live tensors of the parts.
-            known: the names of tensors that were changed although torch may not count it.
-            drawn: the states of generators from which other code has drawn, by `generator/name`.
+        step: the last one; state: the live tensors of the parts; known: the names of tensors that were
+        changed although torch may not count it; drawn: the states of generators from which other code
+        has drawn, by `generator/name`.
         """
         before, now = self._versions, versions_by_name(state)
         if before == now and not known and not drawn:
@@ -287,7 +310,7 @@ class WatchedSteps:
 
     def forget_generator(self) -> None:
         """Note the random generator again at the next draw: training continues after another state."""
-        self._rows.forget_generator()
+        self._generator = torch.empty(0, dtype=torch.uint8)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -308,8 +331,8 @@ class WatchedSteps:
         return None if watch is None or watch.is_paused else watch
 
     def _module_done(self, path: str, outputs: list[Tensor]) -> None:
-        if self.under_way is not None and not self.under_way.watch.is_paused:
-            self.under_way.watch.module_done(path, outputs)
+        if (watch := self._watch()) is not None:
+            watch.module_done(path, outputs)
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         if self.under_way is not None and self.around is not None:

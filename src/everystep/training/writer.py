@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from everystep import clock
 from everystep.recording.contents import Taken
+from everystep.recording.facts import Facts
 from everystep.recording.recorder import Recorder
 
 __all__ = ["RunWriter", "now"]
@@ -37,10 +38,10 @@ class RunWriter:
     Args:
         recorder: of the run.
         start: the state that the training begins with.
+        facts: known as it begins.
         notice: shows a message to the user.
         advanced: called with a step that was written, and the losses from it on.
-        seconds_before: how long the training took before it was resumed; None if unknown.
-        is_finite: whether each loss so far was.
+        earlier: the facts of the run that is continued, or that this one is a fork of.
 
     step: the last step; taken, losses, measured: values of steps that are not written yet; rates: the
     numbers of the optimizers that are recorded only when they change; step_seconds: the time of a step.
@@ -53,11 +54,10 @@ class RunWriter:
         self,
         recorder: Recorder,
         start: int,
+        facts: Facts,
         notice: Callable[[str], None],
         advanced: Callable[[int, Sequence[float]], None] | None,
-        *,
-        seconds_before: float | None = 0.0,
-        is_finite: bool = True,
+        earlier: Facts | None = None,
     ) -> None:
         self.recorder = recorder
         self.step = self.start = start
@@ -68,16 +68,14 @@ class RunWriter:
         self.step_seconds = math.inf
         self._notice = notice
         self._advanced = advanced
-        self._is_finite = is_finite
+        nonfinite = None if earlier is None else earlier.nonfinite_step
+        #: Whether each loss so far was.
+        self._is_finite = nonfinite is None or nonfinite > start
         self._lost_to = 0
-        self._seconds_before = seconds_before
+        #: How long the training took before it was resumed; None if unknown.
+        self._seconds_before = facts.resumed[-1].seconds if facts.resumed else 0.0
         self._started = time.perf_counter()
         self._flush_at = 0.0
-
-    @property
-    def directory(self) -> Path:
-        """The run's directory; it may be moved while it is written."""
-        return self.recorder.directory
 
     @property
     def has_timed_steps(self) -> bool:
@@ -93,10 +91,7 @@ class RunWriter:
     def timed(self, began: float, state: Callable[[], dict[str, Tensor]], count: int = 1) -> None:
         """Note the time of `count` steps that just ran, and choose the snapshots' interval from it.
 
-        Args:
-            began: when, on the clock.
-            state: returns the live tensors that the training carries.
-            count: of steps.
+        began: when, on the clock; state: returns the live tensors that the training carries.
         """
         self.step_seconds = min(self.step_seconds, (clock.now() - began) / count)
         if self.has_timed_steps and not self.recorder.has_interval:
@@ -106,10 +101,8 @@ class RunWriter:
     def next_stop(self, last: int, *, one_by_one: bool, every: int | None = None) -> int:
         """Return the step up to which steps may run without a look at signals and snapshots.
 
-        Args:
-            last: the last step of the training.
-            one_by_one: look after each step.
-            every: look after the multiples of this, too.
+        last: the last step of the training; one_by_one: look after each step; every: look after the
+        multiples of this, too.
         """
         step, recorder = self.step, self.recorder
         if one_by_one or not self.has_timed_steps:
@@ -172,6 +165,12 @@ class RunWriter:
         self.recorder.finish(facts | ends)
         self.show_written()
 
+    def close_failed(self, error: BaseException) -> None:
+        """Close the run of a training that raised; what the training raised comes first."""
+        reason = str(error).strip() or type(error).__name__
+        with suppress(Exception):  # the disk may be what failed
+            self.recorder.finish({"status": "failed", "reason": reason, "finished": now()})
+
     def _nonfinite_in(self, first: int, losses: Sequence[float | None]) -> dict[str, Any]:
         """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
         for step, loss in enumerate(losses, start=first) if self._is_finite else ():
@@ -180,7 +179,7 @@ class RunWriter:
                 before, after = self.advice
                 self._notice(
                     f"the loss is {loss} at step {step}; {before}everystep "
-                    f"first-nonfinite {self.directory.name} finds where it came from{after}"
+                    f"first-nonfinite {self.recorder.directory.name} finds where it came from{after}"
                 )
                 return {"nonfinite_step": step}
         return {}

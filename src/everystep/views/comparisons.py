@@ -184,7 +184,6 @@ def _reason(found: Difference, operation: OperationDifference) -> str:
 
 
 def _input_name(name: str) -> str:
-    """Describe an input of an operation."""
     from everystep.answers.operations import name_in_words
 
     base = name.partition("~")[0]
@@ -297,13 +296,11 @@ def _places(what: str, places: Sequence[Any]) -> str:
 
 def _pair_texts(pair: tuple[Any, Any]) -> tuple[str, str]:
     """Return two values in a line each; cut, unless they differ only later."""
-    one, other = (_text(value) for value in pair)
-    short = [text if len(text) <= LONGEST else text[:24] + "..." for text in (one, other)]
-    return (short[0], short[1]) if short[0] != short[1] else (one, other)
-
-
-def _text(value: Any) -> str:
-    return str(tuple(value) if isinstance(value, list) else value).replace("\n", " ")
+    plain = (tuple(value) if isinstance(value, list) else value for value in pair)
+    texts = [str(value).replace("\n", " ") for value in plain]
+    short = [text if len(text) <= LONGEST else text[:24] + "..." for text in texts]
+    one, other = short if short[0] != short[1] else texts
+    return one, other
 
 
 def match_text(found: Match) -> str:

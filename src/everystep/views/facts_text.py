@@ -6,7 +6,7 @@ The terminal, the page, the report and a notebook show the same.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
     """
     training = facts.training
     numerics = training.numerics
+    config = [f"{name}: {value_text(value)}" for name, value in flat(dict(facts.config or {})).items()]
     return [
         ("device", f"{training.device} ({numerics.processor}, {counted(numerics.threads, 'thread')})"),
         ("data", _data_text(training)),
@@ -70,15 +71,11 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
         ("loss", loss_text(training.loss)),
         ("update", _update_text(training)),
         ("steps", _steps_text(facts.steps or 0, training)),
-        *([("config", _config_text(facts.config))] if facts.config else []),
+        *([("config", "\n".join(config))] if config else []),
         *([("tags", ", ".join(facts.tags))] if facts.tags else []),
         *([("fork of", _fork_text(facts.fork))] if facts.fork else []),
         *([("resumed", _resumed_text(facts.resumed))] if facts.resumed else []),
     ]
-
-
-def _config_text(config: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name}: {value_text(value)}" for name, value in flat(dict(config)).items())
 
 
 def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
@@ -157,7 +154,6 @@ def engine_text(facts: Facts) -> str:
 
 
 def _function_text(function: FunctionFacts, steps: int) -> str:
-    """Return how the steps of a vouched step function ran."""
     if not function.by_program:
         reason = f": {function.reason}" if function.reason else ""
         return f"Python ran every step, although you vouched for them{reason}"

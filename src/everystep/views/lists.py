@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from rich.text import Text
 
+from everystep.recording.directories import Space
 from everystep.recording.prune import Pruning
-from everystep.recording.space import Space
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.formatting import counted, cut, number, one_line, size_text, time_text
@@ -103,12 +103,12 @@ def _list_text(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int |
     return page.text
 
 
-def _size_text(size: int) -> str:
-    return size_text(size) if size else "0"
-
-
 def _size(name: str, rank: int = 0) -> Column[Space]:
-    return Column(name, lambda space: _size_text(getattr(space, name)), is_number=True, rank=rank)
+    def text(space: Space) -> str:
+        size = getattr(space, name)
+        return size_text(size) if size else "0"
+
+    return Column(name, text, is_number=True, rank=rank)
 
 
 #: The columns of what runs take on the disk.

@@ -198,7 +198,6 @@ def argument_texts(operation: Operation, called: Mapping[str, str]) -> list[tupl
 
 
 def _argument_text(value: Any, called: Mapping[str, str]) -> str:
-    """Return an encoded argument as text."""
     if isinstance(value, str):
         return called.get(value, value)
     if isinstance(value, list | tuple):

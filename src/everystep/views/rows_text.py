@@ -116,7 +116,6 @@ def about_rows(step: Step, parameter: str | None = None) -> list[str]:
 
 
 def _line(step: Step, reason: Reason) -> CodeLine | None:
-    """Return the line of code of the operation that a reason names."""
     return None if reason.operation is None else step.operations[reason.operation].line
 
 
@@ -211,7 +210,6 @@ def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
 
 
 def _shares(rows: Rows, names: Sequence[str]) -> list[Share]:
-    """Return the known shares of some parameters."""
     from everystep.answers.rows import Share
 
     return [each for name in names if isinstance(each := rows.gradients[name], Share)]

@@ -92,7 +92,6 @@ def _view_of(directory: Path | None, step: Step | None) -> RunView:
 
 
 def _verify_text(found: Verification, view: RunView) -> str:
-    """Return what matches and what does not, in lines, and the conclusion."""
     facts = view.run.facts
     numerics = "; ".join(f"{key} {one}, now {two}" for key, (one, two) in found.numerics.items())
     lines = [
@@ -163,7 +162,6 @@ def _snapshots_text(found: Verification) -> str:
 
 
 def _measured_text(found: Measured, view: RunView) -> str:
-    """Return the result of measuring, in a line or two."""
     values = list(found.values.items())
     if not values:
         return f"{found.name}: no values"
@@ -199,13 +197,11 @@ def when_text(losses: Mapping[int, float]) -> str:
 
 
 def _found_text(found: Found, view: RunView) -> str:
-    """Return the steps with their losses, or that there is none, and the skipped ones."""
     text = when_text(view.run.losses_at(found.steps)).rstrip("\n") or "no step matches"
     return f"{text}\n{skipped_text(found.inexact)}" if found.inexact else text
 
 
 def _nonfinite_text(found: NonFinite, view: RunView) -> str:
-    """Return what made the first NaN or infinity."""
     from everystep.answers.operations import name_in_words
 
     counts = (found.nans, "NaN"), (found.infinities, "infinite")
@@ -281,7 +277,6 @@ def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
 
 
 def _diagnosis_text(found: Diagnosis, view: RunView | None = None) -> str:
-    """Return the problems of a run, and what can be read, in lines."""
     findings: list[str] = []
     for each in found.findings:
         findings += [labelled("place", each.place), labelled("problem", each.problem)]
@@ -337,7 +332,6 @@ def _change(case: Case, known: float | None) -> str:
 
 
 def _found_data(found: Found, view: RunView, most: int | None = None) -> dict[str, Any]:
-    """Return steps with their losses; most: how many are listed."""
     losses = view.run.losses_at(found.steps[:most])
     steps = [{"step": step, "loss": plain_data(loss)} for step, loss in losses.items()]
     return {"count": len(found.steps), "steps": steps, "inexact": list(found.inexact)}

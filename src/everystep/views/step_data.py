@@ -99,6 +99,10 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
     loss = loss_text(training.loss)
     loop = training.loop
     happened = as_it_happened(step, training, loop) if loop else None
+    if happened is None:
+        formulas = update_formulas(step.operations, training.optimizers)
+    else:
+        formulas = {name: each for seen in happened.segments for name, each in seen.formulas.items()}
     layers = network(step, training.modules)
     for layer in layers:
         if (output := first_of(step.activations.get(layer["path"]))) is not None:
@@ -129,7 +133,7 @@ def step_data(step: Step, run: RecordedRun, *, values: bool = False) -> dict[str
         "changed_otherwise": happened.changed_otherwise if happened else [],
         "dropped": tensors.of("dropped", step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
-        "updates": _updates(step, _formulas(step, training, happened), tensors),
+        "updates": _updates(step, formulas, tensors),
     }
     content["tensors"] = tensors.known
     # These are many, and none of their values can be NaN.
@@ -257,14 +261,6 @@ def _segments(happened: Happened, training: TrainingFacts) -> list[dict[str, Any
             | {"hyperparameters": seen.settings, "parameters": list(seen.formulas)}
         )
     return found
-
-
-def _formulas(
-    step: Step, training: TrainingFacts, happened: Happened | None
-) -> dict[str, UpdateFormula]:
-    if happened is None:
-        return update_formulas(step.operations, training.optimizers)
-    return {name: each for seen in happened.segments for name, each in seen.formulas.items()}
 
 
 def _updates(step: Step, formulas: dict[str, UpdateFormula], tensors: _Tensors) -> list[dict[str, Any]]:

@@ -51,6 +51,8 @@ _ROWS_SHOWN = 3
 FEW_VALUES = 64
 #: Characters of the path of a module.
 _LONGEST_PATH = 18
+#: Parameters that are named above the formula that they share.
+_NAMED = 4
 
 #: The columns of an operation in the terminal.
 OPERATIONS: tuple[Column[Mapping[str, Cell]], ...] = (
@@ -252,7 +254,6 @@ class _Opened:
             page.table(UPDATES, [self._update_row(name, None) for name in left])
 
     def _title_of_update(self, seen: SegmentSeen) -> str:
-        """Return the optimizer, its class and its settings."""
         optimizer = self.training.optimizers.get(seen.optimizer or "")
         names = [seen.segment.part or "", optimizer.class_name if optimizer else ""]
         settings = [f"{name} = {shortest(value)}" for name, value in seen.settings.items()]
@@ -347,7 +348,9 @@ class _Opened:
             of_formula.setdefault((formula.operators, formula.calls), []).append(parameter)
         for (operators, calls), parameters in of_formula.items():
             if len(of_formula) > 1:
-                self.page.line((_shortened(parameters), "dim"), indent=_INDENT)
+                more = [f"... ({len(parameters)} parameters)"] if len(parameters) > _NAMED else []
+                named = ", ".join([*parameters[:_NAMED], *more])
+                self.page.line((named, "dim"), indent=_INDENT)
             for style, lines in (("", operators), ("dim", calls)):
                 for line in lines:
                     self.page.wrapped(line, style, indent=_INDENT)
@@ -398,8 +401,9 @@ class _Opened:
         for place, (seen, line) in enumerate(zip(self.step.operations, self.lines, strict=True)):
             rows.append({"number": f"#{place}"})
             if seen.operation.phase != "update":
+                path = seen.operation.module or ""
                 rows[-1] |= {
-                    "module": _path(seen.operation.module or ""),
+                    "module": path if len(path) <= _LONGEST_PATH else "…" + path[-_LONGEST_PATH + 1 :],
                     "formula": line.short,
                     "operator": seen.operation.operator,
                 }
@@ -426,15 +430,6 @@ class _Opened:
 
 def _gradients(of_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}.grad": tensor for name, tensor in of_parameters.items()}
-
-
-def _shortened(names: Sequence[str], longest: int = 4) -> str:
-    more = f", ... ({len(names)} parameters)" if len(names) > longest else ""
-    return ", ".join(names[:longest]) + more
-
-
-def _path(module: str) -> str:
-    return module if len(module) <= _LONGEST_PATH else "…" + module[-_LONGEST_PATH + 1 :]
 
 
 def _operations_text(numbers: tuple[int, ...]) -> str:

@@ -159,7 +159,6 @@ def _parameter_of(name: str) -> frozenset[str]:
 
 
 def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
-    """Return what an operation returns, in both notations."""
     terms: list[_Term] = [
         term for value in arguments.values() for term in (value if isinstance(value, list) else [value])
     ]

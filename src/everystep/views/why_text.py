@@ -237,13 +237,11 @@ def _digits_text(value: Any) -> str:
 
 
 def _of_number(value: Number) -> dict[str, Any]:
-    """Return the text of a number, and whether it can be followed further."""
     goes_on = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
     return {"text": value_text(value), "goes_on": goes_on and not value.name.endswith(".bits")}
 
 
 def _of_answer(value: Why) -> dict[str, Any]:
-    """Return the texts of an answer, and the operation."""
     is_checked = value.formula and value.groups
     return {
         "made": None if value.operation is None else _made_text(value),

@@ -16,7 +16,7 @@ const NOT_LOADED =
   "A file of the page failed to load. Is everystep view still running? If everystep was updated since it started, start it again.";
 
 const main = document.querySelector("main");
-let shown = null; // {key, update, close}
+let shown = null; // {key, view}
 let turn = 0;
 
 /** Show a place: update the current view, or open another one. */
@@ -24,9 +24,9 @@ async function show(place) {
   // A dialog belongs to the previous view.
   document.querySelectorAll("dialog[open]").forEach((dialog) => dialog.close());
   const key = place.view === "compare" ? JSON.stringify(place) : `${place.view} ${place.run ?? ""}`;
-  if (shown?.key === key) return shown.update(place);
+  if (shown?.key === key) return shown.view.update(place);
   const mine = ++turn;
-  shown?.close();
+  shown?.view.close();
   shown = null;
   const host = element("div");
   try {
@@ -36,9 +36,9 @@ async function show(place) {
     if (mine !== turn) return;
     main.replaceChildren(host);
     // open(place, host) fills `host` and returns {update(place), close()}.
-    const opened = await open(address.read(), host);
-    if (mine !== turn) return opened.close();
-    shown = { key, ...opened };
+    const view = await open(address.read(), host);
+    if (mine !== turn) return view.close();
+    shown = { key, view };
   } catch (error) {
     if (mine !== turn) return;
     host.replaceChildren(...failure(place, error.message));

@@ -2,13 +2,12 @@
 
 import { element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
+import { Timers } from "../shared/timers.js";
 import { rowOf } from "./readout.js";
-
-const REST = 150; // milliseconds before the loss of an open step is requested, if no point has it
 
 /** The line; `curve`: of the loss; `hasLoss`: whether it is logged; `found()`: called when the loss of the step is known. */
 export class StepMark {
-  #timer = 0;
+  #timers = new Timers();
   #known = [null, null]; // a step and its loss
   #ended = new AbortController();
 
@@ -39,13 +38,13 @@ export class StepMark {
     this.node.classList.toggle("to-left", left > width / 2);
     const text = whole(this.step);
     this.node.firstChild.textContent = this.loss === null ? text : `${text} · ${short(this.loss)}`;
-    clearTimeout(this.#timer);
-    if (this.loss === null && this.hasLoss) this.#timer = setTimeout(() => this.#find(), REST);
+    this.#timers.clear();
+    if (this.loss === null && this.hasLoss) this.#timers.rest("find", () => this.#find()); // no point has it
   }
 
   /** Stop requests. */
   close() {
-    clearTimeout(this.#timer);
+    this.#timers.clear();
     this.#ended.abort();
   }
 

@@ -14,17 +14,13 @@ const DENSE = 3000; // points, from which on they are drawn smaller
 const DOUBLE = 300; // milliseconds in which a second click makes a double one
 
 /**
- * Draw the loss of runs, named, into `host`; return {setStep, extend, setMeasurements, toggleLog, resize, close}.
+ * The plot of the loss of runs, named, in `host`.
  *
  * `source`: of the curves, as in `Curve`; `step`: the open one; `goTo(step)`: called for a click, if given; `walks`: arrow keys always walk
  * from point to point; `remove(name)`: removes a run other than the first from the plot, if that can be; `look`: {line, log, smooth} as the
  * reader chose before, or null; `looked(look)`: called when the reader chooses; `hasLoss`: whether the first run logs a loss at all.
  */
-export function lossPlot(host, names, options) {
-  return new LossPlot(host, names, options);
-}
-
-class LossPlot {
+export class LossPlot {
   #lines;
   #drawn = []; // the shown lines of the chart, and their averages
   #nonfinite = []; // steps

@@ -1,7 +1,7 @@
 // A saved report: the plot and the table of the page, with the numbers in the report.
 
-import { lossPlot } from "../plot/plot.js";
-import { stepTable } from "../table/table.js";
+import { LossPlot } from "../plot/plot.js";
+import { StepTable } from "../table/table.js";
 import { choose, chosenStep, onChosen } from "./chosen.js";
 import { savedRows } from "./rows.js";
 
@@ -11,7 +11,7 @@ export function begin() {
   const held = JSON.parse(document.querySelector("script.losses").textContent);
   const step = chosenStep();
   const plot = plotOf(host, held, step);
-  const table = stepTable(place, savedRows(held), { step, goTo: choose });
+  const table = new StepTable(place, savedRows(held), { step, goTo: choose });
   onChosen((chosen) => [plot, table].forEach((each) => each.setStep(chosen)));
   window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => (each.open = true)));
 }
@@ -22,7 +22,7 @@ function plotOf(host, { name, titles, columns }, step) {
   if (!hasLoss) curves.set("loss", rowsWith(columns[0], columns[0].map(() => "nan")));
   const source = async (run, { measurement }) => curves.get(measurement ?? "loss");
   const measured = [...curves].filter(([title]) => title !== "step" && title !== "loss");
-  const plot = lossPlot(host, [name], { source, step, goTo: choose, walks: true, hasLoss });
+  const plot = new LossPlot(host, [name], { source, step, goTo: choose, walks: true, hasLoss });
   plot.setMeasurements(measured.map(([title, { total }]) => ({ name: title, count: total, is_rate: /^(.*\.)?lr(\[|$)/.test(title) })));
   return plot;
 }

@@ -1,6 +1,6 @@
 // The rows of the table of a saved report, sorted and filtered here.
 
-import { numberOf } from "../shared/format.js";
+import { compared, numberOf } from "../shared/format.js";
 
 /**
  * Return the source of the table, like `serverRows`.
@@ -37,18 +37,12 @@ function filtered(rows, steps, losses, { first = null, last = null, low = null, 
   return rows.filter((row) => fits(row) && (!hasRange || (losses[row] !== null && losses[row] >= least && losses[row] <= most)));
 }
 
-// Numbers, then NaN, equal ones by their steps; blanks come last in both directions.
+// Equal ones are in the order of their steps.
 function sorted(rows, numbers, titles, { sort = null, direction = null }) {
   if (sort === null) return rows;
   const column = numbers[titles.indexOf(sort)];
   const sign = direction === "desc" ? -1 : 1;
-  const compare = (one, other) => {
-    const [a, b] = [column[one], column[other]];
-    if (a === null || b === null) return (a === null) - (b === null);
-    if (Number.isNaN(a) || Number.isNaN(b)) return sign * (Number.isNaN(a) - Number.isNaN(b));
-    return sign * (a - b || 0);
-  };
-  return [...rows].sort(compare);
+  return [...rows].sort((one, other) => compared(column[one], column[other], sign));
 }
 
 // The result for the last query, reused while the query is the same.

@@ -2,7 +2,7 @@
 
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
-import { stepView } from "../step/step.js";
+import { StepView } from "../step/step.js";
 import { chosenStep, onChosen } from "./chosen.js";
 
 /** Show the steps of this report. */
@@ -11,7 +11,7 @@ export function begin() {
   const data = JSON.parse(section.querySelector("script.opened-steps").textContent);
   const host = element("div");
   const source = savedSource(data);
-  const view = stepView(data.run, host, { source, go: (place) => view.show(shown, place) });
+  const view = new StepView(data.run, host, { source, go: (place) => view.show(shown, place) });
   let shown = null;
   const buttons = data.steps.map(({ content }) => button(whole(content.step), () => show(content.step)));
   const show = (step) => {

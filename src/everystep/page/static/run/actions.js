@@ -1,9 +1,9 @@
 // The buttons above a run; their dialogs are loaded on demand.
 
 import * as address from "../shared/address.js";
+import { openDialog } from "../shared/dialog.js";
 import { element } from "../shared/elements.js";
 import { ask, tell } from "../shared/server.js";
-import { chooseRun } from "./parts.js";
 
 /** Fork from a step; null: from the beginning. */
 export async function fork(about, step) {
@@ -26,8 +26,17 @@ export async function stop(about) {
 export async function compare(place) {
   const { runs } = await ask("/api/runs");
   const link = (other, text) => element("a", { href: address.write(other) }, text);
-  chooseRun(place.run, runs, (other) => [
-    link({ view: "compare", one: place.run, other }, "compare"),
-    link({ ...place, beside: [...new Set([...place.beside, other])] }, "plot together"),
-  ]);
+  const rows = runs
+    .filter((run) => run.name !== place.run && run.problem === null)
+    .map(({ name: other }) => element(
+      "li",
+      {},
+      element("span", { class: "name" }, other),
+      link({ view: "compare", one: place.run, other }, "compare"),
+      link({ ...place, beside: [...new Set([...place.beside, other])] }, "plot together"),
+    ));
+  const list = rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There are no other runs here.");
+  const close = element("form", { method: "dialog" }, element("button", {}, "Close"));
+  const dialog = openDialog(`${place.run} and …`, [list, close]);
+  dialog.addEventListener("click", (event) => event.target.closest("a") && dialog.close());
 }

@@ -1,18 +1,13 @@
 // What a reader must know first: damage, why the run ended, and where its loss stopped being finite.
 
-import * as address from "../shared/address.js";
 import { copyMark } from "../shared/copy.js";
 import { button, element } from "../shared/elements.js";
 import { shapeText, short, whole } from "../shared/format.js";
 import { addressOf, tell } from "../shared/server.js";
-import { stepLink } from "./head.js";
+import { operationLink, stepLink } from "./head.js";
 
-/** Make the banner; return {host, update(about), close()}. `goTo(step)`: opens a step. */
-export function banner({ goTo }) {
-  return new Banner(goTo);
-}
-
-class Banner {
+/** The banner; `goTo(step)`: opens a step. */
+export class Banner {
   #task = null;
   #isClosed = false;
 
@@ -64,7 +59,6 @@ class Banner {
   #story({ found, text }) {
     if (!found) return element("p", {}, text);
     const { step, phase, index: operation, name, nans, infinities, rows, inputs, mathematics, operation: made, by_own_code: how } = found;
-    const open = { view: "run", run: this.about.name, step, phase, operation, beside: address.read().beside };
     const counts = [nans && `${whole(nans)} NaN`, infinities && `${whole(infinities)} infinite`].filter(Boolean).join(" and ");
     const where = operation === null ? `Step ${whole(step)}, before any operation` : `Step ${whole(step)}, ${phase}, operation #${operation}`;
     return [
@@ -74,7 +68,7 @@ class Banner {
         `${where}: `,
         mathematics ? element("span", { class: "mono" }, mathematics) : name,
         ` has ${counts}${how && `; ${how}`}. `,
-        element("a", { href: address.write(open) }, "Open"),
+        operationLink(this.about.name, found),
       ),
       made?.line ? element("p", { class: "small" }, `${made.line.file}:${made.line.line}  `, element("code", {}, made.line.text)) : null,
       element("ul", { class: "inputs" }, ...Object.entries(inputs).map(inputLine)),

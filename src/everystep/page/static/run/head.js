@@ -2,17 +2,24 @@
 
 import * as address from "../shared/address.js";
 import { copyMark } from "../shared/copy.js";
-import { element } from "../shared/elements.js";
-import { short, whole } from "../shared/format.js";
+import { described, element } from "../shared/elements.js";
+import { whole } from "../shared/format.js";
 
 /** Return a link to a step of a run. `go(step)`: goes there, keeping what else is shown. */
-export function stepLink(run, step, go, text = `step ${whole(step)}`) {
+export function stepLink(run, step, go) {
   const press = (event) => {
-    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    if (event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
     go(step);
   };
-  return element("a", { href: address.write({ view: "run", run, step }), onclick: press }, text);
+  const place = { view: "run", run, step, beside: address.read().beside };
+  return element("a", { href: address.write(place), onclick: press }, `step ${whole(step)}`);
+}
+
+/** Return a link to an operation of a run, which keeps what is plotted with it. */
+export function operationLink(run, { step, phase, index: operation }) {
+  const place = { view: "run", run, step, phase, operation, beside: address.read().beside };
+  return element("a", { href: address.write(place) }, "Open");
 }
 
 /** Return the text of a run's state; `speed`: steps per second, or null. */
@@ -46,20 +53,9 @@ export function factsList({ facts, details, times }) {
     element("dt", {}, label),
     element("dd", { class: label === "model" ? "model" : "" }, text),
   ]);
-  const more = details.flatMap(([title, brief, pairs]) => [
-    element("dt", {}, title),
-    element(
-      "dd",
-      {},
-      element(
-        "details",
-        {},
-        element("summary", {}, brief),
-        element("dl", { class: "pairs" }, ...pairs.flatMap(([label, text]) => [element("dt", {}, label), element("dd", {}, text)])),
-      ),
-    ),
-  ]);
-  return element("dl", { class: "facts" }, ...rows, ...more, element("dt", {}, "times"), element("dd", {}, times));
+  const fold = (brief, pairs) => element("details", {}, element("summary", {}, brief), element("dl", { class: "pairs" }, ...described(pairs)));
+  const more = details.map(([title, brief, pairs]) => [title, fold(brief, pairs)]);
+  return element("dl", { class: "facts" }, ...rows, ...described([...more, ["times", times]]));
 }
 
 /** Return the facts in a line. */
@@ -85,17 +81,4 @@ export function landmarks({ name, landmarks: found }, go) {
     return element("div", {}, element("dt", {}, what), element("dd", {}, number, " ", at, copying));
   };
   return element("dl", { class: "landmarks" }, ...found.map(one));
-}
-
-/** Return the landmarks after newer losses. */
-export function landmarksWith(found, steps, losses, textOf) {
-  const mark = (what, row) => ({ what, step: steps[row], short: short(losses[row]), full: textOf(losses[row]) });
-  const by = new Map(found.map((one) => [one.what, one]));
-  if (!by.has("first")) by.set("first", mark("first", 0));
-  by.set("last", mark("last", steps.length - 1));
-  losses.forEach((loss, row) => {
-    if (!Number.isFinite(loss)) return;
-    if (!by.has("smallest") || loss < Number(by.get("smallest").full)) by.set("smallest", mark("smallest", row));
-  });
-  return ["first", "last", "smallest"].filter((what) => by.has(what)).map((what) => by.get(what));
 }

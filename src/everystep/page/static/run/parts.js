@@ -1,8 +1,8 @@
 // The layout of a run's view, on wide and on narrow screens.
 
 import { button, element } from "../shared/elements.js";
-import { noteOf } from "../shared/note.js";
-import { banner } from "./banner.js";
+import { Note } from "../shared/note.js";
+import { Banner } from "./banner.js";
 
 /** Create the elements. `does`: {fork(), compare(), share(), stop(), goTo(step)}. */
 export function runParts(name, does) {
@@ -16,9 +16,9 @@ export function runParts(name, does) {
     button("Save this view", does.share, { title: "as one file that opens without a server" }),
   );
   const state = element("p", { class: "lead" });
-  const note = noteOf(name, { says: "Add a note" });
+  const note = new Note(name, { says: "Add a note" });
   const family = element("p", { class: "family muted small" });
-  const top = banner(does);
+  const top = new Banner(does.goTo);
   const title = element("div", { class: "title" }, element("h1", {}, name), actions);
   const header = element("header", { class: "run-head" }, title, state, note.host, family, top.host);
   const brief = element("summary");
@@ -60,22 +60,4 @@ export function arrange({ step, left, body, loss, facts }, main, { isOpen, isWid
   left.toggleAttribute("data-beside", isOpen && isWide);
   if (facts.classList.contains("is-column") !== isColumn) facts.open = isColumn;
   facts.classList.toggle("is-column", isColumn);
-}
-
-/** Ask which run to compare with, or to show beside: a dialog of links. `linksOf(name)`: of another run. */
-export function chooseRun(name, runs, linksOf) {
-  const rows = runs
-    .filter((run) => run.name !== name && run.problem === null)
-    .map((run) => element("li", {}, element("span", { class: "name" }, run.name), ...linksOf(run.name)));
-  const dialog = element(
-    "dialog",
-    { class: "choose", "aria-labelledby": "choose-title" },
-    element("h2", { id: "choose-title" }, `${name} and …`),
-    rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There are no other runs here."),
-    element("form", { method: "dialog" }, element("button", {}, "Close")),
-  );
-  dialog.addEventListener("click", (event) => event.target.closest("a") && dialog.close());
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
 }

@@ -2,6 +2,7 @@
 
 import * as address from "../shared/address.js";
 import { whole } from "../shared/format.js";
+import { showText } from "../shared/part.js";
 import { newestOnly } from "./stepping.js";
 
 /** Shows steps of a run one after the other; `parts`: {shown, problem, waiting}, the elements of the step and of messages. */
@@ -46,25 +47,23 @@ export class StepPlace {
 
   // Until the first step is loaded, a message is shown.
   #wait(step) {
-    this.waiting.textContent = step === null ? "" : `Opening step ${whole(step)}.`;
-    this.waiting.hidden = step === null || this.#isThere;
+    showText(this.waiting, step === null || this.#isThere ? "" : `Opening step ${whole(step)}.`);
   }
 
   #tell(error, step) {
     this.isFailed = error !== null;
     this.waiting.hidden = true;
     this.#isThere = error === null && step !== null;
-    this.problem.textContent = error?.message ?? "";
-    this.problem.hidden = error === null;
+    showText(this.problem, error?.message ?? "");
     // A missing step shows nothing; if the server is away, the previous step stays.
     this.host.hidden = error?.status === 404;
   }
 
   async #open() {
     try {
-      const [{ stepView }, { serverSource }] = await Promise.all([import("../step/step.js"), import("../step/source.js")]);
+      const [{ StepView }, { serverSource }] = await Promise.all([import("../step/step.js"), import("../step/source.js")]);
       const go = (place) => address.go({ ...address.read(), ...place });
-      return stepView(this.run, this.host, { go, source: serverSource(this.run) });
+      return new StepView(this.run, this.host, { go, source: serverSource(this.run) });
     } catch (error) {
       this.#view = null;
       throw error;

@@ -4,28 +4,23 @@ import * as address from "../shared/address.js";
 import * as keys from "../shared/keys.js";
 import { element } from "../shared/elements.js";
 import { addressOf, ask } from "../shared/server.js";
-import { awayBanner } from "../shared/away.js";
-import { fullText } from "../shared/format.js";
-import { lossPlot } from "../plot/plot.js";
+import { awaited, awayBanner } from "../shared/away.js";
+import { LossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
 import { serverRows } from "../table/source.js";
-import { stepTable } from "../table/table.js";
-import { stepper } from "./stepper.js";
+import { StepTable } from "../table/table.js";
+import { Stepper } from "./stepper.js";
 import { Player } from "./stepping.js";
 import { listenToRun, listenToThose, Speed } from "./live.js";
 import { compare, fork, share, stop } from "./actions.js";
 import { arrange, runParts } from "./parts.js";
-import { factsBrief, factsList, landmarks, landmarksWith, lineage, statusLine } from "./head.js";
+import { factsBrief, factsList, landmarks, lineage, statusLine } from "./head.js";
 import { runKeys } from "./keys.js";
 import { StepPlace } from "./place.js";
 
 /** Show a run. */
 export async function open(place, main) {
-  const waiting = element("p", { class: "waiting muted" }, "Loading the run.");
-  main.append(waiting);
-  const about = await ask(addressOf(place.run)).finally(() => waiting.remove());
-  const view = new RunView(main, about, place);
-  return { update: (next) => view.update(next), close: () => view.close() };
+  return new RunView(main, await awaited(main, "Loading the run.", addressOf(place.run)), place);
 }
 
 class RunView {
@@ -48,7 +43,7 @@ class RunView {
     const { header, body, bar } = this.parts;
     main.append(header, body, this.away.host);
     this.player = new Player(() => this.#advance(), () => this.#drawBar());
-    this.bar = stepper({
+    this.bar = new Stepper({
       walk: (stride) => this.walk(stride),
       jump: (step) => this.jump(step),
       play: () => this.togglePlay(),
@@ -59,7 +54,7 @@ class RunView {
     bar.append(this.bar.host);
     this.stepPlace = new StepPlace(this.name, this.parts);
     const sortedBy = (sorted) => this.#goOwn({ ...this.place, ...sorted }, true);
-    this.table = stepTable(this.parts.table, serverRows(this.name), { step: place.step, sorted: place, goTo: (step) => this.jump(step), sortedBy });
+    this.table = new StepTable(this.parts.table, serverRows(this.name), { step: place.step, sorted: place, goTo: (step) => this.jump(step), sortedBy });
     this.wide = window.matchMedia("(min-width: 80rem)");
     this.arrange = () => this.#arrange();
     this.wide.addEventListener("change", this.arrange);
@@ -194,7 +189,7 @@ class RunView {
     const remove = (name) => address.go({ ...this.place, beside: beside.filter((other) => other !== name) });
     const { line, log, smooth } = this.place;
     const looked = (look) => this.#goOwn({ ...this.place, ...look }, true);
-    this.plot = lossPlot(this.parts.plot, [this.name, ...beside], { source: serverCurves, step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked, hasLoss: this.about.has_loss });
+    this.plot = new LossPlot(this.parts.plot, [this.name, ...beside], { source: serverCurves, step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked, hasLoss: this.about.has_loss });
     this.plot.setMeasurements(this.about.measurements);
     this.endBeside = listenToThose(beside, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
   }
@@ -205,15 +200,18 @@ class RunView {
   }
 
   #drawAbout() {
-    const { facts, brief, family, landmarks: place, banner, note } = this.parts;
-    const go = (step) => this.jump(step);
+    const { facts, brief, family, note } = this.parts;
     facts.replaceChildren(brief, factsList(this.about));
     brief.textContent = factsBrief(this.about);
     family.replaceChildren(...lineage(this.about).flatMap((part) => [part, " "]));
-    banner.update(this.about);
     note.update(this.about);
-    place.replaceChildren(landmarks(this.about, go));
+    this.#drawLandmarks();
     this.#drawState();
+  }
+
+  #drawLandmarks() {
+    this.parts.landmarks.replaceChildren(landmarks(this.about, (step) => this.jump(step)));
+    this.parts.banner.update(this.about);
   }
 
   #drawState() {
@@ -242,10 +240,7 @@ class RunView {
     this.plot.extend(this.name, { steps, losses });
     this.about.steps = steps.at(-1);
     if (isAgain) return this.#askAgain();
-    if (this.about.has_loss) this.about.landmarks = landmarksWith(this.about.landmarks, steps, losses, fullText);
-    const bad = this.about.has_loss ? losses.findIndex((loss) => !Number.isFinite(loss)) : -1;
-    if (bad >= 0) this.about.nonfinite ??= { step: steps[bad], loss: fullText(losses[bad]) };
-    this.#drawLosses();
+    this.#drawState();
     this.table.refresh();
     this.#keepUp();
   }
@@ -261,19 +256,14 @@ class RunView {
     this.#isKeepingUp = false;
   }
 
-  #drawLosses() {
-    const go = (step) => this.jump(step);
-    this.parts.landmarks.replaceChildren(landmarks(this.about, go));
-    this.parts.banner.update(this.about);
-    this.#drawState();
-  }
-
-  #hearState({ status, reason, planned, steps, measurements, note }) {
-    const isOther = status !== this.about.status;
-    Object.assign(this.about, { status, reason, planned, measurements, note });
+  // Its steps are those of the losses that follow.
+  #hearState({ steps, ...state }) {
+    const isOther = state.status !== this.about.status;
+    Object.assign(this.about, state);
     this.parts.note.update(this.about);
-    this.plot.setMeasurements(measurements);
+    this.plot.setMeasurements(this.about.measurements);
     this.#speed.take(steps);
+    this.#drawLandmarks();
     this.#drawState();
     if (isOther) this.#askAgain();
   }

@@ -1,6 +1,6 @@
 // The bar above a step: first, back, the step's number, forward, last, play.
 
-import { button, drawing, element } from "../shared/elements.js";
+import { button, element, icon } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { stepOf } from "./stepping.js";
 
@@ -16,21 +16,13 @@ const SIGNS = {
   leave: "M4 4l8 8M12 4l-8 8",
 };
 
-/**
- * Make the bar; return {host, show({step, steps, isPlaying, isRunning, isFollowing}), focus()}.
- *
- * `does`: {walk(stride), jump(step), play(), pace(number), follow(), leave()}.
- */
-export function stepper(does) {
-  return new Stepper(does);
-}
-
-class Stepper {
+/** The bar; `does`: {walk(stride), jump(step), play(), pace(number), follow(), leave()}. */
+export class Stepper {
   #has = { step: null, steps: 0 };
 
   constructor(does) {
     this.does = does;
-    const signed = (name, says, press) => button(sign(name), press, { title: says, "aria-label": says, class: "sign" });
+    const signed = (name, says, press) => button(icon(SIGNS[name]), press, { title: says, "aria-label": says, class: "sign" });
     this.back = [
       signed("first", "first step (Home)", () => does.jump(1)),
       button("−10", () => does.walk(-10), { title: "ten steps back (Shift+←)" }),
@@ -48,6 +40,7 @@ class Stepper {
     this.field.addEventListener("blur", () => this.show(this.#has));
     this.of = element("span", { class: "muted" });
     this.player = signed("play", "play (p)", does.play);
+    this.player.classList.add("is-filled");
     const options = PACES.map(([text, pace]) => element("option", { value: String(pace), selected: pace === 5 }, text));
     this.pace = element("select", { "aria-label": "speed", "data-own-keys": "" }, ...options);
     this.pace.addEventListener("change", () => does.pace(Number(this.pace.value)));
@@ -65,6 +58,7 @@ class Stepper {
     );
   }
 
+  /** Show {step, steps, isPlaying, isRunning, isFollowing}. */
   show(has) {
     this.#has = has;
     const { step, steps, isPlaying, isRunning, isFollowing } = has;
@@ -79,7 +73,8 @@ class Stepper {
     this.player.disabled = isNone || (!isPlaying && step !== null && step >= steps);
     const says = isPlaying ? "pause (p)" : "play (p)";
     if (this.player.title !== says) {
-      this.player.replaceChildren(sign(isPlaying ? "pause" : "play"));
+      this.player.replaceChildren(icon(SIGNS[isPlaying ? "pause" : "play"]));
+      this.player.classList.toggle("is-filled", !isPlaying);
       this.player.title = says;
       this.player.setAttribute("aria-label", says);
     }
@@ -105,9 +100,4 @@ class Stepper {
     } else return;
     event.preventDefault();
   }
-}
-
-function sign(name) {
-  const looks = { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true", class: `sign-${name}` };
-  return drawing("svg", looks, drawing("path", { d: SIGNS[name] }));
 }

@@ -1,6 +1,6 @@
 // The shown runs, and their order.
 
-import { numberOf, short } from "../shared/format.js";
+import { compared, numberOf, short } from "../shared/format.js";
 
 /** Settings to mark if a run differs from most others. */
 export const COMPARED = ["optimizer", "lr", "batch_size"];
@@ -11,7 +11,8 @@ export function arranged(runs, { key, direction }, text) {
   const textOf = ({ name, status, optimizer, note, tags, config }) => [name, status, optimizer, note, ...(tags ?? []), JSON.stringify(config)].join(" ");
   const found = runs.filter((run) => textOf(run).toLowerCase().includes(wanted));
   const sign = direction === "ascending" ? 1 : -1;
-  const sorted = found.sort((a, b) => compared(valueOf(a, key), valueOf(b, key), sign) || byName(a.name, b.name));
+  const ofValues = (a, b) => (typeof a === "string" && b !== null ? sign * byName(a, b) : compared(a, b, sign));
+  const sorted = found.sort((a, b) => ofValues(valueOf(a, key), valueOf(b, key)) || byName(a.name, b.name));
   if (key !== "name" && key !== "started") return sorted.map(({ name }) => ({ name, depth: 0 }));
   return nested(sorted);
 }
@@ -35,18 +36,14 @@ export function settingOf(run, key) {
 
 function nested(runs) {
   const names = new Set(runs.map(({ name }) => name));
-  const children = Map.groupBy ? Map.groupBy(runs, parentOf) : grouped(runs);
-  function parentOf({ name, parent }) {
-    return parent && parent[0] !== name && names.has(parent[0]) ? parent[0] : null;
-  }
-  function grouped(all) {
-    const groups = new Map();
-    for (const run of all) groups.set(parentOf(run), [...(groups.get(parentOf(run)) ?? []), run]);
-    return groups;
+  const children = new Map([null, ...names].map((name) => [name, []]));
+  for (const { name, parent } of runs) {
+    const isBelow = parent && parent[0] !== name && names.has(parent[0]);
+    children.get(isBelow ? parent[0] : null).push(name);
   }
   const found = [];
   const add = (parent, depth) => {
-    for (const { name } of children.get(parent) ?? []) {
+    for (const name of children.get(parent)) {
       found.push({ name, depth });
       add(name, depth + 1);
     }
@@ -61,14 +58,6 @@ function valueOf(run, key) {
   if (key === "validation") return run.validation ? numberOf(run.validation.value) : null;
   if (key === "started") return run.started === null ? null : Date.parse(run.started);
   return run[key];
-}
-
-// Numbers, then NaN; missing values last in both directions.
-function compared(a, b, sign) {
-  if (a === null || b === null) return (a === null) - (b === null);
-  if (typeof a === "string") return sign * byName(a, b);
-  if (Number.isNaN(a) || Number.isNaN(b)) return sign * (Number.isNaN(a) - Number.isNaN(b));
-  return sign * (a - b);
 }
 
 const { compare: byName } = new Intl.Collator("en", { numeric: true });

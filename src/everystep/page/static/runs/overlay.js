@@ -2,9 +2,11 @@
 
 import * as address from "../shared/address.js";
 import { element } from "../shared/elements.js";
+import { awaited } from "../shared/away.js";
 import { addressOf, ask } from "../shared/server.js";
 import { duration, short, whole } from "../shared/format.js";
-import { lossPlot } from "../plot/plot.js";
+import { showText } from "../shared/part.js";
+import { LossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
 import { listenToThose } from "../run/live.js";
 import { COMPARED, settingOf } from "./order.js";
@@ -20,12 +22,10 @@ export async function open(place, main) {
   document.title = "Overlay – everystep";
   document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Overlay");
   main.classList.add("wide");
-  const waiting = element("p", { class: "waiting muted" }, "Loading the runs.");
-  main.append(waiting);
-  const { runs } = await ask("/api/runs").finally(() => waiting.remove());
+  const { runs } = await awaited(main, "Loading the runs.", "/api/runs");
   const view = new Overlay(main, runs);
   await view.update(place);
-  return { update: (next) => view.update(next), close: () => view.close() };
+  return view;
 }
 
 class Overlay {
@@ -42,13 +42,12 @@ class Overlay {
     const names = runs.filter((name) => this.summaries.get(name)?.problem === null);
     const missing = runs.filter((name) => !names.includes(name));
     this.title.textContent = names.length === 1 ? "1 run" : `${names.length} runs`;
-    this.problem.hidden = !missing.length;
-    this.problem.textContent = `Missing or unreadable: ${missing.join(", ")}.`;
+    showText(this.problem, missing.length ? `Missing or unreadable: ${missing.join(", ")}.` : "");
     this.close();
     if (!names.length) return this.body.replaceChildren();
     const remove = (name) => address.go({ view: "overlay", runs: runs.filter((other) => other !== name) });
     const goTo = (step) => address.go({ view: "run", run: names[0], step, beside: names.slice(1) });
-    this.plot = lossPlot(this.place, names, { source: serverCurves, goTo, remove });
+    this.plot = new LossPlot(this.place, names, { source: serverCurves, goTo, remove });
     this.end = listenToThose(names, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
     const about = await Promise.all(names.map((name) => ask(addressOf(name)).catch(() => null)));
     this.body.replaceChildren(this.#table(names, about));

@@ -3,19 +3,15 @@
 import * as address from "../shared/address.js";
 import { drawing, element } from "../shared/elements.js";
 import { addressOf, ask } from "../shared/server.js";
-import { noteOf } from "../shared/note.js";
+import { Note } from "../shared/note.js";
 import { COMPARED, settingOf } from "./order.js";
 import { ago, duration, fullText, numberOf, percent, short, whole } from "../shared/format.js";
 
 const REST = 2000; // milliseconds between pictures of a run in training
 const CELLS = ["status", "steps", "last_loss", "picture", "validation", "optimizer", "lr", "batch_size", "seconds", "started"];
 
-/** Make the row of a run; return {host, run, update(run), see(isSeen), indent(depth)}. `pick(isPicked)`: called for its checkbox. */
-export function runRow(run, pick) {
-  return new RunRow(run, pick);
-}
-
-class RunRow {
+/** The row of a run; `pick(isPicked)`: called for its checkbox. */
+export class RunRow {
   #isSeen = false;
   #pictured = null; // the number of steps that the picture shows
   #isWaiting = false;
@@ -24,7 +20,7 @@ class RunRow {
     const cell = (name) => element("td", { class: name, role: "cell" });
     const box = element("input", { type: "checkbox", "aria-label": `pick ${run.name}`, onchange: () => pick(box.checked) });
     this.name = element("td", { class: "name", role: "cell" });
-    this.note = noteOf(run.name);
+    this.note = new Note(run.name);
     this.cells = Object.fromEntries(CELLS.map((name) => [name, cell(name)]));
     Object.assign(this, { status: this.cells.status, picture: this.cells.picture });
     const first = element("td", { class: "pick", role: "cell" }, box);

@@ -2,10 +2,10 @@
 
 import * as address from "../shared/address.js";
 import { element, button } from "../shared/elements.js";
-import { awayBanner } from "../shared/away.js";
-import { ask, listen } from "../shared/server.js";
+import { awaited, awayBanner } from "../shared/away.js";
+import { listen } from "../shared/server.js";
 import { arranged, usualOf } from "./order.js";
-import { runRow } from "./row.js";
+import { RunRow } from "./row.js";
 
 const COLUMNS = [
   { key: "name", title: "name", first: "ascending" },
@@ -31,11 +31,8 @@ const sorting = { key: "started", direction: "descending" };
 export async function open(place, main) {
   document.title = "everystep";
   document.querySelector("#trail").replaceChildren();
-  const waiting = element("p", { class: "waiting muted" }, "Loading the runs.");
-  main.append(waiting);
-  const { directory, runs, unread } = await ask("/api/runs?soon").finally(() => waiting.remove());
-  const view = new Runs(main, directory, { runs, unread }, place);
-  return { update: (next) => view.update(next), close: () => view.close() };
+  const { directory, runs, unread } = await awaited(main, "Loading the runs.", "/api/runs?soon");
+  return new Runs(main, directory, { runs, unread }, place);
 }
 
 class Runs {
@@ -117,7 +114,7 @@ class Runs {
   }
 
   #newRow(run) {
-    const row = runRow(run, (isPicked) => {
+    const row = new RunRow(run, (isPicked) => {
       this.#picked[isPicked ? "add" : "delete"](run.name);
       this.#tellPicked();
     });

@@ -1,7 +1,7 @@
 // The appearance of the page: remembered by the browser, for all runs.
 
 import { button, element } from "./elements.js";
-import { openDialog } from "./dialog.js";
+import { closing, openDialog } from "./dialog.js";
 
 const CHOICES = [
   { key: "theme", title: "Colours", values: [["system", "as the system"], ["light", "light"], ["dark", "dark"]] },
@@ -41,7 +41,7 @@ export function applyAppearance() {
 
 /** Open the dialog of choices. */
 export function openAppearance() {
-  const content = element("div", { class: "appearance" }, ...CHOICES.map(choiceOf), element("form", { method: "dialog" }, element("button", { autofocus: true }, "Close")));
+  const content = element("div", { class: "appearance" }, ...CHOICES.map(choiceOf), closing());
   openDialog("Appearance", content);
 }
 

@@ -1,8 +1,16 @@
-// The message that the server is away; it disappears when the server is back.
+// Messages while an answer of the server is awaited, and while the server is away.
 
 import { element } from "./elements.js";
+import { ask } from "./server.js";
 
 const PATIENCE = 1000; // milliseconds: a short break shows no message
+
+/** Ask for what a view shows; until then it says so. */
+export async function awaited(main, says, address) {
+  const waiting = element("p", { class: "waiting muted" }, says);
+  main.append(waiting);
+  return ask(address).finally(() => waiting.remove());
+}
 
 /** Make the banner; return {host, tell(isThere), close()}. */
 export function awayBanner() {

@@ -1,6 +1,6 @@
 // Buttons that copy texts, and confirm it.
 
-import { button, drawing, element } from "./elements.js";
+import { button, element, icon } from "./elements.js";
 
 const FAILED = "Select it, and press Ctrl+C";
 /** Milliseconds for which a button shows that it has copied. */
@@ -13,44 +13,32 @@ const SIGNS = {
 
 /** Return a button that copies the result of `text()`, and confirms it. */
 export function copyButton(text, says = "Copy", properties = {}) {
-  const made = button(says, async () => {
-    const isCopied = await copy(text(), made);
-    made.textContent = isCopied ? "Copied" : FAILED;
-    said.textContent = made.textContent;
-    clearTimeout(back);
-    back = setTimeout(() => {
-      made.textContent = says;
-      said.textContent = "";
-    }, SAID);
-  }, properties);
-  const said = element("span", { class: "unseen", role: "status" });
-  let back = null;
-  return element("span", { class: "copying" }, made, said);
+  return copying(text, button("", null, properties), () => says, () => "Copied");
 }
 
 /** Return a small icon that copies the result of `text()`; `label`: what it copies, `sign`: `copy` or `link`. */
 export function copyMark(text, label, sign = "copy") {
-  const said = element("span", { class: "unseen", role: "status" });
-  const made = button("", press, { class: "copy-mark", title: label, "aria-label": label });
-  made.replaceChildren(signOf(sign));
-  let back = null;
-
-  async function press() {
-    const isCopied = await copy(text(), made);
-    made.replaceChildren(isCopied ? signOf("done") : FAILED);
-    said.textContent = isCopied ? "Copied" : FAILED;
-    clearTimeout(back);
-    back = setTimeout(() => {
-      made.replaceChildren(signOf(sign));
-      said.textContent = "";
-    }, SAID);
-  }
-
-  return element("span", { class: "copying" }, made, said);
+  const made = button("", null, { class: "copy-mark", title: label, "aria-label": label });
+  return copying(text, made, () => icon(SIGNS[sign]), () => icon(SIGNS.done));
 }
 
-function signOf(name) {
-  return drawing("svg", { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" }, drawing("path", { d: SIGNS[name] }));
+// `before()` and `after()`: what is on the button before and after it has copied.
+function copying(text, made, before, after) {
+  const said = element("span", { class: "unseen", role: "status" });
+  let back = null;
+  const reset = () => {
+    made.replaceChildren(before());
+    said.textContent = "";
+  };
+  made.addEventListener("click", async () => {
+    const isCopied = await copy(text(), made);
+    made.replaceChildren(isCopied ? after() : FAILED);
+    said.textContent = isCopied ? "Copied" : FAILED;
+    clearTimeout(back);
+    back = setTimeout(reset, SAID);
+  });
+  reset();
+  return element("span", { class: "copying" }, made, said);
 }
 
 /** Copy a text for a button on the page; return whether that worked. */

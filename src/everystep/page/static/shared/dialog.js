@@ -2,8 +2,14 @@
 
 import { copyButton } from "./copy.js";
 import { element } from "./elements.js";
+import { showText } from "./part.js";
 
 let count = 0;
+
+/** Return a form with a button that closes its dialog. */
+export function closing(properties = {}) {
+  return element("form", { method: "dialog", ...properties }, element("button", { autofocus: true }, "Close"));
+}
 
 /** Open a dialog with a title; return it. `closed`: called after it was closed; Escape closes it. */
 export function openDialog(title, content, { closed = () => {} } = {}) {
@@ -28,6 +34,23 @@ export function commandLine(label, text = "") {
   const title = element("span", { class: "small muted" }, label);
   const node = element("div", { class: "command-line" }, title, copyButton(() => shown.textContent), block);
   return { node, set: (changed) => (shown.textContent = changed) };
+}
+
+/** Return a line of a form: a name, perhaps with an explanation, and its field. */
+export function fieldLine(name, input, says = null) {
+  return element("label", { class: "line" }, element("span", {}, name, says && element("span", { class: "says" }, says)), input);
+}
+
+/** Return the whole numbers in a text, with commas or spaces between; or the first word that is not one, as `wrong`. */
+export function wholesIn(text) {
+  const words = text.split(/[\s,;]+/).filter(Boolean);
+  return { numbers: words.map(Number), wrong: words.find((word) => !/^\d+$/.test(word)) };
+}
+
+/** Show the problem of a field, empty if there is none. */
+export function complain({ input, fault }, problem) {
+  showText(fault, problem);
+  input.setAttribute("aria-invalid", String(Boolean(problem)));
 }
 
 /** Return a word quoted for a shell. */

@@ -15,9 +15,19 @@ export function drawing(name, attributes = {}, ...children) {
   return made;
 }
 
+/** Return an icon of lines; `path`: on 16 by 16 pixels. */
+export function icon(path, properties = {}) {
+  return drawing("svg", { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true", ...properties }, drawing("path", { d: path }));
+}
+
 /** Return a button with a text. */
 export function button(text, press, properties = {}) {
   return element("button", { type: "button", ...properties, onclick: press }, text);
+}
+
+/** Return terms and their descriptions: what is in a `dl`. */
+export function described(pairs) {
+  return pairs.flatMap(([term, ...description]) => [element("dt", {}, term), element("dd", {}, ...description)]);
 }
 
 function furnish(made, properties, children) {

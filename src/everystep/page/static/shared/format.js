@@ -7,6 +7,13 @@ export function numberOf(value) {
   return Number(String(value).replace("inf", "Infinity"));
 }
 
+/** Compare numbers for sorting, upwards or (`sign` -1) downwards: NaN counts as larger than all others, and null comes last in both. */
+export function compared(a, b, sign) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  if (Number.isNaN(a) || Number.isNaN(b)) return sign * (Number.isNaN(a) - Number.isNaN(b));
+  return sign * (a - b || 0);
+}
+
 /** Return four significant digits. */
 export function short(value, digits = 4) {
   const number = numberOf(value);

@@ -1,5 +1,6 @@
 // Keys that work anywhere on the page, and the list of them that `?` shows.
 
+import { closing, openDialog } from "./dialog.js";
 import { element } from "./elements.js";
 
 const bound = [];
@@ -33,16 +34,7 @@ export function begin() {
 /** Show all keys. */
 export function help() {
   const rows = bound.flatMap(({ shown, says }) => (says ? [element("dt", {}, ...shown.split(" ").map(cap)), element("dd", {}, says)] : []));
-  const dialog = element(
-    "dialog",
-    { class: "help", "aria-labelledby": "help-title" },
-    element("h2", { id: "help-title" }, "Keys"),
-    element("dl", { class: "keys" }, ...rows),
-    element("form", { method: "dialog" }, element("button", { autofocus: true }, "Close")),
-  );
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
+  openDialog("Keys", [element("dl", { class: "keys" }, ...rows), closing()]);
 }
 
 function cap(text) {

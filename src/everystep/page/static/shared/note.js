@@ -1,23 +1,19 @@
 // The user's note on a run: a line of text that can be edited in place.
 
-import { button, drawing, element } from "./elements.js";
-import { setText, show } from "./part.js";
+import { button, element, icon } from "./elements.js";
+import { setText, show, showText } from "./part.js";
 import { addressOf, tell } from "./server.js";
 
 const LONGEST = 1000; // characters, as in facts.py
-const PENCIL = "3,13 3.6,10.4 11,3 13,5 5.6,12.4";
+const PENCIL = "M3 13L3.6 10.4 11 3 13 5 5.6 12.4z";
 const IN_TRAINING = "You can write a note when the training has ended.";
 
-/** Return the part of a run's note: {host, update({note, status})}; `says`: the text of its button if there is no note yet. */
-export function noteOf(name, { says = null } = {}) {
-  return new Note(name, says);
-}
-
-class Note {
+/** The part of a run's note; `says`: the text of its button if there is no note yet. */
+export class Note {
   #note = null;
   #isInTraining = false;
 
-  constructor(name, says) {
+  constructor(name, { says = null } = {}) {
     this.name = name;
     this.says = says;
     this.words = element("span", { class: "words" });
@@ -40,12 +36,12 @@ class Note {
     if (this.pen.getAttribute("aria-label") === label) return;
     this.pen.setAttribute("aria-label", label);
     this.pen.title = note ? "change the note" : "add a note";
-    this.pen.replaceChildren(pencil(), ...(this.says && !note ? [` ${this.says}`] : []));
+    this.pen.replaceChildren(icon(PENCIL), ...(this.says && !note ? [` ${this.says}`] : []));
   }
 
   #edit() {
-    if (this.#isInTraining) return this.#tell(IN_TRAINING);
-    this.#tell("");
+    if (this.#isInTraining) return showText(this.problem, IN_TRAINING);
+    showText(this.problem, "");
     this.field.value = this.#note ?? "";
     this.#open(true);
     this.field.focus();
@@ -58,7 +54,7 @@ class Note {
 
   #close() {
     this.#open(false);
-    this.#tell("");
+    showText(this.problem, "");
     this.pen.focus();
   }
 
@@ -69,7 +65,7 @@ class Note {
       this.update({ note, status: null });
       this.#close();
     } catch (error) {
-      this.#tell(error.message); // the written text stays, to be copied
+      showText(this.problem, error.message); // the written text stays, to be copied
     }
   }
 
@@ -78,14 +74,4 @@ class Note {
     event.stopPropagation();
     this.#close();
   }
-
-  #tell(text) {
-    setText(this.problem, text);
-    show(this.problem, Boolean(text));
-  }
-}
-
-function pencil() {
-  const looks = { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" };
-  return drawing("svg", looks, drawing("polygon", { points: PENCIL }));
 }

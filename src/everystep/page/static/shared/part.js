@@ -15,6 +15,12 @@ export function show(node, isShown) {
   if (node.hidden === isShown) node.hidden = !isShown;
 }
 
+/** Show a text, or hide its node if there is none. */
+export function showText(node, text) {
+  setText(node, text);
+  show(node, Boolean(text));
+}
+
 /** Unfold all ancestors of a node. */
 export function unfoldAround(node) {
   for (let fold = node?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
@@ -38,6 +44,15 @@ export function rebuilt(node, structureOf, build) {
   return { node, update, close };
 }
 
+/** Return a part that consists of others. */
+export function composed(node, parts) {
+  return {
+    node,
+    update: (content) => parts.forEach((part) => part.update(content)),
+    close: () => parts.forEach((part) => part.close?.()),
+  };
+}
+
 /** Return a part of fixed nodes. */
 export function fixed(node, update = () => {}) {
   return { node, update };
@@ -46,13 +61,14 @@ export function fixed(node, update = () => {}) {
 /**
  * Return a part with a button (or a click next to it) that unfolds more below it.
  *
- * view: what is open stays open by its key from step to step; open(): the part below; changed: called when the reader, not the address, has
- * opened or closed it.
+ * view: what is open stays open by its key from step to step; beside: nodes, and parts that are updated with it; open(): the part below;
+ * changed: called when the reader, not the address, has opened or closed it.
  */
 export function unfolding(view, { key, name, beside, className, open, update, changed = () => view.unfolded() }) {
   const id = `unfolding-${++unfoldings}`;
   const toggle = element("button", { type: "button", class: "unfold", "aria-expanded": "false" }, name);
-  const head = element("div", { class: "head" }, toggle, ...beside);
+  const parts = beside.filter((each) => each?.update);
+  const head = element("div", { class: "head" }, toggle, ...beside.map((each) => each?.node ?? each));
   const node = element("div", { class: `unfolding ${className}` }, head);
   let inner = null;
   let content = null;
@@ -89,11 +105,12 @@ export function unfolding(view, { key, name, beside, className, open, update, ch
     update(next) {
       content = next;
       update?.(next);
+      parts.forEach((part) => part.update(next));
       const isWanted = view.opened.has(key);
       if (isWanted === Boolean(inner)) return inner?.update(next);
       set(isWanted);
       if (isWanted) unfoldAround(node);
     },
-    close: () => inner?.close?.(),
+    close: () => [...parts, inner].forEach((part) => part?.close?.()),
   };
 }

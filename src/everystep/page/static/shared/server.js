@@ -27,6 +27,18 @@ export async function tell(address, content, { method = "POST" } = {}) {
   return (await answer(address, { method, body, headers: { "Content-Type": "application/json" } })).json();
 }
 
+/** Return a file from an address. */
+export async function askFile(address, { signal } = {}) {
+  return (await answer(address, { signal })).blob();
+}
+
+/** Return whether the server responds that there is nothing at an address. */
+export async function isMissing(address) {
+  const found = await answer(address, {}).catch((error) => error);
+  await found.body?.cancel();
+  return found.status === 404;
+}
+
 async function answer(address, options) {
   let response;
   try {
@@ -38,6 +50,11 @@ async function answer(address, options) {
   if (response.ok) return response;
   const content = await response.json().catch(() => ({}));
   throw new ServerError(content.error ?? `the server returned ${response.status}`, response.status);
+}
+
+/** Pass over that the server has no picture or is away: it is not drawn, and everything else is shown. */
+export function forgive(error) {
+  if (error.name !== "AbortError" && error.status === undefined) throw error;
 }
 
 /** Return an API address of a run: of("two-layer-1", "steps", 137). */
@@ -55,7 +72,8 @@ export function withQuery(address, query) {
  * Listen to a stream of events; return a function that stops.
  *
  * After a break, the stream continues after the last event, or `after`. It pauses while the page is hidden, because a browser has few
- * connections to a server. `heard`: a function by name of event; `changed`: called with whether the server responds.
+ * connections to a server. `heard`: a function by name of event; `changed`: called with whether the server responds, and whether it has
+ * ended the stream.
  */
 export function listen(address, heard, changed = () => {}, { after = "" } = {}) {
   let source = null;
@@ -65,15 +83,18 @@ export function listen(address, heard, changed = () => {}, { after = "" } = {}) 
     source = new EventSource(withQuery(address, { after: last }));
     for (const [name, hear] of Object.entries(heard)) {
       source.addEventListener(name, (event) => {
+        if (event.data === undefined) return; // a break in the connection, which is an error, too
         last = event.lastEventId || last;
         hear(JSON.parse(event.data));
       });
     }
     source.addEventListener("open", () => changed(true));
-    source.addEventListener("error", () => {
-      changed(false);
+    source.addEventListener("error", ({ data, target }) => {
+      if (data !== undefined) return;
       // An answer without a stream would end it permanently, but the server may just be restarting.
-      if (source.readyState === EventSource.CLOSED) again = setTimeout(begin, 2000);
+      const hasEnded = target.readyState === EventSource.CLOSED;
+      if (hasEnded) again = setTimeout(begin, 2000);
+      changed(false, hasEnded);
     });
   };
   const rest = () => {

@@ -1,10 +1,10 @@
 // The batch of a step: its rows of the data, and what is in them.
 
-import { button, element } from "../shared/elements.js";
+import { button, described, element } from "../shared/elements.js";
 import { images } from "./images.js";
-import { ranking } from "./ranking.js";
+import { Ranking } from "./ranking.js";
 import { whole } from "../shared/format.js";
-import { fixed, rebuilt, setText, show } from "../shared/part.js";
+import { composed, fixed, rebuilt, setText, show } from "../shared/part.js";
 import { tensorRow } from "../tensor/tensor.js";
 
 const ROWS_SHOWN = 12;
@@ -23,12 +23,8 @@ export function batch(view) {
     rowsOfData(),
     ...(batch.images ? [images(view)] : batch.targets ? [targets()] : []),
     ...(batch.values.length ? [values()] : []),
-    ...(view.source.rows && batch.tensors.length ? [ranking(view)] : []),
-    ...folded(
-      batch.tensors.map(({ name, tensor }) =>
-        tensorRow(view, { id: tensor, name }),
-      ),
-    ),
+    ...(view.source.rows && batch.tensors.length ? [new Ranking(view)] : []),
+    ...folded(batch.tensors.map(({ name, tensor }) => tensorRow(view, { id: tensor, name }))),
   ]);
 }
 
@@ -36,41 +32,31 @@ function folded(rows) {
   const more = rows.slice(TENSORS_SHOWN);
   if (!more.length) return rows;
   const summary = element("summary", {}, more.length === 1 ? "1 more tensor" : `${whole(more.length)} more tensors`);
-  const fold = {
-    node: element("details", { class: "fold" }, summary, ...more.map((row) => row.node)),
-    update: (content) => more.forEach((row) => row.update(content)),
-    close: () => more.forEach((row) => row.close()),
-  };
-  return [...rows.slice(0, TENSORS_SHOWN), fold];
+  const fold = element("details", { class: "fold" }, summary, ...more.map((row) => row.node));
+  return [...rows.slice(0, TENSORS_SHOWN), composed(fold, more)];
 }
 
 function rowsOfData() {
   const text = element("span");
   const more = button("", () => tell(!isAll), { class: "plain" });
   const node = element("p", { class: "rows small muted" }, text, " ", more);
-  let rows = null;
-  let source = "";
-  let isOfLoop = false;
+  let content = null;
   let isAll = false;
 
   function tell(all) {
     isAll = all;
+    const { batch: { rows, rows_of: source }, is_of_loop: isOfLoop } = content;
+    show(more, rows?.length > ROWS_SHOWN);
     if (!rows) return setText(text, isOfLoop ? "as in your loop" : "all rows of the data, in order");
     const listed = isAll ? rows : rows.slice(0, ROWS_SHOWN);
     setText(text, `${whole(rows.length)} rows of ${source}: ${listed.join(", ")}${listed.length < rows.length ? ", …" : ""}`);
     setText(more, isAll ? "fewer" : "all");
   }
 
-  return {
-    node,
-    update({ batch, is_of_loop }) {
-      rows = batch.rows;
-      source = batch.rows_of;
-      isOfLoop = is_of_loop;
-      show(more, Boolean(rows) && rows.length > ROWS_SHOWN);
-      tell(isAll);
-    },
-  };
+  return fixed(node, (next) => {
+    content = next;
+    tell(isAll);
+  });
 }
 
 // Images have their targets below them; targets of other rows are a list.
@@ -83,7 +69,7 @@ function targets() {
 function values() {
   const node = element("dl", { class: "arguments values" });
   return fixed(node, ({ batch }) => {
-    node.replaceChildren(...batch.values.flatMap(({ name, texts, count }) => [element("dt", {}, name), element("dd", {}, listed(texts, count))]));
+    node.replaceChildren(...described(batch.values.map(({ name, texts, count }) => [name, listed(texts, count)])));
   });
 }
 

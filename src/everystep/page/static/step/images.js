@@ -3,6 +3,7 @@
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { setText, show } from "../shared/part.js";
+import { forgive } from "../shared/server.js";
 import { latest } from "../shared/timers.js";
 
 const IMAGES_SHOWN = 16;
@@ -55,8 +56,7 @@ export async function askImages(view, { batch, tensors, step }, { first, count }
     const pixels = await view.source.numbers(step, batch.images, region, { signal });
     return Array.from({ length: count }, (_, place) => imageOf(pixels, place, channels));
   } catch (error) {
-    // If the server has no picture or is away, it is not drawn; everything else is shown.
-    if (error.name !== "AbortError" && error.status === undefined) throw error;
+    forgive(error);
     return [];
   }
 }

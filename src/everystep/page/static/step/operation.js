@@ -2,11 +2,11 @@
 
 import { copyMark } from "../shared/copy.js";
 import { element } from "../shared/elements.js";
-import { fixed, rebuilt, setText, show, unfolding } from "../shared/part.js";
+import { composed, fixed, rebuilt, setText, show, unfolding } from "../shared/part.js";
 import { statisticsLine } from "../tensor/statistics.js";
 import { typeset } from "./mathematics.js";
 import { tensorRow } from "../tensor/tensor.js";
-import { thumbnail } from "../tensor/thumbnail.js";
+import { Thumbnail } from "../tensor/thumbnail.js";
 
 /** Operations in a block, which the browser draws only near the screen. */
 const BLOCK = 40;
@@ -37,11 +37,7 @@ export function operationList(view, of) {
 }
 
 function block(rows) {
-  return {
-    node: element("div", { class: "block" }, ...rows.map((row) => row.node)),
-    update: (content) => rows.forEach((row) => row.update(content)),
-    close: () => rows.forEach((row) => row.close()),
-  };
+  return composed(element("div", { class: "block" }, ...rows.map((row) => row.node)), rows);
 }
 
 /** before: the operation above it, if there is one. */
@@ -50,7 +46,7 @@ function operationRow(view, number, before) {
   const module = element("span", { class: "module" });
   const operator = element("span", { class: "operator" });
   const statistics = statisticsLine();
-  const picture = thumbnail(view, ({ operations }) => operations[number].results[0]?.tensor);
+  const picture = new Thumbnail(view, ({ operations }) => operations[number].results[0]?.tensor);
   let line = null;
   const { source } = view;
   const copies = element(
@@ -62,7 +58,7 @@ function operationRow(view, number, before) {
   const part = unfolding(view, {
     key: keyOfOperation(number),
     name: `#${number}`,
-    beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node), picture.node, copies],
+    beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node), picture, copies],
     className: "operation",
     open: () => insides(view, number),
     changed: (isOpen) => view.chosen(number, isOpen),
@@ -81,7 +77,6 @@ function operationRow(view, number, before) {
         operator.title = operation.operator;
       }
       statistics.update(tensors[operation.results[0]?.tensor]);
-      picture.update(view.content);
     },
   });
   const code = codeLine(({ operations }) => (isSameLine(operations[number], operations[before]) ? null : operations[number].line));
@@ -91,7 +86,6 @@ function operationRow(view, number, before) {
   view.rows.set(number, part);
   const close = () => {
     if (view.rows.get(number) === part) view.rows.delete(number); // it may be in another list now
-    picture.close();
     part.close();
   };
   const update = (content) => {
@@ -145,37 +139,25 @@ function tensors(view, title, given) {
 }
 
 function argumentList(number) {
-  const list = element("dl", { class: "arguments" });
-  let shown = null;
-  const update = ({ operations }) => {
-    const given = operations[number].arguments;
-    const now = JSON.stringify(given);
-    if (now === shown) return;
-    shown = now;
-    list.replaceChildren(...given.flatMap(argument));
-  };
-  return fixed(element("div", {}, element("h4", {}, "Arguments"), list), update);
+  const given = ({ operations }) => operations[number].arguments;
+  const list = rebuilt(element("dl", { class: "arguments" }), given, (content) => given(content).flatMap(argument));
+  return composed(element("div", {}, element("h4", {}, "Arguments"), list.node), [list]);
 }
 
 /** Return the part that lists the line of code of an operation, and those that led to it. */
 function calls(number) {
-  const list = element("ol", { class: "calls" });
-  let shown = null;
-  const node = element("div", {}, element("h4", {}, "Your code"), list);
-  const update = ({ operations }) => {
+  const linesOf = ({ operations }) => {
     const { line } = operations[number];
-    show(node, Boolean(line));
-    const lines = line ? [line, ...line.callers] : [];
-    const now = JSON.stringify(lines);
-    if (now === shown) return;
-    shown = now;
-    list.replaceChildren(...lines.map((each) => element("li", {}, element("span", { class: "place" }, placeOf(each)), element("code", {}, each.text))));
+    return line ? [line, ...line.callers] : [];
   };
-  return fixed(node, update);
+  const item = (each) => fixed(element("li", {}, element("span", { class: "place" }, placeOf(each)), element("code", {}, each.text)));
+  const list = rebuilt(element("ol", { class: "calls" }), linesOf, (content) => linesOf(content).map(item));
+  const node = element("div", {}, element("h4", {}, "Your code"), list.node);
+  return composed(node, [list, fixed(node, (content) => show(node, linesOf(content).length > 0))]);
 }
 
 function argument([name, text, isDefault]) {
   const className = isDefault ? "default" : "";
   const value = element("dd", { class: className }, text, isDefault ? element("span", {}, " by default") : null);
-  return [element("dt", { class: className }, name), value];
+  return [element("dt", { class: className }, name), value].map((node) => fixed(node));
 }

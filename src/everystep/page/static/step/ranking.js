@@ -2,7 +2,7 @@
 
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
-import { setText, show } from "../shared/part.js";
+import { setText, show, showText } from "../shared/part.js";
 import { latest } from "../shared/timers.js";
 import { askImages, drawImage } from "./images.js";
 import { worstRows } from "./worst.js";
@@ -13,12 +13,8 @@ const SHOWN = 10;
 /** Delay before ranking, which may take seconds, so that quick stepping does not start it. */
 const PATIENCE = 300;
 
-/** Return the part that ranks the rows of a batch by `source.rows`; its order is stored with the unfolded keys. */
-export function ranking(view) {
-  return new Ranking(view);
-}
-
-class Ranking {
+/** The part that ranks the rows of a batch by `source.rows`; its order is stored with the unfolded keys. */
+export class Ranking {
   #content = null;
   #answer = null; // of the server, on `#ranked`
   #ranked = null; // the content of the step with the shown rows
@@ -74,9 +70,9 @@ class Ranking {
   // The rows of the previous step stay, labelled as such, until the new ones arrive.
   #wait() {
     const before = this.#ranked === null ? "" : `; these are of step ${whole(this.#ranked.step)}`;
-    this.#say(`Ranking the rows of step ${whole(this.#content.step)}${before}.`);
+    showText(this.says, `Ranking the rows of step ${whole(this.#content.step)}${before}.`);
     this.body.setAttribute("aria-busy", "true");
-    this.#fail("");
+    showText(this.trouble, "");
   }
 
   async #ask(content, signal) {
@@ -90,13 +86,13 @@ class Ranking {
       if (error.name === "AbortError") return;
       this.#answer = this.#ranked = null;
       this.#clear();
-      this.#fail(error.message);
+      showText(this.trouble, error.message);
     }
   }
 
   #clear() {
     this.body.removeAttribute("aria-busy");
-    this.#say("");
+    showText(this.says, "");
     this.table.replaceChildren();
     this.about.replaceChildren();
     show(this.more, false);
@@ -104,7 +100,7 @@ class Ranking {
 
   #draw() {
     this.#clear();
-    this.#fail("");
+    showText(this.trouble, "");
     const { orders, count, about } = this.#answer;
     const content = this.#ranked;
     const places = orders[this.#order] ?? [];
@@ -132,16 +128,6 @@ class Ranking {
   #showMore() {
     this.#shown *= 2;
     this.#draw();
-  }
-
-  #say(text) {
-    setText(this.says, text);
-    show(this.says, Boolean(text));
-  }
-
-  #fail(text) {
-    setText(this.trouble, text);
-    show(this.trouble, Boolean(text));
   }
 }
 

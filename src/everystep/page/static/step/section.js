@@ -6,10 +6,9 @@ import { short, whole } from "../shared/format.js";
 import { network } from "./network.js";
 import { operationList } from "./operation.js";
 import { operationsOf } from "./outline.js";
-import { parameterName } from "./names.js";
-import { fixed, rebuilt, setText, show } from "../shared/part.js";
+import { composed, fixed, rebuilt, setText, show } from "../shared/part.js";
 import { tensorRow } from "../tensor/tensor.js";
-import { changes, formulas, scale, settingsText, update } from "./update.js";
+import { changes, formulas, parameterName, scale, settingsText, update } from "./update.js";
 
 /** Explanations of the phases for newcomers. */
 const SAYS = {
@@ -36,13 +35,7 @@ export function section(view, entry, level = 3) {
   const title = element(`h${level}`, {}, link, ...settings.map((part) => part.node));
   const says = entry.key === entry.phase && SAYS[entry.phase] ? element("p", { class: "says" }, SAYS[entry.phase]) : "";
   const node = element("section", about, title, says, ...parts.slice(settings.length).map((part) => part.node));
-  return {
-    entry,
-    node,
-    inner: passes.flatMap((one) => one.sections),
-    update: (content) => parts.forEach((part) => part.update(content)),
-    close: () => parts.forEach((part) => part.close?.()),
-  };
+  return { ...composed(node, parts), entry, inner: passes.flatMap((one) => one.sections) };
 }
 
 function isSegment({ place }) {
@@ -100,16 +93,11 @@ function pass(view, entries, number, count) {
   const from = element("span", { class: "small muted" });
   const summary = element("summary", {}, `Pass ${number + 1} of ${count}`, range, from);
   const node = element("details", { class: "pass" }, summary, ...sections.map((one) => one.node));
-  return {
-    node,
-    sections,
-    update(content) {
-      setText(range, rangeText(entries, content));
-      setText(from, beginningText(entries, content));
-      sections.forEach((one) => one.update(content));
-    },
-    close: () => sections.forEach((one) => one.close()),
-  };
+  const line = fixed(summary, (content) => {
+    setText(range, rangeText(entries, content));
+    setText(from, beginningText(entries, content));
+  });
+  return { ...composed(node, [line, ...sections]), sections };
 }
 
 function rangeText(entries, { segments }) {

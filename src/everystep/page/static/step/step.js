@@ -6,25 +6,21 @@ import { index } from "./index.js";
 import { keyOfOperation } from "./operation.js";
 import { operationsOf, outline } from "./outline.js";
 import { whole } from "../shared/format.js";
-import { rebuilt, setText, show, unfoldAround } from "../shared/part.js";
+import { rebuilt, showText, unfoldAround } from "../shared/part.js";
 import { section } from "./section.js";
 
 /** Delay before the previous step is drawn as outdated. */
 const PATIENCE = 300;
 
 /**
- * Open the view of a run's steps in `host`; return {show(step, {phase, operation, open}), clear(), close()}.
+ * The view of a run's steps in `host`.
  *
  * open: the keys of what is unfolded in addition to the operation and its first result. go({phase, operation, open}): called to change the
  * address, which calls show again; source: has content(step), numbers(step, id, region) and histogram(step, id), each with {signal}, and
  * perhaps leave(), for when no step is open.
  */
-export function stepView(run, host, { go, source }) {
-  return new StepView(run, host, go, source);
-}
-
-class StepView {
-  constructor(run, host, go, source) {
+export class StepView {
+  constructor(run, host, { go, source }) {
     Object.assign(this, { run, go, source });
     this.content = null;
     this.opened = new Set(); // keys of what is unfolded
@@ -142,8 +138,7 @@ class StepView {
       operation: operation !== null && !operations[operation] && `Step ${whole(step)} has no operation #${operation}; ${all}.`,
       phase: phase !== null && !this.sections.has(phase) && `Step ${whole(step)} has no phase “${phase}”; its phases are listed here.`,
     };
-    setText(this.missing, says.operation || says.phase || "");
-    show(this.missing, Boolean(this.missing.textContent));
+    showText(this.missing, says.operation || says.phase || "");
   }
 
   // Return the key of the section that an operation is in.

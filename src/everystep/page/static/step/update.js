@@ -3,13 +3,20 @@
 import { button, element } from "../shared/elements.js";
 import { numberOf, percent, short } from "../shared/format.js";
 import { reference } from "./mathematics.js";
-import { fixed, rebuilt, setText, unfolding } from "../shared/part.js";
-import { parameterName } from "./names.js";
-import { tensorPanel } from "../tensor/tensor.js";
-import { thumbnail } from "../tensor/thumbnail.js";
+import { composed, fixed, rebuilt, setText, unfolding } from "../shared/part.js";
+import { TensorPanel } from "../tensor/tensor.js";
+import { Thumbnail } from "../tensor/thumbnail.js";
 
 /** The bar of relative sizes ranges from 10 to this power to 1. */
 const SMALLEST = -6;
+
+/** Return `Linear 0 · weight` of the parameter `0.weight`, for readers who do not know the path; the path itself if the layer is unknown. */
+export function parameterName({ network }, parameter) {
+  const dot = parameter.lastIndexOf(".");
+  const path = parameter.slice(0, Math.max(dot, 0));
+  const layer = network.find((one) => one.path === path);
+  return layer?.type && dot > 0 ? `${layer.type} ${path} · ${parameter.slice(dot + 1)}` : parameter;
+}
 
 /** Return the parts that show the update of all parameters. */
 export function update(view) {
@@ -92,16 +99,13 @@ function updateRow(view, { parameter, numbers }) {
   const by = element("span", { class: "by" }, ...references(numbers));
   const norms = Object.entries(values).map(([name, value]) => statistic(name, value));
   const quiet = element("span", { class: "quiet" }, element("span", { class: "statistics" }, ...norms, by));
-  const picture = thumbnail(view, () => `updates/${parameter}/change`);
   const row = unfolding(view, {
     key: `updates/${parameter}`,
     name: parameterName(view.content, parameter),
     className: "update-row",
-    beside: [bar, element("span", { class: "relative" }, size), quiet, picture.node],
+    beside: [bar, element("span", { class: "relative" }, size), quiet, new Thumbnail(view, () => `updates/${parameter}/change`)],
     open: () => threePanels(view, parameter),
-    update(content) {
-      const { updates, tensors } = content;
-      picture.update(content);
+    update({ updates, tensors }) {
       const one = updates.find((each) => each.parameter === parameter);
       for (const [name, value] of Object.entries(values)) {
         const norm = tensors[one[name]]?.norm;
@@ -116,11 +120,7 @@ function updateRow(view, { parameter, numbers }) {
     },
   });
   row.toggle.title = parameter;
-  const close = () => {
-    picture.close();
-    row.close();
-  };
-  return { ...row, close };
+  return row;
 }
 
 function references(numbers) {
@@ -146,7 +146,7 @@ export function scale() {
 
 /** Return the panel of a parameter's change, or of the parameter before or after it. */
 function threePanels(view, parameter) {
-  const panel = tensorPanel(view, `updates/${parameter}/change`, `${parameter}, change`);
+  const panel = new TensorPanel(view, `updates/${parameter}/change`, `${parameter}, change`);
   const buttons = ["change", "before", "after"].map((name) =>
     button(name, () => choose(name), { "aria-pressed": String(name === "change") }),
   );
@@ -155,9 +155,5 @@ function threePanels(view, parameter) {
     panel.choose(`updates/${parameter}/${name}`, `${parameter}, ${name}`);
   }
   const chooser = element("div", { class: "chooser", role: "group", "aria-label": "which numbers" }, ...buttons);
-  return {
-    node: element("div", {}, chooser, panel.node),
-    update: (content) => panel.update(content),
-    close: () => panel.close(),
-  };
+  return composed(element("div", {}, chooser, panel.node), [panel]);
 }

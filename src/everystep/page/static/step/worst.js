@@ -43,12 +43,17 @@ function texts(title, which) {
 function numbers(title, valueOf, { text = short, most = null } = {}) {
   const cell = (row) => {
     const number = numberOf(valueOf(row));
-    if (number === null) return element("td", { class: "number" }, "–");
-    const made = element("td", { class: Number.isFinite(number) ? "number" : "number nonfinite", title: fullText(number) }, text(number));
-    if (most > 0 && number >= 0) made.style.setProperty("--part", `${100 * Math.min(number / most, 1)}%`);
+    const made = numberCell(number, text);
+    if (number !== null && most > 0 && number >= 0) made.style.setProperty("--part", `${100 * Math.min(number / most, 1)}%`);
     return made;
   };
   return { title, isNumber: true, isOrder: most !== null, cell };
+}
+
+/** Return the cell of a number, null if it is unknown. */
+export function numberCell(number, text = short) {
+  if (number === null) return element("td", { class: "number" }, "–");
+  return element("td", { class: Number.isFinite(number) ? "number" : "number nonfinite", title: fullText(number) }, text(number));
 }
 
 // Decimals as in the terminal, so that percentages align.

@@ -3,21 +3,30 @@
 import { copy } from "../shared/copy.js";
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
+import { showText } from "../shared/part.js";
 import { Timers } from "../shared/timers.js";
 import { Filters } from "./filters.js";
-import { LAYOUT, WORDS } from "./words.js";
 
 const COPIED = 10000; // rows, at most
 
-/**
- * Show a table of steps in `host`; return {setStep(step), setSort(sorted), refresh(), close()}.
- *
- * `source`: of the rows, like `serverRows`; `sorted`: {sort, direction}, the title of a column, and `asc` or `desc`; null: by the steps.
- * `goTo(step)`: called for a row; `sortedBy(sorted)`: when the reader sorts.
- */
-export function stepTable(host, source, { step = null, sorted = {}, goTo = () => {}, sortedBy = () => {} } = {}) {
-  return new StepTable(host, source, { step, sorted, goTo, sortedBy });
-}
+/** The layout of DataTables. */
+const LAYOUT = {
+  topStart: null,
+  topEnd: null,
+  bottomStart: ["info", "pageLength"],
+  bottomEnd: { paging: { buttons: 5, firstLast: false } },
+};
+
+/** The texts of DataTables. */
+const WORDS = {
+  lengthMenu: "_MENU_ per page",
+  info: "_START_ to _END_ of _TOTAL_",
+  infoEmpty: "no rows",
+  infoFiltered: "(filtered from _MAX_)",
+  zeroRecords: "no matching steps",
+  emptyTable: "no steps",
+  paginate: { previous: "←", next: "→" },
+};
 
 // A saved report contains the library, and has already set it.
 async function dataTables() {
@@ -27,7 +36,13 @@ async function dataTables() {
   return DataTable;
 }
 
-class StepTable {
+/**
+ * A table of steps in `host`.
+ *
+ * `source`: of the rows, like `serverRows`; `sorted`: {sort, direction}, the title of a column, and `asc` or `desc`; null: by the steps.
+ * `goTo(step)`: called for a row; `sortedBy(sorted)`: when the reader sorts.
+ */
+export class StepTable {
   #table = null;
   #columns = [];
   #step;
@@ -37,7 +52,7 @@ class StepTable {
   #ended = new AbortController();
   #timers = new Timers();
 
-  constructor(host, source, { step, sorted, goTo, sortedBy }) {
+  constructor(host, source, { step = null, sorted = {}, goTo = () => {}, sortedBy = () => {} } = {}) {
     Object.assign(this, { source, goTo, sortedBy });
     this.sorted = sortOf(sorted);
     this.#step = step;
@@ -91,9 +106,9 @@ class StepTable {
       if (this.#ended.signal.aborted) return;
       this.#build(DataTable, answer, 10);
       this.#sayLeftOut(answer);
-      if (problem) this.#say(problem);
+      if (problem) showText(this.note, problem);
     } catch (error) {
-      if (!this.#ended.signal.aborted) this.#say(`The table cannot be shown: ${error.message}`);
+      if (!this.#ended.signal.aborted) showText(this.note, `The table cannot be shown: ${error.message}`);
     }
   }
 
@@ -171,7 +186,7 @@ class StepTable {
       this.#sayLeftOut(answer);
       return answer;
     } catch (error) {
-      if (error.name !== "AbortError") this.#say(error.message);
+      if (error.name !== "AbortError") showText(this.note, error.message);
       return null;
     }
   }
@@ -220,7 +235,7 @@ class StepTable {
         if (!this.#isShown(found)) await this.#turnTo(found);
       }
     } catch (error) {
-      if (error.name !== "AbortError") this.#say(error.message);
+      if (error.name !== "AbortError") showText(this.note, error.message);
     } finally {
       this.#isFinding = false;
     }
@@ -246,19 +261,14 @@ class StepTable {
       const isCopied = await copy([columns, ...rows].map((row) => row.join("\t")).join("\n"), pressed);
       if (!isCopied) throw new Error("the browser does not allow this; save the rows as CSV");
       const which = filtered > rows.length ? `The first ${whole(rows.length)} of ${whole(filtered)}` : whole(rows.length);
-      this.#say(`${which} rows are in the clipboard.`);
+      showText(this.note, `${which} rows are in the clipboard.`);
     } catch (error) {
-      this.#say(`Nothing was copied: ${error.message}`);
+      showText(this.note, `Nothing was copied: ${error.message}`);
     }
   }
 
   #sayLeftOut({ left_out: count }) {
-    this.#say(count ? `${whole(count)} more measurements have no column here; everystep losses RUN --csv has all.` : "");
-  }
-
-  #say(text) {
-    this.note.textContent = text;
-    this.note.hidden = !text;
+    showText(this.note, count ? `${whole(count)} more measurements have no column here; everystep losses RUN --csv has all.` : "");
   }
 }
 

@@ -1,7 +1,8 @@
 // The results of trainings without some rows: a line for each, and one for the recording.
 
 import { element } from "../shared/elements.js";
-import { fullText, numberOf, short, whole } from "../shared/format.js";
+import { numberOf, whole } from "../shared/format.js";
+import { numberCell } from "../step/worst.js";
 
 /** Number of rows that are listed, as in the terminal. */
 const NAMED = 8;
@@ -12,8 +13,8 @@ export function casesTable({ until, by, recorded, cases }) {
   const changes = cases.map(({ value }) => (value === null || known === null ? null : numberOf(value) - known));
   const most = Math.max(...changes.map(Math.abs).filter(Number.isFinite), 0);
   const head = ["rows left out", `${by} at step ${whole(until)}`, "change"].map((title, place) => element("th", { scope: "col", class: place ? "number" : "" }, title));
-  const first = element("tr", { class: "recorded" }, element("th", { scope: "row" }, "none, as recorded"), numberCell(recorded.value), element("td"));
-  const rows = cases.map(({ rows: left, value }, place) => element("tr", {}, element("th", { scope: "row" }, namesOf(left)), numberCell(value), changeCell(changes[place], most)));
+  const first = element("tr", { class: "recorded" }, element("th", { scope: "row" }, "none, as recorded"), numberCell(known), element("td"));
+  const rows = cases.map(({ rows: left, value }, place) => element("tr", {}, element("th", { scope: "row" }, namesOf(left)), numberCell(numberOf(value)), changeCell(changes[place], most)));
   const table = element("table", { class: "cases" }, element("thead", {}, element("tr", {}, head)), element("tbody", {}, first, rows));
   return element("div", { class: "cases-place", tabIndex: 0, role: "group", "aria-label": "trainings without rows" }, table);
 }
@@ -21,12 +22,6 @@ export function casesTable({ until, by, recorded, cases }) {
 function namesOf(rows) {
   const more = rows.length > NAMED ? ` and ${whole(rows.length - NAMED)} more` : "";
   return rows.slice(0, NAMED).join(", ") + more;
-}
-
-function numberCell(value) {
-  const number = numberOf(value);
-  if (number === null) return element("td", { class: "number" }, "–");
-  return element("td", { class: Number.isFinite(number) ? "number" : "number nonfinite", title: fullText(number) }, short(number));
 }
 
 // The bar points left if the number is smaller than recorded.

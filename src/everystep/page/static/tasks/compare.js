@@ -3,10 +3,11 @@
 import { go, write } from "../shared/address.js";
 import { commandLine, quoted } from "../shared/dialog.js";
 import { partingView } from "./parting.js";
+import { plotBeside } from "../plot/source.js";
 import { button, element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
 import { ask, tell } from "../shared/server.js";
-import { errorText, runTask } from "./task.js";
+import { runTask } from "./task.js";
 
 // Comparisons since the page was loaded, so that Back is immediate.
 const known = new Map();
@@ -80,7 +81,8 @@ function compare(view) {
   const plot = element("div", { class: "overlay" });
   const details = element("div");
   main.append(verdict, progress, plot, details);
-  overlay(view, plot);
+  const goTo = (step) => go({ view: "run", run: names[0], step, beside: [names[1]] });
+  view.closing.push(plotBeside(plot, names, { goTo }));
   const key = (thorough) => JSON.stringify([names, found.map((run) => run.steps), thorough]);
   const show = (result) => {
     verdict.replaceChildren(...verdictOf(result));
@@ -103,21 +105,6 @@ function compare(view) {
   const before = known.get(key(true)) ?? known.get(key(false));
   if (before) show(before);
   else begin(false);
-}
-
-// The losses in one plot; if it fails, the comparison is still shown.
-async function overlay(view, host) {
-  let isClosed = false;
-  view.closing.push(() => (isClosed = true));
-  try {
-    const [{ lossPlot }, { serverCurves }] = await Promise.all([import("../plot/plot.js"), import("../plot/source.js")]);
-    if (isClosed) return;
-    const goTo = (step) => go({ view: "run", run: view.names[0], step, beside: [view.names[1]] });
-    const plot = lossPlot(host, view.names, { source: serverCurves, goTo });
-    view.closing.push(() => plot.close());
-  } catch (error) {
-    host.replaceChildren(errorText(`the losses cannot be drawn: ${error.message}`));
-  }
 }
 
 function verdictOf(result) {

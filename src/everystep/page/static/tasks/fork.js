@@ -1,7 +1,7 @@
 // The dialog that starts a fork: a run that equals its parent up to a step, and continues with changes.
 
 import { go } from "../shared/address.js";
-import { commandLine, openDialog, quoted } from "../shared/dialog.js";
+import { closing, commandLine, fieldLine, openDialog, quoted } from "../shared/dialog.js";
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { addressOf, tell } from "../shared/server.js";
@@ -14,24 +14,37 @@ export function forkDialog(about, step) {
   const fields = fieldsOf(about, step);
   const command = commandLine("The same from the command line");
   const host = element("div");
-  const training = { task: null, hasBegun: false };
+  let task = null;
+  let hasBegun = false;
   const say = () => command.set(commandOf(about, askedOf(fields, step)));
   const start = (event) => {
     event.preventDefault();
-    training.task = train(about, askedOf(fields, step), { host, button: event.submitter ?? begin, dialog, training });
+    begin.disabled = true;
+    // As soon as it runs, the fork is shown with its parent.
+    const begun = ({ run }) => {
+      hasBegun = true;
+      task.leave();
+      dialog.close();
+      go({ view: "run", run, beside: [about.name] });
+    };
+    const over = () => {
+      begin.disabled = false;
+      begin.scrollIntoView({ block: "nearest" });
+    };
+    task = runTask(() => tell(addressOf(about.name, "fork"), askedOf(fields, step)), host, { label: "training", begun, over });
   };
   const begin = element("button", { class: "primary" }, "Train it");
   const form = element(
     "form",
     { class: "asking", oninput: say, onsubmit: start },
     element("p", { class: "muted small" }, introduction(about, step)),
-    ...[...fields.first, ...fields.last].map(line),
-    element("details", { class: "more" }, element("summary", {}, "More settings"), ...fields.more.map(line)),
+    ...linesOf([...fields.first, ...fields.last]),
+    element("details", { class: "more" }, element("summary", {}, "More settings"), ...linesOf(fields.more)),
     command.node,
     host,
     element("div", { class: "buttons" }, begin, button("Close", () => dialog.close())),
   );
-  const dialog = openDialog(title, form, { closed: () => training.hasBegun || training.task?.cancel() });
+  const dialog = openDialog(title, form, { closed: () => hasBegun || task?.cancel() });
   say();
   return dialog;
 }
@@ -39,25 +52,6 @@ export function forkDialog(about, step) {
 function introduction({ name }, step) {
   const kept = step ? `${name}'s steps up to ${whole(step)}` : `${name}'s data and first parameters`;
   return `It has ${kept}, and continues with your changes.`;
-}
-
-// Start the fork; as soon as it runs, it is shown with its parent.
-function train(about, asked, { host, button: pressed, dialog, training }) {
-  pressed.disabled = true;
-  const task = runTask(() => tell(addressOf(about.name, "fork"), asked), host, {
-    label: "training",
-    begun({ run }) {
-      training.hasBegun = true;
-      task.leave();
-      dialog.close();
-      go({ view: "run", run, beside: [about.name] });
-    },
-    over() {
-      pressed.disabled = false;
-      pressed.scrollIntoView({ block: "nearest" });
-    },
-  });
-  return task;
 }
 
 // The settings of the experiment, the most frequently changed first. Only changes are sent.
@@ -83,8 +77,8 @@ function field(name, now, { path = null, says = null, ...properties } = {}) {
   return { name, path, input, says };
 }
 
-function line({ name, input, says }) {
-  return element("label", { class: "line" }, element("span", {}, name, says && element("span", { class: "says" }, says)), input);
+function linesOf(fields) {
+  return fields.map(({ name, input, says }) => fieldLine(name, input, says));
 }
 
 function askedOf(fields, at) {
@@ -126,6 +120,6 @@ function inPython(about, step) {
     { class: "asking" },
     element("p", {}, about.experiment_problem ? problem : about.is_of_loop ? loop : objects),
     commandLine("In Python", lines.join("\n")).node,
-    element("form", { method: "dialog", class: "buttons" }, element("button", { autofocus: true }, "Close")),
+    closing({ class: "buttons" }),
   );
 }

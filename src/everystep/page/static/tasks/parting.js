@@ -76,7 +76,7 @@ function tensorsOf(title, found, role, runs, sides) {
       place ? null : element("h3", {}, title),
       element("p", {}, element("code", {}, pair[0]?.called ?? each.name), pair[0] ? kindOf(pair[0]) : null),
       element("p", { class: "small" }, sizeText(each)),
-      pair.every((tensor) => tensor && gridOf(tensor)) ? grids(pair, each, runs) : null,
+      pair.every((tensor) => tensor?.shape.length) ? grids(pair, each, runs) : null,
       each.positions.length ? positionsOf(each, runs, pair[0]?.dtype) : null,
     );
   });
@@ -97,16 +97,9 @@ function sizeText({ elements, of, positions, size }) {
   return `${share}${size && `, ${size}`}.`;
 }
 
-// The numbers of a tensor as rows of a table; null if a table would show only the number itself.
-function gridOf({ values, shape, window }) {
-  if (!values || !shape.length) return null;
-  const rows = Array.isArray(values[0]) ? values : [values];
-  return Array.isArray(rows[0]?.[0]) ? null : { rows, first: window ? [window[0][0], window[1][0]] : [0, 0] };
-}
-
 // Both tensors around the first number that differs, in as many digits as distinguish the two.
 function grids(pair, { name }, runs) {
-  const both = pair.map(gridOf);
+  const both = pair.map(({ values: rows, window: [[top], [left]] }) => ({ rows, first: [top, left] }));
   const [{ rows, first }] = both;
   const different = new Set(pair[0].different.map(([row, column]) => `${row},${column}`));
   const at = pair[0].different[0] ?? first;
@@ -196,6 +189,6 @@ function ordinal(value, dtype) {
 function restOf({ results, inputs }, [one]) {
   const different = new Set([...results, ...inputs].map(({ name }) => name));
   const same = one.tensors.filter(({ name }) => !different.has(name));
-  const texts = same.map((each) => `${each.called ?? each.name} (${shapeText(each.shape)})`);
+  const texts = same.map((each) => `${each.called} (${shapeText(each.shape)})`);
   return same.length ? element("p", { class: "muted" }, `Identical in both: ${texts.join(", ")}.`) : null;
 }

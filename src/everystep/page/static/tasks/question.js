@@ -5,7 +5,7 @@ import { addressOf, tell } from "../shared/server.js";
 import { runTask } from "./task.js";
 
 /**
- * Return a form with an optional expression, a button, and a place for progress and answer: {node, ask(), close()}.
+ * Return a form with an optional expression, a button, and a place for progress and answer: {node, ask(), update(), close()}.
  *
  * `place.about`: the run; `path`, `content()`: of the request; `done(result)`: returns the view of the answer; `failed(message)`: called on
  * errors.
@@ -42,7 +42,12 @@ export function questionForm(place, { title, says, expression, options, verb, pa
     element("div", { class: "options" }, ...options, asking),
     host,
   );
-  return { node, ask, close: () => task?.leave() };
+  return { node, ask, update() {}, close: () => task?.leave() };
+}
+
+/** Return the whole answer as text, folded. */
+export function detailsOf(text) {
+  return element("details", { class: "more" }, element("summary", {}, "Details"), element("pre", { tabIndex: 0 }, text));
 }
 
 /** Return an option of a question, with text before and perhaps after it. */

@@ -1,11 +1,11 @@
 // Questions about a whole run: measure in hindsight, find the steps that meet a condition, verify, rerun.
 
-import { read, write } from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
 import { languageHelp, toFind, toMeasure } from "./expressions.js";
 import { fullText, numberOf, short, whole } from "../shared/format.js";
-import { labelled, questionForm } from "./question.js";
+import { detailsOf, labelled, questionForm } from "./question.js";
 import { rerunning } from "./rerun.js";
+import { operationLink, stepLink } from "../run/head.js";
 
 /** Steps listed at once. */
 const LISTED = 60;
@@ -92,7 +92,7 @@ function findingOrigin(place) {
 }
 
 function verifying(place) {
-  const question = questionForm(place, {
+  return questionForm(place, {
     title: "Verify",
     says: "Replays every step, and compares each loss and each snapshot, bit for bit.",
     options: [],
@@ -101,10 +101,9 @@ function verifying(place) {
     content: () => ({}),
     done: ({ is_exact: isExact, text }) => [
       element("p", { class: isExact ? "result" : "alarm" }, text.split("\n").at(-1)),
-      element("details", { class: "more" }, element("summary", {}, "Details"), element("pre", { tabIndex: 0 }, text)),
+      detailsOf(text),
     ],
   });
-  return { ...question, update: () => {} };
 }
 
 function expressionField(label, id) {
@@ -147,26 +146,14 @@ function foundSteps(place, { steps, count: all, inexact: leftOut = [], text }) {
 
 function foundStep(place, { step, loss }) {
   const loss4 = element("span", { class: "muted", title: fullText(numberOf(loss)) }, `loss ${short(loss)}`);
-  return element("li", {}, stepLink(place, { step }, `step ${whole(step)}`), " ", loss4);
+  return element("li", {}, stepLink(place.about.name, step, place.goTo), " ", loss4);
 }
 
-function originOf(place, { step, phase, index: operation }, text) {
+function originOf({ about }, found, text) {
   const [first, ...others] = text.split("\n");
   return [
     element("p", { class: "result" }, first),
     others.length > 0 && element("pre", { tabIndex: 0, class: "origin" }, others.join("\n")),
-    element("p", {}, stepLink(place, { step, phase, operation }, "Open")),
+    element("p", {}, operationLink(about.name, found)),
   ];
-}
-
-// A link that can also be opened in another tab; here it only changes the step.
-function stepLink(place, { step, phase, operation }, text) {
-  const here = { view: "run", run: place.about.name, step, phase, operation, beside: read().beside };
-  const isStepOnly = phase === undefined;
-  const follow = (event) => {
-    if (!isStepOnly || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
-    event.preventDefault();
-    place.goTo(step);
-  };
-  return element("a", { href: write(here), onclick: follow }, text);
 }

@@ -1,8 +1,9 @@
 // Rerun: the steps of a run under other numerics, or in another precision.
 
 import { element } from "../shared/elements.js";
+import { plotBeside, serverCurves } from "../plot/source.js";
 import { numberOf } from "../shared/format.js";
-import { labelled, questionForm } from "./question.js";
+import { detailsOf, labelled, questionForm } from "./question.js";
 
 /** The values of the options, as in `everystep rerun`. */
 const CAPABILITIES = ["default", "avx2", "avx512"];
@@ -15,7 +16,7 @@ const VISIBLE = 0.002;
 export function rerunning(place) {
   const threads = element("input", { type: "number", min: 1, step: 1, placeholder: "same" });
   const [precision, mkl, capability] = [PRECISIONS, BRANCHES, CAPABILITIES].map(choice);
-  const drawn = { plot: null, isClosed: false };
+  let endPlot = () => {};
   const question = questionForm(place, {
     title: "Rerun",
     says: "Repeats every step under different conditions, and reports where it diverges from the recording, and how far.",
@@ -30,40 +31,32 @@ export function rerunning(place) {
     }),
     done(result) {
       const host = element("div", { class: "overlay" });
-      if (result.losses) overlay(place, host, result, drawn);
+      endPlot();
+      if (result.losses) endPlot = overlay(place, host, result);
       return [
         element("p", { class: "result" }, `${result.sentence}.`),
         result.losses && numberOf(result.apart) < VISIBLE && element("p", { class: "muted small" }, "In the plot, the curves coincide."),
         host,
-        element("details", { class: "more" }, element("summary", {}, "Details"), element("pre", { tabIndex: 0 }, result.text)),
+        detailsOf(result.text),
       ];
     },
   });
   const close = () => {
-    drawn.isClosed = true;
-    drawn.plot?.close();
+    endPlot();
     question.close();
   };
-  return { ...question, update: () => {}, close };
+  return { ...question, close };
 }
 
 function choice(names) {
   return element("select", {}, element("option", { value: "" }, "as recorded"), ...names.map((name) => element("option", { value: name }, name)));
 }
 
-// The recorded losses and those of the rerun; if the plot fails, the answer is still shown.
-async function overlay({ about, goTo }, host, { place, losses }, drawn) {
-  drawn.plot?.close();
-  drawn.plot = null;
-  try {
-    const [{ lossPlot }, { serverCurves }] = await Promise.all([import("../plot/plot.js"), import("../plot/source.js")]);
-    if (drawn.isClosed || drawn.plot) return;
-    const other = `${about.name}, ${place.precision ?? "rerun"}`;
-    const source = (run, query, options) => (run === other ? between(losses, query) : serverCurves(run, query, options));
-    drawn.plot = lossPlot(host, [about.name, other], { source, goTo });
-  } catch (error) {
-    host.replaceChildren(element("p", { class: "alarm" }, `the losses cannot be drawn: ${error.message}`));
-  }
+// The recorded losses and those of the rerun.
+function overlay({ about, goTo }, host, { place, losses }) {
+  const other = `${about.name}, ${place.precision ?? "rerun"}`;
+  const source = (run, query, options) => (run === other ? between(losses, query) : serverCurves(run, query, options));
+  return plotBeside(host, [about.name, other], { source, goTo });
 }
 
 // All points that the server sent.

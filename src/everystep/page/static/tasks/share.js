@@ -2,10 +2,10 @@
 
 import { write } from "../shared/address.js";
 import { copyButton } from "../shared/copy.js";
-import { commandLine, openDialog, quoted } from "../shared/dialog.js";
+import { commandLine, complain, fieldLine, openDialog, quoted, wholesIn } from "../shared/dialog.js";
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
-import { addressOf, withQuery } from "../shared/server.js";
+import { addressOf, askFile, withQuery } from "../shared/server.js";
 
 /** Steps that one page may hold. */
 const MOST_STEPS = 20;
@@ -19,12 +19,12 @@ const sizeText =
 /** Open the dialog. */
 export function shareDialog(about, step) {
   const fields = fieldsOf(step);
-  const { field, fault, says, save } = fields;
+  const { input, fault, says, save } = fields;
   const command = commandLine("The same from the command line");
   const asking = new AbortController();
   const show = () => {
-    const { steps, problem } = stepsOf(field.value, about.steps);
-    complain(fields, problem);
+    const { steps, problem } = stepsOf(input.value, about.steps);
+    complain(fields, problem ?? "");
     command.node.hidden = Boolean(problem);
     if (steps) command.set(commandOf(about, steps));
     return steps;
@@ -33,14 +33,14 @@ export function shareDialog(about, step) {
     event.preventDefault();
     const steps = show();
     if (steps) saveReport(about.name, steps, fields, asking.signal);
-    else field.focus();
+    else input.focus();
   };
   const link = location.origin + write({ view: "run", run: about.name, step });
   const dialog = openDialog("Save this view", element(
     "form",
     { class: "asking", oninput: show, onsubmit: submit },
     element("p", { class: "muted small" }, contentText),
-    element("label", { class: "line" }, element("span", {}, "steps"), field),
+    fieldLine("steps", input),
     element("p", { class: "muted small", id: "share-says" }, sizeText),
     fault,
     command.node,
@@ -54,40 +54,25 @@ export function shareDialog(about, step) {
 function fieldsOf(step) {
   const properties = { autocomplete: "off", "aria-describedby": "share-says share-fault" };
   return {
-    field: element("input", { type: "text", class: "mono", value: step ? String(step) : "", ...properties }),
+    input: element("input", { type: "text", class: "mono", value: step ? String(step) : "", ...properties }),
     fault: element("p", { class: "alarm", id: "share-fault", role: "alert", hidden: true }),
     says: element("p", { class: "muted small", role: "status" }),
     save: element("button", { class: "primary" }, "Save the page"),
   };
 }
 
-function complain({ field, fault }, problem = null) {
-  fault.textContent = problem ?? "";
-  fault.hidden = !problem;
-  field.setAttribute("aria-invalid", String(Boolean(problem)));
-}
-
 async function saveReport(run, steps, fields, signal) {
   fields.save.disabled = true;
   fields.says.textContent = "Writing the page.";
   try {
-    keep(await reportOf(run, steps, signal), `${run}.html`);
+    const address = withQuery(addressOf(run, "report"), { steps: steps.join(",") });
+    keep(await askFile(address, { signal }), `${run}.html`);
     fields.says.textContent = "Saved.";
   } catch (error) {
     fields.says.textContent = "";
     if (error.name !== "AbortError") complain(fields, error.message);
   }
   fields.save.disabled = false;
-}
-
-async function reportOf(run, steps, signal) {
-  const address = withQuery(addressOf(run, "report"), { steps: steps.join(",") });
-  const response = await fetch(address, { signal }).catch((error) => {
-    throw error.name === "AbortError" ? error : new Error("the server does not respond; is `everystep view` still running?");
-  });
-  if (response.ok) return response.blob();
-  const { error } = await response.json().catch(() => ({}));
-  throw new Error(error ?? `the server returned ${response.status}`);
 }
 
 // Download a file.
@@ -99,12 +84,11 @@ function keep(content, name) {
 
 // The steps in a text, in order, or its problem.
 function stepsOf(text, last) {
-  const words = text.split(/[\s,;]+/).filter(Boolean);
-  const wrong = words.find((word) => !/^\d+$/.test(word));
+  const { numbers, wrong } = wholesIn(text);
   if (wrong) return { problem: `“${wrong}” is not a step: write whole numbers, with commas between` };
-  const beyond = words.map(Number).find((step) => step < 1 || step > last);
+  const beyond = numbers.find((step) => step < 1 || step > last);
   if (beyond !== undefined) return { problem: `there is no step ${beyond}; steps are 1 to ${whole(last)}` };
-  const steps = [...new Set(words.map(Number))].sort((one, other) => one - other);
+  const steps = [...new Set(numbers)].sort((one, other) => one - other);
   if (steps.length <= MOST_STEPS) return { steps };
   return { problem: `${steps.length} steps would be too large to send: choose at most ${MOST_STEPS}` };
 }

@@ -2,7 +2,7 @@
 
 import { button, element } from "../shared/elements.js";
 import { duration, whole } from "../shared/format.js";
-import { tell, withQuery } from "../shared/server.js";
+import { isMissing, listen, tell } from "../shared/server.js";
 
 /**
  * Start a task and show it in `host`; return the Task.
@@ -42,7 +42,7 @@ class Task {
       result: (result) => this.#end(this.#options.done?.(result)),
       error: ({ error, cancelled }) => this.fail(error, cancelled),
     };
-    this.#stop = follow(`${this.#address}/events`, heard, this.#view, (message) => this.fail(message));
+    this.#stop = listen(`${this.#address}/events`, heard, (isThere, hasEnded) => this.#wait(!isThere, hasEnded));
   }
 
   /** Show an error, and end. */
@@ -73,6 +73,11 @@ class Task {
     this.cancel();
   }
 
+  async #wait(isWaiting, hasEnded) {
+    this.#view.waiting(isWaiting);
+    if (hasEnded && (await isMissing(`${this.#address}/events`))) this.fail("the server was restarted and lost this task; ask again");
+  }
+
   #end(shown, message = null) {
     if (this.#isOver) return;
     this.leave();
@@ -85,49 +90,9 @@ class Task {
 }
 
 /** Return an error of the server with its lines kept, as a caret may point into the one above. */
-export function errorText(message) {
+function errorText(message) {
   if (!message.includes("\n")) return element("p", { class: "alarm" }, message);
   return element("pre", { class: "alarm", tabIndex: 0, "aria-label": "error" }, message);
-}
-
-// Follow a task's events, over breaks in the connection.
-function follow(address, heard, view, fail) {
-  let source = null;
-  let again = null;
-  let last = "";
-  const begin = () => {
-    source = new EventSource(withQuery(address, { after: last }));
-    source.addEventListener("open", () => view.waiting(false));
-    for (const [name, hear] of Object.entries(heard)) source.addEventListener(name, (event) => heardOf(event, hear));
-  };
-  const heardOf = (event, hear) => {
-    last = event.lastEventId || last;
-    // A break in the connection is an error event without data.
-    if (event.data !== undefined) hear(JSON.parse(event.data));
-    else broken();
-  };
-  const broken = async () => {
-    view.waiting(true);
-    if (source.readyState !== EventSource.CLOSED) return;
-    if (await isForgotten(address)) fail("the server was restarted and lost this task; ask again");
-    else again = setTimeout(begin, 2000);
-  };
-  begin();
-  return () => {
-    clearTimeout(again);
-    source.close();
-  };
-}
-
-// Return whether the server responds, but does not know the task.
-async function isForgotten(address) {
-  try {
-    const response = await fetch(address);
-    await response.body?.cancel();
-    return response.status === 404;
-  } catch {
-    return false;
-  }
 }
 
 function progressView(label, cancel) {

@@ -1,6 +1,6 @@
 // The dialog of a what-if: a training without some rows of a step's batch.
 
-import { commandLine, openDialog, quoted } from "../shared/dialog.js";
+import { commandLine, complain, fieldLine, openDialog, quoted, wholesIn } from "../shared/dialog.js";
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { addressOf, tell } from "../shared/server.js";
@@ -20,7 +20,7 @@ export function whatIfDialog({ run, step, steps, batch, tensors }, chosen, argum
   let task = null;
   const say = () => {
     const asked = askedOf(fields, step, batch, tensors);
-    complain(fields, asked.problem);
+    complain({ input: fields.rows, fault: fields.fault }, asked.problem);
     command.node.hidden = Boolean(asked.problem);
     if (!asked.problem) command.set(commandOf(argument, asked, fields));
     return asked;
@@ -40,11 +40,11 @@ export function whatIfDialog({ run, step, steps, batch, tensors }, chosen, argum
     "form",
     { class: "asking", oninput: say, onsubmit: start },
     element("p", { class: "muted small" }, `Trains again from state ${whole(step - 1)} without rows of this batch, and compares with the recording. Nothing is recorded.`),
-    line("rows to leave out", fields.rows),
+    fieldLine("rows to leave out", fields.rows),
     fields.fault,
-    line("left out", fields.how),
-    line("compare at step", fields.until),
-    line("what to compare", fields.by),
+    fieldLine("left out", fields.how),
+    fieldLine("compare at step", fields.until),
+    fieldLine("what to compare", fields.by),
     command.node,
     host,
     element("div", { class: "buttons" }, begin, button("Close", () => dialog.close())),
@@ -65,28 +65,17 @@ function fieldsOf(step, steps, chosen = []) {
   };
 }
 
-function line(name, input) {
-  return element("label", { class: "line" }, element("span", {}, name), input);
-}
-
-function complain({ rows, fault }, problem) {
-  fault.textContent = problem ?? "";
-  fault.hidden = !problem;
-  rows.setAttribute("aria-invalid", String(Boolean(problem)));
-}
-
 // The values of the fields; `problem`: an error in them.
 function askedOf({ rows, how, until, by }, step, batch, tensors) {
-  const words = rows.value.split(/[\s,;]+/).filter(Boolean);
-  const wrong = words.find((word) => !/^\d+$/.test(word));
-  const given = words.length ? words.map(Number) : rowsOf(batch, tensors);
+  const { numbers, wrong } = wholesIn(rows.value);
+  const given = numbers.length ? numbers : rowsOf(batch, tensors);
   return {
     at: step - 1,
     until: Number(until.value),
     rows: given,
     each: how.value === EACH,
     by: by.value.trim() || "loss",
-    problem: wrong ? `“${wrong}” is not a row: write whole numbers, with commas between` : given.length ? null : "this batch has no row numbers; name the rows to leave out",
+    problem: wrong ? `“${wrong}” is not a row: write whole numbers, with commas between` : given.length ? "" : "this batch has no row numbers; name the rows to leave out",
   };
 }
 

@@ -17,15 +17,8 @@ const MOST = 1024;
 /** Minimum size of cells with their numbers written in them. */
 const READABLE = { width: 50, height: 15 };
 
-/**
- * Return a heat map: {node, load(ask, {seen, label, classes, signal}), close()}; `classes`: their names, or null.
- * `chosen`: called with the index of a clicked number.
- */
-export function heatMap(chosen = () => {}) {
-  return new HeatMap(chosen);
-}
-
-class HeatMap {
+/** A heat map; `chosen`: called with the index of a clicked number. */
+export class HeatMap {
   constructor(chosen) {
     this.chosen = chosen;
     this.canvas = element("canvas", { tabIndex: 0, role: "img", "data-own-keys": "" });
@@ -50,7 +43,7 @@ class HeatMap {
     this.#watch();
   }
 
-  /** Request the numbers; the promise returns a function that shows them. */
+  /** Request the numbers; the promise returns a function that shows them. `classes`: their names, or null. */
   async load(ask, { seen, label, classes = null, signal }) {
     const isAnother = String(seen.shape) !== String(this.shape);
     const index = isAnother ? 0 : this.index;

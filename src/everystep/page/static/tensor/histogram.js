@@ -7,12 +7,7 @@ import { setText } from "../shared/part.js";
 const WIDTH = 256;
 const HEIGHT = 96;
 
-/** Return a histogram: {node, update({edges, counts, nonfinite})}. */
-export function histogram() {
-  return new Histogram();
-}
-
-class Histogram {
+export class Histogram {
   constructor() {
     this.plot = drawing("svg", {
       viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
@@ -34,7 +29,7 @@ class Histogram {
     this.#listen();
   }
 
-  /** Show other counts. */
+  /** Show counts: {edges, counts, nonfinite}. */
   update(counted) {
     this.counted = counted;
     const { edges, counts } = counted;

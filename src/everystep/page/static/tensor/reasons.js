@@ -2,17 +2,13 @@
 
 import { button, element } from "../shared/elements.js";
 import { fullText, numberOf, whole } from "../shared/format.js";
-import { setText, show } from "../shared/part.js";
+import { show, showText } from "../shared/part.js";
 
 /** Lines of the way of a NaN that are shown before and after the omitted ones. */
 const ENDS = 3;
 
-/** Return the part: {node, begin(step, {id, index}), clear()}. `source.why` answers. */
-export function reasons(source) {
-  return new Reasons(source);
-}
-
-class Reasons {
+/** The part that follows a number back; `source.why` answers. */
+export class Reasons {
   constructor(source) {
     this.source = source;
     this.trail = [];
@@ -23,7 +19,7 @@ class Reasons {
     this.node = element("section", { class: "reasons", "aria-label": "where this number comes from", hidden: true }, this.path, this.body, this.trouble);
   }
 
-  /** Show where a number of a tensor comes from. */
+  /** Show where a number of a tensor comes from; `asked`: {id, index}. */
   begin(step, asked) {
     this.trail = [];
     this.#follow(step, asked);
@@ -46,17 +42,12 @@ class Reasons {
       if (signal.aborted) return;
       this.trail.push(answer);
       this.#draw();
-      this.#tell("");
+      showText(this.trouble, "");
     } catch (error) {
       if (error.name === "AbortError") return;
-      this.#tell(error.message);
+      showText(this.trouble, error.message);
     }
     this.node.removeAttribute("aria-busy");
-  }
-
-  #tell(text) {
-    setText(this.trouble, text);
-    show(this.trouble, Boolean(text));
   }
 
   #draw() {

@@ -1,50 +1,38 @@
 // A tensor: its name and statistics; unfolded, a heat map and a histogram.
 
 import { element } from "../shared/elements.js";
-import { heatMap } from "./heatmap.js";
-import { histogram } from "./histogram.js";
-import { reasons } from "./reasons.js";
-import { show, setText, unfolding } from "../shared/part.js";
+import { HeatMap } from "./heatmap.js";
+import { Histogram } from "./histogram.js";
+import { Reasons } from "./reasons.js";
+import { show, showText, unfolding } from "../shared/part.js";
 import { statisticsLine, statisticsText } from "./statistics.js";
 import { takeAlong } from "./take.js";
-import { thumbnail } from "./thumbnail.js";
+import { Thumbnail } from "./thumbnail.js";
 
 /** Return the part of a tensor that unfolds to its panel. */
 export function tensorRow(view, { id, key = id, name, title = "", note = "" }) {
   const statistics = statisticsLine({ norm: true });
   const noted = note ? element("span", { class: "note-of-name" }, note) : null;
   const quiet = element("span", { class: "quiet" }, statistics.node);
-  const picture = thumbnail(view, () => id);
   const row = unfolding(view, {
     key,
     name,
     className: "tensor",
-    beside: [noted, quiet, picture.node].filter(Boolean),
-    open: () => tensorPanel(view, id, title || name),
-    update(content) {
-      statistics.update(content.tensors[id]);
-      picture.update(content);
-    },
+    beside: [noted, quiet, new Thumbnail(view, () => id)],
+    open: () => new TensorPanel(view, id, title || name),
+    update: ({ tensors }) => statistics.update(tensors[id]),
   });
   row.toggle.title = title;
-  const close = () => {
-    picture.close();
-    row.close();
-  };
-  return { ...row, close };
+  return row;
 }
 
-/** Return the part that shows the numbers of a tensor; its `choose(id, name)` shows another one. */
-export function tensorPanel(view, id, name) {
-  return new TensorPanel(view, id, name);
-}
-
-class TensorPanel {
+/** The part that shows the numbers of a tensor. */
+export class TensorPanel {
   constructor(view, id, name) {
     Object.assign(this, { view, id, name });
-    this.reasons = view.source.why ? reasons(view.source) : null;
-    this.map = heatMap((index) => this.#chosen(index));
-    this.bars = histogram();
+    this.reasons = view.source.why ? new Reasons(view.source) : null;
+    this.map = new HeatMap((index) => this.#chosen(index));
+    this.bars = new Histogram();
     this.trouble = element("p", { class: "alarm small", role: "alert", hidden: true });
     this.along = takeAlong(view.source);
     this.node = element("div", { class: "panel" }, this.map.node, this.bars.node, this.along.node, this.reasons?.node, this.trouble);
@@ -87,16 +75,16 @@ class TensorPanel {
     show(this.bars.node, isDrawn && seen.shape.some((size) => size > 1));
     const empty = seen?.unset ? "no numbers, only memory" : "no numbers: its shape has a 0";
     this.trouble.className = isDrawn ? "alarm small" : "muted small";
-    if (!isDrawn) return this.#tell(seen ? empty : "not at this step");
+    if (!isDrawn) return showText(this.trouble, seen ? empty : "not at this step");
     this.node.setAttribute("aria-busy", "true");
     try {
       const [showMap, counted] = await this.#ask(seen, signal);
       if (signal.aborted) return;
       showMap();
       if (counted) this.bars.update(counted);
-      this.#tell("");
+      showText(this.trouble, "");
     } catch (error) {
-      if (error.name !== "AbortError") this.#tell(error.message);
+      if (error.name !== "AbortError") showText(this.trouble, error.message);
     }
     if (!signal.aborted) this.node.removeAttribute("aria-busy");
   }
@@ -110,10 +98,5 @@ class TensorPanel {
       this.map.load(numbers, { seen, label: `${name}: ${statisticsText(seen)}`, classes: this.content.batch.classes, signal }),
       this.bars.node.hidden ? null : source.histogram(step, id, { signal }),
     ]);
-  }
-
-  #tell(text) {
-    setText(this.trouble, text);
-    show(this.trouble, Boolean(text));
   }
 }

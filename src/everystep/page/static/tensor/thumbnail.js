@@ -6,6 +6,7 @@ import { coloursOf, painter, rangeOf } from "./colours.js";
 import { element } from "../shared/elements.js";
 import { numberOf } from "../shared/format.js";
 import { show } from "../shared/part.js";
+import { forgive } from "../shared/server.js";
 import { Patch } from "./patch.js";
 
 /** Delay before pictures are requested, so that quick stepping requests none. */
@@ -21,12 +22,8 @@ const watcher = new IntersectionObserver((entries) => entries.forEach(({ target,
   rootMargin: "100px",
 });
 
-/** Return the part of a picture; `idOf(content)`: the tensor's id, or nothing. */
-export function thumbnail(view, idOf) {
-  return new Thumbnail(view, idOf);
-}
-
-class Thumbnail {
+/** The part of a picture; `idOf(content)`: the tensor's id, or nothing. */
+export class Thumbnail {
   #isSeen = false;
   #content = null;
   #asked = new AbortController();
@@ -135,9 +132,4 @@ function inTurn(signal, draw) {
 
 function idle() {
   return new Promise((resolve) => (window.requestIdleCallback ? requestIdleCallback(resolve, { timeout: 1000 }) : setTimeout(resolve, 30)));
-}
-
-// If the server has no picture or is away, it is not drawn; everything else is shown.
-function forgive(error) {
-  if (error.name !== "AbortError" && error.status === undefined) throw error;
 }

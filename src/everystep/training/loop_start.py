@@ -1,0 +1,264 @@
+"""Where the run of a recorded loop begins: new, at a snapshot of a run that is resumed, or as a fork."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from everystep.errors import RunError, say
+from everystep.recording.contents import given_of, inputs_of
+from everystep.recording.directories import create_directory
+from everystep.recording.facts import Facts, ForkFacts
+from everystep.recording.keep import Keep
+from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.recorder import Recorder
+from everystep.step.parts import Parts
+from everystep.step.parts_state import PartsState
+from everystep.step.state import State
+from everystep.training.batch import tensors_of
+from everystep.training.description import facts_of_loop
+from everystep.training.loader_position import Drawn, Epoch, LoaderPosition, Recorded
+from everystep.training.loop_writer import LoopWriter
+from everystep.training.resumed import (
+    changed_at,
+    changes,
+    check_changes,
+    check_rules,
+    check_taken_by_loop,
+    facts_resumed,
+    resume_facts,
+)
+from everystep.training.writer import now
+
+__all__ = ["LoopStart"]
+
+
+@dataclass(frozen=True)
+class LoopStart:
+    """A request: the run that a recorded loop begins, or the one that it continues.
+
+    directory: of a new run, None for the next free one; snapshot_budget, batch_budget: bytes that the
+    run may keep; keep: the steps, None for all; advanced: called with a step that was written, and the
+    losses from it on; resumed: the run to continue; fork: the run to make a fork of, and the step after
+    which it begins; is_accepted: continue although something changed; said: facts that the user gives.
+    """
+
+    directory: Path | None
+    snapshot_budget: int
+    batch_budget: float
+    keep: Keep | None
+    advanced: Callable[[int, Sequence[float]], None] | None = None
+    resumed: RecordedRun | None = None
+    fork: tuple[RecordedRun, int] | None = None
+    is_accepted: bool = False
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def earlier(self) -> RecordedRun | None:
+        """The run that is continued, or that this one is a fork of."""
+        return self.fork[0] if self.fork is not None else self.resumed
+
+    def begin(self, parts: Parts, place: LoaderPosition) -> LoopWriter:
+        """Begin the run, or bring the parts to its newest snapshot; return what writes it.
+
+        Raises:
+            RunError: the run or the parts are other ones.
+        """
+        if self.fork is not None:
+            return self._forked(*self.fork, parts, place)
+        if self.resumed is not None:
+            return self._continued(self.resumed, parts, place)
+        directory = create_directory(self.directory, "loop")
+        whole = PartsState(parts)
+        place.begin()
+        beginning = whole.snapshot(0)
+        facts = Facts(
+            name=directory.name, started=now(), steps=0, trained=facts_of_loop(parts), **self.said
+        )
+        recorder = self._recorder(directory, facts)
+        recorder.snapshot(beginning)
+        return LoopWriter(recorder, 0, facts, whole, place, self.advanced)
+
+    def _recorder(
+        self, directory: Path, facts: Facts, at: int = 0, *, is_resumed: bool = False
+    ) -> Recorder:
+        return Recorder(
+            directory,
+            facts,
+            self.snapshot_budget,
+            at=at,
+            batch_budget=self.batch_budget,
+            is_resumed=is_resumed,
+            keep=self.keep,
+        )
+
+    def _forked(self, parent: RecordedRun, at: int, parts: Parts, place: LoaderPosition) -> LoopWriter:
+        """Make a run of a parent's steps up to `at`, and continue it.
+
+        Its loop repeats the steps from the newest snapshot to `at`, as a resumed loop does: only a
+        snapshot holds everything that a loop carries.
+        """
+        _check_is_loop(parent, "fork it with everystep fork")
+        if at > (newest := parent.newest_step()):
+            raise RunError(f"{parent.name} has no step {at}: it has {newest:,} steps")
+        state = parent.state_near(newest)
+        if at and (state is None or _goal(parent, state) is None):
+            raise RunError(
+                f"{parent.name} marks its steps with recording.step, so nothing shows what its loop "
+                "does between them; fork loops over recording.steps(batches), or fork it at step 0"
+            )
+        trained = facts_of_loop(parts)
+        fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
+        directory = create_directory(self.directory, f"{parent.name}-fork")
+        try:
+            begin = parent.state_near(0)
+            if begin is not None:
+                count = f"once recording.step_count is {at}"
+                cure = f"pass the parts as they were then, and change what should differ {count}"
+                PartsState(parts).check_begins_as(begin, cure)
+            facts = Facts(name=directory.name, started=now(), steps=at, trained=trained, fork=fork)
+            Recorder(directory, facts, self.snapshot_budget, parent, at, self.batch_budget).finish({})
+            return self._continued(RecordedRun(directory), parts, place, is_new=True)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)  # made just now, and not started
+            raise
+
+    def _continued(
+        self, run: RecordedRun, parts: Parts, place: LoaderPosition, *, is_new: bool = False
+    ) -> LoopWriter:
+        """Continue a run from its second newest snapshot, if there is one.
+
+        The state at the newest is then compared, which shows that no part of the loop is missing.
+
+        is_new: the run is a fork that has just been made.
+        """
+        # A new fork has nothing to discard: its steps up to the fork are its parent's.
+        is_accepted = self.is_accepted and not is_new
+        whole, before = PartsState(parts), run.facts
+        _check_is_loop(run, "resume it with everystep resume")
+        trained = facts_of_loop(parts)
+        changed = changes(before.training, trained)
+        check_changes(run, changed, is_accepted=is_accepted)
+        recorded = run.newest_step()
+        problems: list[str] = []
+        state = run.state_near(recorded, on_problem=problems.append)
+        if state is None:
+            reason = "; ".join(problems) or "the training ended before it wrote one"
+            raise RunError(
+                f"{run.name} has no readable snapshot to continue from: {reason}; record it again"
+            )
+        check_rules(run, state.step)
+        begun = 0 if before.fork is None else before.fork.at
+        if is_accepted and state.step < begun:
+            raise RunError(
+                f"{run.name} cannot discard steps of its parent: it has no snapshot from step "
+                f"{begun:,} on; fork the parent again"
+            )
+        at, later = (state.step, None) if is_accepted else (recorded, state)
+        earlier = run.state_near(state.step - 1, on_problem=problems.append)
+        if later is None or earlier is None or earlier.step < max(begun, changed_at(before)):
+            later = None
+        else:
+            state = earlier
+        resumed = resume_facts(run, at, changed)
+        if changed:
+            facts = facts_resumed(run, trained, at, resumed)
+        else:
+            facts = Facts(resumed=(*before.resumed, *([] if is_new else [resumed])), finished=None)
+        facts, goal = facts.model_copy(update=dict(self.said)), _goal(run, state)
+        rates = {name: rate for name in parts.rates() for rate in _rate(run, name, state.step)}
+        whole.restore(state)
+        _say_where(run, state.step, recorded, goal, is_new=is_new)
+        place.goal = goal
+        recorder = self._recorder(run.directory, facts, state.step, is_resumed=True)
+        writer = LoopWriter(recorder, state.step, facts, whole, place, self.advanced, before)
+        writer.rates, writer.beginning, writer.later = rates, state, later
+        return writer
+
+
+def _check_is_loop(run: RecordedRun, cure: str) -> None:
+    facts = run.facts
+    if facts.training.loop is None:
+        raise RunError(f"{run.name} was not recorded from your own loop; {cure} {run.name}")
+    check_taken_by_loop(facts)
+
+
+def _say_where(
+    run: RecordedRun, step: int, recorded: int, goal: Recorded | None, *, is_new: bool
+) -> None:
+    """Report from where a loop continues, and what it must do itself."""
+    message = f"{run.name} continues after step {step:,}"
+    if step < recorded:
+        steps = f"step {recorded:,}" if step + 1 == recorded else f"steps {step + 1:,} to {recorded:,}"
+        message += f"; {steps} {'is' if step + 1 == recorded else 'are'} repeated, and compared"
+    if goal is None:
+        message += "; the loop must begin at recording.step_count"
+    elif goal.epoch is None and goal.call and not is_new:
+        message += (
+            "; code around the steps of epochs that are past runs again: iterate over "
+            "recording.epochs(n), or skip it while recording.is_resuming"
+        )
+    say(message)
+
+
+def _rate(run: RecordedRun, name: str, step: int) -> list[float]:
+    """Return the learning rate of a step, or of the last one before at which it changed."""
+    return [rate for at, rate in run.measured(name).items() if at <= step][-1:]
+
+
+def _goal(run: RecordedRun, state: State) -> Recorded | None:
+    """Return the place in the batches of a state, if it has one.
+
+    Raises:
+        RunError: it is not valid, or state 0 cannot be read.
+    """
+    place = state.settings.get("place")
+    if not isinstance(place, Mapping):
+        return None if state.step else Recorded(0, partial(_drawn, run))
+    call, taken = place.get("call"), place.get("taken")
+    begun = place.get("epoch", [0, 0, 0])
+    is_epoch = isinstance(begun, list) and len(begun) == 3 and all(type(n) is int for n in begun)
+    if not isinstance(call, int) or not isinstance(taken, int) or not is_epoch:
+        raise RunError(f"the snapshot of step {state.step} has no valid place in the batches")
+    problems: list[str] = []
+    first = run.state_near(0, on_problem=problems.append)
+    if first is None:
+        raise RunError(f"{run.name} cannot find its place in the batches: {'; '.join(problems)}")
+    at_first = first.generators.tensors()
+    epoch = Epoch(*begun) if "epoch" in place else None
+    has_workers = bool(place.get("has_workers"))
+    found = call, taken, place.get("loader"), state.rest, at_first, epoch, has_workers
+    return Recorded(state.step, partial(_drawn, run), *found)
+
+
+def _drawn(run: RecordedRun, step: int) -> Drawn:
+    """Return the recorded data of the draw of a batch.
+
+    Raises:
+        RunError: the recording has not kept it.
+    """
+    rows = run.repeats(step, step)
+    inputs = inputs_of(rows[0].inputs if rows else None, f"the input of step {step}")
+    generators = run.contents(inputs.draws().given)
+    if any(tensor is None for tensor in generators.values()):
+        raise RunError(
+            f"{run.name} cannot find its place in the batches: what those up to step {step} were drawn "
+            "with was dropped to stay within batch_budget; use a loader with a state_dict, such as "
+            "torchdata's StatefulDataLoader"
+        )
+    known = {
+        n.removeprefix("batch/"): each for n, each in inputs.given.items() if n.startswith("batch/")
+    }
+
+    def matches(batch: Any) -> bool:
+        tensors = tensors_of(batch)
+        return all(
+            name in tensors and given_of(tensors[name].detach().cpu()) == each
+            for name, each in known.items()
+        )
+
+    return Drawn({n: t for n, t in generators.items() if t is not None}, matches)
