@@ -374,6 +374,22 @@ def test_when_finds_the_steps_of_a_loop_by_hand(condition, is_true):
         assert (found.steps, found.inexact) == (steps, ()), which
 
 
+def test_a_number_that_a_loop_logs_under_the_name_of_a_rate_belongs_to_its_step():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with everystep.record(weight=weight, optimizer=optimizer, run="logged") as recording:
+        for number in recording.steps(range(6)):
+            (weight * weight).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number % 2:
+                recording.log(**{"val.lr": 1.0})
+    run = everystep.open("logged")
+    assert run.when("measurements['val.lr'] > 0", "all", progress=False).steps == (2, 4, 6)
+    assert run.when("lr > 0", "all", progress=False).steps == (1, 2, 3, 4, 5, 6)
+    assert run[3].hyperparameters == {"lr": 0.1}
+
+
 def test_conditions_on_recorded_columns_need_nothing_but_the_database():
     made = new_training(scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5))
     run = by_train(made, steps=STEPS, validation=(made.x, made.y), evaluate_every=5)

@@ -33,7 +33,7 @@ __all__ = [
 #: Steps in the `repr` of an answer.
 SHOWN = 10
 #: Of several optimizers, the name of each is before it; `[1]` is the second param group.
-_LEARNING_RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
+_LEARNING_RATE = re.compile(r"(?:(\w+)\.)?lr(?:\[\d+\])?")
 Answers = list[tuple[int, float]]
 Which = Literal["first", "last", "all"]
 
@@ -98,9 +98,11 @@ class HeldNumber:
         return self._values[index] if index >= 0 else None
 
 
-def is_learning_rate(name: str) -> bool:
-    """Return whether a measurement is a learning rate, by its name."""
-    return _LEARNING_RATE.fullmatch(name) is not None
+def is_learning_rate(facts: TrainingFacts, name: str) -> bool:
+    """Return whether a measurement is a learning rate of an optimizer, by its name."""
+    found = _LEARNING_RATE.fullmatch(name)
+    owners = facts.optimizers if len(facts.optimizers) > 1 else [None] * len(facts.optimizers)
+    return found is not None and found[1] in owners
 
 
 def is_setting(facts: TrainingFacts, name: str) -> bool:
@@ -109,9 +111,7 @@ def is_setting(facts: TrainingFacts, name: str) -> bool:
     Of everystep's own steps, these are the settings of the optimizer; of a loop, the learning rates:
     what it logs belongs to its step.
     """
-    if facts.loop is None:
-        return is_hyperparameter(name)
-    return bool(facts.optimizers) and is_learning_rate(name)
+    return is_hyperparameter(name) if facts.loop is None else is_learning_rate(facts, name)
 
 
 def settings_of(

@@ -191,7 +191,7 @@ class ReplayStepper:
     def rates(self) -> list[str]:
         """Return the names of the learning rates."""
         names = dict.fromkeys((*self.hyperparameters(), *self._run.measurement_names))
-        return [*filter(is_learning_rate, names)]
+        return [name for name in names if is_learning_rate(self.steps.facts, name)]
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""

@@ -148,7 +148,7 @@ def continue_alone(
     """Take steps of a run by its programs, and record them.
 
     Args:
-        run: its steps are a user's loop, or programs can continue it alone, see `reason_against`.
+        run: its steps are a user's loop, or programs can continue it alone, see `check_alone`.
         at: the step before the first of them.
         steps_of: returns the steps, given the rule of their batches.
         record: returns the recorder, and the facts of the training, given the state after `at`.
