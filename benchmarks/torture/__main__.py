@@ -31,14 +31,11 @@ from benchmarks.torture.slow import slow_disks
 from benchmarks.torture.trainings import named
 from benchmarks.torture.trial import each, failed, references, table
 
-#: Seconds for which things are drawn at random, unless asked otherwise.
-FUZZED = 600.0
-#: Seconds of each training on a slow disk, unless asked otherwise.
-SLOW = 20.0
-#: What can be asked for.
-WHATS = ["kill", "operations", "power", "signals", "disk", "slow", "readers", "fuzz"]
-#: What a table counts.
-WHAT = {"power": "losses of power", "signals": "signals", "disk": "full disks"}
+#: Seconds, unless asked for others: for which things are drawn, and of each training on a slow disk.
+SECONDS = {"fuzz": 600.0, "slow": 20.0}
+#: What can be asked for, and what its table counts.
+WHATS = {"kill": "kills", "operations": "kills", "power": "losses of power", "signals": "signals"}
+WHATS |= {"disk": "full disks"} | dict.fromkeys(("slow", "readers", "fuzz"), "")
 
 
 def main() -> None:
@@ -52,14 +49,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--readers", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100_000, help="of the training that is read")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after these")
+    parser.add_argument("--seconds", type=float, help="begin no trial after these")
     asked = parser.parse_args()
+    asked.seconds = asked.seconds or SECONDS.get(asked.what, float("inf"))
     if asked.what == "fuzz":
         sys.exit(_fuzz(asked))
     began = time.monotonic()
     if asked.what in ("readers", "slow"):
         if asked.what == "slow":
-            found = slow_disks(SLOW if asked.seconds == float("inf") else asked.seconds)
+            found = slow_disks(asked.seconds)
         else:
             found = readers(asked.readers, asked.steps, asked.seed)
         print(*found, f"{len(found)} failures, {time.monotonic() - began:,.0f} seconds", sep="\n")
@@ -77,7 +75,7 @@ def main() -> None:
         else:
             trials = operations(known, asked.each, asked.seed % asked.each)
         results = each(trials, asked.processes, asked.seconds)
-    print(table(results, WHAT.get(asked.what, "kills")))
+    print(table(results, WHATS[asked.what]))
     for reason in sorted({one.reason for one in results if one.reason}):
         print(f"said: {reason}", file=sys.stderr)
     failures = failed(results)
@@ -89,7 +87,7 @@ def _fuzz(asked: argparse.Namespace) -> int:
     from benchmarks.torture.fuzz import fuzz, report  # imports what the others do without
 
     began = time.monotonic()
-    results = fuzz(asked.seconds if asked.seconds < float("inf") else FUZZED, asked.seed, asked.only)
+    results = fuzz(asked.seconds, asked.seed, asked.only)
     print(report(results))
     failures = sum(len(found.failures) for found in results)
     print(f"{failures} failures, {time.monotonic() - began:,.0f} seconds, seed {asked.seed}")
