@@ -64,17 +64,15 @@ def main() -> None:
         sys.exit(1 if found else 0)
     steps = STEPS if asked.what in ("operations", "power") else None
     with references(named(asked.only), steps) as known:
-        if asked.what == "kill":
-            trials = kills(known, asked.kills, asked.seed)
-        elif asked.what == "signals":
-            trials = signals(known)[asked.seed % asked.each :: asked.each]
-        elif asked.what == "disk":
-            trials = full_disks(known)[asked.seed % asked.each :: asked.each]
-        elif asked.what == "power":
-            trials = losses_of_power(known, asked.seed)[asked.seed % asked.each :: asked.each]
-        else:
-            trials = operations(known, asked.each, asked.seed % asked.each)
-        results = each(trials, asked.processes, asked.seconds)
+        trials = {
+            "kill": lambda: kills(known, asked.kills, asked.seed),
+            "operations": lambda: operations(known),
+            "power": lambda: losses_of_power(known, asked.seed),
+            "signals": lambda: signals(known),
+            "disk": lambda: full_disks(known),
+        }[asked.what]()
+        chosen = trials[asked.seed % asked.each :: asked.each]
+        results = each(chosen, asked.processes, asked.seconds)
     print(table(results, WHATS[asked.what]))
     for reason in sorted({one.reason for one in results if one.reason}):
         print(f"said: {reason}", file=sys.stderr)
