@@ -23,7 +23,7 @@ numerics.prepare()  # before torch computes
 from tests.training.by_hand import by_train  # noqa: E402
 from tests.training.engine_cases import CASES  # noqa: E402
 
-__all__ = ["main"]
+__all__ = ["main", "verified"]
 
 #: These must be among them, whatever the count.
 WANTED = ("dropout", "batch", "convolution", "short", "float64", "bfloat16", "Adam", "SGD", "clip")
@@ -43,23 +43,24 @@ def main() -> None:
             directory = Path(folder) / "run"
             options = case.options | {"steps": arguments.steps, "threads": 1 + number % 2}
             by_train(case.make(), run=directory, **options)
-            command = [
-                str(Path(sys.executable).parent / "everystep"),
-                "verify",
-                str(directory),
-                "--json",
-            ]
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-            found: dict[str, Any] = json.loads(done.stdout)
+            found = verified(directory)
         snapshots += found["snapshots"]
         if not found["is_exact"] or found["steps"] != arguments.steps:
             different += 1
-            print(f"{case.name}: {done.stdout}")
+            print(f"{case.name}: {found}")
     print(
         f"{len(chosen)} configurations of {arguments.steps:,} steps, every other one with two threads: "
         f"{different} with a mismatch; {snapshots:,} snapshots compared; "
         f"{time.perf_counter() - started:.0f} s"
     )
+
+
+def verified(directory: Path) -> dict[str, Any]:
+    """Return what `everystep verify --json` answers in a process that did not train the run."""
+    command = [str(Path(sys.executable).parent / "everystep"), "verify", str(directory), "--json"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def _chosen(count: int) -> list[Any]:

@@ -73,21 +73,23 @@ class Row(NamedTuple):
     """A command of `everystep`, and the script that it is compared with, if there is one."""
 
     command: str
-    script: str | None
+    script: str | None = None
     name: str = ""
 
 
 ROWS = [
     Row("train --run runs/new", CHAPTER, "the loop by hand"),
     Row("train digits --epochs 1 --run runs/new", DIGITS, "the loop by hand"),
-    *(Row(command, IMPORT, "`import torch`") for command in ("step chapter 137", "verify chapter")),
-    *(Row(command, IMPORT, "`import torch`") for command in ("when chapter 'loss < 1'",)),
+    Row("step chapter 137", IMPORT, "`import torch`"),
+    Row("verify chapter", IMPORT, "`import torch`"),
+    Row("when chapter 'loss < 1'", IMPORT, "`import torch`"),
     Row("diff chapter other", IMPORT, "`import torch`"),
-    *(
-        Row(command, None)
-        for command in ("--help", "runs", "losses chapter", "table chapter -o table.html")
-    ),
-    *(Row(command, None) for command in ("plot chapter -o plot.png", "report chapter -o report.html")),
+    Row("--help"),
+    Row("runs"),
+    Row("losses chapter"),
+    Row("table chapter -o table.html"),
+    Row("plot chapter -o plot.png"),
+    Row("report chapter -o report.html"),
 ]
 
 

@@ -9,10 +9,7 @@ are functions: also, how many of them a program took.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,20 +20,15 @@ numerics.prepare()  # before torch computes, or bits depend on where tensors lie
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from tests.training.by_hand import bits  # noqa: E402
 from tests.training.loops import LOOPS, unrecorded  # noqa: E402
 from tests.training.step_functions import CASES  # noqa: E402
 from tests.training.test_by_program import by_hand, state_of, trained  # noqa: E402
 
 import everystep  # noqa: E402
+from benchmarks.exact import verified  # noqa: E402
 
 __all__ = ["main"]
-
-_REPLAY = """
-import json, sys
-import everystep
-found = everystep.open(sys.argv[1]).verify(progress=False)
-print(json.dumps([found.is_exact, found.snapshots, str(found.first_loss), found.problems]))
-"""
 
 
 def main() -> None:
@@ -61,15 +53,16 @@ def _print_row(name: str, steps: int) -> bool:
         _seed()
         found = LOOPS[name](steps, lambda **parts: everystep.record(run=directory, **parts))
         is_same = _bits(found) == _bits(expected)
-        is_exact, snapshots, first, problems = _replayed(directory)
+        replayed = verified(directory)
         run = everystep.open(directory)
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e6
-        again = "yes" if is_exact else f"no: {first} {problems}"
+        again = "yes" if replayed["is_exact"] else f"no: {replayed}"
         loop = run.facts.training.loop
         programs = loop.programs if loop else 0
         same = "yes" if is_same else "NO"
-        print(f"| {name} | {len(run):,} | {same} | {again} | {snapshots} | {programs:,} | {size:.3g} |")
-    return is_same and bool(is_exact)
+        states = replayed["snapshots"]
+        print(f"| {name} | {len(run):,} | {same} | {again} | {states} | {programs:,} | {size:.3g} |")
+    return is_same and again == "yes"
 
 
 def _print_function_row(name: str, steps: int) -> bool:
@@ -83,20 +76,13 @@ def _print_function_row(name: str, steps: int) -> bool:
         engine = "program" if case.reason is None else "auto"
         run = trained(case, steps, run=directory, engine=engine)
         is_same = (list(run.losses["loss"]), state_of(case)) == expected
-        is_exact, _, first, problems = _replayed(directory)
-        again = "yes" if is_exact else f"no: {first} {problems}"
+        replayed = verified(directory)
+        again = "yes" if replayed["is_exact"] else f"no: {replayed}"
         function = run.facts.training.loop.function
         taken = 0 if function is None else function.by_program
         same = "yes" if is_same else "NO"
         print(f"| {name} | {len(run):,} | {taken:,} | {same} | {again} |")
-    return is_same and bool(is_exact)
-
-
-def _replayed(directory: Path) -> Any:
-    """Return what a process that does not know the loop makes of a run."""
-    command = [sys.executable, "-c", _REPLAY, str(directory)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(output.stdout)
+    return is_same and again == "yes"
 
 
 def _seed() -> None:
@@ -108,7 +94,7 @@ def _seed() -> None:
 def _bits(trained: tuple[list[float], list[dict[str, Any]]]) -> Any:
     losses, states = trained
     tensors = [tensor for state in states for tensor in state.values()]
-    return losses, [tensor.contiguous().view(-1).view(torch.uint8).tolist() for tensor in tensors]
+    return losses, [*map(bits, tensors)]
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +86,8 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--directory", type=Path, help="keep the runs here, and use them again")
     asked = parser.parse_args()
-    with _place(asked.directory) as place:
+    with tempfile.TemporaryDirectory() as folder:
+        place = asked.directory or Path(folder)
         print(
             f"{'kind':<10}{'steps':>12}{'steps/s':>10}{'last/first':>12}{'memory MB':>11}{'growth':>9}"
             f"{'disk MB':>9}{'bytes/step':>12}{'verified':>10}"
@@ -97,15 +97,6 @@ def main() -> None:
                 _train(kind, place / f"{kind}-{steps}" / "run", steps)
         for kind in asked.kinds.split(","):
             _print_commands(place, kind, asked.steps)
-
-
-@contextmanager
-def _place(directory: Path | None) -> Iterator[Path]:
-    if directory is not None:
-        yield directory
-        return
-    with tempfile.TemporaryDirectory() as made:
-        yield Path(made)
 
 
 def _train(kind: str, run: Path, steps: int) -> None:

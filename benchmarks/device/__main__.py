@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.device import LOOKED_AT
 from benchmarks.device.simulated import NAME, path_of
 
 if TYPE_CHECKING:
@@ -93,16 +94,12 @@ def _verifies(run: Any, other: Any, found: Trained, expected: Trained) -> str | 
 def _opens(run: Any, other: Any, found: Trained, expected: Trained) -> str | None:
     import torch
 
-    from benchmarks.device.trainings import LOOKED_AT
-
     step = run[LOOKED_AT]
     wrong = [n for n, t in expected.gradients.items() if not torch.equal(t.cpu(), step.gradients[n])]
     return f"other gradients of {', '.join(wrong)}" if wrong else None
 
 
 def _measures(run: Any, other: Any, found: Trained, expected: Trained) -> str | None:
-    from benchmarks.device.trainings import LOOKED_AT
-
     wrong = []
     for name, gradient in expected.gradients.items():
         expression = f"norm(gradients['{name}'])"
@@ -113,8 +110,6 @@ def _measures(run: Any, other: Any, found: Trained, expected: Trained) -> str | 
 
 
 def _says_why(run: Any, other: Any, found: Trained, expected: Trained) -> str | None:
-    from benchmarks.device.trainings import LOOKED_AT
-
     wrong = []
     for name, gradient in expected.gradients.items():
         index = [size // 2 for size in gradient.shape]
@@ -125,8 +120,6 @@ def _says_why(run: Any, other: Any, found: Trained, expected: Trained) -> str | 
 
 
 def _knows_rows(run: Any, other: Any, found: Trained, expected: Trained) -> str | None:
-    from benchmarks.device.trainings import LOOKED_AT
-
     mean = float(run.rows(LOOKED_AT).loss.mean())
     loss = expected.losses[LOOKED_AT - 1]
     return None if abs(mean - loss) < 1e-5 * abs(loss) else f"the mean of the rows is {mean}, not {loss}"

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import everystep
+from benchmarks.device import LOOKED_AT, STEPS
 
-__all__ = ["LOOKED_AT", "STEPS", "TRAININGS", "Trained", "Training"]
-
-#: Steps of each training, and the one that is looked at.
-STEPS, LOOKED_AT = 24, 13
+__all__ = ["TRAININGS", "Trained", "Training"]
 
 
 class Trained(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +11,6 @@ from benchmarks.peers import Training
 from benchmarks.workloads import SEED, Workload
 
 __all__ = ["prepare_eager", "prepare_program"]
-
-
-def prepare_eager(workload: Workload, folder: Path) -> Training:
-    """Return the training with torch's own step."""
-    return _prepare(workload, folder, "eager")
-
-
-def prepare_program(workload: Workload, folder: Path) -> Training:
-    """Return the training with the step as a program."""
-    return _prepare(workload, folder, "program")
 
 
 def _prepare(workload: Workload, folder: Path, engine: Literal["eager", "program"]) -> Training:
@@ -42,3 +33,6 @@ def _prepare(workload: Workload, folder: Path, engine: Literal["eager", "program
         return losses
 
     return train
+
+
+prepare_eager, prepare_program = partial(_prepare, engine="eager"), partial(_prepare, engine="program")

@@ -31,14 +31,11 @@ from benchmarks.torture.slow import slow_disks
 from benchmarks.torture.trainings import named
 from benchmarks.torture.trial import each, failed, references, table
 
-#: Seconds for which things are drawn at random, unless asked otherwise.
-FUZZED = 600.0
-#: Seconds of each training on a slow disk, unless asked otherwise.
-SLOW = 20.0
-#: What can be asked for.
-WHATS = ["kill", "operations", "power", "signals", "disk", "slow", "readers", "fuzz"]
-#: What a table counts.
-WHAT = {"power": "losses of power", "signals": "signals", "disk": "full disks"}
+#: Seconds, unless asked for others: for which things are drawn, and of each training on a slow disk.
+SECONDS = {"fuzz": 600.0, "slow": 20.0}
+#: What can be asked for, and what its table counts.
+WHATS = {"kill": "kills", "operations": "kills", "power": "losses of power", "signals": "signals"}
+WHATS |= {"disk": "full disks"} | dict.fromkeys(("slow", "readers", "fuzz"), "")
 
 
 def main() -> None:
@@ -52,32 +49,31 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--readers", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100_000, help="of the training that is read")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after these")
+    parser.add_argument("--seconds", type=float, help="begin no trial after these")
     asked = parser.parse_args()
+    asked.seconds = asked.seconds or SECONDS.get(asked.what, float("inf"))
     if asked.what == "fuzz":
         sys.exit(_fuzz(asked))
     began = time.monotonic()
     if asked.what in ("readers", "slow"):
         if asked.what == "slow":
-            found = slow_disks(SLOW if asked.seconds == float("inf") else asked.seconds)
+            found = slow_disks(asked.seconds)
         else:
             found = readers(asked.readers, asked.steps, asked.seed)
         print(*found, f"{len(found)} failures, {time.monotonic() - began:,.0f} seconds", sep="\n")
         sys.exit(1 if found else 0)
     steps = STEPS if asked.what in ("operations", "power") else None
     with references(named(asked.only), steps) as known:
-        if asked.what == "kill":
-            trials = kills(known, asked.kills, asked.seed)
-        elif asked.what == "signals":
-            trials = signals(known)[asked.seed % asked.each :: asked.each]
-        elif asked.what == "disk":
-            trials = full_disks(known)[asked.seed % asked.each :: asked.each]
-        elif asked.what == "power":
-            trials = losses_of_power(known, asked.seed)[asked.seed % asked.each :: asked.each]
-        else:
-            trials = operations(known, asked.each, asked.seed % asked.each)
-        results = each(trials, asked.processes, asked.seconds)
-    print(table(results, WHAT.get(asked.what, "kills")))
+        trials = {
+            "kill": lambda: kills(known, asked.kills, asked.seed),
+            "operations": lambda: operations(known),
+            "power": lambda: losses_of_power(known, asked.seed),
+            "signals": lambda: signals(known),
+            "disk": lambda: full_disks(known),
+        }[asked.what]()
+        chosen = trials[asked.seed % asked.each :: asked.each]
+        results = each(chosen, asked.processes, asked.seconds)
+    print(table(results, WHATS[asked.what]))
     for reason in sorted({one.reason for one in results if one.reason}):
         print(f"said: {reason}", file=sys.stderr)
     failures = failed(results)
@@ -89,7 +85,7 @@ def _fuzz(asked: argparse.Namespace) -> int:
     from benchmarks.torture.fuzz import fuzz, report  # imports what the others do without
 
     began = time.monotonic()
-    results = fuzz(asked.seconds if asked.seconds < float("inf") else FUZZED, asked.seed, asked.only)
+    results = fuzz(asked.seconds, asked.seed, asked.only)
     print(report(results))
     failures = sum(len(found.failures) for found in results)
     print(f"{failures} failures, {time.monotonic() - began:,.0f} seconds, seed {asked.seed}")

@@ -14,6 +14,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,24 +143,15 @@ def in_detail() -> None:
     writer.TIMED_STEPS = 2
 
 
-def operations(
-    references: Sequence[Reference], each: int = 1, first: int = 0
-) -> list[Callable[[], Result]]:
-    """Return a trial for every operation of each training, and of each that goes on.
-
-    each, first: only every so many trials, from this one on.
-    """
+def operations(references: Sequence[Reference]) -> list[Callable[[], Result]]:
+    """Return a trial for every operation of each training, and of each that is resumed."""
     found: list[Callable[[], Result]] = []
     for reference in references:
         begin = _counted(reference, None)
-        found += [_trial(reference, None, *one) for one in begin]
+        found += [partial(_died, reference, None, *one) for one in begin]
         half = begin[len(begin) * 2 // 3][0]
-        found += [_trial(reference, half, *one) for one in _counted(reference, half)]
-    return found[first::each]
-
-
-def _trial(reference: Reference, before: int | None, number: int, is_torn: bool) -> Callable[[], Result]:
-    return lambda: _died(reference, before, number, is_torn)
+        found += [partial(_died, reference, half, *one) for one in _counted(reference, half)]
+    return found
 
 
 def _counted(reference: Reference, before: int | None) -> list[tuple[int, bool]]:

@@ -16,7 +16,7 @@ from everystep.recording.facts import Facts
 from everystep.recording.files import BATCHES, program_file
 from everystep.recording.health import Finding, number_findings
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
-from everystep.recording.snapshots import SnapshotRow, check_snapshot
+from everystep.recording.snapshots import SnapshotRow, read_snapshot
 from everystep.replay.recorded_steps import read_program
 from everystep.replay.shown import Shown
 
@@ -74,7 +74,7 @@ def doctor(directory: Path) -> Diagnosis:
         checked += ["losses", "measurements", "facts"]
     states: dict[SnapshotRow, str | None] = {}
     try:
-        states = {row: _problem(partial(check_snapshot, directory, row)) for row in run.snapshot_rows()}
+        states = {row: _problem(partial(read_snapshot, directory, row)) for row in run.snapshot_rows()}
     except RunError as error:
         found.append(Finding(f"{FILE_NAME}, snapshots", str(error)))
     found += _state_findings(run, states)

@@ -294,9 +294,9 @@ class Call:
         axes[dim] = places
         return self.piece(key, *axes)
 
-    def aligned(self, key: str) -> Piece:
-        """Return the number of an argument that is broadcast to the wanted one."""
-        return aligned(self.name(key), self.shape(key), self.index)
+    def aligned(self, key: str, index: Sequence[Axis] | None = None) -> Piece:
+        """Return the numbers of an argument that are broadcast to an index, or to the wanted one."""
+        return aligned(self.name(key), self.shape(key), self.index if index is None else index)
 
     def whole(self, key: str) -> Piece:
         """Return all numbers of an argument."""

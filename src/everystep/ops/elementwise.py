@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece
+from everystep.ops.call import Axis, Call, Formula, Made, NoRuleError, Piece
 from everystep.ops.formula import BINARY, UNARY, names_in
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast
 from everystep.ops.operator_record import LineRule, MadeRule, OperatorRecord
 from everystep.ops.row_rules import Result, RowsCall, RowsRule, along, of_shape, sum_of
 from everystep.program.operators import parameters
 
-__all__ = ["ELEMENTWISE", "by_formula", "each_alone", "foreach"]
+__all__ = ["ELEMENTWISE", "by_formula", "each_alone", "foreach", "given_in"]
 
 
 def by_formula(call: Call, text: str, **places: Piece) -> Made:
@@ -26,16 +28,26 @@ def by_formula(call: Call, text: str, **places: Piece) -> Made:
     """
     if call.place:
         raise NoRuleError("of another result than the first")
+    return Formula(text, *given_in(text, call, call.index, places))
+
+
+def given_in(
+    text: str, call: Call, index: Sequence[Axis], places: Mapping[str, Piece] = MappingProxyType({})
+) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """Return the numbers of tensors in a formula, at an index, and those that are settings.
+
+    places: numbers of other places, by their name in the formula.
+    """
     given: dict[str, Piece] = {}
     settings: dict[str, Any] = {}
     for name in names_in(text):
         if name in places:
             given[name] = places[name]
         elif isinstance(call.arguments[name], str):
-            given[name] = call.aligned(name)
+            given[name] = call.aligned(name, index)
         else:
             settings[name] = call.scalar(name)
-    return Formula(text, given, settings)
+    return given, settings
 
 
 #: Of the first result, of the numbers of arguments at its place.

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from everystep.ops.call import Call, Formula, Made, NoRuleError, Sum, aligned, single
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Sum, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, all_are, broadcast, gathered, reduced
 from everystep.ops.movements import of_indices
 from everystep.ops.operator_record import OperatorRecord
@@ -28,7 +28,7 @@ def _put(call: Call) -> Made:
         _put_there(call) if key == "values" else _put_along(call, call.tensor("index").cpu().numpy())
     )
     count = len(places[0])
-    piece = aligned(call.name(key), call.shape(key), places)
+    piece = call.aligned(key, places)
     own = single("self", call.piece("self", *call.index))
     if not count:
         return Sum((own,))

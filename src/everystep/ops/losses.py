@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import Tensor
 
-from everystep.ops.call import Axis, Call, Formula, Made, Piece, Sum, Terms, aligned, grid
-from everystep.ops.elementwise import by_formula, each_alone
-from everystep.ops.formula import names_in
+from everystep.ops.call import Axis, Call, Formula, Made, Piece, Sum, Terms, grid
+from everystep.ops.elementwise import by_formula, each_alone, given_in
 from everystep.ops.labels import SHARED, Tracked, broadcast, reduced
 from everystep.ops.operator_record import LineRule, OperatorRecord
 from everystep.ops.row_rules import Result, RowsCall, filled, none_mixed, of_shape
@@ -40,14 +37,8 @@ def _loss(call: Call) -> Made:
         )
     if "weight" in call:
         text = f"weight * ({text})"
-    given: dict[str, Piece] = {}
-    settings: dict[str, Any] = {}
     axes = call.index if call.value("reduction") == 0 else grid(*map(range, call.shape("self")))
-    for key in names_in(text):
-        if not isinstance(call.arguments[key], str):
-            settings[key] = call.scalar(key)
-        else:
-            given[key] = aligned(call.name(key), call.shape(key), axes)
+    given, settings = given_in(text, call, axes)
     count = float(given["self"].size) if call.value("reduction") == _MEAN else 1.0
     return Sum((Terms(text, given, settings),), count)
 

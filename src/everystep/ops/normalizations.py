@@ -20,7 +20,6 @@ from everystep.ops.call import (
     Sum,
     Terms,
     Words,
-    aligned,
     grid,
     single,
 )
@@ -222,7 +221,7 @@ def _attention(call: Call) -> Made:
     scores = "key · query * scale"
     if "attn_mask" in call:
         scores += " + attn_mask"
-        given["attn_mask"] = _mask(call, *leading, row, np.arange(count))
+        given["attn_mask"] = call.aligned("attn_mask", (*leading, row, np.arange(count)))
     settings = {"scale": _scale(call)}
     if call.place == 1:
         return Formula(f"logsumexp({scores})", given, settings)
@@ -232,11 +231,6 @@ def _attention(call: Call) -> Made:
 
 def _scale(call: Call) -> float:
     return float(call.value("scale") if "scale" in call else 1 / math.sqrt(call.shape("query")[-1]))
-
-
-def _mask(call: Call, *places: Axis) -> Piece:
-    """Return numbers of the mask, which is broadcast to rows, heads, queries and keys."""
-    return aligned(call.name("attn_mask"), call.shape("attn_mask"), places)
 
 
 def _sharing(call: Call) -> int:
@@ -274,7 +268,7 @@ def _attention_backward(call: Call) -> Made:
     scores = "key · query * scale" if is_query else "query · key * scale"
     if "attn_mask" in call:
         scores += " + attn_mask"
-        given["attn_mask"] = _mask(call, row, *grid(heads, queries, keys))
+        given["attn_mask"] = call.aligned("attn_mask", (row, *grid(heads, queries, keys)))
     weights = f"weights = exp({scores} - logsumexp)"
     settings = {"scale": _scale(call), "size": len(sizes["out"])}
     if call.place == 2:

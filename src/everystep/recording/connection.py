@@ -133,10 +133,11 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
     """
-    _statuses(path)
-    if is_whole and not _has_log(path):  # where it has content, a checkpoint may be under way
+    log = _statuses(path).get("-wal")
+    has_log = log is not None and log.st_size > 0
+    if is_whole and not has_log:  # where it has content, a checkpoint may be under way
         _check_size(path)
-    connection = _connect(path, is_whole=is_whole)
+    connection = _connect(path, has_log=has_log, is_whole=is_whole)
     try:
         _check_identity(connection, path)
     except BaseException:
@@ -168,12 +169,6 @@ def last_written(path: Path) -> float:
         RunError: there is no such database.
     """
     return max(status.st_mtime for suffix, status in _statuses(path).items() if suffix != "-shm")
-
-
-def _has_log(path: Path) -> bool:
-    """Return whether a database's write-ahead log has content."""
-    log = _statuses(path).get("-wal")
-    return log is not None and log.st_size > 0
 
 
 def _statuses(path: Path) -> dict[str, os.stat_result]:
@@ -215,13 +210,13 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _connect(path: Path, *, is_whole: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, has_log: bool, is_whole: bool) -> sqlite3.Connection:
     uri = path.resolve().as_uri()
     opened = partial(sqlite3.connect, uri=True, isolation_level=None, timeout=_PATIENCE)
     # On a read-only file system SQLite cannot make the files that reading a database with a log takes,
     # as a killed run has. An immutable database needs none, but is read without its log.
     still = partial(opened, f"{uri}?mode=ro&immutable=1")
-    other = partial(_with_log, path) if _has_log(path) else still
+    other = partial(_with_log, path) if has_log else still
     last_error: Exception | None = None
     for connect in (partial(opened, f"{uri}?mode=ro"), other):
         try:

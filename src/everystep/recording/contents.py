@@ -220,7 +220,7 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
     if len(pieces) == 1 and pieces[0].source is not None and size <= MEMORY:
         if pieces[0].source not in places:
             return None
-        content = _read_cut(directory, kind, pieces[0], places[pieces[0].source], size)
+        content = _read_piece(directory, kind, pieces[0], places[pieces[0].source], size)
     elif sum(piece.size for piece in pieces) == size <= MEMORY:
         content = b"".join(_read_piece(directory, kind, piece) for piece in pieces)
     else:
@@ -230,18 +230,25 @@ def read_contents(directory: Path, places: Mapping[bytes, Place], given: Given) 
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
 
 
-def _read_piece(directory: Path, kind: bytes, piece: Place) -> bytes:
-    return _checked(directory, kind, piece, _bytes_at(directory, piece.file, [piece.place], piece.size))
+def _read_piece(
+    directory: Path, kind: bytes, piece: Place, source: Place | None = None, size: int = 0
+) -> bytes:
+    """Return the bytes of a piece; of one that was cut out of `source`, of which there are `size`.
 
-
-def _read_cut(directory: Path, kind: bytes, piece: Place, source: Place, size: int) -> bytes:
-    """Return an input of so many bytes that was cut out of data."""
-    written = _bytes_at(directory, piece.file, [piece.place], piece.size)
-    begins = [begin for (begin,) in struct.iter_unpack("<i", written[: len(written) // 4 * 4])]
-    each = size // max(len(begins), 1)
-    is_within = source.source is None and all(0 <= begin <= source.size - each for begin in begins)
-    places = [source.place + begin for begin in begins] if is_within else []
-    return _checked(directory, kind, piece, _bytes_at(directory, source.file, places, each))
+    Raises:
+        RunError: they are not those that were recorded.
+    """
+    content = _bytes_at(directory, piece.file, [piece.place], piece.size)
+    if source is not None:
+        begins = [begin for (begin,) in struct.iter_unpack("<i", content[: len(content) // 4 * 4])]
+        each = size // max(len(begins), 1)
+        is_within = source.source is None and all(0 <= begin <= source.size - each for begin in begins)
+        places = [source.place + begin for begin in begins] if is_within else []
+        content = _bytes_at(directory, source.file, places, each)
+    if _digest(kind, content) != piece.digest:
+        name = directory / BATCHES / f"{piece.file}.bin"
+        raise RunError(f"{name} was changed after recording: the digest of an input differs")
+    return content
 
 
 def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> bytes:
@@ -255,18 +262,6 @@ def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> b
     except OSError as error:
         raise RunError(f"{directory / name} cannot be read: {error.strerror}") from None
     return b"".join(found)
-
-
-def _checked(directory: Path, kind: bytes, piece: Place, content: bytes) -> bytes:
-    """Return the content of a piece.
-
-    Raises:
-        RunError: it is another one.
-    """
-    if _digest(kind, content) != piece.digest:
-        name = directory / BATCHES / f"{piece.file}.bin"
-        raise RunError(f"{name} was changed after recording: the digest of an input differs")
-    return content
 
 
 class Taken(NamedTuple):

@@ -299,8 +299,10 @@ class Home:
         """
         if self._is_at(self.here):
             return False
-        moved = None if self._handle is None else _name_of(self._handle)
-        if moved is None or not self._is_at(moved):
+        moved = self.here
+        with suppress(OSError):  # no such files but on Linux
+            moved = Path(f"/proc/self/fd/{self._handle}").readlink()
+        if not self._is_at(moved):
             raise GoneError(
                 f"the run's directory {self.here} was removed, or moved out of reach, while it was "
                 "being written, so the training stops; train again, and leave the directory where it is"
@@ -320,11 +322,3 @@ class Home:
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == self._key
-
-
-def _name_of(handle: int) -> Path | None:
-    """Return the current path of an open directory, if the system reports it."""
-    try:
-        return Path(f"/proc/self/fd/{handle}").readlink()
-    except OSError:
-        return None

@@ -299,14 +299,12 @@ class RecordedRun:
 
     def summary(self) -> Summary:
         """Return the run in one line."""
-        return self._read(self._summary)
-
-    def _summary(self, database: Database) -> Summary:
-        facts = database.facts()
-        found = [*structure_findings(self.directory, database, facts)]
-        damage = damage_text(self.name, found) if found else None
-        summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
-        return summary._replace(damage=damage)
+        with reading(self._database_path) as database:
+            facts = database.facts()
+            found = [*structure_findings(self.directory, database, facts)]
+            damage = damage_text(self.name, found) if found else None
+            status = self.status_by(facts)
+            return summary_of(self.name, self.directory, facts, status, damage, database)
 
     def _check_whole(self, database: Database) -> None:
         """Check that the steps of a finished run are there; warn of other damage.

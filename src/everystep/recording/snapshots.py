@@ -30,7 +30,6 @@ __all__ = [
     "REST",
     "SnapshotPlan",
     "SnapshotRow",
-    "check_snapshot",
     "read_snapshot",
     "snapshots_in",
     "write_snapshot",
@@ -105,9 +104,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     from everystep.step.state import State
 
     place = f"snapshot {run / row.directory}"
-    (parameters, _), (rest, settings) = (
-        read_tensors(content, place) for content in check_snapshot(run, row)
-    )
+    (parameters, _), (rest, settings) = (read_tensors(read_file(run, file), place) for file in row.files)
     settings = {} if settings is None else settings
     try:
         _Settings.model_validate(settings)
@@ -116,42 +113,35 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     return State(row.step, parameters, rest, settings)
 
 
-def check_snapshot(run: Path, row: SnapshotRow) -> list[bytes]:
-    """Return the contents of the two files of a state.
-
-    Raises:
-        RunError: one is missing, or was changed.
-    """
-    return [read_file(run, file) for file in row.files]
-
-
-class _Group(BaseModel):
-    """The settings of a param group, and the names of its parameters."""
+class _Checked(BaseModel):
+    """Settings, as far as everystep relies on them."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Group(_Checked):
+    """The settings of a param group, and the names of its parameters."""
+
     params: list[str]
 
 
-class _Optimizer(BaseModel):
+class _Optimizer(_Checked):
     """An optimizer without its tensors."""
 
-    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
     class_name: str = Field(alias="class")
     groups: list[_Group]
     values: dict[str, Any]
 
 
-class _HeldByPart(BaseModel):
+class _HeldByPart(_Checked):
     """What a part holds in addition to tensors."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
     optimizer: _Optimizer | None = None
 
 
-class _Settings(BaseModel):
-    """What a state holds in addition to tensors, as far as everystep relies on it."""
+class _Settings(_Checked):
+    """What a state holds in addition to tensors."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
     step: int | None = None
     names: list[str] | None = None
     held: dict[str, _HeldByPart] | None = None

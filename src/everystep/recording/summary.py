@@ -50,7 +50,9 @@ class Summary(NamedTuple):
     damage: str | None = None
 
 
-def summary_of(name: str, directory: Path, facts: Facts, status: str, database: Database) -> Summary:
+def summary_of(
+    name: str, directory: Path, facts: Facts, status: str, damage: str | None, database: Database
+) -> Summary:
     """Return a run in one line; its database is open for reading."""
     count, trained = database.newest_step(), facts.trained
     newest = count if facts.has_loss else 0
@@ -77,6 +79,7 @@ def summary_of(name: str, directory: Path, facts: Facts, status: str, database: 
         note=facts.note,
         config=facts.config,
         tags=facts.tags,
+        damage=damage,
     )
 
 
