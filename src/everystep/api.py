@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
@@ -226,7 +226,7 @@ def train(
         budgets = snapshot_budget, batch_budget, keep_of(keep)
         forked = _forked(fork, at, resumed)
         start = LoopStart(place, *budgets, watcher.advance, resumed, forked, force, said)
-        batches = cast("Iterable[Any] | None", data)
+        batches: Any = data
         recording = Recording(dict(parts), start, Run)
         return run_of(train_step(model, batches, iteration, recording, watcher))
     if fork is not None or at is not None:
@@ -238,10 +238,8 @@ def train(
         )
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     # Checked later, where all faults are reported at once.
-    live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
-    objects = Objects(
-        live, of_pair, updating, rows, scheduler, scheduler_every, validation, metrics or (), limit
-    )
+    trained = model, loss, optimizer, data, scheduler, scheduler_every
+    objects = Objects(*trained, validation, metrics or (), limit)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is not None:
         from everystep.replay.resume import Resume, resume_objects

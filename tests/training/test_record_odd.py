@@ -59,20 +59,18 @@ def test_what_a_run_cannot_hold_of_the_parts_is_refused(part, message, tmp_path)
 
 def test_a_step_without_a_program_is_a_problem_and_not_the_end_of_verifying(tmp_path, monkeypatch):
     from everystep.step.build import NotCapturableError
-    from everystep.training import watched_steps
+    from everystep.training import watched_steps as steps
 
-    build = watched_steps.build_path
+    build = steps.build_path
     monkeypatch.setattr(
-        watched_steps,
-        "build_path",
-        lambda *given: (_ for _ in ()).throw(NotCapturableError("it is not")),
+        steps, "build_path", lambda *given: (_ for _ in ()).throw(NotCapturableError("it is not"))
     )
     model = network()
     with everystep.record(run=tmp_path / "run", model=model) as recording:
         for number, (x, _) in enumerate(recording.steps(batches())):
             recording.log(loss=model(x[number % 2 :]).sum())
             if number:
-                monkeypatch.setattr(watched_steps, "build_path", build)
+                monkeypatch.setattr(steps, "build_path", build)
     found = recording.run.verify(processes=1, progress=False)
     assert not found.is_exact and "step 1 of run cannot be replayed: it did" in found.problems[0]
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import everystep
 from everystep.recording import recorder
 from everystep.training.loop_writer import LoopWriter
+from everystep.views.progress import Silent
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +104,18 @@ def test_a_fork_is_there_with_its_own_first_state_or_not_at_all(monkeypatch):
             run.fork(7, lr=1e-5, run="./fork")
     assert not Path("fork").exists()
     assert run.fork(7, lr=1e-5, run="./fork").verify(processes=1).is_exact
+
+
+def test_a_signal_as_a_run_begins_waits_for_its_first_step():
+    class Interrupting(Silent):
+        def begin(self, directory, facts):
+            signal.raise_signal(signal.SIGINT)
+
+    run = everystep.train_experiment("two-layer", {"steps": 9}, run="./parent", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        run.fork(7, lr=1e-7, run="./fork", progress=Interrupting())
+    fork = everystep.open("./fork")
+    assert (fork.status, len(fork)) == ("stopped", 8)
 
 
 def test_a_measurement_without_values_leaves_no_name():

@@ -15,7 +15,7 @@ from everystep.program.memory import ALIGNMENT
 from everystep.step.guards import PLAIN_TYPES
 from everystep.step.state import same_bits
 
-__all__ = ["BatchCopies", "key_of", "nested_again", "tensors_of", "text_of", "unnested"]
+__all__ = ["BatchCopies", "key_of", "nested_again", "tensors_of", "unnested"]
 
 #: Dtypes that travel between processes, too.
 _HELD = {
@@ -78,15 +78,11 @@ def tensors_of(batch: Any) -> dict[str, Tensor]:
     return unnested(batch)[0]
 
 
-def text_of(batch: Any) -> Any:
-    """Return how a batch is nested, as JSON can hold it: `{"tensor": path}` for each tensor."""
-    return unnested(batch)[1]
-
-
 def unnested(batch: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors in a batch, as `tensors_of` does, and how it is nested, as `text_of` does.
+    """Return the tensors in a batch, as `tensors_of` does, and how it is nested.
 
-    path: the prefix of all paths.
+    The nesting is as JSON can hold it, with `{"tensor": path}` for each tensor. path: the prefix of all
+    paths.
     """
     if _is_short(batch):
         tensors = {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}

@@ -46,10 +46,10 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
         RecordingError: writing the run failed.
     """
     job.check()
-    recorder, facts = _recorder(job, directory, budget)
-    progress.begin(recorder.directory, facts)
-    training = _ModelWriter(job, recorder, facts, progress)
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt:  # from here on a run is open, and must be closed
+        recorder, facts = _recorder(job, directory, budget)
+        progress.begin(recorder.directory, facts)
+        training = _ModelWriter(job, recorder, facts, progress)
         try:
             reason = training.train(interrupt)
             status = "finished" if reason is None else "stopped"

@@ -22,7 +22,7 @@ from everystep.step.around import Around
 from everystep.step.stand_in import Number, StandIn
 from everystep.step.surroundings import Surroundings
 from everystep.training.acceleration import Acceleration
-from everystep.training.batch import key_of, text_of
+from everystep.training.batch import key_of, unnested
 from everystep.training.dataset import called
 from everystep.training.interrupt import Interrupt
 from everystep.training.job import Outcome, Progress
@@ -233,7 +233,8 @@ class _VouchedStep(Acceleration):
         seen, era = self._seen, self._era
         if seen is None or seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
             places = {tensor.untyped_storage()._cdata for tensor in self._state().values()}
-            about = key_of(batch, places), self._tensors_of(0, batch), [*map(text_of, batch)]
+            tensors, nesting = unnested(batch[0]) if batch else ({}, None)
+            about = key_of(batch, places), tensors, [nesting] if batch else []
             seen = self._seen = _SeenBatch(batch, era, *about)
         return seen
 

@@ -33,7 +33,7 @@ from everystep.step.torchs_own import (
     reason_against_module,
 )
 from everystep.training.acceleration import Acceleration
-from everystep.training.batch import text_of
+from everystep.training.batch import unnested
 from everystep.training.dataset import DatasetBatches
 from everystep.training.model_step import Training
 from everystep.training.watched_steps import WatchedSteps
@@ -358,7 +358,7 @@ class Stepper(Acceleration):
         step, enter = watched.begin(state), watched.follower.enter
         try:
             step.watch.add_batch(tensors)
-            step.nesting.append(text_of((x, y)))
+            step.nesting.append(unnested((x, y))[1])
             loss = training.step(x, y, step.has_loss, enter)
             enter("other")
             training.advance(number)
