@@ -87,12 +87,37 @@ def _around(model, x, t):
     return sum(model(part[:, :8, :8].flatten(1)).square().mean() for part in (x, rows))
 
 
+def _frozen(model, x, t):
+    """A row of a weight that begins to get gradients in the middle."""
+    model[0].weight.requires_grad_(t >= 15)
+    (i,) = _places(8)
+    return model(x[:, :8, :8].flatten(1)).square().mean() + model[0].weight[i].square().sum()
+
+
+def _expanded(model, x, t):
+    """Rows of an expanded tensor, which all lie at the same place, and the gradients of all rows."""
+    (i,) = _places(30)
+    wide = model[0].bias.expand(30, 12)
+    (gradient,) = torch.autograd.grad(wide[i].square().sum(), wide)
+    scale = torch.arange(30.0).view(30, 1)
+    return model(x[:, :8, :8].flatten(1)).square().mean() * (gradient * scale).sum().cos()
+
+
+def _carried(model, x, t):
+    """A state that is a view at another place after each step, and a view of it in the next step."""
+    i, j = _places(4, 2)
+    found = model(x[:, :8, :8].flatten(1)) + model.carried[j]
+    model.carried = found.repeat(3, 1)[2 * i : 2 * i + 4].detach()
+    return found.square().mean()
+
+
 class Queueing(nn.Sequential):
     """A model with a queue."""
 
     def __init__(self):
         super().__init__(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 12))
         self.register_buffer("queue", torch.randn(12, 32))
+        self.register_buffer("carried", torch.zeros(4, 12))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
 
 
@@ -121,6 +146,7 @@ def _trained(run, loss_of):
 LOOPS = {
     **{_crop: 10, _windows: 6, _queue: 6, _position: 6},
     **{_in_place: 12, _odd: 6, _lengths: 12, _around: 35},
+    **{_frozen: 8, _expanded: 4, _carried: 20},
 }
 
 
