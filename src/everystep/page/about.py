@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from everystep.errors import RunError
+from everystep.page.columns import RunColumns
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import is_rate
 from everystep.views.facts_text import facts_data, landmarks, shortest_name, state_data
 from everystep.views.plain import metric_data, plain_number
-
-if TYPE_CHECKING:
-    from everystep.page.columns import RunColumns
 
 __all__ = ["about_data", "live_data"]
 

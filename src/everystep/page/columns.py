@@ -54,7 +54,7 @@ class RunColumns:
     losses: NDArray[Any]
     ends: list[MeasurementEnds]
     edition: int
-    read: Callable[[str], Series]
+    directory: Path
     known: dict[str, Series] = field(default_factory=dict)
     kept: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -76,7 +76,8 @@ class RunColumns:
             raise UsageError(f"no measurement {name!r} in this run; {did_you_mean(name, names)}")
         with self.lock:
             if name not in self.known:
-                self.known[name] = self.read(name)
+                found = read_numbers(self.directory, 2**62, {name: -1})
+                self.known[name] = found.series[name]
             return self.known[name]
 
     def curve(self, name: str | None) -> Series:
@@ -151,7 +152,10 @@ class _CachedRun:
     def _read(self, old: RunColumns | None) -> RunColumns:
         if old is not None:
             start = max(0, old.steps - OVERLAP)
-            starts = {name: _overlap(steps) for name, (steps, _) in dict(old.known).items()}
+            starts = {
+                name: int(steps[-OVERLAP]) - 1 if len(steps) > OVERLAP else -1
+                for name, (steps, _) in dict(old.known).items()
+            }
             found = read_numbers(self._directory, start, starts)
             if _goes_on(old, found, start):
                 losses = np.concatenate([old.losses[:start], _precise(found)])
@@ -167,12 +171,7 @@ class _CachedRun:
     def _columns_of(
         self, found: Numbers, losses: NDArray[Any], edition: int, known: dict[str, Series]
     ) -> RunColumns:
-        return RunColumns(
-            found.facts, found.steps, losses, found.ends, edition, self._read_series, known
-        )
-
-    def _read_series(self, name: str) -> Series:
-        return read_numbers(self._directory, 2**62, {name: -1}).series[name]
+        return RunColumns(found.facts, found.steps, losses, found.ends, edition, self._directory, known)
 
 
 def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict[str, list[Any]]:
@@ -209,10 +208,6 @@ def _goes_on(old: RunColumns, found: Numbers, start: int) -> bool:
     return next(pair) == next(pair) and _is_same(
         old.losses[start:], _precise(found)[: old.steps - start]
     )
-
-
-def _overlap(steps: NDArray[np.int64]) -> int:
-    return int(steps[-OVERLAP]) - 1 if len(steps) > OVERLAP else -1
 
 
 def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:
