@@ -48,10 +48,8 @@ class Batches:
         if self.rows < 1:
             raise ExperimentError("the training set has no rows")
         if self.batch_size is not None and not 1 <= self.batch_size <= self.rows:
-            problem = (
-                f"{self.batch_size} is out of range: there are {self.rows} training rows; use 1 to "
-            )
-            raise ExperimentError([Fault("batch_size", f"{problem}{self.rows}")])
+            rows = f"there are {self.rows} training rows; use 1 to {self.rows}"
+            raise ExperimentError([Fault("batch_size", f"{self.batch_size} is out of range: {rows}")])
         for row in self.without:
             if reason := self.why_not(row):
                 raise ExperimentError([Fault("without_rows", reason)])

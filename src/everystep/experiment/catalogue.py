@@ -242,8 +242,7 @@ def _check_reduction(reduction: Any) -> None:
 def _construct(what: str, make: Callable[[], Any]) -> None:
     """Make the thing on torch's meta device: arguments are checked, nothing is drawn or stored."""
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             make()
     except Exception as error:  # any error that torch raises for the user's arguments
         raise ValueError(f"{what}: {error}") from None

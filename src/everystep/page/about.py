@@ -13,7 +13,7 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import is_rate
-from everystep.views.facts_text import facts_data, landmarks, shortest_name, state_data
+from everystep.views.facts_text import facts_data, shortest_name, state_data
 from everystep.views.plain import metric_data, plain_number
 
 __all__ = ["about_data", "live_data"]
@@ -28,7 +28,7 @@ def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, A
     return state_data(run, columns.facts, status, columns.steps) | {
         "last_loss": plain_number(float(columns.losses[-1])) if columns.steps else None,
         "measurements": [_measurement(ends) for ends in columns.ends],
-        **landmarks(*(each if columns.facts.has_loss else each[:0] for each in columns.curve(None))),
+        **columns.landmarks,
     }
 
 

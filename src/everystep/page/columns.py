@@ -23,6 +23,7 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Numbers, read_numbers
+from everystep.views.facts_text import landmarks
 from everystep.views.loss_table import column_title, shortest_texts
 from everystep.views.reduction import reduce
 from everystep.views.summary_html import Sparkline, sparkline
@@ -64,6 +65,11 @@ class RunColumns:
         """The columns of the table except the step, with the measurement of each; None: the loss."""
         found: dict[str, str | None] = {"loss": None} if self.facts.has_loss else {}
         return found | {column_title(ends.name): ends.name for ends in self.ends[:MOST_COLUMNS]}
+
+    @cached_property
+    def landmarks(self) -> dict[str, Any]:
+        """The first, the last and the smallest loss, and the first that is not finite."""
+        return landmarks(*(each if self.facts.has_loss else each[:0] for each in self.curve(None)))
 
     def series(self, name: str) -> Series:
         """Return the steps and values of a measurement.
