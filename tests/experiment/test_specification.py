@@ -80,9 +80,8 @@ def test_settings_override_and_steps_and_epochs_replace_each_other():
     assert experiment.optimizer.keywords["lr"] == 1e-3
     assert experiment.model.layers[1] == "Tanh()"
     assert (experiment.steps, experiment.epochs) == (None, 3)
-    assert (
-        "no such key or index" in faults("two-layer", {"model.layers[9]": "Tanh()"})["model.layers[9]"]
-    )
+    for path in ("model.layers[9]", "[0]", "..."):
+        assert "no such key or index" in faults("two-layer", {path: "Tanh()"})[path]
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,9 @@ def check_comparison(result, runs):
     assert product["values"] == whole[top:bottom, left:right].tolist()
     assert all(top <= i < bottom and left <= j < right for i, j in product["different"])
     assert len(product["different"]) > 3000
+    pairs = np.array(result["operation"]["results"][0]["values"], np.float32)
+    bits = np.abs(pairs).view(np.int32)  # both have one sign: one is twice the other
+    assert product["units"] == np.abs(bits[:, 0] - bits[:, 1]).tolist() and gradient["units"] == []
 
 
 def test_a_fork(runs):

@@ -31,7 +31,6 @@ _INSTEAD = {
     "predict": "load the parameters in Python: "
     "model.load_state_dict(everystep.open(RUN).parameters(-1))",
     "delete": "a run is a directory, which you can delete: runs/NAME",
-    "rm": "a run is a directory, which you can delete: runs/NAME",
 }
 
 #: Values of an experiment that people look for as options, by the path to set.

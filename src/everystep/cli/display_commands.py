@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import everystep
+from everystep.cli import shared_options as shared
 from everystep.cli.output import answer, hint, page_width, say, say_written, show, terminal_width
-from everystep.cli.shared_options import (
-    FileOption,
-    JsonOption,
-    RunArgument,
-    RunsArgument,
-    StepArgument,
-    measurement_names,
-    one_of,
-    run_names,
-)
 from everystep.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +22,7 @@ __all__ = ["losses", "plot", "report", "runs", "step", "table", "view"]
 def runs(
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY")] = Path("runs"),
     tag: Annotated[list[str] | None, typer.Option("--tag", metavar="NAME")] = None,
-    json: JsonOption = False,
+    json: shared.JsonOption = False,
 ) -> None:
     """List runs.
 
@@ -92,12 +83,12 @@ def _say_killed(directories: list[Path]) -> None:
 
 
 def losses(
-    run: RunArgument,
+    run: shared.RunArgument,
     csv: Annotated[bool, typer.Option("--csv")] = False,
-    json: JsonOption = False,
+    json: shared.JsonOption = False,
     parquet: Annotated[bool, typer.Option("--parquet")] = False,
     last: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
-    output: FileOption = None,
+    output: shared.FileOption = None,
 ) -> None:
     """Print the loss and the measurements of every step.
 
@@ -132,8 +123,8 @@ def losses(
 
 
 def table(
-    run: RunArgument,
-    output: FileOption = None,
+    run: shared.RunArgument,
+    output: shared.FileOption = None,
     rows: Annotated[int, typer.Option(min=1)] = 100_000,
 ) -> None:
     """Write a page with a table of the losses to browse.
@@ -153,12 +144,12 @@ def table(
 
 
 def plot(
-    runs: RunsArgument,
-    output: FileOption = None,
+    runs: shared.RunsArgument,
+    output: shared.FileOption = None,
     log: Annotated[bool, typer.Option("--log")] = False,
     measurements: Annotated[
         list[str] | None,
-        typer.Option("--measurement", "-m", metavar="NAME", autocompletion=measurement_names),
+        typer.Option("--measurement", "-m", metavar="NAME", autocompletion=shared.measurement_names),
     ] = None,
 ) -> None:
     """Plot the loss of one run or several.
@@ -180,8 +171,8 @@ def plot(
 
 
 def report(
-    run: RunArgument,
-    output: FileOption = None,
+    run: shared.RunArgument,
+    output: shared.FileOption = None,
     steps: Annotated[list[int] | None, typer.Option("--step", metavar="N")] = None,
 ) -> None:
     """Write everything about a run as one page.
@@ -205,18 +196,20 @@ def report(
 
 
 def step(
-    run: RunArgument,
-    number: StepArgument,
+    run: shared.RunArgument,
+    number: shared.StepArgument,
     phase: Annotated[
         str | None,
         typer.Option(
-            autocompletion=one_of("batch", "forward", "loss", "zero_grad", "backward", "update", "other")
+            autocompletion=shared.one_of(
+                "batch", "forward", "loss", "zero_grad", "backward", "update", "other"
+            )
         ),
     ] = None,
     operation: Annotated[int | None, typer.Option("--op", metavar="N")] = None,
     lines: Annotated[bool, typer.Option("--lines")] = False,
     values: Annotated[bool, typer.Option("--values")] = False,
-    json: JsonOption = False,
+    json: shared.JsonOption = False,
 ) -> None:
     """Open a step: batch, operations, gradients, updates.
 
@@ -237,7 +230,9 @@ def step(
 
 
 def view(
-    what: Annotated[str, typer.Argument(metavar="RUN|DIRECTORY", autocompletion=run_names)] = "runs",
+    what: Annotated[
+        str, typer.Argument(metavar="RUN|DIRECTORY", autocompletion=shared.run_names)
+    ] = "runs",
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8137,
     browser: Annotated[bool | None, typer.Option("--browser/--no-browser")] = None,

@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import everystep
+from everystep.cli import shared_options as shared
 from everystep.cli.output import answer, hint, page_width, quoted, say, say_written
-from everystep.cli.shared_options import (
-    CountOption,
-    FileOption,
-    JsonOption,
-    ProcessesOption,
-    RelabelOption,
-    RowsOption,
-    RunArgument,
-    StepArgument,
-    StepOption,
-    one_of,
-    row_numbers,
-    targets,
-)
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,13 +31,13 @@ __all__ = [
 
 
 def why(
-    run: RunArgument,
-    number: StepArgument,
+    run: shared.RunArgument,
+    number: shared.StepArgument,
     expression: Annotated[str, typer.Argument(metavar="NUMBER")],
     back: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
-    depth: CountOption = 1,
-    terms: CountOption = 5,
-    json: JsonOption = False,
+    depth: shared.CountOption = 1,
+    terms: shared.CountOption = 5,
+    json: shared.JsonOption = False,
 ) -> None:
     """Show where a number of a step comes from.
 
@@ -73,12 +60,12 @@ def why(
 
 
 def rows(
-    run: RunArgument,
-    number: StepArgument,
+    run: shared.RunArgument,
+    number: shared.StepArgument,
     by: Annotated[str | None, typer.Option(metavar="ORDER")] = None,
     parameter: Annotated[str | None, typer.Option(metavar="NAME")] = None,
-    first: CountOption = 10,
-    json: JsonOption = False,
+    first: shared.CountOption = 10,
+    json: shared.JsonOption = False,
 ) -> None:
     """Rank the rows (samples) of a step by loss or gradient.
 
@@ -112,7 +99,9 @@ def _hint_next(run: str, found: Why) -> None:
         hint(f"{found.number.name} is what the step before left; --back 1 follows it there")
 
 
-def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:
+def verify(
+    run: shared.RunArgument, processes: shared.ProcessesOption = None, json: shared.JsonOption = False
+) -> None:
     """Replay every step, and compare it bit for bit.
 
     Compares every loss and every snapshot. This shows that the replay matches the recording; the line
@@ -123,9 +112,9 @@ def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption
 
 
 def doctor(
-    run: RunArgument,
+    run: shared.RunArgument,
     export: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
-    json: JsonOption = False,
+    json: shared.JsonOption = False,
 ) -> None:
     """Report what is wrong with a run, and what is readable.
 
@@ -146,10 +135,10 @@ def doctor(
 
 
 def diff(
-    one: RunArgument,
-    other: RunArgument,
+    one: shared.RunArgument,
+    other: shared.RunArgument,
     thorough: Annotated[bool, typer.Option("--thorough")] = False,
-    json: JsonOption = False,
+    json: shared.JsonOption = False,
 ) -> None:
     """Show where two runs differ, down to the operation.
 
@@ -163,10 +152,10 @@ def diff(
 
 
 def match(
-    one: RunArgument,
-    other: RunArgument,
-    step: StepOption = None,
-    json: JsonOption = False,
+    one: shared.RunArgument,
+    other: shared.RunArgument,
+    step: shared.StepOption = None,
+    json: shared.JsonOption = False,
 ) -> None:
     """Match two trainings that are written differently.
 
@@ -181,12 +170,12 @@ def match(
 
 
 def measure(
-    run: RunArgument,
+    run: shared.RunArgument,
     expression: Annotated[str, typer.Argument(metavar="EXPRESSION")],
     name: str | None = None,
-    every: CountOption = 1,
+    every: shared.CountOption = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
-    processes: ProcessesOption = None,
+    processes: shared.ProcessesOption = None,
 ) -> None:
     """Add a measurement to a finished run.
 
@@ -217,12 +206,12 @@ def measure(
 
 
 def when(
-    run: RunArgument,
+    run: shared.RunArgument,
     condition: Annotated[str, typer.Argument(metavar="EXPRESSION")],
     last: Annotated[bool, typer.Option("--last")] = False,
     all: Annotated[bool, typer.Option("--all")] = False,
-    processes: ProcessesOption = None,
-    json: JsonOption = False,
+    processes: shared.ProcessesOption = None,
+    json: shared.JsonOption = False,
 ) -> None:
     """Find the first step at which something is true.
 
@@ -251,7 +240,7 @@ def when(
 
 
 def first_nonfinite(
-    run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False
+    run: shared.RunArgument, processes: shared.ProcessesOption = None, json: shared.JsonOption = False
 ) -> None:
     """Find the operation that made the first NaN or infinity.
 
@@ -268,18 +257,18 @@ def first_nonfinite(
 
 
 def rerun(
-    run: RunArgument,
+    run: shared.RunArgument,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
     capability: Annotated[str | None, typer.Option(metavar="NAME")] = None,
     mkl: Annotated[str | None, typer.Option(metavar="BRANCH")] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="DTYPE", autocompletion=one_of("float64", "bfloat16"))
+        str | None, typer.Option(metavar="DTYPE", autocompletion=shared.one_of("float64", "bfloat16"))
     ] = None,
     python: Annotated[str | None, typer.Option(metavar="FILE")] = None,
     compare: Annotated[list[str] | None, typer.Option("--compare", metavar="RUN")] = None,
-    output: FileOption = None,
+    output: shared.FileOption = None,
     log: Annotated[bool, typer.Option("--log")] = False,
-    json: JsonOption = False,
+    json: shared.JsonOption = False,
 ) -> None:
     """Repeat the steps under different numerics, and compare.
 
@@ -317,17 +306,17 @@ def rerun(
 
 
 def what_if(
-    run: RunArgument,
-    at: StepOption = None,
-    until: StepOption = None,
-    without_rows: RowsOption = None,
-    without_rows_of: StepOption = None,
+    run: shared.RunArgument,
+    at: shared.StepOption = None,
+    until: shared.StepOption = None,
+    without_rows: shared.RowsOption = None,
+    without_rows_of: shared.StepOption = None,
     each: Annotated[bool, typer.Option("--each")] = False,
     lr: list[float] | None = None,
-    relabel: RelabelOption = None,
+    relabel: shared.RelabelOption = None,
     by: Annotated[str, typer.Option(metavar="EXPRESSION")] = "loss",
-    processes: ProcessesOption = None,
-    json: JsonOption = False,
+    processes: shared.ProcessesOption = None,
+    json: shared.JsonOption = False,
 ) -> None:
     """Train again without rows, at another rate, or relabelled.
 
@@ -361,11 +350,11 @@ def what_if(
     found = opened.what_if(
         at,
         until,
-        without_rows=row_numbers(without_rows),
+        without_rows=shared.row_numbers(without_rows),
         without_rows_of=without_rows_of,
         each=each,
         lr=lr or (),
-        relabel=targets(relabel),
+        relabel=shared.targets(relabel),
         by=by,
         processes=processes,
     )

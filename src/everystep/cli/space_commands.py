@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from everystep.cli import shared_options as shared
 from everystep.cli.output import hint, say, show, terminal_width
-from everystep.cli.shared_options import JsonOption, RunArgument, RunsArgument
 from everystep.errors import UsageError
 
 __all__ = ["du", "prune", "rm"]
@@ -17,7 +17,7 @@ __all__ = ["du", "prune", "rm"]
 
 def du(
     directory: Annotated[Path, typer.Argument(metavar="[DIRECTORY|RUN]")] = Path("runs"),
-    json: JsonOption = False,
+    json: shared.JsonOption = False,
 ) -> None:
     """Show what runs take on the disk, and for what.
 
@@ -41,7 +41,7 @@ def du(
 
 
 def prune(
-    run: RunArgument,
+    run: shared.RunArgument,
     snapshots: Annotated[int | None, typer.Option(min=0, metavar="MB")] = None,
     batches: Annotated[int | None, typer.Option(min=0, metavar="MB")] = None,
     force: Annotated[bool, typer.Option("--force", "-f")] = False,
@@ -76,7 +76,7 @@ def prune(
     hint(f"{directory} is smaller by {size_text(found.bytes)}")
 
 
-def rm(runs: RunsArgument, force: Annotated[bool, typer.Option("--force", "-f")] = False) -> None:
+def rm(runs: shared.RunsArgument, force: Annotated[bool, typer.Option("--force", "-f")] = False) -> None:
     """Remove runs.
 
     Forks of a run stay whole. Files in its directory that everystep did not write stay, too.

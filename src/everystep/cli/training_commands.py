@@ -10,20 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import everystep
+from everystep.cli import shared_options as shared
 from everystep.cli.output import hint, say, say_lines
-from everystep.cli.shared_options import (
-    BudgetOption,
-    QuietOption,
-    RelabelOption,
-    RowsOption,
-    RunArgument,
-    SettingsOption,
-    experiment_names,
-    experiments_and_files,
-    one_of,
-    row_numbers,
-    targets,
-)
 from everystep.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,24 +22,24 @@ __all__ = ["experiments", "fork", "resume", "train"]
 
 def train(
     experiment: Annotated[
-        str, typer.Argument(metavar="EXPERIMENT", autocompletion=experiments_and_files)
+        str, typer.Argument(metavar="EXPERIMENT", autocompletion=shared.experiments_and_files)
     ] = "two-layer",
-    settings: SettingsOption = None,
+    settings: shared.SettingsOption = None,
     steps: int | None = None,
     epochs: int | None = None,
     device: Annotated[
-        str | None, typer.Option(autocompletion=one_of("cpu", "cuda", "mps", "xpu", "auto"))
+        str | None, typer.Option(autocompletion=shared.one_of("cpu", "cuda", "mps", "xpu", "auto"))
     ] = None,
     seed: int | None = None,
     threads: int | None = None,
     engine: Annotated[
-        str | None, typer.Option(autocompletion=one_of("auto", "program", "eager"))
+        str | None, typer.Option(autocompletion=shared.one_of("auto", "program", "eager"))
     ] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN")] = None,
     resume_run: Annotated[bool, typer.Option("--resume")] = False,
     tag: Annotated[list[str] | None, typer.Option(metavar="NAME")] = None,
-    snapshot_budget: BudgetOption = 512,
-    quiet: QuietOption = False,
+    snapshot_budget: shared.BudgetOption = 512,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Train an experiment, and record every step.
 
@@ -107,11 +95,11 @@ def train(
 
 
 def resume(
-    run: RunArgument,
+    run: shared.RunArgument,
     steps: int | None = None,
     force: Annotated[bool, typer.Option("--force")] = False,
-    snapshot_budget: BudgetOption = 512,
-    quiet: QuietOption = False,
+    snapshot_budget: shared.BudgetOption = 512,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Continue a training that was killed or stopped.
 
@@ -135,14 +123,15 @@ def resume(
 
     budget = snapshot_budget * 1_000_000
     made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=_progress(quiet))
-    facts = made.facts
-    _close(made.directory, facts.reason, quiet)
-    if facts.status != "finished":
+    _close(made.directory, made.facts.reason, quiet)
+    if made.status != "finished":
         raise typer.Exit(1)
 
 
 def experiments(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", autocompletion=experiment_names)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", autocompletion=shared.experiment_names)
+    ] = None,
 ) -> None:
     """List the built-in experiments, or print one to copy.
 
@@ -164,15 +153,15 @@ def experiments(
 
 
 def fork(
-    run: RunArgument,
+    run: shared.RunArgument,
     at: Annotated[int, typer.Option("--at", metavar="STEP")],
-    settings: SettingsOption = None,
+    settings: shared.SettingsOption = None,
     steps: Annotated[int | None, typer.Option("--steps", "--until")] = None,
-    without_rows: RowsOption = None,
-    relabel: RelabelOption = None,
+    without_rows: shared.RowsOption = None,
+    relabel: shared.RelabelOption = None,
     directory: Annotated[str | None, typer.Option("--run", metavar="RUN")] = None,
-    snapshot_budget: BudgetOption = 512,
-    quiet: QuietOption = False,
+    snapshot_budget: shared.BudgetOption = 512,
+    quiet: shared.QuietOption = False,
 ) -> None:
     """Continue a run from any step, with changes.
 
@@ -195,8 +184,8 @@ def fork(
         at,
         changes,
         steps=steps,
-        without_rows=row_numbers(without_rows),
-        relabel=targets(relabel),
+        without_rows=shared.row_numbers(without_rows),
+        relabel=shared.targets(relabel),
         run=directory,
         snapshot_budget=snapshot_budget * 1_000_000,
         progress=not quiet,

@@ -48,27 +48,20 @@ class Batches:
         if self.rows < 1:
             raise ExperimentError("the training set has no rows")
         if self.batch_size is not None and not 1 <= self.batch_size <= self.rows:
-            problem = (
-                f"{self.batch_size} is out of range: there are {self.rows} training rows; use 1 to "
-            )
-            raise ExperimentError([Fault("batch_size", f"{problem}{self.rows}")])
+            rows = f"there are {self.rows} training rows; use 1 to {self.rows}"
+            raise ExperimentError([Fault("batch_size", f"{self.batch_size} is out of range: {rows}")])
         for row in self.without:
             if reason := self.why_not(row):
                 raise ExperimentError([Fault("without_rows", reason)])
 
     def why_not(self, row: int) -> str | None:
         """Return why there is no training row with this number, None if there is one."""
-        if self.numbers is None:
-            last = self.rows - 1
-        elif bool((self.numbers == row).any()):
+        last = self.rows - 1 if self.numbers is None else int(self.numbers[-1])
+        if not 0 <= row <= last:
+            return f"there is no row {row:,}; the training rows are 0 to {last:,}"
+        if self.numbers is None or bool((self.numbers == row).any()):
             return None
-        else:
-            last = int(self.numbers[-1])
-            if 0 <= row <= last:
-                return f"row {row:,} of {self.source} is not trained on: it is held out, or was dropped"
-        if 0 <= row <= last:
-            return None
-        return f"there is no row {row:,}; the training rows are 0 to {last:,}"
+        return f"row {row:,} of {self.source} is not trained on: it is held out, or was dropped"
 
     def places(self, rows: Collection[int]) -> Tensor:
         """Return the places of rows among those to train on, by their numbers."""

@@ -157,8 +157,12 @@ def _section_faults(section: str, table: Mapping[str, Any], find: Callable[[str]
     parameters = keyword_parameters(find(table["name"]))
     own = {"name", "every"} if section == "scheduler" else {"name"}
     given = {key for key in table if key not in own}
+    listed = f"known arguments: {', '.join(parameters)}"
     faults = [
-        Fault(f"{section}.{key}", f"{table['name']} has no such argument; {_cure(key, parameters)}")
+        Fault(
+            f"{section}.{key}",
+            f"{table['name']} has no such argument; {did_you_mean(key, list(parameters)) or listed}",
+        )
         for key in sorted(given - set(parameters))
     ]
     if isinstance(table.get("lr", 0.0), bool | str):
@@ -204,7 +208,8 @@ def _try_section(section: str, table: Mapping[str, Any], cls: type) -> None:
     elif section == "optimizer":
         parameter = nn.Parameter(torch.zeros(2, 2))
         with without_compiler():
-            _construct(table["name"], lambda: cls([parameter], **_tuples(keywords)))
+            tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()}
+            _construct(table["name"], lambda: cls([parameter], **tuples))
 
 
 @contextmanager
@@ -237,15 +242,10 @@ def _check_reduction(reduction: Any) -> None:
 def _construct(what: str, make: Callable[[], Any]) -> None:
     """Make the thing on torch's meta device: arguments are checked, nothing is drawn or stored."""
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             make()
     except Exception as error:  # any error that torch raises for the user's arguments
         raise ValueError(f"{what}: {error}") from None
-
-
-def _tuples(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()}
 
 
 def _table(experiment: Mapping[str, Any], section: str) -> Mapping[str, Any]:
@@ -266,10 +266,6 @@ def _look_up(name: str, known: Mapping[str, Any], what: str) -> Any:
         cure = did_you_mean(name, list(known))
         raise ValueError(f"unknown {what} {name!r}" + (f"; {cure}" if cure else ""))
     return known[name]
-
-
-def _cure(key: str, parameters: Mapping[str, bool]) -> str:
-    return did_you_mean(key, list(parameters)) or f"known arguments: {', '.join(parameters)}"
 
 
 def _classes(namespace: Any, base: type) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def _data_of(
     seed: int,
     dropped: tuple[int, ...] = (),
 ) -> Data:
-    """Return the data; prepared: x and y of the rows to train on, and of those to validate on, if any."""
+    """Return the data; prepared: x and y of the rows to train on, and of those held out, if any."""
     (x, y), *held_out = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in prepared]
     validation = held_out[0] if held_out else None
     return Data(x, y, validation, preparation, Numbering(seed if held_out else None, dropped))

@@ -59,12 +59,6 @@ def check_loss(loss: nn.Module, prediction: Tensor, data: Data) -> None:
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ModelError(f"{name} cannot compare the model's output with the target: {error}") from None
     if value.numel() != 1:
-        raise ExperimentError(
-            [
-                Fault(
-                    "loss.reduction",
-                    f'the loss must be one number, not {tuple(value.shape)}; use reduction = "mean" '
-                    'or "sum"',
-                )
-            ]
-        )
+        shape = tuple(value.shape)
+        problem = f'the loss must be one number, not {shape}; use reduction = "mean" or "sum"'
+        raise ExperimentError([Fault("loss.reduction", problem)])

@@ -54,7 +54,7 @@ def try_model(model: nn.Sequential, x: Tensor, layers: list[str], origin: str = 
 def _run_through(model: nn.Sequential, x: Tensor, layers: list[str], given: str = "the data") -> Tensor:
     for index, layer in enumerate(model):
         place = f"model.layers[{index}]: {layers[index]}"
-        if _expected(layer) is not None and (wrong := _mismatch(layer, x)):
+        if wrong := _mismatch(layer, x):
             raise ModelError(f"{place} expects {wrong}, but {given} has shape {tuple(x.shape)}")
         try:
             x = layer(x)
@@ -79,8 +79,8 @@ def _run_through(model: nn.Sequential, x: Tensor, layers: list[str], given: str 
     return x
 
 
-def _expected(layer: nn.Module) -> tuple[str, int, int] | None:
-    """Return the expected size of a layer's input: of what, along which dimension, and how many."""
+def _mismatch(layer: nn.Module, x: Tensor) -> str:
+    """Return the size that a layer expects of its input x; empty if x has it, or it is not known."""
     for attribute, what, dimension in (
         ("in_features", "features", -1),
         ("in_channels", "channels", 1),
@@ -89,13 +89,8 @@ def _expected(layer: nn.Module) -> tuple[str, int, int] | None:
     ):
         count: Any = getattr(layer, attribute, None)
         if isinstance(count, int) and count > 0:
-            return what, dimension, count
-    return None
-
-
-def _mismatch(layer: nn.Module, x: Tensor) -> str:
-    what, dimension, count = _expected(layer) or ("", 0, 0)
-    if -x.ndim <= dimension < x.ndim and x.shape[dimension] == count:
-        return ""
-    where = "in the last dimension" if dimension == -1 else f"in dimension {dimension}"
-    return f"{count} {what} {where}"
+            if -x.ndim <= dimension < x.ndim and x.shape[dimension] == count:
+                return ""
+            where = "in the last dimension" if dimension == -1 else f"in dimension {dimension}"
+            return f"{count} {what} {where}"
+    return ""

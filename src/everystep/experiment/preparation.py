@@ -212,15 +212,11 @@ def _refuse_non_finite(name: str, values: np.ndarray) -> None:
         is_finite = np.isfinite(values.astype(np.float32))
     if not is_finite.all():
         rows = np.unique(np.nonzero(~is_finite)[0])
-        raise DataError(
-            [
-                Fault(
-                    f"data.{name}",
-                    f"{len(rows)} of {len(values)} rows have NaN, infinity, or a number too large for "
-                    f"float32 (first: row {rows[0]}); remove them",
-                )
-            ]
+        problem = (
+            f"{len(rows)} of {len(values)} rows have NaN, infinity, or a number too large for float32 "
+            f"(first: row {rows[0]}); remove them"
         )
+        raise DataError([Fault(f"data.{name}", problem)])
 
 
 def _listed(names: list[Any]) -> str:

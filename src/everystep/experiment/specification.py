@@ -303,23 +303,19 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
         int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path)
     ]
     place: Any = raw
-    for key, following in pairwise(keys):
-        if isinstance(place, dict) and isinstance(key, str):
-            place = place.setdefault(key, [] if isinstance(following, int) else {})
-        elif isinstance(place, list) and isinstance(key, int) and key < len(place):
-            place = place[key]
-        else:
+    # A path of dots alone has no key; it is refused as an index at the top is.
+    for key, following in pairwise([*(keys or [0]), None]):
+        is_item = isinstance(place, list) and isinstance(key, int) and key < len(place)
+        if not is_item and not (isinstance(place, dict) and isinstance(key, str)):
             raise ExperimentError([Fault(path, "the experiment has no such key or index")])
-    last = keys[-1]
-    if isinstance(place, list) and isinstance(last, int) and last < len(place):
-        place[last] = value
-    elif isinstance(place, dict) and isinstance(last, str):
-        if value is None:
-            place.pop(last, None)
+        if following is not None and is_item:
+            place = place[key]
+        elif following is not None:
+            place = place.setdefault(key, [] if isinstance(following, int) else {})
+        elif value is None and not is_item:
+            place.pop(key, None)
         else:
-            place[last] = value
-    else:
-        raise ExperimentError([Fault(path, "the experiment has no such key or index")])
+            place[key] = value
     if path in ("steps", "epochs") and value is not None:
         raw.pop("epochs" if path == "steps" else "steps", None)
 
@@ -368,15 +364,12 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             problem = f"must be a section [{path}], not {detail['input']!r}"
         case _:
             problem = detail["msg"].replace("Input should", "should")
-            if not isinstance(detail["input"], dict | list):
-                problem += f", not {_shown(detail['input'])}"
+            given = detail["input"]
+            if isinstance(given, str | bool | int | float | None):
+                problem += f", not {given!r}"
+            elif not isinstance(given, dict | list):
+                problem += f", not a {type(given).__name__}"
     return Fault(path, problem)
-
-
-def _shown(value: Any) -> str:
-    """Return a value as written in the file; for an object, its kind."""
-    is_written = isinstance(value, str | bool | int | float | None)
-    return repr(value) if is_written else f"a {type(value).__name__}"
 
 
 _DATA: dict[str, type[StrictModel]] = {

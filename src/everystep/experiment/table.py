@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from everystep.errors import DataError, Fault, did_you_mean
 from everystep.experiment.preparation import (
     CategoricalColumn,
-    Class,
     NumericColumn,
     Scaling,
     TablePreparation,
@@ -56,10 +55,12 @@ class Table:
     def fit(self, training: np.ndarray) -> TablePreparation:
         """Fit the preparation to the training rows (int64 positions)."""
         frame = self.frame[training]
+        target = frame[self.target[0]]
+        is_of_classes = self.classes or not _is_numeric(target)
         return TablePreparation(
             columns=[self._fit_column(frame[name]) for name in self.features],
             target=self.target,
-            classes=self._fit_classes(frame),
+            classes=sorted(target.unique().to_list()) if is_of_classes else None,
             class_indices=self.classes,
         )
 
@@ -79,12 +80,6 @@ class Table:
             values = values.fill_nan(None).fill_null(fill)
         scaling = Scaling.fit(values.to_numpy()[:, np.newaxis]) if self.specification.scale else None
         return NumericColumn(name=column.name, fill=fill, scaling=scaling)
-
-    def _fit_classes(self, frame: pl.DataFrame) -> list[Class] | None:
-        column = frame[self.target[0]]
-        if not self.classes and _is_numeric(column):
-            return None
-        return sorted(column.unique().to_list())
 
 
 def read_table(data: TableData, *, classes: bool) -> Table:
@@ -111,7 +106,8 @@ def read_table(data: TableData, *, classes: bool) -> Table:
         for name in features
         if name in target
     ]
-    if faults and len(frame.columns) == 1 and (separator := _likely_separator(frame.columns[0])):
+    heading = frame.columns[0] if len(frame.columns) == 1 else ""
+    if faults and (separator := next((sign for sign in ";\t|," if sign in heading), "")):
         problem = f"the file seems to use the separator {separator!r}; set separator = {separator!r}"
         faults.append(Fault("data.separator", problem))
     if faults:
@@ -138,8 +134,10 @@ def read_table(data: TableData, *, classes: bool) -> Table:
         raise DataError(faults)
     rows = numbers[-1] + 1
     if data.missing == "drop":
-        is_complete = _is_complete(frame, data.path)
-        frame, numbers = frame.filter(is_complete), numbers[is_complete.to_numpy()]
+        lacks = frame.select(pl.any_horizontal([_missing(column) for column in frame])).to_series()
+        if lacks.all():
+            raise DataError(f'{data.path}: every row has a missing value; set data.missing = "mean"')
+        frame, numbers = frame.filter(~lacks), numbers[~lacks.to_numpy()]
     dropped = np.setdiff1d(np.arange(rows), numbers)
     return Table(frame, features, target, classes, data, tuple(dropped.tolist()))
 
@@ -217,10 +215,6 @@ def _known(name: str, frame: pl.DataFrame) -> str:
     shown = ", ".join(frame.columns[:_COLUMNS_NAMED])
     more = f", and {len(frame.columns) - _COLUMNS_NAMED} more" * (len(frame.columns) > _COLUMNS_NAMED)
     return " ".join([*near, f"the columns are {shown}{more}"])
-
-
-def _likely_separator(heading: str) -> str:
-    return next((separator for separator in ";\t|," if separator in heading), "")
 
 
 def _is_numeric(column: pl.Series) -> bool:
@@ -335,11 +329,3 @@ def _first_word(column: pl.Series, numbers: Numbers) -> str:
     is_number = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
     rows = (~is_number & words.is_not_null()).arg_true()
     return f" ({words[int(rows[0])]!r} in {_row(numbers, int(rows[0]))})" if len(rows) else ""
-
-
-def _is_complete(frame: pl.DataFrame, path: str) -> pl.Series:
-    """Return which rows have a value in each column."""
-    found = frame.select(~pl.any_horizontal([_missing(column) for column in frame])).to_series()
-    if not found.any():
-        raise DataError(f'{path}: every row has a missing value; set data.missing = "mean"')
-    return found

@@ -4,8 +4,7 @@ server         the process: port, address, end         app           addresses a
 guard          which requests are allowed; the token   assets        the files of the page
 routes/        the answers                             run_index     the served runs, by name
 columns        losses and measurements in memory       table_rows    a page of the table of them
-live           server-sent events                      watches       changes in the file system
-about          what is known about a run, as JSON
+live           server-sent events, of changed files    about         what is known about a run, as JSON
 
 worker_client  asks the worker                         worker        opens steps, in a process with torch
 task_client    starts and stops tasks                  task_process  a task, in a process with torch

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from everystep.errors import RunError
+from everystep.page.columns import RunColumns
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import is_rate
-from everystep.views.facts_text import facts_data, landmarks, shortest_name, state_data
+from everystep.views.facts_text import facts_data, shortest_name, state_data
 from everystep.views.plain import metric_data, plain_number
-
-if TYPE_CHECKING:
-    from everystep.page.columns import RunColumns
 
 __all__ = ["about_data", "live_data"]
 
@@ -30,7 +28,7 @@ def live_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, A
     return state_data(run, columns.facts, status, columns.steps) | {
         "last_loss": plain_number(float(columns.losses[-1])) if columns.steps else None,
         "measurements": [_measurement(ends) for ends in columns.ends],
-        **landmarks(*(each if columns.facts.has_loss else each[:0] for each in columns.curve(None))),
+        **columns.landmarks,
     }
 
 

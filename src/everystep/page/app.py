@@ -14,8 +14,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from everystep.errors import EverystepError, RunError, UsageError
+from everystep.errors import EverystepError
 from everystep.page.assets import asset, index, problem_page
+from everystep.page.child_process import status_of
 from everystep.page.columns import Columns
 from everystep.page.live import Live
 from everystep.page.routes import runs, steps, tasks
@@ -104,8 +105,7 @@ class UntilEnd:
 
 
 async def _told(request: Request, error: Exception) -> Response:
-    status = 404 if isinstance(error, RunError) else 400 if isinstance(error, UsageError) else 500
-    return JSONResponse({"error": str(error)}, status)
+    return JSONResponse({"error": str(error)}, status_of(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

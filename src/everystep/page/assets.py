@@ -32,7 +32,9 @@ def index(request: Request) -> Response:
     html = (_HERE / "index.html").read_text(encoding="utf-8")
     if request.url.path.startswith("/runs/"):
         # Modules import each other in chains; listed here, they load in parallel.
-        links = (f'<link rel="modulepreload" href="/static/{name}">' for name in _modules_of_a_run())
+        folders = ("shared/", "run/", "plot/", "table/", "step/", "tensor/")
+        modules = [each for each in _table() if each.endswith(".js") and each.startswith(folders)]
+        links = (f'<link rel="modulepreload" href="/static/{name}">' for name in modules)
         html = html.replace("</head>", "\n".join([*links, "</head>"]))
     return Response(html, media_type="text/html")
 
@@ -50,30 +52,20 @@ def asset(request: Request) -> Response:
     return Response(content, headers=headers, media_type=_MEDIA_TYPES[path.suffix])
 
 
-def _modules_of_a_run() -> list[str]:
-    folders = ("shared", "run", "plot", "table", "step", "tensor")
-    return [name for name in _table() if name.endswith(".js") and name.partition("/")[0] in folders]
-
-
 @cache
 def _table() -> dict[str, Path]:
     vendored = _VIEWS / "vendored" / "uplot-1.6.32"
     own = {path.relative_to(_HERE).as_posix(): path for path in sorted(_HERE.rglob("*.*"))}
+    itables = find_spec("itables")  # it contains DataTables; importing it would import pandas
+    assert itables is not None and itables.origin is not None
     return own | {
         "base.css": _VIEWS / "templates" / "page.css",
         "facts.css": _VIEWS / "templates" / "facts.css",
         "table.css": _VIEWS / "templates" / "table.css",
         "uPlot.js": vendored / "uPlot.iife.min.js",
         "uPlot.min.css": vendored / "uPlot.min.css",
-        "datatables.js": _itables() / "html" / "dt_bundle.js",
+        "datatables.js": Path(itables.origin).parent / "html" / "dt_bundle.js",
     }
-
-
-def _itables() -> Path:
-    """Return the directory of itables, which contains DataTables; importing it would import pandas."""
-    found = find_spec("itables")
-    assert found is not None and found.origin is not None
-    return Path(found.origin).parent
 
 
 _STYLE = """

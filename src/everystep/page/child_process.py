@@ -20,7 +20,9 @@ from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple, Self
 
-__all__ = ["Child", "Ended", "Message", "Speaker", "limit_memory", "memory_message"]
+from everystep.errors import RunError, UsageError
+
+__all__ = ["Child", "Ended", "Message", "Speaker", "limit_memory", "memory_message", "status_of"]
 
 #: Bytes that the line of a message may have.
 _LONGEST_LINE = 2**26
@@ -167,6 +169,11 @@ def limit_memory(limit: int | None = None) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         known = [each for each in (soft, hard) if each != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *known]), hard))
+
+
+def status_of(error: Exception) -> int:
+    """Return the HTTP status that answers an error of everystep."""
+    return 404 if isinstance(error, RunError) else 400 if isinstance(error, UsageError) else 500
 
 
 def memory_message(error: Exception) -> str | None:

@@ -23,6 +23,7 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Numbers, read_numbers
+from everystep.views.facts_text import landmarks
 from everystep.views.loss_table import column_title, shortest_texts
 from everystep.views.reduction import reduce
 from everystep.views.summary_html import Sparkline, sparkline
@@ -54,7 +55,7 @@ class RunColumns:
     losses: NDArray[Any]
     ends: list[MeasurementEnds]
     edition: int
-    read: Callable[[str], Series]
+    directory: Path
     known: dict[str, Series] = field(default_factory=dict)
     kept: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -64,6 +65,11 @@ class RunColumns:
         """The columns of the table except the step, with the measurement of each; None: the loss."""
         found: dict[str, str | None] = {"loss": None} if self.facts.has_loss else {}
         return found | {column_title(ends.name): ends.name for ends in self.ends[:MOST_COLUMNS]}
+
+    @cached_property
+    def landmarks(self) -> dict[str, Any]:
+        """The first, the last and the smallest loss, and the first that is not finite."""
+        return landmarks(*(each if self.facts.has_loss else each[:0] for each in self.curve(None)))
 
     def series(self, name: str) -> Series:
         """Return the steps and values of a measurement.
@@ -76,7 +82,8 @@ class RunColumns:
             raise UsageError(f"no measurement {name!r} in this run; {did_you_mean(name, names)}")
         with self.lock:
             if name not in self.known:
-                self.known[name] = self.read(name)
+                found = read_numbers(self.directory, 2**62, {name: -1})
+                self.known[name] = found.series[name]
             return self.known[name]
 
     def curve(self, name: str | None) -> Series:
@@ -151,7 +158,10 @@ class _CachedRun:
     def _read(self, old: RunColumns | None) -> RunColumns:
         if old is not None:
             start = max(0, old.steps - OVERLAP)
-            starts = {name: _overlap(steps) for name, (steps, _) in dict(old.known).items()}
+            starts = {
+                name: int(steps[-OVERLAP]) - 1 if len(steps) > OVERLAP else -1
+                for name, (steps, _) in dict(old.known).items()
+            }
             found = read_numbers(self._directory, start, starts)
             if _goes_on(old, found, start):
                 losses = np.concatenate([old.losses[:start], _precise(found)])
@@ -167,12 +177,7 @@ class _CachedRun:
     def _columns_of(
         self, found: Numbers, losses: NDArray[Any], edition: int, known: dict[str, Series]
     ) -> RunColumns:
-        return RunColumns(
-            found.facts, found.steps, losses, found.ends, edition, self._read_series, known
-        )
-
-    def _read_series(self, name: str) -> Series:
-        return read_numbers(self._directory, 2**62, {name: -1}).series[name]
+        return RunColumns(found.facts, found.steps, losses, found.ends, edition, self._directory, known)
 
 
 def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict[str, list[Any]]:
@@ -209,10 +214,6 @@ def _goes_on(old: RunColumns, found: Numbers, start: int) -> bool:
     return next(pair) == next(pair) and _is_same(
         old.losses[start:], _precise(found)[: old.steps - start]
     )
-
-
-def _overlap(steps: NDArray[np.int64]) -> int:
-    return int(steps[-OVERLAP]) - 1 if len(steps) > OVERLAP else -1
 
 
 def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:

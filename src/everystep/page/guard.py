@@ -97,7 +97,8 @@ class Guard:
                 answer.update(_HEADERS)
                 answer.setdefault("Cache-Control", "no-store")
                 if has_token and reason is None:
-                    answer.append("Set-Cookie", self._cookie_text())
+                    cookie = f"{self._cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/"
+                    answer.append("Set-Cookie", cookie)
             await send(message)
 
         if reason is None:
@@ -143,19 +144,11 @@ class Guard:
         return text is not None and hmac.compare_digest(text.encode(), self._token.encode())
 
     def _token_in_address(self, scope: Scope) -> str | None:
-        if not is_page(scope):
+        # Only the address of a page may have it, not that of something that pages use.
+        if scope["method"] not in ("GET", "HEAD") or scope["path"].startswith(("/api/", "/static/")):
             return None
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token")
         return given[-1] if given else None
-
-    def _cookie_text(self) -> str:
-        return f"{self._cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/"
-
-
-def is_page(scope: Scope) -> bool:
-    """Return whether a request is for a page, not for something that pages use."""
-    is_read = scope["method"] in ("GET", "HEAD")
-    return is_read and not scope["path"].startswith(("/api/", "/static/"))
 
 
 def host_without_port(text: str) -> str | None:

@@ -109,19 +109,17 @@ class _HeldNumbers:
                 break
             self.is_reduced |= about["block"] != [1, 1]
             own = about if not found else {k: about[k] for k in ("format", "lowest", "highest")}
-            found.append(own | {"numbers": self._place(content)})
+            text = base64.b64encode(content).decode("ascii")
+            found.append(own | {"numbers": self._place(content, self.numbers, text)})
         return found
-
-    def _place(self, content: bytes) -> int:
-        if content not in self._places:
-            self._places[content] = len(self.numbers)
-            self.numbers.append(base64.b64encode(content).decode("ascii"))
-        return self._places[content]
 
     def _histogram(self, tensor: Tensor) -> int:
         counted = histogram(tensor)
-        key = b"histogram" + json.dumps(counted).encode()
+        return self._place(b"histogram" + json.dumps(counted).encode(), self.histograms, counted)
+
+    def _place(self, key: bytes, held: list[Any], content: Any) -> int:
+        """Return the place of a content in a list that has each once."""
         if key not in self._places:
-            self._places[key] = len(self.histograms)
-            self.histograms.append(counted)
+            self._places[key] = len(held)
+            held.append(content)
         return self._places[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from everystep.answers.operations import OperationDifference
 from everystep.program.observed import Observed
 from everystep.run import Run
-from everystep.step.state import as_integers
+from everystep.step.state import as_integers, distance
 from everystep.views.formatting import dtype_text
 from everystep.views.mathematics import mathematics
 
@@ -33,7 +33,8 @@ def sides(
     Tensors are rows and columns: the leading dimensions of one with several are rows, too, and a vector
     is one row. Tensors of both runs have their names in the first. `window` are the rows and the columns
     that `values` has, as first and one after the last; `different` the places within it, counted in the
-    whole, at which the runs differ.
+    whole, at which the runs differ; `units` how far the numbers at the positions of the difference are
+    apart, in units in the last place, None where that has no meaning.
     """
     if found is None:
         return None
@@ -48,6 +49,8 @@ def _side(
     found: OperationDifference, place: int, own: Observed, other: Observed, run: Run
 ) -> dict[str, Any]:
     line = mathematics(run[found.step].operations)[found.index]
+    differing = {"input": found.inputs, "result": found.results}
+    positions = {(role, e.name): e.positions for role, each in differing.items() for e in each}
     return {
         "number": found.index,
         "mathematics": str(line),
@@ -57,7 +60,7 @@ def _side(
         "line": None if own.line is None else str(own.line),
         "tensors": [
             {"name": (name, its_name)[place], "called": called.get(name, name), "role": role}
-            | _tensor(tensor, its)
+            | _tensor(tensor, its, positions.get((role, (name, its_name)[place]), []))
             for role, called, mine, others in (
                 ("input", line.given, own.read, other.read),
                 ("result", line.made, own.made, other.made),
@@ -77,9 +80,15 @@ def _beside(
         yield name, tensor, its_name, its
 
 
-def _tensor(tensor: Tensor, other: Tensor | None) -> dict[str, Any]:
+def _tensor(
+    tensor: Tensor, other: Tensor | None, positions: Sequence[tuple[int, ...]]
+) -> dict[str, Any]:
     numbers, places = _rows(tensor), torch.empty(0, 2, dtype=torch.long)
+    units: list[int | None] = [None] * len(positions)
     if other is not None and other.shape == tensor.shape and other.dtype == tensor.dtype:
+        if tensor.dtype in (torch.float32, torch.float64):
+            pairs = (torch.stack([tensor[place], other[place]]) for place in positions)
+            units = [distance(*pair) if pair.isfinite().all() else None for pair in pairs]
         differs = as_integers(tensor) != as_integers(other)
         places = torch.nonzero(_rows(differs.any(-1) if tensor.is_complex() else differs))
     window = _window(numbers, places)
@@ -91,6 +100,7 @@ def _tensor(tensor: Tensor, other: Tensor | None) -> dict[str, Any]:
         "values": numbers[top:bottom, left:right].tolist(),
         "window": window,
         "different": within,
+        "units": units,
     }
 
 

@@ -142,8 +142,9 @@ class Tasks:
             Busy: there are too many already.
         """
         async with self._beginning:
-            if asked["task"] in QUESTIONS and (same := self._same(asked)) is not None:
-                return same
+            for id, (task, _) in self._tasks.items():
+                if asked["task"] in QUESTIONS and task.asked == asked and task.goes_on:
+                    return id
             running = sum(not task.is_over for task, _ in self._tasks.values())
             if running >= MOST_AT_ONCE:
                 raise Busy(f"{running} tasks are running already; wait for one to end, or cancel it")
@@ -154,11 +155,6 @@ class Tasks:
         for known in over[:-REMEMBERED]:
             del self._tasks[known]
         return id
-
-    def _same(self, asked: dict[str, Any]) -> str | None:
-        """Return the id of a task for the same request, if there is one."""
-        tasks = self._tasks.items()
-        return next((id for id, (task, _) in tasks if task.asked == asked and task.goes_on), None)
 
     def find(self, id: str) -> Task | None:
         """Return the task with that id, if there is one."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from everystep import numerics
-from everystep.errors import DamageWarning, EverystepError, RunError, UsageError
-from everystep.page.child_process import Message, Speaker, limit_memory, memory_message
+from everystep.errors import DamageWarning, EverystepError, RunError
+from everystep.page.child_process import Message, Speaker, limit_memory, memory_message, status_of
 from everystep.page.regions import histogram, npy, regions
 from everystep.recording.database import FILE_NAME
 from everystep.replay.opened_step import Step
@@ -37,7 +37,7 @@ KEPT_RUNS = 3
 #: Terms of a sum, and rows of each order, that are shown.
 TERMS, MOST_ROWS = 8, 100
 
-#: The description of an answer's bytes, and the bytes.
+#: The description of an answer's bytes, and the bytes; other answers are sent as JSON.
 Found = tuple[dict[str, Any], bytes]
 
 
@@ -129,7 +129,7 @@ def answers(
             status, about = 499, {"error": "given up"}
         except EverystepError as error:
             message = memory_message(error)
-            status = 500 if message else _status_of(error)
+            status = 500 if message else status_of(error)
             about = {"error": message or str(error)}
         except Exception as error:  # it must not end: the next question may be another
             reason = f"{type(error).__name__}: {error}".strip(": ").partition("\n")[0]
@@ -158,14 +158,6 @@ def main() -> None:
         speaker.say(*answer)
 
 
-def _as_bytes(data: Any) -> bytes:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
-
-
-def _content(step: Step, run: Run, asked: dict[str, Any]) -> Found:
-    return {}, _as_bytes(step.data())
-
-
 def _tensor(step: Step, run: Run, asked: dict[str, Any]) -> Tensor:
     return tensor_of(step, asked["id"], run.facts)
 
@@ -175,15 +167,7 @@ def _numbers(step: Step, run: Run, asked: dict[str, Any]) -> Found:
     return regions(_tensor(step, run, asked), *wanted)
 
 
-def _histogram(step: Step, run: Run, asked: dict[str, Any]) -> Found:
-    return {}, _as_bytes(histogram(_tensor(step, run, asked)))
-
-
-def _file(step: Step, run: Run, asked: dict[str, Any]) -> Found:
-    return {}, npy(_tensor(step, run, asked))
-
-
-def _why(step: Step, run: Run, asked: dict[str, Any]) -> Found:
+def _why(step: Step, run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     from everystep.answers.why import why
     from everystep.views.why_text import spot_of
 
@@ -191,21 +175,17 @@ def _why(step: Step, run: Run, asked: dict[str, Any]) -> Found:
     found = why(step, wanted, back=1, terms=TERMS)
     if found.origin == "state" and found.causes and found.began is None:
         found = found.causes[0]  # it is followed into the state before
-    return {}, _as_bytes(found.data())
-
-
-def _rows(step: Step, run: Run, asked: dict[str, Any]) -> Found:
-    return {}, _as_bytes(run.rows(step.number).data(most=MOST_ROWS))
+    return found.data()
 
 
 #: The questions about a step.
-_KINDS: dict[str, Callable[[Step, Run, dict[str, Any]], Found]] = {
-    "content": _content,
+_KINDS: dict[str, Callable[[Step, Run, dict[str, Any]], Found | dict[str, Any]]] = {
+    "content": lambda step, run, asked: step.data(),
     "numbers": _numbers,
-    "histogram": _histogram,
-    "file": _file,
+    "histogram": lambda step, run, asked: histogram(_tensor(step, run, asked)),
+    "file": lambda step, run, asked: ({}, npy(_tensor(step, run, asked))),
     "why": _why,
-    "rows": _rows,
+    "rows": lambda step, run, asked: run.rows(step.number).data(most=MOST_ROWS),
 }
 
 
@@ -217,13 +197,10 @@ def _answer(openers: Openers, asked: dict[str, Any]) -> Found:
         return {}, page.encode("utf-8", "replace")
     answer = _KINDS[asked["kind"]]
     run, step = openers.step(asked["run"], asked["step"])
-    return answer(step, run, asked)
-
-
-def _status_of(error: EverystepError) -> int:
-    if isinstance(error, RunError):
-        return 404
-    return 400 if isinstance(error, UsageError) else 500
+    found = answer(step, run, asked)
+    if isinstance(found, tuple):
+        return found
+    return {}, json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
 if __name__ == "__main__":

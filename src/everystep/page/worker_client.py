@@ -102,7 +102,12 @@ class WorkerClient:
             if not exchange.done():
                 has_left = leaving.done()
                 await self._give_up(self._process, exchange)
-                raise Gone if has_left else NoAnswer(_too_long(_LONGEST))
+                if has_left:
+                    raise Gone
+                raise NoAnswer(
+                    f"this took more than {_LONGEST / 60:.0f} minutes and was stopped, because other "
+                    "requests wait; `everystep step` in a terminal has no such limit"
+                )
             self._ready = self._process
             return exchange.result()
         except Ended as ended:
@@ -138,13 +143,6 @@ class WorkerClient:
     @property
     def _is_alive(self) -> bool:
         return self._process is not None and self._process.is_alive
-
-
-def _too_long(seconds: float) -> str:
-    return (
-        f"this took more than {seconds / 60:.0f} minutes and was stopped, because other requests wait; "
-        "`everystep step` in a terminal has no such limit"
-    )
 
 
 async def _begin_worker() -> Child:

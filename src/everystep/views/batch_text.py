@@ -107,7 +107,9 @@ def plain_values(nested: Any, *, whole: bool = False) -> list[dict[str, Any]]:
     found = []
     for name, value in islice(other_values(nested), None if whole else MOST_VALUES):
         items = value if isinstance(value, list) else [value]
-        texts = list(map(str, items)) if whole else [_cut(item) for item in items[:MOST_ITEMS]]
+        texts = [str(item) for item in items[: None if whole else MOST_ITEMS]]
+        if not whole:
+            texts = [each if len(each) <= LONGEST_TEXT else f"{each[:LONGEST_TEXT]}…" for each in texts]
         found.append({"name": name, "texts": texts, "count": len(items)})
     return found
 
@@ -127,11 +129,6 @@ def other_values(nested: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, item in items:
         yield from other_values(item, f"{path}.{key}" if path else str(key))
-
-
-def _cut(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
 
 
 def columns_of(batch: Batch, facts: Facts, count: int) -> list[tuple[str, list[Any]]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +265,8 @@ def facts_data(facts: Facts) -> dict[str, Any]:
     numerics, versions = training.numerics.named(), training.versions
     seed = "the state of torch's generator" if training.seed is None else str(training.seed)
     times = [("started", facts.started), ("ended", facts.finished)]
+    # In UTC, to the second: the page may be read anywhere.
+    stamps = [f"{what} {time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" for what, time in times if time]
     seconds = [] if facts.seconds is None else [f"{facts.seconds:.3g} s of training"]
     return {
         "facts": [*facts_in_order(facts), ("seed", seed)],
@@ -280,7 +282,7 @@ def facts_data(facts: Facts) -> dict[str, Any]:
                 list(versions.items()),
             ),
         ],
-        "times": "\n".join([*(f"{what} {_time(time)}" for what, time in times if time), *seconds]),
+        "times": "\n".join([*stamps, *seconds]),
     }
 
 
@@ -310,8 +312,3 @@ def landmarks(steps: NDArray[Any], losses: NDArray[Any]) -> dict[str, Any]:
 
 def _word(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def _time(time: datetime) -> str:
-    """Return a time in UTC, to the second: the page may be read anywhere."""
-    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -22,11 +22,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from everystep.errors import UsageError
+from everystep.recording.recorded_run import RecordedRun
 from everystep.views.output_file import write_file
 from everystep.views.reduction import extremes
-
-if TYPE_CHECKING:
-    from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["LossTable", "column_title", "loss_table", "rendered", "shortest_texts"]
 
@@ -187,15 +185,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals["asset"] = _asset
+    # One of everystep's style sheets or scripts, or a vendored one.
+    found.globals["asset"] = lambda name: Markup((Path(__file__).parent / name).read_text("utf-8"))
     # `tojson` escapes <, > and & for use in a script element; NaN is not JSON.
     found.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return found
-
-
-def _asset(name: str) -> Markup:
-    """Return one of everystep's style sheets or scripts, or a vendored one."""
-    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 @cache

@@ -48,7 +48,10 @@ def write_file(path: str | Path, content: bytes | str) -> None:
     place = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
-        if _can_be_replaced(place):
+        # Another file takes the name, but not that of a link, a pipe or a device.
+        is_plain = place.is_file() and not place.is_symlink()
+        has_place = os.access(place.absolute().parent, os.W_OK)
+        if has_place and (is_plain or not os.path.lexists(place)):
             _replace(place, data)
         else:
             place.write_bytes(data)
@@ -56,12 +59,6 @@ def write_file(path: str | Path, content: bytes | str) -> None:
         is_nowhere = isinstance(error, FileNotFoundError) and not place.absolute().parent.is_dir()
         reason = f"the directory {place.parent} does not exist" if is_nowhere else error.strerror
         raise UsageError(f"{path} cannot be written: {reason or error}") from None
-
-
-def _can_be_replaced(path: Path) -> bool:
-    """Return whether another file may take the name: not that of a link, a pipe or a device."""
-    is_plain = path.is_file() and not path.is_symlink()
-    return os.access(path.absolute().parent, os.W_OK) and (is_plain or not os.path.lexists(path))
 
 
 def _replace(path: Path, data: bytes) -> None:

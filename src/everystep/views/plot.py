@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,10 @@ import plotnine as p9
 import polars as pl
 
 from everystep.errors import UsageError, did_you_mean
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import is_rate
 from everystep.views.output_file import write_file
 from everystep.views.reduction import reduce
-
-if TYPE_CHECKING:
-    from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["curves_plot", "loss_plot", "save_plot"]
 
@@ -262,8 +260,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)

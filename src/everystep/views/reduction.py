@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
+import polars
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import polars
 
 __all__ = ["extremes", "reduce"]
 

@@ -8,18 +8,15 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import polars as pl
 from markupsafe import Markup
 
+from everystep.recording.recorded_run import RecordedRun
 from everystep.views.facts_text import facts_data, landmarks, state_data
 from everystep.views.formatting import size_text
 from everystep.views.loss_table import loss_table, rendered
 from everystep.views.output_file import write_file
-
-if TYPE_CHECKING:
-    from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["Report", "report_html"]
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from everystep.answers.rows import Rows, Share
 from everystep.errors import RunError, UsageError, did_you_mean
+from everystep.ops.labels import Reason
+from everystep.program.source_line import CodeLine
+from everystep.recording.facts import Facts
+from everystep.replay.opened_step import Step
 from everystep.views.batch_text import about_columns, class_names, columns_of, targets
 from everystep.views.formatting import about_numbers, named, number
 from everystep.views.plain import plain_data
 from everystep.views.terminal import keyed, table_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from everystep.answers.rows import Rows, Share
-    from everystep.ops.labels import Reason
-    from everystep.program.source_line import CodeLine
-    from everystep.recording.facts import Facts
-    from everystep.replay.opened_step import Step
 
 __all__ = ["order_of", "rows_data", "rows_text"]
 
@@ -87,8 +85,6 @@ def rows_text(
 
 def about_rows(step: Step, parameter: str | None = None) -> list[str]:
     """Return explanations of the numbers, and why some are unknown, in lines."""
-    from everystep.answers.rows import Share
-
     rows = step.rows
     lines = [about_numbers(rows.source)]
     share = rows.loss_share
@@ -140,8 +136,6 @@ def rows_data(
 
     by, parameter: see `order_of`; most: rows of each order; the rest is counted.
     """
-    from everystep.answers.rows import Share
-
     rows = step.rows
     wanted = [by] if by else ["gradient"] if parameter else ORDERS
     ranked = (order_of(rows, each, parameter) for each in wanted)
@@ -210,6 +204,4 @@ def _numbers(rows: Rows, parameter: str | None) -> dict[str, Tensor]:
 
 
 def _shares(rows: Rows, names: Sequence[str]) -> list[Share]:
-    from everystep.answers.rows import Share
-
     return [each for name in names if isinstance(each := rows.gradients[name], Share)]

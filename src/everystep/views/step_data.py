@@ -70,16 +70,11 @@ def as_it_happened(step: Step, training: TrainingFacts, loop: LoopFacts) -> Happ
         numbers = set(range(segment.first, segment.last + 1))
         own = [n for n in left if n in formulas and not numbers.isdisjoint(formulas[n].numbers)]
         left = [name for name in left if name not in own]
-        settings = _settings(step, segment.part)
+        prefix = f"{segment.part}." if segment.part else ""  # of the only one, names have none
+        given = step.hyperparameters.items()
+        settings = {key.removeprefix(prefix): value for key, value in given if key.startswith(prefix)}
         found.append(SegmentSeen(segment, optimizer, settings, {n: formulas[n] for n in own}))
     return Happened(found[::-1], left)
-
-
-def _settings(step: Step, part: str | None) -> dict[str, float]:
-    """Return what the optimizer of an update is set to; of the only one, names have no prefix."""
-    prefix = f"{part}." if part else ""
-    given = step.hyperparameters.items()
-    return {name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)}
 
 
 #: Images are drawn up to this many pixels along a side.

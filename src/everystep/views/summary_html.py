@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import polars
 from numpy.typing import NDArray
 
+from everystep.recording.recorded_run import RecordedRun
 from everystep.views.facts_text import facts_in_order, state_data
 from everystep.views.formatting import number
 from everystep.views.loss_table import rendered
 from everystep.views.reduction import reduce
-
-if TYPE_CHECKING:
-    import polars
-
-    from everystep.recording.recorded_run import RecordedRun
 
 __all__ = ["Sparkline", "sparkline", "summary_html"]
 

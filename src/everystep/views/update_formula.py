@@ -139,23 +139,14 @@ class _Composer:
             return _Term(str(text), str(text))
         if value in self._terms:
             return self._terms[value]
-        text = _own_name(value)
-        return _Term(text, text, parameters=_parameter_of(value))
-
-
-def _own_name(name: str) -> str:
-    kind, _, rest = name.partition("/")
-    if kind in ("parameter", "gradient"):
-        return "param" if kind == "parameter" else "param.grad"
-    return rest.rpartition("/")[2] if kind == "optimizer" else name
-
-
-def _parameter_of(name: str) -> frozenset[str]:
-    """Return the parameter that a tensor belongs to."""
-    kind, _, rest = name.partition("/")
-    if kind == "optimizer":
-        rest = rest.rpartition("/")[0]
-    return frozenset([rest] if kind in ("parameter", "gradient", "optimizer") else [])
+        kind, _, parameter = value.partition("/")
+        if kind == "optimizer":
+            parameter, _, text = parameter.rpartition("/")
+        elif kind in ("parameter", "gradient"):
+            text = "param" if kind == "parameter" else "param.grad"
+        else:
+            return _Term(value, value)
+        return _Term(text, text, parameters=frozenset([parameter]))
 
 
 def _composed(kind: str, arguments: dict[str, Any]) -> _Term:

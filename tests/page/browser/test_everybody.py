@@ -22,7 +22,7 @@ LIGHTNESS = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).sl
 
 def wait_until_drawn(page, path):
     if path == "/":
-        expect(row(page, "chapter").locator("svg path")).to_be_visible()
+        expect(row(page, "chapter").locator("svg.sparkline path")).to_be_visible()
     elif path.startswith("/compare"):
         expect(page.locator("mark").first).to_be_visible()
         plot(page)

@@ -46,31 +46,28 @@ def text(absent: Any = ..., longest: int = LONGEST_TEXT) -> Field:
     """Return a reader of a string; absent: the value of a missing one; `...`: it is required."""
 
     def read(value: Any, name: str) -> Any:
+        if value is None and absent is not ...:
+            return absent
         if not isinstance(value, str) or not value.strip():
             raise UsageError(f"{name} is missing; write it as a string")
         if len(value) > longest:
             raise UsageError(f"{name} is longer than {longest:,} characters; write it shorter")
         return value
 
-    return _unless_absent(read, absent)
+    return read
 
 
 def whole(absent: Any = ..., least: int = 0) -> Field:
     """Return a reader of an integer."""
 
     def read(value: Any, name: str) -> Any:
+        if value is None and absent is not ...:
+            return absent
         if not _is_whole(value, least):
             raise UsageError(f"{name} is {value!r:.80}; write a whole number from {least} on")
         return value
 
-    return _unless_absent(read, absent)
-
-
-def _unless_absent(read: Field, absent: Any) -> Field:
-    def read_or_not(value: Any, name: str) -> Any:
-        return absent if value is None and absent is not ... else read(value, name)
-
-    return read_or_not
+    return read
 
 
 def wholes(value: Any, name: str) -> list[int]:

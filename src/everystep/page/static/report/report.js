@@ -2,7 +2,6 @@
 
 import { LossPlot } from "../plot/plot.js";
 import { StepTable } from "../table/table.js";
-import { choose, chosenStep, onChosen } from "./chosen.js";
 import { savedRows } from "./rows.js";
 
 /** Draw the plot and the table of this report. */
@@ -31,4 +30,19 @@ function plotOf(host, { name, titles, columns }, step) {
 function rowsWith(steps, texts) {
   const rows = [...texts.keys()].filter((row) => texts[row] !== "");
   return { steps: rows.map((row) => steps[row]), values: rows.map((row) => texts[row]), total: rows.length };
+}
+
+/** Return the open step, or null: it is in the address (`report.html#step=137`), and Back works. */
+export function chosenStep() {
+  const [, digits] = /^#step=(\d{1,15})$/u.exec(location.hash) ?? [];
+  return digits ? Number(digits) : null;
+}
+
+function choose(step) {
+  location.hash = `step=${step}`;
+}
+
+/** Call `changed(step)` whenever another step is opened. */
+export function onChosen(changed) {
+  window.addEventListener("hashchange", () => changed(chosenStep()));
 }

@@ -3,7 +3,7 @@
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { StepView } from "../step/step.js";
-import { chosenStep, onChosen } from "./chosen.js";
+import { chosenStep, onChosen } from "./report.js";
 
 /** Show the steps of this report. */
 export function begin() {

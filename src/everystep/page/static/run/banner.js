@@ -28,7 +28,9 @@ export class Banner {
     if (this.said === said) return; // keep a link that is about to be clicked
     this.said = said;
     const broken = damage ? [element("b", {}, damage), ending || nonfinite ? ". " : ""] : [];
-    this.says.replaceChildren(...broken, ...(ending ? endingWords(ending, goingOn, nonfinite) : []), ...this.#nonfinite(nonfinite));
+    const copying = copyMark(() => goingOn, "copy how to continue the training");
+    const continued = [`${ending}. To continue: `, element("code", {}, goingOn), copying, nonfinite ? " " : ""];
+    this.says.replaceChildren(...broken, ...(ending ? continued : []), ...this.#nonfinite(nonfinite));
   }
 
   close() {
@@ -75,12 +77,6 @@ export class Banner {
       rows.length ? element("p", {}, rowsText(found)) : null,
     ];
   }
-}
-
-/** Return how a training ended early, and the command that continues it, to copy. */
-function endingWords(ending, goingOn, nonfinite) {
-  const copying = copyMark(() => goingOn, "copy how to continue the training");
-  return [`${ending}. To continue: `, element("code", {}, goingOn), copying, ...(nonfinite ? [" "] : [])];
 }
 
 function inputLine([name, { shape, minimum, maximum, nonfinite: bad }]) {

@@ -1,8 +1,8 @@
 // The element that shows the open step.
 
+import { showText } from "../shared/elements.js";
 import * as address from "../shared/address.js";
 import { whole } from "../shared/format.js";
-import { showText } from "../shared/part.js";
 import { newestOnly } from "./stepping.js";
 
 /** Shows steps of a run one after the other; `parts`: {shown, problem, waiting}, the elements of the step and of messages. */

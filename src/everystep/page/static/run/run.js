@@ -15,7 +15,6 @@ import { listenToRun, listenToThose, Speed } from "./live.js";
 import { compare, fork, share, stop } from "./actions.js";
 import { arrange, runParts } from "./parts.js";
 import { factsBrief, factsList, landmarks, lineage, statusLine } from "./head.js";
-import { runKeys } from "./keys.js";
 import { StepPlace } from "./place.js";
 
 /** Show a run. */
@@ -65,7 +64,8 @@ class RunView {
       gone: () => this.#hearGone(),
       server: (isThere) => this.#hearServer(isThere),
     });
-    this.#drawTrail();
+    const current = element("span", { "aria-current": "page" }, this.name);
+    document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / ", current);
     this.#drawAbout();
     this.update(place);
     this.#openQuestions();
@@ -194,11 +194,6 @@ class RunView {
     this.endBeside = listenToThose(beside, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
   }
 
-  #drawTrail() {
-    const all = element("a", { href: "/" }, "All runs");
-    document.querySelector("#trail").replaceChildren(all, " / ", element("span", { "aria-current": "page" }, this.name));
-  }
-
   #drawAbout() {
     const { facts, brief, family, note } = this.parts;
     facts.replaceChildren(brief, factsList(this.about));
@@ -301,4 +296,19 @@ class RunView {
   fork() {
     return fork(this.about, this.step);
   }
+}
+
+function runKeys(view) {
+  const stride = ({ shiftKey }) => (shiftKey ? 10 : 1);
+  return [
+    { keys: ["ArrowLeft"], shown: "←", says: "the previous step; ten with Shift", press: (event) => view.walk(-stride(event)) },
+    { keys: ["ArrowRight"], shown: "→", says: "the next step; ten with Shift", press: (event) => view.walk(stride(event)) },
+    { keys: ["Home"], shown: "Home", says: "the first step", press: () => view.jump(1) },
+    { keys: ["End"], shown: "End", says: "the last step; during training, the newest", press: () => view.jump(view.about.steps) },
+    { keys: ["/"], shown: "/", says: "go to a step: 137, -1, +10", press: () => view.bar.focus() },
+    { keys: ["p"], shown: "p", says: "play through the run, or pause", press: () => view.togglePlay() },
+    { keys: ["l"], shown: "l", says: "logarithmic axis", press: () => view.plot.toggleLog() },
+    { keys: ["f"], shown: "f", says: "fork from here", press: () => view.fork() },
+    { keys: ["Escape"], shown: "Escape", says: "stop playing, or close the step", press: () => view.leave() },
+  ];
 }

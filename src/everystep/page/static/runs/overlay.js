@@ -1,11 +1,10 @@
 // Several runs together: their losses in one plot, and their differences.
 
 import * as address from "../shared/address.js";
-import { element } from "../shared/elements.js";
+import { element, showText } from "../shared/elements.js";
 import { awaited } from "../shared/away.js";
 import { addressOf, ask } from "../shared/server.js";
 import { duration, short, whole } from "../shared/format.js";
-import { showText } from "../shared/part.js";
 import { LossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
 import { listenToThose } from "../run/live.js";

@@ -39,7 +39,7 @@ class Runs {
   #runs = new Map(); // by name
   #rows = new Map(); // by name, those that were drawn
   #most = SOME; // rows that are drawn
-  #picked = new Set();
+  #picked = new Set(); // in the order in which they were picked
 
   constructor(main, directory, read, place) {
     take(place);
@@ -47,8 +47,9 @@ class Runs {
     this.head = element("p", { class: "lead" });
     this.search = element("input", { type: "search", placeholder: "search", "aria-label": "search the runs", title: "in name, status, optimizer, tags, config and note" });
     this.search.addEventListener("input", () => this.#arrange());
-    this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs to plot their losses together" });
-    this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs to find where they diverge" });
+    this.overlay = button("Overlay", () => address.go({ view: "overlay", runs: [...this.#picked] }), { title: "pick two or more runs to plot their losses together" });
+    const compare = ([one, other]) => address.go({ view: "compare", one, other });
+    this.compare = button("Compare", () => compare([...this.#picked]), { title: "pick exactly two runs to find where they diverge" });
     this.chosen = element("span", { class: "muted small", role: "status" });
     this.headings = element("tr", { role: "row" });
     this.body = element("tbody", { role: "rowgroup" });
@@ -196,24 +197,11 @@ class Runs {
     address.go({ view: "runs", sort: key, direction }, { replace: true });
   }
 
-  #names() {
-    return [...this.#picked]; // in the order in which they were picked
-  }
-
   #tellPicked() {
     const count = this.#picked.size;
     this.overlay.disabled = count < 2;
     this.compare.disabled = count !== 2;
     this.chosen.textContent = count ? `${count} picked` : "";
-  }
-
-  #overlay() {
-    address.go({ view: "overlay", runs: this.#names() });
-  }
-
-  #compare() {
-    const [one, other] = this.#names();
-    address.go({ view: "compare", one, other });
   }
 }
 

@@ -1,8 +1,7 @@
 // Dialogs, and command lines to copy.
 
 import { copyButton } from "./copy.js";
-import { element } from "./elements.js";
-import { showText } from "./part.js";
+import { element, showText } from "./elements.js";
 
 let count = 0;
 

@@ -30,6 +30,12 @@ export function described(pairs) {
   return pairs.flatMap(([term, ...description]) => [element("dt", {}, term), element("dd", {}, ...description)]);
 }
 
+/** Show a text, or hide its node if there is none. */
+export function showText(node, text) {
+  node.textContent = text;
+  node.hidden = !text;
+}
+
 function furnish(made, properties, children) {
   for (const [key, value] of Object.entries(properties)) {
     if (value === null || value === undefined) continue;

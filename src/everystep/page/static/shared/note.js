@@ -1,7 +1,7 @@
 // The user's note on a run: a line of text that can be edited in place.
 
-import { button, element, icon } from "./elements.js";
-import { setText, show, showText } from "./part.js";
+import { button, element, icon, showText } from "./elements.js";
+import { setText, show } from "./part.js";
 import { addressOf, tell } from "./server.js";
 
 const LONGEST = 1000; // characters, as in facts.py

@@ -15,12 +15,6 @@ export function show(node, isShown) {
   if (node.hidden === isShown) node.hidden = !isShown;
 }
 
-/** Show a text, or hide its node if there is none. */
-export function showText(node, text) {
-  setText(node, text);
-  show(node, Boolean(text));
-}
-
 /** Unfold all ancestors of a node. */
 export function unfoldAround(node) {
   for (let fold = node?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;

@@ -52,11 +52,6 @@ async function answer(address, options) {
   throw new ServerError(content.error ?? `the server returned ${response.status}`, response.status);
 }
 
-/** Pass over that the server has no picture or is away: it is not drawn, and everything else is shown. */
-export function forgive(error) {
-  if (error.name !== "AbortError" && error.status === undefined) throw error;
-}
-
 /** Return an API address of a run: of("two-layer-1", "steps", 137). */
 export function addressOf(run, ...parts) {
   return ["/api/runs", encodeURIComponent(run), ...parts].join("/");

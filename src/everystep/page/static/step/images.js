@@ -3,8 +3,8 @@
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { setText, show } from "../shared/part.js";
-import { forgive } from "../shared/server.js";
 import { latest } from "../shared/timers.js";
+import { forgive } from "../tensor/thumbnail.js";
 
 const IMAGES_SHOWN = 16;
 const IMAGES_MOST = 128;

@@ -1,8 +1,8 @@
 // The rows that contribute most to a step's loss or gradients, ranked on demand.
 
-import { button, element } from "../shared/elements.js";
+import { button, element, showText } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
-import { setText, show, showText } from "../shared/part.js";
+import { setText, show } from "../shared/part.js";
 import { latest } from "../shared/timers.js";
 import { askImages, drawImage } from "./images.js";
 import { worstRows } from "./worst.js";

@@ -1,12 +1,12 @@
 // An open step: its operations in order, as one column to read.
 
-import { element } from "../shared/elements.js";
+import { element, showText } from "../shared/elements.js";
 import { heading } from "./heading.js";
 import { index } from "./index.js";
 import { keyOfOperation } from "./operation.js";
 import { operationsOf, outline } from "./outline.js";
 import { whole } from "../shared/format.js";
-import { rebuilt, showText, unfoldAround } from "../shared/part.js";
+import { rebuilt, unfoldAround } from "../shared/part.js";
 import { section } from "./section.js";
 
 /** Delay before the previous step is drawn as outdated. */
@@ -35,7 +35,10 @@ export class StepView {
     this.node = element("div", { class: "step", hidden: true }, this.heading.node, this.missing, this.body.node);
     this.node.addEventListener("click", (event) => this.#follow(event));
     for (const name of ["pointerover", "focusin"]) {
-      this.node.addEventListener(name, ({ target }) => this.#point(target.closest?.(".reference")));
+      this.node.addEventListener(name, ({ target }) => {
+        const { operation } = target.closest?.(".reference")?.dataset ?? {};
+        this.highlight(operation === undefined ? [] : [Number(operation)]);
+      });
     }
     host.append(this.node);
   }
@@ -192,10 +195,6 @@ export class StepView {
     const isThere = place.phase === this.place.phase && place.operation === this.place.operation;
     if (isThere) this.place = { phase: null, operation: null, open: this.place.open };
     this.#go(place);
-  }
-
-  #point(link) {
-    this.highlight(link ? [Number(link.dataset.operation)] : []);
   }
 }
 

@@ -1,9 +1,8 @@
 // The table of every step, by DataTables: its source sorts, filters and returns pages.
 
 import { copy } from "../shared/copy.js";
-import { button, element } from "../shared/elements.js";
+import { button, element, showText } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
-import { showText } from "../shared/part.js";
 import { Timers } from "../shared/timers.js";
 import { Filters } from "./filters.js";
 

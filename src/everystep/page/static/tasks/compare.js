@@ -2,7 +2,7 @@
 
 import { go, write } from "../shared/address.js";
 import { commandLine, quoted } from "../shared/dialog.js";
-import { partingView } from "./parting.js";
+import { ofRun, partingView } from "./parting.js";
 import { plotBeside } from "../plot/source.js";
 import { button, element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
@@ -65,10 +65,9 @@ function sideOf(name, run, place, names, runs) {
   const others = runs.filter((each) => each.name !== name).map((each) => element("option", { value: each.name }, each.name));
   const none = element("option", { value: "", selected: true, disabled: true }, run ? "another run" : "choose");
   const title = run ? element("a", { href: write({ view: "run", run: name }) }, name) : (name ?? label);
-  return element(
-    "div",
-    { class: `side series-${place}` },
-    element("p", { class: "side-name" }, element("span", { class: "run-line", "aria-hidden": "true" }), title),
+  return ofRun(
+    place,
+    title,
     element("p", { class: "muted small" }, says || "\u00a0"),
     element("select", { onchange: choose, "aria-label": `${label}: choose another` }, none, others),
   );

@@ -11,7 +11,7 @@ const COLUMNS = 4;
 /** Positions in full precision shown at first. */
 const POSITIONS = 4;
 /** Units in the last place up to which the count is shown, as in the server's sizes. */
-const READABLE = 9999n;
+const READABLE = 9999;
 
 /** Return the view of the operation at which two runs diverge; `result`: of the comparison. */
 export function partingView({ names: runs, operation, sides }) {
@@ -29,6 +29,12 @@ export function partingView({ names: runs, operation, sides }) {
   );
 }
 
+/** Return the column of one of two runs, below its name. */
+export function ofRun(place, name, ...children) {
+  const title = element("p", { class: "side-name" }, element("span", { class: "run-line", "aria-hidden": "true" }), name);
+  return element("div", { class: `side series-${place}` }, title, ...children);
+}
+
 function causeText(cause) {
   if (cause === null) return "Its inputs already differ.";
   if (cause.startsWith("another operation")) return `From here, the two runs execute different operations${cause.slice("another operation".length)}.`;
@@ -43,15 +49,12 @@ function rowsText(rows) {
 }
 
 function sideOf(run, step, side, place) {
-  const name = element("p", { class: "side-name" }, element("span", { class: "run-line", "aria-hidden": "true" }), run);
-  const missing = element("p", { class: "muted" }, "has no such operation");
-  if (!side) return element("div", { class: `side series-${place}` }, name, missing);
+  if (!side) return ofRun(place, run, element("p", { class: "muted" }, "has no such operation"));
   const link = write({ view: "run", run, step, phase: side.phase, operation: side.number });
   const facts = [["operator", side.operator], ["phase", side.phase], ["module", side.module], ["line", side.line]].filter(([, text]) => text);
-  return element(
-    "div",
-    { class: `side series-${place}` },
-    name,
+  return ofRun(
+    place,
+    run,
     formulaOf(run, step, side),
     element("dl", {}, ...facts.flatMap(([label, text]) => [element("dt", {}, label), element("dd", { class: "mono" }, text)])),
     element("p", {}, element("a", { href: link }, `Open it in step ${whole(step)}`)),
@@ -77,7 +80,7 @@ function tensorsOf(title, found, role, runs, sides) {
       element("p", {}, element("code", {}, pair[0]?.called ?? each.name), pair[0] ? kindOf(pair[0]) : null),
       element("p", { class: "small" }, sizeText(each)),
       pair.every((tensor) => tensor?.shape.length) ? grids(pair, each, runs) : null,
-      each.positions.length ? positionsOf(each, runs, pair[0]?.dtype) : null,
+      each.positions.length ? positionsOf(each, runs, pair[0] ?? {}) : null,
     );
   });
 }
@@ -144,9 +147,8 @@ function textOf(value, digits) {
 }
 
 // The first numbers that differ, in full.
-function positionsOf({ name, positions, values }, runs, dtype) {
+function positionsOf({ name, positions, values }, runs, { dtype, units = values.map(() => null) }) {
   const pairs = values.map((pair) => pair.map(numberOf));
-  const units = pairs.map(([a, b]) => distance(a, b, dtype));
   const areFew = units.every((each) => each === null || each <= READABLE);
   const isFar = units.some((each) => each !== null);
   const distances = units.map((each, at) => (each === null ? "" : areFew ? whole(each) : short(Math.abs(pairs[at][0] - pairs[at][1]))));
@@ -167,22 +169,6 @@ function positionsOf({ name, positions, values }, runs, dtype) {
   const label = `${name}, the first numbers that differ`;
   const scrolling = element("div", { class: "scrolling", tabIndex: 0, role: "region", "aria-label": label }, table);
   return [scrolling, positions.length > POSITIONS ? more : null];
-}
-
-// The distance of two numbers in units in the last place, null if undefined.
-function distance(one, other, dtype) {
-  if (![one, other].every(Number.isFinite) || !["float32", "float64"].includes(dtype)) return null;
-  const [a, b] = [one, other].map((value) => ordinal(value, dtype));
-  return a > b ? a - b : b - a;
-}
-
-// Floating-point numbers in their order, counted from zero.
-function ordinal(value, dtype) {
-  const view = new DataView(new ArrayBuffer(8));
-  if (dtype === "float32") view.setFloat32(0, Math.abs(value));
-  else view.setFloat64(0, Math.abs(value));
-  const count = dtype === "float32" ? BigInt(view.getInt32(0)) : view.getBigInt64(0);
-  return value < 0 ? -count : count;
 }
 
 // The identical inputs of the operation, in a line.

@@ -18,13 +18,16 @@ const sizeText =
 
 /** Open the dialog. */
 export function shareDialog(about, step) {
-  const fields = fieldsOf(step);
-  const { input, fault, says, save } = fields;
+  const properties = { autocomplete: "off", "aria-describedby": "share-says share-fault" };
+  const input = element("input", { type: "text", class: "mono", value: step ? String(step) : "", ...properties });
+  const fault = element("p", { class: "alarm", id: "share-fault", role: "alert", hidden: true });
+  const says = element("p", { class: "muted small", role: "status" });
+  const save = element("button", { class: "primary" }, "Save the page");
   const command = commandLine("The same from the command line");
   const asking = new AbortController();
   const show = () => {
     const { steps, problem } = stepsOf(input.value, about.steps);
-    complain(fields, problem ?? "");
+    complain({ input, fault }, problem ?? "");
     command.node.hidden = Boolean(problem);
     if (steps) command.set(commandOf(about, steps));
     return steps;
@@ -32,7 +35,7 @@ export function shareDialog(about, step) {
   const submit = (event) => {
     event.preventDefault();
     const steps = show();
-    if (steps) saveReport(about.name, steps, fields, asking.signal);
+    if (steps) saveReport(about.name, steps, { input, fault, says, save }, asking.signal);
     else input.focus();
   };
   const link = location.origin + write({ view: "run", run: about.name, step });
@@ -49,16 +52,6 @@ export function shareDialog(about, step) {
     element("p", { class: "muted small foot" }, "The link opens on this computer, while everystep view is running."),
   ), { closed: () => asking.abort() });
   show();
-}
-
-function fieldsOf(step) {
-  const properties = { autocomplete: "off", "aria-describedby": "share-says share-fault" };
-  return {
-    input: element("input", { type: "text", class: "mono", value: step ? String(step) : "", ...properties }),
-    fault: element("p", { class: "alarm", id: "share-fault", role: "alert", hidden: true }),
-    says: element("p", { class: "muted small", role: "status" }),
-    save: element("button", { class: "primary" }, "Save the page"),
-  };
 }
 
 async function saveReport(run, steps, fields, signal) {

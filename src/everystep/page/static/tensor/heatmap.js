@@ -40,7 +40,17 @@ export class HeatMap {
     this.whole = null; // the patch of all the numbers
     this.fine = null; // the patch of the visible ones, when zoomed
     this.cursor = null;
-    this.#watch();
+    const sized = new ResizeObserver(() => {
+      if (!this.whole || this.frame.clientWidth === this.sizedFor) return;
+      this.#size(false);
+      this.draw();
+    });
+    sized.observe(this.frame);
+    const recoloured = () => {
+      this.colours = null;
+      if (this.whole) this.paint();
+    };
+    this.watching = [() => sized.disconnect(), watchAppearance(recoloured), handle(this)];
   }
 
   /** Request the numbers; the promise returns a function that shows them. `classes`: their names, or null. */
@@ -155,20 +165,6 @@ export class HeatMap {
 
   close() {
     this.watching.forEach((end) => end());
-  }
-
-  #watch() {
-    const sized = new ResizeObserver(() => {
-      if (!this.whole || this.frame.clientWidth === this.sizedFor) return;
-      this.#size(false);
-      this.draw();
-    });
-    sized.observe(this.frame);
-    const recoloured = () => {
-      this.colours = null;
-      if (this.whole) this.paint();
-    };
-    this.watching = [() => sized.disconnect(), watchAppearance(recoloured), handle(this)];
   }
 
   #size(isAnother) {

@@ -26,7 +26,17 @@ export class Histogram {
     this.node = element("figure", { class: "histogram" }, this.plot, ends, beneath);
     this.bars = [];
     this.at = null;
-    this.#listen();
+    this.plot.addEventListener("pointermove", (event) => {
+      const { left, width } = this.plot.getBoundingClientRect();
+      if (this.bars.length) this.#point(this.#within(Math.floor(((event.clientX - left) / width) * this.bars.length)));
+    });
+    this.plot.addEventListener("pointerleave", () => this.counted && this.#point(null));
+    this.plot.addEventListener("keydown", (event) => {
+      const moved = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
+      if (moved === undefined || !this.bars.length) return;
+      event.preventDefault();
+      this.#point(this.#within((this.at ?? Math.floor(this.bars.length / 2)) + moved));
+    });
   }
 
   /** Show counts: {edges, counts, nonfinite}. */
@@ -48,20 +58,6 @@ export class Histogram {
     setText(this.zero, zero > 0.25 && zero < 0.75 ? "0" : "");
     this.zero.style.left = `${100 * (zero ?? 0)}%`;
     this.#point(this.at !== null && this.at < counts.length ? this.at : null);
-  }
-
-  #listen() {
-    this.plot.addEventListener("pointermove", (event) => {
-      const { left, width } = this.plot.getBoundingClientRect();
-      if (this.bars.length) this.#point(this.#within(Math.floor(((event.clientX - left) / width) * this.bars.length)));
-    });
-    this.plot.addEventListener("pointerleave", () => this.counted && this.#point(null));
-    this.plot.addEventListener("keydown", (event) => {
-      const moved = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
-      if (moved === undefined || !this.bars.length) return;
-      event.preventDefault();
-      this.#point(this.#within((this.at ?? Math.floor(this.bars.length / 2)) + moved));
-    });
   }
 
   #point(place) {

@@ -1,8 +1,8 @@
 // Where a number comes from: the operation that computed it, and its inputs, each of which can be followed.
 
-import { button, element } from "../shared/elements.js";
+import { button, element, showText } from "../shared/elements.js";
 import { fullText, numberOf, whole } from "../shared/format.js";
-import { show, showText } from "../shared/part.js";
+import { show } from "../shared/part.js";
 
 /** Lines of the way of a NaN that are shown before and after the omitted ones. */
 const ENDS = 3;

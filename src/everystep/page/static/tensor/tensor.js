@@ -1,12 +1,12 @@
 // A tensor: its name and statistics; unfolded, a heat map and a histogram.
 
-import { element } from "../shared/elements.js";
+import { copyButton } from "../shared/copy.js";
+import { element, showText } from "../shared/elements.js";
 import { HeatMap } from "./heatmap.js";
 import { Histogram } from "./histogram.js";
 import { Reasons } from "./reasons.js";
-import { show, showText, unfolding } from "../shared/part.js";
+import { show, unfolding } from "../shared/part.js";
 import { statisticsLine, statisticsText } from "./statistics.js";
-import { takeAlong } from "./take.js";
 import { Thumbnail } from "./thumbnail.js";
 
 /** Return the part of a tensor that unfolds to its panel. */
@@ -31,7 +31,9 @@ export class TensorPanel {
   constructor(view, id, name) {
     Object.assign(this, { view, id, name });
     this.reasons = view.source.why ? new Reasons(view.source) : null;
-    this.map = new HeatMap((index) => this.#chosen(index));
+    this.map = new HeatMap((index) => {
+      if (this.id !== "batch.images") this.reasons?.begin(this.content.step, { id: this.id, index: index.join(",") });
+    });
     this.bars = new Histogram();
     this.trouble = element("p", { class: "alarm small", role: "alert", hidden: true });
     this.along = takeAlong(view.source);
@@ -55,10 +57,6 @@ export class TensorPanel {
     this.asked.abort();
     this.reasons?.clear();
     this.map.close();
-  }
-
-  #chosen(index) {
-    if (this.id !== "batch.images") this.reasons?.begin(this.content.step, { id: this.id, index: index.join(",") });
   }
 
   // The old drawing stays until the new one is complete.
@@ -99,4 +97,33 @@ export class TensorPanel {
       this.bars.node.hidden ? null : source.histogram(step, id, { signal }),
     ]);
   }
+}
+
+// A tensor as a line of Python, and as a NumPy file; the file only with a server.
+function takeAlong(source) {
+  let python = "";
+  const file = element("a", { class: "small" }, ".npy");
+  const node = element("div", { class: "take-along" }, copyButton(() => python, "Copy as Python", { class: "plain" }), source.file ? file : null);
+  return {
+    node,
+    update({ run, step }, id) {
+      python = `everystep.open(${JSON.stringify(run)})[${step}]${pathOf(id)}`;
+      if (!source.file) return;
+      file.href = source.file(step, id);
+      file.download = `${run} step ${step} ${id}.npy`.replace(/[^\w .-]/g, "_");
+      file.title = "the whole tensor, for numpy.load";
+    },
+  };
+}
+
+/** Return where a tensor is in an open step: `gradients/0.weight` is `.gradients["0.weight"]`. */
+function pathOf(id) {
+  const [kind, ...rest] = id.split("/");
+  const name = rest.join("/");
+  const quoted = (text) => `[${JSON.stringify(text)}]`;
+  if (kind.startsWith("batch.")) return `.${kind}`;
+  if (kind === "batch") return `.batch${quoted(name)}`;
+  if (kind === "updates") return `.updates${quoted(rest.slice(0, -1).join("/"))}.${rest.at(-1)}`;
+  if (kind === "operations") return `.operations[${rest[0]}].${rest[1]}${quoted(rest.slice(2).join("/"))}`;
+  return `.${kind}${quoted(name)}`;
 }

@@ -6,7 +6,6 @@ import { coloursOf, painter, rangeOf } from "./colours.js";
 import { element } from "../shared/elements.js";
 import { numberOf } from "../shared/format.js";
 import { show } from "../shared/part.js";
-import { forgive } from "../shared/server.js";
 import { Patch } from "./patch.js";
 
 /** Delay before pictures are requested, so that quick stepping requests none. */
@@ -132,4 +131,9 @@ function inTurn(signal, draw) {
 
 function idle() {
   return new Promise((resolve) => (window.requestIdleCallback ? requestIdleCallback(resolve, { timeout: 1000 }) : setTimeout(resolve, 30)));
+}
+
+/** Pass over that the server has no picture or is away: it is not drawn, and everything else is shown. */
+export function forgive(error) {
+  if (error.name !== "AbortError" && error.status === undefined) throw error;
 }
