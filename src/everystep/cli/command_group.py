@@ -30,7 +30,8 @@ _INSTEAD = {
     "RUN/snapshots/*/parameters.safetensors",
     "predict": "load the parameters in Python: "
     "model.load_state_dict(everystep.open(RUN).parameters(-1))",
-    "delete": "a run is a directory, which you can delete: runs/NAME",
+    "delete": "everystep rm RUN removes a run",
+    "remove": "everystep rm RUN removes a run",
 }
 
 #: Values of an experiment that people look for as options, by the path to set.
