@@ -71,7 +71,9 @@ def _loosened(func: Any, tokens: tuple[Any, ...], geometry: tuple[Any, ...]) -> 
     """
     name, (_, _, stride, _) = func.overloadpacket.__name__, geometry
     places = _PLACING.get(name, ())
-    if not places or (name != "as_strided" and (not stride or stride[tokens[1][1]] == 0)):
+    if not places or len(tokens) < 2:  # torch leaves out what is as by default
+        return tokens
+    if name != "as_strided" and (not stride or stride[tokens[1][1]] == 0):
         return tokens
     return tuple(
         ("i",) if place in places and token[0] == "c" and type(token[1]) is int else token
