@@ -19,9 +19,9 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode
 from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
-from everystep.program.memory import copy_into, plan_memory, tensor_on
+from everystep.program.memory import copy_into, geometry, plan_memory, tensor_on, whole_memory
 from everystep.program.number_slots import READ, Number, is_number, is_number_slot
-from everystep.program.operation import Operation
+from everystep.program.operation import Operation, extent_of
 from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.steady import SteadyOptimizer, steady_operations
@@ -256,25 +256,16 @@ def _check_batch(program: Program, names: Sequence[str]) -> None:
     """
     for storage in dict.fromkeys(program.tensors[name].storage for name in names):
         on = {name for name, spec in program.tensors.items() if spec.storage == storage}
-        extents = [_extent(program, name) for name in names if name in on]
+        extents = [program.tensors[name].extent for name in names if name in on]
         begin, end = min(b for b, _ in extents), max(e for _, e in extents)
-        if any(not begin <= b <= e <= end for b, e in (_extent(program, name) for name in on)):
+        if any(not begin <= b <= e <= end for b, e in (program.tensors[name].extent for name in on)):
             raise ProgramError("the step reads memory around its batch")
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """Return all memory between the first and the last number of a tensor."""
-    begin = int(tensor.storage_offset()) * tensor.itemsize
-    count = sum((s - 1) * d for s, d in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    size = count * tensor.itemsize if tensor.numel() else 0
-    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return whole.set_(tensor.untyped_storage(), begin, (size,), (1,))
-
-
-def _extent(program: Program, name: str) -> tuple[int, int]:
-    """Return the first and the last byte (excluded) of a tensor in its storage."""
-    spec = program.tensors[name]
-    return spec.offset * spec.torch_dtype.itemsize, spec.end
+    begin, end = extent_of(geometry(tensor))
+    return whole_memory(tensor)[begin:end]
 
 
 def _given(

@@ -8,7 +8,7 @@ the lowest offset that is free during its lifetime.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ __all__ = [
     "MemoryPlan",
     "copy_into",
     "copy_on_cpu",
+    "geometry",
     "lies_as",
     "plan_memory",
     "repeats",
     "tensor_on",
+    "whole_memory",
 ]
 
 #: As torch aligns its own tensors, so that kernels take the same path.
@@ -79,6 +81,17 @@ def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
         one == two or size == 1
         for one, two, size in zip(tensor.stride(), spec.stride, spec.shape, strict=True)
     )
+
+
+def geometry(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies in its memory: dtype, shape, stride and offset."""
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+def whole_memory(tensor: Tensor) -> Tensor:
+    """Return all bytes of a tensor's storage."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage())
 
 
 def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ __all__ = [
     "computes",
     "draws_random_numbers",
     "flattened",
+    "has_shape_of_values",
     "leaves",
     "out_variant",
     "parameters",
@@ -240,6 +241,17 @@ _WITHOUT_DROPOUT = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 def draws_random_numbers(operator: Any) -> bool:
     """Return whether the operator draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in operator.tags and str(operator) != _WITHOUT_DROPOUT
+
+
+def has_shape_of_values(operator: Any, indices: Iterable[torch.dtype]) -> bool:
+    """Return whether the shapes of an operator's results depend on the numbers in tensors.
+
+    indices: the dtypes of the tensors by which it picks elements, if it does; those of masks count.
+    """
+    if torch.Tag.dynamic_output_shape not in operator.tags:
+        return False
+    is_picking = operator.overloadpacket.__name__ in ("index", "_unsafe_index")
+    return not is_picking or any(dtype in (torch.bool, torch.uint8) for dtype in indices)
 
 
 def flattened(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ the operators are called directly.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from everystep.program.operators import (
     OperatorMode,
     computes,
     draws_random_numbers,
+    has_shape_of_values,
     leaves,
     writes,
 )
@@ -64,16 +65,12 @@ def steady_operations(program: Program) -> set[int]:
 
 def has_fixed_shapes(program: Program) -> bool:
     """Tell whether no result has a shape that depends on the numbers in tensors."""
-    return not any(_has_shape_of_values(each, program) for each in program.operations)
 
+    def indices(operation: Operation) -> Iterator[torch.dtype]:
+        for name in references(operation.given().get("indices")):
+            yield program.tensors[name].torch_dtype
 
-def _has_shape_of_values(operation: Operation, program: Program) -> bool:
-    if torch.Tag.dynamic_output_shape not in operation.resolved.tags:
-        return False
-    if operation.name not in ("index", "_unsafe_index"):
-        return True
-    masks = references(operation.given()["indices"])
-    return any(program.tensors[name].dtype in ("bool", "uint8") for name in masks)
+    return not any(has_shape_of_values(each.resolved, indices(each)) for each in program.operations)
 
 
 #: Steps with the same settings before operators are called directly: a scheduler changes them at each

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.program.memory import geometry
 from everystep.program.operators import flattened, leaves, parameters, writes
 from everystep.step import replaced
 from everystep.step.backward import BackwardPasses
@@ -33,7 +34,7 @@ from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_token
 from everystep.step.moving_views import check_of_views
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors, version_of
-from everystep.step.path import Entry, SeenOperation, geometry
+from everystep.step.path import Entry, SeenOperation
 from everystep.step.under_way import UnderWay
 
 __all__ = ["Cursor"]
@@ -379,8 +380,9 @@ class Cursor(UnderWay):
         for place, each in enumerate(flattened([args, keywords])):
             number = self.tensors.number(each) if isinstance(each, Tensor) else None
             if number is not None and self.is_unread(number):
-                self.keep_content(number, each)
-                found.append((place, self.tensors.known[number].origin))
+                origin = self.tensors.known[number].origin
+                self.bring(origin, each)
+                found.append((place, origin))
         return tuple(found)
 
     def _note_written(self, numbers: Sequence[int]) -> None:
@@ -388,7 +390,7 @@ class Cursor(UnderWay):
         for number in numbers:
             origin = self.tensors.known[number].origin
             tensor = self.tensors.met[number]()
-            if origin in self.contents and tensor is not None:
+            if origin in self.brought and tensor is not None:
                 self.outside.forget(tensor.untyped_storage()._cdata)
                 where = named_here()
                 text = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"

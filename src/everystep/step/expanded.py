@@ -105,9 +105,9 @@ class Expander:
         for place, (_, watch), (built, names) in zip(self._places, watched, spliced.parts, strict=True):
             own[place] = built.numbers(watch.numbers)
             for name, storage in built.inputs.items():
-                content = watch.content(storage)
-                assert content is not None
-                inputs[f"input/{names[name]}"] = content
+                brought = watch.from_outside(storage)
+                assert brought is not None
+                inputs[f"input/{names[name]}"] = brought.content
         return Expanded(spliced.interpreter, [number for each in own for number in each], inputs)
 
 

@@ -14,6 +14,8 @@ from everystep.program.operators import (
     NotAllowedError,
     computes,
     draws_random_numbers,
+    has_shape_of_values,
+    leaves,
     parameters,
     resolve,
     writes,
@@ -164,11 +166,7 @@ def is_shaped_by_numbers(func: Any, args: Any) -> bool:
     """Return whether the shapes of an operation's results depend on numbers."""
     if func.overloadpacket.__name__ == "_pack_padded_sequence":  # torch has no tag on it
         return True
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
-    if func.overloadpacket.__name__ not in ("index", "_unsafe_index"):
-        return True
-    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return has_shape_of_values(func, (each.dtype for each in leaves(args[1:2])))
 
 
 def run_counted(func: Any, *args: Any, **keywords: Any) -> Any:

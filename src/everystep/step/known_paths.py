@@ -9,10 +9,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from everystep.program.memory import geometry
 from everystep.step.met_tensors import MetTensors
 from everystep.step.moving_views import MovingViews
 from everystep.step.optimizer_call import OptimizerCalls
-from everystep.step.path import Ending, Entry, Mark, MetTensor, geometry
+from everystep.step.path import Ending, Entry, Mark, MetTensor
 from everystep.step.torchs_own import handles, has_hooks_on_node
 
 __all__ = ["KnownPaths"]

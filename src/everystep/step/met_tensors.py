@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from everystep.program.arguments import DTYPES
-from everystep.program.memory import ALIGNMENT
-from everystep.step.path import FLOAT, INT, Entry, MetTensor, extent_of, geometry
+from everystep.program.memory import ALIGNMENT, geometry
+from everystep.program.operation import extent_of
+from everystep.step.path import FLOAT, INT, Entry, MetTensor
 
 __all__ = ["MetTensors", "UnseenError", "held", "is_plain", "tensor_tokens"]
 

@@ -22,10 +22,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from everystep.program.number_slots import READ
-from everystep.program.step_program import Phase
+from everystep.program.operation import Phase, extent_of
 from everystep.step.calling_code import Calls
 
 __all__ = [
@@ -40,8 +39,6 @@ __all__ = [
     "SeenOperation",
     "SeenTensor",
     "StorageKind",
-    "extent_of",
-    "geometry",
     "places_of_reads",
 ]
 
@@ -220,6 +217,7 @@ class Ending(NamedTuple):
     reads: tuple[int, ...] = ()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Entry:
     """What a step does at one point.
 
@@ -239,48 +237,31 @@ class Entry:
     jump: of a backward pass that can run unwatched, the entry after it, and in which cases.
     """
 
-    __slots__ = (
-        *(
-            "brings",
-            "check",
-            "children",
-            "contents",
-            "draws",
-            "ending",
-            "func",
-            "jump",
-            "kept",
-            "key",
-            "lines",
-            "marks",
-        ),
-        *("in_graph", "met", "new", "next", "nodes", "operation", "parent", "shaped", "where"),
-    )
+    key: Any
+    parent: Entry | None
+    new: tuple[MetTensor, ...]
+    operation: SeenOperation | None = None
+    marks: tuple[Mark, ...] = ()
+    met: int = field(init=False)
+    draws: int = field(init=False)
+    func: Any = None
+    where: Any = None
+    check: Callable[..., Any] | None = None
+    next: Entry | None = None
+    children: dict[Any, Entry] = field(default_factory=dict)
+    contents: tuple[tuple[int, int], ...] = ()
+    brings: bool = False
+    shaped: bool = False
+    kept: tuple[tuple[int, int], ...] = ()
+    in_graph: bool = False
+    lines: Calls = ()
+    nodes: int = 0
+    ending: Ending | None = None
+    jump: Any = None
 
-    def __init__(
-        self,
-        key: Any,
-        parent: Entry | None,
-        new: tuple[MetTensor, ...],
-        operation: SeenOperation | None = None,
-        marks: tuple[Mark, ...] = (),
-    ) -> None:
-        self.key, self.parent, self.new = key, parent, new
-        self.operation, self.marks = operation, marks
-        self.met: int = len(new) + (parent.met if parent is not None else 0)
-        self.draws: int = parent.draws if parent is not None else 0
-        self.func: Any = None
-        self.where: Any = None
-        self.check: Callable[..., Any] | None = None
-        self.next: Entry | None = None
-        self.children: dict[Any, Entry] = {}
-        self.contents: tuple[tuple[int, int], ...] = ()
-        self.shaped = self.brings = self.in_graph = False
-        self.kept: tuple[tuple[int, int], ...] = ()
-        self.ending: Ending | None = None
-        self.jump: Any = None
-        self.lines: Calls = ()
-        self.nodes = 0
+    def __post_init__(self) -> None:
+        self.met = len(self.new) + (self.parent.met if self.parent is not None else 0)
+        self.draws = self.parent.draws if self.parent is not None else 0
 
     def from_root(self) -> list[Entry]:
         """Return the entries from the beginning of the step to this one."""
@@ -454,17 +435,3 @@ def _is_within(operation: SeenOperation, path: str) -> bool:
     if operation.phase != "forward" or not path:
         return operation.phase == "forward"
     return operation.module == path or (operation.module or "").startswith(f"{path}.")
-
-
-def extent_of(geometry: tuple[Any, ...]) -> tuple[int, int]:
-    """Return the first byte of a tensor in its memory, and the one after its last."""
-    dtype, shape, stride, offset = geometry
-    if 0 in shape:
-        return offset * dtype.itemsize, offset * dtype.itemsize
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    return offset * dtype.itemsize, (offset + last + 1) * dtype.itemsize
-
-
-def geometry(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor lies in its memory."""
-    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()

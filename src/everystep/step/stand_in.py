@@ -20,9 +20,8 @@ from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, lies_as, tensor_on
-from everystep.program.number_slots import READ
 from everystep.program.operation import TensorSpec
-from everystep.program.operators import draws_random_numbers
+from everystep.program.operators import draws_random_numbers, has_shape_of_values
 from everystep.step.around import NotReplaceableError
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
@@ -105,8 +104,8 @@ class StandIn:
         self._built = built
         self.path = path
         self._numbers = [*seen.numbers]
-        brought = ((place, seen.content(place)) for place in range(len(path.storages)))
-        self._contents = {place: content for place, content in brought if content is not None}
+        brought = ((place, seen.from_outside(place)) for place in range(len(path.storages)))
+        self._contents = {place: each.content for place, each in brought if each is not None}
         self._batch = [*batch]
         self._plain = plain
         self._optimizer_steps = _steps_of(seen.optimizers.seen, optimizers)
@@ -202,7 +201,8 @@ class StandIn:
             is_outside = not written.isdisjoint(self._contents)
             return "the step changes " + ("a tensor that is in no part" if is_outside else "its batch")
         for each in path.operations:
-            if str(each.operator) != READ and _is_shaped(each, path):
+            indices = (path.tensors[number].dtype for number in each.tensors_read()[1:])
+            if has_shape_of_values(each.operator, indices):
                 return f"{each.operator} returns shapes that depend on values"
         if self._draws and self._parts.device.type != "cpu":
             return "random numbers are drawn on a device other than the CPU"
@@ -386,8 +386,8 @@ class StandIn:
         if not self._foresees(numbers, seen.numbers):
             return "a Python number in the step changes from step to step; compute it with tensors"
         for storage, content in self._contents.items():
-            now = seen.content(storage)
-            if now is None or not (now is content or same_bits(now, content)):
+            now = seen.from_outside(storage)
+            if now is None or not (now.content is content or same_bits(now.content, content)):
                 return "a tensor from outside changes; make it a part, or pass it in the batch"
         plain = {name: value for name, value in logged.items() if not isinstance(value, Tensor)}
         read = {name: seen.numbers[place] for name, place in self._logged_reads.items()}
@@ -521,16 +521,3 @@ def _steps_of(
         if sum(each is optimizer for each in optimizers) > 1:
             raise NotReplaceableError(f"{name} steps twice")
     return [*known]
-
-
-def _is_shaped(seen: Any, path: Path) -> bool:
-    """Return whether the shapes of an operation's results depend on values."""
-    tags = seen.operator.tags
-    if torch.Tag.data_dependent_output in tags:
-        return True
-    if torch.Tag.dynamic_output_shape not in tags:
-        return False
-    if seen.operator.overloadpacket.__name__ not in ("index", "_unsafe_index"):
-        return True
-    indices = [index for index in seen.arguments[1] if isinstance(index, str)]
-    return any(path.tensors[int(index[1:])].dtype in (torch.bool, torch.uint8) for index in indices)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from everystep.step.outside_tensors import Brought
 from everystep.step.path import Path
 
 __all__ = ["TakenByProgram"]
@@ -35,16 +36,10 @@ class TakenByProgram:
         self._path = path
         self._contents = contents
 
-    def content(self, storage: int) -> Tensor | None:
-        """Return the bytes of an input that is not in the batch."""
-        return self._contents.get(storage)
-
-    def cut(self, storage: int) -> None:
-        """Return where an input was cut out of data: nowhere, since its content does not change."""
-
-    def rows(self, storage: int) -> int:
-        """Return of how many rows an input was joined."""
-        return 1
+    def from_outside(self, storage: int) -> Brought | None:
+        """Return an input that is not in the batch; its content does not change from step to step."""
+        content = self._contents.get(storage)
+        return None if content is None else Brought(content)
 
     def end(self, state: Mapping[str, Tensor], versions: Any, loss: Any) -> Path:
         """Return the path of the step."""

@@ -214,11 +214,11 @@ class WatchedSteps:
             return Taken(step, None, None, inputs, nesting, size, {})
         cuts = {}
         for name, storage in known.built.inputs.items():
-            content = watch.content(storage)
-            if content is not None and f"batch/{name}" not in inputs:
-                rows = watch.rows(storage)  # each is kept once
+            brought = watch.from_outside(storage)
+            if brought is not None and f"batch/{name}" not in inputs:
+                content, cut, rows = brought  # each row is kept once
                 inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
-                if (cut := watch.cut(storage)) is not None:
+                if cut is not None:
                     cuts[f"input/{name}"] = cut
         for draw, generator in watch.generators.items():
             # A replay has the generator as the last draw left it, in this step or one before.
@@ -264,8 +264,8 @@ class WatchedSteps:
         built = self.program_of(path)
         if isinstance(built, str):
             return None
-        brought = {f"input/{n}": watch.content(place) for n, place in built.inputs.items()}
-        inputs = {name: content for name, content in brought.items() if content is not None}
+        brought = {f"input/{n}": watch.from_outside(place) for n, place in built.inputs.items()}
+        inputs = {name: each.content for name, each in brought.items() if each is not None}
         return LastProgram(built, built.numbers(watch.numbers, watch.offsets), inputs)
 
     def note_changes(
