@@ -44,7 +44,7 @@ class BoundProgram:
     """A program, bound to the live tensors of a training, and to its own memory for all others.
 
     A step is `put`, if its numbers differ from those of the previous step; `load`, if its batch does;
-    and `run`. `take` does the first and the last, and returns copies.
+    and `run`.
 
     Args:
         program: the program to run.
@@ -142,20 +142,6 @@ class BoundProgram:
         """
         for call in self.calls:
             call()
-
-    def take(self, numbers: Sequence[Number]) -> dict[str, Tensor]:
-        """Run a step on the loaded batch; return copies of what it logs, by name.
-
-        Call it inside `without_autograd`.
-
-        numbers: of the step, in the order of its operations.
-
-        Raises:
-            RuntimeError: as `run`.
-        """
-        self.put(numbers)
-        self.run()
-        return {name: tensor.clone() for name, tensor in self.logged.items()}
 
     def calls_with(self, after: Mapping[int, Sequence[Call]]) -> list[Call]:
         """Return the calls of an observed step: `after` runs after operation i (-1: before all)."""

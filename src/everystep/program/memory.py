@@ -7,7 +7,7 @@ the lowest offset that is free during its lifetime.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from everystep.program.step_program import Program
 __all__ = [
     "ALIGNMENT",
     "MemoryPlan",
+    "copied_together",
     "copy_into",
     "copy_on_cpu",
     "geometry",
@@ -123,6 +124,20 @@ def copy_into(target: Tensor, source: Tensor) -> None:
             if stride == 0 and target.shape[dimension] > 1:
                 target, source = target.narrow(dimension, 0, 1), source.narrow(dimension, 0, 1)
     target.copy_(source)
+
+
+def copied_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors that share memory as these do, by name."""
+    memory: dict[int, torch.UntypedStorage] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        copy = memory.get(storage._cdata)
+        if copy is None:
+            copy = memory[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        found[name] = empty.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return found
 
 
 def copy_on_cpu(tensor: Tensor) -> Tensor:

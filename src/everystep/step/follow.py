@@ -21,13 +21,14 @@ from everystep.errors import Fault, UsageError
 from everystep.program.operators import leaves
 from everystep.program.step_program import Phase
 from everystep.step.calling_code import is_called_in
+from everystep.step.replaced import Replacement
 
 __all__ = ["Follower", "is_compiled", "scripted_fault"]
 
 _next_node = torch._C._autograd._get_sequence_nr
 
-#: The followers of each thread. The first one sets torch's hooks for all modules and optimizers, and the
-#: last one removes them: other threads may be iterating over torch's tables of hooks.
+#: The followers of each thread. The first one sets torch's hooks for all modules and optimizers, and
+#: replaces functions; the last one removes them: other threads may be iterating over torch's tables.
 _followers: dict[int, tuple[Follower, ...]] = {}
 _hooks: list[Any] = []
 _lock = Lock()
@@ -190,12 +191,13 @@ class Follower:
 
 
 def _registered() -> list[Any]:
-    """Register torch's hooks for all modules and optimizers; return what removes them."""
+    """Register torch's hooks for all modules and optimizers, replace functions; return what ends it."""
     return [
         register_module_forward_pre_hook(_module_begins),
         register_module_forward_hook(_module_ends, always_call=True),
         register_optimizer_step_pre_hook(_update_begins),
         register_optimizer_step_post_hook(_update_ends),
+        Replacement(),
     ]
 
 

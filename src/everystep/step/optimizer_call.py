@@ -22,7 +22,7 @@ from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.step.own_state import entries_of
 from everystep.step.torchs_own import is_torchs_function, replaces_method
 
-__all__ = ["OptimizerCall", "OptimizerCalls", "Settings", "is_torchs_optimizer"]
+__all__ = ["OptimizerCall", "OptimizerCalls", "Settings", "is_ours", "is_torchs_optimizer"]
 
 Number = int | float
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
@@ -114,7 +114,7 @@ class OptimizerCalls:
         if kind not in _BY_KIND or own["_optimizer_step_pre_hooks"] or own["_optimizer_step_post_hooks"]:
             return False
         for hooks in _HOOKS_OF_ALL:  # one is everystep's, and each training in another thread has one
-            if len(hooks) > 1 and not all(map(_is_ours, [*hooks.values()])):
+            if len(hooks) > 1 and not all(map(is_ours, [*hooks.values()])):
                 return False
         if not own.keys() <= self._names:
             if not all(key.startswith("_optimizer_") for key in own.keys() - _OWN):
@@ -195,7 +195,7 @@ class _Code:
         return True
 
 
-def _is_ours(hook: Any) -> bool:
+def is_ours(hook: Any) -> bool:
     """Return whether a hook is everystep's."""
     return str(getattr(hook, "__module__", "")).startswith("everystep.")
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OF_WATCHES", "begin", "end", "install", "remove", "run_engine"]
+__all__ = ["OF_WATCHES", "Replacement", "begin", "end", "run_engine"]
 
 #: Their names; another thread may be the reason that they are replaced.
 OF_WATCHES = {"_engine_run_backward", "data"}
@@ -40,46 +40,38 @@ class _OfThread(threading.local):
 
 
 _here = _OfThread()
-_lock = threading.Lock()
-_count = 0
 #: torch's own, or a replacement by other code.
 _engine: Any = None
 _MARKS = "_record_function_enter_new", "_record_function_exit._RecordFunction"
-#: What keeps the marks of a profiler from modes, as long as it exists.
-_unmarked: Any = None
 
 
-def install() -> None:
-    """Replace the two functions, until `remove` has been called as often.
+class Replacement:
+    """Replaces the two functions until it is removed; there is one at a time in the process.
 
     A change of `torch.Tensor` makes Python forget where it found the methods of all tensors, so a
     recording does this once, and not at each step.
     """
-    global _count, _engine, _unmarked
-    with _lock:
-        if not _count:  # the first watch of the process; the last one restores torch's functions
-            _unmarked = torch.library.Library("profiler", "IMPL")  # type: ignore[no-untyped-call]
-            for name in _MARKS:
-                _unmarked.impl(name, torch.library.fallthrough_kernel, "Python")
-            _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
-            torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
-            torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore
-        _count += 1
 
+    def __init__(self) -> None:
+        global _engine
+        library: Any = torch.library.Library("profiler", "IMPL")  # type: ignore[no-untyped-call]
+        for name in _MARKS:
+            library.impl(name, torch.library.fallthrough_kernel, "Python")
+        #: Keeps the marks of a profiler from modes, as long as it exists.
+        self._unmarked = library
+        _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+        torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
+        torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore
 
-def remove() -> None:
-    """Undo one `install`."""
-    global _count, _unmarked
-    with _lock:
-        _count -= 1
-        if not _count:
-            _unmarked = None
-            torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
-            del torch.Tensor.data
+    def remove(self) -> None:
+        """Restore torch's functions."""
+        self._unmarked = None
+        torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
+        del torch.Tensor.data
 
 
 def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
-    """Once installed, let a watch run the backward passes of this thread, and know of other memory."""
+    """Let a watch run the backward passes of this thread, and know of other memory."""
     _here.watches.append(_Watch(run, moves))
 
 

@@ -19,7 +19,7 @@ from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
-from everystep.program.memory import copy_into, lies_as, tensor_on
+from everystep.program.memory import copied_together, copy_into, lies_as, tensor_on
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers, has_shape_of_values
 from everystep.step.around import NotReplaceableError
@@ -317,7 +317,7 @@ class StandIn:
         ends = self.live.ends
         if any(state.get(name) is not tensor for name, tensor in ends.items()):
             # Other code may keep them, and a step that begins with them must not write into them.
-            own = ends if self._is_quiet and not self._moves else _copies(ends)
+            own = ends if self._is_quiet and not self._moves else copied_together(ends)
             for name, tensor in own.items():
                 self._set_gradient(state, name, tensor)
             taken.is_still = False
@@ -342,7 +342,7 @@ class StandIn:
         """
         ends = {} if self.live is None else self.live.ends
         lent = {name: tensor for name, tensor in ends.items() if state.get(name) is tensor}
-        for name, tensor in _copies(lent).items():
+        for name, tensor in copied_together(lent).items():
             self._set_gradient(state, name, tensor)
         return bool(lent)
 
@@ -416,7 +416,8 @@ class StandIn:
         try:
             with without_autograd():
                 live.load(given)
-                found = live.take(self._built.numbers(numbers))
+                live.put(self._built.numbers(numbers))
+                live.run()
             is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
         finally:
             torch.set_rng_state(after)
@@ -429,7 +430,7 @@ class StandIn:
         for place, index in self._read.items():
             if repr(live.numbers[index]) != repr(numbers[place]):
                 return "the program reads another number than Python"
-        for name, tensor in found.items():
+        for name, tensor in live.logged.items():
             value = logged.get(name)
             if isinstance(value, Tensor) and not same_bits(
                 value.detach().reshape(()), tensor.reshape(())
@@ -473,21 +474,6 @@ class StandIn:
                 raise NotReplaceableError("the optimizer runs another step than before")
             numbers[step.begin : step.end] = call.settings.numbers
         return numbers
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of tensors of a program; what shares memory still does."""
-    memory: dict[int, torch.UntypedStorage] = {}
-    found = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        if storage._cdata not in memory:
-            memory[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
-        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        found[name] = copy.set_(
-            memory[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
-    return found
 
 
 def _gradients(path: Path, named: Sequence[tuple[str, int]]) -> dict[str, tuple[Any, ...]]:

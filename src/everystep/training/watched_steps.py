@@ -19,7 +19,6 @@ from everystep.errors import say
 from everystep.program.operators import NotAllowedError
 from everystep.recording.contents import Taken, digest_of
 from everystep.recording.recorder import Recorder
-from everystep.step import replaced
 from everystep.step.around import Around
 from everystep.step.build import BuiltPath, NotCapturableError, build_path
 from everystep.step.cursor import Cursor
@@ -115,13 +114,11 @@ class WatchedSteps:
         """Follow modules and optimizers, until `finish`."""
         if not self._follows:
             self.follower.begin()
-            replaced.install()
             self._follows = True
 
     def finish(self) -> None:
         """Follow modules and optimizers no longer."""
         if self._follows:
-            replaced.remove()
             self.follower.finish()
             self._follows = False
 
