@@ -22,7 +22,7 @@ from everystep.program.calls import Call, late_calls, prebuilt_calls, without_au
 from everystep.program.memory import copy_into, geometry, plan_memory, tensor_on, whole_memory
 from everystep.program.number_slots import READ, Number, is_number, is_number_slot
 from everystep.program.operation import Operation, extent_of
-from everystep.program.operators import draws_random_numbers, parameters
+from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.steady import SteadyOptimizer, steady_operations
 from everystep.program.step_program import Program
@@ -81,7 +81,7 @@ class BoundProgram:
         self._batch = [name for name in batch if name in program.tensors]
         _check_batch(program, self._batch)
         temporary = _temporary(program, device, steady)
-        own = _memory_of(program, {program.tensors[name].storage for name in self._batch}, device)
+        own = _memory_of(program, program.storages_of(self._batch), device)
         known = {program.tensors[name].storage: state[name] for name in program.state_names}
         anchors = own | temporary
         anchors |= _given(program, {**known, **inputs}, anchors)
@@ -160,7 +160,7 @@ class BoundProgram:
         try:
             for call in calls:
                 call()
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        except REFUSALS as error:
             raise ProgramError(f"{self.program.operations[place].operator}: {error}") from None
 
     def _bound(self, operation: Operation) -> list[Call]:
@@ -240,7 +240,7 @@ def _check_batch(program: Program, names: Sequence[str]) -> None:
     Raises:
         ProgramError: it does.
     """
-    for storage in dict.fromkeys(program.tensors[name].storage for name in names):
+    for storage in program.storages_of(names):
         on = {name for name, spec in program.tensors.items() if spec.storage == storage}
         extents = [program.tensors[name].extent for name in names if name in on]
         begin, end = min(b for b, _ in extents), max(e for _, e in extents)
@@ -284,7 +284,7 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     names = program.of_kind("temporary")
     shown = (program.loss, *program.gradients.values(), *program.ends.values(), *program.logged.values())
     made = (name for place in steady for name in program.operations[place].changed())
-    kept = {program.tensors[name].storage for name in (*filter(None, shown), *made)}
+    kept = program.storages_of((*filter(None, shown), *made))
     alone = {name for name in names if name in kept or program.storages[name].host}
     plan = plan_memory(program, [name for name in names if name not in alone])
     shared = _empty(plan.size, device)

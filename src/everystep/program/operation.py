@@ -169,19 +169,17 @@ class Operation(StrictModel):
         operator = self.resolved
         if not computes(operator):
             raise ValueError(f"{operator} computes nothing: tensors already have their shapes")
+        missing = next((n for n in (*self.reads(), *self.results) if n and n not in tensors), None)
+        if missing is not None:
+            raise ValueError(f"{operator}: unknown tensor {missing!r}")
         if isinstance(operator, OptimizerOperator):
             if len(self.arguments) != len(ARGUMENTS) or not self.keywords.keys().isdisjoint(ARGUMENTS):
                 raise ValueError(
                     f"{operator} takes {len(ARGUMENTS)} arguments, and its settings by name"
                 )
             operator.check(self.given(), self.results, tensors)
-        else:
-            self._check_arguments()
-        missing = next((n for n in (*self.reads(), *self.results) if n and n not in tensors), None)
-        if missing is not None:
-            raise ValueError(f"{operator}: unknown tensor {missing!r}")
-        if isinstance(operator, OptimizerOperator):
             return
+        self._check_arguments()
         kinds = [str(result.type) for result in operator._schema.returns]
         kinds = [kind for kind in kinds if kind != "number"]
         if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:

@@ -27,6 +27,7 @@ __all__ = [
     "flattened",
     "has_shape_of_values",
     "leaves",
+    "may_have_shape_of_values",
     "out_variant",
     "parameters",
     "resolve",
@@ -141,7 +142,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
         not _RESULT_TYPES.fullmatch(str(result.type)) for result in schema.returns
     ):
         return "returns a number to Python, which may branch on it"
-    if name != "index" and _has_dynamic_shape(operator.overloadpacket):
+    if name != "index" and may_have_shape_of_values(operator.overloadpacket):
         return "returns a result of a shape that depends on values"
     if torch.Tag.inplace_view in tags:
         return "changes the shape or the memory of an existing tensor"
@@ -159,7 +160,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
 
 
 @cache
-def _has_dynamic_shape(packet: Any) -> bool:
+def may_have_shape_of_values(packet: Any) -> bool:
     """Return whether a result's shape depends on values; not all overloads with `out=` declare it."""
     overloads = (getattr(packet, name) for name in packet.overloads())
     return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)

@@ -41,18 +41,14 @@ def steady_operations(program: Program) -> set[int]:
     They read only results of each other, no number of the step, and draw nothing. Each is the only one
     that writes its results, which no state name has after the step.
     """
-
-    def storages(names: list[str]) -> set[str]:
-        return {program.tensors[name].storage for name in names}
-
-    writes = [storages(operation.changed()) for operation in program.operations]
+    writes = [program.storages_of(operation.changed()) for operation in program.operations]
     writers = Counter(storage for each in writes for storage in each)
-    handed_out = storages([*program.ends.values()])
+    handed_out = program.storages_of(program.ends.values())
     fixed: set[str] = set()
     found = set()
     for place, operation in enumerate(program.operations):
         unread = unread_inputs(operation)
-        reads = storages([name for name in operation.reads() if name not in unread])
+        reads = program.storages_of(name for name in operation.reads() if name not in unread)
         is_own = all(
             program.storages[name].kind == "temporary" and writers[name] == 1 for name in writes[place]
         ) and writes[place].isdisjoint(handed_out | reads)

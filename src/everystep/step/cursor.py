@@ -219,8 +219,7 @@ class Cursor(UnderWay):
         try:
             tokens, named = self._tokens(known, args, keywords)
             flat = [*tensor_tokens((*tokens, *(token for _, token in named)))]
-            given = {name: token for (name, _), token in zip(known.places, tokens, strict=False)}
-            given |= dict(named)
+            given = dict(zip(known.places, tokens, strict=False)) | dict(named)
             into = tensor_tokens(given[name] for name in known.writes if name in given)
             written = [token[1] for token in into]
             if is_seen:
@@ -326,11 +325,11 @@ class Cursor(UnderWay):
         if known.how not in ("pass", "make", "see"):
             raise UnseenError(known.how)
         is_seen = known.how == "see"  # the numbers of a view belong to its geometry
-        token, slots = self.tensors.token, known.slots if is_seen else ()
+        token, slots = self.tensors.token, known.places if is_seen else {}
         is_part = self._is_part if is_seen and not known.writes else None
-        pairs = zip(args, known.places, strict=False)
-        tokens = tuple([token(value, is_slot and is_seen, is_part) for value, (_, is_slot) in pairs])
-        named = [(name, token(value, name in slots, is_part)) for name, value in keywords.items()]
+        given = zip(args, known.places, strict=False)
+        tokens = tuple([token(value, slots.get(name, False), is_part) for value, name in given])
+        named = [(n, token(value, slots.get(n, False), is_part)) for n, value in keywords.items()]
         return tokens, tuple(named)
 
     def _check(self, known: KnownOperator, tokens: Iterable[Any], written: Iterable[int]) -> None:

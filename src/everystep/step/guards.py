@@ -19,8 +19,6 @@ from everystep.step.state import as_integers
 __all__ = [
     "PLAIN_TYPES",
     "Guards",
-    "class_dict",
-    "class_name",
     "has_comparable_numbers",
     "is_a",
     "is_plain",
@@ -173,16 +171,6 @@ def kind_of(value: Any) -> type:
 def is_a(value: Any, *kinds: type) -> bool:
     """Return whether a value is of a class; `isinstance` would also ask the value itself."""
     return issubclass(kind_of(value), kinds)
-
-
-def class_dict(cls: type) -> Any:
-    """Return the dict of a class, without its metaclass."""
-    return type.__dict__["__dict__"].__get__(cls)
-
-
-def class_name(cls: type) -> str:
-    """Return the name of a class, without asking its metaclass."""
-    return str(type.__dict__["__name__"].__get__(cls))
 
 
 def same_value(one: Any, two: Any) -> bool:

@@ -273,19 +273,16 @@ class MetTensors:
 
     def is_within(self, number: int) -> bool:
         """Tell whether a tensor is within one that is kept, if the batch or the state has its memory."""
+        begin, end = extent_of(self.known[number].geometry)
+        kept = self.limits(number)
+        return not kept or any(one <= begin and end <= two for one, two in kept)
+
+    def limits(self, number: int) -> list[tuple[int, int]]:
+        """Return where tensors of the batch or the state lie on the memory of a tensor, if one does."""
         if self._extents is None:
             self._extents = {}
             for each in filter(lambda each: each.is_named, self.known):
                 self._extents.setdefault(each.origin, []).append(extent_of(each.geometry))
-        tensor = self.known[number]
-        begin, end = extent_of(tensor.geometry)
-        kept = self._extents.get(tensor.origin)
-        return kept is None or any(one <= begin and end <= two for one, two in kept)
-
-    def limits(self, number: int) -> list[tuple[int, int]]:
-        """Return where tensors of the batch or the state lie on the memory of a tensor, if one does."""
-        self.is_within(number)
-        assert self._extents is not None
         return [*self._extents.get(self.known[number].origin, ())]
 
     # Tokens.

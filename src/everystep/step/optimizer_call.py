@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from everystep.gradient_descent import GradientDescent
+from everystep.program.number_slots import Number
 from everystep.program.operators import leaves
 from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.step.own_state import entries_of
@@ -24,7 +25,6 @@ from everystep.step.torchs_own import is_torchs_function, replaces_method
 
 __all__ = ["OptimizerCall", "OptimizerCalls", "Settings", "is_ours", "is_torchs_optimizer"]
 
-Number = int | float
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
 #: The attributes of an optimizer, without those that other code has set on it.
 _OWN = {
@@ -138,8 +138,7 @@ def _call_of(operator: OptimizerOperator, optimizer: torch.optim.Optimizer) -> O
         return None
     numbers: list[Number] = []
     given = (*values.values(),)
-    _collect(given, numbers)
-    settings = Settings(values, _without_numbers(given), numbers, leaves(given))
+    settings = Settings(values, _layout(given, numbers), numbers, leaves(given))
     layout = (*map(tuple, kept), settings.layout)
     return OptimizerCall(operator, settings, parameters, kept, tensors + settings.tensors, layout)
 
@@ -216,15 +215,11 @@ def _is_setting(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float) or isinstance(value, Tensor)
 
 
-def _without_numbers(value: Any) -> Any:
+def _layout(value: Any, numbers: list[Number]) -> Any:
+    """Return settings without their numbers, which are added to others."""
     if isinstance(value, tuple):
-        return tuple(map(_without_numbers, value))
-    return type(value) if type(value) in (int, float) or isinstance(value, Tensor) else value
-
-
-def _collect(value: Any, numbers: list[Number]) -> None:
-    if isinstance(value, tuple):
-        for item in value:
-            _collect(item, numbers)
-    elif type(value) in (int, float):
+        return tuple([_layout(item, numbers) for item in value])
+    if type(value) in (int, float):
         numbers.append(value)
+        return type(value)
+    return type(value) if isinstance(value, Tensor) else value

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from everystep.program.number_slots import READ
-from everystep.program.operation import Phase, extent_of
+from everystep.program.operation import Phase, Storage, extent_of
 from everystep.step.calling_code import Calls
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "PathWriter",
     "SeenOperation",
     "SeenTensor",
-    "StorageKind",
     "places_of_reads",
 ]
 
@@ -93,14 +92,6 @@ class SeenOperation(NamedTuple):
         return _tensors_in((*self.arguments, *(value for _, value in self.keywords)))
 
 
-class StorageKind(NamedTuple):
-    """Where a storage comes from: `state`, `input` or `temporary`. host: in the CPU's memory."""
-
-    kind: str
-    bytes: int
-    host: bool
-
-
 @dataclass(frozen=True)
 class Path:
     """What one step did, without its numbers and the content of its inputs.
@@ -114,7 +105,7 @@ class Path:
 
     operations: tuple[SeenOperation, ...]
     tensors: tuple[SeenTensor, ...]
-    storages: tuple[StorageKind, ...]
+    storages: tuple[Storage, ...]
     named: tuple[tuple[str, int], ...]
     ends: tuple[tuple[str, int], ...]
     gone: tuple[str, ...]
@@ -291,7 +282,7 @@ class PathWriter:
         self._met = met
         self._has_host = has_host
         self._tensors: list[SeenTensor] = []
-        self._storages: list[StorageKind] = []
+        self._storages: list[Storage] = []
         self._number_of: dict[SeenTensor, int] = {}
         self._place_of: dict[int, int] = {}
 
@@ -375,8 +366,9 @@ class PathWriter:
         if origin not in self._place_of:
             self._place_of[origin] = len(self._storages)
             first = self._met[origin]
-            kind = "input" if first.kind in ("batch", "part") else first.kind
-            self._storages.append(StorageKind(kind, first.bytes, self._has_host and first.on_cpu))
+            kind: Any = "input" if first.kind in ("batch", "part") else first.kind
+            host = self._has_host and first.on_cpu
+            self._storages.append(Storage(kind=kind, bytes=first.bytes, host=host))
             self.origins.append(origin)
         return self._place_of[origin]
 
@@ -401,7 +393,7 @@ class PathWriter:
         places = {tensors[number].storage for number in named}
         for storage in (place for place in places if storages[place].kind == "input"):
             ends = (extent_of(each.geometry)[1] for each in tensors if each.storage == storage)
-            storages[storage] = storages[storage]._replace(bytes=max(ends))
+            storages[storage] = storages[storage].model_copy(update={"bytes": max(ends)})
 
 
 class _ForwardPasses:

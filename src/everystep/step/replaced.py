@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +25,11 @@ OF_WATCHES = {"_engine_run_backward", "data"}
 _DATA = torch._C.TensorBase.data
 
 
-class _Watch(NamedTuple):
-    """run: runs a backward pass; moves: called with a tensor that has got other memory."""
-
-    run: Callable[..., Any]
-    moves: Callable[[Tensor], None]
-
-
 class _OfThread(threading.local):
-    """The watches of a thread, the innermost last."""
+    """The watches of a thread, the innermost last: what `begin` was given."""
 
     def __init__(self) -> None:
-        self.watches: list[_Watch] = []
+        self.watches: list[tuple[Callable[..., Any], Callable[[Tensor], None]]] = []
 
 
 _here = _OfThread()
@@ -71,8 +64,8 @@ class Replacement:
 
 
 def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
-    """Let a watch run the backward passes of this thread, and know of other memory."""
-    _here.watches.append(_Watch(run, moves))
+    """Let a watch run the backward passes of this thread, and know of tensors with other memory."""
+    _here.watches.append((run, moves))
 
 
 def end() -> None:
@@ -86,11 +79,12 @@ def run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-    watches = _here.watches
-    return (watches[-1].run if watches else _engine)(outputs, *args, **kwargs)
+    run = _here.watches[-1][0] if _here.watches else _engine
+    return run(outputs, *args, **kwargs)
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     _DATA.__set__(tensor, value)  # type: ignore[attr-defined]
     if _here.watches:
-        _here.watches[-1].moves(tensor)
+        _, moves = _here.watches[-1]
+        moves(tensor)

@@ -20,6 +20,7 @@ from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copied_together, copy_into, lies_as, tensor_on
+from everystep.program.number_slots import Number
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers, has_shape_of_values
 from everystep.step.around import NotReplaceableError
@@ -33,9 +34,8 @@ from everystep.step.state import same_bits
 from everystep.step.taken import TakenByProgram
 from everystep.step.unchanging import unchanging_reads
 
-__all__ = ["CreatesTensorsError", "Number", "PartsCopy", "StandIn"]
+__all__ = ["CreatesTensorsError", "PartsCopy", "StandIn"]
 
-Number = int | float
 #: Bytes up to which a copy of the state and of the program's memory is kept for the next comparison.
 SMALL_BYTES = 16_000_000
 CURE = "return the tensor instead of a Python number"

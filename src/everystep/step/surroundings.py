@@ -77,8 +77,6 @@ class Surroundings:
             kind = hook_on(module)
             if kind is not None:
                 yield f"{where} has {kind}"
-            if type(module).__module__.startswith("torch._dynamo"):
-                yield f"{where} is compiled (torch.compile)"
             if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
                 yield f"{where} is a {type(module).__name__}"
         for name, tensor in self._state().items():

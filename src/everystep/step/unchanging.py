@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
 
 from everystep.program.number_slots import READ
 from everystep.program.operators import draws_random_numbers
@@ -47,16 +46,11 @@ def unchanging_reads(
             if is_unchanging:
                 found[numbers.start] = sources
             continue
-        if draws_random_numbers(operation.operator) or _leaves_bytes(operation.operator):
-            is_unchanging = False
+        # What only allocates memory is no operation: what has no numbers yet is not among them.
+        is_unchanging &= not draws_random_numbers(operation.operator)
         if not is_unchanging or any(number in changing_numbers for number in numbers):
             for storage in operation.writes:
                 depends.pop(storage, None)
         else:
             depends.update(dict.fromkeys(operation.writes, sources))
     return found
-
-
-def _leaves_bytes(operator: Any) -> bool:
-    """Return whether a result has bytes of memory that nothing has written."""
-    return any(part in operator.overloadpacket.__name__ for part in ("empty", "resize"))
