@@ -19,7 +19,6 @@ from everystep.errors import say
 from everystep.program.operators import NotAllowedError
 from everystep.recording.contents import Taken, digest_of
 from everystep.recording.recorder import Recorder
-from everystep.step.around import Around
 from everystep.step.build import BuiltPath, NotCapturableError, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
@@ -28,8 +27,9 @@ from everystep.step.known_paths import KnownPaths
 from everystep.step.outside_tensors import OutsideTensors, versions_by_name
 from everystep.step.parts import Parts
 from everystep.step.path import Ending, Path
+from everystep.step.replaceable import Around
+from everystep.step.stand_in import TakenByProgram
 from everystep.step.state import copy_of
-from everystep.step.taken import TakenByProgram
 from everystep.training.batch import BatchCopies
 from everystep.training.notices import Notices
 from everystep.training.step_under_way import AnyWatch, StepUnderWay
