@@ -23,7 +23,7 @@ from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.step.own_state import entries_of
 from everystep.step.torchs_own import is_torchs_function, replaces_method
 
-__all__ = ["OptimizerCall", "OptimizerCalls", "Settings", "is_ours", "is_torchs_optimizer"]
+__all__ = ["OptimizerCall", "OptimizerCalls", "is_ours", "is_torchs_optimizer"]
 
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
 #: The attributes of an optimizer, without those that other code has set on it.
@@ -40,33 +40,23 @@ _STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
 _HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
-class Settings(NamedTuple):
-    """The settings of an optimizer.
-
-    values: by key, a list by param group; layout: all but the numbers, comparable; numbers: in the order
-    in which a program has them; tensors: among the values.
-    """
-
-    values: dict[str, tuple[Any, ...]]
-    layout: tuple[Any, ...]
-    numbers: list[Number]
-    tensors: list[Tensor]
-
-
 class OptimizerCall(NamedTuple):
     """A step of an optimizer that is one operation.
 
-    operator: of a program; parameters: by group, those that have a gradient; kept: the optimizer's state
-    of each, by key; tensors: all of these, those of the settings, and the gradients; layout: everything
-    that a step depends on except numbers and tensors, comparable.
+    operator: of a program; settings: by key, a list by param group; numbers: of these, in the order in
+    which a program has them; layout: all else of these, comparable; parameters: by group, those that
+    have a gradient; kept: the optimizer's state of each, by key; keys: of that; tensors: all of these,
+    those of the settings, and the gradients.
     """
 
     operator: OptimizerOperator
-    settings: Settings
+    settings: dict[str, tuple[Any, ...]]
+    numbers: list[Number]
+    layout: tuple[Any, ...]
     parameters: list[list[Tensor]]
     kept: list[dict[str, Tensor]]
+    keys: tuple[tuple[str, ...], ...]
     tensors: list[Tensor]
-    layout: tuple[Any, ...]
 
     def made(self, state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[int, int, str, Tensor]]:
         """Return the group, the place in it, the key and the tensor of all that is new in the state."""
@@ -138,9 +128,9 @@ def _call_of(operator: OptimizerOperator, optimizer: torch.optim.Optimizer) -> O
         return None
     numbers: list[Number] = []
     given = (*values.values(),)
-    settings = Settings(values, _layout(given, numbers), numbers, leaves(given))
-    layout = (*map(tuple, kept), settings.layout)
-    return OptimizerCall(operator, settings, parameters, kept, tensors + settings.tensors, layout)
+    layout, keys = _layout(given, numbers), tuple(map(tuple, kept))
+    tensors += leaves(given)
+    return OptimizerCall(operator, values, numbers, layout, parameters, kept, keys, tensors)
 
 
 def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:

@@ -466,9 +466,9 @@ class StandIn:
         numbers = self._numbers.copy()
         for step in self._optimizer_steps:
             call = self._calls.of(step.optimizer)
-            if call is None or call.settings.layout != step.layout:
+            if call is None or call.layout != step.layout:
                 raise NotReplaceableError("the optimizer runs another step than before")
-            numbers[step.begin : step.end] = call.settings.numbers
+            numbers[step.begin : step.end] = call.numbers
         return numbers
 
 

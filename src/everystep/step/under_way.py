@@ -137,7 +137,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 same, versions = self.tensors.same(state), versions_by_name(state)
             self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
             self.tensors.begin(state, same, root)
-            self.tensors.note_looks(state)
             if left is not None and self.is_remembered:
                 self.paths.begins_after(left, root, same)
         self._versions = [count for _, count, _ in versions.values()]
