@@ -22,6 +22,7 @@ __all__ = [
     "decoded",
     "encoded",
     "entries_of",
+    "is_plain_value",
     "keeps_own_state",
     "optimizer_settings",
     "registered",
@@ -141,7 +142,7 @@ class _Capturing:
 
     def encoded(self, value: Any, place: str) -> Any:
         """Return a value as JSON can hold it; other values are `left` unchanged."""
-        if value is None or type(value) in (bool, int, float, str):
+        if is_plain_value(value):
             return value
         if id(value) in self._places:
             return {"same": self._places[id(value)][0]}
@@ -158,7 +159,7 @@ class _Capturing:
             return {"tensor": self._kept(value, place)}
         if isinstance(value, np.ndarray | np.generic):
             return self._array(value, place)
-        if type(value) in (set, frozenset) and all(map(_is_plain, value)):
+        if type(value) in (set, frozenset) and all(map(is_plain_value, value)):
             return {type(value).__name__: sorted(value, key=repr)}
         if isinstance(value, torch.Generator):
             return {"generator": self._kept(value.get_state(), place)}
@@ -194,7 +195,7 @@ class _Capturing:
 
     def _is_key(self, key: Any) -> bool:
         is_known = isinstance(key, Tensor) and key in self._names
-        return is_known or _is_plain(key) or (type(key) is tuple and all(map(_is_plain, key)))
+        return is_known or is_plain_value(key) or (type(key) is tuple and all(map(is_plain_value, key)))
 
     def _key(self, key: Any) -> Any:
         if isinstance(key, Tensor):
@@ -218,7 +219,8 @@ def _is_code(value: Any) -> bool:
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain_value(value: Any) -> bool:
+    """Return whether a value is itself in JSON."""
     return value is None or type(value) in (bool, int, float, str)
 
 

@@ -20,6 +20,7 @@ from everystep.step.own_state import (
     decoded,
     encoded,
     entries_of,
+    is_plain_value,
     keeps_own_state,
     optimizer_settings,
     restore_optimizer,
@@ -29,8 +30,6 @@ from everystep.step.parts import Parts
 from everystep.step.state import State, copy_of
 
 __all__ = ["PartsState", "Rest"]
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class Rest(NamedTuple):
@@ -130,7 +129,7 @@ class PartsState:
         names = self.parts.parameter_names()
         settings = {"optimizer": optimizer_settings(optimizer, names)}
         entries = (value for _, each in entries_of(optimizer) for value in each.values())
-        is_usual = all(isinstance(value, (Tensor, *_PLAIN)) for value in entries)
+        is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
         if is_usual and not keeps_own_state(optimizer):
             return {}, settings
         tensors, data = encoded(optimizer, part, live, names)
@@ -255,7 +254,7 @@ def _restore_groups(
 def _attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the plain attributes of a module and of all within it, by path."""
     return {
-        path: {name: value for name, value in vars(inner).items() if type(value) in _PLAIN}
+        path: {name: value for name, value in vars(inner).items() if is_plain_value(value)}
         for path, inner in module.named_modules()
     }
 

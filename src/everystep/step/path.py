@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from everystep.program.arguments import references
 from everystep.program.number_slots import READ
 from everystep.program.operation import Phase, Storage, extent_of
 from everystep.step.calling_code import Calls
@@ -89,7 +90,8 @@ class SeenOperation(NamedTuple):
 
     def tensors_read(self) -> list[int]:
         """Return the numbers of the tensors among its arguments."""
-        return _tensors_in((*self.arguments, *(value for _, value in self.keywords)))
+        given = *self.arguments, *(value for _, value in self.keywords)
+        return [int(name[1:]) for name in references(given) if name.startswith("%")]
 
 
 @dataclass(frozen=True)
@@ -149,15 +151,6 @@ def places_of_reads(operations: Iterable[SeenOperation]) -> Iterator[int]:
         if str(operation.operator) == READ:
             yield place
         place += operation.numbers
-
-
-def _tensors_in(value: Any) -> list[int]:
-    """Return the numbers of the tensors in an argument."""
-    if isinstance(value, str):
-        return [int(value[1:])] if value.startswith("%") else []
-    if isinstance(value, tuple):
-        return [number for item in value for number in _tensors_in(item)]
-    return []
 
 
 class MetTensor(NamedTuple):
