@@ -17,11 +17,10 @@ from torch import Tensor
 
 from everystep.program.memory import geometry
 from everystep.program.operators import flattened, leaves, parameters, writes
-from everystep.step import replaced
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of
 from everystep.step.calling_code import named_here
-from everystep.step.follow import Follower
+from everystep.step.follow import Follower, begin_watch, end_watch
 from everystep.step.known_operators import (
     KnownOperator,
     gathers_data,
@@ -422,14 +421,14 @@ class Cursor(UnderWay):
         super().__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1
         if self._depth == 1:
-            replaced.begin(self._backward.run, self._moved)
+            begin_watch(self._backward.run, self._moved)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             self.recover()
-            replaced.end()
+            end_watch()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _moved(self, tensor: Tensor) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everystep.step.follow import OF_WATCHES
 from everystep.step.guards import Guards, is_a
 from everystep.step.optimizer_call import OptimizerCalls, is_ours
 from everystep.step.parts import Parts
-from everystep.step.replaced import OF_WATCHES
 from everystep.step.torchs_own import (
     HOOKS,
     guard_module,
