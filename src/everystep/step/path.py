@@ -279,18 +279,13 @@ class PathWriter:
         self._number_of: dict[SeenTensor, int] = {}
         self._place_of: dict[int, int] = {}
 
-    def path(
-        self,
-        end: Entry,
-        state: Mapping[str, int],
-        loss: Callable[[Sequence[SeenOperation]], int | None],
-    ) -> Path:
+    def path(self, end: Entry, state: Mapping[str, int], loss: int | None) -> Path:
         """Return the path that ends with an entry.
 
         Args:
             end: the entry.
             state: the tensors of the state afterwards, by name.
-            loss: returns the tensor logged as the loss, given the operations.
+            loss: the tensor logged as the loss.
         """
         named: dict[str, int] = {}
         before: dict[str, int] = {}
@@ -298,7 +293,6 @@ class PathWriter:
         activations: dict[str, tuple[int, ...]] = {}
         logged: dict[str, int] = {}
         operations: list[SeenOperation] = []
-        seen: list[SeenOperation] = []
         lines: list[Calls] = []
         written: set[int] = set()
         forward = _ForwardPasses()
@@ -306,7 +300,6 @@ class PathWriter:
             if entry.key[0] == "module":
                 forward.ends(entry.key[1], operations, has_gradients=entry.key[2])
             if entry.operation is not None and not entry.shaped:
-                seen.append(entry.operation)
                 lines.append(entry.lines)
                 operations.append(self._renumbered(entry.operation))
                 written.update(operations[-1].writes)
@@ -327,8 +320,7 @@ class PathWriter:
                     activations.pop(mark.name, None)
                     activations[mark.name] = numbers
         after = {name: self._number(met) for name, met in state.items()}
-        loss_number = loss(seen)
-        loss_number = None if loss_number is None else self._number(loss_number)
+        loss_number = None if loss is None else self._number(loss)
         self._cut_batch(named.values())
         return Path(
             operations=tuple(operations),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -463,10 +462,12 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         bound = tuple(map(self._bound, state.values())) if self.is_remembered else ()
         after = {name: self.number(tensor) for name, tensor in state.items() if is_plain(tensor)}
         logged = None
-        if isinstance(loss, Tensor) and loss.numel() == 1 and is_plain(loss):
+        if not isinstance(loss, Tensor):
+            logged = self._read_from(loss)
+        elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
         writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
-        path = writer.path(at, after, partial(self._loss, loss, logged))
+        path = writer.path(at, after, logged)
         written = self.written_elsewhere.keys() - self.tensors.origins_of(after.values())
         texts = [text for origin, text in self.written_elsewhere.items() if origin in written]
         self.changed_elsewhere = texts[0] if texts else None
@@ -483,12 +484,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.paths.learned()
         return ending
 
-    def _loss(self, loss: Any, number: int | None, operations: Sequence[SeenOperation]) -> int | None:
-        """Return the number of the tensor that was logged as the loss, or from which Python read it."""
-        if isinstance(loss, Tensor):
-            return number
+    def _read_from(self, loss: Any) -> int | None:
+        """Return the number of the tensor from which Python read what was logged as the loss."""
         place = len(self.numbers)
-        for operation in reversed(operations):
+        for operation in reversed([*self.at.operations()]):
             place -= operation.numbers
             if str(operation.operator) == READ and self.numbers[place] == loss:
                 return int(operation.arguments[0][1:])
