@@ -19,10 +19,10 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode
 from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
-from everystep.program.memory import copy_into, plan_memory, tensor_on
+from everystep.program.memory import copy_into, geometry, plan_memory, tensor_on, whole_memory
 from everystep.program.number_slots import READ, Number, is_number, is_number_slot
-from everystep.program.operation import Operation
-from everystep.program.operators import draws_random_numbers, parameters
+from everystep.program.operation import Operation, extent_of
+from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.steady import SteadyOptimizer, steady_operations
 from everystep.program.step_program import Program
@@ -44,7 +44,7 @@ class BoundProgram:
     """A program, bound to the live tensors of a training, and to its own memory for all others.
 
     A step is `put`, if its numbers differ from those of the previous step; `load`, if its batch does;
-    and `run`. `take` does the first and the last, and returns copies.
+    and `run`.
 
     Args:
         program: the program to run.
@@ -81,7 +81,7 @@ class BoundProgram:
         self._batch = [name for name in batch if name in program.tensors]
         _check_batch(program, self._batch)
         temporary = _temporary(program, device, steady)
-        own = _memory_of(program, {program.tensors[name].storage for name in self._batch}, device)
+        own = _memory_of(program, program.storages_of(self._batch), device)
         known = {program.tensors[name].storage: state[name] for name in program.state_names}
         anchors = own | temporary
         anchors |= _given(program, {**known, **inputs}, anchors)
@@ -143,20 +143,6 @@ class BoundProgram:
         for call in self.calls:
             call()
 
-    def take(self, numbers: Sequence[Number]) -> dict[str, Tensor]:
-        """Run a step on the loaded batch; return copies of what it logs, by name.
-
-        Call it inside `without_autograd`.
-
-        numbers: of the step, in the order of its operations.
-
-        Raises:
-            RuntimeError: as `run`.
-        """
-        self.put(numbers)
-        self.run()
-        return {name: tensor.clone() for name, tensor in self.logged.items()}
-
     def calls_with(self, after: Mapping[int, Sequence[Call]]) -> list[Call]:
         """Return the calls of an observed step: `after` runs after operation i (-1: before all)."""
         found = list(after.get(-1, ()))
@@ -174,7 +160,7 @@ class BoundProgram:
         try:
             for call in calls:
                 call()
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        except REFUSALS as error:
             raise ProgramError(f"{self.program.operations[place].operator}: {error}") from None
 
     def _bound(self, operation: Operation) -> list[Call]:
@@ -254,27 +240,18 @@ def _check_batch(program: Program, names: Sequence[str]) -> None:
     Raises:
         ProgramError: it does.
     """
-    for storage in dict.fromkeys(program.tensors[name].storage for name in names):
+    for storage in program.storages_of(names):
         on = {name for name, spec in program.tensors.items() if spec.storage == storage}
-        extents = [_extent(program, name) for name in names if name in on]
+        extents = [program.tensors[name].extent for name in names if name in on]
         begin, end = min(b for b, _ in extents), max(e for _, e in extents)
-        if any(not begin <= b <= e <= end for b, e in (_extent(program, name) for name in on)):
+        if any(not begin <= b <= e <= end for b, e in (program.tensors[name].extent for name in on)):
             raise ProgramError("the step reads memory around its batch")
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """Return all memory between the first and the last number of a tensor."""
-    begin = int(tensor.storage_offset()) * tensor.itemsize
-    count = sum((s - 1) * d for s, d in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    size = count * tensor.itemsize if tensor.numel() else 0
-    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return whole.set_(tensor.untyped_storage(), begin, (size,), (1,))
-
-
-def _extent(program: Program, name: str) -> tuple[int, int]:
-    """Return the first and the last byte (excluded) of a tensor in its storage."""
-    spec = program.tensors[name]
-    return spec.offset * spec.torch_dtype.itemsize, spec.end
+    begin, end = extent_of(geometry(tensor))
+    return whole_memory(tensor)[begin:end]
 
 
 def _given(
@@ -307,7 +284,7 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     names = program.of_kind("temporary")
     shown = (program.loss, *program.gradients.values(), *program.ends.values(), *program.logged.values())
     made = (name for place in steady for name in program.operations[place].changed())
-    kept = {program.tensors[name].storage for name in (*filter(None, shown), *made)}
+    kept = program.storages_of((*filter(None, shown), *made))
     alone = {name for name in names if name in kept or program.storages[name].host}
     plan = plan_memory(program, [name for name in names if name not in alone])
     shared = _empty(plan.size, device)

@@ -114,8 +114,8 @@ class Interpreter:
 
     def operations_with(self, numbers: Sequence[Number]) -> list[Operation]:
         """Return the operations with the numbers of a step in them."""
-        left = self._iterated(numbers)
-        return [call.with_numbers(left) for call in self._calls]
+        own = enumerate(self.numbers_of(numbers))
+        return [self.operation_with(place, each) for place, each in own]
 
     def run(
         self,

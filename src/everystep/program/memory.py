@@ -7,8 +7,8 @@ the lowest offset that is free during its lifetime.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from everystep.program.step_program import Program
 __all__ = [
     "ALIGNMENT",
     "MemoryPlan",
+    "copied_together",
     "copy_into",
     "copy_on_cpu",
+    "geometry",
     "lies_as",
     "plan_memory",
     "repeats",
     "tensor_on",
+    "whole_memory",
 ]
 
 #: As torch aligns its own tensors, so that kernels take the same path.
@@ -81,6 +84,17 @@ def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
     )
 
 
+def geometry(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies in its memory: dtype, shape, stride and offset."""
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+def whole_memory(tensor: Tensor) -> Tensor:
+    """Return all bytes of a tensor's storage."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage())
+
+
 def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -> Tensor:
     """Return a tensor on memory.
 
@@ -110,6 +124,20 @@ def copy_into(target: Tensor, source: Tensor) -> None:
             if stride == 0 and target.shape[dimension] > 1:
                 target, source = target.narrow(dimension, 0, 1), source.narrow(dimension, 0, 1)
     target.copy_(source)
+
+
+def copied_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors that share memory as these do, by name."""
+    memory: dict[int, torch.UntypedStorage] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        copy = memory.get(storage._cdata)
+        if copy is None:
+            copy = memory[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        found[name] = empty.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return found
 
 
 def copy_on_cpu(tensor: Tensor) -> Tensor:

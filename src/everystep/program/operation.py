@@ -23,6 +23,7 @@ __all__ = [
     "Phase",
     "Storage",
     "TensorSpec",
+    "extent_of",
     "path_faults",
     "usual_geometry",
 ]
@@ -77,12 +78,14 @@ class TensorSpec(StrictModel):
         return DTYPES[self.dtype]
 
     @property
+    def extent(self) -> tuple[int, int]:
+        """Its first byte in its storage, and the one after its last."""
+        return extent_of((self.torch_dtype, self.shape, self.stride, self.offset))
+
+    @property
     def end(self) -> int:
         """How many bytes of its storage it needs."""
-        if 0 in self.shape:
-            return self.offset * self.torch_dtype.itemsize
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        return (self.offset + last + 1) * self.torch_dtype.itemsize
+        return self.extent[1]
 
     def check(self, name: str, storages: Mapping[str, Storage]) -> None:
         """Check that the tensor is valid and fits its storage.
@@ -166,19 +169,17 @@ class Operation(StrictModel):
         operator = self.resolved
         if not computes(operator):
             raise ValueError(f"{operator} computes nothing: tensors already have their shapes")
+        missing = next((n for n in (*self.reads(), *self.results) if n and n not in tensors), None)
+        if missing is not None:
+            raise ValueError(f"{operator}: unknown tensor {missing!r}")
         if isinstance(operator, OptimizerOperator):
             if len(self.arguments) != len(ARGUMENTS) or not self.keywords.keys().isdisjoint(ARGUMENTS):
                 raise ValueError(
                     f"{operator} takes {len(ARGUMENTS)} arguments, and its settings by name"
                 )
             operator.check(self.given(), self.results, tensors)
-        else:
-            self._check_arguments()
-        missing = next((n for n in (*self.reads(), *self.results) if n and n not in tensors), None)
-        if missing is not None:
-            raise ValueError(f"{operator}: unknown tensor {missing!r}")
-        if isinstance(operator, OptimizerOperator):
             return
+        self._check_arguments()
         kinds = [str(result.type) for result in operator._schema.returns]
         kinds = [kind for kind in kinds if kind != "number"]
         if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:
@@ -205,6 +206,18 @@ class Operation(StrictModel):
             is_none = value is None and may_be_none and parameter.kind == "Tensor"
             if not is_none and not fits(parameter.kind, value, parameter.size):
                 raise ValueError(f"{operator}: {parameter.name} must be of type {parameter.kind}")
+
+
+def extent_of(geometry: tuple[Any, ...]) -> tuple[int, int]:
+    """Return the first byte of a tensor in its memory, and the one after its last.
+
+    geometry: its dtype, shape, stride and offset.
+    """
+    dtype, shape, stride, offset = geometry
+    if 0 in shape:
+        return offset * dtype.itemsize, offset * dtype.itemsize
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return offset * dtype.itemsize, (offset + last + 1) * dtype.itemsize
 
 
 def usual_geometry(name: str, shape: tuple[int, ...] | list[int]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,7 +25,9 @@ __all__ = [
     "computes",
     "draws_random_numbers",
     "flattened",
+    "has_shape_of_values",
     "leaves",
+    "may_have_shape_of_values",
     "out_variant",
     "parameters",
     "resolve",
@@ -140,7 +142,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
         not _RESULT_TYPES.fullmatch(str(result.type)) for result in schema.returns
     ):
         return "returns a number to Python, which may branch on it"
-    if name != "index" and _has_dynamic_shape(operator.overloadpacket):
+    if name != "index" and may_have_shape_of_values(operator.overloadpacket):
         return "returns a result of a shape that depends on values"
     if torch.Tag.inplace_view in tags:
         return "changes the shape or the memory of an existing tensor"
@@ -158,7 +160,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
 
 
 @cache
-def _has_dynamic_shape(packet: Any) -> bool:
+def may_have_shape_of_values(packet: Any) -> bool:
     """Return whether a result's shape depends on values; not all overloads with `out=` declare it."""
     overloads = (getattr(packet, name) for name in packet.overloads())
     return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
@@ -240,6 +242,17 @@ _WITHOUT_DROPOUT = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 def draws_random_numbers(operator: Any) -> bool:
     """Return whether the operator draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in operator.tags and str(operator) != _WITHOUT_DROPOUT
+
+
+def has_shape_of_values(operator: Any, indices: Iterable[torch.dtype]) -> bool:
+    """Return whether the shapes of an operator's results depend on the numbers in tensors.
+
+    indices: the dtypes of the tensors by which it picks elements, if it does; those of masks count.
+    """
+    if torch.Tag.dynamic_output_shape not in operator.tags:
+        return False
+    is_picking = operator.overloadpacket.__name__ in ("index", "_unsafe_index")
+    return not is_picking or any(dtype in (torch.bool, torch.uint8) for dtype in indices)
 
 
 def flattened(value: Any) -> list[Any]:

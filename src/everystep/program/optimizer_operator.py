@@ -70,7 +70,7 @@ class OptimizerOperator:
         Args:
             given: by name.
             results: names.
-            tensors: the specs of the tensors of the program, by name.
+            tensors: the specs of the tensors of the program, by name; it reads some of these.
 
         Raises:
             ValueError: they are invalid.
@@ -94,9 +94,9 @@ class OptimizerOperator:
             raise ValueError(f"{self} returns {len(made)} results, not {len(results)}")
         for each in made:
             is_place = isinstance(each, list | tuple) and len(each) == 3
-            if not is_place or not all(isinstance(number, int) for number in each[:2]):
-                raise ValueError(f"{self} returns something of no parameter")
-            if not 0 <= each[0] < len(parameters) or not 0 <= each[1] < len(parameters[each[0]]):
+            is_place = is_place and all(isinstance(number, int) for number in each[:2])
+            is_known = is_place and 0 <= each[0] < len(parameters)
+            if not is_known or not 0 <= each[1] < len(parameters[each[0]]):
                 raise ValueError(f"{self} returns something of no parameter")
             if _key(each[2]) is None:
                 raise ValueError(f"{self} returns something without a key")
@@ -106,9 +106,6 @@ class OptimizerOperator:
         names = (parameter, gradient, *(kept[1::2] if is_list else (None,)))
         if not all(isinstance(name, str) for name in names) or None in map(_key, kept[::2]):
             raise ValueError(f"{self} takes tensors, and state by key")
-        unknown = next((name for name in names if name not in tensors), None)
-        if unknown is not None:
-            raise ValueError(f"{self}: unknown tensor {unknown!r}")
         own = tensors[parameter]
         if (tensors[gradient].shape, tensors[gradient].dtype) != (own.shape, own.dtype):
             raise ValueError(f"{self}: {gradient} does not have the shape and dtype of {parameter}")

@@ -158,7 +158,7 @@ class Precision:
         return spec.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
 
     def _operation(self, operation: Operation, program: Program, kept: set[str]) -> Operation:
-        made = {program.tensors[name].storage for name in operation.results if name}
+        made = program.storages_of(filter(None, operation.results))
         if made and made <= kept:
             return operation
         keywords = {key: self._argument(value) for key, value in operation.keywords.items()}
@@ -191,7 +191,7 @@ def _is_counter(name: str) -> bool:
 
 def counters(program: Program) -> set[str]:
     """Return the storages that count the steps of optimizers, or have a fixed dtype."""
-    return {program.tensors[name].storage for name in _kept(program)}
+    return program.storages_of(_kept(program))
 
 
 def _kept(program: Program) -> Iterator[str]:

@@ -94,7 +94,7 @@ class _Check:
         self._writers: dict[str, list[int]] = {}
         for index, operation in enumerate(operations):
             self._by_name.setdefault(operation.name, []).append(index)
-            for name in {n for n in (*operation.results, *operation.written()) if n}:
+            for name in {*operation.changed()}:
                 self._writers.setdefault(tensors[name].storage, []).append(index)
         memory = {
             name: torch.empty(storage.bytes, dtype=torch.uint8, device=META).untyped_storage()

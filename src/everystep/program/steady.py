@@ -9,7 +9,7 @@ the operators are called directly.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from everystep.program.operators import (
     OperatorMode,
     computes,
     draws_random_numbers,
+    has_shape_of_values,
     leaves,
     writes,
 )
@@ -40,18 +41,14 @@ def steady_operations(program: Program) -> set[int]:
     They read only results of each other, no number of the step, and draw nothing. Each is the only one
     that writes its results, which no state name has after the step.
     """
-
-    def storages(names: list[str]) -> set[str]:
-        return {program.tensors[name].storage for name in names}
-
-    writes = [storages(operation.changed()) for operation in program.operations]
+    writes = [program.storages_of(operation.changed()) for operation in program.operations]
     writers = Counter(storage for each in writes for storage in each)
-    handed_out = storages([*program.ends.values()])
+    handed_out = program.storages_of(program.ends.values())
     fixed: set[str] = set()
     found = set()
     for place, operation in enumerate(program.operations):
         unread = unread_inputs(operation)
-        reads = storages([name for name in operation.reads() if name not in unread])
+        reads = program.storages_of(name for name in operation.reads() if name not in unread)
         is_own = all(
             program.storages[name].kind == "temporary" and writers[name] == 1 for name in writes[place]
         ) and writes[place].isdisjoint(handed_out | reads)
@@ -64,16 +61,12 @@ def steady_operations(program: Program) -> set[int]:
 
 def has_fixed_shapes(program: Program) -> bool:
     """Tell whether no result has a shape that depends on the numbers in tensors."""
-    return not any(_has_shape_of_values(each, program) for each in program.operations)
 
+    def indices(operation: Operation) -> Iterator[torch.dtype]:
+        for name in references(operation.given().get("indices")):
+            yield program.tensors[name].torch_dtype
 
-def _has_shape_of_values(operation: Operation, program: Program) -> bool:
-    if torch.Tag.dynamic_output_shape not in operation.resolved.tags:
-        return False
-    if operation.name not in ("index", "_unsafe_index"):
-        return True
-    masks = references(operation.given()["indices"])
-    return any(program.tensors[name].dtype in ("bool", "uint8") for name in masks)
+    return not any(has_shape_of_values(each.resolved, indices(each)) for each in program.operations)
 
 
 #: Steps with the same settings before operators are called directly: a scheduler changes them at each

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -129,6 +129,10 @@ class Program(StrictModel):
     def storage_of(self, tensor: str) -> Storage:
         """Return the storage of a tensor."""
         return self.storages[self.tensors[tensor].storage]
+
+    def storages_of(self, tensors: Iterable[str]) -> set[str]:
+        """Return the names of the storages of tensors."""
+        return {self.tensors[name].storage for name in tensors}
 
     @property
     def state_names(self) -> set[str]:

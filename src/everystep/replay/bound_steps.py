@@ -270,11 +270,7 @@ def _can_be_bound(program: Program) -> bool:
     Not if it has shapes or places that depend on numbers, writes into its inputs, or reads leftovers of
     an earlier step in memory that it writes into again.
     """
-    written = {
-        program.tensors[name].storage
-        for each in program.operations
-        for name in (*filter(None, each.results), *each.written())
-    }
+    written = {program.tensors[name].storage for each in program.operations for name in each.changed()}
     inputs = {*program.of_kind("input")}
     ends = {program.storage_of(name).kind for name in program.ends.values()}
     return (

@@ -16,7 +16,7 @@ from torch import Tensor
 from everystep.errors import ProgramError, RunError
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter, Looks
-from everystep.program.memory import copy_on_cpu
+from everystep.program.memory import copied_together, copy_on_cpu
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
@@ -98,11 +98,11 @@ class ReplayStepper:
 
     def save(self) -> Saved:
         """Return a copy of the current state."""
-        return Saved(_copies(self._tensors), Generators.capture(self.steps.device))
+        return Saved(copied_together(self._tensors), Generators.capture(self.steps.device))
 
     def restore(self, step: int, saved: Saved) -> None:
         """Bring everything back to what `save` returned after `step`."""
-        self._begin(step, _copies(saved.tensors))
+        self._begin(step, copied_together(saved.tensors))
         saved.generators.restore(self.steps.device)
 
     def _begin(self, step: int, tensors: dict[str, Tensor]) -> None:
@@ -328,7 +328,7 @@ class ReplayStepper:
 
         drawn = Generators.capture(self.steps.device)
         given = self.steps.inputs(row), self.steps.numbers(row), {index - 1: [look]}
-        self.steps.program_of(row).run(_copies(self._tensors), *given)
+        self.steps.program_of(row).run(copied_together(self._tensors), *given)
         drawn.restore(self.steps.device)
         return found
 
@@ -389,17 +389,3 @@ class ReplayStepper:
             f"numerics differ, or something wrote after step {self.steps.digested_before(number)} where "
             "torch does not see it (NumPy, a thread, a compiled graph)",
         )
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of tensors that share memory as these do."""
-    memory: dict[int, torch.UntypedStorage] = {}
-    found = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        copy = memory.get(storage._cdata)
-        if copy is None:
-            copy = memory[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        found[name] = empty.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
-    return found

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
+from everystep.step.follow import run_engine
 from everystep.step.path import Entry, places_of_reads
-from everystep.step.replaced import run_engine
 from everystep.step.torchs_own import handles
 from everystep.step.under_way import UnderWay
 

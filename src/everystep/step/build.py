@@ -11,15 +11,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from everystep.program.arguments import encode
-from everystep.program.number_slots import READ
+from everystep.program.number_slots import READ, Number
 from everystep.program.operators import draws_random_numbers
 from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
 from everystep.step.calling_code import LineTable
 from everystep.step.path import FLOAT, INT, Path
 
 __all__ = ["BuiltPath", "NotCapturableError", "build_path"]
-
-Number = int | float
 
 
 class NotCapturableError(Exception):
@@ -173,7 +171,7 @@ class _Builder:
         seen = self._path.tensors[number]
         storage, place = self._path.storages[seen.storage], self._names[seen.storage]
         if place not in self._storages:
-            self._storages[place] = Storage(kind=storage.kind, bytes=storage.bytes, host=storage.host)  # type: ignore[arg-type]
+            self._storages[place] = storage
         dtype, offset = str(seen.dtype).removeprefix("torch."), seen.offset
         if seen.moves is not None:
             self._moves[name] = seen.moves
@@ -268,8 +266,7 @@ class _Builder:
 
     def _writes(self, operation: Operation) -> set[str]:
         """Return the storages that an operation writes."""
-        names = filter(None, (*operation.results, *operation.written()))
-        return {self._tensors[name].storage for name in names}
+        return {self._tensors[name].storage for name in operation.changed()}
 
     def _is_read(self, operation: Operation) -> bool:
         """Return whether an operation gives Python something that is not a tensor."""

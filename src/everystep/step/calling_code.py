@@ -43,7 +43,7 @@ _WATCHING = tuple(
     f"{_EVERYSTEP}{name}"
     for name in (
         *(f"step{os.sep}{name}.py" for name in ("calling_code", "cursor", "follow", "under_way")),
-        *(f"step{os.sep}{name}.py" for name in ("optimizer_steps", "replaced")),
+        f"step{os.sep}optimizer_steps.py",
         f"training{os.sep}watched_steps.py",
     )
 )

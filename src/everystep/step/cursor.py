@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.program.memory import geometry
 from everystep.program.operators import flattened, leaves, parameters, writes
-from everystep.step import replaced
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of
 from everystep.step.calling_code import named_here
-from everystep.step.follow import Follower
+from everystep.step.follow import Follower, begin_watch, end_watch
 from everystep.step.known_operators import (
     KnownOperator,
     gathers_data,
@@ -33,7 +33,7 @@ from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_token
 from everystep.step.moving_views import check_of_views
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors, version_of
-from everystep.step.path import Entry, SeenOperation, geometry
+from everystep.step.path import Entry, SeenOperation
 from everystep.step.under_way import UnderWay
 
 __all__ = ["Cursor"]
@@ -218,8 +218,7 @@ class Cursor(UnderWay):
         try:
             tokens, named = self._tokens(known, args, keywords)
             flat = [*tensor_tokens((*tokens, *(token for _, token in named)))]
-            given = {name: token for (name, _), token in zip(known.places, tokens, strict=False)}
-            given |= dict(named)
+            given = dict(zip(known.places, tokens, strict=False)) | dict(named)
             into = tensor_tokens(given[name] for name in known.writes if name in given)
             written = [token[1] for token in into]
             if is_seen:
@@ -325,11 +324,11 @@ class Cursor(UnderWay):
         if known.how not in ("pass", "make", "see"):
             raise UnseenError(known.how)
         is_seen = known.how == "see"  # the numbers of a view belong to its geometry
-        token, slots = self.tensors.token, known.slots if is_seen else ()
+        token, slots = self.tensors.token, known.places if is_seen else {}
         is_part = self._is_part if is_seen and not known.writes else None
-        pairs = zip(args, known.places, strict=False)
-        tokens = tuple([token(value, is_slot and is_seen, is_part) for value, (_, is_slot) in pairs])
-        named = [(name, token(value, name in slots, is_part)) for name, value in keywords.items()]
+        given = zip(args, known.places, strict=False)
+        tokens = tuple([token(value, slots.get(name, False), is_part) for value, name in given])
+        named = [(n, token(value, slots.get(n, False), is_part)) for n, value in keywords.items()]
         return tokens, tuple(named)
 
     def _check(self, known: KnownOperator, tokens: Iterable[Any], written: Iterable[int]) -> None:
@@ -379,8 +378,9 @@ class Cursor(UnderWay):
         for place, each in enumerate(flattened([args, keywords])):
             number = self.tensors.number(each) if isinstance(each, Tensor) else None
             if number is not None and self.is_unread(number):
-                self.keep_content(number, each)
-                found.append((place, self.tensors.known[number].origin))
+                origin = self.tensors.known[number].origin
+                self.bring(origin, each)
+                found.append((place, origin))
         return tuple(found)
 
     def _note_written(self, numbers: Sequence[int]) -> None:
@@ -388,7 +388,7 @@ class Cursor(UnderWay):
         for number in numbers:
             origin = self.tensors.known[number].origin
             tensor = self.tensors.met[number]()
-            if origin in self.contents and tensor is not None:
+            if origin in self.brought and tensor is not None:
                 self.outside.forget(tensor.untyped_storage()._cdata)
                 where = named_here()
                 text = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
@@ -421,14 +421,14 @@ class Cursor(UnderWay):
         super().__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1
         if self._depth == 1:
-            replaced.begin(self._backward.run, self._moved)
+            begin_watch(self._backward.run, self._moved)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             self.recover()
-            replaced.end()
+            end_watch()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _moved(self, tensor: Tensor) -> None:

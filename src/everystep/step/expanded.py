@@ -14,6 +14,7 @@ from torch import Tensor
 from everystep.program.arguments import decode, references
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import tensor_on
+from everystep.program.number_slots import Number
 from everystep.program.operation import Operation, Phase
 from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, BoundOptimizer
 from everystep.program.step_program import Program
@@ -25,7 +26,6 @@ from everystep.step.path import Path
 
 __all__ = ["Expanded", "Expander"]
 
-Number = int | float
 #: Returns copies of tensors of a program, by name, before an operation.
 Before = Callable[[int, Sequence[str]], dict[str, Tensor]]
 
@@ -69,8 +69,7 @@ class Expander:
             if each.operator in OPTIMIZERS:  # its stand-ins hold the numbers that it wrote
                 made.update(each.results)
             else:
-                names = (*each.written(), *filter(None, each.results))
-                written |= {program.tensors[name].storage for name in names}
+                written |= program.storages_of(each.changed())
         return all(
             (name in program.state_names or name in made)
             and program.tensors[name].storage not in written
@@ -105,9 +104,9 @@ class Expander:
         for place, (_, watch), (built, names) in zip(self._places, watched, spliced.parts, strict=True):
             own[place] = built.numbers(watch.numbers)
             for name, storage in built.inputs.items():
-                content = watch.content(storage)
-                assert content is not None
-                inputs[f"input/{names[name]}"] = content
+                brought = watch.from_outside(storage)
+                assert brought is not None
+                inputs[f"input/{names[name]}"] = brought.content
         return Expanded(spliced.interpreter, [number for each in own for number in each], inputs)
 
 

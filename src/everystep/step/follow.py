@@ -1,4 +1,12 @@
-"""Follow: which module, backward pass and optimizer is running, by torch's hooks."""
+"""Follow: which module, backward pass and optimizer is running, by torch's hooks.
+
+torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`),
+nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows. These
+two functions are replaced. They belong to the process, but a watch to its thread: each watched thread
+has its own, and others get torch's functions.
+
+Each optimizer marks its time for a profiler. That is no operation, and no mode sees it meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +14,7 @@ import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from threading import Lock, get_ident
+from threading import Lock, get_ident, local
 from typing import Any
 
 import torch
@@ -22,12 +30,24 @@ from everystep.program.operators import leaves
 from everystep.program.step_program import Phase
 from everystep.step.calling_code import is_called_in
 
-__all__ = ["Follower", "is_compiled", "scripted_fault"]
+__all__ = [
+    "OF_WATCHES",
+    "Follower",
+    "begin_watch",
+    "end_watch",
+    "is_compiled",
+    "run_engine",
+    "scripted_fault",
+]
 
+#: Names of the functions that are replaced; another thread may be the reason that they are.
+OF_WATCHES = {"_engine_run_backward", "data"}
+
+_DATA = torch._C.TensorBase.data
 _next_node = torch._C._autograd._get_sequence_nr
 
-#: The followers of each thread. The first one sets torch's hooks for all modules and optimizers, and the
-#: last one removes them: other threads may be iterating over torch's tables of hooks.
+#: The followers of each thread. The first one sets torch's hooks for all modules and optimizers, and
+#: replaces functions; the last one removes them: other threads may be iterating over torch's tables.
 _followers: dict[int, tuple[Follower, ...]] = {}
 _hooks: list[Any] = []
 _lock = Lock()
@@ -190,12 +210,13 @@ class Follower:
 
 
 def _registered() -> list[Any]:
-    """Register torch's hooks for all modules and optimizers; return what removes them."""
+    """Register torch's hooks for all modules and optimizers, replace functions; return what ends it."""
     return [
         register_module_forward_pre_hook(_module_begins),
         register_module_forward_hook(_module_ends, always_call=True),
         register_optimizer_step_pre_hook(_update_begins),
         register_optimizer_step_post_hook(_update_ends),
+        _Replacement(),
     ]
 
 
@@ -231,3 +252,68 @@ def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -
 def _update_ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for follower in _followers.get(get_ident(), ()):
         follower.update_ends(optimizer)
+
+
+class _OfThread(local):
+    """The watches of a thread, the innermost last: what `begin_watch` was given."""
+
+    def __init__(self) -> None:
+        self.watches: list[tuple[Callable[..., Any], Callable[[Tensor], None]]] = []
+
+
+_here = _OfThread()
+#: torch's own, or a replacement by other code.
+_engine: Any = None
+_MARKS = "_record_function_enter_new", "_record_function_exit._RecordFunction"
+
+
+class _Replacement:
+    """Replaces the two functions until it is removed; there is one at a time in the process.
+
+    A change of `torch.Tensor` makes Python forget where it found the methods of all tensors, so a
+    recording does this once, and not at each step.
+    """
+
+    def __init__(self) -> None:
+        global _engine
+        library: Any = torch.library.Library("profiler", "IMPL")  # type: ignore[no-untyped-call]
+        for name in _MARKS:
+            library.impl(name, torch.library.fallthrough_kernel, "Python")
+        #: Keeps the marks of a profiler from modes, as long as it exists.
+        self._unmarked = library
+        _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+        torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
+        torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore
+
+    def remove(self) -> None:
+        """Restore torch's functions."""
+        self._unmarked = None
+        torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
+        del torch.Tensor.data
+
+
+def begin_watch(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
+    """Let a watch run the backward passes of this thread, and know of tensors with other memory."""
+    _here.watches.append((run, moves))
+
+
+def end_watch() -> None:
+    """End what `begin_watch` began last in this thread."""
+    _here.watches.pop()
+
+
+def run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a backward pass as torch does."""
+    return _engine(outputs, *args, **kwargs)
+
+
+def _run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    run = _here.watches[-1][0] if _here.watches else _engine
+    return run(outputs, *args, **kwargs)
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    _DATA.__set__(tensor, value)  # type: ignore[attr-defined]
+    if _here.watches:
+        _, moves = _here.watches[-1]
+        moves(tensor)

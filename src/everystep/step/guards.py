@@ -14,16 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from everystep.step.state import as_integers, same_bits
+from everystep.step.state import as_integers
 
 __all__ = [
-    "ABSENT",
     "PLAIN_TYPES",
     "Guards",
-    "class_dict",
-    "class_name",
     "has_comparable_numbers",
-    "held",
     "is_a",
     "is_plain",
     "kind_of",
@@ -36,10 +32,6 @@ PLAIN_TYPES: frozenset[type] = frozenset(
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
     | {np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64}
 )
-#: Bytes up to which the numbers of a tensor are copied to be compared; of larger ones, a digest.
-COPIED_BYTES = 1_000_000
-
-
 #: Metaclasses with default attribute access and comparison by identity.
 _METACLASSES = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 
@@ -48,35 +40,23 @@ class Unknown:
     """Represents a class with a custom metaclass."""
 
 
-class _Absent:
-    """Represents a name that does not exist."""
-
-
-ABSENT = _Absent()
-
-
 class _Guard(NamedTuple):
-    """A value that must not change.
-
-    where: its name in messages; read: reads it; value: the noted one; changes: describes the change,
-    given this guard and the value now, or returns None.
-    """
+    """A value that must not change. where: its name in messages; read: reads it; value: as noted."""
 
     where: str
     read: Callable[[], Any]
     value: Any
-    changes: Callable[[_Guard, Any], str | None]
 
 
 class Guards:
     """Conditions for a program to replace the Python that it was captured from."""
 
     def __init__(self) -> None:
-        #: By what compares them, and by their place, in the order in which they are compared.
+        #: By what describes a change, and by their place, in the order in which they are compared.
         self._known: dict[Any, dict[Any, _Guard]] = {
             changes: {} for changes in (_contents_change, _value_changes, _geometry_changes)
         }
-        self._tensors: list[tuple[str, Tensor, int, Tensor | bytes]] = []
+        self._tensors: list[tuple[str, Tensor, int, bytes]] = []
 
     def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> None:
         """Note a value, or a list of values, that `again(*given)` reads; key: of its place."""
@@ -92,32 +72,27 @@ class Guards:
         """Note a tensor: its geometry, and its numbers unless they are state, which may change."""
         is_known = id(tensor) in self._known[_geometry_changes]
         if not is_known and not is_state:
-            self._tensors.append((where, tensor, tensor._version, _numbers_of(tensor)))
+            self._tensors.append((where, tensor, tensor._version, _digest_of(tensor)))
         self._note(id(tensor), where, partial(_geometry_of, tensor), _geometry_changes)
 
-    def _note(
-        self,
-        key: Any,
-        where: str,
-        read: Callable[[], Any],
-        changes: Callable[[_Guard, Any], str | None],
-    ) -> None:
+    def _note(self, key: Any, where: str, read: Callable[[], Any], changes: Any) -> None:
         known = self._known[changes]
         if key not in known:
-            known[key] = _Guard(where, read, read(), changes)
+            known[key] = _Guard(where, read, read())
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
         """Describe what changed, or return None.
 
         is_thorough: compare the values of tensors that are not state, and not only their versions.
         """
-        for guard in (guard for known in self._known.values() for guard in known.values()):
-            now = guard.read()
-            found = None if now is guard.value else guard.changes(guard, now)
-            if found is not None:
-                return found
-        for where, tensor, version, numbers in self._tensors:
-            if tensor._version != version or (is_thorough and not _same_numbers(tensor, numbers)):
+        for changes, known in self._known.items():
+            for guard in known.values():
+                now = guard.read()
+                found = None if now is guard.value else changes(guard, now)
+                if found is not None:
+                    return str(found)
+        for where, tensor, version, digest in self._tensors:
+            if tensor._version != version or (is_thorough and _digest_of(tensor) != digest):
                 return f"the values of {where} change"
         return None
 
@@ -170,23 +145,11 @@ def has_comparable_numbers(tensor: Tensor) -> bool:
     return is_dense and tensor.device.type != "meta" and not tensor.is_inference()
 
 
-def _numbers_of(tensor: Tensor) -> Tensor | bytes:
-    """Return a copy of a tensor's numbers, or a digest of them."""
-    # A recorder in force must see operations of the step alone.
-    with _disable_current_modes():
-        if tensor.nbytes <= COPIED_BYTES or tensor.device.type != "cpu":
-            return tensor.detach().clone()
-        return _digest(as_integers(tensor).numpy())
-
-
-def _same_numbers(tensor: Tensor, numbers: Tensor | bytes) -> bool:
-    if isinstance(numbers, Tensor):
-        return same_bits(tensor, numbers)
-    return _numbers_of(tensor) == numbers
-
-
-def _digest(array: np.ndarray[Any, Any]) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(array).view(np.uint8).data, digest_size=16).digest()
+def _digest_of(tensor: Tensor) -> bytes:
+    """Return a digest of a tensor's numbers."""
+    with _disable_current_modes():  # a recorder in force must see operations of the step alone
+        array = np.ascontiguousarray(as_integers(tensor).cpu().numpy())
+        return hashlib.blake2b(array.view(np.uint8).data, digest_size=16).digest()
 
 
 def is_plain(value: Any) -> bool:
@@ -208,21 +171,6 @@ def kind_of(value: Any) -> type:
 def is_a(value: Any, *kinds: type) -> bool:
     """Return whether a value is of a class; `isinstance` would also ask the value itself."""
     return issubclass(kind_of(value), kinds)
-
-
-def class_dict(cls: type) -> Any:
-    """Return the dict of a class, without its metaclass."""
-    return type.__dict__["__dict__"].__get__(cls)
-
-
-def class_name(cls: type) -> str:
-    """Return the name of a class, without asking its metaclass."""
-    return str(type.__dict__["__name__"].__get__(cls))
-
-
-def held(holder: Any, name: str) -> Any:
-    """Return what an object itself holds under a name, or ABSENT."""
-    return vars(holder).get(name, ABSENT)
 
 
 def same_value(one: Any, two: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from everystep.program.operators import (
     NotAllowedError,
     computes,
     draws_random_numbers,
+    has_shape_of_values,
+    leaves,
+    may_have_shape_of_values,
     parameters,
     resolve,
     writes,
@@ -44,8 +48,7 @@ class KnownOperator(NamedTuple):
 
     how: str
     writes: tuple[str, ...] = ()
-    places: tuple[tuple[str, bool], ...] = ()
-    slots: frozenset[str] = frozenset()
+    places: Mapping[str, bool] = MappingProxyType({})
     gives: bool = True
     draws: bool = False
     makes_dtype: bool = False
@@ -78,16 +81,16 @@ def known_operator(func: Any) -> KnownOperator:
                 is_view = any(r.alias_info for r in func._schema.returns) or "unsafe" in name
                 how = "pass" if is_view else "make"
     try:
+        has_out = any(argument.is_out for argument in func._schema.arguments)
         return KnownOperator(
             how,
             tuple(writes(func)),
-            tuple((p.name, is_number_slot(func, p.name)) for p in parameters(func)),
-            frozenset(p.name for p in parameters(func) if is_number_slot(func, p.name)),
+            {p.name: is_number_slot(func, p.name) for p in parameters(func)},
             bool(func._schema.returns) and text != READ,
             draws_random_numbers(func),
             _makes_dtype(func),
-            any(argument.is_out for argument in func._schema.arguments),
-            _resizes(func),
+            has_out,
+            has_out and may_have_shape_of_values(func.overloadpacket),
             text == READ,
             name in _ZEROING,
             "foreach" in name and bool(writes(func)),
@@ -103,13 +106,6 @@ def _makes_dtype(func: Any) -> bool:
     """Return whether an operator creates a tensor without inputs, by default in the process's dtype."""
     kinds = {p.name: p.kind for p in parameters(func)}
     return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
-
-
-def _resizes(func: Any) -> bool:
-    packet = func.overloadpacket
-    overloads = [getattr(packet, name) for name in packet.overloads()]
-    is_shaped = any(torch.Tag.dynamic_output_shape in each.tags for each in overloads)
-    return is_shaped and any(argument.is_out for argument in func._schema.arguments)
 
 
 def _is_composite(func: Any) -> bool:
@@ -164,11 +160,7 @@ def is_shaped_by_numbers(func: Any, args: Any) -> bool:
     """Return whether the shapes of an operation's results depend on numbers."""
     if func.overloadpacket.__name__ == "_pack_padded_sequence":  # torch has no tag on it
         return True
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
-    if func.overloadpacket.__name__ not in ("index", "_unsafe_index"):
-        return True
-    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return has_shape_of_values(func, (each.dtype for each in leaves(args[1:2])))
 
 
 def run_counted(func: Any, *args: Any, **keywords: Any) -> Any:

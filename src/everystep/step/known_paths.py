@@ -9,10 +9,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from everystep.program.memory import geometry
 from everystep.step.met_tensors import MetTensors
 from everystep.step.moving_views import MovingViews
 from everystep.step.optimizer_call import OptimizerCalls
-from everystep.step.path import Ending, Entry, Mark, MetTensor, geometry
+from everystep.step.path import Ending, Entry, Mark, MetTensor
 from everystep.step.torchs_own import handles, has_hooks_on_node
 
 __all__ = ["KnownPaths"]
@@ -46,7 +47,6 @@ class KnownPaths:
         self._next_rest = 1
         #: How the step after a known ending, by its id, begins if nothing changes the state between.
         self._after: dict[int, tuple[Ending, Beginning]] = {}
-        self._lies: list[tuple[Any, ...]] = []
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
 
@@ -65,11 +65,11 @@ class KnownPaths:
             same: how many of them, from the first, are unchanged since the last call.
             is_remembered: whether later steps may follow this one.
         """
-        lies = self._lies[:same]
-        for tensor in [*state.values()][len(lies) :]:
+        lies = self.tensors.looks
+        del lies[same:]
+        for tensor in [*state.values()][same:]:
             storage = tensor.untyped_storage()
             lies.append((geometry(tensor), storage.nbytes(), tensor.is_cpu, storage._cdata))
-        self._lies = lies
         places: dict[int, int] = {}
         shared = [places.setdefault(each[3], number) for number, each in enumerate(lies)]
         key = (*state, *shared, *[each[:3] for each in lies])
@@ -101,7 +101,7 @@ class KnownPaths:
         if id(ending) not in self._after:
             return None
         _, known = self._after[id(ending)]
-        del self._lies[known.same :]  # of the tensors of the step before
+        del self.tensors.looks[known.same :]  # of the tensors of the step before
         return known
 
     def have_hooks(self, leaves: Iterable[Tensor]) -> bool:

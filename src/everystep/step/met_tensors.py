@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from everystep.program.arguments import DTYPES
-from everystep.program.memory import ALIGNMENT
-from everystep.step.path import FLOAT, INT, Entry, MetTensor, extent_of, geometry
+from everystep.program.memory import ALIGNMENT, geometry
+from everystep.program.operation import extent_of
+from everystep.step.path import FLOAT, INT, Entry, MetTensor
 
 __all__ = ["MetTensors", "UnseenError", "held", "is_plain", "tensor_tokens"]
 
@@ -35,17 +36,14 @@ def _gone() -> None:
     return None
 
 
-def _looks(tensor: Tensor) -> Any:
-    return tensor.dtype, tensor.shape, tensor.stride()
-
-
 class MetTensors:
     """The tensors of one step after another of a recording.
 
     met, lies: a weak reference to each tensor, and the address at which it lies; numbers: those of the
     step, in the order of its operations; offsets: of its tensors that lie at other places in each step,
     in the order in which it met them; known: what is known of each tensor. Checks note all but the last;
-    `catch_up` adds that.
+    `catch_up` adds that. looks: of the first tensors of the state, when the step began: their geometry,
+    and the bytes, the device and the `_cdata` of their memory.
     """
 
     def __init__(self) -> None:
@@ -58,7 +56,7 @@ class MetTensors:
         self._places: dict[int, tuple[Any, int]] = {}
         #: The same of as many tensors of the state as have stayed the same.
         self._lasting: tuple[int, dict[int, int], dict[int, tuple[Any, int]]] = (0, {}, {})
-        self._looks: list[Any] = []
+        self.looks: list[tuple[Any, ...]] = []
         #: Memory that the call under way has brought.
         self._brought: list[int] = []
         #: The first part of data that the step has met, by the memory that the data is on.
@@ -69,15 +67,15 @@ class MetTensors:
 
     def same(self, state: Mapping[str, Tensor]) -> int:
         """Return how many tensors of a state, the first ones, are as they were at the last `begin`."""
-        known = zip(state.values(), self.met, self.lies, self._looks, strict=False)
+        known = zip(state.values(), self.met, self.lies, self.looks, strict=False)
         for number, (tensor, reference, lies, looks) in enumerate(known):
-            if reference() is not tensor or lies != tensor.data_ptr() or looks != _looks(tensor):
+            if reference() is not tensor or lies != tensor.data_ptr() or looks[0] != geometry(tensor):
                 return number
-        return min(len(state), len(self._looks))
+        return min(len(state), len(self.looks))
 
     def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
         """Begin a step with the tensors of the state. same: as `same` has returned it."""
-        del self.numbers[:], self.offsets[:], self._looks[same:]
+        del self.numbers[:], self.offsets[:]
         self._brought.clear()
         self.bases, self.parts, self._extents = {}, {}, None
         self.known = [*root.new]
@@ -93,10 +91,6 @@ class MetTensors:
         if same == len(tensors):
             self._number_of, self._places = {}, {}
         self._lasting = same, numbers, places
-
-    def note_looks(self, state: Mapping[str, Tensor]) -> None:
-        """Note how the tensors of the state lie, for `same`."""
-        self._looks += map(_looks, [*state.values()][len(self._looks) :])
 
     def put(self, tensor: Tensor, number: int, origin: int) -> None:
         """Note a tensor by a number. origin: the number of the first tensor on its memory."""
@@ -272,19 +266,16 @@ class MetTensors:
 
     def is_within(self, number: int) -> bool:
         """Tell whether a tensor is within one that is kept, if the batch or the state has its memory."""
+        begin, end = extent_of(self.known[number].geometry)
+        kept = self.limits(number)
+        return not kept or any(one <= begin and end <= two for one, two in kept)
+
+    def limits(self, number: int) -> list[tuple[int, int]]:
+        """Return where tensors of the batch or the state lie on the memory of a tensor, if one does."""
         if self._extents is None:
             self._extents = {}
             for each in filter(lambda each: each.is_named, self.known):
                 self._extents.setdefault(each.origin, []).append(extent_of(each.geometry))
-        tensor = self.known[number]
-        begin, end = extent_of(tensor.geometry)
-        kept = self._extents.get(tensor.origin)
-        return kept is None or any(one <= begin and end <= two for one, two in kept)
-
-    def limits(self, number: int) -> list[tuple[int, int]]:
-        """Return where tensors of the batch or the state lie on the memory of a tensor, if one does."""
-        self.is_within(number)
-        assert self._extents is not None
         return [*self._extents.get(self.known[number].origin, ())]
 
     # Tokens.

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
+from everystep.program.operation import extent_of
 from everystep.program.operators import flattened, leaves
 from everystep.step.call_checks import MISS
 from everystep.step.met_tensors import MetTensors, tensor_tokens
-from everystep.step.path import Entry, extent_of
+from everystep.step.path import Entry
 
 __all__ = ["MovingViews", "check_of_views"]
 

@@ -170,9 +170,6 @@ def gradient_places(program: Program) -> dict[str, ValuePlace]:
         on.setdefault(program.tensors[name].storage, []).append((parameter, name))
     there = {name for name, storage in program.storages.items() if storage.kind != "temporary"}
 
-    def storages(names: Iterable[str]) -> set[str]:
-        return {program.tensors[name].storage for name in names}
-
     def read(used: Iterable[str], index: int) -> None:
         for storage in used:
             for parameter, name in on.get(storage, ()):
@@ -185,8 +182,8 @@ def gradient_places(program: Program) -> dict[str, ValuePlace]:
     for index, operation in enumerate(program.operations):
         makes = makes_gradients(operation)
         if operation.phase == "update" and not makes:
-            read(storages(operation.reads()), index)
-        changed = storages((*filter(None, operation.results), *operation.written()))
+            read(program.storages_of(operation.reads()), index)
+        changed = program.storages_of(operation.changed())
         there |= changed
         if makes:
             left |= {parameter: index + 1 for s in changed for parameter, _ in on.get(s, ())}

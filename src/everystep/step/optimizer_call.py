@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from everystep.gradient_descent import GradientDescent
+from everystep.program.number_slots import Number
 from everystep.program.operators import leaves
 from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.step.own_state import entries_of
 from everystep.step.torchs_own import is_torchs_function, replaces_method
 
-__all__ = ["OptimizerCall", "OptimizerCalls", "Settings", "is_torchs_optimizer"]
+__all__ = ["OptimizerCall", "OptimizerCalls", "is_ours", "is_torchs_optimizer"]
 
-Number = int | float
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
 #: The attributes of an optimizer, without those that other code has set on it.
 _OWN = {
@@ -40,33 +40,23 @@ _STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
 _HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
-class Settings(NamedTuple):
-    """The settings of an optimizer.
-
-    values: by key, a list by param group; layout: all but the numbers, comparable; numbers: in the order
-    in which a program has them; tensors: among the values.
-    """
-
-    values: dict[str, tuple[Any, ...]]
-    layout: tuple[Any, ...]
-    numbers: list[Number]
-    tensors: list[Tensor]
-
-
 class OptimizerCall(NamedTuple):
     """A step of an optimizer that is one operation.
 
-    operator: of a program; parameters: by group, those that have a gradient; kept: the optimizer's state
-    of each, by key; tensors: all of these, those of the settings, and the gradients; layout: everything
-    that a step depends on except numbers and tensors, comparable.
+    operator: of a program; settings: by key, a list by param group; numbers: of these, in the order in
+    which a program has them; layout: all else of these, comparable; parameters: by group, those that
+    have a gradient; kept: the optimizer's state of each, by key; keys: of that; tensors: all of these,
+    those of the settings, and the gradients.
     """
 
     operator: OptimizerOperator
-    settings: Settings
+    settings: dict[str, tuple[Any, ...]]
+    numbers: list[Number]
+    layout: tuple[Any, ...]
     parameters: list[list[Tensor]]
     kept: list[dict[str, Tensor]]
+    keys: tuple[tuple[str, ...], ...]
     tensors: list[Tensor]
-    layout: tuple[Any, ...]
 
     def made(self, state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[int, int, str, Tensor]]:
         """Return the group, the place in it, the key and the tensor of all that is new in the state."""
@@ -114,7 +104,7 @@ class OptimizerCalls:
         if kind not in _BY_KIND or own["_optimizer_step_pre_hooks"] or own["_optimizer_step_post_hooks"]:
             return False
         for hooks in _HOOKS_OF_ALL:  # one is everystep's, and each training in another thread has one
-            if len(hooks) > 1 and not all(map(_is_ours, [*hooks.values()])):
+            if len(hooks) > 1 and not all(map(is_ours, [*hooks.values()])):
                 return False
         if not own.keys() <= self._names:
             if not all(key.startswith("_optimizer_") for key in own.keys() - _OWN):
@@ -138,10 +128,9 @@ def _call_of(operator: OptimizerOperator, optimizer: torch.optim.Optimizer) -> O
         return None
     numbers: list[Number] = []
     given = (*values.values(),)
-    _collect(given, numbers)
-    settings = Settings(values, _without_numbers(given), numbers, leaves(given))
-    layout = (*map(tuple, kept), settings.layout)
-    return OptimizerCall(operator, settings, parameters, kept, tensors + settings.tensors, layout)
+    layout, keys = _layout(given, numbers), tuple(map(tuple, kept))
+    tensors += leaves(given)
+    return OptimizerCall(operator, values, numbers, layout, parameters, kept, keys, tensors)
 
 
 def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
@@ -195,7 +184,7 @@ class _Code:
         return True
 
 
-def _is_ours(hook: Any) -> bool:
+def is_ours(hook: Any) -> bool:
     """Return whether a hook is everystep's."""
     return str(getattr(hook, "__module__", "")).startswith("everystep.")
 
@@ -216,15 +205,11 @@ def _is_setting(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float) or isinstance(value, Tensor)
 
 
-def _without_numbers(value: Any) -> Any:
+def _layout(value: Any, numbers: list[Number]) -> Any:
+    """Return settings without their numbers, which are added to others."""
     if isinstance(value, tuple):
-        return tuple(map(_without_numbers, value))
-    return type(value) if type(value) in (int, float) or isinstance(value, Tensor) else value
-
-
-def _collect(value: Any, numbers: list[Number]) -> None:
-    if isinstance(value, tuple):
-        for item in value:
-            _collect(item, numbers)
-    elif type(value) in (int, float):
+        return tuple([_layout(item, numbers) for item in value])
+    if type(value) in (int, float):
         numbers.append(value)
+        return type(value)
+    return type(value) if isinstance(value, Tensor) else value

@@ -80,7 +80,7 @@ class OptimizerSteps:
         if call is None or not self._may_be_one(call):
             step.uses("optimizer begins", name, gradients())
             return
-        what = "optimizer", call.operator, name, call.layout
+        what = "optimizer", call.operator, name, call.keys, call.layout
         step.happens(*what, tensors=call.tensors, marked=lambda: as_gradients(gradients()))
         if not step.is_followed and not self._can_hold(call):
             step.leave()
@@ -129,9 +129,8 @@ class OptimizerSteps:
         with torch._C._DisableTorchDispatch():
             self._note(running.call, running.optimizer.state, name, gradients)
             step.allow_changes(running.versions)
-        settings = running.call.settings
-        end = begin + len(settings.numbers)
-        self.seen.append(OptimizerStep(running.optimizer, begin, end, settings.layout))
+        end = begin + len(running.call.numbers)
+        self.seen.append(OptimizerStep(running.optimizer, begin, end, running.call.layout))
 
     def _note(
         self, call: OptimizerCall, state: Mapping[Any, Any], name: str | None, gradients: Gradients
@@ -141,7 +140,7 @@ class OptimizerSteps:
         new, where = [each[3] for each in made], [each[:3] for each in made]
         key = "optimizer ends", *where
         if step.goes_on(key, new):
-            step.numbers += call.settings.numbers
+            step.numbers += call.numbers
             return
         tensors.catch_up(step.at)
         own = iter(call.kept)
@@ -149,7 +148,7 @@ class OptimizerSteps:
         own_gradients = [[parameter.grad for parameter in group] for group in call.parameters]
         given = call.parameters, own_gradients, keeps, where
         arguments = tuple([held(tensors.token(value, False)) for value in given])
-        settings = [(key, held(tensors.token(v, True))) for key, v in call.settings.values.items()]
+        settings = [(key, held(tensors.token(v, True))) for key, v in call.settings.items()]
         results = [tensors.meet(tensor, "temporary") for tensor in new]
         written = [p for group in call.parameters for p in group]
         written += [tensor for each in call.kept for tensor in each.values()]
@@ -161,7 +160,7 @@ class OptimizerSteps:
             keywords=tuple(settings),
             results=tuple(f"%{number}" for number in results),
             writes=tensors.origins_of(map(step.number, written)),
-            numbers=len(call.settings.numbers),
+            numbers=len(call.numbers),
         )
         step.add(key, operation, step.marks(as_gradients(gradients())))
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from everystep.step.path import extent_of, geometry
+from everystep.program.memory import geometry, whole_memory
+from everystep.program.operation import extent_of
 
 __all__ = [
     "MOST_BYTES",
+    "Brought",
     "Cut",
     "OutsideTensors",
     "Versions",
@@ -35,6 +37,18 @@ class Cut(NamedTuple):
 
     source: Tensor
     begins: Sequence[int]
+
+
+class Brought(NamedTuple):
+    """What a step has brought from outside.
+
+    content: all bytes of some memory, as first seen, on the CPU; cut: where they were cut out of data,
+    if the run is to have that; rows: of how many rows they were joined, which other steps may use, too.
+    """
+
+    content: Tensor
+    cut: Cut | None = None
+    rows: int = 1
 
 
 @dataclass
@@ -86,14 +100,14 @@ class OutsideTensors:
         known.cut += size
         if known.copy is None and storage.nbytes() <= min(known.cut, MOST_BYTES):
             with torch._C._DisableTorchDispatch():
-                known.copy = _whole(tensor).cpu().clone()
+                known.copy = whole_memory(tensor).cpu().clone()
         return None if known.copy is None else Cut(known.copy, begins)
 
     def of_part(self, tensor: Tensor, base: int) -> Tensor:
         """Return a copy, on the CPU, of the bytes of a tensor alone. base: where its memory begins."""
         begin, end = extent_of(geometry(tensor))
         with torch._C._DisableTorchDispatch():
-            whole = _whole(tensor)
+            whole = whole_memory(tensor)
             copy = torch.zeros(end - base, dtype=torch.uint8)
             copy[begin - base :] = whole[begin:end]
         self.copied += copy.nbytes
@@ -104,7 +118,7 @@ class OutsideTensors:
         storage, version = tensor.untyped_storage(), version_of(tensor)
         known = self._copies.get(storage._cdata)
         with torch._C._DisableTorchDispatch():
-            whole = _whole(tensor)
+            whole = whole_memory(tensor)
             if (
                 known is not None
                 and known[1] == version
@@ -151,12 +165,6 @@ def places_read(func: Any, arguments: Sequence[Any]) -> tuple[Tensor, list[int]]
         begins = (rows * given.stride(0) + given.storage_offset()) * given.itemsize
         return given, begins.tolist()
     return None
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return all bytes of a tensor's storage."""
-    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return whole.set_(tensor.untyped_storage())
 
 
 def versions_of(tensors: Iterable[Tensor | None]) -> list[int | None]:

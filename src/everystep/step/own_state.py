@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,13 @@ from torch import Tensor, nn
 
 __all__ = [
     "PREFIX",
-    "captured",
     "decoded",
     "encoded",
     "entries_of",
+    "is_plain_value",
     "keeps_own_state",
     "optimizer_settings",
     "registered",
-    "restore",
     "restore_optimizer",
     "state_dict_of",
 ]
@@ -93,41 +93,12 @@ def keeps_own_state(optimizer: torch.optim.Optimizer | None) -> bool:
     )
 
 
-def captured(
-    optimizer: torch.optim.Optimizer,
-    place: str,
-    names: Mapping[Tensor, str],
-    known: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], Any]:
-    """Return the state of an optimizer: live tensors by name, and the rest as JSON can hold it.
-
-    Args:
-        optimizer: the optimizer.
-        place: the prefix of the names of its tensors.
-        names: of its parameters, which are not among the tensors.
-        known: tensors that already have a name.
-    """
-    walk = _Capturing(names, known)
-    return walk.tensors, walk.attributes(optimizer, f"{place}.")
-
-
-def restore(
-    optimizer: torch.optim.Optimizer,
-    place: str,
-    names: Mapping[Tensor, str],
-    tensors: Mapping[str, Tensor],
-    data: Mapping[str, Any],
-) -> None:
-    """Restore in an optimizer what `captured` returned, in its own containers and tensors."""
-    walk = _Restoring({name: parameter for parameter, name in names.items()}, tensors)
-    own = vars(optimizer)
-    for name in own.keys() - data.keys() - _OF_TORCH:
-        del own[name]  # it came later; its class may have a default
-    walk.set_attributes(optimizer, data, f"{place}.")
-
-
 def encoded(
-    value: Any, place: str, known: Mapping[str, Tensor], left_alone: Container[int]
+    value: Any,
+    place: str,
+    known: Mapping[str, Tensor],
+    names: Mapping[Tensor, str] = MappingProxyType({}),
+    left_alone: Container[int] = (),
 ) -> tuple[dict[str, Tensor], Any]:
     """Return the state of an object: live tensors by name, and the rest as JSON can hold it.
 
@@ -135,16 +106,24 @@ def encoded(
         value: the object.
         place: the prefix of the names of its tensors.
         known: tensors that already have a name.
+        names: of parameters, which are not among its tensors.
         left_alone: ids of objects inside it that are written separately.
     """
-    walk = _Capturing({}, known, left_alone)
+    walk = _Capturing(names, known, left_alone)
     data = walk.encoded(value, place)
     return walk.tensors, data
 
 
-def decoded(value: Any, place: str, tensors: Mapping[str, Tensor], data: Any) -> Any:
+def decoded(
+    value: Any,
+    place: str,
+    tensors: Mapping[str, Tensor],
+    data: Any,
+    names: Mapping[Tensor, str] = MappingProxyType({}),
+) -> Any:
     """Restore in an object what `encoded` returned, as far as possible in place; return the object."""
-    return _Restoring({}, tensors).decoded(data, value, place)
+    parameters = {name: parameter for parameter, name in names.items()}
+    return _Restoring(parameters, tensors).decoded(data, value, place)
 
 
 class _Capturing:
@@ -152,7 +131,7 @@ class _Capturing:
         self,
         names: Mapping[Tensor, str],
         known: Mapping[str, Tensor],
-        left_alone: Container[int] = (),
+        left_alone: Container[int],
     ) -> None:
         self._left_alone = left_alone
         self.tensors: dict[str, Tensor] = {}
@@ -163,7 +142,7 @@ class _Capturing:
 
     def encoded(self, value: Any, place: str) -> Any:
         """Return a value as JSON can hold it; other values are `left` unchanged."""
-        if value is None or type(value) in (bool, int, float, str):
+        if is_plain_value(value):
             return value
         if id(value) in self._places:
             return {"same": self._places[id(value)][0]}
@@ -180,7 +159,7 @@ class _Capturing:
             return {"tensor": self._kept(value, place)}
         if isinstance(value, np.ndarray | np.generic):
             return self._array(value, place)
-        if type(value) in (set, frozenset) and all(map(_is_plain, value)):
+        if type(value) in (set, frozenset) and all(map(is_plain_value, value)):
             return {type(value).__name__: sorted(value, key=repr)}
         if isinstance(value, torch.Generator):
             return {"generator": self._kept(value.get_state(), place)}
@@ -216,7 +195,7 @@ class _Capturing:
 
     def _is_key(self, key: Any) -> bool:
         is_known = isinstance(key, Tensor) and key in self._names
-        return is_known or _is_plain(key) or (type(key) is tuple and all(map(_is_plain, key)))
+        return is_known or is_plain_value(key) or (type(key) is tuple and all(map(is_plain_value, key)))
 
     def _key(self, key: Any) -> Any:
         if isinstance(key, Tensor):
@@ -240,7 +219,8 @@ def _is_code(value: Any) -> bool:
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain_value(value: Any) -> bool:
+    """Return whether a value is itself in JSON."""
     return value is None or type(value) in (bool, int, float, str)
 
 
@@ -288,6 +268,9 @@ class _Restoring:
     def set_attributes(self, value: Any, nodes: Mapping[str, Any], prefix: str) -> None:
         """Set the attributes of an object to the values of nodes."""
         own = vars(value)
+        if isinstance(value, torch.optim.Optimizer):
+            for name in own.keys() - nodes.keys() - _OF_TORCH:
+                del own[name]  # it came later; its class may have a default
         for name, node in nodes.items():
             own[name] = self.decoded(node, own.get(name), f"{prefix}{name}")
 

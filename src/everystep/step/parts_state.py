@@ -17,13 +17,12 @@ from everystep.errors import Fault, RunError
 from everystep.program.memory import copy_into
 from everystep.step.generators import Generators
 from everystep.step.own_state import (
-    captured,
     decoded,
     encoded,
     entries_of,
+    is_plain_value,
     keeps_own_state,
     optimizer_settings,
-    restore,
     restore_optimizer,
     state_dict_of,
 )
@@ -31,8 +30,6 @@ from everystep.step.parts import Parts
 from everystep.step.state import State, copy_of
 
 __all__ = ["PartsState", "Rest"]
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class Rest(NamedTuple):
@@ -52,7 +49,7 @@ class PartsState:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self.parts = self._parts = parts
+        self.parts = parts
         self._at_first = {name: _attributes(module) for name, module in parts.modules.items()}
 
     def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
@@ -60,7 +57,7 @@ class PartsState:
 
         live: their tensors in a state; None: all.
         """
-        parts, live = self._parts, self._parts.state() if live is None else live
+        parts, live = self.parts, self.parts.state() if live is None else live
         tensors: dict[str, Tensor] = {}
         held: dict[str, Any] = {}
         others = {id(part) for part in parts.named.values()}
@@ -71,7 +68,7 @@ class PartsState:
                 found, held[name] = self._of_optimizer(name, part, live)
                 tensors |= found
             else:
-                found, data = encoded(part, name, live, others - {id(part)})
+                found, data = encoded(part, name, live, left_alone=others - {id(part)})
                 tensors |= found
                 held[name] = {"object": data}
         generators = Generators.capture(parts.device).tensors()
@@ -91,7 +88,7 @@ class PartsState:
             live: their tensors as far as a state has them; None: all.
             rest: what else they held after the step; None: what they hold now.
         """
-        parts, live = self._parts, self._parts.state() if live is None else live
+        parts, live = self.parts, self.parts.state() if live is None else live
         tensors, held = self.rest(live) if rest is None else rest
         parameters = {
             f"{parts.prefix(name)}{path}": copy_of(tensor)
@@ -129,14 +126,14 @@ class PartsState:
     def _of_optimizer(
         self, part: str, optimizer: torch.optim.Optimizer, live: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Any]:
-        names = self._parts.parameter_names()
+        names = self.parts.parameter_names()
         settings = {"optimizer": optimizer_settings(optimizer, names)}
         entries = (value for _, each in entries_of(optimizer) for value in each.values())
-        is_usual = all(isinstance(value, (Tensor, *_PLAIN)) for value in entries)
+        is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
         if is_usual and not keeps_own_state(optimizer):
             return {}, settings
-        tensors, data = captured(optimizer, part, names, live)
-        return tensors, settings | {"own": data}
+        tensors, data = encoded(optimizer, part, live, names)
+        return tensors, settings | {"own": data["object"]}
 
     def restore(self, state: State, only: Collection[str] | None = None) -> None:
         """Bring the parts to a state that was written in this or another process.
@@ -147,7 +144,7 @@ class PartsState:
         Raises:
             RunError: the state has different parts; lists the differences.
         """
-        parts, held = self._parts, state.settings.get("held", {})
+        parts, held = self.parts, state.settings.get("held", {})
         if only is not None and isinstance(held, dict):
             parts = parts.only([name for name in only if name in held])
         elif not isinstance(held, dict) or held.keys() != parts.named.keys():
@@ -195,7 +192,7 @@ class PartsState:
             if own_class != known:
                 raise ValueError(f"it is {own_class}, but the snapshot has {known}")
             if "own" in held:
-                restore(part, name, names, saved, held["own"])
+                decoded(part, name, saved, {"object": held["own"]}, names)
                 return
             own = "" if len(parts.optimizers) == 1 else f"{name}."
             if is_whole:
@@ -257,7 +254,7 @@ def _restore_groups(
 def _attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the plain attributes of a module and of all within it, by path."""
     return {
-        path: {name: value for name, value in vars(inner).items() if type(value) in _PLAIN}
+        path: {name: value for name, value in vars(inner).items() if is_plain_value(value)}
         for path, inner in module.named_modules()
     }
 

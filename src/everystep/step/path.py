@@ -22,10 +22,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from everystep.program.arguments import references
 from everystep.program.number_slots import READ
-from everystep.program.step_program import Phase
+from everystep.program.operation import Phase, Storage, extent_of
 from everystep.step.calling_code import Calls
 
 __all__ = [
@@ -39,9 +39,6 @@ __all__ = [
     "PathWriter",
     "SeenOperation",
     "SeenTensor",
-    "StorageKind",
-    "extent_of",
-    "geometry",
     "places_of_reads",
 ]
 
@@ -93,15 +90,8 @@ class SeenOperation(NamedTuple):
 
     def tensors_read(self) -> list[int]:
         """Return the numbers of the tensors among its arguments."""
-        return _tensors_in((*self.arguments, *(value for _, value in self.keywords)))
-
-
-class StorageKind(NamedTuple):
-    """Where a storage comes from: `state`, `input` or `temporary`. host: in the CPU's memory."""
-
-    kind: str
-    bytes: int
-    host: bool
+        given = *self.arguments, *(value for _, value in self.keywords)
+        return [int(name[1:]) for name in references(given) if name.startswith("%")]
 
 
 @dataclass(frozen=True)
@@ -117,7 +107,7 @@ class Path:
 
     operations: tuple[SeenOperation, ...]
     tensors: tuple[SeenTensor, ...]
-    storages: tuple[StorageKind, ...]
+    storages: tuple[Storage, ...]
     named: tuple[tuple[str, int], ...]
     ends: tuple[tuple[str, int], ...]
     gone: tuple[str, ...]
@@ -161,15 +151,6 @@ def places_of_reads(operations: Iterable[SeenOperation]) -> Iterator[int]:
         if str(operation.operator) == READ:
             yield place
         place += operation.numbers
-
-
-def _tensors_in(value: Any) -> list[int]:
-    """Return the numbers of the tensors in an argument."""
-    if isinstance(value, str):
-        return [int(value[1:])] if value.startswith("%") else []
-    if isinstance(value, tuple):
-        return [number for item in value for number in _tensors_in(item)]
-    return []
 
 
 class MetTensor(NamedTuple):
@@ -220,6 +201,7 @@ class Ending(NamedTuple):
     reads: tuple[int, ...] = ()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Entry:
     """What a step does at one point.
 
@@ -239,48 +221,31 @@ class Entry:
     jump: of a backward pass that can run unwatched, the entry after it, and in which cases.
     """
 
-    __slots__ = (
-        *(
-            "brings",
-            "check",
-            "children",
-            "contents",
-            "draws",
-            "ending",
-            "func",
-            "jump",
-            "kept",
-            "key",
-            "lines",
-            "marks",
-        ),
-        *("in_graph", "met", "new", "next", "nodes", "operation", "parent", "shaped", "where"),
-    )
+    key: Any
+    parent: Entry | None
+    new: tuple[MetTensor, ...]
+    operation: SeenOperation | None = None
+    marks: tuple[Mark, ...] = ()
+    met: int = field(init=False)
+    draws: int = field(init=False)
+    func: Any = None
+    where: Any = None
+    check: Callable[..., Any] | None = None
+    next: Entry | None = None
+    children: dict[Any, Entry] = field(default_factory=dict)
+    contents: tuple[tuple[int, int], ...] = ()
+    brings: bool = False
+    shaped: bool = False
+    kept: tuple[tuple[int, int], ...] = ()
+    in_graph: bool = False
+    lines: Calls = ()
+    nodes: int = 0
+    ending: Ending | None = None
+    jump: Any = None
 
-    def __init__(
-        self,
-        key: Any,
-        parent: Entry | None,
-        new: tuple[MetTensor, ...],
-        operation: SeenOperation | None = None,
-        marks: tuple[Mark, ...] = (),
-    ) -> None:
-        self.key, self.parent, self.new = key, parent, new
-        self.operation, self.marks = operation, marks
-        self.met: int = len(new) + (parent.met if parent is not None else 0)
-        self.draws: int = parent.draws if parent is not None else 0
-        self.func: Any = None
-        self.where: Any = None
-        self.check: Callable[..., Any] | None = None
-        self.next: Entry | None = None
-        self.children: dict[Any, Entry] = {}
-        self.contents: tuple[tuple[int, int], ...] = ()
-        self.shaped = self.brings = self.in_graph = False
-        self.kept: tuple[tuple[int, int], ...] = ()
-        self.ending: Ending | None = None
-        self.jump: Any = None
-        self.lines: Calls = ()
-        self.nodes = 0
+    def __post_init__(self) -> None:
+        self.met = len(self.new) + (self.parent.met if self.parent is not None else 0)
+        self.draws = self.parent.draws if self.parent is not None else 0
 
     def from_root(self) -> list[Entry]:
         """Return the entries from the beginning of the step to this one."""
@@ -310,22 +275,17 @@ class PathWriter:
         self._met = met
         self._has_host = has_host
         self._tensors: list[SeenTensor] = []
-        self._storages: list[StorageKind] = []
+        self._storages: list[Storage] = []
         self._number_of: dict[SeenTensor, int] = {}
         self._place_of: dict[int, int] = {}
 
-    def path(
-        self,
-        end: Entry,
-        state: Mapping[str, int],
-        loss: Callable[[Sequence[SeenOperation]], int | None],
-    ) -> Path:
+    def path(self, end: Entry, state: Mapping[str, int], loss: int | None) -> Path:
         """Return the path that ends with an entry.
 
         Args:
             end: the entry.
             state: the tensors of the state afterwards, by name.
-            loss: returns the tensor logged as the loss, given the operations.
+            loss: the tensor logged as the loss.
         """
         named: dict[str, int] = {}
         before: dict[str, int] = {}
@@ -333,7 +293,6 @@ class PathWriter:
         activations: dict[str, tuple[int, ...]] = {}
         logged: dict[str, int] = {}
         operations: list[SeenOperation] = []
-        seen: list[SeenOperation] = []
         lines: list[Calls] = []
         written: set[int] = set()
         forward = _ForwardPasses()
@@ -341,7 +300,6 @@ class PathWriter:
             if entry.key[0] == "module":
                 forward.ends(entry.key[1], operations, has_gradients=entry.key[2])
             if entry.operation is not None and not entry.shaped:
-                seen.append(entry.operation)
                 lines.append(entry.lines)
                 operations.append(self._renumbered(entry.operation))
                 written.update(operations[-1].writes)
@@ -362,8 +320,7 @@ class PathWriter:
                     activations.pop(mark.name, None)
                     activations[mark.name] = numbers
         after = {name: self._number(met) for name, met in state.items()}
-        loss_number = loss(seen)
-        loss_number = None if loss_number is None else self._number(loss_number)
+        loss_number = None if loss is None else self._number(loss)
         self._cut_batch(named.values())
         return Path(
             operations=tuple(operations),
@@ -394,8 +351,9 @@ class PathWriter:
         if origin not in self._place_of:
             self._place_of[origin] = len(self._storages)
             first = self._met[origin]
-            kind = "input" if first.kind in ("batch", "part") else first.kind
-            self._storages.append(StorageKind(kind, first.bytes, self._has_host and first.on_cpu))
+            kind: Any = "input" if first.kind in ("batch", "part") else first.kind
+            host = self._has_host and first.on_cpu
+            self._storages.append(Storage(kind=kind, bytes=first.bytes, host=host))
             self.origins.append(origin)
         return self._place_of[origin]
 
@@ -420,7 +378,7 @@ class PathWriter:
         places = {tensors[number].storage for number in named}
         for storage in (place for place in places if storages[place].kind == "input"):
             ends = (extent_of(each.geometry)[1] for each in tensors if each.storage == storage)
-            storages[storage] = storages[storage]._replace(bytes=max(ends))
+            storages[storage] = storages[storage].model_copy(update={"bytes": max(ends)})
 
 
 class _ForwardPasses:
@@ -454,17 +412,3 @@ def _is_within(operation: SeenOperation, path: str) -> bool:
     if operation.phase != "forward" or not path:
         return operation.phase == "forward"
     return operation.module == path or (operation.module or "").startswith(f"{path}.")
-
-
-def extent_of(geometry: tuple[Any, ...]) -> tuple[int, int]:
-    """Return the first byte of a tensor in its memory, and the one after its last."""
-    dtype, shape, stride, offset = geometry
-    if 0 in shape:
-        return offset * dtype.itemsize, offset * dtype.itemsize
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    return offset * dtype.itemsize, (offset + last + 1) * dtype.itemsize
-
-
-def geometry(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor lies in its memory."""
-    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()

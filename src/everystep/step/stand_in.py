@@ -1,9 +1,9 @@
 """Stand-in: a program that runs a step in place of its Python.
 
 The step is torch's own code, or the user vouches that it runs the same operations each time. Visible
-conditions are checked: its numbers are those of torch's optimizers, are read from tensors and only
-logged, or stay the same. The program is compared with Python's step on a copy of the state, at first and
-at steps 2, 4, 8, ..., bit for bit.
+conditions are checked (see `replaceable`): its numbers are those of torch's optimizers, are read from
+tensors and only logged, or stay the same. The program is compared with Python's step on a copy of the
+state, at first and at steps 2, 4, 8, ..., bit for bit.
 """
 
 from __future__ import annotations
@@ -19,31 +19,62 @@ from everystep.errors import ProgramError
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
-from everystep.program.memory import copy_into, lies_as, tensor_on
-from everystep.program.number_slots import READ
+from everystep.program.memory import copied_together, copy_into, lies_as, tensor_on
+from everystep.program.number_slots import Number
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
-from everystep.step.around import NotReplaceableError
 from everystep.step.build import BuiltPath
 from everystep.step.cursor import Cursor
 from everystep.step.optimizer_call import OptimizerCalls
-from everystep.step.optimizer_steps import OptimizerStep
+from everystep.step.outside_tensors import Brought
 from everystep.step.parts import Parts
 from everystep.step.path import Path, places_of_reads
+from everystep.step.replaceable import (
+    NotReplaceableError,
+    check_optimizers,
+    check_replaceable,
+    unchanging_reads,
+)
 from everystep.step.state import same_bits
-from everystep.step.taken import TakenByProgram
-from everystep.step.unchanging import unchanging_reads
 
-__all__ = ["CreatesTensorsError", "Number", "PartsCopy", "StandIn"]
+__all__ = ["PartsCopy", "StandIn", "TakenByProgram"]
 
-Number = int | float
 #: Bytes up to which a copy of the state and of the program's memory is kept for the next comparison.
 SMALL_BYTES = 16_000_000
 CURE = "return the tensor instead of a Python number"
 
 
-class CreatesTensorsError(NotReplaceableError):
-    """A step that leaves other tensors in the state than it found, as the first of a training does."""
+class TakenByProgram:
+    """A step that a program ran, as a watch would have observed it.
+
+    numbers, generators, drawn: as in `UnderWay`; is_still: no tensor of the parts was exchanged, or has
+    another version than before, although it may have other values.
+    """
+
+    changed_elsewhere = None
+    offsets: tuple[int, ...] = ()
+    is_paused = is_empty = is_compiled = False
+
+    def __init__(
+        self, path: Path, numbers: Sequence[int | float], contents: Mapping[int, Tensor]
+    ) -> None:
+        self.is_still = False
+        self.numbers = numbers
+        self.generators: dict[int, Tensor] = {}
+        self.drawn: Tensor | None = None
+        self.unseen: dict[str, int] = {}
+        self.changed_unseen: list[str] = []
+        self._path = path
+        self._contents = contents
+
+    def from_outside(self, storage: int) -> Brought | None:
+        """Return an input that is not in the batch; its content does not change from step to step."""
+        content = self._contents.get(storage)
+        return None if content is None else Brought(content)
+
+    def end(self, state: Mapping[str, Tensor], versions: Any, loss: Any) -> Path:
+        """Return the path of the step."""
+        return self._path
 
 
 class PartsCopy(NamedTuple):
@@ -105,11 +136,12 @@ class StandIn:
         self._built = built
         self.path = path
         self._numbers = [*seen.numbers]
-        brought = ((place, seen.content(place)) for place in range(len(path.storages)))
-        self._contents = {place: content for place, content in brought if content is not None}
+        brought = ((place, seen.from_outside(place)) for place in range(len(path.storages)))
+        self._contents = {place: each.content for place, each in brought if each is not None}
         self._batch = [*batch]
         self._plain = plain
-        self._optimizer_steps = _steps_of(seen.optimizers.seen, optimizers)
+        self._optimizer_steps = [*seen.optimizers.seen]
+        check_optimizers(self._optimizer_steps, optimizers)
         self._calls = OptimizerCalls()
         self.schedulers = [*schedulers]
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
@@ -133,13 +165,7 @@ class StandIn:
         self._logged_reads = self._places_of_logged()
         #: Of these places: those among the numbers that the program has.
         self._read = {place: built.kept.index(place) for place in self._logged_reads.values()}
-        reason = self._reason_against(batch, seen)
-        if reason is not None:
-            raise NotReplaceableError(reason)
-        other = [name for name, _ in path.ends if not name.startswith("gradient/")]
-        other += [name for name in path.gone if not name.startswith("gradient/")]
-        if other:
-            raise CreatesTensorsError(f"{other[0].partition('/')[2]} is another tensor after each step")
+        check_replaceable(built.program, path, seen, batch, parts.device)
         #: The program on a copy of a state, to be compared, and the copy.
         self._copy: tuple[BoundProgram, dict[str, Tensor]] | None = None
         lying = {path.tensors[number].storage: name for name, number in path.named}
@@ -177,36 +203,6 @@ class StandIn:
             if name in tensors and self.path.tensors[number].storage in sources:
                 self._unchanging[name] = tensors[name].detach().clone()
         return found
-
-    def _reason_against(self, batch: Mapping[str, Tensor], seen: Cursor) -> str | None:
-        path = self.path
-        if self._built.program.moves:
-            return "it reads a view that lies at another place in each step"
-        if seen.unseen:
-            return f"a program cannot hold the step: {next(iter(seen.unseen))}"
-        if seen.changed_unseen:
-            name = seen.changed_unseen[0].partition("/")[2]
-            return f"something changes {name} where torch does not see it"
-        tensors, storages = self._built.program.tensors, self._built.program.storages
-        for name, tensor in batch.items():
-            if name in tensors and storages[tensors[name].storage].kind != "input":
-                return f"{name} of the batch shares memory with a part"
-            if tensor.requires_grad:
-                return f"{name} of the batch requires a gradient"
-        for name, number in self._built.program.ends.items():
-            if storages[tensors[number].storage].kind != "temporary":
-                return f"the gradient of {name.partition('/')[2]} shares memory with something else"
-        inputs = {place for place, known in enumerate(path.storages) if known.kind == "input"}
-        written = {storage for each in path.operations for storage in each.writes} & inputs
-        if written:
-            is_outside = not written.isdisjoint(self._contents)
-            return "the step changes " + ("a tensor that is in no part" if is_outside else "its batch")
-        for each in path.operations:
-            if str(each.operator) != READ and _is_shaped(each, path):
-                return f"{each.operator} returns shapes that depend on values"
-        if self._draws and self._parts.device.type != "cpu":
-            return "random numbers are drawn on a device other than the CPU"
-        return None
 
     def is_ready(self, state: Mapping[str, Tensor], era: int) -> bool:
         """Return whether the tensors of the state have the layout of the program; bind it to them.
@@ -317,7 +313,7 @@ class StandIn:
         ends = self.live.ends
         if any(state.get(name) is not tensor for name, tensor in ends.items()):
             # Other code may keep them, and a step that begins with them must not write into them.
-            own = ends if self._is_quiet and not self._moves else _copies(ends)
+            own = ends if self._is_quiet and not self._moves else copied_together(ends)
             for name, tensor in own.items():
                 self._set_gradient(state, name, tensor)
             taken.is_still = False
@@ -342,7 +338,7 @@ class StandIn:
         """
         ends = {} if self.live is None else self.live.ends
         lent = {name: tensor for name, tensor in ends.items() if state.get(name) is tensor}
-        for name, tensor in _copies(lent).items():
+        for name, tensor in copied_together(lent).items():
             self._set_gradient(state, name, tensor)
         return bool(lent)
 
@@ -386,8 +382,8 @@ class StandIn:
         if not self._foresees(numbers, seen.numbers):
             return "a Python number in the step changes from step to step; compute it with tensors"
         for storage, content in self._contents.items():
-            now = seen.content(storage)
-            if now is None or not (now is content or same_bits(now, content)):
+            now = seen.from_outside(storage)
+            if now is None or not (now.content is content or same_bits(now.content, content)):
                 return "a tensor from outside changes; make it a part, or pass it in the batch"
         plain = {name: value for name, value in logged.items() if not isinstance(value, Tensor)}
         read = {name: seen.numbers[place] for name, place in self._logged_reads.items()}
@@ -416,7 +412,8 @@ class StandIn:
         try:
             with without_autograd():
                 live.load(given)
-                found = live.take(self._built.numbers(numbers))
+                live.put(self._built.numbers(numbers))
+                live.run()
             is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
         finally:
             torch.set_rng_state(after)
@@ -429,7 +426,7 @@ class StandIn:
         for place, index in self._read.items():
             if repr(live.numbers[index]) != repr(numbers[place]):
                 return "the program reads another number than Python"
-        for name, tensor in found.items():
+        for name, tensor in live.logged.items():
             value = logged.get(name)
             if isinstance(value, Tensor) and not same_bits(
                 value.detach().reshape(()), tensor.reshape(())
@@ -469,25 +466,10 @@ class StandIn:
         numbers = self._numbers.copy()
         for step in self._optimizer_steps:
             call = self._calls.of(step.optimizer)
-            if call is None or call.settings.layout != step.layout:
+            if call is None or call.layout != step.layout:
                 raise NotReplaceableError("the optimizer runs another step than before")
-            numbers[step.begin : step.end] = call.settings.numbers
+            numbers[step.begin : step.end] = call.numbers
         return numbers
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of tensors of a program; what shares memory still does."""
-    memory: dict[int, torch.UntypedStorage] = {}
-    found = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        if storage._cdata not in memory:
-            memory[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
-        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        found[name] = copy.set_(
-            memory[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
-    return found
 
 
 def _gradients(path: Path, named: Sequence[tuple[str, int]]) -> dict[str, tuple[Any, ...]]:
@@ -501,36 +483,3 @@ def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> b
     places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
     storages, memories = zip(*places, strict=True) if places else ((), ())
     return len(set(storages)) == len(set(memories)) == len(places)
-
-
-def _steps_of(
-    known: Sequence[OptimizerStep], optimizers: Sequence[torch.optim.Optimizer]
-) -> list[OptimizerStep]:
-    """Return the steps of optimizers, in order.
-
-    Raises:
-        NotReplaceableError: the numbers of one cannot be predicted.
-    """
-    steps = {id(step.optimizer): step for step in known}
-    for optimizer in optimizers:
-        name = type(optimizer).__name__
-        if id(optimizer) not in steps:
-            raise NotReplaceableError(
-                f"{name} is not one of torch's own optimizers, or other code has changed it"
-            )
-        if sum(each is optimizer for each in optimizers) > 1:
-            raise NotReplaceableError(f"{name} steps twice")
-    return [*known]
-
-
-def _is_shaped(seen: Any, path: Path) -> bool:
-    """Return whether the shapes of an operation's results depend on values."""
-    tags = seen.operator.tags
-    if torch.Tag.data_dependent_output in tags:
-        return True
-    if torch.Tag.dynamic_output_shape not in tags:
-        return False
-    if seen.operator.overloadpacket.__name__ not in ("index", "_unsafe_index"):
-        return True
-    indices = [index for index in seen.arguments[1] if isinstance(index, str)]
-    return any(path.tensors[int(index[1:])].dtype in (torch.bool, torch.uint8) for index in indices)

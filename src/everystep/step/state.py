@@ -6,7 +6,6 @@ import ctypes
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ __all__ = [
     "StateDifference",
     "as_integers",
     "copy_of",
-    "difference",
     "distance",
     "same_bits",
     "size_of_difference",
@@ -124,17 +122,6 @@ class StateDifference(NamedTuple):
     def size(self) -> Size:
         """How far they are apart."""
         return Size(self.largest, self.absolute, self.relative)
-
-
-def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor with different bits, or None."""
-    for name in expected.keys() | found.keys():
-        if name not in expected or name not in found:
-            return name
-    for name, tensor in expected.items():
-        if not same_bits(tensor, found[name]):
-            return name
-    return None
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:

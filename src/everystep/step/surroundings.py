@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everystep.step.guards import Guards, held, is_a
-from everystep.step.optimizer_call import OptimizerCalls
+from everystep.step.follow import OF_WATCHES
+from everystep.step.guards import Guards, is_a
+from everystep.step.optimizer_call import OptimizerCalls, is_ours
 from everystep.step.parts import Parts
-from everystep.step.replaced import OF_WATCHES
 from everystep.step.torchs_own import (
     HOOKS,
     guard_module,
@@ -32,6 +32,8 @@ __all__ = ["Surroundings"]
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _FLAG = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
 _PLACES = (torch, torch.nn.functional, torch.autograd, torch.Tensor)
+#: Stands for what an object does not hold.
+_ABSENT = object()
 _HOOKS_ON_OPTIMIZERS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
@@ -75,8 +77,6 @@ class Surroundings:
             kind = hook_on(module)
             if kind is not None:
                 yield f"{where} has {kind}"
-            if type(module).__module__.startswith("torch._dynamo"):
-                yield f"{where} is compiled (torch.compile)"
             if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
                 yield f"{where} is a {type(module).__name__}"
         for name, tensor in self._state().items():
@@ -106,7 +106,7 @@ class Surroundings:
         for name, optimizer in self._optimizers.items():
             key = id(optimizer)
             guards.read((key, "code"), f"the code of {name}", torchs, optimizer)
-            guards.read((key, "step"), f"step of {name}", held, optimizer, "step")
+            guards.read((key, "step"), f"step of {name}", _held, optimizer, "step")
             guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
         if type(self._loss) is partial:
             _guard_arguments(self._loss, guards)
@@ -136,6 +136,11 @@ class Surroundings:
         return [first.setdefault(place, index) for index, place in enumerate(places)]
 
 
+def _held(holder: Any, name: str) -> Any:
+    """Return what an object itself holds under a name."""
+    return vars(holder).get(name, _ABSENT)
+
+
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Return which parameters are in which group, and None after each group."""
     return [each for group in optimizer.param_groups for each in (*group["params"], None)]
@@ -148,7 +153,7 @@ def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
         if name in own:
             guards.contents(own[name], f"{name} of {where}")
     for name in ("training", "forward"):
-        guards.read((id(module), name), f"{name} of {where}", held, module, name)
+        guards.read((id(module), name), f"{name} of {where}", _held, module, name)
     for name in ("forward", "__call__"):
         guards.read((id(module), "class", name), f"{name} of {where}", getattr, type(module), name)
 
@@ -267,6 +272,4 @@ def _hooks_on_all() -> bool:
 
 def _is_harmless(hook: Any) -> bool:
     """Return whether a hook is torch's own, or that of a capture in another thread."""
-    function = getattr(hook, "__func__", hook)
-    origin = str(getattr(function, "__module__", None) or type(hook).__module__)
-    return is_torchs_function(function) or origin.startswith("everystep.")
+    return is_torchs_function(getattr(hook, "__func__", hook)) or is_ours(hook)

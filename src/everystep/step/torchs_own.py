@@ -20,8 +20,6 @@ from torch.utils.hooks import RemovableHandle
 
 from everystep.step.guards import (
     Guards,
-    class_dict,
-    class_name,
     has_comparable_numbers,
     is_a,
     is_plain,
@@ -148,7 +146,7 @@ def _name_of_function(function: Any) -> str:
         return _name_of_function(function.func)
     function = function.__func__ if type(function) is types.MethodType else function
     if type(function) is not types.FunctionType:
-        return class_name(type(function))
+        return type(function).__name__
     code = function.__code__
     place = f" in line {code.co_firstlineno} of {Path(code.co_filename).name}"
     return code.co_qualname.rpartition("<locals>.")[2] + place * (code.co_name == "<lambda>")
@@ -201,19 +199,19 @@ def _overridable_functions() -> dict[int, Any]:
 def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
     cls, own = type(module), _own_dict(module)
     if not _is_from(cls, "torch.nn.modules."):
-        return f"is a {class_name(cls)}, which is not a torch module"
+        return f"is a {cls.__name__}, which is not a torch module"
     if not but_hooks and (kind := hook_on(module)) is not None:
         return f"has {kind}"
     for name, value in own.items():
         if name == "forward" or (callable(value) and hasattr(cls, name)):
             return f"has a {name} that differs from its class"
         if not _is_known(value) and not is_a(value, nn.Module):
-            return f"has {name}, a {class_name(type(value))} that is not torch's"
+            return f"has {name}, a {type(value).__name__} that is not torch's"
     for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             return "has no shape before the first step (a lazy module)"
         if tensor is not None and kind_of(tensor) not in TENSOR_TYPES:
-            return f"has a {class_name(type(tensor))}, a tensor subclass"
+            return f"has a {type(tensor).__name__}, a tensor subclass"
     exchanged = [name for name in _LOOKED_UP if not is_torchs_function(getattr(cls, name))]
     return f"has a {exchanged[0]} that differs from torch's" if exchanged else None
 
@@ -236,11 +234,10 @@ def _identity_of_dict(module: nn.Module) -> int:
 
 def _is_from(cls: type, package: str) -> bool:
     """Return whether a class is the one that a module of a package has under its name."""
-    own = class_dict(cls).get("__module__")
+    own = cls.__module__
     if type(own) is not str or not own.startswith(package):
         return False
-    found = sys.modules.get(own)
-    return getattr(found, type.__dict__["__qualname__"].__get__(cls), None) is cls
+    return getattr(sys.modules.get(own), cls.__qualname__, None) is cls
 
 
 def _is_known(value: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, is_plain
 from everystep.step.outside_tensors import (
     MOST_BYTES,
-    Cut,
+    Brought,
     OutsideTensors,
     Versions,
     places_read,
@@ -74,8 +73,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     at: the point of the path at which the step is; is_remembered: whether later steps may follow it;
     is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
-    not; tensors: that it has met; contents: the bytes of what it brought from elsewhere, by the number
-    of the first tensor there; gradient_copies: of the gradients that somebody asks for.
+    not; tensors: that it has met; brought: from elsewhere, by the number of the first tensor there;
+    gradient_copies: of the gradients that somebody asks for.
     """
 
     def __init__(
@@ -97,9 +96,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.follower = follower
         self.outside = elsewhere
         self.tensors = paths.tensors
-        self.contents: dict[int, Tensor] = {}
-        self.cuts: dict[int, Cut] = {}
-        self.joined: dict[int, int] = {}
+        self.brought: dict[int, Brought] = {}
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.written_elsewhere: dict[int, str] = {}
@@ -116,20 +113,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Whether nothing was computed."""
         return not self.unseen and all(entry.operation is None for entry in self.at.from_root())
 
-    def content(self, storage: int) -> Tensor | None:
-        """Return the bytes of an input that is not in the batch, as first seen.
-
-        storage: its number in the path that `end` has returned.
-        """
-        return self.contents.get(self._origins[storage])
-
-    def cut(self, storage: int) -> Cut | None:
-        """Return where such an input was cut out of data, if the run is to have that."""
-        return self.cuts.get(self._origins[storage])
-
-    def rows(self, storage: int) -> int:
-        """Return of how many rows such an input was joined, which other steps may use, too; or 1."""
-        return self.joined.get(self._origins[storage], 1)
+    def from_outside(self, storage: int) -> Brought | None:
+        """Return an input that is not in the batch. storage: its number in the path of the step."""
+        return self.brought.get(self._origins[storage])
 
     def begin(self, state: Mapping[str, Tensor], versions: Versions, left: Ending | None = None) -> None:
         """Note the tensors of the state before the step, and their versions.
@@ -150,7 +136,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 same, versions = self.tensors.same(state), versions_by_name(state)
             self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
             self.tensors.begin(state, same, root)
-            self.tensors.note_looks(state)
             if left is not None and self.is_remembered:
                 self.paths.begins_after(left, root, same)
         self._versions = [count for _, count, _ in versions.values()]
@@ -255,13 +240,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         number = self.tensors.number(tensor)
         number = self.tensors.meet(tensor, "input") if number is None else number
         if self.is_unread(number):
-            self.keep_content(number, tensor)
+            self.bring(self.tensors.known[number].origin, tensor)
         return number
 
     def is_unread(self, number: int) -> bool:
         """Tell whether a tensor is on memory from elsewhere that no operation has read yet."""
         origin = self.tensors.known[number].origin
-        return self.tensors.known[origin].kind in ("input", "part") and origin not in self.contents
+        return self.tensors.known[origin].kind in ("input", "part") and origin not in self.brought
 
     def check_readable(self, number: int) -> None:
         """Check that a program can hold a tensor as an argument.
@@ -275,10 +260,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if not self.tensors.is_within(number):
             raise UnseenError("uses memory next to a tensor of the batch or the state")
 
-    def keep_content(self, number: int, tensor: Tensor) -> None:
-        """Keep the content of the memory of a tensor that is unread."""
-        self.bring(self.tensors.known[number].origin, tensor)
-
     def bring(self, origin: int, tensor: Tensor) -> None:
         """Keep the content of memory from outside. origin: the number of the first tensor there."""
         base, outside = self.tensors.bases.get(origin), self.outside
@@ -289,13 +270,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             content = outside.of(tensor)
             call = self.gathered.get(tensor.untyped_storage()._cdata)
             read = None if call is None else places_read(*call)
-        self.contents[origin] = content
         cut = None if read is None else outside.cut(*read, content.nbytes)
-        if cut is not None:
-            self.cuts[origin] = cut
         # A tensor that reads it may be a view of another shape.
         has_rows = call is not None and read is None and tensor.dim() and content.nbytes == tensor.nbytes
-        self.joined[origin] = max(len(tensor), 1) if has_rows else 1
+        self.brought[origin] = Brought(content, cut, max(len(tensor), 1) if has_rows else 1)
 
     def keep_place_of(self, number: int) -> None:
         """From now on, note the memory of a result when it is made: it is met again without it."""
@@ -367,8 +345,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         known: Container[int] = range(self.at.met)
         if self.is_remembered:
             known = {origin for entry in self.at.from_root() for _, origin in entry.contents}
-        self.contents = {n: content for n, content in self.contents.items() if n in known}
-        self.cuts = {n: cut for n, cut in self.cuts.items() if n in known}
+        self.brought = {origin: each for origin, each in self.brought.items() if origin in known}
 
     def leave(self) -> None:
         """Watch the rest of the step without following or remembering it."""
@@ -481,14 +458,16 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """Write the path of the step down."""
         tensors, at = self.tensors, self.at
         tensors.catch_up(at)
-        brought = len(self.contents)
+        brought = len(self.brought)
         bound = tuple(map(self._bound, state.values())) if self.is_remembered else ()
         after = {name: self.number(tensor) for name, tensor in state.items() if is_plain(tensor)}
         logged = None
-        if isinstance(loss, Tensor) and loss.numel() == 1 and is_plain(loss):
+        if not isinstance(loss, Tensor):
+            logged = self._read_from(loss)
+        elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
         writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
-        path = writer.path(at, after, partial(self._loss, loss, logged))
+        path = writer.path(at, after, logged)
         written = self.written_elsewhere.keys() - self.tensors.origins_of(after.values())
         texts = [text for origin, text in self.written_elsewhere.items() if origin in written]
         self.changed_elsewhere = texts[0] if texts else None
@@ -496,7 +475,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if self.is_remembered:
             reads = tuple(places_of_reads(path.operations))
             token = self._loss_token(loss, path, reads)
-            if None not in bound and token != _UNKNOWN and len(self.contents) == brought:
+            if None not in bound and token != _UNKNOWN and len(self.brought) == brought:
                 changes = self._changes(versions, bound)
                 ending = Ending(path, ending.origins, tuple(state), bound, changes, token, reads)
                 at.ending = ending
@@ -505,12 +484,10 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             self.paths.learned()
         return ending
 
-    def _loss(self, loss: Any, number: int | None, operations: Sequence[SeenOperation]) -> int | None:
-        """Return the number of the tensor that was logged as the loss, or from which Python read it."""
-        if isinstance(loss, Tensor):
-            return number
+    def _read_from(self, loss: Any) -> int | None:
+        """Return the number of the tensor from which Python read what was logged as the loss."""
         place = len(self.numbers)
-        for operation in reversed(operations):
+        for operation in reversed([*self.at.operations()]):
             place -= operation.numbers
             if str(operation.operator) == READ and self.numbers[place] == loss:
                 return int(operation.arguments[0][1:])

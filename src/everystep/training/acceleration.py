@@ -18,10 +18,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from everystep import clock
 from everystep.errors import TrainingError
-from everystep.step.around import NotReplaceableError
+from everystep.program.number_slots import Number
 from everystep.step.check_plan import CheckPlan
 from everystep.step.cursor import Cursor
-from everystep.step.stand_in import CreatesTensorsError, Number, PartsCopy, StandIn
+from everystep.step.replaceable import CreatesTensorsError, NotReplaceableError
+from everystep.step.stand_in import PartsCopy, StandIn
 from everystep.step.surroundings import Surroundings
 from everystep.training.batch import tensors_of
 from everystep.training.watched_steps import WatchedSteps

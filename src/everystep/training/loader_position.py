@@ -149,7 +149,7 @@ class LoaderPosition:
         elif self._has_workers:
             place["has_workers"] = True
         if not self._is_between and _has_state(self._loader):
-            tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {}, ())
+            tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {})
         return tensors, {"place": place}
 
     def epochs(self, count: int | None) -> Iterator[int]:

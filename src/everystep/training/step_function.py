@@ -17,9 +17,10 @@ from everystep import clock, numerics
 from everystep.bounded import check_steps
 from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.experiment.specification import Iteration
+from everystep.program.number_slots import Number
 from everystep.recording.facts import FunctionFacts
-from everystep.step.around import Around
-from everystep.step.stand_in import Number, StandIn
+from everystep.step.replaceable import Around
+from everystep.step.stand_in import StandIn
 from everystep.step.surroundings import Surroundings
 from everystep.training.acceleration import Acceleration
 from everystep.training.batch import key_of, unnested

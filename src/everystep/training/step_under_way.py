@@ -11,7 +11,7 @@ from everystep import clock
 from everystep.step.cursor import Cursor
 from everystep.step.outside_tensors import Versions
 from everystep.step.path import Path
-from everystep.step.taken import TakenByProgram
+from everystep.step.stand_in import TakenByProgram
 
 __all__ = ["AnyWatch", "StepUnderWay"]
 

@@ -19,12 +19,13 @@ from everystep import clock
 from everystep.errors import DatasetChangedError
 from everystep.experiment.batches import RowsOf
 from everystep.program.calls import without_autograd
+from everystep.program.number_slots import Number
 from everystep.recording.contents import Taken
 from everystep.recording.recorder import Recorder
-from everystep.step.around import NotReplaceableError
 from everystep.step.generators import Generators
 from everystep.step.optimizer_call import is_torchs_optimizer
-from everystep.step.stand_in import Number, StandIn
+from everystep.step.replaceable import NotReplaceableError
+from everystep.step.stand_in import StandIn
 from everystep.step.state import State, copy_of, same_bits
 from everystep.step.surroundings import Surroundings
 from everystep.step.torchs_own import (

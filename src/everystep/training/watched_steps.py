@@ -19,8 +19,6 @@ from everystep.errors import say
 from everystep.program.operators import NotAllowedError
 from everystep.recording.contents import Taken, digest_of
 from everystep.recording.recorder import Recorder
-from everystep.step import replaced
-from everystep.step.around import Around
 from everystep.step.build import BuiltPath, NotCapturableError, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
@@ -29,8 +27,9 @@ from everystep.step.known_paths import KnownPaths
 from everystep.step.outside_tensors import OutsideTensors, versions_by_name
 from everystep.step.parts import Parts
 from everystep.step.path import Ending, Path
+from everystep.step.replaceable import Around
+from everystep.step.stand_in import TakenByProgram
 from everystep.step.state import copy_of
-from everystep.step.taken import TakenByProgram
 from everystep.training.batch import BatchCopies
 from everystep.training.notices import Notices
 from everystep.training.step_under_way import AnyWatch, StepUnderWay
@@ -115,13 +114,11 @@ class WatchedSteps:
         """Follow modules and optimizers, until `finish`."""
         if not self._follows:
             self.follower.begin()
-            replaced.install()
             self._follows = True
 
     def finish(self) -> None:
         """Follow modules and optimizers no longer."""
         if self._follows:
-            replaced.remove()
             self.follower.finish()
             self._follows = False
 
@@ -214,11 +211,11 @@ class WatchedSteps:
             return Taken(step, None, None, inputs, nesting, size, {})
         cuts = {}
         for name, storage in known.built.inputs.items():
-            content = watch.content(storage)
-            if content is not None and f"batch/{name}" not in inputs:
-                rows = watch.rows(storage)  # each is kept once
+            brought = watch.from_outside(storage)
+            if brought is not None and f"batch/{name}" not in inputs:
+                content, cut, rows = brought  # each row is kept once
                 inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
-                if (cut := watch.cut(storage)) is not None:
+                if cut is not None:
                     cuts[f"input/{name}"] = cut
         for draw, generator in watch.generators.items():
             # A replay has the generator as the last draw left it, in this step or one before.
@@ -264,8 +261,8 @@ class WatchedSteps:
         built = self.program_of(path)
         if isinstance(built, str):
             return None
-        brought = {f"input/{n}": watch.content(place) for n, place in built.inputs.items()}
-        inputs = {name: content for name, content in brought.items() if content is not None}
+        brought = {f"input/{n}": watch.from_outside(place) for n, place in built.inputs.items()}
+        inputs = {name: each.content for name, each in brought.items() if each is not None}
         return LastProgram(built, built.numbers(watch.numbers, watch.offsets), inputs)
 
     def note_changes(
