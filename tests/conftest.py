@@ -4,6 +4,7 @@ With one thread, though: the workers of the test run would wait for each other's
 several asks for them.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -17,6 +18,9 @@ from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A million objects are imported, which stay: no search for garbage needs to look at them.
+gc.disable()
 
 # The tests write a hundred thousand small files, and sync many: in memory, none waits for a disk.
 if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4e9:
@@ -68,6 +72,11 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
     out = set(map(id, left_out))
     items[:] = [item for item in items if id(item) not in out]
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
