@@ -30,7 +30,7 @@ if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4e9:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from everystep import numerics
+from everystep import numerics  # noqa: E402
 
 numerics.prepare()
 
