@@ -136,9 +136,9 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True, scope="session")
 def processes_of_reruns():
-    """Start a process that reruns, or return one of the same environment: starting one takes seconds."""
+    """Let reruns in the same environment share a process: starting one takes seconds."""
     kept, real = {}, import_module("everystep.answers.rerun").other_process
 
     @contextmanager
@@ -149,15 +149,8 @@ def processes_of_reruns():
                 kept[key] = ends.enter_context(real(place, environment))
         yield kept[key]
 
-    with ExitStack() as ends:
-        yield known
-
-
-@pytest.fixture(scope="module")
-def kept_processes(processes_of_reruns):
-    """Let one process after another rerun in the same environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("everystep.answers.rerun.other_process", processes_of_reruns)
+    with ExitStack() as ends, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("everystep.answers.rerun.other_process", known)
         yield
 
 

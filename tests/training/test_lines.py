@@ -138,7 +138,6 @@ def test_lines_are_shown_by_commands(lined, everystep_command):
     assert operations[0]["line"]["line"] == 24
 
 
-@pytest.mark.usefixtures("kept_processes")
 def test_what_differs_overflows_or_mixes_rows_is_shown_with_its_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
