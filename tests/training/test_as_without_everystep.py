@@ -54,17 +54,6 @@ def a_teacher_in_eval():
     return usual(student, loss, teacher=teacher)
 
 
-@case
-def a_product():
-    """Noisy or, as in multiple-instance learning."""
-    model = network()
-
-    def loss(x):
-        return functional.binary_cross_entropy(noisy_or(model(x)), (x[:, 0] > 0).float())
-
-    return usual(model, loss)
-
-
 def noisy_or(out):
     return 1 - (1 - torch.sigmoid(out)).prod(dim=1)
 
