@@ -42,18 +42,6 @@ def encoder():
     return nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
 
 
-@case
-def a_teacher_in_eval():
-    student, teacher = network(), encoder()
-
-    def loss(x):
-        with torch.no_grad():
-            target = teacher(x)
-        return functional.mse_loss(student(x), target)
-
-    return usual(student, loss, teacher=teacher)
-
-
 def noisy_or(out):
     return 1 - (1 - torch.sigmoid(out)).prod(dim=1)
 
@@ -81,6 +69,18 @@ def a_product_and_a_hook_that_changes_the_state():
         return found
 
     return parts | {"seen": seen}, noted
+
+
+@case
+def a_teacher_in_eval():
+    student, teacher = network(), encoder()
+
+    def loss(x):
+        with torch.no_grad():
+            target = teacher(x)
+        return functional.mse_loss(student(x), target)
+
+    return usual(student, loss, teacher=teacher)
 
 
 @case

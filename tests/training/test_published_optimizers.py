@@ -122,8 +122,22 @@ def test_at_least_seventy_are_trained():
     assert len(set(TRIED)) >= 70
 
 
-@pytest.mark.sweep(every=10)
-@pytest.mark.parametrize("name", TRIED)
+#: Those that keep something of their own kind: the others are tried with `--sweep` alone.
+OFTEN = [
+    "AdamMini",
+    "DAdaptSGD",
+    "Lookahead",
+    "Magma",
+    "Prodigy",
+    "SCION",
+    "ScheduleFreeWrapper",
+    "SpectralSphere",
+]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name not in OFTEN)) for name in TRIED]
+)
 def test_training_has_the_bits_of_the_loop(name):
     try:
         expected = new_published_training(name)
