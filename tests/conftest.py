@@ -4,6 +4,7 @@ With one thread, though: the workers of the test run would wait for each other's
 several asks for them.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -18,6 +19,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A million objects are imported, which stay: no search for garbage needs to look at them.
+gc.disable()
+
 # The tests write a hundred thousand small files, and sync many: in memory, none waits for a disk.
 if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4e9:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
@@ -26,7 +30,7 @@ if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4e9:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from everystep import numerics
+from everystep import numerics  # noqa: E402
 
 numerics.prepare()
 
@@ -68,6 +72,11 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
     out = set(map(id, left_out))
     items[:] = [item for item in items if id(item) not in out]
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
@@ -127,9 +136,9 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True, scope="session")
 def processes_of_reruns():
-    """Start a process that reruns, or return one of the same environment: starting one takes seconds."""
+    """Let reruns in the same environment share a process: starting one takes seconds."""
     kept, real = {}, import_module("everystep.answers.rerun").other_process
 
     @contextmanager
@@ -140,15 +149,8 @@ def processes_of_reruns():
                 kept[key] = ends.enter_context(real(place, environment))
         yield kept[key]
 
-    with ExitStack() as ends:
-        yield known
-
-
-@pytest.fixture(scope="module")
-def kept_processes(processes_of_reruns):
-    """Let one process after another rerun in the same environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("everystep.answers.rerun.other_process", processes_of_reruns)
+    with ExitStack() as ends, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("everystep.answers.rerun.other_process", known)
         yield
 
 

@@ -9,8 +9,6 @@ from torch import nn
 
 import everystep
 
-pytestmark = pytest.mark.usefixtures("kept_processes")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -15,8 +15,6 @@ from everystep.page import task_process as page_task
 from everystep.page.routes.tasks import QUESTIONS
 from everystep.page.worker import Openers, answers
 
-pytestmark = pytest.mark.usefixtures("kept_processes")
-
 RUNS = ("chapter", "other", "broken")
 
 

@@ -46,7 +46,7 @@ def begins_with(line: str, part: str) -> bool:
     ],
 )
 def test_the_commands_print_what_is_shown(
-    page, languages, count, tmp_path, monkeypatch, everystep_command, kept_processes
+    page, languages, count, tmp_path, monkeypatch, everystep_command
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))

@@ -72,30 +72,6 @@ def test_a_row_of_a_table_has_its_columns_in_their_own_units(server, flowers, ta
         assert row["values"] == [kind, pytest.approx(long, abs=1e-5), pytest.approx(wide), colour]
 
 
-def test_what_is_unknown_is_said_with_its_reason(server):
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    data = torch.randn(6, 4), torch.randn(6, 1)
-    directory = server.directory / "mixed"
-    run = everystep.train(
-        model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=3, run=directory, progress=False
-    )
-    answer = ranked(server, "mixed", 2)
-    assert set(answer["orders"]) == {"loss", "gradient"}
-    terminal = run.rows(2).to_text().splitlines()
-    assert answer["about"] == terminal[-len(answer["about"]) :]
-    assert any("unknown; operation #" in line for line in answer["about"])
-    with everystep.record(run=server.directory / "pairs", model=model, optimizer=optimizer) as recording:
-        for batch in recording.steps([{"one": torch.randn(6, 4), "other": torch.randn(5, 1)}]):
-            loss = model(batch["one"]).sum() + batch["other"].sum()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
-    answer = ranked(server, "pairs", 1)
-    assert (answer["orders"], answer["rows"]) == ({}, {})
-    assert any("no first axis in common" in line for line in answer["about"])
-
-
 def test_texts_of_a_loops_batch_and_losses_that_are_not_finite(server):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -119,7 +119,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(run):
-    """Answers of `why` for numbers of every result of every operator, with what they are of."""
+    """Answers of `why` for a number of every result of every operator, with what they are of."""
     found, chance = [], random.Random(0)
     for number, group in enumerate(GROUPS, 1):
         step = run[number]
@@ -139,13 +139,13 @@ def asked(step, place, seen, chance):
         if tensor is None or not tensor.numel() or (place, "results", name) in step.unset:
             continue
         what = f"{kind}, result {result}" if result > 1 else kind
-        for index in {(0,) * tensor.dim(), tuple(map(chance.randrange, tensor.shape))}:
-            at = f"[{', '.join(map(str, index))}]" if index else ""
-            yield what, step.why(f"#{place}{f'.{result}' if result > 1 else ''}{at}", terms=ALL)
+        index = [chance.randrange(size) if chance.random() < 0.8 else 0 for size in tensor.shape]
+        at = f"{index}" if index else ""
+        yield what, step.why(f"#{place}{f'.{result}' if result > 1 else ''}{at}", terms=ALL)
 
 
 def test_each_formula_gives_the_number_that_it_stands_next_to(answers):
-    assert len(answers) > 1000
+    assert len(answers) > 500
     wrong = []
     for what, answer in answers:
         if answer.formula and answer.recomputed is None:

@@ -154,7 +154,7 @@ def test_the_list_of_runs_says_which_are_damaged(recorded, tmp_path, everystep_c
 
 @pytest.mark.parametrize("part", ["header", "middle"])
 def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
-    part, tmp_path, everystep_command, kept_processes
+    part, tmp_path, everystep_command
 ):
     settings = {"steps": 20, "data.N": 4, "data.D_in": 2, "data.D_out": 1}
     settings |= {"model.layers": ["Linear(2, 1)"]}

@@ -144,12 +144,12 @@ def _trained(run, loss_of):
 
 
 LOOPS = {
-    **{_crop: 10, _windows: 6, _queue: 6, _position: 6},
-    **{_in_place: 12, _odd: 6, _lengths: 12, _around: 35},
-    **{_frozen: 8, _expanded: 4, _carried: 20},
+    **{_odd: 6, _crop: 10, _around: 35, _windows: 6, _lengths: 12, _queue: 6},
+    **{_frozen: 8, _position: 6, _expanded: 4, _in_place: 12, _carried: 20},
 }
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("loss_of", LOOPS)
 def test_all_places_have_a_program(loss_of, tmp_path):
     losses = _trained(tmp_path / "run", loss_of)

@@ -17,8 +17,6 @@ from everystep.answers.other_process import Conditions
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
 from everystep.views.comparisons import rerun_sentence
 
-pytestmark = pytest.mark.usefixtures("kept_processes")
-
 STEPS = 30
 #: The chapter's loop, with nothing of everystep; prints its losses as hexadecimal numbers.
 BY_HAND = """

@@ -404,6 +404,7 @@ def shown(items):
     yield from items
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("make", "workers", "wrap"),
     [

@@ -7,6 +7,7 @@ That one is this module as a program: it reads a request per line, and answers w
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -96,6 +97,7 @@ def serve() -> None:
         script, directory, out, err, task = json.loads(line)
         for name in MODULES_OF.get(Path(script).stem, ()):
             import_module(name)
+        gc.freeze()  # what each process shares with this one
         child = os.fork()
         if child == 0:
             os.chdir(directory)

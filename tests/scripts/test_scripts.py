@@ -30,6 +30,8 @@ KILLS = {
     "segmentation": Kill(18, 3),
     "vae": Kill(33, 6),
 }
+#: Run with `--sweep` alone: each of their parts is in another script, or has its own tests.
+ONLY_SWEPT = {"char_gpt", "ddpm", "progress_csv", "segmentation", "vae"}
 #: What a script needs that may not be installed.
 NEEDS = {"bert_accelerate": ("accelerate", "transformers")}
 
@@ -60,7 +62,12 @@ class RanScript:
         return ended
 
 
-@pytest.fixture(scope="module", params=sorted(KILLS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.sweep] * (name in ONLY_SWEPT)) for name in sorted(KILLS)
+    ],
+)
 def program(request, launchers, tmp_path_factory):
     for name in NEEDS.get(request.param, ()):
         if find_spec(name) is None:

@@ -5,7 +5,6 @@ That many of its steps, at least, must be followed on a known path.
 
 import contextlib
 import random
-import threading
 
 import torch
 from tests.descent import descend
@@ -103,37 +102,6 @@ def a_branch_on_a_number_that_is_read(record):
     return trained(record, body)
 
 
-@loop(4)
-def numbers_that_are_read_before_the_backward_pass(record):
-    def body(model, optimizer, x, y, number):
-        loss = functional.mse_loss(model(x), y)
-        read = loss.item()  # which the gradients use from step 7 on
-        return descend(optimizer, loss * (read if number > 6 else 1.5))
-
-    return trained(record, body)
-
-
-@loop(15)
-def operands_that_are_swapped(record):
-    def body(model, optimizer, x, y, number):
-        a, b = (y, model(x)) if random.random() < 0.5 else (model(x), y)
-        return descend(optimizer, (a - b).exp().mean())
-
-    return trained(record, body)
-
-
-@loop(8)
-def modules_of_equal_shapes_at_random(record):
-    model = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-
-    def body(model, optimizer, x, y, number):
-        for _ in range(2):
-            x = model[random.randrange(2)](x)
-        return descend(optimizer, x[:, :3].sub(y).pow(2).mean())
-
-    return trained(record, body, model)
-
-
 @loop(8)
 def numbers_of_every_type(record):
     def body(model, optimizer, x, y, number):
@@ -143,23 +111,6 @@ def numbers_of_every_type(record):
         return descend(optimizer, functional.mse_loss(h, y))
 
     return trained(record, body)
-
-
-@loop(15)
-def generators_that_are_set(record):
-    def body(model, optimizer, x, y, number):
-        if number % 3 == 0:
-            torch.manual_seed(number)
-        a = torch.randn_like(x)
-        if number % 4 == 0:
-            torch.manual_seed(7)
-        return update(model, optimizer, x + a * torch.randn_like(x), y)
-
-    def between(model, optimizer, number):
-        if number % 5 == 0:
-            torch.randn(3)
-
-    return trained(record, body, between=between)
 
 
 @loop(0)
@@ -308,18 +259,6 @@ def tensors_from_elsewhere_that_alias(record):
     return trained(record, body)
 
 
-@loop(4)
-def views_from_elsewhere_that_are_gone_at_once(record):
-    one, two = torch.randn(2, 6), torch.randn(2, 6)
-    views = [view for n in range(STEPS) for view in (one[:1], (one if n < 9 or n % 2 else two)[:1])]
-
-    def body(model, optimizer, x, y, number):
-        h = x + views.pop(0)
-        return update(model, optimizer, h * views.pop(0), y)
-
-    return trained(record, body)
-
-
 @loop(5)
 def a_batch_that_is_added_late_and_aliases(record):
     model = network()
@@ -336,20 +275,6 @@ def a_batch_that_is_added_late_and_aliases(record):
                 alias.mul_(0.9)
                 recording.log(loss=update(model, optimizer, h + one, y))
     return model
-
-
-@loop(11)
-def a_result_in_the_place_of_what_is_from_elsewhere(record):
-    outside = torch.ones(8, 6)
-
-    def body(model, optimizer, x, y, number):
-        own = x * 2
-        h = own if number % 9 == 0 else outside
-        g = h + 1
-        own.mul_(2)
-        return update(model, optimizer, own + g + h * 3, y)
-
-    return trained(record, body)
 
 
 @loop(2)
@@ -372,18 +297,6 @@ def batches_that_alias(record):
     return model
 
 
-@loop(5)
-def batches_that_are_parameters(record):
-    model = network()
-    optimizer = sgd(model)
-    with record(model=model, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(batches()):
-            x = x if number < 7 else model[0].weight if number % 2 else model[0].weight.detach()
-            with recording.step({"x": x, "y": y, "more": [y]}):
-                recording.log(loss=update(model, optimizer, x, y))
-    return model
-
-
 @loop(0)
 def data_and_buffers_of_which_the_step_reads_more(record):
     """Batches and a buffer are views of what the body reads in whole."""
@@ -396,24 +309,6 @@ def data_and_buffers_of_which_the_step_reads_more(record):
 
     given = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 8 * STEPS, 8)]
     return trained(record, body, model, given=given)
-
-
-@loop(5)
-def updates_between_the_steps(record):
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with record(model=model, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(batches()):
-            with recording.step((x, y)):
-                loss = functional.mse_loss(model(x), y)
-                loss.backward()
-                recording.log(loss=loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            if number == 4:
-                model.load_state_dict(best)
-    return model
 
 
 @loop(10)
@@ -473,29 +368,4 @@ def steps_that_fail_and_are_taken_again(record):
                     if number % 7 == 4 and not attempt:
                         raise RuntimeError("after the update")
                     break
-    return model
-
-
-@loop(10)
-def another_thread(record):
-    def body(model, optimizer, x, y, number):
-        found = []
-        if number % 5 == 0:
-            thread = threading.Thread(target=lambda: found.append(x.detach().tanh()))
-            thread.start()
-            thread.join()
-        return update(model, optimizer, found[0] if found else x, y)
-
-    return trained(record, body)
-
-
-@loop(10)
-def a_break_before_anything_is_done(record):
-    model = network()
-    optimizer = sgd(model)
-    with record(model=model, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(recording.steps(batches())):
-            if number == STEPS - 2:
-                break
-            recording.log(loss=update(model, optimizer, x, y))
     return model

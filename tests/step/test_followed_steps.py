@@ -15,8 +15,18 @@ from everystep.step.known_paths import KnownPaths
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.sweep(every=3)
-@pytest.mark.parametrize("name", LOOPS)
+#: Loops with a branch of their own, and some others: the rest runs with `--sweep` alone.
+OFTEN = {
+    *("a_batch_that_is_added_late_and_aliases", "a_mode_of_operators_in_the_step", "modes_at_random"),
+    *("an_evaluation_in_inference_mode", "data_and_buffers_of_which_the_step_reads_more"),
+    *("floats_of_every_kind", "gradients_of_the_batch_that_add_up", "nothing_is_a_part"),
+    *("steps_that_fail_and_are_taken_again", "tensors_from_elsewhere_that_alias"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name not in OFTEN)) for name in LOOPS]
+)
 def test_steps_are_what_they_were(name, tmp_path, monkeypatch):
     function, least = LOOPS[name]
     followed = []

@@ -82,12 +82,6 @@ def itself() -> tuple[Tensor, Tensor]:
     return x, x
 
 
-def y_in_x() -> tuple[Tensor, Tensor]:
-    """Return a y that is two columns of x."""
-    x = torch.randn(20, 4)
-    return x, x[:, 1:3]
-
-
 # Models.
 
 
@@ -132,18 +126,6 @@ def convolutional() -> nn.Module:
     )
 
 
-def tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
-    model[2].weight = model[0].weight
-    return model
-
-
-def frozen() -> nn.Module:
-    model = mlp()
-    model[0].requires_grad_(False)
-    return model
-
-
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -164,38 +146,6 @@ class Complex(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.to(torch.complex64) @ self.weight).abs()
-
-
-class Noise(nn.Module):
-    """Draws from torch's generator in forward, in several ways."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + 0.1 * torch.randn_like(x)
-        x = x[torch.randperm(len(x))]
-        return self.inner(x * torch.empty(len(x), 1).uniform_(0.5, 1.5)) + 0.1 * torch.rand(2)
-
-
-def flat() -> nn.Module:
-    """A model with all parameters in one tensor."""
-    model = mlp()
-    whole = torch.cat([p.detach().flatten() for p in model.parameters()])
-    start = 0
-    for parameter in model.parameters():
-        end = start + parameter.numel()
-        parameter.data = whole[start:end].view(parameter.shape)
-        start = end
-    return model
-
-
-def strided() -> nn.Module:
-    """A model with a weight stored column by column."""
-    model = mlp()
-    model[0].weight = nn.Parameter(torch.randn(4, 8).t())
-    return model
 
 
 def channels_last() -> nn.Module:
@@ -229,13 +179,6 @@ class OnlyEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embedding(x).sum(1)
-
-
-class Transposed(nn.Module):
-    """Gives the same numbers, column after column."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.t().contiguous().t()
 
 
 class Rows(nn.Module):
@@ -437,7 +380,6 @@ BATCHES = [
     ),
     row("x transposed", data=transposed),
     row("x is y", partial(mlp, 4), itself),
-    row("y in x", data=y_in_x),
 ]
 
 images = partial(floats, 3, 4, 4)
@@ -456,8 +398,6 @@ MODELS = [
     row("embedding max_norm", partial(Embedded, max_norm=1.0), words),
     row("layer norm", lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))),
     row("batch norm averaged", averaged, eager=(1, "reads a number from a tensor")),
-    row("tied", tied),
-    row("frozen", frozen, optimizer=adamw),
     row("outside the optimizer", mlp, optimizer=lambda m, _: SGD(m[2].parameters(), lr=0.05)),
     row("spectral_norm", partial(normalized, parametrizations.spectral_norm)),
     row("old weight_norm", partial(normalized, nn.utils.weight_norm), eager=(1, "a forward hook")),
@@ -470,14 +410,8 @@ MODELS = [
         optimizer=descent,
     ),
     row("complex", Complex),
-    row("noise", Noise),
-    row(
-        "batch norm of columns", lambda: nn.Sequential(nn.Linear(4, 2), Transposed(), nn.BatchNorm1d(2))
-    ),
     row("rows", Rows, optimizer=adamw),
     row("graph", Graph),
-    row("flat", flat),
-    row("strided", strided, optimizer=adamw),
 ]
 
 LOSSES = [
@@ -495,7 +429,6 @@ LOSSES = [
     ),
     row("a loss of the user", loss=lambda: relative_error),
     row("loss with parameters", loss=Uncertain, optimizer=with_loss(AdamW, lr=0.01, fused=True)),
-    row("loss with parameters not optimized", loss=Uncertain),
 ]
 
 CASES = [*OPTIMIZERS, *SCHEDULERS, *BATCHES, *MODELS, *LOSSES]

@@ -329,24 +329,6 @@ def target_network_with_a_replay_buffer(steps, record):
     return [online, target]
 
 
-@loop
-def masks_whose_counts_vary(steps, record):
-    x, y = data()
-    model = nn.Linear(6, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with record(model=model, optimizer=optimizer) as recording:
-        for inputs, targets in recording.steps(endless(loader(x, y, batch_size=8), steps)):
-            errors = (model(inputs) - targets) ** 2
-            large = errors[errors > errors.mean()]
-            loss = (
-                large.mean()
-                + 0.1 * errors.flatten()[torch.nonzero(errors.flatten() < 1).flatten()].sum()
-            )
-            descend(optimizer, loss)
-            recording.log(loss=loss)
-    return [model]
-
-
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(context, x):

@@ -42,29 +42,6 @@ def encoder():
     return nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
 
 
-@case
-def a_teacher_in_eval():
-    student, teacher = network(), encoder()
-
-    def loss(x):
-        with torch.no_grad():
-            target = teacher(x)
-        return functional.mse_loss(student(x), target)
-
-    return usual(student, loss, teacher=teacher)
-
-
-@case
-def a_product():
-    """Noisy or, as in multiple-instance learning."""
-    model = network()
-
-    def loss(x):
-        return functional.binary_cross_entropy(noisy_or(model(x)), (x[:, 0] > 0).float())
-
-    return usual(model, loss)
-
-
 def noisy_or(out):
     return 1 - (1 - torch.sigmoid(out)).prod(dim=1)
 
@@ -92,6 +69,18 @@ def a_product_and_a_hook_that_changes_the_state():
         return found
 
     return parts | {"seen": seen}, noted
+
+
+@case
+def a_teacher_in_eval():
+    student, teacher = network(), encoder()
+
+    def loss(x):
+        with torch.no_grad():
+            target = teacher(x)
+        return functional.mse_loss(student(x), target)
+
+    return usual(student, loss, teacher=teacher)
 
 
 @case
@@ -205,57 +194,6 @@ def test_a_recorded_loop(alone):
     run = recording.run
     assert run.verify(processes=1, progress=False).is_exact
     assert all(run[number].is_exact for number in (3, 9, len(batches)))
-
-
-class Product(nn.Module):
-    def forward(self, x):
-        return 1 - (1 - torch.sigmoid(x)).prod(dim=-1, keepdim=True)
-
-
-class Frozen(nn.Module):
-    """Stays in eval(), whatever the model around it does."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = encoder()
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.inner.eval()
-        return self
-
-    def forward(self, x):
-        return self.inner(x)
-
-
-@pytest.mark.parametrize(
-    ("first", "last"), [(nn.Identity, Product), (encoder, nn.Identity), (Frozen, Product)]
-)
-def test_a_model(first, last):
-    def trained(take):
-        torch.manual_seed(0)
-        model = nn.Sequential(first(), network(), last())
-        x, y = torch.randn(4, 3, 8), torch.rand(4, 3, 1)
-        weights = [p for p in model.parameters() if p.requires_grad]
-        return take(model, x, y, torch.optim.SGD(weights, lr=0.1, momentum=0.9))
-
-    def by_hand(model, x, y, optimizer):
-        losses = []
-        for _ in range(20):
-            loss = functional.l1_loss(model(x), y.expand_as(model(x)))
-            losses.append(loss.item())
-            descend(optimizer, loss)
-        return losses
-
-    def by_train(model, x, y, optimizer):
-        y = y.expand_as(model(x)).contiguous()
-        run = everystep.train(
-            model, (x, y), loss=nn.L1Loss(), optimizer=optimizer, steps=20, progress=False
-        )
-        assert run.verify(processes=1, progress=False).is_exact
-        return run.losses["loss"].to_list()
-
-    assert trained(by_train) == trained(by_hand)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -2,7 +2,6 @@
 
 import math
 import signal
-import threading
 from functools import partial
 from itertools import count
 
@@ -11,7 +10,6 @@ import torch
 from tests.training.by_hand import (
     Changed,
     assert_same,
-    bits,
     by_hand,
     by_train,
     contents,
@@ -21,7 +19,6 @@ from tests.training.by_hand import (
 from torch.optim import lr_scheduler
 
 import everystep
-from everystep.views.progress import Silent
 
 # Metrics are the user's Python between steps, which may change the training, and see all of it.
 
@@ -109,33 +106,6 @@ def test_ctrl_c_in_a_metric_ends_after_the_step():
     assert run.losses["loss"].to_list() == losses
     assert run.facts.training.engine.verified_to == 64
     assert contents(trained) == contents(expected)
-
-
-def test_ctrl_c_at_any_time_leaves_a_whole_step():
-    class Interrupting(Silent):
-        """Interrupts a moment after the first steps."""
-
-        timer = None
-
-        def advance(self, first_step, losses):
-            if self.timer is None:
-                self.timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
-                self.timer.start()
-
-    trained, interrupting = new_training(), Interrupting()
-    with pytest.raises(KeyboardInterrupt):
-        by_train(trained, steps=10**7, progress=interrupting)
-    interrupting.timer.join()
-    (run,) = everystep.runs()
-    steps = len(run.losses)
-    assert run.snapshots[-1] == steps > 0
-    assert {n: bits(t) for n, t in run.parameters(steps).items()} == {
-        n: bits(t) for n, t in trained.model.state_dict().items()
-    }
-    expected = new_training()
-    assert by_hand(expected, steps=min(steps, 2000)) == run.losses["loss"].to_list()[:2000]
-    if steps <= 2000:
-        assert contents(trained) == contents(expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])

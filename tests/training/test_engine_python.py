@@ -11,10 +11,13 @@ from tests.training.by_hand import (
     by_train,
     new_training,
 )
+from torch import nn
+from torch.nn import functional
 from torch.nn.modules import module as torch_modules
 from torch.optim import optimizer as torch_optimizer
 
 import everystep
+from everystep.errors import EverystepError
 
 
 def held(m, h):
@@ -22,11 +25,36 @@ def held(m, h):
     return h
 
 
+def clamped(m, h):
+    with torch.no_grad():
+        m.inner[0].weight.clamp_(-0.4, 0.4)
+        m.inner[2].weight.data = functional.normalize(m.inner[2].weight.data, dim=1)
+    return h
+
+
+def sloped(m, h):
+    """Takes gradients of its own."""
+    h.square().mean().backward(retain_graph=True)
+    x = h.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(x.pow(3).sum(), x, create_graph=True)
+    return h + 0.1 * slope + 0.1 * m.inner[0].weight.grad.sum()
+
+
+def growing(m, h):
+    """Has another layer from its eleventh call on, and unfreezes one."""
+    m.calls += 1
+    m.inner[0].requires_grad_(m.calls > 10)
+    return m.more(h) if m.calls > 10 else h
+
+
 FORWARDS = {
     "plain": lambda _, h: torch.tanh(h),
     "item": lambda _, h: h / h.detach().abs().max().item(),
     "attribute": held,
     "generator": lambda m, h: h + torch.randn(2, generator=m.generator),
+    "clamped": clamped,
+    "sloped": sloped,
+    "growing": growing,
 }
 
 
@@ -34,12 +62,26 @@ FORWARDS = {
 def test_python_of_the_users_runs_at_every_step_and_that_is_said_once(kind, capfd):
     def make():
         model = Changed(FORWARDS[kind])
-        model.generator = torch.Generator().manual_seed(1)
+        model.generator, model.calls = torch.Generator().manual_seed(1), 0
+        model.more = nn.Linear(2, 2)
         return model
 
     run = assert_same(lambda: new_training(make), 20)
     assert_python(run, capfd)
     assert run.facts.training.engine.reason.startswith("the model is a Changed, which is not a torch")
+
+
+class Raising(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        raise ZeroDivisionError("on the way")
+
+
+def test_an_optimizer_that_raises_is_named():
+    made = new_training(optimizer=lambda parameters: Raising(parameters, lr=0.02))
+    with pytest.raises(EverystepError, match=r"Raising\.step\(\) raises ZeroDivisionError: on the way"):
+        by_train(made, steps=20)
+    assert len(everystep.runs()[0]) == 0
 
 
 def test_programs_run_the_steps_where_the_user_vouches():

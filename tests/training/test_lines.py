@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 from contextlib import chdir
+from functools import partial
 
 import pytest
 import torch
@@ -138,7 +139,6 @@ def test_lines_are_shown_by_commands(lined, everystep_command):
     assert operations[0]["line"]["line"] == 24
 
 
-@pytest.mark.usefixtures("kept_processes")
 def test_what_differs_overflows_or_mixes_rows_is_shown_with_its_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -264,7 +264,7 @@ class Descent(torch.optim.Optimizer):
         return loss
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.LBFGS, Descent])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, partial(torch.optim.LBFGS, max_iter=3), Descent])
 def test_what_a_closure_does_is_no_update(kind, tmp_path):
     model = nn.Linear(3, 1)
     optimizer = kind(model.parameters(), lr=0.1)

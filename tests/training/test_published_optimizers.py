@@ -1,7 +1,7 @@
-"""Optimizers that others have published, as their packages list them, train as in the loop by hand.
+"""Optimizers that others have published, as a package lists them, train as in the loop by hand.
 
-An optimizer that a package lists is tried, whether it is named here or not, and once where two packages
-list it. Most are made from the parameters alone; `SETTINGS` has how the others are made.
+An optimizer that it lists is tried, whether it is named here or not. Most are made from the parameters
+alone; `SETTINGS` has how the others are made.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import pytest
 from tests.training.by_hand import Made, by_hand, by_train, contents, mlp, new_training
 from torch import nn, optim
 
-# Light imports all, without compilers.
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
-torch_optimizer = pytest.importorskip("torch_optimizer")
-schedulefree = pytest.importorskip("schedulefree")
 
 Kind = Callable[..., optim.Optimizer]
 Make = Callable[[Kind, nn.Module], optim.Optimizer]
@@ -35,23 +32,17 @@ def matrices() -> nn.Module:
 
 
 #: They refuse other parameters than matrices.
-MATRICES_ONLY = {"pytorch_optimizer.SpectralSphere"}
+MATRICES_ONLY = {"SpectralSphere"}
 
 
-def _listed() -> dict[str, type[optim.Optimizer]]:
-    """Return every optimizer that the packages list and do not take from torch, by its name."""
-    found, names = {}, set()
-    for package in (schedulefree, pytorch_optimizer, torch_optimizer):
-        for name, kind in sorted(vars(package).items()):
-            is_optimizer = isinstance(kind, type) and issubclass(kind, optim.Optimizer)
-            is_torchs = is_optimizer and kind.__module__.startswith("torch.optim")
-            if is_optimizer and not is_torchs and name.lower() not in names:
-                names.add(name.lower())
-                found[f"{package.__name__}.{name}"] = kind
-    return found
-
-
-LISTED = _listed()
+#: Every optimizer that the package lists and does not take from torch, by its name.
+LISTED = {
+    f"{name}": kind
+    for name, kind in sorted(vars(pytorch_optimizer).items())
+    if isinstance(kind, type)
+    and issubclass(kind, optim.Optimizer)
+    and not kind.__module__.startswith("torch.optim")
+}
 
 
 # How they are made.
@@ -86,38 +77,35 @@ def in_training_mode(make: Make) -> Make:
 
 #: Of those that are not made from the parameters alone.
 SETTINGS: dict[str, Make] = {
-    "pytorch_optimizer.AdaGO": with_matrices_apart,
-    "pytorch_optimizer.AdaMuon": with_matrices_apart,
-    "pytorch_optimizer.AdamMini": lambda kind, model: kind(model, lr=0.01),
-    "pytorch_optimizer.Lookahead": around(optim.Adam),
-    "pytorch_optimizer.Magma": around(optim.Adam),
-    "pytorch_optimizer.Muon": with_matrices_apart,
-    "pytorch_optimizer.MuonClip": with_matrices_apart,
-    "pytorch_optimizer.NorMuon": with_matrices_apart,
-    "pytorch_optimizer.OrthoGrad": around(optim.SGD),
-    "pytorch_optimizer.PCGrad": around(optim.Adam),
-    "pytorch_optimizer.Ranger21": of_the_parameters(num_iterations=40),
+    "AdaGO": with_matrices_apart,
+    "AdaMuon": with_matrices_apart,
+    "AdamMini": lambda kind, model: kind(model, lr=0.01),
+    "Lookahead": around(optim.Adam),
+    "Magma": around(optim.Adam),
+    "Muon": with_matrices_apart,
+    "MuonClip": with_matrices_apart,
+    "NorMuon": with_matrices_apart,
+    "OrthoGrad": around(optim.SGD),
+    "PCGrad": around(optim.Adam),
+    "Ranger21": of_the_parameters(num_iterations=40),
     # Trains only weights that begin close to 0: by default, none of these.
-    "pytorch_optimizer.SaRA": of_the_parameters(threshold=0.3, lr=0.01),
-    "pytorch_optimizer.ScheduleFreeWrapper": in_training_mode(around(optim.SGD)),
-    "pytorch_optimizer.SpectralSphere": of_the_parameters(solver_max_iterations=10),
-    "pytorch_optimizer.TRAC": around(optim.Adam),
+    "SaRA": of_the_parameters(threshold=0.3, lr=0.01),
+    "ScheduleFreeWrapper": in_training_mode(around(optim.SGD)),
+    "SpectralSphere": of_the_parameters(solver_max_iterations=10),
+    "TRAC": around(optim.Adam),
 } | {
     name: in_training_mode(of_the_parameters())
-    for name, kind in LISTED.items()
-    if kind.__module__.startswith("schedulefree.") and hasattr(kind, "train")
+    for name in LISTED
+    if "ScheduleFree" in name and not name.endswith("Wrapper")
 }
 
 #: Those that are left out, by what they need that a plain loop does not do.
 NOT_TRIED = {
-    "a closure": "pytorch_optimizer.AliG pytorch_optimizer.BSAM pytorch_optimizer.FriendlySAM "
-    "pytorch_optimizer.GSAM pytorch_optimizer.LookSAM pytorch_optimizer.SAM pytorch_optimizer.WSAM "
-    "schedulefree.AdamWScheduleFreeClosure schedulefree.RAdamScheduleFreeClosure "
-    "schedulefree.SGDScheduleFreeClosure",
-    "gradients that have gradients": "pytorch_optimizer.AdaHessian pytorch_optimizer.SophiaH",
-    "updates in the backward pass": "pytorch_optimizer.AdaLOMO pytorch_optimizer.LOMO",
-    "a group of processes": "pytorch_optimizer.DeMo pytorch_optimizer.DistributedMuon",
-    "a backward pass of its own": "pytorch_optimizer.SafeFP16Optimizer",
+    "a closure": "AliG BSAM FriendlySAM GSAM LookSAM SAM WSAM",
+    "gradients that have gradients": "AdaHessian SophiaH",
+    "updates in the backward pass": "AdaLOMO LOMO",
+    "a group of processes": "DeMo DistributedMuon",
+    "a backward pass of its own": "SafeFP16Optimizer",
 }
 
 TRIED = [name for name in LISTED if name not in " ".join(NOT_TRIED.values()).split()]
@@ -125,8 +113,6 @@ TRIED = [name for name in LISTED if name not in " ".join(NOT_TRIED.values()).spl
 STEPS = 12
 
 pytestmark = [
-    # Of torch, about the oldest ones of torch_optimizer.
-    pytest.mark.filterwarnings("ignore:This overload of .* is deprecated:UserWarning"),
     # Of pytorch_optimizer, where transformers is not installed.
     pytest.mark.filterwarnings("ignore:you need to install `transformers`:ImportWarning"),
 ]
@@ -136,8 +122,22 @@ def test_at_least_seventy_are_trained():
     assert len(set(TRIED)) >= 70
 
 
-@pytest.mark.sweep(every=10)
-@pytest.mark.parametrize("name", TRIED)
+#: Those that keep something of their own kind: the others are tried with `--sweep` alone.
+OFTEN = [
+    "AdamMini",
+    "DAdaptSGD",
+    "Lookahead",
+    "Magma",
+    "Prodigy",
+    "SCION",
+    "ScheduleFreeWrapper",
+    "SpectralSphere",
+]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name not in OFTEN)) for name in TRIED]
+)
 def test_training_has_the_bits_of_the_loop(name):
     try:
         expected = new_published_training(name)

@@ -162,7 +162,7 @@ class Normalized(nn.Module):
         return self.last(h.flatten(1))
 
 
-def test_a_step_that_turns_elsewhere_keeps_what_only_autograd_knows(tmp_path, kept_processes):
+def test_a_step_that_turns_elsewhere_keeps_what_only_autograd_knows(tmp_path):
     torch.manual_seed(0)
     model = Normalized()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -79,10 +79,11 @@ def value(readout, place=r"\[.*\]"):
     return float(readout.inner_text().rpartition("= ")[2])
 
 
-def expect_axe_finds_nothing_serious(page):
+def expect_axe_finds_nothing_serious(page, *, within=None, rules=None):
+    """within: a selector, default: the whole page; rules: their names, default: all."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page).response["violations"]
+    found = Axe().run(page, within, rules and {"runOnly": rules}).response["violations"]
     serious = [each for each in found if each["impact"] in ("serious", "critical")]
     assert not serious, [(each["id"], each["nodes"][0]["html"][:200]) for each in serious]
 
