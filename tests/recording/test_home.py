@@ -10,6 +10,7 @@ from tests.recording.test_disk import loop
 
 import everystep
 from everystep.errors import RecordingError
+from everystep.recording import recorder
 from everystep.views.progress import Silent
 
 STEPS = 1500
@@ -53,6 +54,18 @@ def test_a_training_follows_its_directory():
     run = trained(lambda: Path("runs/a").rename("runs/b"))
     assert run.name == "b"
     assert_whole(run)
+    assert [path.name for path in Path("runs").iterdir()] == ["b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where an open directory is")
+def test_a_directory_is_followed_that_moves_as_a_state_is_written(monkeypatch):
+    def moved(folder, state, write=recorder.write_snapshot):
+        if state.step and Path("runs/a").exists():
+            Path("runs/a").rename("runs/b")
+        return write(folder, state)
+
+    monkeypatch.setattr(recorder, "write_snapshot", moved)
+    assert_whole(trained(lambda: None))
     assert [path.name for path in Path("runs").iterdir()] == ["b"]
 
 

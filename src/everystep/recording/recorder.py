@@ -476,15 +476,17 @@ class Recorder:
                 self._error = error
             self._job_began = None
 
-    def _follow(self) -> None:
-        """Continue in the run's directory after a move.
+    def _follow(self) -> bool:
+        """Continue in the run's directory after a move; return whether it has moved.
 
         Raises:
             RecordingError: it no longer exists.
         """
-        if self._home.follow():
-            self._database.move(self._home.here / FILE_NAME)
-            self._repeats.move(self._home.here)
+        if not self._home.follow():
+            return False
+        self._database.move(self._home.here / FILE_NAME)
+        self._repeats.move(self._home.here)
+        return True
 
     def _write_numbers(
         self,
@@ -566,7 +568,12 @@ class Recorder:
             self._snapshots_written += 1
             return
         started, began = clock.worked(), clock.now()
-        row = write_snapshot(self._home.here / SNAPSHOTS, state)
+        try:
+            row = write_snapshot(self._home.here / SNAPSHOTS, state)
+        except Exception:  # safetensors has its own
+            if not self._follow():
+                raise
+            row = write_snapshot(self._home.here / SNAPSHOTS, state)
         self._note_call(state)
         given_up = self.plan.add(row.step, row.size)
         with self._database.transaction():

@@ -90,7 +90,7 @@ def write_snapshot(folder: Path, state: State) -> SnapshotRow:
     files = (PARAMETERS, state.parameters, None), (REST, state.rest, state.settings)
     with completed(folder / f"{state.step:06d}") as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()  # the run may have been moved: no directory of that name may come back
         rows = (write_tensors(temporary / file, f"{name}/{file}", *given) for file, *given in files)
         return SnapshotRow(state.step, tuple(rows))
 
