@@ -196,3 +196,19 @@ def test_a_place_outside_of_the_batch_is_refused(place, cropped, tmp_path):
     interpreter = Interpreter(program, torch.device("cpu"))
     with pytest.raises(RunError, match="do not fit its program"):
         interpreter.at([place] * len(program.moves) if place is not None else [])
+
+
+def test_the_same_call_may_be_made_on_tensors_of_other_dimensions(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.randn(4, 6) for _ in range(6)]):
+            flat = x.reshape(-1)
+            part = flat[:3] if recording.step_count % 2 else x[:, 1:4]
+            loss = model(x).square().mean() + part.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    assert recording.run.verify().is_exact

@@ -74,8 +74,10 @@ def _loosened(func: Any, tokens: tuple[Any, ...], geometry: tuple[Any, ...]) -> 
     places = _PLACING.get(name, ())
     if not places or len(tokens) < 2:  # torch leaves out what is as by default
         return tokens
-    if name != "as_strided" and (not stride or stride[tokens[1][1]] == 0):
-        return tokens
+    if name != "as_strided":
+        dimension = tokens[1][1]  # perhaps of another call, on a tensor of more dimensions
+        if not -len(stride) <= dimension < len(stride) or stride[dimension] == 0:
+            return tokens
     return tuple(
         ("i",) if place in places and token[0] == "c" and type(token[1]) is int else token
         for place, token in enumerate(tokens)
