@@ -66,8 +66,8 @@ def check_one_process() -> None:
         count = distributed.get_world_size()
         if count > 1:
             raise UsageError(
-                f"torch.distributed runs {count} processes, but everystep records only one; start the "
-                "script without torchrun, or create the process group with world_size=1"
+                f"torch.distributed runs {count} processes, but everystep trains this in one; record "
+                "your own loop with everystep.record, or start the script without torchrun"
             )
 
 

@@ -57,11 +57,6 @@ class RecordFit(pl.Callback):  # type: ignore[misc]  # no types come with it
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the run."""
-        if trainer.world_size > 1:
-            raise UsageError(
-                f"the fit uses {trainer.world_size} processes, but everystep records only one; use "
-                "Trainer(devices=1)"
-            )
         several = len(trainer.optimizers) > 1
         optimizers = {
             f"optimizer_{place}" if several else "optimizer": each

@@ -47,7 +47,7 @@ __all__ = ["Counting", "Run", "Steps", "diagnosis_of", "progress_of", "run_from_
 #: The public face of a run, which the reference describes: `dir(run)`. What else there is, other modules
 #: of everystep read.
 _PUBLIC = [
-    *("name", "directory", "status", "facts", "note", "damage", "problems", "summary"),
+    *("name", "directory", "ranks", "status", "facts", "note", "damage", "problems", "summary"),
     *("losses", "measurements", "measured", "snapshots", "parameters", "table", "plot", "report"),
     *("verify", "doctor", "diff", "match", "rerun", "measure", "when", "first_nonfinite"),
     *("rows", "why", "what_if", "fork", "resume"),
@@ -199,15 +199,17 @@ class Run(RecordedRun):
         thorough: compare every step, not only those between the last common state and the first
         difference. That also finds differences that no loss and no snapshot shows.
 
+        Of runs of as many processes, the answer is that of the rank that differs first.
+
         Raises:
             RunError: a run is unreadable.
         """
-        from everystep.answers.diff import diff
+        from everystep.answers.rank_differences import diff_of_ranks
 
         if not isinstance(other, Run):
             raise UsageError(f"expected another run to compare with, not {other!r:.80}")
         objects = self._objects, other._objects
-        ask = partial(diff, self, other, thorough=thorough, objects=objects)
+        ask = partial(diff_of_ranks, self, other, thorough=thorough, objects=objects)
         return self._answered("comparing", min(len(self), len(other)), progress, ask)
 
     def match(self, other: Run, step: int | None = None) -> Match:
@@ -318,7 +320,8 @@ class Run(RecordedRun):
         """Find the first step at which a condition is true, the last, or all.
 
         Args:
-            condition: an expression, `"isnan(loss)"`, or a function of the opened step.
+            condition: an expression, `"isnan(loss)"`, or a function of the opened step; or, of a run of
+                several processes, `"ranks differ"`: after the step, a parameter is not the same on all.
             which: steps to find.
             processes, progress: as in `measure`.
 
@@ -328,7 +331,10 @@ class Run(RecordedRun):
         """
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
-        asked, _ = self._question(condition)
+        from everystep.answers.rank_differences import RANKS_DIFFER
+
+        is_of_ranks = isinstance(condition, str) and condition.split() == RANKS_DIFFER.split()
+        asked: Any = RANKS_DIFFER if is_of_ranks else self._question(condition)[0]
         if getattr(asked, "is_recorded", False):
             from everystep.replay.recorded_columns import Found, ask_columns, chosen
 

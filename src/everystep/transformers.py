@@ -64,10 +64,6 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin the run."""
-        if args.world_size > 1:
-            raise UsageError(
-                f"the training uses {args.world_size} processes, but everystep records only one"
-            )
         model, optimizer = given["model"], given["optimizer"]
         self._recording = record(run=self._run, model=model, optimizer=optimizer, **self._options)
         self._recording.__enter__()

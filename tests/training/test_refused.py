@@ -340,25 +340,14 @@ def test_an_optimizer_without_a_learning_rate_trains(small, engine, settings):
     assert run[2].hyperparameters == {}
 
 
-def test_several_processes_are_refused_before_the_first_step(monkeypatch):
+def test_a_model_and_an_experiment_are_trained_in_one_process(monkeypatch):
     model = nn.Linear(2, 1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     x = torch.ones(4, 2)
-    ways = [
-        lambda: everystep.record(model=model).__enter__(),
-        lambda: everystep.train(lambda x: model(x).sum(), [x], parts={"model": model}, steps=1),
-        lambda: everystep.train(
-            model,
-            (x, x[:, :1]),
-            loss=nn.MSELoss(),
-            optimizer=torch.optim.SGD(model.parameters(), 0.1),
-            steps=1,
-        ),
-    ]
-    for way in ways:
-        with pytest.raises(
-            everystep.UsageError, match=r"runs 2 processes, but everystep records only one"
-        ):
-            way()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(everystep.UsageError, match="runs 2 processes, but everystep trains this in one"):
+        everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=1)
+    with pytest.raises(everystep.UsageError, match="runs 2 processes, but everystep trains this in one"):
+        everystep.train_experiment("two-layer", {"steps": 1})
     assert not Path("runs").exists() or not [*Path("runs").iterdir()]

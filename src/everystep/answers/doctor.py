@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from everystep.errors import EverystepError, RunError
 from everystep.recording.blocks import BLOCK
 from everystep.recording.contents import Given, inputs_of, read_contents
 from everystep.recording.database import FILE_NAME, Database, reading
+from everystep.recording.directories import is_run, name_of, rank_directory
 from everystep.recording.facts import Facts
 from everystep.recording.files import BATCHES, program_file
 from everystep.recording.health import Finding, number_findings
@@ -60,7 +61,22 @@ def doctor(directory: Path) -> Diagnosis:
     """
     if not (directory / FILE_NAME).exists() and not directory.is_dir():
         raise RunError(f"{directory} is not a run: {FILE_NAME} is missing")
-    name = directory.resolve().name.encode("utf-8", "replace").decode()
+    own = _own(directory)
+    with suppress(RunError):
+        known = RecordedRun(directory, may_be_cut=True).known_ranks
+        for rank in range(1, known.count) if known is not None and not known.rank else ():
+            place = rank_directory(directory, rank)
+            missing = Finding("run", f"the run of rank {rank} is missing", _RESTORE)
+            found = _own(place).findings if is_run(place) else (missing,)
+            name = str(place.relative_to(directory))
+            named = tuple(each._replace(place=f"{name}/{each.place}") for each in found)
+            own = replace(own, findings=own.findings + named)
+    return own
+
+
+def _own(directory: Path) -> Diagnosis:
+    """Check the files of a run, without those of other ranks."""
+    name = name_of(directory)
     found = [*_link_findings(directory)]
     try:
         run = RecordedRun(directory, may_be_cut=True)
@@ -74,7 +90,8 @@ def doctor(directory: Path) -> Diagnosis:
         checked += ["losses", "measurements", "facts"]
     states: dict[SnapshotRow, str | None] = {}
     try:
-        states = {row: _problem(partial(read_snapshot, directory, row)) for row in run.snapshot_rows()}
+        rows = run.own_snapshot_rows()
+        states = {row: _problem(partial(read_snapshot, directory, row)) for row in rows}
     except RunError as error:
         found.append(Finding(f"{FILE_NAME}, snapshots", str(error)))
     found += _state_findings(run, states)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from everystep.answers.rank_differences import RankQuery
 from everystep.bounded import check_steps
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.metrics import RESERVED_NAMES
@@ -246,7 +247,7 @@ def measure(
 
 def when(
     opener: Opener,
-    condition: Question,
+    condition: Question | str,
     which: Which = "first",
     *,
     processes: int | None = None,
@@ -254,11 +255,17 @@ def when(
 ) -> Found:
     """Find the first step at which a condition is true, the last, or all.
 
+    condition: an expression, a function, or the text `RANKS_DIFFER`.
+
     Raises:
         UsageError: the condition does not fit.
         RunError: a needed file is missing or unreadable.
     """
-    query = Query(condition, opener.run, as_condition=True, only_first=which == "first")
+    query: Query | RankQuery
+    if isinstance(condition, str):
+        query = RankQuery(only_first=which == "first")
+    else:
+        query = Query(condition, opener.run, as_condition=True, only_first=which == "first")
     due = query.due(opener.run)[:: -1 if which == "last" else 1]
 
     def is_found(each: Replayed) -> bool:

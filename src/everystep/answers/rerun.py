@@ -142,6 +142,7 @@ def rerun(
         RunError: the steps cannot run there; gives the reason.
         TrainingError: the process there does not start, or ended early.
     """
+    opener.run.check_alone("repeat such a run under different conditions")
     conditions.check()
     run = opener.run
     facts, begin = run.facts, run.stretches[-1].first

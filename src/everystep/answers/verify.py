@@ -84,6 +84,13 @@ def verify(
     found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
     replayed = list(found) if steps else []
     damaged = [str(finding) for finding in run.findings()] + run.database_problems()
+    others = [each for each in run.ranks if each.directory != run.directory]
+    for rank in others:
+        damaged += [f"{rank.name}: {finding}" for finding in rank.findings()]
+    longest = max(others, key=RecordedRun.newest_step, default=run)
+    if longest.newest_step() > steps:  # the steps that this rank does not have
+        more = verify(Opener(longest), processes, on_progress)
+        damaged += [f"{longest.name}: {each}" for each in ([] if more.is_exact else [repr(more)])]
     replayed.sort(key=lambda each: each.span)
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]
     numerics = recorded_numerics(run.facts).differences(replayed[0].numerics) if replayed else {}

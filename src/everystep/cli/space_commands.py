@@ -58,12 +58,14 @@ def prune(
     """
     from everystep.recording.directories import find_run
     from everystep.recording.prune import prune, pruning_of
+    from everystep.recording.recorded_run import RecordedRun
     from everystep.views.formatting import size_text
     from everystep.views.lists import pruning_text
 
     if snapshots is None and batches is None:
         raise UsageError("say what to make smaller: --snapshots MB, --batches MB, or both")
     directory = find_run(run)
+    RecordedRun(directory, may_be_cut=True).check_alone("make such a run smaller")
     sizes = (None if each is None else 1_000_000 * each for each in (snapshots, batches))
     found = pruning_of(directory, *sizes)
     if not (found.states or found.files):
@@ -84,10 +86,16 @@ def rm(runs: shared.RunsArgument, force: Annotated[bool, typer.Option("--force",
     Args:
         force: Do not ask.
     """
-    from everystep.recording.directories import find_run, remove_run, spaces_of
+    from everystep.recording.directories import find_run, name_of, remove_run, spaces_of
     from everystep.views.formatting import counted, size_text
 
-    found = spaces_of(iter(dict.fromkeys(find_run(name) for name in runs)))
+    places = [*dict.fromkeys(find_run(name) for name in runs)]
+    for place in places:
+        if "/" in (name := name_of(place)):
+            raise UsageError(
+                f"{name} is a part of {name.partition('/')[0]}, which needs it; remove that run"
+            )
+    found = spaces_of(iter(places))
     total = size_text(sum(each.total for each in found))
     named = ", ".join(str(each.directory) for each in found)
     if not _is_sure(f"Remove {counted(len(found), 'run')} ({named}, {total})", force):

@@ -16,7 +16,7 @@ from everystep.program.operation import Operation
 from everystep.program.operators import ALLOCATING
 from everystep.program.source_line import CodeLine
 
-__all__ = ["Observed", "overwrites", "unread_inputs", "unset_results"]
+__all__ = ["OVERWRITING", "Observed", "overwrites", "unread_inputs", "unset_results"]
 
 #: From which of their results on kernels return their own memory, of which they do not write all:
 #: workspaces, reserves, a table of the CTC loss, the state of a generator that only dropout sets, and
@@ -41,8 +41,8 @@ _MEMORY_ARGUMENTS = {
     *("logsumexp", "philox_seed", "philox_offset", "rng_state", "unused"),
 }
 
-#: They write to all of their first argument without reading it.
-_OVERWRITING = {
+#: Operators that write to all of their first argument without reading it.
+OVERWRITING = {
     *("bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_"),
     *("normal_", "random_", "uniform_", "zero_"),
 }
@@ -52,7 +52,7 @@ _ONLY_SHAPES = {"bernoulli.p", "nll_loss_backward.default", "nll_loss2d_backward
 
 def overwrites(operation: Operation) -> bool:
     """Tell whether an operation writes to all of its first argument without reading it."""
-    return operation.name in _OVERWRITING
+    return operation.name in OVERWRITING
 
 
 def unset_results(operation: Operation) -> frozenset[str]:

@@ -24,6 +24,7 @@ __all__ = [
     "Storage",
     "TensorSpec",
     "extent_of",
+    "fills",
     "path_faults",
     "usual_geometry",
 ]
@@ -227,3 +228,17 @@ def usual_geometry(name: str, shape: tuple[int, ...] | list[int]) -> dict[str, A
         stride.append(product)
         product *= max(size, 1)
     return {"storage": name, "stride": tuple(reversed(stride))}
+
+
+def fills(geometry: tuple[Any, ...]) -> bool:
+    """Return whether a tensor has each byte between its first and its last once.
+
+    geometry: as of `extent_of`.
+    """
+    _, shape, stride, _ = geometry
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if step != expected and size > 1:
+            return False
+        expected *= size
+    return True

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.program.allowed import is_allowed
+from everystep.program.collectives import COLLECTIVES
 from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 from everystep.program.trusting import what_is_unknown
 
@@ -102,10 +103,11 @@ class Parameter(NamedTuple):
 def resolve(name: str) -> Any:
     """Return an operator that a program may have.
 
-    That is `aten.name.overload` of `torch.ops`, or `optim.name.step`, the step of one of torch's
-    optimizers. It computes tensors from tensors and numbers alone: it reads no file, starts no process,
-    and changes no tensor's shape or memory. Except for `BY_VALUES`, the shapes of its results do not
-    depend on the numbers in its tensors. A program contains only those that compute, see `computes`.
+    That is `aten.name.overload` of `torch.ops`; `optim.name.step`, the step of one of torch's
+    optimizers; or one of `COLLECTIVES`. It computes tensors from tensors and numbers alone: it reads no
+    file, starts no process, and changes no tensor's shape or memory. Except for `BY_VALUES`, the shapes
+    of its results do not depend on the numbers in its tensors. A program contains only those that
+    compute, see `computes`.
 
     Raises:
         NotAllowedError: it is unknown, or not such an operation.
@@ -115,6 +117,8 @@ def resolve(name: str) -> Any:
         raise NotAllowedError(f"torch {torch.__version__} has no {missing}, which everystep needs")
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
+    if name in COLLECTIVES:
+        return COLLECTIVES[name]
     match = _NAME.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
     if match is None or not isinstance(packet, _Packet):

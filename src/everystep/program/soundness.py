@@ -22,7 +22,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -366,7 +366,31 @@ def _softmax_fits(given: Given) -> bool:
 
 
 #: What kernels that trust shapes need, of the specs and numbers that they are given.
+def _exchanged_fit(given: Given, results: int = 1, each: int = 1) -> bool:
+    """Ranks exchange as many bytes as tensors have numbers, from the first on.
+
+    results, each: how many times the numbers of all results those of what is given are; of the ranks, 0.
+    """
+    lists = (value if isinstance(value, list) else [value] for value in given.values())
+    specs = [spec for specs in lists for spec in specs if isinstance(spec, TensorSpec)]
+    are_alike = len({spec.dtype for spec in specs}) == 1 and all(map(_is_dense, specs))
+    if "given" not in given or not are_alike:
+        return are_alike
+    *written, own = (math.prod(spec.shape) for spec in specs)
+    count = len(given["ranks"])
+    return sum(written) * (each or count) == own * (results or count)
+
+
+#: Collectives, see `everystep.program.collectives`.
+_EXCHANGED: dict[str, Callable[[Given], bool]] = {
+    **dict.fromkeys(("all_reduce_", "all_reduce_coalesced_", "reduce_", "broadcast_"), _exchanged_fit),
+    **dict.fromkeys(("all_gather_", "all_gather_into_"), partial(_exchanged_fit, results=0)),
+    "reduce_scatter_from_": partial(_exchanged_fit, each=0),
+    "all_to_all_from_": _are_dense,
+}
+
 _SHAPES: dict[str, Callable[[Given], bool]] = {
+    **_EXCHANGED,
     "_cdist_backward": _distances_fit,
     "_embedding_bag": lambda given: _are_dense(given, "weight"),
     **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _dimensions_fit),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from everystep.program.arguments import references
 from everystep.program.calls import Call, prebuilt_calls
+from everystep.program.collectives import is_collective
 from everystep.program.number_slots import numbers_in
 from everystep.program.observed import unread_inputs
 from everystep.program.operation import Operation
@@ -52,8 +53,9 @@ def steady_operations(program: Program) -> set[int]:
         is_own = all(
             program.storages[name].kind == "temporary" and writers[name] == 1 for name in writes[place]
         ) and writes[place].isdisjoint(handed_out | reads)
-        is_same = not draws_random_numbers(operation.resolved) and not numbers_in(operation)
-        if writes[place] and is_own and reads <= fixed and is_same:
+        operator = operation.resolved
+        depends = draws_random_numbers(operator) or is_collective(operator) or numbers_in(operation)
+        if writes[place] and is_own and reads <= fixed and not depends:
             fixed |= writes[place]
             found.add(place)
     return found

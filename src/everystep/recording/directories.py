@@ -20,6 +20,7 @@ from everystep.recording.files import BATCHES, CHANGES, PROGRAMS, SNAPSHOTS
 from everystep.recording.lock import locked
 
 __all__ = [
+    "RANKS",
     "RUNS",
     "GoneError",
     "Home",
@@ -28,13 +29,17 @@ __all__ = [
     "find_run",
     "find_runs",
     "is_run",
+    "name_of",
     "place_of",
+    "rank_directory",
     "remove_run",
     "remove_unbegun",
     "spaces_of",
 ]
 
 RUNS = Path("runs")
+#: The folder within a run of those of other ranks.
+RANKS = "ranks"
 #: The folders of a run, and what their files are for: see `Space`.
 _FOLDERS = {SNAPSHOTS: "snapshots", PROGRAMS: "programs", BATCHES: "batches", CHANGES: "batches"}
 #: Files of a run outside of them, in addition to those of its database. A fork has several of each.
@@ -51,6 +56,19 @@ def is_run(directory: Path) -> bool:
         return (directory / FILE_NAME).is_file()
     except OSError as error:
         raise RunError(f"{str(directory)!r:.200} cannot be read: {error.strerror}") from None
+
+
+def rank_directory(top: Path, rank: int) -> Path:
+    """Return the directory of the run of one of several processes. top: of that of rank 0."""
+    return top / RANKS / str(rank) if rank else top
+
+
+def name_of(directory: Path) -> str:
+    """Return the name of a run's directory, of a rank with that of the run; bad bytes are replaced."""
+    place = directory.resolve()
+    is_rank = place.parent.name == RANKS
+    name = f"{place.parent.parent.name}/{RANKS}/{place.name}" if is_rank else place.name
+    return name.encode("utf-8", "replace").decode()
 
 
 def find_run(name: str | Path) -> Path:
@@ -206,6 +224,8 @@ def _space_of(directory: Path, seen: set[tuple[int, int]]) -> Space:
 def _kind(path: Path) -> str:
     """Return what a file of a run is for. path: in the run."""
     first = path.parts[0]
+    if first == RANKS and len(path.parts) > 2:
+        return _kind(Path(*path.parts[2:]))
     if len(path.parts) > 1:
         return _FOLDERS.get(first, "others")
     if first.startswith(FILE_NAME) or first in (LOCK_NAME, SPARE_NAME):
@@ -230,6 +250,10 @@ def remove_run(directory: Path) -> list[str]:
             ):
                 if path.name in _FOLDERS and path.is_dir():
                     shutil.rmtree(path)
+                elif path.name == RANKS and path.is_dir():
+                    whole = [remove_run(each) for each in path.iterdir() if is_run(each)]
+                    if not any(whole) and not any(path.iterdir()):
+                        path.rmdir()
                 elif path.name != LOCK_NAME and _kind(Path(path.name)) != "others":
                     path.unlink()
         (directory / LOCK_NAME).unlink(missing_ok=True)

@@ -31,6 +31,7 @@ __all__ = [
     "LONGEST_NOTE",
     "LONGEST_TAG",
     "MOST_NAMES",
+    "MOST_RANKS",
     "MOST_TAGS",
     "BatchFacts",
     "DataFacts",
@@ -47,6 +48,7 @@ __all__ = [
     "ModuleFacts",
     "NotKeptFacts",
     "OptimizerFacts",
+    "RanksFacts",
     "ResumeFacts",
     "SchedulerFacts",
     "TrainingFacts",
@@ -62,6 +64,8 @@ LONGEST_NAME, MOST_NAMES = 10_000, 10_000
 LONGEST_NOTE = 1000
 #: Tags of a run, and characters of one; bytes of a config.
 MOST_TAGS, LONGEST_TAG, LARGEST_CONFIG = 100, 100, 1_000_000
+#: Processes that train together.
+MOST_RANKS = 4096
 Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
 #: A seed has 64 bits.
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
@@ -278,6 +282,17 @@ class LoopFacts(_Fact):
         return cls(parts=names, programs=0, unseen=(), has_loss=False)
 
 
+class RanksFacts(_Fact):
+    """A process among those that train together (torch.distributed), and how they communicate.
+
+    rank: its number, from 0; count: of all; backend: as torch names it.
+    """
+
+    rank: Annotated[int, Field(ge=0, lt=MOST_RANKS)]
+    count: Annotated[int, Field(ge=2, le=MOST_RANKS)]
+    backend: str
+
+
 class TrainingFacts(_Fact):
     """How steps were trained: everything that stays the same between steps.
 
@@ -286,7 +301,7 @@ class TrainingFacts(_Fact):
     name. loss: None in a user's loop. seed: None if torch's generator was not reseeded.
     preparation: what was done to the data, as in `experiment.preparation`.
     stop_on_nan: whether the first loss that is not finite ends the training.
-    experiment_file: of the experiment, if it has another name than usual.
+    experiment_file: of the experiment, if it has another name than usual. ranks: None of one process.
     """
 
     device: str
@@ -308,6 +323,7 @@ class TrainingFacts(_Fact):
     data_file: DataFileFacts | None = None
     engine: EngineFacts | None = None
     loop: LoopFacts | None = None
+    ranks: RanksFacts | None = None
 
     @property
     def programs(self) -> Sequence[int]:

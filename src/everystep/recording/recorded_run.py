@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import FILE_NAME, Database, Repeat, reading
-from everystep.recording.facts import DataFileFacts, Facts, TrainingFacts
+from everystep.recording.directories import is_run, name_of, rank_directory
+from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
 from everystep.recording.files import (
     CHANGES,
     EXPERIMENT_FILE,
@@ -71,6 +73,8 @@ class RecordedRun:
 
     It warns if the run is damaged, as far as that shows without reading all numbers.
 
+    common_states: the steps of the states that all ranks have, if they agreed on that; None: as read.
+
     may_be_cut: do not look at it yet; a finished run may lack its last steps.
 
     Raises:
@@ -80,6 +84,7 @@ class RecordedRun:
     def __init__(self, directory: str | Path, *, may_be_cut: bool = False) -> None:
         self.directory = Path(directory)
         self._database_path = self.directory / FILE_NAME
+        self.common_states: frozenset[int] | None = None
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
         if not may_be_cut:
@@ -87,13 +92,57 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """The name of the run's directory; undecodable bytes are replaced."""
-        return self.directory.resolve().name.encode("utf-8", "replace").decode()
+        """The name of the run's directory, of a rank with that of the run; bad bytes are replaced."""
+        return name_of(self.directory)
 
     @property
     def facts(self) -> Facts:
         """Everything known except numbers per step: status, times, how it was trained."""
         return self._read(Database.facts)
+
+    @property
+    def ranks(self) -> list[Self]:
+        """The runs of all processes that trained together, by rank; of one process, this run alone.
+
+        Raises:
+            RunError: that of a rank is missing.
+        """
+        known = self.known_ranks
+        if known is None:
+            return [self]
+        place = self.directory.absolute()
+        top = place if known.rank == 0 else place.parent.parent
+        return [
+            self if rank == known.rank else self._of_rank(rank_directory(top, rank), known)
+            for rank in range(known.count)
+        ]
+
+    @cached_property
+    def known_ranks(self) -> RanksFacts | None:
+        """Which of several processes this one was; None if it trained alone, or did not begin."""
+        trained = self.facts.trained
+        return None if trained is None else trained.ranks
+
+    def check_alone(self, what: str) -> None:
+        """Check that one process trained the run. what: cannot be done with several.
+
+        Raises:
+            RunError: several did.
+        """
+        known = self.known_ranks
+        if known is not None:
+            raise RunError(
+                f"{self.name} was trained by {known.count} processes, and everystep cannot {what} yet; "
+                "verify, step, diff, why, rows, when and measure work, and the script resumes it"
+            )
+
+    def _of_rank(self, directory: Path, known: RanksFacts) -> Self:
+        if not is_run(directory):
+            raise RunError(
+                f"{self.name} was trained by {known.count} processes, and the run of one of them is "
+                f"missing: {directory}"
+            )
+        return type(self)(directory)
 
     @property
     def status(self) -> str:
@@ -396,7 +445,16 @@ class RecordedRun:
         return read_data(self.read_file(fact.file), self.directory / fact.file, fact)
 
     def snapshot_rows(self) -> list[SnapshotRow]:
-        """Return the database rows of the snapshots, in order."""
+        """Return the database rows of the snapshots, in order: of states that all ranks have."""
+        rows = self.own_snapshot_rows()
+        common = self.common_states
+        if common is None and self.known_ranks is not None:
+            steps = [{row.step for row in each.own_snapshot_rows()} for each in self.ranks]
+            common = frozenset.intersection(*map(frozenset, steps))
+        return rows if common is None else [row for row in rows if row.step in common]
+
+    def own_snapshot_rows(self) -> list[SnapshotRow]:
+        """Return the same, of this rank alone."""
         return self._read(Database.snapshots)
 
     def repeats(self, first: int, last: int) -> list[Repeat]:

@@ -257,6 +257,7 @@ def fork(
         TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
+    asked.run.check_alone("make a fork of such a run")
     run = asked.run
     if run.facts.training.loop:
         _check_loop(asked, given)

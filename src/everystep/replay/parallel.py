@@ -18,6 +18,7 @@ from everystep.numerics import Numerics
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, needs_worker, process_count, shared
+from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.run_replay import Replay, same_number
 from everystep.step.state import StateDifference, state_differences
@@ -245,3 +246,15 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
     is_fork = replay.stretch_of(span.last + 1) != span.at
     found.states = state_differences(recorded, here, only_model=is_fork, only_seen=True)
+    if not isinstance(replay.stepper, RankStepper):
+        return
+    for rank, state in replay.stepper.captured_others().items():
+        problems: list[str] = []
+        run = replay.run.ranks[rank]
+        other = run.state_near(span.last, after=span.last - 1, on_problem=problems.append)
+        replay.problems += [f"rank {rank}: {problem}" for problem in problems]
+        if other is not None:
+            found.states += [
+                each._replace(tensor=f"rank {rank}: {each.tensor}")
+                for each in state_differences(other, state, only_model=is_fork, only_seen=True)
+            ]

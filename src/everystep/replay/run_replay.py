@@ -22,6 +22,7 @@ from everystep.program.precision import Precision
 from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
+from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_batches import batch_source
 from everystep.replay.recorded_steps import RecordedSteps, check_kept
 from everystep.replay.replay_stepper import ReplayStepper, Saved
@@ -289,8 +290,19 @@ class Replay:
                 assert isinstance(found, RowsOf)
                 rule = found
             steps = RecordedSteps(self.run, stretch, rule, conversion)
-            self._steppers[at] = ReplayStepper(steps, self._diverge)
+            self._steppers[at] = self._stepper(steps, at)
         return self._steppers[at]
+
+    def _stepper(self, steps: RecordedSteps, at: int) -> ReplayStepper:
+        ranks = steps.facts.ranks
+        if ranks is None:
+            return ReplayStepper(steps, self._diverge)
+        others = {
+            rank: RecordedSteps(run, run.stretches[at], None, self._conversion)
+            for rank, run in enumerate(self.run.ranks)
+            if rank != ranks.rank
+        }
+        return RankStepper(steps, self._diverge, ranks.rank, others)
 
     def _diverge(self, step: int, problem: str = "") -> None:
         """Note that a step differs from the recording, and how if its loss does not show it."""

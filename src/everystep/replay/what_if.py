@@ -109,6 +109,7 @@ def what_if(
         ExpressionError: the expression is invalid, or needs what only the recorded run has.
         RunError: the steps cannot be repeated with the change; gives the reason.
     """
+    opener.run.check_alone("take its steps with something changed")
     run = opener.run
     count = run.newest_step()
     for number in (at, until):

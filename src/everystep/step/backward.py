@@ -139,9 +139,19 @@ class BackwardPasses:
         self._cursor = cursor
         self._since = torch._C._autograd._get_sequence_nr()
         self._handles = handles()
+        #: DistributedDataParallel exchanges gradients within a pass, or does not, by hooks of its own.
+        self._has_ranks = cursor.paths.has_ranks
 
     def run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass; see `torch.autograd._engine_run_backward`."""
+        if self._has_ranks:
+            with self._cursor.follower.during(
+                "backward"
+            ):  # torch exchanges gradients after the last node
+                return self._run_with_copies(outputs, args, kwargs)
+        return self._run_with_copies(outputs, args, kwargs)
+
+    def _run_with_copies(self, outputs: Any, args: Any, kwargs: Any) -> Any:
         copies = self._cursor.gradient_copies
         if copies is None or self._cursor.is_paused:
             return self._run(outputs, args, kwargs)
@@ -155,7 +165,7 @@ class BackwardPasses:
         if cursor.is_paused or _get_current_dispatch_mode() is not cursor:
             return run_engine(outputs, *args, **kwargs)
         graph = graph_of(outputs, args, kwargs, self._since, self._handles)
-        is_sure = graph.key is not None and not cursor.has_saved_hooks
+        is_sure = graph.key is not None and not cursor.has_saved_hooks and not self._has_ranks
         if not is_sure or cursor.paths.have_hooks(graph.leaves):
             if not graph.is_other:
                 return run_engine(outputs, *args, **kwargs)

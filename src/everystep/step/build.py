@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from everystep.program.arguments import encode
+from everystep.program.collectives import is_collective
 from everystep.program.number_slots import READ, Number
 from everystep.program.operators import draws_random_numbers
 from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
@@ -239,7 +240,7 @@ class _Builder:
         kept = set()
         for operation in reversed(operations):
             is_used = not needed.isdisjoint(self._writes(operation))
-            if is_used or (draws_random_numbers(operation.resolved) and id(operation) not in undrawn):
+            if is_used or (_matters(operation.resolved) and id(operation) not in undrawn):
                 kept.add(id(operation))
                 needed |= {self._tensors[name].storage for name in operation.reads()}
         return kept
@@ -258,7 +259,7 @@ class _Builder:
         if within.isdisjoint(kept):
             return None
         used = self._with_effect(operations, wanted, within)
-        idle = [o for o in operations if id(o) in kept - used and not draws_random_numbers(o.resolved)]
+        idle = [o for o in operations if id(o) in kept - used and not _matters(o.resolved)]
         for each in passes:
             if used.isdisjoint(each) and (first := [o for o in idle if id(o) in each]):
                 return len(idle) - idle.index(first[0]), first[0]
@@ -293,6 +294,11 @@ class _Builder:
             if id(operation) in kept:
                 yield from range(place, place + seen.numbers)
             place += seen.numbers
+
+
+def _matters(operator: Any) -> bool:
+    """Return whether an operation matters without its results: to later draws, or to other ranks."""
+    return draws_random_numbers(operator) or is_collective(operator)
 
 
 def _no_tensor(tensor: Tensor) -> str:

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.program.collectives import taking_part
 from everystep.program.memory import geometry
+from everystep.program.operation import fills
 from everystep.program.operators import flattened, leaves, parameters, writes
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of
 from everystep.step.calling_code import named_here
+from everystep.step.collective_calls import CollectiveCall, finished, how_collective
 from everystep.step.follow import Follower, begin_watch, end_watch
 from everystep.step.known_operators import (
     KnownOperator,
@@ -76,6 +79,13 @@ class Cursor(UnderWay):
             return func._op(*args, **(kwargs or {}))
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
+        if func.namespace == "c10d" and (how := how_collective(func, self.paths.has_ranks)) != "unseen":
+            if how == "pass":
+                return func(*args, **(kwargs or {}))
+            call = CollectiveCall(func, args, kwargs or {})
+            with taking_part(call):
+                self.__torch_dispatch__(call.operator, types, call.arguments)
+            return call.result
         if self.is_remembered:
             try:
                 if (
@@ -325,11 +335,31 @@ class Cursor(UnderWay):
             raise UnseenError(known.how)
         is_seen = known.how == "see"  # the numbers of a view belong to its geometry
         token, slots = self.tensors.token, known.places if is_seen else {}
+        self.tensors.overwritten = self._overwritten(known, args, keywords) if is_seen else ()
         is_part = self._is_part if is_seen and not known.writes else None
         given = zip(args, known.places, strict=False)
         tokens = tuple([token(value, slots.get(name, False), is_part) for value, name in given])
         named = [(n, token(value, slots.get(n, False), is_part)) for n, value in keywords.items()]
         return tokens, tuple(named)
+
+    def _overwritten(
+        self, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> list[Tensor]:
+        """Return the arguments that a call writes to as a whole, without reading their memory."""
+        if not known.writes or known.resizes or not (known.has_out or known.overwrites):
+            return []
+        given = dict(zip(known.places, args, strict=False)) | keywords
+        targets = leaves([given.get(name) for name in known.writes])
+        others = leaves([value for name, value in given.items() if name not in known.writes])
+        read = {tensor.untyped_storage()._cdata for tensor in others}
+        return [
+            target
+            for target in targets
+            if is_plain(target)
+            and fills(geometry(target))
+            and target.untyped_storage()._cdata not in read
+            and (target.untyped_storage().nbytes(), target.dtype) not in self.paths.partly_read
+        ]
 
     def _check(self, known: KnownOperator, tokens: Iterable[Any], written: Iterable[int]) -> None:
         """Check that a program can hold an operation with these tensors.
@@ -388,7 +418,11 @@ class Cursor(UnderWay):
         for number in numbers:
             origin = self.tensors.known[number].origin
             tensor = self.tensors.met[number]()
-            if origin in self.brought and tensor is not None:
+            if tensor is None:
+                continue
+            if self.tensors.known[origin].kind == "scratch":
+                self.outside.forget(tensor.untyped_storage()._cdata)
+            elif origin in self.brought:
                 self.outside.forget(tensor.untyped_storage()._cdata)
                 where = named_here()
                 text = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
@@ -408,10 +442,14 @@ class Cursor(UnderWay):
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if is_plain(tensor)]
         versions = [(tensor, version_of(tensor)) for tensor in before]
         result = func(*args, **keywords)
+        others = []
+        if func.namespace == "c10d":  # their schemas do not declare what they write
+            finished(result)
+            others = before
         names = {p.name for p in parameters(func)} & set(known.writes or writes(func))
         given = {p.name: v for p, v in zip(parameters(func), args, strict=False)} | keywords
         changed = [t for name in names for t in leaves(given.get(name))]
-        changed += [tensor for tensor, version in versions if version_of(tensor) != version]
+        changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
         self.note_unseen(changed, leaves(result))
         return result
 

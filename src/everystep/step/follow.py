@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from operator import itemgetter
 from threading import Lock, get_ident, local
 from typing import Any
@@ -134,6 +135,16 @@ class Follower:
         self._phase = phase
         self._moved()
 
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Let what runs inside, and in no module or optimizer, belong to a phase."""
+        before = self._phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
     def _moved(self) -> None:
         module = self._open[-1] if self._open else None
         self.where = module, *self._optimizer, self._phase
@@ -174,6 +185,16 @@ class Follower:
                 f"{type(module).__name__} is compiled (torch.compile); torch would run it "
                 "uncompiled while everystep watches, with different results; use the uncompiled "
                 "module in the loop"
+            )
+        if getattr(module, "_comm_hooks", None):  # of DistributedDataParallel
+            raise UsageError(
+                f"{type(module).__name__} has a hook that exchanges gradients (register_comm_hook); it "
+                "runs in threads of torch's, which everystep cannot watch; record the loop without it"
+            )
+        if getattr(getattr(module, "_join_config", None), "enable", False):
+            raise UsageError(
+                f"{type(module).__name__} is trained within join(), where a process without batches "
+                "takes part outside of steps, so they cannot be replayed; give each as many batches"
             )
         # A module that is not a part, such as a loss, belongs to the module around it.
         around = self._open[-1] if self._open else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.number_slots import READ, is_number_slot
+from everystep.program.observed import OVERWRITING
 from everystep.program.operators import (
     NotAllowedError,
     computes,
@@ -60,6 +61,7 @@ class KnownOperator(NamedTuple):
     picks: bool = False
     joins: bool = False
     copies: bool = False
+    overwrites: bool = False
 
 
 @cache
@@ -97,6 +99,7 @@ def known_operator(func: Any) -> KnownOperator:
             name in _PICKING,
             name in _JOINING,
             name == "copy_",
+            name in OVERWRITING,
         )
     except (AttributeError, RuntimeError):  # an operator without a schema that can be read
         return KnownOperator("has no schema" if how == "see" else how)

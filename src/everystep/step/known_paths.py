@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.memory import geometry
+from everystep.step.collective_calls import has_ranks
 from everystep.step.met_tensors import MetTensors
 from everystep.step.moving_views import MovingViews
 from everystep.step.optimizer_call import OptimizerCalls
@@ -34,7 +35,9 @@ class Beginning(NamedTuple):
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: of the step in progress; views: which of them move; calls: of optimizers.
+    tensors: of the step in progress; views: which of them move; calls: of optimizers; has_ranks: whether
+    several processes train; partly_read: memory from outside, by its bytes and dtype, of which steps
+    overwrite a part alone before they read all.
     """
 
     def __init__(self) -> None:
@@ -47,6 +50,8 @@ class KnownPaths:
         self._next_rest = 1
         #: How the step after a known ending, by its id, begins if nothing changes the state between.
         self._after: dict[int, tuple[Ending, Beginning]] = {}
+        self.has_ranks = has_ranks()
+        self.partly_read: set[tuple[int, torch.dtype]] = set()
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
 

@@ -5,7 +5,7 @@ A tensor is known by identity, through a weak reference: with a strong one, auto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -64,6 +64,8 @@ class MetTensors:
         #: Of a batch, and of a part: where its memory begins in that of the data, in bytes.
         self.bases: dict[int, int] = {}
         self._extents: dict[int, list[tuple[int, int]]] | None = None
+        #: Arguments of the call under way that it overwrites without reading them.
+        self.overwritten: Sequence[Tensor] = ()
 
     def same(self, state: Mapping[str, Tensor]) -> int:
         """Return how many tensors of a state, the first ones, are as they were at the last `begin`."""
@@ -136,7 +138,7 @@ class MetTensors:
         else:
             kind = self.known[origin].kind
         self.put(tensor, number, origin)
-        is_kept = is_named and kind in ("batch", "input")
+        is_kept = is_named and kind in ("batch", "input", "scratch")
         own = self.geometry(tensor, origin)
         self._add(MetTensor(origin, kind, storage.nbytes(), tensor.is_cpu, is_kept, own))
         return number
@@ -265,10 +267,15 @@ class MetTensors:
         return tuple(dict.fromkeys([self.known[number].origin for number in numbers]))
 
     def is_within(self, number: int) -> bool:
-        """Tell whether a tensor is within one that is kept, if the batch or the state has its memory."""
+        """Tell whether a tensor lies within those kept, if the batch or the state has its memory.
+
+        Memory that the step has overwritten is kept as far as it did so.
+        """
         begin, end = extent_of(self.known[number].geometry)
-        kept = self.limits(number)
-        return not kept or any(one <= begin and end <= two for one, two in kept)
+        for one, two in sorted(self.limits(number) or [(begin, end)]):
+            if one <= begin:
+                begin = max(begin, two)
+        return begin >= end
 
     def limits(self, number: int) -> list[tuple[int, int]]:
         """Return where tensors of the batch or the state lie on the memory of a tensor, if one does."""
@@ -299,7 +306,9 @@ class MetTensors:
             if is_part is not None and is_part(value):
                 number = self.meet_part(value)
                 return "p", number, place, self.known[number].geometry
-            number = self.meet(value, "input")
+            is_scratch = any(each is value for each in self.overwritten)
+            is_scratch = is_scratch and (place is None or self.known[place].kind == "scratch")
+            number = self.meet(value, "scratch" if is_scratch else "input", is_named=is_scratch)
             known = self.known[number]
             if place is None:
                 about = known.bytes, self.parts.get(storage._cdata)

@@ -84,6 +84,14 @@ class Parts:
                 faults.append(
                     Fault(path, "is on the meta device and has no values; call to_empty(...) before")
                 )
+            elif "DTensor" in [each.__name__ for each in type(tensor).__mro__]:
+                faults.append(
+                    Fault(
+                        path,
+                        "is a part of a tensor that several processes share (fully_shard); everystep "
+                        "records models of which each process has all (DistributedDataParallel)",
+                    )
+                )
             elif tensor.layout != torch.strided or tensor.is_nested:
                 faults.append(Fault(path, "is sparse or nested; a run can hold only dense tensors"))
             elif tensor.dtype not in _HELD:

@@ -157,10 +157,11 @@ class MetTensor(NamedTuple):
     """A tensor when a step met it.
 
     origin: the number of the first tensor on its memory; kind: where that memory comes from: `state`,
-    `batch`, `input` (from outside), `part` (a part of data from outside, as memory of its own) or
-    `temporary`; bytes, on_cpu: of that memory; is_named: whether it is a tensor of the state or the
-    batch itself; geometry: dtype, shape, stride and offset; of a batch, the offset counts from the first
-    tensor there; moves: as of a SeenTensor.
+    `batch`, `input` (from outside), `part` (a part of data from outside, as memory of its own),
+    `scratch` (from outside, and overwritten before anything is read there) or `temporary`; bytes,
+    on_cpu: of that memory; is_named: whether it is a tensor of the state or the batch itself, or was
+    overwritten when it was met; geometry: dtype, shape, stride and offset; of a batch, the offset
+    counts from the first tensor there; moves: as of a SeenTensor.
     """
 
     origin: int
@@ -351,7 +352,7 @@ class PathWriter:
         if origin not in self._place_of:
             self._place_of[origin] = len(self._storages)
             first = self._met[origin]
-            kind: Any = "input" if first.kind in ("batch", "part") else first.kind
+            kind: Any = _KINDS.get(first.kind, first.kind)
             host = self._has_host and first.on_cpu
             self._storages.append(Storage(kind=kind, bytes=first.bytes, host=host))
             self.origins.append(origin)
@@ -379,6 +380,10 @@ class PathWriter:
         for storage in (place for place in places if storages[place].kind == "input"):
             ends = (extent_of(each.geometry)[1] for each in tensors if each.storage == storage)
             storages[storage] = storages[storage].model_copy(update={"bytes": max(ends)})
+
+
+#: Of memory, by where it comes from, if that has another name in a path.
+_KINDS = {"batch": "input", "part": "input", "scratch": "temporary"}
 
 
 class _ForwardPasses:

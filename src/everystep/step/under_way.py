@@ -258,6 +258,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         if size > MOST_BYTES and self.is_unread(number):
             raise UnseenError(f"uses a slice of {size / 1e6:,.0f} MB that is not in any part")
         if not self.tensors.is_within(number):
+            met = self.tensors.known[number]
+            if met.kind == "scratch":  # from the next step on, it is kept by content
+                self.paths.partly_read.add((met.bytes, met.geometry[0]))
             raise UnseenError("uses memory next to a tensor of the batch or the state")
 
     def bring(self, origin: int, tensor: Tensor) -> None:

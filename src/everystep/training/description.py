@@ -50,6 +50,7 @@ from everystep.step.torchs_own import (
     names_of,
     reason_against_loss,
 )
+from everystep.training.agreement import ranks_here
 from everystep.training.model_step import Training
 
 __all__ = ["describe", "facts_from", "facts_of_loop", "modules_of", "optimizer_facts"]
@@ -156,6 +157,7 @@ def facts_of_loop(parts: Parts) -> TrainingFacts:
         max_grad_norm=None,
         evaluate_every=None,
         loop=LoopFacts.of(parts.named),
+        ranks=ranks_here(),
         **_shared(parts, parts.device),
     )
 

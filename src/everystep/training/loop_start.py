@@ -6,10 +6,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from everystep.errors import RunError, say
+import torch
+
+from everystep.errors import RunError, UsageError, say
 from everystep.recording.contents import given_of, inputs_of
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
@@ -19,6 +22,7 @@ from everystep.recording.recorder import Recorder
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
+from everystep.training.agreement import Agreement, check_same_number, ranks_here
 from everystep.training.batch import tensors_of
 from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import Drawn, Epoch, LoaderPosition, Recorded
@@ -68,11 +72,21 @@ class LoopStart:
         Raises:
             RunError: the run or the parts are other ones.
         """
+        ranks = ranks_here()
+        agreement = None if ranks is None else Agreement(ranks)
+        if agreement is not None:
+            agreement.check(self._about(parts))
         if self.fork is not None:
             return self._forked(*self.fork, parts, place)
         if self.resumed is not None:
-            return self._continued(self.resumed, parts, place)
-        directory = create_directory(self.directory, "loop")
+            check_same_number(self.resumed, ranks)
+            run = self.resumed if agreement is None else agreement.resumed(self.resumed)
+            return self._continued(run, parts, place)
+        directory = (
+            agreement.directory(self.directory)
+            if agreement
+            else create_directory(self.directory, "loop")
+        )
         whole = PartsState(parts)
         place.begin()
         beginning = whole.snapshot(0)
@@ -82,6 +96,21 @@ class LoopStart:
         recorder = self._recorder(directory, facts)
         recorder.snapshot(beginning)
         return LoopWriter(recorder, 0, facts, whole, place, self.advanced)
+
+    def _about(self, parts: Parts) -> dict[str, Any]:
+        """Return what must be equal on all ranks."""
+        if self.fork is not None:
+            raise UsageError(
+                "a loop of several processes cannot be forked yet; record a new run, or resume one"
+            )
+        return {
+            "the run": None if self.directory is None else str(self.directory),
+            "the run to resume": None if self.resumed is None else self.resumed.directory.name,
+            "keep": repr(self.keep),
+            "parts": [*parts.named],
+            "everystep": version("everystep"),
+            "torch": torch.__version__,
+        }
 
     def _recorder(
         self, directory: Path, facts: Facts, at: int = 0, *, is_resumed: bool = False
@@ -172,7 +201,8 @@ class LoopStart:
         facts, goal = facts.model_copy(update=dict(self.said)), _goal(run, state)
         rates = {name: rate for name in parts.rates() for rate in _rate(run, name, state.step)}
         whole.restore(state)
-        _say_where(run, state.step, recorded, goal, is_new=is_new)
+        if trained.ranks is None or not trained.ranks.rank:
+            _say_where(run, state.step, recorded, goal, is_new=is_new)
         place.goal = goal
         recorder = self._recorder(run.directory, facts, state.step, is_resumed=True)
         writer = LoopWriter(recorder, state.step, facts, whole, place, self.advanced, before)

@@ -77,7 +77,7 @@ class LoopWriter(RunWriter):
         self._in_effect = numerics.in_effect()
         self._numerics = numerics.Numerics.read(self.parts.device)
         self.watched = WatchedSteps(self.parts, recorder)
-        if message := numerics.warning():
+        if not self.watched.notices.is_quiet and (message := numerics.warning()):
             say(message)
 
     def settle(self) -> None:

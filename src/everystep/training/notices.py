@@ -8,6 +8,7 @@ from everystep.errors import say
 from everystep.program.operation import Operation
 from everystep.program.step_program import Program
 from everystep.step.build import BuiltPath
+from everystep.training.agreement import ranks_here
 from everystep.training.step_under_way import AnyWatch
 
 __all__ = ["Notices"]
@@ -19,10 +20,15 @@ MOST_SAID = 3
 class Notices:
     """Reports what a recording lacks, or what may differ from the loop without everystep.
 
+    Of several processes, rank 0 reports: what holds for one nearly always holds for all. The run of each
+    rank has it in its facts.
+
     unseen: what was not recorded, as text.
     """
 
     def __init__(self) -> None:
+        ranks = ranks_here()
+        self.is_quiet = ranks is not None and ranks.rank > 0
         self.unseen: set[str] = set()
         self._said: set[str] = set()
 
@@ -39,9 +45,10 @@ class Notices:
         for reason in seen.unseen:
             if reason not in self.unseen and len(self.unseen) < MOST_SAID:
                 self.unseen.add(reason)
-                say(
+                self._once(
+                    reason,
                     f"step {step}: {reason}; everystep keeps its results as numbers, and no view "
-                    "shows how they were computed"
+                    "shows how they were computed",
                 )
         if seen.is_compiled:
             self._once(
@@ -87,6 +94,6 @@ class Notices:
         self._once(f"marked {condition}", f"{condition} at step {step:,}; the run marks each such step")
 
     def _once(self, kind: str, message: str) -> None:
-        if kind not in self._said:
+        if kind not in self._said and not self.is_quiet:
             self._said.add(kind)
             say(message)

@@ -15,7 +15,6 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from everystep.device import check_one_process
 from everystep.errors import RecordingError, RunError, UsageError, say
 from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
@@ -117,7 +116,6 @@ class Recording(Generic[R]):
             raise UsageError(
                 "this recording has already started; create another with everystep.record(...)"
             )
-        check_one_process()
         if _recording:
             raise UsageError(
                 f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "

@@ -105,6 +105,9 @@ def train_step(
                     raise UsageError(f"the run has {known:,} steps already; {steps}")
                 take: Callable[..., dict[str, Any]] = partial(_run_step, step, recording)
                 if iteration.engine == "program":
+                    run.check_alone(
+                        'run your step by programs (engine="program") with several processes'
+                    )
                     vouched = _VouchedStep(step, recording, total or None, is_quiet(batches))
                     recording.writer.function = lambda: vouched.facts
                     take = vouched.take

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from everystep import clock
 from everystep.recording.contents import Taken
+from everystep.recording.directories import name_of
 from everystep.recording.facts import Facts
 from everystep.recording.recorder import Recorder
 
@@ -179,7 +180,7 @@ class RunWriter:
                 before, after = self.advice
                 self._notice(
                     f"the loss is {loss} at step {step}; {before}everystep "
-                    f"first-nonfinite {self.recorder.directory.name} finds where it came from{after}"
+                    f"first-nonfinite {name_of(self.recorder.directory)} finds where it came from{after}"
                 )
                 return {"nonfinite_step": step}
         return {}

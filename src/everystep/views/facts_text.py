@@ -134,6 +134,8 @@ def engine_text(facts: Facts) -> str:
         kept = f"its operations are in {counted(loop.programs, 'program')}{missing}"
         if engine is not None and facts.fork is not None:
             return f"by your own code up to step {facts.fork.at:,}, by program alone after it; {kept}"
+        if (ranks := facts.training.ranks) is not None:
+            kept = f"this is rank {ranks.rank} of {ranks.count} ({ranks.backend}); {kept}"
         if loop.function is None:
             return f"by your own loop; {kept}"
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"

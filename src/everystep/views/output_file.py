@@ -19,12 +19,13 @@ _BEGINNING = 1_000
 def default_output(name: str) -> Path:
     """Return the file of this name in the current directory, to write a page or a plot to.
 
-    An earlier page or plot of everystep may be there, and is replaced.
+    An earlier page or plot of everystep may be there, and is replaced. The name of a rank's run has
+    slashes, which become hyphens.
 
     Raises:
         UsageError: something else is there.
     """
-    path = Path(name)
+    path = Path(name.replace("/", "-"))
     if os.path.lexists(path) and not _is_own(path):
         raise UsageError(f"{path} exists, and everystep did not write it; name another file: -o FILE")
     return path

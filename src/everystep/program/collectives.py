@@ -1,0 +1,75 @@
+"""Collectives: operations in which several processes (ranks) of a training take part.
+
+torch's own (`c10d.allreduce_`) take a live group of processes. In a program they are operators with the
+ranks as numbers, and each thread determines how it takes part: a recording makes torch's call, and a
+replay computes with the other ranks' programs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+__all__ = ["COLLECTIVES", "is_collective", "taking_part"]
+
+#: Takes part in a collective: is called with its name and its arguments.
+Part = Callable[[str, tuple[Any, ...]], None]
+
+_NAMESPACE = "everystep"
+#: The first argument is written into, and the last has the ranks.
+_SCHEMAS = {
+    "all_reduce_": "Tensor(a!)[] tensors, str reduce",
+    "all_reduce_coalesced_": "Tensor(a!)[] tensors, str reduce",
+    "reduce_": "Tensor(a!)[] tensors, str reduce, int target",
+    "broadcast_": "Tensor(a!)[] tensors, int source",
+    "all_gather_": "Tensor(a!)[] results, Tensor given",
+    "all_gather_into_": "Tensor(a!)[] results, Tensor given",
+    "reduce_scatter_from_": "Tensor(a!)[] results, Tensor given, str reduce",
+    "all_to_all_from_": "Tensor(a!)[] results, Tensor given, int[] result_sizes, int[] given_sizes",
+}
+_here = threading.local()
+
+
+@contextmanager
+def taking_part(part: Part) -> Iterator[None]:
+    """Let this thread take part in collectives by `part` inside."""
+    before = getattr(_here, "part", None)
+    _here.part = part
+    try:
+        yield
+    finally:
+        _here.part = before
+
+
+def _take_part(name: str, *arguments: Any) -> None:
+    part = getattr(_here, "part", None)
+    if part is None:
+        raise RuntimeError("it needs the other ranks, which this replay does not have")
+    part(name, arguments)
+
+
+def _nothing(*arguments: Any) -> None:
+    """Shapes stay as they are."""
+
+
+_library: Any = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+for _name, _schema in _SCHEMAS.items():
+    _library.define(f"{_name}({_schema}, int[] ranks) -> ()")
+    _library.impl(_name, partial(_take_part, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, _nothing, "Meta")
+
+#: The operators by their names in a program.
+COLLECTIVES = {
+    f"{_NAMESPACE}.{name}.default": getattr(getattr(torch.ops, _NAMESPACE), name).default
+    for name in _SCHEMAS
+}
+
+
+def is_collective(operator: Any) -> bool:
+    """Return whether several ranks take part in an operator."""
+    return str(operator) in COLLECTIVES

@@ -1,0 +1,440 @@
+"""The stepper of a rank: repeats steps of processes that trained together, all in this process.
+
+The ranks run in turn, each until it reaches a collective. Once all ranks of the collective have, it is
+computed with the backend that the training used, so its sums are added in the same order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache, partial
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import RunError
+from everystep.program.collectives import taking_part
+from everystep.program.operators import REFUSALS
+from everystep.replay.bound_steps import Hook
+from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
+from everystep.replay.replay_stepper import ReplayStepper, Saved
+from everystep.step.observe import Observation
+from everystep.step.state import State
+
+__all__ = ["RankStepper"]
+
+#: Seconds that a collective within this process may take.
+SECONDS = 600
+#: A collective of one rank: its name and its arguments.
+Collective = tuple[str, tuple[Any, ...]]
+
+
+class SavedRanks(NamedTuple):
+    """A copy of the states of all ranks. generators: torch's, of the others."""
+
+    own: Saved
+    others: dict[int, Saved]
+    generators: dict[int, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """The memory that their tensors use, in bytes."""
+        return sum(each.bytes for each in (self.own, *self.others.values()))
+
+
+class RankStepper(ReplayStepper):
+    """Repeats the steps of one rank, and with it those of all others.
+
+    Args:
+        steps, diverged: as of a `ReplayStepper`.
+        rank: the number of this rank.
+        others: the recorded steps of the other ranks, by number.
+    """
+
+    def __init__(
+        self,
+        steps: RecordedSteps,
+        diverged: Callable[[int, str], object],
+        rank: int,
+        others: Mapping[int, RecordedSteps],
+    ) -> None:
+        super().__init__(steps, diverged)
+        self._rank = rank
+        self.others = {
+            number: ReplayStepper(each, partial(self._note_other, number))
+            for number, each in others.items()
+        }
+        self._generators: dict[int, Tensor] = {}
+        self._differing: set[int] = set()
+        #: Why the next step cannot be repeated, once that was tried.
+        self._reason: NotReplayedError | None = None
+        flush = steps.facts.numerics.flush_denormal
+        self._pool = ThreadPoolExecutor(
+            len(others) + 1, "everystep rank", torch.set_flush_denormal, (flush,)
+        )
+
+    def _note_other(self, rank: int, step: int, problem: str) -> None:
+        self._diverged(step, f"rank {rank}: {problem}")
+
+    @contextmanager
+    def _as_rank(self, rank: int) -> Iterator[None]:
+        """Draw from the generator of another rank inside."""
+        own = torch.get_rng_state()
+        if rank in self._generators:
+            torch.set_rng_state(self._generators[rank])
+        try:
+            yield
+        finally:
+            self._generators[rank] = torch.get_rng_state()
+            torch.set_rng_state(own)
+
+    def load(self, state: State) -> None:
+        """Restore the states of all ranks after a step from disk; see `ReplayStepper.load`."""
+        for rank, other in self.others.items():
+            run = other.steps.run
+            problems: list[str] = []
+            found = run.state_near(state.step, after=state.step - 1, on_problem=problems.append)
+            if found is None:
+                reason = "; ".join(problems) or "it has no such state"
+                raise RunError(f"rank {rank} of {run.name} cannot begin at state {state.step}: {reason}")
+            with self._as_rank(rank):
+                other.load(found)
+        super().load(state)
+        self._reason = None
+        self._differing.clear()
+
+    def save(self) -> SavedRanks:  # type: ignore[override]
+        """Return a copy of the current states of all ranks."""
+        others = {rank: other.save() for rank, other in self.others.items()}
+        return SavedRanks(super().save(), others, dict(self._generators))
+
+    def restore(self, step: int, saved: SavedRanks) -> None:  # type: ignore[override]
+        """Bring all ranks back to what `save` returned after `step`."""
+        for rank, other in self.others.items():
+            with self._as_rank(rank):
+                other.restore(step, saved.others[rank])
+        self._generators = dict(saved.generators)
+        super().restore(step, saved.own)
+        self._reason = None
+
+    def captured_others(self) -> dict[int, State]:
+        """Return the current states of the other ranks, by number."""
+        found = {}
+        for rank, other in self.others.items():
+            with self._as_rank(rank):
+                found[rank] = other.capture()
+        return found
+
+    def run(self, last: int, hook: Hook | None = None) -> list[float]:
+        """Run the steps of all ranks up to `last`; see `ReplayStepper.run`."""
+        losses: list[float] = []
+        watched = None if hook is None else _Until(hook)
+        assert self.state is not None
+        try:
+            while self.state < last and (watched is None or watched.continues):
+                losses += self._together(partial(super().run, self.state + 1, watched))
+        except NotReplayedError:
+            if not losses:
+                raise
+        return losses
+
+    def observe(self) -> Observation:
+        """Run the next step of all ranks, and return everything in that of this one."""
+        # The step is repeated once for the results of its collectives, which this rank is then given.
+        assert self.state is not None
+        self.settle()
+        number, own = self.state, super().save()
+        results: list[list[Tensor]] = []
+        self._together(partial(super().run, number + 1), results.append)
+        super().restore(number, own)
+        with taking_part(_Known(results)):
+            return super().observe()
+
+    def _together(
+        self,
+        own: Callable[[], list[float]],
+        note: Callable[[list[Tensor]], object] = lambda results: None,
+    ) -> list[float]:
+        """Repeat a step of all ranks; return what `own` returns, which repeats that of this one.
+
+        note: is called with copies of the results of each collective.
+
+        Raises:
+            NotReplayedError: a rank cannot repeat it, now or before.
+        """
+        if self._reason is not None:
+            raise self._reason
+        assert self.state is not None
+        before = self.state
+        functions: dict[int, Callable[[], list[float]]] = {self._rank: own}
+        for rank, other in self.others.items():
+            if before < other.steps.last:  # a rank may have fewer batches
+                functions[rank] = partial(self._run_other, rank, before + 1)
+        ended = [rank for rank in self.others if rank not in functions]
+        turns = _Turns(functions, self._generators | {self._rank: torch.get_rng_state()})
+        try:
+            turns.run(self._pool, partial(self._done, note))
+        except NotReplayedError as error:
+            self.state, self._reason = before, error
+            if ended:
+                last = self.others[ended[0]].steps.last
+                self._reason = NotReplayedError(
+                    f"step {before + 1} of {self._run.name} needs rank {ended[0]}, which has recorded "
+                    f"only {last} steps"
+                )
+            raise self._reason from None
+        finally:
+            torch.set_rng_state(turns.generators.pop(self._rank))
+            self._generators = turns.generators
+        return turns.losses[self._rank]
+
+    def _done(self, note: Callable[[list[Tensor]], object], calls: Mapping[int, Collective]) -> None:
+        if self._rank in calls:
+            note([tensor.clone() for tensor in _written(calls[self._rank])])
+
+    def _run_other(self, rank: int, step: int) -> list[float]:
+        """Repeat a step of another rank, and compare its loss with the recorded one."""
+        other = self.others[rank]
+        [loss] = other.run(step)
+        known = other.steps.loss(step)
+        is_same = loss == known or (loss != loss and known != known)
+        if not is_same and rank not in self._differing:
+            self._differing.add(rank)
+            self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")
+        return [loss]
+
+
+class _Until:
+    """A hook that notes whether another one wants more steps."""
+
+    def __init__(self, hook: Hook) -> None:
+        self._hook = hook
+        self.continues = True
+        self.looks = hook.looks
+
+    def after(self, number: int, loss: float) -> bool:
+        """Look at a step that just ran; return whether to continue."""
+        self.continues = self._hook.after(number, loss)
+        return self.continues
+
+
+class _Known:
+    """Takes part in the collectives of a step whose results are known, any number of times.
+
+    results: of each collective, in order.
+    """
+
+    def __init__(self, results: Sequence[Sequence[Tensor]]) -> None:
+        self._results = results
+        self._taken = 0
+
+    def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        results = self._results[self._taken % len(self._results)] if self._results else ()
+        self._taken += 1
+        for tensor, result in zip(_written((name, arguments)), results, strict=True):
+            tensor.copy_(result)
+
+
+class _Turns:
+    """Runs functions of all ranks in turn, each until it ends or reaches a collective.
+
+    generators: the state of torch's generator of each rank; losses: what each function has returned.
+    """
+
+    def __init__(
+        self, functions: Mapping[int, Callable[[], list[float]]], generators: Mapping[int, Tensor]
+    ) -> None:
+        self._functions = functions
+        self.generators = dict(generators)
+        self.losses: dict[int, list[float]] = {}
+        self._go = {rank: threading.Semaphore(0) for rank in functions}
+        #: What a rank waits for, or how it ended: a collective, None, or an error.
+        self._stops: SimpleQueue[Collective | BaseException | None] = SimpleQueue()
+        self._is_over = False
+        self._threads = torch.get_num_threads()
+
+    def run(self, pool: ThreadPoolExecutor, done: Callable[[Mapping[int, Collective]], object]) -> None:
+        """Run them. done: is called with the arguments of a collective, by rank, after it."""
+        futures = [pool.submit(self._work, rank) for rank in self._functions]
+        ready, waiting = [*sorted(self._functions)], dict[int, Collective]()
+        try:
+            while ready:
+                rank = ready.pop(0)
+                torch.set_rng_state(self.generators[rank])
+                self._go[rank].release()
+                stop = self._stops.get()
+                self.generators[rank] = torch.get_rng_state()
+                if isinstance(stop, BaseException):
+                    raise stop
+                if stop is None:
+                    continue
+                waiting[rank] = stop
+                ranks = [*dict.fromkeys(stop[1][-1])]
+                if rank not in ranks:
+                    raise NotReplayedError(f"rank {rank} takes part in {stop[0]} of {ranks}")
+                if waiting.keys() >= {*ranks}:
+                    calls = {each: waiting.pop(each) for each in ranks}
+                    _compute(calls)
+                    done(calls)
+                    ready += ranks
+            for rank, (name, _) in waiting.items():
+                raise NotReplayedError(
+                    f"rank {rank} waits in {name} for other ranks, which have no such operation in this "
+                    "step: the ranks did different things, or the run was changed"
+                )
+        finally:
+            self._is_over = True
+            for go in self._go.values():
+                go.release()
+            wait(futures)
+
+    def _work(self, rank: int) -> None:
+        self._go[rank].acquire()
+        if self._is_over:
+            return
+        torch.set_num_threads(self._threads)  # each thread of the system has a number of its own
+        try:
+            with taking_part(partial(self._meet, rank)):
+                self.losses[rank] = self._functions[rank]()
+        except BaseException as error:
+            self._stops.put(error)
+        else:
+            self._stops.put(None)
+
+    def _meet(self, rank: int, name: str, arguments: tuple[Any, ...]) -> None:
+        self._stops.put((name, arguments))
+        self._go[rank].acquire()
+        if self._is_over:
+            raise RuntimeError("another rank has ended")
+
+
+def _written(call: Collective) -> list[Tensor]:
+    """Return the tensors that a collective writes into."""
+    return [*call[1][0]]
+
+
+def _compute(calls: Mapping[int, Collective]) -> None:
+    """Compute a collective.
+
+    calls: of its ranks, in their order.
+
+    Raises:
+        NotReplayedError: their arguments do not fit together, or it fails.
+    """
+    name = next(iter(calls.values()))[0]
+    given = [arguments for _, arguments in calls.values()]
+    if name == "all_to_all_from_" and _exchanged(given):
+        about = {(name, ())}
+    else:
+        about = {(each, _about(arguments)) for each, arguments in calls.values()}
+    if len(about) > 1:
+        raise NotReplayedError(
+            f"the ranks {', '.join(map(str, calls))} take part in different collectives: "
+            + ", ".join(sorted({each for each, _ in about}))
+        )
+    try:
+        works = [
+            _STARTS[name](group, *each) for group, each in zip(_groups(len(calls)), given, strict=True)
+        ]
+        for work in works:
+            work.wait()
+    except (*REFUSALS, AttributeError) as error:
+        raise NotReplayedError(f"{name} of {len(calls)} ranks failed: {error}") from None
+
+
+def _about(value: Any) -> Any:
+    """Return what must be the same of the arguments of all ranks."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.numel()
+    return tuple(map(_about, value)) if isinstance(value, list | tuple) else value
+
+
+def _exchanged(given: Sequence[tuple[Any, ...]]) -> bool:
+    """Return whether each rank sends as many rows to each other as that one takes.
+
+    given: the arguments of `all_to_all_from_` of each rank. Without sizes, all are equal.
+    """
+    count = len(given)
+
+    def sizes(tensor: Tensor, wanted: Sequence[int]) -> list[int]:
+        return [*wanted] or [len(tensor) // count] * count
+
+    taken = [sizes(results[0], of) for results, _, of, _, _ in given]
+    sent = [sizes(tensor, to) for _, tensor, _, to, _ in given]
+    are_alike = len({(t.dtype, t.shape[1:]) for r, g, *_ in given for t in (r[0], g)}) == 1
+    return are_alike and all(
+        len(taken[one]) == len(sent[one]) == count and taken[one][two] == sent[two][one]
+        for one in range(count)
+        for two in range(count)
+    )
+
+
+def _options(kind: str, **values: Any) -> Any:
+    options = getattr(torch.distributed, f"{kind}Options")()
+    for name, value in values.items():
+        setattr(options, name, value)
+    return options
+
+
+def _reducing(kind: str, reduce: str, **values: Any) -> Any:
+    return _options(kind, reduceOp=getattr(torch.distributed.ReduceOp, reduce.upper()), **values)
+
+
+def _from(rank: int, ranks: Sequence[int]) -> dict[str, int]:
+    """Return the options of a collective that begins or ends at a rank."""
+    return {"rootRank": [*ranks].index(rank), "rootTensor": 0}
+
+
+#: Starts a collective of one rank, given its group and its arguments; the result waits for the end.
+_STARTS: dict[str, Callable[..., Any]] = {
+    "all_reduce_": lambda group, tensors, reduce, _: group.allreduce(
+        [*tensors], _reducing("Allreduce", reduce)
+    ),
+    "all_reduce_coalesced_": lambda group, tensors, reduce, _: group.allreduce_coalesced(
+        [*tensors], _reducing("AllreduceCoalesced", reduce)
+    ),
+    "reduce_": lambda group, tensors, reduce, target, ranks: group.reduce(
+        [*tensors], _reducing("Reduce", reduce, **_from(target, ranks))
+    ),
+    "broadcast_": lambda group, tensors, source, ranks: group.broadcast(
+        [*tensors], _options("Broadcast", **_from(source, ranks))
+    ),
+    "all_gather_": lambda group, results, given, _: group.allgather([[*results]], [given]),
+    "all_gather_into_": lambda group, results, given, _: group._allgather_base(results[0], given),
+    "reduce_scatter_from_": lambda group, results, given, reduce, _: group._reduce_scatter_base(
+        results[0], given, _reducing("ReduceScatter", reduce)
+    ),
+    "all_to_all_from_": lambda group, results, given, to, of, _: group.alltoall_base(
+        results[0], given, [*to], [*of], _options("AllToAll")
+    ),
+}
+
+
+@cache
+def _groups(count: int) -> list[Any]:
+    """Return groups of gloo for a number of ranks that are all in this process.
+
+    Raises:
+        NotReplayedError: they cannot reach each other.
+    """
+    gloo = torch.distributed.ProcessGroupGloo
+    store = torch.distributed.HashStore()
+
+    def joined(rank: int) -> Any:
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        options._threads = 1
+        options._timeout = timedelta(seconds=SECONDS)
+        return gloo(store, rank, count, options)
+
+    try:
+        with ThreadPoolExecutor(count) as pool:  # each waits for all
+            return [*pool.map(joined, range(count))]
+    except RuntimeError as error:
+        raise NotReplayedError(f"the ranks cannot be connected in this process: {error}") from None

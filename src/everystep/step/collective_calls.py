@@ -1,0 +1,130 @@
+"""Collective calls: those that torch makes to other ranks, in the form in which a program has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from everystep.errors import UsageError
+from everystep.program.collectives import COLLECTIVES
+
+__all__ = ["CollectiveCall", "finished", "has_ranks", "how_collective"]
+
+
+def has_ranks() -> bool:
+    """Return whether torch.distributed runs several processes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    size: int = distributed.get_world_size()
+    return size > 1
+
+
+def how_collective(func: Any, is_ready: bool) -> str:
+    """Return how a watch sees a call to other ranks.
+
+    `known` (a program has it), `pass` (it computes nothing), or `unseen`: what it writes is kept by
+    content, as of a group of one process.
+
+    is_ready: whether there were several processes when the recording began.
+
+    Raises:
+        UsageError: it passes tensors between two ranks, or they came after the recording began.
+    """
+    name = func.overloadpacket.__name__
+    if not is_ready:
+        if has_ranks():
+            raise UsageError(
+                "the processes began to communicate after the recording; call "
+                "torch.distributed.init_process_group before everystep.record"
+            )
+        return "unseen"
+    if name in _BETWEEN_TWO:
+        raise UsageError(
+            f"{name.rstrip('_')} passes tensors between two processes, which everystep cannot record "
+            "yet; use collectives of all (all_reduce, broadcast, all_gather), or do it between two steps"
+        )
+    return "known" if name in _TRANSLATED else "pass" if name in _BARRIERS else "unseen"
+
+
+def finished(result: Any) -> Any:
+    """Wait for the end of calls to other ranks, whose tensors are read next; return their result."""
+    for each in result if isinstance(result, list | tuple) else [result]:
+        if isinstance(each, torch.ScriptObject) and "Work" in str(each._type()):
+            torch.distributed.Work.unbox(each).wait()
+    return result
+
+
+class CollectiveCall:
+    """A call of one of torch's collectives.
+
+    operator, arguments: as a program has them; result: of the call, once it was made.
+    """
+
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self._call = func, args, kwargs
+        self.result: Any = None
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        name, translated = _TRANSLATED[func.overloadpacket.__name__]
+        self.operator = COLLECTIVES[f"everystep.{name}.default"]
+        self.arguments = (*translated(given), _ranks(given["process_group"]))
+
+    def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """Make the call, in place of the operator."""
+        func, args, kwargs = self._call
+        self.result = func(*args, **kwargs)
+
+
+def _ranks(group: Any) -> list[int]:
+    """Return the ranks of a group of processes, in its order."""
+    distributed = torch.distributed
+    found: list[int] = distributed.get_process_group_ranks(distributed.ProcessGroup.unbox(group))
+    return found
+
+
+def _source(given: dict[str, Any]) -> int:
+    """Return the rank that a collective begins or ends at: its place in the group is given."""
+    root: int = given["root_rank"]
+    return _ranks(given["process_group"])[root]
+
+
+def _reduce(given: dict[str, Any]) -> str:
+    name: str = torch.distributed.ReduceOp.RedOpType(given["reduce_op"].op()).name
+    return name.lower()
+
+
+#: By torch's name: the name in a program, and what returns the arguments, without the ranks.
+_TRANSLATED: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {
+    "allreduce_": ("all_reduce_", lambda given: ([*given["tensors"]], _reduce(given))),
+    "allreduce_coalesced_": (
+        "all_reduce_coalesced_",
+        lambda given: ([*given["tensors"]], _reduce(given)),
+    ),
+    "reduce_": ("reduce_", lambda given: ([*given["tensors"]], _reduce(given), _source(given))),
+    "broadcast_": ("broadcast_", lambda given: ([*given["tensors"]], _source(given))),
+    "allgather_": (
+        "all_gather_",
+        lambda given: ([*given["output_tensors"][0]], given["input_tensors"][0]),
+    ),
+    "_allgather_base_": (
+        "all_gather_into_",
+        lambda given: ([given["output_tensor"]], given["input_tensor"]),
+    ),
+    "_reduce_scatter_base_": (
+        "reduce_scatter_from_",
+        lambda given: ([given["output_tensor"]], given["input_tensor"], _reduce(given)),
+    ),
+    "alltoall_base_": (
+        "all_to_all_from_",
+        lambda given: (
+            *([given["output"]], given["input"]),
+            *([*given["output_split_sizes"]], [*given["input_split_sizes"]]),
+        ),
+    ),
+}
+#: They pass tensors between two ranks, which need not do so in the same order.
+_BETWEEN_TWO = {"send", "recv_", "recv_any_source_"}
+_BARRIERS = {"barrier", "monitored_barrier_"}

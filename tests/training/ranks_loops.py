@@ -1,0 +1,420 @@
+"""Loops of several processes, as people write them: `torchrun ranks_loops.py CASE...`, in turn.
+
+Each is trained without everystep, and then recorded in `runs/CASE`; `digests-RANK.json` has the digests
+of the weights of both.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import everystep
+from everystep.training import agreement
+
+STEPS = 8
+
+
+class Plain:
+    """Takes the place of a recording in a loop without everystep."""
+
+    steps = staticmethod(iter)
+    epochs = staticmethod(range)
+    step_count = 0
+
+    def log(self, **values):
+        """Read the values, as a recording does."""
+        for value in values.values():
+            float(value)
+
+
+def batches(rank, rows=6, columns=20):
+    generator = torch.Generator().manual_seed(100 + rank)
+    shapes = (rows, columns), (rows, 1)
+    return [tuple(torch.randn(s, generator=generator) for s in shapes) for _ in range(STEPS)]
+
+
+def mlp(dropout=0.0, columns=20):
+    return nn.Sequential(nn.Linear(columns, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 1))
+
+
+def trained(begin, rank, model, make=None, data=None, **options):
+    """Train a model by DistributedDataParallel; `begin` returns the recording of parts."""
+    ddp = DistributedDataParallel(model, **options)
+    optimizer = (make or (lambda p: torch.optim.SGD(p, lr=0.01)))(ddp.parameters())
+    with begin(model=ddp, optimizer=optimizer) as recording:
+        for x, y in recording.steps(batches(rank) if data is None else data):
+            loss = nn.functional.mse_loss(ddp(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recording.log(loss=loss)
+    return model
+
+
+def plain(begin, rank):
+    return trained(begin, rank, mlp())
+
+
+def dropout(begin, rank):
+    torch.manual_seed(5 + rank)  # each rank draws its own
+    return trained(begin, rank, mlp(0.3), lambda p: torch.optim.AdamW(p, lr=0.01))
+
+
+def batch_norm(begin, rank):
+    model = nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    return trained(begin, rank, model)
+
+
+def buckets(begin, rank):
+    layers = [m for _ in range(4) for m in (nn.Linear(32, 32), nn.ReLU())]
+    data = batches(rank, columns=32)
+    return trained(begin, rank, nn.Sequential(*layers, nn.Linear(32, 1)), data=data, bucket_cap_mb=0.01)
+
+
+def views_of_buckets(begin, rank):
+    return trained(begin, rank, mlp(), gradient_as_bucket_view=True)
+
+
+class Branches(nn.Module):
+    """Uses another layer in every other step."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(20, 8), nn.Linear(20, 8), nn.Linear(8, 1)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.last((self.one if self.calls % 2 else self.two)(x).relu())
+
+
+def unused_parameters(begin, rank):
+    return trained(begin, rank, Branches(), find_unused_parameters=True)
+
+
+def product(begin, rank):
+    class Product(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x) * 0.1 + 1).prod(1, keepdim=True)
+
+    return trained(begin, rank, Product(20, 3))
+
+
+def accumulated(begin, rank):
+    model = mlp()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(ddp.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    with begin(model=ddp, optimizer=optimizer, scheduler=schedule) as recording:
+        for number, (x, y) in enumerate(recording.steps(batches(rank))):
+            is_last = number % 3 == 2
+            with contextlib.nullcontext() if is_last else ddp.no_sync():
+                loss = nn.functional.mse_loss(ddp(x), y)
+                (loss / 3).backward()
+            if is_last:
+                nn.utils.clip_grad_norm_(ddp.parameters(), 0.1)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            recording.log(loss=loss)
+    return model
+
+
+def by_hand(begin, rank):
+    """Averages gradients itself, asynchronously, and logs the mean loss of all ranks."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with begin(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(batches(rank)):
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            waiting = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]
+            for each in waiting:
+                each.wait()
+            for parameter in model.parameters():
+                parameter.grad /= dist.get_world_size()
+            optimizer.step()
+            mean = loss.detach().clone()
+            dist.all_reduce(mean, op=dist.ReduceOp.SUM)
+            recording.log(loss=mean / dist.get_world_size())
+    return model
+
+
+def local_steps(begin, rank):
+    """Averages the weights in every fourth step alone."""
+    torch.manual_seed(rank)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with begin(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(recording.steps(batches(rank))):
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+            if number % 4 == 3:
+                for parameter in model.parameters():
+                    dist.all_reduce(parameter.data)
+                    parameter.data /= dist.get_world_size()
+    return model
+
+
+def many_collectives(begin, rank):
+    world = dist.get_world_size()
+    model = nn.Linear(20, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with begin(model=model, optimizer=optimizer) as recording:
+        for number, (x, _) in enumerate(recording.steps(batches(rank))):
+            own = model(x)
+            parts = [torch.empty_like(own) for _ in range(world)]
+            dist.all_gather(parts, own.detach())
+            parts[rank] = own
+            every = torch.cat(parts)
+            loss = (every @ every.T).logsumexp(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            flat = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+            share = torch.empty(len(flat) // world)
+            dist.reduce_scatter_tensor(share, flat)
+            dist.all_gather_into_tensor(flat, share)
+            swapped = torch.empty_like(flat)
+            dist.all_to_all_single(swapped, flat)
+            dist.all_to_all_single(flat, swapped)
+            dist.barrier()
+            dist.reduce(loss.detach().clone(), 0)
+            told = [number] if rank == 0 else [None]
+            dist.broadcast_object_list(told)
+            nn.utils.vector_to_parameters(
+                nn.utils.parameters_to_vector(model.parameters()) - flat * 0.001 * (told[0] + 1),
+                model.parameters(),
+            )
+            recording.log(loss=loss)
+    return model
+
+
+def lists(begin, rank):
+    """Collectives that no program has, and others with parts of different sizes."""
+    world = dist.get_world_size()
+    model = nn.Linear(20, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with begin(model=model, optimizer=optimizer) as recording:
+        for x, _ in recording.steps(batches(rank)):
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            gradient = model.weight.grad
+            parts = [torch.empty_like(gradient) for _ in range(world)] if rank == 0 else None
+            dist.gather(gradient, parts)
+            dist.scatter(gradient, None if parts is None else [sum(parts)] * world)
+            own = torch.empty_like(model.bias.grad)
+            dist.reduce_scatter(own, [model.bias.grad.clone() for _ in range(world)])
+            sent = [rank + 1 + place for place in range(world)]
+            taken = [other + 1 + rank for other in range(world)]
+            rows = torch.arange(float(sum(sent))) + rank
+            swapped = torch.empty(sum(taken))
+            dist.all_to_all_single(swapped, rows, taken, sent)
+            gradient += swapped.mean() * 1e-3
+            model.bias.grad.copy_(own)
+            optimizer.step()
+            recording.log(loss=loss)
+    return model
+
+
+def uneven(begin, rank):
+    """Rank 1 has more batches than rank 0, and communicates in the first steps alone."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with begin(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(recording.steps(batches(rank)[: 8 if rank else 5])):
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if number < 3:
+                for parameter in model.parameters():
+                    dist.all_reduce(parameter.grad)
+            optimizer.step()
+            recording.log(loss=loss)
+    return model
+
+
+def epochs(begin, rank, kill=None):
+    """A sampler of torch's, dropout, and a validation on all ranks; kill: ends a rank at a step."""
+    generator = torch.Generator().manual_seed(1)
+    rows = TensorDataset(*(torch.randn(48, n, generator=generator) for n in (20, 1)))
+    sampler = DistributedSampler(rows, seed=3)
+    loader = DataLoader(rows, batch_size=4, sampler=sampler)
+    model = mlp(0.2)
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(ddp.parameters(), lr=0.01)
+    with begin(model=ddp, optimizer=optimizer) as recording:
+        for epoch in recording.epochs(3):
+            sampler.set_epoch(epoch)
+            for x, y in recording.steps(loader):
+                loss = nn.functional.mse_loss(ddp(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+                if kill == (rank, recording.step_count):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            ddp.eval()
+            with torch.no_grad():
+                validation = sum(nn.functional.mse_loss(ddp(x), y) for x, y in loader)
+            dist.all_reduce(validation)
+            ddp.train()
+            recording.log(validation=validation)
+    return model
+
+
+def planted(begin, rank, *, row=False, weight=False):
+    """row: of step 5 on the last rank, differs; weight: rank 0 changes one after step 3."""
+    data = batches(rank)
+    if row and rank:
+        data[4][0][2, 3] += 1
+    model = mlp()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+    with begin(model=ddp, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(recording.steps(data)):
+            loss = nn.functional.mse_loss(ddp(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recording.log(loss=loss)
+            if weight and number == 2 and not rank:
+                with torch.no_grad():
+                    model[0].weight[1, 2] += 1e-6
+    return model
+
+
+def other_row(begin, rank):
+    return planted(begin, rank, row=True)
+
+
+def other_weight(begin, rank):
+    return planted(begin, rank, weight=True)
+
+
+# Refused.
+
+
+def other_parts(begin, rank):
+    return begin(**({"model": mlp()} if rank else {"network": mlp()})).__enter__()
+
+
+def hook(begin, rank):
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    ddp = DistributedDataParallel(mlp())
+    ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    with begin(model=ddp) as recording:
+        for x, _ in recording.steps(batches(rank)):
+            ddp(x)
+
+
+def sharded(begin, rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = mlp()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    begin(model=model).__enter__()
+
+
+def sent(begin, rank):
+    with begin(model=mlp()) as recording:
+        for x, _ in recording.steps(batches(rank)):
+            dist.recv(x, 0) if rank else dist.send(x, 1)
+
+
+def programs(begin, rank):
+    model = mlp()
+    everystep.train(
+        lambda x: model(x[0]).sum(),
+        batches(rank),
+        parts={"model": model},
+        engine="program",
+        steps=3,
+        run="runs/programs",
+    )
+
+
+def joined(begin, rank):
+    ddp = DistributedDataParallel(mlp())
+    with ddp.join(), begin(model=ddp) as recording:
+        for x, _ in recording.steps(batches(rank)):
+            ddp(x)
+
+
+def kept(begin, rank):
+    everystep.record(model=mlp(), run="runs/kept", keep=f"last {100 + rank} steps").__enter__()
+
+
+def condition(begin, rank):
+    everystep.record(model=mlp(), run="runs/condition", stop_when="loss < 1").__enter__()
+
+
+def taken(begin, rank):
+    """The directory of the run exists."""
+    begin(model=mlp()).__enter__()
+
+
+def alone(begin, rank):
+    agreement.NOTICE_SECONDS, agreement.MOST_SECONDS = 0.1, 0.5
+    if rank == 0:
+        begin(model=mlp()).__enter__()
+
+
+def digest(model):
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def main(names):
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = f"file://{os.environ['STORE']}" if "STORE" in os.environ else "env://"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    kill = os.environ.get("KILL")
+    found = {}
+    for name in names:
+        case, options = globals()[name], {}
+        if kill is not None:
+            options["kill"] = tuple(map(int, kill.split(",")))
+
+        def recorded(name=name, **parts):
+            return everystep.record(run=f"runs/{name}", resume="RESUME" in os.environ, **parts)
+
+        ways = (
+            [recorded]
+            if kill or "RECORDED" in os.environ
+            else [lambda **parts: contextlib.nullcontext(Plain()), recorded]
+        )
+        try:
+            models = []
+            for begin in ways:
+                torch.manual_seed(0)
+                models.append(case(begin, rank, **options))
+            found[name] = [digest(model) for model in models if model is not None]
+        except everystep.EverystepError as error:
+            found[name] = str(error)
+    Path(f"digests-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    # The store, of rank 0, must outlive what other ranks ask of it.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,311 @@
+"""Several processes that train together: one run, in which every step of every rank opens again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from tests.sealing import seal, seal_files, sql
+from tests.training import ranks_loops
+from torch import nn
+
+import everystep
+
+ROOT = Path(__file__).parents[2]
+TRAINED = [
+    *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
+    *("accumulated", "by_hand", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
+]
+REFUSED = {
+    "other_parts": r"parts is \['network'\] on rank 0, and \['model'\] on rank 1",
+    "hook": "has a hook that exchanges gradients",
+    "sharded": "0.weight: is a part of a tensor that several processes share",
+    "sent": "passes tensors between two processes",
+    "programs": 'cannot run your step by programs (engine="program") with several processes yet',
+    "joined": "is trained within join()",
+    "kept": "the ranks do not begin the same recording: keep is",
+    "condition": "stop_when: a condition may hold on one process alone",
+    "taken": "runs/taken already exists",
+}
+
+
+def launched(directory, names, processes=2, **environment):
+    """Run loops in several processes; return what each rank found, None if it was killed, and stderr.
+
+    As torchrun starts them, which itself takes seconds.
+    """
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    given |= {"WORLD_SIZE": str(processes), "STORE": str(directory / "store")} | environment
+    started = [
+        subprocess.Popen(
+            [sys.executable, ranks_loops.__file__, *names],
+            cwd=directory,
+            env=given | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    errors = "\n".join(each.communicate()[1] for each in started)
+    (directory / "store").unlink(missing_ok=True)
+    files = [directory / f"digests-{rank}.json" for rank in range(processes)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files], errors
+
+
+@pytest.mark.sweep
+def test_torchrun_starts_them(tmp_path):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(ranks_loops.__file__, "plain"),
+    ]
+    given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    subprocess.run(command, cwd=tmp_path, env=os.environ | given, check=True)
+    assert everystep.open(tmp_path / "runs/plain").verify().is_exact
+
+
+@pytest.fixture(scope="module")
+def trained(request, tmp_path_factory):
+    """The runs, what each rank found, and stderr; workers of the test run share them."""
+    place = tmp_path_factory.getbasetemp()
+    directory = (place.parent if hasattr(request.config, "workerinput") else place) / "ranks"
+    directory.mkdir(exist_ok=True)
+    with FileLock(directory / "lock"):
+        found = directory / "found.json"
+        if not found.exists():
+            names = [*TRAINED, "other_row", "other_weight"]
+            found.write_text(json.dumps(launched(directory, names)))
+        return directory / "runs", *json.loads(found.read_text())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_each_rank_trains_as_without_everystep_and_replays_bit_for_bit(trained, name):
+    runs, found, errors = trained
+    assert None not in found, errors
+    for plain, recorded in (each[name] for each in found):
+        assert plain == recorded
+    run = everystep.open(runs / name)
+    verified = run.verify()
+    assert verified.is_exact, verified.problems
+    for rank in run.ranks:
+        step = rank[3]
+        assert step.is_exact and step.loss == rank.losses["loss"][2]
+
+
+def test_the_steps_are_those_of_both_ranks_by_hand(trained):
+    runs, _, _ = trained
+    run = everystep.open(runs / "plain")
+    torch.manual_seed(0)
+    model = ranks_loops.mlp()
+    rows = zip(*(ranks_loops.batches(rank) for rank in range(2)), strict=True)
+    for number, batches in enumerate(rows, start=1):
+        steps = [rank[number] for rank in run.ranks]
+        grown = []
+        for (x, y), step in zip(batches, steps, strict=True):
+            model.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            grown.append([p.grad.clone() for p in model.parameters()])
+            assert step.loss == pytest.approx(loss.item(), rel=1e-6)
+            assert all(map(torch.equal, step.batch, (x, y)))
+        with torch.no_grad():
+            for parameter, one, two in zip(model.parameters(), *grown, strict=True):
+                parameter -= (one / 2 + two / 2) * 0.01
+        for step in steps:
+            ends = [update.after for update in step.updates.values()]
+            torch.testing.assert_close(ends, [*model.parameters()], rtol=1e-5, atol=1e-7)
+    operations = [seen.operation for seen in run[3].operations]
+    assert [o.phase for o in operations if "all_reduce" in o.operator] == ["backward"]
+
+
+def test_the_run_is_one_directory_and_shows_its_ranks(trained):
+    runs, _, _ = trained
+    run = everystep.open(runs / "plain")
+    assert [each.name for each in run.ranks] == ["plain", "plain/ranks/1"]
+    assert [each.name for each in run.ranks[1].ranks] == ["plain", "plain/ranks/1"]
+    assert "this is rank 0 of 2 (gloo)" in run.report()
+    assert "plain" in [each.name for each in everystep.runs(runs)]
+    assert (
+        everystep.open(runs / "plain/ranks/1").losses["loss"].to_list() != run.losses["loss"].to_list()
+    )
+
+
+def test_commands_take_the_ranks_of_a_run(trained, tmp_path, monkeypatch, everystep_command):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained[0] / "plain", tmp_path / "runs/plain")
+    assert everystep_command("verify", "plain")[0] == 0
+    assert "all_reduce([" in everystep_command("step", "plain/ranks/1", "3")[1]
+    assert everystep_command("table", "plain/ranks/1")[0] == 0
+    assert Path("plain-ranks-1-losses.html").exists()
+    assert everystep_command("du", "plain")[1].split()[-1] == "0"  # no files of others
+    code, _, error = everystep_command("prune", "plain", "--snapshots", "0")
+    assert code and "was trained by 2 processes" in error
+    assert everystep_command("rm", "plain", "--force")[0] == 0
+    assert not Path("runs/plain").exists()
+
+
+def test_a_difference_is_found_on_the_rank_that_has_it(trained):
+    runs, _, _ = trained
+    found = everystep.open(runs / "plain").diff(everystep.open(runs / "other_row"))
+    assert found.names == ("plain/ranks/1", "other_row/ranks/1")
+    assert (found.operation.step, found.operation.index) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "steps"),
+    [
+        ("plain", (), ()),
+        ("other_weight", (3,), (3, 4, 5, 6, 7, 8)),
+        ("local_steps", (1,), (1, 2, 3, 5, 6, 7)),
+    ],
+)
+def test_the_steps_after_which_ranks_differ_are_found(trained, name, first, steps):
+    run = everystep.open(trained[0] / name)
+    assert run.when("ranks differ").steps == first
+    assert run.when("ranks differ", "all").steps == steps
+
+
+def test_questions_about_a_step_of_a_rank(trained):
+    run = everystep.open(trained[0] / "dropout").ranks[1]
+    assert run.why(3, "loss").number.value == pytest.approx(run[3].loss)
+    assert len(run.rows(3).loss) == 6
+    measured = run.measure("norm(gradients['module.0.weight'])")
+    norm = run[5].gradients["module.0.weight"].norm().item()
+    assert measured.values[5] == pytest.approx(norm, rel=1e-6)
+    assert run.first_nonfinite() is None
+
+
+@pytest.mark.parametrize("processes", [3, 4])
+@pytest.mark.sweep(every=2)
+def test_more_ranks_replay_bit_for_bit(tmp_path, processes):
+    names = ["buckets", "dropout"]
+    found, errors = launched(tmp_path, names, processes)
+    assert None not in found, errors
+    for name in names:
+        assert all(plain == recorded for plain, recorded in (rank[name] for rank in found))
+        assert everystep.open(tmp_path / "runs" / name).verify().is_exact
+
+
+@pytest.mark.parametrize("kill", ["1,17", "0,5", "0,17", "1,2"])
+@pytest.mark.sweep(every=4)
+def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, trained, kill):
+    found, errors = launched(tmp_path, ["epochs"], KILL=kill)
+    assert None in found
+    found, errors = launched(tmp_path, ["epochs"], RESUME="1", RECORDED="1")
+    assert None not in found, errors
+    assert [each["epochs"][0] for each in found] == [each["epochs"][0] for each in trained[1]]
+    run = everystep.open(tmp_path / "runs/epochs")
+    assert run.verify().is_exact
+    assert run.losses.equals(everystep.open(trained[0] / "epochs").losses)
+
+
+def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
+    (tmp_path / "runs/taken").mkdir(parents=True)
+    found, errors = launched(tmp_path, [*REFUSED, "alone"], RECORDED="1")
+    assert None not in found, errors
+    for name, message in REFUSED.items():
+        for rank in found:
+            assert message.replace("\\", "") in rank[name], name
+    assert "rank 1 has not begun a recording within" in found[0]["alone"]
+
+
+def test_what_needs_one_process_is_refused(trained, tmp_path):
+    runs, _, _ = trained
+    run = everystep.open(runs / "plain")
+    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
+        run.fork(3, lr=1.0)
+    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
+        run.what_if(3, lr=1.0)
+    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
+        run.rerun(threads=2)
+    with pytest.raises(everystep.RunError, match="recorded by 2 processes"):
+        everystep.record(run=runs / "plain", resume=True, model=nn.Linear(2, 1)).__enter__()
+    with pytest.raises(everystep.UsageError, match="has no ranks"):
+        model = nn.Linear(2, 1)
+        with everystep.record(run=tmp_path / "one", model=model) as recording:
+            for x in recording.steps([torch.ones(2)]):
+                recording.log(loss=model(x).sum())
+        recording.run.when("ranks differ")
+
+
+@pytest.mark.parametrize("name", ["plain", "uneven"])
+def test_what_is_altered_on_another_rank_is_reported(trained, tmp_path, name):
+    copy = tmp_path / name
+    shutil.copytree(trained[0] / name, copy)
+    last = 7 if name == "uneven" else 8  # rank 0 of the former has five steps
+    sql(copy / "ranks/1", f"UPDATE steps SET loss = loss + 1 WHERE step = {last}")
+    seal(copy / "ranks/1")
+    assert not everystep.open(copy).verify().is_exact
+
+
+def test_a_missing_state_of_another_rank_is_reported(trained, tmp_path):
+    copy = tmp_path / "plain"
+    shutil.copytree(trained[0] / "plain", copy)
+    newest = max((copy / "ranks/1/snapshots").iterdir())
+    shutil.rmtree(newest)
+    run = everystep.open(copy)
+    assert not run.verify().is_exact
+    [found] = run.doctor().findings
+    assert found.place == f"ranks/1/snapshots/{newest.name}"
+
+
+def test_ranks_of_one_run_differ(trained):
+    one, two = everystep.open(trained[0] / "plain").ranks
+    assert not one.diff(two).is_same
+
+
+def test_steps_that_a_killed_rank_lacks_are_named(tmp_path):
+    launched(tmp_path, ["epochs"], KILL="1,7")
+    run = everystep.open(tmp_path / "runs/epochs")
+    lacks = min(run.ranks, key=len)
+    verified = run.verify()
+    assert len(lacks) == len(run) or "has recorded only" in " ".join(verified.problems)
+    assert verified.steps >= len(lacks)
+
+
+def test_a_run_without_one_of_its_ranks_does_not_replay(trained, tmp_path):
+    shutil.copytree(trained[0] / "plain", tmp_path / "plain")
+    shutil.rmtree(tmp_path / "plain/ranks/1")
+    run = everystep.open(tmp_path / "plain")
+    assert len(run.losses) == ranks_loops.STEPS
+    with pytest.raises(everystep.RunError, match="the run of one of them is missing"):
+        run[3]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ('"sum"', '"sort"', "different collectives"),
+        ("[0, 1]]", "[1, 7]]", "waits in all_reduce_ for other ranks"),
+        ("[0, 1]]", "[0]]", "rank 1 takes part in"),
+        ("[0, 1]]", "[1, 1]]", "waits in all_reduce_ for other ranks"),
+        ('"everystep.all_reduce_.default"', '"everystep.broadcast_.default"', "not a valid program"),
+    ],
+)
+def test_collectives_that_do_not_fit_are_refused(trained, tmp_path, was, now, message):
+    """A stranger may have written the programs of a rank."""
+    copy = tmp_path / "plain"
+    shutil.copytree(trained[0] / "plain", copy)
+    for file in (copy / "ranks/1/programs").glob("*.json"):
+        file.write_text(file.read_text().replace(was, now))
+    seal_files(copy / "ranks/1")
+    with pytest.raises(everystep.RunError, match=message):
+        everystep.open(copy)[3]
+
+
+def test_a_collective_reads_no_memory_beyond_its_tensors(trained, tmp_path):
+    copy = tmp_path / "plain"
+    shutil.copytree(trained[0] / "plain", copy)
+    for rank in (copy, copy / "ranks/1"):
+        for file in (rank / "programs").glob("*.json"):
+            program = json.loads(file.read_text())
+            [exchanged] = [o for o in program["operations"] if "all_reduce" in o["operator"]]
+            program["tensors"][exchanged["arguments"][0][0]] |= {"shape": [10**6], "stride": [0]}
+            file.write_text(json.dumps(program))
+        seal_files(rank)
+    with pytest.raises(everystep.RunError, match="its tensors do not fit together"):
+        everystep.open(copy)[3]
