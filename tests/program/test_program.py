@@ -142,6 +142,12 @@ def test_what_is_wrong_is_named(tiny, changes, message):
         Program.from_json(changed(tiny, **changes))
 
 
+def test_a_tensor_without_a_name_is_unknown(tiny):
+    tiny["operations"][2]["arguments"] = ["", "x"]
+    with pytest.raises(ProgramError, match="unknown tensor ''"):
+        Program.from_json(json.dumps(tiny))
+
+
 def places(data, way=()):
     yield way
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()

@@ -170,7 +170,8 @@ class Operation(StrictModel):
         operator = self.resolved
         if not computes(operator):
             raise ValueError(f"{operator} computes nothing: tensors already have their shapes")
-        missing = next((n for n in (*self.reads(), *self.results) if n and n not in tensors), None)
+        named = (n for n in (*self.reads(), *self.results) if n is not None)
+        missing = next((n for n in named if n not in tensors), None)
         if missing is not None:
             raise ValueError(f"{operator}: unknown tensor {missing!r}")
         if isinstance(operator, OptimizerOperator):

@@ -365,7 +365,6 @@ def _softmax_fits(given: Given) -> bool:
     return bool(given["grad_output"].shape == given["output"].shape)
 
 
-#: What kernels that trust shapes need, of the specs and numbers that they are given.
 def _exchanged_fit(given: Given, results: int = 1, each: int = 1) -> bool:
     """Ranks exchange as many bytes as tensors have numbers, from the first on.
 
@@ -389,6 +388,7 @@ _EXCHANGED: dict[str, Callable[[Given], bool]] = {
     "all_to_all_from_": _are_dense,
 }
 
+#: What kernels that trust shapes need, of the specs and numbers that they are given.
 _SHAPES: dict[str, Callable[[Given], bool]] = {
     **_EXCHANGED,
     "_cdist_backward": _distances_fit,
