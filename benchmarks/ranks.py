@@ -53,9 +53,12 @@ def main() -> None:
     if asked.kills:
         sys.exit(kill(asked.kills, asked.processes, random.Random(asked.seed)))
     distributed.init_process_group("gloo")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        distributed.broadcast_object_list(folder)
         for make in (chapter, digits, transformer):
-            cost(make, Path(folder))
+            cost(make, Path(folder[0]))
+        distributed.barrier()  # rank 0 removes it
     distributed.destroy_process_group()
 
 
@@ -67,6 +70,7 @@ def cost(make: Any, folder: Path) -> None:
     for number in range(ROUNDS):
         for times, is_recorded in ((plain, False), (recorded, True)):
             times.append(step_seconds(copy.deepcopy(make()), folder / f"{number}", is_recorded))
+        distributed.barrier()
         shutil.rmtree(folder / f"{number}", ignore_errors=True)
     if distributed.get_rank() == 0:
         one, two = (1e3 * statistics.median(times) for times in (plain, recorded))
