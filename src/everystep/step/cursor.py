@@ -73,19 +73,19 @@ class Cursor(UnderWay):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         at, expected = self.at, self.at.next
-        if self.is_paused or (
-            (expected is None or expected.func is not func) and func.namespace in _NO_OPERATIONS
-        ):
+        is_new = expected is None or expected.func is not func
+        if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
             return func._op(*args, **(kwargs or {}))
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
-        if func.namespace == "c10d" and (how := how_collective(func, self.paths.has_ranks)) != "unseen":
-            if how == "pass":
+        if is_new and func.namespace == "c10d":  # a path has them as operators of programs
+            if (how := how_collective(func, self.paths.has_ranks)) == "pass":
                 return func(*args, **(kwargs or {}))
-            call = CollectiveCall(func, args, kwargs or {})
-            with taking_part(call):
-                self.__torch_dispatch__(call.operator, types, call.arguments)
-            return call.result
+            if how == "known":
+                call = CollectiveCall(func, args, kwargs or {})
+                with taking_part(call):
+                    self.__torch_dispatch__(call.operator, types, call.arguments)
+                return call.result
         if self.is_remembered:
             try:
                 if (
