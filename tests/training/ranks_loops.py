@@ -193,10 +193,10 @@ def many_collectives(begin, rank):
             dist.all_to_all_single(flat, swapped)
             dist.barrier()
             dist.reduce(loss.detach().clone(), 0)
-            told = [number] if rank == 0 else [None]
-            dist.broadcast_object_list(told)
+            sent_number = [number] if rank == 0 else [None]
+            dist.broadcast_object_list(sent_number)
             nn.utils.vector_to_parameters(
-                nn.utils.parameters_to_vector(model.parameters()) - flat * 0.001 * (told[0] + 1),
+                nn.utils.parameters_to_vector(model.parameters()) - flat * 0.001 * (sent_number[0] + 1),
                 model.parameters(),
             )
             recording.log(loss=loss)

@@ -269,6 +269,14 @@ def test_a_run_without_one_of_its_ranks_does_not_replay(trained, tmp_path):
     assert len(run.losses) == ranks_loops.STEPS
     with pytest.raises(everystep.RunError, match="the run of one of them is missing"):
         run[3]
+    (tmp_path / "plain/ranks/1").symlink_to(trained[0] / "plain/ranks/1")
+    with pytest.raises(everystep.RunError, match="the run of one of them is missing"):
+        everystep.open(tmp_path / "plain")[3]
+    shutil.copytree(trained[0] / "plain/ranks/1", tmp_path / "alone")
+    with pytest.raises(
+        everystep.RunError, match="alone is rank 1 of a run, and is not in its directory"
+    ):
+        everystep.open(tmp_path / "alone")[3]
 
 
 @pytest.mark.parametrize(

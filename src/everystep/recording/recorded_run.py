@@ -16,7 +16,7 @@ from everystep.recording.blocks import LOSS, block_of, series_of
 from everystep.recording.connection import fingerprint, last_written
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import FILE_NAME, Database, Repeat, reading
-from everystep.recording.directories import is_run, name_of, rank_directory
+from everystep.recording.directories import RANKS, is_run, name_of, rank_directory
 from everystep.recording.facts import DataFileFacts, Facts, RanksFacts, TrainingFacts
 from everystep.recording.files import (
     CHANGES,
@@ -105,13 +105,18 @@ class RecordedRun:
         """The runs of all processes that trained together, by rank; of one process, this run alone.
 
         Raises:
-            RunError: that of a rank is missing.
+            RunError: that of a rank is missing, or this one was moved out of its run.
         """
         known = self.known_ranks
         if known is None:
             return [self]
-        place = self.directory.absolute()
+        place = self.directory.resolve()
         top = place if known.rank == 0 else place.parent.parent
+        if place != rank_directory(top, known.rank):  # what is around it may be anything
+            raise RunError(
+                f"{self.name} is rank {known.rank} of a run, and is not in its directory {RANKS}/; put "
+                "it back there"
+            )
         return [
             self if rank == known.rank else self._of_rank(rank_directory(top, rank), known)
             for rank in range(known.count)
@@ -137,7 +142,7 @@ class RecordedRun:
             )
 
     def _of_rank(self, directory: Path, known: RanksFacts) -> Self:
-        if not is_run(directory):
+        if not is_run(directory) or directory.resolve() != directory:  # no link is followed
             raise RunError(
                 f"{self.name} was trained by {known.count} processes, and the run of one of them is "
                 f"missing: {directory}"

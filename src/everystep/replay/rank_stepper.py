@@ -225,7 +225,7 @@ class _Until:
 
 
 class _Known:
-    """Takes part in the collectives of a step whose results are known, any number of times.
+    """Takes part in the collectives of a step with known results, any number of times.
 
     results: of each collective, in order.
     """

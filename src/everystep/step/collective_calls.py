@@ -50,7 +50,7 @@ def how_collective(func: Any, is_ready: bool) -> str:
 
 
 def finished(result: Any) -> Any:
-    """Wait for the end of calls to other ranks, whose tensors are read next; return their result."""
+    """Wait for the end of calls to other ranks: their tensors are read next; return the result."""
     for each in result if isinstance(result, list | tuple) else [result]:
         if isinstance(each, torch.ScriptObject) and "Work" in str(each._type()):
             torch.distributed.Work.unbox(each).wait()
