@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -195,3 +196,14 @@ def test_what_keeps_a_run_from_being_replayed_is_reported_each_time(run):
     for _ in range(2):
         with pytest.raises(everystep.RunError, match="claims 5000 threads"):
             opened[3]
+
+
+def test_a_long_replay_is_announced(run, monkeypatch, capsys):
+    run[2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("everystep.replay.run_replay.LONG_SECONDS", 0.0)
+    run[3]
+    assert capsys.readouterr().err == ""
+    run[20]
+    announced = r"everystep: steps 17 to 18 are replayed first: about [\d,]+ seconds\n"
+    assert re.fullmatch(announced, capsys.readouterr().err)

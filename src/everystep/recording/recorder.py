@@ -40,7 +40,7 @@ from everystep.recording.files import (
 from everystep.recording.keep import Ahead, Keep, Outlook, is_kept
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.snapshots import SnapshotPlan, read_snapshot, write_snapshot
+from everystep.recording.snapshots import LARGE_BYTES, SnapshotPlan, read_snapshot, write_snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,6 @@ __all__ = ["Recorder"]
 LATE_SECONDS = 10.0
 #: Bytes of batches that may wait to be written, before the training waits.
 MOST_WAITING = 512_000_000
-#: For snapshots of at least so many bytes, the time to write them counts, not only that of the thread.
-LARGE_BYTES = 1_000_000
 #: Bytes that a run keeps while it is written: several times what its last facts take.
 _SPARE = 65_536
 
@@ -568,12 +566,13 @@ class Recorder:
             self._snapshots_written += 1
             return
         started, began = clock.worked(), clock.now()
+        first = next((row for row in self._database.snapshots() if row.step == 0), None)
         try:
-            row = write_snapshot(self._home.here / SNAPSHOTS, state)
+            row = write_snapshot(self._home.here / SNAPSHOTS, state, first)
         except Exception:  # safetensors has its own
             if not self._follow():
                 raise
-            row = write_snapshot(self._home.here / SNAPSHOTS, state)
+            row = write_snapshot(self._home.here / SNAPSHOTS, state, first)
         self._note_call(state)
         given_up = self.plan.add(row.step, row.size)
         with self._database.transaction():
@@ -582,7 +581,7 @@ class Recorder:
         self._snapshot_seconds = clock.worked() - started
         if row.size > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
             self._snapshot_seconds = clock.now() - began
-        self._snapshot_bytes = row.size
+        self._snapshot_bytes = state.size
         self._snapshots_written += 1
 
     def _note_call(self, state: State) -> None:

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from everystep.errors import RunError
 from everystep.recording.files import (
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_BUDGET",
+    "LARGE_BYTES",
     "PARAMETERS",
     "REST",
     "SnapshotPlan",
@@ -44,6 +45,8 @@ DEFAULT_BUDGET = 512_000_000
 REPLAY_SECONDS = 0.08
 #: Snapshots may take this share of the training's time, most of it outside the training thread.
 TIME_SHARE = 0.03
+#: States from this size on are large: the time to write their bytes matters.
+LARGE_BYTES = 1_000_000
 
 
 class SnapshotRow(NamedTuple):
@@ -84,15 +87,46 @@ def snapshots_in(files: Iterable[FileRow]) -> list[SnapshotRow]:
     return sorted(SnapshotRow(step or 0, (rows[PARAMETERS], rows[REST])) for step, rows in found.items())
 
 
-def write_snapshot(folder: Path, state: State) -> SnapshotRow:
-    """Write a state as `folder/000137/`: under a temporary name, synced, then renamed as a whole."""
+def write_snapshot(folder: Path, state: State, first: SnapshotRow | None = None) -> SnapshotRow:
+    """Write a state as `folder/000137/`: under a temporary name, synced, then renamed as a whole.
+
+    first: that of state 0, which every run keeps. If most bytes of large parameters are still as they
+    were in it (frozen layers, adapters), only the others are written.
+    """
     name = f"{folder.name}/{state.step:06d}"
-    files = (PARAMETERS, state.parameters, None), (REST, state.rest, state.settings)
+    written, about = state.parameters, None
+    if first is not None and (unchanged := _unchanged(folder.parent, state, first)):
+        file = first.files[0]
+        written = {name: each for name, each in written.items() if name not in unchanged}
+        about = {"unchanged": unchanged, "size": file.size, "digest": file.digest.hex()}
+    files = (PARAMETERS, written, about), (REST, state.rest, state.settings)
     with completed(folder / f"{state.step:06d}") as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()  # the run may have been moved: no directory of that name may come back
         rows = (write_tensors(temporary / file, f"{name}/{file}", *given) for file, *given in files)
         return SnapshotRow(state.step, tuple(rows))
+
+
+def _unchanged(run: Path, state: State, first: SnapshotRow) -> list[str]:
+    """Return the names of parameters that are as in state 0, if they are large and most of all."""
+    from safetensors import SafetensorError, safe_open
+
+    from everystep.step.state import same_bits
+
+    whole = sum(tensor.nbytes for tensor in state.parameters.values())
+    if whole < LARGE_BYTES or state.step == first.step:
+        return []
+    try:
+        with safe_open(run / first.files[0].name, "pt") as file:
+            known = {*file.keys()}
+            found = {
+                name: tensor.nbytes
+                for name, tensor in state.parameters.items()
+                if name in known and same_bits(tensor, file.get_tensor(name))
+            }
+    except (OSError, SafetensorError):  # the state that does not need it is written whole
+        return []
+    return [*found] if 2 * sum(found.values()) > whole else []
 
 
 def read_snapshot(run: Path, row: SnapshotRow) -> State:
@@ -104,12 +138,21 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     from everystep.step.state import State
 
     place = f"snapshot {run / row.directory}"
-    (parameters, _), (rest, settings) = (read_tensors(read_file(run, file), place) for file in row.files)
+    (parameters, about), (rest, settings) = (
+        read_tensors(read_file(run, file), place) for file in row.files
+    )
     settings = {} if settings is None else settings
     try:
         _Settings.model_validate(settings)
-    except ValidationError:
+        known = None if about is None else _Unchanged.model_validate(about)
+    except (ValidationError, TypeError):
         raise RunError(f"{place} has settings that everystep did not write") from None
+    if known is not None:
+        file = FileRow(f"{SNAPSHOTS}/{0:06d}/{PARAMETERS}", known.size, known.digest)
+        first, _ = read_tensors(read_file(run, file), f"snapshot {run / SNAPSHOTS / f'{0:06d}'}")
+        if {*known.unchanged} & parameters.keys() or not {*known.unchanged} <= first.keys():
+            raise RunError(f"{place} has settings that everystep did not write")
+        parameters |= {name: first[name] for name in known.unchanged}
     return State(row.step, parameters, rest, settings)
 
 
@@ -137,6 +180,14 @@ class _HeldByPart(_Checked):
     """What a part holds in addition to tensors."""
 
     optimizer: _Optimizer | None = None
+
+
+class _Unchanged(_Checked):
+    """Parameters that are in the file of state 0, and what identifies that file."""
+
+    unchanged: list[str]
+    size: int
+    digest: Annotated[bytes, BeforeValidator(bytes.fromhex)]
 
 
 class _Settings(_Checked):

@@ -299,21 +299,16 @@ class Step(Shown):
         )
 
 
-def observed_step(
-    number: int,
-    observation: Observation,
-    batch: Batch,
-    before: dict[str, Tensor],
-    after: dict[str, Tensor],
-) -> Step:
-    """Return a step that was observed. before, after: copies of the tensors of the state, by name."""
+def observed_step(number: int, observation: Observation, batch: Batch) -> Step:
+    """Return a step that was observed."""
     loss = float(observation.loss)
     activations = {
         path: given[0] if len(given) == 1 else given for path, given in observation.activations.items()
     }
     operations = tuple(observation.operations)
-    known = observation.gradients, operations, observation.places, before, after
-    return Step(number, loss, loss, None, batch, activations, *known)
+    known = observation.gradients, operations, observation.places
+    states = observation.before, observation.after
+    return Step(number, loss, loss, None, batch, activations, *known, *states)
 
 
 def _of_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from everystep.errors import ProgramError, RunError
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter, Looks
-from everystep.program.memory import copied_together, copy_on_cpu
+from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
@@ -38,6 +38,7 @@ __all__ = ["ReplayStepper", "Saved"]
 
 #: Tensors that a message names.
 MOST_NAMED = 3
+_NO_NUMBERS = torch.empty(0)
 _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 
 
@@ -72,6 +73,7 @@ class ReplayStepper:
         self._expanders: dict[Interpreter, Expander] = {}
         self._tensors: dict[str, Tensor] = {}
         self._bound = BoundSteps(self._tensors)
+        #: The last state from disk, without its numbers.
         self._loaded: State | None = None
         self._loaded_at: int | None = None
         self._between = steps.change_files()
@@ -92,7 +94,10 @@ class ReplayStepper:
             raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
         self._begin(state.step, self._here({n: named[n] for n in names if n in named}))
-        self._loaded, self._loaded_at = state, state.step
+        # Of a large model, the tensors take much memory, and here they have been copied.
+        known, others = (dict.fromkeys(each, _NO_NUMBERS) for each in (state.parameters, state.rest))
+        self._loaded = replace(state, parameters=known, rest=others)
+        self._loaded_at = state.step
         self._has_diverged = False
         state.generators.restore(self.steps.device)
 
@@ -168,6 +173,11 @@ class ReplayStepper:
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
         return self._tensors
+
+    @property
+    def size(self) -> int:
+        """The memory of the tensors of the current state, in bytes."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @property
     def has_gradients(self) -> bool:
@@ -286,11 +296,9 @@ class ReplayStepper:
         assert self.state is not None
         self.settle()
         number = self.state + 1
-        before = {name: copy_on_cpu(tensor) for name, tensor in self._tensors.items()}
-        batch, observation = self.batch(number), self.observe()
-        after = {name: copy_on_cpu(tensor) for name, tensor in self._tensors.items()}
+        batch = self.batch(number)
         return replace(
-            observed_step(number, observation, batch, before, after),
+            observed_step(number, self.observe(), batch),
             hyperparameters=self.hyperparameters(),
             epoch=0 if self._is_own_loop else batches_of(self.steps.facts).epoch(number),
         )
@@ -313,7 +321,7 @@ class ReplayStepper:
                 expansion = self._expanders[interpreter].expanded(*given)
         except (ProgramError, NotCapturableError, *REFUSALS) as error:
             raise self._not_replayed(row.step, error) from None
-        observer = StepObserver(expansion.interpreter, expansion.numbers)
+        observer = StepObserver(expansion.interpreter, expansion.numbers, self._tensors)
         loss = self._interpret(row, observer.looks, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
         has_unseen = bool(self.steps.facts.unseen)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everystep import clock, numerics
 from everystep.device import select
-from everystep.errors import RunError, StepError
+from everystep.errors import RunError, StepError, say
 from everystep.experiment.batches import RowsOf
 from everystep.program.precision import Precision
 from everystep.recording.recorded_run import RecordedRun, stretch_at
@@ -35,6 +35,8 @@ __all__ = ["Replay", "no_such_step", "same_number"]
 KEPT_SECONDS = 0.005
 #: Bytes that states in memory, and opened steps, may take.
 KEPT_BYTES = 256_000_000
+#: A replay that takes as long as this is announced.
+LONG_SECONDS = 5.0
 #: Recorded losses to read at once.
 BLOCK = 1024
 
@@ -89,13 +91,13 @@ class Replay:
             return self._opened[number]
         self.recorded_loss(number)
         check_kept(self.run, number)
+        # A large step goes before the next one needs its memory.
+        while sum(step.bytes for step in self._opened.values()) > KEPT_BYTES:
+            self._opened.popitem(last=False)
         with self.in_force(number):
             self._go_to_start_of(number)
-            step = self.next_step()
-        self._opened[number] = step
-        while len(self._opened) > 1 and sum(s.bytes for s in self._opened.values()) > KEPT_BYTES:
-            self._opened.popitem(last=False)
-        return step
+            self._opened[number] = self.next_step()
+        return self._opened[number]
 
     def state(self, number: int) -> State:
         """Return the state after a step (0: before the first).
@@ -125,12 +127,21 @@ class Replay:
         stepper = self.stepper_of(at)
         self._start_near(stepper, at, state)
         assert stepper.state is not None
+        if stepper.state < state:
+            self._announce(stepper.state, state)
         while stepper.state < state:
             spacing = max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
             self._advance(stepper, min(state, stepper.state + spacing))
-            if stepper.state < state:
+            left = state - stepper.state
+            if 0 < left <= spacing or (left and stepper.size <= KEPT_BYTES):  # of large ones, only one
                 self._keep(stepper)
         return stepper
+
+    def _announce(self, begin: int, end: int) -> None:
+        """Report how long it will take to replay the steps between two states, if that is long."""
+        seconds = (self.run.facts.seconds or 0.0) * (end - begin) / max(1, self.run.newest_step())
+        if seconds >= LONG_SECONDS:
+            say(f"steps {begin + 1:,} to {end:,} are replayed first: about {seconds:,.0f} seconds")
 
     def next_step(self) -> Step:
         """Open the step after the current state; call it inside `in_force`."""

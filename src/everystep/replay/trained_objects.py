@@ -243,7 +243,6 @@ class Living:
         """
         number, watched, device = self._ready(), self._watched, self._training.device
         state = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
-        before = {name: copy_on_cpu(tensor) for name, tensor in state.items()}
         generators = Generators.capture(device)
         with self._watching():
             batch = dict(zip("xy", self._training.batch(number), strict=True))
@@ -254,16 +253,15 @@ class Living:
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
         generators.restore(device)
         interpreter, numbers = Interpreter(program.built.program, device).at(program.numbers)
-        observer = StepObserver(interpreter, numbers)
+        observer = StepObserver(interpreter, numbers, state)
         with without_autograd():
             inputs = given | program.inputs
             done = interpreter.run(state, inputs, numbers, observer.looks)
         self._stepper.restart(number)
         assert done.loss is not None
-        after = {name: copy_on_cpu(tensor) for name, tensor in state.items()}
         tensors = {name: copy_on_cpu(tensor) for name, tensor in batch.items()}
         seen = Batch(tensors, None, tuple(tensors.values()))
-        return observed_step(number, observer.observation(done.loss), seen, before, after)
+        return observed_step(number, observer.observation(done.loss), seen)
 
     def _ready(self) -> int:
         """Bring the training to the state before the next step; return the number of that step."""

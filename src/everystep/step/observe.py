@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from everystep.program.interpreter import Interpreter, Looks
-from everystep.program.memory import copy_on_cpu
+from everystep.program.memory import copy_on_cpu, lies_as
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.step_program import Program
@@ -58,7 +58,8 @@ class Places(NamedTuple):
 class Observation(NamedTuple):
     """The observed values of a step; all tensors except the loss are copies on the CPU.
 
-    activations: the output of each module, by its path; gradients: by parameter, after backward.
+    activations: the output of each module, by its path; gradients: by parameter, after backward;
+    before, after: the tensors of the state, by name.
     """
 
     loss: Tensor
@@ -66,6 +67,8 @@ class Observation(NamedTuple):
     activations: dict[str, tuple[Tensor, ...]]
     gradients: dict[str, Tensor]
     places: Places
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
 
 
 class StepObserver:
@@ -74,13 +77,21 @@ class StepObserver:
     Args:
         interpreter: the program.
         numbers: of the step.
+        state: its live tensors by name, before the step.
 
     The interpreter lets `looks` look; `observation` returns the observations.
+
+    Numbers are copied once, and those that nothing overwrites are not copied: a step of a large model
+    makes several times the bytes of its parameters.
     """
 
-    def __init__(self, interpreter: Interpreter, numbers: list[int | float]) -> None:
+    def __init__(
+        self, interpreter: Interpreter, numbers: list[int | float], state: Mapping[str, Tensor]
+    ) -> None:
         self._interpreter = interpreter
         self._program = program = interpreter.program
+        self._state = state
+        self._before = {name: copy_on_cpu(tensor) for name, tensor in state.items()}
         self._operations: list[Observed] = []
         self._activations: dict[str, tuple[Tensor, ...]] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -95,7 +106,17 @@ class StepObserver:
             self._left.setdefault(place.after, []).append(parameter)
         #: Copies of tensors by their names, of each storage.
         self._copies: dict[str, dict[str, Tensor]] = {}
+        for name, spec in interpreter.state.items():
+            if name in self._before and lies_as(self._before[name], spec):
+                self._copies.setdefault(spec.storage, {})[name] = self._before[name]
         self._inputs: dict[str, Tensor] = {}
+        #: After which operation the numbers of a storage stay: of those that only this step has.
+        left = program.storages_of([*program.ends.values()])
+        names = [name for name, each in program.storages.items() if each.kind == "temporary"]
+        self._stays = {name: -1 for name in names if name not in left}
+        for index, operation in enumerate(program.operations):
+            changed = program.storages_of(operation.changed())
+            self._stays |= {storage: index for storage in changed if storage in self._stays}
 
     def observation(self, loss: Tensor) -> Observation:
         """Return the observation of the step with this loss."""
@@ -112,7 +133,17 @@ class StepObserver:
         )
         order = dict.fromkeys([*program.gradients, *self._gradients])
         gradients = {name: self._gradients[name] for name in order if name in self._gradients}
-        return Observation(loss, self._operations, self._activations, gradients, places)
+        known = self._operations, self._activations, gradients, places
+        return Observation(loss, *known, self._before, self._after())
+
+    def _after(self) -> dict[str, Tensor]:
+        """Return copies of the tensors of the state, after the step."""
+        found = {name: copy for copies in self._copies.values() for name, copy in copies.items()}
+        own = {name: name for name in self._interpreter.state} | dict(self._program.ends)
+        return {
+            name: found[own[name]] if own.get(name) in found else copy_on_cpu(tensor)
+            for name, tensor in self._state.items()
+        }
 
     @property
     def looks(self) -> Looks:
@@ -125,12 +156,12 @@ class StepObserver:
         if index:
             self._look_after(index - 1, tensor_of)
         for path, names in self._due.get(index, ()):
-            self._activations[path] = tuple(self._copy(name, tensor_of) for name in names)
+            self._activations[path] = tuple(self._copy(name, index, tensor_of) for name in names)
         for parameter in self._left.get(index, ()):
-            self._gradients[parameter] = self._copy(self._read[parameter].names[0], tensor_of)
+            self._gradients[parameter] = self._copy(self._read[parameter].names[0], index, tensor_of)
         if index < len(self._program.operations):
             reads = self._program.operations[index].reads()
-            self._inputs = {name: self._copy(name, tensor_of) for name in reads}
+            self._inputs = {name: self._copy(name, index, tensor_of) for name in reads}
 
     def _look_after(self, index: int, tensor_of: _TensorOf) -> None:
         operation = self._with_numbers[index]
@@ -138,15 +169,20 @@ class StepObserver:
         names = [name for name in operation.results if name] or written
         for storage in {self._storage(name) for name in (*names, *written)}:
             self._copies.pop(storage, None)
-        results = {name: self._copy(name, tensor_of) for name in names}
-        others = {name: self._copy(name, tensor_of) for name in written if name not in results}
+        given = index + 1, tensor_of
+        results = {name: self._copy(name, *given) for name in names}
+        others = {name: self._copy(name, *given) for name in written if name not in results}
         line = self._program.line_of(operation)
         self._operations.append(Observed(operation, self._inputs, results, others, line))
 
-    def _copy(self, name: str, tensor_of: _TensorOf) -> Tensor:
-        copies = self._copies.setdefault(self._storage(name), {})
+    def _copy(self, name: str, index: int, tensor_of: _TensorOf) -> Tensor:
+        """Return a copy of a tensor before an operation; the tensor itself if it stays as it is."""
+        storage = self._storage(name)
+        copies = self._copies.setdefault(storage, {})
         if name not in copies:
-            copies[name] = copy_on_cpu(tensor_of(name))
+            tensor = tensor_of(name).detach()
+            stays = tensor.is_cpu and self._stays.get(storage, index) < index
+            copies[name] = tensor if stays else copy_on_cpu(tensor)
         return copies[name]
 
     def _storage(self, name: str) -> str:

@@ -45,6 +45,11 @@ class State:
     settings: dict[str, Any]
 
     @property
+    def size(self) -> int:
+        """The memory of its tensors, in bytes."""
+        return sum(tensor.nbytes for each in (self.parameters, self.rest) for tensor in each.values())
+
+    @property
     def generators(self) -> Generators:
         """The random generators, ready to restore."""
         prefix = "generator/"
