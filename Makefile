@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test contracts types suite sweep test-torch check format bench torture clean
+.PHONY: run test contracts types suite sweep test-torch check format bench gpu torture clean
 
 run: .venv/installed                ## train the chapter's network, write its table, plot and report
 	@set -e; run=runs/chapter-$$(date +%Y%m%d-%H%M%S); \
@@ -44,6 +44,9 @@ format: .venv/installed-dev
 
 bench: .venv/installed-bench        ## everystep, the plain PyTorch loop and other frameworks, alternating
 	$(BIN)/python -m benchmarks
+
+gpu: .venv/installed-dev            ## on a machine with a GPU: its tests and what it costs there, written to gpu.md
+	$(BIN)/python -m benchmarks.gpu --write gpu.md
 
 torture: .venv/installed-dev         ## kills, signals, losses of power, full disks, readers and random input, for hours
 	$(BIN)/python -m benchmarks.torture kill

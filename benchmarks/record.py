@@ -1,7 +1,8 @@
 """What recording a loop costs: the loop as it is, and by `everystep.record`, alternating in one process.
 
-`python -m benchmarks.record [--rounds N]`. A step is what one waits for, from one batch to the next, the
-first ten left out; recorded steps are written to disk, snapshots among them. Medians over the rounds.
+`python -m benchmarks.record [--rounds N] [--device cuda]`. A step is what one waits for, from one batch
+to the next, the first ten left out; recorded steps are written to disk, snapshots among them. Medians
+over the rounds.
 
 The second table is of whole trainings, from the call to the closed run: the loop as it is, and
 `everystep.train(model, (x, y), ...)`.
@@ -93,7 +94,7 @@ class _Text(nn.Module):
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.characters(x) + self.places(torch.arange(x.shape[1]))
+        h = self.characters(x) + self.places(torch.arange(x.shape[1], device=x.device))
         return self.head(self.layers(h, mask=self.mask, is_causal=True))  # type: ignore[no-any-return]
 
 
@@ -149,24 +150,31 @@ def main() -> None:
     """Print a row for each loop."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--device", default="cpu")
+    asked = parser.parse_args()
+    rounds = asked.rounds
     print("| | steps | plain, ms a step | recorded | ratio |")
     print("| --- | --: | --: | --: | --: |")
     for make in (chapter, digits, text, transformer, resnet):
-        _print_row(make, rounds)
+        _print_row(make, asked.device, rounds)
     print("\n| | steps | plain, s | model and loss, s | ratio |")
     print("| --- | --: | --: | --: | --: |")
     for make in (chapter, digits, transformer, resnet):
-        _print_whole_row(make, rounds)
+        _print_whole_row(make, asked.device, rounds)
 
 
-def _print_whole_row(make: Callable[[], Loop], rounds: int) -> None:
+def _made(make: Callable[[], Loop], device: str) -> Loop:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return make()
+
+
+def _print_whole_row(make: Callable[[], Loop], device: str, rounds: int) -> None:
     ways = (_plainly, _as_model)
     seconds: list[list[float]] = [[] for _ in ways]
     for round_ in range(rounds):
         for place in (0, 1) if round_ % 2 else (1, 0):
-            torch.manual_seed(0)
-            loop = make()
+            loop = _made(make, device)
             with tempfile.TemporaryDirectory() as directory:
                 started = time.perf_counter()
                 ways[place](loop, Path(directory) / "run")
@@ -203,15 +211,13 @@ def _step(loop: Loop, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-def _print_row(make: Callable[[], Loop], rounds: int) -> None:
+def _print_row(make: Callable[[], Loop], device: str, rounds: int) -> None:
     plain, recorded = [], []
     with tempfile.TemporaryDirectory() as place:
         for _ in range(rounds):
-            torch.manual_seed(0)
-            loop = make()
+            loop = _made(make, device)
             plain.append(_seconds(loop, [loop.batch] * loop.steps))
-            torch.manual_seed(0)
-            loop = make()
+            loop = _made(make, device)
             run = Path(place) / "run"
             with everystep.record(run=run, model=loop.model, optimizer=loop.optimizer) as recording:
                 batches = recording.steps([loop.batch] * loop.steps)
@@ -230,12 +236,20 @@ def _seconds(
     started, count = 0.0, 0
     for x, y in batches:
         if count == WARM_UP:
+            _wait(loop.batch[0].device)
             started = time.perf_counter()
         count += 1
         if loop.draws is not None:
             x, y = loop.draws()
         log(_step(loop, x, y))
+    _wait(loop.batch[0].device)
     return (time.perf_counter() - started) / (count - WARM_UP)
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for the device, which may still compute."""
+    if device.type != "cpu":
+        getattr(torch.get_device_module(device), "synchronize", lambda: None)()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import everystep
 from everystep.experiment.batches import Batches
 from everystep.training.model_step import Training
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+]
 
 
 def training(dropout):
