@@ -734,9 +734,16 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
-    """Return the progress of a training: the given object, the terminal, or none."""
+    """Return the progress of a training: the given object, the terminal, or none.
+
+    Of several processes, rank 0 alone shows it.
+    """
+    from everystep.training.agreement import ranks_here
+    from everystep.training.job import Progress
     from everystep.views.progress import Silent, TerminalProgress
 
     if not isinstance(wanted, bool):
         return wanted
+    if (ranks := ranks_here()) is not None and ranks.rank:
+        return Progress()
     return TerminalProgress(show_header=False, lines=None) if wanted else Silent()

@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import everystep
+from everystep.cli import app
 from everystep.training import agreement
+from everystep.training.job import Progress
 
 STEPS = 8
 
@@ -298,6 +300,104 @@ def planted(begin, rank, *, row=False, weight=False):
     return model
 
 
+class LayerOfBatch(nn.Module):
+    """Uses another layer for some batches, and one for none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(20, 1) for _ in range(3)])
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.layers[int(x.sum() > 0)](x) * self.scale.to(x.dtype)
+
+
+def trained_model(begin, rank):
+    """A model by `everystep.train`, and by hand; a layer is used on one rank alone, in some steps."""
+    world = dist.get_world_size()
+    x, y = (torch.cat(parts) for parts in zip(*batches(0), strict=True))
+    share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+    model = LayerOfBatch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+    given = {"loss": nn.functional.mse_loss, "optimizer": optimizer, "max_grad_norm": 0.5}
+    if begin is not unrecorded:
+        everystep.train(model, (x, y), **given, steps=STEPS, run="runs/trained_model", progress=False)
+        return model
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(STEPS):
+        loss = nn.functional.mse_loss(ddp(x[share]), y[share])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return model
+
+
+def trained_step(begin, rank):
+    """A step function, by `everystep.train` and by hand."""
+    model = DistributedDataParallel(mlp())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(batch):
+        loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    if begin is unrecorded:
+        [*map(step, batches(rank))]
+    else:
+        parts = {"model": model, "optimizer": optimizer}
+        given = {"parts": parts, "epochs": 1, "run": "runs/trained_step", "progress": False}
+        everystep.train(step, batches(rank), **given)
+    return model
+
+
+def shuffled(run, reduction="mean", **given):
+    """Train on shuffled batches, the last of which has a row more for one rank than for the other."""
+    x, y = (torch.cat(parts) for parts in zip(*batches(0), strict=True))
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01 if reduction == "mean" else 0.001)
+    given = {"batch_size": 10, "epochs": 4, "evaluate_every": 5, "progress": False} | given
+    given |= {"loss": nn.MSELoss(reduction=reduction), "validation": (x[:9], y[:9])}
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.1)
+    given |= {"optimizer": optimizer, "scheduler": scheduler}
+    return everystep.train(model, (x[:43], y[:43]), run=run, **given)
+
+
+class Killed(Progress):
+    """Ends a rank once a step is written."""
+
+    def __init__(self, rank, kill):
+        self.kill = kill is not None and kill[0] == rank and kill[1]
+
+    def advance(self, first_step, losses):
+        if self.kill and first_step + len(losses) > self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shuffled_mean(begin, rank, kill=None):
+    if begin is not unrecorded:
+        resume, progress = "RESUME" in os.environ, Killed(rank, kill)
+        shuffled("runs/shuffled_mean", resume=resume, progress=progress)
+
+
+def command(begin, rank):
+    """By the command line; the processes communicate already."""
+    if begin is not unrecorded:
+        given = ["digits", "--steps", "3", "--run", "runs/command", "--quiet"]
+        app(["train", *given], standalone_mode=False)
+        app(["train", *given[:2], "5", *given[3:], "--resume"], standalone_mode=False)
+        app(["resume", "runs/command", "--steps", "7", "-q"], standalone_mode=False)
+
+
+def shuffled_sum(begin, rank):
+    if begin is not unrecorded:
+        shuffled("runs/shuffled_sum", "sum")
+
+
 def other_row(begin, rank):
     return planted(begin, rank, row=True)
 
@@ -311,6 +411,60 @@ def other_weight(begin, rank):
 
 def other_parts(begin, rank):
     return begin(**({"model": mlp()} if rank else {"network": mlp()})).__enter__()
+
+
+def train_refused(rows=12, model=None, **changed):
+    model = model or mlp()
+    x, y = torch.ones(rows, 20), torch.ones(rows, 1)
+    given = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.01)}
+    everystep.train(model, (x, y), **given | {"steps": 2, "progress": False} | changed)
+
+
+def indivisible(begin, rank):
+    train_refused(batch_size=5)
+
+
+def last_batch(begin, rank):
+    train_refused(rows=11, batch_size=10)
+
+
+def own_loss(begin, rank):
+    train_refused(loss=lambda prediction, target: (prediction - target).square().mean())
+
+
+def weighted_loss(begin, rank):
+    model = nn.Linear(20, 3)
+    loss, optimizer = nn.CrossEntropyLoss(torch.ones(3)), torch.optim.SGD(model.parameters(), lr=0.01)
+    rows = torch.ones(4, 20), torch.zeros(4, dtype=torch.int64)
+    everystep.train(model, rows, loss=loss, optimizer=optimizer, steps=2)
+
+
+def wrapped(begin, rank):
+    model = DistributedDataParallel(mlp())
+    optimizer, rows = torch.optim.SGD(model.parameters(), lr=0.01), torch.ones(4, 20)
+    everystep.train(model, (rows, rows[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=2)
+
+
+def own_zero_grad(begin, rank):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer.zero_grad = lambda: None
+    x = torch.ones(4, 20)
+    everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=2)
+
+
+def other_seed(begin, rank):
+    train_refused(batch_size=4, seed=rank)
+
+
+def other_model(begin, rank):
+    model = mlp()
+    model[0].bias.data += rank
+    train_refused(model=model)
+
+
+def stopped(begin, rank):
+    train_refused(stop_on_nan=True)
 
 
 def hook(begin, rank):
@@ -376,6 +530,11 @@ def alone(begin, rank):
         begin(model=mlp()).__enter__()
 
 
+def unrecorded(**parts):
+    """Begin a loop without everystep."""
+    return contextlib.nullcontext(Plain())
+
+
 def digest(model):
     found = hashlib.sha256()
     for tensor in model.state_dict().values():
@@ -397,11 +556,7 @@ def main(names):
         def recorded(name=name, **parts):
             return everystep.record(run=f"runs/{name}", resume="RESUME" in os.environ, **parts)
 
-        ways = (
-            [recorded]
-            if kill or "RECORDED" in os.environ
-            else [lambda **parts: contextlib.nullcontext(Plain()), recorded]
-        )
+        ways = [recorded] if kill or "RECORDED" in os.environ else [unrecorded, recorded]
         try:
             models = []
             for begin in ways:

@@ -99,7 +99,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except EverystepError as error:
         _start_again(getattr(error, "environment", None))
-        hint(f"everystep: {shortened(str(error))}")
+        rank = f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        hint(f"everystep: {rank}{shortened(str(error))}")
         sys.exit(error.exit_code)
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "

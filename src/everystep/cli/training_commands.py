@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,7 @@ from everystep.cli.output import hint, say, say_lines
 from everystep.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from everystep.views.progress import Silent
+    from everystep.training.job import Progress
 
 __all__ = ["experiments", "fork", "resume", "train"]
 
@@ -77,19 +79,20 @@ def train(
     from everystep.training.from_experiment import train_experiment
 
     said = facts_from(None, tag or ())
-    progress = _progress(quiet)
     name = Path(experiment).stem
     budget, place = snapshot_budget * 1_000_000, place_of(run)
     if resume_run and place is None:
         raise UsageError("--resume needs the run: --run NAME")
-    if resume_run and place is not None and is_run(place):
-        from everystep.replay.resume import Resume, resume_experiment
+    with _processes() as is_first:
+        progress = _progress(quiet, is_first)
+        if resume_run and place is not None and is_run(place):
+            from everystep.replay.resume import Resume, resume_experiment
 
-        asked = Resume(RecordedRun(place), budget=budget, said=said)
-        outcome = resume_experiment(asked, progress, loaded)
-    else:
-        outcome = train_experiment(loaded, name, place, budget, progress, said)
-    _close(outcome.directory, outcome.reason, quiet)
+            asked = Resume(RecordedRun(place), budget=budget, said=said)
+            outcome = resume_experiment(asked, progress, loaded)
+        else:
+            outcome = train_experiment(loaded, name, place, budget, progress, said)
+    _close(outcome.directory, outcome.reason, quiet or not is_first)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
 
@@ -122,8 +125,10 @@ def resume(
     from everystep.run import Run
 
     budget = snapshot_budget * 1_000_000
-    made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=_progress(quiet))
-    _close(made.directory, made.facts.reason, quiet)
+    with _processes() as is_first:
+        progress = _progress(quiet, is_first)
+        made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=progress)
+    _close(made.directory, made.facts.reason, quiet or not is_first)
     if made.status != "finished":
         raise typer.Exit(1)
 
@@ -195,9 +200,34 @@ def fork(
         raise typer.Exit(1)
 
 
-def _progress(quiet: bool) -> Silent:
-    """Return the progress of a training: notices only, or the terminal; a pipe gets lines."""
+@contextmanager
+def _processes() -> Iterator[bool]:
+    """Join the processes that torchrun has started with this one, if any.
+
+    Yields whether this is the first, which alone prints.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        yield True
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        yield distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
+
+
+def _progress(quiet: bool, is_first: bool = True) -> Progress:
+    """Return the progress of a training: notices only, or the terminal; a pipe gets lines.
+
+    is_first: of several processes, the others show nothing.
+    """
+    from everystep.training.job import Progress
     from everystep.views.progress import Silent, TerminalProgress
+
+    if not is_first:
+        return Progress()
 
     piped = None if sys.stdout.isatty() else say_lines
     return Silent() if quiet else TerminalProgress(show_header=True, lines=piped)

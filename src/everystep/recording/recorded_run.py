@@ -73,7 +73,8 @@ class RecordedRun:
 
     It warns if the run is damaged, as far as that shows without reading all numbers.
 
-    common_states: the steps of the states that all ranks have, if they agreed on that; None: as read.
+    common_states, common_steps: the steps of the states that all ranks have, and how many steps, if they
+    agreed on that; None: as read.
 
     may_be_cut: do not look at it yet; a finished run may lack its last steps.
 
@@ -85,6 +86,7 @@ class RecordedRun:
         self.directory = Path(directory)
         self._database_path = self.directory / FILE_NAME
         self.common_states: frozenset[int] | None = None
+        self.common_steps: int | None = None
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
         if not may_be_cut:
