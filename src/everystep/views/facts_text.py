@@ -241,7 +241,9 @@ def going_on(run: RecordedRun, facts: Facts) -> str:
             return f"everystep.record(..., fork={facts.fork.directory!r}, at={facts.fork.at})"
         return f"everystep.record(..., resume={name!r})"
     if (run.directory / EXPERIMENT_FILE).exists():
-        return f"everystep resume {shlex.quote(name)}"
+        ranks = None if trained is None else trained.ranks
+        start = "" if ranks is None else f"torchrun --nproc-per-node {ranks.count} -m "
+        return f"{start}everystep resume {shlex.quote(name)}"
     return f"everystep.open({name!r}).resume(model=..., loss=..., optimizer=...)"
 
 
