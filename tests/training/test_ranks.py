@@ -15,6 +15,9 @@ from tests.training import ranks_loops
 from torch import nn
 
 import everystep
+from everystep.page.about import about_data
+from everystep.page.columns import Columns
+from everystep.page.run_index import RunIndex
 
 ROOT = Path(__file__).parents[2]
 TRAINED = [
@@ -166,6 +169,10 @@ def test_the_run_is_one_directory_and_shows_its_ranks(trained):
     run = everystep.open(runs / "plain")
     assert [each.name for each in run.ranks] == ["plain", "plain/ranks/1"]
     assert [each.name for each in run.ranks[1].ranks] == ["plain", "plain/ranks/1"]
+    steps = run[3].ranks
+    assert [step.loss for step in steps] == [rank.losses["loss"][2] for rank in run.ranks]
+    assert repr(steps) == "<steps of plain, plain/ranks/1: 3 to 3>"
+    assert steps[1].ranks[0].loss == run[3].loss
     assert "this is rank 0 of 2 (gloo)" in run.report()
     assert "plain" in [each.name for each in everystep.runs(runs)]
     assert (
@@ -173,12 +180,40 @@ def test_the_run_is_one_directory_and_shows_its_ranks(trained):
     )
 
 
+def test_views_show_the_losses_of_all_ranks(trained, tmp_path):
+    run = everystep.open(trained[0] / "uneven")
+    one, two = (rank.losses["loss"].to_list() for rank in run.ranks)
+    assert run.table_frame()["loss (rank 1)"].to_list() == two[: len(one)]
+    longer = run.ranks[1].table_frame()
+    assert (longer.columns, longer["loss"].to_list()) == (["step", "loss", "lr"], two)
+    assert set(run.plot().data["run"]) == {"uneven", "uneven/ranks/1"}
+    assert set(run.ranks[1].plot().data["run"]) == {"uneven/ranks/1"}
+    index = RunIndex(trained[0])
+    for rank, name in enumerate(["uneven", "uneven rank 1"]):
+        shown = index.run(name)
+        about = about_data(name, shown, Columns().of(shown), [])
+        assert (about["ranks"], about["steps"]) == (["uneven", "uneven rank 1"], len(run.ranks[rank]))
+    (tmp_path / "uneven/ranks").mkdir(parents=True)
+    (tmp_path / "uneven/ranks/1").symlink_to(trained[0] / "uneven/ranks/1")
+    for place in (RunIndex(tmp_path), index):
+        with pytest.raises(everystep.RunError, match="no run 'uneven rank"):
+            place.run("uneven rank 2" if place is index else "uneven rank 1")
+
+
 def test_commands_take_the_ranks_of_a_run(trained, tmp_path, monkeypatch, everystep_command):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained[0] / "plain", tmp_path / "runs/plain")
     assert everystep_command("verify", "plain")[0] == 0
     assert "all_reduce([" in everystep_command("step", "plain/ranks/1", "3")[1]
-    assert everystep_command("table", "plain/ranks/1")[0] == 0
+    for first in ("step", "why"):
+        given = ["3", "loss"][: 1 + (first == "why")]
+        named = everystep_command(first, "plain/ranks/1", *given)
+        assert everystep_command(first, "plain", *given, "--rank", "1") == named
+    last = everystep_command("losses", "plain", "--rank", "1", "--last", "1")[1].split()
+    assert float(last[-1]) == pytest.approx(everystep.open("plain/ranks/1")[8].loss)
+    code, _, error = everystep_command("rows", "plain", "3", "--rank", "2")
+    assert code and "plain has no rank 2; they are 0 to 1" in error
+    assert everystep_command("table", "plain", "--rank", "1")[0] == 0
     assert Path("plain-ranks-1-losses.html").exists()
     assert everystep_command("du", "plain")[1].split()[-1] == "0"  # no files of others
     code, _, error = everystep_command("prune", "plain", "--snapshots", "0")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from everystep.errors import RunError
 from everystep.page.child_process import Child, Ended
+from everystep.recording.directories import RANKS
 
 __all__ = ["Answer", "Gone", "NoAnswer", "WorkerClient"]
 
@@ -76,7 +77,10 @@ class WorkerClient:
             Gone: the client has disconnected.
             NoAnswer: the worker ended before it answered, or took too long.
         """
-        if run.absolute().parent != self._directory:
+        top = run.absolute()
+        if top.parent.name == RANKS:  # the run of a rank is within that of rank 0
+            top = top.parent.parent
+        if top.parent != self._directory:
             raise RunError(f"{run.name} is not in {self._directory}, the directory that is shown")
         leaving = asyncio.ensure_future(gone() if gone else asyncio.Event().wait())
         try:
