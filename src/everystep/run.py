@@ -739,10 +739,7 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
-    """Return the progress of a training: the given object, the terminal, or none.
-
-    Of several processes, rank 0 alone shows it.
-    """
+    """Return the progress of a training: the given object, the terminal if it is rank 0, or none."""
     from everystep.training.agreement import ranks_here
     from everystep.training.job import Progress
     from everystep.views.progress import Silent, TerminalProgress

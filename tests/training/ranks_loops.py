@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -279,11 +280,11 @@ def epochs(begin, rank, kill=None):
     return model
 
 
-def planted(begin, rank, *, row=False, weight=False):
-    """row: of step 5 on the last rank, differs; weight: rank 0 changes one after step 3."""
+def planted(begin, rank, *, row=False, weight=False, nan=False):
+    """row: of step 5 on the last rank, differs, or has a NaN; weight: rank 0 changes one at step 3."""
     data = batches(rank)
-    if row and rank:
-        data[4][0][2, 3] += 1
+    if (row or nan) and rank:
+        data[4][0][2, 3] += torch.nan if nan else 1
     model = mlp()
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
@@ -300,16 +301,16 @@ def planted(begin, rank, *, row=False, weight=False):
     return model
 
 
-class LayerOfBatch(nn.Module):
-    """Uses another layer for some batches, and one for none."""
+class LayerOfBatch(Branches):
+    """Uses another layer for some batches, and has one that it never uses."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(20, 1) for _ in range(3)])
-        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.never = nn.Linear(2, 2, dtype=torch.float64)
 
     def forward(self, x):
-        return self.layers[int(x.sum() > 0)](x) * self.scale.to(x.dtype)
+        self.calls = int(x.sum() > 0)
+        return super().forward(x)
 
 
 def trained_model(begin, rank):
@@ -348,13 +349,12 @@ def trained_step(begin, rank):
     if begin is unrecorded:
         [*map(step, batches(rank))]
     else:
-        parts = {"model": model, "optimizer": optimizer}
-        given = {"parts": parts, "epochs": 1, "run": "runs/trained_step", "progress": False}
-        everystep.train(step, batches(rank), **given)
+        given = {"parts": {"model": model, "optimizer": optimizer}, "epochs": 1, "progress": False}
+        everystep.train(step, batches(rank), run="runs/trained_step", **given)
     return model
 
 
-def shuffled(run, reduction="mean", **given):
+def shuffled(run, reduction, **given):
     """Train on shuffled batches, the last of which has a row more for one rank than for the other."""
     x, y = (torch.cat(parts) for parts in zip(*batches(0), strict=True))
     torch.manual_seed(0)
@@ -378,10 +378,13 @@ class Killed(Progress):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def shuffled_mean(begin, rank, kill=None):
+def shuffled_mean(begin, rank, kill=None, reduction="mean"):
     if begin is not unrecorded:
-        resume, progress = "RESUME" in os.environ, Killed(rank, kill)
-        shuffled("runs/shuffled_mean", resume=resume, progress=progress)
+        given = {"resume": "RESUME" in os.environ, "progress": Killed(rank, kill)}
+        shuffled(f"runs/shuffled_{reduction}", reduction, **given)
+
+
+shuffled_sum = partial(shuffled_mean, reduction="sum")
 
 
 def command(begin, rank):
@@ -393,17 +396,9 @@ def command(begin, rank):
         app(["resume", "runs/command", "--steps", "7", "-q"], standalone_mode=False)
 
 
-def shuffled_sum(begin, rank):
-    if begin is not unrecorded:
-        shuffled("runs/shuffled_sum", "sum")
-
-
-def other_row(begin, rank):
-    return planted(begin, rank, row=True)
-
-
-def other_weight(begin, rank):
-    return planted(begin, rank, weight=True)
+other_row = partial(planted, row=True)
+nan = partial(planted, nan=True)
+other_weight = partial(planted, weight=True)
 
 
 # Refused.
@@ -413,58 +408,29 @@ def other_parts(begin, rank):
     return begin(**({"model": mlp()} if rank else {"network": mlp()})).__enter__()
 
 
-def train_refused(rows=12, model=None, **changed):
-    model = model or mlp()
-    x, y = torch.ones(rows, 20), torch.ones(rows, 1)
-    given = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.01)}
-    everystep.train(model, (x, y), **given | {"steps": 2, "progress": False} | changed)
+class OwnZeroGrad(torch.optim.SGD):
+    def zero_grad(self):
+        """Keep them."""
 
 
-def indivisible(begin, rank):
-    train_refused(batch_size=5)
+#: Settings that a training of a model by several processes refuses, by the case.
+TRAIN_REFUSED = {
+    "indivisible": lambda model, rank: {"batch_size": 5},
+    "last_batch": lambda model, rank: {"batch_size": 4},
+    "own_loss": lambda model, rank: {"loss": lambda prediction, target: prediction.mean()},
+    "weighted_loss": lambda model, rank: {"loss": nn.CrossEntropyLoss(torch.ones(1))},
+    "own_zero_grad": lambda model, rank: {"optimizer": OwnZeroGrad(model.parameters())},
+    "other_seed": lambda model, rank: {"seed": rank},
+    "other_model": lambda model, rank: {"stop_on_nan": model[0].bias.data.add_(rank) is None},
+    "stopped": lambda model, rank: {"stop_on_nan": True},
+}
 
 
-def last_batch(begin, rank):
-    train_refused(rows=11, batch_size=10)
-
-
-def own_loss(begin, rank):
-    train_refused(loss=lambda prediction, target: (prediction - target).square().mean())
-
-
-def weighted_loss(begin, rank):
-    model = nn.Linear(20, 3)
-    loss, optimizer = nn.CrossEntropyLoss(torch.ones(3)), torch.optim.SGD(model.parameters(), lr=0.01)
-    rows = torch.ones(4, 20), torch.zeros(4, dtype=torch.int64)
-    everystep.train(model, rows, loss=loss, optimizer=optimizer, steps=2)
-
-
-def wrapped(begin, rank):
-    model = DistributedDataParallel(mlp())
-    optimizer, rows = torch.optim.SGD(model.parameters(), lr=0.01), torch.ones(4, 20)
-    everystep.train(model, (rows, rows[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=2)
-
-
-def own_zero_grad(begin, rank):
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    optimizer.zero_grad = lambda: None
-    x = torch.ones(4, 20)
-    everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=2)
-
-
-def other_seed(begin, rank):
-    train_refused(batch_size=4, seed=rank)
-
-
-def other_model(begin, rank):
-    model = mlp()
-    model[0].bias.data += rank
-    train_refused(model=model)
-
-
-def stopped(begin, rank):
-    train_refused(stop_on_nan=True)
+def train_refused(name, begin, rank):
+    model = DistributedDataParallel(mlp()) if name == "wrapped" else mlp()
+    x, y = torch.ones(13, 20), torch.ones(13, 1)
+    given = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.01), "steps": 2}
+    everystep.train(model, (x, y), **given | TRAIN_REFUSED.get(name, lambda *_: {})(model, rank))
 
 
 def hook(begin, rank):
@@ -549,7 +515,7 @@ def main(names):
     kill = os.environ.get("KILL")
     found = {}
     for name in names:
-        case, options = globals()[name], {}
+        case, options = globals().get(name) or partial(train_refused, name), {}
         if kill is not None:
             options["kill"] = tuple(map(int, kill.split(",")))
 

@@ -114,7 +114,7 @@ ProcessesOption = Annotated[
 FileOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")]
 RowsOption = Annotated[str | None, typer.Option(metavar="ROWS")]
 RelabelOption = Annotated[list[str] | None, typer.Option(metavar="ROW=TARGET")]
-RankOption = Annotated[
+_RankOption = Annotated[
     int | None,
     typer.Option(min=0, metavar="N", help="Of several processes that trained together, number N."),
 ]
@@ -159,16 +159,13 @@ def with_rank(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def of_rank(*, rank: int | None = None, **given: Any) -> None:
-        if rank is not None:
-            given["run"] = _of_rank(given["run"], rank)
-        command(**given)
+        command(**given if rank is None else given | {"run": _of_rank(given["run"], rank)})
 
-    own = inspect.signature(command)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [each.replace(kind=kind) for each in own.parameters.values()]
-    asked = inspect.Parameter("rank", kind, default=None, annotation=RankOption)
-    of_rank.__signature__ = own.replace(parameters=[*parameters, asked])  # type: ignore[attr-defined]
-    of_rank.__annotations__ = command.__annotations__ | {"rank": RankOption}
+    own, kind = inspect.signature(command), inspect.Parameter.KEYWORD_ONLY
+    asked = inspect.Parameter("rank", kind, default=None, annotation=_RankOption)
+    wrapped: Any = of_rank
+    wrapped.__signature__ = own.replace(parameters=[*own.parameters.values(), asked])
+    wrapped.__annotations__ = command.__annotations__ | {"rank": _RankOption}
     return of_rank
 
 
@@ -182,10 +179,7 @@ def _of_rank(run: str, rank: int) -> str:
     from everystep.recording.recorded_run import RecordedRun
 
     found = RecordedRun(find_run(run), may_be_cut=True)
-    if rank and found.known_ranks is None:
-        raise UsageError(f"{found.name} was trained by one process, and has no rank {rank}")
     if rank >= len(ranks := found.ranks):
-        raise UsageError(f"{found.name} has no rank {rank}; they are 0 to {len(ranks) - 1}")
-    if found.known_ranks is not None and found.known_ranks.rank == 0:  # named as it was typed
-        return str(rank_directory(Path(run), rank))
-    return str(ranks[rank].directory)
+        raise UsageError(f"{found.name} has no rank {rank}; it has {len(ranks)}, counted from 0")
+    is_first = found.known_ranks is None or found.known_ranks.rank == 0
+    return str(rank_directory(Path(run), rank) if is_first else ranks[rank].directory)

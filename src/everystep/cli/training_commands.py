@@ -18,6 +18,7 @@ from everystep.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from everystep.training.job import Progress
+    from everystep.views.progress import Silent
 
 __all__ = ["experiments", "fork", "resume", "train"]
 
@@ -83,8 +84,7 @@ def train(
     budget, place = snapshot_budget * 1_000_000, place_of(run)
     if resume_run and place is None:
         raise UsageError("--resume needs the run: --run NAME")
-    with _processes() as is_first:
-        progress = _progress(quiet, is_first)
+    with _processes(quiet) as (progress, quiet):
         if resume_run and place is not None and is_run(place):
             from everystep.replay.resume import Resume, resume_experiment
 
@@ -92,7 +92,7 @@ def train(
             outcome = resume_experiment(asked, progress, loaded)
         else:
             outcome = train_experiment(loaded, name, place, budget, progress, said)
-    _close(outcome.directory, outcome.reason, quiet or not is_first)
+    _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
 
@@ -125,10 +125,9 @@ def resume(
     from everystep.run import Run
 
     budget = snapshot_budget * 1_000_000
-    with _processes() as is_first:
-        progress = _progress(quiet, is_first)
+    with _processes(quiet) as (progress, quiet):
         made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=progress)
-    _close(made.directory, made.facts.reason, quiet or not is_first)
+    _close(made.directory, made.facts.reason, quiet)
     if made.status != "finished":
         raise typer.Exit(1)
 
@@ -201,33 +200,28 @@ def fork(
 
 
 @contextmanager
-def _processes() -> Iterator[bool]:
+def _processes(quiet: bool) -> Iterator[tuple[Progress, bool]]:
     """Join the processes that torchrun has started with this one, if any.
 
-    Yields whether this is the first, which alone prints.
+    Yields the progress, and whether to be quiet: the first process alone prints.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
-        yield True
+        yield _progress(quiet), quiet
         return
     from torch import distributed
 
+    from everystep.training.job import Progress
+
     distributed.init_process_group("gloo")
     try:
-        yield distributed.get_rank() == 0
+        yield (Progress(), True) if distributed.get_rank() else (_progress(quiet), quiet)
     finally:
         distributed.destroy_process_group()
 
 
-def _progress(quiet: bool, is_first: bool = True) -> Progress:
-    """Return the progress of a training: notices only, or the terminal; a pipe gets lines.
-
-    is_first: of several processes, the others show nothing.
-    """
-    from everystep.training.job import Progress
+def _progress(quiet: bool) -> Silent:
+    """Return the progress of a training: notices only, or the terminal; a pipe gets lines."""
     from everystep.views.progress import Silent, TerminalProgress
-
-    if not is_first:
-        return Progress()
 
     piped = None if sys.stdout.isatty() else say_lines
     return Silent() if quiet else TerminalProgress(show_header=True, lines=piped)

@@ -66,27 +66,21 @@ class Batches:
             return None
         return f"row {row:,} of {self.source} is not trained on: it is held out, or was dropped"
 
-    @property
-    def whole(self) -> Batches:
-        """The batches of all processes together."""
-        return replace(self, share=None)
-
     def shared(self, rank: int, count: int) -> Batches:
         """Return the shares that one of several processes takes of these batches.
 
         Raises:
             ExperimentError: they cannot be split.
         """
-        faults = []
         if self.batch_size is not None and self.batch_size % count:
             problem = f"{self.batch_size} rows cannot be split equally among {count} processes"
-            faults.append(Fault("batch_size", f"{problem}; use a multiple of {count}"))
+            fault = Fault("batch_size", f"{problem}; use a multiple of {count}")
         elif self.smallest < count:
             problem = f"a batch of {self.smallest} rows cannot be split among {count} processes"
-            faults.append(Fault("drop_last", f"{problem}; set drop_last, or use fewer of them"))
-        if faults:
-            raise ExperimentError(faults, "a training by several processes")
-        return replace(self, share=(rank, count))
+            fault = Fault("drop_last", f"{problem}; set drop_last, or use fewer of them")
+        else:
+            return replace(self, share=(rank, count))
+        raise ExperimentError([fault], "a training by several processes")
 
     def _own(self, rows: int) -> slice:
         """Return the places of this process's share among the rows of a batch."""
@@ -234,8 +228,8 @@ class RowsOf:
 
     def of_rank(self, rank: int, count: int) -> RowsOf:
         """Return the batches of one of several processes, of the same rows."""
-        batches = replace(self.batches, share=(rank, count))
-        return RowsOf(batches, self._x, self.y, self._is_read, self.guards)
+        own = replace(self.batches, share=(rank, count))
+        return RowsOf(own, self._x, self.y, self._is_read, self.guards)
 
     def with_targets(self, y: Tensor) -> RowsOf:
         """Return these batches with other targets (rows, ...)."""

@@ -99,8 +99,7 @@ def _about(job: Job, directory: Path | None) -> dict[str, Any]:
     about = {name: str(value) for name, value in flat(settings).items()}
     about |= {"the run": str(directory), "the last step": str(job.steps)}
     tensors = job.training.named_state()
-    if job.data is not None:
-        tensors |= {"data/x": job.data.x, "data/y": job.data.y}
+    tensors |= {"data/x": job.data.x, "data/y": job.data.y} if job.data is not None else {}
     kinds = ("data/", "parameter/") if job.origin else ("data/", "parameter/", "buffer/", "optimizer/")
     given = {name: tensor for name, tensor in tensors.items() if name.startswith(kinds)}
     return about | {n.replace("/", " ", 1): f"digest {digest_of(t)}" for n, t in given.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -29,9 +29,6 @@ from everystep.training.objects import Objects
 
 __all__ = ["Shares", "shares_of"]
 
-#: Losses that divide by the weights of the targets, not by their number, and where their options are.
-_WEIGHTED = {nn.functional.cross_entropy, nn.functional.nll_loss}
-_WEIGHTED_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _OWN_STEP = "or train with a step of your own: everystep.train(step, loader, parts=...)"
 
 
@@ -45,38 +42,36 @@ class Shares:
     batches: Batches
     is_mean: bool
 
-    def weight(self, step: int) -> float:
-        """Return the share of this rank in the loss of a step."""
-        whole = self.batches.whole.rows_of(step)
-        return self.batches.rows_of(step) / whole if self.is_mean else 1.0
-
     def exchange(self, step: int, parameters: Sequence[Tensor]) -> None:
         """Replace the gradients of parameters by those of the whole batch.
 
         A parameter without a gradient counts as zero, unless no rank has one.
         """
+        own, whole = (b.rows_of(step) for b in (self.batches, replace(self.batches, share=None)))
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         for dtype in dict.fromkeys(parameter.dtype for parameter in trained):
-            self._exchange_some(self.weight(step), [p for p in trained if p.dtype == dtype])
+            alike = [parameter for parameter in trained if parameter.dtype == dtype]
+            _exchange(alike, own / whole if self.is_mean else 1.0)
 
-    def _exchange_some(self, weight: float, parameters: list[Tensor]) -> None:
-        grown = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        first = grown[0]
-        # All ranks exchange as many numbers, whichever parameters a step of theirs has used.
-        used = [
-            first.new_full((len([*alike]),), float(is_used))
-            for is_used, alike in groupby(p.grad is not None for p in parameters)
-        ]
-        flat = torch.cat([gradient.reshape(-1) for gradient in grown]) * weight
-        exchanged = torch.cat([flat, *used])
-        torch.distributed.all_reduce(exchanged)
-        sizes = [*(parameter.numel() for parameter in parameters), len(parameters)]
-        *sums, users = torch.split(exchanged, sizes)
-        for place, (parameter, gradient, whole) in enumerate(zip(parameters, grown, sums, strict=True)):
-            if parameter.grad is None and not users[place].item():
-                continue
-            gradient.copy_(whole.view(parameter.shape))
-            parameter.grad = gradient
+
+def _exchange(parameters: list[Tensor], weight: float) -> None:
+    """Replace gradients of one dtype by the sum of those of all ranks. weight: of this one."""
+    grown = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    # All ranks exchange as many numbers, whichever parameters a step of theirs has used.
+    used = [
+        grown[0].new_full((len([*alike]),), float(is_used))
+        for is_used, alike in groupby(p.grad is not None for p in parameters)
+    ]
+    flat = torch.cat([gradient.reshape(-1) for gradient in grown]) * weight
+    exchanged = torch.cat([flat, *used])
+    torch.distributed.all_reduce(exchanged)
+    sizes = [*(parameter.numel() for parameter in parameters), len(parameters)]
+    *sums, users = torch.split(exchanged, sizes)
+    for place, (parameter, gradient, whole) in enumerate(zip(parameters, grown, sums, strict=True)):
+        if parameter.grad is None and not users[place].item():
+            continue
+        gradient.copy_(whole.view(parameter.shape))
+        parameter.grad = gradient
 
 
 def shares_of(objects: Objects, batch: RowsOf | DatasetBatches, iteration: Iteration) -> Shares:
@@ -114,11 +109,11 @@ def _loss_fault(loss: Any, y: Tensor) -> str | None:
             "must be one of torch's, with a reduction, since nothing else shows whether it is a mean or "
             f"a sum over the rows; {_OWN_STEP}"
         )
-    function = loss.func if isinstance(loss, partial) else loss
-    if not (isinstance(loss, _WEIGHTED_MODULES) or function in _WEIGHTED):
+    if options["reduction"] != "mean" or "ignore_index" not in options:
         return None
+    # It divides by the weights of the targets, not by their number.
     is_ignored = not y.is_floating_point() and bool((y == options["ignore_index"]).any())
-    if options["reduction"] == "mean" and (options["weight"] is not None or is_ignored):
+    if options["weight"] is not None or is_ignored:
         kind = "ignores some" if is_ignored else "weighs classes"
         return f'{kind}, so that its mean over a share is not that of a batch; use reduction="sum"'
     return None

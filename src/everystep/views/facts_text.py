@@ -141,7 +141,7 @@ def engine_text(facts: Facts) -> str:
             return f"by your own loop; {kept}"
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
     if ranks is not None:
-        return f"by Python; {which}"
+        return f"by Python; {which}, with the losses of its rows"
     if engine is None:
         return "by Python"
     if engine.eager_from == 1 or (engine.eager_from is not None and not engine.programs):
@@ -205,12 +205,10 @@ def _steps_text(steps: int, training: TrainingFacts) -> str:
     batches = training.batches
     if training.loop is not None or not steps:
         return f"{steps:,}"
+    split = f", split among {training.ranks.count} processes" if training.ranks else ""
     if batches.batch_size is None:
-        return f"{steps:,}, each with all {training.data.rows:,} rows"
-    ranks = training.ranks
-    split = "" if ranks is None else f", split among {ranks.count} processes"
-    epoch = f"{batches.steps_per_epoch:,} to an epoch"
-    return f"{steps:,}, {batches.batch_size} rows each{split}, {epoch}"
+        return f"{steps:,}, each with all {training.data.rows:,} rows{split}"
+    return f"{steps:,}, {batches.batch_size} rows each{split}, {batches.steps_per_epoch:,} to an epoch"
 
 
 def shortest_name(directory: Path) -> str:
