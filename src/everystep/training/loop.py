@@ -102,7 +102,7 @@ def _about(job: Job, directory: Path | None) -> dict[str, Any]:
     tensors |= {"data/x": job.data.x, "data/y": job.data.y} if job.data is not None else {}
     kinds = ("data/", "parameter/") if job.origin else ("data/", "parameter/", "buffer/", "optimizer/")
     given = {name: tensor for name, tensor in tensors.items() if name.startswith(kinds)}
-    return about | {n.replace("/", " ", 1): f"digest {digest_of(t)}" for n, t in given.items()}
+    return about | {n.replace("/", " ", 1): f"digest {digest_of(t.cpu())}" for n, t in given.items()}
 
 
 class _ModelWriter(RunWriter):
