@@ -1,4 +1,4 @@
-"""The device: the named one, or the best available; and that one process trains on it."""
+"""The device: the named one, or the best available."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from everystep.errors import DeviceError, UsageError, did_you_mean
+from everystep.errors import DeviceError, did_you_mean
 
-__all__ = ["available", "check_one_process", "kinds", "on_cpu", "select"]
+__all__ = ["available", "kinds", "on_cpu", "select"]
 
 
 def kinds() -> list[str]:
@@ -53,22 +53,6 @@ def select(name: str) -> torch.device:
             '"auto" uses the first)'
         )
     return torch.device(wanted)
-
-
-def check_one_process() -> None:
-    """Check that no other process takes part in the training.
-
-    Raises:
-        UsageError: torch.distributed runs several.
-    """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        count = distributed.get_world_size()
-        if count > 1:
-            raise UsageError(
-                f"torch.distributed runs {count} processes, but everystep trains this in one; record "
-                "your own loop with everystep.record, or start the script without torchrun"
-            )
 
 
 @contextmanager

@@ -101,16 +101,20 @@ class Run(RecordedRun):
             count = len(self)
             begin = 1 if step.start is None and (step.step or 1) > 0 else step.start
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
-            return Steps(self, [number for number in range(first, *others) if number > 0])
+            return Steps([(self, number) for number in range(first, *others) if number > 0])
         number = self._number(step)
         opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
         if self._last_opened is not None and self._last_opened[0] is opened:
             return self._last_opened[1]
         from everystep.views.run_view import RunView
 
-        shown = replace(opened, view=RunView(self), earlier=self.__getitem__)
+        of_ranks = self._steps_of_ranks
+        shown = replace(opened, view=RunView(self), earlier=self.__getitem__, of_ranks=of_ranks)
         self._last_opened = opened, shown
         return shown
+
+    def _steps_of_ranks(self, number: int) -> Steps:
+        return Steps([(rank, number) for rank in self.ranks])
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])
@@ -662,14 +666,13 @@ class Run(RecordedRun):
 
 
 class Steps(Sequence["Step"]):
-    """A sequence of steps of a run; each opens when you access it."""
+    """A sequence of steps of a run, or of its ranks; each opens when you access it."""
 
-    def __init__(self, run: Run, numbers: list[int]) -> None:
-        self._run = run
-        self._numbers = numbers
+    def __init__(self, places: list[tuple[Run, int]]) -> None:
+        self._places = places
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._places)
 
     @overload
     def __getitem__(self, place: int) -> Step: ...
@@ -679,12 +682,14 @@ class Steps(Sequence["Step"]):
 
     def __getitem__(self, place: int | slice) -> Step | Steps:
         if isinstance(place, slice):
-            return Steps(self._run, self._numbers[place])
-        return self._run[self._numbers[place]]
+            return Steps(self._places[place])
+        run, number = self._places[place]
+        return run[number]
 
     def __repr__(self) -> str:
-        ends = f"{self._numbers[0]} to {self._numbers[-1]}" if self._numbers else "none"
-        return f"<steps of {self._run.name}: {ends}>"
+        names = ", ".join(dict.fromkeys(run.name for run, _ in self._places))
+        ends = f"{self._places[0][1]} to {self._places[-1][1]}" if self._places else "none"
+        return f"<steps of {names}: {ends}>"
 
 
 def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis:
@@ -734,9 +739,13 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
-    """Return the progress of a training: the given object, the terminal, or none."""
+    """Return the progress of a training: the given object, the terminal if it is rank 0, or none."""
+    from everystep.training.agreement import ranks_here
+    from everystep.training.job import Progress
     from everystep.views.progress import Silent, TerminalProgress
 
     if not isinstance(wanted, bool):
         return wanted
+    if (ranks := ranks_here()) is not None and ranks.rank:
+        return Progress()
     return TerminalProgress(show_header=False, lines=None) if wanted else Silent()

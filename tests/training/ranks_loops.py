@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import everystep
+from everystep.cli import app
 from everystep.training import agreement
+from everystep.training.job import Progress
 
 STEPS = 8
 
@@ -277,11 +280,11 @@ def epochs(begin, rank, kill=None):
     return model
 
 
-def planted(begin, rank, *, row=False, weight=False):
-    """row: of step 5 on the last rank, differs; weight: rank 0 changes one after step 3."""
+def planted(begin, rank, *, row=False, weight=False, nan=False):
+    """row: of step 5 on the last rank, differs, or has a NaN; weight: rank 0 changes one at step 3."""
     data = batches(rank)
-    if row and rank:
-        data[4][0][2, 3] += 1
+    if (row or nan) and rank:
+        data[4][0][2, 3] += torch.nan if nan else 1
     model = mlp()
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
@@ -298,12 +301,104 @@ def planted(begin, rank, *, row=False, weight=False):
     return model
 
 
-def other_row(begin, rank):
-    return planted(begin, rank, row=True)
+class LayerOfBatch(Branches):
+    """Uses another layer for some batches, and has one that it never uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.never = nn.Linear(2, 2, dtype=torch.float64)
+
+    def forward(self, x):
+        self.calls = int(x.sum() > 0)
+        return super().forward(x)
 
 
-def other_weight(begin, rank):
-    return planted(begin, rank, weight=True)
+def trained_model(begin, rank):
+    """A model by `everystep.train`, and by hand; a layer is used on one rank alone, in some steps."""
+    world = dist.get_world_size()
+    x, y = (torch.cat(parts) for parts in zip(*batches(0), strict=True))
+    share = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+    model = LayerOfBatch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+    given = {"loss": nn.functional.mse_loss, "optimizer": optimizer, "max_grad_norm": 0.5}
+    if begin is not unrecorded:
+        everystep.train(model, (x, y), **given, steps=STEPS, run="runs/trained_model", progress=False)
+        return model
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(STEPS):
+        loss = nn.functional.mse_loss(ddp(x[share]), y[share])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return model
+
+
+def trained_step(begin, rank):
+    """A step function, by `everystep.train` and by hand."""
+    model = DistributedDataParallel(mlp())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(batch):
+        loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    if begin is unrecorded:
+        [*map(step, batches(rank))]
+    else:
+        given = {"parts": {"model": model, "optimizer": optimizer}, "epochs": 1, "progress": False}
+        everystep.train(step, batches(rank), run="runs/trained_step", **given)
+    return model
+
+
+def shuffled(run, reduction, **given):
+    """Train on shuffled batches, the last of which has a row more for one rank than for the other."""
+    x, y = (torch.cat(parts) for parts in zip(*batches(0), strict=True))
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01 if reduction == "mean" else 0.001)
+    given = {"batch_size": 10, "epochs": 4, "evaluate_every": 5, "progress": False} | given
+    given |= {"loss": nn.MSELoss(reduction=reduction), "validation": (x[:9], y[:9])}
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.1)
+    given |= {"optimizer": optimizer, "scheduler": scheduler}
+    return everystep.train(model, (x[:43], y[:43]), run=run, **given)
+
+
+class Killed(Progress):
+    """Ends a rank once a step is written."""
+
+    def __init__(self, rank, kill):
+        self.kill = kill is not None and kill[0] == rank and kill[1]
+
+    def advance(self, first_step, losses):
+        if self.kill and first_step + len(losses) > self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shuffled_mean(begin, rank, kill=None, reduction="mean"):
+    if begin is not unrecorded:
+        given = {"resume": "RESUME" in os.environ, "progress": Killed(rank, kill)}
+        shuffled(f"runs/shuffled_{reduction}", reduction, **given)
+
+
+shuffled_sum = partial(shuffled_mean, reduction="sum")
+
+
+def command(begin, rank):
+    """By the command line; the processes communicate already."""
+    if begin is not unrecorded:
+        given = ["digits", "--steps", "3", "--run", "runs/command", "--quiet"]
+        app(["train", *given], standalone_mode=False)
+        app(["train", *given[:2], "5", *given[3:], "--resume"], standalone_mode=False)
+        app(["resume", "runs/command", "--steps", "7", "-q"], standalone_mode=False)
+
+
+other_row = partial(planted, row=True)
+nan = partial(planted, nan=True)
+other_weight = partial(planted, weight=True)
 
 
 # Refused.
@@ -311,6 +406,31 @@ def other_weight(begin, rank):
 
 def other_parts(begin, rank):
     return begin(**({"model": mlp()} if rank else {"network": mlp()})).__enter__()
+
+
+class OwnZeroGrad(torch.optim.SGD):
+    def zero_grad(self):
+        """Keep them."""
+
+
+#: Settings that a training of a model by several processes refuses, by the case.
+TRAIN_REFUSED = {
+    "indivisible": lambda model, rank: {"batch_size": 5},
+    "last_batch": lambda model, rank: {"batch_size": 4},
+    "own_loss": lambda model, rank: {"loss": lambda prediction, target: prediction.mean()},
+    "weighted_loss": lambda model, rank: {"loss": nn.CrossEntropyLoss(torch.ones(1))},
+    "own_zero_grad": lambda model, rank: {"optimizer": OwnZeroGrad(model.parameters())},
+    "other_seed": lambda model, rank: {"seed": rank},
+    "other_model": lambda model, rank: {"stop_on_nan": model[0].bias.data.add_(rank) is None},
+    "stopped": lambda model, rank: {"stop_on_nan": True},
+}
+
+
+def train_refused(name, begin, rank):
+    model = DistributedDataParallel(mlp()) if name == "wrapped" else mlp()
+    x, y = torch.ones(13, 20), torch.ones(13, 1)
+    given = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.01), "steps": 2}
+    everystep.train(model, (x, y), **given | TRAIN_REFUSED.get(name, lambda *_: {})(model, rank))
 
 
 def hook(begin, rank):
@@ -376,6 +496,11 @@ def alone(begin, rank):
         begin(model=mlp()).__enter__()
 
 
+def unrecorded(**parts):
+    """Begin a loop without everystep."""
+    return contextlib.nullcontext(Plain())
+
+
 def digest(model):
     found = hashlib.sha256()
     for tensor in model.state_dict().values():
@@ -390,18 +515,14 @@ def main(names):
     kill = os.environ.get("KILL")
     found = {}
     for name in names:
-        case, options = globals()[name], {}
+        case, options = globals().get(name) or partial(train_refused, name), {}
         if kill is not None:
             options["kill"] = tuple(map(int, kill.split(",")))
 
         def recorded(name=name, **parts):
             return everystep.record(run=f"runs/{name}", resume="RESUME" in os.environ, **parts)
 
-        ways = (
-            [recorded]
-            if kill or "RECORDED" in os.environ
-            else [lambda **parts: contextlib.nullcontext(Plain()), recorded]
-        )
+        ways = [recorded] if kill or "RECORDED" in os.environ else [unrecorded, recorded]
         try:
             models = []
             for begin in ways:

@@ -15,11 +15,15 @@ from tests.training import ranks_loops
 from torch import nn
 
 import everystep
+from everystep.page.about import about_data
+from everystep.page.columns import Columns
+from everystep.page.run_index import RunIndex
 
 ROOT = Path(__file__).parents[2]
 TRAINED = [
     *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
     *("accumulated", "by_hand", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
+    *("trained_model", "trained_step"),
 ]
 REFUSED = {
     "other_parts": r"parts is \['network'\] on rank 0, and \['model'\] on rank 1",
@@ -31,6 +35,15 @@ REFUSED = {
     "kept": "the ranks do not begin the same recording: keep is",
     "condition": "stop_when: a condition may hold on one process alone",
     "taken": "runs/taken already exists",
+    "indivisible": "batch_size: 5 rows cannot be split equally among 2 processes",
+    "last_batch": "drop_last: a batch of 1 rows cannot be split among 2 processes",
+    "own_loss": "loss: must be one of torch's, with a reduction",
+    "weighted_loss": "loss: weighs classes",
+    "wrapped": "model: is a DistributedDataParallel",
+    "own_zero_grad": "optimizer: has a custom zero_grad",
+    "other_seed": "the ranks do not begin the same recording: seed is '0' on rank 0, and '1' on rank 1",
+    "other_model": "the ranks do not begin the same recording: parameter 0.bias is",
+    "stopped": "stop_on_nan: a condition may hold on one process alone",
 }
 
 
@@ -77,7 +90,15 @@ def trained(request, tmp_path_factory):
     with FileLock(directory / "lock"):
         found = directory / "found.json"
         if not found.exists():
-            names = [*TRAINED, "other_row", "other_weight"]
+            names = [
+                *TRAINED,
+                "other_row",
+                "other_weight",
+                "shuffled_mean",
+                "shuffled_sum",
+                "command",
+                "nan",
+            ]
             found.write_text(json.dumps(launched(directory, names)))
         return directory / "runs", *json.loads(found.read_text())
 
@@ -122,11 +143,41 @@ def test_the_steps_are_those_of_both_ranks_by_hand(trained):
     assert [o.phase for o in operations if "all_reduce" in o.operator] == ["backward"]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_model_is_trained_as_by_one_process(trained, tmp_path, reduction):
+    one = ranks_loops.shuffled(tmp_path / "one", reduction)
+    run = everystep.open(trained[0] / f"shuffled_{reduction}")
+    assert run.verify().is_exact
+    for steps in zip(one, *run.ranks, strict=True):
+        alone, *shares = [step.batch["x"] for step in steps]
+        assert torch.equal(alone, torch.cat(shares))
+        assert [*map(len, shares)] == ([1, 2] if len(alone) == 3 else [5, 5])
+        losses = [step.loss for step in steps[1:]]
+        if reduction == "mean":
+            losses = [loss * len(x) / len(alone) for loss, x in zip(losses, shares, strict=True)]
+        assert sum(losses) == pytest.approx(steps[0].loss, rel=1e-5)
+    for rank in run.ranks:
+        torch.testing.assert_close(rank.parameters(-1), one.parameters(-1), rtol=1e-5, atol=1e-7)
+        assert rank.measured("validation_loss") == run.measured("validation_loss")
+        assert rank.measured("lr") == run.measured("lr") == pytest.approx(one.measured("lr"))
+
+
+def test_commands_train_and_resume_an_experiment(trained):
+    run = everystep.open(trained[0] / "command")
+    assert (len(run), run.verify().is_exact) == (7, True)
+    one, two = (rank[6] for rank in run.ranks)
+    assert len(one.batch["x"]) == len(two.batch["x"]) == 32
+    assert not torch.equal(one.activations["6"] == 0, two.activations["6"] == 0)  # dropout
+    assert "by Python; this is rank 0 of 2 (gloo)" in run.report()
+
+
 def test_the_run_is_one_directory_and_shows_its_ranks(trained):
     runs, _, _ = trained
     run = everystep.open(runs / "plain")
     assert [each.name for each in run.ranks] == ["plain", "plain/ranks/1"]
     assert [each.name for each in run.ranks[1].ranks] == ["plain", "plain/ranks/1"]
+    assert [step.loss for step in run[3].ranks] == [rank.losses["loss"][2] for rank in run.ranks]
+    assert run[3].ranks[1].ranks[0].loss == run[3].loss
     assert "this is rank 0 of 2 (gloo)" in run.report()
     assert "plain" in [each.name for each in everystep.runs(runs)]
     assert (
@@ -134,12 +185,34 @@ def test_the_run_is_one_directory_and_shows_its_ranks(trained):
     )
 
 
+def test_views_show_the_losses_of_all_ranks(trained, tmp_path):
+    run = everystep.open(trained[0] / "uneven")
+    one, two = (rank.losses["loss"].to_list() for rank in run.ranks)
+    assert run.table_frame()["loss (rank 1)"].to_list() == two[: len(one)]
+    assert set(run.plot().data["run"]) == {"uneven", "uneven/ranks/1"}
+    index = RunIndex(trained[0])
+    for rank, name in enumerate(["uneven", "uneven rank 1"]):
+        shown = index.run(name)
+        about = about_data(name, shown, Columns().of(shown), [])
+        assert (about["ranks"], about["steps"]) == (["uneven", "uneven rank 1"], len(run.ranks[rank]))
+    (tmp_path / "uneven/ranks").mkdir(parents=True)
+    (tmp_path / "uneven/ranks/1").symlink_to(trained[0] / "uneven/ranks/1")
+    for place, name in ((RunIndex(tmp_path), "uneven rank 1"), (index, "uneven rank 2")):
+        with pytest.raises(everystep.RunError, match=f"no run '{name}'"):
+            place.run(name)
+
+
 def test_commands_take_the_ranks_of_a_run(trained, tmp_path, monkeypatch, everystep_command):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained[0] / "plain", tmp_path / "runs/plain")
     assert everystep_command("verify", "plain")[0] == 0
     assert "all_reduce([" in everystep_command("step", "plain/ranks/1", "3")[1]
-    assert everystep_command("table", "plain/ranks/1")[0] == 0
+    for given in (["losses"], ["step", "3"], ["why", "3", "loss"]):
+        named = everystep_command(given[0], "plain/ranks/1", *given[1:])
+        assert everystep_command(given[0], "plain", *given[1:], "--rank", "1") == named
+    code, _, error = everystep_command("rows", "plain", "3", "--rank", "2")
+    assert code and "plain has no rank 2; it has 2, counted from 0" in error
+    assert everystep_command("table", "plain", "--rank", "1")[0] == 0
     assert Path("plain-ranks-1-losses.html").exists()
     assert everystep_command("du", "plain")[1].split()[-1] == "0"  # no files of others
     code, _, error = everystep_command("prune", "plain", "--snapshots", "0")
@@ -169,6 +242,17 @@ def test_the_steps_after_which_ranks_differ_are_found(trained, name, first, step
     assert run.when("ranks differ", "all").steps == steps
 
 
+def test_a_number_is_followed_to_the_rank_that_sent_it(trained, everystep_command):
+    run = everystep.open(trained[0] / "plain")
+    exchanged = run.why(3, "gradients['module.0.weight'][0, 0]", depth=3).causes[0]
+    assert exchanged.formula == "rank 0 + rank 1" and exchanged.is_equal
+    own = [step.gradients["module.0.weight"][0, 0].item() for step in run[3].ranks]
+    assert own[0] == own[1] == sum(number.value for number in exchanged.numbers)
+    found = everystep.open(trained[0] / "nan").first_nonfinite()
+    assert "all_reduce" in found.operation.operation.operator
+    assert (found.why.began.number.rank, found.why.began.rows) == (1, (2,))
+
+
 def test_questions_about_a_step_of_a_rank(trained):
     run = everystep.open(trained[0] / "dropout").ranks[1]
     assert run.why(3, "loss").number.value == pytest.approx(run[3].loss)
@@ -190,21 +274,30 @@ def test_more_ranks_replay_bit_for_bit(tmp_path, processes):
         assert everystep.open(tmp_path / "runs" / name).verify().is_exact
 
 
-@pytest.mark.parametrize("kill", ["1,17", "0,5", "0,17", "1,2"])
-@pytest.mark.sweep(every=4)
-def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, trained, kill):
-    found, errors = launched(tmp_path, ["epochs"], KILL=kill)
+@pytest.mark.parametrize(
+    ("name", "kill"),
+    [
+        *[("epochs", kill) for kill in ("1,17", "0,5", "0,17", "1,2")],
+        *[("shuffled_mean", kill) for kill in ("1,7", "0,13")],
+    ],
+)
+@pytest.mark.sweep(every=6)
+def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, trained, name, kill):
+    found, errors = launched(tmp_path, [name], KILL=kill)
     assert None in found
-    run = everystep.open(tmp_path / "runs/epochs")
+    run = everystep.open(tmp_path / "runs" / name)
     lacks, verified = min(map(len, run.ranks)), run.verify()
     assert lacks == len(run) or "has recorded only" in " ".join(verified.problems)
     assert verified.steps >= lacks
-    found, errors = launched(tmp_path, ["epochs"], RESUME="1", RECORDED="1")
+    found, errors = launched(tmp_path, [name], RESUME="1", RECORDED="1")
     assert None not in found, errors
-    assert [each["epochs"][0] for each in found] == [each["epochs"][0] for each in trained[1]]
-    run = everystep.open(tmp_path / "runs/epochs")
+    assert [each[name][:1] for each in found] == [each[name][:1] for each in trained[1]]
+    run = everystep.open(tmp_path / "runs" / name)
     assert run.verify().is_exact
-    assert run.losses.equals(everystep.open(trained[0] / "epochs").losses)
+    for rank, whole in zip(run.ranks, everystep.open(trained[0] / name).ranks, strict=True):
+        assert rank.losses.equals(whole.losses)
+        last = whole.parameters(-1)
+        assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
 
 
 def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):

@@ -1,7 +1,6 @@
 """`train` refuses invalid arguments: the message names them, the problem, and a fix."""
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,16 +337,3 @@ def test_an_optimizer_without_a_learning_rate_trains(small, engine, settings):
     assert len(run.losses) == 4
     assert "lr" not in run.measurements["name"].to_list()
     assert run[2].hyperparameters == {}
-
-
-def test_a_model_and_an_experiment_are_trained_in_one_process(monkeypatch):
-    model = nn.Linear(2, 1)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    x = torch.ones(4, 2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(everystep.UsageError, match="runs 2 processes, but everystep trains this in one"):
-        everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=1)
-    with pytest.raises(everystep.UsageError, match="runs 2 processes, but everystep trains this in one"):
-        everystep.train_experiment("two-layer", {"steps": 1})
-    assert not Path("runs").exists() or not [*Path("runs").iterdir()]

@@ -188,7 +188,7 @@ def find_nonfinite(
     # The first step has the operations with intentional infinities.
     suspect = begin = next((first for first, _ in run.facts.kept(bound)), bound)
     while True:
-        step = replace(opener.step(suspect), earlier=opener.step)  # it knows those before
+        step = _knowing_others(opener, suspect)
         if (made := _first_made(step)) is not None:
             return made
         if begin > bound:
@@ -208,6 +208,15 @@ def find_nonfinite(
         if found is None:
             return None
         suspect, begin = found, found + 1
+
+
+def _knowing_others(opener: Opener, number: int) -> Step:
+    """Return a step that knows those before, and those of other ranks."""
+
+    def of_ranks(number: int) -> list[Step]:
+        return [_knowing_others(Opener(rank), number) for rank in opener.run.ranks]
+
+    return replace(opener.step(number), earlier=opener.step, of_ranks=of_ranks)
 
 
 def _not_finite_in(step: Step) -> frozenset[_Meant]:

@@ -16,6 +16,7 @@ import typer
 
 from everystep.cli import display_commands as display
 from everystep.cli import question_commands as question
+from everystep.cli import shared_options as shared
 from everystep.cli import space_commands as space
 from everystep.cli import training_commands as training
 from everystep.cli.command_group import Commands, documented
@@ -50,7 +51,12 @@ for command in (
     # -1 is a step, not an option.
     has_step = command in (display.step, question.why, question.rows)
     settings = {"ignore_unknown_options": True} if has_step else {}
-    app.command(context_settings=settings)(documented(command))
+    named = documented(command)
+    is_of_rank = has_step or command in (
+        *(display.losses, display.table, display.report),
+        *(question.measure, question.when, question.first_nonfinite),
+    )
+    app.command(context_settings=settings)(shared.with_rank(named) if is_of_rank else named)
 
 
 @app.callback(invoke_without_command=True)
@@ -99,7 +105,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except EverystepError as error:
         _start_again(getattr(error, "environment", None))
-        hint(f"everystep: {shortened(str(error))}")
+        rank = f"rank {os.environ['RANK']}: " if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        hint(f"everystep: {rank}{shortened(str(error))}")
         sys.exit(error.exit_code)
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "

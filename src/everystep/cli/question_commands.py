@@ -93,7 +93,8 @@ def _hint_next(run: str, found: Why) -> None:
         return
     made = [number for number in found.numbers if number.is_made]
     if made:
-        following = f"everystep why {quoted(run)} {made[0].step} {quoted(made[0].name)}"
+        rank = "" if made[0].rank is None else f" --rank {made[0].rank}"
+        following = f"everystep why {quoted(run)} {made[0].step} {quoted(made[0].name)}{rank}"
         hint(f"next: {following}")
     elif found.origin == "state" and found.number.step > 1:
         hint(f"{found.number.name} is what the step before left; --back 1 follows it there")

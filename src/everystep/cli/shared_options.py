@@ -8,9 +8,11 @@ directories.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +39,7 @@ __all__ = [
     "row_numbers",
     "run_names",
     "targets",
+    "with_rank",
 ]
 
 
@@ -111,6 +114,10 @@ ProcessesOption = Annotated[
 FileOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")]
 RowsOption = Annotated[str | None, typer.Option(metavar="ROWS")]
 RelabelOption = Annotated[list[str] | None, typer.Option(metavar="ROW=TARGET")]
+_RankOption = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", help="Of several processes that trained together, number N."),
+]
 #: A place among the steps.
 StepOption = Annotated[int | None, typer.Option(metavar="STEP")]
 #: How many.
@@ -145,3 +152,34 @@ def targets(texts: Sequence[str] | None) -> dict[int, float]:
                 f"--relabel {text}: write ROW=TARGET, two numbers: --relabel 8123=4"
             ) from None
     return found
+
+
+def with_rank(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command on a run that takes `--rank N`, too, for the run of that rank."""
+
+    @wraps(command)
+    def of_rank(*, rank: int | None = None, **given: Any) -> None:
+        command(**given if rank is None else given | {"run": _of_rank(given["run"], rank)})
+
+    own, kind = inspect.signature(command), inspect.Parameter.KEYWORD_ONLY
+    asked = inspect.Parameter("rank", kind, default=None, annotation=_RankOption)
+    wrapped: Any = of_rank
+    wrapped.__signature__ = own.replace(parameters=[*own.parameters.values(), asked])
+    wrapped.__annotations__ = command.__annotations__ | {"rank": _RankOption}
+    return of_rank
+
+
+def _of_rank(run: str, rank: int) -> str:
+    """Return the directory of a rank of a run.
+
+    Raises:
+        UsageError: it has no such rank.
+    """
+    from everystep.recording.directories import find_run, rank_directory
+    from everystep.recording.recorded_run import RecordedRun
+
+    found = RecordedRun(find_run(run), may_be_cut=True)
+    if rank >= len(ranks := found.ranks):
+        raise UsageError(f"{found.name} has no rank {rank}; it has {len(ranks)}, counted from 0")
+    is_first = found.known_ranks is None or found.known_ranks.rank == 0
+    return str(rank_directory(Path(run), rank) if is_first else ranks[rank].directory)

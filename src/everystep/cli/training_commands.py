@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from everystep.cli.output import hint, say, say_lines
 from everystep.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from everystep.training.job import Progress
     from everystep.views.progress import Silent
 
 __all__ = ["experiments", "fork", "resume", "train"]
@@ -77,18 +80,18 @@ def train(
     from everystep.training.from_experiment import train_experiment
 
     said = facts_from(None, tag or ())
-    progress = _progress(quiet)
     name = Path(experiment).stem
     budget, place = snapshot_budget * 1_000_000, place_of(run)
     if resume_run and place is None:
         raise UsageError("--resume needs the run: --run NAME")
-    if resume_run and place is not None and is_run(place):
-        from everystep.replay.resume import Resume, resume_experiment
+    with _processes(quiet) as (progress, quiet):
+        if resume_run and place is not None and is_run(place):
+            from everystep.replay.resume import Resume, resume_experiment
 
-        asked = Resume(RecordedRun(place), budget=budget, said=said)
-        outcome = resume_experiment(asked, progress, loaded)
-    else:
-        outcome = train_experiment(loaded, name, place, budget, progress, said)
+            asked = Resume(RecordedRun(place), budget=budget, said=said)
+            outcome = resume_experiment(asked, progress, loaded)
+        else:
+            outcome = train_experiment(loaded, name, place, budget, progress, said)
     _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
@@ -122,7 +125,8 @@ def resume(
     from everystep.run import Run
 
     budget = snapshot_budget * 1_000_000
-    made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=_progress(quiet))
+    with _processes(quiet) as (progress, quiet):
+        made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=progress)
     _close(made.directory, made.facts.reason, quiet)
     if made.status != "finished":
         raise typer.Exit(1)
@@ -193,6 +197,26 @@ def fork(
     _close(made.directory, made.facts.reason, quiet)
     if made.status != "finished":
         raise typer.Exit(1)
+
+
+@contextmanager
+def _processes(quiet: bool) -> Iterator[tuple[Progress, bool]]:
+    """Join the processes that torchrun has started with this one, if any.
+
+    Yields the progress, and whether to be quiet: the first process alone prints.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        yield _progress(quiet), quiet
+        return
+    from torch import distributed
+
+    from everystep.training.job import Progress
+
+    distributed.init_process_group("gloo")
+    try:
+        yield (Progress(), True) if distributed.get_rank() else (_progress(quiet), quiet)
+    finally:
+        distributed.destroy_process_group()
 
 
 def _progress(quiet: bool) -> Silent:

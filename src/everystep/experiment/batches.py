@@ -27,6 +27,8 @@ class Batches:
         without: rows, by number, to leave out of their batches, which become smaller.
         numbers: the number of each row in the source of the data; None: its place among the rows.
         source: the name of the numbered data.
+        share: (rank, count) of a process among several, which takes a contiguous share of each batch;
+            None: it takes all.
 
     Raises:
         ExperimentError: there are no rows, a batch is larger than the data, or a row that is left out
@@ -40,6 +42,7 @@ class Batches:
     without: tuple[int, ...] = ()
     numbers: Tensor | None = field(default=None, repr=False, compare=False)
     source: str = "the data"
+    share: tuple[int, int] | None = None
     _order: dict[int, tuple[Tensor, frozenset[int]]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -62,6 +65,27 @@ class Batches:
         if self.numbers is None or bool((self.numbers == row).any()):
             return None
         return f"row {row:,} of {self.source} is not trained on: it is held out, or was dropped"
+
+    def shared(self, rank: int, count: int) -> Batches:
+        """Return the shares that one of several processes takes of these batches.
+
+        Raises:
+            ExperimentError: they cannot be split.
+        """
+        if self.batch_size is not None and self.batch_size % count:
+            problem = f"{self.batch_size} rows cannot be split equally among {count} processes"
+            fault = Fault("batch_size", f"{problem}; use a multiple of {count}")
+        elif self.smallest < count:
+            problem = f"a batch of {self.smallest} rows cannot be split among {count} processes"
+            fault = Fault("drop_last", f"{problem}; set drop_last, or use fewer of them")
+        else:
+            return replace(self, share=(rank, count))
+        raise ExperimentError([fault], "a training by several processes")
+
+    def _own(self, rows: int) -> slice:
+        """Return the places of this process's share among the rows of a batch."""
+        rank, count = self.share or (0, 1)
+        return slice(rows * rank // count, rows * (rank + 1) // count)
 
     def places(self, rows: Collection[int]) -> Tensor:
         """Return the places of rows among those to train on, by their numbers."""
@@ -104,9 +128,11 @@ class Batches:
         if self.without and (indices := self.indices(step)) is not None:
             return len(indices)
         if self.batch_size is None:
-            return self.rows
-        start = (step - 1) % self.steps_per_epoch * self.batch_size
-        return min(self.batch_size, self.rows - start)
+            rows = self.rows
+        else:
+            start = (step - 1) % self.steps_per_epoch * self.batch_size
+            rows = min(self.batch_size, self.rows - start)
+        return len(range(rows)[self._own(rows)])
 
     def indices(self, step: int) -> Tensor | None:
         """Return the rows of a step (from 1) as int64 on the CPU, or None for all in order.
@@ -117,11 +143,15 @@ class Batches:
         if step < 1:
             raise ValueError(f"steps are numbered from 1, not {step}")
         if self.batch_size is None:
-            return self._left(torch.arange(self.rows)) if self.without else None
+            if not self.without and self.share is None:
+                return None
+            indices = self._left(torch.arange(self.rows))
+            return indices[self._own(len(indices))]
         start = (step - 1) % self.steps_per_epoch * self.batch_size
         order, lacking = self._epoch_order(self.epoch(step))
         indices = order[start : start + self.batch_size]
-        return self._left(indices) if start // self.batch_size in lacking else indices
+        indices = self._left(indices) if start // self.batch_size in lacking else indices
+        return indices[self._own(len(indices))]
 
     def without_rows(
         self, rows: Collection[int], first: int, last: int, inherited: Collection[int] = ()
@@ -193,7 +223,13 @@ class RowsOf:
     def use(self, batches: Batches) -> None:
         """From now on, let steps see these batches of the same rows."""
         self.batches = batches
-        self.is_fixed = batches.batch_size is None and not self._is_read and not batches.without
+        is_whole = batches.batch_size is None and not batches.without and batches.share is None
+        self.is_fixed = is_whole and not self._is_read
+
+    def of_rank(self, rank: int, count: int) -> RowsOf:
+        """Return the batches of one of several processes, of the same rows."""
+        own = replace(self.batches, share=(rank, count))
+        return RowsOf(own, self._x, self.y, self._is_read, self.guards)
 
     def with_targets(self, y: Tensor) -> RowsOf:
         """Return these batches with other targets (rows, ...)."""

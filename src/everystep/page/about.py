@@ -9,6 +9,7 @@ from typing import Any
 
 from everystep.errors import RunError
 from everystep.page.columns import RunColumns
+from everystep.page.run_index import names_of_ranks
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
@@ -51,6 +52,7 @@ def about_data(
         "directory": _argument(run.directory),
         "parent": [facts.fork.parent, facts.fork.at] if facts.fork else None,
         "forks": forks,
+        "ranks": names_of_ranks(name, training.ranks),
         "has_experiment": settings is not None,
         "experiment_problem": problem,
         "is_of_loop": training.loop is not None,

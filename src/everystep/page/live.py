@@ -175,7 +175,7 @@ class Live:
             columns = self._columns.of(run)
             status = run.status_by(columns.facts)
         except RunError:  # gone; or not there yet, or not whole
-            folder = self._run_index.folders().get(name)
+            folder = self._run_index.folder(name)
             return Sight(None, {folder_of_all} | ({folder} if folder else set()), is_moving=False)
         return Sight(
             RunSight(run, columns, status), {folder_of_all, run.directory}, is_moving=status == "running"

@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.connection import fingerprint
 from everystep.recording.database import FILE_NAME
+from everystep.recording.directories import rank_directory
+from everystep.recording.facts import RanksFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.views.lists import summary_data
 
-__all__ = ["RunIndex", "Summaries", "shown_name"]
+__all__ = ["RunIndex", "Summaries", "names_of_ranks", "shown_name"]
+
+#: Between the name of a run and the number of one of its ranks: a name has no slash here.
+_RANK = " rank "
 
 
 class Summaries(NamedTuple):
@@ -48,7 +53,7 @@ class RunIndex:
         Raises:
             RunError: there is none.
         """
-        directory = self.folders().get(name)
+        directory = self.folder(name)
         if directory is None or not (directory / FILE_NAME).is_file():
             known = list(self.directories())
             cure = did_you_mean(name, known) or "the list of runs shows the existing ones"
@@ -62,6 +67,17 @@ class RunIndex:
             for name, directory in self.folders().items()
             if (directory / FILE_NAME).is_file()
         }
+
+    def folder(self, name: str) -> Path | None:
+        """Return the folder of a run of that name, which may be `NAME rank 1`; None if there is none."""
+        folders = self.folders()
+        if name in folders:
+            return folders[name]
+        top, _, rank = name.rpartition(_RANK)
+        if top not in folders or not rank.isdecimal():
+            return None
+        found = rank_directory(folders[top], int(rank))
+        return found if found.is_dir() and not found.is_symlink() else None
 
     def folders(self) -> dict[str, Path]:
         """Return all folders by name; one that is not a run yet may become one."""
@@ -117,6 +133,14 @@ class RunIndex:
         with self._lock:
             self._known[name] = now, summary
         return summary
+
+
+def names_of_ranks(name: str, ranks: RanksFacts | None) -> list[str]:
+    """Return the names of all ranks of a run. name: of one; ranks: which, None if it is alone."""
+    if ranks is None:
+        return []
+    top = name.removesuffix(f"{_RANK}{ranks.rank}")
+    return [f"{top}{_RANK}{rank}" if rank else top for rank in range(ranks.count)]
 
 
 def shown_name(name: str) -> str:

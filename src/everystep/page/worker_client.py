@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from everystep.errors import RunError
 from everystep.page.child_process import Child, Ended
+from everystep.recording.directories import RANKS
 
 __all__ = ["Answer", "Gone", "NoAnswer", "WorkerClient"]
 
@@ -76,7 +77,9 @@ class WorkerClient:
             Gone: the client has disconnected.
             NoAnswer: the worker ended before it answered, or took too long.
         """
-        if run.absolute().parent != self._directory:
+        own = run.absolute()  # that of a rank is within that of rank 0
+        home = own.parents[2] if own.parent.name == RANKS else own.parent
+        if home != self._directory or ".." in own.parts:
             raise RunError(f"{run.name} is not in {self._directory}, the directory that is shown")
         leaving = asyncio.ensure_future(gone() if gone else asyncio.Event().wait())
         try:

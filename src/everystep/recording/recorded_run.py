@@ -73,7 +73,8 @@ class RecordedRun:
 
     It warns if the run is damaged, as far as that shows without reading all numbers.
 
-    common_states: the steps of the states that all ranks have, if they agreed on that; None: as read.
+    common_states, common_steps: the steps of the states that all ranks have, and how many steps, if they
+    agreed on that; None: as read.
 
     may_be_cut: do not look at it yet; a finished run may lack its last steps.
 
@@ -85,6 +86,7 @@ class RecordedRun:
         self.directory = Path(directory)
         self._database_path = self.directory / FILE_NAME
         self.common_states: frozenset[int] | None = None
+        self.common_steps: int | None = None
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
         if not may_be_cut:
@@ -121,6 +123,14 @@ class RecordedRun:
             self if rank == known.rank else self._of_rank(rank_directory(top, rank), known)
             for rank in range(known.count)
         ]
+
+    @property
+    def shown_ranks(self) -> list[Self]:
+        """The runs whose losses belong to this one: of rank 0, those of all ranks that can be read."""
+        if self.known_ranks is not None and not self.known_ranks.rank:
+            with suppress(RunError):
+                return self.ranks
+        return [self]
 
     @cached_property
     def known_ranks(self) -> RanksFacts | None:
@@ -241,25 +251,36 @@ class RecordedRun:
     def table_frame(self, last: int | None = None) -> polars.DataFrame:
         """Return the losses of all or the last steps, if any, with a column for each measurement.
 
+        The run of rank 0 has a column for the losses of each other rank: `loss (rank 1)`.
+
         A step without a measurement has null there. Measurements of state 0, before the first step, have
         no row.
         """
         import polars as pl
 
         columns = self.table_columns(last)
-        measured = {name: pl.Float64 for name in columns if name not in ("step", "loss")}
+        loss = pl.Series(columns.get("loss", [0.0])).dtype
+        measured = {
+            name: loss if name.startswith("loss (rank ") else pl.Float64
+            for name in columns
+            if name not in ("step", "loss")
+        }
         return pl.DataFrame(columns, schema_overrides=measured)
 
     def table_columns(self, last: int | None = None) -> dict[str, Any]:
         """Return the columns of `table_frame`: `step` and `loss` as arrays (steps), each measurement as
-        a list of numbers, None if there is none. A run without losses has no `loss`.
+        a list of numbers, None if there is none; and so the losses of other ranks. A run without losses
+        has no `loss`.
         """
         found = self._last_numbers(last)
         steps, losses = found.pop(LOSS)
         columns: dict[str, Any] = {"step": steps}
+        first = int(steps[0]) if len(steps) else 1
         if self.facts.has_loss:
             columns["loss"] = losses
-        first = int(steps[0]) if len(steps) else 1
+            for rank, run in enumerate(self.shown_ranks[1:], start=1):
+                own = run.losses_between(first, first + len(steps) - 1)
+                columns[f"loss (rank {rank})"] = [*own, *[None] * (len(steps) - len(own))]
         for series, (at, values) in found.items():
             if last is not None and not len(at):
                 continue

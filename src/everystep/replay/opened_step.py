@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +36,7 @@ __all__ = [
 _PUBLIC = [
     *("number", "epoch", "loss", "recorded_loss", "is_exact", "diverged_at", "batch"),
     *("parameters", "buffers", "activations", "gradients", "updates", "operations"),
-    *("hyperparameters", "state", "end", "rows", "why", "data"),
+    *("hyperparameters", "state", "end", "rows", "why", "data", "ranks"),
 ]
 
 
@@ -144,7 +144,8 @@ class Step(Shown):
     inputs and results; places: the memory that the names of its tensors refer to; state, end: every
     tensor of the state before the step, and after it, by its name in the run
     (`optimizer/0.weight/exp_avg`); hyperparameters: the lr and similar settings, `lr[1]` for the second
-    param group; epoch: from 0; earlier: opens another step of the run; view: how it is shown.
+    param group; epoch: from 0; earlier: opens another step of the run; of_ranks:
+    returns a step of all ranks; view: how it is shown.
     """
 
     number: int
@@ -161,6 +162,12 @@ class Step(Shown):
     hyperparameters: dict[str, float] = field(default_factory=dict)
     epoch: int = 0
     earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
+    of_ranks: Callable[[int], Sequence[Step]] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def ranks(self) -> Sequence[Step]:
+        """The same step of all processes that trained together, by rank; each opens when accessed."""
+        return (self,) if self.of_ranks is None else self.of_ranks(self.number)
 
     @property
     def is_exact(self) -> bool:

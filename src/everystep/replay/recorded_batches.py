@@ -33,6 +33,7 @@ def batches_of(facts: TrainingFacts) -> Batches:
         without=known.without,
         numbers=None if numbers is None else numbers[0],
         source=facts.data.file or "the data",
+        share=None if facts.ranks is None else (facts.ranks.rank, facts.ranks.count),
     )
 
 

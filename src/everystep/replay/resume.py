@@ -35,6 +35,7 @@ from everystep.replay.without_objects import check_alone, continue_alone, facts_
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
+from everystep.training.agreement import Agreement, check_same_number, ranks_here
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
@@ -75,14 +76,14 @@ class Resume:
             UsageError: the run has all its steps, or cannot have as many.
         """
         check_steps(self.steps or 0)
-        status, recorded, planned = self.run.status, len(self), self.run.facts.steps or 0
+        recorded, planned = len(self), self.run.facts.steps or 0
         if self.steps is not None and self.steps < max(recorded, 1):
             raise UsageError(
                 f"{self.run.name} has {recorded:,} steps already, so it cannot end at step "
                 f"{self.steps:,}; set more steps, or fork it (everystep fork {self.run.name} --at "
                 f"{self.steps})"
             )
-        if status == "finished" and (self.steps or planned) <= recorded:
+        if self._is_finished and (self.steps or planned) <= recorded:
             raise UsageError(
                 f"{self.run.name} is finished: it has all its {recorded:,} steps; to train it further, "
                 f"set more steps (--steps {recorded + 500})"
@@ -91,10 +92,30 @@ class Resume:
     @property
     def has_all(self) -> bool:
         """Whether the run is finished, with all steps that are asked for."""
-        return self.run.status == "finished" and self.last <= len(self)
+        return self._is_finished and self.last <= len(self)
+
+    @property
+    def _is_finished(self) -> bool:
+        """Whether all ranks are, which take each step together."""
+        return all(rank.status == "finished" for rank in self.run.ranks)
+
+    def of_rank(self) -> Resume:
+        """Return the same request, of the rank that this process is.
+
+        Raises:
+            RunError: the run was trained by another number of processes.
+        """
+        ranks = ranks_here()
+        check_same_number(self.run, ranks)
+        if ranks is None:
+            return self
+        agreement = Agreement(ranks)
+        agreement.check({"the run to resume": self.run.ranks[0].directory.name})
+        return replace(self, run=agreement.resumed(self.run))
 
     def __len__(self) -> int:
-        return self.run.newest_step()
+        common = self.run.common_steps
+        return self.run.newest_step() if common is None else common
 
     @property
     def last(self) -> int:
@@ -191,6 +212,7 @@ def resume(
         is_needless = has_rows and is_dataset(objects.data)
         trained = replace(objects, data=None) if is_needless else objects
         return resume_objects(asked, trained, is_own, progress), objects
+    run.check_alone("continue it without the objects that trained it")
     stretch = run.stretches[-1]
     check_alone(run, stretch, "resume(")
     asked.check()
@@ -213,6 +235,7 @@ def resume_experiment(
 
     Raises: see `resume`.
     """
+    asked = asked.of_rank()
     run = asked.run
     facts = run.facts.training
     recorded = run.experiment(facts)
@@ -263,6 +286,7 @@ def resume_objects(
     Raises: see `resume`.
     """
     objects.check_complete()
+    asked = asked.of_rank()
     run = asked.run
     facts = run.facts.training
     if iteration is not None:

@@ -301,15 +301,16 @@ class Replay:
                 assert isinstance(found, RowsOf)
                 rule = found
             steps = RecordedSteps(self.run, stretch, rule, conversion)
-            self._steppers[at] = self._stepper(steps, at)
+            self._steppers[at] = self._stepper(steps, at, rule)
         return self._steppers[at]
 
-    def _stepper(self, steps: RecordedSteps, at: int) -> ReplayStepper:
+    def _stepper(self, steps: RecordedSteps, at: int, rule: RowsOf | None) -> ReplayStepper:
         ranks = steps.facts.ranks
         if ranks is None:
             return ReplayStepper(steps, self._diverge)
+        rules = {rank: rule and rule.of_rank(rank, ranks.count) for rank in range(ranks.count)}
         others = {
-            rank: RecordedSteps(run, run.stretches[at], None, self._conversion)
+            rank: RecordedSteps(run, run.stretches[at], rules[rank], self._conversion)
             for rank, run in enumerate(self.run.ranks)
             if rank != ranks.rank
         }

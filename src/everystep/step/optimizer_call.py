@@ -23,7 +23,7 @@ from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.step.own_state import entries_of
 from everystep.step.torchs_own import is_torchs_function, replaces_method
 
-__all__ = ["OptimizerCall", "OptimizerCalls", "is_ours", "is_torchs_optimizer"]
+__all__ = ["OptimizerCall", "OptimizerCalls", "has_own_zero_grad", "is_ours", "is_torchs_optimizer"]
 
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
 #: The attributes of an optimizer, without those that other code has set on it.
@@ -142,6 +142,12 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     is_wrapped = is_torchs_function(step) and inspect.unwrap(step) is inspect.unwrap(kind.step)
     is_usual = (step is None or is_wrapped) and not replaces_method(optimizer, but="step")
     return is_own and is_usual and _Code(kind).is_torchs()
+
+
+def has_own_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer has a custom zero_grad."""
+    usual = torch.optim.Optimizer.zero_grad
+    return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
 
 
 class _Code:

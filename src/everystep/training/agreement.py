@@ -22,7 +22,7 @@ from everystep.recording.facts import RanksFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.step.collective_calls import has_ranks
 
-__all__ = ["Agreement", "check_same_number", "ranks_here"]
+__all__ = ["Agreement", "check_same_number", "check_stops_together", "ranks_here"]
 
 R = TypeVar("R", bound=RecordedRun)
 #: Seconds to wait for other ranks before that is reported, and before it is an error, as in torch.
@@ -71,7 +71,7 @@ class Agreement:
         """
         given = [dict(each) for each in self._shared("about", dict(about))]
         for rank, each in enumerate(given):
-            for key in given[0].keys() | each.keys():
+            for key in dict.fromkeys((*given[0], *each)):
                 one, two = given[0].get(key), each.get(key)
                 if one != two:
                     raise UsageError(
@@ -79,10 +79,10 @@ class Agreement:
                         f"and {two!r:.80} on rank {rank}"
                     )
 
-    def directory(self, wanted: Path | None) -> Path:
+    def directory(self, wanted: Path | None, name: str) -> Path:
         """Create the directory of this rank's run, within that of rank 0.
 
-        wanted: as `create_directory` has it.
+        wanted, name: as `create_directory` has them.
 
         Raises:
             RunError, RecordingError: it exists, or cannot be created, here or by rank 0.
@@ -91,9 +91,9 @@ class Agreement:
             [found] = self._shared("directory", None, sources=[0])
             if "error" in found:
                 raise RunError(f"rank 0 cannot begin the run: {found['error']}")
-            return create_directory(rank_directory(Path(found["directory"]), self.ranks.rank), "loop")
+            return create_directory(rank_directory(Path(found["directory"]), self.ranks.rank), name)
         try:
-            place = create_directory(wanted, "loop")
+            place = create_directory(wanted, name)
         except EverystepError as error:
             self._shared("directory", {"error": str(error)}, sources=[])
             raise
@@ -109,8 +109,10 @@ class Agreement:
             RunError: that of a rank is missing.
         """
         own = run.ranks[self.ranks.rank]
-        steps = self._shared("states", own.snapshots)
-        own.common_states = frozenset.intersection(*map(frozenset, steps))
+        known = self._shared("states", [own.snapshots, own.newest_step()])
+        states, steps = zip(*known, strict=True)
+        own.common_states = frozenset.intersection(*map(frozenset, states))
+        own.common_steps = min(steps)
         return own
 
     def _shared(self, topic: str, value: Any, sources: list[int] | None = None) -> list[Any]:
@@ -153,6 +155,19 @@ class Agreement:
                     "call everystep.record"
                 )
             time.sleep(0.01)
+
+
+def check_stops_together(setting: str, cure: str) -> None:
+    """Check that no condition ends the training of one of several processes. setting: that would.
+
+    Raises:
+        UsageError: several processes train.
+    """
+    if ranks_here() is not None:
+        raise UsageError(
+            f"{setting}: a condition may hold on one process alone, and the others would wait for it; "
+            f"{cure}"
+        )
 
 
 def check_same_number(run: RecordedRun, ranks: RanksFacts | None) -> None:

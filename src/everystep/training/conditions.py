@@ -19,7 +19,7 @@ from everystep.expression import Expression, Reference, parse
 from everystep.program.step_program import Program
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.parts import Parts
-from everystep.training.agreement import ranks_here
+from everystep.training.agreement import check_stops_together
 
 __all__ = ["LoopConditions"]
 
@@ -62,11 +62,8 @@ class LoopConditions:
             UsageError: some do not exist, or cannot be read in this loop; or one would end it, and
                 several processes train.
         """
-        if self._stop and ranks_here() is not None:
-            raise UsageError(
-                "stop_when: a condition may hold on one process alone, and the others would wait for "
-                "it; use mark_when, or let the loop end on all of them"
-            )
+        if self._stop:
+            check_stops_together("stop_when", "use mark_when, or let the loop end on all of them")
         self._device, state = parts.device.type, parts.state()
         known = {
             kind: [name.removeprefix(prefix) for name in state if name.startswith(prefix)]

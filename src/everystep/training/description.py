@@ -99,6 +99,7 @@ def describe(
         evaluate_every=evaluate_every,
         stop_on_nan=iteration.stop_on_nan,
         preparation=preparation.model_dump() if preparation else None,
+        ranks=ranks_here(),
         **_shared(training.parts, training.device, training.scheduler_every),
     )
 

@@ -20,6 +20,7 @@ from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
 from everystep.step.guards import Guards
+from everystep.training.agreement import ranks_here
 from everystep.training.dataset import DatasetBatches, length_of, read_once
 from everystep.training.description import describe
 from everystep.training.job import Job, Outcome, Progress
@@ -27,6 +28,7 @@ from everystep.training.loop import run_job
 from everystep.training.measurements import evaluation_of
 from everystep.training.model_step import Training
 from everystep.training.objects import Objects, is_dataset
+from everystep.training.shares import shares_of
 
 __all__ = ["job_of", "objects_job", "train_objects"]
 
@@ -98,8 +100,12 @@ def job_of(
     step; source: the facts about where it comes from; guards: what data read from a Dataset depends on.
 
     Raises:
-        UsageError: there are too many steps, or a metric does not fit.
+        UsageError: there are too many steps, a metric does not fit, or not several processes.
     """
+    if (ranks := ranks_here()) is not None:
+        batches = batches.shared(ranks.rank, ranks.count)
+        if ranks.rank and iteration.seed is not None:  # else all would draw the same, in dropout say
+            torch.manual_seed(iteration.seed + ranks.rank)
     if data is None:
         batch: RowsOf | DatasetBatches = DatasetBatches(
             objects.data, batches, device, objects.dataset_limit
@@ -126,6 +132,7 @@ def job_of(
         scheduler_every=objects.scheduler_every,
         steps_per_epoch=batches.steps_per_epoch,
         max_grad_norm=iteration.max_grad_norm,
+        shares=shares_of(objects, batch, iteration) if ranks is not None else None,
     )
     steps = check_steps(iteration.steps or (iteration.epochs or 0) * batches.steps_per_epoch)
     # By default an epoch, or a hundredth of all steps if each step is an epoch.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.device import check_one_process
 from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
@@ -67,9 +66,10 @@ class Job:
 
         Raises:
             ExperimentError: gradients are switched off.
-            UsageError: several processes train.
+            UsageError: several processes would make a fork.
         """
-        check_one_process()
+        if self.facts.ranks is not None and self.origin is not None and self.origin.fork is not None:
+            raise UsageError("a fork is trained by one process; start it without torchrun")
         if not torch.is_grad_enabled():
             fault = Fault("train", "is called within torch.no_grad(); call it outside")
             raise ExperimentError([fault], "the training")

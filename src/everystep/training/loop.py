@@ -14,14 +14,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import clock
 from everystep.errors import DatasetChangedError
+from everystep.recording.contents import digest_of
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.files import DATA_FILE
 from everystep.recording.recorded_run import EXPERIMENT_FILE
 from everystep.recording.recorder import Recorder
+from everystep.recording.settings_diff import flat
 from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import changes_more_than_lr, expected_to_change
 from everystep.step.torchs_own import is_torchs_scheduler
+from everystep.training.agreement import Agreement
 from everystep.training.dataset import DatasetBatches
 from everystep.training.interrupt import Interrupt
 from everystep.training.job import Job, Outcome, Progress
@@ -64,6 +67,9 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
 
 def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, Facts]:
     """Return what records a job, and what is known of the run so far."""
+    agreement = None if job.facts.ranks is None else Agreement(job.facts.ranks)
+    if agreement is not None:
+        agreement.check(_about(job, directory))
     origin, text = job.origin, job.experiment_toml
     texts = {} if text is None else {job.facts.experiment_file or EXPERIMENT_FILE: text}
     if origin is not None and origin.resumed is not None:
@@ -72,7 +78,8 @@ def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, 
         facts = facts.model_copy(update=dict(job.said))
         recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True, texts=texts)
         return recorder, facts.model_copy(update={"name": place.name})
-    place = create_directory(directory, job.name)
+    create = create_directory if agreement is None else agreement.directory
+    place = create(directory, job.name)
     parent, fork = (origin.run, origin.fork) if origin else (None, None)
     beginning = job.training.snapshot(job.start) if origin else None
     facts = Facts(
@@ -84,6 +91,18 @@ def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, 
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)  # made just now, and not started
         raise
+
+
+def _about(job: Job, directory: Path | None) -> dict[str, Any]:
+    """Return what must be equal on all ranks."""
+    settings = job.facts.model_dump(mode="json", exclude={"ranks", "numerics", "data_file", "engine"})
+    about = {name: str(value) for name, value in flat(settings).items()}
+    about |= {"the run": str(directory), "the last step": str(job.steps)}
+    tensors = job.training.named_state()
+    tensors |= {"data/x": job.data.x, "data/y": job.data.y} if job.data is not None else {}
+    kinds = ("data/", "parameter/") if job.origin else ("data/", "parameter/", "buffer/", "optimizer/")
+    given = {name: tensor for name, tensor in tensors.items() if name.startswith(kinds)}
+    return about | {n.replace("/", " ", 1): f"digest {digest_of(t.cpu())}" for n, t in given.items()}
 
 
 class _ModelWriter(RunWriter):
@@ -259,7 +278,8 @@ class _ModelWriter(RunWriter):
         first = stepper.eager_from or 1
         since = f" from step {first} on" if first > self.job.start + 1 else ""
         cure = '; engine="program" vouches for such code' if stepper.is_vouchable else ""
-        self._notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
+        if self.job.facts.ranks is None:  # else no program could
+            self._notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
 
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there
@@ -288,7 +308,7 @@ class _ModelWriter(RunWriter):
         is_known = not evaluation.has_foreign_code and is_torchs_scheduler(follows)
         had_rule = stepper.has_rule
         with nullcontext() if is_known else stepper.foreign_code():
-            measured = evaluation.measure()
+            measured = self._measured(evaluation)
             if follows is not None:
                 follows.step(measured["validation_loss"])
         if had_rule and not stepper.has_rule:
@@ -297,3 +317,12 @@ class _ModelWriter(RunWriter):
                 "later steps, but a resume and a fork begin with the data as it was"
             )
         self.measured += [(name, self.step, value) for name, value in measured.items()]
+
+    def _measured(self, evaluation: Evaluation) -> dict[str, float]:
+        """Return the measurements of rank 0, the model of which the run shows."""
+        ranks = self.job.facts.ranks
+        if ranks is None:
+            return evaluation.measure()
+        found: list[Any] = [evaluation.measure() if ranks.rank == 0 else None]
+        torch.distributed.broadcast_object_list(found)
+        return dict(found[0])

@@ -83,7 +83,7 @@ class LoopStart:
             run = self.resumed if agreement is None else agreement.resumed(self.resumed)
             return self._continued(run, parts, place)
         directory = (
-            agreement.directory(self.directory)
+            agreement.directory(self.directory, "loop")
             if agreement
             else create_directory(self.directory, "loop")
         )

@@ -15,10 +15,12 @@ from everystep.errors import EverystepError, ExperimentError, Fault, ModelError
 from everystep.experiment.batches import RowsOf
 from everystep.program.operation import Phase
 from everystep.step.hyperparameters import hyperparameters
+from everystep.step.optimizer_call import has_own_zero_grad
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
 from everystep.training.dataset import DatasetBatches
+from everystep.training.shares import Shares
 
 __all__ = ["Training", "training_parts"]
 
@@ -28,7 +30,8 @@ class Training:
     """Everything that a step needs, live.
 
     loss: a function of (prediction, target) that returns one number; max_grad_norm: the largest 2-norm
-    of all gradients together; steps_per_epoch: for a scheduler that advances every epoch.
+    of all gradients together; steps_per_epoch: for a scheduler that advances every epoch; shares: how
+    several processes train together, None if one trains alone.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class Training:
     scheduler_every: Literal["step", "epoch"] = "step"
     steps_per_epoch: int = 1
     max_grad_norm: float | None = None
+    shares: Shares | None = None
 
     @cached_property
     def parts(self) -> Parts:
@@ -92,6 +96,7 @@ class Training:
 
     def step(
         self,
+        number: int,
         x: Tensor,
         y: Tensor,
         log: Callable[[Tensor], None] = lambda loss: None,
@@ -99,9 +104,12 @@ class Training:
     ) -> Tensor:
         """Run a step on a batch: forward, loss, zero the gradients, backward, clip, update.
 
+        With several processes, the gradients are exchanged after the backward pass.
+
         Returns a copy of the loss, still on the device. The scheduler is left to the caller.
 
         Args:
+            number: of the step.
             x, y: the batch.
             log: called with the loss itself before the gradients are zeroed.
             enter: called with each phase as it begins.
@@ -126,6 +134,8 @@ class Training:
                 parameter.grad = None
         enter("backward")
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.shares is not None:
+            self.shares.exchange(number, parameters)
         enter("update")
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
@@ -198,9 +208,3 @@ def _not_one_number(loss: Any) -> str:
         names = f" of {', '.join(map(repr, loss))}" if isinstance(loss, dict) and loss else ""
         return f"{kind}{names}; return the one to minimize, or their sum"
     return f"{kind}; return a tensor with a gradient (without .item() or float())"
-
-
-def has_own_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimizer has a custom zero_grad."""
-    usual = torch.optim.Optimizer.zero_grad
-    return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)

@@ -23,6 +23,7 @@ from everystep.step.replaceable import Around
 from everystep.step.stand_in import StandIn
 from everystep.step.surroundings import Surroundings
 from everystep.training.acceleration import Acceleration
+from everystep.training.agreement import check_stops_together
 from everystep.training.batch import key_of, unnested
 from everystep.training.dataset import called
 from everystep.training.interrupt import Interrupt
@@ -91,6 +92,8 @@ def train_step(
     if total is None:  # 0 if unknown
         total = (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0
     check_steps(total)
+    if iteration.stop_on_nan:
+        check_stops_together("stop_on_nan", "omit it")
     numerics.prepare()
     with numerics.in_force(iteration.threads), Interrupt() as interrupt:
         if iteration.seed is not None:

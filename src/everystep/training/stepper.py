@@ -213,6 +213,8 @@ class Stepper(Acceleration):
             other = f"{type(scheduler).__qualname__} is not one of torch's schedulers"
         elif scheduler is not None and training.has_tensor_settings:
             other = "a scheduler sets a learning rate that is a tensor"
+        elif training.shares is not None:
+            other = "several processes train"
         elif isinstance(training.batch, DatasetBatches):
             other = "the Dataset is read at every step"
         else:
@@ -360,7 +362,7 @@ class Stepper(Acceleration):
         try:
             step.watch.add_batch(tensors)
             step.nesting.append(unnested((x, y))[1])
-            loss = training.step(x, y, step.has_loss, enter)
+            loss = training.step(number, x, y, step.has_loss, enter)
             enter("other")
             training.advance(number)
         finally:

@@ -121,7 +121,8 @@ def closing(directory: Path, reason: str | None) -> str:
 
 def engine_text(facts: Facts) -> str:
     """Return how the steps of a run ran, and what backs that."""
-    loop, engine = facts.training.loop, facts.training.engine
+    loop, engine, ranks = facts.training.loop, facts.training.engine, facts.training.ranks
+    which = "" if ranks is None else f"this is rank {ranks.rank} of {ranks.count} ({ranks.backend})"
     if loop is not None:
         lost = facts.batches_lost_to
         missing = (
@@ -134,11 +135,13 @@ def engine_text(facts: Facts) -> str:
         kept = f"its operations are in {counted(loop.programs, 'program')}{missing}"
         if engine is not None and facts.fork is not None:
             return f"by your own code up to step {facts.fork.at:,}, by program alone after it; {kept}"
-        if (ranks := facts.training.ranks) is not None:
-            kept = f"this is rank {ranks.rank} of {ranks.count} ({ranks.backend}); {kept}"
+        if ranks is not None:
+            kept = f"{which}; {kept}"
         if loop.function is None:
             return f"by your own loop; {kept}"
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
+    if ranks is not None:
+        return f"by Python; {which}, with the losses of its rows"
     if engine is None:
         return "by Python"
     if engine.eager_from == 1 or (engine.eager_from is not None and not engine.programs):
@@ -202,9 +205,10 @@ def _steps_text(steps: int, training: TrainingFacts) -> str:
     batches = training.batches
     if training.loop is not None or not steps:
         return f"{steps:,}"
+    split = f", split among {training.ranks.count} processes" if training.ranks else ""
     if batches.batch_size is None:
-        return f"{steps:,}, each with all {training.data.rows:,} rows"
-    return f"{steps:,}, {batches.batch_size} rows each, {batches.steps_per_epoch:,} to an epoch"
+        return f"{steps:,}, each with all {training.data.rows:,} rows{split}"
+    return f"{steps:,}, {batches.batch_size} rows each{split}, {batches.steps_per_epoch:,} to an epoch"
 
 
 def shortest_name(directory: Path) -> str:
@@ -235,7 +239,9 @@ def going_on(run: RecordedRun, facts: Facts) -> str:
             return f"everystep.record(..., fork={facts.fork.directory!r}, at={facts.fork.at})"
         return f"everystep.record(..., resume={name!r})"
     if (run.directory / EXPERIMENT_FILE).exists():
-        return f"everystep resume {shlex.quote(name)}"
+        ranks = None if trained is None else trained.ranks
+        start = "" if ranks is None else f"torchrun --nproc-per-node {ranks.count} -m "
+        return f"{start}everystep resume {shlex.quote(name)}"
     return f"everystep.open({name!r}).resume(model=..., loss=..., optimizer=...)"
 
 

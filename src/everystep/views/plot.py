@@ -51,7 +51,7 @@ def loss_plot(
     Losses that are not finite are marked at the bottom, and counted in the caption.
 
     Args:
-        runs: at least one; colors distinguish several.
+        runs: at least one; colors distinguish several, and the ranks of one, which are all drawn.
         log: a log10 axis; it omits values that are not positive, with a note in the caption.
         measurements: names of measurements to draw, too; a run without one is drawn without it.
 
@@ -60,6 +60,7 @@ def loss_plot(
     """
     if not runs:
         raise UsageError("nothing to plot; pass at least one run")
+    runs = [rank for run in runs for rank in run.shown_ranks]
     curves = dict(zip(_names(runs), (run.losses for run in runs), strict=True))
     damage = [_plain("\n".join(wrap(run.damage, _CAPTION_WIDTH))) for run in runs if run.damage]
     return _plot(curves, runs, measurements, log, damage)

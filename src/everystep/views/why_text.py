@@ -47,7 +47,7 @@ class _Writer:
         self.page = page
         self.found = found
         self.step = found.number.step
-        self.lines: dict[int, list[Line]] = {}
+        self.lines: dict[tuple[int | None, int], list[Line]] = {}
 
     def write(self, name: str) -> None:
         """Write everything."""
@@ -86,15 +86,24 @@ class _Writer:
 
     def _through(self, each: Why) -> None:
         value = value_text(each.number)
-        step = "" if each.number.step == self.step else f"step {each.number.step:,}  "
-        parts = [(step, "dim"), (f"{each.number.name}  ", ""), (f"{value}  ", "bold red")]
+        parts = [
+            (self._where(each.number), "dim"),
+            (f"{each.number.name}  ", ""),
+            (f"{value}  ", "bold red"),
+        ]
         line = each.observed and each.observed.line
         place = (f"  {line.place}" if line else "", "green")
         self.page.line(*parts, (self._made(each), "dim"), place, indent=_INDENT)
 
+    def _where(self, number: Number) -> str:
+        """Return where a number is, if not in the step and the rank that were asked about."""
+        rank = "" if number.rank is None else f"rank {number.rank}  "
+        return rank + (f"step {number.step:,}  " if number.step != self.step else "")
+
     def _block(self, each: Why) -> None:
         number = each.number
-        step = f"  step {number.step:,}" if number.step != self.step else ""
+        where = self._where(number).rstrip()
+        step = f"  {where}" if where else ""
         self.page.blank()
         name = each.asked or number.name
         is_same = name.replace(" ", "") == number.name.replace(" ", "")
@@ -122,9 +131,10 @@ class _Writer:
     def _made(self, each: Why) -> str:
         if each.operation is None:
             return each.note or each.origin
-        if each.number.step not in self.lines:
-            self.lines[each.number.step] = mathematics(each.step.operations)
-        return _made_text(each, self.lines[each.number.step])
+        place = each.number.rank, each.number.step
+        if place not in self.lines:
+            self.lines[place] = mathematics(each.step.operations)
+        return _made_text(each, self.lines[place])
 
 
 def _made_text(found: Why, lines: list[Line] | None = None) -> str:
@@ -238,7 +248,8 @@ def _digits_text(value: Any) -> str:
 
 def _of_number(value: Number) -> dict[str, Any]:
     goes_on = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
-    return {"text": value_text(value), "goes_on": goes_on and not value.name.endswith(".bits")}
+    goes_on &= value.rank is None and not value.name.endswith(".bits")
+    return {"text": value_text(value), "goes_on": goes_on}
 
 
 def _of_answer(value: Why) -> dict[str, Any]:

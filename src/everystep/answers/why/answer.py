@@ -30,6 +30,8 @@ __all__ = ["Group", "Kind", "Number", "Session", "Term", "Why"]
 MOST_TOGETHER = 8
 #: Answers to keep at each end of the way of a NaN; each holds its step.
 LONGEST = 8
+#: Collectives that add up numbers of all ranks.
+_ADDING = {"everystep.all_reduce_.default", "everystep.all_reduce_coalesced_.default"}
 #: Numbers that are followed to the rows behind them before giving up.
 MOST_FOLLOWED = 20_000
 
@@ -42,7 +44,8 @@ class Number:
 
     name: as an expression that `why` takes, `#7[17, 3]` for a number of the result of operation 7;
     value; dtype; row: of the data, or of the batch where those are not known, if it is a number of the
-    batch; step: its number; spot, session: where it was read, and the steps that can answer about it.
+    batch; step: its number; spot, session: where it was read, and the steps that can answer about it;
+    rank: of another process, which a collective had it from.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Number:
     row: int | None
     spot: Spot = field(repr=False)
     session: Session = field(repr=False, compare=False)
+    rank: int | None = None
 
     def why(self, *, terms: int = 5) -> Why:
         """Return where it comes from; of sums, the largest `terms` terms."""
@@ -164,10 +168,12 @@ class Session:
         back: how many earlier steps are followed, if possible; they are opened in the order in which
             they ran, since a replay goes forward.
         terms: how many terms of a sum the answers of followed numbers have.
+        rank: of the process that a collective led to.
     """
 
-    def __init__(self, step: Step, back: int, terms: int) -> None:
+    def __init__(self, step: Step, back: int, terms: int, rank: int | None = None) -> None:
         self._first = step
+        self._rank = rank
         self._terms = terms
         self._together = min(max(back, 1), MOST_TOGETHER)
         self._traces: dict[int, Trace] = {}
@@ -202,7 +208,7 @@ class Session:
         value = trace.read(spot) if value is None else value
         name, row = _called(trace, spot)
         dtype = str(value.dtype).removeprefix("torch.")
-        return Number(name, value.item(), dtype, step, row, spot, self)
+        return Number(name, value.item(), dtype, step, row, spot, self, self._rank)
 
     def earlier(self, number: Number) -> Number | None:
         """Return a number of the state at the end of the previous step, None if it differs there."""
@@ -234,7 +240,7 @@ class Session:
         if origin is None:
             halves = zip(("real", "imaginary"), number.spot.halves, strict=True)
             parts = {key: self.number(step.number, spot) for key, spot in halves}
-            return _of_two(Why(number, "parts", step, formula="complex(real, imaginary)"), parts)
+            return _of_numbers(Why(number, "parts", step, formula="complex(real, imaginary)"), parts)
         if origin.operation is None:
             return _not_made(number, trace, origin)
         made = Why(number, "operation", step, origin.operation)
@@ -257,7 +263,45 @@ class Session:
         try:
             return _answered(made, call, at, terms)
         except NoRuleError:
-            return replace(made, unknown=tuple(call.inputs))
+            added = self._added(made, origin.name, origin.index)
+            return added or replace(made, unknown=tuple(call.inputs))
+
+    def _added(self, made: Why, name: str, index: tuple[int, ...]) -> Why | None:
+        """Return the answer for a number that a collective added up over its ranks; None if it did not.
+
+        name, index: the tensor that it wrote, and where in it.
+        """
+        assert made.observed is not None
+        own = made.observed.operation
+        is_sum = own.operator in _ADDING and own.arguments[1] == {"text": "sum"}
+        if not is_sum or made.step.of_ranks is None:
+            return None
+
+        def alike(step: Step) -> list[int]:  # every rank takes part in the same ones, in one order
+            found = [
+                (each.operation.operator, *each.operation.arguments[1:]) for each in step.operations
+            ]
+            asked = (own.operator, *own.arguments[1:])
+            return [number for number, each in enumerate(found) if each == asked]
+
+        turn, place = alike(made.step).index(made.operation or 0), own.arguments[0].index(name)
+        numbers: dict[str, Number] = {}
+        for rank in own.arguments[2]:
+            step = made.step.ranks[rank]
+            operation = alike(step)[turn]
+            given = step.operations[operation]
+            other = given.operation.arguments[0][place]
+            if given.inputs[other].shape != made.observed.made[name].shape:
+                return None
+            spot, value = Spot(other, index, operation), given.inputs[other].detach()[index]
+            is_own = step.of_ranks == made.step.of_ranks
+            session = self if is_own else Session(step, 1, self._terms, rank)
+            numbers[f"rank {rank}"] = session.number(step.number, spot, value)
+        values = np.array([number.value for number in numbers.values()])
+        known = _rounded(total(values), getattr(torch, made.number.dtype))
+        is_equal = known is not None and made.number.has_bits_of(known)
+        found = replace(made, formula=" + ".join(numbers), recomputed=known, is_equal=is_equal)
+        return _of_numbers(found, numbers)
 
     def _part(self, made: Why, trace: Trace, origin: Origin, terms: int) -> Why:
         """Return the answer for a number that is a part of what an operation wrote."""
@@ -287,7 +331,7 @@ class Session:
         value = (torch.tensor(after.value) - torch.tensor(before.value)).item()
         own = replace(after, name=text, value=value, row=None)
         asked = Why(own, "difference", self.trace(after.step).step, formula="after - before")
-        return _of_two(asked, {"after": after, "before": before})
+        return _of_numbers(asked, {"after": after, "before": before})
 
     def followed(self, answer: Why, depth: int, back: int) -> Why:
         """Return an answer with its causes.
@@ -325,7 +369,8 @@ class Session:
             yield replace(answer, note=note)
 
     def _one(self, number: Number, depth: int, back: int) -> Iterator[Why]:
-        place = number.step, f"{number.name} {number.spot.after if not number.is_made else ''}"
+        at = number.spot.after if not number.is_made else ""
+        place = number.step, f"{number.rank} {number.name} {at}"
         if place not in self._followed:
             self._followed.add(place)
             yield self.followed(number.why(terms=self._terms), max(depth, 1), back)
@@ -351,7 +396,7 @@ class Session:
                 left_out += 1
             # The way may be long, and a step holds all its tensors.
             self._traces = {n: trace for n, trace in self._traces.items() if n <= number.step}
-        rows = self._rows_behind(current.number)
+        rows = current.number.session._rows_behind(current.number)
         if not chain:
             return replace(current, rows=rows)
         causes = (*chain[:-1], replace(current, rows=rows))
@@ -406,7 +451,7 @@ def _next_nonfinite(answer: Why) -> Number | None:
     return bad[0] if bad else None
 
 
-def _of_two(answer: Why, numbers: dict[str, Number]) -> Why:
+def _of_numbers(answer: Why, numbers: dict[str, Number]) -> Why:
     groups = tuple(Group(name, (Term({name: each}),), 1) for name, each in numbers.items())
     return replace(answer, groups=groups)
 

@@ -34,6 +34,21 @@ export function statusLine(about, speed) {
   return [element("span", { class: `state ${status}` }, status), ` · ${words.join(" · ")}`];
 }
 
+/** Return the ranks of a run, to switch between them at the open step; they are plotted together. */
+export function ranksSwitch({ name, ranks }) {
+  const link = (run, rank) => {
+    const press = (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+      event.preventDefault();
+      address.go({ view: "run", run, step: address.read().step });
+    };
+    if (run === name) return element("strong", { "aria-current": "true" }, `${rank}`);
+    return element("a", { href: address.write({ view: "run", run }), onclick: press }, `${rank}`);
+  };
+  const links = ranks.flatMap((run, rank) => [rank ? " · " : "rank ", link(run, rank)]);
+  return ranks.length ? [element("span", { class: "ranks" }, ...links)] : [];
+}
+
 /** Return where a run comes from and what was forked from it. */
 export function lineage({ name, parent, forks, unread }) {
   const link = (run, beside = []) => element("a", { href: address.write({ view: "run", run, beside }) }, run);

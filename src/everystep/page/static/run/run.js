@@ -14,7 +14,7 @@ import { Player } from "./stepping.js";
 import { listenToRun, listenToThose, Speed } from "./live.js";
 import { compare, fork, share, stop } from "./actions.js";
 import { arrange, runParts } from "./parts.js";
-import { factsBrief, factsList, landmarks, lineage, statusLine } from "./head.js";
+import { factsBrief, factsList, landmarks, lineage, ranksSwitch, statusLine } from "./head.js";
 import { StepPlace } from "./place.js";
 
 /** Show a run. */
@@ -183,10 +183,15 @@ class RunView {
   }
 
   #drawPlot() {
-    const { beside } = this.place;
+    // All ranks are plotted, unless some are left out: the run itself stands for none.
+    const given = this.place.beside.length ? this.place.beside : this.about.ranks;
+    const beside = given.filter((other) => other !== this.name);
     this.plot?.close();
     this.endBeside?.();
-    const remove = (name) => address.go({ ...this.place, beside: beside.filter((other) => other !== name) });
+    const remove = (name) => {
+      const left = beside.filter((other) => other !== name);
+      address.go({ ...this.place, beside: left.length || !this.about.ranks.length ? left : [this.name] });
+    };
     const { line, log, smooth } = this.place;
     const looked = (look) => this.#goOwn({ ...this.place, ...look }, true);
     this.plot = new LossPlot(this.parts.plot, [this.name, ...beside], { source: serverCurves, step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked, hasLoss: this.about.has_loss });
@@ -198,7 +203,7 @@ class RunView {
     const { facts, brief, family, note } = this.parts;
     facts.replaceChildren(brief, factsList(this.about));
     brief.textContent = factsBrief(this.about);
-    family.replaceChildren(...lineage(this.about).flatMap((part) => [part, " "]));
+    family.replaceChildren(...[...ranksSwitch(this.about), ...lineage(this.about)].flatMap((part) => [part, " "]));
     note.update(this.about);
     this.#drawLandmarks();
     this.#drawState();

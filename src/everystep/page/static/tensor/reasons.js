@@ -71,7 +71,8 @@ export class Reasons {
   #answer({ number, made, observed, formula, groups, check, is_equal: isEqual, unknown, note, rows_text: rows }) {
     const first = this.trail[0].number.step;
     const step = number.step === first ? null : element("span", { class: "muted" }, ` at step ${whole(number.step)}`);
-    const lines = [element("p", { class: "reason-of" }, element("b", {}, number.name), ` = ${number.text}`, step)];
+    const rank = number.rank === null ? null : element("span", { class: "muted" }, ` on rank ${whole(number.rank)}`);
+    const lines = [element("p", { class: "reason-of" }, element("b", {}, number.name), ` = ${number.text}`, step, rank)];
     if (made) lines.push(element("p", { class: "made" }, made));
     if (observed?.line) lines.push(element("p", { class: "muted small" }, `${observed.line.file}:${observed.line.line}  `, element("code", {}, observed.line.text)));
     if (formula) lines.push(element("p", { class: "muted small" }, `from ${formula}`));
@@ -121,7 +122,8 @@ function left(group, most) {
 
 // The way of a NaN or infinity, in lines.
 function way(through, leftOut) {
-  const lines = through.map(({ number, made, note }) => element("li", {}, `step ${whole(number.step)}, ${number.name} = ${number.text}, ${made ?? note}`));
+  const rank = ({ rank }) => (rank === null ? "" : `rank ${whole(rank)}, `);
+  const lines = through.map(({ number, made, note }) => element("li", {}, `${rank(number)}step ${whole(number.step)}, ${number.name} = ${number.text}, ${made ?? note}`));
   const more = Math.max(lines.length - 2 * ENDS, 0);
   if (more + leftOut) lines.splice(ENDS, more, element("li", { class: "muted" }, `${whole(more + leftOut)} more`));
   return lines.length ? [element("h4", {}, "It came through"), element("ul", { class: "small way" }, lines)] : [];
