@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from everystep.errors import StepError, UsageError
-from everystep.recording.directories import place_of
+from everystep.recording.directories import AWAITED, place_of
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
 
@@ -734,9 +734,10 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
-    """Return the progress of a training: the given object, the terminal, or none."""
+    """Return the progress of a training: the given object, the terminal, or none, as in a sweep."""
     from everystep.views.progress import Silent, TerminalProgress
 
     if not isinstance(wanted, bool):
         return wanted
-    return TerminalProgress(show_header=False, lines=None) if wanted else Silent()
+    is_shown = wanted and not AWAITED
+    return TerminalProgress(show_header=False, lines=None) if is_shown else Silent()

@@ -76,7 +76,7 @@ class WorkerClient:
             Gone: the client has disconnected.
             NoAnswer: the worker ended before it answered, or took too long.
         """
-        if run.absolute().parent != self._directory:
+        if self._directory not in [*run.absolute().parents][:2]:  # or in a sweep there
             raise RunError(f"{run.name} is not in {self._directory}, the directory that is shown")
         leaving = asyncio.ensure_future(gone() if gone else asyncio.Event().wait())
         try:
