@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -471,6 +472,7 @@ def sweep(
     resume: bool = False,
     processes: int | None = None,
     threads: int = 1,
+    ray: bool = False,
     force: bool = False,
     snapshot_budget: int = DEFAULT_BUDGET,
     progress: bool = True,
@@ -491,6 +493,7 @@ def sweep(
             continue, and missing ones are trained.
         processes: trainings at a time; default: one per core, fewer if each has several threads.
         threads: of torch in each process, unless the experiment sets them.
+        ray: let Ray run them, on all machines of its cluster, which must share the directory.
         force: train more than 1,000 runs.
         snapshot_budget: maximum bytes of snapshots, of each run.
         progress: show a line for each run, and a bar, on stderr.
@@ -503,12 +506,13 @@ def sweep(
     from loky import cpu_count
 
     from everystep import numerics
-    from everystep.answers.sweep import sweep_of, sweep_run
+    from everystep.answers.sweep import check_settings, sweep_of, sweep_run
     from everystep.experiment.grid import combinations, experiments_of
     from everystep.replay.processes import pool
     from everystep.replay.side_by_side import (
         TrainingEnd,
         call_function,
+        on_ray,
         place_of_function,
         side_by_side,
         train_one,
@@ -521,6 +525,8 @@ def sweep(
             "a sweep is called where its function is imported or called; call it below "
             "if __name__ == '__main__':"
         )
+    if ray and find_spec("ray") is None:
+        raise UsageError("Ray is not installed: pip install ray; or leave out --ray (ray=True)")
     if resume and run is None:
         raise UsageError("to resume a sweep, name its directory: run=... (--run)")
     runs = combinations(settings, may_be_many=force)
@@ -537,6 +543,12 @@ def sweep(
         place = create_directory(place, f"{name}-sweep")
         (place / SWEEP_FILE).write_text(f"a sweep of {name}: everystep runs, view and plot read it\n")
     cases = {name: sweep_run(Run, place / name, each) for name, each in runs.items()}
+    wanted = (
+        runs
+        if callable(training)
+        else {n: e.model_dump(exclude_none=True) for n, e in experiments.items()}
+    )
+    check_settings(cases.values(), wanted)
     tasks: dict[str, tuple[Any, ...]] = {}
     for name in [name for name, case in cases.items() if not case.is_over]:
         at = place.absolute() / name
@@ -544,14 +556,16 @@ def sweep(
             tasks[name] = call_function, at, *function, runs[name]
         else:
             tasks[name] = train_one, at, experiments[name], snapshot_budget
-    count = min(processes or max(1, cpu_count() // threads), max(1, len(tasks)))
-    with line_for_each(place, len(cases), len(tasks), count, is_shown=progress) as show:
+    start = partial(on_ray, threads) if ray else partial(pool, 1, threads, {}, in_order=True)
+    cores = len(tasks) if ray else cpu_count() // threads
+    count = max(1, min(processes or max(1, cores), len(tasks)))
+    how = "by Ray" if ray else f"{count} at a time"
+    with line_for_each(place, len(cases), len(tasks), how, is_shown=progress) as show:
 
         def ended(name: str, how: TrainingEnd) -> None:
             cases[name] = sweep_run(Run, place / name, runs[name], how.problem)
             show(cases[name], how.notices)
 
-        start = partial(pool, 1, threads, {}, in_order=True)
         is_stopped = side_by_side(start, count, tasks, ended)
     if is_stopped:
         raise KeyboardInterrupt(

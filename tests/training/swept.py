@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -29,3 +30,5 @@ def trained(lr, seed=0, what="fine"):
                     raise RuntimeError("too high")
                 whose = os.getppid() if what == "stops all" else os.getpid()
                 os.kill(whose, signal.SIGKILL if what == "is killed" else signal.SIGINT)
+                while True:  # until the signal is here, by way of the sweep
+                    time.sleep(0.01)

@@ -10,7 +10,7 @@ from tests.page.serving import Application
 from tests.training.swept import trained
 
 import everystep
-from everystep.errors import ExperimentError, UsageError
+from everystep.errors import ExperimentError, RunError, UsageError
 from everystep.experiment.grid import combinations, experiments_of, parse_values
 
 
@@ -68,6 +68,8 @@ def test_a_sweep_is_ordinary_runs_with_the_bits_of_each_alone(everystep_command,
     assert (code, err.count(": finished")) == (0, 2)
     assert {each["settings"]["seed"] for each in json.loads(out)["cases"]} == {0, 1, 2}
     assert Path("runs", name, "run.sqlite").stat().st_mtime_ns == before
+    code, _, err = everystep_command("sweep", "two-layer", *options[1:], *more, "--set=steps=7")
+    assert code == 2 and "lr=0.01,seed=1: was trained with other settings: steps 6 | 7" in err
     # All lists, questions and plots find them.
     names = [run.name for run in everystep.runs()]
     assert len(names) == 7 and names[-1] == "two-layer-sweep-1/lr=0.01,seed=2"
@@ -124,6 +126,8 @@ def test_runs_of_a_function_go_on_after_kills_and_ctrl_c(monkeypatch):
     assert len({str(parameters(run)) for run in found.runs}) == 1
     assert all(run.facts.config["seed"] == 1 and run.verify().is_exact for run in found.runs[:2])
     assert found.table()["what"].to_list() and "what" in found.to_text()
+    with pytest.raises(RunError, match=r"what=fine: was trained with other settings: lr 0.1 \| 0.2"):
+        everystep.sweep(trained, settings | {"lr": 0.2}, **options, resume=True)
     assert "5 of 5" in found._repr_html_() and found.plot() is not None
 
 
@@ -140,6 +144,9 @@ def test_what_a_sweep_cannot_call_is_said_before_anything_begins(monkeypatch):
         everystep.sweep(trained, {"lr": [within]})
     with pytest.raises(UsageError, match="name its directory"):
         everystep.sweep(trained, {"lr": [1]}, resume=True)
+    monkeypatch.setattr("everystep.api.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="Ray is not installed: pip install ray"):
+        everystep.sweep(trained, {"lr": [1]}, ray=True)
     assert not Path("runs").exists()
 
 

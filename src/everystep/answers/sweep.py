@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everystep.errors import EverystepError
+from everystep.errors import EverystepError, Fault, RunError
 from everystep.experiment.metrics import METRICS, VALIDATION, metric_of
 from everystep.recording.directories import is_run
 from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.settings_diff import flat, settings_of
 from everystep.recording.summary import Summary
 from everystep.replay.shown import Shown
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     import polars
     from plotnine import ggplot
 
-__all__ = ["Sweep", "SweepRun", "sweep_of", "sweep_run"]
+__all__ = ["Sweep", "SweepRun", "check_settings", "sweep_of", "sweep_run"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,29 @@ def sweep_run(
         return replace(found, run=run, summary=run.summary(), problem=problem or run.facts.reason)
     except EverystepError as error:
         return replace(found, problem=problem or str(error))
+
+
+def check_settings(cases: Iterable[SweepRun], wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that the runs that a sweep has were trained with the settings that it has now.
+
+    wanted: the experiment, or the settings of the function, of each run by its name.
+
+    Raises:
+        RunError: lists what differs.
+    """
+    faults = []
+    for case in cases:
+        known = {} if case.run is None else settings_of(case.run)
+        now = flat(json.loads(json.dumps(wanted[case.name], default=str)))
+        # A function's run may have a config of the user's; an experiment has data.
+        if case.run is None or ("data.source" not in now and known.keys() != now.keys()):
+            continue
+        for path in sorted({*known, *now} - {"optimizer.fused"}):
+            if known.get(path) != now.get(path):
+                pair = f"{known.get(path)!s:.80} | {now.get(path)!s:.80}"
+                faults.append(Fault(case.name, f"was trained with other settings: {path} {pair}"))
+    if faults:
+        raise RunError(faults, "the sweep, which needs another directory")
 
 
 def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:

@@ -102,6 +102,7 @@ def sweep(
     processes: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="DIRECTORY")] = None,
     resume_runs: Annotated[bool, typer.Option("--resume")] = False,
+    ray: Annotated[bool, typer.Option("--ray")] = False,
     force: Annotated[bool, typer.Option("--force")] = False,
     snapshot_budget: shared.BudgetOption = 512,
     quiet: shared.QuietOption = False,
@@ -118,6 +119,7 @@ def sweep(
         processes: Number of trainings at a time; default: one per core.
         run: The directory of the runs: a name in runs/, or a path; default: EXPERIMENT-sweep-1, ...
         resume_runs: Continue the sweep that --run names; finished runs stay as they are.
+        ray: Let Ray run the trainings, on all machines of its cluster.
         force: Train more than 1,000 runs.
     """
     from everystep.experiment.grid import parse_values
@@ -129,6 +131,7 @@ def sweep(
             run=run,
             resume=resume_runs,
             processes=processes,
+            ray=ray,
             force=force,
             snapshot_budget=snapshot_budget * 1_000_000,
             progress=not quiet,

@@ -21,7 +21,7 @@ from functools import lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Opener",
     "end_with_stdin",
+    "is_ending",
     "needs_worker",
     "pool",
     "process_count",
@@ -153,11 +154,14 @@ def pool(
     begin = {"initializer": _begin, "initargs": (threads, alive, in_order)}
     executor = ProcessPoolExecutor(count, env=environment, **begin)
     try:
+        before = _mask(signal.SIG_BLOCK)  # until it has prepared itself
         try:
             executor.submit(os.getpid)  # starts the first
         except OSError as error:
             reason = error.strerror or error
             raise TrainingError(f"another process cannot be started: {reason}") from None
+        finally:
+            _mask(signal.SIG_SETMASK, before)
         yield executor, of_parent
     finally:
         executor.shutdown(wait=True, kill_workers=True)
@@ -236,15 +240,26 @@ def _in_worker(
     return task(Replay(RecordedRun(directory), data, threads), *given, **named)
 
 
+def _mask(how: int, signals: Iterable[int] = (signal.SIGINT,)) -> Iterable[int]:
+    """Change which signals wait, such as Ctrl-C, here and in new processes; return which did before."""
+    return signal.pthread_sigmask(how, signals) if hasattr(signal, "pthread_sigmask") else ()
+
+
+#: Set once the process that started this one wants it to end.
+is_ending = Event()
+
+
 def _begin(threads: int, parent: Connection, in_order: bool) -> None:
     def watch() -> None:  # end this process once the other end of the pipe has closed
         wait([parent])
+        is_ending.set()
         _end(in_order=in_order)
 
     # Ctrl-C is for the process that waits; it ends the workers.
-    signal.signal(signal.SIGINT, signal.default_int_handler if in_order else signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if in_order and hasattr(os, "setpgid"):  # out of reach of the terminal
         os.setpgid(0, 0)
+    _mask(signal.SIG_UNBLOCK)
     Thread(target=watch, daemon=True).start()
     warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     torch.set_num_threads(threads)

@@ -6,12 +6,13 @@ import inspect
 import pickle
 import random
 import runpy
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,16 +21,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from everystep import numerics
 from everystep.errors import EverystepError, UsageError
 from everystep.experiment.specification import Experiment
 from everystep.recording.directories import AWAITED, is_run, remove_unbegun
 from everystep.recording.recorded_run import RecordedRun
+from everystep.replay.processes import is_ending
 from everystep.replay.resume import Resume, resume_experiment
 from everystep.training.from_experiment import train_experiment
 from everystep.training.interrupt import Interrupt
 from everystep.training.job import Progress
 
-__all__ = ["TrainingEnd", "call_function", "place_of_function", "side_by_side", "train_one"]
+__all__ = [
+    "TrainingEnd",
+    "call_function",
+    "on_ray",
+    "place_of_function",
+    "side_by_side",
+    "train_one",
+]
 
 
 class TrainingEnd(NamedTuple):
@@ -75,15 +85,50 @@ def side_by_side(
                 try:
                     found = future.result()
                     free.append(process)
-                except BrokenProcessPool:
-                    found = TrainingEnd("its process ended: it was killed, or memory ran out")
+                except Exception as error:  # nothing that the training raised, which `_ended` returns
+                    problem = "its process ended: it was killed, or memory ran out"
+                    if not isinstance(error, BrokenProcessPool):
+                        problem += f" ({type(error).__name__})"
+                    found = TrainingEnd(None if interrupt else problem)  # it had not begun
                 ended(name, found)
 
 
+class _OnRay:
+    """Hands one training at a time to Ray, and cancels it."""
+
+    def __init__(self, ray: Any, threads: int) -> None:
+        self._cancel = ray.cancel
+        variables = numerics.ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+        options = {"num_cpus": threads, "max_retries": 0, "runtime_env": {"env_vars": variables}}
+        self._remote = ray.remote(_ended).options(**options)
+        self._last: Any = None
+
+    def submit(self, task: Callable[..., TrainingEnd], *given: Any) -> Future[TrainingEnd]:
+        assert task is _ended
+        self._last = self._remote.remote(*given)
+        found: Future[TrainingEnd] = self._last.future()
+        return found
+
+    def close(self) -> None:
+        self._cancel(self._last)
+
+
+@contextmanager
+def on_ray(threads: int) -> Iterator[tuple[_OnRay, _OnRay]]:
+    """Return what lets Ray train, with so many cores each, and what stops it: as `pool` does."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    place = _OnRay(ray, threads)
+    yield place, place
+
+
 def _ended(train: Callable[..., TrainingEnd], *given: Any) -> TrainingEnd:
-    """Train in this process; return how that ended, in any case."""
+    """Train in this process, and let Ctrl-C end that; return how it ended, in any case."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return train(*given)
+        return TrainingEnd() if is_ending.is_set() else train(*given)
     except KeyboardInterrupt:
         return TrainingEnd()
     except EverystepError as error:
@@ -92,6 +137,8 @@ def _ended(train: Callable[..., TrainingEnd], *given: Any) -> TrainingEnd:
         at = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         return TrainingEnd(f"{reason} ({Path(at.filename).name}:{at.lineno})")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Noted(Progress):

@@ -146,7 +146,7 @@ def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
 def ended_text(case: SweepRun) -> str:
     """Return how a run of a sweep ended, in a line."""
     if case.problem is not None or case.summary is None:
-        return f"{case.name}: {case.status}: {case.problem}"
+        return ": ".join(filter(None, (case.name, case.status, case.problem)))
     loss = "" if case.summary.last_loss is None else f", loss {number(case.summary.last_loss)}"
     return f"{case.name}: {_status(case.summary)[0]}{loss}"
 

@@ -130,15 +130,15 @@ def counting(
 
 @contextmanager
 def line_for_each(
-    directory: Path, total: int, left: int, count: int, *, is_shown: bool
+    directory: Path, total: int, left: int, how: str, *, is_shown: bool
 ) -> Iterator[Callable[[SweepRun, Sequence[str]], None]]:
     """Show a bar for the runs of a sweep; yield what to call with each that ended, and its notices.
 
-    directory, total: of the sweep; left: runs to train, and count: how many at a time; is_shown: show
-    the bar and a line for each run; what went wrong is printed in any case.
+    directory, total: of the sweep; left: runs to train, and how: in words; is_shown: show the bar and a
+    line for each run; what went wrong is printed in any case.
     """
     if is_shown and left:
-        runs = f"{left:,} of {total:,} runs, {count} at a time"
+        runs = f"{left:,} of {total:,} runs, {how}"
         print(clean(f"{runs}: everystep view {shlex.quote(str(directory))}"), file=sys.stderr)
     with counting("runs", left, is_shown) as advance:
 
