@@ -116,27 +116,18 @@ def experiments_of(
         ExperimentError: lists every error of every run once, and runs that would be equal.
     """
     found: dict[str, Experiment] = {}
-    faults: dict[Fault, list[str]] = {}
+    faults: dict[Fault, None] = {}
     first: dict[str, str] = {}
     for name, settings in runs.items():
         try:
             experiment = load(source, settings)
         except ExperimentError as error:
-            for fault in error.faults:
-                faults.setdefault(fault, []).append(name)
+            faults |= dict.fromkeys(error.faults)
             continue
         found[name] = experiment.model_copy(update={"threads": experiment.threads or threads})
         if (other := first.setdefault(found[name].to_toml(), name)) != name:
-            faults[Fault("", f"{other} and {name} would be the same run")] = []
+            faults[Fault("", f"{other} and {name} would be the same run")] = None
     if faults:
         where = str(source) if isinstance(source, str | Path) else "the experiment"
-        raise ExperimentError([_of_runs(*each, len(runs)) for each in faults.items()], where)
+        raise ExperimentError([*faults], where)
     return found
-
-
-def _of_runs(fault: Fault, names: Sequence[str], count: int) -> Fault:
-    """Return a fault with the run that has it, unless all have it."""
-    if not names or len(names) == count:
-        return fault
-    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-    return fault._replace(problem=f"{fault.problem} ({names[0]}{more})")

@@ -133,6 +133,8 @@ def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
     if is_run(here):
         around = here / ".." if here.name in ("", "..") else here.parent
         raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs next to it")
+    if not here.is_dir() and is_sweep(RUNS / here):
+        here = RUNS / here
     if not here.is_dir():
         is_name = is_run(RUNS / directory)
         cure = f"it is a run in {RUNS}/" if is_name else "`everystep train` creates the first run"
