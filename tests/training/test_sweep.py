@@ -75,6 +75,7 @@ def test_a_sweep_is_ordinary_runs_with_the_bits_of_each_alone(everystep_command,
     assert len(names) == 7 and names[-1] == "two-layer-sweep-1/lr=0.01,seed=2"
     assert name in everystep_command("runs")[1]
     assert "did you mean" in everystep_command("step", "lr=0.01,seed=1", "1")[2]
+    assert "is a sweep: everystep runs" in everystep_command("resume", "two-layer-sweep-1")[2]
     assert len(everystep_command("runs", "two-layer-sweep-1")[1].splitlines()) == 7
     assert everystep_command("plot", "two-layer-sweep-1", "-o", "sweep.png")[0] == 0
     assert everystep_command("plot", "two-layer-sweep-1", "-m", "validation_loss")[0] == 2

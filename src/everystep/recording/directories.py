@@ -98,6 +98,11 @@ def find_run(name: str | Path) -> Path:
     for candidate in (Path(name), RUNS / name):
         if is_run(candidate):
             return candidate
+    if any(map(is_sweep, (Path(name), RUNS / name))):
+        raise RunError(
+            f"{name} is a sweep: everystep runs {name} lists its runs, and the sweep that made it "
+            f"continues them with --run {name} --resume"
+        )
     if Path(name).exists():
         raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
     known = [name_of(path) for path in find_runs()] if RUNS.is_dir() else []
