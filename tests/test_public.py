@@ -99,7 +99,7 @@ def test_the_reference_tells_of_every_command_and_every_option_has_a_help():
         "du", "rm", "prune",
         "train", "resume", "experiments", "runs", "losses", "table", "plot", "report",
         "step", "verify", "doctor", "diff", "rerun", "fork", "measure", "when", "why", "view",
-        "rows", "what-if", "match", "first-nonfinite",
+        "rows", "what-if", "match", "first-nonfinite", "sweep",
     }  # fmt: skip
     for name, each in command.commands.items():
         assert f"everystep {name}" in reference

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from everystep import lightning as lightning
     from everystep import numerics as numerics
     from everystep import transformers as transformers
-    from everystep.api import doctor, open, record, runs, train, train_experiment
+    from everystep.api import doctor, open, record, runs, sweep, train, train_experiment
     from everystep.gradient_descent import GradientDescent
     from everystep.run import Run
 
@@ -47,6 +47,7 @@ __all__ = [
     "open",
     "record",
     "runs",
+    "sweep",
     "train",
     "train_experiment",
 ]
@@ -54,7 +55,9 @@ __all__ = [
 
 #: Imported at first use: importing everystep is quick, and does not import torch.
 _MODULES = {
-    **dict.fromkeys(("doctor", "open", "record", "runs", "train", "train_experiment"), "everystep.api"),
+    **dict.fromkeys(
+        ("doctor", "open", "record", "runs", "sweep", "train", "train_experiment"), "everystep.api"
+    ),
     "GradientDescent": "everystep.gradient_descent",
     "Run": "everystep.run",
 }

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
-from everystep.recording.directories import RUNS, find_run, find_runs, place_of, remove_unbegun
+from everystep.recording.directories import (
+    AWAITED,
+    RUNS,
+    SWEEP_FILE,
+    create_directory,
+    find_run,
+    find_runs,
+    is_sweep,
+    place_of,
+    remove_unbegun,
+)
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.run import Run, diagnosis_of, progress_of, run_from_objects, run_of
 
@@ -22,11 +35,12 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from everystep.answers.doctor import Diagnosis
+    from everystep.answers.sweep import Sweep
     from everystep.experiment.metrics import Metrics
     from everystep.experiment.specification import Experiment
     from everystep.training.record import Recording
 
-__all__ = ["doctor", "open", "record", "runs", "train", "train_experiment"]
+__all__ = ["doctor", "open", "record", "runs", "sweep", "train", "train_experiment"]
 
 
 def open(
@@ -208,7 +222,8 @@ def train(
         stop_on_nan=stop_on_nan,
         engine=engine,
     )
-    place, said = place_of(run), facts_from(config, tags)
+    place, resume, config = _place(run, resume, config)
+    said = facts_from(config, tags)
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
@@ -331,8 +346,8 @@ def record(
             f"record got {kinds} without a name; name each part: everystep.record(model=model, "
             "optimizer=optimizer)"
         )
-    place, said = place_of(run), facts_from(config, tags)
-    resumed = _resumed(place, resume)
+    place, resume, config = _place(run, resume, config)
+    said, resumed = facts_from(config, tags), _resumed(place, resume)
     budgets = snapshot_budget, batch_budget, keep_of(keep)
     start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, said)
     conditions = LoopConditions(stop_when, mark_when) if stop_when or mark_when else None
@@ -364,6 +379,20 @@ def _forked(
             "directory, or omit fork and at"
         )
     return None
+
+
+def _place(
+    run: str | Path | None, resume: bool | str | Path, config: Any = None
+) -> tuple[Path | None, bool | str | Path, Any]:
+    """Return where a run goes, whether to continue one, and its config.
+
+    In a function that a sweep calls, the first run without a name goes to the sweep, and continues there
+    if it was begun; its config is the settings, unless it has one.
+    """
+    place = AWAITED.pop("place", None) if run is None and resume is False else None
+    if place is not None:
+        return place, True, AWAITED["settings"] if config is None else config
+    return place_of(run), resume, config
 
 
 def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
@@ -424,7 +453,8 @@ def train_experiment(
         experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
     )
     loaded = load(source, settings)
-    place, said = place_of(run), facts_from(None, tags)
+    place, resume, config = _place(run, resume)
+    said = facts_from(config, tags)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
         return run_of(train_loaded(loaded, name, place, snapshot_budget, watcher, said))
@@ -432,3 +462,114 @@ def train_experiment(
 
     asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)
     return run_of(resume_experiment(asked, watcher, loaded))
+
+
+def sweep(
+    training: str | Path | Mapping[str, Any] | Callable[..., Any],
+    settings: Mapping[str, Any],
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    processes: int | None = None,
+    threads: int = 1,
+    ray: bool = False,
+    force: bool = False,
+    snapshot_budget: int = DEFAULT_BUDGET,
+    progress: bool = True,
+) -> Sweep:
+    """Train with every combination of some settings, in processes side by side; return all runs.
+
+    Each is an ordinary run in one directory, with the bits of the same training alone with as many
+    threads. A training that fails does not stop the others.
+
+    Args:
+        training: an experiment, as in `train_experiment`; or a function that takes the settings as
+            keyword arguments, and trains or records a run, which it does not name. Each call begins
+            with torch's, NumPy's and Python's generators seeded with 0.
+        settings: the values of each setting: `{"optimizer.lr": [1e-4, 1e-3], "seed": range(8)}`.
+        run: the directory of the runs: a name in runs/, or a path; default: the next free
+            `runs/digits-sweep-1`, ...
+        resume: continue the sweep that `run` names: finished runs stay as they are, unfinished ones
+            continue, and missing ones are trained.
+        processes: trainings at a time; default: one per core, fewer if each has several threads.
+        threads: of torch in each process, unless the experiment sets them.
+        ray: let Ray run them, on all machines of its cluster, which must share the directory.
+        force: train more than 1,000 runs.
+        snapshot_budget: maximum bytes of snapshots, of each run.
+        progress: show a line for each run, and a bar, on stderr.
+
+    Raises:
+        UsageError: an experiment or a setting is invalid; lists every error of every run. Or the
+            function does not take the settings, or cannot be sent to another process.
+        KeyboardInterrupt: on Ctrl-C, after finishing the step of each training and closing its run.
+    """
+    from loky import cpu_count
+
+    from everystep import numerics
+    from everystep.answers.sweep import check_settings, sweep_of, sweep_run
+    from everystep.experiment.grid import combinations, experiments_of
+    from everystep.replay.processes import pool
+    from everystep.replay.side_by_side import (
+        TrainingEnd,
+        call_function,
+        on_ray,
+        place_of_function,
+        side_by_side,
+        train_one,
+    )
+    from everystep.views.progress import line_for_each
+    from everystep.views.run_view import RunView
+
+    if AWAITED:
+        raise UsageError(
+            "a sweep is called where its function is imported or called; call it below "
+            "if __name__ == '__main__':"
+        )
+    if ray and find_spec("ray") is None:
+        raise UsageError("Ray is not installed: pip install ray; or leave out --ray (ray=True)")
+    if resume and run is None:
+        raise UsageError("to resume a sweep, name its directory: run=... (--run)")
+    runs = combinations(settings, may_be_many=force)
+    numerics.prepare()
+    if callable(training):
+        function = place_of_function(training, runs.values())
+        name = training.__name__
+    else:
+        experiments = experiments_of(training, runs, threads)
+        name = Path(training).stem if isinstance(training, str | Path) else "experiment"
+        threads = max(each.threads or 1 for each in experiments.values())
+    place = place_of(run)
+    if place is None or not (resume and is_sweep(place)):
+        place = create_directory(place, f"{name}-sweep")
+        (place / SWEEP_FILE).write_text(f"a sweep of {name}: everystep runs, view and plot read it\n")
+    cases = {name: sweep_run(Run, place / name, each) for name, each in runs.items()}
+    wanted = (
+        runs
+        if callable(training)
+        else {n: e.model_dump(exclude_none=True) for n, e in experiments.items()}
+    )
+    check_settings(cases.values(), wanted)
+    tasks: dict[str, tuple[Any, ...]] = {}
+    for name in [name for name, case in cases.items() if not case.is_over]:
+        at = place.absolute() / name
+        if callable(training):
+            tasks[name] = call_function, at, *function, runs[name]
+        else:
+            tasks[name] = train_one, at, experiments[name], snapshot_budget
+    start = partial(on_ray, threads) if ray else partial(pool, 1, threads, {}, in_order=True)
+    cores = len(tasks) if ray else cpu_count() // threads
+    count = max(1, min(processes or max(1, cores), len(tasks)))
+    how = "by Ray" if ray else f"{count} at a time"
+    with line_for_each(place, len(cases), len(tasks), how, is_shown=progress) as show:
+
+        def ended(name: str, how: TrainingEnd) -> None:
+            cases[name] = sweep_run(Run, place / name, runs[name], how.problem)
+            show(cases[name], how.notices)
+
+        is_stopped = side_by_side(start, count, tasks, ended)
+    if is_stopped:
+        raise KeyboardInterrupt(
+            "stopped; the same sweep continues, with its finished runs as they are: --run "
+            f"{shlex.quote(str(place))} --resume (run={str(place)!r}, resume=True)"
+        )
+    return replace(sweep_of(place, cases.values()), view=RunView(None))

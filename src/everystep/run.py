@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from everystep.errors import StepError, UsageError
-from everystep.recording.directories import place_of
+from everystep.recording.directories import AWAITED, place_of
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
 
@@ -739,7 +739,10 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
-    """Return the progress of a training: the given object, the terminal if it is rank 0, or none."""
+    """Return the progress of a training: the given object, the terminal, or none.
+
+    It is none for all ranks but 0, and in a sweep.
+    """
     from everystep.training.agreement import ranks_here
     from everystep.training.job import Progress
     from everystep.views.progress import Silent, TerminalProgress
@@ -748,4 +751,5 @@ def progress_of(wanted: bool | Progress) -> Progress:
         return wanted
     if (ranks := ranks_here()) is not None and ranks.rank:
         return Progress()
-    return TerminalProgress(show_header=False, lines=None) if wanted else Silent()
+    is_shown = wanted and not AWAITED
+    return TerminalProgress(show_header=False, lines=None) if is_shown else Silent()

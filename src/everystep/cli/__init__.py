@@ -42,8 +42,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    *(training.train, training.resume, training.experiments, display.runs, display.losses),
-    *(display.table, display.plot, display.report, display.step, question.verify, question.doctor),
+    *(training.train, training.sweep, training.resume, training.experiments, display.runs),
+    *(
+        display.losses,
+        display.table,
+        display.plot,
+        display.report,
+        display.step,
+        question.verify,
+        question.doctor,
+    ),
     *(question.diff, question.match, question.rerun, training.fork, question.what_if, question.measure),
     *(question.when, question.first_nonfinite, question.why, question.rows, display.view),
     *(space.du, space.prune, space.rm),

@@ -82,7 +82,7 @@ class Commands(typer.core.TyperGroup):
             command = self.get_command(ctx, name)
             if command is None:
                 raise UsageError(f"no command {name!r}; {self._instead(ctx, name)}")
-            if name in ("train", "fork", "resume"):
+            if name in ("train", "sweep", "fork", "resume"):
                 known = {option for parameter in command.params for option in parameter.opts}
                 _check_options(args[1:], known, has_settings="--set" in known)
         return super().resolve_command(ctx, args)

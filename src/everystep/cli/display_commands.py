@@ -154,19 +154,31 @@ def plot(
 ) -> None:
     """Plot the loss of one run or several.
 
-    The loss is drawn at each iteration; several runs share one plot.
+    The loss is drawn at each iteration; several runs share one plot. Of a directory, such as a sweep,
+    colors and panels show the settings that differ.
 
     Args:
         output: The plot to write (.png, .svg, .pdf); default: RUN-loss.png, or loss.png, here.
         log: Use a logarithmic loss axis.
         measurements: Also draw this measurement, such as validation_loss. Repeatable.
     """
+    from everystep.recording.directories import directory_of
+    from everystep.recording.settings_diff import settings_of
     from everystep.views.output_file import default_output
-    from everystep.views.plot import loss_plot, save_plot
+    from everystep.views.plot import loss_plot, save_plot, sweep_plot
 
-    opened = [everystep.open(run) for run in runs]
-    place = output or default_output(f"{opened[0].name}-loss.png" if len(opened) == 1 else "loss.png")
-    save_plot(loss_plot(opened, log=log, measurements=measurements or []), place)
+    directory = directory_of(runs[0]) if len(runs) == 1 else None
+    if directory is not None and measurements:
+        raise UsageError(f"{runs[0]} has many runs, of which only losses are drawn; leave out -m")
+    if directory is not None:
+        opened = everystep.runs(directory)
+        drawn = sweep_plot(opened, [settings_of(run) for run in opened], log)
+    else:
+        opened = [everystep.open(run) for run in runs]
+        drawn = loss_plot(opened, log=log, measurements=measurements or [])
+    name = f"{directory.name}-" if directory else f"{opened[0].name}-" * (len(opened) == 1)
+    place = output or default_output(f"{name}loss.png")
+    save_plot(drawn, place)
     say_written(place)
 
 

@@ -45,11 +45,10 @@ __all__ = [
 
 def run_names() -> list[str]:
     """Return the names of the runs in runs/ and of those in the current directory."""
-    from everystep.recording.database import FILE_NAME
-    from everystep.recording.directories import RUNS
+    from everystep.recording.directories import RUNS, find_runs, is_run, name_of
 
-    found = [path.parent.name for place in (RUNS, Path()) for path in place.glob(f"*/{FILE_NAME}")]
-    return sorted(set(found))
+    places = [place for place in (RUNS, Path()) if place.is_dir() and not is_run(place)]
+    return sorted({name_of(path) for place in places for path in find_runs(place)})
 
 
 def experiment_names() -> list[str]:

@@ -86,12 +86,13 @@ def rm(runs: shared.RunsArgument, force: Annotated[bool, typer.Option("--force",
     Args:
         force: Do not ask.
     """
-    from everystep.recording.directories import find_run, name_of, remove_run, spaces_of
+    from everystep.recording.directories import RANKS, find_run, name_of, remove_run, spaces_of
     from everystep.views.formatting import counted, size_text
 
     places = [*dict.fromkeys(find_run(name) for name in runs)]
     for place in places:
-        if "/" in (name := name_of(place)):
+        name = name_of(place)
+        if f"/{RANKS}/" in name:
             raise UsageError(
                 f"{name} is a part of {name.partition('/')[0]}, which needs it; remove that run"
             )

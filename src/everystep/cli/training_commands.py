@@ -13,14 +13,14 @@ import typer
 
 import everystep
 from everystep.cli import shared_options as shared
-from everystep.cli.output import hint, say, say_lines
+from everystep.cli.output import answer, hint, say, say_lines, terminal_width
 from everystep.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from everystep.training.job import Progress
     from everystep.views.progress import Silent
 
-__all__ = ["experiments", "fork", "resume", "train"]
+__all__ = ["experiments", "fork", "resume", "sweep", "train"]
 
 
 def train(
@@ -95,6 +95,54 @@ def train(
     _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
+
+
+def sweep(
+    experiment: Annotated[
+        str, typer.Argument(metavar="EXPERIMENT", autocompletion=shared.experiments_and_files)
+    ],
+    settings: Annotated[list[str], typer.Option("--set", metavar="PATH=VALUE,VALUE")],
+    processes: Annotated[int | None, typer.Option(min=1, metavar="N")] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIRECTORY")] = None,
+    resume_runs: Annotated[bool, typer.Option("--resume")] = False,
+    ray: Annotated[bool, typer.Option("--ray")] = False,
+    force: Annotated[bool, typer.Option("--force")] = False,
+    snapshot_budget: shared.BudgetOption = 512,
+    quiet: shared.QuietOption = False,
+    json: shared.JsonOption = False,
+) -> None:
+    """Train an experiment with many settings, side by side.
+
+    Trains every combination of the values: each is a run, in one directory. One that fails does not stop
+    the others. Prints a table, the best run first.
+
+    Args:
+        experiment: TOML file, or name of a built-in experiment.
+        settings: Values of a setting: optimizer.lr=1e-4,1e-3 or seed=0..7. Repeatable.
+        processes: Number of trainings at a time; default: one per core.
+        run: The directory of the runs: a name in runs/, or a path; default: EXPERIMENT-sweep-1, ...
+        resume_runs: Continue the sweep that --run names; finished runs stay as they are.
+        ray: Let Ray run the trainings, on all machines of its cluster.
+        force: Train more than 1,000 runs.
+    """
+    from everystep.experiment.grid import parse_values
+
+    try:
+        found = everystep.sweep(
+            experiment,
+            parse_values(settings),
+            run=run,
+            resume=resume_runs,
+            processes=processes,
+            ray=ray,
+            force=force,
+            snapshot_budget=snapshot_budget * 1_000_000,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt as stopped:
+        hint(str(stopped))
+        raise
+    answer(found, json, is_yes=found.is_finished, text={"width": terminal_width()})
 
 
 def resume(

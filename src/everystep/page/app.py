@@ -26,7 +26,7 @@ from everystep.page.worker_client import WorkerClient
 
 __all__ = ["UntilEnd", "application"]
 
-_PAGES = [Route(path, index) for path in ("/", "/runs/{name}", "/overlay", "/compare")]
+_PAGES = [Route(path, index) for path in ("/", "/runs/{name:run}", "/overlay", "/compare")]
 _ASSETS = [Route("/static/{path:path}", asset)]
 
 

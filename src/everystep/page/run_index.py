@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.connection import fingerprint
 from everystep.recording.database import FILE_NAME
-from everystep.recording.directories import rank_directory
+from everystep.recording.directories import is_sweep, rank_directory
 from everystep.recording.facts import RanksFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Summary
@@ -32,7 +32,7 @@ class Summaries(NamedTuple):
 
 
 class RunIndex:
-    """The runs directly in a directory, by name."""
+    """The runs in a directory, and those of sweeps in it, by name."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -53,7 +53,8 @@ class RunIndex:
         Raises:
             RunError: there is none.
         """
-        directory = self.folder(name)
+        # Where the directory is a sweep, its runs are also called by its name.
+        directory = self.folder(name) or self.folder(name.removeprefix(f"{self.directory.name}/"))
         if directory is None or not (directory / FILE_NAME).is_file():
             known = list(self.directories())
             cure = did_you_mean(name, known) or "the list of runs shows the existing ones"
@@ -82,11 +83,12 @@ class RunIndex:
     def folders(self) -> dict[str, Path]:
         """Return all folders by name; one that is not a run yet may become one."""
         try:
-            with os.scandir(self.directory) as entries:
-                names = sorted(entry.name for entry in entries if entry.is_dir())
+            folders = _folders_in(self.directory)
+            for sweep in filter(is_sweep, [*folders.values()]):
+                folders |= {f"{sweep.name}/{n}": path for n, path in _folders_in(sweep).items()}
         except OSError:  # the directory is gone, and with it all runs
             return {}
-        return {shown_name(name): self.directory / name for name in names}
+        return {shown_name(name): folders[name] for name in sorted(folders)}
 
     def summaries(self, seconds: float = math.inf) -> Summaries:
         """Return a summary of every run; only changed ones are read again.
@@ -113,7 +115,7 @@ class RunIndex:
         forks = [
             {"name": fork, "at": summary["parent"][1]}
             for fork, summary in summaries.runs.items()
-            if summary["parent"] and summary["parent"][0] == name
+            if summary["parent"] and summary["parent"][0] in (name, f"{self.directory.name}/{name}")
         ]
         return forks, summaries.unread
 
@@ -141,6 +143,11 @@ def names_of_ranks(name: str, ranks: RanksFacts | None) -> list[str]:
         return []
     top = name.removesuffix(f"{_RANK}{ranks.rank}")
     return [f"{top}{_RANK}{rank}" if rank else top for rank in range(ranks.count)]
+
+
+def _folders_in(directory: Path) -> dict[str, Path]:
+    with os.scandir(directory) as entries:
+        return {entry.name: directory / entry.name for entry in entries if entry.is_dir()}
 
 
 def shown_name(name: str) -> str:

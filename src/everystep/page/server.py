@@ -20,7 +20,7 @@ from everystep.errors import UsageError
 from everystep.page.app import UntilEnd, application
 from everystep.page.guard import Guard, is_loopback, token_of
 from everystep.page.run_index import shown_name
-from everystep.recording.directories import RUNS, find_run, is_run
+from everystep.recording.directories import RUNS, find_run, is_run, is_sweep
 
 __all__ = ["place_of", "serve"]
 
@@ -39,6 +39,8 @@ def place_of(what: str | Path) -> tuple[Path, str | None]:
     path = Path(what)
     if not is_run(path) and path.is_dir():
         return path.resolve(), None
+    if not path.exists() and is_sweep(RUNS / path):
+        return (RUNS / path).resolve(), None
     if path == RUNS and not path.exists():
         return path.resolve(), None
     found = find_run(what)

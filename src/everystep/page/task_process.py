@@ -27,6 +27,7 @@ from everystep.page.child_process import Speaker, limit_memory, memory_message
 from everystep.page.columns import reduced
 from everystep.page.run_index import shown_name
 from everystep.page.sides import sides
+from everystep.recording.directories import name_of
 from everystep.recording.facts import Facts
 from everystep.replay.processes import end_with_stdin
 from everystep.run import Run
@@ -179,7 +180,7 @@ class _Watching(Silent):
 
     def begin(self, directory: Path, facts: Facts) -> None:
         """Report the name of the run."""
-        self.run, self._steps = shown_name(directory.name), facts.steps or 0
+        self.run, self._steps = shown_name(name_of(directory)), facts.steps or 0
         self._voice.say("begun", {"run": self.run})
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:

@@ -78,8 +78,8 @@ class WorkerClient:
             NoAnswer: the worker ended before it answered, or took too long.
         """
         own = run.absolute()  # that of a rank is within that of rank 0
-        home = own.parents[2] if own.parent.name == RANKS else own.parent
-        if home != self._directory or ".." in own.parts:
+        whole = own.parents[1] if own.parent.name == RANKS else own
+        if self._directory not in [*whole.parents][:2] or ".." in own.parts:  # or in a sweep there
             raise RunError(f"{run.name} is not in {self._directory}, the directory that is shown")
         leaving = asyncio.ensure_future(gone() if gone else asyncio.Event().wait())
         try:

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from everystep.errors import RecordingError, RunError, did_you_mean
 from everystep.recording.connection import LOCK_NAME, SPARE_NAME
@@ -20,15 +20,19 @@ from everystep.recording.files import BATCHES, CHANGES, PROGRAMS, SNAPSHOTS
 from everystep.recording.lock import locked
 
 __all__ = [
+    "AWAITED",
     "RANKS",
     "RUNS",
+    "SWEEP_FILE",
     "GoneError",
     "Home",
     "Space",
     "create_directory",
+    "directory_of",
     "find_run",
     "find_runs",
     "is_run",
+    "is_sweep",
     "name_of",
     "place_of",
     "rank_directory",
@@ -40,6 +44,8 @@ __all__ = [
 RUNS = Path("runs")
 #: The folder within a run of those of other ranks.
 RANKS = "ranks"
+#: The file that marks a directory of runs as a sweep, with a word about it for whoever finds it.
+SWEEP_FILE = "sweep.txt"
 #: The folders of a run, and what their files are for: see `Space`.
 _FOLDERS = {SNAPSHOTS: "snapshots", PROGRAMS: "programs", BATCHES: "batches", CHANGES: "batches"}
 #: Files of a run outside of them, in addition to those of its database. A fork has several of each.
@@ -58,16 +64,28 @@ def is_run(directory: Path) -> bool:
         raise RunError(f"{str(directory)!r:.200} cannot be read: {error.strerror}") from None
 
 
+def is_sweep(directory: Path) -> bool:
+    """Return whether a directory has the runs of a sweep."""
+    return (directory / SWEEP_FILE).is_file()
+
+
+#: While a sweep calls a function: its settings, and the place of its next run without a name.
+AWAITED: dict[str, Any] = {}
+
+
 def rank_directory(top: Path, rank: int) -> Path:
     """Return the directory of the run of one of several processes. top: of that of rank 0."""
     return top / RANKS / str(rank) if rank else top
 
 
 def name_of(directory: Path) -> str:
-    """Return the name of a run's directory, of a rank with that of the run; bad bytes are replaced."""
+    """Return the name of a run's directory; bad bytes are replaced.
+
+    Of a rank, it begins with that of the run; of a run of a sweep, with that of the sweep.
+    """
     place = directory.resolve()
-    is_rank = place.parent.name == RANKS
-    name = f"{place.parent.parent.name}/{RANKS}/{place.name}" if is_rank else place.name
+    parts = 3 if place.parent.name == RANKS else 2 if is_sweep(place.parent) else 1
+    name = "/".join(place.parts[-parts:])
     return name.encode("utf-8", "replace").decode()
 
 
@@ -80,13 +98,24 @@ def find_run(name: str | Path) -> Path:
     for candidate in (Path(name), RUNS / name):
         if is_run(candidate):
             return candidate
+    if any(map(is_sweep, (Path(name), RUNS / name))):
+        raise RunError(
+            f"{name} is a sweep: everystep runs {name} lists its runs, and the sweep that made it "
+            f"continues them with --run {name} --resume"
+        )
     if Path(name).exists():
         raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
-    known = [path.parent.name for path in RUNS.glob(f"*/{FILE_NAME}")]
+    known = [name_of(path) for path in find_runs()] if RUNS.is_dir() else []
     cure = f"{RUNS}/ has no runs; run `everystep train` first"
     if known:
         cure = did_you_mean(str(name), known) or "run `everystep runs` to list them"
     raise RunError(f"no run {str(name)!r:.200}; {cure}")
+
+
+def directory_of(name: str | Path) -> Path | None:
+    """Return a directory of runs, a path or a name in `RUNS`; None if there is none of that name."""
+    places = (Path(name), RUNS / name)
+    return next((p for p in places if not is_run(p) and any(p.glob(f"*/{FILE_NAME}"))), None)
 
 
 def place_of(run: str | Path | None) -> Path | None:
@@ -98,7 +127,9 @@ def place_of(run: str | Path | None) -> Path | None:
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
-    """Yield the directories of all runs directly in `directory`, by name: digits-2 before digits-10.
+    """Yield the directories of all runs in `directory`, by name: digits-2 before digits-10.
+
+    They are directly in it, or in a sweep that is.
 
     Raises:
         RunError: the directory does not exist, or is a run itself.
@@ -107,12 +138,15 @@ def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
     if is_run(here):
         around = here / ".." if here.name in ("", "..") else here.parent
         raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs next to it")
+    if not here.is_dir() and is_sweep(RUNS / here):
+        here = RUNS / here
     if not here.is_dir():
         is_name = is_run(RUNS / directory)
         cure = f"it is a run in {RUNS}/" if is_name else "`everystep train` creates the first run"
         raise RunError(f"{directory} is not a directory; {cure}")
-    found = [path.parent for path in here.glob(f"*/{FILE_NAME}")]
-    yield from sorted(found, key=lambda path: _in_order(path.name))
+    places = [here, *(path.parent for path in here.glob(f"*/{SWEEP_FILE}"))]
+    found = [path.parent for place in places for path in place.glob(f"*/{FILE_NAME}")]
+    yield from sorted(found, key=lambda path: _in_order(str(path.relative_to(here))))
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -129,6 +163,7 @@ def create_directory(directory: Path | None, name: str) -> Path:
     """
     if directory is not None:
         _check_name(directory)
+    name = name.replace("/", ",")  # of a fork of a run of a sweep
     candidates = [directory] if directory else (RUNS / f"{name}-{n}" for n in itertools.count(1))
     for candidate in candidates:
         try:
@@ -218,7 +253,7 @@ def _space_of(directory: Path, seen: set[tuple[int, int]]) -> Space:
     keep = None
     with suppress(RunError), reading(directory / FILE_NAME) as database:
         keep = database.facts().keep
-    return Space(directory.resolve().name, directory, sum(sizes.values()), **sizes, keep=keep)
+    return Space(name_of(directory), directory, sum(sizes.values()), **sizes, keep=keep)
 
 
 def _kind(path: Path) -> str:

@@ -94,7 +94,7 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """The name of the run's directory, of a rank with that of the run; bad bytes are replaced."""
+        """The name of the run's directory, after that of its sweep or of its ranks: see `name_of`."""
         return name_of(self.directory)
 
     @property

@@ -16,6 +16,7 @@ from everystep.recording.facts import (
     SchedulerFacts,
     TrainingFacts,
 )
+from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import value_text, whole_text
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "flat",
     "renamed",
     "same_value",
+    "settings_of",
     "settings_that_differ",
 ]
 
@@ -206,6 +208,13 @@ def _losses(one: LossFacts | None, other: LossFacts | None, of_own_classes: bool
     if one is not None and other is not None and one.class_name == other.class_name:
         inner = [{path: m for path, m in loss.modules.items() if path} for loss in (one, other)]
         yield from _objects("loss", inner[0], inner[1], of_own_classes)
+
+
+def settings_of(run: RecordedRun) -> dict[str, Any]:
+    """Return the settings of a run, by path: of its experiment, or else of its config."""
+    facts = run.facts
+    experiment = None if facts.trained is None else run.experiment(facts.trained)
+    return flat(dict(facts.config) if experiment is None else experiment)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

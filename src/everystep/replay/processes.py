@@ -21,7 +21,7 @@ from functools import lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Opener",
     "end_with_stdin",
+    "is_ending",
     "needs_worker",
+    "pool",
     "process_count",
     "recorded_numerics",
     "shared",
@@ -57,7 +59,7 @@ _PATIENCE = 60.0
 def end_with_stdin(*, in_order: bool = False) -> None:
     """End this process once the other end of its stdin has closed, whatever it computes.
 
-    in_order: stop it as Ctrl-C does, and end it a minute later.
+    in_order: as in `_end`.
 
     Where the system cannot watch a pipe that is read as well (Windows), the next read ends it.
     """
@@ -66,13 +68,18 @@ def end_with_stdin(*, in_order: bool = False) -> None:
         found = select.poll()
         found.register(0, 0)  # only its end, not what is to be read
         found.poll()
-        if in_order:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(_PATIENCE)
-        os._exit(1)
+        _end(in_order=in_order)
 
     if hasattr(select, "poll"):
         Thread(target=watch, daemon=True).start()
+
+
+def _end(*, in_order: bool) -> None:
+    """End this process. in_order: stop it as Ctrl-C does, and end it a minute later."""
+    if in_order:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(_PATIENCE)
+    os._exit(1)
 
 
 #: If the training took less than this, this process replays it alone: others must start first.
@@ -119,24 +126,43 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
     Raises:
         TrainingError: none can be started, or one ended unexpectedly.
     """
+    try:
+        with pool(count, threads, recorded_numerics(facts).environment()) as (executor, _):
+            yield executor
+    except BrokenProcessPool:
+        raise TrainingError(_ENDED_TOO_EARLY) from None
+
+
+@contextmanager
+def pool(
+    count: int, threads: int, environment: dict[str, str], *, in_order: bool = False
+) -> Iterator[tuple[ProcessPoolExecutor, Connection]]:
+    """Return processes, and a connection that ends them when it is closed; they end afterwards.
+
+    in_order: as in `_end`.
+
+    Raises:
+        TrainingError: none can be started.
+    """
     from loky import ProcessPoolExecutor
 
     alive, of_parent = Pipe(duplex=False)
-    environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
+    environment = environment | {"OMP_NUM_THREADS": str(threads)}
     # loky restarts a process that grew by 300 MB, as a leak, with a warning; the new one would have no
     # replay of the run.
     environment["LOKY_MAX_MEMORY_LEAK_SIZE"] = "1e18"
-    begin = {"initializer": _begin, "initargs": (threads, alive)}
+    begin = {"initializer": _begin, "initargs": (threads, alive, in_order)}
     executor = ProcessPoolExecutor(count, env=environment, **begin)
     try:
+        before = _mask(signal.SIG_BLOCK)  # until it has prepared itself
         try:
             executor.submit(os.getpid)  # starts the first
         except OSError as error:
             reason = error.strerror or error
-            raise TrainingError(f"a process to replay the run cannot be started: {reason}") from None
-        yield executor
-    except BrokenProcessPool:
-        raise TrainingError(_ENDED_TOO_EARLY) from None
+            raise TrainingError(f"another process cannot be started: {reason}") from None
+        finally:
+            _mask(signal.SIG_SETMASK, before)
+        yield executor, of_parent
     finally:
         executor.shutdown(wait=True, kill_workers=True)
         alive.close()
@@ -214,15 +240,28 @@ def _in_worker(
     return task(Replay(RecordedRun(directory), data, threads), *given, **named)
 
 
-def _begin(threads: int, parent: Connection) -> None:
+def _mask(how: int, signals: Iterable[int] = (signal.SIGINT,)) -> Iterable[int]:
+    """Change which signals wait, such as Ctrl-C, here and in new processes; return which did before."""
+    return signal.pthread_sigmask(how, signals) if hasattr(signal, "pthread_sigmask") else ()
+
+
+#: Set once the process that started this one wants it to end.
+is_ending = Event()
+
+
+def _begin(threads: int, parent: Connection, in_order: bool) -> None:
     def watch() -> None:  # end this process once the other end of the pipe has closed
         wait([parent])
-        os._exit(1)
+        is_ending.set()
+        _end(in_order=in_order)
 
-    Thread(target=watch, daemon=True).start()
-    warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     # Ctrl-C is for the process that waits; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if in_order and hasattr(os, "setpgid"):  # out of reach of the terminal
+        os.setpgid(0, 0)
+    _mask(signal.SIG_UNBLOCK)
+    Thread(target=watch, daemon=True).start()
+    warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     torch.set_num_threads(threads)
 
 

@@ -20,6 +20,9 @@ class View(Protocol):
     def html(self, answer: Any) -> str:
         """Return an answer as a notebook shows it."""
 
+    def plot(self, answer: Any, **options: Any) -> Any:
+        """Return the plot of an answer that has one."""
+
 
 @dataclass(frozen=True)
 class Shown:

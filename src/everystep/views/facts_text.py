@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from everystep.recording.directories import RUNS, is_sweep
 from everystep.recording.facts import (
     Facts,
     ForkFacts,
@@ -212,8 +213,9 @@ def _steps_text(steps: int, training: TrainingFacts) -> str:
 
 
 def shortest_name(directory: Path) -> str:
-    """Return the shortest argument for a run: its bare name if it is in runs/."""
-    return directory.name if directory.parent == Path("runs") else str(directory)
+    """Return the shortest argument for a run: its bare name if it is in runs/, or in a sweep there."""
+    place = directory.parent.parent if is_sweep(directory.parent) else directory.parent
+    return str(directory.relative_to(place)) if place == RUNS else str(directory)
 
 
 def ending(run: RecordedRun, facts: Facts, status: str, steps: int) -> str | None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.text import Text
 
@@ -16,9 +16,20 @@ from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.formatting import counted, cut, number, one_line, size_text, time_text
 from everystep.views.plain import metric_data, plain_data, plain_number
-from everystep.views.terminal import Column, Page, Row, Styled, keyed, table_lines, table_text
+from everystep.views.terminal import Cell, Column, Page, Row, Styled, keyed, table_lines, table_text
 
-__all__ = ["losses_text", "pruning_text", "runs_text", "spaces_text", "summary_data"]
+if TYPE_CHECKING:
+    from everystep.answers.sweep import Sweep, SweepRun
+
+__all__ = [
+    "ended_text",
+    "losses_text",
+    "pruning_text",
+    "runs_text",
+    "spaces_text",
+    "summary_data",
+    "sweep_text",
+]
 
 #: Characters of a note.
 _LONGEST_NOTE = 100
@@ -94,6 +105,50 @@ COLUMNS: tuple[Column[Summary], ...] = (
 def runs_text(runs: Sequence[Summary], width: int | None = None) -> Text:
     """Return the list of runs; width: of the terminal."""
     return _list_text(COLUMNS, runs, width)
+
+
+def sweep_text(sweep: Sweep, width: int | None = None) -> Text:
+    """Return a sweep as a table, then why runs have not all their steps. width: of the terminal."""
+    paths = list(sweep.cases[0].settings)
+    varied = [path for path in paths if len({str(each.settings[path]) for each in sweep.cases}) > 1]
+
+    def setting(path: str) -> Column[SweepRun]:
+        is_number = all(isinstance(each.settings[path], int | float) for each in sweep.cases)
+        return Column(path, lambda each: str(each.settings[path]), is_number=is_number)
+
+    def best(each: SweepRun) -> str:
+        is_share = each.best is not None and metric_data(sweep.metric or "")["is_share"]
+        return f"{each.best:.2%}" if is_share else number(each.best)
+
+    def status(each: SweepRun) -> Cell:
+        is_known = each.summary is not None and each.summary.status == each.status
+        return _status(each.summary) if is_known and each.summary else each.status
+
+    def known(header: str) -> Column[SweepRun]:
+        value = next(column.value for column in COLUMNS if column.header == header)
+        return Column(header, lambda each: value(each.summary) if each.summary else "", is_number=True)
+
+    columns = [
+        *map(setting, varied or paths),
+        Column("status", status),
+        *map(known, ("steps", "last loss")),
+        *([Column(f"best {sweep.metric}", best, is_number=True)] if sweep.metric else []),
+        Column("run", lambda each: each.name, style="dim", rank=5),
+    ]
+    text = _list_text(columns, sweep.cases, width)
+    for each in sweep.cases:
+        if each.problem is not None:
+            text.append(f"{ended_text(each)}\n", style="yellow")
+    done = sum(each.status == "finished" for each in sweep.cases)
+    return text.append(f"{done:,} of {counted(len(sweep.cases), 'run')} finished: {sweep.directory}\n")
+
+
+def ended_text(case: SweepRun) -> str:
+    """Return how a run of a sweep ended, in a line."""
+    if case.problem is not None or case.summary is None:
+        return ": ".join(filter(None, (case.name, case.status, case.problem)))
+    loss = "" if case.summary.last_loss is None else f", loss {number(case.summary.last_loss)}"
+    return f"{case.name}: {_status(case.summary)[0]}{loss}"
 
 
 def _list_text(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int | None) -> Text:

@@ -23,7 +23,7 @@ from everystep.recording.texts import is_rate
 from everystep.views.output_file import write_file
 from everystep.views.reduction import reduce
 
-__all__ = ["curves_plot", "loss_plot", "save_plot"]
+__all__ = ["curves_plot", "loss_plot", "save_plot", "sweep_plot"]
 
 #: For a series of more than MOST points: the number of evenly spaced points to draw, and of buckets with
 #: their extremes, which alone would look like two bands.
@@ -38,7 +38,8 @@ COLOURS = ["#2a5db0", "#c2570c", "#1a7a5a", "#8a4bc4", "#a83264", "#6b6f78", "#8
 LINES = ["solid", "dashed", "dotted", "dashdot"]
 SUFFIXES = (".png", ".svg", ".pdf")
 DOTS_PER_INCH = 150
-#: Characters of a line of the caption.
+#: Lines of the caption about the runs of a sweep, and characters of a line.
+MOST_NOTES = 4
 _CAPTION_WIDTH = 120
 
 
@@ -72,6 +73,49 @@ def curves_plot(curves: Mapping[str, pl.DataFrame], log: bool = False) -> p9.ggp
     log: as in `loss_plot`.
     """
     return _plot({_plain(name): frame for name, frame in curves.items()}, (), (), log, [])
+
+
+def sweep_plot(
+    runs: Sequence[RecordedRun], settings: Sequence[Mapping[str, Any]], log: bool = False
+) -> p9.ggplot:
+    """Return the losses of runs as lines, by their settings.
+
+    Colors distinguish the values of the first setting that varies, panels those of the second, and
+    seeds neither, unless nothing else varies.
+
+    settings: of each run; log: as in `loss_plot`.
+
+    Raises:
+        UsageError: there are no runs.
+    """
+    if not runs:
+        raise UsageError("nothing to plot; no run has begun")
+    paths = dict.fromkeys(path for each in settings for path in each)
+    varied = [path for path in paths if len({str(each.get(path)) for each in settings}) > 1]
+    varied.sort(key=lambda path: path == "seed")
+    colour, panel = [*varied, "", ""][:2]
+    panel = "" if panel == "seed" else panel
+    notes: list[str] = []
+    lines = []
+    for run, each in zip(runs, settings, strict=True):
+        losses = reduce(run.losses, max(BUCKETS // len(runs), 100))
+        line = _drawable(losses, run.name, "loss", log, notes)
+        texts = {name: _plain(str(each.get(name, ""))) for name in (colour, panel)}
+        lines.append(line.assign(colour=texts[colour], panel=f"{panel} {texts[panel]}"))
+    frame = pd.concat(lines)
+    for name in ("colour", "panel"):  # in the order of the settings
+        frame[name] = pd.Categorical(frame[name], [*dict.fromkeys(frame[name])])
+    plot = p9.ggplot(frame, p9.aes("step", "value", colour="colour", group="run"))
+    plot += p9.geom_line(size=0.5, alpha=0.8, show_legend=bool(colour))
+    if panel:
+        plot += p9.facet_wrap("panel")
+    if log:
+        plot += p9.scale_y_log10(minor_breaks=False)
+    plot += p9.scale_colour_manual(COLOURS * len(runs))
+    labels = p9.labs(
+        x="iteration", y="loss", title=_plain(colour), caption="\n".join(notes[:MOST_NOTES])
+    )
+    return plot + p9.scale_x_continuous(labels=_thousands) + labels + _look()
 
 
 def _plot(

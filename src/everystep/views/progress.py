@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import progress as bars
 from rich.console import Console
@@ -18,9 +19,13 @@ from everystep.recording.texts import shortest
 from everystep.training.job import Progress
 from everystep.views.facts_text import header
 from everystep.views.formatting import clean, number
+from everystep.views.lists import ended_text
 from everystep.views.terminal import SafeConsole
 
-__all__ = ["Silent", "TerminalProgress", "counting"]
+if TYPE_CHECKING:
+    from everystep.answers.sweep import SweepRun
+
+__all__ = ["Silent", "TerminalProgress", "counting", "line_for_each"]
 
 
 #: Set by Jupyter for everything that a cell starts; the number of lines that a training prints there.
@@ -102,7 +107,7 @@ class _Speed(bars.ProgressColumn):
     def render(self, task: bars.Task) -> Text:
         """Return the speed, or nothing before there is one."""
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f}/s" if speed else "", style="dim")
+        return Text(f"{speed:,.0f}/s" if speed and speed >= 1 else "", style="dim")
 
 
 @contextmanager
@@ -121,6 +126,31 @@ def counting(
         return
     with _bar(SafeConsole(stderr=True, highlight=False), what, total, "", is_shown=wanted) as bar:
         yield lambda steps: bar.advance(bar.task_ids[0], steps)
+
+
+@contextmanager
+def line_for_each(
+    directory: Path, total: int, left: int, how: str, *, is_shown: bool
+) -> Iterator[Callable[[SweepRun, Sequence[str]], None]]:
+    """Show a bar for the runs of a sweep; yield what to call with each that ended, and its notices.
+
+    directory, total: of the sweep; left: runs to train, and how: in words; is_shown: show the bar and a
+    line for each run; what went wrong is printed in any case.
+    """
+    if is_shown and left:
+        runs = f"{left:,} of {total:,} runs, {how}"
+        print(clean(f"{runs}: everystep view {shlex.quote(str(directory))}"), file=sys.stderr)
+    with counting("runs", left, is_shown) as advance:
+
+        def ended(run: SweepRun, notices: Sequence[str]) -> None:
+            lines = [f"  {notice}" for notice in notices]
+            if is_shown or run.problem is not None:
+                lines.insert(0, ended_text(run))
+            for line in lines:
+                print(clean(line), file=sys.stderr)
+            advance(1)
+
+        yield ended
 
 
 def _bar(console: Console, what: str, total: int, text: str, *, is_shown: bool = True) -> bars.Progress:

@@ -26,6 +26,7 @@ from everystep.views.comparisons import (
 )
 from everystep.views.facts_text import engine_text
 from everystep.views.formatting import about_numbers, block, counted, labelled, named, number, shape_text
+from everystep.views.lists import summary_data, sweep_text
 from everystep.views.plain import DERIVED, plain_data
 from everystep.views.terminal import Column, table_text
 
@@ -81,6 +82,13 @@ class RunView(NamedTuple):
         console = Console(file=io.StringIO(), record=True, color_system="truecolor")
         console.print(shown, soft_wrap=True)
         return console.export_html(inline_styles=True, code_format=_HTML)
+
+    def plot(self, answer: Any, **options: Any) -> Any:
+        """Return the plot of a sweep."""
+        from everystep.views.plot import sweep_plot
+
+        begun = [case for case in answer.cases if case.run is not None]
+        return sweep_plot([case.run for case in begun], [case.settings for case in begun], **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An answer can be pickled; a run with its opened steps cannot.
@@ -357,6 +365,7 @@ _TEXTS: dict[str, Callable[..., str | Text]] = {
     "Step": lambda found, view, **options: _in("step_text").step_text(
         found, view.run.facts, name=view.run.name, **options
     ),
+    "Sweep": lambda found, view, **options: sweep_text(found, **options),
     "Verification": _verify_text,
     "WhatIf": _what_if_text,
     "Why": lambda found, view, **options: _in("why_text").why_text(found, name=view.run.name, **options),
@@ -386,6 +395,10 @@ DERIVED |= {
         "distance": distances(found),
         "apart": float(found.relative.max()),
         "sentence": rerun_sentence(found),
+    },
+    "SweepRun": lambda found: {
+        "status": found.status,
+        "summary": found.summary and summary_data(found.summary),
     },
     "StateDifference": lambda found: {"size": str(found.size)},
     "TensorDifference": lambda found: {"size": str(found.size)},

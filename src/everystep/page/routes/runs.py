@@ -122,11 +122,11 @@ def _whole(request: Request, name: str, otherwise: int) -> int:
 routes = [
     Route("/api/runs", all_runs),
     Route("/api/events", list_events),
-    Route("/api/runs/{name}", about),
-    Route("/api/runs/{name}/sparkline", sparkline),
-    Route("/api/runs/{name}/curve", curve),
-    Route("/api/runs/{name}/table", table),
-    Route("/api/runs/{name}/losses.csv", csv),
-    Route("/api/runs/{name}/events", run_events),
-    Route("/api/runs/{name}/note", note, methods=["POST"]),
+    Route("/api/runs/{name:run}", about),
+    Route("/api/runs/{name:run}/sparkline", sparkline),
+    Route("/api/runs/{name:run}/curve", curve),
+    Route("/api/runs/{name:run}/table", table),
+    Route("/api/runs/{name:run}/losses.csv", csv),
+    Route("/api/runs/{name:run}/events", run_events),
+    Route("/api/runs/{name:run}/note", note, methods=["POST"]),
 ]

@@ -131,8 +131,8 @@ def _range(label: str, text: str | None) -> tuple[int, int] | None:
 
 routes = [
     *(
-        Route(f"/api/runs/{{name}}/steps/{{step}}{address}", _asking(kind))
+        Route(f"/api/runs/{{name:run}}/steps/{{step}}{address}", _asking(kind))
         for kind, (address, _) in QUESTIONS.items()
     ),
-    Route("/api/runs/{name}/report", report),
+    Route("/api/runs/{name:run}/report", report),
 ]

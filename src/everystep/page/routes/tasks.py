@@ -131,7 +131,7 @@ def _check_new(name: str, request: Request) -> None:
 routes = [
     *(
         Route(
-            "/api/compare" if kind == "compare" else f"/api/runs/{{name}}/{kind}",
+            "/api/compare" if kind == "compare" else f"/api/runs/{{name:run}}/{kind}",
             _asking(kind),
             methods=["POST"],
         )

@@ -1,0 +1,147 @@
+"""Many trainings: a sweep compared with the same runs in turn, and networks trained together.
+
+`python -m benchmarks.sweep [--runs 16] [--epochs 20] [--rounds 3]` times whole commands: one
+`everystep sweep digits`, and as many `everystep train digits`, with one thread and with all.
+
+`python -m benchmarks.sweep --together 64` times 64 networks of one shape by plain loops: in turn, and as
+one batched program (`torch.func.vmap` over the parameters); OMP_NUM_THREADS sets the threads. It prints
+the largest relative difference between their losses, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from everystep import numerics
+
+numerics.prepare()  # before torch computes
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap  # noqa: E402
+
+from benchmarks.page import MAIN  # noqa: E402
+from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
+
+#: What is trained together, and for how many steps.
+TOGETHER = {"chapter-5000": 200, "small": 2000}
+
+
+def main() -> None:
+    """Print what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep")
+    parser.add_argument("--runs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--together", type=int, default=0)
+    asked = parser.parse_args()
+    if asked.together:
+        for workload in (each for each in WORKLOADS if each.key in TOGETHER):
+            _together(workload, asked.together, asked.rounds)
+        return
+    epochs = ("--set", f"epochs={asked.epochs}")
+
+    def in_turn(*options: str) -> None:
+        for seed in range(asked.runs):
+            _command("train", "--seed", str(seed), *epochs, *options)
+
+    ways: dict[str, Callable[[], None]] = {
+        "everystep sweep": lambda: _command("sweep", "--set", f"seed=0..{asked.runs - 1}", *epochs),
+        "everystep train, one thread": lambda: in_turn("--threads", "1"),
+        "everystep train": in_turn,
+    }
+    print(f"{asked.runs} runs of digits{'seconds':>28}{'of processors':>16}")
+    for name, times in _timed(ways, asked.rounds).items():
+        seconds, processors = (median(each) for each in zip(*times, strict=True))
+        print(f"{name:<32}{seconds:>12.1f}{processors:>16.1f}")
+
+
+def _processor_seconds() -> float:
+    """Return what all processes have used that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _command(name: str, *options: str) -> None:
+    """Run a command of digits in a new directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", MAIN, name, "digits", *options, "--quiet"]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+
+
+def _timed(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Return the seconds of each way, alternating, and those that processors worked for its commands."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began, used = time.perf_counter(), _processor_seconds()
+            way()
+            found[name].append((time.perf_counter() - began, _processor_seconds() - used))
+    return found
+
+
+def _together(workload: Workload, count: int, rounds: int) -> None:
+    steps, losses, threads = TOGETHER[workload.key], dict[str, Tensor](), torch.get_num_threads()
+    ways = {
+        "in turn": lambda: losses.update(turn=_in_turn(workload, count, steps)),
+        "together": lambda: losses.update(together=_batched(workload, count, steps)),
+    }
+    one, other = (median(s for s, _ in times) for times in _timed(ways, rounds).values())
+    far = ((losses["turn"] - losses["together"]).abs() / losses["turn"].abs()).max().item()
+    print(
+        f"{workload.name}, {count} networks, {steps} steps, {threads} threads: in turn {one:.2f} s, "
+        f"together {other:.2f} s, ratio {one / other:.2f}; losses differ by {far:.1e} at most",
+        flush=True,
+    )
+
+
+def _in_turn(workload: Workload, count: int, steps: int) -> Tensor:
+    """Return the losses (networks, steps) of a plain loop for each network."""
+    found = []
+    for _ in range(count):
+        start, losses = workload.make(), []
+        parameters: list[Tensor] = list(start.model.parameters())
+        for _ in range(steps):
+            loss = start.loss(start.model(start.x), start.y)
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                torch._foreach_sub_(parameters, gradients, alpha=workload.lr)
+            losses.append(loss.detach())
+        found.append(torch.stack(losses))
+    return torch.stack(found)
+
+
+def _batched(workload: Workload, count: int, steps: int) -> Tensor:
+    """Return the same of one loop that steps all networks."""
+    starts = [workload.make() for _ in range(count)]
+    model, x, y, measure = starts[0].model, starts[0].x, starts[0].y, starts[0].loss
+    parameters = {
+        name: each.detach()
+        for name, each in stack_module_state([each.model for each in starts])[0].items()
+    }
+
+    def loss_of(own: dict[str, Tensor]) -> Tensor:
+        found: Tensor = measure(functional_call(model, own, (x,)), y)
+        return found
+
+    step, losses = vmap(grad_and_value(loss_of)), []
+    for _ in range(steps):
+        gradients, loss = step(parameters)
+        names = [*parameters]
+        torch._foreach_sub_(
+            [parameters[n] for n in names], [gradients[n] for n in names], alpha=workload.lr
+        )
+        losses.append(loss)
+    return torch.stack(losses, 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Sweeps: a training with many settings, each a run of its own, and what became of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everystep.errors import EverystepError, Fault, RunError
+from everystep.experiment.metrics import METRICS, VALIDATION, metric_of
+from everystep.recording.directories import is_run
+from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.settings_diff import flat, settings_of
+from everystep.recording.summary import Summary
+from everystep.replay.shown import Shown
+
+if TYPE_CHECKING:
+    import polars
+    from plotnine import ggplot
+
+__all__ = ["Sweep", "SweepRun", "check_settings", "sweep_of", "sweep_run"]
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A run of a sweep.
+
+    name: within the sweep; run: None if it was not begun; problem: why it has not all its steps; best:
+    the best value of the sweep's metric.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    run: RecordedRun | None = field(default=None, repr=False)
+    summary: Summary | None = None
+    problem: str | None = None
+    best: float | None = None
+
+    @property
+    def status(self) -> str:
+        """As of a run; or `failed` or `not begun`, if there is none."""
+        if self.summary is None or (self.problem and self.summary.status == "finished"):
+            return "failed" if self.problem else "not begun"
+        return self.summary.status
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to continue: it is finished, or a NaN stopped it, as asked for."""
+        if self.run is None or self.summary is None or self.status != "stopped":
+            return self.status == "finished"
+        return self.summary.nonfinite_step is not None and self.run.facts.training.stop_on_nan
+
+
+@dataclass(frozen=True)
+class Sweep(Shown):
+    """The runs of a sweep, the best first: by the metric, or else by the last loss.
+
+    metric: the name of a measurement that the runs have, None if they have none.
+    """
+
+    directory: Path
+    metric: str | None
+    cases: tuple[SweepRun, ...]
+
+    @property
+    def runs(self) -> list[Any]:
+        """The runs that were begun, the best first."""
+        return [case.run for case in self.cases if case.run is not None]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all runs are finished."""
+        return all(case.status == "finished" for case in self.cases)
+
+    def __repr__(self) -> str:
+        done = sum(case.status == "finished" for case in self.cases)
+        return f"<sweep {str(self.directory)!r}: {done} of {len(self.cases)} runs finished>"
+
+    def table(self) -> polars.DataFrame:
+        """Return a row for each run, the best first: its settings, and what became of it."""
+        import polars as pl
+
+        rows = []
+        for case in self.cases:
+            about = case.summary._asdict() if case.summary else {}
+            known = {name: about.get(name) for name in ("first_loss", "last_loss", "seconds")}
+            found = {"status": case.status, **known, f"best {self.metric}": case.best}
+            rows.append({"run": case.name, **case.settings, **found, "problem": case.problem})
+        return pl.DataFrame(rows, strict=False)
+
+    def plot(self, log: bool = False) -> ggplot:
+        """Return the losses of all runs: colours for one setting, panels for another.
+
+        log: a log10 axis, as in `Run.plot`.
+        """
+        assert self.view is not None
+        return self.view.plot(self, log=log)
+
+
+def sweep_run(
+    open_run: Callable[[Path], RecordedRun],
+    directory: Path,
+    settings: Mapping[str, Any],
+    problem: str | None = None,
+) -> SweepRun:
+    """Return a run of a sweep as it is on disk. problem: why its process failed."""
+    found = SweepRun(directory.name, settings, problem=problem)
+    try:
+        if not is_run(directory):
+            return found
+        run = open_run(directory)
+        return replace(found, run=run, summary=run.summary(), problem=problem or run.facts.reason)
+    except EverystepError as error:
+        return replace(found, problem=problem or str(error))
+
+
+def check_settings(cases: Iterable[SweepRun], wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that the runs that a sweep has were trained with the settings that it has now.
+
+    wanted: the experiment, or the settings of the function, of each run by its name.
+
+    Raises:
+        RunError: lists what differs.
+    """
+    faults = []
+    for case in cases:
+        known = {} if case.run is None else settings_of(case.run)
+        now = flat(json.loads(json.dumps(wanted[case.name], default=str)))
+        # A function's run may have a config of the user's; an experiment has data.
+        if case.run is None or ("data.source" not in now and known.keys() != now.keys()):
+            continue
+        for path in sorted({*known, *now} - {"optimizer.fused"}):
+            if known.get(path) != now.get(path):
+                pair = f"{known.get(path)!s:.80} | {now.get(path)!s:.80}"
+                faults.append(Fault(case.name, f"was trained with other settings: {path} {pair}"))
+    if faults:
+        raise RunError(faults, "the sweep, which needs another directory")
+
+
+def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:
+    """Return a sweep of these runs."""
+    cases = [*cases]
+    measured = {name for case in cases if case.run for name in case.run.measurement_names}
+    names = (f"{kind}{metric}" for metric in METRICS for kind in (VALIDATION, ""))
+    metric = next((name for name in names if name in measured), None)
+    about = metric_of(metric or "")
+    sign = -1 if about is not None and about.better == "up" else 1
+
+    def best(case: SweepRun) -> float | None:
+        values = {} if case.run is None or metric is None else case.run.measured(metric)
+        return min(filter(math.isfinite, values.values()), key=lambda each: sign * each, default=None)
+
+    def order(case: SweepRun) -> tuple[float, float]:
+        numbers = case.best and sign * case.best, case.summary and case.summary.last_loss
+        one, other = (math.inf if n is None or math.isnan(n) else n for n in numbers)
+        return one, other
+
+    found = [replace(case, best=best(case)) for case in cases]
+    return Sweep(directory, metric, tuple(sorted(found, key=order)))

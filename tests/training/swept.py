@@ -1,0 +1,34 @@
+"""A function that a sweep calls in other processes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import everystep
+
+
+def trained(lr, seed=0, what="fine"):
+    """Record a loop; at its third step, its first time, it does what it is asked for."""
+    torch.manual_seed(seed)
+    x, model = torch.randn(8, 3), nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number in recording.steps(range(6)):
+            loss = model(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recording.log(loss=loss, accuracy=1 / (1 + loss.item()))
+            mark = Path(recording.run.directory.parent.parent / f"{what}.done")
+            if number == 3 and what != "fine" and not mark.exists():
+                mark.touch()
+                if what == "raises":
+                    raise RuntimeError("too high")
+                whose = os.getppid() if what == "stops all" else os.getpid()
+                os.kill(whose, signal.SIGKILL if what == "is killed" else signal.SIGINT)
+                while True:  # until the signal is here, by way of the sweep
+                    time.sleep(0.01)
