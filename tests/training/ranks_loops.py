@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -50,17 +51,36 @@ def mlp(dropout=0.0, columns=20):
     return nn.Sequential(nn.Linear(columns, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 1))
 
 
-def trained(begin, rank, model, make=None, data=None, **options):
-    """Train a model by DistributedDataParallel; `begin` returns the recording of parts."""
+def trained(begin, rank, model, make=None, data=None, after=lambda number: None, **options):
+    """Train a model by DistributedDataParallel; `begin` returns the recording of parts.
+
+    after: is called after each step, with the number of steps so far.
+    """
     ddp = DistributedDataParallel(model, **options)
     optimizer = (make or (lambda p: torch.optim.SGD(p, lr=0.01)))(ddp.parameters())
     with begin(model=ddp, optimizer=optimizer) as recording:
-        for x, y in recording.steps(batches(rank) if data is None else data):
+        for number, (x, y) in enumerate(recording.steps(data or batches(rank)), start=1):
             loss = nn.functional.mse_loss(ddp(x), y)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             recording.log(loss=loss)
+            after(number)
+    return model
+
+
+def trained_alone(begin, model, data, exchange, after=lambda number: None, logged=lambda loss: loss):
+    """Train a model that shares nothing by itself: `exchange` may share gradients, `after` weights."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with begin(model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in enumerate(recording.steps(data), start=1):
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            exchange(number)
+            optimizer.step()
+            recording.log(loss=logged(loss))
+            after(number)
     return model
 
 
@@ -135,42 +155,34 @@ def accumulated(begin, rank):
 
 def by_hand(begin, rank):
     """Averages gradients itself, asynchronously, and logs the mean loss of all ranks."""
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with begin(model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps(batches(rank)):
-            loss = nn.functional.mse_loss(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            waiting = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]
-            for each in waiting:
-                each.wait()
-            for parameter in model.parameters():
-                parameter.grad /= dist.get_world_size()
-            optimizer.step()
-            mean = loss.detach().clone()
-            dist.all_reduce(mean, op=dist.ReduceOp.SUM)
-            recording.log(loss=mean / dist.get_world_size())
-    return model
+    model, world = mlp(), dist.get_world_size()
+
+    def exchange(number):
+        waiting = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters()]
+        for each in waiting:
+            each.wait()
+        for parameter in model.parameters():
+            parameter.grad /= world
+
+    def mean(loss):
+        total = loss.detach().clone()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        return total / world
+
+    return trained_alone(begin, model, batches(rank), exchange, logged=mean)
 
 
 def local_steps(begin, rank):
     """Averages the weights in every fourth step alone."""
     torch.manual_seed(rank)
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with begin(model=model, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(recording.steps(batches(rank))):
-            loss = nn.functional.mse_loss(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
-            if number % 4 == 3:
-                for parameter in model.parameters():
-                    dist.all_reduce(parameter.data)
-                    parameter.data /= dist.get_world_size()
-    return model
+
+    def average(number):
+        for parameter in model.parameters() if number % 4 == 0 else ():
+            dist.all_reduce(parameter.data)
+            parameter.data /= dist.get_world_size()
+
+    return trained_alone(begin, model, batches(rank), lambda number: None, average)
 
 
 def many_collectives(begin, rank):
@@ -237,18 +249,12 @@ def lists(begin, rank):
 def uneven(begin, rank):
     """Rank 1 has more batches than rank 0, and communicates in the first steps alone."""
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with begin(model=model, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(recording.steps(batches(rank)[: 8 if rank else 5])):
-            loss = nn.functional.mse_loss(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            if number < 3:
-                for parameter in model.parameters():
-                    dist.all_reduce(parameter.grad)
-            optimizer.step()
-            recording.log(loss=loss)
-    return model
+
+    def add(number):
+        for parameter in model.parameters() if number <= 3 else ():
+            dist.all_reduce(parameter.grad)
+
+    return trained_alone(begin, model, batches(rank)[: 8 if rank else 5], add)
 
 
 def epochs(begin, rank, kill=None):
@@ -286,19 +292,13 @@ def planted(begin, rank, *, row=False, weight=False, nan=False):
     if (row or nan) and rank:
         data[4][0][2, 3] += torch.nan if nan else 1
     model = mlp()
-    ddp = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
-    with begin(model=ddp, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(recording.steps(data)):
-            loss = nn.functional.mse_loss(ddp(x), y)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            recording.log(loss=loss)
-            if weight and number == 2 and not rank:
-                with torch.no_grad():
-                    model[0].weight[1, 2] += 1e-6
-    return model
+
+    def change(number):
+        if weight and number == 3 and not rank:
+            with torch.no_grad():
+                model[0].weight[1, 2] += 1e-6
+
+    return trained(begin, rank, model, data=data, after=change)
 
 
 class LayerOfBatch(Branches):
@@ -491,7 +491,7 @@ def taken(begin, rank):
 
 
 def alone(begin, rank):
-    agreement.NOTICE_SECONDS, agreement.MOST_SECONDS = 0.1, 0.5
+    agreement.NOTICE_SECONDS, agreement.MOST_SECONDS = 0.01, 0.05
     if rank == 0:
         begin(model=mlp()).__enter__()
 
@@ -535,6 +535,17 @@ def main(names):
     # The store, of rank 0, must outlive what other ranks ask of it.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_here(names, directory, environment):
+    """Run loops in this process, a fork of the tests'; its errors are in a file."""
+    os.chdir(directory)
+    os.environ.update(environment)
+    file = f"stderr-{environment['RANK']}"
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.stderr = sys.__stderr__
+    warnings.simplefilter("ignore")
+    main(names)
 
 
 if __name__ == "__main__":
