@@ -12,6 +12,19 @@ from tests.page.serving import Application
 import everystep
 
 LONG = "n" * 5000
+#: Runs commands in one process, and prints their exit codes.
+EACH_COMMAND = """
+import sys
+from everystep.cli import main
+codes = []
+for command in sys.argv[1:]:
+    sys.argv[1:] = command.split()
+    try:
+        main()
+    except SystemExit as exit:
+        codes.append(exit.code)
+print(*codes)
+"""
 MANY = "9" * 30
 
 
@@ -79,17 +92,17 @@ def test_what_may_not_be_read_is_named(run):
     for place in ("mine.toml", "closed", run / "programs" / "1.json"):
         Path(place).chmod(0)
     rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    for command, problem in (
-        ("train mine.toml", "mine.toml cannot be read: Permission denied"),
-        ("losses closed", "'closed' cannot be read: Permission denied"),
-        ("view closed", "'closed' cannot be read: Permission denied"),
-        ("step run 2", "programs/1.json cannot be read: Permission denied"),
-    ):
-        done = subprocess.run(
-            [*rights, sys.executable, "-m", "everystep", *command.split()],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        assert problem in done.stderr and "Traceback" not in done.stderr
+    problems = {
+        "train mine.toml": "mine.toml cannot be read: Permission denied",
+        "losses closed": "'closed' cannot be read: Permission denied",
+        "view closed": "'closed' cannot be read: Permission denied",
+        "step run 2": "programs/1.json cannot be read: Permission denied",
+    }
+    command = [*rights, sys.executable, "-c", EACH_COMMAND, *problems]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "2 2 2 2\n"), done.stderr
+    said = done.stderr.split("everystep: ")[1:]
+    assert "Traceback" not in done.stderr and len(said) == len(problems), done.stderr
+    assert all(map(str.__contains__, said, problems.values())), done.stderr
     for place in ("mine.toml", "closed"):
         Path(place).chmod(0o700)

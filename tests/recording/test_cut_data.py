@@ -14,7 +14,7 @@ import everystep
 from everystep.recording.database import FILE_NAME
 
 
-def _trained(run, text, steps=300, change=None, noise=0, **options):
+def _trained(run, text, steps=150, change=None, noise=0, **options):
     """Record a loop that trains on windows of a text, drawn within each step; return its losses.
 
     change: changes the text before a step; noise: how many numbers from NumPy each step uses, too.
@@ -48,20 +48,20 @@ def _size(run):
 
 @pytest.fixture
 def text():
-    return torch.randint(50, (20_000,), generator=torch.Generator().manual_seed(3))
+    return torch.randint(50, (10_000,), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    text = torch.randint(50, (20_000,), generator=torch.Generator().manual_seed(3))
+    text = torch.randint(50, (10_000,), generator=torch.Generator().manual_seed(3))
     return _trained(tmp_path_factory.mktemp("cut") / "run", text)[0]
 
 
 def test_steps_cost_the_places_of_their_windows_once_these_cost_as_much_as_the_text(recorded, text):
     windows = 2 * 12 * 32 * text.itemsize
     places = 2 * 12 * 4
-    assert _size(recorded) < 2 * (text.nbytes + windows) + 300 * places + 20_000
-    assert _size(recorded) < 300 * windows / 4
+    assert _size(recorded) < 2 * (text.nbytes + windows) + 150 * places + 20_000
+    assert _size(recorded) < 150 * windows / 4
     assert recorded.verify(processes=1, progress=False).is_exact
     assert recorded.facts.training.loop.programs <= 2
     assert recorded.damage is None
@@ -69,11 +69,11 @@ def test_steps_cost_the_places_of_their_windows_once_these_cost_as_much_as_the_t
 
 def test_a_fork_with_another_text_has_the_steps_of_both(recorded, text, tmp_path):
     def change(t):
-        if t == 200:
-            text.copy_(torch.arange(20_000) % 50)
+        if t == 100:
+            text.copy_(torch.arange(10_000) % 50)
 
-    fork, losses = _trained(tmp_path / "fork", text, change=change, fork=recorded.directory, at=200)
-    assert len(fork.losses) == 300 and fork[150].is_exact and fork[290].is_exact
+    fork, losses = _trained(tmp_path / "fork", text, change=change, fork=recorded.directory, at=100)
+    assert len(fork.losses) == 150 and fork[75].is_exact and fork[145].is_exact
     assert losses[-1] == fork.losses["loss"][-1]
 
 
@@ -81,21 +81,21 @@ def test_a_text_that_changes_is_kept_by_content(text, tmp_path):
     def change(t):
         if t % 3 == 0:
             text.numpy()[:] = np.roll(text.numpy(), 7)  # torch does not see it
-        if t == 200:
+        if t == 100:
             text.fill_(1)
 
     run, losses = _trained(tmp_path / "run", text, change=change)
     assert run.verify(processes=1, progress=False).is_exact
-    assert [run[step].loss for step in (40, 150, 299)] == [losses[s - 1] for s in (40, 150, 299)]
+    assert [run[step].loss for step in (40, 75, 149)] == [losses[s - 1] for s in (40, 75, 149)]
 
 
 def test_the_text_stays_while_newer_steps_need_it(text, tmp_path):
-    run, _ = _trained(tmp_path / "run", text, noise=2000, batch_budget=1_500_000)
+    run, _ = _trained(tmp_path / "run", text, noise=2000, batch_budget=750_000)
     lost = run.facts.batches_lost_to
-    assert 0 < lost < 290 and _size(run) < 1_600_000
-    assert run[300].is_exact
-    kept, _ = _trained(tmp_path / "kept", text, keep="last 100 steps")
-    assert kept.verify(processes=1, progress=False).is_exact and kept[250].is_exact
+    assert 0 < lost < 145 and _size(run) < 850_000
+    assert run[150].is_exact
+    kept, _ = _trained(tmp_path / "kept", text, keep="last 50 steps")
+    assert kept.verify(processes=1, progress=False).is_exact and kept[125].is_exact
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_places_that_were_altered_are_reported(recorded, text, tmp_path, change)
     with closing(sqlite3.connect(place / FILE_NAME)) as database, database:
         database.execute(change)
     with pytest.raises(everystep.RunError, match=r"changed|dropped"):
-        everystep.open(place)[299]
+        everystep.open(place)[149]
 
 
 def _direct(t, data, model):
