@@ -126,12 +126,13 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["fork", "x", "--at", "1", "--lr", "--quiet"], "write --set optimizer.lr=VALUE"),
         (["train", "--step", "3"], "--steps"),
         (["runs", "mine"], "mine is not a directory; it is a run in runs/"),
+        (["runs", "runs/mine"], "runs/mine is a run; `everystep runs runs` lists the runs next to it"),
     ],
 )
 def test_wrong_use_ends_in_one_message_with_the_cure_and_exit_code_2(
     everystep_command, arguments, message
 ):
-    if arguments[-1] == "mine":
+    if arguments[-1].endswith("mine"):
         Path("runs/mine").mkdir(parents=True)
         Path("runs/mine/run.sqlite").touch()
     code, out, err = everystep_command(*arguments)
@@ -155,7 +156,6 @@ def test_losses_in_every_form(everystep_command):
     assert [row["loss"] for row in rows] == frame["loss"].to_list()
     assert everystep_command("losses", "run", "--csv", "--json")[0] == 2
     assert everystep_command("losses", "run", "--parquet")[0] == 2
-    assert everystep_command("losses", "run", "--csv", "-o", "/nowhere/l.csv")[0] == 2
 
 
 def test_nan_and_infinity_survive_json(everystep_command):
@@ -185,13 +185,6 @@ def test_runs_that_cannot_be_read_are_named_and_the_others_listed(everystep_comm
     code, out, err = everystep_command("runs")
     assert (code, "two-layer-1" in out) == (0, True)
     assert "skipped: runs/broken/run.sqlite cannot be read" in err
-
-
-def test_stop_on_nan_exits_with_1(everystep_command):
-    settings = ["--set", "optimizer.lr=10.0", "--set", "stop_on_nan=true"]
-    code, _, err = everystep_command("train", *settings)
-    assert code == 1
-    assert "stopped: the loss is" in err
 
 
 def test_an_encoding_without_mathematical_signs_is_no_error():
@@ -240,13 +233,6 @@ def test_the_list_of_runs_fits_a_narrow_terminal(everystep_command):
         ]  # fmt: skip
 
 
-def test_a_run_in_place_of_a_directory_of_runs_is_said(everystep_command):
-    everystep_command("train", "--steps", 0, "-q")
-    code, out, err = everystep_command("runs", "runs/two-layer-1")
-    assert (code, out) == (2, "")
-    assert "runs/two-layer-1 is a run; `everystep runs runs` lists the runs next to it" in err
-
-
 def test_runs_are_listed_by_number(everystep_command):
     for number in (10, 2, 1):
         everystep_command("train", "--steps", 0, "--run", f"runs/r{number}", "-q")
@@ -267,7 +253,6 @@ def test_pages_and_plots_are_written(everystep_command):
         assert (code, out) == (0, "")
         assert command[-1] in err
         assert Path(command[-1]).stat().st_size > 1000
-    assert everystep_command("table", "run", "-o", "/nowhere/t.html")[0] == 2
     assert everystep_command("plot", "run", "-o", "p.jpg")[0] == 2
 
 
@@ -362,6 +347,7 @@ def test_a_loss_that_is_not_finite_leads_to_its_origin(everystep_command):
     assert "everystep first-nonfinite two-layer-1 finds where it came from" in err
     code, _, err = everystep_command("train", "--set", "optimizer.lr=1", "--set", "stop_on_nan=true")
     assert code == 1 and "training stops" in err and "continues" not in err
+    assert "stopped: the loss is" in err
 
 
 def test_the_list_of_commands_fits_80_columns(everystep_command, monkeypatch):
@@ -434,15 +420,14 @@ def test_a_fork_by_programs_starts_again_with_the_numerics_of_the_run(tmp_path, 
         monkeypatch.delenv(name, raising=False)
     code = """
 import torch, everystep
-model = torch.nn.Linear(4, 1)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+weight = torch.randn(4, requires_grad=True)
 batches = [(torch.randn(8, 4), torch.randn(8)) for _ in range(6)]
-with everystep.record(model=model, optimizer=optimizer, run="base") as recording:
+with everystep.record(weight=weight, run="base") as recording:  # an optimizer would import the compiler
     for x, y in recording.steps(batches):
-        loss = (model(x)[:, 0] - y).square().mean()
-        optimizer.zero_grad()
+        loss = (x @ weight - y).square().mean()
         loss.backward()
-        optimizer.step()
+        weight.data -= 0.1 * weight.grad
+        weight.grad = None
         recording.log(loss=loss)
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
