@@ -13,7 +13,7 @@ from everystep.errors import RecordingError
 from everystep.recording import recorder
 from everystep.views.progress import Silent
 
-STEPS = 1500
+STEPS = 600
 
 
 class Midway(Silent):
@@ -59,10 +59,10 @@ def test_a_training_follows_its_directory():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where an open directory is")
 def test_a_directory_is_followed_that_moves_as_a_state_is_written(monkeypatch):
-    def moved(folder, state, write=recorder.write_snapshot):
+    def moved(folder, state, *others, write=recorder.write_snapshot):
         if state.step and Path("runs/a").exists():
             Path("runs/a").rename("runs/b")
-        return write(folder, state)
+        return write(folder, state, *others)
 
     monkeypatch.setattr(recorder, "write_snapshot", moved)
     assert_whole(trained(lambda: None))
