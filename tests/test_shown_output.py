@@ -1,4 +1,4 @@
-"""The commands in README.md, docs/why.md and docs/reference.md print what these pages show."""
+"""The commands in README.md and in docs/ print what these pages show."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def begins_with(line: str, part: str) -> bool:
         ("docs/why.md", "python console", 10),
         ("README.md", "console", 5),
         ("docs/reference.md", "console", 1),
+        ("docs/tutorial.md", "console", 2),
     ],
 )
 def test_the_commands_print_what_is_shown(

@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from contextlib import closing
 
 import pytest
 from tests.sealing import seal
@@ -19,19 +20,31 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def run_of(trained, tmp_path):
+def changed(trained, tmp_path):
+    """Make a copy of the run with another name, changed by SQL, each statement with its rows."""
+
+    def change(*statements, name="changed"):
+        place = shutil.copytree(trained, tmp_path / name)
+        with closing(sqlite3.connect(place / "run.sqlite")) as database, database:
+            for statement, rows in statements:
+                database.executemany(statement, rows)
+        seal(place)
+        return RecordedRun(place)
+
+    return change
+
+
+@pytest.fixture
+def run_of(changed):
     """Make a run with these losses and measurements (name, step, value)."""
 
     def make(losses, measurements=(), name="changed"):
-        shutil.copytree(trained, tmp_path / name)
-        database = sqlite3.connect(tmp_path / name / "run.sqlite")
-        database.execute("DELETE FROM steps")
-        database.executemany("INSERT INTO steps VALUES (?, ?)", enumerate(losses, 1))
-        database.execute("UPDATE facts SET value = ? WHERE key = 'steps'", [str(len(losses))])
-        database.executemany("INSERT INTO measurements VALUES (?, ?, ?)", measurements)
-        database.commit()
-        database.close()
-        seal(tmp_path / name)
-        return RecordedRun(tmp_path / name)
+        return changed(
+            ("DELETE FROM steps WHERE step > ?", [(0,)]),
+            ("INSERT INTO steps VALUES (?, ?)", enumerate(losses, 1)),
+            ("UPDATE facts SET value = ? WHERE key = 'steps'", [(str(len(losses)),)]),
+            ("INSERT INTO measurements VALUES (?, ?, ?)", measurements),
+            name=name,
+        )
 
     return make

@@ -124,15 +124,6 @@ def test_another_suffix_is_refused_and_those_possible_are_named(trained, tmp_pat
     assert not (tmp_path / name).exists()
 
 
-def test_a_place_that_cannot_be_written_is_named(trained, tmp_path):
-    plot = loss_plot([RecordedRun(trained)])
-    with pytest.raises(UsageError, match="cannot be written: the directory"):
-        save_plot(plot, tmp_path / "nowhere" / "loss.png")
-    (tmp_path / "loss.png").mkdir()
-    with pytest.raises(UsageError, match=r"loss\.png cannot be written: Is a directory"):
-        save_plot(plot, tmp_path / "loss.png")
-
-
 def test_a_learning_rate_is_level_until_it_changes(tmp_path):
     changed = {"steps": 12, "scheduler": {"name": "StepLR", "step_size": 4}}
     run = everystep.train_experiment("two-layer", changed, run=tmp_path / "run", progress=False)

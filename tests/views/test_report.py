@@ -1,10 +1,7 @@
 import json
-import shutil
-import sqlite3
 from html.parser import HTMLParser
 
 import pytest
-from tests.sealing import seal
 
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import model_text
@@ -44,23 +41,6 @@ class Page(HTMLParser):
     @property
     def all_text(self):
         return "\n".join(text for tag, texts in self.texts.items() if tag != "style" for text in texts)
-
-
-@pytest.fixture
-def changed(trained, tmp_path):
-    """Make a copy of the run with another name, changed by SQL, each statement with its rows."""
-
-    def change(*statements, name="changed"):
-        shutil.copytree(trained, tmp_path / name)
-        database = sqlite3.connect(tmp_path / name / "run.sqlite")
-        for statement, rows in statements:
-            database.executemany(statement, rows)
-        database.commit()
-        database.close()
-        seal(tmp_path / name)
-        return RecordedRun(tmp_path / name)
-
-    return change
 
 
 def test_says_what_the_run_is_in_the_order_of_the_chapter(trained):

@@ -139,13 +139,6 @@ def test_a_notebook_gets_the_table_without_the_page_around_it(trained):
     assert "<body" not in html
 
 
-def test_a_place_that_cannot_be_written_is_named(trained, tmp_path):
-    with pytest.raises(
-        UsageError, match=r"nowhere.losses\.html cannot be written: the directory .* does not exist"
-    ):
-        loss_table(RecordedRun(trained)).save(tmp_path / "nowhere" / "losses.html")
-
-
 @pytest.mark.parametrize("dtype", [pl.Float32, pl.Float64])
 def test_the_fewest_digits_give_the_number_back(dtype):
     generator = np.random.default_rng(0)
