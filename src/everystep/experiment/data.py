@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +21,11 @@ import torch
 from platformdirs import user_state_path
 from torch import Tensor
 
-from everystep.bounded import open_regular
+from everystep.bounded import MEMORY, open_regular
 from everystep.errors import DataError, did_you_mean
-from everystep.experiment.preparation import ArrayPreparation, Preparation
+from everystep.experiment.file_rows import FileRows, MappedArray, mapped_npy, mapped_safetensors
+from everystep.experiment.preparation import ArrayPreparation, Parts, Preparation
+from everystep.experiment.source_files import SourceFile, source_file
 from everystep.experiment.specification import (
     ArrayData,
     BundledData,
@@ -39,8 +42,10 @@ __all__ = [
     "check_may_be_read",
     "derived_generator",
     "files_of",
+    "found_again",
     "make_data",
     "note_named",
+    "reopened",
     "split_rows",
 ]
 
@@ -85,14 +90,16 @@ class Data:
     """A data set: rows along the first dimension.
 
     x: (N, ...); y: (N, ...) floats, or (N,) int64 class indices; validation: the same for the held-out
-    rows, or None; preparation: how they were derived from the source; numbering: of the rows.
+    rows, or None; preparation: how they were derived from the source; numbering: of the rows; sources:
+    the files that rows stay in, if they are not in memory.
     """
 
-    x: Tensor
-    y: Tensor
-    validation: tuple[Tensor, Tensor] | None = None
+    x: Tensor | FileRows
+    y: Tensor | FileRows
+    validation: tuple[Tensor | FileRows, Tensor | FileRows] | None = None
     preparation: Preparation | None = None
     numbering: Numbering = _AS_THEY_ARE
+    sources: tuple[SourceFile, ...] = ()
 
     @property
     def numbers(self) -> Tensor | None:
@@ -101,6 +108,16 @@ class Data:
             len(self.x), 0 if self.validation is None else len(self.validation[0])
         )
         return None if found is None else found[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all rows in memory, by the names that a run has for them."""
+        named = {"x": self.x, "y": self.y}
+        if self.validation is not None:
+            named["validation_x"], named["validation_y"] = self.validation
+        return {
+            name: rows.in_memory() if isinstance(rows, FileRows) else rows
+            for name, rows in named.items()
+        }
 
     def to(self, device: torch.device) -> Data:
         """Return the data on that device."""
@@ -111,17 +128,28 @@ class Data:
         return replace(self, x=self.x.to(device), y=self.y.to(device), validation=validation)
 
 
-def make_data(experiment: Experiment, target: Target) -> Data:
+#: Bytes of files up to which data is read into memory. The numbers are the same either way.
+IN_MEMORY = 1_000_000_000
+
+
+def make_data(
+    experiment: Experiment,
+    target: Target,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Data:
     """Create the data of an experiment, on the CPU; `random` draws from torch's global generator.
 
     Args:
         experiment: the experiment; its seed decides which rows are held out for validation.
         target: the kind of target that the loss needs.
+        progress: called with how much of a large file has been read, and of all.
 
     Raises:
         DataError: the data is invalid; reports the problem and a fix.
     """
     data = experiment.data
+    if _is_large(experiment) and (mapped := _mapped(data)):
+        return _from_mapped(*mapped, experiment, target, progress, _sources(data, progress))
     if isinstance(data, TableData):
         return _from_table(data, target, experiment.seed)
     if isinstance(data, RandomData):
@@ -175,18 +203,136 @@ def _from_table(data: TableData, target: Target, seed: int) -> Data:
 
 
 def _from_arrays(x: np.ndarray, y: np.ndarray, experiment: Experiment, target: Target) -> Data:
-    data = experiment.data
-    split = split_rows(len(x), data.validation, experiment.seed)
+    split = split_rows(len(x), experiment.data.validation, experiment.seed)
     parts = [rows.numpy() for rows in split if len(rows)]
-    preparation = ArrayPreparation.fit(
-        x[parts[0]],
+    preparation = _fitted(lambda: iter([x[parts[0]]]), lambda: iter([y]), experiment, target)
+    prepared = [preparation.apply(x[rows], y[rows]) for rows in parts]
+    return _data_of(prepared, preparation, experiment.seed)
+
+
+def _fitted(x: Parts, y: Parts, experiment: Experiment, target: Target) -> ArrayPreparation:
+    return ArrayPreparation.fit(
+        x,
         y,
-        scale=data.scale,
+        scale=experiment.data.scale,
         classes=target == "classes",
         indices=experiment.model.layers[0].startswith("Embedding"),
     )
-    prepared = [preparation.apply(x[rows], y[rows]) for rows in parts]
-    return _data_of(prepared, preparation, experiment.seed)
+
+
+def _is_large(experiment: Experiment) -> bool:
+    """Return whether the data stays in its files.
+
+    Raises:
+        DataError: it is larger than memory, but each step would need all of it.
+    """
+    sizes = []
+    for file in files_of(experiment.data):
+        with suppress(OSError):
+            sizes.append(Path(file).stat().st_size)
+    if sum(sizes) > MEMORY and experiment.batch_size is None:
+        raise DataError(
+            f"the data has {sum(sizes) / 1e9:.1f} GB, more than this machine has memory, and a step "
+            "would need all of it; set batch_size"
+        )
+    return sum(sizes) > IN_MEMORY and experiment.batch_size is not None
+
+
+def _sources(data: DataSpecification, progress: Callable[[int, int], None]) -> tuple[SourceFile, ...]:
+    """Return the files of large data, with their digests."""
+    return tuple(
+        _read_file(Path(each), partial(source_file, Path(each), progress)) for each in files_of(data)
+    )
+
+
+def _mapped(data: DataSpecification) -> tuple[MappedArray, MappedArray] | None:
+    """Return x and y of files; None if they must be read as a whole.
+
+    Raises:
+        DataError: they are not data to train on, or must be read as a whole and are larger than memory.
+    """
+    if not isinstance(data, ArrayData):
+        return None
+    if data.path is None:
+        paths = Path(data.x), Path(data.y)
+        x, y = (_read_file(path, partial(mapped_npy, path)) for path in map(_npy, paths))
+    elif data.path.endswith(".safetensors"):
+        path = Path(data.path)
+        x, y = _two_of(data, _read_file(path, partial(mapped_safetensors, path)))
+    else:
+        x = y = None
+    if x is None or y is None:
+        if sum(Path(file).stat().st_size for file in files_of(data)) > MEMORY:
+            raise DataError(
+                f"{files_of(data)[0]} is larger than memory, and its rows do not lie one after the "
+                "other; save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
+            )
+        return None
+    _check_arrays(data, x.array, y.array)
+    return x, y
+
+
+def _from_mapped(
+    x: MappedArray,
+    y: MappedArray,
+    experiment: Experiment,
+    target: Target,
+    progress: Callable[[int, int], None],
+    sources: tuple[SourceFile, ...],
+    preparation: ArrayPreparation | None = None,
+) -> Data:
+    """Return data that stays in its files. preparation: as it was fitted before, if it was."""
+    split = split_rows(len(x.array), experiment.data.validation, experiment.seed)
+    has_validation = len(split[1]) > 0
+    if preparation is None:
+        training = split[0].numpy() if has_validation else None
+        parts = partial(x.parts, training, progress), partial(y.parts, None, lambda done, total: None)
+        preparation = _fitted(*parts, experiment, target)
+    pairs = []
+    for rows in split if has_validation else (None,):
+        of_y = FileRows(y, rows, preparation.targets)
+        is_small = of_y.nbytes <= IN_MEMORY
+        pairs.append((FileRows(x, rows, preparation.features), of_y.in_memory() if is_small else of_y))
+    numbering = Numbering(experiment.seed if has_validation else None)
+    validation = pairs[1] if has_validation else None
+    return Data(*pairs[0], validation, preparation, numbering, sources)
+
+
+def reopened(
+    experiment: Experiment,
+    preparation: dict[str, Any],
+    digests: tuple[str, ...],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Data:
+    """Return data of a run that stays in files, prepared as it was.
+
+    preparation: the recorded one; digests: of the files as they were.
+
+    Raises:
+        DataError: a file is gone, or was changed.
+        ValueError: the preparation does not fit.
+    """
+    data = experiment.data
+    sources = _sources(data, progress)
+    for source, digest in zip(sources, digests, strict=True):
+        if source.digest != digest:
+            raise DataError(
+                f"{source.path} has changed since the run was trained on it: its digest is "
+                f"{source.digest[:12]}..., but the run recorded {digest[:12]}...; restore the original"
+            )
+    mapped, known = _mapped(data), ArrayPreparation.model_validate(preparation)
+    if mapped is None:
+        raise DataError(f"{files_of(data)[0]} does not have rows one after the other")
+    return _from_mapped(*mapped, experiment, "values", progress, sources, known)
+
+
+def found_again(data: DataSpecification) -> DataSpecification:
+    """Return where data is now: files that were moved are found where the user allows to read."""
+    moved = {Path(each).name: each for each in os.environ.get(_ALLOWED, "").split(os.pathsep) if each}
+    given = data.model_dump()
+    files = [name for name in ("path", "x", "y") if given.get(name) in files_of(data)]
+    places = {n: moved[Path(given[n]).name] for n in files if Path(given[n]).name in moved}
+    return data.model_copy(update={n: p for n, p in places.items() if not Path(given[n]).exists()})
 
 
 def _data_of(
@@ -203,14 +349,24 @@ def _data_of(
 
 def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
     if data.path is None:
-        x, y = _load_npy(Path(data.x)), _load_npy(Path(data.y))
+        paths = Path(data.x), Path(data.y)
+        x, y = (_read_file(p, partial(np.load, p, allow_pickle=False)) for p in map(_npy, paths))
     else:
-        arrays = _read_file(Path(data.path), _archive_reader(Path(data.path)))
-        absent = [name for name in (data.x, data.y) if name not in arrays]
-        if absent:
-            cures = "; ".join(f"{name!r}: {did_you_mean(name, list(arrays))}" for name in absent)
-            raise DataError(f"{data.path} has no array {cures}")
-        x, y = arrays[data.x], arrays[data.y]
+        path = Path(data.path)
+        x, y = _two_of(data, _read_file(path, _archive_reader(path)))
+    _check_arrays(data, x, y)
+    return x, y
+
+
+def _two_of(data: ArrayData, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
+    absent = [name for name in (data.x, data.y) if name not in arrays]
+    if absent:
+        cures = "; ".join(f"{name!r}: {did_you_mean(name, list(arrays))}" for name in absent)
+        raise DataError(f"{data.path} has no array {cures}")
+    return arrays[data.x], arrays[data.y]
+
+
+def _check_arrays(data: ArrayData, x: np.ndarray, y: np.ndarray) -> None:
     for name, array in (("x", x), ("y", y)):
         if array.ndim == 0 or array.dtype.kind not in "fiub":
             raise DataError(
@@ -221,17 +377,15 @@ def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"x has {len(x)} rows and y has {len(y)}; they must match")
     if len(x) == 0:
         raise DataError(f"{data.path or data.x} has no rows")
-    return x, y
 
 
-def _load_npy(path: Path) -> np.ndarray:
+def _npy(path: Path) -> Path:
     if path.suffix != ".npy":
         raise DataError(
             f"{path} is not a .npy file; for .npz or .safetensors, set data.path to the file and "
             "data.x and data.y to the array names in it"
         )
-    array: np.ndarray = _read_file(path, lambda: np.load(path, allow_pickle=False))
-    return array
+    return path
 
 
 def _archive_reader(path: Path) -> Callable[[], dict[str, np.ndarray]]:

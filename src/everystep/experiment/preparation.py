@@ -6,12 +6,14 @@ without unpickling anything. That is why it does not use scikit-learn's transfor
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from everystep.errors import DataError, Fault
+from everystep.experiment.column_sums import ColumnSums
 
 if TYPE_CHECKING:
     import polars
@@ -20,6 +22,7 @@ __all__ = [
     "ArrayPreparation",
     "CategoricalColumn",
     "NumericColumn",
+    "Parts",
     "Preparation",
     "Scaling",
     "TablePreparation",
@@ -27,6 +30,8 @@ __all__ = [
 ]
 
 Class = str | int | float
+#: Returns all rows (N, ...) in parts, each time that it is called.
+Parts = Callable[[], Iterator[np.ndarray]]
 
 
 def mean_of(values: np.ndarray) -> np.ndarray:
@@ -48,12 +53,19 @@ class Scaling(Fitted):
     deviation: list[float]
 
     @classmethod
-    def fit(cls, values: np.ndarray) -> Scaling:
-        """Fit to `values` (N, ...), each position on its own, in float64."""
-        flat = values.reshape(len(values), -1).astype(np.float64)
-        mean = mean_of(flat)
+    def fit(cls, parts: Parts, count: int) -> Scaling:
+        """Fit to `count` rows (N, ...), each position on its own, in float64."""
+        total, lowest, highest = ColumnSums(count), [], []
+        for flat in _flat(parts):
+            lowest.append(flat.min(axis=0))
+            highest.append(flat.max(axis=0))
+            total.add(flat)
+        mean = np.clip(total.total / count, np.min(lowest, axis=0), np.max(highest, axis=0))
         # Not std(), which subtracts a rounded mean: for equal values, only rounding would remain.
-        deviation = np.sqrt(np.square(flat - mean).mean(axis=0))
+        squares = ColumnSums(count)
+        for flat in _flat(parts):
+            squares.add(np.square(flat - mean))
+        deviation = np.sqrt(squares.total / count)
         deviation[deviation == 0] = 1
         return cls(mean=mean.tolist(), deviation=deviation.tolist())
 
@@ -76,33 +88,37 @@ class ArrayPreparation(Fitted):
 
     @classmethod
     def fit(
-        cls, x: np.ndarray, y: np.ndarray, *, scale: str | None, classes: bool, indices: bool
+        cls, x: Parts, y: Parts, *, scale: str | None, classes: bool, indices: bool
     ) -> ArrayPreparation:
         """Fit to training rows x (n, ...) and all targets y (N, ...).
 
         `classes`: the loss needs class indices; `indices`: the model uses x as indices (an embedding).
         """
-        _refuse_non_finite("x", x)
-        _refuse_non_finite("y", y)
-        if indices and x.dtype.kind == "f" and not np.equal(x, np.round(x)).all():
+        rows, are_whole, _ = _checked("x", x, are_whole=indices)
+        _, are_classes, targets = _checked("y", y, are_whole=classes, counts=classes)
+        if indices and not are_whole:
             raise DataError("data.x: an embedding needs integer inputs; round them")
-        counted = None
-        if classes and not (y.ndim > 1 and y.dtype.kind == "f"):
-            if y.dtype.kind == "f" and not np.equal(y, np.round(y)).all():
-                raise DataError("data.y: a classification loss needs integer classes")
-            counted = [int(value) for value in np.unique(y)]
+        if targets is not None and not are_classes:
+            raise DataError("data.y: a classification loss needs integer classes")
         if indices and scale:
             raise DataError("data.scale: an embedding needs integer inputs; remove scale")
-        return cls(scaling=Scaling.fit(x) if scale else None, classes=counted, indices=indices)
+        return cls(scaling=Scaling.fit(x, rows) if scale else None, classes=targets, indices=indices)
+
+    def features(self, x: np.ndarray) -> np.ndarray:
+        """Return x in float32 (int64 for an embedding)."""
+        scaled = self.scaling.apply(x) if self.scaling else x
+        return scaled.astype(np.int64 if self.indices else np.float32)
+
+    def targets(self, y: np.ndarray) -> np.ndarray:
+        """Return y as classes (int64) or float32 values."""
+        if self.classes is not None:
+            return np.searchsorted(np.array(self.classes), y).astype(np.int64)
+        values = y.astype(np.float32)
+        return values[:, np.newaxis] if values.ndim == 1 else values
 
     def apply(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return x in float32 (int64 for an embedding), y as classes (int64) or float32 values."""
-        scaled = self.scaling.apply(x) if self.scaling else x
-        features = scaled.astype(np.int64 if self.indices else np.float32)
-        if self.classes is not None:
-            return features, np.searchsorted(np.array(self.classes), y).astype(np.int64)
-        values = y.astype(np.float32)
-        return features, values[:, np.newaxis] if values.ndim == 1 else values
+        """Return x and y of these rows."""
+        return self.features(x), self.targets(y)
 
 
 class NumericColumn(Fitted):
@@ -205,18 +221,43 @@ class TablePreparation(Fitted):
 Preparation = ArrayPreparation | TablePreparation
 
 
-def _refuse_non_finite(name: str, values: np.ndarray) -> None:
-    if values.dtype.kind != "f":
-        return
-    with np.errstate(over="ignore"):
-        is_finite = np.isfinite(values.astype(np.float32))
-    if not is_finite.all():
-        rows = np.unique(np.nonzero(~is_finite)[0])
+def _flat(parts: Parts) -> Iterator[np.ndarray]:
+    """Yield rows as (n, columns), in float64."""
+    return (part.reshape(len(part), -1).astype(np.float64) for part in parts())
+
+
+def _checked(
+    name: str, parts: Parts, *, are_whole: bool, counts: bool = False
+) -> tuple[int, bool, list[Class] | None]:
+    """Look at all rows: return how many there are, whether all numbers are whole, and which there are.
+
+    are_whole: whether to look at that; counts: whether to collect the numbers, but not floats of several
+    columns.
+
+    Raises:
+        DataError: rows have numbers that are not finite in float32.
+    """
+    rows, wrong, first, found = 0, 0, 0, np.empty(0)
+    for part in parts():
+        if part.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                is_finite = np.isfinite(part.astype(np.float32))
+            if not is_finite.all():
+                places = np.unique(np.nonzero(~is_finite)[0])
+                first = first if wrong else rows + int(places[0])
+                wrong += len(places)
+            are_whole = are_whole and bool(np.equal(part, np.round(part)).all())
+            counts = counts and part.ndim == 1
+        if counts and not wrong and (are_whole or not rows):
+            found = np.unique(np.concatenate([found, np.unique(part)]) if rows else part)
+        rows += len(part)
+    if wrong:
         problem = (
-            f"{len(rows)} of {len(values)} rows have NaN, infinity, or a number too large for float32 "
-            f"(first: row {rows[0]}); remove them"
+            f"{wrong} of {rows} rows have NaN, infinity, or a number too large for float32 "
+            f"(first: row {first}); remove them"
         )
         raise DataError([Fault(f"data.{name}", problem)])
+    return rows, are_whole, [int(value) for value in found] if counts else None
 
 
 def _listed(names: list[Any]) -> str:

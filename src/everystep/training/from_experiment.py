@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -52,7 +52,7 @@ def train_experiment(
     held = numerics.in_force(experiment.threads, suspends_device=True)
     with held, generators_preserved(device):
         try:
-            job = replace(experiment_job(experiment, name, device), said=said)
+            job = replace(experiment_job(experiment, name, device, progress=progress.reading), said=said)
             return run_job(job, directory, budget, progress)
         except EverystepError:
             raise
@@ -64,11 +64,16 @@ def train_experiment(
 
 
 def experiment_job(
-    experiment: Experiment, name: str, device: torch.device, data: Data | None = None
+    experiment: Experiment,
+    name: str,
+    device: torch.device,
+    data: Data | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Job:
     """Create everything that an experiment names, in the chapter's order; seeds torch's generator.
 
-    data: replaces the data of the experiment, and no file of it is read.
+    data: replaces the data of the experiment, and no file of it is read; progress: called with how much
+    of a large file has been read, and of all.
 
     Raises:
         UsageError: the data or the model is invalid, or in files that the user has not named; gives the
@@ -78,7 +83,10 @@ def experiment_job(
     torch.manual_seed(experiment.seed)
     if data is None:
         check_may_be_read(experiment.data)
-        data = make_data(experiment, target_of(experiment.loss))
+        data = make_data(experiment, target_of(experiment.loss), progress)
+    if data.sources and experiment.batch_size is None:
+        problem = "is missing: the data stays in its files, and a step would read all of it"
+        raise ExperimentError([Fault("batch_size", problem)])
     order = experiment.batch_size, experiment.seed, experiment.drop_last
     path = getattr(experiment.data, "path", None)
     name_of_rows = Path(path).name if path else "the data"

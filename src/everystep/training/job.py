@@ -14,6 +14,7 @@ from everystep.device import check_one_process
 from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
+from everystep.experiment.file_rows import FileRows
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.step.evaluate import Evaluation
@@ -111,8 +112,14 @@ class Job:
         """
         if not targets:
             return self
+        if self.data is not None and self.data.sources:
+            raise UsageError("the data stays in its files: to relabel rows, change a copy of the file")
         batch = relabelled_rows(self._rows("rows can be relabelled"), targets, "the fork")
         assert self.data is not None
+        if self.data.sources:
+            raise UsageError(
+                "rows of data that stays in files cannot be relabelled; change a copy of the file"
+            )
         y, training = batch.y, replace(self.training, batch=batch)
         evaluation = self.evaluation
         if evaluation is not None and self.data.validation is None:  # it measures on these rows
@@ -141,6 +148,8 @@ def relabelled_rows(batch: RowsOf, targets: Mapping[int, float], what: str) -> R
     Raises:
         ExperimentError: lists rows that do not exist, and targets that do not fit; what: of what.
     """
+    if isinstance(batch.y, FileRows):
+        raise UsageError("the targets stay in their file, so rows cannot be relabelled")
     y = batch.y.clone()
 
     def at(row: int) -> int:
