@@ -34,7 +34,7 @@ def large(monkeypatch):
         monkeypatch.setattr(data, "IN_MEMORY", 0)
         monkeypatch.setattr(file_rows, "_PIECE", 5000)
         monkeypatch.setattr(file_rows, "_RELEASED", 20_000)
-        monkeypatch.setattr(column_sums, "_LEAF", 64)
+        monkeypatch.setattr(column_sums, "_LEAF", 128)
 
     return begin
 
@@ -79,7 +79,8 @@ def test_sums_of_parts_have_the_bits_of_the_whole_sum(count, columns, size):
         assert np.array_equal(sums.total / count, values.mean(axis=0))
 
 
-@pytest.mark.parametrize("kind", ["npy", "safetensors", "float64", "big-endian", "int16", "float16"])
+@pytest.mark.sweep(every=2)
+@pytest.mark.parametrize("kind", ["safetensors", "npy", "big-endian", "float64", "int16", "float16"])
 def test_data_in_its_files_trains_to_the_bits_of_data_in_memory(arrays, large, kind):
     x, y = arrays
     source = None
@@ -157,7 +158,7 @@ def test_rows_that_do_not_lie_together_are_read_into_memory_as_before(arrays, la
         trained("no batches", batch_size=None)
 
 
-def test_a_file_that_has_changed_or_is_gone_is_reported_and_one_that_was_moved_is_found(
+def test_a_file_that_has_changed_or_is_gone_is_reported_and_a_link_to_it_is_read(
     arrays, large, monkeypatch, everystep_command
 ):
     large()
@@ -182,8 +183,12 @@ def test_a_file_that_has_changed_or_is_gone_is_reported_and_one_that_was_moved_i
     assert code == 2
     assert "x.npy does not exist" in error
     assert "the states on the disk: 0, " in error
-    monkeypatch.setenv("EVERYSTEP_DATA", str(Path("elsewhere/x.npy").absolute()))
+    x.symlink_to("elsewhere/x.npy")
+    named = map(str, (x.resolve(), Path("y.npy").absolute()))
+    monkeypatch.setenv("EVERYSTEP_DATA", os.pathsep.join(named))
     assert everystep.open("run")[3].is_exact
+    with pytest.raises(everystep.RunError, match="checked by its files"):
+        everystep.open("run", data=arrays)[3]
 
 
 def test_a_digest_is_computed_again_only_where_a_file_may_have_changed(cache):

@@ -158,7 +158,7 @@ class Batches:
         return indices[torch.isin(indices, self.places(self.without), invert=True)]
 
     def of(
-        self, x: Tensor | FileRows, y: Tensor | FileRows, *, is_read: bool = False, guards: Any = None
+        self, x: Tensor | FileRows, y: Tensor, *, is_read: bool = False, guards: Any = None
     ) -> RowsOf:
         """Return the batch source for tensors (rows, ...) on any device, or for rows that stay in files.
 
@@ -166,7 +166,6 @@ class Batches:
         """
         if isinstance(x, FileRows):
             return RowsInFiles(self, x, y)
-        assert not isinstance(y, FileRows)
         return RowsOf(self, x, y, is_read, guards)
 
     def _epoch_order(self, epoch: int) -> tuple[Tensor, frozenset[int]]:
@@ -193,7 +192,7 @@ class RowsOf:
     """
 
     def __init__(
-        self, batches: Batches, x: Any, y: Any, is_read: bool = False, guards: Any = None
+        self, batches: Batches, x: Any, y: Tensor, is_read: bool = False, guards: Any = None
     ) -> None:
         self.y = y
         self.guards = guards

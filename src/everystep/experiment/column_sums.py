@@ -30,7 +30,7 @@ class ColumnSums:
 
     def add(self, part: np.ndarray) -> None:
         """Add rows; they may be overwritten."""
-        if len(part) == self._count:  # as it lies in memory, which decides about the order, too
+        if len(part) == self._count:  # its layout decides about the order, too
             self._rows = np.add.reduce(part, axis=0)
         elif part.shape[1] == 1:
             rest = np.concatenate([self._rest, part])

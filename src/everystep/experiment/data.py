@@ -23,7 +23,13 @@ from torch import Tensor
 
 from everystep.bounded import MEMORY, open_regular
 from everystep.errors import DataError, did_you_mean
-from everystep.experiment.file_rows import FileRows, MappedArray, mapped_npy, mapped_safetensors
+from everystep.experiment.file_rows import (
+    FileRows,
+    MappedArray,
+    Reading,
+    mapped_npy,
+    mapped_safetensors,
+)
 from everystep.experiment.preparation import ArrayPreparation, Parts, Preparation
 from everystep.experiment.source_files import SourceFile, source_file
 from everystep.experiment.specification import (
@@ -42,7 +48,6 @@ __all__ = [
     "check_may_be_read",
     "derived_generator",
     "files_of",
-    "found_again",
     "make_data",
     "note_named",
     "reopened",
@@ -91,12 +96,12 @@ class Data:
 
     x: (N, ...); y: (N, ...) floats, or (N,) int64 class indices; validation: the same for the held-out
     rows, or None; preparation: how they were derived from the source; numbering: of the rows; sources:
-    the files that rows stay in, if they are not in memory.
+    the files that x stays in, if it is not in memory.
     """
 
     x: Tensor | FileRows
-    y: Tensor | FileRows
-    validation: tuple[Tensor | FileRows, Tensor | FileRows] | None = None
+    y: Tensor
+    validation: tuple[Tensor | FileRows, Tensor] | None = None
     preparation: Preparation | None = None
     numbering: Numbering = _AS_THEY_ARE
     sources: tuple[SourceFile, ...] = ()
@@ -111,7 +116,7 @@ class Data:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all rows in memory, by the names that a run has for them."""
-        named = {"x": self.x, "y": self.y}
+        named: dict[str, Tensor | FileRows] = {"x": self.x, "y": self.y}
         if self.validation is not None:
             named["validation_x"], named["validation_y"] = self.validation
         return {
@@ -135,7 +140,7 @@ IN_MEMORY = 1_000_000_000
 def make_data(
     experiment: Experiment,
     target: Target,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Reading = lambda done, total: None,
 ) -> Data:
     """Create the data of an experiment, on the CPU; `random` draws from torch's global generator.
 
@@ -148,8 +153,8 @@ def make_data(
         DataError: the data is invalid; reports the problem and a fix.
     """
     data = experiment.data
-    if _is_large(experiment) and (mapped := _mapped(data)):
-        return _from_mapped(*mapped, experiment, target, progress, _sources(data, progress))
+    if _is_large(experiment) and (in_files := _from_files(experiment, target, progress)):
+        return in_files
     if isinstance(data, TableData):
         return _from_table(data, target, experiment.seed)
     if isinstance(data, RandomData):
@@ -226,43 +231,33 @@ def _is_large(experiment: Experiment) -> bool:
     Raises:
         DataError: it is larger than memory, but each step would need all of it.
     """
-    sizes = []
+    size = 0
     for file in files_of(experiment.data):
         with suppress(OSError):
-            sizes.append(Path(file).stat().st_size)
-    if sum(sizes) > MEMORY and experiment.batch_size is None:
+            size += Path(file).stat().st_size
+    if size > MEMORY and experiment.batch_size is None:
         raise DataError(
-            f"the data has {sum(sizes) / 1e9:.1f} GB, more than this machine has memory, and a step "
+            f"the data has {size / 1e9:.1f} GB, more than this machine has memory, and a step "
             "would need all of it; set batch_size"
         )
-    return sum(sizes) > IN_MEMORY and experiment.batch_size is not None
+    return size > IN_MEMORY and experiment.batch_size is not None
 
 
-def _sources(data: DataSpecification, progress: Callable[[int, int], None]) -> tuple[SourceFile, ...]:
-    """Return the files of large data, with their digests."""
-    return tuple(
-        _read_file(Path(each), partial(source_file, Path(each), progress)) for each in files_of(data)
-    )
-
-
-def _mapped(data: DataSpecification) -> tuple[MappedArray, MappedArray] | None:
-    """Return x and y of files; None if they must be read as a whole.
+def _mapped(data: ArrayData, size: int) -> tuple[MappedArray, MappedArray] | None:
+    """Map x and y in their files; return None if they must be read as a whole. size: in bytes.
 
     Raises:
         DataError: they are not data to train on, or must be read as a whole and are larger than memory.
     """
-    if not isinstance(data, ArrayData):
-        return None
+    x = y = None
     if data.path is None:
         paths = Path(data.x), Path(data.y)
         x, y = (_read_file(path, partial(mapped_npy, path)) for path in map(_npy, paths))
     elif data.path.endswith(".safetensors"):
         path = Path(data.path)
         x, y = _two_of(data, _read_file(path, partial(mapped_safetensors, path)))
-    else:
-        x = y = None
     if x is None or y is None:
-        if sum(Path(file).stat().st_size for file in files_of(data)) > MEMORY:
+        if size > MEMORY:
             raise DataError(
                 f"{files_of(data)[0]} is larger than memory, and its rows do not lie one after the "
                 "other; save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
@@ -272,38 +267,46 @@ def _mapped(data: DataSpecification) -> tuple[MappedArray, MappedArray] | None:
     return x, y
 
 
-def _from_mapped(
-    x: MappedArray,
-    y: MappedArray,
+def _from_files(
     experiment: Experiment,
     target: Target,
-    progress: Callable[[int, int], None],
-    sources: tuple[SourceFile, ...],
+    progress: Reading,
     preparation: ArrayPreparation | None = None,
-) -> Data:
-    """Return data that stays in its files. preparation: as it was fitted before, if it was."""
-    split = split_rows(len(x.array), experiment.data.validation, experiment.seed)
-    has_validation = len(split[1]) > 0
+    digests: tuple[str, ...] = (),
+) -> Data | None:
+    """Return data that stays in its files; None if they must be read as a whole.
+
+    preparation: as it was fitted before, if it was; digests: of the files, if they are known.
+    """
+    data = experiment.data
+    if not isinstance(data, ArrayData):
+        return None
+    paths = map(Path, files_of(data))
+    sources = tuple(_read_file(each, partial(source_file, each, progress)) for each in paths)
+    for source, digest in zip(sources, digests, strict=bool(digests)):
+        if source.digest != digest:
+            raise DataError(
+                f"{source.path} has changed since the run was trained on it: its digest is "
+                f"{source.digest[:12]}..., but the run recorded {digest[:12]}...; restore the original"
+            )
+    mapped = _mapped(data, sum(each.bytes for each in sources))
+    if mapped is None:
+        return None
+    x, y = mapped
+    split = split_rows(len(x.array), data.validation, experiment.seed)
+    places = [None] if data.validation is None else [rows.numpy() for rows in split]
     if preparation is None:
-        training = split[0].numpy() if has_validation else None
-        parts = partial(x.parts, training, progress), partial(y.parts, None, lambda done, total: None)
-        preparation = _fitted(*parts, experiment, target)
-    pairs = []
-    for rows in split if has_validation else (None,):
-        of_y = FileRows(y, rows, preparation.targets)
-        is_small = of_y.nbytes <= IN_MEMORY
-        pairs.append((FileRows(x, rows, preparation.features), of_y.in_memory() if is_small else of_y))
-    numbering = Numbering(experiment.seed if has_validation else None)
-    validation = pairs[1] if has_validation else None
-    return Data(*pairs[0], validation, preparation, numbering, sources)
+        all_y = partial(y.parts, None, lambda done, total: None)
+        preparation = _fitted(partial(x.parts, places[0], progress), all_y, experiment, target)
+    pairs = [
+        (FileRows(x, rows, preparation.features), FileRows(y, rows, preparation.targets).in_memory())
+        for rows in places
+    ]
+    numbering = Numbering(None if data.validation is None else experiment.seed)
+    return Data(*pairs[0], pairs[1] if len(pairs) > 1 else None, preparation, numbering, sources)
 
 
-def reopened(
-    experiment: Experiment,
-    preparation: dict[str, Any],
-    digests: tuple[str, ...],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Data:
+def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple[str, ...]) -> Data:
     """Return data of a run that stays in files, prepared as it was.
 
     preparation: the recorded one; digests: of the files as they were.
@@ -312,27 +315,11 @@ def reopened(
         DataError: a file is gone, or was changed.
         ValueError: the preparation does not fit.
     """
-    data = experiment.data
-    sources = _sources(data, progress)
-    for source, digest in zip(sources, digests, strict=True):
-        if source.digest != digest:
-            raise DataError(
-                f"{source.path} has changed since the run was trained on it: its digest is "
-                f"{source.digest[:12]}..., but the run recorded {digest[:12]}...; restore the original"
-            )
-    mapped, known = _mapped(data), ArrayPreparation.model_validate(preparation)
-    if mapped is None:
-        raise DataError(f"{files_of(data)[0]} does not have rows one after the other")
-    return _from_mapped(*mapped, experiment, "values", progress, sources, known)
-
-
-def found_again(data: DataSpecification) -> DataSpecification:
-    """Return where data is now: files that were moved are found where the user allows to read."""
-    moved = {Path(each).name: each for each in os.environ.get(_ALLOWED, "").split(os.pathsep) if each}
-    given = data.model_dump()
-    files = [name for name in ("path", "x", "y") if given.get(name) in files_of(data)]
-    places = {n: moved[Path(given[n]).name] for n in files if Path(given[n]).name in moved}
-    return data.model_copy(update={n: p for n, p in places.items() if not Path(given[n]).exists()})
+    known = ArrayPreparation.model_validate(preparation)
+    found = _from_files(experiment, "values", lambda done, total: None, known, digests)
+    if found is None:
+        raise DataError(f"{files_of(experiment.data)[0]} does not have rows one after the other")
+    return found
 
 
 def _data_of(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everystep.errors import DataError, RunError
 from everystep.experiment.batches import Batches, RowsOf
-from everystep.experiment.data import Data, check_may_be_read, found_again, reopened
+from everystep.experiment.data import Data, check_may_be_read, reopened
 from everystep.experiment.file_rows import FileRows
 from everystep.experiment.specification import load
 from everystep.program.precision import Precision
@@ -54,11 +54,13 @@ def batch_source(
     """
     batches = batches_of(facts)
     if not facts.data.lazy:
-        x, y = (part.to(device) for part in _rows_of(run, facts, data))
+        given_x, given_y = _rows_of(run, facts, data)
+        x, y = given_x.to(device), given_y.to(device)
         if not (x.ndim and y.ndim and len(x) == len(y)):
             raise RunError(f"the data of {run.name} does not have a target for each row")
         if conversion is not None:
-            x, y = _converted(conversion, "x", x), _converted(conversion, "y", y)
+            convert, y = partial(conversion.tensor, "x"), conversion.tensor("y", y)
+            x = x.converted(convert) if isinstance(x, FileRows) else convert(x)
         count = len(x)
     elif data is None or isinstance(data, tuple | list):
         raise RunError(
@@ -76,18 +78,12 @@ def batch_source(
     return batches.of(x, y, is_read=facts.data.source == "dataset")
 
 
-def _converted(conversion: Precision, name: str, rows: Tensor | FileRows) -> Tensor | FileRows:
-    if isinstance(rows, FileRows):
-        return rows.converted(partial(conversion.tensor, name))
-    return conversion.tensor(name, rows)
-
-
-def _rows_of(
-    run: RecordedRun, facts: TrainingFacts, given: Any
-) -> tuple[Tensor | FileRows, Tensor | FileRows]:
+def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor | FileRows, Tensor]:
     fact = facts.data_file
     if fact is None:
         raise RunError(f"{run.name} has no data yet; training has only just started")
+    if given is not None and fact.sources:
+        raise RunError(f"the data of {run.name} is checked by its files: open the run without data=")
     if (stored := stored_data(run, facts)) is not None:
         return stored.x, stored.y
     if given is not None:
@@ -135,14 +131,13 @@ def _data_in_files(run: RecordedRun, facts: TrainingFacts, digests: tuple[str, .
     if experiment is None:
         raise RunError(f"the data of {run.name} is in files that its experiment names, but it has none")
     given = load(experiment)
-    given = given.model_copy(update={"data": found_again(given.data)})
     check_may_be_read(given.data)
     try:
         return reopened(given, facts.preparation or {}, digests)
     except DataError as error:
         states = ", ".join(f"{row.step:,}" for row in run.snapshot_rows()[:4])
         raise RunError(
-            f"{error}; if it was moved: EVERYSTEP_DATA=its/new/path\n(without the data, steps of "
+            f"{error}; if it was moved, put a link there\n(without the data, steps of "
             f"{run.name} do not open; its losses, table and plot do, and the parameters of the states "
             f"on the disk: {states}, ...)"
         ) from None

@@ -18,7 +18,6 @@ from everystep.device import select
 from everystep.errors import DataError, DeviceError, ModelError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data, Numbering, split_rows
-from everystep.experiment.file_rows import FileRows
 from everystep.experiment.specification import Iteration
 from everystep.step.guards import Guards
 from everystep.training.dataset import DatasetBatches, length_of, read_once
@@ -113,8 +112,6 @@ def job_of(
         batch = batches.of(x, y, is_read=guards is not None, guards=guards)
         # Without validation rows, metrics are measured on the data itself.
         measured = validation or ((x, y) if objects.metrics else None)
-        if measured and isinstance(measured[1], FileRows):
-            measured = measured[0], measured[1].in_memory()
     is_validation, metrics = validation is not None, objects.metrics
     evaluation = measured and evaluation_of(
         objects.model, objects.loss, measured, metrics, is_validation=is_validation

@@ -14,7 +14,6 @@ from everystep.device import check_one_process
 from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
-from everystep.experiment.file_rows import FileRows
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.step.evaluate import Evaluation
@@ -148,8 +147,6 @@ def relabelled_rows(batch: RowsOf, targets: Mapping[int, float], what: str) -> R
     Raises:
         ExperimentError: lists rows that do not exist, and targets that do not fit; what: of what.
     """
-    if isinstance(batch.y, FileRows):
-        raise UsageError("the targets stay in their file, so rows cannot be relabelled")
     y = batch.y.clone()
 
     def at(row: int) -> int:
