@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -119,7 +118,6 @@ def _measured(folder: Path, action: str) -> tuple[float, int, int]:
             anonymous = max(anonymous, sum(each[1] for each in found))
             time.sleep(0.05)
     if process.returncode:
-        shutil.rmtree(folder)
         raise SystemExit(f"{action} failed")
     return time.perf_counter() - began, resident, anonymous
 

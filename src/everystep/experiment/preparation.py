@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from everystep.errors import DataError, Fault
-from everystep.experiment.column_sums import ColumnSums
 
 if TYPE_CHECKING:
     import polars
@@ -53,19 +52,22 @@ class Scaling(Fitted):
     deviation: list[float]
 
     @classmethod
-    def fit(cls, parts: Parts, count: int) -> Scaling:
-        """Fit to `count` rows (N, ...), each position on its own, in float64."""
-        total, lowest, highest = ColumnSums(count), [], []
-        for flat in _flat(parts):
-            lowest.append(flat.min(axis=0))
-            highest.append(flat.max(axis=0))
-            total.add(flat)
-        mean = np.clip(total.total / count, np.min(lowest, axis=0), np.max(highest, axis=0))
+    def fit(cls, parts: Parts) -> Scaling:
+        """Fit to rows (N, ...), each position on its own, in float64."""
+        counts, lows, highs = [], [], []
+
+        def seen() -> Iterator[np.ndarray]:
+            for flat in _flat(parts):
+                counts.append(len(flat))
+                lows.append(flat.min(axis=0))
+                highs.append(flat.max(axis=0))
+                yield flat
+
+        total = _sum(seen())
+        mean = np.clip(total / sum(counts), np.min(lows, axis=0), np.max(highs, axis=0))
         # Not std(), which subtracts a rounded mean: for equal values, only rounding would remain.
-        squares = ColumnSums(count)
-        for flat in _flat(parts):
-            squares.add(np.square(flat - mean))
-        deviation = np.sqrt(squares.total / count)
+        squares = _sum(np.square(flat - mean) for flat in _flat(parts))
+        deviation = np.sqrt(squares / sum(counts))
         deviation[deviation == 0] = 1
         return cls(mean=mean.tolist(), deviation=deviation.tolist())
 
@@ -94,15 +96,15 @@ class ArrayPreparation(Fitted):
 
         `classes`: the loss needs class indices; `indices`: the model uses x as indices (an embedding).
         """
-        rows, are_whole, _ = _checked("x", x, are_whole=indices)
-        _, are_classes, targets = _checked("y", y, are_whole=classes, counts=classes)
+        are_whole, _ = _checked("x", x, are_whole=indices)
+        are_classes, targets = _checked("y", y, are_whole=classes, counts=classes)
         if indices and not are_whole:
             raise DataError("data.x: an embedding needs integer inputs; round them")
         if targets is not None and not are_classes:
             raise DataError("data.y: a classification loss needs integer classes")
         if indices and scale:
             raise DataError("data.scale: an embedding needs integer inputs; remove scale")
-        return cls(scaling=Scaling.fit(x, rows) if scale else None, classes=targets, indices=indices)
+        return cls(scaling=Scaling.fit(x) if scale else None, classes=targets, indices=indices)
 
     def features(self, x: np.ndarray) -> np.ndarray:
         """Return x in float32 (int64 for an embedding)."""
@@ -226,10 +228,26 @@ def _flat(parts: Parts) -> Iterator[np.ndarray]:
     return (part.reshape(len(part), -1).astype(np.float64) for part in parts())
 
 
+def _sum(parts: Iterator[np.ndarray]) -> np.ndarray:
+    """Return the sum of rows (N, K), given in parts, with the bits of NumPy's sum of all at once.
+
+    NumPy adds the rows of several columns one after the other, but a single column by halves (pairwise
+    summation), so that this one is joined.
+    """
+    first = next(parts)
+    if first.shape[1] == 1:
+        first = np.concatenate([first, *parts])
+    total: np.ndarray = np.add.reduce(first, axis=0)
+    for part in parts:
+        part[0] += total
+        total = np.add.reduce(part, axis=0)
+    return total
+
+
 def _checked(
     name: str, parts: Parts, *, are_whole: bool, counts: bool = False
-) -> tuple[int, bool, list[Class] | None]:
-    """Look at all rows: return how many there are, whether all numbers are whole, and which there are.
+) -> tuple[bool, list[Class] | None]:
+    """Look at all rows: return whether all numbers are whole, and which there are.
 
     are_whole: whether to look at that; counts: whether to collect the numbers, but not floats of several
     columns.
@@ -257,7 +275,7 @@ def _checked(
             f"(first: row {first}); remove them"
         )
         raise DataError([Fault(f"data.{name}", problem)])
-    return rows, are_whole, [int(value) for value in found] if counts else None
+    return are_whole, [int(value) for value in found] if counts else None
 
 
 def _listed(names: list[Any]) -> str:

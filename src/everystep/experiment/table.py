@@ -80,7 +80,7 @@ class Table:
             values = values.fill_nan(None).fill_null(fill)
         numbers = values.to_numpy()[:, np.newaxis]
         is_scaled = self.specification.scale is not None
-        scaling = Scaling.fit(lambda: iter([numbers]), len(numbers)) if is_scaled else None
+        scaling = Scaling.fit(lambda: iter([numbers])) if is_scaled else None
         return NumericColumn(name=column.name, fill=fill, scaling=scaling)
 
 
