@@ -192,7 +192,7 @@ def test_a_file_that_has_changed_or_is_gone_is_reported_and_a_link_to_it_is_read
 def test_a_digest_is_computed_again_only_where_a_file_may_have_changed(cache):
     def file():
         read = []
-        found = source_file(Path("x.npy").absolute(), lambda done, total: read.append(done))
+        found = source_file(Path("x.npy").absolute(), read.append)
         return found.digest, bool(read)
 
     Path("x.npy").write_bytes(b"some rows")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -140,7 +141,7 @@ IN_MEMORY = 1_000_000_000
 def make_data(
     experiment: Experiment,
     target: Target,
-    progress: Reading = lambda done, total: None,
+    progress: Reading = lambda done, total, unit="": None,
 ) -> Data:
     """Create the data of an experiment, on the CPU; `random` draws from torch's global generator.
 
@@ -267,6 +268,20 @@ def _mapped(data: ArrayData, size: int) -> tuple[MappedArray, MappedArray] | Non
     return x, y
 
 
+def _sources(paths: list[Path], progress: Reading) -> tuple[SourceFile, ...]:
+    """Return files with their digests."""
+    sizes = [_read_file(path, path.stat).st_size for path in paths]
+    found: list[SourceFile] = []
+    for path, before in zip(paths, accumulate(sizes, initial=0), strict=False):
+
+        def note(done: int, before: int = before) -> None:
+            progress((before + done) // 10**6, sum(sizes) // 10**6, "MB")
+
+        found.append(_read_file(path, partial(source_file, path, note)))
+    progress(sum(sizes) // 10**6, sum(sizes) // 10**6, "MB")
+    return tuple(found)
+
+
 def _from_files(
     experiment: Experiment,
     target: Target,
@@ -281,8 +296,7 @@ def _from_files(
     data = experiment.data
     if not isinstance(data, ArrayData):
         return None
-    paths = map(Path, files_of(data))
-    sources = tuple(_read_file(each, partial(source_file, each, progress)) for each in paths)
+    sources = _sources([Path(each) for each in files_of(data)], progress)
     for source, digest in zip(sources, digests, strict=bool(digests)):
         if source.digest != digest:
             raise DataError(
@@ -296,7 +310,7 @@ def _from_files(
     split = split_rows(len(x.array), data.validation, experiment.seed)
     places = [None] if data.validation is None else [rows.numpy() for rows in split]
     if preparation is None:
-        all_y = partial(y.parts, None, lambda done, total: None)
+        all_y = partial(y.parts, None, lambda done, total, unit="": None)
         preparation = _fitted(partial(x.parts, places[0], progress), all_y, experiment, target)
     pairs = [
         (FileRows(x, rows, preparation.features), FileRows(y, rows, preparation.targets).in_memory())
@@ -316,7 +330,7 @@ def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple
         ValueError: the preparation does not fit.
     """
     known = ArrayPreparation.model_validate(preparation)
-    found = _from_files(experiment, "values", lambda done, total: None, known, digests)
+    found = _from_files(experiment, "values", lambda done, total, unit="": None, known, digests)
     if found is None:
         raise DataError(f"{files_of(experiment.data)[0]} does not have rows one after the other")
     return found

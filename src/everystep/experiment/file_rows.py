@@ -30,8 +30,8 @@ _TYPES = {
 }
 
 
-#: Called with how much has been read, and of how much.
-Reading = Callable[[int, int], None]
+#: Called with how much has been read, of how much, and in which unit, if not in rows.
+Reading = Callable[..., None]
 #: Makes what is trained on of rows (n, ...), each on its own.
 Prepare = Callable[[np.ndarray], np.ndarray]
 

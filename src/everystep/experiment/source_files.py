@@ -43,8 +43,8 @@ def cache_directory() -> Path:
     return Path(given).expanduser().absolute() if given else Path(user_cache_path("everystep"))
 
 
-def source_file(path: Path, progress: Callable[[int, int], None]) -> SourceFile:
-    """Return a file with its digest. progress: called with the bytes read, and of all.
+def source_file(path: Path, progress: Callable[[int], None]) -> SourceFile:
+    """Return a file with its digest. progress: called with the bytes read.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
@@ -61,7 +61,7 @@ def source_file(path: Path, progress: Callable[[int, int], None]) -> SourceFile:
         while piece := file.read(_PIECE):
             found.update(piece)
             read += len(piece)
-            progress(min(read, status.st_size), status.st_size)
+            progress(read)
     if time.time_ns() - status.st_mtime_ns > _RECENT:
         with suppress(OSError):  # the directory may not be writable
             note.parent.mkdir(parents=True, exist_ok=True)

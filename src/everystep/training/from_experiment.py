@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, check_may_be_read, files_of, make_data, note_named
+from everystep.experiment.file_rows import Reading
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_scheduler, with_fused
@@ -55,6 +56,7 @@ def train_experiment(
             job = replace(experiment_job(experiment, name, device, progress=progress.reading), said=said)
             return run_job(job, directory, budget, progress)
         except EverystepError:
+            progress.end()
             raise
         except Exception as error:  # only torch's code has run, so any error is about the experiment
             reason = str(error).strip() or type(error).__name__
@@ -68,7 +70,7 @@ def experiment_job(
     name: str,
     device: torch.device,
     data: Data | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Reading = lambda done, total, unit="": None,
 ) -> Job:
     """Create everything that an experiment names, in the chapter's order; seeds torch's generator.
 

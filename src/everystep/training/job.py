@@ -187,8 +187,8 @@ class Outcome(NamedTuple):
 class Progress:
     """Watches a training; does nothing by itself."""
 
-    def reading(self, done: int, total: int) -> None:
-        """A Dataset is being read: `done` of `total` rows."""
+    def reading(self, done: int, total: int, unit: str = "rows") -> None:
+        """Data is being read: `done` of `total` rows, or of another unit."""
 
     def begin(self, directory: Path, facts: Facts) -> None:
         """Training is about to start."""
