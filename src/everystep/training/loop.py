@@ -214,11 +214,13 @@ class _ModelWriter(RunWriter):
         if self.step not in recorder.plan.kept:
             self._snapshot()
         if job.data is not None and (job.origin is None or job.origin.has_new_data):
-            named = {"x": job.data.x, "y": job.data.y}
-            if job.data.validation is not None:
-                named["validation_x"], named["validation_y"] = job.data.validation
+            if job.data.sources:
+                recorder.facts({"data_file": job.facts.data_file})
+                return
             is_fork = job.origin is not None and job.origin.fork is not None
-            recorder.data(named, f"data-{job.start + 1}.safetensors" if is_fork else DATA_FILE)
+            recorder.data(
+                job.data.tensors(), f"data-{job.start + 1}.safetensors" if is_fork else DATA_FILE
+            )
 
     def _advance(self, stepper: Stepper) -> bool:
         """Run steps up to the next one with something to do.
