@@ -239,7 +239,7 @@ class RowsOf:
     def of_rank(self, rank: int, count: int) -> RowsOf:
         """Return the batches of one of several processes, of the same rows."""
         own = replace(self.batches, share=(rank, count))
-        return RowsOf(own, self._x, self.y, self._is_read, self.guards)
+        return type(self)(own, self._x, self.y, self._is_read, self.guards)
 
     def with_targets(self, y: Tensor) -> RowsOf:
         """Return these batches with other targets (rows, ...)."""
