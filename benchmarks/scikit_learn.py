@@ -27,13 +27,12 @@ def r2_of_both(seed: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = everystep.train_experiment(experiment, run=Path(folder) / "run", progress=False)
         measured = {name: value for name, _, value in run.measurements.iter_rows()}
-    data = make_data(experiment, "values")
-    assert data.validation is not None
+    data = make_data(experiment, "values").tensors()
     regressor = MLPRegressor(hidden_layer_sizes=(32,), max_iter=5000, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        regressor.fit(data.x.numpy(), data.y.numpy().ravel())
-    x, y = data.validation
+        regressor.fit(data["x"].numpy(), data["y"].numpy().ravel())
+    x, y = data["validation_x"], data["validation_y"]
     return measured["validation_r2"], float(regressor.score(x.numpy(), y.numpy().ravel()))
 
 

@@ -1,7 +1,7 @@
 """Many trainings: a sweep compared with the same runs in turn, and networks trained together.
 
 `python -m benchmarks.sweep [--runs 16] [--epochs 20] [--rounds 3]` times whole commands: one
-`everystep sweep digits`, and as many `everystep train digits`, with one thread and with all.
+`everystep sweep digits`, and as many `everystep train digits --threads 1`, which have the same bits.
 
 `python -m benchmarks.sweep --together 64` times 64 networks of one shape by plain loops: in turn, and as
 one batched program (`torch.func.vmap` over the parameters); OMP_NUM_THREADS sets the threads. It prints
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -49,15 +50,12 @@ def main() -> None:
         return
     epochs = ("--set", f"epochs={asked.epochs}")
 
-    def in_turn(*options: str) -> None:
+    def in_turn() -> None:
         for seed in range(asked.runs):
-            _command("train", "--seed", str(seed), *epochs, *options)
+            _command("train", "--seed", str(seed), "--threads", "1", *epochs)
 
-    ways: dict[str, Callable[[], None]] = {
-        "everystep sweep": lambda: _command("sweep", "--set", f"seed=0..{asked.runs - 1}", *epochs),
-        "everystep train, one thread": lambda: in_turn("--threads", "1"),
-        "everystep train": in_turn,
-    }
+    sweep = partial(_command, "sweep", "--set", f"seed=0..{asked.runs - 1}", *epochs)
+    ways: dict[str, Callable[[], None]] = {"everystep sweep": sweep, "everystep train": in_turn}
     print(f"{asked.runs} runs of digits{'seconds':>28}{'of processors':>16}")
     for name, times in _timed(ways, asked.rounds).items():
         seconds, processors = (median(each) for each in zip(*times, strict=True))

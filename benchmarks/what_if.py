@@ -98,7 +98,8 @@ def _by_hand(experiment: Experiment, rows: tuple[int, ...]) -> list[float]:
     """Return the losses of the loop by hand, without some rows after step `AT`."""
     made = experiment_job(experiment, "digits", select("cpu"))
     assert made.data is not None
-    training, x, y, losses = made.training, made.data.x, made.data.y, []
+    data, training, losses = made.data.tensors(), made.training, []
+    x, y = data["x"], data["y"]
     batches = Batches(len(x), experiment.batch_size, experiment.seed, experiment.drop_last)
     for step in range(1, STEPS + 1):
         indices = batches.indices(step)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,8 +13,12 @@ from torch import Tensor
 
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.data import derived_generator
+from everystep.experiment.file_rows import FileRows
 
-__all__ = ["Batches", "RowsOf"]
+__all__ = ["Batches", "RowsInFiles", "RowsOf"]
+
+#: Steps with rows that are gathered from files in advance.
+_STEPS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -181,11 +187,15 @@ class Batches:
     def _left(self, indices: Tensor) -> Tensor:
         return indices[torch.isin(indices, self.places(self.without), invert=True)]
 
-    def of(self, x: Tensor, y: Tensor, *, is_read: bool = False, guards: Any = None) -> RowsOf:
-        """Return the batch source for tensors (rows, ...) on any device.
+    def of(
+        self, x: Tensor | FileRows, y: Tensor, *, is_read: bool = False, guards: Any = None
+    ) -> RowsOf:
+        """Return the batch source for tensors (rows, ...) on any device, or for rows that stay in files.
 
         is_read: whether the rows come from a Dataset; guards: what they then depend on.
         """
+        if isinstance(x, FileRows):
+            return RowsInFiles(self, x, y)
         return RowsOf(self, x, y, is_read, guards)
 
     def _epoch_order(self, epoch: int) -> tuple[Tensor, frozenset[int]]:
@@ -212,7 +222,7 @@ class RowsOf:
     """
 
     def __init__(
-        self, batches: Batches, x: Tensor, y: Tensor, is_read: bool = False, guards: Any = None
+        self, batches: Batches, x: Any, y: Tensor, is_read: bool = False, guards: Any = None
     ) -> None:
         self.y = y
         self.guards = guards
@@ -229,11 +239,11 @@ class RowsOf:
     def of_rank(self, rank: int, count: int) -> RowsOf:
         """Return the batches of one of several processes, of the same rows."""
         own = replace(self.batches, share=(rank, count))
-        return RowsOf(own, self._x, self.y, self._is_read, self.guards)
+        return type(self)(own, self._x, self.y, self._is_read, self.guards)
 
     def with_targets(self, y: Tensor) -> RowsOf:
         """Return these batches with other targets (rows, ...)."""
-        return RowsOf(self.batches, self._x, y, self._is_read, self.guards)
+        return type(self)(self.batches, self._x, y, self._is_read, self.guards)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step (from 1)."""
@@ -265,3 +275,45 @@ class RowsOf:
     def _indices(self, step: int) -> Tensor | None:
         indices = self.batches.indices(step)
         return None if indices is None else indices.to(self._x.device)
+
+
+class RowsInFiles(RowsOf):
+    """The batches of rows that stay in files; those of the next steps are gathered in the background."""
+
+    def use(self, batches: Batches) -> None:
+        """From now on, let steps see these batches of the same rows."""
+        super().use(batches)
+        assert batches.batch_size is not None
+        self._gathered: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return x and y of a step (from 1)."""
+        last = min(step + _STEPS_AHEAD, (self.batches.epoch(step) + 1) * self.batches.steps_per_epoch)
+        wanted = range(step, last + 1)  # the order of another epoch takes its time
+        known = {number: each for number, each in self._gathered.items() if number in wanted}
+        for number in wanted:
+            if number not in known:
+                places = self.batches.indices(number)
+                assert places is not None
+                known[number] = _gatherers().submit(self._pair, places)
+        found = known.pop(step).result()
+        self._gathered = known
+        return found
+
+    def _pair(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.y.index_select(0, places.to(self.y.device))
+        return self._x.index_select(0, places), y
+
+    def into(self, step: int, x: Tensor, y: Tensor) -> None:
+        """Write x and y of a step into tensors of their shape."""
+        for target, rows in zip((x, y), self(step), strict=True):
+            target.copy_(rows)
+
+    def versions(self) -> list[int | None]:
+        """Return how often the data was changed: never, as steps see copies of its rows."""
+        return [0, 0]
+
+
+@cache
+def _gatherers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, "everystep-rows")

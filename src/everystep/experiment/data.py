@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +22,17 @@ import torch
 from platformdirs import user_state_path
 from torch import Tensor
 
-from everystep.bounded import open_regular
+from everystep.bounded import MEMORY, open_regular
 from everystep.errors import DataError, did_you_mean
-from everystep.experiment.preparation import ArrayPreparation, Preparation
+from everystep.experiment.file_rows import (
+    FileRows,
+    MappedArray,
+    Reading,
+    mapped_npy,
+    mapped_safetensors,
+)
+from everystep.experiment.preparation import ArrayPreparation, Parts, Preparation
+from everystep.experiment.source_files import SourceFile, source_file
 from everystep.experiment.specification import (
     ArrayData,
     BundledData,
@@ -41,6 +51,7 @@ __all__ = [
     "files_of",
     "make_data",
     "note_named",
+    "reopened",
     "split_rows",
 ]
 
@@ -85,14 +96,16 @@ class Data:
     """A data set: rows along the first dimension.
 
     x: (N, ...); y: (N, ...) floats, or (N,) int64 class indices; validation: the same for the held-out
-    rows, or None; preparation: how they were derived from the source; numbering: of the rows.
+    rows, or None; preparation: how they were derived from the source; numbering: of the rows; sources:
+    the files that x stays in, if it is not in memory.
     """
 
-    x: Tensor
+    x: Tensor | FileRows
     y: Tensor
-    validation: tuple[Tensor, Tensor] | None = None
+    validation: tuple[Tensor | FileRows, Tensor] | None = None
     preparation: Preparation | None = None
     numbering: Numbering = _AS_THEY_ARE
+    sources: tuple[SourceFile, ...] = ()
 
     @property
     def numbers(self) -> Tensor | None:
@@ -101,6 +114,16 @@ class Data:
             len(self.x), 0 if self.validation is None else len(self.validation[0])
         )
         return None if found is None else found[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all rows in memory, by the names that a run has for them."""
+        named: dict[str, Tensor | FileRows] = {"x": self.x, "y": self.y}
+        if self.validation is not None:
+            named["validation_x"], named["validation_y"] = self.validation
+        return {
+            name: rows.in_memory() if isinstance(rows, FileRows) else rows
+            for name, rows in named.items()
+        }
 
     def to(self, device: torch.device) -> Data:
         """Return the data on that device."""
@@ -111,17 +134,28 @@ class Data:
         return replace(self, x=self.x.to(device), y=self.y.to(device), validation=validation)
 
 
-def make_data(experiment: Experiment, target: Target) -> Data:
+#: Bytes of files up to which data is read into memory. The numbers are the same either way.
+IN_MEMORY = 1_000_000_000
+
+
+def make_data(
+    experiment: Experiment,
+    target: Target,
+    progress: Reading = lambda done, total, unit="": None,
+) -> Data:
     """Create the data of an experiment, on the CPU; `random` draws from torch's global generator.
 
     Args:
         experiment: the experiment; its seed decides which rows are held out for validation.
         target: the kind of target that the loss needs.
+        progress: called with how much of a large file has been read, and of all.
 
     Raises:
         DataError: the data is invalid; reports the problem and a fix.
     """
     data = experiment.data
+    if _is_large(experiment) and (in_files := _from_files(experiment, target, progress)):
+        return in_files
     if isinstance(data, TableData):
         return _from_table(data, target, experiment.seed)
     if isinstance(data, RandomData):
@@ -175,18 +209,131 @@ def _from_table(data: TableData, target: Target, seed: int) -> Data:
 
 
 def _from_arrays(x: np.ndarray, y: np.ndarray, experiment: Experiment, target: Target) -> Data:
-    data = experiment.data
-    split = split_rows(len(x), data.validation, experiment.seed)
+    split = split_rows(len(x), experiment.data.validation, experiment.seed)
     parts = [rows.numpy() for rows in split if len(rows)]
-    preparation = ArrayPreparation.fit(
-        x[parts[0]],
+    preparation = _fitted(lambda: iter([x[parts[0]]]), lambda: iter([y]), experiment, target)
+    prepared = [preparation.apply(x[rows], y[rows]) for rows in parts]
+    return _data_of(prepared, preparation, experiment.seed)
+
+
+def _fitted(x: Parts, y: Parts, experiment: Experiment, target: Target) -> ArrayPreparation:
+    return ArrayPreparation.fit(
+        x,
         y,
-        scale=data.scale,
+        scale=experiment.data.scale,
         classes=target == "classes",
         indices=experiment.model.layers[0].startswith("Embedding"),
     )
-    prepared = [preparation.apply(x[rows], y[rows]) for rows in parts]
-    return _data_of(prepared, preparation, experiment.seed)
+
+
+def _is_large(experiment: Experiment) -> bool:
+    """Return whether the data stays in its files.
+
+    Raises:
+        DataError: it is larger than memory, but each step would need all of it.
+    """
+    size = 0
+    for file in files_of(experiment.data):
+        with suppress(OSError):
+            size += Path(file).stat().st_size
+    if size > MEMORY and experiment.batch_size is None:
+        raise DataError(
+            f"the data has {size / 1e9:.1f} GB, more than this machine has memory, and a step "
+            "would need all of it; set batch_size"
+        )
+    return size > IN_MEMORY and experiment.batch_size is not None
+
+
+def _mapped(data: ArrayData, size: int) -> tuple[MappedArray, MappedArray] | None:
+    """Map x and y in their files; return None if they must be read as a whole. size: in bytes.
+
+    Raises:
+        DataError: they are not data to train on, or must be read as a whole and are larger than memory.
+    """
+    x = y = None
+    if data.path is None:
+        paths = Path(data.x), Path(data.y)
+        x, y = (_read_file(path, partial(mapped_npy, path)) for path in map(_npy, paths))
+    elif data.path.endswith(".safetensors"):
+        path = Path(data.path)
+        x, y = _two_of(data, _read_file(path, partial(mapped_safetensors, path)))
+    if x is None or y is None:
+        if size > MEMORY:
+            raise DataError(
+                f"{files_of(data)[0]} is larger than memory, and its rows do not lie one after the "
+                "other; save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
+            )
+        return None
+    _check_arrays(data, x.array, y.array)
+    return x, y
+
+
+def _sources(paths: list[Path], progress: Reading) -> tuple[SourceFile, ...]:
+    """Return files with their digests."""
+    sizes = [_read_file(path, path.stat).st_size for path in paths]
+    found: list[SourceFile] = []
+    for path, before in zip(paths, accumulate(sizes, initial=0), strict=False):
+
+        def note(done: int, before: int = before) -> None:
+            progress((before + done) // 10**6, sum(sizes) // 10**6, "MB")
+
+        found.append(_read_file(path, partial(source_file, path, note)))
+    progress(sum(sizes) // 10**6, sum(sizes) // 10**6, "MB")
+    return tuple(found)
+
+
+def _from_files(
+    experiment: Experiment,
+    target: Target,
+    progress: Reading,
+    preparation: ArrayPreparation | None = None,
+    digests: tuple[str, ...] = (),
+) -> Data | None:
+    """Return data that stays in its files; None if they must be read as a whole.
+
+    preparation: as it was fitted before, if it was; digests: of the files, if they are known.
+    """
+    data = experiment.data
+    if not isinstance(data, ArrayData):
+        return None
+    sources = _sources([Path(each) for each in files_of(data)], progress)
+    for source, digest in zip(sources, digests, strict=bool(digests)):
+        if source.digest != digest:
+            raise DataError(
+                f"{source.path} has changed since the run was trained on it: its digest is "
+                f"{source.digest[:12]}..., but the run recorded {digest[:12]}...; restore the original"
+            )
+    mapped = _mapped(data, sum(each.bytes for each in sources))
+    if mapped is None:
+        return None
+    x, y = mapped
+    split = split_rows(len(x.array), data.validation, experiment.seed)
+    places = [None] if data.validation is None else [rows.numpy() for rows in split]
+    if preparation is None:
+        all_y = partial(y.parts, None, lambda done, total, unit="": None)
+        preparation = _fitted(partial(x.parts, places[0], progress), all_y, experiment, target)
+    pairs = [
+        (FileRows(x, rows, preparation.features), FileRows(y, rows, preparation.targets).in_memory())
+        for rows in places
+    ]
+    numbering = Numbering(None if data.validation is None else experiment.seed)
+    return Data(*pairs[0], pairs[1] if len(pairs) > 1 else None, preparation, numbering, sources)
+
+
+def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple[str, ...]) -> Data:
+    """Return data of a run that stays in files, prepared as it was.
+
+    preparation: the recorded one; digests: of the files as they were.
+
+    Raises:
+        DataError: a file is gone, or was changed.
+        ValueError: the preparation does not fit.
+    """
+    known = ArrayPreparation.model_validate(preparation)
+    found = _from_files(experiment, "values", lambda done, total, unit="": None, known, digests)
+    if found is None:
+        raise DataError(f"{files_of(experiment.data)[0]} does not have rows one after the other")
+    return found
 
 
 def _data_of(
@@ -203,14 +350,24 @@ def _data_of(
 
 def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
     if data.path is None:
-        x, y = _load_npy(Path(data.x)), _load_npy(Path(data.y))
+        paths = Path(data.x), Path(data.y)
+        x, y = (_read_file(p, partial(np.load, p, allow_pickle=False)) for p in map(_npy, paths))
     else:
-        arrays = _read_file(Path(data.path), _archive_reader(Path(data.path)))
-        absent = [name for name in (data.x, data.y) if name not in arrays]
-        if absent:
-            cures = "; ".join(f"{name!r}: {did_you_mean(name, list(arrays))}" for name in absent)
-            raise DataError(f"{data.path} has no array {cures}")
-        x, y = arrays[data.x], arrays[data.y]
+        path = Path(data.path)
+        x, y = _two_of(data, _read_file(path, _archive_reader(path)))
+    _check_arrays(data, x, y)
+    return x, y
+
+
+def _two_of(data: ArrayData, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
+    absent = [name for name in (data.x, data.y) if name not in arrays]
+    if absent:
+        cures = "; ".join(f"{name!r}: {did_you_mean(name, list(arrays))}" for name in absent)
+        raise DataError(f"{data.path} has no array {cures}")
+    return arrays[data.x], arrays[data.y]
+
+
+def _check_arrays(data: ArrayData, x: np.ndarray, y: np.ndarray) -> None:
     for name, array in (("x", x), ("y", y)):
         if array.ndim == 0 or array.dtype.kind not in "fiub":
             raise DataError(
@@ -221,17 +378,15 @@ def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"x has {len(x)} rows and y has {len(y)}; they must match")
     if len(x) == 0:
         raise DataError(f"{data.path or data.x} has no rows")
-    return x, y
 
 
-def _load_npy(path: Path) -> np.ndarray:
+def _npy(path: Path) -> Path:
     if path.suffix != ".npy":
         raise DataError(
             f"{path} is not a .npy file; for .npz or .safetensors, set data.path to the file and "
             "data.x and data.y to the array names in it"
         )
-    array: np.ndarray = _read_file(path, lambda: np.load(path, allow_pickle=False))
-    return array
+    return path
 
 
 def _archive_reader(path: Path) -> Callable[[], dict[str, np.ndarray]]:

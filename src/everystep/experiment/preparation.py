@@ -6,6 +6,7 @@ without unpickling anything. That is why it does not use scikit-learn's transfor
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "ArrayPreparation",
     "CategoricalColumn",
     "NumericColumn",
+    "Parts",
     "Preparation",
     "Scaling",
     "TablePreparation",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 Class = str | int | float
+#: Returns all rows (N, ...) in parts, each time that it is called.
+Parts = Callable[[], Iterator[np.ndarray]]
 
 
 def mean_of(values: np.ndarray) -> np.ndarray:
@@ -48,12 +52,22 @@ class Scaling(Fitted):
     deviation: list[float]
 
     @classmethod
-    def fit(cls, values: np.ndarray) -> Scaling:
-        """Fit to `values` (N, ...), each position on its own, in float64."""
-        flat = values.reshape(len(values), -1).astype(np.float64)
-        mean = mean_of(flat)
+    def fit(cls, parts: Parts) -> Scaling:
+        """Fit to rows (N, ...), each position on its own, in float64."""
+        counts, lows, highs = [], [], []
+
+        def seen() -> Iterator[np.ndarray]:
+            for flat in _flat(parts):
+                counts.append(len(flat))
+                lows.append(flat.min(axis=0))
+                highs.append(flat.max(axis=0))
+                yield flat
+
+        total = _sum(seen())
+        mean = np.clip(total / sum(counts), np.min(lows, axis=0), np.max(highs, axis=0))
         # Not std(), which subtracts a rounded mean: for equal values, only rounding would remain.
-        deviation = np.sqrt(np.square(flat - mean).mean(axis=0))
+        squares = _sum(np.square(flat - mean) for flat in _flat(parts))
+        deviation = np.sqrt(squares / sum(counts))
         deviation[deviation == 0] = 1
         return cls(mean=mean.tolist(), deviation=deviation.tolist())
 
@@ -76,33 +90,37 @@ class ArrayPreparation(Fitted):
 
     @classmethod
     def fit(
-        cls, x: np.ndarray, y: np.ndarray, *, scale: str | None, classes: bool, indices: bool
+        cls, x: Parts, y: Parts, *, scale: str | None, classes: bool, indices: bool
     ) -> ArrayPreparation:
         """Fit to training rows x (n, ...) and all targets y (N, ...).
 
         `classes`: the loss needs class indices; `indices`: the model uses x as indices (an embedding).
         """
-        _refuse_non_finite("x", x)
-        _refuse_non_finite("y", y)
-        if indices and x.dtype.kind == "f" and not np.equal(x, np.round(x)).all():
+        are_whole, _ = _checked("x", x, are_whole=indices)
+        are_classes, targets = _checked("y", y, are_whole=classes, counts=classes)
+        if indices and not are_whole:
             raise DataError("data.x: an embedding needs integer inputs; round them")
-        counted = None
-        if classes and not (y.ndim > 1 and y.dtype.kind == "f"):
-            if y.dtype.kind == "f" and not np.equal(y, np.round(y)).all():
-                raise DataError("data.y: a classification loss needs integer classes")
-            counted = [int(value) for value in np.unique(y)]
+        if targets is not None and not are_classes:
+            raise DataError("data.y: a classification loss needs integer classes")
         if indices and scale:
             raise DataError("data.scale: an embedding needs integer inputs; remove scale")
-        return cls(scaling=Scaling.fit(x) if scale else None, classes=counted, indices=indices)
+        return cls(scaling=Scaling.fit(x) if scale else None, classes=targets, indices=indices)
+
+    def features(self, x: np.ndarray) -> np.ndarray:
+        """Return x in float32 (int64 for an embedding)."""
+        scaled = self.scaling.apply(x) if self.scaling else x
+        return scaled.astype(np.int64 if self.indices else np.float32)
+
+    def targets(self, y: np.ndarray) -> np.ndarray:
+        """Return y as classes (int64) or float32 values."""
+        if self.classes is not None:
+            return np.searchsorted(np.array(self.classes), y).astype(np.int64)
+        values = y.astype(np.float32)
+        return values[:, np.newaxis] if values.ndim == 1 else values
 
     def apply(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return x in float32 (int64 for an embedding), y as classes (int64) or float32 values."""
-        scaled = self.scaling.apply(x) if self.scaling else x
-        features = scaled.astype(np.int64 if self.indices else np.float32)
-        if self.classes is not None:
-            return features, np.searchsorted(np.array(self.classes), y).astype(np.int64)
-        values = y.astype(np.float32)
-        return features, values[:, np.newaxis] if values.ndim == 1 else values
+        """Return x and y of these rows."""
+        return self.features(x), self.targets(y)
 
 
 class NumericColumn(Fitted):
@@ -205,18 +223,59 @@ class TablePreparation(Fitted):
 Preparation = ArrayPreparation | TablePreparation
 
 
-def _refuse_non_finite(name: str, values: np.ndarray) -> None:
-    if values.dtype.kind != "f":
-        return
-    with np.errstate(over="ignore"):
-        is_finite = np.isfinite(values.astype(np.float32))
-    if not is_finite.all():
-        rows = np.unique(np.nonzero(~is_finite)[0])
+def _flat(parts: Parts) -> Iterator[np.ndarray]:
+    """Yield rows as (n, columns), in float64."""
+    return (part.reshape(len(part), -1).astype(np.float64) for part in parts())
+
+
+def _sum(parts: Iterator[np.ndarray]) -> np.ndarray:
+    """Return the sum of rows (N, K), given in parts, with the bits of NumPy's sum of all at once.
+
+    NumPy adds the rows of several columns one after the other, but a single column by halves (pairwise
+    summation), so that this one is joined.
+    """
+    first = next(parts)
+    if first.shape[1] == 1:
+        first = np.concatenate([first, *parts])
+    total: np.ndarray = np.add.reduce(first, axis=0)
+    for part in parts:
+        part[0] += total
+        total = np.add.reduce(part, axis=0)
+    return total
+
+
+def _checked(
+    name: str, parts: Parts, *, are_whole: bool, counts: bool = False
+) -> tuple[bool, list[Class] | None]:
+    """Look at all rows: return whether all numbers are whole, and which there are.
+
+    are_whole: whether to look at that; counts: whether to collect the numbers, but not floats of several
+    columns.
+
+    Raises:
+        DataError: rows have numbers that are not finite in float32.
+    """
+    rows, wrong, first, found = 0, 0, 0, np.empty(0)
+    for part in parts():
+        if part.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                is_finite = np.isfinite(part.astype(np.float32))
+            if not is_finite.all():
+                places = np.unique(np.nonzero(~is_finite)[0])
+                first = first if wrong else rows + int(places[0])
+                wrong += len(places)
+            are_whole = are_whole and bool(np.equal(part, np.round(part)).all())
+            counts = counts and part.ndim == 1
+        if counts and not wrong and (are_whole or not rows):
+            found = np.unique(np.concatenate([found, np.unique(part)]) if rows else part)
+        rows += len(part)
+    if wrong:
         problem = (
-            f"{len(rows)} of {len(values)} rows have NaN, infinity, or a number too large for float32 "
-            f"(first: row {rows[0]}); remove them"
+            f"{wrong} of {rows} rows have NaN, infinity, or a number too large for float32 "
+            f"(first: row {first}); remove them"
         )
         raise DataError([Fault(f"data.{name}", problem)])
+    return are_whole, [int(value) for value in found] if counts else None
 
 
 def _listed(names: list[Any]) -> str:

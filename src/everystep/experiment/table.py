@@ -78,7 +78,9 @@ class Table:
                 raise DataError(f"column {column.name!r} has no values in the training rows")
             fill = float(mean_of(known))
             values = values.fill_nan(None).fill_null(fill)
-        scaling = Scaling.fit(values.to_numpy()[:, np.newaxis]) if self.specification.scale else None
+        numbers = values.to_numpy()[:, np.newaxis]
+        is_scaled = self.specification.scale is not None
+        scaling = Scaling.fit(lambda: iter([numbers])) if is_scaled else None
         return NumericColumn(name=column.name, fill=fill, scaling=scaling)
 
 

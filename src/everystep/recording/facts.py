@@ -135,7 +135,8 @@ class DataFacts(_Fact):
 class DataFileFacts(_Fact):
     """The file of the data: its name, whether it contains the data, its size and its SHA-256.
 
-    strides: of tensors that were not contiguous.
+    strides: of tensors that were not contiguous. sources: the digests (XXH3, 128 bits) of the files that
+    the data stayed in, which the experiment names; `digest` is then of these.
     """
 
     file: str
@@ -143,6 +144,7 @@ class DataFileFacts(_Fact):
     bytes: Whole
     digest: str
     strides: dict[str, tuple[Whole, ...]] = {}
+    sources: tuple[str, ...] = ()
 
 
 class BatchFacts(_Fact):

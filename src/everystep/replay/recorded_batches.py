@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from everystep.errors import RunError
+from everystep.errors import DataError, RunError
 from everystep.experiment.batches import Batches, RowsOf
-from everystep.experiment.data import Data
+from everystep.experiment.data import Data, check_may_be_read, reopened
+from everystep.experiment.file_rows import FileRows
 from everystep.experiment.specification import load
 from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
@@ -53,11 +55,13 @@ def batch_source(
     """
     batches = batches_of(facts)
     if not facts.data.lazy:
-        x, y = (part.to(device) for part in _rows_of(run, facts, data))
+        given_x, given_y = _rows_of(run, facts, data)
+        x, y = given_x.to(device), given_y.to(device)
         if not (x.ndim and y.ndim and len(x) == len(y)):
             raise RunError(f"the data of {run.name} does not have a target for each row")
         if conversion is not None:
-            x, y = conversion.tensor("x", x), conversion.tensor("y", y)
+            convert, y = partial(conversion.tensor, "x"), conversion.tensor("y", y)
+            x = x.converted(convert) if isinstance(x, FileRows) else convert(x)
         count = len(x)
     elif data is None or isinstance(data, tuple | list):
         raise RunError(
@@ -75,10 +79,12 @@ def batch_source(
     return batches.of(x, y, is_read=facts.data.source == "dataset")
 
 
-def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor, Tensor]:
+def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor | FileRows, Tensor]:
     fact = facts.data_file
     if fact is None:
         raise RunError(f"{run.name} has no data yet; training has only just started")
+    if given is not None and fact.sources:
+        raise RunError(f"the data of {run.name} is checked by its files: open the run without data=")
     if (stored := stored_data(run, facts)) is not None:
         return stored.x, stored.y
     if given is not None:
@@ -97,20 +103,20 @@ def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor
 
     made = experiment_job(load(experiment), run.name, torch.device("cpu")).data
     assert made is not None
-    tensors = {"x": made.x, "y": made.y}
-    if made.validation is not None:
-        tensors["validation_x"], tensors["validation_y"] = made.validation
-    check_data(tensors, fact, f"the data that the experiment of {run.name} names")
+    check_data(made.tensors(), fact, f"the data that the experiment of {run.name} names")
     return made.x, made.y
 
 
 def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
-    """Return the data that a run holds, or None.
+    """Return the data that a run holds, or that stayed in its files; None for other data.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: it cannot be read, or a file is not as it was.
+        DataError: it is in files that this user has not named.
     """
     fact = facts.data_file
+    if fact is not None and fact.sources:
+        return _data_in_files(run, facts, fact.sources)
     if fact is None or not fact.stored:
         return None
     tensors = run.data(fact)
@@ -119,3 +125,22 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     has_validation = {"validation_x", "validation_y"} <= tensors.keys()
     validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
     return Data(tensors["x"], tensors["y"], validation, numbering=facts.data.numbering)
+
+
+def _data_in_files(run: RecordedRun, facts: TrainingFacts, digests: tuple[str, ...]) -> Data:
+    experiment = run.experiment(facts)
+    if experiment is None:
+        raise RunError(f"the data of {run.name} is in files that its experiment names, but it has none")
+    given = load(experiment)
+    check_may_be_read(given.data)
+    try:
+        return reopened(given, facts.preparation or {}, digests)
+    except DataError as error:
+        states = ", ".join(f"{row.step:,}" for row in run.snapshot_rows()[:4])
+        raise RunError(
+            f"{error}; if it was moved, put a link there\n(without the data, steps of "
+            f"{run.name} do not open; its losses, table and plot do, and the parameters of the states "
+            f"on the disk: {states}, ...)"
+        ) from None
+    except ValueError:  # of the preparation
+        raise RunError(f"the preparation of the data of {run.name} was changed") from None

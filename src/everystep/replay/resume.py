@@ -349,7 +349,4 @@ def _check_same_data(job: Job, facts: TrainingFacts) -> None:
     """Check that data that is not in the run is unchanged."""
     if facts.data_file is None or job.data is None:
         return
-    named = {"x": job.data.x, "y": job.data.y}
-    if job.data.validation is not None:
-        named["validation_x"], named["validation_y"] = job.data.validation
-    check_data(named, facts.data_file, "the data")
+    check_data(job.data.tensors(), facts.data_file, "the data")

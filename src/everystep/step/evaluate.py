@@ -29,13 +29,13 @@ class Evaluation:
 
     standard: everystep's measurements, by name, including the training loss; metrics: the user's own;
     each a function of all predictions and all targets, and a standard one returns None if it does not
-    fit the prediction. rows: the number of rows per forward pass.
+    fit the prediction. rows: the number of rows per forward pass. x may stay in a file.
     """
 
     model: nn.Module
     standard: Mapping[str, Callable[[Tensor, Tensor], Any]]
     metrics: Mapping[str, Callable[[Tensor, Tensor], Any]]
-    x: Tensor
+    x: Any
     y: Tensor
     device: torch.device
     rows: int = ROWS
@@ -56,7 +56,7 @@ class Evaluation:
         generators are restored before a metric is called: changes by a metric stay.
         """
         with torch.no_grad(), generators_preserved(self.device), _evaluating(self.model, self.standard):
-            parts = [self.model(part) for part in torch.split(self.x, self.rows)]
+            parts = [self.model(part) for part in self.x.split(self.rows)]
             prediction = _joined(parts)
             found = {name: measure(prediction, self.y) for name, measure in self.standard.items()}
         found = {name: value for name, value in found.items() if value is not None}

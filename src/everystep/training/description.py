@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -25,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from everystep.errors import Fault, UsageError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
+from everystep.experiment.source_files import SourceFile
 from everystep.experiment.specification import Iteration
 from everystep.numerics import Numerics
 from everystep.recording.facts import (
@@ -33,6 +35,7 @@ from everystep.recording.facts import (
     MOST_TAGS,
     BatchFacts,
     DataFacts,
+    DataFileFacts,
     LoopFacts,
     LossFacts,
     ModuleFacts,
@@ -83,7 +86,8 @@ def describe(
     if validation is not None:
         about_data["validation_rows"] = len(validation[0])
     preparation = data.preparation if data is not None else None
-    return TrainingFacts(
+    sources = data.sources if data is not None else ()
+    found = TrainingFacts(
         seed=iteration.seed,
         data=DataFacts(**about_data),
         batches=BatchFacts(
@@ -101,6 +105,18 @@ def describe(
         preparation=preparation.model_dump() if preparation else None,
         ranks=ranks_here(),
         **_shared(training.parts, training.device, training.scheduler_every),
+    )
+    return found.model_copy(update={"data_file": _in_files(sources)}) if sources else found
+
+
+def _in_files(sources: tuple[SourceFile, ...]) -> DataFileFacts:
+    """Return the fact of data that stays in files."""
+    return DataFileFacts(
+        file=sources[0].path,
+        stored=False,
+        bytes=sum(each.bytes for each in sources),
+        digest=hashlib.sha256("".join(each.digest for each in sources).encode()).hexdigest(),
+        sources=tuple(each.digest for each in sources),
     )
 
 

@@ -15,6 +15,7 @@ from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, check_may_be_read, files_of, make_data, note_named
+from everystep.experiment.file_rows import Reading
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_scheduler, with_fused
@@ -52,9 +53,10 @@ def train_experiment(
     held = numerics.in_force(experiment.threads, suspends_device=True)
     with held, generators_preserved(device):
         try:
-            job = replace(experiment_job(experiment, name, device), said=said)
+            job = replace(experiment_job(experiment, name, device, progress=progress.reading), said=said)
             return run_job(job, directory, budget, progress)
         except EverystepError:
+            progress.end()
             raise
         except Exception as error:  # only torch's code has run, so any error is about the experiment
             reason = str(error).strip() or type(error).__name__
@@ -64,11 +66,16 @@ def train_experiment(
 
 
 def experiment_job(
-    experiment: Experiment, name: str, device: torch.device, data: Data | None = None
+    experiment: Experiment,
+    name: str,
+    device: torch.device,
+    data: Data | None = None,
+    progress: Reading = lambda done, total, unit="": None,
 ) -> Job:
     """Create everything that an experiment names, in the chapter's order; seeds torch's generator.
 
-    data: replaces the data of the experiment, and no file of it is read.
+    data: replaces the data of the experiment, and no file of it is read; progress: called with how much
+    of a large file has been read, and of all.
 
     Raises:
         UsageError: the data or the model is invalid, or in files that the user has not named; gives the
@@ -78,7 +85,10 @@ def experiment_job(
     torch.manual_seed(experiment.seed)
     if data is None:
         check_may_be_read(experiment.data)
-        data = make_data(experiment, target_of(experiment.loss))
+        data = make_data(experiment, target_of(experiment.loss), progress)
+    if data.sources and experiment.batch_size is None:
+        problem = "is missing: the data stays in its files, and a step would read all of it"
+        raise ExperimentError([Fault("batch_size", problem)])
     order = experiment.batch_size, experiment.seed, experiment.drop_last
     path = getattr(experiment.data, "path", None)
     name_of_rows = Path(path).name if path else "the data"

@@ -111,8 +111,14 @@ class Job:
         """
         if not targets:
             return self
+        if self.data is not None and self.data.sources:
+            raise UsageError("the data stays in its files: to relabel rows, change a copy of the file")
         batch = relabelled_rows(self._rows("rows can be relabelled"), targets, "the fork")
         assert self.data is not None
+        if self.data.sources:
+            raise UsageError(
+                "rows of data that stays in files cannot be relabelled; change a copy of the file"
+            )
         y, training = batch.y, replace(self.training, batch=batch)
         evaluation = self.evaluation
         if evaluation is not None and self.data.validation is None:  # it measures on these rows
@@ -181,8 +187,8 @@ class Outcome(NamedTuple):
 class Progress:
     """Watches a training; does nothing by itself."""
 
-    def reading(self, done: int, total: int) -> None:
-        """A Dataset is being read: `done` of `total` rows."""
+    def reading(self, done: int, total: int, unit: str = "rows") -> None:
+        """Data is being read: `done` of `total` rows, or of another unit."""
 
     def begin(self, directory: Path, facts: Facts) -> None:
         """Training is about to start."""

@@ -99,7 +99,10 @@ def _about(job: Job, directory: Path | None) -> dict[str, Any]:
     about = {name: str(value) for name, value in flat(settings).items()}
     about |= {"the run": str(directory), "the last step": str(job.steps)}
     tensors = job.training.named_state()
-    tensors |= {"data/x": job.data.x, "data/y": job.data.y} if job.data is not None else {}
+    if job.data is not None and job.data.sources:
+        about |= {f"the data {each.path}": f"digest {each.digest}" for each in job.data.sources}
+    elif job.data is not None:
+        tensors |= {f"data/{name}": rows for name, rows in job.data.tensors().items()}
     kinds = ("data/", "parameter/") if job.origin else ("data/", "parameter/", "buffer/", "optimizer/")
     given = {name: tensor for name, tensor in tensors.items() if name.startswith(kinds)}
     return about | {n.replace("/", " ", 1): f"digest {digest_of(t.cpu())}" for n, t in given.items()}
@@ -214,11 +217,13 @@ class _ModelWriter(RunWriter):
         if self.step not in recorder.plan.kept:
             self._snapshot()
         if job.data is not None and (job.origin is None or job.origin.has_new_data):
-            named = {"x": job.data.x, "y": job.data.y}
-            if job.data.validation is not None:
-                named["validation_x"], named["validation_y"] = job.data.validation
+            if job.data.sources:
+                recorder.facts({"data_file": job.facts.data_file})
+                return
             is_fork = job.origin is not None and job.origin.fork is not None
-            recorder.data(named, f"data-{job.start + 1}.safetensors" if is_fork else DATA_FILE)
+            recorder.data(
+                job.data.tensors(), f"data-{job.start + 1}.safetensors" if is_fork else DATA_FILE
+            )
 
     def _advance(self, stepper: Stepper) -> bool:
         """Run steps up to the next one with something to do.

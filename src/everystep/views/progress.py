@@ -53,10 +53,10 @@ class TerminalProgress(Silent):
         self._bar: bars.Progress | None = None
         self._every, self._last = 1, 0
 
-    def reading(self, done: int, total: int) -> None:
-        """Show how much of a Dataset has been read."""
+    def reading(self, done: int, total: int, unit: str = "rows") -> None:
+        """Show how much data has been read."""
         if self._bar is None:
-            self._start("reading", total, "[dim]rows")
+            self._start("reading", total, f"[dim]{unit}")
         self._update(done)
         if done >= total:
             self.end()

@@ -1,0 +1,203 @@
+"""Rows of a file that is not read into memory: each batch is gathered from it, and prepared then."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everystep.bounded import open_regular
+
+__all__ = ["FileRows", "MappedArray", "Prepare", "Reading", "mapped_npy", "mapped_safetensors"]
+
+#: Bytes of rows that are taken at once where all are looked at.
+_PIECE = 64_000_000
+#: Bytes of mapped files that this process may hold before it gives them back: they count as its memory,
+#: and for a row the operating system may map the 2 MB around it.
+_RELEASED = 500_000_000
+#: Rows that are gathered before the next look at that.
+_GROUP = 128
+#: Types of numbers in a safetensors file that NumPy has, too.
+_TYPES = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?", "I8": "i1", "U8": "u1"},
+    **{"I16": "<i2", "I32": "<i4", "I64": "<i8", "U16": "<u2", "U32": "<u4", "U64": "<u8"},
+}
+
+
+#: Called with how much has been read, of how much, and in which unit, if not in rows.
+Reading = Callable[..., None]
+#: Makes what is trained on of rows (n, ...), each on its own.
+Prepare = Callable[[np.ndarray], np.ndarray]
+
+
+class MappedArray:
+    """An array (N, ...) in a file, with its rows one after the other.
+
+    The operating system reads the pages that are used, and forgets them when it needs memory.
+    """
+
+    def __init__(self, path: Path, dtype: Any, shape: tuple[int, ...], offset: int) -> None:
+        with open_regular(path) as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.array: np.ndarray = np.ndarray(shape, dtype, self._map, offset)
+
+    def take(self, rows: Any) -> np.ndarray:
+        """Return a copy of rows: a slice, or their numbers."""
+        if isinstance(rows, slice):
+            self._advise("MADV_NORMAL")
+            found = np.array(self.array[rows])
+            self._release()
+            return found
+        self._advise("MADV_RANDOM")  # else the system reads a megabyte around each row
+        found = np.empty((len(rows), *self.array.shape[1:]), self.array.dtype)
+        for begin in range(0, len(rows), _GROUP):
+            group = slice(begin, begin + _GROUP)
+            found[group] = self.array[rows[group]]
+            self._release()
+        return found
+
+    def _advise(self, advice: str) -> None:
+        with suppress(AttributeError):  # not every system takes advice
+            self._map.madvise(getattr(mmap, advice))
+
+    def _release(self) -> None:
+        if _mapped_bytes() > _RELEASED:
+            self._advise("MADV_DONTNEED")
+
+    def parts(self, rows: np.ndarray | None, progress: Reading) -> Iterator[np.ndarray]:
+        """Yield ascending rows, or all, some at a time. progress: called with how many, and of all."""
+        for begin in range(0, len(self.array), self.piece):
+            end = min(begin + self.piece, len(self.array))
+            found = self.take(slice(begin, end))  # in one go, which a disk is faster with
+            if rows is not None:
+                first, last = np.searchsorted(rows, (begin, end))
+                found = found[rows[first:last] - begin]
+            if len(found):
+                yield found
+            progress(end, len(self.array))
+
+    @property
+    def piece(self) -> int:
+        """How many rows are quick to take."""
+        return max(1, _PIECE // max(1, self.array.nbytes // len(self.array)))
+
+
+def _mapped_bytes() -> int:
+    """Return how many bytes of files this process holds in memory; 0 if that is unknown."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[2])
+    except OSError:
+        return 0
+    return pages * mmap.PAGESIZE
+
+
+def mapped_npy(path: Path) -> MappedArray | None:
+    """Return the array of a .npy file; None if its rows do not lie one after the other.
+
+    Raises:
+        OSError, ValueError: the file is unreadable, cut off, or has Python objects.
+    """
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
+        return None
+    return MappedArray(path, array.dtype, array.shape, array.offset)
+
+
+def mapped_safetensors(path: Path) -> Mapping[str, MappedArray]:
+    """Return the arrays of a safetensors file, by name.
+
+    Raises:
+        OSError, ValueError: the file is unreadable, or has numbers that NumPy does not know.
+        SafetensorError: it is cut off, or not of this format.
+    """
+    from safetensors import safe_open
+
+    from everystep.bounded import parse_json
+
+    with safe_open(path, framework="numpy"):  # checks all of the header
+        pass
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(size))
+    found = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        if about["dtype"] not in _TYPES:
+            raise ValueError(f"array {name!r} is {about['dtype']}, which NumPy does not have")
+        shape, begin = tuple(about["shape"]), about["data_offsets"][0]
+        if 0 not in shape:
+            found[name] = MappedArray(path, _TYPES[about["dtype"]], shape, 8 + size + begin)
+    return found
+
+
+class FileRows:
+    """Rows of a mapped array: what a tensor (N, ...) is for data in memory.
+
+    Args:
+        source: the array (M, ...).
+        rows: the numbers of the rows in it (N, int64, ascending), None for all.
+        prepare: makes what is trained on of rows, each on its own.
+        device: that rows are brought to.
+    """
+
+    def __init__(
+        self,
+        source: MappedArray,
+        rows: np.ndarray | None,
+        prepare: Prepare,
+        device: torch.device | None = None,
+        conversion: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self._source, self._rows = source, rows
+        self._prepare, self._conversion = prepare, conversion
+        first = self[:1]
+        count = len(source.array) if rows is None else len(rows)
+        self.shape, self.dtype = torch.Size((count, *first.shape[1:])), first.dtype
+        self.ndim = first.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, places: slice) -> Tensor:
+        """Return rows by their places."""
+        rows = places if self._rows is None else self._rows[places]
+        return self._made(self._source.take(rows))
+
+    def index_select(self, dimension: int, places: Tensor) -> Tensor:
+        """Return rows by their places, as of a tensor."""
+        assert dimension == 0
+        rows = places.numpy()
+        return self._made(self._source.take(rows if self._rows is None else self._rows[rows]))
+
+    def _made(self, taken: np.ndarray) -> Tensor:
+        rows = torch.from_numpy(np.ascontiguousarray(self._prepare(taken)))
+        return self._conversion(rows.to(self.device))
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Yield all rows, so many at a time."""
+        for begin in range(0, len(self), size):
+            yield self[begin : begin + size]
+
+    def in_memory(self) -> Tensor:
+        """Return all rows as a tensor."""
+        found, end = self[:1].new_empty(self.shape), 0
+        for piece in self.split(self._source.piece):
+            begin, end = end, end + len(piece)
+            found[begin:end] = piece
+        return found
+
+    def to(self, device: torch.device) -> FileRows:
+        """Return the rows for a device."""
+        return FileRows(self._source, self._rows, self._prepare, device, self._conversion)
+
+    def converted(self, conversion: Callable[[Tensor], Tensor]) -> FileRows:
+        """Return the rows with a conversion of each batch."""
+        return FileRows(self._source, self._rows, self._prepare, self.device, conversion)

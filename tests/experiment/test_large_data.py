@@ -1,0 +1,218 @@
+"""Data that stays in its files: the same numbers as in memory, and files as strangers leave them."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from tests.sealing import seal, sql
+
+import everystep
+from everystep.experiment import data, file_rows
+from everystep.experiment.preparation import Scaling
+from everystep.experiment.source_files import source_file
+
+ROWS = 900
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("EVERYSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """From now on, take all files for large ones."""
+
+    def begin():
+        monkeypatch.setattr(data, "IN_MEMORY", 0)
+        monkeypatch.setattr(file_rows, "_PIECE", 5000)
+        monkeypatch.setattr(file_rows, "_RELEASED", 20_000)
+
+    return begin
+
+
+@pytest.fixture
+def arrays():
+    random = np.random.default_rng(0)
+    x = (random.standard_normal((ROWS, 6)) * 3 + 5).astype(np.float32)
+    y = x.sum(1) + random.standard_normal(ROWS)
+    np.save("x.npy", x)
+    np.save("y.npy", y)
+    return x, y
+
+
+def trained(run, source=None, **settings):
+    source = source or {"source": "arrays", "x": "x.npy", "y": "y.npy"}
+    experiment = {
+        "steps": 12,
+        "batch_size": 64,
+        "data": {"validation": 0.2, "scale": "standard"} | source,
+        "model": {"layers": ["LazyLinear(8)", "ReLU()", "Linear(8, 1)"]},
+        "loss": {"name": "MSELoss"},
+        "optimizer": {"name": "AdamW", "lr": 1e-2},
+    }
+    return everystep.train_experiment(experiment | settings, run=run, progress=False)
+
+
+def same(one, other):
+    assert one.facts.training.preparation == other.facts.training.preparation
+    assert one.measurements.equals(other.measurements)
+    return one.losses.equals(other.losses)
+
+
+@given(st.integers(1, 300), st.integers(1, 3), st.integers(1, 200))
+def test_rows_in_parts_are_scaled_as_numpy_scales_all_of_them(count, columns, size):
+    values = np.random.default_rng(count).standard_normal((count, columns)) * 10 + 3
+    scaling = Scaling.fit(lambda: (values[begin : begin + size] for begin in range(0, count, size)))
+    mean = np.clip(values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+    deviation = np.sqrt(np.square(values - mean).mean(axis=0))
+    assert scaling.mean == mean.tolist()
+    assert scaling.deviation == np.where(deviation == 0, 1, deviation).tolist()
+
+
+@pytest.mark.sweep(every=2)
+@pytest.mark.parametrize("kind", ["safetensors", "npy", "big-endian", "float64", "int16", "float16"])
+def test_data_in_its_files_trains_to_the_bits_of_data_in_memory(arrays, large, kind):
+    x, y = arrays
+    source = None
+    if kind == "safetensors":
+        save_file({"other": y[:7], "x": x, "y": y}, "data.safetensors")
+        source = {"source": "arrays", "path": "data.safetensors"}
+    elif kind != "npy":
+        np.save("x.npy", x.astype({"big-endian": ">f4"}.get(kind, kind)))
+    in_memory = trained("memory", source)
+    large()
+    run = trained("files", source)
+    assert same(run, in_memory)
+    assert not Path("runs/files/data.safetensors").exists()
+    opened = everystep.open("files")
+    assert opened.verify().is_exact
+    assert torch.equal(opened[7].batch.x, in_memory[7].batch.x)
+    fork = opened.fork(5, lr=1e-3, progress=False)
+    assert same(fork, in_memory.fork(5, lr=1e-3, progress=False))
+    assert fork.verify().is_exact
+    assert same(opened.resume(20, progress=False), in_memory.resume(20, progress=False))
+
+
+def test_classes_and_a_single_column_are_found_part_by_part(arrays, large):
+    x, _ = arrays
+    np.save("x.npy", x[:, 0])
+    np.save("y.npy", np.arange(ROWS) % 3 + 4)
+    settings = {"loss": {"name": "CrossEntropyLoss"}, "model": {"layers": ["Unflatten(0, (-1, 1))"]}}
+    settings["model"]["layers"] += ["LazyLinear(3)"]
+    in_memory = trained("memory", **settings)
+    large()
+    assert same(trained("files", **settings), in_memory)
+
+
+def test_an_embedding_takes_whole_numbers(large):
+    np.save("x.npy", np.arange(300, dtype=np.float32) % 50 + 0.5)
+    np.save("y.npy", np.zeros((300, 2)))
+    large()
+    source = {"source": "arrays", "x": "x.npy", "y": "y.npy", "scale": None}
+    with pytest.raises(everystep.DataError, match="an embedding needs integer inputs"):
+        trained("run", source, model={"layers": ["Embedding(50, 2)"]})
+
+
+def test_files_as_strangers_leave_them(arrays, large):
+    x, _ = arrays
+    large()
+    content = Path("x.npy").read_bytes()
+    Path("x.npy").write_bytes(content[:-100])
+    with pytest.raises(everystep.DataError, match=r"x\.npy cannot be read as npy: mmap length"):
+        trained("cut off")
+    np.save("x.npy", np.full((ROWS, 2), None))
+    with pytest.raises(everystep.DataError, match=r"x\.npy cannot be read as npy: .*Python objects"):
+        trained("objects")
+    x[[17, 801]] = np.nan
+    np.save("x.npy", x)
+    with pytest.raises(everystep.DataError, match="rows have NaN, infinity"):
+        trained("nan")
+    save_file({"x": x}, "cut.safetensors")
+    Path("cut.safetensors").write_bytes(Path("cut.safetensors").read_bytes()[:-9])
+    with pytest.raises(everystep.DataError, match=r"cut\.safetensors cannot be read as safetensors"):
+        trained("cut", {"source": "arrays", "path": "cut.safetensors"})
+
+
+def test_rows_that_do_not_lie_together_are_read_into_memory_as_before(arrays, large, monkeypatch):
+    x, _ = arrays
+    np.save("x.npy", np.asfortranarray(x))
+    in_memory = trained("memory")
+    large()
+    run = trained("run")
+    assert same(run, in_memory)
+    assert Path("runs/run/data.safetensors").exists()
+    monkeypatch.setattr(data, "MEMORY", 1000)
+    with pytest.raises(everystep.DataError, match=r"larger than memory.*in C order"):
+        trained("too large")
+    with pytest.raises(everystep.DataError, match=r"more than this machine has memory.*set batch_size"):
+        trained("no batches", batch_size=None)
+
+
+def test_a_file_that_has_changed_or_is_gone_is_reported_and_a_link_to_it_is_read(
+    arrays, large, monkeypatch, everystep_command
+):
+    large()
+    run = trained("run")
+    x = Path("x.npy")
+    old = x.stat()
+    x.write_bytes(x.read_bytes()[:-1] + b"\0")
+    os.utime(x, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+    with pytest.raises(everystep.EverystepError, match=r"x\.npy has changed since the run was trained"):
+        everystep.open("run")[3]
+    with pytest.raises(everystep.EverystepError, match=r"x\.npy has changed since"):
+        everystep.open("run").verify()
+    with pytest.raises(everystep.UsageError, match="stays in its files: to relabel"):
+        np.save("x.npy", arrays[0])
+        everystep.open("run").fork(3, relabel={0: 1.0}, progress=False)
+    Path("elsewhere").mkdir()
+    x.rename("elsewhere/x.npy")
+    opened = everystep.open("run")
+    assert opened.losses.equals(run.losses)
+    assert opened.parameters(12).keys() == run.parameters(12).keys()
+    code, _, error = everystep_command("step", "run", "3")
+    assert code == 2
+    assert "x.npy does not exist" in error
+    assert "the states on the disk: 0, " in error
+    x.symlink_to("elsewhere/x.npy")
+    named = map(str, (x.resolve(), Path("y.npy").absolute()))
+    monkeypatch.setenv("EVERYSTEP_DATA", os.pathsep.join(named))
+    assert everystep.open("run")[3].is_exact
+    with pytest.raises(everystep.RunError, match="checked by its files"):
+        everystep.open("run", data=arrays)[3]
+
+
+def test_a_digest_is_computed_again_only_where_a_file_may_have_changed(cache):
+    def file():
+        read = []
+        found = source_file(Path("x.npy").absolute(), read.append)
+        return found.digest, bool(read)
+
+    Path("x.npy").write_bytes(b"some rows")
+    first, is_read = file()
+    assert is_read
+    assert file() == (first, True)  # it was changed just now, and may be again at the same time
+    os.utime("x.npy", ns=(0, 10**18))
+    assert [file(), file()] == [(first, True), (first, False)]
+    Path("x.npy").write_bytes(b"new rows!")
+    os.utime("x.npy", ns=(0, 10**18 + 1))
+    assert file()[0] != first
+    shutil.rmtree(cache)
+    assert file()[1]
+
+
+def test_the_preparation_of_a_stranger_is_checked(arrays, large):
+    large()
+    trained("run")
+    longer = "UPDATE facts SET value = replace(value, '[', '[1.5,') WHERE key = 'preparation'"
+    sql("runs/run", longer)
+    seal(Path("runs/run"))
+    with pytest.raises(everystep.RunError, match="preparation of the data of run was changed"):
+        everystep.open("run")[3]
