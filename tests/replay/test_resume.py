@@ -360,7 +360,7 @@ class Noisy(Dataset):
         return torch.full((6,), row / 23) + 0.1 * torch.randn(6), torch.tensor([row / 23])
 
 
-def by_epochs(record, *, dataset, epochs=4, workers=0, wrap=None, loader=DataLoader):
+def by_epochs(record, *, dataset, epochs=3, workers=0, wrap=None, loader=DataLoader):
     """A loop of epochs with something after each: its batches draw from torch's generator, or do not."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
