@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -26,19 +27,6 @@ from everystep.training import agreement
 from everystep.training.job import Progress
 
 STEPS = 8
-
-
-class Plain:
-    """Takes the place of a recording in a loop without everystep."""
-
-    steps = staticmethod(iter)
-    epochs = staticmethod(range)
-    step_count = 0
-
-    def log(self, **values):
-        """Read the values, as a recording does."""
-        for value in values.values():
-            float(value)
 
 
 def batches(rank, rows=6, columns=20):
@@ -494,11 +482,6 @@ def alone(begin, rank):
     agreement.NOTICE_SECONDS, agreement.MOST_SECONDS = 0.01, 0.05
     if rank == 0:
         begin(model=mlp()).__enter__()
-
-
-def unrecorded(**parts):
-    """Begin a loop without everystep."""
-    return contextlib.nullcontext(Plain())
 
 
 def digest(model):
