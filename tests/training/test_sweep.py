@@ -182,7 +182,7 @@ def test_names_of_runs_are_short_distinct_and_plain():
     )
     assert values["a.lr"] == [[1, 2], [3]]
     names = list(combinations(values))
-    assert names[0] == "optimizer.lr=0.001,model.layers-1=Tanh,a.lr=1-2"[:0] + names[0]
+    assert names[0] == "optimizer.lr=0.001,model.layers-1=Tanh,a.lr=-1-2"
     assert len(names) == 8 and all(
         set(name) <= set("abcdefghijklmnopqrstuvwxyzTELGU=,.-+0123456789") for name in names
     )
