@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tests.descent import descend
 from tests.snapshots import take_snapshots_every
 from torch import nn
 
@@ -35,11 +36,7 @@ def train(run, *, steps=STEPS, changed_at=None, rate=1e-3, **options):
         for x in recording.steps(batches):
             if recording.step_count >= AT:
                 optimizer.param_groups[0]["lr"] = rate
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, model(x).square().mean()))
             if recording.step_count == changed_at:
                 with torch.no_grad():
                     model.frozen.weight[5, 7] += 1
@@ -47,7 +44,7 @@ def train(run, *, steps=STEPS, changed_at=None, rate=1e-3, **options):
     return recording.run, states
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def snapshots_every_three(monkeypatch):
     take_snapshots_every(monkeypatch, 3)
 
@@ -63,7 +60,7 @@ def assert_opens(run, states):
     assert run.verify().is_exact
 
 
-def test_only_what_is_trained_is_written_again(tmp_path, snapshots_every_three):
+def test_only_what_is_trained_is_written_again(tmp_path):
     _, states = train(tmp_path / "run")
     written = sizes(tmp_path / "run")
     assert written.pop(0) > 600 * 600 * 4
@@ -72,7 +69,7 @@ def test_only_what_is_trained_is_written_again(tmp_path, snapshots_every_three):
     assert_opens(everystep.open(tmp_path / "run"), states)
 
 
-def test_a_frozen_layer_that_changes_is_written_again(tmp_path, snapshots_every_three):
+def test_a_frozen_layer_that_changes_is_written_again(tmp_path):
     run, states = train(tmp_path / "run", changed_at=7)
     written = sizes(tmp_path / "run")
     assert max((size for step, size in written.items() if 0 < step < 7), default=0) < 10_000
@@ -80,7 +77,7 @@ def test_a_frozen_layer_that_changes_is_written_again(tmp_path, snapshots_every_
     assert_opens(run, states)
 
 
-def test_forks_resumed_and_pruned_runs_have_it_too(tmp_path, snapshots_every_three, everystep_command):
+def test_forks_resumed_and_pruned_runs_have_it_too(tmp_path, everystep_command):
     _, whole = train(tmp_path / "whole")
     train(tmp_path / "run", steps=7)
     train(tmp_path / "run", resume=True)
@@ -95,9 +92,7 @@ def test_forks_resumed_and_pruned_runs_have_it_too(tmp_path, snapshots_every_thr
     assert_opens(everystep.open(tmp_path / "fork"), whole[:AT] + forked[-AT:])
 
 
-def test_an_altered_first_state_is_never_taken_for_another(
-    tmp_path, snapshots_every_three, everystep_command
-):
+def test_an_altered_first_state_is_never_taken_for_another(tmp_path, everystep_command):
     train(tmp_path / "run")
     first = tmp_path / "run" / "snapshots" / "000000" / "parameters.safetensors"
     content = bytearray(first.read_bytes())
