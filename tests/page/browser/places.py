@@ -38,6 +38,14 @@ def part(page, name):
     return page.get_by_role("region", name=name, exact=True)
 
 
+def press(place, name):
+    place.get_by_role("button", name=name, exact=True).click()
+
+
+def operation(page, number):
+    return page.locator(f"[data-number='{number}']")
+
+
 def unfold(host, name):
     """Unfold a tensor by its name, or by that of its parameter; return its part."""
     by_name = host.page.get_by_role("button", name=name, exact=True)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import expect_step
+from tests.page.browser.places import expect_step, press
 
 import everystep
 from everystep.views.comparisons import rerun_sentence
@@ -18,10 +18,6 @@ def form(visit):
         return visit(f"/runs/{run}").get_by_role("form", name="Rerun", exact=True)
 
     return form
-
-
-def press(form, name):
-    form.get_by_role("button", name=name, exact=True).click()
 
 
 def test_a_run_in_another_precision_lies_over_the_recorded_one(form, recorded):

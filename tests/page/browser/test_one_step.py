@@ -4,7 +4,7 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import expect_step, heading, part, unfold
+from tests.page.browser.places import expect_step, heading, operation, part, unfold
 
 import everystep
 
@@ -26,10 +26,6 @@ def chapter(visit):
 @pytest.fixture
 def step(recorded):
     return everystep.open(recorded / "chapter")[137]
-
-
-def operation(page, number):
-    return page.locator(f"[data-number='{number}']")
 
 
 def test_a_step_shows_the_very_numbers_that_python_gives(chapter, step):

@@ -1,4 +1,4 @@
-"""A tensor in the browser: the heat map with the number under the pointer, and the histogram."""
+"""A tensor in the browser: its numbers, the histogram, and where a number comes from."""
 
 import io
 import re
@@ -243,3 +243,24 @@ def test_the_number_that_is_pointed_at_is_copied(visit, recorded):
     page.wait_for_function(
         "text => navigator.clipboard.readText().then((copied) => text.endsWith(copied))", arg=told
     )
+
+
+def test_a_click_on_a_number_says_where_it_comes_from(visit, recorded):
+    page = visit("/runs/chapter?step=137")
+    panel = unfold(part(page, "Backward"), "2.weight.grad").locator(".panel")
+    heat = panel.locator(".heat-map canvas[role=img]")
+    expect(heat).to_have_attribute("aria-label", re.compile("^Heat map"))
+    place = across(heat, 0.42)
+    page.mouse.move(*place)
+    said = panel.locator(".heat-map .readout").inner_text()
+    row, column = (int(each) for each in re.findall(r"\d+", said)[:2])
+    page.mouse.click(*place)
+    reasons = panel.locator(".reasons")
+    answer = everystep.open(recorded / "chapter").why(137, f"gradients['2.weight'][{row}, {column}]")
+    expect(reasons.locator(".reason-of")).to_contain_text(f"{answer.number.name} = ")
+    expect(reasons.locator(".terms tr")).to_have_count(9)
+    factor = answer.groups[0].terms[0].numbers["self"]
+    reasons.get_by_role("button", name=factor.name, exact=True).first.click()
+    expect(reasons.locator(".reason-of")).to_contain_text(f"{factor.name} = ")
+    reasons.locator(".trail button").click()
+    expect(reasons.locator(".reason-of")).to_contain_text(f"{answer.number.name} = ")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import expect_step, plot
+from tests.page.browser.places import expect_step, plot, press
 
 import everystep
 
@@ -17,10 +17,6 @@ def ask(visit):
         return visit(f"/runs/{run}").get_by_role("form", name=question, exact=True)
 
     return ask
-
-
-def press(form, name):
-    form.get_by_role("button", name=name, exact=True).click()
 
 
 def test_what_is_measured_in_hindsight_appears_in_the_plot_and_the_table(copied, ask):

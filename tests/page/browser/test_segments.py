@@ -9,6 +9,7 @@ from tests.page.browser.places import (
     expect_axe_finds_nothing_serious,
     expect_no_sideways_scrolling,
     expect_step,
+    operation,
     part,
 )
 from tests.page.serving import remove
@@ -100,10 +101,6 @@ def test_an_operation_without_results_shows_no_statistics(show):
     row = page.locator(".operation").filter(has_text="read by Python")
     expect(row).to_be_visible()
     expect(row.locator(".statistics")).to_be_hidden()
-
-
-def operation(page, number):
-    return page.locator(f"[data-number='{number}']")
 
 
 def toggle(page, number):

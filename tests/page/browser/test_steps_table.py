@@ -1,11 +1,17 @@
-"""The table of every step: on the page, and in a report that is opened from a file without a network."""
+"""The table of every step: on the page, and with its plot in a report opened without a network."""
 
 import math
 import re
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import changed, expect_step, part, rows
+from tests.page.browser.places import (
+    changed,
+    expect_axe_finds_nothing_serious,
+    expect_step,
+    part,
+    rows,
+)
 from tests.sealing import seal
 
 import everystep
@@ -236,15 +242,20 @@ def test_a_range_of_losses_includes_the_losses_that_bound_it(saved):
     expect(page.get_by_text("losses from 'x': not a number; write 0.25 or 1e-3")).to_be_visible()
 
 
-def test_a_row_a_point_and_the_address_go_to_a_step(saved):
+def test_a_row_a_point_and_the_address_go_to_a_step(saved, recorded):
     page = saved("chapter")
+    readout = page.locator(".saved-plot .readout")
+    expect(readout).to_have_text("Drag to zoom, double click to see the whole run.")
     selected, mark = page.locator("tr[aria-selected=true]"), page.locator(".saved-plot .at-step")
     rows(page).nth(3).click()
     expect(selected).to_have_attribute("data-step", "4")
     expect(mark).to_have_text(re.compile("^4 · "))
     plot = page.get_by_role("slider", name="step")
     plot.focus()
-    for key in ("End", "ArrowLeft", "Enter"):
+    page.keyboard.press("End")
+    loss = re.escape(str(RecordedRun(recorded / "chapter").losses["loss"].to_numpy()[-1]))
+    expect(readout).to_have_text(re.compile(rf"^step 500\s*loss {loss}\s*$"))
+    for key in ("ArrowLeft", "Enter"):
         page.keyboard.press(key)
     expect(selected).to_have_attribute("data-step", "499")
     expect(page).to_have_url(re.compile("#step=499$"))
@@ -252,7 +263,7 @@ def test_a_row_a_point_and_the_address_go_to_a_step(saved):
     expect(selected).to_have_attribute("data-step", "4")
     plot.focus()
     page.keyboard.press("ArrowRight")  # goes on from the step that is looked at
-    expect(page.locator(".saved-plot .readout")).to_have_text(re.compile(r"^step 5\s*loss "))
+    expect(readout).to_have_text(re.compile(r"^step 5\s*loss "))
     page.get_by_role("link", name="7", exact=True).first.press("Enter")
     expect(selected).to_have_attribute("data-step", "7")
     linked = saved("chapter", at="#step=137")
@@ -271,6 +282,21 @@ def test_a_long_run_can_be_browsed(copied, saved):
     expect(column(page, 2).first).to_have_text(beginning(min(losses_of(run))))
     page.get_by_role("searchbox", name="steps").fill("100000")
     expect(column(page, 2)).to_have_text(["98.75"])
+
+
+def test_measurements_have_buttons_and_axes_of_their_own_which_everybody_can_read(saved):
+    page = saved("digits", color_scheme="dark")
+    buttons = page.get_by_role("group", name="what the plot shows").get_by_role("button")
+    expect(buttons).to_have_text(
+        ["loss", "validation_accuracy", "validation_loss", "line", "log axis"], use_inner_text=True
+    )
+    expect(buttons.nth(1)).to_have_attribute("aria-pressed", "true")
+    axes = page.locator(".saved-plot .u-axis")
+    expect(axes).to_have_count(3)
+    buttons.nth(1).click()
+    expect(axes).to_have_count(2)
+    page.set_viewport_size({"width": 360, "height": 780})
+    expect_axe_finds_nothing_serious(page)
 
 
 def test_on_paper_there_are_rows_without_controls(saved):

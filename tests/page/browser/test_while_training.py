@@ -57,7 +57,7 @@ def test_a_training_is_seen_while_it_goes_on(train, visit):
 
 def test_validation_appears_by_itself_and_the_end_is_seen(train, visit):
     page = visit("/")
-    training = train("wine", "wine", "--epochs", 100)
+    training = train("wine", "wine", "--epochs", 30)
     row(page, "wine").get_by_role("link", name="wine").click()
     shown = page.get_by_role("group", name="what the plot shows")
     expect(shown.get_by_role("button", name="validation_loss")).to_have_attribute("aria-pressed", "true")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import expect_axe_finds_nothing_serious, expect_step, part
+from tests.page.browser.places import expect_axe_finds_nothing_serious, expect_step, part, press
 
 import everystep
 
@@ -21,10 +21,6 @@ def ask(visit):
         return page
 
     return ask
-
-
-def press(place, name):
-    place.get_by_role("button", name=name, exact=True).click()
 
 
 def field(page, name):
@@ -44,7 +40,7 @@ def test_each_row_is_left_out_in_turn(ask, recorded):
     press(page, "Train again")
     expect(cases(page)).to_have_count(32)
     run = everystep.open(recorded / "digits")
-    found = run.what_if(22, 24, without_rows_of=23, each=True, progress=False)
+    found = run.what_if(22, 24, without_rows_of=23, each=True, processes=1, progress=False)
     for row, case in ((2, found.cases[0]), (31, found.cases[-1])):
         name, value, change = cases(page).nth(row).locator("th, td").all_inner_texts()
         assert name == str(case.rows[0])
@@ -79,9 +75,6 @@ def test_what_is_wrong_is_reported_and_a_training_is_cancelled(ask, recorded):
     dialog = page.get_by_role("dialog")
     field(page, "rows to leave out").fill("12, a")
     expect(dialog.get_by_role("alert")).to_contain_text("“a” is not a row")
-    field(page, "rows to leave out").fill("999999")
-    press(page, "Train again")
-    expect(dialog.locator(".task-answer .alarm")).to_contain_text("no row 999,999")
     # Eight at once are trained by one process, which starts sooner than several.
     rows = everystep.open(recorded / "digits")[7].batch.rows[:8].tolist()
     field(page, "rows to leave out").fill(", ".join(map(str, rows)))
