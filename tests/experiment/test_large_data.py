@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 from tests.sealing import seal, sql
 
 import everystep
-from everystep.experiment import data, file_rows
+from everystep.experiment import data, file_rows, table_cache
 from everystep.experiment.preparation import Scaling
 from everystep.experiment.source_files import source_file
 
@@ -34,6 +35,8 @@ def large(monkeypatch):
         monkeypatch.setattr(data, "IN_MEMORY", 0)
         monkeypatch.setattr(file_rows, "_PIECE", 5000)
         monkeypatch.setattr(file_rows, "_RELEASED", 20_000)
+        monkeypatch.setattr(table_cache, "_COLUMNS", 20_000)
+        monkeypatch.setattr(table_cache, "_ROWS", 5000)
 
     return begin
 
@@ -216,3 +219,146 @@ def test_the_preparation_of_a_stranger_is_checked(arrays, large):
     seal(Path("runs/run"))
     with pytest.raises(everystep.RunError, match="preparation of the data of run was changed"):
         everystep.open("run")[3]
+
+
+def frame(**columns):
+    random = np.random.default_rng(1)
+    made = {
+        "a": random.standard_normal(ROWS) * 3,
+        "b": random.integers(0, 90, ROWS),
+        "colour": random.choice(["red", "blue", "green"], ROWS).tolist(),
+        "c": (random.standard_normal(ROWS) + 7).astype(np.float32),
+        "y": random.standard_normal(ROWS),
+    }
+    return pl.DataFrame(made | columns)
+
+
+def holed(values, *rows):
+    return [None if place in rows else value for place, value in enumerate(values)]
+
+
+def written(table, kind, parts=1):
+    path = Path(f"table-{kind}" if parts > 1 else f"table.{kind}")
+    if parts > 1:
+        path.mkdir()
+    for number, part in enumerate(table.iter_slices(-(-ROWS // parts))):
+        file = path / f"{number}.{kind}" if parts > 1 else path
+        part.write_csv(file) if kind == "csv" else part.write_parquet(file)
+    return {"source": "table", "path": str(path), "target": "y"}
+
+
+@pytest.mark.sweep(every=5)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("missing", ["mean", "drop", "error"])
+def test_a_converted_table_trains_to_the_bits_of_one_in_memory(large, kind, parts, missing):
+    columns = frame()
+    if missing != "error":
+        holes = {"a": holed(columns["a"], 3, 77, 899), "colour": holed(columns["colour"], 5)}
+        columns = columns.with_columns(**{name: pl.Series(values) for name, values in holes.items()})
+    source = written(columns, kind, parts) | {"missing": missing}
+    in_memory = trained("memory", source)
+    large()
+    run = trained("files", source)
+    assert same(run, in_memory)
+    assert run.facts.training.data.dropped == in_memory.facts.training.data.dropped
+    opened = everystep.open("files")
+    assert opened.verify().is_exact
+    assert torch.equal(opened[7].batch.x, in_memory[7].batch.x)
+    assert opened.rows(7).numbers == in_memory.rows(7).numbers
+
+
+@pytest.mark.parametrize("of", ["words", "numbers"])
+def test_classes_of_a_converted_table(large, of):
+    values = np.random.default_rng(0).choice([4, 7, 9], ROWS).tolist()
+    source = written(frame(y=values if of == "numbers" else [f"kind {each}" for each in values]), "csv")
+    settings = {"loss": {"name": "CrossEntropyLoss"}, "model": {"layers": ["LazyLinear(3)"]}}
+    in_memory = trained("memory", source, **settings)
+    large()
+    assert same(trained("files", source, **settings), in_memory)
+    no_scale = source | {"scale": None, "validation": None}
+    assert trained("plain", no_scale, **settings).verify().is_exact
+
+
+def test_a_table_is_converted_once_and_again_only_if_it_has_changed(large, cache, monkeypatch):
+    source = written(frame(), "csv")
+    large()
+    trained("one", source)
+    (folder,) = (each for each in (cache / "tables").iterdir() if each.is_dir())
+    first = (folder / "x.npy").stat().st_mtime_ns
+    assert sorted(each.name for each in folder.iterdir()) == [
+        "about.json",
+        "table.parquet",
+        "x.npy",
+        "y.npy",
+    ]
+    trained("other seed", source, seed=3)
+    assert (folder / "x.npy").stat().st_mtime_ns == first
+    shutil.rmtree(cache)
+    assert everystep.open("one")[3].is_exact
+    written(frame(a=np.arange(ROWS)), "csv")
+    trained("two", source)
+    assert (folder / "x.npy").stat().st_mtime_ns != first
+    with pytest.raises(everystep.RunError, match="has changed since the run was trained on it"):
+        everystep.open("one")[3]
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_is_taken_for_whole(large, cache, monkeypatch):
+    source = written(frame(), "parquet")
+    large()
+
+    def stopped(*arguments, **others):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table_cache.TablePreparation, "targets", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            trained("stopped", source)
+    assert not [each for each in (cache / "tables").iterdir() if each.is_dir()]
+    killed = cache / "tables" / next((cache / "tables").iterdir()).name.removesuffix(".lock")
+    killed.mkdir()
+    (killed / "x.npy").write_bytes(b"")  # without what is written last
+    assert trained("whole", source).verify().is_exact
+
+
+def test_tables_as_strangers_leave_them(large, monkeypatch):
+    table = frame()
+    source = written(table, "csv", 3)
+    other = Path("table-csv/1.csv")
+    other.write_text(other.read_text().replace("colour", "color", 1))
+    with pytest.raises(
+        everystep.DataError, match=r"1\.csv does not have the columns of 0\.csv: it lacks 'c"
+    ):
+        trained("small", source)
+    large()
+    with pytest.raises(
+        everystep.DataError, match=r"1\.csv does not have the columns of 0\.csv: it lacks 'c"
+    ):
+        trained("columns", source)
+    Path("table-csv/notes.md").touch()
+    with pytest.raises(everystep.DataError, match=r"files of several formats \(\.csv, \.md\)"):
+        trained("formats", source)
+    nulls = written(frame(a=holed(table["a"], 3, 4)), "parquet")
+    with pytest.raises(
+        everystep.DataError, match=r"column 'a': 2 of 900 values are missing; set data\.mis"
+    ):
+        trained("nulls", nulls)
+    rare = written(frame(colour=["red"] * 899 + ["blue"]), "csv")
+    seed = next(seed for seed in range(99) if 899 in data.split_rows(ROWS, 0.2, seed)[1])
+    with pytest.raises(everystep.DataError, match="column 'colour': 'blue' is not in the training rows"):
+        trained("rare", rare, seed=seed)
+    text = Path("table.csv").read_bytes()
+    Path("table.csv").write_bytes(text.replace(b"blue", b"bl\xfce"))
+    with pytest.raises(everystep.DataError, match=r"is not UTF-8 text \(line 901, byte"):
+        trained("latin", rare)
+    Path("table.csv").write_bytes(text.replace(b"blue", b'"blue'))
+    with pytest.raises(everystep.DataError, match="a quotation mark"):
+        trained("quote", rare)
+    Path("table.parquet").write_bytes(Path("table.parquet").read_bytes()[:-9])
+    with pytest.raises(everystep.DataError, match="cannot be read as parquet"):
+        trained("cut off", nulls)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10))
+    with pytest.raises(
+        everystep.DataError, match=r"has 0\.0 GB free; EVERYSTEP_CACHE sets another place"
+    ):
+        trained("no room", written(frame(), "csv"))

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from platformdirs import user_state_path
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from everystep.bounded import MEMORY, open_regular
@@ -27,11 +28,12 @@ from everystep.errors import DataError, did_you_mean
 from everystep.experiment.file_rows import (
     FileRows,
     MappedArray,
+    Prepare,
     Reading,
     mapped_npy,
     mapped_safetensors,
 )
-from everystep.experiment.preparation import ArrayPreparation, Parts, Preparation
+from everystep.experiment.preparation import ArrayPreparation, Parts, Preparation, TablePreparation
 from everystep.experiment.source_files import SourceFile, source_file
 from everystep.experiment.specification import (
     ArrayData,
@@ -204,7 +206,7 @@ def _from_table(data: TableData, target: Target, seed: int) -> Data:
     table = read_table(data, classes=target == "classes")
     parts = [rows.numpy() for rows in split_rows(table.frame.height, data.validation, seed) if len(rows)]
     preparation = table.fit(parts[0])
-    prepared = [preparation.apply(table.frame[rows]) for rows in parts]
+    prepared = [preparation.apply(table.rows(rows)) for rows in parts]
     return _data_of(prepared, preparation, seed, table.dropped)
 
 
@@ -226,6 +228,16 @@ def _fitted(x: Parts, y: Parts, experiment: Experiment, target: Target) -> Array
     )
 
 
+def _paths(data: DataSpecification) -> list[Path]:
+    """Return the files that the data is in, those of a directory too."""
+    files = [Path(each) for each in files_of(data)]
+    if not (isinstance(data, TableData) and files[0].is_dir()):
+        return files
+    from everystep.experiment.table import table_files
+
+    return table_files(files[0])
+
+
 def _is_large(experiment: Experiment) -> bool:
     """Return whether the data stays in its files.
 
@@ -233,9 +245,9 @@ def _is_large(experiment: Experiment) -> bool:
         DataError: it is larger than memory, but each step would need all of it.
     """
     size = 0
-    for file in files_of(experiment.data):
+    for file in _paths(experiment.data):
         with suppress(OSError):
-            size += Path(file).stat().st_size
+            size += file.stat().st_size
     if size > MEMORY and experiment.batch_size is None:
         raise DataError(
             f"the data has {size / 1e9:.1f} GB, more than this machine has memory, and a step "
@@ -244,12 +256,41 @@ def _is_large(experiment: Experiment) -> bool:
     return size > IN_MEMORY and experiment.batch_size is not None
 
 
-def _mapped(data: ArrayData, size: int) -> tuple[MappedArray, MappedArray] | None:
-    """Map x and y in their files; return None if they must be read as a whole. size: in bytes.
+class _Mapped(NamedTuple):
+    """Data in mapped files: x and y, and how they are prepared.
+
+    fit: returns the preparation, by the places of the training rows, None for all; prepare: returns what
+    a preparation makes of rows of x and of y; dropped: as in `Numbering`.
+    """
+
+    x: MappedArray
+    y: MappedArray
+    fit: Callable[[np.ndarray | None], Preparation]
+    prepare: Callable[[Any], tuple[Prepare, Prepare]]
+    dropped: tuple[int, ...] = ()
+
+
+def _mapped(
+    experiment: Experiment, target: Target, sources: tuple[SourceFile, ...], progress: Reading
+) -> _Mapped | None:
+    """Map the files of data; return None if they must be read as a whole.
 
     Raises:
         DataError: they are not data to train on, or must be read as a whole and are larger than memory.
     """
+    data = experiment.data
+    if isinstance(data, TableData):
+        from everystep.experiment.table_cache import cached_table, features_by, fit_table
+
+        table = cached_table(data, sources, progress, classes=target == "classes")
+        return _Mapped(
+            table.x,
+            table.y,
+            lambda rows: fit_table(table, np.arange(len(table.x.array)) if rows is None else rows),
+            lambda fitted: (features_by(table.known, fitted), lambda rows: rows),
+            table.table.dropped,
+        )
+    assert isinstance(data, ArrayData)
     x = y = None
     if data.path is None:
         paths = Path(data.x), Path(data.y)
@@ -258,14 +299,20 @@ def _mapped(data: ArrayData, size: int) -> tuple[MappedArray, MappedArray] | Non
         path = Path(data.path)
         x, y = _two_of(data, _read_file(path, partial(mapped_safetensors, path)))
     if x is None or y is None:
-        if size > MEMORY:
+        if sum(each.bytes for each in sources) > MEMORY:
             raise DataError(
                 f"{files_of(data)[0]} is larger than memory, and its rows do not lie one after the "
                 "other; save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
             )
         return None
     _check_arrays(data, x.array, y.array)
-    return x, y
+    y_parts = partial(y.parts, None, lambda done, total, unit="": None)
+    return _Mapped(
+        x,
+        y,
+        lambda rows: _fitted(partial(x.parts, rows, progress), y_parts, experiment, target),
+        lambda fitted: (fitted.features, fitted.targets),
+    )
 
 
 def _sources(paths: list[Path], progress: Reading) -> tuple[SourceFile, ...]:
@@ -286,37 +333,33 @@ def _from_files(
     experiment: Experiment,
     target: Target,
     progress: Reading,
-    preparation: ArrayPreparation | None = None,
+    preparation: Preparation | None = None,
     digests: tuple[str, ...] = (),
 ) -> Data | None:
     """Return data that stays in its files; None if they must be read as a whole.
 
     preparation: as it was fitted before, if it was; digests: of the files, if they are known.
     """
-    data = experiment.data
-    if not isinstance(data, ArrayData):
-        return None
-    sources = _sources([Path(each) for each in files_of(data)], progress)
+    paths, validation = _paths(experiment.data), experiment.data.validation
+    sources = _sources(paths, progress)
     for source, digest in zip(sources, digests, strict=bool(digests)):
         if source.digest != digest:
             raise DataError(
                 f"{source.path} has changed since the run was trained on it: its digest is "
                 f"{source.digest[:12]}..., but the run recorded {digest[:12]}...; restore the original"
             )
-    mapped = _mapped(data, sum(each.bytes for each in sources))
+    mapped = _mapped(experiment, target, sources, progress)
     if mapped is None:
         return None
-    x, y = mapped
-    split = split_rows(len(x.array), data.validation, experiment.seed)
-    places = [None] if data.validation is None else [rows.numpy() for rows in split]
-    if preparation is None:
-        all_y = partial(y.parts, None, lambda done, total, unit="": None)
-        preparation = _fitted(partial(x.parts, places[0], progress), all_y, experiment, target)
+    split = split_rows(len(mapped.x.array), validation, experiment.seed)
+    places = [None] if validation is None else [rows.numpy() for rows in split]
+    preparation = mapped.fit(places[0]) if preparation is None else preparation
+    features, targets = mapped.prepare(preparation)
     pairs = [
-        (FileRows(x, rows, preparation.features), FileRows(y, rows, preparation.targets).in_memory())
+        (FileRows(mapped.x, rows, features), FileRows(mapped.y, rows, targets).in_memory())
         for rows in places
     ]
-    numbering = Numbering(None if data.validation is None else experiment.seed)
+    numbering = Numbering(None if validation is None else experiment.seed, mapped.dropped)
     return Data(*pairs[0], pairs[1] if len(pairs) > 1 else None, preparation, numbering, sources)
 
 
@@ -329,8 +372,11 @@ def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple
         DataError: a file is gone, or was changed.
         ValueError: the preparation does not fit.
     """
-    known = ArrayPreparation.model_validate(preparation)
-    found = _from_files(experiment, "values", lambda done, total, unit="": None, known, digests)
+    known: Preparation = TypeAdapter(Preparation).validate_python(preparation)
+    if isinstance(known, TablePreparation) != isinstance(experiment.data, TableData):
+        raise ValueError("the preparation is of other data")
+    target: Target = "classes" if getattr(known, "class_indices", False) else "values"
+    found = _from_files(experiment, target, lambda done, total, unit="": None, known, digests)
     if found is None:
         raise DataError(f"{files_of(experiment.data)[0]} does not have rows one after the other")
     return found

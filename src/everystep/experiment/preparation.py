@@ -158,14 +158,17 @@ class CategoricalColumn(Fitted):
         import polars as pl
 
         words = column.cast(pl.String)
-        new = sorted(set(words.drop_nulls()) - set(self.categories))
+        self.check_words(sorted(set(words.drop_nulls()) - set(self.categories)))
+        flags = [(words == category).fill_null(False).to_numpy() for category in self.categories]
+        return np.stack(flags, axis=1).astype(np.float64)
+
+    def check_words(self, new: list[str]) -> None:
+        """Check that there are no new words, if they are an error."""
         if new and self.unseen == "error":
             raise DataError(
                 f"column {self.name!r}: {_listed(new)} not in the training rows; set data.unseen = "
                 '"zeros", use another seed, or leave the column out of data.features'
             )
-        flags = [(words == category).fill_null(False).to_numpy() for category in self.categories]
-        return np.stack(flags, axis=1).astype(np.float64)
 
 
 Column = Annotated[NumericColumn | CategoricalColumn, Field(discriminator="kind")]
@@ -193,10 +196,13 @@ class TablePreparation(Fitted):
             )
         ]
 
+    def numbers(self, frame: polars.DataFrame) -> np.ndarray:
+        """Return x (N, len(x_names)) in float64."""
+        return np.concatenate([column.apply(frame[column.name]) for column in self.columns], axis=1)
+
     def features(self, frame: polars.DataFrame) -> np.ndarray:
         """Return x (N, len(x_names)) in float32."""
-        parts = [column.apply(frame[column.name]) for column in self.columns]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        return self.numbers(frame).astype(np.float32)
 
     def targets(self, frame: polars.DataFrame) -> np.ndarray:
         """Return y: (N,) int64 class indices, or (N, targets) float32."""
@@ -206,14 +212,17 @@ class TablePreparation(Fitted):
             return frame.select(pl.col(self.target).cast(pl.Float32)).to_numpy(writable=True)
         index = {value: position for position, value in enumerate(self.classes)}
         values = frame[self.target[0]].to_list()
-        new = sorted({str(value) for value in values if value not in index})
-        if new:
-            raise DataError(
-                f"target {self.target[0]!r}: class {_listed(new)} not in the training rows; use "
-                "another seed or a smaller data.validation, or remove those rows"
-            )
+        self.check_classes([value for value in values if value not in index])
         indices = np.array([index[value] for value in values], dtype=np.int64)
         return indices if self.class_indices else indices.astype(np.float32)[:, np.newaxis]
+
+    def check_classes(self, new: list[Any]) -> None:
+        """Check that there are no new classes."""
+        if new:
+            raise DataError(
+                f"target {self.target[0]!r}: class {_listed(sorted(set(map(str, new))))} not in the "
+                "training rows; use another seed or a smaller data.validation, or remove those rows"
+            )
 
     def apply(self, frame: polars.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         """Return x and y of these rows."""

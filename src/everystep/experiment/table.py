@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from textwrap import shorten
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -23,7 +24,20 @@ from everystep.experiment.preparation import (
 )
 from everystep.experiment.specification import TableData
 
-__all__ = ["Table", "read_table"]
+__all__ = [
+    "ColumnsByName",
+    "Table",
+    "check_same_columns",
+    "check_some_left",
+    "choose_columns",
+    "is_missing",
+    "is_row_of",
+    "is_text",
+    "read_errors",
+    "read_table",
+    "scanned",
+    "table_files",
+]
 
 #: The numbers of rows in the file.
 Numbers = NDArray[np.int64]
@@ -35,7 +49,33 @@ _DAY = r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
 _DATE = r"^\s*" + _DAY + r"([T ]\d{1,2}:\d{2}.*)?\s*$"
 #: 1,5; 1.234,5; 1,234.5; 1 000: numbers to people, text to programs.
 _OWN_MARKS = r"^\s*[-+]?(\d+,\d+|\d{1,3}([.,'\u00a0\u202f ]\d{3})+([.,]\d+)?)\s*$"
+#: Formats of text, with the usual separator of each, and the others.
+_TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+_SCANNED: dict[str, Callable[[Path], pl.LazyFrame]] = {
+    ".parquet": pl.scan_parquet,
+    ".arrow": pl.scan_ipc,
+    ".feather": pl.scan_ipc,
+    ".ipc": pl.scan_ipc,
+}
 _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
+_AS_TEXT: dict[str, Any] = {"null_values": _MISSING_WORDS, "infer_schema_length": None}
+_HEADING: dict[str, Any] = {"has_header": False, "n_rows": 1, "infer_schema": False}
+#: Bytes of a text that are checked at once.
+_PIECE = 64_000_000
+
+
+class ColumnsByName(Protocol):
+    """A table, of which one column at a time is looked at."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The names."""
+
+    @property
+    def height(self) -> int:
+        """The number of rows."""
+
+    def __getitem__(self, name: str) -> pl.Series: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +85,7 @@ class Table:
     dropped: the numbers of the rows of the file that are not in it: from 0 below the heading.
     """
 
-    frame: pl.DataFrame
+    frame: ColumnsByName
     features: list[str]
     target: list[str]
     classes: bool
@@ -54,15 +94,20 @@ class Table:
 
     def fit(self, training: np.ndarray) -> TablePreparation:
         """Fit the preparation to the training rows (int64 positions)."""
-        frame = self.frame[training]
-        target = frame[self.target[0]]
+        columns = [self._fit_column(self.frame[name][training]) for name in self.features]
+        target = self.frame[self.target[0]][training]
         is_of_classes = self.classes or not _is_numeric(target)
         return TablePreparation(
-            columns=[self._fit_column(frame[name]) for name in self.features],
+            columns=columns,
             target=self.target,
             classes=sorted(target.unique().to_list()) if is_of_classes else None,
             class_indices=self.classes,
         )
+
+    def rows(self, places: np.ndarray) -> pl.DataFrame:
+        """Return rows by their places, of a table in memory."""
+        assert isinstance(self.frame, pl.DataFrame)
+        return self.frame[places]
 
     def _fit_column(self, column: pl.Series) -> NumericColumn | CategoricalColumn:
         if not _is_numeric(column):
@@ -85,7 +130,7 @@ class Table:
 
 
 def read_table(data: TableData, *, classes: bool) -> Table:
-    """Read the file, choose its columns, and check that a model can train on them.
+    """Read the file, or those of a directory, choose columns, and check that a model can train on them.
 
     Args:
         data: the `[data]` section; its path is absolute.
@@ -94,7 +139,38 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     Raises:
         DataError: lists every error.
     """
-    frame, numbers = _read(Path(data.path), data.separator)
+    files = table_files(Path(data.path))
+    parts = [_read(file, data.separator) for file in files]
+    check_same_columns({file: frame.columns for file, frame in zip(files, parts, strict=True)})
+    with read_errors(data.path):
+        frame = pl.concat(parts, how="vertical_relaxed") if len(parts) > 1 else parts[0]
+    is_row = is_row_of(files, frame.lazy(), frame.height)
+    frame, numbers = frame.filter(is_row), np.flatnonzero(is_row)
+    features, target = choose_columns(frame, numbers, data, classes=classes)
+    frame = frame.select([*features, *target])
+    rows = numbers[-1] + 1
+    if data.missing == "drop":
+        lacks = frame.select(pl.any_horizontal([is_missing(column) for column in frame])).to_series()
+        check_some_left(data, lacks.to_numpy())
+        frame, numbers = frame.filter(~lacks), numbers[~lacks.to_numpy()]
+    dropped = np.setdiff1d(np.arange(rows), numbers)
+    return Table(frame, features, target, classes, data, tuple(dropped.tolist()))
+
+
+def check_some_left(data: TableData, lacks: np.ndarray) -> None:
+    """Check that not all rows have a missing value, if these are dropped."""
+    if lacks.all():
+        raise DataError(f'{data.path}: every row has a missing value; set data.missing = "mean"')
+
+
+def choose_columns(
+    frame: ColumnsByName, numbers: Numbers, data: TableData, *, classes: bool
+) -> tuple[list[str], list[str]]:
+    """Return the names of features and targets, checked. numbers: of the rows.
+
+    Raises:
+        DataError: lists every error.
+    """
     target = [data.target] if isinstance(data.target, str) else list(data.target)
     features = data.features or [name for name in frame.columns if name not in target]
     faults = [
@@ -118,7 +194,6 @@ def read_table(data: TableData, *, classes: bool) -> Table:
         raise DataError(
             f"{data.path} has no column other than the target; at least one feature is needed"
         )
-    frame = frame.select([*features, *target])
     if frame.height == 0:
         raise DataError(f"{data.path} has no rows")
     if classes and len(target) > 1:
@@ -134,70 +209,132 @@ def read_table(data: TableData, *, classes: bool) -> Table:
             faults.append(Fault(f"column {name!r}", problem))
     if faults:
         raise DataError(faults)
-    rows = numbers[-1] + 1
-    if data.missing == "drop":
-        lacks = frame.select(pl.any_horizontal([_missing(column) for column in frame])).to_series()
-        if lacks.all():
-            raise DataError(f'{data.path}: every row has a missing value; set data.missing = "mean"')
-        frame, numbers = frame.filter(~lacks), numbers[~lacks.to_numpy()]
-    dropped = np.setdiff1d(np.arange(rows), numbers)
-    return Table(frame, features, target, classes, data, tuple(dropped.tolist()))
+    return features, target
 
 
-def _read(path: Path, separator: str | None) -> tuple[pl.DataFrame, Numbers]:
-    """Return the table, and the number of each row in the file: from 0 below the heading."""
-    readers: dict[str, Callable[[], pl.DataFrame]] = {
-        ".csv": lambda: _read_text(path, separator or ","),
-        ".tsv": lambda: _read_text(path, separator or "\t"),
-        ".txt": lambda: _read_text(path, separator or "\t"),
-        ".parquet": lambda: pl.read_parquet(path),
-        ".arrow": lambda: pl.read_ipc(path),
-        ".feather": lambda: pl.read_ipc(path),
-        ".ipc": lambda: pl.read_ipc(path),
-    }
-    if not path.is_file():
+def table_files(path: Path) -> list[Path]:
+    """Return the files of a table: the file, or all of a directory, by name.
+
+    Raises:
+        DataError: there are none, or of unknown or several formats.
+    """
+    if not path.exists():
         raise DataError(
             f"data.path: {path} does not exist; a relative path is relative to the experiment file"
         )
-    if path.suffix.lower() not in readers:
-        raise DataError(f"data.path: {path.name} has an unknown format; supported: {', '.join(readers)}")
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.is_file() and each.name[0] not in "._")
+    formats = {each.suffix.lower() for each in files}
+    if len(formats) > 1 or not files:
+        found = f"files of several formats ({', '.join(sorted(formats))})" if files else "no files"
+        raise DataError(f"data.path: {path} has {found}; a table is a file, or files of one format")
+    if not formats <= {*_TEXT, *_SCANNED}:
+        known = ", ".join([*_TEXT, *_SCANNED])
+        raise DataError(f"data.path: {files[0].name} has an unknown format; supported: {known}")
+    return files
+
+
+def check_same_columns(columns: dict[Path, list[str]]) -> None:
+    """Check that the files of a table have the same columns.
+
+    Raises:
+        DataError: names the first that has others.
+    """
+    (first, names), *others = columns.items()
+    for file, its in others:
+        if its != names:
+            lacks = [f"lacks {name!r}" for name in names if name not in its]
+            has = [f"has {name!r}" for name in its if name not in names]
+            how = ", ".join([*lacks, *has][:_COLUMNS_NAMED]) or "has them in another order"
+            raise DataError(f"{file.name} does not have the columns of {first.name}: it {how}")
+
+
+def is_text(file: Path) -> bool:
+    """Return whether a table is in a text."""
+    return file.suffix.lower() in _TEXT
+
+
+def is_row_of(files: list[Path], frame: pl.LazyFrame, height: int) -> np.ndarray:
+    """Return which lines are rows: empty lines of a text are not, but are counted."""
+    if not is_text(files[0]):
+        return np.ones(height, dtype=bool)
+    is_empty = frame.select(pl.all_horizontal(pl.all().is_null())).collect(engine="streaming")
+    return ~is_empty.to_series().to_numpy()
+
+
+@contextmanager
+def read_errors(path: Path | str) -> Iterator[None]:
+    """Report what polars cannot read."""
     try:
-        frame = readers[path.suffix.lower()]()
-        is_row = np.ones(frame.height, dtype=bool)
-        if path.suffix.lower() in (".csv", ".tsv", ".txt"):  # empty lines are not rows, but are counted
-            is_row = ~frame.select(pl.all_horizontal(pl.all().is_null())).to_series().to_numpy()
-        return frame.filter(is_row), np.flatnonzero(is_row)
+        yield
+    except DataError:  # which says more
+        raise
     except pl.exceptions.NoDataError:
         raise DataError(f"{path} has no rows") from None
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = shorten(str(error).strip().partition("\n")[0], 300)
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from None
+        kind = Path(path).suffix[1:] or "a table"
+        raise DataError(f"{path} cannot be read as {kind}: {reason}") from None
+
+
+def _read(path: Path, separator: str | None) -> pl.DataFrame:
+    with read_errors(path):
+        if is_text(path):
+            return _read_text(path, separator or _TEXT[path.suffix.lower()])
+        return pl.read_parquet(path) if path.suffix.lower() == ".parquet" else pl.read_ipc(path)
 
 
 def _read_text(path: Path, separator: str) -> pl.DataFrame:
-    content = path.read_bytes()
-    _check_text(path, content)
-    read = partial(pl.read_csv, content, separator=separator, null_values=_MISSING_WORDS)
-    heading = read(has_header=False, n_rows=1, infer_schema=False)
-    _check_names(path, [(name or "").strip() for name in heading.row(0)])
+    check_text(path, separator)
     # Types are inferred from the whole file: a word in the last row must not be a surprise.
-    frame = read(infer_schema_length=None)
+    frame = pl.read_csv(path.read_bytes(), separator=separator, **_AS_TEXT)
     return frame.rename({name: name.strip() for name in frame.columns})
 
 
-def _check_text(path: Path, content: bytes) -> None:
-    """Check that a file is complete text: polars would misread words, or cut the last number."""
-    if content.count(b'"') % 2:
+def scanned(path: Path, separator: str | None) -> pl.LazyFrame:
+    """Return a file as a table that is read when it is asked for.
+
+    Raises:
+        DataError: it is no sound text, or two columns have the same name.
+    """
+    kind = path.suffix.lower()
+    with read_errors(path):
+        if kind not in _TEXT:
+            return _SCANNED[kind](path)
+        check_text(path, separator or _TEXT[kind])
+        frame = pl.scan_csv(path, separator=separator or _TEXT[kind], **_AS_TEXT)
+        return frame.rename({name: name.strip() for name in frame.collect_schema().names()})
+
+
+def check_text(path: Path, separator: str) -> None:
+    """Check that a file is complete text, with one name for each column.
+
+    Otherwise polars would misread words, cut the last number, or give a second column another name.
+    """
+    quotes, wrong, lines, begin = 0, "", 1, 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE) + file.readline():
+            quotes += piece.count(b'"')
+            place = None if wrong else _first_wrong_byte(piece)
+            if place is not None:
+                wrong = f"line {lines + piece.count(10, 0, place)}, byte {begin + place}"
+            lines, begin = lines + piece.count(10), begin + len(piece)
+    if quotes % 2:
         raise DataError(f'{path}: a quotation mark (") is not closed; the file may be cut off')
+    if wrong:
+        raise DataError(f"{path} is not UTF-8 text ({wrong}); save it as UTF-8")
+    heading = pl.read_csv(path, separator=separator, **_AS_TEXT | _HEADING)
+    _check_names(path, [(name or "").strip() for name in heading.row(0)])
+
+
+def _first_wrong_byte(content: bytes) -> int | None:
     try:
         content.decode("utf-8")
-        wrong = content.index(b"\0")
     except UnicodeDecodeError as error:
-        wrong = error.start
-    except ValueError:
-        return
-    line = content.count(b"\n", 0, wrong) + 1
-    raise DataError(f"{path} is not UTF-8 text (line {line}, byte {wrong}); save it as UTF-8")
+        return error.start
+    place = content.find(0)
+    return place if place >= 0 else None
 
 
 def _check_names(path: Path, names: list[str]) -> None:
@@ -211,7 +348,7 @@ def _check_names(path: Path, names: list[str]) -> None:
         raise DataError(faults)
 
 
-def _known(name: str, frame: pl.DataFrame) -> str:
+def _known(name: str, frame: ColumnsByName) -> str:
     """Return the most similar columns, and all, as far as they fit in a message."""
     near = [cure] if (cure := did_you_mean(name, frame.columns)).endswith("?") else []
     shown = ", ".join(frame.columns[:_COLUMNS_NAMED])
@@ -231,7 +368,8 @@ def _is_date(column: pl.Series) -> bool:
     return words.dtype == pl.String and len(words) > 0 and bool(words.str.contains(_DATE).all())
 
 
-def _missing(column: pl.Series) -> pl.Series:
+def is_missing(column: pl.Series) -> pl.Series:
+    """Return which values are missing."""
     return column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()
 
 
@@ -239,7 +377,7 @@ def _target_problem(
     column: pl.Series, numbers: Numbers, target: list[str], classes: bool, missing: str
 ) -> str:
     """Return why a column cannot be a target; empty if it can."""
-    absent = int(_missing(column).sum())
+    absent = int(is_missing(column).sum())
     if absent and missing != "drop":
         return f'is missing in {absent} of {len(column)} rows; set data.missing = "drop" to drop them'
     if column.dtype.is_float() and column.is_infinite().any():
@@ -261,7 +399,7 @@ def _target_problem(
 
 def _feature_problem(column: pl.Series, numbers: Numbers, missing: str) -> str:
     """Return why a column cannot be a feature; empty if it can."""
-    absent = int(_missing(column).sum())
+    absent = int(is_missing(column).sum())
     if absent == len(column):
         return "has no values; leave it out"
     if absent and missing == "error":
