@@ -7,6 +7,7 @@ from contextlib import closing, nullcontext
 import numpy as np
 import pytest
 import torch
+from tests.snapshots import take_snapshots_every
 from torch import nn
 from torch.nn import functional
 
@@ -89,7 +90,8 @@ def test_a_text_that_changes_is_kept_by_content(text, tmp_path):
     assert [run[step].loss for step in (40, 75, 149)] == [losses[s - 1] for s in (40, 75, 149)]
 
 
-def test_the_text_stays_while_newer_steps_need_it(text, tmp_path):
+def test_the_text_stays_while_newer_steps_need_it(text, tmp_path, monkeypatch):
+    take_snapshots_every(monkeypatch, 10)
     run, _ = _trained(tmp_path / "run", text, noise=2000, batch_budget=750_000)
     lost = run.facts.batches_lost_to
     assert 0 < lost < 145 and _size(run) < 850_000

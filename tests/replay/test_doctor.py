@@ -19,7 +19,6 @@ from torch import nn
 
 import everystep
 from everystep.errors import RunError
-from everystep.recording.recorder import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,6 @@ def sound(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("sound"))
         take_snapshots_every(patch, 8)
-        patch.setattr(Recorder, "is_behind", False)
         directory = by_train(new_training(), steps=40).directory.absolute()
     sql(directory, "PRAGMA wal_checkpoint(TRUNCATE)")
     return directory

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
-from everystep.recording.recorder import Recorder
 
 STEPS = 6  # of an epoch
 
@@ -24,7 +23,6 @@ class StopError(Exception):
 @pytest.fixture(autouse=True)
 def snapshot_every_fourth_step(monkeypatch):
     take_snapshots_every(monkeypatch, 4)
-    monkeypatch.setattr(Recorder, "is_behind", False)
 
 
 def train(directory, epochs, stop=(None, None), workers=0, patience=math.inf):
