@@ -115,10 +115,6 @@ class Job:
             raise UsageError("the data stays in its files: to relabel rows, change a copy of the file")
         batch = relabelled_rows(self._rows("rows can be relabelled"), targets, "the fork")
         assert self.data is not None
-        if self.data.sources:
-            raise UsageError(
-                "rows of data that stays in files cannot be relabelled; change a copy of the file"
-            )
         y, training = batch.y, replace(self.training, batch=batch)
         evaluation = self.evaluation
         if evaluation is not None and self.data.validation is None:  # it measures on these rows
