@@ -5,7 +5,7 @@ from torch import nn
 
 import everystep  # added
 
-UPDATES, BATCH, WIDTH, SYMBOLS = 18, 32, 16, 10
+UPDATES, BATCH, WIDTH, SYMBOLS = 30, 32, 16, 10
 #: Symbols of a batch for which there is memory; this machine has more, so we pretend.
 MEMORY = 16 * 10
 
@@ -25,9 +25,9 @@ class Sorter(nn.Module):
 
 
 def batches(count):
-    """Sequences of 3, 6, 9, ... symbols at random, longer ones later."""
+    """Sequences of random lengths, longer ones later."""
     for number in range(count):
-        length = 3 * int(torch.randint(1, 3 + number // 5, ()))
+        length = int(torch.randint(4, 6 + number // 3, ()))
         yield torch.randint(SYMBOLS, (BATCH, length))
 
 
@@ -63,5 +63,5 @@ with everystep.record(**parts, run="./run", resume=True) as recording:  # added
         optimizer.step()
         print(f"update {number}: length {sequences.shape[1]}, loss {loss.item():.6f}")
         recording.log(loss=loss)  # added
-        if number % 6 == 5:
+        if number % 10 == 9:
             torch.save({"model": model.state_dict(), "number": number, **memory}, "last.pt")
