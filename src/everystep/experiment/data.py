@@ -342,6 +342,11 @@ def _from_files(
     """
     paths, validation = _paths(experiment.data), experiment.data.validation
     sources = _sources(paths, progress)
+    if digests and len(digests) != len(sources):
+        raise DataError(
+            f"{files_of(experiment.data)[0]} has {len(sources)} files, but the run was trained on "
+            f"{len(digests)}; restore the original"
+        )
     for source, digest in zip(sources, digests, strict=bool(digests)):
         if source.digest != digest:
             raise DataError(
@@ -359,6 +364,8 @@ def _from_files(
         (FileRows(mapped.x, rows, features), FileRows(mapped.y, rows, targets).in_memory())
         for rows in places
     ]
+    for source in sources:
+        source.check()
     numbering = Numbering(None if validation is None else experiment.seed, mapped.dropped)
     return Data(*pairs[0], pairs[1] if len(pairs) > 1 else None, preparation, numbering, sources)
 

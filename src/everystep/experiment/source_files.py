@@ -19,6 +19,7 @@ import xxhash
 from platformdirs import user_cache_path
 
 from everystep.bounded import open_regular, read_regular
+from everystep.errors import DataError
 
 __all__ = ["SourceFile", "cache_directory", "source_file"]
 
@@ -30,11 +31,31 @@ _RECENT = 2_000_000_000
 
 
 class SourceFile(NamedTuple):
-    """A file: its absolute path, its bytes, and the XXH3 (128 bits) of all of them."""
+    """A file: its absolute path, its bytes, and the XXH3 (128 bits) of all of them.
+
+    status: of the file when it was read: its place, size and times.
+    """
 
     path: str
     bytes: int
     digest: str
+    status: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Check that the file is still the one that was read.
+
+        Raises:
+            DataError: it has changed, or is gone.
+        """
+        with suppress(OSError):
+            if _status(Path(self.path).stat()) == self.status:
+                return
+        raise DataError(f"{self.path} was changed while it was read; train again when it is complete")
+
+
+def _status(status: os.stat_result) -> tuple[int, ...]:
+    times = status.st_mtime_ns, status.st_ctime_ns  # the second cannot be set
+    return status.st_dev, status.st_ino, status.st_size, *times
 
 
 def cache_directory() -> Path:
@@ -50,20 +71,21 @@ def source_file(path: Path, progress: Callable[[int], None]) -> SourceFile:
         OSError: it cannot be read, or is no regular file.
     """
     note = cache_directory() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    began = time.time_ns()
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
-        known = [status.st_size, status.st_mtime_ns, status.st_ino]
+        known = _status(status)
         with suppress(OSError, ValueError, TypeError):
             *noted, digest = json.loads(read_regular(note, 1000))
-            if noted == known and isinstance(digest, str):
-                return SourceFile(str(path), status.st_size, digest)
+            if tuple(noted) == known and isinstance(digest, str):
+                return SourceFile(str(path), status.st_size, digest, known)
         found, read = xxhash.xxh3_128(), 0
         while piece := file.read(_PIECE):
             found.update(piece)
             read += len(piece)
             progress(read)
-    if time.time_ns() - status.st_mtime_ns > _RECENT:
+    if began - max(status.st_mtime_ns, status.st_ctime_ns) > _RECENT:
         with suppress(OSError):  # the directory may not be writable
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps([*known, found.hexdigest()]))
-    return SourceFile(str(path), status.st_size, found.hexdigest())
+    return SourceFile(str(path), status.st_size, found.hexdigest(), known)

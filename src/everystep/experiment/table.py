@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from everystep.bounded import open_regular
 from everystep.errors import DataError, Fault, did_you_mean
 from everystep.experiment.preparation import (
     CategoricalColumn,
@@ -51,11 +53,13 @@ _DATE = r"^\s*" + _DAY + r"([T ]\d{1,2}:\d{2}.*)?\s*$"
 _OWN_MARKS = r"^\s*[-+]?(\d+,\d+|\d{1,3}([.,'\u00a0\u202f ]\d{3})+([.,]\d+)?)\s*$"
 #: Formats of text, with the usual separator of each, and the others.
 _TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+#: A path is one file, whatever is in its name.
+_ONE_FILE: dict[str, Any] = {"glob": False, "hive_partitioning": False}
 _SCANNED: dict[str, Callable[[Path], pl.LazyFrame]] = {
-    ".parquet": pl.scan_parquet,
-    ".arrow": pl.scan_ipc,
-    ".feather": pl.scan_ipc,
-    ".ipc": pl.scan_ipc,
+    ".parquet": partial(pl.scan_parquet, **_ONE_FILE),
+    ".arrow": partial(pl.scan_ipc, **_ONE_FILE),
+    ".feather": partial(pl.scan_ipc, **_ONE_FILE),
+    ".ipc": partial(pl.scan_ipc, **_ONE_FILE),
 }
 _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
 _AS_TEXT: dict[str, Any] = {"null_values": _MISSING_WORDS, "infer_schema_length": None}
@@ -184,6 +188,12 @@ def choose_columns(
         for name in features
         if name in target
     ]
+    faults += [
+        Fault(f"data.{key}", f"{name!r} is there {count} times; write it once")
+        for key, names in (("target", target), ("features", features))
+        for name, count in Counter(names).items()
+        if count > 1
+    ]
     heading = frame.columns[0] if len(frame.columns) == 1 else ""
     if faults and (separator := next((sign for sign in ";\t|," if sign in heading), "")):
         problem = f"the file seems to use the separator {separator!r}; set separator = {separator!r}"
@@ -282,7 +292,7 @@ def _read(path: Path, separator: str | None) -> pl.DataFrame:
     with read_errors(path):
         if is_text(path):
             return _read_text(path, separator or _TEXT[path.suffix.lower()])
-        return pl.read_parquet(path) if path.suffix.lower() == ".parquet" else pl.read_ipc(path)
+        return _SCANNED[path.suffix.lower()](path).collect()
 
 
 def _read_text(path: Path, separator: str) -> pl.DataFrame:
@@ -303,7 +313,7 @@ def scanned(path: Path, separator: str | None) -> pl.LazyFrame:
         if kind not in _TEXT:
             return _SCANNED[kind](path)
         check_text(path, separator or _TEXT[kind])
-        frame = pl.scan_csv(path, separator=separator or _TEXT[kind], **_AS_TEXT)
+        frame = pl.scan_csv(path, separator=separator or _TEXT[kind], glob=False, **_AS_TEXT)
         return frame.rename({name: name.strip() for name in frame.collect_schema().names()})
 
 
@@ -313,7 +323,7 @@ def check_text(path: Path, separator: str) -> None:
     Otherwise polars would misread words, cut the last number, or give a second column another name.
     """
     quotes, wrong, lines, begin = 0, "", 1, 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(_PIECE) + file.readline():
             quotes += piece.count(b'"')
             place = None if wrong else _first_wrong_byte(piece)
@@ -324,7 +334,7 @@ def check_text(path: Path, separator: str) -> None:
         raise DataError(f'{path}: a quotation mark (") is not closed; the file may be cut off')
     if wrong:
         raise DataError(f"{path} is not UTF-8 text ({wrong}); save it as UTF-8")
-    heading = pl.read_csv(path, separator=separator, **_AS_TEXT | _HEADING)
+    heading = pl.read_csv(path, separator=separator, glob=False, **_AS_TEXT | _HEADING)
     _check_names(path, [(name or "").strip() for name in heading.row(0)])
 
 

@@ -46,6 +46,8 @@ __all__ = ["CachedTable", "cached_table", "features_by", "fit_table"]
 
 #: A text in a format of which single columns can be read.
 _TEXT = "table.parquet"
+#: To be raised where a table is converted in another way.
+_FORMAT = 1
 #: Bytes of columns that are read together, and of rows that are converted together.
 _COLUMNS, _ROWS = 200_000_000, 64_000_000
 #: Rows that a run can list as dropped.
@@ -72,25 +74,28 @@ def cached_table(
         DataError: the table is invalid, or there is no room for the cache.
     """
     asked = data.model_dump_json(exclude={"validation", "scale", "unseen"})
-    key = hashlib.sha256(f"{asked} {classes}".encode()).hexdigest()[:12]
-    folder = cache_directory() / "tables" / f"{Path(data.path).stem}-{key}"
+    key = hashlib.sha256(f"{_FORMAT} {pl.__version__} {asked} {classes}".encode()).hexdigest()[:12]
+    folder = cache_directory() / "tables" / f"{Path(data.path).stem[:50]}-{key}"
     digests = [each.digest for each in sources]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if _about(folder).get("sources") != digests:
+            if _about(folder).get("sources") != digests or _about(folder)["files"] != _files(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 unfinished = folder.with_name(f".{folder.name}.tmp")
                 shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
                 unfinished.mkdir()
                 try:
                     about = _convert(data, unfinished, progress, classes=classes)
-                    (unfinished / "about.json").write_text(json.dumps(about | {"sources": digests}))
+                    for source in sources:
+                        source.check()
+                    about |= {"sources": digests, "files": _files(unfinished)}
+                    (unfinished / "about.json").write_text(json.dumps(about))
                     unfinished.rename(folder)
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
-        about = _about(folder)
-        x, y = mapped_npy(folder / "x.npy"), mapped_npy(folder / "y.npy")
+            about = _about(folder)
+            x, y = mapped_npy(folder / "x.npy"), mapped_npy(folder / "y.npy")
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{folder}: {reason}; EVERYSTEP_CACHE sets another place") from None
@@ -111,9 +116,15 @@ def _about(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def _files(folder: Path) -> list[list[Any]]:
+    """Return what tells whether the files of the cache are as they were written."""
+    found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.suffix != ".json"]
+    return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
+
+
 def _frame(data: TableData, folder: Path) -> pl.LazyFrame:
     if (folder / _TEXT).exists():
-        return pl.scan_parquet(folder / _TEXT)
+        return pl.scan_parquet(folder / _TEXT, glob=False, hive_partitioning=False)
     files = table_files(Path(data.path))
     return pl.concat([scanned(file, data.separator) for file in files], how="vertical_relaxed")
 
@@ -232,10 +243,21 @@ def features_by(known: TablePreparation, fitted: TablePreparation) -> Prepare:
     Raises:
         ValueError: it is of another table.
     """
-    names = known.x_names
-    kept = [names.index(name) for name in fitted.x_names]
+    begins, width = dict[str, int](), 0
+    for column in known.columns:
+        begins[column.name] = width
+        width += 1 if isinstance(column, NumericColumn) else len(column.categories)
+    words = {each.name: each.categories for each in known.columns if isinstance(each, CategoricalColumn)}
+    kept: list[int] = []
+    for each in fitted.columns:
+        if (each.name in words) == isinstance(each, NumericColumn) or each.name not in begins:
+            raise ValueError(f"the table has no such column {each.name!r}")
+        known_words = words.get(each.name, [])
+        wanted = each.categories if isinstance(each, CategoricalColumn) else []
+        kept += [begins[each.name] + known_words.index(word) for word in wanted]
+        kept += [begins[each.name]] * isinstance(each, NumericColumn)
     numeric = [each for each in fitted.columns if isinstance(each, NumericColumn)]
-    places = [names.index(each.name) for each in numeric]
+    places = [begins[each.name] for each in numeric]
     fills = [np.nan if each.fill is None else each.fill for each in numeric]
     scalings = [each.scaling for each in numeric if each.scaling]
     scaling = Scaling(
