@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -506,7 +507,7 @@ def sweep(
     from loky import cpu_count
 
     from everystep import numerics
-    from everystep.answers.sweep import check_settings, sweep_of, sweep_run
+    from everystep.answers.sweep import check_settings, note_settings, sweep_of, sweep_run
     from everystep.experiment.grid import combinations, experiments_of
     from everystep.replay.processes import pool
     from everystep.replay.side_by_side import (
@@ -525,6 +526,8 @@ def sweep(
             "a sweep is called where its function is imported or called; call it below "
             "if __name__ == '__main__':"
         )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UsageError("a sweep has processes of its own; start it without torchrun")
     if ray and find_spec("ray") is None:
         raise UsageError("Ray is not installed: pip install ray; or leave out --ray (ray=True)")
     if resume and run is None:
@@ -541,14 +544,13 @@ def sweep(
     place = place_of(run)
     if place is None or not (resume and is_sweep(place)):
         place = create_directory(place, f"{name}-sweep")
-        (place / SWEEP_FILE).write_text(f"a sweep of {name}: everystep runs, view and plot read it\n")
+    if callable(training):
+        note_settings(place / SWEEP_FILE, runs)
+    elif not is_sweep(place):
+        (place / SWEEP_FILE).touch()
     cases = {name: sweep_run(Run, place / name, each) for name, each in runs.items()}
-    wanted = (
-        runs
-        if callable(training)
-        else {n: e.model_dump(exclude_none=True) for n, e in experiments.items()}
-    )
-    check_settings(cases.values(), wanted)
+    if not callable(training):
+        check_settings(cases.values(), experiments)
     tasks: dict[str, tuple[Any, ...]] = {}
     for name in [name for name, case in cases.items() if not case.is_over]:
         at = place.absolute() / name
@@ -566,7 +568,7 @@ def sweep(
             cases[name] = sweep_run(Run, place / name, runs[name], how.problem)
             show(cases[name], how.notices)
 
-        is_stopped = side_by_side(start, count, tasks, ended)
+        is_stopped = side_by_side(start, count, tasks, ended, reuses_processes=not callable(training))
     if is_stopped:
         raise KeyboardInterrupt(
             "stopped; the same sweep continues, with its finished runs as they are: --run "

@@ -204,7 +204,7 @@ def test_a_digest_is_computed_again_only_where_a_file_may_have_changed(cache, mo
     assert file() == (first, True)  # it was changed just now, and may be again at the same time
     monkeypatch.setattr("everystep.experiment.source_files._RECENT", -(10**18))
     assert [file(), file()] == [(first, True), (first, False)]
-    times = os.stat("x.npy")
+    times = Path("x.npy").stat()
     Path("x.npy").write_bytes(b"new rows!")
     os.utime("x.npy", ns=(times.st_atime_ns, times.st_mtime_ns))  # only its size and time are as before
     assert file()[0] != first

@@ -32,3 +32,22 @@ def trained(lr, seed=0, what="fine"):
                 os.kill(whose, signal.SIGKILL if what == "is killed" else signal.SIGINT)
                 while True:  # until the signal is here, by way of the sweep
                     time.sleep(0.01)
+
+
+CALLS = []
+
+
+def alone(lr, width=2):
+    """Record a loop that a condition stops, with a config of its own; a second call fails."""
+    CALLS.append(lr)
+    assert len(CALLS) == 1
+    model = nn.Linear(3, width)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    parts = {"model": model, "optimizer": optimizer}
+    with everystep.record(**parts, config={"mine": 1}, stop_when="loss < 1e9") as recording:
+        for _ in recording.steps(range(6)):
+            loss = model(torch.ones(8, 3)).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recording.log(loss=loss)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.page.serving import Application
-from tests.training.swept import trained
+from tests.training.swept import alone, trained
 
 import everystep
 from everystep.errors import ExperimentError, RunError, UsageError
@@ -133,6 +133,16 @@ def test_runs_of_a_function_go_on_after_kills_and_ctrl_c(monkeypatch):
     assert "5 of 5" in found._repr_html_() and found.plot() is not None
 
 
+def test_each_call_of_a_function_has_a_process_and_what_stopped_itself_is_over():
+    options = {"run": "own", "processes": 1, "progress": False}
+    found = everystep.sweep(alone, {"lr": [0.1, 0.2], "width": 2}, **options)
+    assert found.is_finished and [len(run) for run in found.runs] == [1, 1], found
+    again = everystep.sweep(alone, {"lr": [0.1, 0.2], "width": 2}, **options, resume=True)
+    assert again.is_finished and [len(run) for run in again.runs] == [1, 1]
+    with pytest.raises(RunError, match=r"lr=0.1: was trained with other settings: width 2 \| 3"):
+        everystep.sweep(alone, {"lr": [0.1, 0.2], "width": 3}, **options, resume=True)
+
+
 def test_what_a_sweep_cannot_call_is_said_before_anything_begins(monkeypatch):
     def within(lr):
         """Not at the top of a module."""
@@ -146,6 +156,9 @@ def test_what_a_sweep_cannot_call_is_said_before_anything_begins(monkeypatch):
         everystep.sweep(trained, {"lr": [within]})
     with pytest.raises(UsageError, match="name its directory"):
         everystep.sweep(trained, {"lr": [1]}, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="start it without torchrun"):
+        patch.setenv("TORCHELASTIC_RUN_ID", "1")
+        everystep.sweep(trained, {"lr": [1]})
     monkeypatch.setattr("everystep.api.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="Ray is not installed: pip install ray"):
         everystep.sweep(trained, {"lr": [1]}, ray=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everystep.bounded import parse_json, read_regular
 from everystep.errors import EverystepError, Fault, RunError
 from everystep.experiment.metrics import METRICS, VALIDATION, metric_of
 from everystep.recording.directories import is_run
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     import polars
     from plotnine import ggplot
 
-__all__ = ["Sweep", "SweepRun", "check_settings", "sweep_of", "sweep_run"]
+    from everystep.experiment.specification import Experiment
+
+__all__ = ["Sweep", "SweepRun", "check_settings", "note_settings", "sweep_of", "sweep_run"]
+
+#: Bytes of the file with the settings of all runs of a function.
+_LARGEST = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,10 @@ class SweepRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing to continue: it is finished, or a NaN stopped it, as asked for."""
-        if self.run is None or self.summary is None or self.status != "stopped":
+        """Whether there is nothing to continue: it is finished, or stopped by a condition of its own."""
+        if self.run is None or self.status != "stopped":
             return self.status == "finished"
-        return self.summary.nonfinite_step is not None and self.run.facts.training.stop_on_nan
+        return not (self.run.facts.reason or "").startswith("by the ")  # user, or system
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,12 @@ class Sweep(Shown):
 
     @property
     def is_finished(self) -> bool:
-        """Whether all runs are finished."""
-        return all(case.status == "finished" for case in self.cases)
+        """Whether all runs are finished, or stopped by a condition of their own that is not a NaN."""
+        return all(
+            case.status == "finished"
+            or (case.is_over and case.summary is not None and case.summary.nonfinite_step is None)
+            for case in self.cases
+        )
 
     def __repr__(self) -> str:
         done = sum(case.status == "finished" for case in self.cases)
@@ -117,21 +127,45 @@ def sweep_run(
         return replace(found, problem=problem or str(error))
 
 
-def check_settings(cases: Iterable[SweepRun], wanted: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that the runs that a sweep has were trained with the settings that it has now.
+def note_settings(file: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Note the settings that a function is called with, and check that those noted before are the same.
 
-    wanted: the experiment, or the settings of the function, of each run by its name.
+    runs: the settings by the name of the run.
+
+    Raises:
+        RunError: the sweep has a run of that name with other settings; lists what differs.
+    """
+    now = {name: json.loads(json.dumps(settings, default=str)) for name, settings in runs.items()}
+    try:
+        noted = parse_json(read_regular(file, _LARGEST) if file.exists() else "{}")
+        before = {name: dict(settings) for name, settings in noted.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise RunError(f"{file} cannot be read: the sweep, which needs another directory") from None
+    faults = [
+        Fault(name, f"was trained with other settings: {path} {settings.get(path)} | {value}")
+        for name, settings in before.items()
+        for path, value in now.get(name, {}).items()
+        if settings.get(path) != value
+    ]
+    if faults:
+        raise RunError(faults, "the sweep, which needs another directory")
+    file.write_text(json.dumps(before | now))
+
+
+def check_settings(cases: Iterable[SweepRun], wanted: Mapping[str, Experiment]) -> None:
+    """Check that the runs that a sweep has were trained by the experiments that it has now.
+
+    wanted: the experiment of each run by its name.
 
     Raises:
         RunError: lists what differs.
     """
     faults = []
     for case in cases:
-        known = {} if case.run is None else settings_of(case.run)
-        now = flat(json.loads(json.dumps(wanted[case.name], default=str)))
-        # A function's run may have a config of the user's; an experiment has data.
-        if case.run is None or ("data.source" not in now and known.keys() != now.keys()):
+        if case.run is None:
             continue
+        known = settings_of(case.run)
+        now = flat(json.loads(json.dumps(wanted[case.name].model_dump(exclude_none=True), default=str)))
         for path in sorted({*known, *now} - {"optimizer.fused"}):
             if known.get(path) != now.get(path):
                 pair = f"{known.get(path)!s:.80} | {now.get(path)!s:.80}"

@@ -54,6 +54,8 @@ def side_by_side(
     count: int,
     tasks: Mapping[str, tuple[Any, ...]],
     ended: Callable[[str, TrainingEnd], None],
+    *,
+    reuses_processes: bool,
 ) -> bool:
     """Train, so many at once; return whether Ctrl-C stopped that, after the step of each training.
 
@@ -62,19 +64,20 @@ def side_by_side(
         count: of processes.
         tasks: of each training by its name: what to call in the process, and with what.
         ended: called with the name of a training that ended, and how it did.
+        reuses_processes: whether a process may train again: a user's code may leave anything behind.
     """
     free: list[Any] = []
     busy: dict[Future[TrainingEnd], tuple[str, Any]] = {}
 
     def stop() -> None:
-        for _, (_, connection) in [*busy.values()]:
+        for _, (_, connection, _) in [*busy.values()]:
             connection.close()
 
     waiting = iter(tasks)
-    with ExitStack() as ends, Interrupt(stop) as interrupt:
+    with Interrupt(stop) as interrupt, ExitStack() as ends:
         while True:
             while len(busy) < count and not interrupt and (name := next(waiting, None)) is not None:
-                process = free.pop() if free else ends.enter_context(start())
+                process = free.pop() if free else _started(start, ends)
                 busy[process[0].submit(_ended, *tasks[name])] = name, process
             if interrupt:  # it may have come just before the last one began
                 stop()
@@ -84,13 +87,26 @@ def side_by_side(
                 name, process = busy.pop(future)
                 try:
                     found = future.result()
-                    free.append(process)
+                    if reuses_processes:
+                        free.append(process)
+                    else:
+                        process[2].close()
                 except Exception as error:  # nothing that the training raised, which `_ended` returns
                     problem = "its process ended: it was killed, or memory ran out"
                     if not isinstance(error, BrokenProcessPool):
                         problem += f" ({type(error).__name__})"
                     found = TrainingEnd(None if interrupt else problem)  # it had not begun
                 ended(name, found)
+
+
+def _started(
+    start: Callable[[], AbstractContextManager[Any]], ends: ExitStack
+) -> tuple[Any, Any, ExitStack]:
+    """Start a process; return what it takes, what stops it, and what ends it."""
+    own = ExitStack()
+    process, connection = own.enter_context(start())
+    ends.push(own)
+    return process, connection, own
 
 
 class _OnRay:
@@ -100,7 +116,7 @@ class _OnRay:
         self._cancel = ray.cancel
         variables = numerics.ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
         options = {"num_cpus": threads, "max_retries": 0, "runtime_env": {"env_vars": variables}}
-        self._remote = ray.remote(_ended).options(**options)
+        self._remote = ray.remote(max_calls=1)(_ended).options(**options)
         self._last: Any = None
 
     def submit(self, task: Callable[..., TrainingEnd], *given: Any) -> Future[TrainingEnd]:
@@ -200,7 +216,7 @@ def _imported(module: str, name: str) -> Any:
 def call_function(place: Path, module: str, name: str, settings: Mapping[str, Any]) -> TrainingEnd:
     """Call a user's function; the first run that it records without a name goes to `place`.
 
-    Each call begins with the same random numbers, whatever ran in this process before.
+    Each call begins with the same random numbers.
     """
     AWAITED.update(place=place, settings=settings)
     try:

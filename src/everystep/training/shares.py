@@ -93,7 +93,10 @@ def shares_of(objects: Objects, batch: RowsOf | DatasetBatches, iteration: Itera
         faults.append(
             Fault("data", f"is a Dataset that is read at every step; pass (x, y), {_OWN_STEP}")
         )
-    elif fault := _loss_fault(objects.loss, batch.y):
+    if any(getattr(module, "sparse", False) for module in objects.model.modules()):
+        problem = "has a layer with sparse gradients; make it with sparse=False"
+        faults.append(Fault("model", f"{problem}, {_OWN_STEP}"))
+    if isinstance(batch, RowsOf) and (fault := _loss_fault(objects.loss, batch.y)):
         faults.append(Fault("loss", fault))
     if faults or isinstance(batch, DatasetBatches):
         raise ExperimentError(faults, "a training by several processes")
@@ -109,6 +112,8 @@ def _loss_fault(loss: Any, y: Tensor) -> str | None:
             "must be one of torch's, with a reduction, since nothing else shows whether it is a mean or "
             f"a sum over the rows; {_OWN_STEP}"
         )
+    if options["reduction"] not in ("mean", "batchmean", "sum"):
+        return f"has reduction={options['reduction']!r}; use a mean or a sum"
     if options["reduction"] != "mean" or "ignore_index" not in options:
         return None
     # It divides by the weights of the targets, not by their number.
