@@ -148,11 +148,11 @@ def test_a_run_on_a_full_disk_says_that_it_failed_and_resumes(monkeypatch):
     whole = everystep.train_experiment("two-layer", settings, run="./whole", progress=False)
     write, written = recorder.write_snapshot, []
 
-    def full(folder, state):
+    def full(folder, state, first):
         written.append(state.step)
         if len(written) > 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(folder, state)
+        return write(folder, state, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(recorder, "write_snapshot", full)

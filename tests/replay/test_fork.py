@@ -559,14 +559,11 @@ def tuned(record, steps=24, rate=None, at=0):
     rows = torch.randn(20, 6, generator=generator), torch.randn(20, 1, generator=generator)
     batches = DataLoader(TensorDataset(*rows), batch_size=5, shuffle=True)
     with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
-        done = 0
         for _ in range(steps // 4):
             for x, y in recording.steps(batches):
-                done = getattr(recording, "step_count", done)
-                if rate is not None and done >= at:
+                if rate is not None and recording.step_count >= at:
                     optimizer.param_groups[0]["lr"] = rate
                 recording.log(loss=descend(optimizer, nn.functional.mse_loss(model(x), y)))
-                done += 1
             scheduler.step()
     return recording, [value.detach() for value in model.state_dict().values()]
 
