@@ -95,8 +95,8 @@ class _Training:
 def digits(training: _Training) -> nn.Module:
     """Train a convolutional network on the bundled images."""
     experiment = load("digits")
-    data = make_data(experiment, target_of(experiment.loss))
-    rows = TensorDataset(data.x, data.y)
+    data = make_data(experiment, target_of(experiment.loss)).tensors()
+    rows = TensorDataset(data["x"], data["y"])
     sampler: DistributedSampler[Any] = DistributedSampler(rows, seed=3)
     loader = DataLoader(rows, batch_size=32, sampler=sampler)
     model = nn.Sequential(
