@@ -205,7 +205,7 @@ def test_commands_take_the_ranks_of_a_run(trained, tmp_path, monkeypatch, everys
         named = everystep_command(given[0], "plain/ranks/1", *given[1:])
         assert everystep_command(given[0], "plain", *given[1:], "--rank", "1") == named
     code, _, error = everystep_command("rows", "plain", "3", "--rank", "2")
-    assert code and "plain has no rank 2; it has 2, counted from 0" in error
+    assert code and "plain has no rank 2; its ranks are 0 to 1" in error
     assert everystep_command("table", "plain", "--rank", "1")[0] == 0
     assert Path("plain-ranks-1-losses.html").exists()
     assert everystep_command("du", "plain")[1].split()[-1] == "0"  # no files of others

@@ -169,7 +169,7 @@ def plot(
 
     directory = directory_of(runs[0]) if len(runs) == 1 else None
     if directory is not None and measurements:
-        raise UsageError(f"{runs[0]} has many runs, of which only losses are drawn; leave out -m")
+        raise UsageError(f"{runs[0]} has many runs, and only their losses are drawn; leave out -m")
     if directory is not None:
         opened = everystep.runs(directory)
         drawn = sweep_plot(opened, [settings_of(run) for run in opened], log)

@@ -179,6 +179,7 @@ def _of_rank(run: str, rank: int) -> str:
 
     found = RecordedRun(find_run(run), may_be_cut=True)
     if rank >= len(ranks := found.ranks):
-        raise UsageError(f"{found.name} has no rank {rank}; it has {len(ranks)}, counted from 0")
+        known = f"its ranks are 0 to {len(ranks) - 1}" if ranks[1:] else "one process trained it"
+        raise UsageError(f"{found.name} has no rank {rank}; {known}")
     is_first = found.known_ranks is None or found.known_ranks.rank == 0
     return str(rank_directory(Path(run), rank) if is_first else ranks[rank].directory)

@@ -69,7 +69,7 @@ _PIECE = 64_000_000
 
 
 class ColumnsByName(Protocol):
-    """A table, of which one column at a time is looked at."""
+    """A table that is looked at one column at a time."""
 
     @property
     def columns(self) -> list[str]:
@@ -306,7 +306,7 @@ def scanned(path: Path, separator: str | None) -> pl.LazyFrame:
     """Return a file as a table that is read when it is asked for.
 
     Raises:
-        DataError: it is no sound text, or two columns have the same name.
+        DataError: it is not sound text, or two columns have the same name.
     """
     kind = path.suffix.lower()
     with read_errors(path):
@@ -320,7 +320,7 @@ def scanned(path: Path, separator: str | None) -> pl.LazyFrame:
 def check_text(path: Path, separator: str) -> None:
     """Check that a file is complete text, with one name for each column.
 
-    Otherwise polars would misread words, cut the last number, or give a second column another name.
+    Unchecked, polars would misread words, cut the last number, or give a second column another name.
     """
     quotes, wrong, lines, begin = 0, "", 1, 0
     with open_regular(path) as file:

@@ -44,7 +44,7 @@ from everystep.experiment.table import (
 
 __all__ = ["CachedTable", "cached_table", "features_by", "fit_table"]
 
-#: A text in a format of which single columns can be read.
+#: A text in a format from which single columns can be read.
 _TEXT = "table.parquet"
 #: To be raised where a table is converted in another way.
 _FORMAT = 1
@@ -71,7 +71,7 @@ def cached_table(
     """Return a table from the cache; convert it if that is not there, or was of other files.
 
     Raises:
-        DataError: the table is invalid, or there is no room for the cache.
+        DataError: the table is invalid, or the disk has not enough room for the cache.
     """
     asked = data.model_dump_json(exclude={"validation", "scale", "unseen"})
     key = hashlib.sha256(f"{_FORMAT} {pl.__version__} {asked} {classes}".encode()).hexdigest()[:12]

@@ -27,7 +27,7 @@ __all__ = ["Agreement", "check_same_number", "check_stops_together", "ranks_here
 R = TypeVar("R", bound=RecordedRun)
 #: Seconds to wait for other ranks before that is reported, and before it is an error, as in torch.
 NOTICE_SECONDS, MOST_SECONDS = 10, 1800
-#: The backend whose sums a replay can repeat, since it is computed in the same order there.
+#: The backend with sums that a replay can repeat, since they are computed in the same order there.
 GLOO = "gloo"
 #: Numbers the recordings of this process: the ranks begin the same ones.
 _numbers = count()

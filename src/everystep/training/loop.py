@@ -324,7 +324,7 @@ class _ModelWriter(RunWriter):
         self.measured += [(name, self.step, value) for name, value in measured.items()]
 
     def _measured(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the measurements of rank 0, the model of which the run shows."""
+        """Return the measurements of rank 0, which the run shows."""
         ranks = self.job.facts.ranks
         if ranks is None:
             return evaluation.measure()
