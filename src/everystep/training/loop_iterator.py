@@ -43,7 +43,12 @@ class LoopIterator(Iterator[Any]):
 
     def __next__(self) -> Any:
         if self._line not in self._checked:
-            self._counting()
+            new = self._new()
+            try:
+                self._counting(new)
+            finally:  # an error would hold the frame, and it all these objects
+                if new is not None:
+                    new.clear()
             self._checked.add(self._line)
         return None if self._is_skipping else next(self._items)
 
@@ -73,8 +78,20 @@ class LoopIterator(Iterator[Any]):
             next(counting)
         self._is_skipping = False
 
-    def _counting(self) -> enumerate[Any] | None:
+    def _new(self) -> list[Any] | None:
+        """Return what may be around it of the newest objects; None unless it is new itself.
+
+        A loop makes what is around the iterator when it makes the iterator, unless a generator asks for
+        it. To look at all objects that there are takes as long as a hundred small steps.
+        """
+        kinds = LoopIterator, *_COUNTING, *_HOLDING
+        new = [o for age in (0, 1) for o in gc.get_objects(age) if type(o) in kinds]
+        return None if self._between() or not any(each is self for each in new) else new
+
+    def _counting(self, among: list[Any] | None = None) -> enumerate[Any] | None:
         """Return the `enumerate` directly around it, None if there is none.
+
+        among: the objects of which some may be around it; None: all.
 
         Raises:
             UsageError: something else around it would begin again in a resumed loop.
@@ -82,7 +99,7 @@ class LoopIterator(Iterator[Any]):
         found, frames = None, self._between()
         inner: list[Any] = [self, *frames]
         for _ in range(_DEEPEST):
-            around = gc.get_referrers(*inner) if inner else []
+            around = _referring(inner, among)
             for each in around:
                 source = _source(each) if type(each) in _COUNTING else None
                 if source is self and type(each) is enumerate and self._is_counted:
@@ -121,6 +138,14 @@ class LoopIterator(Iterator[Any]):
             found.append(asking)
             asking = asking.f_back
         return found
+
+
+def _referring(inner: list[Any], among: list[Any] | None) -> list[Any]:
+    """Return the objects that refer to one of `inner`. among: where to look; None: everywhere."""
+    if among is None:
+        return gc.get_referrers(*inner) if inner else []
+    known = {*map(id, inner)}
+    return [each for each in among if not known.isdisjoint(map(id, gc.get_referents(each)))]
 
 
 def _source(counting: Any) -> Any:
