@@ -27,6 +27,8 @@ from everystep.training import agreement
 from everystep.training.job import Progress
 
 STEPS = 8
+#: The step after which a fork of `epochs` begins, in its second epoch.
+FORKED_AT = 9
 
 
 def batches(rank, rows=6, columns=20):
@@ -245,8 +247,11 @@ def uneven(begin, rank):
     return trained_alone(begin, model, batches(rank)[: 8 if rank else 5], add)
 
 
-def epochs(begin, rank, kill=None):
-    """A sampler of torch's, dropout, and a validation on all ranks; kill: ends a rank at a step."""
+def epochs(begin, rank, kill=None, slower_after=None):
+    """A sampler of torch's, dropout, and a validation on all ranks.
+
+    kill: ends a rank at a step; slower_after: the step after which the rate is lower.
+    """
     generator = torch.Generator().manual_seed(1)
     rows = TensorDataset(*(torch.randn(48, n, generator=generator) for n in (20, 1)))
     sampler = DistributedSampler(rows, seed=3)
@@ -258,6 +263,8 @@ def epochs(begin, rank, kill=None):
         for epoch in recording.epochs(3):
             sampler.set_epoch(epoch)
             for x, y in recording.steps(loader):
+                if recording.step_count == slower_after:
+                    optimizer.param_groups[0]["lr"] = 0.001
                 loss = nn.functional.mse_loss(ddp(x), y)
                 optimizer.zero_grad()
                 loss.backward()
@@ -272,6 +279,13 @@ def epochs(begin, rank, kill=None):
             ddp.train()
             recording.log(validation=validation)
     return model
+
+
+def forked(begin, rank):
+    """A fork of `epochs` in the middle of an epoch, with another rate."""
+    if begin is not unrecorded:
+        begin = partial(everystep.record, run="runs/forked", fork="runs/epochs", at=FORKED_AT)
+    return epochs(begin, rank, slower_after=FORKED_AT)
 
 
 def planted(begin, rank, *, row=False, weight=False, nan=False):

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TRAINED = [
     *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
     *("accumulated", "by_hand", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
-    *("trained_model", "trained_step"),
+    *("forked", "trained_model", "trained_step"),
 ]
 REFUSED = {
     "other_parts": r"parts is \['network'\] on rank 0, and \['model'\] on rank 1",
@@ -314,6 +314,8 @@ def test_what_needs_one_process_is_refused(trained, tmp_path):
         run.rerun(threads=2)
     with pytest.raises(everystep.RunError, match="recorded by 2 processes"):
         everystep.record(run=runs / "plain", resume=True, model=nn.Linear(2, 1)).__enter__()
+    with pytest.raises(everystep.RunError, match="fork it with 2 processes"):
+        everystep.record(fork=runs / "plain", at=3, model=nn.Linear(2, 1)).__enter__()
     with pytest.raises(everystep.UsageError, match="has no ranks"):
         model = nn.Linear(2, 1)
         with everystep.record(run=tmp_path / "one", model=model) as recording:

@@ -148,7 +148,8 @@ class RecordedRun:
         if known is not None:
             raise RunError(
                 f"{self.name} was trained by {known.count} processes, and everystep cannot {what} yet; "
-                "verify, step, diff, why, rows, when and measure work, and the script resumes it"
+                "verify, step, diff, why, rows, when and measure work, and its script resumes it, or "
+                "forks it by everystep.record(fork=..., at=...)"
             )
 
     def _of_rank(self, directory: Path, known: RanksFacts) -> Self:

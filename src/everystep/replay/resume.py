@@ -111,7 +111,7 @@ class Resume:
             return self
         agreement = Agreement(ranks)
         agreement.check({"the run to resume": self.run.ranks[0].directory.name})
-        return replace(self, run=agreement.resumed(self.run))
+        return replace(self, run=agreement.continued(self.run.ranks[ranks.rank]))
 
     def __len__(self) -> int:
         common = self.run.common_steps

@@ -100,18 +100,12 @@ class Agreement:
         self._shared("directory", {"directory": str(place.resolve())}, sources=[])
         return place
 
-    def resumed(self, run: R) -> R:
-        """Return the run of this rank, which continues from a state that all ranks have.
-
-        run: of rank 0, or of any.
-
-        Raises:
-            RunError: that of a rank is missing.
-        """
-        own = run.ranks[self.ranks.rank]
-        known = self._shared("states", [own.snapshots, own.newest_step()])
-        states, steps = zip(*known, strict=True)
-        own.common_states = frozenset.intersection(*map(frozenset, states))
+    def continued(self, own: R) -> R:
+        """Return the run of this rank, which continues from a state that all ranks have."""
+        states = [row.step for row in own.own_snapshot_rows()]
+        known = self._shared("states", [states, own.newest_step()])
+        of_all, steps = zip(*known, strict=True)
+        own.common_states = frozenset.intersection(*map(frozenset, of_all))
         own.common_steps = min(steps)
         return own
 
@@ -170,8 +164,8 @@ def check_stops_together(setting: str, cure: str) -> None:
         )
 
 
-def check_same_number(run: RecordedRun, ranks: RanksFacts | None) -> None:
-    """Check that as many processes resume a run as have recorded it.
+def check_same_number(run: RecordedRun, ranks: RanksFacts | None, verb: str = "resume") -> None:
+    """Check that as many processes continue a run as have recorded it. verb: what they do.
 
     Raises:
         RunError: it was recorded by another number.
@@ -181,7 +175,7 @@ def check_same_number(run: RecordedRun, ranks: RanksFacts | None) -> None:
     if before != now:
         raise RunError(
             f"{run.name} was recorded by {_processes(before)}, and {_processes(now)} would continue "
-            f"it; resume it with {_processes(before)}"
+            f"it; {verb} it with {_processes(before)}"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from everystep.errors import RunError, UsageError, say
+from everystep.errors import RunError, say
 from everystep.recording.contents import given_of, inputs_of
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
@@ -76,17 +76,15 @@ class LoopStart:
         agreement = None if ranks is None else Agreement(ranks)
         if agreement is not None:
             agreement.check(self._about(parts))
-        if self.fork is not None:
-            return self._forked(*self.fork, parts, place)
-        if self.resumed is not None:
-            check_same_number(self.resumed, ranks)
-            run = self.resumed if agreement is None else agreement.resumed(self.resumed)
+        if self.earlier is not None:
+            check_same_number(self.earlier, ranks, "fork" if self.fork else "resume")
+            earlier = self.earlier if ranks is None else self.earlier.ranks[ranks.rank]
+            if self.fork is not None:
+                return self._forked(earlier, self.fork[1], parts, place, agreement)
+            run = earlier if agreement is None else agreement.continued(earlier)
             return self._continued(run, parts, place)
-        directory = (
-            agreement.directory(self.directory, "loop")
-            if agreement
-            else create_directory(self.directory, "loop")
-        )
+        create = create_directory if agreement is None else agreement.directory
+        directory = create(self.directory, "loop")
         whole = PartsState(parts)
         place.begin()
         beginning = whole.snapshot(0)
@@ -99,13 +97,11 @@ class LoopStart:
 
     def _about(self, parts: Parts) -> dict[str, Any]:
         """Return what must be equal on all ranks."""
-        if self.fork is not None:
-            raise UsageError(
-                "a loop of several processes cannot be forked yet; record a new run, or resume one"
-            )
         return {
             "the run": None if self.directory is None else str(self.directory),
             "the run to resume": None if self.resumed is None else self.resumed.directory.name,
+            "the run to fork": None if self.fork is None else str(self.fork[0].directory.resolve()),
+            "the step to fork at": None if self.fork is None else self.fork[1],
             "keep": repr(self.keep),
             "parts": [*parts.named],
             "everystep": version("everystep"),
@@ -125,14 +121,21 @@ class LoopStart:
             keep=self.keep,
         )
 
-    def _forked(self, parent: RecordedRun, at: int, parts: Parts, place: LoaderPosition) -> LoopWriter:
+    def _forked(
+        self,
+        parent: RecordedRun,
+        at: int,
+        parts: Parts,
+        place: LoaderPosition,
+        agreement: Agreement | None,
+    ) -> LoopWriter:
         """Make a run of a parent's steps up to `at`, and continue it.
 
         Its loop repeats the steps from the newest snapshot to `at`, as a resumed loop does: only a
         snapshot holds everything that a loop carries.
         """
         _check_is_loop(parent, "fork it with everystep fork")
-        if at > (newest := parent.newest_step()):
+        if at > (newest := min(each.newest_step() for each in parent.ranks)):
             raise RunError(f"{parent.name} has no step {at}: it has {newest:,} steps")
         state = parent.state_near(newest)
         if at and (state is None or _goal(parent, state) is None):
@@ -142,7 +145,8 @@ class LoopStart:
             )
         trained = facts_of_loop(parts)
         fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
-        directory = create_directory(self.directory, f"{parent.name}-fork")
+        create = create_directory if agreement is None else agreement.directory
+        directory = create(self.directory, f"{parent.name}-fork")
         try:
             begin = parent.state_near(0)
             if begin is not None:
@@ -151,7 +155,9 @@ class LoopStart:
                 PartsState(parts).check_begins_as(begin, cure)
             facts = Facts(name=directory.name, started=now(), steps=at, trained=trained, fork=fork)
             Recorder(directory, facts, self.snapshot_budget, parent, at, self.batch_budget).finish({})
-            return self._continued(RecordedRun(directory), parts, place, is_new=True)
+            run = RecordedRun(directory)
+            run = run if agreement is None else agreement.continued(run)
+            return self._continued(run, parts, place, is_new=True)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)  # made just now, and not started
             raise
