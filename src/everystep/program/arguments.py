@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,13 +95,17 @@ def decode(value: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
     return torch.device(name) if key == "device" else _ENUMERATIONS[key][name]
 
 
-def references(value: Any) -> Iterator[str]:
-    """Yield the names of tensors in an argument as `encode` writes it."""
+def references(value: Any) -> list[str]:
+    """Return the names of tensors in an argument as `encode` writes it."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from references(item)
+        return [value]
+    found: list[str] = []
+    for item in value if isinstance(value, list | tuple) else ():
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, list | tuple):
+            found += references(item)
+    return found
 
 
 def fits(kind: str, value: Any, size: int | None = None) -> bool:

@@ -165,7 +165,8 @@ def is_plain(value: Any) -> bool:
 def kind_of(value: Any) -> type:
     """Return the class of a value, or `Unknown` if hashing the class may run user code."""
     cls = type(value)
-    return cls if any(type(cls) is known for known in _METACLASSES) else Unknown
+    own = type(cls)
+    return cls if own is type or any(own is known for known in _METACLASSES) else Unknown
 
 
 def is_a(value: Any, *kinds: type) -> bool:
