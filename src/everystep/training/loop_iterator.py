@@ -6,13 +6,14 @@ is advanced to its place; all else is refused as the loop begins, not after a tr
 
 from __future__ import annotations
 
+import dis
 import gc
 import inspect
 import itertools
 import sys
 from collections.abc import Collection, Iterator
 from types import CodeType, GeneratorType
-from typing import Any
+from typing import Any, Self
 
 from everystep.errors import UsageError
 
@@ -24,6 +25,8 @@ _COUNTING = (enumerate, zip, itertools.islice, itertools.zip_longest)
 _HOLDING = (tuple, map, filter, itertools.chain)
 #: Of iterators around iterators, as many as anybody nests: to find each takes as long as a collection.
 _DEEPEST = 6
+#: What a `for` does with what it iterates over, before it begins.
+_GET_ITER = dis.opmap["GET_ITER"]
 #: Where in the code a loop asked for its iterator.
 _Line = tuple[CodeType, int]
 
@@ -40,15 +43,21 @@ class LoopIterator(Iterator[Any]):
     ) -> None:
         self._items, self._of, self._name, self._line, self._checked = items, of, name, line, checked
         self._is_skipping = False
+        #: Whether a `for` iterates over it directly, and no generator passes on what it yields.
+        self._is_alone = False
+
+    def __iter__(self) -> Self:
+        frame = sys._getframe(1)
+        code = frame.f_code
+        is_for = code.co_code[frame.f_lasti] == _GET_ITER
+        self._is_alone = is_for and not code.co_flags & inspect.CO_GENERATOR
+        return self
 
     def __next__(self) -> Any:
         if self._line not in self._checked:
-            new = self._new()
-            try:
-                self._counting(new)
-            finally:  # an error would hold the frame, and it all these objects
-                if new is not None:
-                    new.clear()
+            # To look for what is around it takes as long as a hundred small steps.
+            if not self._is_alone:
+                self._counting()
             self._checked.add(self._line)
         return None if self._is_skipping else next(self._items)
 
@@ -78,20 +87,8 @@ class LoopIterator(Iterator[Any]):
             next(counting)
         self._is_skipping = False
 
-    def _new(self) -> list[Any] | None:
-        """Return what may be around it of the newest objects; None unless it is new itself.
-
-        A loop makes what is around the iterator when it makes the iterator, unless a generator asks for
-        it. To look at all objects that there are takes as long as a hundred small steps.
-        """
-        kinds = LoopIterator, *_COUNTING, *_HOLDING
-        new = [o for age in (0, 1) for o in gc.get_objects(age) if type(o) in kinds]
-        return None if self._between() or not any(each is self for each in new) else new
-
-    def _counting(self, among: list[Any] | None = None) -> enumerate[Any] | None:
+    def _counting(self) -> enumerate[Any] | None:
         """Return the `enumerate` directly around it, None if there is none.
-
-        among: the objects of which some may be around it; None: all.
 
         Raises:
             UsageError: something else around it would begin again in a resumed loop.
@@ -99,7 +96,7 @@ class LoopIterator(Iterator[Any]):
         found, frames = None, self._between()
         inner: list[Any] = [self, *frames]
         for _ in range(_DEEPEST):
-            around = _referring(inner, among)
+            around = gc.get_referrers(*inner) if inner else []
             for each in around:
                 source = _source(each) if type(each) in _COUNTING else None
                 if source is self and type(each) is enumerate and self._is_counted:
@@ -138,14 +135,6 @@ class LoopIterator(Iterator[Any]):
             found.append(asking)
             asking = asking.f_back
         return found
-
-
-def _referring(inner: list[Any], among: list[Any] | None) -> list[Any]:
-    """Return the objects that refer to one of `inner`. among: where to look; None: everywhere."""
-    if among is None:
-        return gc.get_referrers(*inner) if inner else []
-    known = {*map(id, inner)}
-    return [each for each in among if not known.isdisjoint(map(id, gc.get_referents(each)))]
 
 
 def _source(counting: Any) -> Any:
