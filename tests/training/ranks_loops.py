@@ -7,6 +7,7 @@ of the weights of both.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import everystep
 from everystep.cli import app
-from everystep.training import agreement
+from everystep.training import agreement, writer
 from everystep.training.job import Progress
 
 STEPS = 8
@@ -281,11 +282,16 @@ def epochs(begin, rank, kill=None, slower_after=None):
     return model
 
 
-def forked(begin, rank):
-    """A fork of `epochs` in the middle of an epoch, with another rate."""
+def forked(begin, rank, kill=None):
+    """A fork of `epochs` in the middle of an epoch, with another rate.
+
+    If a rank is killed, rank 0 has written all its steps, and others only some.
+    """
+    if kill is not None:
+        writer.FLUSH_SECONDS = math.inf if rank else 0.0
     if begin is not unrecorded:
-        begin = partial(everystep.record, run="runs/forked", fork="runs/epochs", at=FORKED_AT)
-    return epochs(begin, rank, slower_after=FORKED_AT)
+        begin = partial(begin, fork=os.environ.get("PARENT", "runs/epochs"), at=FORKED_AT)
+    return epochs(begin, rank, kill, slower_after=FORKED_AT)
 
 
 def planted(begin, rank, *, row=False, weight=False, nan=False):

@@ -271,19 +271,21 @@ def test_more_ranks_replay_bit_for_bit(tmp_path, processes):
 @pytest.mark.parametrize(
     ("name", "kill"),
     [
+        ("forked", "1,13"),
         *[("epochs", kill) for kill in ("1,17", "0,5", "0,17", "1,2")],
         *[("shuffled_mean", kill) for kill in ("1,7", "0,13")],
     ],
 )
-@pytest.mark.sweep(every=6)
+@pytest.mark.sweep(every=4)
 def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, trained, name, kill):
-    found, errors = launched(tmp_path, [name], KILL=kill)
+    parent = {"PARENT": str(trained[0] / "epochs")}
+    found, errors = launched(tmp_path, [name], KILL=kill, **parent)
     assert None in found
     run = everystep.open(tmp_path / "runs" / name)
     lacks, verified = min(map(len, run.ranks)), run.verify()
     assert lacks == len(run) or "has recorded only" in " ".join(verified.problems)
     assert verified.steps >= lacks
-    found, errors = launched(tmp_path, [name], RESUME="1", RECORDED="1")
+    found, errors = launched(tmp_path, [name], RESUME="1", RECORDED="1", **parent)
     assert None not in found, errors
     assert [each[name][:1] for each in found] == [each[name][:1] for each in trained[1]]
     run = everystep.open(tmp_path / "runs" / name)

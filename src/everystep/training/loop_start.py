@@ -178,7 +178,8 @@ class LoopStart:
         trained = facts_of_loop(parts)
         changed = changes(before.training, trained)
         check_changes(run, changed, is_accepted=is_accepted)
-        recorded = run.newest_step()
+        # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
+        recorded = run.newest_step() if run.common_steps is None else run.common_steps
         problems: list[str] = []
         state = run.state_near(recorded, on_problem=problems.append)
         if state is None:
