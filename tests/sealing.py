@@ -1,6 +1,5 @@
 """Alters a run's database on purpose, or makes an altered run look like a recording of its numbers."""
 
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -19,16 +18,18 @@ def sql(directory, *statements):
 
 def seal(directory):
     """Write the digests of the numbers and facts that a run has now; remove states of later steps."""
-    with closing(Database.change(directory / FILE_NAME)) as database, database.transaction():
-        database.connection.execute("DELETE FROM blocks")
-        for name in (LOSS, *map(series_of, database.measurement_names())):
-            steps, values = database.series(name)
-            database.change_digests(name, dict(zip(steps.tolist(), values.tolist(), strict=True)))
-        database.change_facts_digest()
-        later = [row for row in database.snapshots() if row.step > database.newest_step()]
-        database.remove_files(f"{row.directory}/*" for row in later)
-    for row in later:
-        shutil.rmtree(directory / row.directory)
+    with closing(Database.change(directory / FILE_NAME)) as database:
+        later = [row.directory for row in database.snapshots() if row.step > database.newest_step()]
+        with database.removing(later):
+            _seal_numbers(database)
+
+
+def _seal_numbers(database):
+    database.connection.execute("DELETE FROM blocks")
+    for name in (LOSS, *map(series_of, database.measurement_names())):
+        steps, values = database.series(name)
+        database.change_digests(name, dict(zip(steps.tolist(), values.tolist(), strict=True)))
+    database.change_facts_digest()
 
 
 def seal_files(directory):

@@ -205,13 +205,13 @@ class Batches:
 @pytest.mark.parametrize(
     ("batches", "epochs", "options", "message"),
     [
-        (Batches(4000), 1, {}, "this run will take about 2.0 GB: 2.0 GB of batches (now 1 MB a step)"),
+        (Batches(4000), 1, {}, "this run will take about 2 GB: 2 GB of batches (now 1 MB a step)"),
         (Batches(600), 2, {}, None),  # the rows may come again
         (Batches(10), 200, {}, "from about step 1,999 on, the oldest batches are given up"),
         (Batches(10, are_new=False), 10_000, {}, None),
         (Batches(4000), 1, {"keep": "last 200 steps"}, None),
         (Batches(4000), 1, {"keep": [(0, 300), (3000, 3300)]}, None),
-        (Batches(4000), 1, {"keep": "last 3000 steps"}, "pass fewer steps in keep or a larger batch"),
+        (Batches(4000), 1, {"keep": "last 3000 steps"}, "batch_budget and snapshot_budget change that"),
     ],
 )
 def test_a_run_that_will_be_large_is_announced_once(

@@ -40,6 +40,7 @@ __all__ = [
     "SNAPSHOTS",
     "Change",
     "FileRow",
+    "batch_file",
     "bytes_of",
     "check_data",
     "check_writable_files",
@@ -52,6 +53,7 @@ __all__ = [
     "read_file",
     "read_tensors",
     "row_of_file",
+    "state_folder",
     "take_file",
     "write_change",
     "write_data",
@@ -95,6 +97,16 @@ def row_of_file(name: str, content: bytes) -> FileRow:
 def program_file(number: int) -> str:
     """Return the name of the file of a program, by its number (from 1) in the run."""
     return f"{PROGRAMS}/{number}.json"
+
+
+def batch_file(number: int) -> str:
+    """Return the name of a file of batches, by its number (from 1) in the run."""
+    return f"{BATCHES}/{number}.bin"
+
+
+def state_folder(step: int) -> str:
+    """Return the name of the directory of a state."""
+    return f"{SNAPSHOTS}/{step:06d}"
 
 
 def read_file(directory: Path, row: FileRow) -> bytes:

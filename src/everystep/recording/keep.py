@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from everystep.bounded import MOST_STEPS
-from everystep.errors import Fault, UsageError
+from everystep.errors import Fault, UsageError, size_text
 from everystep.recording.facts import Facts, NotKeptFacts
 
 __all__ = ["RECENT", "Ahead", "Keep", "Outlook", "is_kept", "keep_of", "kept_text"]
@@ -143,45 +143,35 @@ class Outlook(NamedTuple):
 
     def notice(self, ahead: Ahead) -> str | None:
         """Return what to tell the user, None if the run will not be large."""
-        batches, snapshots = self._batches(ahead), self._snapshots(ahead)
-        kept = min(batches, self.batch_budget)
-        if kept + snapshots <= _LARGE:
+        whole, snapshots = self._batches(ahead), self._snapshots(ahead)
+        batches = min(whole, self.batch_budget)
+        if batches + snapshots <= _LARGE:
             return None
         about = "about" if ahead.total is not None else "at least"
         text = (
-            f"this run will take {about} {_size(kept + snapshots)}: {_size(kept)} of batches (now "
-            f"{_size(self.rate)} a step) and {_size(snapshots)} of snapshots ({_size(self.state)} each)"
+            f"this run will take {about} {size_text(batches + snapshots)}: {size_text(batches)} of "
+            f"batches (now {size_text(self.rate)} a step) and {size_text(snapshots)} of snapshots "
+            f"({size_text(self.state)} each; the first and the newest stay in any case)"
         )
-        cures = []
-        if self.rate:
-            count = 10 ** int(math.log10(max(1, _LARGE / 2 / self.rate)))
-            cures.append(f'keep="last {count} steps"' if self.keep is None else "fewer steps in keep")
-        if self.rate and (batches > self.batch_budget or ahead.total is None):
+        if self.rate and (whole > self.batch_budget or ahead.total is None) and self.keep is None:
             full = self.steps + max(0, self.batch_budget - self.batches) / self.rate
-            since = f"from about step {full:,.0f} on, " if self.keep is None else ""
             text += (
-                f"; {since}the oldest batches are given up to stay within batch_budget "
-                f"({_size(self.batch_budget)}), and their steps do not open"
+                f"; from about step {full:,.0f} on, the oldest batches are given up, and their steps do "
+                "not open"
             )
-            cures.append("a larger batch_budget")
-        if 2 * self.state > self.snapshot_budget:
-            text += "; the first and the newest snapshot stay in any case"
-        elif snapshots > kept:
-            cures.append("a smaller snapshot_budget")
-        return text + (f"; to change that, pass {' or '.join(cures)}" if cures else "")
+        count = 10 ** int(math.log10(max(1, _LARGE / 2 / max(1, self.rate))))
+        return f'{text}; keep="last {count} steps", batch_budget and snapshot_budget change that'
 
     def _batches(self, ahead: Ahead) -> float:
         """Return what batches will take if nothing is given up to stay within the budget."""
         alike, keep = ahead.alike or 0, self.keep
-        if keep is not None and keep.windows:
-            last = self.steps + alike if ahead.alike is not None else keep.windows[-1][1]
-            alike = sum(max(0, min(two, last) - max(one - 1, self.steps)) for one, two in keep.windows)
-        found = self.batches + self.rate * alike
-        if ahead.total is None and self.rate and keep is None:  # it may well run as long again
-            found = max(found, 2 * self.batches)
         if keep is not None and keep.newest is not None:
-            found = min(found, self.rate * (keep.newest + 2 * keep.chunk))
-        return found
+            return min(self.batches + self.rate * alike, self.rate * (keep.newest + 2 * keep.chunk))
+        if keep is not None:
+            last = keep.windows[-1][1] if ahead.alike is None else self.steps + alike
+            alike = sum(max(0, min(two, last) - max(one - 1, self.steps)) for one, two in keep.windows)
+        is_open = ahead.total is None and keep is None  # it may well run as long again
+        return max(self.batches + self.rate * alike, 2 * self.batches if self.rate and is_open else 0)
 
     def _snapshots(self, ahead: Ahead) -> float:
         """Return what snapshots will take: within the budget, but at least the first and the newest."""
@@ -190,9 +180,3 @@ class Outlook(NamedTuple):
             steps = min(steps, self.keep.newest)
         count = 2 + steps / self.interval if self.interval else 2
         return max(2 * self.state, min(count * self.state, self.snapshot_budget))
-
-
-def _size(count: float) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ from everystep.recording.database import FILE_NAME, Database, Repeat, cut
 from everystep.recording.directories import GoneError, Home
 from everystep.recording.facts import EarlierFacts, Facts, NotKeptFacts
 from everystep.recording.files import (
-    CHANGES,
     DATA_FILE,
     DATA_LIMIT,
     PROGRAMS,
@@ -33,6 +31,7 @@ from everystep.recording.files import (
     Change,
     program_file,
     row_of_file,
+    state_folder,
     write_change,
     write_data,
     write_whole,
@@ -201,11 +200,9 @@ class Recorder:
         later = [taken for taken in self.plan.kept if taken > step]
         for taken in later:
             del self.plan.kept[taken]
-        with self._database.transaction():
-            files = self._database.forget_after(step)
-        for name in files:
-            (self._home.here / name).unlink(missing_ok=True)
-        self._remove_snapshots(later)
+        changes = self._database.changes(lambda changed: changed > step)
+        with self._database.removing([*map(state_folder, later), *changes]):
+            self._database.forget_after(step)
         self._passed = min(self._passed, step)
 
     @_in_thread
@@ -373,7 +370,7 @@ class Recorder:
             if parent is not None:
                 inherited = inherit(here, database, self.plan, parent, at)
             if beginning is not None and at not in self.plan.kept:
-                row = write_snapshot(here / SNAPSHOTS, beginning)
+                row = write_snapshot(here, beginning)
                 database.enter(row.files)
                 self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
@@ -437,16 +434,11 @@ class Recorder:
                     self._note_call(read_snapshot(self._home.here, row))
         resumed = [(self._call_begins.get(step, 1), step) for step in self.plan.kept]
         resumed.append((max(self.plan.kept) + 1, MOST_STEPS))
-        with self._database.transaction():
+        changes = self._database.changes(lambda changed: not self._is_kept(changed + 1))
+        batches = self._repeats.drop(self._repeats.unneeded(resumed))
+        with self._database.removing([*map(state_folder, states), *batches, *changes]):
             self._repeats.forget(self._not_kept, resumed)
-            rows = self._database.files(f"{CHANGES}/*")
-            changes = [row.name for row in rows if not self._is_kept((row.step or 0) + 1)]
-            self._database.remove_files(changes)
             self._database.write_facts({"not_kept": self._not_kept})
-        self._repeats.remove_files()
-        for name in changes:
-            (self._home.here / name).unlink(missing_ok=True)
-        self._remove_snapshots(states)
 
     def drain(self) -> None:
         """Wait until everything so far is on disk.
@@ -568,16 +560,14 @@ class Recorder:
         started, began = clock.worked(), clock.now()
         first = next((row for row in self._database.snapshots() if row.step == 0), None)
         try:
-            row = write_snapshot(self._home.here / SNAPSHOTS, state, first)
+            row = write_snapshot(self._home.here, state, first)
         except Exception:  # safetensors has its own
             if not self._follow():
                 raise
-            row = write_snapshot(self._home.here / SNAPSHOTS, state, first)
+            row = write_snapshot(self._home.here, state, first)
         self._note_call(state)
-        given_up = self.plan.add(row.step, row.size)
-        with self._database.transaction():
+        with self._database.removing(map(state_folder, self.plan.add(row.step, row.size))):
             self._database.enter(row.files)
-        self._remove_snapshots(given_up)
         self._snapshot_seconds = clock.worked() - started
         if row.size > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
             self._snapshot_seconds = clock.now() - began
@@ -587,13 +577,6 @@ class Recorder:
     def _note_call(self, state: State) -> None:
         taken = (state.settings.get("place") or {}).get("taken", 0)
         self._call_begins[state.step] = state.step - taken + 1
-
-    def _remove_snapshots(self, steps: list[int]) -> None:
-        if steps:
-            with self._database.transaction():
-                self._database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in steps)
-            for step in steps:
-                shutil.rmtree(self._home.here / SNAPSHOTS / f"{step:06d}", ignore_errors=True)
 
     def _translated(self, error: BaseException, last_step: int) -> RecordingError:
         if last_step:

@@ -12,9 +12,9 @@ from pathlib import Path
 import polars as pl
 from markupsafe import Markup
 
+from everystep.errors import size_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.views.facts_text import facts_data, landmarks, state_data
-from everystep.views.formatting import size_text
 from everystep.views.loss_table import loss_table, rendered
 from everystep.views.output_file import write_file
 
