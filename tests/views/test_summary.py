@@ -8,7 +8,7 @@ from tests.sealing import seal
 
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import optimizers_text
-from everystep.views.summary_html import summary_html
+from everystep.views.report import summary_html
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 

@@ -1,30 +1,22 @@
-"""Keep: which steps of a long recording open afterwards; and what it will take on the disk.
-
-Losses and measurements stay of all steps.
-"""
+"""Keep: which steps of a long recording open afterwards. Losses and measurements stay of all steps."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from everystep.bounded import MOST_STEPS
-from everystep.errors import Fault, UsageError, size_text
+from everystep.errors import Fault, UsageError
 from everystep.recording.facts import Facts, NotKeptFacts
 
-__all__ = ["RECENT", "Ahead", "Keep", "Outlook", "is_kept", "keep_of", "kept_text"]
+__all__ = ["Keep", "is_kept", "keep_of", "kept_text"]
 
 _NEWEST = re.compile(r"last ([\d_,]*\d) steps?")
 #: What to write, for a message.
 _CURE = 'write keep="last 2000 steps", or windows of steps: keep=[(0, 500), (9000, 10000)]'
 #: Steps of windows between two looks at what is no longer needed.
 _CHUNK = 1000
-#: Bytes that a run may take without a notice.
-_LARGE = 1_000_000_000
-#: The newest steps that those to come are expected to be like.
-RECENT = 8
 
 
 class Keep(NamedTuple):
@@ -112,71 +104,3 @@ def keep_of(value: Any) -> Keep | None:
     if faults:
         raise UsageError(faults, "the windows of steps to keep")
     return Keep(str([tuple(window) for window in value]), windows=tuple((a, b) for a, b in value))
-
-
-class Ahead(NamedTuple):
-    """The steps to come, as far as they are known.
-
-    alike: how many are sure to bring new rows if the newest ones did; total: all; None if unknown.
-    """
-
-    alike: int | None
-    total: int | None
-
-
-class Outlook(NamedTuple):
-    """What a recording has written after some steps, in bytes.
-
-    steps: so far; batches: on the disk; rate: of new batches in a recent step; state: the newest
-    snapshot; interval: steps between snapshots; snapshot_budget, batch_budget: the most that stays of
-    each; keep: which steps stay.
-    """
-
-    steps: int
-    batches: int
-    rate: float
-    state: int
-    interval: int | None
-    snapshot_budget: float
-    batch_budget: float
-    keep: Keep | None
-
-    def notice(self, ahead: Ahead) -> str | None:
-        """Return what to tell the user, None if the run will not be large."""
-        whole, snapshots = self._batches(ahead), self._snapshots(ahead)
-        batches = min(whole, self.batch_budget)
-        if batches + snapshots <= _LARGE:
-            return None
-        about = "about" if ahead.total is not None else "at least"
-        text = (
-            f"this run will take {about} {size_text(batches + snapshots)}: {size_text(batches)} of "
-            f"batches (now {size_text(self.rate)} a step) and {size_text(snapshots)} of snapshots "
-            f"({size_text(self.state)} each; the first and the newest stay in any case)"
-        )
-        if self.rate and (whole > self.batch_budget or ahead.total is None) and self.keep is None:
-            full = self.steps + max(0, self.batch_budget - self.batches) / self.rate
-            text += (
-                f"; from about step {full:,.0f} on, the oldest batches are given up, and their steps do "
-                "not open"
-            )
-        count = 10 ** int(math.log10(max(1, _LARGE / 2 / max(1, self.rate))))
-        return f'{text}; keep="last {count} steps", batch_budget and snapshot_budget change that'
-
-    def _batches(self, ahead: Ahead) -> float:
-        """Return what batches will take if nothing is given up to stay within the budget."""
-        alike, keep = ahead.alike or 0, self.keep
-        if keep is not None and keep.newest is not None:
-            return min(self.batches + self.rate * alike, self.rate * (keep.newest + 2 * keep.chunk))
-        if keep is not None:
-            last = keep.windows[-1][1] if ahead.alike is None else self.steps + alike
-            alike = sum(max(0, min(two, last) - max(one - 1, self.steps)) for one, two in keep.windows)
-        is_open = ahead.total is None and keep is None  # it may well run as long again
-        return max(self.batches + self.rate * alike, 2 * self.batches if self.rate and is_open else 0)
-
-    def _snapshots(self, ahead: Ahead) -> float:
-        """Return what snapshots will take: within the budget, but at least the first and the newest."""
-        steps = ahead.total if ahead.total is not None else self.steps + (ahead.alike or self.steps)
-        if self.keep is not None and self.keep.newest is not None:
-            steps = min(steps, self.keep.newest)
-        count = 2 + steps / self.interval if self.interval else 2
-        return max(2 * self.state, min(count * self.state, self.snapshot_budget))
