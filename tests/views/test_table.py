@@ -74,11 +74,10 @@ def test_an_excerpt_has_the_extremes_that_its_caption_says(run_of, count, rows):
     table = loss_table(run_of(values[0].tolist(), measured), rows=rows)
     assert len(table.frame) <= rows
     caption = table.caption()
-    (of_losses,) = re.findall(r"of each ([\d,]+) steps the smallest and the largest loss", caption)
-    (of_each,) = re.findall(r"of each ([\d,]+) steps the smallest and the largest value of", caption)
+    (of_each,) = re.findall(r"of each ([\d,]+) steps the smallest and the largest loss", caption)
+    width = int(of_each.replace(",", ""))
     kept = dict(zip(table.frame["step"], table.frame.drop("step").rows(), strict=True))
     for i, column in enumerate(values):
-        width = int((of_each if i else of_losses).replace(",", ""))
         for start in range(0, 4321, width):
             stretch = column[start : start + width]
             found = [kept[n][i] for n in range(start + 1, start + len(stretch) + 1) if n in kept]
