@@ -10,10 +10,16 @@ from everystep.recording.files import row_of_file
 
 
 def sql(directory, *statements):
-    """Change the database of a run; a statement is a text, or has arguments."""
+    """Change the database of a run; return the rows of the last statement.
+
+    A statement is a text, or has arguments; a list of them is for many times.
+    """
     with closing(sqlite3.connect(Path(directory, FILE_NAME))) as database, database:
         for statement in statements:
-            database.execute(*((statement,) if isinstance(statement, str) else statement))
+            text, *given = (statement,) if isinstance(statement, str) else statement
+            run = database.executemany if given and isinstance(given[0], list) else database.execute
+            found = run(text, *given).fetchall()
+    return found
 
 
 def seal(directory):

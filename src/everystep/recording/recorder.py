@@ -516,8 +516,8 @@ class Recorder:
                 f"{self.directory} takes {size_text(batches + snapshots)} now: {size_text(batches)} of "
                 f"batches and {size_text(snapshots)} of snapshots. Beyond batch_budget "
                 f"({size_text(self._batch_budget)}), the oldest batches are given up, and their steps "
-                f"do not open; snapshots stay within snapshot_budget ({size_text(self.plan.budget)}), but "
-                'the first and the newest stay in any case; keep="last 2000 steps" keeps less'
+                f"do not open; snapshots stay within snapshot_budget ({size_text(self.plan.budget)}), "
+                'but the first and the newest stay in any case; keep="last 2000 steps" keeps less'
             )
 
     def _write_last_facts(self, facts: Mapping[str, Any]) -> None:

@@ -315,16 +315,8 @@ def rerun_text(found: Rerun) -> str:
 
 def rerun_sentence(found: Rerun) -> str:
     """Return the conclusion in a sentence: where a run diverges, and by how much at most."""
-    if not found.has_loss or not found.relative.any():
-        return _rerun_verdict(found)
-    far = int(found.relative.argmax())
-    apart = (
-        f"farthest from the recorded losses at step {found.first + far:,}, by "
-        f"{number(float(found.relative[far]))} times the recorded one"
-    )
-    if found.place.precision is not None:
-        return f"In {found.place.precision}, the losses of {found.name} are {apart}"
-    return f"{_rerun_verdict(found)}; its losses are {apart}"
+    far = [line for line in _losses_text(found).splitlines() if line.startswith("farthest")]
+    return "; ".join([_rerun_verdict(found), *far])
 
 
 def _losses_text(found: Rerun) -> str:

@@ -135,8 +135,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     of_each = "loss and value of each measurement" if "loss" in names else "value of each measurement"
     excerpt = (
         f"every {width:,}th step; of each {width:,} steps the smallest and the largest "
-        f"{of_each if names[1:] else names[0]}, and the first that is not finite; the first and the last "
-        "step"
+        f"{of_each if names[1:] else names[0]}, and the first that is not finite; the first and the "
+        "last step"
     )
     return LossTable(run.name, some, total, excerpt, run.damage)
 
