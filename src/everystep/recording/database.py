@@ -22,7 +22,7 @@ from everystep.recording.connection import (
     connect_reading,
 )
 from everystep.recording.facts import Facts, MeasuredFacts, read_facts, rows_of
-from everystep.recording.files import BATCHES, CHANGES, SNAPSHOTS, FileRow
+from everystep.recording.files import BATCHES, CHANGES, SNAPSHOTS, FileRow, own_path
 from everystep.recording.snapshots import SnapshotRow, snapshots_in
 
 __all__ = [
@@ -185,16 +185,19 @@ class Database(Blocks):
 
         names: within the run: `batches/3.bin`, `changes/000007.safetensors`; `snapshots/000137` is a
         state. What cannot be removed does no harm, because the database no longer names it.
+
+        Raises:
+            RunError: one is not of the run.
         """
         names = [*names]
+        paths = [own_path(self.path.parent, name) for name in names]
         with self.transaction():
             yield
             some = [(name, f"{name}/*") for name in names]
             self.connection.executemany("DELETE FROM files WHERE name = ? OR name GLOB ?", some)
             batches = [(int(Path(name).stem),) for name in names if name.startswith(f"{BATCHES}/")]
             self.connection.executemany("DELETE FROM contents WHERE file = ?", batches)
-        for name in names:
-            path = self.path.parent / name
+        for path in paths:
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
