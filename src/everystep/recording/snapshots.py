@@ -16,7 +16,6 @@ from everystep.recording.files import (
     SNAPSHOTS,
     FileRow,
     completed,
-    read_file,
     read_tensors,
     state_folder,
     write_tensors,
@@ -139,9 +138,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     from everystep.step.state import State
 
     place = f"snapshot {run / row.directory}"
-    (parameters, about), (rest, settings) = (
-        read_tensors(read_file(run, file), place) for file in row.files
-    )
+    (parameters, about), (rest, settings) = (read_tensors(run, file) for file in row.files)
     settings = {} if settings is None else settings
     try:
         _Settings.model_validate(settings)
@@ -150,7 +147,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
         raise RunError(f"{place} has settings that everystep did not write") from None
     if known is not None:
         file = FileRow(f"{state_folder(0)}/{PARAMETERS}", known.size, known.digest)
-        first, _ = read_tensors(read_file(run, file), f"snapshot {run / state_folder(0)}")
+        first, _ = read_tensors(run, file)
         if {*known.unchanged} & parameters.keys() or not {*known.unchanged} <= first.keys():
             raise RunError(f"{place} has settings that everystep did not write")
         parameters |= {name: first[name] for name in known.unchanged}

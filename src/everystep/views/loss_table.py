@@ -23,10 +23,11 @@ from markupsafe import Markup
 
 from everystep.errors import UsageError
 from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.texts import column_title
 from everystep.views.output_file import write_file
 from everystep.views.reduction import extremes
 
-__all__ = ["LossTable", "column_title", "loss_table", "rendered", "shortest_texts"]
+__all__ = ["LossTable", "loss_table", "rendered", "shortest_texts"]
 
 #: Rows in the page as plain HTML, for viewers without scripts.
 STATIC_ROWS = 10
@@ -188,11 +189,6 @@ def _datatables() -> str:
 
     bundle = Path(itables.options.dt_bundle).read_bytes()
     return b64encode(gzip.compress(bundle, mtime=0)).decode("ascii")
-
-
-def column_title(measurement: str) -> str:
-    """Return the title of a measurement's column; the columns of the losses keep their own."""
-    return f"{measurement} (measured)" if measurement in ("step", "loss") else measurement
 
 
 def _round_up(number: float) -> int:
