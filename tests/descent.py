@@ -1,6 +1,7 @@
 """What small trainings of many tests have in common."""
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import everystep
 
-__all__ = ["descend", "noting", "of_table", "seeded", "trained"]
+__all__ = ["descend", "noting", "of_table", "recorded_as_it_is", "seeded", "trained"]
 
 
 def seeded():
@@ -34,6 +35,31 @@ def descend(optimizer, loss):
     loss.backward()
     optimizer.step()
     return loss
+
+
+def recorded_as_it_is(place, make):
+    """Train by a loop, recorded and not: with the same losses, which replay. Return the run.
+
+    make: returns the model, the optimizer, the batches, and what a step makes a loss with: of the model,
+    its batch, and the number of steps before it.
+    """
+    known = []
+    for run in (place, None):
+        seeded()
+        model, optimizer, batches, loss_of = make()
+        record = everystep.record(model=model, optimizer=optimizer, run=run) if run else nullcontext()
+        with record as recording:
+            losses = []
+            for x in batches if recording is None else recording.steps(batches):
+                loss = descend(optimizer, loss_of(model, x, len(losses)))
+                losses.append(loss.item())
+                if recording is not None:
+                    recording.log(loss=loss)
+        known.append(losses)
+    found = everystep.open(place)
+    assert found.losses["loss"].to_list() == known[0] == known[1]
+    assert found.verify(processes=1, progress=False).is_exact
+    return found
 
 
 def trained(model, data, **options):

@@ -1,6 +1,5 @@
 """Alters a run's database on purpose, or makes an altered run look like a recording of its numbers."""
 
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -11,24 +10,32 @@ from everystep.recording.files import row_of_file
 
 
 def sql(directory, *statements):
-    """Change the database of a run; a statement is a text, or has arguments."""
+    """Change the database of a run; return the rows of the last statement.
+
+    A statement is a text, or has arguments; a list of them is for many times.
+    """
     with closing(sqlite3.connect(Path(directory, FILE_NAME))) as database, database:
         for statement in statements:
-            database.execute(*((statement,) if isinstance(statement, str) else statement))
+            text, *given = (statement,) if isinstance(statement, str) else statement
+            run = database.executemany if given and isinstance(given[0], list) else database.execute
+            found = run(text, *given).fetchall()
+    return found
 
 
 def seal(directory):
     """Write the digests of the numbers and facts that a run has now; remove states of later steps."""
-    with closing(Database.change(directory / FILE_NAME)) as database, database.transaction():
-        database.connection.execute("DELETE FROM blocks")
-        for name in (LOSS, *map(series_of, database.measurement_names())):
-            steps, values = database.series(name)
-            database.change_digests(name, dict(zip(steps.tolist(), values.tolist(), strict=True)))
-        database.change_facts_digest()
-        later = [row for row in database.snapshots() if row.step > database.newest_step()]
-        database.remove_files(f"{row.directory}/*" for row in later)
-    for row in later:
-        shutil.rmtree(directory / row.directory)
+    with closing(Database.change(directory / FILE_NAME)) as database:
+        later = [row.directory for row in database.snapshots() if row.step > database.newest_step()]
+        with database.removing(later):
+            _seal_numbers(database)
+
+
+def _seal_numbers(database):
+    database.connection.execute("DELETE FROM blocks")
+    for name in (LOSS, *map(series_of, database.measurement_names())):
+        steps, values = database.series(name)
+        database.change_digests(name, dict(zip(steps.tolist(), values.tolist(), strict=True)))
+    database.change_facts_digest()
 
 
 def seal_files(directory):

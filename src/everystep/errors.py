@@ -43,6 +43,7 @@ __all__ = [
     "UsageError",
     "did_you_mean",
     "say",
+    "size_text",
 ]
 
 
@@ -159,3 +160,11 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 def say(message: str) -> None:
     """Print a notice on stderr while a run is recorded."""
     print(f"everystep: {message}", file=sys.stderr)
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes: `12 kB`, `3.4 MB`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:,.3g} {unit}"
+    return f"{count / 1000:,.0f} kB" if count >= 1000 else f"{count:.0f} bytes"

@@ -619,7 +619,7 @@ class Run(RecordedRun):
         return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
 
     def _repr_html_(self) -> str:
-        from everystep.views.summary_html import summary_html
+        from everystep.views.report import summary_html
 
         return summary_html(self)
 

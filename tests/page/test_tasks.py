@@ -138,7 +138,7 @@ def test_every_task(runs):
 def check_comparison(result, runs):
     assert result["sentence"] == (
         "The losses first differ at step 2; the first operation that differs is #12 of step 1, "
-        "aten.mul (update), because of GradientDescent: lr 0.0001 | 0.0002."
+        "aten.mul.Tensor, update; cause: GradientDescent: lr 0.0001 | 0.0002."
     )
     assert result["names"] == [HOSTILE, "other"] and not result["is_same"]
     assert result["asked"] == [{"name": "optimizer GradientDescent.lr", "values": ["0.0001", "0.0002"]}]

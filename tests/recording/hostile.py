@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import sqlite3
-from contextlib import closing
 
 import torch
 from tests import sealing
@@ -28,11 +26,9 @@ def numbers(number):
     """Return what makes all numbers of all steps but the first ones the same one."""
 
     def change(run):
-        with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-            rows = database.execute("SELECT step, numbers FROM repeats WHERE step > 2").fetchall()
-            for step, known in rows:
-                forged = [number] * len(unpacked(known, "a step") or [])
-                database.execute("UPDATE repeats SET numbers = ? WHERE step = ?", (packed(forged), step))
+        for step, known in sealing.sql(run, "SELECT step, numbers FROM repeats WHERE step > 2"):
+            forged = [number] * len(unpacked(known, "a step") or [])
+            sealing.sql(run, ("UPDATE repeats SET numbers = ? WHERE step = ?", (packed(forged), step)))
 
     return change
 
@@ -46,27 +42,20 @@ def within(key, *path, value):
     """Return what changes a value within a fact."""
 
     def change(run):
-        with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-            (text,) = database.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
-            place = whole = json.loads(text)
-            for name in path[:-1]:
-                place = place[name]
-            place[path[-1]] = value
-            database.execute("UPDATE facts SET value = ? WHERE key = ?", (json.dumps(whole), key))
+        [(text,)] = sealing.sql(run, ("SELECT value FROM facts WHERE key = ?", (key,)))
+        place = whole = json.loads(text)
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
+        sealing.sql(run, ("UPDATE facts SET value = ? WHERE key = ?", (json.dumps(whole), key)))
 
     return change
 
 
 def many(table, rows):
     """Return what adds rows to a table."""
-
-    def change(run):
-        with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-            first, *_ = rows
-            places = ", ".join("?" * len(first))
-            database.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
-
-    return change
+    places = ", ".join("?" * len(rows[0]))
+    return sql((f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows))
 
 
 def states(steps):
@@ -120,11 +109,7 @@ def program(change_data):
 def program_text(text):
     """Return what replaces the first program, with the digest to match."""
 
-    def change(run):
-        (run / "programs" / "1.json").write_text(text)
-        seal_files(run)
-
-    return change
+    return lambda run: ((run / "programs" / "1.json").write_text(text), seal_files(run))
 
 
 def tensors(name, change_tensors):

@@ -1,18 +1,17 @@
 """Windows and rows that steps cut out of data: kept as their places in it, once the data is kept."""
 
 import shutil
-import sqlite3
-from contextlib import closing, nullcontext
 
 import numpy as np
 import pytest
 import torch
+from tests.descent import recorded_as_it_is
+from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from torch import nn
 from torch.nn import functional
 
 import everystep
-from everystep.recording.database import FILE_NAME
 
 
 def _trained(run, text, steps=150, change=None, noise=0, **options):
@@ -112,8 +111,7 @@ def test_the_text_stays_while_newer_steps_need_it(text, tmp_path, monkeypatch):
 )
 def test_places_that_were_altered_are_reported(recorded, text, tmp_path, change):
     place = shutil.copytree(recorded.directory, tmp_path / "run")
-    with closing(sqlite3.connect(place / FILE_NAME)) as database, database:
-        database.execute(change)
+    sql(place, change)
     with pytest.raises(everystep.RunError, match=r"changed|dropped"):
         everystep.open(place)[149]
 
@@ -170,26 +168,12 @@ def _own_generator(t, data, model):
 def test_parts_of_data_at_any_place_have_the_same_programs(loss_of, tmp_path):
     """Floats have one for each way in which they lie in aligned memory: kernels may differ by that."""
 
-    def trained(is_recorded):
-        torch.manual_seed(0)
+    def make():
         data, model = torch.randn(2000), nn.Linear(9, 1)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        parts = {"model": model, "optimizer": optimizer, "run": tmp_path / "run"}
-        losses = []
-        with everystep.record(**parts) if is_recorded else nullcontext() as recording:
-            for t in range(60) if recording is None else recording.steps(range(60)):
-                loss = loss_of(t, data, model)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                if recording is not None:
-                    recording.log(loss=loss)
-        return losses
+        return model, optimizer, range(60), lambda model, t, _: loss_of(t, data, model)
 
-    assert trained(True) == trained(False)
-    run = everystep.open(tmp_path / "run")
-    assert run.verify(processes=1, progress=False).is_exact
+    run = recorded_as_it_is(tmp_path / "run", make)
     assert run.facts.training.loop.programs <= (30 if loss_of is _memory else 17)
 
 

@@ -104,6 +104,18 @@ def test_nothing_is_taken_into_a_fork_through_a_link(trained, tmp_path, name, ev
         assert path.is_dir() or path.read_bytes() != private.read_bytes(), path
 
 
+def test_a_foreign_file_that_a_run_names_as_a_change_is_not_removed(
+    trained, tmp_path, everystep_command
+):
+    (tmp_path / "precious").write_text("mine")
+    run = shutil.copytree(trained.directory, tmp_path / "run")
+    (run / "changes" / "000009").mkdir(parents=True)
+    sql(run, "INSERT INTO files VALUES ('changes/000009/../../../precious', 1, x'00')")
+    code, _, err = everystep_command("resume", run, "--steps", "9", "-q")
+    assert code == 2 and "outside the run, or what is not a regular file" in err
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 GIGABYTES_7 = 7_000_000_000
 
 

@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import sqlite3
 import warnings
-from contextlib import closing, suppress
+from contextlib import suppress
 
 import pytest
 from tests.sealing import sql
@@ -41,10 +40,9 @@ def recorded(tmp_path_factory):
 @pytest.fixture(params=ALTERED)
 def altered(request, recorded, tmp_path):
     run = shutil.copytree(recorded, tmp_path / "run")
-    with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-        if request.param == "a last step":  # as if it had been stopped, by the user, at step 20 of 30
-            database.execute("UPDATE facts SET value = '\"stopped\"' WHERE key = 'status'")
-        assert database.execute(ALTERED[request.param]).rowcount
+    if request.param == "a last step":  # as if it had been stopped, by the user, at step 20 of 30
+        sql(run, "UPDATE facts SET value = '\"stopped\"' WHERE key = 'status'")
+    assert sql(run, ALTERED[request.param], "SELECT changes()") != [(0,)]
     return run
 
 
@@ -171,8 +169,8 @@ def test_a_killed_run_with_a_damaged_log_has_the_steps_that_sqlite_reads(
     content = bytearray(log.read_bytes())
     content[20 if part == "header" else len(content) // 2] ^= 4
     log.write_bytes(content)
-    with closing(sqlite3.connect(shutil.copytree(run, tmp_path / "other") / "run.sqlite")) as database:
-        expected = database.execute("SELECT step, loss FROM steps ORDER BY step").fetchall()
+    other = shutil.copytree(run, tmp_path / "other")
+    expected = sql(other, "SELECT step, loss FROM steps ORDER BY step")
     assert len(expected) < 20
     for number, command in enumerate([
         ["losses"], ["losses", "--json"], ["table", "-o", "t.html"], ["plot", "-o", "p.svg"],

@@ -2,10 +2,10 @@
 
 import json
 import random
-from contextlib import nullcontext
 
 import pytest
 import torch
+from tests.descent import recorded_as_it_is
 from torch import nn
 
 import everystep
@@ -121,26 +121,16 @@ class Queueing(nn.Sequential):
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
 
 
-def _trained(run, loss_of):
-    """Train on seven parts of the same data in turn; record it if there is a run; return the losses."""
-    random.seed(0)
-    torch.manual_seed(0)
-    model = Queueing()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    model.__dict__["data"] = data = torch.randn(28, 12, 12)
-    losses = []
-    record = everystep.record(model=model, optimizer=optimizer, run=run) if run else nullcontext()
-    with record as recording:
-        given = [data.split(4)[t % 7] for t in range(STEPS)]
-        for t, x in enumerate(given if recording is None else recording.steps(given)):
-            loss = loss_of(model, x, t)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            if recording is not None:
-                recording.log(loss=loss)
-    return losses
+def _recorded(run, loss_of):
+    """Train on seven parts of the same data in turn; return the run."""
+
+    def make():
+        model = Queueing()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        model.__dict__["data"] = data = torch.randn(28, 12, 12)
+        return model, optimizer, [data.split(4)[t % 7] for t in range(STEPS)], loss_of
+
+    return recorded_as_it_is(run, make)
 
 
 LOOPS = {
@@ -152,20 +142,14 @@ LOOPS = {
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("loss_of", LOOPS)
 def test_all_places_have_a_program(loss_of, tmp_path):
-    losses = _trained(tmp_path / "run", loss_of)
-    assert losses == _trained(None, loss_of)
-    run = everystep.open(tmp_path / "run")
-    assert run.losses["loss"].to_list() == losses
-    assert run.verify(processes=1, progress=False).is_exact
+    run = _recorded(tmp_path / "run", loss_of)
     assert run.facts.training.loop.programs <= LOOPS[loss_of]
     assert all(run[step].is_exact for step in (1, 17, 30, STEPS))
 
 
 @pytest.fixture(scope="module")
 def cropped(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("moving") / "run"
-    _trained(directory, _crop)
-    return everystep.open(directory)
+    return _recorded(tmp_path_factory.mktemp("moving") / "run", _crop)
 
 
 def test_an_opened_step_has_its_own_places(cropped):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.descent import recorded_as_it_is
 from torch import nn
 
 import everystep
@@ -51,31 +52,18 @@ def in_turn(buffer, x, step):
 LOOPS = [whole, in_parts, partly, overlapping, across, added_to, in_turn]
 
 
-def trained(loop, begin):
-    torch.manual_seed(0)
-    model, buffer = nn.Linear(3, 2), torch.zeros(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for x in begin(model, optimizer, [torch.randn(4, 3) for _ in range(8)]):
-        step = len(losses)
-        loss = model(x).square().mean() + model.bias[0] * loop(buffer, x, step).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize("loop", LOOPS)
 def test_steps_that_overwrite_memory_replay_bit_for_bit(loop, tmp_path):
-    def recorded(model, optimizer, batches):
-        with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-            yield from recording.steps(batches)
+    def make():
+        model, buffer = nn.Linear(3, 2), torch.zeros(4, 3)
 
-    assert trained(loop, recorded) == trained(loop, lambda model, optimizer, batches: batches)
-    run = everystep.open(tmp_path / "run")
-    assert run.verify().is_exact
-    assert all(step.is_exact for step in run)
+        def loss_of(model, x, step):
+            return model(x).square().mean() + model.bias[0] * loop(buffer, x, step).sum()
+
+        batches = [torch.randn(4, 3) for _ in range(8)]
+        return model, torch.optim.SGD(model.parameters(), lr=0.1), batches, loss_of
+
+    assert all(step.is_exact for step in recorded_as_it_is(tmp_path / "run", make))
 
 
 def test_what_is_overwritten_is_not_stored(tmp_path):

@@ -1,14 +1,12 @@
 """Rows of the table `repeats`; one row may be of many steps."""
 
 import math
-import sqlite3
-from contextlib import closing
 
 import pytest
 import torch
+from tests.sealing import sql
 
 import everystep
-from everystep.recording.database import FILE_NAME
 
 
 class Custom(torch.nn.Module):
@@ -37,8 +35,7 @@ def by_rule(tmp_path_factory):
 
 
 def _rows(run):
-    with closing(sqlite3.connect(run.directory / FILE_NAME)) as database:
-        return database.execute("SELECT step, count FROM repeats ORDER BY step").fetchall()
+    return sql(run.directory, "SELECT step, count FROM repeats ORDER BY step")
 
 
 def test_watched_steps_with_batches_by_rule_share_rows(by_rule):

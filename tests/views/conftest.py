@@ -1,11 +1,9 @@
 """A short run of the chapter's network, and copies of it with other losses."""
 
 import shutil
-import sqlite3
-from contextlib import closing
 
 import pytest
-from tests.sealing import seal
+from tests.sealing import seal, sql
 
 import everystep
 from everystep.recording.recorded_run import RecordedRun
@@ -25,9 +23,7 @@ def changed(trained, tmp_path):
 
     def change(*statements, name="changed"):
         place = shutil.copytree(trained, tmp_path / name)
-        with closing(sqlite3.connect(place / "run.sqlite")) as database, database:
-            for statement, rows in statements:
-                database.executemany(statement, rows)
+        sql(place, *((statement, [*rows]) for statement, rows in statements))
         seal(place)
         return RecordedRun(place)
 

@@ -14,7 +14,7 @@ from everystep.recording.contents import Given, inputs_of, read_contents
 from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.directories import is_run, name_of, rank_directory
 from everystep.recording.facts import Facts
-from everystep.recording.files import BATCHES, program_file
+from everystep.recording.files import batch_file, program_file
 from everystep.recording.health import Finding, number_findings
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import SnapshotRow, read_snapshot
@@ -189,7 +189,7 @@ def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
                     problem = _problem(partial(read_contents, run.directory, places, given))
                     if problem is not None:
                         altered.add(file)
-                        yield Finding(f"{BATCHES}/{file}.bin", problem, cure)
+                        yield Finding(batch_file(file), problem, cure)
         except RunError as error:
             yield Finding(f"{FILE_NAME}, repeats", str(error))
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from everystep.errors import DamageWarning, EverystepError
-from everystep.views.formatting import clean, size_text
+from everystep.errors import DamageWarning, EverystepError, size_text
+from everystep.views.formatting import clean
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -10,7 +10,7 @@ import typer
 
 from everystep.cli import shared_options as shared
 from everystep.cli.output import hint, say, show, terminal_width
-from everystep.errors import UsageError
+from everystep.errors import UsageError, size_text
 
 __all__ = ["du", "prune", "rm"]
 
@@ -59,7 +59,6 @@ def prune(
     from everystep.recording.directories import find_run
     from everystep.recording.prune import prune, pruning_of
     from everystep.recording.recorded_run import RecordedRun
-    from everystep.views.formatting import size_text
     from everystep.views.lists import pruning_text
 
     if snapshots is None and batches is None:
@@ -87,7 +86,7 @@ def rm(runs: shared.RunsArgument, force: Annotated[bool, typer.Option("--force",
         force: Do not ask.
     """
     from everystep.recording.directories import RANKS, find_run, name_of, remove_run, spaces_of
-    from everystep.views.formatting import counted, size_text
+    from everystep.views.formatting import counted
 
     places = [*dict.fromkeys(find_run(name) for name in runs)]
     for place in places:

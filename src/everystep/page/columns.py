@@ -23,10 +23,10 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import Facts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Numbers, read_numbers
+from everystep.recording.texts import column_title
 from everystep.views.facts_text import landmarks
-from everystep.views.loss_table import column_title, shortest_texts
-from everystep.views.reduction import reduce
-from everystep.views.summary_html import Sparkline, sparkline
+from everystep.views.loss_table import shortest_texts
+from everystep.views.reduction import Sparkline, reduce, sparkline
 
 __all__ = ["MOST_COLUMNS", "Columns", "RunColumns", "reduced"]
 

@@ -14,7 +14,6 @@ import os
 import struct
 import weakref
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +29,8 @@ from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
 from everystep.recording.database import Database, Place, Repeat
 from everystep.recording.facts import NotKeptFacts
-from everystep.recording.files import BATCHES, bytes_of, open_own
-from everystep.recording.keep import RECENT, Keep
+from everystep.recording.files import BATCHES, batch_file, bytes_of, open_own
+from everystep.recording.keep import Keep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -246,14 +245,14 @@ def _read_piece(
         places = [source.place + begin for begin in begins] if is_within else []
         content = _bytes_at(directory, source.file, places, each)
     if _digest(kind, content) != piece.digest:
-        name = directory / BATCHES / f"{piece.file}.bin"
+        name = directory / batch_file(piece.file)
         raise RunError(f"{name} was changed after recording: the digest of an input differs")
     return content
 
 
 def _bytes_at(directory: Path, file: int, places: Sequence[int], size: int) -> bytes:
     """Return the bytes at places in a file of batches, `size` at each; none if it is too short."""
-    name = f"{BATCHES}/{file}.bin"
+    name = batch_file(file)
     try:
         with open_own(directory, name) as opened:
             if max(places, default=0) + size > os.fstat(opened.fileno()).st_size:
@@ -285,7 +284,7 @@ class Taken(NamedTuple):
 
 
 @dataclass
-class _BatchFile:
+class BatchFile:
     """A file of batches: its bytes, the step at which it was begun (0 if unknown), and its uses.
 
     newest_step: the last that needs it to open, 0 for none; draws: the first and the last with draws in
@@ -309,8 +308,7 @@ class Repeats:
         keep: which steps are kept, None for all.
         is_kept: returns whether a step is kept; of others, only draws are written.
 
-    lost_to: the last step that needs dropped inputs; recent: the bytes of new contents of the newest
-    steps.
+    lost_to: the last step that needs dropped inputs; files: of batches, by number.
     """
 
     def __init__(
@@ -322,32 +320,28 @@ class Repeats:
         keep: Keep | None = None,
         is_kept: Callable[[int], bool] = lambda step: True,
     ) -> None:
-        self.lost_to = self._bytes = 0
-        self.recent: deque[int] = deque(maxlen=RECENT)
+        self.lost_to = 0
         self._database = database
-        self._folder = directory / BATCHES
+        self._directory = directory
         self._budget = budget
         self._recorded = recorded
         self._keep = keep
         self._is_kept = is_kept
         #: The files that are being written: of draws, which may have to stay longer, and of the others.
         self._open: dict[bool, tuple[int, BinaryIO]] = {}
-        self._files: dict[int, _BatchFile] = {}
+        self.files: dict[int, BatchFile] = {}
         #: Of each content its file, and the digest of the data that it was cut out of, if it was.
         self._known: dict[bytes, tuple[int, bytes | None]] = {}
         self._rows: list[Place] = []
-        self._removed: list[int] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
         self._packed_key: Any = None
         self._packed = b""
         shared: dict[tuple[int, bytes | None], tuple[int, bytes | None]] = {}  # there may be millions
         for digest, number, place, size, source in database.all_contents():
             self._known[digest] = shared.setdefault((number, source), (number, source))
-            file = self._files.setdefault(
-                number, _BatchFile(newest_step=recorded if keep is None else 0)
-            )
+            file = self.files.setdefault(number, BatchFile(newest_step=recorded if keep is None else 0))
             file.size = max(file.size, place + size)
-        self._number = max(self._files, default=0)
+        self._newest = max(self.files, default=0)
         self._forget_cut()
         for row in () if keep is None else database.repeats(1):
             for name, each in inputs_of(row.inputs, f"step {row.step}").given.items():
@@ -366,13 +360,10 @@ class Repeats:
             if last > self._recorded and not self._is_kept(last):
                 draws = {name: each for name, each in row.inputs.items() if name.startswith(DRAW)}
                 if not draws:
-                    self.recent.append(0)
                     continue
                 row = Taken(row.step, None, None, draws, None, 0, {}, row.count)
-            before = self._bytes
             cuts = row.cuts
             given = {n: self._add_once(last, n, each, cuts.get(n)) for n, each in row.inputs.items()}
-            self.recent.append(self._bytes - before)
             inputs = self._packed_inputs(Inputs(given, row.nesting, row.digests))
             numbers = packed(row.numbers) if row.numbers else None
             now = Repeat(row.step, row.program, numbers, inputs, row.count)
@@ -383,22 +374,24 @@ class Repeats:
             else:
                 found.append(now)
         new = compare(found)
-        with self._database.transaction():
-            lost_to = self.lost_to
-            self._commit_contents(rows[-1].step)
+        self._close_files(rows[-1].step)
+        old = self.oldest(self._budget, spared=self._newest)  # which the steps just taken need
+        lost_to = max([self.lost_to, *(self.files[number].newest_step for number in old)])
+        with self._database.removing(self.drop(old)):
+            self._database.enter(self._rows)
             self._database.enter(new)
-            if self.lost_to > lost_to:
-                self._database.write_facts({"batches_lost_to": self.lost_to})
-        self.remove_files()
+            if lost_to > self.lost_to:
+                self._database.write_facts({"batches_lost_to": lost_to})
+        self.lost_to, self._rows = lost_to, []
 
     @property
     def size(self) -> int:
         """The bytes of all contents on the disk."""
-        return sum(file.size for file in self._files.values())
+        return sum(file.size for file in self.files.values())
 
     def move(self, directory: Path) -> None:
         """Write further files in another place: the run's directory was moved."""
-        self._folder = directory / BATCHES
+        self._directory = directory
 
     def close(self) -> None:
         """Close the files. Data that did not fit on the disk belongs to no recorded step."""
@@ -407,7 +400,7 @@ class Repeats:
                 file.close()
 
     def forget(self, not_kept: Sequence[NotKeptFacts], resumed: Sequence[tuple[int, int]]) -> None:
-        """Give up what repeats steps; to be called in a transaction, before `remove_files`.
+        """Give up what repeats steps; to be called in a transaction.
 
         not_kept: the steps; resumed: first and last steps of which a resume may need the draws.
         """
@@ -418,26 +411,48 @@ class Repeats:
                 if draws.given and (row.step == 1 or row.step >= since):
                     kept = row._replace(program=None, numbers=None, inputs=draws.packed())
                     self._database.enter([kept])
-        closed = self._closed_files().items()
-        self._drop([number for number, file in closed if not self._is_needed(file, resumed)])
 
-    def _is_needed(self, file: _BatchFile, resumed: Sequence[tuple[int, int]]) -> bool:
+    def unneeded(self, resumed: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the complete files that no step needs which is kept, and no resume; see `forget`."""
+        closed = self._closed_files().items()
+        return [number for number, file in closed if not self._is_needed(file, resumed)]
+
+    def _is_needed(self, file: BatchFile, resumed: Sequence[tuple[int, int]]) -> bool:
         first, last = file.draws
         # Workers that stay from epoch to epoch were started with the first draw.
         if first == 1 or any(begin <= last and first <= end for begin, end in resumed if last):
             return True
         return file.newest_step > 0 and self._is_kept(file.newest_step)
 
-    def _closed_files(self) -> dict[int, _BatchFile]:
+    def _closed_files(self) -> dict[int, BatchFile]:
         """Return the files that are complete, by number."""
         written = {number for number, _ in self._open.values()}
-        return {number: file for number, file in self._files.items() if number not in written}
+        return {number: file for number, file in self.files.items() if number not in written}
 
-    def remove_files(self) -> None:
-        """Remove the files that were given up, once the database does not name them."""
-        for file in self._removed:
-            (self._folder / f"{file}.bin").unlink(missing_ok=True)
-        self._removed = []
+    def oldest(self, budget: float, spared: int = 0) -> list[int]:
+        """Return the complete files to give up to stay within a budget; draws, of a resume, go last.
+
+        A batch that comes again is stored once, so later steps may need its file, too: the files that no
+        step has needed for longest go first. spared: a file that stays.
+        """
+        closed = {n: file for n, file in self._closed_files().items() if n != spared}
+        has_only_draws = {n: file.draws > (0, 0) and not file.newest_step for n, file in closed.items()}
+        found, left = [], self.size
+        for number in sorted(closed, key=lambda n: (has_only_draws[n], closed[n].newest_step, n)):
+            if left <= budget:
+                break
+            found.append(number)
+            left -= closed[number].size
+        return found
+
+    def drop(self, files: Sequence[int]) -> list[str]:
+        """Give up the contents in files; return their names, for `Database.removing`."""
+        if files:
+            for file in files:
+                del self.files[file]
+            self._known = {d: place for d, place in self._known.items() if place[0] in self.files}
+            self._forget_cut()
+        return [batch_file(file) for file in files]
 
     def _packed_inputs(self, inputs: Inputs) -> bytes:
         """Return the inputs of a step in database form; pack repeated ones only once."""
@@ -446,29 +461,17 @@ class Repeats:
             self._packed_key, self._packed = key, inputs.packed()
         return self._packed
 
-    def _commit_contents(self, step: int) -> None:
-        """Enter the contents that were added since the last time; to be called in a transaction.
-
-        step: the last one.
-        """
+    def _close_files(self, step: int) -> None:
+        """Write out the files; close those that are full, or old at this step."""
         for is_draw, (number, opened) in [*self._open.items()]:
             opened.flush()
-            file = self._files[number]
+            file = self.files[number]
             is_old = self._keep is not None and step - file.begun >= self._keep.chunk
             is_first = is_draw and file.begun == 1  # which stays
             if is_old or is_first or file.size >= self._budget / FILES:
                 opened.close()
                 del self._open[is_draw]
-        self._database.enter(self._rows)
-        self._rows = []
         self._given = {place: each for place, each in self._given.items() if each[0]() is not None}
-        # The newest file stays: the steps just taken need it.
-        old = {n: file for n, file in self._closed_files().items() if n != self._number}
-        for number in sorted(old, key=lambda n: (old[n].draws > (0, 0), old[n].newest_step, n)):
-            if self.size <= self._budget:
-                break
-            self.lost_to = max(self.lost_to, old[number].newest_step)
-            self._drop([number])
 
     def _add_once(self, step: int, name: str, tensor: Tensor, cut: Cut | None = None) -> Given:
         """Add a tensor; skip one that was added before and is still alive. cut: out of data."""
@@ -524,7 +527,7 @@ class Repeats:
     def _are_fresh(self, files: set[int], step: int) -> bool:
         """Return whether steps may refer to files; old ones could not be given up then."""
         newest = self._keep and self._keep.newest
-        known = [self._files[each] for each in files if each in self._files]
+        known = [self.files[each] for each in files if each in self.files]
         are_old = newest is not None and any(step - file.begun > newest for file in known)
         return len(known) == len(files) and not are_old
 
@@ -533,7 +536,7 @@ class Repeats:
 
     def _use(self, step: int, name: str, files: set[int]) -> None:
         """Note that a step has an input in files."""
-        for file in map(self._files.__getitem__, files):
+        for file in map(self.files.__getitem__, files):
             if self._is_draw(name):
                 file.draws = file.draws[0] or step, step
             else:
@@ -548,19 +551,18 @@ class Repeats:
     ) -> None:
         """Write pieces of a tensor, by their digest; with a source, places in that."""
         if is_draw not in self._open:
-            self._number += 1
-            self._folder.mkdir(exist_ok=True)
-            path = self._folder / f"{self._number}.bin"
-            self._open[is_draw] = self._number, path.open("wb")
-            self._files[self._number] = _BatchFile(begun=step)
+            self._newest += 1
+            path = self._directory / batch_file(self._newest)
+            path.parent.mkdir(exist_ok=True)
+            self._open[is_draw] = self._newest, path.open("wb")
+            self.files[self._newest] = BatchFile(begun=step)
         number, opened = self._open[is_draw]
-        file = self._files[number]
+        file = self.files[number]
         size = len(next(iter(pieces.values())))  # of each
         places = zip(pieces, repeat(number), count(file.size, size), repeat(size))
         self._rows += [Place(*place, source) for place in places]
         opened.writelines(pieces.values())
         file.size += size * len(pieces)
-        self._bytes += size * len(pieces)
         self._known |= dict.fromkeys(pieces, (number, source))
 
     def _forget_cut(self) -> None:
@@ -568,12 +570,3 @@ class Repeats:
         sources = {source for _, source in self._known.values()} - self._known.keys() - {None}
         if sources:
             self._known = {d: place for d, place in self._known.items() if place[1] not in sources}
-
-    def _drop(self, files: Sequence[int]) -> None:
-        """Give up the contents in files."""
-        for file in files:
-            del self._files[file]
-            self._database.remove_contents(file)
-        self._known = {d: place for d, place in self._known.items() if place[0] in self._files}
-        self._forget_cut()
-        self._removed += files

@@ -24,6 +24,8 @@ from everystep.recording.files import (
     EXPERIMENT_FILE,
     PROGRAMS,
     SNAPSHOTS,
+    batch_file,
+    state_folder,
     take_file,
 )
 from everystep.recording.recorded_run import RecordedRun
@@ -182,7 +184,7 @@ def inherit(
     if repeats:
         database.enter(contents)
         for number in {place.file for place in contents}:
-            take_file(parent.directory, f"{BATCHES}/{number}.bin", directory)
+            take_file(parent.directory, batch_file(number), directory)
     # A fork of a loop begins with a snapshot of its parent; other forks write their own. The last
     # snapshot includes changes after the loop's last step.
     is_loop = parent.facts.training.loop is not None
@@ -242,14 +244,14 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
                 removed.append(row.step)
         except RunError:
             removed.append(row.step)
-    with database.transaction():
+    changes = database.changes(lambda changed: changed > recorded)
+    with database.removing([*map(state_folder, removed), *changes]):
         database.forget_after(recorded)
-        database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in removed)
     for path in directory.glob(".*.tmp"):  # of a process that was killed
         path.unlink()
     known = {row.name for row in database.files()}
     known |= {row.directory for row in database.snapshots()}
-    known |= {f"{BATCHES}/{place.file}.bin" for place in database.all_contents()}
+    known |= {batch_file(place.file) for place in database.all_contents()}
     for folder in (SNAPSHOTS, CHANGES, PROGRAMS, BATCHES):
         for path in directory.glob(f"{folder}/*"):
             if f"{folder}/{path.name}" in known:

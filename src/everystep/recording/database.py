@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from everystep.recording.connection import (
     connect_reading,
 )
 from everystep.recording.facts import Facts, MeasuredFacts, read_facts, rows_of
-from everystep.recording.files import CHANGES, SNAPSHOTS, FileRow
+from everystep.recording.files import BATCHES, CHANGES, SNAPSHOTS, FileRow, own_path
 from everystep.recording.snapshots import SnapshotRow, snapshots_in
 
 __all__ = [
@@ -178,13 +179,27 @@ class Database(Blocks):
             query = f"INSERT OR REPLACE INTO {_TABLES[type(some[0])]} VALUES {places}"
             self.connection.execute(query, [*chain.from_iterable(some)])
 
-    def remove_files(self, names: Iterable[str]) -> None:
-        """Delete files, before they are removed. `snapshots/000137/*` names all in a directory."""
-        self.connection.executemany("DELETE FROM files WHERE name GLOB ?", [(name,) for name in names])
+    @contextmanager
+    def removing(self, names: Iterable[str]) -> Iterator[None]:
+        """Forget files in a transaction, with what is written inside; then remove them.
 
-    def remove_contents(self, file: int) -> None:
-        """Delete all contents of a file, before it is removed."""
-        self.connection.execute("DELETE FROM contents WHERE file = ?", (file,))
+        names: within the run: `batches/3.bin`, `changes/000007.safetensors`; `snapshots/000137` is a
+        state. What cannot be removed does no harm, because the database no longer names it.
+
+        Raises:
+            RunError: one is not of the run.
+        """
+        names = [*names]
+        paths = [own_path(self.path.parent, name) for name in names]
+        with self.transaction():
+            yield
+            some = [(name, f"{name}/*") for name in names]
+            self.connection.executemany("DELETE FROM files WHERE name = ? OR name GLOB ?", some)
+            batches = [(int(Path(name).stem),) for name in names if name.startswith(f"{BATCHES}/")]
+            self.connection.executemany("DELETE FROM contents WHERE file = ?", batches)
+        for path in paths:
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def forget_repeats(self, first: int, last: int, since: int) -> list[Repeat]:
         """Delete what repeats steps `first` to `last`; return the rows of those that had a program.
@@ -198,15 +213,16 @@ class Database(Blocks):
         )
         return found
 
-    def forget_after(self, step: int) -> list[str]:
-        """Delete losses, measurements and changes of later steps; return the files to remove."""
+    def forget_after(self, step: int) -> None:
+        """Delete losses, measurements and what repeats later steps."""
         self.forget_numbers_after(step)
         self.connection.execute("DELETE FROM repeats WHERE step > ?", (step,))
         shorten = "UPDATE repeats SET count = min(count, ? - step + 1)"
         self.connection.execute(f"{shorten} WHERE step = (SELECT max(step) FROM repeats)", (step,))
-        later = [row.name for row in self.files(f"{CHANGES}/*") if (row.step or 0) > step]
-        self.remove_files(later)
-        return later
+
+    def changes(self, is_gone: Callable[[int], bool]) -> list[str]:
+        """Return the files of what code changed after steps for which `is_gone` is true."""
+        return [row.name for row in self.files(f"{CHANGES}/*") if is_gone(row.step or 0)]
 
     def facts(self) -> Facts:
         """Return all facts."""

@@ -40,6 +40,7 @@ __all__ = [
     "SNAPSHOTS",
     "Change",
     "FileRow",
+    "batch_file",
     "bytes_of",
     "check_data",
     "check_writable_files",
@@ -52,6 +53,7 @@ __all__ = [
     "read_file",
     "read_tensors",
     "row_of_file",
+    "state_folder",
     "take_file",
     "write_change",
     "write_data",
@@ -95,6 +97,16 @@ def row_of_file(name: str, content: bytes) -> FileRow:
 def program_file(number: int) -> str:
     """Return the name of the file of a program, by its number (from 1) in the run."""
     return f"{PROGRAMS}/{number}.json"
+
+
+def batch_file(number: int) -> str:
+    """Return the name of a file of batches, by its number (from 1) in the run."""
+    return f"{BATCHES}/{number}.bin"
+
+
+def state_folder(step: int) -> str:
+    """Return the name of the directory of a state."""
+    return f"{SNAPSHOTS}/{step:06d}"
 
 
 def read_file(directory: Path, row: FileRow) -> bytes:
@@ -265,21 +277,22 @@ def write_tensors(
         return FileRow(name, len(content), digest.digest())
 
 
-def read_tensors(content: bytes, place: str) -> tuple[dict[str, Tensor], Any]:
+def read_tensors(directory: Path, row: FileRow) -> tuple[dict[str, Tensor], Any]:
     """Return the tensors of a safetensors file, and the plain data about them, None if it has none.
 
     Raises:
-        RunError: the file is unreadable; names its place.
+        RunError: the file is missing, was changed, or is unreadable.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    content = read_file(directory, row)
     try:
         tensors = load(content)
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return tensors, parse_json((header.get("__metadata__") or {}).get(_ABOUT, "null"))
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"{place} cannot be read: {error}") from None
+        raise RunError(f"{directory / row.name} cannot be read: {error}") from None
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -326,16 +339,15 @@ def write_data(
     return fact, files
 
 
-def read_data(content: bytes, place: Path, fact: DataFileFacts) -> dict[str, Tensor]:
+def read_data(directory: Path, row: FileRow, fact: DataFileFacts) -> dict[str, Tensor]:
     """Return the data of a run: x, y, and validation_x and validation_y if it has them.
-
-    content: of the file at `place`.
 
     Raises:
         RunError: the file is unreadable, or has other data.
     """
-    tensors, _ = read_tensors(content, str(place))
-    check_data(tensors, fact, str(place))
+    tensors, _ = read_tensors(directory, row)
+    place = str(directory / row.name)
+    check_data(tensors, fact, place)
     try:
         return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
     except RuntimeError:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from contextlib import suppress
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from everystep.errors import RecordingError
-from everystep.recording.contents import inputs_of
-from everystep.recording.database import FILE_NAME, Database, reading
-from everystep.recording.files import BATCHES, SNAPSHOTS
+from everystep.recording.contents import Repeats
+from everystep.recording.database import FILE_NAME, reading
+from everystep.recording.files import batch_file, state_folder
+from everystep.recording.keep import Keep
 from everystep.recording.lock import adding
 from everystep.recording.snapshots import SnapshotPlan
 
@@ -48,15 +48,19 @@ def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> P
         RunError: the run cannot be read.
     """
     with reading(directory / FILE_NAME) as database:
-        files, lost, freed = _files_to_drop(directory, database, batches)
         facts, newest = database.facts(), database.newest_step()
+        # Looking for what needs each file reads all steps.
+        keep = None if batches is None else Keep("all steps")
+        repeats = Repeats(directory, database, math.inf, newest, keep)
         kept = {row.step: row.size for row in database.snapshots()}
-        whole = sum(kept.values())
-        # The first state behind what is lost: from there, steps open without it.
-        pinned = facts.begins | set(sorted(step for step in kept if lost and step >= lost)[:1])
-        plan = SnapshotPlan(whole if snapshots is None else snapshots, 1, dict(kept), pinned)
-        states = plan.thin()
-    left = sorted(plan.kept)
+    files = repeats.oldest(math.inf if batches is None else batches)
+    lost = max((repeats.files[number].newest_step for number in files), default=0)
+    whole = sum(kept.values())
+    # The first state behind what is lost: from there, steps open without it.
+    pinned = facts.begins | set(sorted(step for step in kept if lost and step >= lost)[:1])
+    plan = SnapshotPlan(whole if snapshots is None else snapshots, 1, kept, pinned)
+    states = plan.thin()
+    left = sorted(kept)
     lost = max(lost, facts.batches_lost_to or 0)
     behind = [step for step in left if step >= lost and step < newest]
     gaps = [
@@ -67,7 +71,7 @@ def pruning_of(directory: Path, snapshots: int | None, batches: int | None) -> P
     return Pruning(
         states=tuple(states),
         files=tuple(files),
-        bytes=freed + whole - sum(plan.kept.values()),
+        bytes=sum(repeats.files[number].size for number in files) + whole - sum(kept.values()),
         kept=tuple(left),
         replayed=max(gaps, default=0),
         lost=lost,
@@ -82,47 +86,10 @@ def prune(directory: Path, pruning: Pruning) -> None:
         RunError: another process is writing the run.
         RecordingError: it cannot be written to.
     """
-    with adding(directory) as database:
-        with database.transaction():
-            database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in pruning.states)
-            for file in pruning.files:
-                database.remove_contents(file)
-            if pruning.files:
-                database.write_facts({"batches_lost_to": pruning.lost})
-        # What the database no longer names may go; what cannot be removed does no harm.
-        try:
-            for step in pruning.states:
-                shutil.rmtree(directory / SNAPSHOTS / f"{step:06d}")
-            for file in pruning.files:
-                with suppress(FileNotFoundError):
-                    (directory / BATCHES / f"{file}.bin").unlink()
-        except OSError as error:
-            raise RecordingError(f"{error.filename} cannot be removed: {error.strerror}") from None
-
-
-def _files_to_drop(
-    directory: Path, database: Database, budget: int | None
-) -> tuple[list[int], int, int]:
-    """Return files of batches beyond a budget, the last step that needs one, and their bytes.
-
-    A batch that comes again is stored once, so later steps may need its file, too: the files that no
-    step has needed for longest go first.
-    """
-    places = {place.digest: place for place in database.all_contents()}
-    sizes: dict[int, int] = {}
-    for place in places.values():
-        sizes[place.file] = sizes.get(place.file, 0) + place.size
-    if budget is None or sum(sizes.values()) <= budget:
-        return [], 0, 0
-    last_use = dict.fromkeys(sizes, 0)
-    for row in database.repeats(1):
-        given = inputs_of(row.inputs, f"step {row.step} of {directory}").opens_with.values()
-        used = [places[digest] for each in given for digest in each.digests if digest in places]
-        used += [places[each.source] for each in used if each.source in places]
-        last_use.update((place.file, row.last) for place in used)
-    dropped: list[int] = []
-    for file in sorted(sizes, key=lambda file: (last_use[file], file)):
-        if sum(sizes.values()) - sum(sizes[each] for each in dropped) > budget:
-            dropped.append(file)
-    lost = max((last_use[file] for file in dropped), default=0)
-    return dropped, lost, sum(sizes[each] for each in dropped)
+    names = [*map(state_folder, pruning.states), *map(batch_file, pruning.files)]
+    with adding(directory) as database, database.removing(names):
+        if pruning.files:
+            database.write_facts({"batches_lost_to": pruning.lost})
+    for name in names:
+        if (directory / name).exists():
+            raise RecordingError(f"{directory / name} cannot be removed")

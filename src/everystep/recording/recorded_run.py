@@ -39,6 +39,7 @@ from everystep.recording.health import (
 from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import SnapshotRow, read_snapshot
 from everystep.recording.summary import Summary, summary_of
+from everystep.recording.texts import column_title
 
 if TYPE_CHECKING:
     import polars
@@ -285,12 +286,12 @@ class RecordedRun:
         for series, (at, values) in found.items():
             if last is not None and not len(at):
                 continue
-            name = series.partition("/")[2]
+            title = column_title(series.partition("/")[2])
             column: list[float | None] = [None] * len(steps)
             for step, value in zip(at.tolist(), values.tolist(), strict=True):
                 if 0 <= step - first < len(steps):
                     column[step - first] = value
-            columns[f"{name} (measured)" if name in ("step", "loss") else name] = column
+            columns[title] = column
         return columns
 
     @property
@@ -436,14 +437,15 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is not one of the run.
         """
-        rows = self.files(name)
-        if not rows:
-            path = own_path(self.directory, name)
-            raise RunError(
-                f"{path} has no digest in {FILE_NAME}: everystep did not write it, or "
-                "the database was changed"
-            )
-        return read_file(self.directory, rows[0])
+        return read_file(self.directory, self._row_of(name))
+
+    def _row_of(self, name: str) -> FileRow:
+        for row in self.files(name):
+            return row
+        raise RunError(
+            f"{own_path(self.directory, name)} has no digest in {FILE_NAME}: everystep did not write "
+            "it, or the database was changed"
+        )
 
     def files(self, names: str = "*") -> list[FileRow]:
         """Return the files with digests, by name. names: a pattern of those to return."""
@@ -460,7 +462,7 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is unreadable.
         """
-        tensors, gone = read_tensors(self.read_file(name), str(self.directory / name))
+        tensors, gone = read_tensors(self.directory, self._row_of(name))
         return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
 
     def data(self, fact: DataFileFacts) -> dict[str, Tensor]:
@@ -469,7 +471,7 @@ class RecordedRun:
         Raises:
             RunError: the file is missing, was changed, or is unreadable.
         """
-        return read_data(self.read_file(fact.file), self.directory / fact.file, fact)
+        return read_data(self.directory, self._row_of(fact.file), fact)
 
     def snapshot_rows(self) -> list[SnapshotRow]:
         """Return the database rows of the snapshots, in order: of states that all ranks have."""

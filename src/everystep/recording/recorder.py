@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from everystep import clock
 from everystep.bounded import MOST_STEPS
-from everystep.errors import RecordingError, RunError, say
+from everystep.errors import RecordingError, RunError, say, size_text
 from everystep.recording.connection import SPARE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Repeats, Taken
 from everystep.recording.continuation import Continuation, inherit, tidy
@@ -25,7 +24,6 @@ from everystep.recording.database import FILE_NAME, Database, Repeat, cut
 from everystep.recording.directories import GoneError, Home
 from everystep.recording.facts import EarlierFacts, Facts, NotKeptFacts
 from everystep.recording.files import (
-    CHANGES,
     DATA_FILE,
     DATA_LIMIT,
     PROGRAMS,
@@ -33,11 +31,12 @@ from everystep.recording.files import (
     Change,
     program_file,
     row_of_file,
+    state_folder,
     write_change,
     write_data,
     write_whole,
 )
-from everystep.recording.keep import Ahead, Keep, Outlook, is_kept
+from everystep.recording.keep import Keep, is_kept
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import LARGE_BYTES, SnapshotPlan, read_snapshot, write_snapshot
@@ -54,6 +53,8 @@ __all__ = ["Recorder"]
 LATE_SECONDS = 10.0
 #: Bytes of batches that may wait to be written, before the training waits.
 MOST_WAITING = 512_000_000
+#: Bytes of batches and snapshots that a run may take without a notice.
+LARGE_RUN = 1_000_000_000
 #: Bytes that a run keeps while it is written: several times what its last facts take.
 _SPARE = 65_536
 
@@ -91,8 +92,7 @@ class Recorder:
             that the run already has are compared, not written (see `Continuation`).
 
     plan: when to take snapshots; recorded: the newest step that the run had when it was resumed, 0 for a
-    new run; is_estimated: whether what it will take was reported; program_count: how many programs the
-    run has, those of before included.
+    new run; program_count: how many programs the run has, those of before included.
     The next `check`, and `finish`, raise errors of the thread.
     """
 
@@ -110,7 +110,7 @@ class Recorder:
         keep: Keep | None = None,
     ) -> None:
         self.recorded = self.program_count = 0
-        self.is_estimated = False
+        self._is_large = False
         self._bytes_asked = self._bytes_written = 0
         self._home = Home(directory)
         self.plan = SnapshotPlan(budget, is_kept=self._is_kept)
@@ -201,11 +201,9 @@ class Recorder:
         later = [taken for taken in self.plan.kept if taken > step]
         for taken in later:
             del self.plan.kept[taken]
-        with self._database.transaction():
-            files = self._database.forget_after(step)
-        for name in files:
-            (self._home.here / name).unlink(missing_ok=True)
-        self._remove_snapshots(later)
+        changes = self._database.changes(lambda changed: changed > step)
+        with self._database.removing([*map(state_folder, later), *changes]):
+            self._database.forget_after(step)
         self._passed = min(self._passed, step)
 
     @_in_thread
@@ -233,26 +231,6 @@ class Recorder:
         """
         self._bytes_asked += sum(row.bytes for row in taken)
         self._write_steps(first_step, losses, measured, facts, taken)
-
-    @_in_thread
-    def estimate(self, ahead: Ahead) -> None:
-        """Report, once, what the run is going to take, if that is much. ahead: the steps to come."""
-        recent, sizes = self._repeats.recent, self.plan.kept
-        if self.is_estimated or not recent or not sizes:
-            return
-        notice = Outlook(
-            steps=self._last_step,
-            batches=self._repeats.size,
-            rate=sum(recent) / len(recent),
-            state=sizes[max(sizes)],
-            interval=self.plan.interval,
-            snapshot_budget=self.plan.budget,
-            batch_budget=self._batch_budget,
-            keep=self._keep,
-        ).notice(ahead)
-        if notice is not None:
-            self.is_estimated = True
-            say(notice)
 
     def snapshot(self, state: State) -> None:
         """Write a state."""
@@ -373,7 +351,7 @@ class Recorder:
             if parent is not None:
                 inherited = inherit(here, database, self.plan, parent, at)
             if beginning is not None and at not in self.plan.kept:
-                row = write_snapshot(here / SNAPSHOTS, beginning)
+                row = write_snapshot(here, beginning)
                 database.enter(row.files)
                 self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
@@ -437,16 +415,11 @@ class Recorder:
                     self._note_call(read_snapshot(self._home.here, row))
         resumed = [(self._call_begins.get(step, 1), step) for step in self.plan.kept]
         resumed.append((max(self.plan.kept) + 1, MOST_STEPS))
-        with self._database.transaction():
+        changes = self._database.changes(lambda changed: not self._is_kept(changed + 1))
+        batches = self._repeats.drop(self._repeats.unneeded(resumed))
+        with self._database.removing([*map(state_folder, states), *batches, *changes]):
             self._repeats.forget(self._not_kept, resumed)
-            rows = self._database.files(f"{CHANGES}/*")
-            changes = [row.name for row in rows if not self._is_kept((row.step or 0) + 1)]
-            self._database.remove_files(changes)
             self._database.write_facts({"not_kept": self._not_kept})
-        self._repeats.remove_files()
-        for name in changes:
-            (self._home.here / name).unlink(missing_ok=True)
-        self._remove_snapshots(states)
 
     def drain(self) -> None:
         """Wait until everything so far is on disk.
@@ -532,6 +505,20 @@ class Recorder:
         if losses[shown - first :]:
             self._written.put((shown, losses[shown - first :]))
         self._give_up_old()
+        if not self._is_large:
+            self._report_if_large()
+
+    def _report_if_large(self) -> None:
+        batches, snapshots = self._repeats.size, sum(self.plan.kept.values())
+        if batches + snapshots > LARGE_RUN:
+            self._is_large = True
+            say(
+                f"{self.directory} takes {size_text(batches + snapshots)} now: {size_text(batches)} of "
+                f"batches and {size_text(snapshots)} of snapshots. Beyond batch_budget "
+                f"({size_text(self._batch_budget)}), the oldest batches are given up, and their steps "
+                f"do not open; snapshots stay within snapshot_budget ({size_text(self.plan.budget)}), "
+                'but the first and the newest stay in any case; keep="last 2000 steps" keeps less'
+            )
 
     def _write_last_facts(self, facts: Mapping[str, Any]) -> None:
         last = facts if self._again is None else self._again.last_facts(facts)
@@ -568,16 +555,14 @@ class Recorder:
         started, began = clock.worked(), clock.now()
         first = next((row for row in self._database.snapshots() if row.step == 0), None)
         try:
-            row = write_snapshot(self._home.here / SNAPSHOTS, state, first)
+            row = write_snapshot(self._home.here, state, first)
         except Exception:  # safetensors has its own
             if not self._follow():
                 raise
-            row = write_snapshot(self._home.here / SNAPSHOTS, state, first)
+            row = write_snapshot(self._home.here, state, first)
         self._note_call(state)
-        given_up = self.plan.add(row.step, row.size)
-        with self._database.transaction():
+        with self._database.removing(map(state_folder, self.plan.add(row.step, row.size))):
             self._database.enter(row.files)
-        self._remove_snapshots(given_up)
         self._snapshot_seconds = clock.worked() - started
         if row.size > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
             self._snapshot_seconds = clock.now() - began
@@ -587,13 +572,6 @@ class Recorder:
     def _note_call(self, state: State) -> None:
         taken = (state.settings.get("place") or {}).get("taken", 0)
         self._call_begins[state.step] = state.step - taken + 1
-
-    def _remove_snapshots(self, steps: list[int]) -> None:
-        if steps:
-            with self._database.transaction():
-                self._database.remove_files(f"{SNAPSHOTS}/{step:06d}/*" for step in steps)
-            for step in steps:
-                shutil.rmtree(self._home.here / SNAPSHOTS / f"{step:06d}", ignore_errors=True)
 
     def _translated(self, error: BaseException, last_step: int) -> RecordingError:
         if last_step:

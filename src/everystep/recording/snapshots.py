@@ -16,8 +16,8 @@ from everystep.recording.files import (
     SNAPSHOTS,
     FileRow,
     completed,
-    read_file,
     read_tensors,
+    state_folder,
     write_tensors,
 )
 
@@ -87,20 +87,20 @@ def snapshots_in(files: Iterable[FileRow]) -> list[SnapshotRow]:
     return sorted(SnapshotRow(step or 0, (rows[PARAMETERS], rows[REST])) for step, rows in found.items())
 
 
-def write_snapshot(folder: Path, state: State, first: SnapshotRow | None = None) -> SnapshotRow:
-    """Write a state as `folder/000137/`: under a temporary name, synced, then renamed as a whole.
+def write_snapshot(run: Path, state: State, first: SnapshotRow | None = None) -> SnapshotRow:
+    """Write a state as `snapshots/000137/`: under a temporary name, synced, then renamed as a whole.
 
     first: that of state 0, which every run keeps. If most bytes of large parameters are still as they
     were in it (frozen layers, adapters), only the others are written.
     """
-    name = f"{folder.name}/{state.step:06d}"
+    name = state_folder(state.step)
     written, about = state.parameters, None
-    if first is not None and (unchanged := _unchanged(folder.parent, state, first)):
+    if first is not None and (unchanged := _unchanged(run, state, first)):
         file = first.files[0]
         written = {name: each for name, each in written.items() if name not in unchanged}
         about = {"unchanged": unchanged, "size": file.size, "digest": file.digest.hex()}
     files = (PARAMETERS, written, about), (REST, state.rest, state.settings)
-    with completed(folder / f"{state.step:06d}") as temporary:
+    with completed(run / name) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()  # the run may have been moved: no directory of that name may come back
         rows = (write_tensors(temporary / file, f"{name}/{file}", *given) for file, *given in files)
@@ -138,9 +138,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     from everystep.step.state import State
 
     place = f"snapshot {run / row.directory}"
-    (parameters, about), (rest, settings) = (
-        read_tensors(read_file(run, file), place) for file in row.files
-    )
+    (parameters, about), (rest, settings) = (read_tensors(run, file) for file in row.files)
     settings = {} if settings is None else settings
     try:
         _Settings.model_validate(settings)
@@ -148,8 +146,8 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     except (ValidationError, TypeError):
         raise RunError(f"{place} has settings that everystep did not write") from None
     if known is not None:
-        file = FileRow(f"{SNAPSHOTS}/{0:06d}/{PARAMETERS}", known.size, known.digest)
-        first, _ = read_tensors(read_file(run, file), f"snapshot {run / SNAPSHOTS / f'{0:06d}'}")
+        file = FileRow(f"{state_folder(0)}/{PARAMETERS}", known.size, known.digest)
+        first, _ = read_tensors(run, file)
         if {*known.unchanged} & parameters.keys() or not {*known.unchanged} <= first.keys():
             raise RunError(f"{place} has settings that everystep did not write")
         parameters |= {name: first[name] for name in known.unchanged}

@@ -9,6 +9,7 @@ from typing import Any
 from everystep.recording.facts import Described, LossFacts, ModuleFacts, OptimizerFacts, SchedulerFacts
 
 __all__ = [
+    "column_title",
     "is_rate",
     "loss_text",
     "model_text",
@@ -29,6 +30,11 @@ _RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
 def is_rate(name: str) -> bool:
     """Return whether a measurement is a learning rate or its like: recorded where it changes."""
     return _RATE.fullmatch(name) is not None
+
+
+def column_title(measurement: str) -> str:
+    """Return the title of a measurement's column; the columns of the losses keep their own."""
+    return f"{measurement} (measured)" if measurement in ("step", "loss") else measurement
 
 
 def model_text(modules: Mapping[str, ModuleFacts]) -> str:

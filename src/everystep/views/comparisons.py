@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from everystep.answers.operations import OperationDifference, TensorDifference
     from everystep.answers.rerun import Rerun
     from everystep.answers.rounding import Apart
-    from everystep.program.observed import Observed
     from everystep.program.operation import Operation
     from everystep.step.state import StateDifference
 
@@ -76,24 +75,26 @@ def diff_text(found: Difference) -> str:
 
 def diff_sentence(found: Difference) -> str:
     """Return the same in one sentence: where they differ, at which operation, and why."""
-    if found.loss is not None:
-        parts = [f"The losses first differ at step {found.loss.step:,}"]
-    elif found.operation is not None or found.states:
-        parts = [f"The losses of all {min(found.steps):,} common steps are identical"]
-    else:
+    operation = found.operation
+    if not any((found.loss, operation, found.states)):
         verdict = _diff_verdict(found)
         return f"{verdict[0].upper()}{verdict[1:]}."
-    operation = found.operation
+    texts = [f"The losses of all {min(found.steps):,} common steps are identical"]
+    if found.loss is not None:
+        texts = [f"The losses first differ at step {found.loss.step:,}"]
+    elif operation is None:
+        texts.append(f"{found.states[0].tensor} of state {found.states[0].state:,} differs")
     if operation is not None:
+        pair = operation.one, operation.other
+        sides = ["no operation" if each is None else operation_name(each.operation) for each in pair]
         at = "" if found.loss and found.loss.step == operation.step else f" of step {operation.step:,}"
-        parts.append(
-            f"the first operation that differs is #{operation.index}{at}" + _what(found, operation)
-        )
-        parts += _first_state_texts(found)
-    elif found.states and found.loss is None:
-        first = found.states[0]
-        parts.append(f"{first.tensor} of state {first.state:,} differs")
-    return "; ".join(parts) + "."
+        name = " | ".join(dict.fromkeys(sides))
+        texts.append(f"the first operation that differs is #{operation.index}{at}, {name}")
+        inputs = (f"its input {_input_name(each.name)} differs" for each in operation.inputs)
+        causes = [f"cause: {each}" for each in operation.causes]
+        texts += (causes or [*dict.fromkeys(inputs)])[:MOST_CAUSES]
+        texts += _first_state_texts(found)
+    return "; ".join(texts) + "."
 
 
 def _states_text(found: Difference) -> str:
@@ -143,52 +144,11 @@ def _first_state_texts(found: Difference) -> list[str]:
     ]
 
 
-def _what(found: Difference, operation: OperationDifference) -> str:
-    """Return the operation, of both runs if it differs, and why the result differs."""
-    one, other = operation.one, operation.other
-    names = [None if each is None else _operation_name(each) for each in (one, other)]
-    reason = _reason(found, operation)
-    if None in names:
-        return f", {names[0] or names[1]}, which only {found.names[one is None]} has{reason}"
-    if names[0] != names[1]:
-        sides = ", ".join(f"{name} in {run}" for name, run in zip(names, found.names, strict=True))
-        return f": {sides}{reason}"
-    return f", {names[0]}{reason or ('' if operation.causes else ', with identical inputs')}"
-
-
-def _operation_name(observed: Observed) -> str:
-    """Return the operator without its overload, and its location: `aten.addmm (forward, 0)`."""
-    operation = observed.operation
-    name = operation.operator
-    if name.startswith("aten."):
-        name = ".".join(name.split(".")[:2])
-    return f"{name} ({', '.join(filter(None, (operation.phase, operation.module)))})"
-
-
-def _reason(found: Difference, operation: OperationDifference) -> str:
-    """Return why an operation differs, as the end of a sentence."""
-    from everystep.answers.causes import ANOTHER_OPERATION, COMPUTED_OTHERWISE
-
-    causes = operation.causes
-    if causes and causes[0].startswith(ANOTHER_OPERATION):
-        return causes[0].removeprefix(ANOTHER_OPERATION)
-    if causes and causes[0].startswith(COMPUTED_OTHERWISE):
-        pairs = [f"{key} {one} and {other}" for key, (one, other) in found.numerics.items()]
-        numerics = ", ".join(pairs) or "all recorded numerics are, too"
-        return f", although its inputs are identical: {numerics}"
-    if causes:
-        return f", because of {'; '.join(causes[:MOST_CAUSES])}"
-    names = list(dict.fromkeys(_input_name(each.name) for each in operation.inputs))
-    verb = "differs" if len(names) == 1 else "differ"
-    return f", because {' and '.join(names[:2])} already {verb}" if names else ""
-
-
 def _input_name(name: str) -> str:
     from everystep.answers.operations import name_in_words
 
     base = name.partition("~")[0]
-    words = f"{base} of the batch" if base in ("x", "y") else name_in_words(base)
-    return f"the {words}" if base.startswith("gradient/") else words
+    return f"{base} of the batch" if base in ("x", "y") else name_in_words(base)
 
 
 def _tensor_text(found: TensorDifference) -> str:
@@ -355,16 +315,8 @@ def rerun_text(found: Rerun) -> str:
 
 def rerun_sentence(found: Rerun) -> str:
     """Return the conclusion in a sentence: where a run diverges, and by how much at most."""
-    if not found.has_loss or not found.relative.any():
-        return _rerun_verdict(found)
-    far = int(found.relative.argmax())
-    apart = (
-        f"farthest from the recorded losses at step {found.first + far:,}, by "
-        f"{number(float(found.relative[far]))} times the recorded one"
-    )
-    if found.place.precision is not None:
-        return f"In {found.place.precision}, the losses of {found.name} are {apart}"
-    return f"{_rerun_verdict(found)}; its losses are {apart}"
+    far = [line for line in _losses_text(found).splitlines() if line.startswith("farthest")]
+    return "; ".join([_rerun_verdict(found), *far])
 
 
 def _losses_text(found: Rerun) -> str:

@@ -30,7 +30,6 @@ __all__ = [
     "number",
     "one_line",
     "shape_text",
-    "size_text",
     "time_text",
 ]
 
@@ -93,14 +92,6 @@ def shape_text(tensor: Tensor) -> str:
 def dtype_text(tensor: Tensor) -> str:
     """Return the dtype of a tensor without torch's prefix: `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def size_text(count: int) -> str:
-    """Return a number of bytes: `12 kB`, `3.4 MB`."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}"
-    return f"{count / 1000:,.0f} kB" if count >= 1000 else f"{count} bytes"
 
 
 def time_text(time: datetime) -> str:

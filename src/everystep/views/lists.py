@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.text import Text
 
+from everystep.errors import size_text
 from everystep.recording.directories import Space
 from everystep.recording.prune import Pruning
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
-from everystep.views.formatting import counted, cut, number, one_line, size_text, time_text
+from everystep.views.formatting import counted, cut, number, one_line, time_text
 from everystep.views.plain import metric_data, plain_data, plain_number
 from everystep.views.terminal import Cell, Column, Page, Row, Styled, keyed, table_lines, table_text
 

@@ -23,10 +23,11 @@ from markupsafe import Markup
 
 from everystep.errors import UsageError
 from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.texts import column_title
 from everystep.views.output_file import write_file
 from everystep.views.reduction import extremes
 
-__all__ = ["LossTable", "column_title", "loss_table", "rendered", "shortest_texts"]
+__all__ = ["LossTable", "loss_table", "rendered", "shortest_texts"]
 
 #: Rows in the page as plain HTML, for viewers without scripts.
 STATIC_ROWS = 10
@@ -111,8 +112,7 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     Args:
         run: the run.
         rows: maximum number of rows, at least 100. For a longer run, the table is an excerpt, with a
-            note: evenly spaced steps, the smallest and the largest values of stretches of steps, the
-            first, the last.
+            note: evenly spaced steps, the extremes of the steps between them, the first, the last.
 
     Raises:
         UsageError: `rows` is too small.
@@ -128,27 +128,17 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     total = len(frame)
     if total <= rows:
         return LossTable(run.name, frame, total, None, run.damage)
-    stride = _round_up(8 * total / rows)
-    # All measurements together have as many rows as the losses.
-    names = measured.columns[1:]
-    wide = _round_up(8 * total * len(names) / rows) if names else None
-    kept = [
-        frame.filter(pl.col("step") % stride == 0)["step"],
-        extremes(losses, stride)["step"],
-        *(
-            extremes(frame.select("step", name).drop_nulls(), wide, value=name)["step"]
-            for name in names
-            if wide
-        ),
-    ]
+    names = frame.columns[1:]
+    width = _round_up(total * (1 + 4 * len(names)) / rows)
+    kept = [frame.filter(pl.col("step") % width == 0)["step"]]
+    kept += [extremes(frame.select("step", name).drop_nulls(), width, name)["step"] for name in names]
     some = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
-    spans = {"loss": stride if run.facts.has_loss else None, "value of each measurement": wide}
-    found = (
-        f"of each {span:,} steps the smallest and the largest {what}, and the first that is not finite"
-        for what, span in spans.items()
-        if span is not None
+    of_each = "loss and value of each measurement" if "loss" in names else "value of each measurement"
+    excerpt = (
+        f"every {width:,}th step; of each {width:,} steps the smallest and the largest "
+        f"{of_each if names[1:] else names[0]}, and the first that is not finite; the first and the "
+        "last step"
     )
-    excerpt = "; ".join([f"every {stride:,}th step", *found, "the first and the last step"])
     return LossTable(run.name, some, total, excerpt, run.damage)
 
 
@@ -199,11 +189,6 @@ def _datatables() -> str:
 
     bundle = Path(itables.options.dt_bundle).read_bytes()
     return b64encode(gzip.compress(bundle, mtime=0)).decode("ascii")
-
-
-def column_title(measurement: str) -> str:
-    """Return the title of a measurement's column; the columns of the losses keep their own."""
-    return f"{measurement} (measured)" if measurement in ("step", "loss") else measurement
 
 
 def _round_up(number: float) -> int:

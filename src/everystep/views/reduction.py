@@ -1,14 +1,23 @@
-"""Fewer points with the same look: the smallest and the largest value of every bucket of steps."""
+"""Fewer points with the same look: the smallest and the largest value of every bucket of steps.
+
+And the smallest picture of a loss that is made of them.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import polars
 from numpy.typing import NDArray
 
-__all__ = ["extremes", "reduce"]
+__all__ = ["Sparkline", "extremes", "reduce", "sparkline"]
+
+#: The picture's size in CSS pixels, and the room it leaves at its edges.
+WIDTH, HEIGHT, MARGIN = 320, 72, 5
+#: The loss is drawn on a log axis if its largest value is so many times its smallest.
+DECADES = 100.0
 
 
 def reduce(frame: polars.DataFrame, buckets: int, value: str = "loss") -> polars.DataFrame:
@@ -57,3 +66,53 @@ def _extremes(frame: polars.DataFrame, begins: NDArray[np.int64], value: str) ->
             among = bucket[rows]
             kept += [begin + int(rows[among.argmin()]), begin + int(rows[among.argmax()])]
     return frame[np.unique(kept)]
+
+
+class Sparkline(NamedTuple):
+    """A small picture of the loss for SVG.
+
+    path: of the finite losses; dot: x and y of the last of them, or None if there is none;
+    marks: x of losses that are not finite; is_log: whether the axis is logarithmic.
+    """
+
+    path: str
+    dot: tuple[float, float] | None
+    marks: list[float]
+    is_log: bool
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+def sparkline(losses: polars.DataFrame) -> Sparkline:
+    """Return the picture of the losses, one point or two to a pixel.
+
+    Args:
+        losses: columns step and loss, in order of the steps.
+    """
+    points = reduce(losses, WIDTH // 2)
+    steps = points["step"].to_numpy().astype(np.float64)
+    values = points["loss"].to_numpy().astype(np.float64)
+    finite = np.isfinite(values)
+    shown = values[finite]
+    is_log = bool(len(shown) and shown.min() > 0 and shown.max() >= DECADES * shown.min())
+    x = _scaled(steps, MARGIN, WIDTH - MARGIN)
+    y = _scaled(np.log10(shown) if is_log else shown, HEIGHT - MARGIN, MARGIN)
+    pairs = list(zip(x[finite].tolist(), y.tolist(), strict=True))
+    # A loss that is not finite breaks the line.
+    starts = np.diff(np.flatnonzero(finite), prepend=-2) > 1
+    path = "".join(
+        f"{'M' if is_start else 'L'}{px:.1f} {py:.1f}"
+        for is_start, (px, py) in zip(starts.tolist(), pairs, strict=True)
+    )
+    return Sparkline(path, pairs[-1] if pairs else None, x[~finite].tolist(), is_log)
+
+
+def _scaled(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    """Return values with their smallest at `low` and their largest at `high`."""
+    if not len(values):
+        return values
+    smallest, largest = values.min(), values.max()
+    if smallest == largest:
+        return np.full_like(values, (low + high) / 2)
+    scaled: NDArray[np.float64] = np.interp(values, [smallest, largest], [low, high])
+    return scaled

@@ -1,4 +1,4 @@
-"""A run as one self-contained page to share: facts, and the page's own plot and table."""
+"""A run as HTML: one self-contained page to share, with the page's own plot and table; a few lines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from pathlib import Path
 import polars as pl
 from markupsafe import Markup
 
+from everystep.errors import size_text
 from everystep.recording.recorded_run import RecordedRun
-from everystep.views.facts_text import facts_data, landmarks, state_data
-from everystep.views.formatting import size_text
+from everystep.views.facts_text import facts_data, facts_in_order, landmarks, state_data
+from everystep.views.formatting import number
 from everystep.views.loss_table import loss_table, rendered
 from everystep.views.output_file import write_file
+from everystep.views.reduction import sparkline
 
-__all__ = ["Report", "report_html"]
+__all__ = ["Report", "report_html", "summary_html"]
 
 #: Rows of the table, which are also the points of the plot.
 ROWS = 50_000
@@ -84,6 +86,21 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
         first=_FIRST,
         modules={"imports": _inlined((_FIRST, *modules))},
         **table.content(),
+    )
+
+
+def summary_html(run: RecordedRun) -> str:
+    """Return a run as a small table of facts and a picture of the loss: a piece of HTML, no scripts."""
+    facts, losses = run.facts, run.losses
+    ends = [losses["loss"].item(0), losses["loss"].item(-1)] if len(losses) else []
+    return rendered(
+        "summary.html",
+        name=run.name,
+        damage=run.damage,
+        **state_data(run, facts, run.status, len(losses)),
+        ends=[(number(loss), str(loss)) for loss in ends],
+        rows=facts_in_order(facts),
+        line=sparkline(losses),
     )
 
 

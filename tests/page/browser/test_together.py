@@ -25,7 +25,7 @@ def test_two_runs_are_compared_down_to_the_operation(visit):
     expect(verdict).to_contain_text(
         "The losses first differ at step 139; the first operation that differs is #12 of step 138"
     )
-    expect(verdict).to_contain_text("because of GradientDescent: lr 0.0001 | 0.0002")
+    expect(verdict).to_contain_text("cause: GradientDescent: lr 0.0001 | 0.0002")
     row = page.locator("table.differences tr").filter(has_text="optimizer GradientDescent.lr")
     expect(row.locator("td")).to_have_text(["0.0001", "0.0002"])
     plot(page)
