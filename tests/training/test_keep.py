@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import everystep
-from everystep.recording import recorder
 
 #: Of Python, from 3.12 on: no other thread holds anything here.
 pytestmark = pytest.mark.filterwarnings("ignore:.* use of fork")
@@ -189,10 +188,46 @@ def test_what_cannot_be_kept_is_reported_with_what_to_write(keep, messages):
     assert all(message in str(caught.value) for message in messages), caught.value
 
 
-def test_a_large_run_is_announced_once(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(recorder, "LARGE_RUN", 100_000)
-    with everystep.record(run=tmp_path / "run", total=torch.zeros(1)) as recording:
-        for x in recording.steps([torch.randn(10, 1000) for _ in range(40)]):
-            recording.log(loss=x.sum())
-    said = [line for line in capsys.readouterr().err.splitlines() if "takes" in line]
-    assert len(said) == 1 and "batch_budget (2 GB)" in said[0] and 'keep="last 2000' in said[0]
+class Batches:
+    """As many batches of 1 MB."""
+
+    def __init__(self, count, are_new=True):
+        self.count, self.are_new = count, are_new
+        self.first = torch.randn(250, 1000)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        yield from (torch.randn(250, 1000) if self.are_new else self.first for _ in range(self.count))
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "options", "message"),
+    [
+        (Batches(4000), 1, {}, "this run will take about 2.0 GB: 2.0 GB of batches (now 1 MB a step)"),
+        (Batches(600), 2, {}, None),  # the rows may come again
+        (Batches(10), 200, {}, "from about step 1,999 on, the oldest batches are given up"),
+        (Batches(10, are_new=False), 10_000, {}, None),
+        (Batches(4000), 1, {"keep": "last 200 steps"}, None),
+        (Batches(4000), 1, {"keep": [(0, 300), (3000, 3300)]}, None),
+        (Batches(4000), 1, {"keep": "last 3000 steps"}, "pass fewer steps in keep or a larger batch"),
+    ],
+)
+def test_a_run_that_will_be_large_is_announced_once(
+    batches, epochs, options, message, monkeypatch, tmp_path, capsys
+):
+    take_snapshots_every(monkeypatch, 1000)
+    model, taken = nn.Linear(1000, 1), 0
+    with everystep.record(model=model, run=tmp_path / "run", **options) as recording:
+        for _ in recording.epochs(epochs):
+            for x in recording.steps(batches):
+                recording.log(loss=model(x).sum())
+                taken += 1
+                if taken == 40:
+                    recording.stop("enough")
+                    break
+            if taken == 40:
+                break
+    said = [line for line in capsys.readouterr().err.splitlines() if "GB" in line]
+    assert len(said) == (message is not None) and all(message in line for line in said), said

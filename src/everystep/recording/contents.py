@@ -14,6 +14,7 @@ import os
 import struct
 import weakref
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from everystep.errors import RunError
 from everystep.recording.database import Database, Place, Repeat
 from everystep.recording.facts import NotKeptFacts
 from everystep.recording.files import BATCHES, batch_file, bytes_of, open_own
-from everystep.recording.keep import Keep
+from everystep.recording.keep import RECENT, Keep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -308,7 +309,8 @@ class Repeats:
         keep: which steps are kept, None for all.
         is_kept: returns whether a step is kept; of others, only draws are written.
 
-    lost_to: the last step that needs dropped inputs; files: of batches, by number.
+    lost_to: the last step that needs dropped inputs; files: of batches, by number; recent: the bytes of
+    new contents of the newest steps.
     """
 
     def __init__(
@@ -320,7 +322,8 @@ class Repeats:
         keep: Keep | None = None,
         is_kept: Callable[[int], bool] = lambda step: True,
     ) -> None:
-        self.lost_to = 0
+        self.lost_to = self._bytes = 0
+        self.recent: deque[int] = deque(maxlen=RECENT)
         self._database = database
         self._directory = directory
         self._budget = budget
@@ -360,10 +363,13 @@ class Repeats:
             if last > self._recorded and not self._is_kept(last):
                 draws = {name: each for name, each in row.inputs.items() if name.startswith(DRAW)}
                 if not draws:
+                    self.recent.append(0)
                     continue
                 row = Taken(row.step, None, None, draws, None, 0, {}, row.count)
+            before = self._bytes
             cuts = row.cuts
             given = {n: self._add_once(last, n, each, cuts.get(n)) for n, each in row.inputs.items()}
+            self.recent.append(self._bytes - before)
             inputs = self._packed_inputs(Inputs(given, row.nesting, row.digests))
             numbers = packed(row.numbers) if row.numbers else None
             now = Repeat(row.step, row.program, numbers, inputs, row.count)
@@ -563,6 +569,7 @@ class Repeats:
         self._rows += [Place(*place, source) for place in places]
         opened.writelines(pieces.values())
         file.size += size * len(pieces)
+        self._bytes += size * len(pieces)
         self._known |= dict.fromkeys(pieces, (number, source))
 
     def _forget_cut(self) -> None:

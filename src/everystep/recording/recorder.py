@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from everystep import clock
 from everystep.bounded import MOST_STEPS
-from everystep.errors import RecordingError, RunError, say, size_text
+from everystep.errors import RecordingError, RunError, say
 from everystep.recording.connection import SPARE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Repeats, Taken
 from everystep.recording.continuation import Continuation, inherit, tidy
@@ -36,7 +36,7 @@ from everystep.recording.files import (
     write_data,
     write_whole,
 )
-from everystep.recording.keep import Keep, is_kept
+from everystep.recording.keep import Ahead, Keep, Outlook, is_kept
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import LARGE_BYTES, SnapshotPlan, read_snapshot, write_snapshot
@@ -53,8 +53,6 @@ __all__ = ["Recorder"]
 LATE_SECONDS = 10.0
 #: Bytes of batches that may wait to be written, before the training waits.
 MOST_WAITING = 512_000_000
-#: Bytes of batches and snapshots that a run may take without a notice.
-LARGE_RUN = 1_000_000_000
 #: Bytes that a run keeps while it is written: several times what its last facts take.
 _SPARE = 65_536
 
@@ -92,7 +90,8 @@ class Recorder:
             that the run already has are compared, not written (see `Continuation`).
 
     plan: when to take snapshots; recorded: the newest step that the run had when it was resumed, 0 for a
-    new run; program_count: how many programs the run has, those of before included.
+    new run; is_estimated: whether what it will take was reported; program_count: how many programs the
+    run has, those of before included.
     The next `check`, and `finish`, raise errors of the thread.
     """
 
@@ -110,7 +109,7 @@ class Recorder:
         keep: Keep | None = None,
     ) -> None:
         self.recorded = self.program_count = 0
-        self._is_large = False
+        self.is_estimated = False
         self._bytes_asked = self._bytes_written = 0
         self._home = Home(directory)
         self.plan = SnapshotPlan(budget, is_kept=self._is_kept)
@@ -231,6 +230,26 @@ class Recorder:
         """
         self._bytes_asked += sum(row.bytes for row in taken)
         self._write_steps(first_step, losses, measured, facts, taken)
+
+    @_in_thread
+    def estimate(self, ahead: Ahead) -> None:
+        """Report, once, what the run is going to take, if that is much. ahead: the steps to come."""
+        recent, sizes = self._repeats.recent, self.plan.kept
+        if self.is_estimated or not recent or not sizes:
+            return
+        notice = Outlook(
+            steps=self._last_step,
+            batches=self._repeats.size,
+            rate=sum(recent) / len(recent),
+            state=sizes[max(sizes)],
+            interval=self.plan.interval,
+            snapshot_budget=self.plan.budget,
+            batch_budget=self._batch_budget,
+            keep=self._keep,
+        ).notice(ahead)
+        if notice is not None:
+            self.is_estimated = True
+            say(notice)
 
     def snapshot(self, state: State) -> None:
         """Write a state."""
@@ -505,20 +524,6 @@ class Recorder:
         if losses[shown - first :]:
             self._written.put((shown, losses[shown - first :]))
         self._give_up_old()
-        if not self._is_large:
-            self._report_if_large()
-
-    def _report_if_large(self) -> None:
-        batches, snapshots = self._repeats.size, sum(self.plan.kept.values())
-        if batches + snapshots > LARGE_RUN:
-            self._is_large = True
-            say(
-                f"{self.directory} takes {size_text(batches + snapshots)} now: {size_text(batches)} of "
-                f"batches and {size_text(snapshots)} of snapshots. Beyond batch_budget "
-                f"({size_text(self._batch_budget)}), the oldest batches are given up, and their steps "
-                f"do not open; snapshots stay within snapshot_budget ({size_text(self.plan.budget)}), "
-                'but the first and the newest stay in any case; keep="last 2000 steps" keeps less'
-            )
 
     def _write_last_facts(self, facts: Mapping[str, Any]) -> None:
         last = facts if self._again is None else self._again.last_facts(facts)

@@ -28,6 +28,7 @@ from torch.utils.data import (
 
 from everystep.errors import RunError
 from everystep.recording.contents import DRAW
+from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators
 from everystep.step.own_state import decoded, encoded
 from everystep.step.state import same_bits
@@ -113,11 +114,26 @@ class LoaderPosition:
         self._call = -1
         self._loop = -1
         self._epoch: Epoch | None = None
+        self._epochs: int | None = None
         self._is_between = False
         self._has_workers = False
         self._loader: Any = None
         self._at_first: dict[str, Any] = {}
         self._reached = reached
+
+    def ahead(self, step: int) -> Ahead:
+        """Return the steps to come after `step`, as far as batches and epochs have lengths."""
+        try:
+            size = len(self._loader)
+        except (TypeError, NotImplementedError):  # torch's IterableDataset has one that raises
+            return Ahead(None, None)
+        left = max(0, size - self.taken)
+        if self._epoch is None or self._epochs is None:
+            return Ahead(left, None)
+        later = (self._epochs - self._epoch.number - 1) * size
+        # The rows of the first epoch may come again.
+        may_repeat = (self._call - 1) * size + self.taken < RECENT
+        return Ahead(left if may_repeat else left + later, step + left + later)
 
     def settings(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the current place, as a state has it: tensors, and plain data."""
@@ -142,7 +158,7 @@ class LoaderPosition:
         Raises:
             RunError: the recorded training did not use `epochs`.
         """
-        self._loop += 1
+        self._loop, self._epochs = self._loop + 1, count
         goal, first = self.goal, 0
         if goal is not None:
             if goal.epoch is None and (goal.call or goal.taken):

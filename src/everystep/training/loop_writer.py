@@ -13,6 +13,7 @@ from everystep import numerics
 from everystep.errors import say
 from everystep.recording.continuation import shortened
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
+from everystep.recording.keep import RECENT
 from everystep.recording.recorder import Recorder
 from everystep.step.build import BuiltPath
 from everystep.step.parts_state import PartsState, Rest
@@ -105,6 +106,10 @@ class LoopWriter(RunWriter):
         if self.is_snapshot_due():
             self._pending = self._snapshot()
         self.flush_if_due()
+        taken = self.step - self.start
+        if taken >= RECENT and not taken & (taken - 1) and not self.recorder.is_estimated:
+            self.flush()
+            self.recorder.estimate(self._place.ahead(self.step))
 
     def keep(self) -> None:
         """Keep the state after the last step."""
