@@ -112,8 +112,12 @@ class Branches(nn.Module):
         return self.last((self.one if self.calls % 2 else self.two)(x).relu())
 
 
-def unused_parameters(begin, rank):
-    return trained(begin, rank, Branches(), find_unused_parameters=True)
+def unused_parameters(begin, rank, kill=None):
+    def die(number):
+        if kill == (rank, number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return trained(begin, rank, Branches(), after=die, find_unused_parameters=True)
 
 
 def product(begin, rank):

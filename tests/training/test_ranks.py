@@ -273,10 +273,11 @@ def test_more_ranks_replay_bit_for_bit(tmp_path, processes):
     [
         ("forked", "1,13"),
         *[("epochs", kill) for kill in ("1,17", "0,5", "0,17", "1,2")],
+        ("unused_parameters", "1,5"),
         *[("shuffled_mean", kill) for kill in ("1,7", "0,13")],
     ],
 )
-@pytest.mark.sweep(every=4)
+@pytest.mark.sweep(every=5)
 def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, trained, name, kill):
     parent = {"PARENT": str(trained[0] / "epochs")}
     found, errors = launched(tmp_path, [name], KILL=kill, **parent)

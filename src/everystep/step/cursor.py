@@ -352,14 +352,14 @@ class Cursor(UnderWay):
         targets = leaves([given.get(name) for name in known.writes])
         others = leaves([value for name, value in given.items() if name not in known.writes])
         read = {tensor.untyped_storage()._cdata for tensor in others}
-        return [
-            target
-            for target in targets
-            if is_plain(target)
-            and fills(geometry(target))
-            and target.untyped_storage()._cdata not in read
-            and (target.untyped_storage().nbytes(), target.dtype) not in self.paths.partly_read
-        ]
+
+        def is_unread(target: Tensor) -> bool:
+            memory = target.untyped_storage()
+            is_part = memory.nbytes() > target.nbytes
+            may_be_read = is_part and (memory.nbytes(), target.dtype) in self.paths.partly_read
+            return memory._cdata not in read and not may_be_read
+
+        return [t for t in targets if is_plain(t) and fills(geometry(t)) and is_unread(t)]
 
     def _check(self, known: KnownOperator, tokens: Iterable[Any], written: Iterable[int]) -> None:
         """Check that a program can hold an operation with these tensors.
