@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tests.sealing import seal, sql
 
 import everystep
-from everystep.experiment import data, file_rows, table_cache
+from everystep.experiment import array_source, converted_table, data, file_rows, table
 from everystep.experiment.preparation import Scaling
 from everystep.experiment.source_files import source_file
 
@@ -35,8 +35,8 @@ def large(monkeypatch):
         monkeypatch.setattr(data, "IN_MEMORY", 0)
         monkeypatch.setattr(file_rows, "_PIECE", 5000)
         monkeypatch.setattr(file_rows, "_RELEASED", 20_000)
-        monkeypatch.setattr(table_cache, "_COLUMNS", 20_000)
-        monkeypatch.setattr(table_cache, "_ROWS", 5000)
+        monkeypatch.setattr(table, "_COLUMNS", 20_000)
+        monkeypatch.setattr(converted_table, "_ROWS", 5000)
 
     return begin
 
@@ -153,6 +153,7 @@ def test_rows_that_do_not_lie_together_are_read_into_memory_as_before(arrays, la
     assert same(run, in_memory)
     assert Path("runs/run/data.safetensors").exists()
     monkeypatch.setattr(data, "MEMORY", 1000)
+    monkeypatch.setattr(array_source, "MEMORY", 1000)
     with pytest.raises(everystep.DataError, match=r"larger than memory.*in C order"):
         trained("too large")
     with pytest.raises(everystep.DataError, match=r"more than this machine has memory.*set batch_size"):
@@ -312,7 +313,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_is_taken_for_whole(large,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(table_cache.TablePreparation, "targets", stopped)
+        patch.setattr(converted_table, "_targets", stopped)
         with pytest.raises(KeyboardInterrupt):
             trained("stopped", source)
     assert not [each for each in (cache / "tables").iterdir() if each.is_dir()]

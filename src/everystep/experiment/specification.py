@@ -74,6 +74,16 @@ class DataSpecification(StrictModel):
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
     scale: Literal["standard"] | None = None
 
+    @property
+    def file_keys(self) -> tuple[str, ...]:
+        """The keys that name the files that the data is in."""
+        return ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that the data is in."""
+        return tuple(getattr(self, key) for key in self.file_keys)
+
 
 class RandomData(DataSpecification):
     """The chapter's data: x (N, D_in), then y (N, D_out), from the standard normal distribution."""
@@ -102,6 +112,11 @@ class TableData(DataSpecification):
     unseen: Literal["error", "zeros"] = "error"
     separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
 
+    @property
+    def file_keys(self) -> tuple[str, ...]:
+        """The file, or the directory of files."""
+        return ("path",)
+
 
 class ArrayData(DataSpecification):
     """Arrays: two .npy files, or two names within one .npz or .safetensors file (`path`)."""
@@ -110,6 +125,11 @@ class ArrayData(DataSpecification):
     path: str | None = None
     x: str = "x"
     y: str = "y"
+
+    @property
+    def file_keys(self) -> tuple[str, ...]:
+        """The file with both arrays, or the file of each."""
+        return ("x", "y") if self.path is None else ("path",)
 
 
 class Model(StrictModel):
@@ -323,11 +343,7 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
 def _resolve_paths(experiment: Experiment, folder: Path) -> Experiment:
     """Make the paths of the data absolute, so that the experiment works from anywhere."""
     data = experiment.data
-    changes: dict[str, str] = {}
-    if isinstance(data, TableData) or (isinstance(data, ArrayData) and data.path):
-        changes["path"] = _absolute(data.path or "", folder)
-    elif isinstance(data, ArrayData):
-        changes = {"x": _absolute(data.x, folder), "y": _absolute(data.y, folder)}
+    changes = {key: _absolute(getattr(data, key), folder) for key in data.file_keys}
     return experiment.model_copy(update={"data": data.model_copy(update=changes)})
 
 

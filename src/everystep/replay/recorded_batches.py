@@ -11,8 +11,9 @@ from torch import Tensor
 
 from everystep.errors import DataError, RunError
 from everystep.experiment.batches import Batches, RowsOf
-from everystep.experiment.data import Data, check_may_be_read, reopened
+from everystep.experiment.data import Data, reopened
 from everystep.experiment.file_rows import FileRows
+from everystep.experiment.source_files import check_may_be_read
 from everystep.experiment.specification import load
 from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
