@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,7 +20,6 @@ from everystep.experiment.file_rows import Prepare, Reading, SourceArray
 from everystep.experiment.preparation import (
     CategoricalColumn,
     NumericColumn,
-    Preparation,
     Scaling,
     TablePreparation,
 )
@@ -114,14 +114,12 @@ class ConvertedTable:
         scaling = Scaling.fit(lambda: iter([numbers])) if is_scaled else None
         return NumericColumn(name=column.name, fill=fill, scaling=scaling)
 
-    def prepared_by(self, fitted: Preparation) -> tuple[Prepare, Prepare]:
+    def prepared_by(self, fitted: Any) -> tuple[Prepare, Prepare]:
         """Return what makes features of rows of x, and targets of rows of y.
 
         Raises:
-            ValueError: the preparation is of other data.
+            ValueError: the preparation is of another table.
         """
-        if not isinstance(fitted, TablePreparation):
-            raise ValueError("the preparation is of arrays")
         return fitted.features_from(self.whole), lambda rows: rows
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,12 +19,18 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from everystep.bounded import MEMORY
-from everystep.errors import DataError
-from everystep.experiment.array_source import ArraySource, open_arrays
-from everystep.experiment.file_rows import FileRows, Reading, SourceArray
-from everystep.experiment.preparation import Preparation
-from everystep.experiment.source_files import SourceFile, source_files
+from everystep.errors import DataError, did_you_mean
+from everystep.experiment.file_rows import (
+    FileRows,
+    Prepare,
+    Reading,
+    SourceArray,
+    mapped_safetensors,
+)
+from everystep.experiment.preparation import ArrayPreparation, Preparation, TablePreparation
+from everystep.experiment.source_files import SourceFile, read_file, source_files
 from everystep.experiment.specification import (
+    ArrayData,
     BundledData,
     DataSpecification,
     Experiment,
@@ -56,7 +63,7 @@ class Numbering(NamedTuple):
         None if the numbers of the rows to train on are 0, 1, 2, ...; those held out are from another
         source.
         """
-        if self == _AS_THEY_ARE:
+        if self == Numbering():
             return None
         is_split = self.split_seed is not None
         kept = torch.ones(rows + is_split * held_out + len(self.dropped), dtype=torch.bool)
@@ -66,10 +73,6 @@ class Numbering(NamedTuple):
             return numbers, torch.arange(held_out)
         training, validation = _split(len(numbers), held_out, self.split_seed)
         return numbers[training], numbers[validation]
-
-
-#: Each row has the number of its place.
-_AS_THEY_ARE = Numbering()
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Data:
     y: Tensor
     validation: tuple[Tensor | FileRows, Tensor] | None = None
     preparation: Preparation | None = None
-    numbering: Numbering = _AS_THEY_ARE
+    numbering: Numbering = field(default_factory=Numbering)
     sources: tuple[SourceFile, ...] = ()
 
     @property
@@ -108,10 +111,9 @@ class Data:
 
     def to(self, device: torch.device) -> Data:
         """Return the data on that device."""
-        validation = self.validation and (
-            self.validation[0].to(device),
-            self.validation[1].to(device),
-        )
+        validation = self.validation
+        if validation is not None:
+            validation = validation[0].to(device), validation[1].to(device)
         return replace(self, x=self.x.to(device), y=self.y.to(device), validation=validation)
 
 
@@ -174,6 +176,8 @@ def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple
         ValueError: the preparation does not fit.
     """
     known: Preparation = TypeAdapter(Preparation).validate_python(preparation)
+    if isinstance(known, TablePreparation) != isinstance(experiment.data, TableData):
+        raise ValueError("the preparation is of other data")
     target: Target = "classes" if getattr(known, "class_indices", False) else "values"
     found = make_data(experiment, target, known=known, digests=digests)
     if not found.sources:
@@ -213,12 +217,12 @@ def _check_digests(
     data: DataSpecification, sources: tuple[SourceFile, ...], digests: tuple[str, ...]
 ) -> None:
     """Check that files are those that a run was trained on, if it is known which they were."""
-    if digests and len(digests) != len(sources):
+    if len(digests) not in (0, len(sources)):
         raise DataError(
             f"{', '.join(data.files)} has {len(sources)} files, but the run was trained on "
             f"{len(digests)}; restore the original"
         )
-    for source, digest in zip(sources, digests, strict=bool(digests)):
+    for source, digest in zip(sources, digests, strict=False):
         if source.digest != digest:
             raise DataError(
                 f"{source.path} has changed since the run was trained on it: its digest is "
@@ -242,7 +246,7 @@ def _source(
         with np.load(file, allow_pickle=False) as arrays:
             x, y = SourceArray(arrays["x"].astype(np.float64)), SourceArray(arrays["y"])
     else:
-        x, y = open_arrays(data, sources)
+        x, y = _open_arrays(data, sources)
     return ArraySource(
         x,
         y,
@@ -251,6 +255,96 @@ def _source(
         indices=experiment.model.layers[0].startswith("Embedding"),
         progress=progress,
     )
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Arrays x (N, ...) and y (N, ...), and how they are prepared.
+
+    scale: as in the `[data]` section; classes, indices: as in `ArrayPreparation.fit`; progress: called
+    with how many rows were looked at, and of all; dropped: no row is.
+    """
+
+    x: SourceArray
+    y: SourceArray
+    scale: str | None
+    classes: bool
+    indices: bool
+    progress: Reading
+    dropped: tuple[int, ...] = ()
+
+    def fit(self, training: np.ndarray | None) -> ArrayPreparation:
+        """Fit the preparation to the training rows (int64 places), or to all."""
+        return ArrayPreparation.fit(
+            partial(self.x.parts, training, self.progress),
+            self.y.array,
+            scale=self.scale,
+            classes=self.classes,
+            indices=self.indices,
+        )
+
+    def prepared_by(self, fitted: Any) -> tuple[Prepare, Prepare]:
+        """Return what makes features of rows of x, and targets of rows of y."""
+        return fitted.features, fitted.targets
+
+
+def _open_arrays(data: ArrayData, sources: tuple[SourceFile, ...]) -> tuple[SourceArray, SourceArray]:
+    """Return x and y of the files that have them.
+
+    sources: the files of data that does not come into memory, if that can be; none for others.
+
+    Raises:
+        DataError: they are not data to train on, or must be read as a whole and are larger than memory.
+    """
+    if sources and not (data.path or "").endswith(".npz"):
+        x, y = _read(data, is_mapped=True)
+        if x.stays_in_file and y.stays_in_file:
+            return x, y
+    if sum(each.bytes for each in sources) > MEMORY:
+        raise DataError(
+            f"{data.files[0]} is larger than memory, and its rows do not lie one after the "
+            "other; save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
+        )
+    return _read(data, is_mapped=False)
+
+
+def _read(data: ArrayData, *, is_mapped: bool) -> tuple[SourceArray, SourceArray]:
+    paths = [Path(file) for file in data.files]
+    for path in paths:
+        if data.path is None and path.suffix != ".npy":
+            raise DataError(
+                f"{path} is not a .npy file; for .npz or .safetensors, set data.path to the file and "
+                "data.x and data.y to the array names in it"
+            )
+        if data.path is not None and path.suffix not in (".npz", ".safetensors"):
+            raise DataError(f"{path}: expected a .npz or .safetensors file")
+    found = [read_file(path, partial(_content, path, is_mapped=is_mapped)) for path in paths]
+    arrays = found[0] if data.path is not None else dict(zip((data.x, data.y), found, strict=True))
+    absent = [name for name in (data.x, data.y) if name not in arrays]
+    if absent:
+        cures = "; ".join(f"{name!r}: {did_you_mean(name, list(arrays))}" for name in absent)
+        raise DataError(f"{data.path} has no array {cures}")
+    x, y = arrays[data.x], arrays[data.y]
+    for name, array in (("x", x), ("y", y)):
+        if array.ndim == 0 or array.dtype.kind not in "fiub":
+            raise DataError(
+                f"data.{name}: expected numbers with rows along the first dimension, not "
+                f"{array.dtype} of shape {array.shape}"
+            )
+    if len(x) != len(y):
+        raise DataError(f"x has {len(x)} rows and y has {len(y)}; they must match")
+    if len(x) == 0:
+        raise DataError(f"{data.files[0]} has no rows")
+    return SourceArray(x), SourceArray(y)
+
+
+def _content(path: Path, *, is_mapped: bool) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        return mapped_safetensors(path) if is_mapped else load_file(path)
+    found = np.load(path, mmap_mode="r" if is_mapped else None, allow_pickle=False)
+    return dict(found) if path.suffix == ".npz" else found
 
 
 def derived_generator(seed: int, *purpose: Any) -> torch.Generator:

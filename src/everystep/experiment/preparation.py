@@ -80,20 +80,22 @@ class ArrayPreparation(Fitted):
 
     @classmethod
     def fit(
-        cls, x: Parts, y: Parts, *, scale: str | None, classes: bool, indices: bool
+        cls, x: Parts, y: np.ndarray, *, scale: str | None, classes: bool, indices: bool
     ) -> ArrayPreparation:
         """Fit to training rows x (n, ...) and all targets y (N, ...).
 
         `classes`: the loss needs class indices; `indices`: the model uses x as indices (an embedding).
         """
-        are_whole, _ = _checked("x", x, are_whole=indices)
-        are_classes, targets = _checked("y", y, are_whole=classes, counts=classes)
-        if indices and not are_whole:
+        _check_finite("x", x())
+        _check_finite("y", iter([y]))
+        if indices and not all(map(_are_whole, x())):
             raise DataError("data.x: an embedding needs integer inputs; round them")
-        if targets is not None and not are_classes:
+        are_shares = y.dtype.kind == "f" and y.ndim > 1  # of each class
+        if classes and not are_shares and not _are_whole(y):
             raise DataError("data.y: a classification loss needs integer classes")
         if indices and scale:
             raise DataError("data.scale: an embedding needs integer inputs; remove scale")
+        targets = [int(each) for each in np.unique(y)] if classes and not are_shares else None
         return cls(scaling=Scaling.fit(x) if scale else None, classes=targets, indices=indices)
 
     def features(self, x: np.ndarray) -> np.ndarray:
@@ -215,30 +217,15 @@ def _sum(parts: Iterator[np.ndarray]) -> np.ndarray:
     return total
 
 
-def _checked(
-    name: str, parts: Parts, *, are_whole: bool, counts: bool = False
-) -> tuple[bool, list[Class] | None]:
-    """Look at all rows: return whether all numbers are whole, and which there are.
-
-    are_whole: whether to look at that; counts: whether to collect the numbers, but not floats of several
-    columns.
-
-    Raises:
-        DataError: rows have numbers that are not finite in float32.
-    """
-    rows, wrong, first, found = 0, 0, 0, np.empty(0)
-    for part in parts():
+def _check_finite(name: str, parts: Iterator[np.ndarray]) -> None:
+    """Check that all numbers of rows (N, ...), given in parts, are finite in float32."""
+    rows, wrong, first = 0, 0, 0
+    for part in parts:
         if part.dtype.kind == "f":
             with np.errstate(over="ignore"):
-                is_finite = np.isfinite(part.astype(np.float32))
-            if not is_finite.all():
-                places = np.unique(np.nonzero(~is_finite)[0])
-                first = first if wrong else rows + int(places[0])
-                wrong += len(places)
-            are_whole = are_whole and bool(np.equal(part, np.round(part)).all())
-            counts = counts and part.ndim == 1
-        if counts and not wrong and (are_whole or not rows):
-            found = np.unique(np.concatenate([found, np.unique(part)]) if rows else part)
+                places = np.unique(np.nonzero(~np.isfinite(part.astype(np.float32)))[0])
+            first = rows + int(places[0]) if len(places) and not wrong else first
+            wrong += len(places)
         rows += len(part)
     if wrong:
         problem = (
@@ -246,4 +233,7 @@ def _checked(
             f"(first: row {first}); remove them"
         )
         raise DataError([Fault(f"data.{name}", problem)])
-    return are_whole, [int(value) for value in found] if counts else None
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    return values.dtype.kind != "f" or bool(np.equal(values, np.round(values)).all())

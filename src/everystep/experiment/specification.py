@@ -1,6 +1,6 @@
 """An experiment as data: from TOML to validated, frozen models, and back.
 
-Imports no torch; `load` does, to check the names of layers, losses and optimizers.
+Imports no torch before the names of layers, losses and optimizers are checked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -22,7 +23,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from everystep.bounded import MOST_STEPS, StrictModel, read_regular
 from everystep.errors import ExperimentError, Fault, did_you_mean
@@ -60,6 +61,22 @@ class NamedSection(StrictModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        from everystep.experiment.catalogue import section_problems
+
+        details = [
+            InitErrorDetails(
+                type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
+                loc=(key,) if key else (),
+                input=None,
+            )
+            for key, problem in section_problems(type(self).__name__.lower(), self.name, self.keywords)
+        ]
+        if details:
+            raise ValidationError.from_exception_data(self.name, details)
+        return self
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -132,23 +149,28 @@ class ArrayData(DataSpecification):
         return ("x", "y") if self.path is None else ("path",)
 
 
+def _layer(text: str) -> str:
+    from everystep.experiment.catalogue import check_layer
+
+    check_layer(text)
+    return text
+
+
+def _metric(name: str) -> str:
+    from everystep.experiment.catalogue import metric_by_name
+
+    metric_by_name(name)
+    return name
+
+
 class Model(StrictModel):
     """The model: the layers of an `nn.Sequential`, each written as in Python."""
 
-    layers: Annotated[list[str], Field(min_length=1)]
+    layers: Annotated[list[Annotated[str, AfterValidator(_layer)]], Field(min_length=1)]
 
 
 class Loss(NamedSection):
     """A loss of `torch.nn`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_name_of_mean(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and value.get("reduction") == "elementwise_mean":
-            raise PydanticCustomError(
-                "old_name", "reduction 'elementwise_mean' is torch's old name; write 'mean'"
-            )
-        return value
 
 
 class Optimizer(NamedSection):
@@ -191,7 +213,7 @@ class Experiment(Iteration):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
-    metrics: Annotated[list[str], Field(min_length=1)] | None = None
+    metrics: Annotated[list[Annotated[str, AfterValidator(_metric)]], Field(min_length=1)] | None = None
     data: Annotated[RandomData | BundledData | TableData | ArrayData, Field(discriminator="source")]
     model: Model
     loss: Loss
@@ -237,21 +259,16 @@ def load(
     raw, where, folder = _read(source)
     for path, value in (settings or {}).items():
         _override(raw, path, value)
-    faults: list[Fault] = []
-    experiment = None
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
-        found = {fault.path: fault for fault in (_fault(d, raw) for d in error.errors())}
-        faults += found.values()
-
-    from everystep.experiment.catalogue import names_faults
-
-    placed = {fault.path for fault in faults}
-    faults += [fault for fault in names_faults(raw) if fault.path not in placed]
-    if faults or experiment is None:
-        raise ExperimentError(faults, where)
-    return _resolve_paths(experiment, folder)
+        of_torch = sorted(error.errors(), key=lambda each: each["type"] in ("problem", "value_error"))
+        found = {fault.path: fault for fault in (_fault(each, raw) for each in of_torch)}
+        raise ExperimentError([*found.values()], where) from None
+    # Absolute paths of the data, so that the experiment works from anywhere.
+    data = experiment.data
+    changes = {key: _absolute(getattr(data, key), folder) for key in data.file_keys}
+    return experiment.model_copy(update={"data": data.model_copy(update=changes)})
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -340,13 +357,6 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
         raw.pop("epochs" if path == "steps" else "steps", None)
 
 
-def _resolve_paths(experiment: Experiment, folder: Path) -> Experiment:
-    """Make the paths of the data absolute, so that the experiment works from anywhere."""
-    data = experiment.data
-    changes = {key: _absolute(getattr(data, key), folder) for key in data.file_keys}
-    return experiment.model_copy(update={"data": data.model_copy(update=changes)})
-
-
 def _absolute(path: str, folder: Path) -> str:
     found = (folder / Path(path).expanduser()).resolve()
     bundled = Path(str(resources.files("everystep.experiment") / "builtin")) / path
@@ -378,6 +388,10 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             problem = f"should have at least {context['min_length']} item"
         case "model_type" | "model_attributes_type" | "dict_type":
             problem = f"must be a section [{path}], not {detail['input']!r}"
+        case "problem":
+            problem = detail["msg"]
+        case "value_error":
+            problem = str(context["error"])
         case _:
             problem = detail["msg"].replace("Input should", "should")
             given = detail["input"]
