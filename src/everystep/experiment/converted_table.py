@@ -26,7 +26,7 @@ from everystep.experiment.preparation import (
 from everystep.experiment.source_files import Conversion, SourceFile, check_room, converted
 from everystep.experiment.specification import TableData
 from everystep.experiment.table import (
-    Columns,
+    TableColumns,
     choose_columns,
     is_missing,
     is_numeric,
@@ -60,7 +60,7 @@ class ConvertedTable:
     x: SourceArray
     y: SourceArray
     whole: TablePreparation
-    columns: Columns
+    columns: TableColumns
     specification: TableData
     dropped: tuple[int, ...]
 
@@ -143,7 +143,7 @@ def convert_table(
         parts = zip(*_parts(frame, is_kept, whole, data), strict=True)
         x, y = (SourceArray(np.concatenate(each)) for each in parts)
         dropped = tuple(np.flatnonzero(~is_kept).tolist())
-        return ConvertedTable(x, y, whole, Columns(frame, is_kept), data, dropped)
+        return ConvertedTable(x, y, whole, TableColumns(frame, is_kept), data, dropped)
 
     def convert(folder: Path) -> Conversion:
         frame, is_text = table_frame(data, in_memory=False)
@@ -168,7 +168,7 @@ def convert_table(
     is_kept[about["dropped"]] = False
     text = folder / _TEXT
     frame = scan_parquet(text) if text.exists() else table_frame(data, in_memory=False)[0]
-    columns = Columns(frame.head(len(is_kept)), is_kept)
+    columns = TableColumns(frame.head(len(is_kept)), is_kept)
     whole = TablePreparation.model_validate(about["whole"])
     return ConvertedTable(x, y, whole, columns, data, tuple(about["dropped"]))
 
@@ -185,7 +185,7 @@ def _checked_table(
     if is_text:
         is_empty = frame.select(pl.all_horizontal(pl.all().is_null())).collect(engine="streaming")
         is_row = ~is_empty.to_series().to_numpy()
-    columns = Columns(frame, is_row)
+    columns = TableColumns(frame, is_row)
     features, target = choose_columns(columns, data, classes=classes)
     is_kept = is_row.copy()
     if data.missing == "drop":
@@ -195,7 +195,7 @@ def _checked_table(
             raise DataError(f'{data.path}: every row has a missing value; set data.missing = "mean"')
     lines = int(np.flatnonzero(is_row)[-1]) + 1
     frame, is_kept = frame.head(lines), is_kept[:lines]
-    kept = Columns(frame, is_kept)
+    kept = TableColumns(frame, is_kept)
     found = [
         NumericColumn(name=name, fill=None, scaling=None)
         if is_numeric(kept[name])

@@ -18,7 +18,7 @@ from everystep.errors import DataError, Fault, did_you_mean
 from everystep.experiment.specification import TableData
 
 __all__ = [
-    "Columns",
+    "TableColumns",
     "choose_columns",
     "is_missing",
     "is_numeric",
@@ -52,7 +52,7 @@ _HEADING: dict[str, Any] = {"has_header": False, "n_rows": 1, "infer_schema": Fa
 _PIECE, _COLUMNS = 64_000_000, 200_000_000
 
 
-class Columns:
+class TableColumns:
     """The columns of a table, some read at a time.
 
     is_row: which of its lines are rows: empty lines of a text are not, but are counted.
@@ -191,7 +191,9 @@ def _first_wrong_byte(content: bytes) -> int | None:
     return place if place >= 0 else None
 
 
-def choose_columns(columns: Columns, data: TableData, *, classes: bool) -> tuple[list[str], list[str]]:
+def choose_columns(
+    columns: TableColumns, data: TableData, *, classes: bool
+) -> tuple[list[str], list[str]]:
     """Return the names of features and targets, checked.
 
     Raises:
@@ -243,7 +245,7 @@ def choose_columns(columns: Columns, data: TableData, *, classes: bool) -> tuple
     return features, target
 
 
-def _known(name: str, columns: Columns) -> str:
+def _known(name: str, columns: TableColumns) -> str:
     """Return the most similar columns, and all, as far as they fit in a message."""
     near = [cure] if (cure := did_you_mean(name, columns.names)).endswith("?") else []
     shown = ", ".join(columns.names[:_COLUMNS_NAMED])
@@ -269,7 +271,9 @@ def is_missing(column: pl.Series) -> pl.Series:
     return column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()
 
 
-def _target_problem(columns: Columns, name: str, data: TableData, count: int, *, classes: bool) -> str:
+def _target_problem(
+    columns: TableColumns, name: str, data: TableData, count: int, *, classes: bool
+) -> str:
     """Return why a column cannot be a target, one of so many; empty if it can."""
     column = columns[name]
     absent = int(is_missing(column).sum())
@@ -291,7 +295,7 @@ def _target_problem(columns: Columns, name: str, data: TableData, count: int, *,
     )
 
 
-def _feature_problem(columns: Columns, name: str, data: TableData) -> str:
+def _feature_problem(columns: TableColumns, name: str, data: TableData) -> str:
     """Return why a column cannot be a feature; empty if it can."""
     column = columns[name]
     absent = int(is_missing(column).sum())
@@ -313,7 +317,7 @@ def _feature_problem(columns: Columns, name: str, data: TableData) -> str:
     return _slip(columns, name)
 
 
-def _too_large(columns: Columns, name: str) -> str:
+def _too_large(columns: TableColumns, name: str) -> str:
     """Return a message on the first number that would be infinite as float32; empty if there is none."""
     column = columns[name]
     places = column.cast(pl.Float64).cast(pl.Float32).is_infinite().arg_true()
@@ -323,7 +327,7 @@ def _too_large(columns: Columns, name: str) -> str:
     return f"{found}; scale the numbers in the file"
 
 
-def _slip(columns: Columns, name: str) -> str:
+def _slip(columns: TableColumns, name: str) -> str:
     """Return the problem of a column of numbers that became text; empty for others.
 
     These are a few words among them, and decimal commas or thousands separators.
@@ -351,7 +355,7 @@ def _are_numbers(words: pl.Series) -> pl.Series:
     return words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
 
 
-def _first_word(columns: Columns, name: str) -> str:
+def _first_word(columns: TableColumns, name: str) -> str:
     words = columns[name].cast(pl.String)
     places = (~_are_numbers(words) & words.is_not_null()).arg_true()
     return f" ({words[places[0]]!r} in {columns.row(places[0])})" if len(places) else ""
