@@ -93,8 +93,10 @@ class DataSpecification(StrictModel):
 
     @property
     def file_keys(self) -> tuple[str, ...]:
-        """The keys that name the files that the data is in."""
-        return ()
+        """The keys that name the files that the data is in: the path, or that of each array."""
+        if getattr(self, "path", None) is not None:
+            return ("path",)
+        return tuple(key for key in ("x", "y") if hasattr(self, key))
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -129,11 +131,6 @@ class TableData(DataSpecification):
     unseen: Literal["error", "zeros"] = "error"
     separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
 
-    @property
-    def file_keys(self) -> tuple[str, ...]:
-        """The file, or the directory of files."""
-        return ("path",)
-
 
 class ArrayData(DataSpecification):
     """Arrays: two .npy files, or two names within one .npz or .safetensors file (`path`)."""
@@ -142,11 +139,6 @@ class ArrayData(DataSpecification):
     path: str | None = None
     x: str = "x"
     y: str = "y"
-
-    @property
-    def file_keys(self) -> tuple[str, ...]:
-        """The file with both arrays, or the file of each."""
-        return ("x", "y") if self.path is None else ("path",)
 
 
 def _layer(text: str) -> str:
