@@ -137,13 +137,6 @@ def convert_table(
     Raises:
         DataError: lists every error.
     """
-    if not sources:
-        found = table_frame(data, in_memory=True)
-        frame, is_kept, whole = _checked_table(*found, data, classes=classes)
-        parts = zip(*_parts(frame, is_kept, whole, data), strict=True)
-        x, y = (SourceArray(np.concatenate(each)) for each in parts)
-        dropped = tuple(np.flatnonzero(~is_kept).tolist())
-        return ConvertedTable(x, y, whole, TableColumns(frame, is_kept), data, dropped)
 
     def convert(folder: Path) -> Conversion:
         frame, is_text = table_frame(data, in_memory=False)
@@ -160,17 +153,23 @@ def convert_table(
         about = {"whole": whole.model_dump(mode="json"), "lines": len(is_kept), "dropped": dropped}
         return Conversion(int(is_kept.sum()), _parts(frame, is_kept, whole, data), about)
 
-    asked = data.model_dump_json(exclude={"validation", "scale", "unseen"})
-    name = f"tables/{Path(data.path).stem[:50]}"
-    how = {"format": _FORMAT, "polars": pl.__version__, "data": asked, "classes": classes}
-    x, y, about, folder = converted(name, sources, convert, progress, **how)
-    is_kept = np.ones(about["lines"], dtype=bool)
-    is_kept[about["dropped"]] = False
-    text = folder / _TEXT
-    frame = scan_parquet(text) if text.exists() else table_frame(data, in_memory=False)[0]
-    columns = TableColumns(frame.head(len(is_kept)), is_kept)
-    whole = TablePreparation.model_validate(about["whole"])
-    return ConvertedTable(x, y, whole, columns, data, tuple(about["dropped"]))
+    if not sources:
+        found = table_frame(data, in_memory=True)
+        frame, is_kept, whole = _checked_table(*found, data, classes=classes)
+        x, y = map(np.concatenate, zip(*_parts(frame, is_kept, whole, data), strict=True))
+    else:
+        asked = data.model_dump_json(exclude={"validation", "scale", "unseen"})
+        name = f"tables/{Path(data.path).stem[:50]}"
+        how = {"format": _FORMAT, "polars": pl.__version__, "data": asked, "classes": classes}
+        x, y, about, folder = converted(name, sources, convert, progress, **how)
+        is_kept = np.ones(about["lines"], dtype=bool)
+        is_kept[about["dropped"]] = False
+        text = folder / _TEXT
+        frame = scan_parquet(text) if text.exists() else table_frame(data, in_memory=False)[0]
+        frame = frame.head(len(is_kept))
+        whole = TablePreparation.model_validate(about["whole"])
+    columns, dropped = TableColumns(frame, is_kept), tuple(np.flatnonzero(~is_kept).tolist())
+    return ConvertedTable(SourceArray(x), SourceArray(y), whole, columns, data, dropped)
 
 
 def _checked_table(

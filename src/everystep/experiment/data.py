@@ -10,6 +10,7 @@ import hashlib
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -34,6 +35,7 @@ from everystep.experiment.specification import (
     BundledData,
     DataSpecification,
     Experiment,
+    ImagesData,
     RandomData,
     TableData,
 )
@@ -146,15 +148,18 @@ def make_data(
         ValueError: the known preparation does not fit.
     """
     sources: tuple[SourceFile, ...] = ()
-    if known is not None or _is_large(experiment):
+    is_large = known is not None or _is_large(experiment)
+    if is_large or isinstance(experiment.data, ImagesData):
         sources = source_files(_paths(experiment.data), progress)
         _check_digests(experiment.data, sources, digests)
     source = _source(experiment, target, sources, progress if sources else _unwatched)
+    if isinstance(experiment.data, ImagesData) and experiment.batch_size is not None:
+        is_large = is_large or 4 * source.x.array.size > IN_MEMORY
     split = split_rows(len(source.x), experiment.data.validation, experiment.seed)
     places = [rows.numpy() if len(split[1]) else None for rows in split if len(rows)]
     preparation = known or source.fit(places[0])
     features, targets = source.prepared_by(preparation)
-    stays = bool(sources) and source.x.stays_in_file
+    stays = is_large and source.x.stays_in_file
     pairs: list[tuple[Tensor | FileRows, Tensor]] = []
     for rows in places:
         x, y = FileRows(source.x, rows, features), FileRows(source.y, rows, targets).in_memory()
@@ -178,7 +183,8 @@ def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple
     known: Preparation = TypeAdapter(Preparation).validate_python(preparation)
     if isinstance(known, TablePreparation) != isinstance(experiment.data, TableData):
         raise ValueError("the preparation is of other data")
-    target: Target = "classes" if getattr(known, "class_indices", False) else "values"
+    # A preparation of arrays is not fitted again, and needs none.
+    target: Target = "classes" if getattr(known, "class_indices", True) else "values"
     found = make_data(experiment, target, known=known, digests=digests)
     if not found.sources:
         raise DataError(f"{experiment.data.files[0]} does not have rows one after the other")
@@ -192,7 +198,7 @@ def _is_large(experiment: Experiment) -> bool:
         DataError: it is larger than memory, but each step would need all of it.
     """
     size = 0
-    for file in _paths(experiment.data):
+    for file in chain(*_paths(experiment.data).values()):
         with suppress(OSError):
             size += file.stat().st_size
     if size > MEMORY and experiment.batch_size is None:
@@ -203,14 +209,18 @@ def _is_large(experiment: Experiment) -> bool:
     return size > IN_MEMORY and experiment.batch_size is not None
 
 
-def _paths(data: DataSpecification) -> list[Path]:
-    """Return the files that the data is in, those of a directory too."""
+def _paths(data: DataSpecification) -> dict[Path, list[Path]]:
+    """Return the files that the data is in; the images of a directory count as one file."""
     files = [Path(each) for each in data.files]
-    if not (isinstance(data, TableData) and files[0].is_dir()):
-        return files
-    from everystep.experiment.table import table_files
+    if isinstance(data, ImagesData):
+        from everystep.experiment.images import image_files
 
-    return table_files(files[0])
+        return {files[0]: image_files(files[0])}
+    if isinstance(data, TableData) and files[0].is_dir():
+        from everystep.experiment.table import table_files
+
+        files = table_files(files[0])
+    return {file: [file] for file in files}
 
 
 def _check_digests(
@@ -245,6 +255,12 @@ def _source(
         file = Path(__file__).parent / "bundled" / f"{data.name}.npz"
         with np.load(file, allow_pickle=False) as arrays:
             x, y = SourceArray(arrays["x"].astype(np.float64)), SourceArray(arrays["y"])
+    elif isinstance(data, ImagesData):
+        from everystep.experiment.images import convert_images
+
+        if target != "classes":
+            raise DataError('images have classes; use a classification loss: name = "CrossEntropyLoss"')
+        x, y = convert_images(data, sources, progress)
     else:
         x, y = _open_arrays(data, sources)
     return ArraySource(

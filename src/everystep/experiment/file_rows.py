@@ -40,9 +40,12 @@ class SourceArray:
     """An array (N, ...) in memory, or mapped from a file that has its rows one after the other.
 
     The operating system reads the pages that are used, and forgets them when it needs memory.
+
+    unit: by which numbers are divided where they are taken, in float32.
     """
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, array: np.ndarray, unit: int | None = None) -> None:
+        self._unit = unit
         self._map: Any = array.base if isinstance(array.base, mmap.mmap) else None
         self.array = array.view(np.ndarray)
 
@@ -56,6 +59,10 @@ class SourceArray:
 
     def take(self, rows: Any) -> np.ndarray:
         """Return rows: a slice, or their numbers. Those of a file are copied."""
+        found = self._taken(rows)
+        return found if self._unit is None else found / np.float32(self._unit)
+
+    def _taken(self, rows: Any) -> np.ndarray:
         if self._map is None:
             return np.asarray(self.array[rows])
         if isinstance(rows, slice):

@@ -82,7 +82,7 @@ class ArrayPreparation(Fitted):
     def fit(
         cls, x: Parts, y: np.ndarray, *, scale: str | None, classes: bool, indices: bool
     ) -> ArrayPreparation:
-        """Fit to training rows x (n, ...) and all targets y (N, ...).
+        """Fit to training rows x (n, ...) and all targets y (N, ...): numbers, or names of classes (N).
 
         `classes`: the loss needs class indices; `indices`: the model uses x as indices (an embedding).
         """
@@ -95,7 +95,8 @@ class ArrayPreparation(Fitted):
             raise DataError("data.y: a classification loss needs integer classes")
         if indices and scale:
             raise DataError("data.scale: an embedding needs integer inputs; remove scale")
-        targets = [int(each) for each in np.unique(y)] if classes and not are_shares else None
+        targets = np.unique(y).tolist() if classes and not are_shares else None
+        targets = targets and [each if isinstance(each, str) else int(each) for each in targets]
         return cls(scaling=Scaling.fit(x) if scale else None, classes=targets, indices=indices)
 
     def features(self, x: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from platformdirs import user_cache_path, user_state_path
 
 from everystep.bounded import open_regular, read_regular
 from everystep.errors import DataError
-from everystep.experiment.file_rows import Reading, SourceArray
+from everystep.experiment.file_rows import Reading
 from everystep.experiment.specification import DataSpecification
 
 __all__ = [
@@ -95,13 +95,15 @@ def _mark(file: str) -> Path:
 class SourceFile(NamedTuple):
     """A file: its absolute path, its bytes, and the XXH3 (128 bits) of all of them.
 
-    status: of the file when it was read: its place, size and times.
+    status: of the file when it was read: its place, size and times; files: itself, or those of a
+    directory, whose digest is of their names, too.
     """
 
     path: str
     bytes: int
     digest: str
-    status: tuple[int, ...] = ()
+    status: tuple[int, ...]
+    files: tuple[Path, ...]
 
     def check(self) -> None:
         """Check that the file is still the one that was read.
@@ -110,60 +112,69 @@ class SourceFile(NamedTuple):
             DataError: it has changed, or is gone.
         """
         with suppress(OSError):
-            if _status(Path(self.path).stat()) == self.status:
+            if _status(self.files) == self.status:
                 return
         raise DataError(f"{self.path} was changed while it was read; train again when it is complete")
 
 
-def _status(status: os.stat_result) -> tuple[int, ...]:
-    times = status.st_mtime_ns, status.st_ctime_ns  # the second cannot be set
-    return status.st_dev, status.st_ino, status.st_size, *times
+def _status(files: Sequence[Path]) -> tuple[int, ...]:
+    """Return the status of a file, or one number, the bytes and the newest times of several."""
+    found = [each.stat() for each in files]
+    each = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found]
+    if len(each) == 1:
+        return each[0]
+    _, _, sizes, *times = zip(*each, strict=True)
+    return xxhash.xxh3_128_intdigest(repr(each).encode()), sum(sizes), *map(max, times)
 
 
-def source_files(paths: Iterable[Path], progress: Reading) -> tuple[SourceFile, ...]:
-    """Return files with their digests. progress: called with how many MB were read, and of all.
+def source_files(paths: Mapping[Path, Sequence[Path]], progress: Reading) -> tuple[SourceFile, ...]:
+    """Return files, or directories with their files, with their digests.
+
+    progress: called with how many MB were read, and of all.
 
     Raises:
         DataError: one cannot be read.
     """
     found = list[SourceFile]()
-    total = sum(read_file(path, path.stat).st_size for path in paths)
+    total = sum(read_file(each, each.stat).st_size for files in paths.values() for each in files)
 
     def note(done: int) -> None:
         before = sum(each.bytes for each in found)
         progress((before + done) // 10**6, total // 10**6, "MB")
 
-    for path in paths:
-        found.append(read_file(path, partial(source_file, path, note)))
+    for path, files in paths.items():
+        found.append(read_file(files[0], partial(source_file, path, note, files)))
     note(0)
     return tuple(found)
 
 
-def source_file(path: Path, progress: Callable[[int], None]) -> SourceFile:
-    """Return a file with its digest. progress: called with the bytes read.
+def source_file(path: Path, progress: Callable[[int], None], files: Sequence[Path] = ()) -> SourceFile:
+    """Return a file with its digest. progress: called with the bytes read; files: of a directory.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
     """
+    files = tuple(files or [path])
     note = _cache() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
     began = time.time_ns()
-    with open_regular(path) as file:
-        status = os.fstat(file.fileno())
-        known = _status(status)
-        with suppress(OSError, ValueError, TypeError):
-            *noted, digest = json.loads(read_regular(note, 1000))
-            if tuple(noted) == known and isinstance(digest, str):
-                return SourceFile(str(path), status.st_size, digest, known)
-        found, read = xxhash.xxh3_128(), 0
-        while piece := file.read(_PIECE):
-            found.update(piece)
-            read += len(piece)
-            progress(read)
-    if began - max(status.st_mtime_ns, status.st_ctime_ns) > _RECENT:
+    *_, size, changed, noticed = known = _status(files)
+    with suppress(OSError, ValueError, TypeError):
+        *noted, digest = json.loads(read_regular(note, 1000))
+        if tuple(noted) == known and isinstance(digest, str):
+            return SourceFile(str(path), size, digest, known, files)
+    found, read = xxhash.xxh3_128(), 0
+    for each in files:
+        found.update(b"" if each == path else os.fsencode(each.relative_to(path)) + b"\0")
+        with open_regular(each) as file:
+            while piece := file.read(_PIECE):
+                found.update(piece)
+                read += len(piece)
+                progress(read)
+    if began - max(changed, noticed) > _RECENT:
         with suppress(OSError):  # the directory may not be writable
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps([*known, found.hexdigest()]))
-    return SourceFile(str(path), status.st_size, found.hexdigest(), known)
+    return SourceFile(str(path), size, found.hexdigest(), known, files)
 
 
 def read_file(path: Path, read: Callable[[], Any]) -> Any:
@@ -200,8 +211,8 @@ def converted(
     convert: Callable[[Path], Conversion],
     progress: Reading,
     **asked: Any,
-) -> tuple[SourceArray, SourceArray, dict[str, Any], Path]:
-    """Return x and y from the cache directory, what they are, and the directory that they are in.
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any], Path]:
+    """Return x and y, mapped from the cache directory, what they are, and where in it they are.
 
     They are converted if they are not there, or of other files, or have been changed.
 
@@ -236,7 +247,7 @@ def converted(
                     unfinished.rename(place)
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
-            x, y = (SourceArray(np.load(place / f"{each}.npy", mmap_mode="r")) for each in "xy")
+            x, y = (np.load(place / f"{each}.npy", mmap_mode="r") for each in "xy")
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{place}: {reason}; {_PLACE} sets another place") from None
@@ -286,6 +297,6 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"the table is converted to a cache of {needed / 1e9:.1f} GB in {folder.parent}, which has "
+            f"the data is converted to a cache of {needed / 1e9:.1f} GB in {folder.parent}, which has "
             f"{free / 1e9:.1f} GB free; {_PLACE} sets another place"
         )

@@ -34,6 +34,7 @@ __all__ = [
     "BundledData",
     "DataSpecification",
     "Experiment",
+    "ImagesData",
     "Iteration",
     "Loss",
     "Model",
@@ -51,6 +52,9 @@ __all__ = [
 #: Bytes of an experiment's file, and dots in one line of it: reading a dotted key takes time that grows
 #: with the square of its parts.
 LARGEST, _MOST_DOTS = 1_000_000, 1_000
+
+#: The height or the width of an image.
+Pixels = Annotated[int, Field(ge=1, le=10_000)]
 
 BundledName = Literal["digits", "diabetes", "wine", "iris", "breast_cancer"]
 
@@ -132,6 +136,15 @@ class TableData(DataSpecification):
     separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
 
 
+class ImagesData(DataSpecification):
+    """A directory of images, with a subdirectory for each class."""
+
+    source: Literal["images"]
+    path: str
+    size: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
+    grayscale: bool = False
+
+
 class ArrayData(DataSpecification):
     """Arrays: two .npy files, or two names within one .npz or .safetensors file (`path`)."""
 
@@ -206,7 +219,9 @@ class Experiment(Iteration):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
     metrics: Annotated[list[Annotated[str, AfterValidator(_metric)]], Field(min_length=1)] | None = None
-    data: Annotated[RandomData | BundledData | TableData | ArrayData, Field(discriminator="source")]
+    data: Annotated[
+        RandomData | BundledData | TableData | ImagesData | ArrayData, Field(discriminator="source")
+    ]
     model: Model
     loss: Loss
     optimizer: Optimizer
@@ -398,11 +413,12 @@ _DATA: dict[str, type[StrictModel]] = {
     "random": RandomData,
     "bundled": BundledData,
     "table": TableData,
+    "images": ImagesData,
     "arrays": ArrayData,
 }
 _SOURCES = list(_DATA)
 _CURES = {
-    "data": 'add [data] with source = "random", "bundled", "table" or "arrays"',
+    "data": 'add [data] with source = "random", "bundled", "table", "images" or "arrays"',
     "model": 'add [model] with layers = ["Linear(1000, 100)", ...]',
     "loss": 'add [loss] with name = "MSELoss"',
     "optimizer": 'add [optimizer] with name = "GradientDescent" and lr = 1e-4',
