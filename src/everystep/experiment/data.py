@@ -159,7 +159,7 @@ def make_data(
     places = [rows.numpy() if len(split[1]) else None for rows in split if len(rows)]
     preparation = known or source.fit(places[0])
     features, targets = source.prepared_by(preparation)
-    stays = is_large and source.x.stays_in_file
+    stays = is_large and source.x.stays_in_file and source.y.stays_in_file
     pairs: list[tuple[Tensor | FileRows, Tensor]] = []
     for rows in places:
         x, y = FileRows(source.x, rows, features), FileRows(source.y, rows, targets).in_memory()
@@ -305,26 +305,23 @@ class ArraySource:
 
 
 def _open_arrays(data: ArrayData, sources: tuple[SourceFile, ...]) -> tuple[SourceArray, SourceArray]:
-    """Return x and y of the files that have them.
-
-    sources: the files of data that does not come into memory, if that can be; none for others.
+    """Return x and y, mapped from their files if they can be. sources: the files, if they are large.
 
     Raises:
         DataError: they are not data to train on, or must be read as a whole and are larger than memory.
     """
-    if sources and not (data.path or "").endswith(".npz"):
-        x, y = _read(data, is_mapped=True)
-        if x.stays_in_file and y.stays_in_file:
+    is_larger = sum(each.bytes for each in sources) > MEMORY
+    if not (is_larger and data.files[0].endswith(".npz")):
+        x, y = _read(data)
+        if not is_larger or (x.stays_in_file and y.stays_in_file):
             return x, y
-    if sum(each.bytes for each in sources) > MEMORY:
-        raise DataError(
-            f"{data.files[0]} is larger than memory, and its rows do not lie one after the "
-            "other; save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
-        )
-    return _read(data, is_mapped=False)
+    raise DataError(
+        f"{data.files[0]} is larger than memory, and its rows do not lie one after the other; "
+        "save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
+    )
 
 
-def _read(data: ArrayData, *, is_mapped: bool) -> tuple[SourceArray, SourceArray]:
+def _read(data: ArrayData) -> tuple[SourceArray, SourceArray]:
     paths = [Path(file) for file in data.files]
     for path in paths:
         if data.path is None and path.suffix != ".npy":
@@ -334,7 +331,7 @@ def _read(data: ArrayData, *, is_mapped: bool) -> tuple[SourceArray, SourceArray
             )
         if data.path is not None and path.suffix not in (".npz", ".safetensors"):
             raise DataError(f"{path}: expected a .npz or .safetensors file")
-    found = [read_file(path, partial(_content, path, is_mapped=is_mapped)) for path in paths]
+    found = [read_file(path, partial(_content, path)) for path in paths]
     arrays = found[0] if data.path is not None else dict(zip((data.x, data.y), found, strict=True))
     absent = [name for name in (data.x, data.y) if name not in arrays]
     if absent:
@@ -354,13 +351,14 @@ def _read(data: ArrayData, *, is_mapped: bool) -> tuple[SourceArray, SourceArray
     return SourceArray(x), SourceArray(y)
 
 
-def _content(path: Path, *, is_mapped: bool) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        return mapped_safetensors(path) if is_mapped else load_file(path)
-    found = np.load(path, mmap_mode="r" if is_mapped else None, allow_pickle=False)
-    return dict(found) if path.suffix == ".npz" else found
+def _content(path: Path) -> Any:
+    match path.suffix:
+        case ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        case ".npz":
+            return dict(np.load(path, allow_pickle=False))
+        case _:
+            return mapped_safetensors(path)
 
 
 def derived_generator(seed: int, *purpose: Any) -> torch.Generator:

@@ -136,8 +136,11 @@ def mapped_safetensors(path: Path) -> Mapping[str, np.ndarray]:
         if about["dtype"] not in _TYPES:
             raise ValueError(f"array {name!r} is {about['dtype']}, which NumPy does not have")
         shape, begin = tuple(about["shape"]), about["data_offsets"][0]
-        if 0 not in shape:
-            found[name] = np.memmap(path, _TYPES[about["dtype"]], "r", 8 + size + begin, shape)
+        dtype = np.dtype(_TYPES[about["dtype"]])
+        if 0 in shape:  # which cannot be mapped
+            found[name] = np.empty(shape, dtype)
+        else:
+            found[name] = np.memmap(path, dtype, "r", 8 + size + begin, shape)
     return found
 
 

@@ -21,11 +21,9 @@ from everystep.experiment.specification import ImagesData
 
 __all__ = ["convert_images", "image_files"]
 
-#: Formats by the suffixes of files; others are passed over.
-_FORMATS = {
-    **{".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".pgm": "PPM", ".png": "PNG", ".ppm": "PPM"},
-    **{".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"},
-}
+#: The formats that are read, and their suffixes; other files are passed over.
+_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: To be raised where images are converted in another way.
 _FORMAT = 1
 #: Images that are converted together, and faults that a message lists.
@@ -43,18 +41,14 @@ def image_files(folder: Path) -> list[Path]:
     classes = sorted(each for each in folder.glob("*") if each.is_dir() and each.name[0] != ".")
     if not classes:
         raise DataError(f"data.path: {folder} must be a directory with a subdirectory for each class")
-    files = {
-        each: [file for file in each.rglob("*") if file.suffix.lower() in _FORMATS and file.is_file()]
-        for each in classes
-    }
-    faults = [Fault(each.name, "has no images") for each in classes if not files[each]]
+    found, faults = list[Path](), list[Fault]()
+    for each in classes:
+        files = [file for file in each.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file()]
+        found += sorted(files, key=lambda file: (str(file.parent), file.name))
+        faults += [] if files else [Fault(each.name, f"has no images ({', '.join(_SUFFIXES)})")]
     if faults:
-        raise DataError(faults, f"{folder} ({', '.join(_FORMATS)})")
-    return [
-        file
-        for each in classes
-        for file in sorted(files[each], key=lambda file: (str(file.parent), file.name))
-    ]
+        raise DataError(faults, str(folder))
+    return found
 
 
 def convert_images(
@@ -92,8 +86,8 @@ def _parts(files: list[Path], data: ImagesData) -> Iterator[tuple[np.ndarray, np
             first = first or (name, image.shape)
             if image.shape != first[1]:
                 size, its = (f"{height} x {width}" for height, width, _ in (image.shape, first[1]))
-                cure = "set data.size = [height, width]"
-                faults.append(Fault(str(name), f"has {size} pixels, but {first[0]} has {its}; {cure}"))
+                problem = f"has {size} pixels, but {first[0]} has {its}"
+                faults.append(Fault(str(name), f"{problem}; set data.size = [height, width]"))
             images.append(image)
         if not faults:
             yield np.stack(images).transpose(0, 3, 1, 2), classes[part]
@@ -109,7 +103,7 @@ def _pixels(file: Path, data: ImagesData) -> np.ndarray:
 
     with warnings.catch_warnings(action="ignore"), open_regular(file) as content:
         try:
-            opened = Image.open(content, formats=[*{*_FORMATS.values()}])
+            opened = Image.open(content, formats=_FORMATS)
         except UnidentifiedImageError:
             raise ValueError("it is not an image, or of another format") from None
         image = opened.convert("L" if data.grayscale else "RGB")

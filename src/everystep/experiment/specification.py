@@ -393,6 +393,7 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             problem = f"{detail['input']!r} is not supported; use one of {', '.join(allowed)}"
         case "too_short":
             problem = f"should have at least {context['min_length']} item"
+            problem += "s" * (context["min_length"] > 1)
         case "model_type" | "model_attributes_type" | "dict_type":
             problem = f"must be a section [{path}], not {detail['input']!r}"
         case "problem":
