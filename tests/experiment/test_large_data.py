@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tests.sealing import seal, sql
 
 import everystep
-from everystep.experiment import converted_table, data, file_rows, table
+from everystep.experiment import converted_table, data, prepared_rows, table
 from everystep.experiment.preparation import Scaling
 from everystep.experiment.source_files import source_file
 
@@ -33,8 +33,8 @@ def large(monkeypatch):
 
     def begin():
         monkeypatch.setattr(data, "IN_MEMORY", 0)
-        monkeypatch.setattr(file_rows, "_PIECE", 5000)
-        monkeypatch.setattr(file_rows, "_RELEASED", 20_000)
+        monkeypatch.setattr(prepared_rows, "_PIECE", 5000)
+        monkeypatch.setattr(prepared_rows, "_RELEASED", 20_000)
         monkeypatch.setattr(table, "_COLUMNS", 20_000)
         monkeypatch.setattr(converted_table, "_ROWS", 5000)
 

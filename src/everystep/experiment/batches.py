@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.data import derived_generator
-from everystep.experiment.file_rows import FileRows
+from everystep.experiment.prepared_rows import PreparedRows
 
 __all__ = ["Batches", "RowsInFiles", "RowsOf"]
 
@@ -186,13 +186,13 @@ class Batches:
         return left
 
     def of(
-        self, x: Tensor | FileRows, y: Tensor, *, is_read: bool = False, guards: Any = None
+        self, x: Tensor | PreparedRows, y: Tensor, *, is_read: bool = False, guards: Any = None
     ) -> RowsOf:
         """Return the batch source for tensors (rows, ...) on any device, or for rows that stay in files.
 
         is_read: whether the rows come from a Dataset; guards: what they then depend on.
         """
-        if isinstance(x, FileRows):
+        if isinstance(x, PreparedRows):
             return RowsInFiles(self, x, y)
         return RowsOf(self, x, y, is_read, guards)
 

@@ -16,13 +16,13 @@ import numpy as np
 import polars as pl
 
 from everystep.errors import DataError
-from everystep.experiment.file_rows import Prepare, Reading, SourceArray
 from everystep.experiment.preparation import (
     CategoricalColumn,
     NumericColumn,
     Scaling,
     TablePreparation,
 )
+from everystep.experiment.prepared_rows import Prepare, Reading, SourceArray
 from everystep.experiment.source_files import Conversion, SourceFile, check_room, converted
 from everystep.experiment.specification import TableData
 from everystep.experiment.table import (

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from everystep.bounded import MEMORY
 from everystep.errors import DataError, did_you_mean
-from everystep.experiment.file_rows import (
-    FileRows,
+from everystep.experiment.preparation import ArrayPreparation, Preparation, TablePreparation
+from everystep.experiment.prepared_rows import (
     Prepare,
+    PreparedRows,
     Reading,
     SourceArray,
     mapped_safetensors,
 )
-from everystep.experiment.preparation import ArrayPreparation, Preparation, TablePreparation
 from everystep.experiment.source_files import SourceFile, read_file, source_files
 from everystep.experiment.specification import (
     ArrayData,
@@ -86,9 +86,9 @@ class Data:
     the files that x stays in, if it is not in memory.
     """
 
-    x: Tensor | FileRows
+    x: Tensor | PreparedRows
     y: Tensor
-    validation: tuple[Tensor | FileRows, Tensor] | None = None
+    validation: tuple[Tensor | PreparedRows, Tensor] | None = None
     preparation: Preparation | None = None
     numbering: Numbering = field(default_factory=Numbering)
     sources: tuple[SourceFile, ...] = ()
@@ -103,11 +103,11 @@ class Data:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all rows in memory, by the names that a run has for them."""
-        named: dict[str, Tensor | FileRows] = {"x": self.x, "y": self.y}
+        named: dict[str, Tensor | PreparedRows] = {"x": self.x, "y": self.y}
         if self.validation is not None:
             named["validation_x"], named["validation_y"] = self.validation
         return {
-            name: rows.in_memory() if isinstance(rows, FileRows) else rows
+            name: rows.in_memory() if isinstance(rows, PreparedRows) else rows
             for name, rows in named.items()
         }
 
@@ -160,9 +160,9 @@ def make_data(
     preparation = known or source.fit(places[0])
     features, targets = source.prepared_by(preparation)
     stays = is_large and source.x.stays_in_file and source.y.stays_in_file
-    pairs: list[tuple[Tensor | FileRows, Tensor]] = []
+    pairs: list[tuple[Tensor | PreparedRows, Tensor]] = []
     for rows in places:
-        x, y = FileRows(source.x, rows, features), FileRows(source.y, rows, targets).in_memory()
+        x, y = PreparedRows(source.x, rows, features), PreparedRows(source.y, rows, targets).in_memory()
         pairs.append((x if stays else x.in_memory(), y))
     for each in sources:
         each.check()

@@ -15,7 +15,7 @@ import numpy as np
 
 from everystep.bounded import open_regular
 from everystep.errors import DataError, Fault
-from everystep.experiment.file_rows import Reading, SourceArray
+from everystep.experiment.prepared_rows import Reading, SourceArray
 from everystep.experiment.source_files import Conversion, SourceFile, converted
 from everystep.experiment.specification import ImagesData
 

@@ -30,7 +30,7 @@ from platformdirs import user_cache_path, user_state_path
 
 from everystep.bounded import open_regular, read_regular
 from everystep.errors import DataError
-from everystep.experiment.file_rows import Reading
+from everystep.experiment.prepared_rows import Reading
 from everystep.experiment.specification import DataSpecification
 
 __all__ = [
@@ -118,13 +118,13 @@ class SourceFile(NamedTuple):
 
 
 def _status(files: Sequence[Path]) -> tuple[int, ...]:
-    """Return the status of a file, or one number, the bytes and the newest times of several."""
+    """Return the status of a file; of several, a digest of all, their bytes and their newest times."""
     found = [each.stat() for each in files]
     each = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found]
     if len(each) == 1:
         return each[0]
     _, _, sizes, *times = zip(*each, strict=True)
-    return xxhash.xxh3_128_intdigest(repr(each).encode()), sum(sizes), *map(max, times)
+    return xxhash.xxh3_128_intdigest(repr([files, each]).encode()), sum(sizes), *map(max, times)
 
 
 def source_files(paths: Mapping[Path, Sequence[Path]], progress: Reading) -> tuple[SourceFile, ...]:

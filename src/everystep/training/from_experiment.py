@@ -15,11 +15,11 @@ from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, make_data
-from everystep.experiment.file_rows import Reading
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_scheduler, with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
+from everystep.experiment.prepared_rows import Reading
 from everystep.experiment.source_files import check_may_be_read, note_named
 from everystep.experiment.specification import Experiment
 from everystep.step.generators import generators_preserved

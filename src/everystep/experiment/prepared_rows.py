@@ -1,4 +1,4 @@
-"""Rows of an array in memory or in a file: they are prepared when they are taken."""
+"""Rows of an array, in memory or in a file, that are prepared when they are taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from everystep.bounded import open_regular
 
-__all__ = ["FileRows", "Prepare", "Reading", "SourceArray", "mapped_safetensors", "rows_at_once"]
+__all__ = ["Prepare", "PreparedRows", "Reading", "SourceArray", "mapped_safetensors", "rows_at_once"]
 
 #: Bytes of rows that are taken at once where all are looked at.
 _PIECE = 64_000_000
@@ -144,8 +144,8 @@ def mapped_safetensors(path: Path) -> Mapping[str, np.ndarray]:
     return found
 
 
-class FileRows:
-    """Rows of an array that are prepared when they are taken: what a tensor (N, ...) is otherwise.
+class PreparedRows:
+    """Rows of an array that are prepared when they are taken, in place of a tensor (N, ...).
 
     Args:
         source: the array (M, ...).
@@ -202,10 +202,10 @@ class FileRows:
             found[begin:end] = piece
         return found
 
-    def to(self, device: torch.device) -> FileRows:
+    def to(self, device: torch.device) -> PreparedRows:
         """Return the rows for a device."""
-        return FileRows(self._source, self._rows, self._prepare, device, self._conversion)
+        return PreparedRows(self._source, self._rows, self._prepare, device, self._conversion)
 
-    def converted(self, conversion: Callable[[Tensor], Tensor]) -> FileRows:
+    def converted(self, conversion: Callable[[Tensor], Tensor]) -> PreparedRows:
         """Return the rows with a conversion of each batch."""
-        return FileRows(self._source, self._rows, self._prepare, self.device, conversion)
+        return PreparedRows(self._source, self._rows, self._prepare, self.device, conversion)
