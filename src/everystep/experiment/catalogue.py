@@ -12,27 +12,27 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from everystep.errors import did_you_mean
+from everystep.errors import Fault, did_you_mean
 from everystep.experiment.metrics import METRICS, Metric
 from everystep.gradient_descent import GradientDescent
 
 __all__ = [
     "LayerCall",
-    "check_layer",
     "keyword_parameters",
     "make_layer",
     "make_loss",
     "make_optimizer",
     "make_scheduler",
     "metric_by_name",
+    "names_faults",
     "parse_layer",
-    "section_problems",
 ]
 
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
@@ -106,8 +106,9 @@ def make_optimizer(
     name: str, keywords: Mapping[str, Any], parameters: Iterable[Tensor]
 ) -> torch.optim.Optimizer:
     """Make an optimizer."""
+    tuples = {key: tuple(each) if isinstance(each, list) else each for key, each in keywords.items()}
     with _without_compiler():
-        made: torch.optim.Optimizer = _class_of("optimizer", name)(list(parameters), **keywords)
+        made: torch.optim.Optimizer = _class_of("optimizer", name)(list(parameters), **tuples)
     return made
 
 
@@ -115,8 +116,7 @@ def make_scheduler(
     name: str, keywords: Mapping[str, Any], optimizer: torch.optim.Optimizer
 ) -> lr_scheduler.LRScheduler:
     """Make a scheduler of an optimizer's learning rate."""
-    lists = {key: list(each) if isinstance(each, tuple) else each for key, each in keywords.items()}
-    made: lr_scheduler.LRScheduler = _class_of("scheduler", name)(optimizer, **lists)
+    made: lr_scheduler.LRScheduler = _class_of("scheduler", name)(optimizer, **keywords)
     return made
 
 
@@ -126,7 +126,7 @@ def metric_by_name(name: str) -> Metric:
     return found
 
 
-def check_layer(text: str) -> None:
+def _check_layer(text: str) -> None:
     """Check a layer and its arguments; raises ValueError with the problem and a fix."""
     call = parse_layer(text)
     signature = inspect.signature(_class_of("layer", call.name))
@@ -138,32 +138,66 @@ def check_layer(text: str) -> None:
     _try(text, lambda: make_layer(text))
 
 
-def section_problems(section: str, name: str, keywords: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what is wrong with a loss, optimizer or scheduler: the key (empty for all) and why."""
-    try:
-        parameters = keyword_parameters(section, name)
-    except ValueError as error:
-        return [("name", str(error))]
-    cures = {key: did_you_mean(key, list(parameters)) for key in sorted({*keywords} - {*parameters})}
+def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
+    """Find every unknown name and wrong argument in an experiment as read from TOML.
+
+    Parts that are not of the expected type are passed over: the specification reports those.
+    """
+    faults: list[Fault] = []
+    model = experiment.get("model")
+    layers = model.get("layers") if isinstance(model, Mapping) else None
+    checks: tuple[tuple[str, Any, Callable[[str], Any]], ...] = (
+        ("model.layers", layers, _check_layer),
+        ("metrics", experiment.get("metrics"), metric_by_name),
+    )
+    for path, names, check in checks:
+        for index, name in enumerate(names if isinstance(names, list) else []):
+            if isinstance(name, str):
+                faults += _faults_of(f"{path}[{index}]", partial(check, name))
+    for section in ("loss", "optimizer", "scheduler"):
+        table = experiment.get(section)
+        if isinstance(table, Mapping) and isinstance(table.get("name"), str):
+            own = {"name", "every"} if section == "scheduler" else {"name"}
+            keywords = {key: value for key, value in table.items() if key not in own}
+            faults += _section_faults(section, table["name"], keywords)
+    return faults
+
+
+def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> list[Fault]:
+    if faults := _faults_of(f"{section}.name", partial(_class_of, section, name)):
+        return faults
+    parameters = keyword_parameters(section, name)
     listed = f"known arguments: {', '.join(parameters)}"
-    found = [(key, f"{name} has no such argument; {cure or listed}") for key, cure in cures.items()]
+    for key in sorted({*keywords} - {*parameters}):
+        cure = did_you_mean(key, list(parameters)) or listed
+        faults.append(Fault(f"{section}.{key}", f"{name} has no such argument; {cure}"))
     if isinstance(keywords.get("lr"), bool | str):
-        found.append(("lr", f"must be a number, not {keywords['lr']!r}"))
-    found += [
-        (key, f"is missing; {name} requires it")
+        faults.append(Fault(f"{section}.lr", f"must be a number, not {keywords['lr']!r}"))
+    faults += [
+        Fault(f"{section}.{key}", f"is missing; {name} requires it")
         for key, is_needed in parameters.items()
         if is_needed and key not in keywords
     ]
-    try:
-        if section == "loss" and not found:
+    if section == "scheduler" or faults:
+        return faults
+
+    def make() -> None:
+        if section == "loss":
             _check_reduction(keywords.get("reduction", "mean"))
             _try(name, lambda: make_loss(name, keywords))
-        elif section == "optimizer" and not found:
+        else:
             parameter = nn.Parameter(torch.zeros(2, 2))
             _try(name, lambda: make_optimizer(name, keywords, [parameter]))
+
+    return _faults_of(section, make)
+
+
+def _faults_of(path: str, check: Callable[[], Any]) -> list[Fault]:
+    try:
+        check()
     except ValueError as error:
-        found.append(("", str(error)))
-    return found
+        return [Fault(path, str(error))]
+    return []
 
 
 def keyword_parameters(section: str, name: str) -> dict[str, bool]:

@@ -1,6 +1,6 @@
 """An experiment as data: from TOML to validated, frozen models, and back.
 
-Imports no torch before the names of layers, losses and optimizers are checked.
+Imports no torch; `load` does, to check the names of layers, losses and optimizers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Field,
     PositiveFloat,
@@ -23,7 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from everystep.bounded import MOST_STEPS, StrictModel, read_regular
 from everystep.errors import ExperimentError, Fault, did_you_mean
@@ -66,27 +65,10 @@ class NamedSection(StrictModel):
 
     name: str
 
-    @model_validator(mode="after")
-    def _is_known(self) -> Self:
-        from everystep.experiment.catalogue import section_problems
-
-        details = [
-            InitErrorDetails(
-                type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
-                loc=(key,) if key else (),
-                input=None,
-            )
-            for key, problem in section_problems(type(self).__name__.lower(), self.name, self.keywords)
-        ]
-        if details:
-            raise ValidationError.from_exception_data(self.name, details)
-        return self
-
     @property
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of the class; TOML lists become tuples."""
-        extra = self.model_extra or {}
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in extra.items()}
+        """The keyword arguments of the class."""
+        return dict(self.model_extra or {})
 
 
 class DataSpecification(StrictModel):
@@ -154,24 +136,10 @@ class ArrayData(DataSpecification):
     y: str = "y"
 
 
-def _layer(text: str) -> str:
-    from everystep.experiment.catalogue import check_layer
-
-    check_layer(text)
-    return text
-
-
-def _metric(name: str) -> str:
-    from everystep.experiment.catalogue import metric_by_name
-
-    metric_by_name(name)
-    return name
-
-
 class Model(StrictModel):
     """The model: the layers of an `nn.Sequential`, each written as in Python."""
 
-    layers: Annotated[list[Annotated[str, AfterValidator(_layer)]], Field(min_length=1)]
+    layers: Annotated[list[str], Field(min_length=1)]
 
 
 class Loss(NamedSection):
@@ -218,7 +186,7 @@ class Experiment(Iteration):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
-    metrics: Annotated[list[Annotated[str, AfterValidator(_metric)]], Field(min_length=1)] | None = None
+    metrics: Annotated[list[str], Field(min_length=1)] | None = None
     data: Annotated[
         RandomData | BundledData | TableData | ImagesData | ArrayData, Field(discriminator="source")
     ]
@@ -266,12 +234,17 @@ def load(
     raw, where, folder = _read(source)
     for path, value in (settings or {}).items():
         _override(raw, path, value)
+    faults: dict[str, Fault] = {}
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
-        of_torch = sorted(error.errors(), key=lambda each: each["type"] in ("problem", "value_error"))
-        found = {fault.path: fault for fault in (_fault(each, raw) for each in of_torch)}
-        raise ExperimentError([*found.values()], where) from None
+        faults = {fault.path: fault for fault in (_fault(each, raw) for each in error.errors())}
+
+    from everystep.experiment.catalogue import names_faults
+
+    of_names = [fault for fault in names_faults(raw) if fault.path not in faults]
+    if faults or of_names:
+        raise ExperimentError([*faults.values(), *of_names], where)
     # Absolute paths of the data, so that the experiment works from anywhere.
     data = experiment.data
     changes = {key: _absolute(getattr(data, key), folder) for key in data.file_keys}
@@ -396,10 +369,6 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             problem += "s" * (context["min_length"] > 1)
         case "model_type" | "model_attributes_type" | "dict_type":
             problem = f"must be a section [{path}], not {detail['input']!r}"
-        case "problem":
-            problem = detail["msg"]
-        case "value_error":
-            problem = str(context["error"])
         case _:
             problem = detail["msg"].replace("Input should", "should")
             given = detail["input"]
