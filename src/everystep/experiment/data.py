@@ -7,6 +7,7 @@ applied where rows are taken: at once, or for each batch if they stay in files.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from everystep.bounded import MEMORY
 from everystep.errors import DataError, did_you_mean
-from everystep.experiment.preparation import ArrayPreparation, Preparation, TablePreparation
+from everystep.experiment.preparation import ArrayPreparation, Parts, Preparation, TablePreparation
 from everystep.experiment.prepared_rows import (
     Prepare,
     PreparedRows,
@@ -263,41 +264,32 @@ def _source(
         x, y = convert_images(data, sources, progress)
     else:
         x, y = _open_arrays(data, sources)
-    return ArraySource(
-        x,
-        y,
+    fitted = partial(
+        ArrayPreparation.fit,
         scale=data.scale,
         classes=target == "classes",
         indices=experiment.model.layers[0].startswith("Embedding"),
-        progress=progress,
     )
+    return ArraySource(x, y, fitted, progress)
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Arrays x (N, ...) and y (N, ...), and how they are prepared.
+    """Arrays x (N, ...) and y (N, ...).
 
-    scale: as in the `[data]` section; classes, indices: as in `ArrayPreparation.fit`; progress: called
-    with how many rows were looked at, and of all; dropped: no row is.
+    fitted: returns the preparation of rows of x, and of all of y; progress: called with how many rows
+    were looked at, and of all; dropped: no row is.
     """
 
     x: SourceArray
     y: SourceArray
-    scale: str | None
-    classes: bool
-    indices: bool
+    fitted: Callable[[Parts, np.ndarray], ArrayPreparation]
     progress: Reading
     dropped: tuple[int, ...] = ()
 
     def fit(self, training: np.ndarray | None) -> ArrayPreparation:
         """Fit the preparation to the training rows (int64 places), or to all."""
-        return ArrayPreparation.fit(
-            partial(self.x.parts, training, self.progress),
-            self.y.array,
-            scale=self.scale,
-            classes=self.classes,
-            indices=self.indices,
-        )
+        return self.fitted(partial(self.x.parts, training, self.progress), self.y.array)
 
     def prepared_by(self, fitted: Any) -> tuple[Prepare, Prepare]:
         """Return what makes features of rows of x, and targets of rows of y."""
