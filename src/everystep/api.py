@@ -534,30 +534,29 @@ def sweep(
         raise UsageError("to resume a sweep, name its directory: run=... (--run)")
     runs = combinations(settings, may_be_many=force)
     numerics.prepare()
+    calls: dict[str, tuple[Any, ...]]  # what to call for each run, and with what after its directory
     if callable(training):
-        function = place_of_function(training, runs.values())
-        name = training.__name__
+        kind, function = training.__name__, place_of_function(training, runs.values())
+        calls = {name: (call_function, *function, each) for name, each in runs.items()}
     else:
+        kind = Path(training).stem if isinstance(training, str | Path) else "experiment"
         experiments = experiments_of(training, runs, threads)
-        name = Path(training).stem if isinstance(training, str | Path) else "experiment"
         threads = max(each.threads or 1 for each in experiments.values())
+        calls = {name: (train_one, each, snapshot_budget) for name, each in experiments.items()}
     place = place_of(run)
     if place is None or not (resume and is_sweep(place)):
-        place = create_directory(place, f"{name}-sweep")
+        place = create_directory(place, f"{kind}-sweep")
+    cases = {name: sweep_run(Run, place / name, each) for name, each in runs.items()}
     if callable(training):
         note_settings(place / SWEEP_FILE, runs)
-    elif not is_sweep(place):
+    else:
         (place / SWEEP_FILE).touch()
-    cases = {name: sweep_run(Run, place / name, each) for name, each in runs.items()}
-    if not callable(training):
         check_settings(cases.values(), experiments)
-    tasks: dict[str, tuple[Any, ...]] = {}
-    for name in [name for name, case in cases.items() if not case.is_over]:
-        at = place.absolute() / name
-        if callable(training):
-            tasks[name] = call_function, at, *function, runs[name]
-        else:
-            tasks[name] = train_one, at, experiments[name], snapshot_budget
+    tasks = {
+        name: (call, place.absolute() / name, *given)
+        for name, (call, *given) in calls.items()
+        if not cases[name].is_over
+    }
     start = partial(on_ray, threads) if ray else partial(pool, 1, threads, {}, in_order=True)
     cores = len(tasks) if ray else cpu_count() // threads
     count = max(1, min(processes or max(1, cores), len(tasks)))

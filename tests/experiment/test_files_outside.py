@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import everystep
-from everystep.experiment import data
+from everystep.experiment import source_files
 from everystep.page.worker import Openers, answers
 from everystep.recording import files as files_of_runs
 
@@ -44,12 +44,12 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def nobody_here(monkeypatch, tmp_path):
     """Open runs as a user who has trained on nothing."""
-    monkeypatch.setattr(data, "_named", set())
+    monkeypatch.setattr(source_files, "_named", set())
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another user"))
 
 
 def test_who_trained_on_a_file_is_not_asked(here, monkeypatch, everystep_command):
-    monkeypatch.setattr(data, "_named", set())  # as another process of the same user
+    monkeypatch.setattr(source_files, "_named", set())  # as another process of the same user
     for command in COMMANDS:
         code, _, err = everystep_command(*command)
         assert code == (1 if command[0] == "diff" else 0), (command, err)

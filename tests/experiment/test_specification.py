@@ -73,6 +73,7 @@ def test_a_fault_names_its_place_and_the_cure(settings, path, problem):
 
 def test_a_loss_argument_of_the_wrong_kind_is_found():
     assert "'summ'" in faults("two-layer", {"loss.reduction": "summ"})["loss"]
+    assert {*faults("two-layer", {"loss.name": "MSELos", "steps": None})} == {"", "loss.name"}
 
 
 def test_settings_override_and_steps_and_epochs_replace_each_other():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.data import derived_generator
-from everystep.experiment.file_rows import FileRows
+from everystep.experiment.prepared_rows import PreparedRows
 
 __all__ = ["Batches", "RowsInFiles", "RowsOf"]
 
@@ -110,20 +110,26 @@ class Batches:
         return self.numbers if indices is None else self.numbers[indices]
 
     @property
+    def _size(self) -> int:
+        """How many rows a batch has that is not cut off."""
+        return self.batch_size or self.rows
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each step sees all rows, in order."""
+        return self.batch_size is None and not self.without and self.share is None
+
+    @property
     def steps_per_epoch(self) -> int:
         """How many steps see all rows once (all but a dropped last batch)."""
-        if self.batch_size is None:
-            return 1
-        whole, rest = divmod(self.rows, self.batch_size)
+        whole, rest = divmod(self.rows, self._size)
         return whole + bool(rest and not self.drop_last)
 
     @property
     def smallest(self) -> int:
         """How many rows the smallest batch has."""
-        if self.batch_size is None:
-            return self.rows
-        rest = 0 if self.drop_last else self.rows % self.batch_size
-        return rest or self.batch_size
+        rest = 0 if self.drop_last else self.rows % self._size
+        return rest or self._size
 
     def epoch(self, step: int) -> int:
         """Return the epoch (from 0) of a step (from 1)."""
@@ -133,11 +139,8 @@ class Batches:
         """Return how many rows a step (from 1) sees."""
         if self.without and (indices := self.indices(step)) is not None:
             return len(indices)
-        if self.batch_size is None:
-            rows = self.rows
-        else:
-            start = (step - 1) % self.steps_per_epoch * self.batch_size
-            rows = min(self.batch_size, self.rows - start)
+        start = (step - 1) % self.steps_per_epoch * self._size
+        rows = min(self._size, self.rows - start)
         return len(range(rows)[self._own(rows)])
 
     def indices(self, step: int) -> Tensor | None:
@@ -148,15 +151,13 @@ class Batches:
         """
         if step < 1:
             raise ValueError(f"steps are numbered from 1, not {step}")
-        if self.batch_size is None:
-            if not self.without and self.share is None:
-                return None
-            indices = self._left(torch.arange(self.rows))
-            return indices[self._own(len(indices))]
-        start = (step - 1) % self.steps_per_epoch * self.batch_size
-        order, lacking = self._epoch_order(self.epoch(step))
-        indices = order[start : start + self.batch_size]
-        indices = self._left(indices) if start // self.batch_size in lacking else indices
+        if self.is_whole:
+            return None
+        start = (step - 1) % self.steps_per_epoch * self._size
+        order, lacking = self._epoch_order(self.epoch(step) if self.batch_size else 0)
+        indices = order[start : start + self._size]
+        if start // self._size in lacking:
+            indices = indices[torch.isin(indices, self.places(self.without), invert=True)]
         return indices[self._own(len(indices))]
 
     def without_rows(
@@ -184,17 +185,14 @@ class Batches:
             raise ExperimentError([Fault("without_rows", problem)])
         return left
 
-    def _left(self, indices: Tensor) -> Tensor:
-        return indices[torch.isin(indices, self.places(self.without), invert=True)]
-
     def of(
-        self, x: Tensor | FileRows, y: Tensor, *, is_read: bool = False, guards: Any = None
+        self, x: Tensor | PreparedRows, y: Tensor, *, is_read: bool = False, guards: Any = None
     ) -> RowsOf:
         """Return the batch source for tensors (rows, ...) on any device, or for rows that stay in files.
 
         is_read: whether the rows come from a Dataset; guards: what they then depend on.
         """
-        if isinstance(x, FileRows):
+        if isinstance(x, PreparedRows):
             return RowsInFiles(self, x, y)
         return RowsOf(self, x, y, is_read, guards)
 
@@ -202,14 +200,12 @@ class Batches:
         """Return all rows in the order of an epoch, and which of its batches lack some."""
         if epoch not in self._order:
             self._order.clear()  # one epoch at a time is in use
-            assert self.batch_size is not None
-            generator = derived_generator(self.seed, "epoch", epoch)
-            order = torch.randperm(self.rows, generator=generator)
-            places = (
-                torch.isin(order, self.places(self.without)).nonzero() if self.without else order[:0]
-            )
-            lacking = frozenset((places.flatten() // self.batch_size).tolist())
-            self._order[epoch] = order, lacking
+            order = torch.arange(self.rows)
+            if self.batch_size is not None:
+                generator = derived_generator(self.seed, "epoch", epoch)
+                order = torch.randperm(self.rows, generator=generator)
+            lacking = torch.isin(order, self.places(self.without)).nonzero().flatten() // self._size
+            self._order[epoch] = order, frozenset(lacking.tolist())
         return self._order[epoch]
 
 
@@ -233,8 +229,7 @@ class RowsOf:
     def use(self, batches: Batches) -> None:
         """From now on, let steps see these batches of the same rows."""
         self.batches = batches
-        is_whole = batches.batch_size is None and not batches.without and batches.share is None
-        self.is_fixed = is_whole and not self._is_read
+        self.is_fixed = batches.is_whole and not self._is_read
 
     def of_rank(self, rank: int, count: int) -> RowsOf:
         """Return the batches of one of several processes, of the same rows."""
@@ -253,10 +248,6 @@ class RowsOf:
         if indices is None:
             return self._x, self.y
         return self._x.index_select(0, indices), self.y.index_select(0, indices)
-
-    def shape(self, step: int) -> int:
-        """Return how many rows a step sees."""
-        return self.batches.rows_of(step)
 
     def into(self, step: int, x: Tensor, y: Tensor) -> None:
         """Write x and y of a step into tensors of their shape."""

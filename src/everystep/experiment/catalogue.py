@@ -10,13 +10,13 @@ import ast
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from everystep.errors import Fault, did_you_mean
@@ -26,21 +26,32 @@ from everystep.gradient_descent import GradientDescent
 __all__ = [
     "LayerCall",
     "keyword_parameters",
-    "layer_class",
-    "loss_class",
+    "make_layer",
+    "make_loss",
+    "make_optimizer",
+    "make_scheduler",
     "metric_by_name",
     "names_faults",
-    "optimizer_class",
     "parse_layer",
-    "scheduler_class",
-    "without_compiler",
 ]
 
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
-_NEEDS_FUNCTIONS = {"LambdaLR", "MultiplicativeLR"}
 #: The attribute in which `torch._compile` keeps the replacement of a function.
 _LEFT_OUT = "__dynamo_disable"
-_NEEDS_SCHEDULERS = {"SequentialLR", "ChainedScheduler"}
+#: Classes that an experiment cannot use, with the reason.
+_UNFIT = {
+    **dict.fromkeys(
+        ("AdaptiveLogSoftmaxWithLoss", "LinearCrossEntropyLoss"),
+        "has parameters of its own; add a last layer to the model instead",
+    ),
+    **dict.fromkeys(
+        ("LambdaLR", "MultiplicativeLR"),
+        "needs a function, which a TOML file cannot hold; use it from Python",
+    ),
+    **dict.fromkeys(
+        ("SequentialLR", "ChainedScheduler"), "combines other schedulers; use it from Python"
+    ),
+}
 
 
 class LayerCall(NamedTuple):
@@ -76,47 +87,37 @@ def parse_layer(text: str) -> LayerCall:
     return LayerCall(call.func.id, arguments, keywords)
 
 
-def layer_class(name: str) -> type[nn.Module]:
-    """Return the `torch.nn` module class of that name; raises ValueError with the nearest names."""
-    found: type[nn.Module] = _look_up(name, _LAYERS, "torch.nn layer")
-    return found
+def make_layer(text: str) -> nn.Module:
+    """Make the layer of a text, as torch does; raises ValueError if that names none."""
+    call = parse_layer(text)
+    layer: nn.Module = _class_of("layer", call.name)(*call.arguments, **call.keywords)
+    return layer
 
 
-def loss_class(name: str) -> type[nn.Module]:
-    """Return the `torch.nn` loss class of that name; raises ValueError if it is unsuitable."""
-    found: type[nn.Module] = _look_up(name, _LOSSES, "torch.nn loss")
-    wanted = [
-        parameter.name
-        for parameter in list(inspect.signature(found.forward).parameters.values())[1:]
-        if parameter.default is parameter.empty
-    ]
-    if len(wanted) != 2:
-        raise ValueError(f"{name} takes {', '.join(wanted)}; use a loss of (prediction, target)")
-    if name in ("AdaptiveLogSoftmaxWithLoss", "LinearCrossEntropyLoss"):
-        raise ValueError(f"{name} has parameters of its own; add a last layer to the model instead")
-    return found
+def make_loss(name: str, keywords: Mapping[str, Any]) -> nn.Module:
+    """Make a loss; class weights may be written as a list of numbers."""
+    weights = {key: keywords[key] for key in ("weight", "pos_weight") if key in keywords}
+    tensors = {key: torch.tensor(each, dtype=torch.float32) for key, each in weights.items()}
+    loss: nn.Module = _class_of("loss", name)(**{**keywords, **tensors})
+    return loss
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Return the optimizer of that name; raises ValueError if it needs a closure."""
-    found: type[torch.optim.Optimizer] = _look_up(name, _OPTIMIZERS, "optimizer")
-    closure = inspect.signature(found.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ValueError(
-            f"{name} needs a closure that evaluates the loss several times per step, but everystep "
-            "runs one forward and one backward pass per step; use Adam, or SGD with momentum"
-        )
-    return found
+def make_optimizer(
+    name: str, keywords: Mapping[str, Any], parameters: Iterable[Tensor]
+) -> torch.optim.Optimizer:
+    """Make an optimizer."""
+    tuples = {key: tuple(each) if isinstance(each, list) else each for key, each in keywords.items()}
+    with _without_compiler():
+        made: torch.optim.Optimizer = _class_of("optimizer", name)(list(parameters), **tuples)
+    return made
 
 
-def scheduler_class(name: str) -> type[lr_scheduler.LRScheduler]:
-    """Return the scheduler of that name; raises ValueError if a file cannot express it."""
-    found: type[lr_scheduler.LRScheduler] = _look_up(name, _SCHEDULERS, "scheduler")
-    if name in _NEEDS_FUNCTIONS:
-        raise ValueError(f"{name} needs a function, which a TOML file cannot hold; use it from Python")
-    if name in _NEEDS_SCHEDULERS:
-        raise ValueError(f"{name} combines other schedulers; use it from Python")
-    return found
+def make_scheduler(
+    name: str, keywords: Mapping[str, Any], optimizer: torch.optim.Optimizer
+) -> lr_scheduler.LRScheduler:
+    """Make a scheduler of an optimizer's learning rate."""
+    made: lr_scheduler.LRScheduler = _class_of("scheduler", name)(optimizer, **keywords)
+    return made
 
 
 def metric_by_name(name: str) -> Metric:
@@ -125,60 +126,87 @@ def metric_by_name(name: str) -> Metric:
     return found
 
 
+def _check_layer(text: str) -> None:
+    """Check a layer and its arguments; raises ValueError with the problem and a fix."""
+    call = parse_layer(text)
+    signature = inspect.signature(_class_of("layer", call.name))
+    try:
+        signature.bind(*call.arguments, **call.keywords)
+    except TypeError as error:
+        known = ", ".join(name for name in signature.parameters if name != "device")
+        raise ValueError(f"{text}: {error}; the arguments of {call.name} are ({known})") from None
+    _try(text, lambda: make_layer(text))
+
+
 def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     """Find every unknown name and wrong argument in an experiment as read from TOML.
 
     Parts that are not of the expected type are passed over: the specification reports those.
     """
     faults: list[Fault] = []
-    layers = _table(experiment, "model").get("layers")
-    for index, text in enumerate(layers if isinstance(layers, list) else []):
-        if isinstance(text, str):
-            faults += _faults_of(f"model.layers[{index}]", partial(_check_layer, text))
-    metrics = experiment.get("metrics")
-    for index, name in enumerate(metrics if isinstance(metrics, list) else []):
-        if isinstance(name, str):
-            faults += _faults_of(f"metrics[{index}]", partial(metric_by_name, name))
-    for section, find in (
-        ("loss", loss_class),
-        ("optimizer", optimizer_class),
-        ("scheduler", scheduler_class),
-    ):
-        table = _table(experiment, section)
-        if isinstance(table.get("name"), str):
-            faults += _section_faults(section, table, find)
+    model = experiment.get("model")
+    layers = model.get("layers") if isinstance(model, Mapping) else None
+    checks: tuple[tuple[str, Any, Callable[[str], Any]], ...] = (
+        ("model.layers", layers, _check_layer),
+        ("metrics", experiment.get("metrics"), metric_by_name),
+    )
+    for path, names, check in checks:
+        for index, name in enumerate(names if isinstance(names, list) else []):
+            if isinstance(name, str):
+                faults += _faults_of(f"{path}[{index}]", partial(check, name))
+    for section in ("loss", "optimizer", "scheduler"):
+        table = experiment.get(section)
+        if isinstance(table, Mapping) and isinstance(table.get("name"), str):
+            own = {"name", "every"} if section == "scheduler" else {"name"}
+            keywords = {key: value for key, value in table.items() if key not in own}
+            faults += _section_faults(section, table["name"], keywords)
     return faults
 
 
-def _section_faults(section: str, table: Mapping[str, Any], find: Callable[[str], type]) -> list[Fault]:
-    unknown_name = _faults_of(f"{section}.name", lambda: find(table["name"]))
-    if unknown_name:
-        return unknown_name
-    parameters = keyword_parameters(find(table["name"]))
-    own = {"name", "every"} if section == "scheduler" else {"name"}
-    given = {key for key in table if key not in own}
-    listed = f"known arguments: {', '.join(parameters)}"
-    faults = [
-        Fault(
-            f"{section}.{key}",
-            f"{table['name']} has no such argument; {did_you_mean(key, list(parameters)) or listed}",
-        )
-        for key in sorted(given - set(parameters))
-    ]
-    if isinstance(table.get("lr", 0.0), bool | str):
-        faults.append(Fault(f"{section}.lr", f"must be a number, not {table['lr']!r}"))
-    missing = [name for name, needed in parameters.items() if needed and name not in given]
-    faults += [
-        Fault(f"{section}.{name}", f"is missing; {table['name']} requires it") for name in missing
-    ]
-    if faults:
+def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> list[Fault]:
+    if faults := _faults_of(f"{section}.name", partial(_class_of, section, name)):
         return faults
-    return _faults_of(section, lambda: _try_section(section, table, find(table["name"])))
+    parameters = keyword_parameters(section, name)
+    listed = f"known arguments: {', '.join(parameters)}"
+    for key in sorted({*keywords} - {*parameters}):
+        cure = did_you_mean(key, list(parameters)) or listed
+        faults.append(Fault(f"{section}.{key}", f"{name} has no such argument; {cure}"))
+    if isinstance(keywords.get("lr"), bool | str):
+        faults.append(Fault(f"{section}.lr", f"must be a number, not {keywords['lr']!r}"))
+    faults += [
+        Fault(f"{section}.{key}", f"is missing; {name} requires it")
+        for key, is_needed in parameters.items()
+        if is_needed and key not in keywords
+    ]
+    if section == "scheduler" or faults:
+        return faults
+
+    def make() -> None:
+        if section == "loss":
+            _check_reduction(keywords.get("reduction", "mean"))
+            _try(name, lambda: make_loss(name, keywords))
+        else:
+            parameter = nn.Parameter(torch.zeros(2, 2))
+            _try(name, lambda: make_optimizer(name, keywords, [parameter]))
+
+    return _faults_of(section, make)
 
 
-def keyword_parameters(cls: type) -> dict[str, bool]:
-    """Return the keyword arguments of `cls`, each with whether it is required."""
-    parameters = list(inspect.signature(cls).parameters.values())
+def _faults_of(path: str, check: Callable[[], Any]) -> list[Fault]:
+    try:
+        check()
+    except ValueError as error:
+        return [Fault(path, str(error))]
+    return []
+
+
+def keyword_parameters(section: str, name: str) -> dict[str, bool]:
+    """Return the keyword arguments of a loss, optimizer or scheduler, each with whether it is required.
+
+    Raises:
+        ValueError: there is none of that name, or a file cannot express it; says which to use.
+    """
+    parameters = inspect.signature(_class_of(section, name)).parameters.values()
     return {
         p.name: p.default is p.empty
         for p in parameters
@@ -186,34 +214,32 @@ def keyword_parameters(cls: type) -> dict[str, bool]:
     }
 
 
-def _check_layer(text: str) -> None:
-    call = parse_layer(text)
-    cls = layer_class(call.name)
-    try:
-        inspect.signature(cls).bind(*call.arguments, **call.keywords)
-    except TypeError as error:
-        known = [name for name in inspect.signature(cls).parameters if name not in ("device",)]
-        raise ValueError(
-            f"{text}: {error}; the arguments of {call.name} are ({', '.join(known)})"
-        ) from None
-    _construct(text, lambda: cls(*call.arguments, **call.keywords))
-
-
-def _try_section(section: str, table: Mapping[str, Any], cls: type) -> None:
-    keywords = {key: value for key, value in table.items() if key not in ("name", "every")}
+def _class_of(section: str, name: str) -> Any:
+    """Return the class of a name; raises ValueError with the nearest names, or with what to use."""
+    what, known = _CLASSES[section]
+    found = _look_up(name, known, what)
+    if name in _UNFIT:
+        raise ValueError(f"{name} {_UNFIT[name]}")
     if section == "loss":
-        _check_reduction(keywords.get("reduction", "mean"))
-        weights = {k: torch.ones(1) for k in ("weight", "pos_weight") if k in keywords}
-        _construct(table["name"], lambda: cls(**keywords | weights))
-    elif section == "optimizer":
-        parameter = nn.Parameter(torch.zeros(2, 2))
-        with without_compiler():
-            tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()}
-            _construct(table["name"], lambda: cls([parameter], **tuples))
+        wanted = [
+            parameter.name
+            for parameter in list(inspect.signature(found.forward).parameters.values())[1:]
+            if parameter.default is parameter.empty
+        ]
+        if len(wanted) != 2:
+            raise ValueError(f"{name} takes {', '.join(wanted)}; use a loss of (prediction, target)")
+    if section == "optimizer":
+        closure = inspect.signature(found.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(
+                f"{name} needs a closure that evaluates the loss several times per step, but everystep "
+                "runs one forward and one backward pass per step; use Adam, or SGD with momentum"
+            )
+    return found
 
 
 @contextmanager
-def without_compiler() -> Iterator[None]:
+def _without_compiler() -> Iterator[None]:
     """Create optimizers without importing torch's compiler, which takes a second.
 
     `add_param_group` imports it only to keep it away from itself; nothing is compiled within.
@@ -231,6 +257,8 @@ def without_compiler() -> Iterator[None]:
 
 def _check_reduction(reduction: Any) -> None:
     """Check a setting that torch checks only when the loss is computed."""
+    if reduction == "elementwise_mean":
+        raise ValueError("reduction 'elementwise_mean' is torch's old name; write 'mean'")
     if reduction == "none":
         raise ValueError(
             "reduction 'none' gives one loss per row, but a step needs a single number; use mean or sum"
@@ -239,26 +267,13 @@ def _check_reduction(reduction: Any) -> None:
         raise ValueError(f"{reduction!r} is not a reduction; use 'mean' or 'sum'")
 
 
-def _construct(what: str, make: Callable[[], Any]) -> None:
+def _try(what: str, make: Callable[[], Any]) -> None:
     """Make the thing on torch's meta device: arguments are checked, nothing is drawn or stored."""
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             make()
     except Exception as error:  # any error that torch raises for the user's arguments
         raise ValueError(f"{what}: {error}") from None
-
-
-def _table(experiment: Mapping[str, Any], section: str) -> Mapping[str, Any]:
-    table = experiment.get(section)
-    return table if isinstance(table, Mapping) else {}
-
-
-def _faults_of(path: str, check: Callable[[], Any]) -> list[Fault]:
-    try:
-        check()
-    except ValueError as error:
-        return [Fault(path, str(error))]
-    return []
 
 
 def _look_up(name: str, known: Mapping[str, Any], what: str) -> Any:
@@ -275,12 +290,15 @@ def _classes(namespace: Any, base: type) -> dict[str, Any]:
 
 _MODULES = _classes(nn, nn.Module)
 _LOSSES = {name: cls for name, cls in _MODULES.items() if name.endswith("Loss")}
-_LAYERS = {
-    name: cls for name, cls in _MODULES.items() if name not in _LOSSES and name not in _CONTAINERS
-}
-_OPTIMIZERS = {"GradientDescent": GradientDescent} | _classes(torch.optim, torch.optim.Optimizer)
-_SCHEDULERS = {
-    name: cls
-    for name, cls in _classes(lr_scheduler, lr_scheduler.LRScheduler).items()
-    if not name.startswith("_")
+_NOT_LAYERS = {*_LOSSES, *_CONTAINERS}
+_SCHEDULERS = _classes(lr_scheduler, lr_scheduler.LRScheduler)
+#: What the classes of a section are called, and which there are.
+_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "layer": ("torch.nn layer", {n: c for n, c in _MODULES.items() if n not in _NOT_LAYERS}),
+    "loss": ("torch.nn loss", _LOSSES),
+    "optimizer": (
+        "optimizer",
+        {"GradientDescent": GradientDescent} | _classes(torch.optim, torch.optim.Optimizer),
+    ),
+    "scheduler": ("scheduler", {n: c for n, c in _SCHEDULERS.items() if not n.startswith("_")}),
 }

@@ -1,61 +1,50 @@
 """The data set: random, one that comes with everystep, or the user's own arrays and tables.
 
-An experiment may come from a stranger, who may name any file. A file is read only if this user has named
-it: by training on it, or in the environment. Which files were trained on is kept in the user's state
-directory, as an empty file named by a digest of the path.
+Each is an array x and an array y, in memory or in files; a preparation is fitted to rows of them, and
+applied where rows are taken: at once, or for each batch if they stay in files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from platformdirs import user_state_path
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from everystep.bounded import MEMORY, open_regular
+from everystep.bounded import MEMORY
 from everystep.errors import DataError, did_you_mean
-from everystep.experiment.file_rows import (
-    FileRows,
-    MappedArray,
+from everystep.experiment.preparation import ArrayPreparation, Parts, Preparation, TablePreparation
+from everystep.experiment.prepared_rows import (
     Prepare,
+    PreparedRows,
     Reading,
-    mapped_npy,
+    SourceArray,
     mapped_safetensors,
 )
-from everystep.experiment.preparation import ArrayPreparation, Parts, Preparation, TablePreparation
-from everystep.experiment.source_files import SourceFile, source_file
+from everystep.experiment.source_files import SourceFile, read_file, source_files
 from everystep.experiment.specification import (
     ArrayData,
     BundledData,
     DataSpecification,
     Experiment,
+    ImagesData,
     RandomData,
     TableData,
 )
 
-__all__ = [
-    "Data",
-    "Numbering",
-    "Target",
-    "check_may_be_read",
-    "derived_generator",
-    "files_of",
-    "make_data",
-    "note_named",
-    "reopened",
-    "split_rows",
-]
+if TYPE_CHECKING:
+    from everystep.experiment.converted_table import ConvertedTable
+
+__all__ = ["Data", "Numbering", "Target", "derived_generator", "make_data", "reopened", "split_rows"]
 
 #: The kind of target that a loss needs: class indices (int64, shape (N,)), or values (floats, (N, ...)).
 Target = Literal["classes", "values"]
@@ -77,7 +66,7 @@ class Numbering(NamedTuple):
         None if the numbers of the rows to train on are 0, 1, 2, ...; those held out are from another
         source.
         """
-        if self == _AS_THEY_ARE:
+        if self == Numbering():
             return None
         is_split = self.split_seed is not None
         kept = torch.ones(rows + is_split * held_out + len(self.dropped), dtype=torch.bool)
@@ -89,10 +78,6 @@ class Numbering(NamedTuple):
         return numbers[training], numbers[validation]
 
 
-#: Each row has the number of its place.
-_AS_THEY_ARE = Numbering()
-
-
 @dataclass(frozen=True)
 class Data:
     """A data set: rows along the first dimension.
@@ -102,11 +87,11 @@ class Data:
     the files that x stays in, if it is not in memory.
     """
 
-    x: Tensor | FileRows
+    x: Tensor | PreparedRows
     y: Tensor
-    validation: tuple[Tensor | FileRows, Tensor] | None = None
+    validation: tuple[Tensor | PreparedRows, Tensor] | None = None
     preparation: Preparation | None = None
-    numbering: Numbering = _AS_THEY_ARE
+    numbering: Numbering = field(default_factory=Numbering)
     sources: tuple[SourceFile, ...] = ()
 
     @property
@@ -119,20 +104,19 @@ class Data:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all rows in memory, by the names that a run has for them."""
-        named: dict[str, Tensor | FileRows] = {"x": self.x, "y": self.y}
+        named: dict[str, Tensor | PreparedRows] = {"x": self.x, "y": self.y}
         if self.validation is not None:
             named["validation_x"], named["validation_y"] = self.validation
         return {
-            name: rows.in_memory() if isinstance(rows, FileRows) else rows
+            name: rows.in_memory() if isinstance(rows, PreparedRows) else rows
             for name, rows in named.items()
         }
 
     def to(self, device: torch.device) -> Data:
         """Return the data on that device."""
-        validation = self.validation and (
-            self.validation[0].to(device),
-            self.validation[1].to(device),
-        )
+        validation = self.validation
+        if validation is not None:
+            validation = validation[0].to(device), validation[1].to(device)
         return replace(self, x=self.x.to(device), y=self.y.to(device), validation=validation)
 
 
@@ -140,10 +124,16 @@ class Data:
 IN_MEMORY = 1_000_000_000
 
 
+def _unwatched(done: int, total: int, unit: str = "") -> None:
+    """Reading that nobody waits for."""
+
+
 def make_data(
     experiment: Experiment,
     target: Target,
-    progress: Reading = lambda done, total, unit="": None,
+    progress: Reading = _unwatched,
+    known: Preparation | None = None,
+    digests: tuple[str, ...] = (),
 ) -> Data:
     """Create the data of an experiment, on the CPU; `random` draws from torch's global generator.
 
@@ -151,24 +141,216 @@ def make_data(
         experiment: the experiment; its seed decides which rows are held out for validation.
         target: the kind of target that the loss needs.
         progress: called with how much of a large file has been read, and of all.
+        known: the preparation of data that stays in its files, if it was fitted before.
+        digests: of these files as they were.
 
     Raises:
         DataError: the data is invalid; reports the problem and a fix.
+        ValueError: the known preparation does not fit.
     """
+    sources: tuple[SourceFile, ...] = ()
+    is_large = known is not None or _is_large(experiment)
+    if is_large or isinstance(experiment.data, ImagesData):
+        sources = source_files(_paths(experiment.data), progress)
+        _check_digests(experiment.data, sources, digests)
+    source = _source(experiment, target, sources, progress if sources else _unwatched)
+    if isinstance(experiment.data, ImagesData) and experiment.batch_size is not None:
+        is_large = is_large or 4 * source.x.array.size > IN_MEMORY
+    split = split_rows(len(source.x), experiment.data.validation, experiment.seed)
+    places = [rows.numpy() if len(split[1]) else None for rows in split if len(rows)]
+    preparation = known or source.fit(places[0])
+    features, targets = source.prepared_by(preparation)
+    stays = is_large and source.x.stays_in_file and source.y.stays_in_file
+    pairs: list[tuple[Tensor | PreparedRows, Tensor]] = []
+    for rows in places:
+        x, y = PreparedRows(source.x, rows, features), PreparedRows(source.y, rows, targets).in_memory()
+        pairs.append((x if stays else x.in_memory(), y))
+    for each in sources:
+        each.check()
+    validation = pairs[1] if len(pairs) > 1 else None
+    numbering = Numbering(experiment.seed if validation else None, source.dropped)
+    return Data(*pairs[0], validation, preparation, numbering, sources if stays else ())
+
+
+def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple[str, ...]) -> Data:
+    """Return data of a run that stays in files, prepared as it was.
+
+    preparation: the recorded one; digests: of the files as they were.
+
+    Raises:
+        DataError: a file is gone, or was changed.
+        ValueError: the preparation does not fit.
+    """
+    known: Preparation = TypeAdapter(Preparation).validate_python(preparation)
+    if isinstance(known, TablePreparation) != isinstance(experiment.data, TableData):
+        raise ValueError("the preparation is of other data")
+    # A preparation of arrays is not fitted again, and needs none.
+    target: Target = "classes" if getattr(known, "class_indices", True) else "values"
+    found = make_data(experiment, target, known=known, digests=digests)
+    if not found.sources:
+        raise DataError(f"{experiment.data.files[0]} does not have rows one after the other")
+    return found
+
+
+def _is_large(experiment: Experiment) -> bool:
+    """Return whether the data stays in its files.
+
+    Raises:
+        DataError: it is larger than memory, but each step would need all of it.
+    """
+    size = 0
+    for file in chain(*_paths(experiment.data).values()):
+        with suppress(OSError):
+            size += file.stat().st_size
+    if size > MEMORY and experiment.batch_size is None:
+        raise DataError(
+            f"the data has {size / 1e9:.1f} GB, more than this machine has memory, and a step "
+            "would need all of it; set batch_size"
+        )
+    return size > IN_MEMORY and experiment.batch_size is not None
+
+
+def _paths(data: DataSpecification) -> dict[Path, list[Path]]:
+    """Return the files that the data is in; the images of a directory count as one file."""
+    files = [Path(each) for each in data.files]
+    if isinstance(data, ImagesData):
+        from everystep.experiment.images import image_files
+
+        return {files[0]: image_files(files[0])}
+    if isinstance(data, TableData) and files[0].is_dir():
+        from everystep.experiment.table import table_files
+
+        files = table_files(files[0])
+    return {file: [file] for file in files}
+
+
+def _check_digests(
+    data: DataSpecification, sources: tuple[SourceFile, ...], digests: tuple[str, ...]
+) -> None:
+    """Check that files are those that a run was trained on, if it is known which they were."""
+    if len(digests) not in (0, len(sources)):
+        raise DataError(
+            f"{', '.join(data.files)} has {len(sources)} files, but the run was trained on "
+            f"{len(digests)}; restore the original"
+        )
+    for source, digest in zip(sources, digests, strict=False):
+        if source.digest != digest:
+            raise DataError(
+                f"{source.path} has changed since the run was trained on it: its digest is "
+                f"{source.digest[:12]}..., but the run recorded {digest[:12]}...; restore the original"
+            )
+
+
+def _source(
+    experiment: Experiment, target: Target, sources: tuple[SourceFile, ...], progress: Reading
+) -> ArraySource | ConvertedTable:
+    """Return the data before its preparation. sources: its files, if they are large."""
     data = experiment.data
-    if _is_large(experiment) and (in_files := _from_files(experiment, target, progress)):
-        return in_files
     if isinstance(data, TableData):
-        return _from_table(data, target, experiment.seed)
+        from everystep.experiment.converted_table import convert_table
+
+        return convert_table(data, sources, progress, classes=target == "classes")
     if isinstance(data, RandomData):
-        x = torch.randn(data.N, data.D_in)
-        y = torch.randn(data.N, data.D_out)
-        return _from_arrays(x.numpy(), y.numpy(), experiment, target)
-    if isinstance(data, BundledData):
+        x, y = (SourceArray(torch.randn(data.N, n).numpy()) for n in (data.D_in, data.D_out))
+    elif isinstance(data, BundledData):
         file = Path(__file__).parent / "bundled" / f"{data.name}.npz"
         with np.load(file, allow_pickle=False) as arrays:
-            return _from_arrays(arrays["x"].astype(np.float64), arrays["y"], experiment, target)
-    return _from_arrays(*_load_arrays(data), experiment, target)
+            x, y = SourceArray(arrays["x"].astype(np.float64)), SourceArray(arrays["y"])
+    elif isinstance(data, ImagesData):
+        from everystep.experiment.images import convert_images
+
+        if target != "classes":
+            raise DataError('images have classes; use a classification loss: name = "CrossEntropyLoss"')
+        x, y = convert_images(data, sources, progress)
+    else:
+        x, y = _open_arrays(data, sources)
+    fitted = partial(
+        ArrayPreparation.fit,
+        scale=data.scale,
+        classes=target == "classes",
+        indices=experiment.model.layers[0].startswith("Embedding"),
+    )
+    return ArraySource(x, y, fitted, progress)
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Arrays x (N, ...) and y (N, ...).
+
+    fitted: returns the preparation of rows of x, and of all of y; progress: called with how many rows
+    were looked at, and of all; dropped: no row is.
+    """
+
+    x: SourceArray
+    y: SourceArray
+    fitted: Callable[[Parts, np.ndarray], ArrayPreparation]
+    progress: Reading
+    dropped: tuple[int, ...] = ()
+
+    def fit(self, training: np.ndarray | None) -> ArrayPreparation:
+        """Fit the preparation to the training rows (int64 places), or to all."""
+        return self.fitted(partial(self.x.parts, training, self.progress), self.y.array)
+
+    def prepared_by(self, fitted: Any) -> tuple[Prepare, Prepare]:
+        """Return what makes features of rows of x, and targets of rows of y."""
+        return fitted.features, fitted.targets
+
+
+def _open_arrays(data: ArrayData, sources: tuple[SourceFile, ...]) -> tuple[SourceArray, SourceArray]:
+    """Return x and y, mapped from their files if they can be. sources: the files, if they are large.
+
+    Raises:
+        DataError: they are not data to train on, or must be read as a whole and are larger than memory.
+    """
+    is_larger = sum(each.bytes for each in sources) > MEMORY
+    if not (is_larger and data.files[0].endswith(".npz")):
+        x, y = _read(data)
+        if not is_larger or (x.stays_in_file and y.stays_in_file):
+            return x, y
+    raise DataError(
+        f"{data.files[0]} is larger than memory, and its rows do not lie one after the other; "
+        "save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
+    )
+
+
+def _read(data: ArrayData) -> tuple[SourceArray, SourceArray]:
+    paths = [Path(file) for file in data.files]
+    for path in paths:
+        if data.path is None and path.suffix != ".npy":
+            raise DataError(
+                f"{path} is not a .npy file; for .npz or .safetensors, set data.path to the file and "
+                "data.x and data.y to the array names in it"
+            )
+        if data.path is not None and path.suffix not in (".npz", ".safetensors"):
+            raise DataError(f"{path}: expected a .npz or .safetensors file")
+    found = [read_file(path, partial(_content, path)) for path in paths]
+    arrays = found[0] if data.path is not None else dict(zip((data.x, data.y), found, strict=True))
+    absent = [name for name in (data.x, data.y) if name not in arrays]
+    if absent:
+        cures = "; ".join(f"{name!r}: {did_you_mean(name, list(arrays))}" for name in absent)
+        raise DataError(f"{data.path} has no array {cures}")
+    x, y = arrays[data.x], arrays[data.y]
+    for name, array in (("x", x), ("y", y)):
+        if array.ndim == 0 or array.dtype.kind not in "fiub":
+            raise DataError(
+                f"data.{name}: expected numbers with rows along the first dimension, not "
+                f"{array.dtype} of shape {array.shape}"
+            )
+    if len(x) != len(y):
+        raise DataError(f"x has {len(x)} rows and y has {len(y)}; they must match")
+    if len(x) == 0:
+        raise DataError(f"{data.files[0]} has no rows")
+    return SourceArray(x), SourceArray(y)
+
+
+def _content(path: Path) -> Any:
+    match path.suffix:
+        case ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        case ".npz":
+            return dict(np.load(path, allow_pickle=False))
+        case _:
+            return mapped_safetensors(path)
 
 
 def derived_generator(seed: int, *purpose: Any) -> torch.Generator:
@@ -198,319 +380,3 @@ def split_rows(count: int, validation: float | None, seed: int) -> tuple[Tensor,
 def _split(count: int, kept_out: int, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(count, generator=derived_generator(seed, "validation"))
     return order[kept_out:].sort().values, order[:kept_out].sort().values
-
-
-def _from_table(data: TableData, target: Target, seed: int) -> Data:
-    from everystep.experiment.table import read_table
-
-    table = read_table(data, classes=target == "classes")
-    parts = [rows.numpy() for rows in split_rows(table.frame.height, data.validation, seed) if len(rows)]
-    preparation = table.fit(parts[0])
-    prepared = [preparation.apply(table.rows(rows)) for rows in parts]
-    return _data_of(prepared, preparation, seed, table.dropped)
-
-
-def _from_arrays(x: np.ndarray, y: np.ndarray, experiment: Experiment, target: Target) -> Data:
-    split = split_rows(len(x), experiment.data.validation, experiment.seed)
-    parts = [rows.numpy() for rows in split if len(rows)]
-    preparation = _fitted(lambda: iter([x[parts[0]]]), lambda: iter([y]), experiment, target)
-    prepared = [preparation.apply(x[rows], y[rows]) for rows in parts]
-    return _data_of(prepared, preparation, experiment.seed)
-
-
-def _fitted(x: Parts, y: Parts, experiment: Experiment, target: Target) -> ArrayPreparation:
-    return ArrayPreparation.fit(
-        x,
-        y,
-        scale=experiment.data.scale,
-        classes=target == "classes",
-        indices=experiment.model.layers[0].startswith("Embedding"),
-    )
-
-
-def _paths(data: DataSpecification) -> list[Path]:
-    """Return the files that the data is in, those of a directory too."""
-    files = [Path(each) for each in files_of(data)]
-    if not (isinstance(data, TableData) and files[0].is_dir()):
-        return files
-    from everystep.experiment.table import table_files
-
-    return table_files(files[0])
-
-
-def _is_large(experiment: Experiment) -> bool:
-    """Return whether the data stays in its files.
-
-    Raises:
-        DataError: it is larger than memory, but each step would need all of it.
-    """
-    size = 0
-    for file in _paths(experiment.data):
-        with suppress(OSError):
-            size += file.stat().st_size
-    if size > MEMORY and experiment.batch_size is None:
-        raise DataError(
-            f"the data has {size / 1e9:.1f} GB, more than this machine has memory, and a step "
-            "would need all of it; set batch_size"
-        )
-    return size > IN_MEMORY and experiment.batch_size is not None
-
-
-class _Mapped(NamedTuple):
-    """Data in mapped files: x and y, and how they are prepared.
-
-    fit: returns the preparation, by the places of the training rows, None for all; prepare: returns what
-    a preparation makes of rows of x and of y; dropped: as in `Numbering`.
-    """
-
-    x: MappedArray
-    y: MappedArray
-    fit: Callable[[np.ndarray | None], Preparation]
-    prepare: Callable[[Any], tuple[Prepare, Prepare]]
-    dropped: tuple[int, ...] = ()
-
-
-def _mapped(
-    experiment: Experiment, target: Target, sources: tuple[SourceFile, ...], progress: Reading
-) -> _Mapped | None:
-    """Map the files of data; return None if they must be read as a whole.
-
-    Raises:
-        DataError: they are not data to train on, or must be read as a whole and are larger than memory.
-    """
-    data = experiment.data
-    if isinstance(data, TableData):
-        from everystep.experiment.table_cache import cached_table, features_by, fit_table
-
-        table = cached_table(data, sources, progress, classes=target == "classes")
-        return _Mapped(
-            table.x,
-            table.y,
-            lambda rows: fit_table(table, np.arange(len(table.x.array)) if rows is None else rows),
-            lambda fitted: (features_by(table.known, fitted), lambda rows: rows),
-            table.table.dropped,
-        )
-    assert isinstance(data, ArrayData)
-    x = y = None
-    if data.path is None:
-        paths = Path(data.x), Path(data.y)
-        x, y = (_read_file(path, partial(mapped_npy, path)) for path in map(_npy, paths))
-    elif data.path.endswith(".safetensors"):
-        path = Path(data.path)
-        x, y = _two_of(data, _read_file(path, partial(mapped_safetensors, path)))
-    if x is None or y is None:
-        if sum(each.bytes for each in sources) > MEMORY:
-            raise DataError(
-                f"{files_of(data)[0]} is larger than memory, and its rows do not lie one after the "
-                "other; save x and y as .npy or .safetensors, in C order (numpy.ascontiguousarray)"
-            )
-        return None
-    _check_arrays(data, x.array, y.array)
-    y_parts = partial(y.parts, None, lambda done, total, unit="": None)
-    return _Mapped(
-        x,
-        y,
-        lambda rows: _fitted(partial(x.parts, rows, progress), y_parts, experiment, target),
-        lambda fitted: (fitted.features, fitted.targets),
-    )
-
-
-def _sources(paths: list[Path], progress: Reading) -> tuple[SourceFile, ...]:
-    """Return files with their digests."""
-    sizes = [_read_file(path, path.stat).st_size for path in paths]
-    found: list[SourceFile] = []
-    for path, before in zip(paths, accumulate(sizes, initial=0), strict=False):
-
-        def note(done: int, before: int = before) -> None:
-            progress((before + done) // 10**6, sum(sizes) // 10**6, "MB")
-
-        found.append(_read_file(path, partial(source_file, path, note)))
-    progress(sum(sizes) // 10**6, sum(sizes) // 10**6, "MB")
-    return tuple(found)
-
-
-def _from_files(
-    experiment: Experiment,
-    target: Target,
-    progress: Reading,
-    preparation: Preparation | None = None,
-    digests: tuple[str, ...] = (),
-) -> Data | None:
-    """Return data that stays in its files; None if they must be read as a whole.
-
-    preparation: as it was fitted before, if it was; digests: of the files, if they are known.
-    """
-    paths, validation = _paths(experiment.data), experiment.data.validation
-    sources = _sources(paths, progress)
-    if digests and len(digests) != len(sources):
-        raise DataError(
-            f"{files_of(experiment.data)[0]} has {len(sources)} files, but the run was trained on "
-            f"{len(digests)}; restore the original"
-        )
-    for source, digest in zip(sources, digests, strict=bool(digests)):
-        if source.digest != digest:
-            raise DataError(
-                f"{source.path} has changed since the run was trained on it: its digest is "
-                f"{source.digest[:12]}..., but the run recorded {digest[:12]}...; restore the original"
-            )
-    mapped = _mapped(experiment, target, sources, progress)
-    if mapped is None:
-        return None
-    split = split_rows(len(mapped.x.array), validation, experiment.seed)
-    places = [None] if validation is None else [rows.numpy() for rows in split]
-    preparation = mapped.fit(places[0]) if preparation is None else preparation
-    features, targets = mapped.prepare(preparation)
-    pairs = [
-        (FileRows(mapped.x, rows, features), FileRows(mapped.y, rows, targets).in_memory())
-        for rows in places
-    ]
-    for source in sources:
-        source.check()
-    numbering = Numbering(None if validation is None else experiment.seed, mapped.dropped)
-    return Data(*pairs[0], pairs[1] if len(pairs) > 1 else None, preparation, numbering, sources)
-
-
-def reopened(experiment: Experiment, preparation: dict[str, Any], digests: tuple[str, ...]) -> Data:
-    """Return data of a run that stays in files, prepared as it was.
-
-    preparation: the recorded one; digests: of the files as they were.
-
-    Raises:
-        DataError: a file is gone, or was changed.
-        ValueError: the preparation does not fit.
-    """
-    known: Preparation = TypeAdapter(Preparation).validate_python(preparation)
-    if isinstance(known, TablePreparation) != isinstance(experiment.data, TableData):
-        raise ValueError("the preparation is of other data")
-    target: Target = "classes" if getattr(known, "class_indices", False) else "values"
-    found = _from_files(experiment, target, lambda done, total, unit="": None, known, digests)
-    if found is None:
-        raise DataError(f"{files_of(experiment.data)[0]} does not have rows one after the other")
-    return found
-
-
-def _data_of(
-    prepared: list[tuple[np.ndarray, np.ndarray]],
-    preparation: Preparation,
-    seed: int,
-    dropped: tuple[int, ...] = (),
-) -> Data:
-    """Return the data; prepared: x and y of the rows to train on, and of those held out, if any."""
-    (x, y), *held_out = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in prepared]
-    validation = held_out[0] if held_out else None
-    return Data(x, y, validation, preparation, Numbering(seed if held_out else None, dropped))
-
-
-def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
-    if data.path is None:
-        paths = Path(data.x), Path(data.y)
-        x, y = (_read_file(p, partial(np.load, p, allow_pickle=False)) for p in map(_npy, paths))
-    else:
-        path = Path(data.path)
-        x, y = _two_of(data, _read_file(path, _archive_reader(path)))
-    _check_arrays(data, x, y)
-    return x, y
-
-
-def _two_of(data: ArrayData, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
-    absent = [name for name in (data.x, data.y) if name not in arrays]
-    if absent:
-        cures = "; ".join(f"{name!r}: {did_you_mean(name, list(arrays))}" for name in absent)
-        raise DataError(f"{data.path} has no array {cures}")
-    return arrays[data.x], arrays[data.y]
-
-
-def _check_arrays(data: ArrayData, x: np.ndarray, y: np.ndarray) -> None:
-    for name, array in (("x", x), ("y", y)):
-        if array.ndim == 0 or array.dtype.kind not in "fiub":
-            raise DataError(
-                f"data.{name}: expected numbers with rows along the first dimension, not "
-                f"{array.dtype} of shape {array.shape}"
-            )
-    if len(x) != len(y):
-        raise DataError(f"x has {len(x)} rows and y has {len(y)}; they must match")
-    if len(x) == 0:
-        raise DataError(f"{data.path or data.x} has no rows")
-
-
-def _npy(path: Path) -> Path:
-    if path.suffix != ".npy":
-        raise DataError(
-            f"{path} is not a .npy file; for .npz or .safetensors, set data.path to the file and "
-            "data.x and data.y to the array names in it"
-        )
-    return path
-
-
-def _archive_reader(path: Path) -> Callable[[], dict[str, np.ndarray]]:
-    match path.suffix:
-        case ".npz":
-            return lambda: dict(np.load(path, allow_pickle=False))
-        case ".safetensors":
-            from safetensors.numpy import load_file
-
-            return lambda: load_file(path)
-    raise DataError(f"{path}: expected a .npz or .safetensors file")
-
-
-def _read_file(path: Path, read: Callable[[], Any]) -> Any:
-    try:
-        open_regular(path).close()  # a pipe or a device might never end
-        return read()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; data.path is relative to the experiment file") from None
-    except Exception as error:  # each format has its own
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
-
-
-#: Files that runs may read besides those that were trained on; separated as in PATH.
-_ALLOWED = "EVERYSTEP_DATA"
-
-#: Files that were named in this process; the state directory may not be writable.
-_named: set[str] = set()
-
-
-def files_of(data: DataSpecification) -> tuple[str, ...]:
-    """Return the files that the data is in."""
-    if isinstance(data, TableData):
-        return (data.path,)
-    if isinstance(data, ArrayData):
-        return (data.x, data.y) if data.path is None else (data.path,)
-    return ()
-
-
-def note_named(files: Iterable[str]) -> None:
-    """Note that the user has named files, so that runs of theirs may read them."""
-    for file in files:
-        _named.add(file)
-        with suppress(OSError):
-            mark = _mark(file)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-
-
-def check_may_be_read(data: DataSpecification) -> None:
-    """Check that the user has named the files that data is in.
-
-    Raises:
-        DataError: they have not; says how.
-    """
-    given = os.environ.get(_ALLOWED, "").split(os.pathsep)
-    allowed = {str(Path(each).absolute()) for each in given if each}
-    files = files_of(data)
-    for file in files:
-        is_noted = False
-        with suppress(OSError):
-            is_noted = _mark(file).is_file()
-        if not (is_noted or file in _named or file in allowed):
-            raise DataError(
-                f"the data is outside of the run, in {file!r:.200}, and a run may come from a stranger; "
-                "everystep reads only files that you have trained on. If you trust the run, allow it: "
-                f"{_ALLOWED}={os.pathsep.join(files):.400}; in Python, everystep.open(run, data=(x, y)) "
-                "takes the data"
-            )
-
-
-def _mark(file: str) -> Path:
-    folder: Path = user_state_path("everystep") / "data"
-    return folder / hashlib.sha256(os.fsencode(file)).hexdigest()

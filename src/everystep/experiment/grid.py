@@ -73,13 +73,13 @@ def combinations(settings: Mapping[str, Any], *, may_be_many: bool = False) -> d
     short = {path: _plain_name(path.rpartition(".")[2]) for path in varied}
     if len({*short.values()}) < len(varied):
         short = {path: _plain_name(path) for path in varied}
-    texts = {path: _distinct(values[path]) for path in varied}
+    named = [zip(_distinct(each), each, strict=True) for each in values.values()]
     found = {}
-    for number, places in enumerate(product(*(range(len(each)) for each in values.values())), 1):
-        at = dict(zip(values, places, strict=True))
-        name = ",".join(f"{short[path]}={texts[path][at[path]]}" for path in varied)
+    for number, chosen in enumerate(product(*named), 1):
+        at = dict(zip(values, chosen, strict=True))
+        name = ",".join(f"{short[path]}={at[path][0]}" for path in varied)
         name = name if len(name) <= _LONGEST_NAME else f"run={number}"
-        found[name] = {path: values[path][place] for path, place in at.items()}
+        found[name] = {path: value for path, (_, value) in at.items()}
     return found
 
 

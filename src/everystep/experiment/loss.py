@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from everystep.errors import DataError, ExperimentError, Fault, ModelError
-from everystep.experiment.catalogue import loss_class
+from everystep.experiment.catalogue import make_loss
 from everystep.experiment.data import Data, Target
 from everystep.experiment.specification import Loss
 
 __all__ = ["build_loss", "check_loss", "target_of"]
 
 _OF_CLASSES = {"CrossEntropyLoss", "NLLLoss", "MultiMarginLoss"}
-_WEIGHTS = ("weight", "pos_weight")
 
 
 def target_of(loss: Loss) -> Target:
@@ -25,11 +22,7 @@ def target_of(loss: Loss) -> Target:
 
 def build_loss(loss: Loss) -> nn.Module:
     """Make the loss; class weights may be written as a list of numbers."""
-    keywords: dict[str, Any] = dict(loss.keywords)
-    for name in _WEIGHTS:
-        if name in keywords:
-            keywords[name] = torch.tensor(keywords[name], dtype=torch.float32)
-    return loss_class(loss.name)(**keywords)
+    return make_loss(loss.name, loss.keywords)
 
 
 def check_loss(loss: nn.Module, prediction: Tensor, data: Data) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from everystep.errors import ModelError
-from everystep.experiment.catalogue import layer_class, parse_layer
+from everystep.experiment.catalogue import make_layer
 from everystep.experiment.specification import Model
 
 __all__ = ["build_model", "try_model"]
@@ -26,9 +26,8 @@ def build_model(model: Model, x: Tensor) -> nn.Sequential:
     """
     layers = []
     for index, text in enumerate(model.layers):
-        call = parse_layer(text)
         try:
-            layers.append(layer_class(call.name)(*call.arguments, **call.keywords))
+            layers.append(make_layer(text))
         except Exception as error:  # any error that torch raises for the user's arguments
             raise ModelError(f"model.layers[{index}]: {text}: {error}") from None
     made = nn.Sequential(*layers)

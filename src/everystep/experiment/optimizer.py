@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.errors import ExperimentError, Fault
-from everystep.experiment.catalogue import (
-    keyword_parameters,
-    optimizer_class,
-    scheduler_class,
-    without_compiler,
-)
+from everystep.experiment.catalogue import keyword_parameters, make_optimizer, make_scheduler
 from everystep.experiment.specification import Experiment, Optimizer, Scheduler
 
 __all__ = ["build_optimizer", "build_scheduler", "with_fused"]
@@ -32,12 +26,12 @@ def with_fused(experiment: Experiment, device: torch.device) -> Experiment:
     """
     optimizer = experiment.optimizer
     said = {"fused", "foreach", "differentiable", "maximize"} & set(optimizer.keywords)
-    has_it = "fused" in keyword_parameters(optimizer_class(optimizer.name))
+    has_it = "fused" in keyword_parameters("optimizer", optimizer.name)
     if said - {"maximize"} or not has_it:
         return experiment
     if optimizer.name in _FUSED_ON_CPU_ONLY and device.type != "cpu":
         return experiment
-    pinned = Optimizer.model_validate(optimizer.model_dump() | {"fused": True})
+    pinned = optimizer.model_copy(update={"fused": True})
     return experiment.model_copy(update={"optimizer": pinned})
 
 
@@ -47,13 +41,10 @@ def build_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
     Raises:
         ExperimentError: torch rejects an argument, or there are no parameters.
     """
-    cls: Any = optimizer_class(optimizer.name)
     try:
-        with without_compiler():
-            made: torch.optim.Optimizer = cls(list(parameters), **optimizer.keywords)
+        return make_optimizer(optimizer.name, optimizer.keywords, parameters)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ExperimentError([Fault("optimizer", f"{optimizer.name}: {error}")]) from None
-    return made
 
 
 def build_scheduler(scheduler: Scheduler, optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -62,10 +53,7 @@ def build_scheduler(scheduler: Scheduler, optimizer: torch.optim.Optimizer) -> L
     Raises:
         ExperimentError: torch refuses an argument.
     """
-    cls: Any = scheduler_class(scheduler.name)
-    keywords = {k: list(v) if isinstance(v, tuple) else v for k, v in scheduler.keywords.items()}
     try:
-        made: LRScheduler = cls(optimizer, **keywords)
+        return make_scheduler(scheduler.name, scheduler.keywords, optimizer)
     except (ValueError, TypeError, KeyError) as error:
         raise ExperimentError([Fault("scheduler", f"{scheduler.name}: {error}")]) from None
-    return made

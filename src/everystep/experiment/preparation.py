@@ -7,15 +7,12 @@ without unpickling anything. That is why it does not use scikit-learn's transfor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from everystep.errors import DataError, Fault
-
-if TYPE_CHECKING:
-    import polars
 
 __all__ = [
     "ArrayPreparation",
@@ -25,18 +22,11 @@ __all__ = [
     "Preparation",
     "Scaling",
     "TablePreparation",
-    "mean_of",
 ]
 
 Class = str | int | float
 #: Returns all rows (N, ...) in parts, each time that it is called.
 Parts = Callable[[], Iterator[np.ndarray]]
-
-
-def mean_of(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each column of `values` (N, ...), N above 0; of equal values, that value."""
-    mean: np.ndarray = np.clip(values.mean(axis=0), values.min(axis=0), values.max(axis=0))
-    return mean
 
 
 class Fitted(BaseModel):
@@ -90,20 +80,23 @@ class ArrayPreparation(Fitted):
 
     @classmethod
     def fit(
-        cls, x: Parts, y: Parts, *, scale: str | None, classes: bool, indices: bool
+        cls, x: Parts, y: np.ndarray, *, scale: str | None, classes: bool, indices: bool
     ) -> ArrayPreparation:
-        """Fit to training rows x (n, ...) and all targets y (N, ...).
+        """Fit to training rows x (n, ...) and all targets y (N, ...): numbers, or names of classes (N).
 
         `classes`: the loss needs class indices; `indices`: the model uses x as indices (an embedding).
         """
-        are_whole, _ = _checked("x", x, are_whole=indices)
-        are_classes, targets = _checked("y", y, are_whole=classes, counts=classes)
-        if indices and not are_whole:
+        _check_finite("x", x())
+        _check_finite("y", iter([y]))
+        if indices and not all(map(_are_whole, x())):
             raise DataError("data.x: an embedding needs integer inputs; round them")
-        if targets is not None and not are_classes:
+        are_shares = y.dtype.kind == "f" and y.ndim > 1  # of each class
+        if classes and not are_shares and not _are_whole(y):
             raise DataError("data.y: a classification loss needs integer classes")
         if indices and scale:
             raise DataError("data.scale: an embedding needs integer inputs; remove scale")
+        targets = np.unique(y).tolist() if classes and not are_shares else None
+        targets = targets and [each if isinstance(each, str) else int(each) for each in targets]
         return cls(scaling=Scaling.fit(x) if scale else None, classes=targets, indices=indices)
 
     def features(self, x: np.ndarray) -> np.ndarray:
@@ -118,10 +111,6 @@ class ArrayPreparation(Fitted):
         values = y.astype(np.float32)
         return values[:, np.newaxis] if values.ndim == 1 else values
 
-    def apply(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return x and y of these rows."""
-        return self.features(x), self.targets(y)
-
 
 class NumericColumn(Fitted):
     """A column of numbers: the replacement for missing values, and the scaling."""
@@ -131,15 +120,10 @@ class NumericColumn(Fitted):
     fill: float | None
     scaling: Scaling | None
 
-    def apply(self, column: polars.Series) -> np.ndarray:
-        """Return (N, 1) float64."""
-        import polars as pl
-
-        filled = column.cast(pl.Float64)
-        if self.fill is not None:
-            filled = filled.fill_nan(None).fill_null(self.fill)
-        values = filled.to_numpy()[:, np.newaxis]
-        return self.scaling.apply(values) if self.scaling else values
+    @property
+    def x_names(self) -> list[str]:
+        """The name of its column of x."""
+        return [self.name]
 
 
 class CategoricalColumn(Fitted):
@@ -153,22 +137,10 @@ class CategoricalColumn(Fitted):
     categories: list[str]
     unseen: Literal["error", "zeros"]
 
-    def apply(self, column: polars.Series) -> np.ndarray:
-        """Return (N, categories) float64; raises DataError for a category never seen."""
-        import polars as pl
-
-        words = column.cast(pl.String)
-        self.check_words(sorted(set(words.drop_nulls()) - set(self.categories)))
-        flags = [(words == category).fill_null(False).to_numpy() for category in self.categories]
-        return np.stack(flags, axis=1).astype(np.float64)
-
-    def check_words(self, new: list[str]) -> None:
-        """Check that there are no new words, if they are an error."""
-        if new and self.unseen == "error":
-            raise DataError(
-                f"column {self.name!r}: {_listed(new)} not in the training rows; set data.unseen = "
-                '"zeros", use another seed, or leave the column out of data.features'
-            )
+    @property
+    def x_names(self) -> list[str]:
+        """The names of its columns of x: `colour=red`, `colour=blue`, ..."""
+        return [f"{self.name}={category}" for category in self.categories]
 
 
 Column = Annotated[NumericColumn | CategoricalColumn, Field(discriminator="kind")]
@@ -186,47 +158,40 @@ class TablePreparation(Fitted):
     @property
     def x_names(self) -> list[str]:
         """The name of each column of x: `age`, `colour=red`, `colour=blue`, ..."""
-        return [
-            name
-            for column in self.columns
-            for name in (
-                [column.name]
-                if isinstance(column, NumericColumn)
-                else [f"{column.name}={category}" for category in column.categories]
-            )
-        ]
+        return [name for column in self.columns for name in column.x_names]
 
-    def numbers(self, frame: polars.DataFrame) -> np.ndarray:
-        """Return x (N, len(x_names)) in float64."""
-        return np.concatenate([column.apply(frame[column.name]) for column in self.columns], axis=1)
+    def features_from(self, whole: TablePreparation) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what makes x (n, len(x_names)), in float32, of rows of a converted table.
 
-    def features(self, frame: polars.DataFrame) -> np.ndarray:
-        """Return x (N, len(x_names)) in float32."""
-        return self.numbers(frame).astype(np.float32)
+        whole: what the table was converted by: a row has a float for each of its columns, NaN if it is
+        missing; of a word, the place among all words of the column.
 
-    def targets(self, frame: polars.DataFrame) -> np.ndarray:
-        """Return y: (N,) int64 class indices, or (N, targets) float32."""
-        import polars as pl
+        Raises:
+            ValueError: it is another table.
+        """
+        rules: list[tuple[float, ...]] = []  # for each column of x
+        for place, (column, known) in enumerate(zip(self.columns, whole.columns, strict=True)):
+            if (column.kind, column.name) != (known.kind, known.name):
+                raise ValueError(f"the table has no such column {column.name!r}")
+            if isinstance(column, CategoricalColumn) and isinstance(known, CategoricalColumn):
+                words = {word: float(number) for number, word in enumerate(known.categories)}
+                if not {*column.categories} <= {*words}:
+                    raise ValueError(f"column {column.name!r} does not have these words")
+                rules += [(place, words[word], np.nan, 0, 1) for word in column.categories]
+            elif isinstance(column, NumericColumn):
+                scaling = column.scaling or Scaling(mean=[0], deviation=[1])
+                (mean,), (deviation,) = scaling.mean, scaling.deviation
+                fill = np.nan if column.fill is None else column.fill
+                rules.append((place, np.nan, fill, mean, deviation))
+        places, words_of, fills, means, deviations = np.array(rules).reshape(-1, 5).T
+        places, is_word = places.astype(np.int64), ~np.isnan(words_of)
 
-        if self.classes is None:
-            return frame.select(pl.col(self.target).cast(pl.Float32)).to_numpy(writable=True)
-        index = {value: position for position, value in enumerate(self.classes)}
-        values = frame[self.target[0]].to_list()
-        self.check_classes([value for value in values if value not in index])
-        indices = np.array([index[value] for value in values], dtype=np.int64)
-        return indices if self.class_indices else indices.astype(np.float32)[:, np.newaxis]
+        def features(rows: np.ndarray) -> np.ndarray:
+            values = rows[:, places].astype(np.float64)
+            scaled = (np.where(np.isnan(values), fills, values) - means) / deviations
+            return np.asarray(np.where(is_word, values == words_of, scaled), np.float32)
 
-    def check_classes(self, new: list[Any]) -> None:
-        """Check that there are no new classes."""
-        if new:
-            raise DataError(
-                f"target {self.target[0]!r}: class {_listed(sorted(set(map(str, new))))} not in the "
-                "training rows; use another seed or a smaller data.validation, or remove those rows"
-            )
-
-    def apply(self, frame: polars.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """Return x and y of these rows."""
-        return self.features(frame), self.targets(frame)
+        return features
 
 
 Preparation = ArrayPreparation | TablePreparation
@@ -253,30 +218,15 @@ def _sum(parts: Iterator[np.ndarray]) -> np.ndarray:
     return total
 
 
-def _checked(
-    name: str, parts: Parts, *, are_whole: bool, counts: bool = False
-) -> tuple[bool, list[Class] | None]:
-    """Look at all rows: return whether all numbers are whole, and which there are.
-
-    are_whole: whether to look at that; counts: whether to collect the numbers, but not floats of several
-    columns.
-
-    Raises:
-        DataError: rows have numbers that are not finite in float32.
-    """
-    rows, wrong, first, found = 0, 0, 0, np.empty(0)
-    for part in parts():
+def _check_finite(name: str, parts: Iterator[np.ndarray]) -> None:
+    """Check that all numbers of rows (N, ...), given in parts, are finite in float32."""
+    rows, wrong, first = 0, 0, 0
+    for part in parts:
         if part.dtype.kind == "f":
             with np.errstate(over="ignore"):
-                is_finite = np.isfinite(part.astype(np.float32))
-            if not is_finite.all():
-                places = np.unique(np.nonzero(~is_finite)[0])
-                first = first if wrong else rows + int(places[0])
-                wrong += len(places)
-            are_whole = are_whole and bool(np.equal(part, np.round(part)).all())
-            counts = counts and part.ndim == 1
-        if counts and not wrong and (are_whole or not rows):
-            found = np.unique(np.concatenate([found, np.unique(part)]) if rows else part)
+                places = np.unique(np.nonzero(~np.isfinite(part.astype(np.float32)))[0])
+            first = rows + int(places[0]) if len(places) and not wrong else first
+            wrong += len(places)
         rows += len(part)
     if wrong:
         problem = (
@@ -284,10 +234,7 @@ def _checked(
             f"(first: row {first}); remove them"
         )
         raise DataError([Fault(f"data.{name}", problem)])
-    return are_whole, [int(value) for value in found] if counts else None
 
 
-def _listed(names: list[Any]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return shown + more + (" is" if len(names) == 1 else " are")
+def _are_whole(values: np.ndarray) -> bool:
+    return values.dtype.kind != "f" or bool(np.equal(values, np.round(values)).all())

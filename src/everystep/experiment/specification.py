@@ -33,6 +33,7 @@ __all__ = [
     "BundledData",
     "DataSpecification",
     "Experiment",
+    "ImagesData",
     "Iteration",
     "Loss",
     "Model",
@@ -51,6 +52,9 @@ __all__ = [
 #: with the square of its parts.
 LARGEST, _MOST_DOTS = 1_000_000, 1_000
 
+#: The height or the width of an image.
+Pixels = Annotated[int, Field(ge=1, le=10_000)]
+
 BundledName = Literal["digits", "diabetes", "wine", "iris", "breast_cancer"]
 
 
@@ -63,9 +67,8 @@ class NamedSection(StrictModel):
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of the class; TOML lists become tuples."""
-        extra = self.model_extra or {}
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in extra.items()}
+        """The keyword arguments of the class."""
+        return dict(self.model_extra or {})
 
 
 class DataSpecification(StrictModel):
@@ -73,6 +76,18 @@ class DataSpecification(StrictModel):
 
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
     scale: Literal["standard"] | None = None
+
+    @property
+    def file_keys(self) -> tuple[str, ...]:
+        """The keys that name the files that the data is in: the path, or that of each array."""
+        if getattr(self, "path", None) is not None:
+            return ("path",)
+        return tuple(key for key in ("x", "y") if hasattr(self, key))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that the data is in."""
+        return tuple(getattr(self, key) for key in self.file_keys)
 
 
 class RandomData(DataSpecification):
@@ -103,6 +118,15 @@ class TableData(DataSpecification):
     separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
 
 
+class ImagesData(DataSpecification):
+    """A directory of images, with a subdirectory for each class."""
+
+    source: Literal["images"]
+    path: str
+    size: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
+    grayscale: bool = False
+
+
 class ArrayData(DataSpecification):
     """Arrays: two .npy files, or two names within one .npz or .safetensors file (`path`)."""
 
@@ -120,15 +144,6 @@ class Model(StrictModel):
 
 class Loss(NamedSection):
     """A loss of `torch.nn`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_name_of_mean(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and value.get("reduction") == "elementwise_mean":
-            raise PydanticCustomError(
-                "old_name", "reduction 'elementwise_mean' is torch's old name; write 'mean'"
-            )
-        return value
 
 
 class Optimizer(NamedSection):
@@ -172,7 +187,9 @@ class Experiment(Iteration):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
     metrics: Annotated[list[str], Field(min_length=1)] | None = None
-    data: Annotated[RandomData | BundledData | TableData | ArrayData, Field(discriminator="source")]
+    data: Annotated[
+        RandomData | BundledData | TableData | ImagesData | ArrayData, Field(discriminator="source")
+    ]
     model: Model
     loss: Loss
     optimizer: Optimizer
@@ -217,21 +234,21 @@ def load(
     raw, where, folder = _read(source)
     for path, value in (settings or {}).items():
         _override(raw, path, value)
-    faults: list[Fault] = []
-    experiment = None
+    faults: dict[str, Fault] = {}
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as error:
-        found = {fault.path: fault for fault in (_fault(d, raw) for d in error.errors())}
-        faults += found.values()
+        faults = {fault.path: fault for fault in (_fault(each, raw) for each in error.errors())}
 
     from everystep.experiment.catalogue import names_faults
 
-    placed = {fault.path for fault in faults}
-    faults += [fault for fault in names_faults(raw) if fault.path not in placed]
-    if faults or experiment is None:
-        raise ExperimentError(faults, where)
-    return _resolve_paths(experiment, folder)
+    of_names = [fault for fault in names_faults(raw) if fault.path not in faults]
+    if faults or of_names:
+        raise ExperimentError([*faults.values(), *of_names], where)
+    # Absolute paths of the data, so that the experiment works from anywhere.
+    data = experiment.data
+    changes = {key: _absolute(getattr(data, key), folder) for key in data.file_keys}
+    return experiment.model_copy(update={"data": data.model_copy(update=changes)})
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -320,17 +337,6 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
         raw.pop("epochs" if path == "steps" else "steps", None)
 
 
-def _resolve_paths(experiment: Experiment, folder: Path) -> Experiment:
-    """Make the paths of the data absolute, so that the experiment works from anywhere."""
-    data = experiment.data
-    changes: dict[str, str] = {}
-    if isinstance(data, TableData) or (isinstance(data, ArrayData) and data.path):
-        changes["path"] = _absolute(data.path or "", folder)
-    elif isinstance(data, ArrayData):
-        changes = {"x": _absolute(data.x, folder), "y": _absolute(data.y, folder)}
-    return experiment.model_copy(update={"data": data.model_copy(update=changes)})
-
-
 def _absolute(path: str, folder: Path) -> str:
     found = (folder / Path(path).expanduser()).resolve()
     bundled = Path(str(resources.files("everystep.experiment") / "builtin")) / path
@@ -360,6 +366,7 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             problem = f"{detail['input']!r} is not supported; use one of {', '.join(allowed)}"
         case "too_short":
             problem = f"should have at least {context['min_length']} item"
+            problem += "s" * (context["min_length"] > 1)
         case "model_type" | "model_attributes_type" | "dict_type":
             problem = f"must be a section [{path}], not {detail['input']!r}"
         case _:
@@ -376,11 +383,12 @@ _DATA: dict[str, type[StrictModel]] = {
     "random": RandomData,
     "bundled": BundledData,
     "table": TableData,
+    "images": ImagesData,
     "arrays": ArrayData,
 }
 _SOURCES = list(_DATA)
 _CURES = {
-    "data": 'add [data] with source = "random", "bundled", "table" or "arrays"',
+    "data": 'add [data] with source = "random", "bundled", "table", "images" or "arrays"',
     "model": 'add [model] with layers = ["Linear(1000, 100)", ...]',
     "loss": 'add [loss] with name = "MSELoss"',
     "optimizer": 'add [optimizer] with name = "GradientDescent" and lr = 1e-4',

@@ -1,48 +1,32 @@
-"""Tables: read with polars, checked, and converted to numbers."""
+"""Tables as files: read with polars, their columns chosen, and all checked."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from everystep.bounded import open_regular
 from everystep.errors import DataError, Fault, did_you_mean
-from everystep.experiment.preparation import (
-    CategoricalColumn,
-    NumericColumn,
-    Scaling,
-    TablePreparation,
-    mean_of,
-)
 from everystep.experiment.specification import TableData
 
 __all__ = [
-    "ColumnsByName",
-    "Table",
-    "check_same_columns",
-    "check_some_left",
+    "TableColumns",
     "choose_columns",
     "is_missing",
-    "is_row_of",
-    "is_text",
+    "is_numeric",
     "read_errors",
-    "read_table",
-    "scanned",
+    "scan_parquet",
     "table_files",
+    "table_frame",
 ]
-
-#: The numbers of rows in the file.
-Numbers = NDArray[np.int64]
 
 #: Number of columns that a message names.
 _COLUMNS_NAMED = 20
@@ -54,172 +38,67 @@ _OWN_MARKS = r"^\s*[-+]?(\d+,\d+|\d{1,3}([.,'\u00a0\u202f ]\d{3})+([.,]\d+)?)\s*
 #: Formats of text, with the usual separator of each, and the others.
 _TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 #: A path is one file, whatever is in its name.
-_ONE_FILE: dict[str, Any] = {"glob": False, "hive_partitioning": False}
+scan_parquet = partial(pl.scan_parquet, glob=False, hive_partitioning=False)
+_scan_ipc = partial(pl.scan_ipc, glob=False, hive_partitioning=False)
 _SCANNED: dict[str, Callable[[Path], pl.LazyFrame]] = {
-    ".parquet": partial(pl.scan_parquet, **_ONE_FILE),
-    ".arrow": partial(pl.scan_ipc, **_ONE_FILE),
-    ".feather": partial(pl.scan_ipc, **_ONE_FILE),
-    ".ipc": partial(pl.scan_ipc, **_ONE_FILE),
+    ".parquet": scan_parquet,
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), _scan_ipc),
 }
 _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
+#: Types are inferred from the whole file: a word in the last row must not be a surprise.
 _AS_TEXT: dict[str, Any] = {"null_values": _MISSING_WORDS, "infer_schema_length": None}
 _HEADING: dict[str, Any] = {"has_header": False, "n_rows": 1, "infer_schema": False}
-#: Bytes of a text that are checked at once.
-_PIECE = 64_000_000
+#: Bytes of a text that are checked at once, and of columns that are read together.
+_PIECE, _COLUMNS = 64_000_000, 200_000_000
 
 
-class ColumnsByName(Protocol):
-    """A table that is looked at one column at a time."""
+class TableColumns:
+    """The columns of a table, some read at a time.
 
-    @property
-    def columns(self) -> list[str]:
-        """The names."""
-
-    @property
-    def height(self) -> int:
-        """The number of rows."""
-
-    def __getitem__(self, name: str) -> pl.Series: ...
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that has been read and checked, not yet numbers.
-
-    dropped: the numbers of the rows of the file that are not in it: from 0 below the heading.
+    is_row: which of its lines are rows: empty lines of a text are not, but are counted.
     """
 
-    frame: ColumnsByName
-    features: list[str]
-    target: list[str]
-    classes: bool
-    specification: TableData
-    dropped: tuple[int, ...] = ()
+    def __init__(self, frame: pl.LazyFrame, is_row: np.ndarray) -> None:
+        self.names = frame.collect_schema().names()
+        self.height = int(is_row.sum())
+        self._frame = frame
+        self._is_row = is_row
+        self._together = max(1, _COLUMNS // (8 * len(is_row) or 1))
+        self._read = dict[str, pl.Series]()
 
-    def fit(self, training: np.ndarray) -> TablePreparation:
-        """Fit the preparation to the training rows (int64 positions)."""
-        columns = [self._fit_column(self.frame[name][training]) for name in self.features]
-        target = self.frame[self.target[0]][training]
-        is_of_classes = self.classes or not _is_numeric(target)
-        return TablePreparation(
-            columns=columns,
-            target=self.target,
-            classes=sorted(target.unique().to_list()) if is_of_classes else None,
-            class_indices=self.classes,
-        )
+    def __getitem__(self, name: str) -> pl.Series:
+        if name not in self._read:
+            begin = self.names.index(name)
+            wanted = self._frame.select(self.names[begin : begin + self._together])
+            self._read = {}  # not both in memory
+            self._read = wanted.collect(engine="streaming").to_dict()
+        return self._read[name] if self._is_row.all() else self._read[name].filter(self._is_row)
 
-    def rows(self, places: np.ndarray) -> pl.DataFrame:
-        """Return rows by their places, of a table in memory."""
-        assert isinstance(self.frame, pl.DataFrame)
-        return self.frame[places]
-
-    def _fit_column(self, column: pl.Series) -> NumericColumn | CategoricalColumn:
-        if not _is_numeric(column):
-            categories = sorted(column.cast(pl.String).drop_nulls().unique().to_list())
-            return CategoricalColumn(
-                name=column.name, categories=categories, unseen=self.specification.unseen
-            )
-        values = column.cast(pl.Float64)
-        fill = None
-        if self.specification.missing == "mean":
-            known = values.fill_nan(None).drop_nulls().to_numpy()
-            if not len(known):
-                raise DataError(f"column {column.name!r} has no values in the training rows")
-            fill = float(mean_of(known))
-            values = values.fill_nan(None).fill_null(fill)
-        numbers = values.to_numpy()[:, np.newaxis]
-        is_scaled = self.specification.scale is not None
-        scaling = Scaling.fit(lambda: iter([numbers])) if is_scaled else None
-        return NumericColumn(name=column.name, fill=fill, scaling=scaling)
+    def row(self, place: int) -> str:
+        """Return the name of a row; line 2 of a text file is row 0, if no field spans lines."""
+        return f"row {np.flatnonzero(self._is_row)[place]} (counted from 0)"
 
 
-def read_table(data: TableData, *, classes: bool) -> Table:
-    """Read the file, or those of a directory, choose columns, and check that a model can train on them.
+def table_frame(data: TableData, *, in_memory: bool) -> tuple[pl.LazyFrame, bool]:
+    """Return a file, or all of a directory, as one table, and whether it is in a text.
 
-    Args:
-        data: the `[data]` section; its path is absolute.
-        classes: whether the loss needs class indices.
+    in_memory: whether it is read now, not when it is asked for.
 
     Raises:
-        DataError: lists every error.
+        DataError: there are no files, or one is not a sound table, or has other columns than the first.
     """
     files = table_files(Path(data.path))
-    parts = [_read(file, data.separator) for file in files]
-    check_same_columns({file: frame.columns for file, frame in zip(files, parts, strict=True)})
+    found = [_frame_of(file, data.separator, in_memory=in_memory) for file in files]
+    first = found[0][1]
+    for file, (_, names) in zip(files, found, strict=True):
+        if names != first:
+            lacks = [f"lacks {name!r}" for name in first if name not in names]
+            has = [f"has {name!r}" for name in names if name not in first]
+            how = ", ".join([*lacks, *has][:_COLUMNS_NAMED]) or "has them in another order"
+            raise DataError(f"{file.name} does not have the columns of {files[0].name}: it {how}")
     with read_errors(data.path):
-        frame = pl.concat(parts, how="vertical_relaxed") if len(parts) > 1 else parts[0]
-    is_row = is_row_of(files, frame.lazy(), frame.height)
-    frame, numbers = frame.filter(is_row), np.flatnonzero(is_row)
-    features, target = choose_columns(frame, numbers, data, classes=classes)
-    frame = frame.select([*features, *target])
-    rows = numbers[-1] + 1
-    if data.missing == "drop":
-        lacks = frame.select(pl.any_horizontal([is_missing(column) for column in frame])).to_series()
-        check_some_left(data, lacks.to_numpy())
-        frame, numbers = frame.filter(~lacks), numbers[~lacks.to_numpy()]
-    dropped = np.setdiff1d(np.arange(rows), numbers)
-    return Table(frame, features, target, classes, data, tuple(dropped.tolist()))
-
-
-def check_some_left(data: TableData, lacks: np.ndarray) -> None:
-    """Check that not all rows have a missing value, if these are dropped."""
-    if lacks.all():
-        raise DataError(f'{data.path}: every row has a missing value; set data.missing = "mean"')
-
-
-def choose_columns(
-    frame: ColumnsByName, numbers: Numbers, data: TableData, *, classes: bool
-) -> tuple[list[str], list[str]]:
-    """Return the names of features and targets, checked. numbers: of the rows.
-
-    Raises:
-        DataError: lists every error.
-    """
-    target = [data.target] if isinstance(data.target, str) else list(data.target)
-    features = data.features or [name for name in frame.columns if name not in target]
-    faults = [
-        Fault(f"data.{key}", f"no column {name!r} in {Path(data.path).name}; {_known(name, frame)}")
-        for key, names in (("target", target), ("features", features))
-        for name in names
-        if name not in frame.columns
-    ]
-    faults += [
-        Fault("data.features", f"{name!r} is the target; remove it from the features")
-        for name in features
-        if name in target
-    ]
-    faults += [
-        Fault(f"data.{key}", f"{name!r} is there {count} times; write it once")
-        for key, names in (("target", target), ("features", features))
-        for name, count in Counter(names).items()
-        if count > 1
-    ]
-    heading = frame.columns[0] if len(frame.columns) == 1 else ""
-    if faults and (separator := next((sign for sign in ";\t|," if sign in heading), "")):
-        problem = f"the file seems to use the separator {separator!r}; set separator = {separator!r}"
-        faults.append(Fault("data.separator", problem))
-    if faults:
-        raise DataError(faults)
-    if not features:
-        raise DataError(
-            f"{data.path} has no column other than the target; at least one feature is needed"
-        )
-    if frame.height == 0:
-        raise DataError(f"{data.path} has no rows")
-    if classes and len(target) > 1:
-        problem = "a classification loss needs a single target column of classes"
-        faults.append(Fault("data.target", problem))
-    for name in target:
-        if problem := _target_problem(frame[name], numbers, target, classes, data.missing):
-            faults.append(Fault("data.target", f"{name!r} {problem}"))
-        elif not classes and (problem := _slip(frame[name], numbers)):
-            faults.append(Fault(f"column {name!r}", problem))
-    for name in features:
-        if problem := _feature_problem(frame[name], numbers, data.missing):
-            faults.append(Fault(f"column {name!r}", problem))
-    if faults:
-        raise DataError(faults)
-    return features, target
+        frame = pl.concat([frame for frame, _ in found], how="vertical_relaxed")
+        return frame.collect().lazy() if in_memory else frame, files[0].suffix.lower() in _TEXT
 
 
 def table_files(path: Path) -> list[Path]:
@@ -245,34 +124,6 @@ def table_files(path: Path) -> list[Path]:
     return files
 
 
-def check_same_columns(columns: dict[Path, list[str]]) -> None:
-    """Check that the files of a table have the same columns.
-
-    Raises:
-        DataError: names the first that has others.
-    """
-    (first, names), *others = columns.items()
-    for file, its in others:
-        if its != names:
-            lacks = [f"lacks {name!r}" for name in names if name not in its]
-            has = [f"has {name!r}" for name in its if name not in names]
-            how = ", ".join([*lacks, *has][:_COLUMNS_NAMED]) or "has them in another order"
-            raise DataError(f"{file.name} does not have the columns of {first.name}: it {how}")
-
-
-def is_text(file: Path) -> bool:
-    """Return whether a table is in a text."""
-    return file.suffix.lower() in _TEXT
-
-
-def is_row_of(files: list[Path], frame: pl.LazyFrame, height: int) -> np.ndarray:
-    """Return which lines are rows: empty lines of a text are not, but are counted."""
-    if not is_text(files[0]):
-        return np.ones(height, dtype=bool)
-    is_empty = frame.select(pl.all_horizontal(pl.all().is_null())).collect(engine="streaming")
-    return ~is_empty.to_series().to_numpy()
-
-
 @contextmanager
 def read_errors(path: Path | str) -> Iterator[None]:
     """Report what polars cannot read."""
@@ -288,36 +139,22 @@ def read_errors(path: Path | str) -> Iterator[None]:
         raise DataError(f"{path} cannot be read as {kind}: {reason}") from None
 
 
-def _read(path: Path, separator: str | None) -> pl.DataFrame:
-    with read_errors(path):
-        if is_text(path):
-            return _read_text(path, separator or _TEXT[path.suffix.lower()])
-        return _SCANNED[path.suffix.lower()](path).collect()
-
-
-def _read_text(path: Path, separator: str) -> pl.DataFrame:
-    check_text(path, separator)
-    # Types are inferred from the whole file: a word in the last row must not be a surprise.
-    frame = pl.read_csv(path.read_bytes(), separator=separator, **_AS_TEXT)
-    return frame.rename({name: name.strip() for name in frame.columns})
-
-
-def scanned(path: Path, separator: str | None) -> pl.LazyFrame:
-    """Return a file as a table that is read when it is asked for.
-
-    Raises:
-        DataError: it is not sound text, or two columns have the same name.
-    """
+def _frame_of(path: Path, separator: str | None, *, in_memory: bool) -> tuple[pl.LazyFrame, list[str]]:
+    """Return the table of a file, and the names of its columns."""
     kind = path.suffix.lower()
     with read_errors(path):
-        if kind not in _TEXT:
-            return _SCANNED[kind](path)
-        check_text(path, separator or _TEXT[kind])
-        frame = pl.scan_csv(path, separator=separator or _TEXT[kind], glob=False, **_AS_TEXT)
-        return frame.rename({name: name.strip() for name in frame.collect_schema().names()})
+        if kind in _TEXT:
+            separator = separator or _TEXT[kind]
+            _check_text(path, separator)
+            frame = pl.scan_csv(path, separator=separator, glob=False, **_AS_TEXT)
+            frame = frame.rename({name: name.strip() for name in frame.collect_schema().names()})
+        else:
+            frame = _SCANNED[kind](path)
+        frame = frame.collect().lazy() if in_memory else frame
+        return frame, frame.collect_schema().names()
 
 
-def check_text(path: Path, separator: str) -> None:
+def _check_text(path: Path, separator: str) -> None:
     """Check that a file is complete text, with one name for each column.
 
     Unchecked, polars would misread words, cut the last number, or give a second column another name.
@@ -335,7 +172,14 @@ def check_text(path: Path, separator: str) -> None:
     if wrong:
         raise DataError(f"{path} is not UTF-8 text ({wrong}); save it as UTF-8")
     heading = pl.read_csv(path, separator=separator, glob=False, **_AS_TEXT | _HEADING)
-    _check_names(path, [(name or "").strip() for name in heading.row(0)])
+    names = Counter((name or "").strip() for name in heading.row(0))
+    faults = [
+        Fault("", f"{path.name} has {count} columns named {name!r}; give each its own name")
+        for name, count in names.items()
+        if count > 1
+    ]
+    if faults:
+        raise DataError(faults)
 
 
 def _first_wrong_byte(content: bytes) -> int | None:
@@ -347,26 +191,70 @@ def _first_wrong_byte(content: bytes) -> int | None:
     return place if place >= 0 else None
 
 
-def _check_names(path: Path, names: list[str]) -> None:
-    """Check that no two columns have the same name: polars would give the second another one."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
+def choose_columns(
+    columns: TableColumns, data: TableData, *, classes: bool
+) -> tuple[list[str], list[str]]:
+    """Return the names of features and targets, checked.
+
+    Raises:
+        DataError: lists every error.
+    """
+    target = [data.target] if isinstance(data.target, str) else list(data.target)
+    features = data.features or [name for name in columns.names if name not in target]
+    named = [*(("target", name) for name in target), *(("features", name) for name in features)]
     faults = [
-        Fault("", f"{path.name} has {names.count(name)} columns named {name!r}; give each its own name")
-        for name in twice
+        Fault(f"data.{key}", f"no column {name!r} in {Path(data.path).name}; {_known(name, columns)}")
+        for key, name in named
+        if name not in columns.names
     ]
+    faults += [
+        Fault("data.features", f"{name!r} is the target; remove it from the features")
+        for name in features
+        if name in target
+    ]
+    faults += [
+        Fault(f"data.{key}", f"{name!r} is there {count} times; write it once")
+        for (key, name), count in Counter(named).items()
+        if count > 1
+    ]
+    heading = columns.names[0] if len(columns.names) == 1 else ""
+    if faults and (separator := next((sign for sign in ";\t|," if sign in heading), "")):
+        problem = f"the file seems to use the separator {separator!r}; set separator = {separator!r}"
+        faults.append(Fault("data.separator", problem))
     if faults:
         raise DataError(faults)
+    if not features:
+        raise DataError(
+            f"{data.path} has no column other than the target; at least one feature is needed"
+        )
+    if columns.height == 0:
+        raise DataError(f"{data.path} has no rows")
+    if classes and len(target) > 1:
+        problem = "a classification loss needs a single target column of classes"
+        faults.append(Fault("data.target", problem))
+    for name in target:
+        if problem := _target_problem(columns, name, data, len(target), classes=classes):
+            faults.append(Fault("data.target", f"{name!r} {problem}"))
+        elif not classes and (problem := _slip(columns, name)):
+            faults.append(Fault(f"column {name!r}", problem))
+    for name in features:
+        if problem := _feature_problem(columns, name, data):
+            faults.append(Fault(f"column {name!r}", problem))
+    if faults:
+        raise DataError(faults)
+    return features, target
 
 
-def _known(name: str, frame: ColumnsByName) -> str:
+def _known(name: str, columns: TableColumns) -> str:
     """Return the most similar columns, and all, as far as they fit in a message."""
-    near = [cure] if (cure := did_you_mean(name, frame.columns)).endswith("?") else []
-    shown = ", ".join(frame.columns[:_COLUMNS_NAMED])
-    more = f", and {len(frame.columns) - _COLUMNS_NAMED} more" * (len(frame.columns) > _COLUMNS_NAMED)
+    near = [cure] if (cure := did_you_mean(name, columns.names)).endswith("?") else []
+    shown = ", ".join(columns.names[:_COLUMNS_NAMED])
+    more = f", and {len(columns.names) - _COLUMNS_NAMED} more" * (len(columns.names) > _COLUMNS_NAMED)
     return " ".join([*near, f"the columns are {shown}{more}"])
 
 
-def _is_numeric(column: pl.Series) -> bool:
+def is_numeric(column: pl.Series) -> bool:
+    """Return whether a column has numbers, or yes and no."""
     return column.dtype.is_numeric() or column.dtype == pl.Boolean
 
 
@@ -384,98 +272,95 @@ def is_missing(column: pl.Series) -> pl.Series:
 
 
 def _target_problem(
-    column: pl.Series, numbers: Numbers, target: list[str], classes: bool, missing: str
+    columns: TableColumns, name: str, data: TableData, count: int, *, classes: bool
 ) -> str:
-    """Return why a column cannot be a target; empty if it can."""
+    """Return why a column cannot be a target, one of so many; empty if it can."""
+    column = columns[name]
     absent = int(is_missing(column).sum())
-    if absent and missing != "drop":
+    if absent and data.missing != "drop":
         return f'is missing in {absent} of {len(column)} rows; set data.missing = "drop" to drop them'
     if column.dtype.is_float() and column.is_infinite().any():
         return "has infinite values"
     if classes:
         return ""
-    if _is_numeric(column):
-        large = _too_large(column, numbers)
-        return f"has {large}" if large else ""
+    if is_numeric(column):
+        return _too_large(columns, name)
     if _is_date(column):
         return f"contains {_dates_text(column)}"
-    if len(target) == 1 and column.drop_nulls().n_unique() == 2:  # yes or no
+    if count == 1 and column.drop_nulls().n_unique() == 2:  # yes or no
         return ""
     return (
-        f"contains text, but the loss needs numbers{_first_word(column, numbers)}; for classes, use a "
+        f"contains text, but the loss needs numbers{_first_word(columns, name)}; for classes, use a "
         'classification loss: name = "CrossEntropyLoss"'
     )
 
 
-def _feature_problem(column: pl.Series, numbers: Numbers, missing: str) -> str:
+def _feature_problem(columns: TableColumns, name: str, data: TableData) -> str:
     """Return why a column cannot be a feature; empty if it can."""
+    column = columns[name]
     absent = int(is_missing(column).sum())
     if absent == len(column):
         return "has no values; leave it out"
-    if absent and missing == "error":
+    if absent and data.missing == "error":
         return (
             f'{absent} of {len(column)} values are missing; set data.missing to "drop" (drops those '
             'rows) or "mean", or leave the column out'
         )
-    if column.dtype.is_float() and column.drop_nulls().is_infinite().any():
+    if column.dtype.is_float() and column.is_infinite().any():
         return "has infinite values; remove those rows"
-    if _is_numeric(column):
-        large = _too_large(column, numbers)
-        return f"has {large}" if large else ""
+    if is_numeric(column):
+        return _too_large(columns, name)
     if _is_date(column):
         return f"contains {_dates_text(column)}, or leave the column out of data.features"
     if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
         return f"is {column.dtype}, neither numbers nor text; leave it out of data.features"
-    return _slip(column, numbers)
+    return _slip(columns, name)
 
 
-def _too_large(column: pl.Series, numbers: Numbers) -> str:
+def _too_large(columns: TableColumns, name: str) -> str:
     """Return a message on the first number that would be infinite as float32; empty if there is none."""
-    is_large = column.cast(pl.Float64).cast(pl.Float32).is_infinite().fill_null(False)
-    place = is_large.arg_max() if is_large.any() else None
-    if place is None:
+    column = columns[name]
+    places = column.cast(pl.Float64).cast(pl.Float32).is_infinite().arg_true()
+    if not len(places):
         return ""
-    found = f"a number too large for float32 ({column[place]} in {_row(numbers, place)})"
+    found = f"has a number too large for float32 ({column[places[0]]} in {columns.row(places[0])})"
     return f"{found}; scale the numbers in the file"
 
 
-def _slip(column: pl.Series, numbers: Numbers) -> str:
+def _slip(columns: TableColumns, name: str) -> str:
     """Return the problem of a column of numbers that became text; empty for others.
 
     These are a few words among them, and decimal commas or thousands separators.
     """
-    if _is_numeric(column):
+    column = columns[name]
+    if is_numeric(column):
         return ""
-    words = column.cast(pl.String)
-    is_number = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
-    count = len(words.drop_nulls())
-    if is_number.sum() * 2 > count:
+    words = column.cast(pl.String).drop_nulls()
+    if _are_numbers(words).sum() * 2 > len(words):
         return (
-            f"text in a numeric column{_first_word(column, numbers)}; correct it, leave the value "
+            f"text in a numeric column{_first_word(columns, name)}; correct it, leave the value "
             "empty, or leave the column out of data.features"
         )
-    is_marked = words.str.contains(_OWN_MARKS).fill_null(False)
-    if is_marked.sum() * 2 <= count:
+    places = column.cast(pl.String).str.contains(_OWN_MARKS).arg_true()
+    if len(places) * 2 <= len(words):
         return ""
-    place = is_marked.arg_max() or 0
+    found = f"{column[places[0]]!r} in {columns.row(places[0])}"
     return (
-        f"numbers with commas or thousands separators ({column[place]!r} in {_row(numbers, place)}); "
+        f"numbers with commas or thousands separators ({found}); "
         "write 1234.5, or leave the column out of data.features"
     )
+
+
+def _are_numbers(words: pl.Series) -> pl.Series:
+    return words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
+
+
+def _first_word(columns: TableColumns, name: str) -> str:
+    words = columns[name].cast(pl.String)
+    places = (~_are_numbers(words) & words.is_not_null()).arg_true()
+    return f" ({words[places[0]]!r} in {columns.row(places[0])})" if len(places) else ""
 
 
 def _dates_text(column: pl.Series) -> str:
     first = str(column.drop_nulls()[0])
     return f"dates ({first!r}), not numbers; write them as numbers, such as days since the first date"
-
-
-def _row(numbers: Numbers, place: int) -> str:
-    """Return the name of a row; line 2 of a text file is row 0, if no field spans lines."""
-    return f"row {numbers[place]} (counted from 0)"
-
-
-def _first_word(column: pl.Series, numbers: Numbers) -> str:
-    words = column.cast(pl.String)
-    is_number = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
-    rows = (~is_number & words.is_not_null()).arg_true()
-    return f" ({words[int(rows[0])]!r} in {_row(numbers, int(rows[0]))})" if len(rows) else ""

@@ -131,7 +131,7 @@ class BoundStep:
         """Put the rows of a step where it reads them; return whether they fit."""
         inputs = self._interpreter.inputs
         targets = {name: self.live.tensor(name) for name in "xy" if name in inputs}
-        count = rule.shape(step)
+        count = rule.batches.rows_of(step)
         if len(targets) == 2 and all(t.is_contiguous() and len(t) == count for t in targets.values()):
             rule.into(step, *targets.values())
             return True

@@ -16,8 +16,8 @@ from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
 from everystep.experiment.batches import RowsOf
-from everystep.experiment.data import files_of, note_named
 from everystep.experiment.optimizer import with_fused
+from everystep.experiment.source_files import note_named
 from everystep.experiment.specification import check_iteration, load
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
@@ -337,7 +337,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
     if experiment is None:
         raise RunError(f"{asked.run.name} has no experiment: {EXPERIMENT_FILE} is missing")
     old, new = load(experiment), load(experiment, asked.settings)
-    note_named(set(files_of(new.data)) - set(files_of(old.data)))
+    note_named(set(new.data.files) - set(old.data.files))
     device = select(new.device)
     old, new = with_fused(old, device), with_fused(new, device)
     state = asked.state(opener)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from everystep.errors import DataError, RunError
 from everystep.experiment.batches import Batches, RowsOf
-from everystep.experiment.data import Data, check_may_be_read, reopened
-from everystep.experiment.file_rows import FileRows
+from everystep.experiment.data import Data, reopened
+from everystep.experiment.prepared_rows import PreparedRows
+from everystep.experiment.source_files import check_may_be_read
 from everystep.experiment.specification import load
 from everystep.program.precision import Precision
 from everystep.recording.facts import TrainingFacts
@@ -61,7 +62,7 @@ def batch_source(
             raise RunError(f"the data of {run.name} does not have a target for each row")
         if conversion is not None:
             convert, y = partial(conversion.tensor, "x"), conversion.tensor("y", y)
-            x = x.converted(convert) if isinstance(x, FileRows) else convert(x)
+            x = x.converted(convert) if isinstance(x, PreparedRows) else convert(x)
         count = len(x)
     elif data is None or isinstance(data, tuple | list):
         raise RunError(
@@ -79,7 +80,7 @@ def batch_source(
     return batches.of(x, y, is_read=facts.data.source == "dataset")
 
 
-def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor | FileRows, Tensor]:
+def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor | PreparedRows, Tensor]:
     fact = facts.data_file
     if fact is None:
         raise RunError(f"{run.name} has no data yet; training has only just started")

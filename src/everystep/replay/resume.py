@@ -12,8 +12,8 @@ import torch
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
-from everystep.experiment.data import files_of, note_named
 from everystep.experiment.optimizer import with_fused
+from everystep.experiment.source_files import note_named
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
 from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.files import check_data
@@ -246,7 +246,7 @@ def resume_experiment(
         asked.check()
         experiment = known
     else:
-        note_named(files_of(experiment.data))
+        note_named(experiment.data.files)
         _check_same_experiment(run, known, with_fused(experiment, select(experiment.device)))
         asked = replace(asked, steps=experiment.steps or _steps_of(experiment, facts))
         if asked.has_all:

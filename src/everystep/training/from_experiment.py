@@ -14,12 +14,13 @@ from everystep import numerics
 from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
-from everystep.experiment.data import Data, check_may_be_read, files_of, make_data, note_named
-from everystep.experiment.file_rows import Reading
+from everystep.experiment.data import Data, make_data
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_scheduler, with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
+from everystep.experiment.prepared_rows import Reading
+from everystep.experiment.source_files import check_may_be_read, note_named
 from everystep.experiment.specification import Experiment
 from everystep.step.generators import generators_preserved
 from everystep.training.from_objects import job_of
@@ -48,7 +49,7 @@ def train_experiment(
         RecordingError: writing the run failed.
     """
     numerics.prepare()
-    note_named(files_of(experiment.data))
+    note_named(experiment.data.files)
     device = select(experiment.device)
     held = numerics.in_force(experiment.threads, suspends_device=True)
     with held, generators_preserved(device):

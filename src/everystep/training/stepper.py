@@ -135,7 +135,7 @@ class Stepper(Acceleration):
                 self._is_fixed = self._rows.is_fixed
                 # Pending gradients are dropped by a step, or added to, and belong to its path.
                 pending = tuple([_layout(p.grad) for p in self.watched.parts.parameter_names()])
-                self._take(number, last, (self._rows.shape(number), pending), None)
+                self._take(number, last, (self._rows.batches.rows_of(number), pending), None)
             self._check_dataset()
             if self.step < number:
                 return
@@ -303,13 +303,13 @@ class Stepper(Acceleration):
     ) -> dict[str, Any]:
         """Run steps up to one that needs another program."""
         started, first = clock.now(), number
-        shape = self._rows.shape(number)
+        size = self._rows.batches.rows_of(number)
         is_alone = self.training.scheduler is not None or not stand_in.is_steady
         while True:
             self._run_alike(stand_in, numbers, last if not is_alone else number, state)
             self.training.advance(number)
             number = self.step + 1
-            if number > last or not stand_in.is_steady or self._rows.shape(number) != shape:
+            if number > last or not stand_in.is_steady or self._rows.batches.rows_of(number) != size:
                 break
             if self.training.scheduler is not None:
                 self.hyperparameters.append((number, self.training.hyperparameters()))
@@ -326,7 +326,7 @@ class Stepper(Acceleration):
         """Run steps with the same program and the same numbers, up to one with another batch."""
         live, places, batches, first = stand_in.live, stand_in.places, self._rows, self.step + 1
         assert live is not None
-        shape = batches.shape(first)
+        size = batches.batches.rows_of(first)
         is_settled, self._is_settled = self._is_settled, False
         taken = stand_in.begin(numbers)
         if batches.is_fixed:
@@ -335,7 +335,7 @@ class Stepper(Acceleration):
             with without_autograd():
                 for number in range(first, last + 1):
                     if not batches.is_fixed:
-                        if number > first and batches.shape(number) != shape:
+                        if number > first and batches.batches.rows_of(number) != size:
                             break
                         batches.into(number, *places)
                     live.run()

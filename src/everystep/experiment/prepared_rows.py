@@ -1,4 +1,4 @@
-"""Rows of a file that is not read into memory: each batch is gathered from it, and prepared then."""
+"""Rows of an array, in memory or in a file, that are prepared when they are taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from everystep.bounded import open_regular
 
-__all__ = ["FileRows", "MappedArray", "Prepare", "Reading", "mapped_npy", "mapped_safetensors"]
+__all__ = ["Prepare", "PreparedRows", "Reading", "SourceArray", "mapped_safetensors", "rows_at_once"]
 
 #: Bytes of rows that are taken at once where all are looked at.
 _PIECE = 64_000_000
@@ -36,19 +36,35 @@ Reading = Callable[..., None]
 Prepare = Callable[[np.ndarray], np.ndarray]
 
 
-class MappedArray:
-    """An array (N, ...) in a file, with its rows one after the other.
+class SourceArray:
+    """An array (N, ...) in memory, or mapped from a file that has its rows one after the other.
 
     The operating system reads the pages that are used, and forgets them when it needs memory.
+
+    unit: by which numbers are divided where they are taken, in float32.
     """
 
-    def __init__(self, path: Path, dtype: Any, shape: tuple[int, ...], offset: int) -> None:
-        with open_regular(path) as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.array: np.ndarray = np.ndarray(shape, dtype, self._map, offset)
+    def __init__(self, array: np.ndarray, unit: int | None = None) -> None:
+        self._unit = unit
+        self._map: Any = array.base if isinstance(array.base, mmap.mmap) else None
+        self.array = array.view(np.ndarray)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def stays_in_file(self) -> bool:
+        """Whether the rows are taken from a file, where they lie one after the other."""
+        return self._map is not None and self.array.flags.c_contiguous
 
     def take(self, rows: Any) -> np.ndarray:
-        """Return a copy of rows: a slice, or their numbers."""
+        """Return rows: a slice, or their numbers. Those of a file are copied."""
+        found = self._taken(rows)
+        return found if self._unit is None else found / np.float32(self._unit)
+
+    def _taken(self, rows: Any) -> np.ndarray:
+        if self._map is None:
+            return np.asarray(self.array[rows])
         if isinstance(rows, slice):
             self._advise("MADV_NORMAL")
             found = np.array(self.array[rows])
@@ -72,20 +88,21 @@ class MappedArray:
 
     def parts(self, rows: np.ndarray | None, progress: Reading) -> Iterator[np.ndarray]:
         """Yield ascending rows, or all, some at a time. progress: called with how many, and of all."""
-        for begin in range(0, len(self.array), self.piece):
-            end = min(begin + self.piece, len(self.array))
+        size = rows_at_once(self.array[:1].nbytes)
+        for begin in range(0, len(self), size):
+            end = min(begin + size, len(self))
             found = self.take(slice(begin, end))  # in one go, which a disk is faster with
             if rows is not None:
                 first, last = np.searchsorted(rows, (begin, end))
                 found = found[rows[first:last] - begin]
             if len(found):
                 yield found
-            progress(end, len(self.array))
+            progress(end, len(self))
 
-    @property
-    def piece(self) -> int:
-        """How many rows are quick to take."""
-        return max(1, _PIECE // max(1, self.array.nbytes // len(self.array)))
+
+def rows_at_once(size: int) -> int:
+    """Return how many rows of so many bytes are quick to take."""
+    return max(1, _PIECE // max(1, size))
 
 
 def _mapped_bytes() -> int:
@@ -97,20 +114,8 @@ def _mapped_bytes() -> int:
     return pages * mmap.PAGESIZE
 
 
-def mapped_npy(path: Path) -> MappedArray | None:
-    """Return the array of a .npy file; None if its rows do not lie one after the other.
-
-    Raises:
-        OSError, ValueError: the file is unreadable, cut off, or has Python objects.
-    """
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
-        return None
-    return MappedArray(path, array.dtype, array.shape, array.offset)
-
-
-def mapped_safetensors(path: Path) -> Mapping[str, MappedArray]:
-    """Return the arrays of a safetensors file, by name.
+def mapped_safetensors(path: Path) -> Mapping[str, np.ndarray]:
+    """Return the arrays of a safetensors file, by name, without reading them.
 
     Raises:
         OSError, ValueError: the file is unreadable, or has numbers that NumPy does not know.
@@ -125,20 +130,22 @@ def mapped_safetensors(path: Path) -> Mapping[str, MappedArray]:
     with open_regular(path) as file:
         size = int.from_bytes(file.read(8), "little")
         header = parse_json(file.read(size))
-    found = {}
+    header.pop("__metadata__", None)
+    found = dict[str, np.ndarray]()
     for name, about in header.items():
-        if name == "__metadata__":
-            continue
         if about["dtype"] not in _TYPES:
             raise ValueError(f"array {name!r} is {about['dtype']}, which NumPy does not have")
         shape, begin = tuple(about["shape"]), about["data_offsets"][0]
-        if 0 not in shape:
-            found[name] = MappedArray(path, _TYPES[about["dtype"]], shape, 8 + size + begin)
+        dtype = np.dtype(_TYPES[about["dtype"]])
+        if 0 in shape:  # which cannot be mapped
+            found[name] = np.empty(shape, dtype)
+        else:
+            found[name] = np.memmap(path, dtype, "r", 8 + size + begin, shape)
     return found
 
 
-class FileRows:
-    """Rows of a mapped array: what a tensor (N, ...) is for data in memory.
+class PreparedRows:
+    """Rows of an array that are prepared when they are taken, in place of a tensor (N, ...).
 
     Args:
         source: the array (M, ...).
@@ -149,7 +156,7 @@ class FileRows:
 
     def __init__(
         self,
-        source: MappedArray,
+        source: SourceArray,
         rows: np.ndarray | None,
         prepare: Prepare,
         device: torch.device | None = None,
@@ -159,7 +166,7 @@ class FileRows:
         self._source, self._rows = source, rows
         self._prepare, self._conversion = prepare, conversion
         first = self[:1]
-        count = len(source.array) if rows is None else len(rows)
+        count = len(source) if rows is None else len(rows)
         self.shape, self.dtype = torch.Size((count, *first.shape[1:])), first.dtype
         self.ndim = first.ndim
 
@@ -189,15 +196,16 @@ class FileRows:
     def in_memory(self) -> Tensor:
         """Return all rows as a tensor."""
         found, end = self[:1].new_empty(self.shape), 0
-        for piece in self.split(self._source.piece):
+        # Preparing takes several arrays of twice as many bytes.
+        for piece in self.split(rows_at_once(max(self._source.array[:1].nbytes, 4 * found[:1].nbytes))):
             begin, end = end, end + len(piece)
             found[begin:end] = piece
         return found
 
-    def to(self, device: torch.device) -> FileRows:
+    def to(self, device: torch.device) -> PreparedRows:
         """Return the rows for a device."""
-        return FileRows(self._source, self._rows, self._prepare, device, self._conversion)
+        return PreparedRows(self._source, self._rows, self._prepare, device, self._conversion)
 
-    def converted(self, conversion: Callable[[Tensor], Tensor]) -> FileRows:
+    def converted(self, conversion: Callable[[Tensor], Tensor]) -> PreparedRows:
         """Return the rows with a conversion of each batch."""
-        return FileRows(self._source, self._rows, self._prepare, self.device, conversion)
+        return PreparedRows(self._source, self._rows, self._prepare, self.device, conversion)
