@@ -3,6 +3,7 @@
 Each case is a loop of somebody else's kind. It is run alone, recorded, and as a step function.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 import everystep
+from everystep.recording.contents import inputs_of
 
 CASES = {}
 
@@ -194,6 +196,25 @@ def test_a_recorded_loop(alone):
     run = recording.run
     assert run.verify(processes=1, progress=False).is_exact
     assert all(run[number].is_exact for number in (3, 9, len(batches)))
+
+
+def test_what_a_kernel_leaves_next_to_its_result_is_not_kept():
+    """The memory of a mean is as large as that of its terms; what is there differs in each process."""
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps([(torch.randn(6, 8), torch.randn(6, 1)) for _ in range(3)]):
+            loss = functional.mse_loss(noisy_or(out := model(x))[:, None], y)
+            out.register_hook(lambda gradient: gradient * 0.5)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    [row] = recording.run.repeats(3, 3)
+    kept = recording.run.contents(inputs_of(row.inputs, "step 3").given)
+    storages = json.loads(recording.run.read_file(f"programs/{row.program}.json"))["storages"]
+    sizes = {name: kept[f"input/{name}"].nbytes for name in storages if f"input/{name}" in kept}
+    assert "loss" in sizes and sizes == {name: storages[name]["bytes"] for name in sizes}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -86,6 +86,8 @@ class WatchedSteps:
         self.programs: list[int] = []
         #: The program of each path, or why it has none.
         self._of_paths: dict[Path, WrittenProgram | str] = {}
+        #: Memory from outside, by the name of its input, and as much of it as a program uses.
+        self._beginnings: dict[str, tuple[Tensor, Tensor]] = {}
         #: The random generator as the last row left it.
         self._generator = torch.get_rng_state()
         #: Bytes from outside that were copied up to the last row.
@@ -214,6 +216,8 @@ class WatchedSteps:
             brought = watch.from_outside(storage)
             if brought is not None and f"batch/{name}" not in inputs:
                 content, cut, rows = brought  # each row is kept once
+                if cut is None and rows == 1:
+                    content = self._beginning(name, content, known.built.program.storages[name].bytes)
                 inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
                 if cut is not None:
                     cuts[f"input/{name}"] = cut
@@ -225,6 +229,18 @@ class WatchedSteps:
         numbers = known.built.numbers(watch.numbers, watch.offsets)
         digests = self._digests(step, state)
         return Taken(step, known.number, numbers, inputs, nesting, size, digests, cuts=cuts)
+
+    def _beginning(self, name: str, content: Tensor, size: int) -> Tensor:
+        """Return the first bytes of memory, which a program uses: what comes after may be anything.
+
+        Of the same content, it is the same object, which is written once.
+        """
+        if len(content) == size:
+            return content
+        known = self._beginnings.get(name)
+        if known is None or known[0] is not content or len(known[1]) != size:
+            known = self._beginnings[name] = content, content[:size]
+        return known[1]
 
     def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
         try:
