@@ -211,12 +211,12 @@ class Run(RecordedRun):
         Raises:
             RunError: a run is unreadable.
         """
-        from everystep.answers.rank_differences import diff_of_ranks
+        from everystep.answers.diff import diff
 
         if not isinstance(other, Run):
             raise UsageError(f"expected another run to compare with, not {other!r:.80}")
         objects = self._objects, other._objects
-        ask = partial(diff_of_ranks, self, other, thorough=thorough, objects=objects)
+        ask = partial(diff, self, other, thorough=thorough, objects=objects)
         return self._answered("comparing", min(len(self), len(other)), progress, ask)
 
     def match(self, other: Run, step: int | None = None) -> Match:
@@ -338,13 +338,11 @@ class Run(RecordedRun):
         """
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
-        from everystep.answers.rank_differences import RANKS_DIFFER
+        from everystep.replay.recorded_columns import RANKS_DIFFER, Found, ask_columns, chosen
 
         is_of_ranks = isinstance(condition, str) and condition.split() == RANKS_DIFFER.split()
         asked: Any = RANKS_DIFFER if is_of_ranks else self._question(condition)[0]
         if getattr(asked, "is_recorded", False):
-            from everystep.replay.recorded_columns import Found, ask_columns, chosen
-
             steps = [step for step, _ in ask_columns(asked, self, as_condition=True)]
             return self._shown(Found(chosen(steps, which)))
         from everystep.answers.measure import when
