@@ -507,8 +507,9 @@ def sweep(
     from loky import cpu_count
 
     from everystep import numerics
-    from everystep.answers.sweep import check_settings, note_settings, sweep_of, sweep_run
+    from everystep.answers.sweep import note_settings, sweep_of, sweep_run
     from everystep.experiment.grid import combinations, experiments_of
+    from everystep.recording.settings_diff import flat
     from everystep.replay.processes import pool
     from everystep.replay.side_by_side import (
         TrainingEnd,
@@ -536,21 +537,18 @@ def sweep(
     numerics.prepare()
     if callable(training):
         function = place_of_function(training, runs.values())
-        name = training.__name__
+        name, wanted = training.__name__, runs
     else:
         experiments = experiments_of(training, runs, threads)
         name = Path(training).stem if isinstance(training, str | Path) else "experiment"
         threads = max(each.threads or 1 for each in experiments.values())
+        dumped = {name: each.model_dump(exclude_none=True) for name, each in experiments.items()}
+        wanted = {name: flat(each) for name, each in dumped.items()}
     place = place_of(run)
     if place is None or not (resume and is_sweep(place)):
         place = create_directory(place, f"{name}-sweep")
-    if callable(training):
-        note_settings(place / SWEEP_FILE, runs)
-    elif not is_sweep(place):
-        (place / SWEEP_FILE).touch()
+    note_settings(place / SWEEP_FILE, wanted)
     cases = {name: sweep_run(Run, place / name, each) for name, each in runs.items()}
-    if not callable(training):
-        check_settings(cases.values(), experiments)
     tasks: dict[str, tuple[Any, ...]] = {}
     for name in [name for name, case in cases.items() if not case.is_over]:
         at = place.absolute() / name
