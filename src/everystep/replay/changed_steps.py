@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep.errors import ExperimentError, Fault, RunError
 from everystep.experiment.batches import RowsOf
-from everystep.program.number_slots import numbers_in
+from everystep.program.number_slots import slots_of
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs, Taken, inputs_of
@@ -129,7 +129,7 @@ class ChangedSteps(RecordedSteps):
         operations, is_known = interpreter.program.operations, False
         for operation, own in zip(operations, interpreter.numbers_of(numbers), strict=True):
             if isinstance(operation.resolved, OptimizerOperator):
-                names = numbers_in(operation)
+                names = [slot.name for slot in slots_of(operation)]
                 own = [self.lr if name == "lr" else n for name, n in zip(names, own, strict=True)]
                 is_known |= "lr" in names
             found += own
