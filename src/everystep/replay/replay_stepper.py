@@ -116,7 +116,11 @@ class ReplayStepper:
         self.state, self._settled, self._loaded_at = step, None, None
 
     def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.steps.device, copy=True) for name, tensor in tensors.items()}
+        """Return copies of tensors of the state, in the precision of the steps."""
+        convert, device = self.steps.conversion, self.steps.device
+        if convert is not None:
+            tensors = {name: convert.tensor(name, tensor) for name, tensor in tensors.items()}
+        return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
     def settle(self) -> None:
         """Apply what code changed after the last step, outside of any step."""
@@ -126,11 +130,7 @@ class ReplayStepper:
         tensors, gone = self._run.change(self._between[self.state])
         for name in gone:
             self._tensors.pop(name, None)
-        tensors = {n: each for n, each in tensors.items() if not n.startswith("generator/")}
-        if self.steps.conversion is not None:
-            convert = self.steps.conversion.tensor
-            tensors = {name: convert(name, each) for name, each in tensors.items()}
-        self._tensors |= self._here(tensors)
+        self._tensors |= self._here({n: t for n, t in tensors.items() if not n.startswith("generator/")})
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
