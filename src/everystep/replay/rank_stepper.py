@@ -144,11 +144,11 @@ class RankStepper(ReplayStepper):
     def run(self, last: int, hook: Hook | None = None) -> list[float]:
         """Run the steps of all ranks up to `last`; see `ReplayStepper.run`."""
         losses: list[float] = []
-        watched = None if hook is None else _Until(hook)
         assert self.state is not None
+        self.goes_on = True
         try:
-            while self.state < last and (watched is None or watched.continues):
-                losses += self._together(partial(super().run, self.state + 1, watched))
+            while self.state < last and self.goes_on:
+                losses += self._together(partial(super().run, self.state + 1, hook))
         except NotReplayedError:
             if not losses:
                 raise
@@ -218,20 +218,6 @@ class RankStepper(ReplayStepper):
             self._differing.add(rank)
             self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")
         return [loss]
-
-
-class _Until:
-    """A hook that notes whether another one wants more steps."""
-
-    def __init__(self, hook: Hook) -> None:
-        self._hook = hook
-        self.continues = True
-        self.looks = hook.looks
-
-    def after(self, number: int, loss: float) -> bool:
-        """Look at a step that just ran; return whether to continue."""
-        self.continues = self._hook.after(number, loss)
-        return self.continues
 
 
 class _Known:

@@ -61,8 +61,11 @@ class ReplayStepper:
         steps: the data that repeats each step.
         diverged: called with a step that differs from the recording, and a description.
 
-    state: the number of the current state, None before one is loaded.
+    state: the number of the current state, None before one is loaded; goes_on: whether the last hook
+    wants more steps.
     """
+
+    goes_on = True
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
         self.state: int | None = None
@@ -280,7 +283,8 @@ class ReplayStepper:
                     else:
                         program = self.steps.program_of(row).program
                         losses.append(self._interpret(row, hook.looks(program) if hook else {}))
-                    if hook is not None and not hook.after(row.step, losses[-1]):
+                    self.goes_on = hook is None or hook.after(row.step, losses[-1])
+                    if not self.goes_on:
                         break
         except NotReplayedError:
             if not losses:
