@@ -507,8 +507,9 @@ def sweep(
     from loky import cpu_count
 
     from everystep import numerics
-    from everystep.answers.sweep import check_settings, note_settings, sweep_of, sweep_run
+    from everystep.answers.sweep import note_settings, sweep_of, sweep_run
     from everystep.experiment.grid import combinations, experiments_of
+    from everystep.recording.settings_diff import flat
     from everystep.replay.processes import pool
     from everystep.replay.side_by_side import (
         TrainingEnd,
@@ -536,22 +537,20 @@ def sweep(
     numerics.prepare()
     calls: dict[str, tuple[Any, ...]]  # what to call for each run, and with what after its directory
     if callable(training):
-        kind, function = training.__name__, place_of_function(training, runs.values())
+        kind, wanted = training.__name__, runs
+        function = place_of_function(training, runs.values())
         calls = {name: (call_function, *function, each) for name, each in runs.items()}
     else:
         kind = Path(training).stem if isinstance(training, str | Path) else "experiment"
         experiments = experiments_of(training, runs, threads)
         threads = max(each.threads or 1 for each in experiments.values())
+        wanted = {name: flat(each.model_dump(exclude_none=True)) for name, each in experiments.items()}
         calls = {name: (train_one, each, snapshot_budget) for name, each in experiments.items()}
     place = place_of(run)
     if place is None or not (resume and is_sweep(place)):
         place = create_directory(place, f"{kind}-sweep")
+    note_settings(place / SWEEP_FILE, wanted)
     cases = {name: sweep_run(Run, place / name, each) for name, each in runs.items()}
-    if callable(training):
-        note_settings(place / SWEEP_FILE, runs)
-    else:
-        (place / SWEEP_FILE).touch()
-        check_settings(cases.values(), experiments)
     tasks = {
         name: (call, place.absolute() / name, *given)
         for name, (call, *given) in calls.items()

@@ -211,12 +211,12 @@ class Run(RecordedRun):
         Raises:
             RunError: a run is unreadable.
         """
-        from everystep.answers.rank_differences import diff_of_ranks
+        from everystep.answers.diff import diff
 
         if not isinstance(other, Run):
             raise UsageError(f"expected another run to compare with, not {other!r:.80}")
         objects = self._objects, other._objects
-        ask = partial(diff_of_ranks, self, other, thorough=thorough, objects=objects)
+        ask = partial(diff, self, other, thorough=thorough, objects=objects)
         return self._answered("comparing", min(len(self), len(other)), progress, ask)
 
     def match(self, other: Run, step: int | None = None) -> Match:
@@ -338,13 +338,11 @@ class Run(RecordedRun):
         """
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
-        from everystep.answers.rank_differences import RANKS_DIFFER
+        from everystep.replay.recorded_columns import RANKS_DIFFER, Found, ask_columns, chosen
 
         is_of_ranks = isinstance(condition, str) and condition.split() == RANKS_DIFFER.split()
         asked: Any = RANKS_DIFFER if is_of_ranks else self._question(condition)[0]
         if getattr(asked, "is_recorded", False):
-            from everystep.replay.recorded_columns import Found, ask_columns, chosen
-
             steps = [step for step, _ in ask_columns(asked, self, as_condition=True)]
             return self._shown(Found(chosen(steps, which)))
         from everystep.answers.measure import when
@@ -444,8 +442,8 @@ class Run(RecordedRun):
             UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
             RunError: the steps cannot be repeated with the change; gives the reason.
         """
+        from everystep.replay.changed_steps import check_has_rows
         from everystep.replay.what_if import what_if
-        from everystep.replay.without_objects import check_has_rows
 
         rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
         chosen = [operator.index(row) for row in without_rows]
@@ -520,7 +518,8 @@ class Run(RecordedRun):
 
         Of your own loop or step function, the recorded programs take the recorded steps again, with
         `relabel`, `lr` or both; other forks your code makes: `everystep.record(fork=run, at=at, ...)`.
-        The fork ends before the first step in which Python would read another number than recorded.
+        They do so, with another `lr`, for any run without its objects. Such a fork ends before the first
+        step in which Python would read another number than recorded.
 
         Args:
             at: the step after which the fork starts; 0: before the first step.
@@ -528,8 +527,7 @@ class Run(RecordedRun):
             lr, steps, batch_size, seed: shortcuts for the most common settings.
             model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects to
                 continue with, as in `train`, for a run from Python objects that this process did not
-                train; `fork` trains them in place. Without them, the run's programs continue alone if
-                they took every step (only `lr` and `steps` may change).
+                train; `fork` trains them in place.
             without_rows: rows of the data to leave out of the batches that they were in.
             relabel: other targets, by row of the data; of your own loop, by the place of the row in the
                 batch of the step after `at`. The same row has it in later batches, too.
@@ -595,8 +593,7 @@ class Run(RecordedRun):
                 recorded steps after the snapshot are discarded, and the run records what changed.
             model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects as
                 they were before training, for a run from Python objects that this process did not
-                train; `resume` trains them in place. Without them, the run's programs continue alone if
-                they took every step, and nothing checks them against Python.
+                train; `resume` trains them in place.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
                 training.

@@ -99,7 +99,7 @@ def test_a_run_of_the_users_python_goes_on_with_the_objects_alone():
     made = new_training(lambda: Changed(FORWARDS["plain"]))
     run = everystep.open(by_train(made, steps=20).directory)
     assert run[13].operations
-    with pytest.raises(everystep.UsageError, match="Python ran its steps, or a part of them; pass"):
+    with pytest.raises(everystep.UsageError, match=r"trained from Python objects.*; pass the objects"):
         run.fork(10)
     made = new_training(lambda: Changed(FORWARDS["plain"]))
     fork = run.fork(10, model=made.model, loss=made.loss, optimizer=made.optimizer, progress=False)

@@ -146,7 +146,9 @@ def diff(
     objects: tuple[Objects | None, Objects | None] = (None, None),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Difference:
-    """Return how two runs differ.
+    """Return how two runs differ; of as many processes, how those of the rank do that differs first.
+
+    What differs on one rank is on all others after the next collective, often in the same step.
 
     Args:
         one: the first run.
@@ -160,6 +162,31 @@ def diff(
     Raises:
         RunError: a run is unreadable.
     """
+    pairs = [(one, other)]
+    known = one.known_ranks, other.known_ranks
+    if all(each is not None and not each.rank for each in known):  # not two ranks of one run
+        ranks, others = one.ranks, other.ranks
+        if len(ranks) == len(others):
+            pairs = [*zip(ranks, others, strict=True)]
+    found = [_diff(*each, thorough=thorough, objects=objects, on_progress=on_progress) for each in pairs]
+
+    def place(each: Difference) -> tuple[bool, float, float]:
+        operation, loss = each.operation, each.loss
+        if operation is None:
+            return each.is_same, float("inf") if loss is None else loss.step, float("inf")
+        return False, operation.step, operation.index
+
+    return min(found, key=place)
+
+
+def _diff(
+    one: RecordedRun,
+    other: RecordedRun,
+    *,
+    thorough: bool,
+    objects: tuple[Objects | None, Objects | None],
+    on_progress: Callable[[int], None],
+) -> Difference:
     pairs = zip(*(run.losses["loss"].to_list() for run in (one, other)), strict=False)
     loss = _first_number(enumerate(pairs, start=1))
     random = _draws_at_random(one) or _draws_at_random(other)

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from everystep.answers.rank_differences import RankQuery
 from everystep.bounded import check_steps
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.metrics import RESERVED_NAMES
@@ -24,14 +23,15 @@ from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Replayed, Span, Visitor, parallel, spans
 from everystep.replay.probe import Probe, opened_value
 from everystep.replay.processes import Opener
+from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
 
 __all__ = ["Measured", "Question", "measure", "until", "when"]
 
-#: An expression, or what makes a number of an opened step.
-Question = Expression | Callable[[Step], Any]
+#: An expression, what makes a number of an opened step, or `RANKS_DIFFER`.
+Question = Expression | Callable[[Step], Any] | str
 
 
 class Query(Visitor):
@@ -64,7 +64,7 @@ class Query(Visitor):
         self._only_first = only_first
         self._skipped = skipped
         self._tensors: set[Reference] = set()
-        self.may_share = isinstance(question, Expression)
+        self.may_share = isinstance(question, Expression | str)
         if isinstance(question, Expression):
             self._evaluator = Evaluator(question, run, as_condition)
             self._tensors = {r for r in question.references if not r.is_recorded}
@@ -104,6 +104,11 @@ class Query(Visitor):
             step = replay.next_step()
             self._answer(number, step.loss, step)
             losses = [step.loss]
+        elif isinstance(self._question, str):  # all ranks must have taken the step
+            assert isinstance(stepper, RankStepper)
+            losses = stepper.run(number)
+            if stepper.ranks_differ():
+                self._answers.append((number, 1.0))
         else:
             self._probe = self._probe or Probe(stepper, self._tensors, self._answer)
             while number < last and self._is_looked_at(number + 1):
@@ -138,6 +143,7 @@ class Query(Visitor):
             assert self._probe is not None
             return self._evaluator.answer(number, losses, self._probe.value_of)
         assert step is not None
+        assert not isinstance(self._question, str)
         answer = self._question(step)
         if answer is None:
             return None
@@ -261,12 +267,11 @@ def when(
         UsageError: the condition does not fit.
         RunError: a needed file is missing or unreadable.
     """
-    query: Query | RankQuery
-    if isinstance(condition, str):
-        query = RankQuery(only_first=which == "first")
-    else:
-        query = Query(condition, opener.run, as_condition=True, only_first=which == "first")
-    due = query.due(opener.run)[:: -1 if which == "last" else 1]
+    run = opener.run
+    if isinstance(condition, str) and run.known_ranks is None:
+        raise UsageError(f"{run.name} was trained by one process, and has no ranks that could differ")
+    query = Query(condition, run, as_condition=True, only_first=which == "first")
+    due = query.due(run)[:: -1 if which == "last" else 1]
 
     def is_found(each: Replayed) -> bool:
         return which != "all" and bool(_exact(each)[0])
@@ -274,7 +279,7 @@ def when(
     done = [_exact(each) for each in until(is_found, opener, due, query, processes, on_progress)]
     found = sorted(step for answers, _ in done for step, _ in answers)
     left_out = [step for _, each in done for step in each]
-    return Found(chosen(found, which), tuple(sorted(left_out + _not_kept(opener.run))))
+    return Found(chosen(found, which), tuple(sorted(left_out + _not_kept(run))))
 
 
 def until(

@@ -14,7 +14,6 @@ from everystep.errors import EverystepError, Fault, RunError
 from everystep.experiment.metrics import METRICS, VALIDATION, metric_of
 from everystep.recording.directories import is_run
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.settings_diff import flat, settings_of
 from everystep.recording.summary import Summary
 from everystep.replay.shown import Shown
 
@@ -22,11 +21,9 @@ if TYPE_CHECKING:
     import polars
     from plotnine import ggplot
 
-    from everystep.experiment.specification import Experiment
+__all__ = ["Sweep", "SweepRun", "note_settings", "sweep_of", "sweep_run"]
 
-__all__ = ["Sweep", "SweepRun", "check_settings", "note_settings", "sweep_of", "sweep_run"]
-
-#: Bytes of the file with the settings of all runs of a function.
+#: Bytes of the file with the settings of all runs.
 _LARGEST = 100_000_000
 
 
@@ -128,50 +125,29 @@ def sweep_run(
 
 
 def note_settings(file: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Note the settings that a function is called with, and check that those noted before are the same.
+    """Note the settings of each run, and check that those that there are already were trained with them.
 
     runs: the settings by the name of the run.
 
     Raises:
         RunError: the sweep has a run of that name with other settings; lists what differs.
     """
-    now = {name: json.loads(json.dumps(settings, default=str)) for name, settings in runs.items()}
+    wanted = {name: json.loads(json.dumps(settings, default=str)) for name, settings in runs.items()}
     try:
-        noted = parse_json(read_regular(file, _LARGEST) if file.exists() else "{}")
+        noted = parse_json((read_regular(file, _LARGEST) if file.exists() else b"") or "{}")
         before = {name: dict(settings) for name, settings in noted.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         raise RunError(f"{file} cannot be read: the sweep, which needs another directory") from None
-    faults = [
-        Fault(name, f"was trained with other settings: {path} {settings.get(path)} | {value}")
-        for name, settings in before.items()
-        for path, value in now.get(name, {}).items()
-        if settings.get(path) != value
-    ]
-    if faults:
-        raise RunError(faults, "the sweep, which needs another directory")
-    file.write_text(json.dumps(before | now))
-
-
-def check_settings(cases: Iterable[SweepRun], wanted: Mapping[str, Experiment]) -> None:
-    """Check that the runs that a sweep has were trained by the experiments that it has now.
-
-    wanted: the experiment of each run by its name.
-
-    Raises:
-        RunError: lists what differs.
-    """
     faults = []
-    for case in cases:
-        if case.run is None:
-            continue
-        known = settings_of(case.run)
-        now = flat(json.loads(json.dumps(wanted[case.name].model_dump(exclude_none=True), default=str)))
-        for path in sorted({*known, *now} - {"optimizer.fused"}):
+    for name, now in wanted.items():
+        known = before.get(name, now) if is_run(file.parent / name) else now
+        for path in sorted({*known, *now}):
             if known.get(path) != now.get(path):
                 pair = f"{known.get(path)!s:.80} | {now.get(path)!s:.80}"
-                faults.append(Fault(case.name, f"was trained with other settings: {path} {pair}"))
+                faults.append(Fault(name, f"was trained with other settings: {path} {pair}"))
     if faults:
         raise RunError(faults, "the sweep, which needs another directory")
+    file.write_text(json.dumps(before | wanted))
 
 
 def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -20,9 +21,9 @@ from everystep.errors import ProgramError
 from everystep.program.arguments import decode
 from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
 from everystep.program.memory import copy_into, geometry, plan_memory, tensor_on, whole_memory
-from everystep.program.number_slots import READ, Number, is_number, is_number_slot
+from everystep.program.number_slots import READ, Number, slots_of
 from everystep.program.operation import Operation, extent_of
-from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
+from everystep.program.operators import REFUSALS, draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.steady import SteadyOptimizer, steady_operations
 from everystep.program.step_program import Program
@@ -166,17 +167,10 @@ class BoundProgram:
     def _bound(self, operation: Operation) -> list[Call]:
         """Return the calls of an operation, and note where they find the numbers of the step."""
         operator = operation.resolved
-        names = [p.name for p in parameters(operator) if p.is_positional]
         arguments = [self._decoded(value) for value in operation.arguments]
         keywords = {key: self._decoded(value) for key, value in operation.keywords.items()}
-        slots: list[_Put] = []
-        for place, (name, value) in enumerate(zip(names, operation.arguments, strict=False)):
-            if is_number_slot(operator, name):
-                slots += _slots(value, arguments, place)
-        for name, value in operation.keywords.items():
-            if is_number_slot(operator, name):
-                slots += _slots(value, keywords, name)
-        self._puts += slots
+        slots = slots_of(operation)
+        self._puts += [partial(slot.put, arguments, keywords) for slot in slots]
         if operation.operator == READ:
             return self._reading(arguments[0])
         results = [None if name is None else self.tensor(name) for name in operation.results]
@@ -217,21 +211,6 @@ def _stepping(
         return SteadyOptimizer(operator, arguments, settings)
     except ValueError as error:
         raise ProgramError(f"{operator}: {error}") from None
-
-
-def _slots(value: Any, target: Any, place: Any) -> Iterator[_Put]:
-    """Yield what puts the numbers of a step into an argument, which is at some place of a list."""
-    if isinstance(value, list | tuple):
-        target[place] = items = [*target[place]]
-        for index, item in enumerate(value):
-            yield from _slots(item, items, index)
-    elif is_number(value):
-        kind = int if isinstance(value, int) else float
-
-        def put(number: Number) -> None:
-            target[place] = kind(number)
-
-        yield put
 
 
 def _check_batch(program: Program, names: Sequence[str]) -> None:

@@ -16,16 +16,9 @@ from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
 from everystep.program.calls import ASK_FOR_GRADIENTS
 from everystep.program.memory import copy_into, lies_as, tensor_on
-from everystep.program.number_slots import (
-    READ,
-    Number,
-    is_number,
-    is_number_slot,
-    numbers_in,
-    read_difference,
-)
+from everystep.program.number_slots import READ, Number, read_difference, slots_of
 from everystep.program.operation import Operation
-from everystep.program.operators import REFUSALS, draws_random_numbers, flattened, parameters
+from everystep.program.operators import REFUSALS, draws_random_numbers, flattened
 from everystep.program.step_program import Program
 
 __all__ = ["Interpreted", "Interpreter", "Look", "Looks"]
@@ -230,44 +223,31 @@ class _Instruction:
             self._call = torch.enable_grad()(operator._op)
         self._reads_number = operation.operator == READ
         self.draws = draws_random_numbers(operator)
+        self._slots = slots_of(operation)
         #: How many numbers of the step it has.
-        self.numbers = self._reads_number + len(numbers_in(operation))
-        names = [p.name for p in parameters(operator) if p.is_positional]
-        pairs = zip(names, operation.arguments, strict=False)
-        self._positional = [(value, is_number_slot(operator, name)) for name, value in pairs]
-        self._keywords = {
-            key: (value, is_number_slot(operator, key)) for key, value in operation.keywords.items()
-        }
+        self.numbers = self._reads_number + len(self._slots)
 
     def with_numbers(self, numbers: Iterator[Number]) -> Operation:
         """Return the operation with the numbers of a step in it."""
-        arguments, keywords = self._given(numbers, lambda value: value, json_floats)
+        arguments, keywords = self._given(numbers, json_floats)
         if self._reads_number:
             next(numbers, None)
-        changed = {"arguments": tuple(arguments), "keywords": keywords}
+        changed = {"arguments": tuple(json_floats(arguments)), "keywords": json_floats(keywords)}
         return self.operation.model_copy(update=changed)
 
     def _given(
-        self,
-        numbers: Iterator[Number],
-        other: Callable[[Any], Any],
-        number: Callable[[Number], Any] = lambda number: number,
+        self, numbers: Iterator[Number], convert: Callable[[Any], Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments. number, other: convert the step's numbers, and everything else.
+        """Return the arguments, in new lists, with the numbers of a step. convert: converts the others.
 
         Raises:
             ValueError, OverflowError: a number is not of the kind that the program has in its place.
         """
-
-        def put(value: Any, is_slot: bool) -> Any:
-            if isinstance(value, list | tuple):
-                return [put(item, is_slot) for item in value]
-            if is_slot and is_number(value):
-                return number((int if isinstance(value, int) else float)(next(numbers)))
-            return other(value)
-
-        positional = [put(*each) for each in self._positional]
-        return positional, {key: put(*each) for key, each in self._keywords.items()}
+        arguments = [convert(value) for value in self.operation.arguments]
+        keywords = {key: convert(value) for key, value in self.operation.keywords.items()}
+        for slot in self._slots:
+            slot.put(arguments, keywords, next(numbers))
+        return arguments, keywords
 
     def run(self, environment: _Environment, numbers: Iterator[Number]) -> str | None:
         """Call the operator; return a deviation from the program as text, or None."""

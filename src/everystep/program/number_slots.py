@@ -7,21 +7,15 @@ has one program.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 
-__all__ = [
-    "READ",
-    "Number",
-    "is_number",
-    "is_number_slot",
-    "numbers_in",
-    "read_difference",
-]
+__all__ = ["READ", "Number", "Slot", "is_number_slot", "read_difference", "slots_of"]
 
 Number = int | float
 #: The operator by which Python reads a number from a tensor.
@@ -57,23 +51,56 @@ def is_number_slot(operator: Any, name: str) -> bool:
     return name in _slots(operator)
 
 
-def is_number(value: Any) -> bool:
-    """Return whether an argument, as a program holds it, is a number, not a truth value."""
-    is_special = isinstance(value, dict) and "float" in value
-    return is_special or (isinstance(value, int | float) and not isinstance(value, bool))
+class Slot(NamedTuple):
+    """A number of a step among the arguments of an operation.
+
+    name: of the argument; path: its position or keyword, and its place in lists within; kind: of the
+    number.
+    """
+
+    name: str
+    path: tuple[int | str, ...]
+    kind: type[int] | type[float]
+
+    def put(self, arguments: list[Any], keywords: dict[str, Any], number: Number) -> None:
+        """Put a number into its place.
+
+        Raises:
+            ValueError, OverflowError: it is not of the kind that the program has there.
+        """
+        target: Any = keywords if isinstance(self.path[0], str) else arguments
+        for place in self.path[:-1]:
+            target = target[place]
+        target[self.path[-1]] = self.kind(number)
 
 
-def _count_numbers(value: Any) -> int:
-    """Return how many numbers an argument, as a program holds it, has."""
-    return sum(map(_count_numbers, value)) if isinstance(value, list | tuple) else int(is_number(value))
-
-
-def numbers_in(operation: Operation) -> list[str]:
-    """Return which argument each number of a step for an operation is in, by name and in order."""
+def slots_of(operation: Operation) -> list[Slot]:
+    """Return where an operation has the numbers of a step, in their order."""
     operator = operation.resolved
-    given = operation.given().items()
-    counts = ((name, _count_numbers(value)) for name, value in given if is_number_slot(operator, name))
-    return [name for name, count in counts for _ in range(count)]
+    names = (p.name for p in parameters(operator) if p.is_positional)
+    given: list[tuple[str, int | str, Any]] = [
+        *zip(names, range(len(operation.arguments)), operation.arguments, strict=False),
+        *((name, name, value) for name, value in operation.keywords.items()),
+    ]
+    return [
+        Slot(name, path, kind)
+        for name, place, value in given
+        if is_number_slot(operator, name)
+        for path, kind in _within(value, (place,))
+    ]
+
+
+def _within(
+    value: Any, path: tuple[int | str, ...]
+) -> Iterator[tuple[tuple[int | str, ...], type[int] | type[float]]]:
+    """Yield the places and kinds of the numbers in an argument, as a program holds it."""
+    if isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _within(item, (*path, place))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, int if isinstance(value, int) else float
+    elif isinstance(value, dict) and "float" in value:
+        yield path, float
 
 
 def read_difference(found: Number, known: Number) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from everystep.program.arguments import references
 from everystep.program.calls import Call, prebuilt_calls
 from everystep.program.collectives import is_collective
-from everystep.program.number_slots import numbers_in
+from everystep.program.number_slots import slots_of
 from everystep.program.observed import unread_inputs
 from everystep.program.operation import Operation
 from everystep.program.operators import (
@@ -54,7 +54,7 @@ def steady_operations(program: Program) -> set[int]:
             program.storages[name].kind == "temporary" and writers[name] == 1 for name in writes[place]
         ) and writes[place].isdisjoint(handed_out | reads)
         operator = operation.resolved
-        depends = draws_random_numbers(operator) or is_collective(operator) or numbers_in(operation)
+        depends = draws_random_numbers(operator) or is_collective(operator) or slots_of(operation)
         if writes[place] and is_own and reads <= fixed and not depends:
             fixed |= writes[place]
             found.add(place)

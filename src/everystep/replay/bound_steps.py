@@ -47,36 +47,39 @@ class Hook(Protocol):
 
 
 class BoundStep:
-    """A bound program, and its last inputs.
+    """The program of a step, bound to the state of a replay, and its last inputs.
 
     Args:
-        live: the bound program.
+        row: of the step.
         steps: the source of its numbers and inputs.
-        own: the tensors of the state that it is bound to.
-        interpreter: of the same program.
-        contents: the bytes of its inputs, by storage.
-        rule: the source of its batch, None if it is among the recorded inputs.
+        state: the tensors that it is bound to, laid out as it needs them.
 
     generator: the state to draw from, if any; digests: of the state after the step.
+
+    Raises:
+        ProgramError: the interpreter must run it.
     """
 
-    def __init__(
-        self,
-        live: BoundProgram,
-        steps: RecordedSteps,
-        own: dict[str, Tensor],
-        interpreter: Interpreter,
-        contents: dict[str, Tensor],
-        rule: RowsOf | None,
-    ) -> None:
-        self.live = live
-        self.own = own
+    def __init__(self, row: Repeat, steps: RecordedSteps, state: dict[str, Tensor]) -> None:
+        self._interpreter = interpreter = steps.program_of(row)
+        program = interpreter.program
+        interpreter.lay_state(state)
+        laid = interpreter.lay_inputs(steps.inputs(row))
+        if not _can_be_bound(program):
+            raise ProgramError("it cannot run many steps on the same memory")
+        #: The bytes of its inputs, by storage.
+        self._contents = {
+            name: laid[name].to(interpreter.place_of(name), copy=True)
+            for name in program.of_kind("input")
+            if name in laid
+        }
+        self.live = BoundProgram(program, state, self._contents, (), steps.device)
+        self.own = {name: state[name] for name in interpreter.state}
         self.generator: Tensor | None = None
         self.digests: dict[str, str] = {}
         self._steps = steps
-        self._interpreter = interpreter
-        self._contents = contents
-        self._rule = rule
+        #: The source of its batch, None if it is among the recorded inputs.
+        self._rule = steps.rule_for(row)
         #: The numbers and the inputs of the row in it, as in the database; these numbers.
         self._put: bytes | None = _NOTHING
         self._loaded: bytes | None = _NOTHING
@@ -196,7 +199,7 @@ class BoundSteps:
         if bound is None or not bound.is_loaded(row):
             steps.read_ahead(row.step, last)
         if bound is None and self._is_worth(number, steps.ahead(row.step, last)):
-            bound = self._bind(row, interpreter, steps)
+            bound = self._bind(row, steps)
         if bound is not None and self._bring(bound, interpreter) and bound.begin(row):
             return bound
         self._interpreted[number] += 1
@@ -212,27 +215,14 @@ class BoundSteps:
         count = sum(each.program == program for each in ahead)
         return program not in self._left and count + self._interpreted[program] >= WORTH
 
-    def _bind(self, row: Repeat, interpreter: Interpreter, steps: RecordedSteps) -> BoundStep | None:
+    def _bind(self, row: Repeat, steps: RecordedSteps) -> BoundStep | None:
         """Bind the program of a step to the state; return None if the interpreter must run it."""
         assert row.program is not None
-        program = interpreter.program
         try:
-            interpreter.lay_state(self._state)
-            laid = interpreter.lay_inputs(steps.inputs(row))
-            if not _can_be_bound(program):
-                raise ProgramError("it cannot run many steps on the same memory")
-            contents = {
-                name: laid[name].to(interpreter.place_of(name), copy=True)
-                for name in program.of_kind("input")
-                if name in laid
-            }
-            live = BoundProgram(program, self._state, contents, (), steps.device)
+            bound = self._bound[row.program] = BoundStep(row, steps, self._state)
         except ProgramError:
             self._left.add(row.program)
             return None
-        own = {name: self._state[name] for name in interpreter.state}
-        known = own, interpreter, contents, steps.rule_for(row)
-        bound = self._bound[row.program] = BoundStep(live, steps, *known)
         while len(self._bound) > 1 and self._bytes() > MOST_BYTES:
             del self._bound[next(iter(self._bound))]
         return bound

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,10 +25,11 @@ from everystep.replay.bound_steps import Hook
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.observe import Observation
-from everystep.step.state import State
+from everystep.step.state import State, same_bits
 
 __all__ = ["RankStepper"]
 
+T = TypeVar("T")
 #: Seconds that a collective within this process may take.
 SECONDS = 600
 #: A collective of one rank: its name and its arguments.
@@ -36,11 +37,10 @@ Collective = tuple[str, tuple[Any, ...]]
 
 
 class SavedRanks(NamedTuple):
-    """A copy of the states of all ranks. generators: torch's, of the others."""
+    """A copy of the states of all ranks."""
 
     own: Saved
     others: dict[int, Saved]
-    generators: dict[int, Tensor]
 
     @property
     def bytes(self) -> int:
@@ -111,34 +111,44 @@ class RankStepper(ReplayStepper):
 
     def save(self) -> SavedRanks:  # type: ignore[override]
         """Return a copy of the current states of all ranks."""
-        others = {rank: other.save() for rank, other in self.others.items()}
-        return SavedRanks(super().save(), others, dict(self._generators))
+        return SavedRanks(super().save(), self._of_others(ReplayStepper.save))
 
     def restore(self, step: int, saved: SavedRanks) -> None:  # type: ignore[override]
         """Bring all ranks back to what `save` returned after `step`."""
         for rank, other in self.others.items():
             with self._as_rank(rank):
                 other.restore(step, saved.others[rank])
-        self._generators = dict(saved.generators)
         super().restore(step, saved.own)
         self._reason = None
 
     def captured_others(self) -> dict[int, State]:
         """Return the current states of the other ranks, by number."""
+        return self._of_others(ReplayStepper.capture)
+
+    def _of_others(self, get: Callable[[ReplayStepper], T]) -> dict[int, T]:
         found = {}
         for rank, other in self.others.items():
             with self._as_rank(rank):
-                found[rank] = other.capture()
+                found[rank] = get(other)
         return found
+
+    def ranks_differ(self) -> bool:
+        """Return whether a parameter is not the same on all ranks."""
+        return not all(
+            same_bits(tensor, other.named_state()[name])
+            for other in self.others.values()
+            for name, tensor in self.named_state().items()
+            if name.startswith("parameter/") and name in other.named_state()
+        )
 
     def run(self, last: int, hook: Hook | None = None) -> list[float]:
         """Run the steps of all ranks up to `last`; see `ReplayStepper.run`."""
         losses: list[float] = []
-        watched = None if hook is None else _Until(hook)
         assert self.state is not None
+        self.goes_on = True
         try:
-            while self.state < last and (watched is None or watched.continues):
-                losses += self._together(partial(super().run, self.state + 1, watched))
+            while self.state < last and self.goes_on:
+                losses += self._together(partial(super().run, self.state + 1, hook))
         except NotReplayedError:
             if not losses:
                 raise
@@ -208,20 +218,6 @@ class RankStepper(ReplayStepper):
             self._differing.add(rank)
             self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")
         return [loss]
-
-
-class _Until:
-    """A hook that notes whether another one wants more steps."""
-
-    def __init__(self, hook: Hook) -> None:
-        self._hook = hook
-        self.continues = True
-        self.looks = hook.looks
-
-    def after(self, number: int, loss: float) -> bool:
-        """Look at a step that just ran; return whether to continue."""
-        self.continues = self._hook.after(number, loss)
-        return self.continues
 
 
 class _Known:

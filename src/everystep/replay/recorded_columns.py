@@ -16,6 +16,7 @@ from everystep.replay.shown import Shown
 from everystep.step.hyperparameters import is_hyperparameter
 
 __all__ = [
+    "RANKS_DIFFER",
     "Answers",
     "Evaluator",
     "Found",
@@ -30,6 +31,8 @@ __all__ = [
     "settings_of",
 ]
 
+#: The condition of a step after which a parameter is not the same on all ranks.
+RANKS_DIFFER = "ranks differ"
 #: Steps in the `repr` of an answer.
 SHOWN = 10
 #: Of several optimizers, the name of each is before it; `[1]` is the second param group.

@@ -24,7 +24,6 @@ from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun, Stretch
 
 __all__ = [
-    "LOOK_AHEAD",
     "NotReplayedError",
     "RecordedSteps",
     "check_kept",

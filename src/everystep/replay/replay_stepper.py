@@ -61,8 +61,11 @@ class ReplayStepper:
         steps: the data that repeats each step.
         diverged: called with a step that differs from the recording, and a description.
 
-    state: the number of the current state, None before one is loaded.
+    state: the number of the current state, None before one is loaded; goes_on: whether the last hook
+    wants more steps.
     """
+
+    goes_on = True
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
         self.state: int | None = None
@@ -116,7 +119,11 @@ class ReplayStepper:
         self.state, self._settled, self._loaded_at = step, None, None
 
     def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.steps.device, copy=True) for name, tensor in tensors.items()}
+        """Return copies of tensors of the state, in the precision of the steps."""
+        convert, device = self.steps.conversion, self.steps.device
+        if convert is not None:
+            tensors = {name: convert.tensor(name, tensor) for name, tensor in tensors.items()}
+        return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
     def settle(self) -> None:
         """Apply what code changed after the last step, outside of any step."""
@@ -126,11 +133,7 @@ class ReplayStepper:
         tensors, gone = self._run.change(self._between[self.state])
         for name in gone:
             self._tensors.pop(name, None)
-        tensors = {n: each for n, each in tensors.items() if not n.startswith("generator/")}
-        if self.steps.conversion is not None:
-            convert = self.steps.conversion.tensor
-            tensors = {name: convert(name, each) for name, each in tensors.items()}
-        self._tensors |= self._here(tensors)
+        self._tensors |= self._here({n: t for n, t in tensors.items() if not n.startswith("generator/")})
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
@@ -280,7 +283,8 @@ class ReplayStepper:
                     else:
                         program = self.steps.program_of(row).program
                         losses.append(self._interpret(row, hook.looks(program) if hook else {}))
-                    if hook is not None and not hook.after(row.step, losses[-1]):
+                    self.goes_on = hook is None or hook.after(row.step, losses[-1])
+                    if not self.goes_on:
                         break
         except NotReplayedError:
             if not losses:

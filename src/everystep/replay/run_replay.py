@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from everystep import clock, numerics
 from everystep.device import select
 from everystep.errors import RunError, StepError, say
@@ -211,7 +209,7 @@ class Replay:
             self._forget_where()
             self._kept.clear()
             self._at = self.stretch_of(state.step + 1)
-            self._load(self.stepper, state)
+            self.stepper.load(state)
             return self.next_step()
 
     def _forget_where(self) -> None:
@@ -245,7 +243,7 @@ class Replay:
         if on_disk:
             found = self.run.state_near(state, on_problem=self._note, after=max(lowest - 1, here, kept))
             if found is not None:
-                self._load(stepper, found)
+                stepper.load(found)
                 return
         if kept > here:
             self._kept.move_to_end((at, kept))
@@ -262,11 +260,8 @@ class Replay:
         if state is None:
             problems = "; ".join(self.problems) or "it is missing"
             raise RunError(f"{self.run.name} cannot be replayed from its first state: {problems}")
-        self._load(stepper, state)
+        stepper.load(state)
         self._at = at
-
-    def _load(self, stepper: ReplayStepper, state: State) -> None:
-        stepper.load(state if self._conversion is None else _converted(state, self._conversion))
 
     def _advance(self, stepper: ReplayStepper, last: int) -> None:
         assert stepper.state is not None
@@ -345,10 +340,3 @@ def no_such_step(run: RecordedRun, number: int) -> StepError:
 def same_number(one: float, two: float) -> bool:
     """Return whether two losses are equal; NaN equals NaN."""
     return one == two or (one != one and two != two)
-
-
-def _converted(state: State, conversion: Precision) -> State:
-    def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: conversion.tensor(name, tensor) for name, tensor in tensors.items()}
-
-    return replace(state, parameters=cast(state.parameters), rest=cast(state.rest))
