@@ -259,15 +259,14 @@ def _fork_by_programs(asked: Fork, given: Mapping[str, Any], progress: Progress)
         check_has_rows(run, at)
     others = {*asked.settings} - {"lr", "steps"} | {name for name in given if given[name] is not None}
     others -= {"scheduler_every"}
-    if asked.targets and not is_loop:  # its fork would share its data
-        others.add("relabel")
-    if others or asked.without or not (asked.targets or "lr" in asked.settings):
-        if not is_loop:
-            raise RunError(f"{objects_needed(run, 'fork(..., ')}; its programs alone can change lr")
-        raise RunError(
-            f"{run.name} was recorded from your own code, which makes its forks: {by_own_code(run, at)}"
-            "; its programs alone can change lr and targets (relabel)"
-        )
+    if others or asked.without or not ((asked.targets and is_loop) or "lr" in asked.settings):
+        own = "was recorded from your own code, which makes its forks"
+        if is_loop:
+            raise RunError(
+                f"{run.name} {own}: {by_own_code(run, at)}; its programs alone can change lr and "
+                "targets (relabel)"
+            )
+        raise RunError(f"{objects_needed(run, 'fork(..., ')}; its programs alone can change lr")
     last = asked.settings.get("steps") or run.newest_step()
     if at >= (newest := run.newest_step()) or last > newest:
         raise UsageError(
