@@ -14,6 +14,7 @@ def sql(directory, *statements):
 
     A statement is a text, or has arguments; a list of them is for many times.
     """
+    found = []
     with closing(sqlite3.connect(Path(directory, FILE_NAME))) as database, database:
         for statement in statements:
             text, *given = (statement,) if isinstance(statement, str) else statement

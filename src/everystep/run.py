@@ -442,8 +442,8 @@ class Run(RecordedRun):
             UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
             RunError: the steps cannot be repeated with the change; gives the reason.
         """
-        from everystep.replay.changed_steps import check_has_rows
         from everystep.replay.what_if import what_if
+        from everystep.replay.without_objects import check_has_rows
 
         rates = [float(lr)] if isinstance(lr, int | float) else [*map(float, lr)]
         chosen = [operator.index(row) for row in without_rows]
@@ -518,8 +518,7 @@ class Run(RecordedRun):
 
         Of your own loop or step function, the recorded programs take the recorded steps again, with
         `relabel`, `lr` or both; other forks your code makes: `everystep.record(fork=run, at=at, ...)`.
-        They do so, with another `lr`, for any run without its objects. Such a fork ends before the first
-        step in which Python would read another number than recorded.
+        The fork ends before the first step in which Python would read another number than recorded.
 
         Args:
             at: the step after which the fork starts; 0: before the first step.
@@ -527,7 +526,8 @@ class Run(RecordedRun):
             lr, steps, batch_size, seed: shortcuts for the most common settings.
             model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects to
                 continue with, as in `train`, for a run from Python objects that this process did not
-                train; `fork` trains them in place.
+                train; `fork` trains them in place. Without them, the run's programs continue alone if
+                they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
             relabel: other targets, by row of the data; of your own loop, by the place of the row in the
                 batch of the step after `at`. The same row has it in later batches, too.
@@ -593,7 +593,8 @@ class Run(RecordedRun):
                 recorded steps after the snapshot are discarded, and the run records what changed.
             model, loss, optimizer, scheduler, scheduler_every, data, validation, metrics: the objects as
                 they were before training, for a run from Python objects that this process did not
-                train; `resume` trains them in place.
+                train; `resume` trains them in place. Without them, the run's programs continue alone if
+                they took every step, and nothing checks them against Python.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
                 training.

@@ -61,7 +61,7 @@ def test_one_bit_in_a_program_is_reported_by_every_command(damaged, everystep_co
     for command in (
         ("step", run, 7), ("verify", run), ("doctor", run), ("why", run, 7, "loss"),
         ("measure", run, "norm(gradients['0.bias'])"), ("when", run, "max(updates['0.bias']) > 9"),
-        ("rows", run, 7), ("fork", run, "--at", 7, "--set", "lr=0.1", "--run", "./fork", "-q"),
+        ("rows", run, 7), ("fork", run, "--at", 7, "--run", "./fork", "-q"),
     ):  # fmt: skip
         code, out, err = everystep_command(*command)
         assert code and "programs/1.json was changed after recording" in out + err, command
@@ -257,9 +257,16 @@ def test_a_removed_experiment_is_named(tmp_path, everystep_command):
     assert "experiment.toml is missing, though the run was trained by it; put it back" in out
     code, _, error = everystep_command("fork", run.directory, "--at", 5, "--set", "seed=3")
     assert code == 2
-    assert "experiment.toml of run is missing; put the file back, or pass the objects" in error
+    assert "experiment.toml of run is missing, and its programs cannot continue it alone" in error
+    assert "put the file back, or pass the objects" in error
 
     fork = opened.fork(5, lr=1e-3, run=tmp_path / "fork", progress=False)
     assert fork.verify(progress=False).is_exact
     code, _, error = everystep_command("resume", run.directory, "--steps", 30)
-    assert code == 2 and "experiment.toml of run is missing; put the file back" in error
+    assert code == 0
+    assert "experiment.toml is missing, so programs alone take the steps" in error
+    resumed = everystep.open(run.directory)
+    plain = everystep.train_experiment(
+        "two-layer", {"steps": 30}, run=tmp_path / "plain", progress=False
+    )
+    assert resumed.losses.equals(plain.losses) and resumed.verify(progress=False).is_exact

@@ -246,7 +246,7 @@ def diverging():
     }
 
 
-@pytest.mark.parametrize("goes_on", ["its own objects", "new ones"])
+@pytest.mark.parametrize("goes_on", ["its own objects", "new ones", "its programs alone"])
 def test_a_resumed_or_forked_run_from_objects_stops_at_nan_if_it_was_asked_to(goes_on):
     options = {"steps": 2, "stop_on_nan": True, "progress": False}
     begun = everystep.train(**diverging(), **options)
@@ -630,24 +630,22 @@ ALONE = {
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_without_its_objects_a_run_is_forked_but_not_resumed(name, capfd):
+def test_programs_alone_go_on_without_the_objects(name, capfd):
     whole = everystep.train(**mlp_case(ALONE[name]), steps=STEPS, run="runs/whole")
-    rate = 0.01 if name == "Adam" else 0.05
-    for at in (0, 1, 15):
-        fork = everystep.open("whole").fork(at, lr=rate)
-        assert "without your code" in capfd.readouterr().err
-        assert fork.losses.equals(whole.losses) and fork[at + 5].loss == whole[at + 5].loss
-        assert fork.verify(progress=False).is_exact
-    assert fork.facts.training.engine.stands_behind == "alone"
-    assert "not checked against Python" in fork.report()
-    needed = r"was trained from Python objects, which the run does not hold; pass the objects: "
-    with pytest.raises(RunError, match=needed + r"resume\(model=\.\.\."):
-        everystep.open("whole").resume(STEPS + 9)
-    for change in ({}, {"seed": 4}, {"without_rows": [1]}, {"relabel": {1: 0.5}}):
-        with pytest.raises(RunError, match=needed + r"fork\(\.\.\., model=.* can change lr$"):
-            everystep.open("whole").fork(15, **change)
-    with pytest.raises(everystep.UsageError, match="no batches after step"):
-        everystep.open("whole").fork(15, lr=rate, steps=STEPS + 1)
+    everystep.train(**mlp_case(ALONE[name]), steps=20, run="runs/part")
+    resumed = everystep.open("part").resume(STEPS)
+    assert_same_run(whole, resumed)
+    assert "nothing checks them against Python" in capfd.readouterr().err
+    assert resumed.facts.training.engine.stands_behind == "alone"
+    assert "not checked against Python" in resumed.report()
+    again = everystep.open("part").resume(STEPS + 9, progress=False)
+    assert len(again) == STEPS + 9 and again.verify(progress=False).is_exact
+    fork = everystep.open("whole").fork(15, progress=False)
+    assert fork.losses.equals(whole.losses)
+    assert fork.verify(progress=False).is_exact
+    first = everystep.open("whole").fork(0, progress=False)
+    assert first.losses.equals(whole.losses)
+    assert first.verify(progress=False).is_exact and first[5].loss == whole[5].loss
 
 
 def test_what_was_opened_before_knows_the_steps_of_a_resume():
@@ -666,6 +664,8 @@ def test_programs_alone_note_the_first_loss_that_is_not_finite():
     fork = everystep.open("whole").fork(15, lr=1e30, progress=False)
     first = next(n for n, loss in fork.losses.rows() if not math.isfinite(loss))
     assert fork.facts.nonfinite_step == first > 15
+    again = everystep.open(fork.directory).resume(STEPS + 3, progress=False)
+    assert again.facts.nonfinite_step == first
     assert fork.first_nonfinite(progress=False).step.number <= first
 
 
@@ -684,38 +684,39 @@ def test_a_fork_by_programs_alone_may_have_another_learning_rate():
 def test_a_fork_of_a_fork_by_programs_alone_has_the_rules_of_the_steps_that_follow(change):
     parent = everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, run="runs/whole")
     other = parent.fork(10, **change, progress=False)
-    rate = change.get("lr", 0.01)
-    for at in (10, 13):
-        fork = everystep.open(other.directory).fork(at, lr=rate, progress=False)
-        assert fork.losses.equals(other.losses) and fork.verify(progress=False).is_exact
-    with pytest.raises(RunError, match="with different settings than state 7; start later"):
-        everystep.open(other.directory).fork(7, lr=rate)
+    for at, same in ((7, parent), (10, other), (13, other)):
+        fork = everystep.open(other.directory).fork(at, progress=False)
+        assert fork.losses.equals(same.losses) and fork.verify(progress=False).is_exact
 
 
 def test_programs_alone_may_end_at_a_state_that_is_kept_anyway(monkeypatch):
     everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, run="runs/whole")
     monkeypatch.setattr(SnapshotPlan, "is_due", lambda self, step: True)
     monkeypatch.setattr(Recorder, "is_behind", False)
-    fork = everystep.open("whole").fork(15, lr=0.01, progress=False)
+    fork = everystep.open("whole").fork(15, progress=False)
     assert fork.status == "finished"
     assert fork.snapshots[-1] == STEPS
 
 
-def test_programs_alone_repeat_the_steps_of_python_but_not_what_follows_a_scheduler():
+def test_programs_alone_are_refused_where_code_had_a_part():
     case = mlp_case(ALONE["SGD"])
     scheduler = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
     everystep.train(**case, scheduler=scheduler, steps=10, run="runs/scheduled")
-    with pytest.raises(RunError, match="the learning rate of scheduled follows StepLR"):
-        everystep.open("scheduled").fork(5, lr=0.05)
-    eager = everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, run="runs/eager")
-    fork = everystep.open("eager").fork(5, lr=0.05, progress=False)
-    assert fork.losses.equals(eager.losses) and fork.verify(progress=False).is_exact
+    with pytest.raises(RunError, match=r"cannot continue it alone: it has a scheduler \(StepLR\); pass"):
+        everystep.open("scheduled").resume(20)
+    everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, run="runs/eager")
+    with pytest.raises(RunError, match="Python ran its steps"):
+        everystep.open("eager").fork(5, steps=20)
 
 
 @pytest.mark.parametrize(
-    "change", [lambda model: model[0].weight.data.mul_(0.9), lambda m: torch.rand(1)]
+    ("change", "reason"),
+    [
+        (lambda model: model[0].weight.data.mul_(0.9), "code after step 5 changed 0.weight"),
+        (lambda model: torch.rand(1), "code between the steps drew random numbers"),
+    ],
 )
-def test_programs_alone_are_refused_where_code_changed_something_between_steps(change):
+def test_programs_alone_are_refused_where_code_changed_something_between_steps(change, reason):
     def metric(prediction, target):
         change(case["model"])
         return 0.0
@@ -723,8 +724,8 @@ def test_programs_alone_are_refused_where_code_changed_something_between_steps(c
     case = mlp_case(ALONE["SGD"])
     options = {"metrics": {"m": metric}, "evaluate_every": 5, "steps": 20}
     run = everystep.train(**case, **options, run="runs/changed")
-    with pytest.raises(RunError, match="after step 10, code between the steps changed tensors"):
-        everystep.open("changed").fork(10, lr=0.05)
+    with pytest.raises(RunError, match=reason):
+        everystep.open("changed").fork(10, steps=30)
     case = mlp_case(ALONE["SGD"])
     own = {name: case[name] for name in ("model", "loss", "optimizer")}
     fork = run.fork(20, **own, metrics={"m": metric}, steps=30, progress=False)
@@ -735,8 +736,9 @@ def test_programs_alone_go_on_with_gradients_that_add_up():
     case = mlp_case(ALONE["SGD"])
     case["optimizer"] = ALONE["SGD"](case["model"][0].parameters())
     everystep.train(**case, steps=20, run="runs/whole")
-    fork = everystep.open("whole").fork(1, lr=0.05, progress=False)
-    assert fork.verify(progress=False).is_exact
+    for at in (1, 20):
+        fork = everystep.open("whole").fork(at, steps=25, progress=False)
+        assert fork.verify(progress=False).is_exact
 
 
 def test_objects_that_were_stopped_before_their_first_state_begin_with_the_same_draws(monkeypatch):

@@ -190,7 +190,7 @@ def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them_and_in_a
 
 def test_what_keeps_a_run_from_being_replayed_is_reported_each_time(run):
     numerics = run.facts.training.numerics.model_dump() | {"threads": 5000}
-    change = "UPDATE facts SET value = ? WHERE key = 'numerics'", [json.dumps(numerics)]
+    change = "UPDATE facts SET value = ? WHERE key = 'numerics'", (json.dumps(numerics),)
     sql(run.directory, change, "DELETE FROM blocks WHERE name = 'facts'")
     opened = everystep.open(run.directory)
     for _ in range(2):

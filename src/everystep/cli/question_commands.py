@@ -336,7 +336,7 @@ def what_if(
             step after --at, and wherever that row comes again. Repeatable.
         by: What to compare: norm(gradients['0.weight']).
     """
-    from everystep.replay.changed_steps import check_has_rows
+    from everystep.replay.without_objects import check_has_rows
 
     opened = everystep.open(run)
     if not lr and not relabel:

@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep.errors import ExperimentError, Fault, RunError
 from everystep.experiment.batches import RowsOf
 from everystep.program.number_slots import slots_of
+from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizer_operator import OptimizerOperator
 from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs, Taken, inputs_of
 from everystep.recording.database import Repeat
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.recorded_columns import is_setting
-from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps, described
+from everystep.replay.recorded_batches import batches_of
+from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps, described
 from everystep.training.job import relabelled_rows
 
-__all__ = ["ChangedSteps", "by_own_code", "check_determined", "check_has_rows"]
+__all__ = ["ChangedSteps", "FurtherSteps"]
 
 #: The target of a batch with several tensors of one number per row.
 _TARGETS = ("y", "label", "labels", "target", "targets")
@@ -40,7 +40,7 @@ class ChangedSteps(RecordedSteps):
 
     Args:
         run, stretch, rule: as of `RecordedSteps`.
-        steps: those to take.
+        steps: those to take, None for steps that read nothing besides their batches.
         lr: the learning rate of all param groups of torch's own optimizers; None: the recorded ones.
         relabelled: other targets, by row.
 
@@ -57,7 +57,7 @@ class ChangedSteps(RecordedSteps):
         run: RecordedRun,
         stretch: Stretch,
         rule: RowsOf | None,
-        steps: range,
+        steps: range | None = None,
         lr: float | None = None,
         relabelled: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
@@ -70,6 +70,8 @@ class ChangedSteps(RecordedSteps):
         #: Whether a batch has one of the rows, by the inputs of its step.
         self._has: dict[bytes | None, bool] = {}
         self.targets: dict[int, tuple[float, float]] = {}
+        if steps is None:
+            return
         if not relabelled:
             self._check_not_from_parameters(steps)
             return
@@ -246,67 +248,87 @@ class ChangedSteps(RecordedSteps):
         return read
 
 
-def by_own_code(run: RecordedRun, at: int | None) -> str:
-    """Return the calls by which the user's code makes a fork of its run."""
-    step = "STEP" if at is None else at
-    return (
-        f"everystep.record(fork={str(run.directory)!r}, at={step}, ...) or, of a step function, "
-        "everystep.train(step, batches, fork=..., at=..., parts=...), with the change once "
-        f"recording.step_count is {step}"
-    )
+class FurtherSteps(ChangedSteps):
+    """Each step of a stretch of a run by its rules, recorded or not.
 
-
-def check_has_rows(run: RecordedRun, at: int | None) -> None:
-    """Check that everystep makes the batches of a run from the rows of its data.
-
-    Raises:
-        RunError: other code does.
+    Args:
+        run, stretch: its batches follow from a rule, and no scheduler changes its settings.
+        rule: returns its batches, None if no step will run.
+        lr: a different learning rate, None for that of the run.
     """
-    facts = run.facts.training
-    if facts.loop:
-        raise RunError(
-            f"{run.name} was recorded from your own code, and the shapes of its batches are part of its "
-            f"programs: none fits a smaller batch; leave the rows out in a fork that your code makes: "
-            f"{by_own_code(run, at)}"
-        )
-    if facts.data.lazy:
-        raise RunError(
-            f"{run.name} was trained on a Dataset that is read at every step; leave the rows out there"
-        )
 
+    def __init__(
+        self,
+        run: RecordedRun,
+        stretch: Stretch,
+        rule: RowsOf | None = None,
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(run, stretch, rule, lr=lr)
+        self._batches = batches_of(self.facts)
+        #: The newest step by its number of rows.
+        self._alike: dict[int, Repeat] = {}
+        #: What repeats the inputs of a step, by that of the recorded one.
+        self._further: dict[bytes | None, bytes] = {}
 
-def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_of_rates: bool) -> None:
-    """Check that the run alone determines its steps after a change, in words.
+    def row(self, number: int) -> Repeat:
+        """Return what repeats a step: its operations are those of a recorded one."""
+        row = self._like(number)
+        if row.inputs not in self._further:
+            # The recorded step had a different generator state; this one uses the state that the
+            # previous step left.
+            inputs = self.given(row)
+            given = {n: each for n, each in inputs.given.items() if not n.startswith("generator/")}
+            self._further[row.inputs] = inputs._replace(given=given).packed()
+        return row._replace(step=number, inputs=self._further[row.inputs])
 
-    Raises:
-        RunError: other code does.
-    """
-    stretches = [each for each in run.stretches if each.first <= until]
-    facts, name = stretches[-1].facts, run.name
-    if at < stretches[-1].first - 1:
-        raise RunError(
-            f"step {until} of {name} was trained with different settings than state {at}; start later"
-        )
-    cure = f"fork the run instead: {by_own_code(run, at) if facts.loop else f'run.fork({at}, ...)'}"
-    for each in facts.schedulers.values():
-        if is_of_rates:
-            raise RunError(f"the learning rate of {name} follows {each.class_name}; {cure}")
-        if each.class_name == ReduceLROnPlateau.__name__ or not each.is_torchs:
-            raise RunError(
-                f"the learning rate of {name} follows {each.class_name}, which may depend on losses; "
-                f"{cure}"
-            )
-    if is_of_rates and facts.loop:
-        rates = (run.measured(each) for each in run.measurement_names if is_setting(facts, each))
-        changed = sorted(step for rate in rates for step in rate if at + 1 < step <= until)
-        if changed:
-            raise RunError(f"your code changes the learning rate of {name} at step {changed[0]}; {cure}")
-    changed = [step for step in run.change_files() if at <= step < until]
-    if changed:
-        raise RunError(
-            f"after step {changed[0]}, code between the steps changed tensors of {name}, and may change "
-            f"others {change}; end at step {changed[0]}, or {cure}"
-        )
+    def ahead(self, first: int, last: int) -> list[Repeat]:
+        """Return the rows of the next steps."""
+        return [self.row(number) for number in range(first, min(last, first + LOOK_AHEAD) + 1)]
+
+    def reason_against(self) -> str | None:
+        """Return why no steps can follow the run's last, None if they can."""
+        epoch = range(self.last + 1, self.last + 1 + self._batches.steps_per_epoch)
+        if not all(map(self._can_take, epoch)):
+            return "it has too few steps: no program takes later ones"
+        return self._reason_against_changes()
+
+    def _can_take(self, number: int) -> bool:
+        """Return whether there is a program, other than that of a first step, which creates state."""
+        try:
+            ends = self.program_of(self._like(number)).program.ends
+        except NotReplayedError:
+            return False
+        return all(name.startswith("gradient/") for name in ends)
+
+    def _reason_against_changes(self) -> str | None:
+        """Return what code between the steps did that programs cannot repeat, None if nothing.
+
+        Its draws matter only if steps draw, too.
+        """
+        changes = sorted(self.run.change_files().items())
+        for step, file in changes:
+            change = self.run.change(file)
+            names = sorted({*change.tensors, *change.gone})
+            own = [name for name in names if not name.startswith("generator/")]
+            if own:
+                return f"code after step {step} changed {own[0].partition('/')[2]}"
+        programs = map(self.program, self.facts.programs)
+        operations = (each for program in programs for each in program.program.operations)
+        if changes and any(draws_random_numbers(each.resolved) for each in operations):
+            return "code between the steps drew random numbers, and the steps draw, too"
+        return None
+
+    def _like(self, number: int) -> Repeat:
+        """Return the step itself if the run has it, else the newest one with as many rows."""
+        if number <= self.last:
+            return super().row(number)
+        rows = self._batches.rows_of(number)
+        if rows not in self._alike:
+            epoch = range(self.last, max(self.first - 1, self.last - self._batches.steps_per_epoch), -1)
+            alike = next((n for n in epoch if self._batches.rows_of(n) == rows), 0)
+            self._alike[rows] = super().row(alike)
+        return self._alike[rows]
 
 
 def _batch(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,13 +15,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
+from everystep.experiment.batches import RowsOf
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.source_files import note_named
 from everystep.experiment.specification import check_iteration, load
-from everystep.recording.facts import ForkFacts
+from everystep.recording.directories import create_directory
+from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, Stretch, stretch_at
+from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.replay.changed_steps import by_own_code, check_determined, check_has_rows
+from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
 from everystep.replay.run_replay import no_such_step
@@ -34,7 +37,14 @@ from everystep.replay.trained_objects import (
     torchs_errors,
     with_data,
 )
-from everystep.replay.without_objects import fork_by_programs, objects_needed
+from everystep.replay.without_objects import (
+    by_own_code,
+    check_alone,
+    check_determined,
+    check_has_rows,
+    continue_alone,
+    facts_alone,
+)
 from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State, same_bits
 from everystep.training.description import optimizer_facts
@@ -44,6 +54,7 @@ from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
 from everystep.training.model_step import Training
 from everystep.training.objects import Objects
+from everystep.training.writer import now
 
 __all__ = ["Fork", "fork"]
 
@@ -90,6 +101,16 @@ class Fork:
             check_steps(self.settings["steps"])
         if not 0 <= self.at <= self.run.newest_step():
             raise no_such_step(self.run, self.at)
+
+    @property
+    def last(self) -> int:
+        """The last step of a fork by programs."""
+        run = self.run
+        return (
+            self.settings.get("steps")
+            or (run.newest_step() if run.facts.training.loop else run.facts.steps)
+            or 0
+        )
 
     @property
     def stretch(self) -> Stretch:
@@ -239,7 +260,8 @@ def fork(
     asked.run.check_alone("make a fork of such a run")
     run = asked.run
     if run.facts.training.loop:
-        return _fork_by_programs(asked, given, progress), None
+        _check_loop(asked, given)
+        return _fork_alone(asked, progress), None
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
         settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
         return _fork_experiment(replace(asked, settings=settings), opener, progress), None
@@ -247,40 +269,64 @@ def fork(
     if objects is not None:
         is_new = not is_own or given["scheduler"] is not None
         return _fork_objects(asked, objects, is_own, is_new, opener, progress), objects
-    return _fork_by_programs(asked, given, progress), None
-
-
-def _fork_by_programs(asked: Fork, given: Mapping[str, Any], progress: Progress) -> Outcome:
-    """Let the programs of the parent take its recorded steps again with the changes."""
-    run, at, lr = asked.run, asked.at, asked.settings.get("lr")
-    is_loop = bool(run.facts.training.loop)
     asked.check()
-    if asked.without and is_loop:
+    others = set(asked.changed) - {"lr", "steps"}
+    check_alone(run, asked.stretch, "fork(..., ", "only lr and steps can change" if others else None)
+    return _fork_alone(asked, progress), None
+
+
+def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
+    """Check that the programs of a user's loop can take its recorded steps with the changes."""
+    run, at = asked.run, asked.at
+    asked.check()
+    if asked.without:
         check_has_rows(run, at)
     others = {*asked.settings} - {"lr", "steps"} | {name for name in given if given[name] is not None}
     others -= {"scheduler_every"}
-    if others or asked.without or not ((asked.targets and is_loop) or "lr" in asked.settings):
-        own = "was recorded from your own code, which makes its forks"
-        if is_loop:
-            raise RunError(
-                f"{run.name} {own}: {by_own_code(run, at)}; its programs alone can change lr and "
-                "targets (relabel)"
-            )
-        raise RunError(f"{objects_needed(run, 'fork(..., ')}; its programs alone can change lr")
-    last = asked.settings.get("steps") or run.newest_step()
+    if others or not (asked.targets or "lr" in asked.settings):
+        raise RunError(
+            f"{run.name} was recorded from your own code, which makes its forks: {by_own_code(run, at)}"
+            "; its programs alone can change lr and targets (relabel)"
+        )
+    last = asked.last
     if at >= (newest := run.newest_step()) or last > newest:
         raise UsageError(
             f"{run.name} has no batches after step {newest:,}: a fork by its programs begins before "
             "that step, and ends there at the latest"
         )
-    change, is_of_rates = "relabelled" if asked.targets else "at another rate", "lr" in asked.settings
-    check_determined(run, at, last, change, is_of_rates=is_of_rates)
+    check_determined(
+        run,
+        at,
+        last,
+        "relabelled" if asked.targets else "at another rate",
+        is_of_rates="lr" in asked.settings,
+    )
+
+
+def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
+    """Let the programs of the parent take the steps."""
+    run, at, lr = asked.run, asked.at, asked.settings.get("lr")
     if lr is not None and not (type(lr) in (int, float) and 0 <= lr < math.inf):
         raise UsageError(f"lr is {lr!r:.80}; pass a learning rate from 0 on")
-    fork = asked.facts(last)
+    fork = asked.facts(asked.last)
     fork = fork.model_copy(update={"changed": {k: v for k, v in fork.changed.items() if k != "steps"}})
-    place = asked.directory, asked.budget
-    return fork_by_programs(run, fork, last, lr, asked.targets, *place, progress)
+    # An experiment of the parent does not describe the fork.
+    trained = facts_alone(run, at, lr).model_copy(update={"experiment_file": None})
+
+    def steps_of(rule: RowsOf | None) -> ChangedSteps:
+        if trained.loop is None:
+            return FurtherSteps(run, asked.stretch, rule, lr)
+        steps = range(at + 1, asked.last + 1)
+        return ChangedSteps(run, asked.stretch, rule, steps, lr, asked.targets)
+
+    def record(state: State) -> tuple[Recorder, Facts]:
+        place = create_directory(asked.directory, f"{run.name}-fork")
+        facts = Facts(name=place.name, started=now(), steps=asked.last, trained=trained, fork=fork)
+        # Only what changed is new: all batches are as far within a budget as the parent's.
+        recorder = Recorder(place, facts, asked.budget, run, at, math.inf, beginning=state)
+        return recorder, facts
+
+    return continue_alone(run, at, steps_of, record, progress, lr)
 
 
 def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:

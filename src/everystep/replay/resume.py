@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from everystep.errors import RunError, UsageError
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.source_files import note_named
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
-from everystep.recording.facts import TrainingFacts
+from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.files import check_data
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.recorder import Recorder
 from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.replay.changed_steps import FurtherSteps
 from everystep.replay.recorded_batches import stored_data
 from everystep.replay.trained_objects import (
     iteration_of,
@@ -28,7 +31,7 @@ from everystep.replay.trained_objects import (
     torchs_errors,
     with_data,
 )
-from everystep.replay.without_objects import objects_needed
+from everystep.replay.without_objects import check_alone, continue_alone, facts_alone
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
@@ -44,6 +47,7 @@ from everystep.training.resumed import (
     check_changes,
     check_rules,
     check_taken_by_loop,
+    facts_resumed,
     resume_facts,
 )
 
@@ -174,7 +178,7 @@ class Resume:
 def resume(
     asked: Resume, given: Mapping[str, Any], known: Objects | None, progress: Progress
 ) -> tuple[Outcome, Objects | None]:
-    """Continue a run: by its experiment, or by the objects that train it.
+    """Continue a run: by its experiment, by the objects that train it, or by its programs alone.
 
     Args:
         asked: the run, and its last step.
@@ -209,7 +213,17 @@ def resume(
         trained = replace(objects, data=None) if is_needless else objects
         return resume_objects(asked, trained, is_own, progress), objects
     run.check_alone("continue it without the objects that trained it")
-    raise RunError(objects_needed(run, "resume("))
+    stretch = run.stretches[-1]
+    check_alone(run, stretch, "resume(")
+    asked.check()
+    at = len(asked)
+    facts = facts_resumed(run, facts_alone(run, at), asked.last, resume_facts(run, at))
+
+    def record(state: State) -> tuple[Recorder, Facts]:
+        recorder = Recorder(run.directory, facts, asked.budget, at=at, is_resumed=True)
+        return recorder, facts.model_copy(update={"name": run.name})
+
+    return continue_alone(run, at, partial(FurtherSteps, run, stretch), record, progress), None
 
 
 def resume_experiment(

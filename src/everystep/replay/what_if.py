@@ -15,7 +15,7 @@ from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.expression import Expression
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.changed_steps import ChangedSteps, check_determined
+from everystep.replay.changed_steps import ChangedSteps
 from everystep.replay.probe import check_question, opened_value
 from everystep.replay.processes import Opener, process_count, recorded_numerics, shared
 from everystep.replay.recorded_batches import batches_of
@@ -25,6 +25,7 @@ from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
 from everystep.replay.trained_objects import Living
+from everystep.replay.without_objects import check_determined
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
 from everystep.training.objects import Objects

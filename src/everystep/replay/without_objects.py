@@ -1,66 +1,159 @@
-"""A fork by the programs of a run, without the code that trained it.
+"""Continues a run by its programs, without the code that trained it.
 
-They repeat recorded steps with something changed, up to the first that depends on what Python does with
-the change. Nothing compares these steps with Python.
+Where programs took every step of everystep's own, they can take more. Those of a user's loop repeat its
+recorded steps with something changed, up to the first that depends on what Python does with the change.
+Nothing compares these steps with Python.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import clock
 from everystep.errors import RunError
+from everystep.experiment.batches import RowsOf
 from everystep.program.interpreter import Looks
 from everystep.program.step_program import Program
-from everystep.recording.directories import create_directory
-from everystep.recording.facts import EAGERLY, Facts, ForkFacts, TrainingFacts
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
+from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
-from everystep.replay.changed_steps import ChangedSteps, by_own_code
+from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
+from everystep.replay.recorded_columns import is_setting
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt
 from everystep.training.job import Outcome, Progress
-from everystep.training.writer import RunWriter, now
+from everystep.training.writer import RunWriter
 
-__all__ = ["fork_by_programs", "objects_needed"]
+__all__ = [
+    "by_own_code",
+    "check_alone",
+    "check_determined",
+    "check_has_rows",
+    "continue_alone",
+    "facts_alone",
+]
 
 
-def objects_needed(run: RecordedRun, call: str) -> str:
-    """Return why a run cannot be continued as asked, and what to pass. call: begins the user's call."""
+def _reason_against(run: RecordedRun, stretch: Stretch) -> str | None:
+    """Return why programs alone cannot continue a stretch of a run, None if they can."""
+    facts = stretch.facts
+    engine = facts.engine
+    if engine is None or engine.eager_from is not None:
+        return "Python ran its steps, or a part of them"
+    if facts.schedulers:
+        return f"it has a scheduler ({next(iter(facts.schedulers.values())).class_name})"
+    if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
+        return "the run does not hold its data"
+    return FurtherSteps(run, stretch).reason_against()
+
+
+def check_alone(run: RecordedRun, stretch: Stretch, call: str, reason: str | None = None) -> None:
+    """Check that the programs of a run can continue a stretch of it alone.
+
+    call: the beginning of the user's call; reason: why they cannot, if already known.
+
+    Raises:
+        RunError: they cannot.
+    """
+    reason = _reason_against(run, stretch) or reason
+    if reason is None:
+        return
     cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"
     if (lost := run.lost_experiment(run.facts.training)) is not None:
-        return f"{lost.name} of {run.name} is missing; put the file back, or {cure}"
-    return f"{run.name} was trained from Python objects, which the run does not hold; {cure}"
+        what, cure = f"{lost.name} of {run.name} is missing", f"put the file back, or {cure}"
+    else:
+        what = f"{run.name} was trained from Python objects, which the run does not hold"
+    raise RunError(f"{what}, and its programs cannot continue it alone: {reason}; {cure}")
 
 
-def fork_by_programs(
+def by_own_code(run: RecordedRun, at: int | None) -> str:
+    """Return the calls by which the user's code makes a fork of its run."""
+    step = "STEP" if at is None else at
+    return (
+        f"everystep.record(fork={str(run.directory)!r}, at={step}, ...) or, of a step function, "
+        "everystep.train(step, batches, fork=..., at=..., parts=...), with the change once "
+        f"recording.step_count is {step}"
+    )
+
+
+def check_has_rows(run: RecordedRun, at: int | None) -> None:
+    """Check that everystep makes the batches of a run from the rows of its data.
+
+    Raises:
+        RunError: other code does.
+    """
+    facts = run.facts.training
+    if facts.loop:
+        raise RunError(
+            f"{run.name} was recorded from your own code, and the shapes of its batches are part of its "
+            f"programs: none fits a smaller batch; leave the rows out in a fork that your code makes: "
+            f"{by_own_code(run, at)}"
+        )
+    if facts.data.lazy:
+        raise RunError(
+            f"{run.name} was trained on a Dataset that is read at every step; leave the rows out there"
+        )
+
+
+def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_of_rates: bool) -> None:
+    """Check that the run alone determines its steps after a change, in words.
+
+    Raises:
+        RunError: other code does.
+    """
+    stretches = [each for each in run.stretches if each.first <= until]
+    facts, name = stretches[-1].facts, run.name
+    if at < stretches[-1].first - 1:
+        raise RunError(
+            f"step {until} of {name} was trained with different settings than state {at}; start later"
+        )
+    cure = f"fork the run instead: {by_own_code(run, at) if facts.loop else f'run.fork({at}, ...)'}"
+    for each in facts.schedulers.values():
+        if is_of_rates:
+            raise RunError(f"the learning rate of {name} follows {each.class_name}; {cure}")
+        if each.class_name == ReduceLROnPlateau.__name__ or not each.is_torchs:
+            raise RunError(
+                f"the learning rate of {name} follows {each.class_name}, which may depend on losses; "
+                f"{cure}"
+            )
+    if is_of_rates and facts.loop:
+        rates = (run.measured(each) for each in run.measurement_names if is_setting(facts, each))
+        changed = sorted(step for rate in rates for step in rate if at + 1 < step <= until)
+        if changed:
+            raise RunError(f"your code changes the learning rate of {name} at step {changed[0]}; {cure}")
+    changed = [step for step in run.change_files() if at <= step < until]
+    if changed:
+        raise RunError(
+            f"after step {changed[0]}, code between the steps changed tensors of {name}, and may change "
+            f"others {change}; end at step {changed[0]}, or {cure}"
+        )
+
+
+def continue_alone(
     run: RecordedRun,
-    fork: ForkFacts,
-    last: int,
-    lr: float | None,
-    targets: Mapping[int, float],
-    directory: Path | None,
-    budget: int,
+    at: int,
+    steps_of: Callable[[RowsOf | None], ChangedSteps],
+    record: Callable[[State], tuple[Recorder, Facts]],
     progress: Progress,
+    lr: float | None = None,
 ) -> Outcome:
-    """Repeat recorded steps with something changed, and record them as a fork.
+    """Take steps of a run by its programs, and record them.
 
     Args:
-        run, fork: the parent, and the facts about the fork of it.
-        last: the last step.
-        lr: the learning rate of the steps; None: the recorded ones.
-        targets: other targets, by row.
-        directory: of the fork; None: the next free one.
-        budget: maximum bytes of snapshots.
+        run: its steps are a user's loop, or programs can continue it alone, see `check_alone`.
+        at: the step before the first of them.
+        steps_of: returns the steps, given the rule of their batches.
+        record: returns the recorder, and the facts of the training, given the state after `at`.
         progress: receives progress.
+        lr: the learning rate of the steps; None: the recorded ones.
 
     Raises:
         RunError: this process cannot compute as the run did, a replay differs from the recording, or no
@@ -75,7 +168,7 @@ def fork_by_programs(
         )
         error.environment = environment
         raise error
-    at, replay = fork.at, Replay(run)
+    replay = Replay(run)
     with Interrupt() as interrupt, replay.in_force(at + 1):
         state = replay.go_to(at).capture()
         if replay.diverged_at is not None:
@@ -83,75 +176,79 @@ def fork_by_programs(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        place = replay.stretch_of(at + 1)
-        stretch, rule = replay.stretches[place], replay.stepper_of(place).steps.rule
-        steps = ChangedSteps(run, stretch, rule, range(at + 1, last + 1), lr, targets)
-        losses, reason = _ByPrograms(steps, state).run(at + 1)
-        if not losses:
-            own = f"fork it in your code: {by_own_code(run, at)}"
-            cure = own if stretch.facts.loop else objects_needed(run, "fork(..., ")
-            raise RunError(f"the programs of {run.name} alone cannot fork it: {reason}; {cure}")
-        taken = _ByPrograms(steps, state)
+        steps = steps_of(replay.stepper_of(replay.stretch_of(at + 1)).steps.rule)
+        taken = _StepsAlone(steps, state)
+        if taken.is_loop:
+            losses, reason = taken.run(at + 1)
+            if not losses:
+                raise RunError(
+                    f"the programs of {run.name} alone cannot fork it: {reason}; fork it in your code: "
+                    f"{by_own_code(run, at)}"
+                )
+            taken = _StepsAlone(steps, state)
         state = taken.stepper.capture()  # with the rate of the steps
-        own_place = create_directory(directory, f"{run.name}-fork")
-        trained = _facts_of(stretch.facts, lr)
-        facts = Facts(name=own_place.name, started=now(), steps=last, trained=trained, fork=fork)
-        # Only what changed is new: all batches are as far within a budget as the parent's.
-        recorder = Recorder(own_place, facts, budget, run, at, math.inf, beginning=state)
+        recorder, facts = record(state)
         writer = RunWriter(recorder, at, facts, progress.notice, progress.advance, run.facts)
-        progress.begin(own_place, facts)
+        progress.begin(recorder.directory, facts)
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
         progress.notice(
-            f"{why}programs alone take the steps, without your code: what it did outside of torch, and "
-            "between steps, stays as recorded"
+            f"{why}programs alone take the steps, without "
+            + (
+                "your code: what it did outside of torch, and between steps, stays as recorded"
+                if taken.is_loop
+                else "the objects that trained the run: nothing checks them against Python, and nothing "
+                "is measured on validation rows"
+            )
         )
-        taken.note_rates(at, last)
+        taken.note_rates(at, facts.steps or 0, lr)
         if at not in recorder.plan.kept:
             recorder.snapshot(state)
         try:
             reason = taken.record(writer, facts, interrupt)
             status = "finished" if reason is None else "stopped"
-            if targets:
+            if steps.targets:
                 count = len(steps.steps_with(range(at + 1, writer.step + 1)))
                 progress.notice(
                     f"{count:,} of {writer.step - at:,} steps have a relabelled row in their batch"
                 )
-            writer.close(status, reason, {"steps": writer.step})
+            writer.close(status, reason, {"steps": writer.step} if taken.is_loop else {})
         except BaseException as error:
             writer.close_failed(error)
             raise
         finally:
             progress.end()
-    return Outcome(own_place, status, reason, interrupt.is_by_user)
+    return Outcome(recorder.directory, status, reason, interrupt.is_by_user)
 
 
-def _facts_of(facts: TrainingFacts, lr: float | None) -> TrainingFacts:
-    """Return the facts of steps that programs alone take again. lr: if it is another one."""
+def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingFacts:
+    """Return the facts of the steps that programs alone take after a step. lr: if it is another one."""
+    stretches = run.stretches
+    facts = stretches[stretch_at(stretches, at + 1)].facts
+    engine = facts.engine or EAGERLY.model_copy(update={"eager_from": None})
     alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
-    engine = (facts.engine or EAGERLY).model_copy(update={**alone, "eager_from": None, "reason": None})
     optimizers = {
         name: each.model_copy(update={"groups": tuple(group | {"lr": lr} for group in each.groups)})
         for name, each in facts.optimizers.items()
         if lr is not None
     }
-    # An experiment of the parent does not describe the fork.
     return facts.model_copy(
         update={
-            "engine": engine,
+            "engine": engine.model_copy(update=alone),
             "optimizers": facts.optimizers | optimizers,
-            "experiment_file": None,
         }
     )
 
 
-class _ByPrograms:
+class _StepsAlone:
     """Steps that programs take, as a hook that notes what they log besides the loss.
 
-    stepper: takes them.
+    stepper: takes them; is_loop: whether they are of a user's code, which may depend on numbers that it
+    read.
     """
 
     def __init__(self, steps: ChangedSteps, state: State) -> None:
+        self.is_loop = steps.facts.loop is not None
         self._steps = steps
         self.stepper = ReplayStepper(steps, self._note_difference)
         self.stepper.load(state)
@@ -178,6 +275,8 @@ class _ByPrograms:
             for name, value in self._logged.items():
                 title = f"{name} (logged)"  # of a rate; this name is for the one that was used
                 found.append((title if title in self._known else name, number, value))
+        if not self.is_loop:
+            return True
         if self._difference is not None:
             self._end = f"{self._difference}; your code could act differently from there"
         elif not self._has_loss(number) and not math.isnan(RecordedSteps.loss(self._steps, number)):
@@ -191,22 +290,24 @@ class _ByPrograms:
         """Return whether an operation returns the loss of a step."""
         return self._steps.program_of(self._steps.row(number)).program.loss is not None
 
-    def note_rates(self, at: int, last: int) -> None:
+    def note_rates(self, at: int, last: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
-        lr = self._steps.lr
         for name in self.stepper.rates():
             known = self._steps.run.measured(name) if lr is None else {at + 1: lr}
+            end = min(last, self._steps.last) if lr is None else last
             for step, rate in known.items():
-                if at < step <= last:
+                if at < step <= end:
                     self._measured.setdefault(step, []).append((name, step, rate))
 
     def run(self, last: int) -> tuple[list[float], str | None]:
         """Run the steps up to `last`; return their losses, and why there are no more, if so.
 
-        They end before one that depends on what Python does with another number.
+        Those of a loop end before one that depends on what Python does with another number.
         """
         stepper, begin = self.stepper, self.stepper.state
         assert begin is not None
+        if not self.is_loop:
+            return stepper.run(last, self), None
         saved = stepper.save()
         try:
             losses = stepper.run(last, self)
