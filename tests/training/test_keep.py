@@ -119,7 +119,8 @@ def test_kept_steps_are_as_ever_and_others_are_refused_also_after_a_kill(
     assert [*measured.values] == steps and 8 not in measured.values
     found = run.diff(whole, thorough=True, progress=False)
     assert found.is_same and found.problems == (f"of kept, only steps {ranges} are kept",)
-    assert run.match(whole).is_match and run.match(whole).step == steps[-1]
+    matched = run.match(whole)
+    assert matched.is_match and matched.step == steps[-1]
     code, text, _ = everystep_command("du", place)
     assert code == 0 and text.split("\n")[1].endswith(str(keep))
     with pytest.raises(everystep.RunError, match="was not kept"):
