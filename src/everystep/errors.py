@@ -47,6 +47,10 @@ __all__ = [
 ]
 
 
+#: Faults that a message lists; `faults` has all of them.
+MOST_SHOWN = 20
+
+
 class Fault(NamedTuple):
     """One error: its location (`model.layers[2]`; empty if it has none), and what is wrong."""
 
@@ -76,8 +80,10 @@ class UsageError(EverystepError, ValueError):
     def _message(self) -> str:
         if len(self.faults) == 1:
             return f"{self.where}: {self.faults[0]}" if self.where else str(self.faults[0])
-        heading = f"{len(self.faults)} errors" + (f" in {self.where}" if self.where else "")
-        return "\n  ".join([heading + ":", *map(str, self.faults)])
+        heading = f"{len(self.faults):,} errors" + (f" in {self.where}" if self.where else "")
+        shown = [*map(str, self.faults[:MOST_SHOWN])]
+        more = len(self.faults) - len(shown)
+        return "\n  ".join([heading + ":", *shown, *([f"and {more:,} more"] if more else [])])
 
 
 class ExperimentError(UsageError):

@@ -26,8 +26,8 @@ _FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: To be raised where images are converted in another way.
 _FORMAT = 1
-#: Images that are converted together, and faults that a message lists.
-_TOGETHER, _MOST_FAULTS = 256, 20
+#: Images that are converted together.
+_TOGETHER = 256
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -91,8 +91,6 @@ def _parts(files: list[Path], data: ImagesData) -> Iterator[tuple[np.ndarray, np
             images.append(image)
         if not faults:
             yield np.stack(images).transpose(0, 3, 1, 2), classes[part]
-    if len(faults) > _MOST_FAULTS:
-        faults[_MOST_FAULTS:] = [Fault("", f"and {len(faults) - _MOST_FAULTS:,} more")]
     if faults:
         raise DataError(faults, data.path)
 
