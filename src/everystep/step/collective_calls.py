@@ -10,7 +10,7 @@ import torch
 from everystep.errors import UsageError
 from everystep.program.collectives import COLLECTIVES
 
-__all__ = ["CollectiveCall", "finished", "has_ranks", "how_collective"]
+__all__ = ["CollectiveCall", "finished", "has_ranks", "how_collective", "shows_reductions"]
 
 
 def has_ranks() -> bool:
@@ -55,6 +55,11 @@ def finished(result: Any) -> Any:
         if isinstance(each, torch.ScriptObject) and "Work" in str(each._type()):
             torch.distributed.Work.unbox(each).wait()
     return result
+
+
+def shows_reductions() -> bool:
+    """Return whether this torch shows which reduction a collective computes; 2.9 does not."""
+    return bool(torch.classes.c10d.ReduceOp()._has_method("op"))
 
 
 class CollectiveCall:

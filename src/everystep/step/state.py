@@ -197,7 +197,8 @@ def size_of_difference(one: Tensor, two: Tensor) -> Size:
     differs = as_integers(one) != as_integers(two)
     differs = differs.any(-1) if one.is_complex() else differs
     wide = torch.complex128 if one.is_complex() else torch.float64
-    a, b = (tensor.detach()[differs].to(wide) for tensor in (one, two))
+    # Converted first: not every torch picks elements of the smallest floats.
+    a, b = (tensor.detach().to(wide)[differs] for tensor in (one, two))
     if not bool((torch.isfinite(a) & torch.isfinite(b)).all()):
         return Size(units)
     absolute = float((a - b).abs().max())

@@ -20,7 +20,7 @@ from everystep.errors import EverystepError, RunError, UsageError, say
 from everystep.recording.directories import create_directory, rank_directory
 from everystep.recording.facts import RanksFacts
 from everystep.recording.recorded_run import RecordedRun
-from everystep.step.collective_calls import has_ranks
+from everystep.step.collective_calls import has_ranks, shows_reductions
 
 __all__ = ["Agreement", "check_same_number", "check_stops_together", "ranks_here"]
 
@@ -51,12 +51,17 @@ class Agreement:
         ranks: which of them this process is.
 
     Raises:
-        UsageError: they communicate by something other than gloo.
+        UsageError: they communicate by something other than gloo, or torch is too old.
     """
 
     def __init__(self, ranks: RanksFacts) -> None:
         self.ranks = ranks
         self._number = next(_numbers)
+        if not shows_reductions():
+            raise UsageError(
+                f"torch {torch.__version__} does not show which reduction several processes compute; "
+                "to record them, install a newer torch, such as 2.13"
+            )
         if ranks.backend != GLOO:
             raise UsageError(
                 f"the processes communicate by {ranks.backend}, and a replay cannot repeat its sums "
