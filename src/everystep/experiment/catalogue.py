@@ -204,7 +204,7 @@ def keyword_parameters(section: str, name: str) -> dict[str, bool]:
     """Return the keyword arguments of a loss, optimizer or scheduler, each with whether it is required.
 
     Raises:
-        ValueError: there is none of that name, or a file cannot express it; says which to use.
+        ValueError: there is none of that name, or a file cannot express it; names those to use.
     """
     parameters = inspect.signature(_class_of(section, name)).parameters.values()
     return {

@@ -71,7 +71,7 @@ def check_may_be_read(data: DataSpecification) -> None:
     """Check that the user has named the files that data is in.
 
     Raises:
-        DataError: they have not; says how.
+        DataError: they have not; gives the way.
     """
     given = os.environ.get(_ALLOWED, "").split(os.pathsep)
     allowed = _named | {str(Path(each).absolute()) for each in given if each}
@@ -96,7 +96,7 @@ class SourceFile(NamedTuple):
     """A file: its absolute path, its bytes, and the XXH3 (128 bits) of all of them.
 
     status: of the file when it was read: its place, size and times; files: itself, or those of a
-    directory, whose digest is of their names, too.
+    directory; its digest is of their names, too.
     """
 
     path: str

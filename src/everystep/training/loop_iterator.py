@@ -25,8 +25,8 @@ _COUNTING = (enumerate, zip, itertools.islice, itertools.zip_longest)
 _HOLDING = (tuple, map, filter, itertools.chain)
 #: Of iterators around iterators, as many as anybody nests: to find each takes as long as a collection.
 _DEEPEST = 6
-#: What a `for` does with what it iterates over, before it begins.
-_GET_ITER = dis.opmap["GET_ITER"]
+#: What a `for` does with what it iterates over, before it begins; None where Python has no such step.
+_GET_ITER = dis.opmap.get("GET_ITER")
 #: Where in the code a loop asked for its iterator.
 _Line = tuple[CodeType, int]
 
