@@ -290,13 +290,13 @@ def test_ctrl_c_while_modules_are_imported_ends_at_once(module):
     assert not Path("runs").exists()
 
 
-def test_a_bar_is_shown_in_a_terminal_and_the_compiler_is_not_imported():
+def shown_in_terminal(code, *arguments):
+    """Return what Python code prints in a terminal."""
     import pty
 
-    code = "import sys; from everystep.cli import main\ntry: main()\nfinally: print(*sys.modules)"
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "train"],
+        [sys.executable, "-c", code, *arguments],
         stdout=child, stderr=child, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
     )  # fmt: skip
     os.close(child)
@@ -312,13 +312,25 @@ def test_a_bar_is_shown_in_a_terminal_and_the_compiler_is_not_imported():
         shown += part
     assert process.wait() == 0
     os.close(parent)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
+def test_a_bar_is_shown_in_a_terminal_and_the_compiler_is_not_imported():
+    code = "import sys; from everystep.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    text = shown_in_terminal(code, "train")
     assert "500/500" in text
     (run,) = everystep.runs()
     assert f"loss {run.losses['loss'][-1]:.4g}" in text
     assert "/s" in text
     assert "500\t" not in text
     assert " torch.optim " in text and " torch._dynamo " not in text
+    code = (
+        "from everystep.replay import run_replay; run_replay.LONG_SECONDS = 0.0\n"
+        "from everystep.cli import main; main()"
+    )
+    text = shown_in_terminal(code, "step", run.name, "400")
+    assert re.search(r"everystep: steps \d+ to 398 are replayed first: about \d+ seconds", text)
+    assert re.search(r"replaying .* (\d+)/\1 ", text)
 
 
 def test_what_is_missing_and_where_files_cannot_be_is_said(everystep_command):

@@ -33,7 +33,7 @@ from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.replay.opened_step import Step
-from everystep.replay.run_replay import Replay
+from everystep.replay.run_replay import CountingSteps, Replay, uncounted
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
@@ -271,13 +271,20 @@ class Opener:
     Args:
         run: the run.
         objects: the objects that trained it.
+        counting: as of `Replay`.
 
     data: of the run, None if the run holds it itself.
     """
 
-    def __init__(self, run: RecordedRun, objects: Objects | None = None) -> None:
+    def __init__(
+        self,
+        run: RecordedRun,
+        objects: Objects | None = None,
+        counting: CountingSteps = uncounted,
+    ) -> None:
         numerics.prepare()
         self.run = run
+        self._counting = counting
         files = [stretch.facts.data_file for stretch in run.stretches]
         holds_all = all(file is None or file.stored for file in files)
         self.data = None if objects is None or holds_all else objects.data
@@ -332,7 +339,7 @@ class Opener:
         self._prepare()
         if may_share and self._replay is not None:
             return self._replay
-        return Replay(self.run, self.data)
+        return Replay(self.run, self.data, counting=self._counting)
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
@@ -346,7 +353,7 @@ class Opener:
             return
         self._replay = None
         if not needs_worker(facts):
-            self._replay = Replay(self.run, self.data)
+            self._replay = Replay(self.run, self.data, counting=self._counting)
         elif self._worker is None:
             threads = facts.training.numerics.threads
             self._worker = self._workers.enter_context(workers(facts, 1, threads))

@@ -7,8 +7,8 @@ on the way is compared with the recorded one, bit for bit.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,11 @@ from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.state import State
 
-__all__ = ["Replay", "no_such_step", "same_number"]
+__all__ = ["CountingSteps", "Replay", "no_such_step", "same_number", "uncounted"]
+
+#: Shows how many steps of a number have run: called with what they do and the number, it yields what to
+#: call with the number of new ones.
+CountingSteps = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 #: Seconds of replay between states in memory, so that stepping back is quick.
 KEPT_SECONDS = 0.005
@@ -39,6 +43,11 @@ LONG_SECONDS = 5.0
 BLOCK = 1024
 
 
+def uncounted(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show nothing; see `CountingSteps`."""
+    return nullcontext(lambda steps: None)
+
+
 class Replay:
     """A run with replayable steps. Only one thread may use it at a time.
 
@@ -47,6 +56,7 @@ class Replay:
         data: its data, where it does not hold that itself.
         threads: number of threads that torch uses; default: as many as in the training.
         conversion: of its programs, to another precision; default: as in the training.
+        counting: shows the progress of a long replay; default: it is only announced.
 
     problems: found so far, such as an unreadable snapshot; diverged_at: the first step with a different
     loss in the replay, None if there was none.
@@ -58,6 +68,7 @@ class Replay:
         data: Any = None,
         threads: int | None = None,
         conversion: Precision | None = None,
+        counting: CountingSteps = uncounted,
     ) -> None:
         self.run = run
         self.problems: list[str] = []
@@ -70,6 +81,7 @@ class Replay:
         self.data = data
         self._threads = threads
         self._conversion = conversion
+        self._counting = counting
         self._steppers: dict[int, ReplayStepper] = {}
         self._at = 0
         self._generators: Generators | None = None
@@ -125,21 +137,28 @@ class Replay:
         stepper = self.stepper_of(at)
         self._start_near(stepper, at, state)
         assert stepper.state is not None
-        if stepper.state < state:
-            self._announce(stepper.state, state)
-        while stepper.state < state:
-            spacing = max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
-            self._advance(stepper, min(state, stepper.state + spacing))
-            left = state - stepper.state
-            if 0 < left <= spacing or (left and stepper.size <= KEPT_BYTES):  # of large ones, only one
-                self._keep(stepper)
+        with self._announced(stepper.state, state) as advance:
+            while (left := state - stepper.state) > 0:
+                spacing = max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
+                count = min(left, spacing)
+                self._advance(stepper, stepper.state + count)
+                advance(count)
+                left -= count
+                if 0 < left <= spacing or (left and stepper.size <= KEPT_BYTES):  # of large ones, one
+                    self._keep(stepper)
         return stepper
 
-    def _announce(self, begin: int, end: int) -> None:
-        """Report how long it will take to replay the steps between two states, if that is long."""
-        seconds = (self.run.facts.seconds or 0.0) * (end - begin) / max(1, self.run.newest_step())
-        if seconds >= LONG_SECONDS:
-            say(f"steps {begin + 1:,} to {end:,} are replayed first: about {seconds:,.0f} seconds")
+    def _announced(self, begin: int, end: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Report how long it will take to replay the steps between two states, if that is long.
+
+        Returns a context, in which the number of new steps is passed to what it yields.
+        """
+        count = end - begin
+        seconds = (self.run.facts.seconds or 0.0) * count / max(1, self.run.newest_step())
+        if count <= 0 or seconds < LONG_SECONDS:
+            return uncounted("replaying", count)
+        say(f"steps {begin + 1:,} to {end:,} are replayed first: about {seconds:,.0f} seconds")
+        return self._counting("replaying", count)
 
     def next_step(self) -> Step:
         """Open the step after the current state; call it inside `in_force`."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from rich import progress as bars
@@ -30,6 +31,8 @@ __all__ = ["Silent", "TerminalProgress", "counting", "line_for_each"]
 
 #: Set by Jupyter for everything that a cell starts; the number of lines that a training prints there.
 _IN_NOTEBOOK, _LINES_IN_NOTEBOOK = "JPY_PARENT_PID", 20
+#: Held while a bar is shown.
+_ON_SCREEN = Lock()
 
 
 class Silent(Progress):
@@ -124,8 +127,14 @@ def counting(
             begin(what, total)
         yield wanted
         return
-    with _bar(SafeConsole(stderr=True, highlight=False), what, total, "", is_shown=wanted) as bar:
-        yield lambda steps: bar.advance(bar.task_ids[0], steps)
+    is_alone = _ON_SCREEN.acquire(blocking=False)  # a bar within another would overwrite its line
+    try:
+        console, is_shown = SafeConsole(stderr=True, highlight=False), wanted and is_alone
+        with _bar(console, what, total, "", is_shown=is_shown) as bar:
+            yield lambda steps: bar.advance(bar.task_ids[0], steps)
+    finally:
+        if is_alone:
+            _ON_SCREEN.release()
 
 
 @contextmanager
