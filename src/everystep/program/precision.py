@@ -109,8 +109,9 @@ class Precision:
                 results = results_on_meta(operation, {name: on_meta(name) for name in needed})
             except (RuntimeError, NotImplementedError, ValueError, TypeError):
                 continue  # what does not fit is found when the program is checked
-            if operation.name in WITH_STATISTICS:
-                results = results[:1]
+            is_attention = operation.name.startswith("_scaled_dot_product")
+            if operation.name in WITH_STATISTICS or (is_attention and self.dtype == torch.float64):
+                results = results[:1]  # torch 2.9 takes those of attention for float32 on meta
             for result, tensor in zip(operation.results, results, strict=False):
                 if result is None or tensor is None or not tensor.is_floating_point():
                     continue
