@@ -20,7 +20,14 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode
 from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
-from everystep.program.memory import copy_into, geometry, plan_memory, tensor_on, whole_memory
+from everystep.program.memory import (
+    copy_into,
+    geometry,
+    plan_memory,
+    shown_storages,
+    tensor_on,
+    whole_memory,
+)
 from everystep.program.number_slots import READ, Number, slots_of
 from everystep.program.operation import Operation, extent_of
 from everystep.program.operators import REFUSALS, draws_random_numbers
@@ -261,9 +268,8 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     steady: places of operations that do not run at each step.
     """
     names = program.of_kind("temporary")
-    shown = (program.loss, *program.gradients.values(), *program.ends.values(), *program.logged.values())
     made = (name for place in steady for name in program.operations[place].changed())
-    kept = program.storages_of((*filter(None, shown), *made))
+    kept = shown_storages(program) | program.storages_of(made)
     alone = {name for name in names if name in kept or program.storages[name].host}
     plan = plan_memory(program, [name for name in names if name not in alone])
     shared = _empty(plan.size, device)

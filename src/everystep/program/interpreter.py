@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from itertools import islice
@@ -15,7 +15,7 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
 from everystep.program.calls import ASK_FOR_GRADIENTS
-from everystep.program.memory import copy_into, lies_as, tensor_on
+from everystep.program.memory import copy_into, lies_as, over_after, tensor_on
 from everystep.program.number_slots import READ, Number, read_difference, slots_of
 from everystep.program.operation import Operation
 from everystep.program.operators import REFUSALS, draws_random_numbers, flattened
@@ -90,6 +90,11 @@ class Interpreter:
         """See `Program.given_after`."""
         return self.program.given_after()
 
+    @cached_property
+    def _over_after(self) -> dict[int, list[str]]:
+        """See `over_after`."""
+        return over_after(self.program)
+
     def _iterated(self, numbers: Sequence[Number]) -> Iterator[Number]:
         wanted = sum(call.numbers for call in self._calls)
         if len(numbers) != wanted:
@@ -147,6 +152,7 @@ class Interpreter:
             differs = differs or (found and f"operation #{index}, {call.operation.operator}, {found}")
             for look in looks.get(index, ()):
                 look(environment.tensor)
+            environment.free(self._over_after.get(index, ()))
         loss = None if self.program.loss is None else environment.tensor(self.program.loss).clone()
         ends = {name: environment.tensor(tensor) for name, tensor in self.program.ends.items()}
         for name in self.program.gone:
@@ -273,7 +279,8 @@ class _Environment:
     ) -> None:
         self._interpreter = interpreter
         self._program = interpreter.program
-        self._memory: dict[str, torch.UntypedStorage] = {}
+        #: None of a storage that is over.
+        self._memory: dict[str, torch.UntypedStorage | None] = {}
         #: The tensors on each storage, by their names.
         self._tensors: dict[str, dict[str, Tensor]] = {}
         interpreter.lay_state(state)
@@ -294,8 +301,16 @@ class _Environment:
         if name not in here:
             if spec.storage not in self._memory:
                 self._memory[spec.storage] = self._interpreter.fresh(spec.storage)
-            here[name] = tensor_on(self._memory[spec.storage], spec)
+            memory = self._memory[spec.storage]
+            assert memory is not None
+            here[name] = tensor_on(memory, spec)
         return here[name]
+
+    def free(self, storages: Iterable[str]) -> None:
+        """Let go of storages that nothing needs any more."""
+        for storage in storages:
+            self._memory[storage] = None
+            self._tensors.pop(storage, None)
 
     def put(self, name: str, tensor: Any) -> None:
         """Store a tensor that an operation returned.

@@ -8,6 +8,7 @@ the lowest offset that is free during its lifetime.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +22,15 @@ __all__ = [
     "ALIGNMENT",
     "MemoryPlan",
     "copied_together",
+    "copy_in_file",
     "copy_into",
     "copy_on_cpu",
     "geometry",
     "lies_as",
+    "over_after",
     "plan_memory",
     "repeats",
+    "shown_storages",
     "tensor_on",
     "whole_memory",
 ]
@@ -69,6 +73,20 @@ def plan_memory(program: Program, names: Collection[str]) -> MemoryPlan:
         placed.append((offset, life))
     size = max((offset + _aligned(life.bytes) for offset, life in placed), default=0)
     return MemoryPlan({life.name: offset for offset, life in placed}, size)
+
+
+def shown_storages(program: Program) -> set[str]:
+    """Return the storages of the results that a step shows at its end."""
+    shown = (program.loss, *program.gradients.values(), *program.ends.values(), *program.logged.values())
+    return program.storages_of(filter(None, shown))
+
+
+def over_after(program: Program) -> dict[int, list[str]]:
+    """Return the temporary storages that nothing needs after an operation, by its number."""
+    shown, found = shown_storages(program), dict[int, list[str]]()
+    for life in _lives(program, [n for n in program.of_kind("temporary") if n not in shown]):
+        found.setdefault(life.last, []).append(life.name)
+    return found
 
 
 def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
@@ -144,6 +162,27 @@ def copy_on_cpu(tensor: Tensor) -> Tensor:
     """Return a copy without autograd, on the CPU."""
     own = tensor.detach()
     return own.clone() if own.is_cpu else own.cpu()
+
+
+def copy_in_file(tensor: Tensor) -> Tensor:
+    """Return a copy as `copy_on_cpu` does, on a temporary file, which the system reads when it is used.
+
+    In memory if there is no room for the file. It has no name any more, and is gone with the tensor.
+    """
+    own = tensor.detach().cpu()
+    like = torch.empty_like(own, device="meta")
+    if like.stride() != own.stride():
+        own = own.clone()
+    size = like.untyped_storage().nbytes()
+    flat = own.as_strided((size // own.itemsize,), (1,)).view(torch.uint8)
+    try:
+        with NamedTemporaryFile(prefix="everystep-") as file:
+            file.write(flat.numpy().data)
+            file.flush()
+            storage: Any = torch.UntypedStorage.from_file(file.name, False, size)
+    except (OSError, RuntimeError):
+        return copy_on_cpu(own)
+    return torch.empty(0, dtype=own.dtype).set_(storage, 0, like.shape, like.stride())
 
 
 def _lives(program: Program, names: Collection[str]) -> list[_Life]:

@@ -241,7 +241,7 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     except RunError as error:
         replay.problems.append(str(error))
         return
-    here = replay.go_to(span.last, span.at).capture()
+    here = replay.go_to(span.last, span.at).capture(is_live=True)
     found.compared = True
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
     is_fork = replay.stretch_of(span.last + 1) != span.at

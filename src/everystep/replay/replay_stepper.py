@@ -96,6 +96,8 @@ class ReplayStepper:
         if not isinstance(names, list):
             raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
+        self.state = None
+        self._tensors.clear()  # those of a large model take much memory
         self._begin(state.step, self._here({n: named[n] for n in names if n in named}))
         # Of a large model, the tensors take much memory, and here they have been copied.
         known, others = (dict.fromkeys(each, _NO_NUMBERS) for each in (state.parameters, state.rest))
@@ -135,14 +137,18 @@ class ReplayStepper:
             self._tensors.pop(name, None)
         self._tensors |= self._here({n: t for n, t in tensors.items() if not n.startswith("generator/")})
 
-    def capture(self) -> State:
-        """Return the current state in the form that is written to disk."""
+    def capture(self, *, is_live: bool = False) -> State:
+        """Return the current state in the form that is written to disk.
+
+        is_live: with the tensors themselves where they are on the CPU, which the next step changes.
+        """
         assert self.state is not None and self._loaded is not None
         dropped: set[str] = set()
         if not self._is_own_loop:  # its snapshots have what changed after the step
             self.settle()
             dropped = {n for n in self._tensors if n.startswith("gradient/")} - self._names_read()
-        copies = {name: copy_of(t) for name, t in self._tensors.items() if name not in dropped}
+        copied: Callable[[Tensor], Tensor] = Tensor.cpu if is_live else copy_of
+        copies = {name: copied(t) for name, t in self._tensors.items() if name not in dropped}
         known, others = self._loaded.parameters, self._loaded.rest
 
         def is_of_model(name: str) -> bool:

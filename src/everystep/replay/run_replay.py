@@ -231,6 +231,11 @@ class Replay:
             self.stepper.load(state)
             return self.next_step()
 
+    def let_go(self) -> None:
+        """Free the memory of all states and opened steps."""
+        self._steppers, self._opened = {}, OrderedDict()
+        self._kept.clear()
+
     def _forget_where(self) -> None:
         """After a step that may be incomplete: continue from a stored state."""
         for stepper in self._steppers.values():

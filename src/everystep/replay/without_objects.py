@@ -177,6 +177,7 @@ def continue_alone(
                 "differs"
             )
         steps = steps_of(replay.stepper_of(replay.stretch_of(at + 1)).steps.rule)
+        replay.let_go()
         taken = _StepsAlone(steps, state)
         if taken.is_loop:
             losses, reason = taken.run(at + 1)
@@ -185,7 +186,7 @@ def continue_alone(
                     f"the programs of {run.name} alone cannot fork it: {reason}; fork it in your code: "
                     f"{by_own_code(run, at)}"
                 )
-            taken = _StepsAlone(steps, state)
+            taken.begin(state)
         state = taken.stepper.capture()  # with the rate of the steps
         recorder, facts = record(state)
         writer = RunWriter(recorder, at, facts, progress.notice, progress.advance, run.facts)
@@ -204,6 +205,7 @@ def continue_alone(
         taken.note_rates(at, facts.steps or 0, lr)
         if at not in recorder.plan.kept:
             recorder.snapshot(state)
+        del state
         try:
             reason = taken.record(writer, facts, interrupt)
             status = "finished" if reason is None else "stopped"
@@ -251,8 +253,12 @@ class _StepsAlone:
         self.is_loop = steps.facts.loop is not None
         self._steps = steps
         self.stepper = ReplayStepper(steps, self._note_difference)
-        self.stepper.load(state)
         self._known = {*steps.run.measurement_names}
+        self.begin(state)
+
+    def begin(self, state: State) -> None:
+        """Begin with a state, and forget what steps before have done."""
+        self.stepper.load(state)
         self._logged: dict[str, float] = {}
         self._difference: str | None = None
         #: Why no more steps can be taken.

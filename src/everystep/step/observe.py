@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from everystep.program.interpreter import Interpreter, Looks
-from everystep.program.memory import copy_on_cpu, lies_as
+from everystep.program.memory import copy_in_file, copy_on_cpu, lies_as
 from everystep.program.observed import Observed
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.step_program import Program
@@ -27,6 +27,8 @@ __all__ = [
 #: The kernel by which a GradScaler divides gradients by its scale.
 UNSCALES = "_amp_foreach_non_finite_check_and_unscale"
 _GRADIENT = "gradient/"
+#: Bytes of copies of a step that are in memory, and of the smallest that lies in a file beyond that.
+MOST_HELD, SMALLEST_IN_FILE = 1_000_000_000, 1_000_000
 _TensorOf = Callable[[str], Tensor]
 
 
@@ -82,7 +84,7 @@ class StepObserver:
     The interpreter lets `looks` look; `observation` returns the observations.
 
     Numbers are copied once, and those that nothing overwrites are not copied: a step of a large model
-    makes several times the bytes of its parameters.
+    makes several times the bytes of its parameters. From some size on, copies lie in files.
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class StepObserver:
         self._interpreter = interpreter
         self._program = program = interpreter.program
         self._state = state
-        self._before = {name: copy_on_cpu(tensor) for name, tensor in state.items()}
+        self._held = 0
+        self._before = {name: self._copied(tensor) for name, tensor in state.items()}
         self._operations: list[Observed] = []
         self._activations: dict[str, tuple[Tensor, ...]] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -141,7 +144,7 @@ class StepObserver:
         found = {name: copy for copies in self._copies.values() for name, copy in copies.items()}
         own = {name: name for name in self._interpreter.state} | dict(self._program.ends)
         return {
-            name: found[own[name]] if own.get(name) in found else copy_on_cpu(tensor)
+            name: found[own[name]] if own.get(name) in found else self._copied(tensor)
             for name, tensor in self._state.items()
         }
 
@@ -182,8 +185,15 @@ class StepObserver:
         if name not in copies:
             tensor = tensor_of(name).detach()
             stays = tensor.is_cpu and self._stays.get(storage, index) < index
-            copies[name] = tensor if stays else copy_on_cpu(tensor)
+            copies[name] = self._copied(tensor, stays=stays)
         return copies[name]
+
+    def _copied(self, tensor: Tensor, *, stays: bool = False) -> Tensor:
+        """Return a copy of a tensor, or the tensor itself if it stays as it is."""
+        if tensor.nbytes >= SMALLEST_IN_FILE and self._held + tensor.nbytes > MOST_HELD:
+            return copy_in_file(tensor)
+        self._held += tensor.nbytes
+        return tensor if stays else copy_on_cpu(tensor)
 
     def _storage(self, name: str) -> str:
         return self._program.tensors[name].storage
