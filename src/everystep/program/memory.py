@@ -179,7 +179,7 @@ def copy_in_file(tensor: Tensor) -> Tensor:
         with NamedTemporaryFile(prefix="everystep-") as file:
             file.write(flat.numpy().data)
             file.flush()
-            storage: Any = torch.UntypedStorage.from_file(file.name, False, size)
+            storage: Any = torch.UntypedStorage.from_file(file.name, True, size)
     except (OSError, RuntimeError):
         return copy_on_cpu(own)
     return torch.empty(0, dtype=own.dtype).set_(storage, 0, like.shape, like.stride())
