@@ -165,7 +165,11 @@ class Outlook(NamedTuple):
             )
             cures.append("a larger batch_budget")
         if 2 * self.state > self.snapshot_budget:
-            text += "; the first and the newest snapshot stay in any case"
+            text += (
+                "; only the first and the newest snapshot stay, and a step between them opens by a replay "
+                "of all before it"
+            )
+            cures.append("a larger snapshot_budget")
         elif snapshots > kept:
             cures.append("a smaller snapshot_budget")
         return text + (f"; to change that, pass {' or '.join(cures)}" if cures else "")
