@@ -9,10 +9,12 @@ from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import (
     assert_eager,
     assert_python,
+    assert_same,
     by_hand,
     by_train,
     contents,
     is_of_torch,
+    new_training,
 )
 from tests.training.engine_cases import CASES, OPTIMIZERS
 
@@ -82,3 +84,12 @@ def test_so_it_has_with_two_threads(case):
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == expected
     assert run.facts.training.engine.reason is None
+
+
+def test_python_takes_the_steps_of_a_large_model_unless_programs_are_asked_for(monkeypatch, capfd):
+    monkeypatch.setattr("everystep.training.stepper.MOST_STATE", 100)
+    run = assert_same(new_training, 6)
+    assert "the steps of a model of" in run.facts.training.engine.reason
+    assert_python(run, capfd)
+    asked = by_train(new_training(), engine="program", steps=10)
+    assert asked.facts.training.engine.by_program

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from everystep import clock
-from everystep.errors import DatasetChangedError
+from everystep.errors import DatasetChangedError, size_text
 from everystep.experiment.batches import RowsOf
 from everystep.program.calls import without_autograd
 from everystep.program.number_slots import Number
@@ -42,6 +42,9 @@ from everystep.training.watched_steps import WatchedSteps
 __all__ = ["Engine", "Stepper"]
 
 Engine = Literal["auto", "program", "eager"]
+#: Bytes of parameters and buffers from which on Python runs the steps, unless programs are asked for:
+#: its steps take so long that a watch costs nothing, and to compare a program takes three more copies.
+MOST_STATE = 200_000_000
 
 
 class Stepper(Acceleration):
@@ -217,6 +220,9 @@ class Stepper(Acceleration):
             other = "several processes train"
         elif isinstance(training.batch, DatasetBatches):
             other = "the Dataset is read at every step"
+        elif self._engine == "auto" and _size(training) > MOST_STATE:
+            size = size_text(_size(training))
+            other = f"the steps of a model of {size} are long, and programs would need copies of it"
         else:
             other = super()._reason_against()
         calls_functions = is_torchs_scheduler(scheduler, but_functions=True)
@@ -379,6 +385,11 @@ class Stepper(Acceleration):
         # A step, or other code, has written into the data itself: from then on a rule finds other rows.
         copies = self.watched.copies.of({"x": x, "y": y})
         return {f"batch/{name}": copy for name, copy in copies.items()}
+
+
+def _size(training: Training) -> int:
+    """Return the bytes of parameters and buffers."""
+    return sum(each.nbytes for each in (*training.model.parameters(), *training.model.buffers()))
 
 
 def _layout(gradient: Tensor | None) -> Any:
