@@ -207,3 +207,17 @@ def test_a_long_replay_is_announced(run, monkeypatch, capsys):
     run[20]
     announced = r"everystep: steps 17 to 18 are replayed first: about [\d,]+ seconds\n"
     assert re.fullmatch(announced, capsys.readouterr().err)
+
+
+def test_a_replay_takes_no_more_processes_than_half_of_the_memory_holds(run, monkeypatch):
+    def pool(count, *_, **options):
+        raise RuntimeError(f"{count} processes")
+
+    monkeypatch.setattr("loky.cpu_count", lambda: 8)
+    monkeypatch.setattr("everystep.replay.processes.ALONE_SECONDS", 0.0)
+    monkeypatch.setattr("everystep.replay.processes.pool", pool)
+    monkeypatch.setattr("everystep.replay.processes.MEMORY", 2_000_000_000)
+    with pytest.raises(RuntimeError, match="^3 processes"):
+        run.verify(progress=False)
+    monkeypatch.setattr("everystep.replay.processes.MEMORY", 1_000_000_000)
+    assert run.verify(progress=False).is_exact

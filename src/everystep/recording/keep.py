@@ -166,8 +166,8 @@ class Outlook(NamedTuple):
             cures.append("a larger batch_budget")
         if 2 * self.state > self.snapshot_budget:
             text += (
-                "; only the first and the newest snapshot stay, and a step between them opens by a replay "
-                "of all before it"
+                "; only the first and the newest snapshot stay, and a step between them opens by a "
+                "replay of all before it"
             )
             cures.append("a larger snapshot_budget")
         elif snapshots > kept:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from everystep import device, numerics
+from everystep.bounded import MEMORY
 from everystep.errors import DamageWarning, RunError, TrainingError
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.database import FILE_NAME
@@ -84,6 +85,8 @@ def _end(*, in_order: bool) -> None:
 
 #: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
+#: Bytes of a process besides what it replays.
+_SMALLEST = 300_000_000
 
 _ENDED_TOO_EARLY = (
     "a process that replays the run has ended too early: it was killed, or memory ran out. Try "
@@ -172,7 +175,8 @@ def pool(
 def process_count(run: RecordedRun, steps: int, asked: int | None, tasks: int, threads: int) -> int:
     """Return the number of processes for so many steps of a run, 1 for this one alone.
 
-    asked: number of processes, None for one per core if worth their start; threads: of each.
+    asked: number of processes, None for one per core if worth their start, and if half of the memory is
+    enough; threads: of each.
     """
     facts = run.facts
     if facts.training.device != "cpu":
@@ -183,7 +187,9 @@ def process_count(run: RecordedRun, steps: int, asked: int | None, tasks: int, t
             return 1
         from loky import cpu_count
 
-        asked = cpu_count() // threads
+        # As a replay of a large model was measured to take, of all ranks together.
+        each = _SMALLEST + 4 * len(run.ranks) * max((row.size for row in run.snapshot_rows()), default=0)
+        asked = min(cpu_count() // threads, MEMORY // 2 // each)
     return max(1, min(asked, tasks))
 
 
