@@ -59,6 +59,7 @@ def about_data(
         "layers": _telling_layers(training.modules),
         "settings": settings or {},
         "snapshots": run.snapshots,
+        "seconds": facts.seconds,
         "damage": columns.remembered("damage", lambda: run.damage),
     }
 

@@ -184,6 +184,26 @@ def test_a_step_that_cannot_be_opened_says_why(copied, visit):
     expect(page.locator(".step")).to_be_hidden()
 
 
+def test_a_long_replay_is_announced_until_the_step_is_open(copied, visit):
+    run, held = copied("chapter"), []
+    with changed(run) as database:
+        database.write_facts({"seconds": 1e6})
+    page = visit(f"/runs/{run.name}")
+    plot(page)
+    page.route(re.compile(r"/steps/\d+$"), lambda route: held.append(route))
+    waiting = part(page, "Step").locator("p[role=status]").first
+    last = max(state for state in everystep.open(run).snapshots if state < 400)
+    for step in (last + 5, 5):
+        page.keyboard.press("/")
+        page.keyboard.type(f"{step}\n")
+        expect(waiting).to_contain_text(f"Steps {step - 4} to {step - 1} are replayed first: about 2 h.")
+        while held:
+            held.pop().continue_()
+        expect_step(page, step)
+        expect(waiting).to_be_hidden()
+    page.unroute_all()
+
+
 def test_losses_that_are_not_finite_are_said(visit, recorded):
     page = visit("/runs/diverged")
     alarm = page.locator(".run-head .alarm")

@@ -2,19 +2,23 @@
 
 import { showText } from "../shared/elements.js";
 import * as address from "../shared/address.js";
-import { whole } from "../shared/format.js";
+import { duration, whole } from "../shared/format.js";
 import { newestOnly } from "./stepping.js";
 
-/** Shows steps of a run one after the other; `parts`: {shown, problem, waiting}, the elements of the step and of messages. */
+const LONG = 5; // seconds of a replay that are announced
+
+/** Shows steps of a run one after the other; `about`: returns what is known of it; `parts`: {shown, problem, waiting}, the elements of the step and of messages. */
 export class StepPlace {
   #view = null; // a promise
   #shown = null; // the target that was drawn, or failed
   #isThere = false; // something is drawn
   #isClosed = false;
+  #last = 0; // the step that was drawn last
   isFailed = false;
 
-  constructor(run, { shown, problem, waiting }) {
+  constructor(run, about, { shown, problem, waiting }) {
     this.run = run;
+    this.about = about;
     this.waiting = waiting;
     this.host = shown;
     this.problem = problem;
@@ -45,15 +49,25 @@ export class StepPlace {
     this.#shown = JSON.stringify(target);
   }
 
-  // Until the first step is loaded, a message is shown.
+  // Until the first step is loaded, and during a long replay, a message is shown.
   #wait(step) {
-    showText(this.waiting, step === null || this.#isThere ? "" : `Opening step ${whole(step)}.`);
+    const replay = step === null ? "" : this.#replay(step);
+    showText(this.waiting, step === null || (this.#isThere && !replay) ? "" : `Opening step ${whole(step)}.${replay}`);
+  }
+
+  // Which steps are replayed first, if that takes long.
+  #replay(step) {
+    const { snapshots, seconds, steps } = this.about();
+    const begin = Math.max(0, ...[this.#last, ...snapshots].filter((known) => known < step));
+    const wait = ((seconds ?? 0) * (step - 1 - begin)) / steps;
+    return wait < LONG ? "" : ` Steps ${whole(begin + 1)} to ${whole(step - 1)} are replayed first: about ${duration(wait)}.`;
   }
 
   #tell(error, step) {
     this.isFailed = error !== null;
     this.waiting.hidden = true;
     this.#isThere = error === null && step !== null;
+    this.#last = this.#isThere ? step : 0;
     showText(this.problem, error?.message ?? "");
     // A missing step shows nothing; if the server is away, the previous step stays.
     this.host.hidden = error?.status === 404;

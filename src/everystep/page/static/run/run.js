@@ -51,7 +51,7 @@ class RunView {
       leave: () => this.leave(),
     });
     bar.append(this.bar.host);
-    this.stepPlace = new StepPlace(this.name, this.parts);
+    this.stepPlace = new StepPlace(this.name, () => this.about, this.parts);
     const sortedBy = (sorted) => this.#goOwn({ ...this.place, ...sorted }, true);
     this.table = new StepTable(this.parts.table, serverRows(this.name), { step: place.step, sorted: place, goTo: (step) => this.jump(step), sortedBy });
     this.wide = window.matchMedia("(min-width: 80rem)");
