@@ -94,6 +94,8 @@ class LoopWriter(RunWriter):
     def add(self, step: StepUnderWay[AnyWatch], after: dict[str, Tensor]) -> None:
         """Add a step that is over. after: the live tensors of the parts."""
         self.step += 1
+        if self._place.goal is None:
+            self.beginning = None  # that of a large model takes much memory
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
         inputs |= self._place.generators
         self.taken.append(self.watched.end(self.step, step, after, inputs))
