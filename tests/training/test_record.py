@@ -317,10 +317,12 @@ def test_hidden_writes_are_found_by_the_next_digest_where_there_is_no_loss(
 
 def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
     model, optimizer, batch = made
-    average = torch.zeros(8, 4)
+    average, losses = torch.zeros(8, 4), torch.zeros(())
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for each in recording.steps([batch] * 6):
-            recording.log(loss=take(model, optimizer, each))
+            loss = take(model, optimizer, each)
+            losses += loss.detach()  # a number takes no room, and need not be said
+            recording.log(loss=loss)
             average.mul_(0.9).add_(model[0].weight.detach())
             with torch.no_grad():
                 model[0].weight.add_(average, alpha=1e-3)

@@ -424,6 +424,8 @@ class Cursor(UnderWay):
                 self.outside.forget(tensor.untyped_storage()._cdata)
             elif origin in self.brought:
                 self.outside.forget(tensor.untyped_storage()._cdata)
+                if tensor.numel() == 1:  # such as a sum of losses, which takes no room
+                    continue
                 where = named_here()
                 text = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
                 self.written_elsewhere[origin] = f"{text} ({where})" if where else text
