@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from everystep.errors import StepError, UsageError
 from everystep.recording.directories import AWAITED, place_of
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import DEFAULT_BUDGET
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class Run(RecordedRun):
         return shown
 
     def _steps_of_ranks(self, number: int) -> Steps:
-        return Steps([(rank, number) for rank in self.ranks])
+        ranks = self.ranks_of(stretch_at(self.stretches, number))
+        return Steps([(rank, number) for rank in ranks])
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])

@@ -255,8 +255,10 @@ def uneven(begin, rank):
 def epochs(begin, rank, kill=None, slower_after=None):
     """A sampler of torch's, dropout, and a validation on all ranks.
 
-    kill: ends a rank at a step; slower_after: the step after which the rate is lower.
+    kill: ends a rank at a step; slower_after: the step after which the rate is lower. The environment
+    has the step after which the loop is left, if it has.
     """
+    leaves = int(os.environ.get("LEAVE", 0))
     generator = torch.Generator().manual_seed(1)
     rows = TensorDataset(*(torch.randn(48, n, generator=generator) for n in (20, 1)))
     sampler = DistributedSampler(rows, seed=3)
@@ -277,6 +279,8 @@ def epochs(begin, rank, kill=None, slower_after=None):
                 recording.log(loss=loss)
                 if kill == (rank, recording.step_count):
                     os.kill(os.getpid(), signal.SIGKILL)
+                if recording.step_count + 1 == leaves:
+                    return model
             ddp.eval()
             with torch.no_grad():
                 validation = sum(nn.functional.mse_loss(ddp(x), y) for x, y in loader)
@@ -393,6 +397,8 @@ class Killed(Progress):
 def shuffled_mean(begin, rank, kill=None, reduction="mean"):
     if begin is not unrecorded:
         given = {"resume": "RESUME" in os.environ, "progress": Killed(rank, kill)}
+        if "LEAVE" in os.environ:
+            given |= {"epochs": None, "steps": int(os.environ["LEAVE"])}
         shuffled(f"runs/shuffled_{reduction}", reduction, **given)
 
 

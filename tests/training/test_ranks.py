@@ -301,6 +301,45 @@ def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, tr
         assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
 
 
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("epochs", [(2, {"LEAVE": "8"}), (3, {"KILL": "2,11"}), (1, {})]),
+        ("epochs", [(1, {"LEAVE": "15"}), (4, {})]),
+        ("shuffled_mean", [(2, {"LEAVE": "8"}), (1, {"LEAVE": "13"}), (2, {})]),
+    ],
+)
+@pytest.mark.sweep(every=3)
+def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
+    resumed = {}
+    for processes, given in stages:
+        found, errors = launched(tmp_path, [name], processes, RECORDED="1", **resumed, **given)
+        resumed = {"RESUME": "1"}
+    assert None not in found and found[0] == found[-1], errors
+    run = everystep.open(tmp_path / "runs" / name)
+    assert f"continues with {processes} after step {run.stretches[-1].first - 1}: its results" in errors
+    count = [stretch.facts.processes for stretch in run.stretches]
+    assert (count[0], count[-1]) == (stages[0][0], processes)
+    for rank in run.ranks:
+        assert rank.verify().is_exact
+    for stretch in run.stretches:
+        step = run[stretch.first]
+        assert len(step.ranks) == stretch.facts.processes
+        assert all(each.is_exact and each.number == step.number for each in step.ranks)
+    if run.ranks[1:]:
+        assert run.when("ranks differ").steps == ()
+        with pytest.raises(everystep.RunError, match=f"not kept .keep: those by {processes} processes"):
+            run.ranks[1][1]
+    assert run.doctor().is_healthy
+    if name == "shuffled_mean":  # it has the batches of one process
+        for steps in (8, 13, 20):
+            given = {"epochs": None, "steps": steps, "resume": True}
+            one = ranks_loops.shuffled(tmp_path / "one", "mean", **given)
+        torch.testing.assert_close(run.parameters(-1), one.parameters(-1), rtol=1e-5, atol=1e-7)
+    elif processes == 4:  # a quarter of the second epoch has less than one of its three batches now
+        assert len(run) == 15 + 3 + 3
+
+
 def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
     (tmp_path / "runs/taken").mkdir(parents=True)
     found, errors = launched(tmp_path, [*REFUSED, "alone"], RECORDED="1")
@@ -319,8 +358,8 @@ def test_what_needs_one_process_is_refused(trained, tmp_path):
             asked(3, lr=1.0)
     with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
         run.rerun(threads=2)
-    with pytest.raises(everystep.RunError, match="recorded by 2 processes"):
-        everystep.record(run=runs / "plain", resume=True, model=nn.Linear(2, 1)).__enter__()
+    with pytest.raises(everystep.RunError, match=r"0\.weight is not the same on ranks 0 and 1"):
+        everystep.record(run=runs / "other_weight", resume=True, model=nn.Linear(2, 1)).__enter__()
     with pytest.raises(everystep.RunError, match="fork it with 2 processes"):
         everystep.record(fork=runs / "plain", at=3, model=nn.Linear(2, 1)).__enter__()
     with pytest.raises(everystep.UsageError, match="has no ranks"):

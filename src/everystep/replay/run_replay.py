@@ -306,7 +306,7 @@ class Replay:
         rules = {rank: rule and rule.of_rank(rank, ranks.count) for rank in range(ranks.count)}
         others = {
             rank: RecordedSteps(run, run.stretches[at], rules[rank], self._conversion)
-            for rank, run in enumerate(self.run.ranks)
+            for rank, run in enumerate(self.run.ranks_of(at))
             if rank != ranks.rank
         }
         return RankStepper(steps, self._diverge, ranks.rank, others)

@@ -7,8 +7,10 @@ everystep's own could meet one of the training.
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +18,19 @@ from typing import Any, TypeVar
 import torch
 
 from everystep import clock
+from everystep.device import select
 from everystep.errors import EverystepError, RunError, UsageError, say
 from everystep.recording.directories import create_directory, rank_directory
-from everystep.recording.facts import RanksFacts
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.facts import Facts, RanksFacts
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, stretch_at
+from everystep.recording.recorder import Recorder
+from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.recording.texts import processes_text
 from everystep.step.collective_calls import has_ranks, shows_reductions
+from everystep.step.generators import Generators
+from everystep.step.state import State, state_differences
 
-__all__ = ["Agreement", "check_same_number", "check_stops_together", "ranks_here"]
+__all__ = ["Agreement", "check_stops_together", "ranks_here", "run_to_continue", "run_to_fork"]
 
 R = TypeVar("R", bound=RecordedRun)
 #: Seconds to wait for other ranks before that is reported, and before it is an error, as in torch.
@@ -84,10 +92,10 @@ class Agreement:
                         f"and {two!r:.80} on rank {rank}"
                     )
 
-    def directory(self, wanted: Path | None, name: str) -> Path:
+    def directory(self, wanted: Path | None, name: str, since: int = 0) -> Path:
         """Create the directory of this rank's run, within that of rank 0.
 
-        wanted, name: as `create_directory` has them.
+        wanted, name: as `create_directory` has them; since: as `rank_directory` has it.
 
         Raises:
             RunError, RecordingError: it exists, or cannot be created, here or by rank 0.
@@ -96,7 +104,8 @@ class Agreement:
             [found] = self._shared("directory", None, sources=[0])
             if "error" in found:
                 raise RunError(f"rank 0 cannot begin the run: {found['error']}")
-            return create_directory(rank_directory(Path(found["directory"]), self.ranks.rank), name)
+            rank, count = self.ranks.rank, self.ranks.count
+            return create_directory(rank_directory(Path(found["directory"]), rank, count, since), name)
         try:
             place = create_directory(wanted, name)
         except EverystepError as error:
@@ -113,6 +122,10 @@ class Agreement:
         own.common_states = frozenset.intersection(*map(frozenset, of_all))
         own.common_steps = min(steps)
         return own
+
+    def wait_for_all(self, topic: str) -> None:
+        """Wait until all ranks have come as far."""
+        self._shared(topic, True)
 
     def _shared(self, topic: str, value: Any, sources: list[int] | None = None) -> list[Any]:
         """Give a value to the other ranks, and return theirs, in order.
@@ -169,20 +182,105 @@ def check_stops_together(setting: str, cure: str) -> None:
         )
 
 
-def check_same_number(run: RecordedRun, ranks: RanksFacts | None, verb: str = "resume") -> None:
-    """Check that as many processes continue a run as have recorded it. verb: what they do.
+def run_to_fork(run: R, at: int, agreement: Agreement | None) -> R:
+    """Return the run of this rank, to make a fork of after a step.
 
     Raises:
-        RunError: it was recorded by another number.
+        RunError: another number of processes recorded the step.
     """
-    known = run.facts.training.ranks
-    before, now = (1 if each is None else each.count for each in (known, ranks))
+    place = stretch_at(run.stretches, at)
+    before, now = run.stretches[place].facts.processes, _count(agreement)
     if before != now:
         raise RunError(
-            f"{run.name} was recorded by {_processes(before)}, and {_processes(now)} would continue "
-            f"it; {verb} it with {_processes(before)}"
+            f"{run.name} was recorded by {processes_text(before)}, and {processes_text(now)} would "
+            f"continue it; fork it with {processes_text(before)}, and resume the fork with as many as "
+            "you like"
         )
+    return run if agreement is None else run.ranks_of(place)[agreement.ranks.rank]
 
 
-def _processes(number: int) -> str:
-    return "one process" if number == 1 else f"{number} processes"
+def run_to_continue(run: R, agreement: Agreement | None) -> R:
+    """Return the run of this rank, to continue from a state that all ranks have.
+
+    If another number of processes recorded it, that is a state of all of those. A rank begins with that
+    of the rank of the same number, and a new one with that of rank 0, and the random generators of its
+    process. Rank 0 writes on in the run; others begin directories, since those of their numbers have
+    what repeats the steps so far.
+
+    Raises:
+        RunError: another number recorded it, and the ranks had different parameters, or no step yet.
+    """
+    before, now = run.facts.training.processes, _count(agreement)
+    rank = 0 if agreement is None else agreement.ranks.rank
+    if before == now:
+        return run if agreement is None else agreement.continued(run.ranks[rank])
+    top = run.ranks[0]
+    at = max((row.step for row in top.snapshot_rows()), default=0)
+    ranks = top.ranks_of(place := stretch_at(top.stretches, at))  # those that took the step
+    states = _states_alike(ranks, at)
+    if top.stretches[place].facts.processes == now:  # others came after it, and have left no state
+        own = ranks[rank]
+    elif agreement is None or not rank:
+        own = top
+    else:
+        is_new = rank >= len(ranks)
+        parent = 0 if is_new else rank
+        own = _begun_from(ranks[parent], at, states[parent], agreement.ranks, is_new=is_new)
+    if agreement is not None:
+        agreement.wait_for_all("begun")  # rank 0 then changes what others have read
+    own.common_states, own.common_steps, own.others = frozenset([0, at]), at, before
+    return own
+
+
+def _count(agreement: Agreement | None) -> int:
+    return 1 if agreement is None else agreement.ranks.count
+
+
+def _states_alike(ranks: Sequence[RecordedRun], at: int) -> list[State]:
+    """Return the states of all ranks after a step.
+
+    Raises:
+        RunError: one cannot be read, or the parameters or the optimizers are not the same in all.
+    """
+    cure = "continue it with as many processes as before"
+    states = [state for each in ranks if (state := each.state_near(at, after=at - 1)) is not None]
+    if not at or len(states) < len(ranks):
+        raise RunError(
+            f"{ranks[0].name} has no readable state after a step of all its ranks, from which another "
+            f"number of processes could continue it; {cure}, or record it anew"
+        )
+    for rank, state in enumerate(states):
+        found = [each.tensor for each in state_differences(states[0], state, only_seen=True)]
+        # Buffers may differ, as those of batch norm do.
+        own = {n.replace("parameter/", "parameters/") for n in state.settings.get("names", ())}
+        own -= {n.replace("buffer/", "parameters/") for n in state.settings.get("names", ())}
+        differing = [name for name in found if name in own or name.startswith("optimizer/")]
+        if differing:
+            raise RunError(
+                f"{ranks[0].name} cannot be continued by another number of processes: after step "
+                f"{at:,}, {differing[0].partition('/')[2]} is not the same on ranks 0 and {rank}; {cure}"
+            )
+    return states
+
+
+def _begun_from(parent: R, at: int, state: State, ranks: RanksFacts, *, is_new: bool) -> R:
+    """Begin the run of a rank with the losses of a parent up to a state, without what repeats them.
+
+    is_new: the parent is the run of another rank.
+    """
+    facts = parent.facts
+    place = rank_directory(parent.ranks[0].directory.resolve(), ranks.rank, ranks.count, at)
+    shutil.rmtree(place, ignore_errors=True)  # of processes that ended before rank 0 had taken a step
+    if is_new:
+        own = Generators.capture(select(facts.training.device)).tensors()
+        drawn = {f"generator/{name}": tensor for name, tensor in own.items()}
+        state = replace(state, rest=state.rest | drawn)
+    file = facts.training.experiment_file or EXPERIMENT_FILE
+    texts = {file: parent.read_file(file).decode()} if parent.files(file) else {}
+    given = facts.model_dump(include={"started", "steps", "config", "tags"})
+    trained = facts.training.model_copy(update={"ranks": ranks})
+    status = "finished" if facts.status == "finished" and facts.steps == at else "stopped"
+    begun = Facts(name=place.name, status=status, trained=trained, **given)
+    create_directory(place, "")
+    Recorder(place, begun, DEFAULT_BUDGET, parent, at, texts=texts, beginning=state).finish({})
+    return type(parent)(place)
