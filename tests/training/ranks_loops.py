@@ -503,6 +503,15 @@ def condition(begin, rank):
     everystep.record(model=mlp(), run="runs/condition", stop_when="loss < 1").__enter__()
 
 
+def unshared(begin, rank):
+    """The last rank is on a machine that does not see what rank 0 has begun."""
+    agreement.RANKS, agreement.NOTICE_SECONDS = ("elsewhere" if rank else "ranks"), 0.1
+    try:
+        begin(model=mlp()).__enter__()
+    finally:
+        agreement.RANKS, agreement.NOTICE_SECONDS = "ranks", 10
+
+
 def taken(begin, rank):
     """The directory of the run exists."""
     begin(model=mlp()).__enter__()

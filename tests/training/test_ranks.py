@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ REFUSED = {
     "kept": "the ranks do not begin the same recording: keep is",
     "condition": "stop_when: a condition may hold on one process alone",
     "taken": "runs/taken already exists",
+    "unshared": "where rank 0 has begun it; begin it in a directory that all machines share",
     "indivisible": "batch_size: 5 rows cannot be split equally among 2 processes",
     "last_batch": "drop_last: a batch of 1 rows cannot be split among 2 processes",
     "own_loss": "loss: must be one of torch's, with a reduction",
@@ -77,14 +79,19 @@ def launched(directory, names, processes=2, **environment):
 
 
 @pytest.mark.sweep
-def test_torchrun_starts_them(tmp_path):
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(ranks_loops.__file__, "plain"),
-    ]
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_starts_them(tmp_path, nodes):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    how = ["--nnodes", str(nodes), "--nproc-per-node", "2"]
+    how += ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "one"]
+    command = [sys.executable, "-m", "torch.distributed.run", *how, ranks_loops.__file__, "plain"]
     given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    subprocess.run(command, cwd=tmp_path, env=os.environ | given, check=True)
-    assert everystep.open(tmp_path / "runs/plain").verify().is_exact
+    started = [subprocess.Popen(command, cwd=tmp_path, env=os.environ | given) for _ in range(nodes)]
+    assert [each.wait() for each in started] == [0] * nodes
+    run = everystep.open(tmp_path / "runs/plain")
+    assert (len(run.ranks), run.verify().is_exact) == (2 * nodes, True)
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +347,29 @@ def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
         assert len(run) == 15 + 3 + 3
 
 
+def test_steps_at_another_rate_are_those_of_all_ranks(trained):
+    run, fork = (everystep.open(trained[0] / name) for name in ("epochs", "forked"))
+    for rank, other in zip(run.ranks, fork.ranks, strict=True):
+        for at in (ranks_loops.FORKED_AT, ranks_loops.FORKED_AT + 3):
+            [case] = rank.what_if(at, lr=0.001).cases
+            if at == ranks_loops.FORKED_AT:
+                assert case.losses == tuple(other.losses["loss"][at:])
+            assert len(case.losses) == 18 - at and case.differs_from is None
+
+
+def test_one_process_makes_a_fork_of_a_model(trained, tmp_path):
+    run, model = everystep.open(trained[0] / "shuffled_mean"), ranks_loops.mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    given = {"model": model, "loss": nn.MSELoss(), "optimizer": optimizer}
+    fork = run.fork(3, **given, steps=5, run=tmp_path / "fork", progress=False)
+    torch.testing.assert_close(fork.parameters(5), run.parameters(5), rtol=1e-5, atol=1e-7)
+    verified = fork.verify()
+    assert (verified.is_exact, verified.steps, len(fork)) == (True, 2, 5)
+    assert fork.losses["loss"][:3].equals(run.losses["loss"][:3])
+    with pytest.raises(everystep.RunError, match=r"not kept \(keep: those by one process\)"):
+        fork[3]
+
+
 def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
     (tmp_path / "runs/taken").mkdir(parents=True)
     found, errors = launched(tmp_path, [*REFUSED, "alone"], RECORDED="1")
@@ -348,14 +378,16 @@ def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
         for rank in found:
             assert message.replace("\\", "") in rank[name], name
     assert "rank 1 has not begun a recording within" in found[0]["alone"]
+    assert not (tmp_path / "runs/unshared").exists()
 
 
 def test_what_needs_one_process_is_refused(trained, tmp_path):
     runs, _, _ = trained
     run = everystep.open(runs / "plain")
-    for asked in (run.fork, run.what_if):
-        with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
-            asked(3, lr=1.0)
+    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
+        run.fork(3, lr=1.0)
+    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
+        run.what_if(3, relabel={0: 1.0})
     with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
         run.rerun(threads=2)
     with pytest.raises(everystep.RunError, match=r"0\.weight is not the same on ranks 0 and 1"):

@@ -325,7 +325,8 @@ def remove_unbegun(directory: Path) -> bool:
                 return False
     names = {path.name for path in directory.iterdir()}
     # Data and experiments may be the user's.
-    if any(name not in _FOLDERS and _kind(Path(name)) != "database" for name in names):
+    own = {RANKS, *_FOLDERS}
+    if any(name not in own and _kind(Path(name)) != "database" for name in names):
         return True  # creating the run there reports that the directory exists
     try:
         with locked(directory):

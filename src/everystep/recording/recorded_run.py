@@ -179,8 +179,8 @@ class RecordedRun:
         if count > 1:
             raise RunError(
                 f"{self.name} was trained by {count} processes, and everystep cannot {what} yet; "
-                "verify, step, diff, why, rows, when and measure work, and its script resumes it, or "
-                "forks it by everystep.record(fork=..., at=...)"
+                "verify, step, diff, why, rows, when, measure and what-if --lr work, and its script "
+                "resumes it, or forks it by everystep.record(fork=..., at=...)"
             )
 
     def _of_rank(self, directory: Path, known: RanksFacts) -> Self:

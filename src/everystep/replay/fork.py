@@ -162,6 +162,12 @@ class Fork:
         hyperparameters: the lr and similar settings in the parent's state.
         """
         fork = self.facts(job.steps)
+        if (count := self.stretch.facts.processes) > 1:
+            told = (
+                f"{count} processes trained {self.run.name}, and one trains the fork: results differ by "
+                "rounding and by random draws, and the steps so far open in the former only"
+            )
+            job = replace(job, notices=[*job.notices, told])
         job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
         # With a scheduler, all is recorded; otherwise, only what changed.
@@ -257,9 +263,9 @@ def fork(
         TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
-    asked.run.check_alone("make a fork of such a run")
     run = asked.run
     if run.facts.training.loop:
+        run.check_alone("make a fork of such a run by its programs")
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:

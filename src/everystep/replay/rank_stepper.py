@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -94,12 +95,14 @@ class RankStepper(ReplayStepper):
             self._generators[rank] = torch.get_rng_state()
             torch.set_rng_state(own)
 
-    def load(self, state: State) -> None:
-        """Restore the states of all ranks after a step from disk; see `ReplayStepper.load`."""
+    def load(self, state: State, others: Mapping[int, State] = MappingProxyType({})) -> None:
+        """Restore the states of all ranks; those of others that are not given are read from disk."""
         for rank, other in self.others.items():
             run = other.steps.run
             problems: list[str] = []
-            found = run.state_near(state.step, after=state.step - 1, on_problem=problems.append)
+            found = others.get(rank) or run.state_near(
+                state.step, after=state.step - 1, on_problem=problems.append
+            )
             if found is None:
                 reason = "; ".join(problems) or "it has no such state"
                 raise RunError(f"rank {rank} of {run.name} cannot begin at state {state.step}: {reason}")
@@ -213,7 +216,7 @@ class RankStepper(ReplayStepper):
         other = self.others[rank]
         [loss] = other.run(step)
         known = other.steps.loss(step)
-        is_same = loss == known or (loss != loss and known != known)
+        is_same = other.steps.is_changed or loss == known or (loss != loss and known != known)
         if not is_same and rank not in self._differing:
             self._differing.add(rank)
             self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")

@@ -7,6 +7,7 @@ everystep's own could meet one of the training.
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from everystep import clock
 from everystep.device import select
 from everystep.errors import EverystepError, RunError, UsageError, say
-from everystep.recording.directories import create_directory, rank_directory
+from everystep.recording.directories import RANKS, create_directory, rank_directory
 from everystep.recording.facts import Facts, RanksFacts
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, stretch_at
 from everystep.recording.recorder import Recorder
@@ -35,6 +36,8 @@ __all__ = ["Agreement", "check_stops_together", "ranks_here", "run_to_continue",
 R = TypeVar("R", bound=RecordedRun)
 #: Seconds to wait for other ranks before that is reported, and before it is an error, as in torch.
 NOTICE_SECONDS, MOST_SECONDS = 10, 1800
+#: How what is agreed on about the run itself begins.
+_RUN = "the run"
 #: The backend with sums that a replay can repeat, since they are computed in the same order there.
 GLOO = "gloo"
 #: Numbers the recordings of this process: the ranks begin the same ones.
@@ -84,12 +87,14 @@ class Agreement:
         """
         given = [dict(each) for each in self._shared("about", dict(about))]
         for rank, each in enumerate(given):
-            for key in dict.fromkeys((*given[0], *each)):
+            # A rank that sees no run to resume begins one, which differs in all else, too.
+            for key in sorted({**given[0], **each}, key=lambda key: not key.startswith(_RUN)):
                 one, two = given[0].get(key), each.get(key)
                 if one != two:
+                    cure = "; all must see it in the same directory" if key.startswith(_RUN) else ""
                     raise UsageError(
                         f"the ranks do not begin the same recording: {key} is {one!r:.80} on rank 0, "
-                        f"and {two!r:.80} on rank {rank}"
+                        f"and {two!r:.80} on rank {rank}{cure}"
                     )
 
     def directory(self, wanted: Path | None, name: str, since: int = 0) -> Path:
@@ -100,19 +105,43 @@ class Agreement:
         Raises:
             RunError, RecordingError: it exists, or cannot be created, here or by rank 0.
         """
-        if self.ranks.rank:
-            [found] = self._shared("directory", None, sources=[0])
-            if "error" in found:
-                raise RunError(f"rank 0 cannot begin the run: {found['error']}")
-            rank, count = self.ranks.rank, self.ranks.count
-            return create_directory(rank_directory(Path(found["directory"]), rank, count, since), name)
+        rank, place, error = self.ranks.rank, Path(), None
+        found = self._shared("directory", None, sources=[0])[0] if rank else ""
         try:
-            place = create_directory(wanted, name)
-        except EverystepError as error:
-            self._shared("directory", {"error": str(error)}, sources=[])
-            raise
-        self._shared("directory", {"directory": str(place.resolve())}, sources=[])
+            if not rank:
+                place = create_directory(wanted, name)
+                (place / RANKS).mkdir()
+            elif found:
+                place = create_directory(self._place_in(Path(found), since), name)
+        except EverystepError as problem:
+            error = problem
+        if not rank:
+            self._shared("directory", "" if error else str(place.resolve()), sources=[])
+        problems = self._shared("begun", "" if error is None else str(error))
+        if error is not None:
+            raise error
+        for other, text in enumerate(problems):
+            if text:
+                if not rank:
+                    shutil.rmtree(place)
+                raise RunError(f"rank {other} cannot begin the run: {text}")
         return place
+
+    def _place_in(self, top: Path, since: int) -> Path:
+        """Return the directory of this rank within that of rank 0.
+
+        Raises:
+            RunError: this machine does not see the latter.
+        """
+        begun = clock.now()
+        while not (top / RANKS).is_dir():  # a network may show it late
+            if clock.now() - begun > NOTICE_SECONDS / 2:
+                raise RunError(
+                    f"{platform.node()} does not see {top}, where rank 0 has begun it; begin it in a "
+                    "directory that all machines share, under the same path"
+                )
+            time.sleep(0.1)
+        return rank_directory(top, self.ranks.rank, self.ranks.count, since)
 
     def continued(self, own: R) -> R:
         """Return the run of this rank, which continues from a state that all ranks have."""
