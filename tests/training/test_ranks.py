@@ -31,7 +31,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 TRAINED = [
     *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
-    *("accumulated", "by_hand", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
+    *("accumulated", "by_hand", "read", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
     *("forked", "trained_model", "trained_step"),
 ]
 REFUSED = {
@@ -347,14 +347,30 @@ def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
         assert len(run) == 15 + 3 + 3
 
 
-def test_steps_at_another_rate_are_those_of_all_ranks(trained):
-    run, fork = (everystep.open(trained[0] / name) for name in ("epochs", "forked"))
-    for rank, other in zip(run.ranks, fork.ranks, strict=True):
-        for at in (ranks_loops.FORKED_AT, ranks_loops.FORKED_AT + 3):
-            [case] = rank.what_if(at, lr=0.001).cases
-            if at == ranks_loops.FORKED_AT:
-                assert case.losses == tuple(other.losses["loss"][at:])
-            assert len(case.losses) == 18 - at and case.differs_from is None
+def test_programs_take_the_steps_of_all_ranks_at_another_rate(trained, tmp_path):
+    at, (run, by_loop) = (
+        ranks_loops.FORKED_AT,
+        (everystep.open(trained[0] / n) for n in ("epochs", "forked")),
+    )
+    fork = run.ranks[1].fork(at, lr=0.001, run=tmp_path / "fork", progress=False)
+    for rank, other, parent in zip(fork.ranks, by_loop.ranks, run.ranks, strict=True):
+        assert rank.verify().is_exact
+        assert rank.losses.equals(other.losses) and rank.measured("lr") == other.measured("lr")
+        last = other.parameters(-1)
+        assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
+        [case] = parent.what_if(at, lr=0.001).cases
+        assert case.losses == tuple(other.losses["loss"][at:])
+        [later] = parent.what_if(at + 3, lr=0.001).cases
+        assert len(later.losses) == len(case.losses) - 3 and later.differs_from is None
+    assert fork.doctor().is_healthy
+    with pytest.raises(everystep.RunError, match="a loop cannot continue theirs"):
+        everystep.record(run=fork.directory, resume=True, model=nn.Linear(2, 1)).__enter__()
+
+
+def test_programs_take_steps_up_to_what_python_read_on_another_rank(trained, tmp_path):
+    fork = everystep.open(trained[0] / "read").fork(3, lr=0.05, run=tmp_path / "fork", progress=False)
+    assert [*map(len, fork.ranks)] == [4, 4] and fork.verify().is_exact
+    assert "rank 1: step 5 differs from the recording" in fork.facts.reason
 
 
 def test_one_process_makes_a_fork_of_a_model(trained, tmp_path):
@@ -385,7 +401,7 @@ def test_what_needs_one_process_is_refused(trained, tmp_path):
     runs, _, _ = trained
     run = everystep.open(runs / "plain")
     with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
-        run.fork(3, lr=1.0)
+        run.fork(3, relabel={0: 1.0})
     with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
         run.what_if(3, relabel={0: 1.0})
     with pytest.raises(everystep.RunError, match="was trained by 2 processes"):

@@ -181,5 +181,5 @@ def _of_rank(run: str, rank: int) -> str:
     if rank >= len(ranks := found.ranks):
         known = f"its ranks are 0 to {len(ranks) - 1}" if ranks[1:] else "one process trained it"
         raise UsageError(f"{found.name} has no rank {rank}; {known}")
-    within = ranks[rank].directory.resolve().relative_to(top := ranks[0].directory.resolve())
-    return str(Path(run) / within if found.directory.resolve() == top else ranks[rank].directory)
+    is_first = found.known_ranks is None or found.known_ranks.rank == 0
+    return str(Path(run) / ranks[rank].within if is_first else ranks[rank].directory)

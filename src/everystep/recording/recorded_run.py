@@ -154,6 +154,11 @@ class RecordedRun:
         return [_place_of_rank(top, rank, trained_by) for rank in range(trained.processes)]
 
     @property
+    def within(self) -> Path:
+        """Its directory within that of rank 0."""
+        return self.directory.resolve().relative_to(self.ranks[0].directory.resolve())
+
+    @property
     def shown_ranks(self) -> list[Self]:
         """The runs whose losses belong to this one: of rank 0, those of all ranks that can be read."""
         if self.known_ranks is not None and not self.known_ranks.rank:
@@ -179,8 +184,8 @@ class RecordedRun:
         if count > 1:
             raise RunError(
                 f"{self.name} was trained by {count} processes, and everystep cannot {what} yet; "
-                "verify, step, diff, why, rows, when, measure and what-if --lr work, and its script "
-                "resumes it, or forks it by everystep.record(fork=..., at=...)"
+                "verify, step, diff, why, rows, when and measure work, fork and what-if with lr, and "
+                "its script resumes it, or forks it by everystep.record(fork=..., at=...)"
             )
 
     def _of_rank(self, directory: Path, known: RanksFacts) -> Self:

@@ -56,6 +56,8 @@ class RankStepper(ReplayStepper):
         steps, diverged: as of a `ReplayStepper`.
         rank: the number of this rank.
         others: the recorded steps of the other ranks, by number.
+
+    hooks: of the other ranks, by number.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RankStepper(ReplayStepper):
             number: ReplayStepper(each, partial(self._note_other, number))
             for number, each in others.items()
         }
+        self.hooks: Mapping[int, Hook] = {}
         self._generators: dict[int, Tensor] = {}
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
@@ -214,7 +217,7 @@ class RankStepper(ReplayStepper):
     def _run_other(self, rank: int, step: int) -> list[float]:
         """Repeat a step of another rank, and compare its loss with the recorded one."""
         other = self.others[rank]
-        [loss] = other.run(step)
+        [loss] = other.run(step, self.hooks.get(rank))
         known = other.steps.loss(step)
         is_same = other.steps.is_changed or loss == known or (loss != loss and known != known)
         if not is_same and rank not in self._differing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -219,11 +218,11 @@ def resume(
     at = len(asked)
     facts = facts_resumed(run, facts_alone(run, at), asked.last, resume_facts(run, at))
 
-    def record(state: State) -> tuple[Recorder, Facts]:
+    def record(_: RecordedRun, state: State) -> tuple[Recorder, Facts]:
         recorder = Recorder(run.directory, facts, asked.budget, at=at, is_resumed=True)
         return recorder, facts.model_copy(update={"name": run.name})
 
-    return continue_alone(run, at, partial(FurtherSteps, run, stretch), record, progress), None
+    return continue_alone(run, at, FurtherSteps, record, progress), None
 
 
 def resume_experiment(

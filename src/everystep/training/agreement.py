@@ -97,10 +97,10 @@ class Agreement:
                         f"and {two!r:.80} on rank {rank}{cure}"
                     )
 
-    def directory(self, wanted: Path | None, name: str, since: int = 0) -> Path:
+    def directory(self, wanted: Path | None, name: str, parent: RecordedRun | None = None) -> Path:
         """Create the directory of this rank's run, within that of rank 0.
 
-        wanted, name: as `create_directory` has them; since: as `rank_directory` has it.
+        wanted, name: as `create_directory` has them; parent: of a fork, the run of this rank.
 
         Raises:
             RunError, RecordingError: it exists, or cannot be created, here or by rank 0.
@@ -112,7 +112,7 @@ class Agreement:
                 place = create_directory(wanted, name)
                 (place / RANKS).mkdir()
             elif found:
-                place = create_directory(self._place_in(Path(found), since), name)
+                place = create_directory(self._place_in(Path(found), parent), name)
         except EverystepError as problem:
             error = problem
         if not rank:
@@ -127,7 +127,7 @@ class Agreement:
                 raise RunError(f"rank {other} cannot begin the run: {text}")
         return place
 
-    def _place_in(self, top: Path, since: int) -> Path:
+    def _place_in(self, top: Path, parent: RecordedRun | None) -> Path:
         """Return the directory of this rank within that of rank 0.
 
         Raises:
@@ -141,7 +141,7 @@ class Agreement:
                     "directory that all machines share, under the same path"
                 )
             time.sleep(0.1)
-        return rank_directory(top, self.ranks.rank, self.ranks.count, since)
+        return rank_directory(top, self.ranks.rank) if parent is None else top / parent.within
 
     def continued(self, own: R) -> R:
         """Return the run of this rank, which continues from a state that all ranks have."""

@@ -145,10 +145,7 @@ class LoopStart:
             )
         trained = facts_of_loop(parts)
         fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
-        stretches = parent.stretches[: stretch_at(parent.stretches, at)]
-        others = [each.last or 0 for each in stretches if each.facts.processes != trained.processes]
-        since = max(others, default=0)
-        create = create_directory if agreement is None else partial(agreement.directory, since=since)
+        create = create_directory if agreement is None else partial(agreement.directory, parent=parent)
         directory = create(self.directory, f"{parent.name}-fork")
         try:
             begin = parent.state_near(0)
