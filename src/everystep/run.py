@@ -517,6 +517,8 @@ class Run(RecordedRun):
         changes is bit-identical to this run. The optimizer continues with its state; an optimizer of
         another class starts without state.
 
+        Of a model that several processes trained, one trains the fork, up to rounding and random draws.
+
         Of your own loop or step function, the recorded programs take the recorded steps again, with
         `relabel`, `lr` or both; other forks your code makes: `everystep.record(fork=run, at=at, ...)`.
         The fork ends before the first step in which Python would read another number than recorded.
@@ -584,9 +586,9 @@ class Run(RecordedRun):
     ) -> Run:
         """Continue a training that ended early, or train a finished one further; return the run.
 
-        Training continues from the newest snapshot, to the bits of an uninterrupted training. Steps
-        recorded after the snapshot are repeated and compared with the recording. The run changes only
-        when a new step is taken.
+        Training continues from the newest snapshot, to the bits of an uninterrupted training if there
+        are as many processes as before. Steps recorded after the snapshot are repeated and compared with
+        the recording. The run changes only when a new step is taken.
 
         Args:
             steps: the last step; default: that of the run.

@@ -152,10 +152,6 @@ class Agreement:
         own.common_steps = min(steps)
         return own
 
-    def wait_for_all(self, topic: str) -> None:
-        """Wait until all ranks have come as far."""
-        self._shared(topic, True)
-
     def _shared(self, topic: str, value: Any, sources: list[int] | None = None) -> list[Any]:
         """Give a value to the other ranks, and return theirs, in order.
 
@@ -256,7 +252,7 @@ def run_to_continue(run: R, agreement: Agreement | None) -> R:
         parent = 0 if is_new else rank
         own = _begun_from(ranks[parent], at, states[parent], agreement.ranks, is_new=is_new)
     if agreement is not None:
-        agreement.wait_for_all("begun")  # rank 0 then changes what others have read
+        agreement._shared("begun", "")  # rank 0 then changes what others have read
     own.common_states, own.common_steps, own.others = frozenset([0, at]), at, before
     return own
 
