@@ -427,6 +427,11 @@ def command(begin, rank):
         app(["resume", "runs/command", "--steps", "7", "-q"], standalone_mode=False)
 
 
+def command_again(begin, rank):
+    """Another number of processes has continued it."""
+    app(["resume", "runs/command", "--steps", "11", "-q"], standalone_mode=False)
+
+
 other_row = partial(planted, row=True)
 nan = partial(planted, nan=True)
 other_weight = partial(planted, weight=True)

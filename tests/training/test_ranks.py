@@ -386,6 +386,24 @@ def test_one_process_makes_a_fork_of_a_model(trained, tmp_path):
         fork[3]
 
 
+def test_commands_resume_an_experiment_with_another_number_of_processes(trained, tmp_path):
+    shutil.copytree(trained[0] / "command", tmp_path / "runs/command")
+    assert everystep.open(tmp_path / "runs/command").resume(9, progress=False).verify().is_exact
+    for processes in (4, 4):  # and again as many, of which nothing is left to do
+        found, errors = launched(tmp_path, ["command_again"], processes, RECORDED="1")
+        assert None not in found, errors
+    assert "has all its 11 steps" in found[0]["command_again"]
+    run = everystep.open(tmp_path / "runs/command")
+    assert [each.facts.processes for each in run.stretches][-2:] == [1, 4]
+    for rank in run.ranks:
+        assert len(rank) == 11 and rank.verify().is_exact
+    assert [len(step.batch["x"]) for step in run[11].ranks] == [16] * 4
+    assert (
+        run.table_frame()["loss (rank 3)"].to_list()
+        == [None] * 9 + run.ranks[3].losses["loss"][9:].to_list()
+    )
+
+
 def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
     (tmp_path / "runs/taken").mkdir(parents=True)
     found, errors = launched(tmp_path, [*REFUSED, "alone"], RECORDED="1")

@@ -317,7 +317,13 @@ class RecordedRun:
             columns["loss"] = losses
             for rank, run in enumerate(self.shown_ranks[1:], start=1):
                 own = run.losses_between(first, first + len(steps) - 1)
-                columns[f"loss (rank {rank})"] = [*own, *[None] * (len(steps) - len(own))]
+                taken = [(each.last, each.training.ranks) for each in run.facts.earlier]
+                others = [last for last, of in taken if of is None or of.rank != rank]
+                begins = max(
+                    0, max(others, default=0) - first + 1
+                )  # before that, there was no such rank
+                shown = [None if place < begins else loss for place, loss in enumerate(own)]
+                columns[f"loss (rank {rank})"] = [*shown, *[None] * (len(steps) - len(own))]
         for series, (at, values) in found.items():
             if last is not None and not len(at):
                 continue

@@ -301,9 +301,9 @@ def _begun_from(parent: R, at: int, state: State, ranks: RanksFacts, *, is_new: 
         drawn = {f"generator/{name}": tensor for name, tensor in own.items()}
         state = replace(state, rest=state.rest | drawn)
     file = facts.training.experiment_file or EXPERIMENT_FILE
-    texts = {file: parent.read_file(file).decode()} if parent.files(file) else {}
+    texts = {EXPERIMENT_FILE: parent.read_file(file).decode()} if parent.files(file) else {}
     given = facts.model_dump(include={"started", "steps", "config", "tags"})
-    trained = facts.training.model_copy(update={"ranks": ranks})
+    trained = facts.training.model_copy(update={"ranks": ranks, "experiment_file": None})
     status = "finished" if facts.status == "finished" and facts.steps == at else "stopped"
     begun = Facts(name=place.name, status=status, trained=trained, **given)
     create_directory(place, "")
