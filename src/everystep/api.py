@@ -295,9 +295,9 @@ def record(
     Python runs at every step. everystep records its tensor operations, so that each step opens again
     without your code.
 
-    With `resume`, the same script continues where its run ended, to the bits of an uninterrupted loop:
-    the parts get the values of the newest snapshot, and `steps` skips the batches before it. Later steps
-    are repeated and compared with the recording.
+    With `resume`, the same script continues where its run ended, to the bits of an uninterrupted loop if
+    there are as many processes: the parts get the values of the newest snapshot, and `steps` skips the
+    batches before it. Later steps are repeated and compared with the recording.
 
     With `fork` and `at`, a new run equals another one up to step `at` and continues with this loop. The
     parts get the values of the newest snapshot before, and `steps` skips the batches before that. The

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from everystep.errors import StepError, UsageError
 from everystep.recording.directories import AWAITED, place_of
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.snapshots import DEFAULT_BUDGET
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class Run(RecordedRun):
         return shown
 
     def _steps_of_ranks(self, number: int) -> Steps:
-        return Steps([(rank, number) for rank in self.ranks])
+        ranks = self.ranks_of(stretch_at(self.stretches, number))
+        return Steps([(rank, number) for rank in ranks])
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])
@@ -517,6 +518,8 @@ class Run(RecordedRun):
         changes is bit-identical to this run. The optimizer continues with its state; an optimizer of
         another class starts without state.
 
+        Of a model that several processes trained, one trains the fork, up to rounding and random draws.
+
         Of your own loop or step function, the recorded programs take the recorded steps again, with
         `relabel`, `lr` or both; other forks your code makes: `everystep.record(fork=run, at=at, ...)`.
         The fork ends before the first step in which Python would read another number than recorded.
@@ -584,9 +587,9 @@ class Run(RecordedRun):
     ) -> Run:
         """Continue a training that ended early, or train a finished one further; return the run.
 
-        Training continues from the newest snapshot, to the bits of an uninterrupted training. Steps
-        recorded after the snapshot are repeated and compared with the recording. The run changes only
-        when a new step is taken.
+        Training continues from the newest snapshot, to the bits of an uninterrupted training if there
+        are as many processes as before. Steps recorded after the snapshot are repeated and compared with
+        the recording. The run changes only when a new step is taken.
 
         Args:
             steps: the last step; default: that of the run.

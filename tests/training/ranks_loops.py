@@ -167,6 +167,19 @@ def by_hand(begin, rank):
     return trained_alone(begin, model, batches(rank), exchange, logged=mean)
 
 
+def read(begin, rank):
+    """Python reads the loss of the last rank in each step."""
+    model = mlp()
+
+    def add(number):
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+
+    return trained_alone(
+        begin, model, batches(rank), add, logged=lambda loss: (rank and loss.item(), loss)[1]
+    )
+
+
 def local_steps(begin, rank):
     """Averages the weights in every fourth step alone."""
     torch.manual_seed(rank)
@@ -255,8 +268,10 @@ def uneven(begin, rank):
 def epochs(begin, rank, kill=None, slower_after=None):
     """A sampler of torch's, dropout, and a validation on all ranks.
 
-    kill: ends a rank at a step; slower_after: the step after which the rate is lower.
+    kill: ends a rank at a step; slower_after: the step after which the rate is lower. The environment
+    has the step after which the loop is left, if it has.
     """
+    leaves = int(os.environ.get("LEAVE", 0))
     generator = torch.Generator().manual_seed(1)
     rows = TensorDataset(*(torch.randn(48, n, generator=generator) for n in (20, 1)))
     sampler = DistributedSampler(rows, seed=3)
@@ -277,6 +292,8 @@ def epochs(begin, rank, kill=None, slower_after=None):
                 recording.log(loss=loss)
                 if kill == (rank, recording.step_count):
                     os.kill(os.getpid(), signal.SIGKILL)
+                if recording.step_count + 1 == leaves:
+                    return model
             ddp.eval()
             with torch.no_grad():
                 validation = sum(nn.functional.mse_loss(ddp(x), y) for x, y in loader)
@@ -393,6 +410,8 @@ class Killed(Progress):
 def shuffled_mean(begin, rank, kill=None, reduction="mean"):
     if begin is not unrecorded:
         given = {"resume": "RESUME" in os.environ, "progress": Killed(rank, kill)}
+        if "LEAVE" in os.environ:
+            given |= {"epochs": None, "steps": int(os.environ["LEAVE"])}
         shuffled(f"runs/shuffled_{reduction}", reduction, **given)
 
 
@@ -406,6 +425,11 @@ def command(begin, rank):
         app(["train", *given], standalone_mode=False)
         app(["train", *given[:2], "5", *given[3:], "--resume"], standalone_mode=False)
         app(["resume", "runs/command", "--steps", "7", "-q"], standalone_mode=False)
+
+
+def command_again(begin, rank):
+    """Another number of processes has continued it."""
+    app(["resume", "runs/command", "--steps", "11", "-q"], standalone_mode=False)
 
 
 other_row = partial(planted, row=True)
@@ -495,6 +519,15 @@ def kept(begin, rank):
 
 def condition(begin, rank):
     everystep.record(model=mlp(), run="runs/condition", stop_when="loss < 1").__enter__()
+
+
+def unshared(begin, rank):
+    """The last rank is on a machine that does not see what rank 0 has begun."""
+    agreement.RANKS, agreement.NOTICE_SECONDS = ("elsewhere" if rank else "ranks"), 0.1
+    try:
+        begin(model=mlp()).__enter__()
+    finally:
+        agreement.RANKS, agreement.NOTICE_SECONDS = "ranks", 10
 
 
 def taken(begin, rank):

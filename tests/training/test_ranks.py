@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 TRAINED = [
     *("plain", "dropout", "batch_norm", "buckets", "views_of_buckets", "unused_parameters", "product"),
-    *("accumulated", "by_hand", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
+    *("accumulated", "by_hand", "read", "local_steps", "many_collectives", "lists", "uneven", "epochs"),
     *("forked", "trained_model", "trained_step"),
 ]
 REFUSED = {
@@ -43,6 +44,7 @@ REFUSED = {
     "kept": "the ranks do not begin the same recording: keep is",
     "condition": "stop_when: a condition may hold on one process alone",
     "taken": "runs/taken already exists",
+    "unshared": "where rank 0 has begun it; begin it in a directory that all machines share",
     "indivisible": "batch_size: 5 rows cannot be split equally among 2 processes",
     "last_batch": "drop_last: a batch of 1 rows cannot be split among 2 processes",
     "own_loss": "loss: must be one of torch's, with a reduction",
@@ -77,14 +79,19 @@ def launched(directory, names, processes=2, **environment):
 
 
 @pytest.mark.sweep
-def test_torchrun_starts_them(tmp_path):
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(ranks_loops.__file__, "plain"),
-    ]
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_starts_them(tmp_path, nodes):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    how = ["--nnodes", str(nodes), "--nproc-per-node", "2"]
+    how += ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "one"]
+    command = [sys.executable, "-m", "torch.distributed.run", *how, ranks_loops.__file__, "plain"]
     given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    subprocess.run(command, cwd=tmp_path, env=os.environ | given, check=True)
-    assert everystep.open(tmp_path / "runs/plain").verify().is_exact
+    started = [subprocess.Popen(command, cwd=tmp_path, env=os.environ | given) for _ in range(nodes)]
+    assert [each.wait() for each in started] == [0] * nodes
+    run = everystep.open(tmp_path / "runs/plain")
+    assert (len(run.ranks), run.verify().is_exact) == (2 * nodes, True)
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +308,102 @@ def test_a_killed_rank_ends_the_run_and_all_resume_to_the_same_bits(tmp_path, tr
         assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
 
 
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("epochs", [(2, {"LEAVE": "8"}), (3, {"KILL": "2,11"}), (1, {})]),
+        ("epochs", [(1, {"LEAVE": "15"}), (4, {})]),
+        ("shuffled_mean", [(2, {"LEAVE": "8"}), (1, {"LEAVE": "13"}), (2, {})]),
+    ],
+)
+@pytest.mark.sweep(every=3)
+def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
+    resumed = {}
+    for processes, given in stages:
+        found, errors = launched(tmp_path, [name], processes, RECORDED="1", **resumed, **given)
+        resumed = {"RESUME": "1"}
+    assert None not in found and found[0] == found[-1], errors
+    run = everystep.open(tmp_path / "runs" / name)
+    assert f"continues with {processes} after step {run.stretches[-1].first - 1}: its results" in errors
+    count = [stretch.facts.processes for stretch in run.stretches]
+    assert (count[0], count[-1]) == (stages[0][0], processes)
+    for rank in run.ranks:
+        assert rank.verify().is_exact
+    for stretch in run.stretches:
+        step = run[stretch.first]
+        assert len(step.ranks) == stretch.facts.processes
+        assert all(each.is_exact and each.number == step.number for each in step.ranks)
+    if run.ranks[1:]:
+        assert run.when("ranks differ").steps == ()
+        with pytest.raises(everystep.RunError, match=f"not kept .keep: those by {processes} processes"):
+            run.ranks[1][1]
+    assert run.doctor().is_healthy
+    if name == "shuffled_mean":  # it has the batches of one process
+        for steps in (8, 13, 20):
+            given = {"epochs": None, "steps": steps, "resume": True}
+            one = ranks_loops.shuffled(tmp_path / "one", "mean", **given)
+        torch.testing.assert_close(run.parameters(-1), one.parameters(-1), rtol=1e-5, atol=1e-7)
+    elif processes == 4:  # a quarter of the second epoch has less than one of its three batches now
+        assert len(run) == 15 + 3 + 3
+
+
+def test_programs_take_the_steps_of_all_ranks_at_another_rate(trained, tmp_path):
+    at, (run, by_loop) = (
+        ranks_loops.FORKED_AT,
+        (everystep.open(trained[0] / n) for n in ("epochs", "forked")),
+    )
+    fork = run.ranks[1].fork(at, lr=0.001, run=tmp_path / "fork", progress=False)
+    for rank, other, parent in zip(fork.ranks, by_loop.ranks, run.ranks, strict=True):
+        assert rank.verify().is_exact
+        assert rank.losses.equals(other.losses) and rank.measured("lr") == other.measured("lr")
+        last = other.parameters(-1)
+        assert all(torch.equal(tensor, last[name]) for name, tensor in rank.parameters(-1).items())
+        [case] = parent.what_if(at, lr=0.001).cases
+        assert case.losses == tuple(other.losses["loss"][at:])
+        [later] = parent.what_if(at + 3, lr=0.001).cases
+        assert len(later.losses) == len(case.losses) - 3 and later.differs_from is None
+    assert fork.doctor().is_healthy
+    with pytest.raises(everystep.RunError, match="a loop cannot continue theirs"):
+        everystep.record(run=fork.directory, resume=True, model=nn.Linear(2, 1)).__enter__()
+
+
+def test_programs_take_steps_up_to_what_python_read_on_another_rank(trained, tmp_path):
+    fork = everystep.open(trained[0] / "read").fork(3, lr=0.05, run=tmp_path / "fork", progress=False)
+    assert [*map(len, fork.ranks)] == [4, 4] and fork.verify().is_exact
+    assert "rank 1: step 5 differs from the recording" in fork.facts.reason
+
+
+def test_one_process_makes_a_fork_of_a_model(trained, tmp_path):
+    run, model = everystep.open(trained[0] / "shuffled_mean"), ranks_loops.mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    given = {"model": model, "loss": nn.MSELoss(), "optimizer": optimizer}
+    fork = run.fork(3, **given, steps=5, run=tmp_path / "fork", progress=False)
+    torch.testing.assert_close(fork.parameters(5), run.parameters(5), rtol=1e-5, atol=1e-7)
+    verified = fork.verify()
+    assert (verified.is_exact, verified.steps, len(fork)) == (True, 2, 5)
+    assert fork.losses["loss"][:3].equals(run.losses["loss"][:3])
+    with pytest.raises(everystep.RunError, match=r"not kept \(keep: those by one process\)"):
+        fork[3]
+
+
+def test_commands_resume_an_experiment_with_another_number_of_processes(trained, tmp_path):
+    shutil.copytree(trained[0] / "command", tmp_path / "runs/command")
+    assert everystep.open(tmp_path / "runs/command").resume(9, progress=False).verify().is_exact
+    for processes in (4, 4):  # and again as many, of which nothing is left to do
+        found, errors = launched(tmp_path, ["command_again"], processes, RECORDED="1")
+        assert None not in found, errors
+    assert "has all its 11 steps" in found[0]["command_again"]
+    run = everystep.open(tmp_path / "runs/command")
+    assert [each.facts.processes for each in run.stretches][-2:] == [1, 4]
+    for rank in run.ranks:
+        assert len(rank) == 11 and rank.verify().is_exact
+    assert [len(step.batch["x"]) for step in run[11].ranks] == [16] * 4
+    assert (
+        run.table_frame()["loss (rank 3)"].to_list()
+        == [None] * 9 + run.ranks[3].losses["loss"][9:].to_list()
+    )
+
+
 def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
     (tmp_path / "runs/taken").mkdir(parents=True)
     found, errors = launched(tmp_path, [*REFUSED, "alone"], RECORDED="1")
@@ -309,18 +412,20 @@ def test_what_is_not_possible_is_refused_on_all_ranks(tmp_path):
         for rank in found:
             assert message.replace("\\", "") in rank[name], name
     assert "rank 1 has not begun a recording within" in found[0]["alone"]
+    assert not (tmp_path / "runs/unshared").exists()
 
 
 def test_what_needs_one_process_is_refused(trained, tmp_path):
     runs, _, _ = trained
     run = everystep.open(runs / "plain")
-    for asked in (run.fork, run.what_if):
-        with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
-            asked(3, lr=1.0)
+    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
+        run.fork(3, relabel={0: 1.0})
+    with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
+        run.what_if(3, relabel={0: 1.0})
     with pytest.raises(everystep.RunError, match="was trained by 2 processes"):
         run.rerun(threads=2)
-    with pytest.raises(everystep.RunError, match="recorded by 2 processes"):
-        everystep.record(run=runs / "plain", resume=True, model=nn.Linear(2, 1)).__enter__()
+    with pytest.raises(everystep.RunError, match=r"0\.weight is not the same on ranks 0 and 1"):
+        everystep.record(run=runs / "other_weight", resume=True, model=nn.Linear(2, 1)).__enter__()
     with pytest.raises(everystep.RunError, match="fork it with 2 processes"):
         everystep.record(fork=runs / "plain", at=3, model=nn.Linear(2, 1)).__enter__()
     with pytest.raises(everystep.UsageError, match="has no ranks"):

@@ -12,7 +12,7 @@ from everystep.errors import EverystepError, RunError
 from everystep.recording.blocks import BLOCK
 from everystep.recording.contents import Given, inputs_of, read_contents
 from everystep.recording.database import FILE_NAME, Database, reading
-from everystep.recording.directories import is_run, name_of, rank_directory
+from everystep.recording.directories import is_run, name_of
 from everystep.recording.facts import Facts
 from everystep.recording.files import batch_file, program_file
 from everystep.recording.health import Finding, number_findings
@@ -63,12 +63,13 @@ def doctor(directory: Path) -> Diagnosis:
         raise RunError(f"{directory} is not a run: {FILE_NAME} is missing")
     own = _own(directory)
     with suppress(RunError):
-        known = RecordedRun(directory, may_be_cut=True).known_ranks
-        for rank in range(1, known.count) if known is not None and not known.rank else ():
-            place = rank_directory(directory, rank)
+        run, top = RecordedRun(directory, may_be_cut=True), directory.resolve()
+        known = [run.places_of_ranks(place) for place in range(len(run.stretches))]
+        ranks = {place: rank for each in known for rank, place in enumerate(each) if place != top}
+        for place, rank in ranks.items() if all(each[0] == top for each in known) else ():
             missing = Finding("run", f"the run of rank {rank} is missing", _RESTORE)
             found = _own(place).findings if is_run(place) else (missing,)
-            name = str(place.relative_to(directory))
+            name = str(place.relative_to(top))
             named = tuple(each._replace(place=f"{name}/{each.place}") for each in found)
             own = replace(own, findings=own.findings + named)
     return own

@@ -25,6 +25,7 @@ from everystep.program.observed import Observed, unset_results
 from everystep.program.operation import Phase
 from everystep.program.optimizer_operator import OPTIMIZERS
 from everystep.program.step_program import Program
+from everystep.recording.recorded_run import stretch_at
 from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Span, Visitor, spans
 from everystep.replay.processes import Opener
@@ -214,7 +215,8 @@ def _knowing_others(opener: Opener, number: int) -> Step:
     """Return a step that knows those before, and those of other ranks."""
 
     def of_ranks(number: int) -> list[Step]:
-        return [_knowing_others(Opener(rank), number) for rank in opener.run.ranks]
+        ranks = opener.run.ranks_of(stretch_at(opener.run.stretches, number))
+        return [_knowing_others(Opener(rank), number) for rank in ranks]
 
     return replace(opener.step(number), earlier=opener.step, of_ranks=of_ranks)
 

@@ -174,7 +174,7 @@ def _of_rank(run: str, rank: int) -> str:
     Raises:
         UsageError: it has no such rank.
     """
-    from everystep.recording.directories import find_run, rank_directory
+    from everystep.recording.directories import find_run
     from everystep.recording.recorded_run import RecordedRun
 
     found = RecordedRun(find_run(run), may_be_cut=True)
@@ -182,4 +182,4 @@ def _of_rank(run: str, rank: int) -> str:
         known = f"its ranks are 0 to {len(ranks) - 1}" if ranks[1:] else "one process trained it"
         raise UsageError(f"{found.name} has no rank {rank}; {known}")
     is_first = found.known_ranks is None or found.known_ranks.rank == 0
-    return str(rank_directory(Path(run), rank) if is_first else ranks[rank].directory)
+    return str(Path(run) / ranks[rank].within if is_first else ranks[rank].directory)

@@ -154,7 +154,7 @@ def resume(
 ) -> None:
     """Continue a training that was killed or stopped.
 
-    The run is bit-identical to one that was not interrupted.
+    With as many processes as before, it is bit-identical to one that was not interrupted.
 
     Args:
         steps: Last step, to train further; default: that of the run.

@@ -6,13 +6,14 @@ import math
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.connection import fingerprint
 from everystep.recording.database import FILE_NAME
-from everystep.recording.directories import is_sweep, rank_directory
+from everystep.recording.directories import is_sweep
 from everystep.recording.facts import RanksFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Summary
@@ -77,8 +78,9 @@ class RunIndex:
         top, _, rank = name.rpartition(_RANK)
         if top not in folders or not rank.isdecimal():
             return None
-        found = rank_directory(folders[top], int(rank))
-        return found if found.is_dir() and not found.is_symlink() else None
+        with suppress(RunError, IndexError):
+            return RecordedRun(folders[top], may_be_cut=True).ranks[int(rank)].directory
+        return None
 
     def folders(self) -> dict[str, Path]:
         """Return all folders by name; one that is not a run yet may become one."""

@@ -226,7 +226,9 @@ def inherit(
     return kept
 
 
-def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
+def tidy(
+    directory: Path, database: Database, recorded: int, at: int, *, changes_again: bool = False
+) -> None:
     """Remove files that belong to no recorded step, temporary files, and unreadable snapshots.
 
     Args:
@@ -234,6 +236,7 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
         database: of the run.
         recorded: the newest step that stays.
         at: the state that the training continues from; it writes later ones again.
+        changes_again: remove what code changed after the newest step: others may change other things.
     """
     removed = []
     for row in database.snapshots():
@@ -244,7 +247,7 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
                 removed.append(row.step)
         except RunError:
             removed.append(row.step)
-    changes = database.changes(lambda changed: changed > recorded)
+    changes = database.changes(lambda changed: changed > recorded - changes_again)
     with database.removing([*map(state_folder, removed), *changes]):
         database.forget_after(recorded)
     for path in directory.glob(".*.tmp"):  # of a process that was killed

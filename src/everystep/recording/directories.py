@@ -73,9 +73,17 @@ def is_sweep(directory: Path) -> bool:
 AWAITED: dict[str, Any] = {}
 
 
-def rank_directory(top: Path, rank: int) -> Path:
-    """Return the directory of the run of one of several processes. top: of that of rank 0."""
-    return top / RANKS / str(rank) if rank else top
+def rank_directory(top: Path, rank: int, count: int = 0, since: int = 0) -> Path:
+    """Return the directory of the run of one of several processes.
+
+    Args:
+        top: of that of rank 0.
+        rank: its number.
+        count: how many they are.
+        since: the state from which on they are as many, if the run began with others.
+    """
+    name = f"{rank}-of-{count}-from-{since + 1}" if since else str(rank)
+    return top / RANKS / name if rank else top
 
 
 def name_of(directory: Path) -> str:
@@ -317,7 +325,8 @@ def remove_unbegun(directory: Path) -> bool:
                 return False
     names = {path.name for path in directory.iterdir()}
     # Data and experiments may be the user's.
-    if any(name not in _FOLDERS and _kind(Path(name)) != "database" for name in names):
+    own = {RANKS, *_FOLDERS}
+    if any(name not in own and _kind(Path(name)) != "database" for name in names):
         return True  # creating the run there reports that the directory exists
     try:
         with locked(directory):

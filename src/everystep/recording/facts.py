@@ -328,6 +328,11 @@ class TrainingFacts(_Fact):
     ranks: RanksFacts | None = None
 
     @property
+    def processes(self) -> int:
+        """How many processes trained together."""
+        return 1 if self.ranks is None else self.ranks.count
+
+    @property
     def programs(self) -> Sequence[int]:
         """The numbers of the programs of the steps."""
         if self.loop is not None:

@@ -69,13 +69,21 @@ def stretch_at(stretches: Sequence[Stretch], step: int) -> int:
     return max(place for place, each in enumerate(stretches) if each.first <= max(step, 1))
 
 
+def _place_of_rank(top: Path, rank: int, stretches: Sequence[Stretch]) -> Path:
+    """Return the directory of a rank that trained the last of some stretches. top: of rank 0."""
+    count = stretches[-1].facts.processes
+    others = [each.last or 0 for each in stretches if each.facts.processes != count]
+    return rank_directory(top, rank, count, max(others, default=0))
+
+
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
 
     It warns if the run is damaged, as far as that shows without reading all numbers.
 
     common_states, common_steps: the steps of the states that all ranks have, and how many steps, if they
-    agreed on that; None: as read.
+    agreed on that; None: as read. others: how many processes recorded it, if it is continued by another
+    number.
 
     may_be_cut: do not look at it yet; a finished run may lack its last steps.
 
@@ -88,6 +96,7 @@ class RecordedRun:
         self._database_path = self.directory / FILE_NAME
         self.common_states: frozenset[int] | None = None
         self.common_steps: int | None = None
+        self.others: int | None = None
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
         if not may_be_cut:
@@ -110,20 +119,44 @@ class RecordedRun:
         Raises:
             RunError: that of a rank is missing, or this one was moved out of its run.
         """
-        known = self.known_ranks
-        if known is None:
-            return [self]
-        place = self.directory.resolve()
-        top = place if known.rank == 0 else place.parent.parent
-        if place != rank_directory(top, known.rank):  # what is around it may be anything
-            raise RunError(
-                f"{self.name} is rank {known.rank} of a run, and is not in its directory {RANKS}/; put "
+        return [self] if self.known_ranks is None else self.ranks_of(-1)
+
+    def ranks_of(self, place: int) -> list[Self]:
+        """Return the runs of all processes that trained the stretch at a place together, by rank.
+
+        Only this one of an earlier stretch without a step that it keeps.
+
+        Raises:
+            RunError: as `ranks`.
+        """
+        known = self.stretches[place].facts.ranks
+        own, places = self.directory.resolve(), self.places_of_ranks(place)
+        return [self if known is None or each == own else self._of_rank(each, known) for each in places]
+
+    def places_of_ranks(self, place: int) -> list[Path]:
+        """Return the directories of `ranks_of`, whether they exist or not.
+
+        Raises:
+            RunError: this one was moved out of its run.
+        """
+        stretches, facts = self.stretches, self.facts
+        first, last, trained = stretches[place]
+        own, now = self.directory.resolve(), facts.training.ranks
+        if trained.ranks is None or (last and not any(end >= first for _, end in facts.kept(last))):
+            return [own]
+        top = own if now is None or not now.rank else own.parent.parent
+        if now is not None and own != _place_of_rank(top, now.rank, stretches):
+            raise RunError(  # what is around it may be anything
+                f"{self.name} is rank {now.rank} of a run, and is not in its directory {RANKS}/; put "
                 "it back there"
             )
-        return [
-            self if rank == known.rank else self._of_rank(rank_directory(top, rank), known)
-            for rank in range(known.count)
-        ]
+        trained_by = stretches[: place % len(stretches) + 1]
+        return [_place_of_rank(top, rank, trained_by) for rank in range(trained.processes)]
+
+    @property
+    def within(self) -> Path:
+        """Its directory within that of rank 0."""
+        return self.directory.resolve().relative_to(self.ranks[0].directory.resolve())
 
     @property
     def shown_ranks(self) -> list[Self]:
@@ -145,12 +178,14 @@ class RecordedRun:
         Raises:
             RunError: several did.
         """
-        known = self.known_ranks
-        if known is not None:
+        facts = self.facts
+        trained = [each.training for each in facts.earlier] + ([facts.trained] if facts.trained else [])
+        count = max((each.processes for each in trained), default=1)
+        if count > 1:
             raise RunError(
-                f"{self.name} was trained by {known.count} processes, and everystep cannot {what} yet; "
-                "verify, step, diff, why, rows, when and measure work, and its script resumes it, or "
-                "forks it by everystep.record(fork=..., at=...)"
+                f"{self.name} was trained by {count} processes, and everystep cannot {what} yet; "
+                "verify, step, diff, why, rows, when and measure work, fork and what-if with lr, and "
+                "its script resumes it, or forks it by everystep.record(fork=..., at=...)"
             )
 
     def _of_rank(self, directory: Path, known: RanksFacts) -> Self:
@@ -282,7 +317,13 @@ class RecordedRun:
             columns["loss"] = losses
             for rank, run in enumerate(self.shown_ranks[1:], start=1):
                 own = run.losses_between(first, first + len(steps) - 1)
-                columns[f"loss (rank {rank})"] = [*own, *[None] * (len(steps) - len(own))]
+                taken = [(each.last, each.training.ranks) for each in run.facts.earlier]
+                others = [last for last, of in taken if of is None or of.rank != rank]
+                begins = max(
+                    0, max(others, default=0) - first + 1
+                )  # before that, there was no such rank
+                shown = [None if place < begins else loss for place, loss in enumerate(own)]
+                columns[f"loss (rank {rank})"] = [*shown, *[None] * (len(steps) - len(own))]
         for series, (at, values) in found.items():
             if last is not None and not len(at):
                 continue
@@ -476,11 +517,19 @@ class RecordedRun:
     def snapshot_rows(self) -> list[SnapshotRow]:
         """Return the database rows of the snapshots, in order: of states that all ranks have."""
         rows = self.own_snapshot_rows()
-        common = self.common_states
-        if common is None and self.known_ranks is not None:
-            steps = [{row.step for row in each.own_snapshot_rows()} for each in self.ranks]
-            common = frozenset.intersection(*map(frozenset, steps))
-        return rows if common is None else [row for row in rows if row.step in common]
+        if self.common_states is not None:
+            return [row for row in rows if row.step in self.common_states]
+        facts = self.facts
+        trained = [facts.trained, *(each.training for each in facts.earlier)]
+        if not any(each is not None and each.ranks for each in trained):
+            return rows
+        stretches, common = self.stretches, set[int]()
+        for place, stretch in enumerate(stretches):
+            steps = {row.step for row in rows if stretch_at(stretches, row.step) == place}
+            for each in self.ranks_of(place) if stretch.facts.ranks is not None and steps else ():
+                steps &= {row.step for row in each.own_snapshot_rows()}
+            common |= steps
+        return [row for row in rows if row.step in common]
 
     def own_snapshot_rows(self) -> list[SnapshotRow]:
         """Return the same, of this rank alone."""

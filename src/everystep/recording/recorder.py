@@ -40,6 +40,7 @@ from everystep.recording.keep import Ahead, Keep, Outlook, is_kept
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import LARGE_BYTES, SnapshotPlan, read_snapshot, write_snapshot
+from everystep.recording.texts import processes_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -374,17 +375,25 @@ class Recorder:
                 database.enter(row.files)
                 self.plan.kept[row.step] = row.size
             first = {"status": "running", "writer": writer_here()}
-            kept = self._begin_keeping(() if parent is None else parent.facts.not_kept, at)
+            known = [*(() if parent is None else parent.facts.not_kept)]
+            for each in inherited.get("earlier", ()):
+                if each.training.processes != facts.training.processes:
+                    # To repeat them needs the runs of the ranks that took them, which stay in place.
+                    keep = f"those by {processes_text(facts.training.processes)}"
+                    known.append(NotKeptFacts(first=1, last=each.last, keep=keep))
+            kept = self._begin_keeping(known, at)
             database.write_facts(first | inherited | facts.rows() | kept)
             self._earlier = inherited.get("earlier", ())
             self._pin()
 
     def _resume(self, facts: Facts) -> None:
         """Continue with the data of the run, and remove files of unrecorded steps."""
-        recorded = self._database.newest_step()
+        recorded, before = self._database.newest_step(), self._database.facts()
+        is_changed = bool(facts.resumed and facts.resumed[-1].changed)
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
-        tidy(self._home.here, self._database, recorded, self._passed)
+        again = is_changed and before.training.loop is not None
+        tidy(self._home.here, self._database, recorded, self._passed, changes_again=again)
         before = self._database.facts()
         kept = self._begin_keeping(before.not_kept, recorded)
         self._again = Continuation(self._home.here, self._database, facts.rows() | kept)

@@ -15,6 +15,7 @@ __all__ = [
     "model_text",
     "optimizer_parts",
     "optimizers_text",
+    "processes_text",
     "scheduler_text",
     "shortest",
     "value_text",
@@ -30,6 +31,11 @@ _RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
 def is_rate(name: str) -> bool:
     """Return whether a measurement is a learning rate or its like: recorded where it changes."""
     return _RATE.fullmatch(name) is not None
+
+
+def processes_text(count: int) -> str:
+    """Return how many processes train together."""
+    return "one process" if count == 1 else f"{count} processes"
 
 
 def column_title(measurement: str) -> str:

@@ -52,6 +52,8 @@ class ChangedSteps(RecordedSteps):
             outside of torch may depend on the change.
     """
 
+    is_changed = True
+
     def __init__(
         self,
         run: RecordedRun,

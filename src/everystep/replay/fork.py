@@ -162,6 +162,12 @@ class Fork:
         hyperparameters: the lr and similar settings in the parent's state.
         """
         fork = self.facts(job.steps)
+        if (count := self.stretch.facts.processes) > 1:
+            told = (
+                f"{count} processes trained {self.run.name}, and one trains the fork: results differ by "
+                "rounding and by random draws, and the steps so far open in the former only"
+            )
+            job = replace(job, notices=[*job.notices, told])
         job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
         # With a scheduler, all is recorded; otherwise, only what changed.
@@ -257,9 +263,9 @@ def fork(
         TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
-    asked.run.check_alone("make a fork of such a run")
     run = asked.run
     if run.facts.training.loop:
+        asked = replace(asked, run=run.ranks[0])
         _check_loop(asked, given)
         return _fork_alone(asked, progress), None
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
@@ -281,6 +287,8 @@ def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
     asked.check()
     if asked.without:
         check_has_rows(run, at)
+    if asked.targets:
+        run.check_alone("make a fork of such a run with other targets")
     others = {*asked.settings} - {"lr", "steps"} | {name for name in given if given[name] is not None}
     others -= {"scheduler_every"}
     if others or not (asked.targets or "lr" in asked.settings):
@@ -294,13 +302,14 @@ def _check_loop(asked: Fork, given: Mapping[str, Any]) -> None:
             f"{run.name} has no batches after step {newest:,}: a fork by its programs begins before "
             "that step, and ends there at the latest"
         )
-    check_determined(
-        run,
-        at,
-        last,
-        "relabelled" if asked.targets else "at another rate",
-        is_of_rates="lr" in asked.settings,
-    )
+    for rank in run.ranks:
+        check_determined(
+            rank,
+            at,
+            last,
+            "relabelled" if asked.targets else "at another rate",
+            is_of_rates="lr" in asked.settings,
+        )
 
 
 def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
@@ -308,22 +317,24 @@ def _fork_alone(asked: Fork, progress: Progress) -> Outcome:
     run, at, lr = asked.run, asked.at, asked.settings.get("lr")
     if lr is not None and not (type(lr) in (int, float) and 0 <= lr < math.inf):
         raise UsageError(f"lr is {lr!r:.80}; pass a learning rate from 0 on")
-    fork = asked.facts(asked.last)
-    fork = fork.model_copy(update={"changed": {k: v for k, v in fork.changed.items() if k != "steps"}})
-    # An experiment of the parent does not describe the fork.
-    trained = facts_alone(run, at, lr).model_copy(update={"experiment_file": None})
+    changed = {key: value for key, value in asked.changed.items() if key != "steps"}
+    tops: list[Path] = []
 
-    def steps_of(rule: RowsOf | None) -> ChangedSteps:
-        if trained.loop is None:
-            return FurtherSteps(run, asked.stretch, rule, lr)
-        steps = range(at + 1, asked.last + 1)
-        return ChangedSteps(run, asked.stretch, rule, steps, lr, asked.targets)
+    def steps_of(of_rank: RecordedRun, stretch: Stretch, rule: RowsOf | None) -> ChangedSteps:
+        if stretch.facts.loop is None:
+            return FurtherSteps(of_rank, stretch, rule, lr)
+        last = min(asked.last, of_rank.newest_step())  # a rank may have fewer batches
+        return ChangedSteps(of_rank, stretch, rule, range(at + 1, last + 1), lr, asked.targets)
 
-    def record(state: State) -> tuple[Recorder, Facts]:
-        place = create_directory(asked.directory, f"{run.name}-fork")
+    def record(of_rank: RecordedRun, state: State) -> tuple[Recorder, Facts]:
+        # An experiment of the parent does not describe the fork.
+        trained = facts_alone(of_rank, at, lr).model_copy(update={"experiment_file": None})
+        wanted = tops[0] / of_rank.within if tops else asked.directory
+        tops.append(place := create_directory(wanted, f"{run.name}-fork"))
+        fork = replace(asked, run=of_rank).facts(asked.last).model_copy(update={"changed": changed})
         facts = Facts(name=place.name, started=now(), steps=asked.last, trained=trained, fork=fork)
         # Only what changed is new: all batches are as far within a budget as the parent's.
-        recorder = Recorder(place, facts, asked.budget, run, at, math.inf, beginning=state)
+        recorder = Recorder(place, facts, asked.budget, of_rank, at, math.inf, beginning=state)
         return recorder, facts
 
     return continue_alone(run, at, steps_of, record, progress, lr)

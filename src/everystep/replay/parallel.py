@@ -250,7 +250,7 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
         return
     for rank, state in replay.stepper.captured_others().items():
         problems: list[str] = []
-        run = replay.run.ranks[rank]
+        run = replay.stepper.others[rank].steps.run
         other = run.state_near(span.last, after=span.last - 1, on_problem=problems.append)
         replay.problems += [f"rank {rank}: {problem}" for problem in problems]
         if other is not None:

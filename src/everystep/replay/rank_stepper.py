@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -55,6 +56,8 @@ class RankStepper(ReplayStepper):
         steps, diverged: as of a `ReplayStepper`.
         rank: the number of this rank.
         others: the recorded steps of the other ranks, by number.
+
+    hooks: of the other ranks, by number.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class RankStepper(ReplayStepper):
             number: ReplayStepper(each, partial(self._note_other, number))
             for number, each in others.items()
         }
+        self.hooks: Mapping[int, Hook] = {}
         self._generators: dict[int, Tensor] = {}
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
@@ -94,12 +98,14 @@ class RankStepper(ReplayStepper):
             self._generators[rank] = torch.get_rng_state()
             torch.set_rng_state(own)
 
-    def load(self, state: State) -> None:
-        """Restore the states of all ranks after a step from disk; see `ReplayStepper.load`."""
+    def load(self, state: State, others: Mapping[int, State] = MappingProxyType({})) -> None:
+        """Restore the states of all ranks; those of others that are not given are read from disk."""
         for rank, other in self.others.items():
             run = other.steps.run
             problems: list[str] = []
-            found = run.state_near(state.step, after=state.step - 1, on_problem=problems.append)
+            found = others.get(rank) or run.state_near(
+                state.step, after=state.step - 1, on_problem=problems.append
+            )
             if found is None:
                 reason = "; ".join(problems) or "it has no such state"
                 raise RunError(f"rank {rank} of {run.name} cannot begin at state {state.step}: {reason}")
@@ -211,9 +217,9 @@ class RankStepper(ReplayStepper):
     def _run_other(self, rank: int, step: int) -> list[float]:
         """Repeat a step of another rank, and compare its loss with the recorded one."""
         other = self.others[rank]
-        [loss] = other.run(step)
+        [loss] = other.run(step, self.hooks.get(rank))
         known = other.steps.loss(step)
-        is_same = loss == known or (loss != loss and known != known)
+        is_same = other.steps.is_changed or loss == known or (loss != loss and known != known)
         if not is_same and rank not in self._differing:
             self._differing.add(rank)
             self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")

@@ -60,7 +60,8 @@ class RecordedSteps:
         conversion: of the programs and their inputs, None for none.
     """
 
-    #: A learning rate other than the recorded ones.
+    #: Whether something differs from the recording, and a learning rate other than the recorded ones.
+    is_changed = False
     lr: float | None = None
 
     def __init__(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -86,8 +86,10 @@ class ReplayStepper:
 
     # The state.
 
-    def load(self, state: State) -> None:
+    def load(self, state: State, others: Mapping[int, State] = MappingProxyType({})) -> None:
         """Restore a state from disk.
+
+        others: those of other ranks, by number, where a `RankStepper` repeats them, too.
 
         Raises:
             RunError: it is not a state of watched steps.
@@ -100,8 +102,8 @@ class ReplayStepper:
         self._tensors.clear()  # those of a large model take much memory
         self._begin(state.step, self._here({n: named[n] for n in names if n in named}))
         # Of a large model, the tensors take much memory, and here they have been copied.
-        known, others = (dict.fromkeys(each, _NO_NUMBERS) for each in (state.parameters, state.rest))
-        self._loaded = replace(state, parameters=known, rest=others)
+        known, rest = (dict.fromkeys(each, _NO_NUMBERS) for each in (state.parameters, state.rest))
+        self._loaded = replace(state, parameters=known, rest=rest)
         self._loaded_at = state.step
         self._has_diverged = False
         state.generators.restore(self.steps.device)
@@ -170,6 +172,10 @@ class ReplayStepper:
             settings = {key: each for key, each in settings.items() if key not in ("held", "place")}
         state = State(self.state, parameters, rest, settings)
         return state if self._is_own_loop else state.with_optimizer("optimizer", self._groups())
+
+    def captured_others(self) -> dict[int, State]:
+        """Return the current states of the other ranks that it repeats, too, by number."""
+        return {}
 
     def _names_read(self) -> set[str]:
         """Return the names of the state that any program reads, as far as they can be read."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from everystep.replay.without_objects import check_alone, continue_alone, facts_
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.agreement import Agreement, check_same_number, ranks_here
+from everystep.training.agreement import Agreement, ranks_here, run_to_continue
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
@@ -44,6 +43,7 @@ from everystep.training.model_step import training_parts
 from everystep.training.objects import Objects, is_dataset
 from everystep.training.resumed import (
     changes,
+    changes_by_others,
     check_changes,
     check_rules,
     check_taken_by_loop,
@@ -103,15 +103,13 @@ class Resume:
         """Return the same request, of the rank that this process is.
 
         Raises:
-            RunError: the run was trained by another number of processes.
+            RunError: as `run_to_continue`.
         """
         ranks = ranks_here()
-        check_same_number(self.run, ranks)
-        if ranks is None:
-            return self
-        agreement = Agreement(ranks)
-        agreement.check({"the run to resume": self.run.ranks[0].directory.name})
-        return replace(self, run=agreement.continued(self.run.ranks[ranks.rank]))
+        agreement = None if ranks is None else Agreement(ranks)
+        if agreement is not None:
+            agreement.check({"the run to resume": self.run.ranks[0].directory.name})
+        return replace(self, run=run_to_continue(self.run, agreement))
 
     def __len__(self) -> int:
         common = self.run.common_steps
@@ -147,11 +145,12 @@ class Resume:
         # A metric more or less changes no step.
         changed = changes(facts, job.facts, ("data.digest", "evaluate_every", *left_out))
         check_changes(run, changed, is_accepted=self.is_accepted)
+        changed = (*changes_by_others(run, job.facts), *changed)
         if state is not None:
             check_rules(run, state.step)
             everything = ("model", "loss", "optimizer", "scheduler")
             job.training.restore(state, everything if self.is_accepted else None)
-        at = begin if self.is_accepted else recorded
+        at = begin if self.is_accepted or run.others is not None else recorded
         origin = StartingPoint(
             run=run,
             at=begin,
@@ -219,11 +218,11 @@ def resume(
     at = len(asked)
     facts = facts_resumed(run, facts_alone(run, at), asked.last, resume_facts(run, at))
 
-    def record(state: State) -> tuple[Recorder, Facts]:
+    def record(_: RecordedRun, state: State) -> tuple[Recorder, Facts]:
         recorder = Recorder(run.directory, facts, asked.budget, at=at, is_resumed=True)
         return recorder, facts.model_copy(update={"name": run.name})
 
-    return continue_alone(run, at, partial(FurtherSteps, run, stretch), record, progress), None
+    return continue_alone(run, at, FurtherSteps, record, progress), None
 
 
 def resume_experiment(

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from everystep import clock, numerics
@@ -17,7 +18,7 @@ from everystep.device import select
 from everystep.errors import RunError, StepError, say
 from everystep.experiment.batches import RowsOf
 from everystep.program.precision import Precision
-from everystep.recording.recorded_run import RecordedRun, stretch_at
+from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.snapshots import SnapshotRow
 from everystep.replay.opened_step import Step
 from everystep.replay.rank_stepper import RankStepper
@@ -319,21 +320,32 @@ class Replay:
                 found = batch_source(self.run, facts, self.data, select(facts.device), conversion)
                 assert isinstance(found, RowsOf)
                 rule = found
-            steps = RecordedSteps(self.run, stretch, rule, conversion)
-            self._steppers[at] = self._stepper(steps, at, rule)
+            recorded = partial(RecordedSteps, conversion=conversion)
+            self._steppers[at] = self.stepper_for(at, rule, recorded, self._diverge)
         return self._steppers[at]
 
-    def _stepper(self, steps: RecordedSteps, at: int, rule: RowsOf | None) -> ReplayStepper:
+    def stepper_for(
+        self,
+        at: int,
+        rule: RowsOf | None,
+        steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], RecordedSteps],
+        diverged: Callable[[int, str], object],
+    ) -> ReplayStepper:
+        """Return a new stepper of a stretch, and of that of all ranks.
+
+        rule: of the batches, if they follow one; steps_of: returns the steps of a rank; diverged: as
+        `ReplayStepper` has it.
+        """
+        steps = steps_of(self.run, self.stretches[at], rule)
         ranks = steps.facts.ranks
         if ranks is None:
-            return ReplayStepper(steps, self._diverge)
-        rules = {rank: rule and rule.of_rank(rank, ranks.count) for rank in range(ranks.count)}
+            return ReplayStepper(steps, diverged)
         others = {
-            rank: RecordedSteps(run, run.stretches[at], rules[rank], self._conversion)
-            for rank, run in enumerate(self.run.ranks)
+            rank: steps_of(run, run.stretches[at], rule and rule.of_rank(rank, ranks.count))
+            for rank, run in enumerate(self.run.ranks_of(at))
             if rank != ranks.rank
         }
-        return RankStepper(steps, self._diverge, ranks.rank, others)
+        return RankStepper(steps, diverged, ranks.rank, others)
 
     def _diverge(self, step: int, problem: str = "") -> None:
         """Note that a step differs from the recording, and how if its loss does not show it."""

@@ -88,7 +88,8 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     stretch = replay.stretches[replay.stretch_of(number)]
     engine = stretch.facts.engine
     turn = None if engine is None else engine.eager_from
-    if turn is None or turn > number or number in run.snapshots:
+    is_shared = stretch.facts.ranks is not None  # Python would need all ranks to repeat the steps
+    if is_shared or turn is None or turn > number or number in run.snapshots:
         return replay.state(number)
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
     with replay.in_force(number):

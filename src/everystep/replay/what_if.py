@@ -109,17 +109,18 @@ def what_if(
         ExpressionError: the expression is invalid, or needs what only the recorded run has.
         RunError: the steps cannot be repeated with the change; gives the reason.
     """
-    opener.run.check_alone("take its steps with something changed")
-    run = opener.run
+    run, without_rows, is_of_rates = opener.run, isinstance(cases[0], tuple), isinstance(cases[0], float)
+    if not is_of_rates:
+        run.check_alone("take its steps without rows or with other targets")
     count = run.newest_step()
     for number in (at, until):
         if not 0 <= number <= count:
             raise no_such_step(run, number)
     if until <= at:
         raise UsageError(f"the trainings start after step {at}, so they cannot end at step {until}")
-    without_rows, is_of_rates = isinstance(cases[0], tuple), isinstance(cases[0], float)
     change = "at another rate" if is_of_rates else "without the rows" if without_rows else "relabelled"
-    check_determined(run, at, until, change, is_of_rates=is_of_rates)
+    for rank in run.ranks:
+        check_determined(rank, at, until, change, is_of_rates=is_of_rates)
     question = read_question(by, run)
     wanted = [
         each for each in question.references if each.kind in ("measurements", "rows") or each.is_previous
@@ -190,20 +191,25 @@ def _train_alone(
     """Let programs train from a state, once at each learning rate, or with each choice of targets."""
     run, at = replay.run, state.step
     place = replay.stretch_of(at + 1)
-    stretch, rule = replay.stretches[place], replay.stepper_of(place).steps.rule
+    rule, taken = replay.stepper_of(place).steps.rule, range(at + 1, until + 1)
     found = []
-    with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
+    device = select(replay.stretches[place].facts.device)
+    with replay.in_force(at + 1):
+        others = replay.go_to(at, place).captured_others()
+    with replay.in_force(at + 1), generators_preserved(device):
         for change in cases:
             differing: dict[int, str] = {}
-            taken, rate, steps = range(at + 1, until + 1), None, RecordedSteps(run, stretch, rule)
+            rate: float | None = None
+            steps_of: Callable[..., RecordedSteps] = RecordedSteps
             if isinstance(change, float):
-                rate, steps = change, ChangedSteps(run, stretch, rule, taken, change)
+                rate, steps_of = change, partial(ChangedSteps, steps=taken, lr=change)
             elif change is not None:
-                steps = ChangedSteps(run, stretch, rule, taken, relabelled=change)
-            stepper = ReplayStepper(steps, differing.setdefault)
-            stepper.load(state)
+                steps_of = partial(ChangedSteps, steps=taken, relabelled=change)
+            stepper = replay.stepper_for(place, rule, steps_of, differing.setdefault)
+            stepper.load(state, others)
             outcome = _outcome(run, question, (at, until), stepper)
             case = Case((), *outcome, rate, min(differing, default=None))
+            steps = stepper.steps
             if isinstance(steps, ChangedSteps):
                 case = replace(case, targets=steps.targets, found_in=steps.steps_with(taken))
             found.append(case)

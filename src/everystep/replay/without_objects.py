@@ -8,7 +8,7 @@ Nothing compares these steps with Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -23,9 +23,9 @@ from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
+from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_columns import is_setting
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
-from everystep.replay.replay_stepper import ReplayStepper
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt
@@ -140,8 +140,8 @@ def check_determined(run: RecordedRun, at: int, until: int, change: str, *, is_o
 def continue_alone(
     run: RecordedRun,
     at: int,
-    steps_of: Callable[[RowsOf | None], ChangedSteps],
-    record: Callable[[State], tuple[Recorder, Facts]],
+    steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], ChangedSteps],
+    record: Callable[[RecordedRun, State], tuple[Recorder, Facts]],
     progress: Progress,
     lr: float | None = None,
 ) -> Outcome:
@@ -150,8 +150,9 @@ def continue_alone(
     Args:
         run: its steps are a user's loop, or programs can continue it alone, see `check_alone`.
         at: the step before the first of them.
-        steps_of: returns the steps, given the rule of their batches.
-        record: returns the recorder, and the facts of the training, given the state after `at`.
+        steps_of: returns the steps of a rank, given its run, its stretch and the rule of its batches.
+        record: returns the recorder of a rank and the facts of its training, given its run and its state
+            after `at`; it is called for rank 0 first.
         progress: receives progress.
         lr: the learning rate of the steps; None: the recorded ones.
 
@@ -170,26 +171,33 @@ def continue_alone(
         raise error
     replay = Replay(run)
     with Interrupt() as interrupt, replay.in_force(at + 1):
-        state = replay.go_to(at).capture()
+        reached = replay.go_to(at)
         if replay.diverged_at is not None:
             raise RunError(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        steps = steps_of(replay.stepper_of(replay.stretch_of(at + 1)).steps.rule)
-        replay.let_go()
-        taken = _StepsAlone(steps, state)
+        beginning = reached.capture(), reached.captured_others()
+        del reached  # the states of a large model take much memory
+        taken = _StepsAlone(replay, at, steps_of)
+        taken.begin(*beginning)
         if taken.is_loop:
-            losses, reason = taken.run(at + 1)
-            if not losses:
+            count, reason = taken.run(at + 1)
+            if not count:
                 raise RunError(
                     f"the programs of {run.name} alone cannot fork it: {reason}; fork it in your code: "
                     f"{by_own_code(run, at)}"
                 )
-            taken.begin(state)
-        state = taken.stepper.capture()  # with the rate of the steps
-        recorder, facts = record(state)
-        writer = RunWriter(recorder, at, facts, progress.notice, progress.advance, run.facts)
+            taken.begin(*beginning)
+        del beginning
+        steps, states = taken.ranks[0].steps, taken.states()  # with the rate of the steps
+        made = [record(each.steps.run, state) for each, state in zip(taken.ranks, states, strict=True)]
+        writers = [
+            RunWriter(own, at, known, progress.notice, advanced, each.steps.run.facts)
+            for each, (own, known) in zip(taken.ranks, made, strict=True)
+            for advanced in [progress.advance if each is taken.ranks[0] else None]
+        ]
+        (recorder, facts), writer = made[0], writers[0]
         progress.begin(recorder.directory, facts)
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
@@ -202,21 +210,24 @@ def continue_alone(
                 "is measured on validation rows"
             )
         )
-        taken.note_rates(at, facts.steps or 0, lr)
-        if at not in recorder.plan.kept:
-            recorder.snapshot(state)
-        del state
+        for rank, state, (own, _) in zip(taken.ranks, states, made, strict=True):
+            rank.note_rates(taken.stepper.rates(), at, facts.steps or 0, lr)
+            if at not in own.plan.kept:
+                own.snapshot(state)
+        del states, state
         try:
-            reason = taken.record(writer, facts, interrupt)
+            reason = taken.record(writers, facts, interrupt)
             status = "finished" if reason is None else "stopped"
             if steps.targets:
                 count = len(steps.steps_with(range(at + 1, writer.step + 1)))
                 progress.notice(
                     f"{count:,} of {writer.step - at:,} steps have a relabelled row in their batch"
                 )
-            writer.close(status, reason, {"steps": writer.step} if taken.is_loop else {})
+            for each in writers:
+                each.close(status, reason, {"steps": each.step} if taken.is_loop else {})
         except BaseException as error:
-            writer.close_failed(error)
+            for each in writers:
+                each.close_failed(error)
             raise
         finally:
             progress.end()
@@ -242,27 +253,27 @@ def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingF
     )
 
 
-class _StepsAlone:
-    """Steps that programs take, as a hook that notes what they log besides the loss.
+class _RankAlone:
+    """Notes what the steps of a rank return and log, as a hook.
 
-    stepper: takes them; is_loop: whether they are of a user's code, which may depend on numbers that it
-    read.
+    Args:
+        steps: of the rank.
+        end: called with a step that cannot be kept, and the reason.
+        goes_on: returns whether to take another step.
+
+    losses: of the steps that are not recorded yet.
     """
 
-    def __init__(self, steps: ChangedSteps, state: State) -> None:
-        self.is_loop = steps.facts.loop is not None
-        self._steps = steps
-        self.stepper = ReplayStepper(steps, self._note_difference)
+    def __init__(
+        self, steps: RecordedSteps, end: Callable[[int, str], object], goes_on: Callable[[], bool]
+    ) -> None:
+        assert isinstance(steps, ChangedSteps)
+        self.steps = steps
+        self.losses: dict[int, float] = {}
+        self._is_loop = steps.facts.loop is not None
+        self._end, self._goes_on = end, goes_on
         self._known = {*steps.run.measurement_names}
-        self.begin(state)
-
-    def begin(self, state: State) -> None:
-        """Begin with a state, and forget what steps before have done."""
-        self.stepper.load(state)
         self._logged: dict[str, float] = {}
-        self._difference: str | None = None
-        #: Why no more steps can be taken.
-        self._end: str | None = None
         #: Measurements by step.
         self._measured: dict[int, list[tuple[str, int, float]]] = {}
 
@@ -275,84 +286,141 @@ class _StepsAlone:
         return {len(program.operations) - 1: [look]}
 
     def after(self, number: int, loss: float) -> bool:
-        """Note what a step logged; end if Python would have read or computed another number."""
+        """Note what a step returned and logged; end if Python computed its loss."""
+        self.losses[number] = loss
         if self._logged:
             found = self._measured.setdefault(number, [])
             for name, value in self._logged.items():
                 title = f"{name} (logged)"  # of a rate; this name is for the one that was used
                 found.append((title if title in self._known else name, number, value))
-        if not self.is_loop:
-            return True
-        if self._difference is not None:
-            self._end = f"{self._difference}; your code could act differently from there"
-        elif not self._has_loss(number) and not math.isnan(RecordedSteps.loss(self._steps, number)):
-            self._end = f"your code computes the loss of step {number}, not an operation of torch"
-        return self._end is None
-
-    def _note_difference(self, number: int, difference: str) -> None:
-        self._difference = difference
+        is_known = self._has_loss(number) or math.isnan(RecordedSteps.loss(self.steps, number))
+        if self._is_loop and not is_known:
+            self._end(number, f"your code computes the loss of step {number}, not an operation of torch")
+        return self._goes_on()
 
     def _has_loss(self, number: int) -> bool:
         """Return whether an operation returns the loss of a step."""
-        return self._steps.program_of(self._steps.row(number)).program.loss is not None
+        return self.steps.program_of(self.steps.row(number)).program.loss is not None
 
-    def note_rates(self, at: int, last: int, lr: float | None) -> None:
+    def note_rates(self, names: Collection[str], at: int, last: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
-        for name in self.stepper.rates():
-            known = self._steps.run.measured(name) if lr is None else {at + 1: lr}
-            end = min(last, self._steps.last) if lr is None else last
+        for name in names:
+            known = self.steps.run.measured(name) if lr is None else {at + 1: lr}
+            end = min(last, self.steps.last) if lr is None else last
             for step, rate in known.items():
                 if at < step <= end:
                     self._measured.setdefault(step, []).append((name, step, rate))
 
-    def run(self, last: int) -> tuple[list[float], str | None]:
-        """Run the steps up to `last`; return their losses, and why there are no more, if so.
+    def write(self, writer: RunWriter, first: int, last: int) -> None:
+        """Write steps, as far as the rank has them: it may have fewer batches than others."""
+        last = min(last, self.steps.last) if self._is_loop else last
+        taken = range(first, last + 1)
+        writer.taken = [self.steps.taken(number) for number in taken]
+        writer.measured += [row for step in taken for row in self._measured.pop(step, ())]
+        losses = [(number, self.losses.pop(number)) for number in taken]
+        writer.losses = [loss if self._has_loss(number) else None for number, loss in losses]
+        writer.step = max(writer.step, last)
+        writer.flush()
+
+
+class _StepsAlone:
+    """Steps that programs take, of all ranks.
+
+    stepper: takes them; ranks: what each notes, that of the stepper first; is_loop: whether they are of
+    a user's code, which may depend on numbers that it read.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        at: int,
+        steps_of: Callable[[RecordedRun, Stretch, RowsOf | None], ChangedSteps],
+    ) -> None:
+        place = replay.stretch_of(at + 1)
+        rule = replay.stepper_of(place).steps.rule
+        replay.let_go()
+        self.stepper = replay.stepper_for(place, rule, steps_of, self._note_difference)
+        self.is_loop = self.stepper.steps.facts.loop is not None
+        self.ranks: list[_RankAlone] = []
+        #: The first step that cannot be kept, and why.
+        self._end: tuple[int, str] | None = None
+
+    def begin(self, state: State, others: Mapping[int, State]) -> None:
+        """Begin with the states of all ranks, and forget what steps before have done."""
+        self.stepper.load(state, others)
+        notes = self._note_end, lambda: self._end is None
+        self.ranks = [_RankAlone(self.stepper.steps, *notes)]
+        if isinstance(self.stepper, RankStepper):
+            self.ranks += [_RankAlone(other.steps, *notes) for other in self.stepper.others.values()]
+            self.stepper.hooks = dict(zip(self.stepper.others, self.ranks[1:], strict=True))
+        self._end = None
+
+    def states(self) -> list[State]:
+        """Return the current states of all ranks."""
+        return [self.stepper.capture(), *self.stepper.captured_others().values()]
+
+    def _note_difference(self, number: int, difference: str) -> None:
+        if self.is_loop:
+            self._note_end(number, f"{difference}; your code could act differently from there")
+
+    def _note_end(self, number: int, reason: str) -> None:
+        if self._end is None or number < self._end[0]:
+            self._end = number, reason
+
+    def run(self, last: int) -> tuple[int, str | None]:
+        """Run the steps up to `last`; return how many, and why there are no more, if so.
 
         Those of a loop end before one that depends on what Python does with another number.
         """
         stepper, begin = self.stepper, self.stepper.state
         assert begin is not None
         if not self.is_loop:
-            return stepper.run(last, self), None
+            return len(stepper.run(last, self.ranks[0])), None
         saved = stepper.save()
         try:
-            losses = stepper.run(last, self)
+            count = len(stepper.run(last, self.ranks[0]))
         except NotReplayedError as error:
-            return [], str(error)
-        if self._end is not None:
-            losses = losses[:-1]
-            stepper.restore(begin, saved)
-            if losses:
-                stepper.run(begin + len(losses))
-        return losses, self._end
+            return 0, str(error)
+        if self._end is None:
+            return count, None
+        number, reason = self._end
+        stepper.restore(begin, saved)
+        if isinstance(stepper, RankStepper):
+            stepper.hooks = {}
+        if begin < number - 1:
+            stepper.run(number - 1)
+        return number - 1 - begin, reason
 
-    def record(self, writer: RunWriter, facts: Facts, interrupt: Interrupt) -> str | None:
+    def record(self, writers: Sequence[RunWriter], facts: Facts, interrupt: Interrupt) -> str | None:
         """Take the steps up to the last one, record them, and take snapshots.
+
+        writers: of the ranks.
 
         Returns:
             Why it stopped before the last one, None if it did not.
         """
-        stepper, steps, reason = self.stepper, self._steps, None
+        stepper, reason, writer = self.stepper, None, writers[0]
         newest, last, stops_on_nan = writer.step, facts.steps or 0, facts.training.stop_on_nan
         while writer.step < last and not (interrupt or reason):
-            writer.recorder.wait()
-            first, started = writer.step + 1, clock.now()
-            losses, reason = self.run(writer.next_stop(last, one_by_one=stops_on_nan))
-            if not losses:
+            for each in writers:
+                each.recorder.wait()
+            begin, started = writer.step, clock.now()
+            count, reason = self.run(writer.next_stop(last, one_by_one=stops_on_nan))
+            if not count:
                 break
-            writer.step += len(losses)
-            writer.timed(started, stepper.named_state, len(losses))
-            taken = range(first, writer.step + 1)
-            writer.taken = [steps.taken(number) for number in taken]
-            writer.measured += [row for step in taken for row in self._measured.pop(step, ())]
-            pairs = zip(taken, losses, strict=True)
-            writer.losses = [loss if self._has_loss(number) else None for number, loss in pairs]
-            writer.flush()
+            loss = self.ranks[0].losses[begin + count]
+            for rank, each in zip(self.ranks, writers, strict=True):
+                rank.write(each, begin + 1, begin + count)
+            writer.timed(started, stepper.named_state, count)
             if writer.is_snapshot_due():
-                writer.recorder.snapshot(stepper.capture())
+                self._write_states(writers)
                 newest = writer.step
-            if stops_on_nan and not math.isfinite(losses[-1]):
-                reason = f"the loss is {losses[-1]} at step {writer.step} (stop_on_nan)"
+            if stops_on_nan and not math.isfinite(loss):
+                reason = f"the loss is {loss} at step {writer.step} (stop_on_nan)"
         if newest < writer.step:
-            writer.recorder.snapshot(stepper.capture())
+            self._write_states(writers)
         return reason or interrupt.reason
+
+    def _write_states(self, writers: Sequence[RunWriter]) -> None:
+        for state, each in zip(self.states(), writers, strict=True):
+            each.recorder.snapshot(state)

@@ -7,8 +7,11 @@ everystep's own could meet one of the training.
 from __future__ import annotations
 
 import json
+import platform
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,17 +19,25 @@ from typing import Any, TypeVar
 import torch
 
 from everystep import clock
+from everystep.device import select
 from everystep.errors import EverystepError, RunError, UsageError, say
-from everystep.recording.directories import create_directory, rank_directory
-from everystep.recording.facts import RanksFacts
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.directories import RANKS, create_directory, rank_directory
+from everystep.recording.facts import Facts, RanksFacts
+from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun, stretch_at
+from everystep.recording.recorder import Recorder
+from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.recording.texts import processes_text
 from everystep.step.collective_calls import has_ranks, shows_reductions
+from everystep.step.generators import Generators
+from everystep.step.state import State, state_differences
 
-__all__ = ["Agreement", "check_same_number", "check_stops_together", "ranks_here"]
+__all__ = ["Agreement", "check_stops_together", "ranks_here", "run_to_continue", "run_to_fork"]
 
 R = TypeVar("R", bound=RecordedRun)
 #: Seconds to wait for other ranks before that is reported, and before it is an error, as in torch.
 NOTICE_SECONDS, MOST_SECONDS = 10, 1800
+#: How what is agreed on about the run itself begins.
+_RUN = "the run"
 #: The backend with sums that a replay can repeat, since they are computed in the same order there.
 GLOO = "gloo"
 #: Numbers the recordings of this process: the ranks begin the same ones.
@@ -76,34 +87,61 @@ class Agreement:
         """
         given = [dict(each) for each in self._shared("about", dict(about))]
         for rank, each in enumerate(given):
-            for key in dict.fromkeys((*given[0], *each)):
+            # A rank that sees no run to resume begins one, which differs in all else, too.
+            for key in sorted({**given[0], **each}, key=lambda key: not key.startswith(_RUN)):
                 one, two = given[0].get(key), each.get(key)
                 if one != two:
+                    cure = "; all must see it in the same directory" if key.startswith(_RUN) else ""
                     raise UsageError(
                         f"the ranks do not begin the same recording: {key} is {one!r:.80} on rank 0, "
-                        f"and {two!r:.80} on rank {rank}"
+                        f"and {two!r:.80} on rank {rank}{cure}"
                     )
 
-    def directory(self, wanted: Path | None, name: str) -> Path:
+    def directory(self, wanted: Path | None, name: str, parent: RecordedRun | None = None) -> Path:
         """Create the directory of this rank's run, within that of rank 0.
 
-        wanted, name: as `create_directory` has them.
+        wanted, name: as `create_directory` has them; parent: of a fork, the run of this rank.
 
         Raises:
             RunError, RecordingError: it exists, or cannot be created, here or by rank 0.
         """
-        if self.ranks.rank:
-            [found] = self._shared("directory", None, sources=[0])
-            if "error" in found:
-                raise RunError(f"rank 0 cannot begin the run: {found['error']}")
-            return create_directory(rank_directory(Path(found["directory"]), self.ranks.rank), name)
+        rank, place, error = self.ranks.rank, Path(), None
+        found = self._shared("directory", None, sources=[0])[0] if rank else ""
         try:
-            place = create_directory(wanted, name)
-        except EverystepError as error:
-            self._shared("directory", {"error": str(error)}, sources=[])
-            raise
-        self._shared("directory", {"directory": str(place.resolve())}, sources=[])
+            if not rank:
+                place = create_directory(wanted, name)
+                (place / RANKS).mkdir()
+            elif found:
+                place = create_directory(self._place_in(Path(found), parent), name)
+        except EverystepError as problem:
+            error = problem
+        if not rank:
+            self._shared("directory", "" if error else str(place.resolve()), sources=[])
+        problems = self._shared("begun", "" if error is None else str(error))
+        if error is not None:
+            raise error
+        for other, text in enumerate(problems):
+            if text:
+                if not rank:
+                    shutil.rmtree(place)
+                raise RunError(f"rank {other} cannot begin the run: {text}")
         return place
+
+    def _place_in(self, top: Path, parent: RecordedRun | None) -> Path:
+        """Return the directory of this rank within that of rank 0.
+
+        Raises:
+            RunError: this machine does not see the latter.
+        """
+        begun = clock.now()
+        while not (top / RANKS).is_dir():  # a network may show it late
+            if clock.now() - begun > NOTICE_SECONDS / 2:
+                raise RunError(
+                    f"{platform.node()} does not see {top}, where rank 0 has begun it; begin it in a "
+                    "directory that all machines share, under the same path"
+                )
+            time.sleep(0.1)
+        return rank_directory(top, self.ranks.rank) if parent is None else top / parent.within
 
     def continued(self, own: R) -> R:
         """Return the run of this rank, which continues from a state that all ranks have."""
@@ -169,20 +207,105 @@ def check_stops_together(setting: str, cure: str) -> None:
         )
 
 
-def check_same_number(run: RecordedRun, ranks: RanksFacts | None, verb: str = "resume") -> None:
-    """Check that as many processes continue a run as have recorded it. verb: what they do.
+def run_to_fork(run: R, at: int, agreement: Agreement | None) -> R:
+    """Return the run of this rank, to make a fork of after a step.
 
     Raises:
-        RunError: it was recorded by another number.
+        RunError: another number of processes recorded the step.
     """
-    known = run.facts.training.ranks
-    before, now = (1 if each is None else each.count for each in (known, ranks))
+    place = stretch_at(run.stretches, at)
+    before, now = run.stretches[place].facts.processes, _count(agreement)
     if before != now:
         raise RunError(
-            f"{run.name} was recorded by {_processes(before)}, and {_processes(now)} would continue "
-            f"it; {verb} it with {_processes(before)}"
+            f"{run.name} was recorded by {processes_text(before)}, and {processes_text(now)} would "
+            f"continue it; fork it with {processes_text(before)}, and resume the fork with as many as "
+            "you like"
         )
+    return run if agreement is None else run.ranks_of(place)[agreement.ranks.rank]
 
 
-def _processes(number: int) -> str:
-    return "one process" if number == 1 else f"{number} processes"
+def run_to_continue(run: R, agreement: Agreement | None) -> R:
+    """Return the run of this rank, to continue from a state that all ranks have.
+
+    If another number of processes recorded it, that is a state of all of those. A rank begins with that
+    of the rank of the same number, and a new one with that of rank 0, and the random generators of its
+    process. Rank 0 writes on in the run; others begin directories, since those of their numbers have
+    what repeats the steps so far.
+
+    Raises:
+        RunError: another number recorded it, and the ranks had different parameters, or no step yet.
+    """
+    before, now = run.facts.training.processes, _count(agreement)
+    rank = 0 if agreement is None else agreement.ranks.rank
+    if before == now:
+        return run if agreement is None else agreement.continued(run.ranks[rank])
+    top = run.ranks[0]
+    at = max((row.step for row in top.snapshot_rows()), default=0)
+    ranks = top.ranks_of(place := stretch_at(top.stretches, at))  # those that took the step
+    states = _states_alike(ranks, at)
+    if top.stretches[place].facts.processes == now:  # others came after it, and have left no state
+        own = ranks[rank]
+    elif agreement is None or not rank:
+        own = top
+    else:
+        is_new = rank >= len(ranks)
+        parent = 0 if is_new else rank
+        own = _begun_from(ranks[parent], at, states[parent], agreement.ranks, is_new=is_new)
+    if agreement is not None:
+        agreement._shared("begun", "")  # rank 0 then changes what others have read
+    own.common_states, own.common_steps, own.others = frozenset([0, at]), at, before
+    return own
+
+
+def _count(agreement: Agreement | None) -> int:
+    return 1 if agreement is None else agreement.ranks.count
+
+
+def _states_alike(ranks: Sequence[RecordedRun], at: int) -> list[State]:
+    """Return the states of all ranks after a step.
+
+    Raises:
+        RunError: one cannot be read, or the parameters or the optimizers are not the same in all.
+    """
+    cure = "continue it with as many processes as before"
+    states = [state for each in ranks if (state := each.state_near(at, after=at - 1)) is not None]
+    if not at or len(states) < len(ranks):
+        raise RunError(
+            f"{ranks[0].name} has no readable state after a step of all its ranks, from which another "
+            f"number of processes could continue it; {cure}, or record it anew"
+        )
+    for rank, state in enumerate(states):
+        found = [each.tensor for each in state_differences(states[0], state, only_seen=True)]
+        # Buffers may differ, as those of batch norm do.
+        own = {n.replace("parameter/", "parameters/") for n in state.settings.get("names", ())}
+        own -= {n.replace("buffer/", "parameters/") for n in state.settings.get("names", ())}
+        differing = [name for name in found if name in own or name.startswith("optimizer/")]
+        if differing:
+            raise RunError(
+                f"{ranks[0].name} cannot be continued by another number of processes: after step "
+                f"{at:,}, {differing[0].partition('/')[2]} is not the same on ranks 0 and {rank}; {cure}"
+            )
+    return states
+
+
+def _begun_from(parent: R, at: int, state: State, ranks: RanksFacts, *, is_new: bool) -> R:
+    """Begin the run of a rank with the losses of a parent up to a state, without what repeats them.
+
+    is_new: the parent is the run of another rank.
+    """
+    facts = parent.facts
+    place = rank_directory(parent.ranks[0].directory.resolve(), ranks.rank, ranks.count, at)
+    shutil.rmtree(place, ignore_errors=True)  # of processes that ended before rank 0 had taken a step
+    if is_new:
+        own = Generators.capture(select(facts.training.device)).tensors()
+        drawn = {f"generator/{name}": tensor for name, tensor in own.items()}
+        state = replace(state, rest=state.rest | drawn)
+    file = facts.training.experiment_file or EXPERIMENT_FILE
+    texts = {EXPERIMENT_FILE: parent.read_file(file).decode()} if parent.files(file) else {}
+    given = facts.model_dump(include={"started", "steps", "config", "tags"})
+    trained = facts.training.model_copy(update={"ranks": ranks, "experiment_file": None})
+    status = "finished" if facts.status == "finished" and facts.steps == at else "stopped"
+    begun = Facts(name=place.name, status=status, trained=trained, **given)
+    create_directory(place, "")
+    Recorder(place, begun, DEFAULT_BUDGET, parent, at, texts=texts, beginning=state).finish({})
+    return type(parent)(place)

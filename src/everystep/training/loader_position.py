@@ -75,7 +75,8 @@ class Recorded:
     step: after which the state is; draw_of: returns the draw of a step; loader: the loader's own state,
     None if it has none; tensors: those of the state on disk; at_first: the random generators of state 0;
     epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
-    workers of an earlier one.
+    workers of an earlier one; size: how many batches the call had, if another number of processes
+    continues, each of which has other batches: they go on at the same share of them.
     """
 
     step: int
@@ -87,6 +88,7 @@ class Recorded:
     at_first: Mapping[str, Tensor] = field(default_factory=dict)
     epoch: Epoch | None = None
     has_workers: bool = False
+    size: int | None = None
 
 
 class LoaderPosition:
@@ -123,9 +125,8 @@ class LoaderPosition:
 
     def ahead(self, step: int) -> Ahead:
         """Return the steps to come after `step`, as far as batches and epochs have lengths."""
-        try:
-            size = len(self._loader)
-        except (TypeError, NotImplementedError):  # torch's IterableDataset has one that raises
+        size = _length(self._loader)
+        if size is None:
             return Ahead(None, None)
         left = max(0, size - self.taken)
         if self._epoch is None or self._epochs is None:
@@ -148,6 +149,8 @@ class LoaderPosition:
             place["is_between"] = True
         elif self._has_workers:
             place["has_workers"] = True
+        if not self._is_between and (size := _length(self._loader)):
+            place["size"] = size
         if not self._is_between and _has_state(self._loader):
             tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {})
         return tensors, {"place": place}
@@ -239,7 +242,9 @@ class LoaderPosition:
     def _skipped(self, batches: Any, goal: Recorded) -> Iterator[Any]:
         """Return an iterator over the batches after those before the goal."""
         self.taken = goal.taken
-        if _has_state(batches) and goal.loader is not None:
+        if goal.size is not None:
+            self.taken = goal.taken * (_length(batches) or 0) // goal.size
+        elif _has_state(batches) and goal.loader is not None:
             batches.load_state_dict(decoded({}, LOADER, goal.tensors, goal.loader))
             return iter(batches)
         first = goal.step - goal.taken + 1
@@ -247,8 +252,8 @@ class LoaderPosition:
         self._restore({**(goal.at_first if goal.call == 0 else {}), **draw.generators})
         iterator: Any = iter(batches)
         by_sampler = is_indexed(batches)
-        for place in range(goal.taken):
-            if place and not by_sampler:
+        for place in range(self.taken):
+            if place and not by_sampler and goal.size is None:
                 draw = goal.draw_of(first + place)
                 self._restore(draw.generators)
             try:
@@ -258,7 +263,7 @@ class LoaderPosition:
                     f"the batches end after {place:,}, but the recording has {goal.taken:,} of them "
                     "here; pass the loader of the recorded training"
                 ) from None
-            if not by_sampler and not draw.matches(batch):
+            if not by_sampler and goal.size is None and not draw.matches(batch):
                 raise RunError(
                     f"the batch of step {first + place:,} is not the recorded one, so the place "
                     "of the training cannot be found; pass the same data in the same order (a loader "
@@ -337,6 +342,13 @@ def is_indexed(batches: Any) -> bool:
         and type(batches.sampler) in _SAMPLERS
         and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
     )
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):  # torch's IterableDataset has one that raises
+        return None
 
 
 def _has_state(loader: Any) -> bool:

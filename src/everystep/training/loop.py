@@ -95,7 +95,8 @@ def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, 
 
 def _about(job: Job, directory: Path | None) -> dict[str, Any]:
     """Return what must be equal on all ranks."""
-    settings = job.facts.model_dump(mode="json", exclude={"ranks", "numerics", "data_file", "engine"})
+    of_rank = {"ranks", "numerics", "data_file", "engine", "experiment_file"}
+    settings = job.facts.model_dump(mode="json", exclude=of_rank)
     about = {name: str(value) for name, value in flat(settings).items()}
     about |= {"the run": str(directory), "the last step": str(job.steps)}
     tensors = job.training.named_state()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +17,12 @@ from everystep.recording.contents import given_of, inputs_of
 from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.keep import Keep
-from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.recorded_run import RecordedRun, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.agreement import Agreement, check_same_number, ranks_here
+from everystep.training.agreement import Agreement, ranks_here, run_to_continue, run_to_fork
 from everystep.training.batch import tensors_of
 from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import Drawn, Epoch, LoaderPosition, Recorded
@@ -30,6 +30,7 @@ from everystep.training.loop_writer import LoopWriter
 from everystep.training.resumed import (
     changed_at,
     changes,
+    changes_by_others,
     check_changes,
     check_rules,
     check_taken_by_loop,
@@ -77,12 +78,11 @@ class LoopStart:
         if agreement is not None:
             agreement.check(self._about(parts))
         if self.earlier is not None:
-            check_same_number(self.earlier, ranks, "fork" if self.fork else "resume")
-            earlier = self.earlier if ranks is None else self.earlier.ranks[ranks.rank]
             if self.fork is not None:
-                return self._forked(earlier, self.fork[1], parts, place, agreement)
-            run = earlier if agreement is None else agreement.continued(earlier)
-            return self._continued(run, parts, place)
+                parent, at = self.fork
+                parent = run_to_fork(parent, at, agreement)
+                return self._forked(parent, at, parts, place, agreement)
+            return self._continued(run_to_continue(self.earlier, agreement), parts, place)
         create = create_directory if agreement is None else agreement.directory
         directory = create(self.directory, "loop")
         whole = PartsState(parts)
@@ -145,7 +145,7 @@ class LoopStart:
             )
         trained = facts_of_loop(parts)
         fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
-        create = create_directory if agreement is None else agreement.directory
+        create = create_directory if agreement is None else partial(agreement.directory, parent=parent)
         directory = create(self.directory, f"{parent.name}-fork")
         try:
             begin = parent.state_near(0)
@@ -171,13 +171,15 @@ class LoopStart:
 
         is_new: the run is a fork that has just been made.
         """
-        # A new fork has nothing to discard: its steps up to the fork are its parent's.
-        is_accepted = self.is_accepted and not is_new
+        # A new fork has nothing to discard: its steps up to the fork are its parent's. Another number of
+        # processes has other batches, so nothing can be compared.
+        is_accepted = (self.is_accepted and not is_new) or run.others is not None
         whole, before = PartsState(parts), run.facts
         _check_is_loop(run, "resume it with everystep resume")
         trained = facts_of_loop(parts)
         changed = changes(before.training, trained)
-        check_changes(run, changed, is_accepted=is_accepted)
+        check_changes(run, changed, is_accepted=self.is_accepted and not is_new)
+        changed = (*changes_by_others(run, trained), *changed)
         # Steps that not all ranks have are taken again, and none of them is kept of one rank alone.
         recorded = run.newest_step() if run.common_steps is None else run.common_steps
         problems: list[str] = []
@@ -206,6 +208,11 @@ class LoopStart:
         else:
             facts = Facts(resumed=(*before.resumed, *([] if is_new else [resumed])), finished=None)
         facts, goal = facts.model_copy(update=dict(self.said)), _goal(run, state)
+        taken_by = run.stretches[stretch_at(run.stretches, state.step)].facts.processes
+        if goal is not None and (taken_by == trained.processes or not state.step):
+            goal = replace(goal, size=None)
+        elif goal is not None and goal.size is None:  # the epoch begins again
+            goal = replace(goal, taken=0)
         rates = {name: rate for name in parts.rates() for rate in _rate(run, name, state.step)}
         whole.restore(state)
         if trained.ranks is None or not trained.ranks.rank:
@@ -259,7 +266,10 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
     call, taken = place.get("call"), place.get("taken")
     begun = place.get("epoch", [0, 0, 0])
     is_epoch = isinstance(begun, list) and len(begun) == 3 and all(type(n) is int for n in begun)
-    if not isinstance(call, int) or not isinstance(taken, int) or not is_epoch:
+    size = place.get("size") or None
+    if not (
+        isinstance(call, int) and isinstance(taken, int) and isinstance(size, int | None) and is_epoch
+    ):
         raise RunError(f"the snapshot of step {state.step} has no valid place in the batches")
     problems: list[str] = []
     first = run.state_near(0, on_problem=problems.append)
@@ -268,7 +278,7 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
     at_first = first.generators.tensors()
     epoch = Epoch(*begun) if "epoch" in place else None
     has_workers = bool(place.get("has_workers"))
-    found = call, taken, place.get("loader"), state.rest, at_first, epoch, has_workers
+    found = call, taken, place.get("loader"), state.rest, at_first, epoch, has_workers, size
     return Recorded(state.step, partial(_drawn, run), *found)
 
 

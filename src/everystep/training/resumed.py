@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from everystep.errors import RunError
+from everystep.errors import RunError, say
 from everystep.recording.facts import EarlierFacts, Facts, ResumeFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.settings_diff import asked_differences
+from everystep.recording.texts import processes_text
 
 __all__ = [
     "changed_at",
     "changes",
+    "changes_by_others",
     "check_changes",
     "check_rules",
     "check_taken_by_loop",
@@ -83,7 +85,10 @@ def check_rules(run: RecordedRun, step: int) -> None:
 
 def changed_at(facts: Facts) -> int:
     """Return the state from which on a run was trained by the rules that it has now."""
-    return max((each.at for each in facts.resumed if each.changed), default=0)
+    changed = [each.at for each in facts.resumed if each.changed]
+    count = facts.training.processes
+    others = [each.last for each in facts.earlier if each.training.processes != count]
+    return max([0, *changed, *others])
 
 
 def resume_facts(run: RecordedRun, at: int, changed: tuple[str, ...] = ()) -> ResumeFacts:
@@ -102,6 +107,25 @@ def _seconds(run: RecordedRun, facts: Facts) -> float | None:
     if began is None or before is None:
         return None
     return before + max(0.0, (run.last_written - began).total_seconds())
+
+
+def changes_by_others(run: RecordedRun, now: TrainingFacts) -> tuple[str, ...]:
+    """Return that another number of processes continues a run, as `changes` does; rank 0 reports it."""
+    if run.others is None:
+        return ()
+    at, newest = run.common_steps or 0, run.newest_step()
+    if now.ranks is None or not now.ranks.rank:
+        message = (
+            f"{run.name} was recorded by {processes_text(run.others)}, and continues with "
+            f"{now.processes} after step {at:,}: its results may differ from those of a training "
+            "without this change"
+        )
+        if newest > at:
+            message += f"; steps {at + 1:,} to {newest:,}, which no state on the disk has, are discarded"
+        if now.loop is not None:
+            message += "; an epoch goes on at the same share of its batches, if these have a length"
+        say(message)
+    return (f"processes: {run.others} | {now.processes}",)
 
 
 def facts_resumed(run: RecordedRun, trained: TrainingFacts, steps: int, resumed: ResumeFacts) -> Facts:
