@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from everystep.errors import say
@@ -38,6 +39,14 @@ class Notices:
             "between",
             f"after step {step}, the loop changes {name} outside of a step; everystep keeps its "
             "values, but no step shows how they came about",
+        )
+
+    def unkept(self, part: str, kinds: Sequence[str]) -> None:
+        """Report that a part has values that a run cannot keep. kinds: their classes."""
+        self._once(
+            f"unkept {part}",
+            f"the part {part} has values of {', '.join(kinds)}, which a run cannot keep: a resumed loop "
+            "gets them as your script makes them; keep numbers, texts, tensors or arrays instead",
         )
 
     def of_step(self, step: int, seen: AnyWatch, built: BuiltPath | str) -> None:
