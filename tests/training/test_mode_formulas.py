@@ -93,3 +93,24 @@ def test_torch_has_its_functions_again_after_a_recording(tmp_path):
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("aten::matmul", key)
     with Unchanging():
         assert torch.equal(many @ one, (many.reshape(24, 3) @ one[0]).reshape(8, 3, 3))
+
+
+@pytest.mark.parametrize("function", [torch.cumprod, torch.linalg.det, torch.prod])
+def test_gradients_with_a_graph_have_the_bits_of_the_plain_loop(function, tmp_path):
+    """As a penalty of gradients has them: torch also asks in a backward pass for a mode."""
+
+    def penalized():
+        seeded()
+        x = torch.randn(5, 5, requires_grad=True)
+        result = function(x, 0) if function is torch.cumprod else function(x)
+        (gradient,) = torch.autograd.grad(result.sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return gradient.detach(), x.grad
+
+    plain = penalized()
+    with everystep.record(model=nn.Linear(1, 1), run=tmp_path / "run") as recording:
+        for _ in recording.steps(range(3)):
+            found = penalized()
+            recording.log(loss=found[0].sum())
+            assert all(torch.equal(one, two) for one, two in zip(plain, found, strict=True))
+    assert recording.run.verify(processes=1, progress=False).is_exact
