@@ -142,6 +142,8 @@ class _Capturing:
             return {"random": self.encoded(state, place)}
         if (kind := _kind_of(value)) is not None:
             return self._collection(kind, value, place)
+        if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
+            self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
         is_walked = self._walks_objects or dataclasses.is_dataclass(value)
         is_left = _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
         if is_left or not is_walked:

@@ -277,7 +277,7 @@ class PartsState:
             raise RunError(
                 f"{', '.join(sorted(faults)[:MOST_NAMED])}: cannot be made again as after step "
                 f"{state.step:,}; keep numbers, texts, tensors and arrays, in dicts and lists that "
-                "share nothing"
+                "share nothing, and pass modules and optimizers as parts of their own"
             )
 
 

@@ -46,7 +46,8 @@ class Notices:
         self._once(
             f"unkept {part}",
             f"the part {part} has values of {', '.join(kinds)}, which a run cannot keep: a resumed loop "
-            "gets them as your script makes them; keep numbers, texts, tensors or arrays instead",
+            "gets them as your script makes them; pass modules and optimizers as parts of their own, "
+            "and keep numbers, texts, tensors or arrays instead of others",
         )
 
     def of_step(self, step: int, seen: AnyWatch, built: BuiltPath | str) -> None:
