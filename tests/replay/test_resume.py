@@ -628,7 +628,8 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
     ):
         with pytest.raises(RunError, match=message):
             by_loop(lambda record, key=key: body(record, key), (13,), f"runs/{key}")
-    capfd.readouterr()
+    said = capfd.readouterr().err
+    assert "the part state has values of Average, list_iterator, which a run cannot keep" in said
     by_loop(lambda record: body(record, "iterator"), (13,), "runs/iterator")
     said = capfd.readouterr().err
     assert "the part state has values of list_iterator, which a run cannot keep" in said

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PREFIX", "decoded", "encoded", "encoded_whole", "is_plain_value"]
+__all__ = ["PREFIX", "Lost", "decoded", "encoded", "encoded_whole", "is_plain_value"]
 
 #: Prefix of the names of tensors that only this module knows.
 PREFIX = "own/"
@@ -56,13 +56,32 @@ _WITHOUT_NUMBERS = ("_thread", "_io", "weakref", "logging")
 _WITH_CODE = ("builtins", "functools", "torch", "types")
 
 
+class Lost:
+    """The values of a part that could not be restored: those that cannot be written, and later objects.
+
+    A resumed loop makes the objects that there were at first, and only its code makes the others.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] | None = None
+        #: Their classes.
+        self.kinds: set[str] = set()
+
+    def note(self, unkept: set[str], objects: dict[str, str]) -> None:
+        """Note the values of a state. objects: the paths of their classes, by place."""
+        if self._first is None:
+            self._first = objects
+        later = {path for place, path in objects.items() if self._first.get(place) != path}
+        self.kinds |= unkept | {path.rpartition(":")[2] for path in later}
+
+
 def encoded(
     value: Any,
     place: str,
     known: Mapping[str, Tensor],
     names: Mapping[Tensor, str] = MappingProxyType({}),
     left_alone: Container[int] = (),
-    unkept: set[str] | None = None,
+    lost: Lost | None = None,
 ) -> tuple[dict[str, Tensor], Any]:
     """Return the state of an object: live tensors by name, and the rest as JSON can hold it.
 
@@ -72,12 +91,12 @@ def encoded(
         known: tensors that already have a name.
         names: of parameters, which are not among its tensors.
         left_alone: ids of objects inside it that are written separately.
-        unkept: gets the classes of values that may hold numbers, and that cannot be written.
+        lost: gets the classes of values that could not be restored.
     """
     walk = _Capturing(names, known, left_alone)
     data = walk.encoded(value, place)
-    if unkept is not None:
-        unkept |= walk.unkept
+    if lost is not None:
+        lost.note(walk.unkept, walk.objects)
     return walk.tensors, data
 
 
@@ -114,6 +133,8 @@ class _Capturing:
         self._left_alone = left_alone
         self._walks_objects = walks_objects
         self.unkept: set[str] = set()
+        #: The paths of the classes of objects that only the user's code makes, by place.
+        self.objects: dict[str, str] = {}
         self.has_left = False
         self.tensors: dict[str, Tensor] = {}
         self._names = names
@@ -148,6 +169,8 @@ class _Capturing:
         is_left = _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
         if is_left or not is_walked:
             return self._left(value)
+        if not dataclasses.is_dataclass(value):
+            self.objects[place] = _path_of(type(value))
         return {"object": self.attributes(value, f"{place}."), "class": _path_of(type(value))}
 
     def _left(self, value: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from everystep.errors import Fault, RunError
 from everystep.program.memory import copy_into
 from everystep.step.generators import Generators
-from everystep.step.kept_values import PREFIX, decoded, encoded, encoded_whole, is_plain_value
+from everystep.step.kept_values import PREFIX, Lost, decoded, encoded, encoded_whole, is_plain_value
 from everystep.step.own_state import (
     entries_of,
     keeps_own_state,
@@ -59,8 +59,8 @@ class PartsState:
             name: {place: each.copy() for place, each in self._attributes(name, live).items()}
             for name in parts.modules
         }
-        #: The classes of values that no state holds, by part.
-        self.unkept: dict[str, set[str]] = {}
+        #: What no state holds, by part.
+        self.lost = {name: Lost() for name in parts.named}
 
     def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
         """Return what the parts hold besides the tensors of a state, and the random generators.
@@ -83,8 +83,8 @@ class PartsState:
                 found, held[name] = self._of_optimizer(name, part, live)
                 tensors |= found
             else:
-                unkept = self.unkept[name] = set()
-                found, data = encoded(part, name, live, left_alone=others - {id(part)}, unkept=unkept)
+                alone = others - {id(part)}
+                found, data = encoded(part, name, live, left_alone=alone, lost=self.lost[name])
                 tensors |= found
                 held[name] = {"object": data}
         generators = Generators.capture(parts.device).tensors()
@@ -148,7 +148,7 @@ class PartsState:
         is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
         if is_usual and not keeps_own_state(optimizer):
             return {}, settings
-        tensors, data = encoded(optimizer, part, live, names)
+        tensors, data = encoded(optimizer, part, live, names, lost=self.lost[part])
         return tensors, settings | {"own": data["object"]}
 
     def restore(self, state: State, only: Collection[str] | None = None) -> None:

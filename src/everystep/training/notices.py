@@ -44,7 +44,7 @@ class Notices:
     def unkept(self, part: str, kinds: Sequence[str]) -> None:
         """Report that a part has values that a run cannot keep. kinds: their classes."""
         self._once(
-            f"unkept {part}",
+            f"unkept {part} {', '.join(kinds)}",
             f"the part {part} has values of {', '.join(kinds)}, which a run cannot keep: a resumed loop "
             "gets them as your script makes them; pass modules and optimizers as parts of their own, "
             "and keep numbers, texts, tensors or arrays instead of others",
