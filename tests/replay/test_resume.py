@@ -561,12 +561,14 @@ def with_state(kept):
             "wide": np.zeros(2, complex), "text": np.array(["a"]), "turned": None, "latent": [],
             "first": default, "second": default, "by_key": defaultdict(list), "by_pair": {},
         }  # fmt: skip
-        pairs = state["pairs"]
-        with record(model=model, optimizer=optimizer, state=state) as recording:
+        pairs, place = state["pairs"], {"last": torch.zeros(6)}
+        with record(model=model, optimizer=optimizer, state=state, place=place) as recording:
             for number, (x, y) in enumerate(recording.steps(DataLoader(tensors(), batch_size=1)), 1):
                 loss = descend(optimizer, functional.mse_loss(model(x), y))
+                place["last"] += 1  # which the newest of the memory is, too
                 state["counts"][number % 3] += 1
-                state["memory"].append(Transition(number, x[0].clone()))
+                place["last"] = x[0].clone()
+                state["memory"].append(Transition(number, place["last"]))
                 state["stage"] = Stage.MAIN if number > 5 else Stage.WARM
                 state["entries"].append(Entry(number, x.clone() if number % 2 else None))
                 state["settings"] = Settings(number)

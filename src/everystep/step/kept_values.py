@@ -115,10 +115,14 @@ def decoded(
     tensors: Mapping[str, Tensor],
     data: Any,
     names: Mapping[Tensor, str] = MappingProxyType({}),
+    shared: dict[str, Tensor] | None = None,
 ) -> Any:
-    """Restore in an object what `encoded` returned, as far as possible in place; return the object."""
+    """Restore in an object what `encoded` returned, as far as possible in place; return the object.
+
+    shared: live tensors by name, which other objects may hold, too; gets those that are made.
+    """
     parameters = {name: parameter for parameter, name in names.items()}
-    return _Restoring(parameters, tensors).decoded(data, value, place)
+    return _Restoring(parameters, tensors, shared).decoded(data, value, place)
 
 
 class _Capturing:
@@ -318,7 +322,13 @@ def is_plain_value(value: Any) -> bool:
 
 
 class _Restoring:
-    def __init__(self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        shared: dict[str, Tensor] | None,
+    ) -> None:
+        self._shared = {} if shared is None else shared
         self._parameters = parameters
         self._tensors = tensors
         self._made: dict[str, Any] = {}
@@ -350,7 +360,10 @@ class _Restoring:
         if kind == "enum":
             return _class_of(node["class"], there, Enum, place)(content)
         if kind == "tensor":
-            return self._tensor(self._tensors[content], self._free(there), node)
+            if content not in self._shared:
+                found = self._tensor(self._tensors[content], self._free(there), node)
+                self._shared[content] = found
+            return self._shared[content]
         if kind in ("array", "scalar"):
             array = self._tensors[content].numpy()
             if "dtype" in node:

@@ -173,8 +173,10 @@ class PartsState:
         # Files have no fixed order of tensors; an optimizer gets its entries in their original order.
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
         try:
+            of_modules = ("parameter/", "buffer/")
+            shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
             for name in parts.named:
-                self._restore_part(parts, name, held[name], saved, is_whole=only is None)
+                self._restore_part(parts, name, held[name], saved, shared, is_whole=only is None)
         except KeyError as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
@@ -195,12 +197,13 @@ class PartsState:
         name: str,
         held: Mapping[str, Any],
         saved: Mapping[str, Tensor],
+        shared: dict[str, Tensor],
         *,
         is_whole: bool,
     ) -> None:
         part, names = parts.named[name], parts.parameter_names()
         if isinstance(part, nn.Module):
-            self._restore_attributes(name, held["attributes"], saved)
+            self._restore_attributes(name, held["attributes"], saved, shared)
         elif isinstance(part, torch.optim.Optimizer):
             own_class, known = type(part).__qualname__, held["optimizer"]["class"]
             if own_class != known:
@@ -216,10 +219,14 @@ class PartsState:
         elif isinstance(part, Tensor):
             pass  # `_fill` does
         else:
-            decoded(part, name, saved, held["object"])
+            decoded(part, name, saved, held["object"], shared=shared)
 
     def _restore_attributes(
-        self, part: str, later: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Tensor]
+        self,
+        part: str,
+        later: Mapping[str, Mapping[str, Any]],
+        saved: Mapping[str, Tensor],
+        shared: dict[str, Tensor],
     ) -> None:
         """Set the attributes of a module; those that are not in a snapshot are as at first."""
         modules, names = dict(self.parts.modules[part].named_modules()), self.parts.parameter_names()
@@ -229,7 +236,7 @@ class PartsState:
             known = now.get((path, attribute))
             if (path, attribute) in wanted or known is None or not known.is_same(each):
                 there, place = vars(modules[path]).get(attribute), _place(part, path, attribute)
-                value = decoded(there, place, {**saved, **each.tensors}, each.data, names)
+                value = decoded(there, place, {**saved, **each.tensors}, each.data, names, shared)
                 object.__setattr__(modules[path], attribute, value)
 
     def _attributes(self, part: str, live: Mapping[str, Tensor]) -> dict[tuple[str, str], _Attribute]:
