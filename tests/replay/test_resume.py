@@ -1,11 +1,15 @@
 """A killed training continues to the bits of an uninterrupted one, for all ways to train."""
 
+import enum
 import errno
 import itertools
 import math
 import re
 import shutil
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -475,6 +479,162 @@ def test_what_a_loop_carries_besides_its_parts_is_found(dying):
     with pytest.raises(RunError, match="pass what the loop carries from step to step"):
         by_loop(lambda record: body(record, {}), (17,), "runs/lost")
     assert by_loop(lambda record: body(record, {"counter": {"count": 0}}), (17,), "runs/kept") == 23
+
+
+class Stage(enum.Enum):
+    WARM, MAIN = "warm", "main"
+
+
+class Transition(NamedTuple):
+    number: int
+    state: torch.Tensor
+
+
+@dataclass
+class Entry:
+    number: int = 0
+    best: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    number: int = 0
+
+
+class Attributes(dict):
+    """A dict with attributes, as many packages have one."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class Counting(nn.Module):
+    """A model that counts in attributes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+        self.seen, self.by_number, self.mean = [], Counter(), torch.zeros(6)
+        self.recent, self.entry, self.stage = deque(maxlen=3), Entry(), Stage.WARM
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        if self.training:
+            self.seen.append(len(self.seen))
+            self.by_number[len(self.seen) % 3] += 1
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            self.recent.append(x[0] * 2)
+            self.entry.number += 1
+            self.stage = Stage.MAIN if len(self.seen) > 12 else Stage.WARM
+        # Only late does anything depend on them.
+        scale = len(self.seen) + self.by_number[0] if self.stage is Stage.MAIN else 1.0
+        noise = torch.rand(1, generator=self.generator) if len(self.seen) > 19 else 0.0
+        return self.layer(x) / scale + noise
+
+
+def as_text(value):
+    """Return all that a value holds as text, tensors with their strides."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.tolist()} {value.stride()} {value.requires_grad and value.is_leaf}"
+    if isinstance(value, dict):
+        return f"{type(value)} {[(key, as_text(each)) for key, each in value.items()]}"
+    if isinstance(value, list | tuple | deque):
+        return f"{type(value)} {getattr(value, 'maxlen', None)} {[*map(as_text, value)]}"
+    if isinstance(value, set):
+        return f"{sorted(value)}"
+    if isinstance(value, Entry):
+        return as_text(dict(sorted(vars(value).items())))
+    return f"{value!r} {Stage(value.value) is value}" if isinstance(value, enum.Enum) else repr(value)
+
+
+def with_state(kept):
+    """A loop with a model that counts, and a state of many kinds; kept: gets them at each step."""
+
+    def body(record):
+        seeded()
+        model = Counting()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        default = Entry()
+        state = {
+            "counts": Counter(), "memory": deque(maxlen=4), "stage": Stage.WARM, "entries": [],
+            "settings": Settings(), "named": Attributes(number=0), "pairs": set(), "gap": 0j, "raw": b"",
+            "wide": np.zeros(2, complex), "text": np.array(["a"]), "turned": None, "latent": [],
+            "first": default, "second": default, "by_key": defaultdict(list), "by_pair": {},
+        }  # fmt: skip
+        pairs, place = state["pairs"], {"last": torch.zeros(6)}
+        with record(model=model, optimizer=optimizer, state=state, place=place) as recording:
+            for number, (x, y) in enumerate(recording.steps(DataLoader(tensors(), batch_size=1)), 1):
+                loss = descend(optimizer, functional.mse_loss(model(x), y))
+                place["last"] += 1  # which the newest of the memory is, too
+                state["counts"][number % 3] += 1
+                place["last"] = x[0].clone()
+                state["memory"].append(Transition(number, place["last"]))
+                state["stage"] = Stage.MAIN if number > 5 else Stage.WARM
+                state["entries"].append(Entry(number, x.clone() if number % 2 else None))
+                state["settings"] = Settings(number)
+                state["named"]["number"] += 1
+                pairs.add((number, -number))
+                state["gap"] += 1j
+                state["raw"] += b"x"
+                state["wide"] += 1j * number
+                state["text"] = np.array(["a" * number])
+                state["turned"] = torch.arange(6.0).reshape(2, 3).T * number
+                state["latent"].append(torch.ones(2, requires_grad=True))
+                state["first"] = state["entries"][-1]
+                state["by_key"][number % 2].append(number)
+                state["by_pair"][number, "a"] = Counter([number])
+                recording.log(loss=loss)
+                own = {n: vars(model)[n] for n in ("seen", "by_number", "mean", "recent", "entry")}
+                kept[number] = as_text(state), as_text(own), repr(model.stage)
+        return model.state_dict()["layer.weight"]
+
+    return body
+
+
+def test_what_parts_hold_besides_tensors_is_as_in_an_uninterrupted_loop(dying):
+    whole, resumed = {}, {}
+    weight = with_state(whole)(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert torch.equal(weight, by_loop(with_state(resumed), (13, 18)))
+    assert resumed == whole
+    assert Stage.WARM.value == "warm"
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+class Average:
+    """An object that the loop makes as it needs it."""
+
+    def __init__(self):
+        self.value = 0.0
+
+
+def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
+    """A state that was restored is read again: what differs is refused, not trained with."""
+
+    def body(record, key):
+        model = nn.Linear(6, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        state = {"averages": [], "range": range(0), "iterator": iter([])}
+        with record(model=model, optimizer=optimizer, state=state) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                made = {
+                    "averages": lambda: [*state["averages"], Average()],
+                    "range": lambda: range(state["range"].stop + 1),
+                    "iterator": lambda: iter([1, 2]),
+                }
+                state[key] = made[key]()
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+
+    for key, message in (
+        ("averages", r"a Average, which only your code can make: make it before everystep\.record"),
+        ("range", r"state: cannot be made again as after step \d+; keep numbers, texts"),
+    ):
+        with pytest.raises(RunError, match=message):
+            by_loop(lambda record, key=key: body(record, key), (13,), f"runs/{key}")
+    said = capfd.readouterr().err
+    assert "the part state has values of Average, list_iterator, which a run cannot keep" in said
+    by_loop(lambda record: body(record, "iterator"), (13,), "runs/iterator")
+    said = capfd.readouterr().err
+    assert "the part state has values of list_iterator, which a run cannot keep" in said
 
 
 def test_a_loop_that_marks_its_steps_goes_on_by_their_count(dying):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tests.descent import descend
+from tests.snapshots import take_snapshots_every
 from tests.step.loops_to_mistake import batches, network, update
 from torch import nn
 from torch.nn import functional
@@ -204,3 +205,20 @@ def test_a_setting_of_torch_that_everystep_does_not_know_is_refused_by_name(tmp_
         everystep.record(run=tmp_path / "run", model=network()),
     ):
         pass
+
+
+def test_decompositions_of_matrices_replay_in_the_memory_of_a_program(monkeypatch, tmp_path):
+    """torch takes results of `qr` on one storage for one tensor; those of a bound program are on one."""
+    take_snapshots_every(monkeypatch, 4)
+    torch.manual_seed(0)
+    model = nn.Linear(6, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(16, 6)
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for batch in recording.steps([x] * 24):
+            turned = torch.linalg.qr(model.weight)[0]
+            factor = torch.linalg.cholesky(model.weight @ model.weight.T + torch.eye(6))
+            solved = torch.linalg.solve_triangular(factor, batch.T, upper=False)
+            loss = (batch @ turned - batch).square().mean() + solved.mean()
+            recording.log(loss=descend(optimizer, loss))
+    assert recording.run.verify(processes=1, progress=False).is_exact

@@ -220,7 +220,9 @@ def batched(call: RowsCall, own: str = "", axes: int = 1, *, has_sums: bool = Fa
             name: each.value.reshape(-1, *each.value.shape[axes:])[at] for name, each in named.items()
         }
         count = {} if call["N"] is None else {"N": len(at)}
-        return call.again(**chosen, **count, output_mask=[place == which for place in range(3)])[which]
+        # Of channels last, torch's group norm writes the first result even if it is not asked for.
+        mask = [place == which or (place == 0 and bool(count)) for place in range(3)]
+        return call.again(**chosen, **count, output_mask=mask)[which]
 
     return [
         by_key(keys.reshape(-1), result, partial(on, place))

@@ -39,6 +39,9 @@ _SAME_AS: dict[str, Callable[[list[Any], Tensor], Call]] = {
     "aten.new_zeros.default": lambda arguments, result: result.zero_,
 }
 
+#: In the names of linear algebra, which `out=` may be given no part of a shared storage.
+_OF_MATRICES = ("linalg_", "cholesky", "triangular", "geqrf", "orgqr", "ormqr", "lu_")
+
 #: Losses that ATen computes element by element, and then takes the mean or the sum of.
 _ELEMENTWISE_LOSSES = {
     "aten.binary_cross_entropy.default",
@@ -139,6 +142,8 @@ def _into_results(
     # Kernels refuse to write into a tensor with several elements in one place.
     can_be_given = all(r is not None and not repeats(r) for r in results)
     can_be_given &= str(operator) not in _ELEMENTWISE_LOSSES  # which resize the tensor that they get
+    # Linear algebra asks whether tensors are on one storage, and takes that for the same memory.
+    can_be_given &= not any(part in str(operator) for part in _OF_MATRICES)
     if str(operator) == "aten.native_batch_norm.default":
         # torch 2.13 leaves the saved statistics unwritten where the input is strided.
         can_be_given &= arguments[0].is_contiguous()

@@ -29,8 +29,8 @@ from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import set_hyperparameter
+from everystep.step.kept_values import PREFIX
 from everystep.step.observe import Observation, StepObserver
-from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 

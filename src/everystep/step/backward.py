@@ -28,6 +28,8 @@ _OF_EXTENSION = "CppFunction"
 #: Cases of a backward pass, by numbers in its graph, in which it can run unwatched.
 _MOST_CASES = 64
 _OTHER_KINDS = {"MaskedFillBackward1", "ProdBackward0", "ProdBackward1"}
+#: The same, where the gradients have a graph of their own (`create_graph`).
+_OTHER_WITH_GRAPH = {"CumprodBackward0", "LinalgDetBackward0"}
 
 
 class Jump(NamedTuple):
@@ -96,11 +98,11 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
             continue
         if (known_kind := _kinds.get(kind)) is None:
             is_torchs = kind.__module__ == "builtins" and kind.__name__ != _OF_EXTENSION
-            known_kind = _kinds[kind] = is_torchs, kind.__name__ in _OTHER_KINDS
+            known_kind = _kinds[kind] = is_torchs, kind.__name__ in _OTHER_KINDS | _OTHER_WITH_GRAPH
         is_own, may_be_other = known_kind
         if not is_own or node._sequence_nr() < since:
             is_sure = False
-        is_other = is_other or (may_be_other and _has_other_bits(node))
+        is_other = is_other or (may_be_other and _has_other_bits(node, has_graph=bool(create)))
         following = node.next_functions
         for other, _ in following:
             if other not in number:
@@ -119,13 +121,18 @@ def _is_special(leaf: Tensor) -> bool:
     return bool(has_hooks) or leaf.layout is not torch.strided
 
 
-def _has_other_bits(node: Any) -> bool:
+def _has_other_bits(node: Any, *, has_graph: bool) -> bool:
     """Return whether the formula of a node is another one under a dispatch mode, with other bits.
+
+    has_graph: whether the gradients have one.
 
     torch asks there whether a tensor is like one of a subclass (isTensorSubclassLike), as any is while a
     mode is in force: prod, and the value that masked_fill fills with, take a way that works for those.
     """
-    return type(node).__name__ != "MaskedFillBackward1" or node.next_functions[1][0] is not None
+    kind = type(node).__name__
+    if kind in _OTHER_WITH_GRAPH:
+        return has_graph
+    return kind != "MaskedFillBackward1" or node.next_functions[1][0] is not None
 
 
 class BackwardPasses:

@@ -33,6 +33,7 @@ from everystep.step.known_operators import (
 )
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_tokens
+from everystep.step.mode_formulas import of_mode
 from everystep.step.moving_views import check_of_views
 from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.outside_tensors import OutsideTensors, version_of
@@ -107,7 +108,7 @@ class Cursor(UnderWay):
         keywords, known = kwargs or {}, known_operator(func)
         if known.how == "decompose":
             with self:
-                return func.decompose(*args, **keywords)
+                return of_mode(func)(*args, **keywords)
         if known.how == "pass" and not self.is_remembered:
             return func(*args, **keywords)
         self.tensors.catch_up(at)

@@ -30,6 +30,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.operators import leaves
 from everystep.program.step_program import Phase
 from everystep.step.calling_code import is_called_in
+from everystep.step.mode_formulas import ModeFormulas
 
 __all__ = [
     "OF_WATCHES",
@@ -238,6 +239,7 @@ def _registered() -> list[Any]:
         register_optimizer_step_pre_hook(_update_begins),
         register_optimizer_step_post_hook(_update_ends),
         _Replacement(),
+        ModeFormulas(),
     ]
 
 

@@ -1,13 +1,14 @@
 """The state of parts in addition to named tensors: its snapshot, and how it is restored.
 
 Schedulers, scalers, dicts and other objects are written attribute by attribute, optimizers in torch's
-format, and modules by their plain attributes that changed since the recording began.
+format, and modules by their attributes that changed since the recording began. A state that was restored
+is read again, and must be the same: what only the user's code could make again is refused by name.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,20 +17,23 @@ from torch import Tensor, nn
 from everystep.errors import Fault, RunError
 from everystep.program.memory import copy_into
 from everystep.step.generators import Generators
+from everystep.step.kept_values import PREFIX, Lost, decoded, encoded, encoded_whole, is_plain_value
 from everystep.step.own_state import (
-    decoded,
-    encoded,
     entries_of,
-    is_plain_value,
     keeps_own_state,
     optimizer_settings,
     restore_optimizer,
     state_dict_of,
 )
 from everystep.step.parts import Parts
-from everystep.step.state import State, copy_of
+from everystep.step.state import State, copy_of, same_bits
 
 __all__ = ["PartsState", "Rest"]
+
+#: Of what cannot be restored.
+MOST_NAMED = 5
+#: Attributes of every module, which are written otherwise, or are hooks.
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class Rest(NamedTuple):
@@ -50,7 +54,13 @@ class PartsState:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self._at_first = {name: _attributes(module) for name, module in parts.modules.items()}
+        live = parts.state()
+        self._at_first = {
+            name: {place: each.copy() for place, each in self._attributes(name, live).items()}
+            for name in parts.modules
+        }
+        #: What no state holds, by part.
+        self.lost = {name: Lost() for name in parts.named}
 
     def rest(self, live: Mapping[str, Tensor] | None = None) -> Rest:
         """Return what the parts hold besides the tensors of a state, and the random generators.
@@ -63,12 +73,18 @@ class PartsState:
         others = {id(part) for part in parts.named.values()}
         for name, part in parts.named.items():
             if isinstance(part, nn.Module):
-                held[name] = {"attributes": _changed(self._at_first[name], _attributes(part))}
+                first, attributes = self._at_first[name], dict[str, dict[str, Any]]()
+                for (path, attribute), now in self._attributes(name, live).items():
+                    if (path, attribute) not in first or not now.is_same(first[path, attribute]):
+                        attributes.setdefault(path, {})[attribute] = now.data
+                        tensors |= now.tensors
+                held[name] = {"attributes": attributes}
             elif isinstance(part, torch.optim.Optimizer):
                 found, held[name] = self._of_optimizer(name, part, live)
                 tensors |= found
             else:
-                found, data = encoded(part, name, live, left_alone=others - {id(part)})
+                alone = others - {id(part)}
+                found, data = encoded(part, name, live, left_alone=alone, lost=self.lost[name])
                 tensors |= found
                 held[name] = {"object": data}
         generators = Generators.capture(parts.device).tensors()
@@ -132,7 +148,7 @@ class PartsState:
         is_usual = all(isinstance(value, Tensor | bool | int | float | str | None) for value in entries)
         if is_usual and not keeps_own_state(optimizer):
             return {}, settings
-        tensors, data = encoded(optimizer, part, live, names)
+        tensors, data = encoded(optimizer, part, live, names, lost=self.lost[part])
         return tensors, settings | {"own": data["object"]}
 
     def restore(self, state: State, only: Collection[str] | None = None) -> None:
@@ -157,8 +173,10 @@ class PartsState:
         # Files have no fixed order of tensors; an optimizer gets its entries in their original order.
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
         try:
+            of_modules = ("parameter/", "buffer/")
+            shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
             for name in parts.named:
-                self._restore_part(parts, name, held[name], saved, is_whole=only is None)
+                self._restore_part(parts, name, held[name], saved, shared, is_whole=only is None)
         except KeyError as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
@@ -170,6 +188,8 @@ class PartsState:
                 if parameter.is_leaf:
                     parameter.requires_grad_(name not in frozen)
         state.generators.restore(parts.device)
+        if only is None:
+            self._check_restored(state)
 
     def _restore_part(
         self,
@@ -177,16 +197,13 @@ class PartsState:
         name: str,
         held: Mapping[str, Any],
         saved: Mapping[str, Tensor],
+        shared: dict[str, Tensor],
         *,
         is_whole: bool,
     ) -> None:
         part, names = parts.named[name], parts.parameter_names()
         if isinstance(part, nn.Module):
-            modules = dict(part.named_modules())
-            first, later = self._at_first[name], held["attributes"]
-            for path in first | later:
-                for attribute, value in (first.get(path, {}) | later.get(path, {})).items():
-                    object.__setattr__(modules[path], attribute, value)
+            self._restore_attributes(name, held["attributes"], saved, shared)
         elif isinstance(part, torch.optim.Optimizer):
             own_class, known = type(part).__qualname__, held["optimizer"]["class"]
             if own_class != known:
@@ -202,7 +219,108 @@ class PartsState:
         elif isinstance(part, Tensor):
             pass  # `_fill` does
         else:
-            decoded(part, name, saved, held["object"])
+            decoded(part, name, saved, held["object"], shared=shared)
+
+    def _restore_attributes(
+        self,
+        part: str,
+        later: Mapping[str, Mapping[str, Any]],
+        saved: Mapping[str, Tensor],
+        shared: dict[str, Tensor],
+    ) -> None:
+        """Set the attributes of a module; those that are not in a snapshot are as at first."""
+        modules, names = dict(self.parts.modules[part].named_modules()), self.parts.parameter_names()
+        now, first = self._attributes(part, saved), self._at_first[part]
+        wanted = {(path, n): _Attribute(data, {}) for path in later for n, data in later[path].items()}
+        for (path, attribute), each in (first | wanted).items():
+            known = now.get((path, attribute))
+            if (path, attribute) in wanted or known is None or not known.is_same(each):
+                there, place = vars(modules[path]).get(attribute), _place(part, path, attribute)
+                value = decoded(there, place, {**saved, **each.tensors}, each.data, names, shared)
+                object.__setattr__(modules[path], attribute, value)
+
+    def _attributes(self, part: str, live: Mapping[str, Tensor]) -> dict[tuple[str, str], _Attribute]:
+        """Return the attributes of a module and of all within it, by path and name.
+
+        Of torch's modules, plain ones. Others may also be collections, tensors, arrays and generators.
+        An object of another class may lead anywhere.
+        """
+        found, names = {}, self.parts.parameter_names()
+        for path, inner in self.parts.modules[part].named_modules():
+            is_torchs = type(inner).__module__.startswith("torch.")
+            for name, value in vars(inner).items():
+                if is_plain_value(value):
+                    found[path, name] = _Attribute(value, {})
+                elif not is_torchs and name not in _OF_MODULES:
+                    whole = encoded_whole(value, _place(part, path, name), live, names)
+                    if whole is not None:
+                        found[path, name] = _Attribute(whole[1], whole[0])
+        return found
+
+    def _check_restored(self, state: State) -> None:
+        """Check that the parts hold what a state has, as it is read from them.
+
+        Raises:
+            RunError: they do not; names what differs.
+        """
+        now, held = self.rest(), state.settings["held"]
+        other = {
+            name
+            for name, tensor in now.tensors.items()
+            if name.startswith(PREFIX) and name in state.rest and not same_bits(tensor, state.rest[name])
+        }
+        faults = {name.removeprefix(PREFIX) for name in other}
+        for name in self.parts.named:
+            if name not in self.parts.modules:
+                faults |= {*_differing(now.held[name], held[name], name)}
+                continue
+            attributes = self._attributes(name, {})
+            for path, each in held[name]["attributes"].items():
+                for attribute, data in each.items():
+                    known = attributes.get((path, attribute))
+                    if known is not None:
+                        faults |= {*_differing(known.data, data, _place(name, path, attribute))}
+        if faults:
+            raise RunError(
+                f"{', '.join(sorted(faults)[:MOST_NAMED])}: cannot be made again as after step "
+                f"{state.step:,}; keep numbers, texts, tensors and arrays, in dicts and lists that "
+                "share nothing, and pass modules and optimizers as parts of their own"
+            )
+
+
+class _Attribute(NamedTuple):
+    """An attribute of a module: as JSON can hold it, and its tensors by name."""
+
+    data: Any
+    tensors: dict[str, Tensor]
+
+    def copy(self) -> _Attribute:
+        """Return it with copies of its tensors."""
+        return self._replace(tensors={name: copy_of(each) for name, each in self.tensors.items()})
+
+    def is_same(self, other: _Attribute) -> bool:
+        """Return whether it has the value of another one."""
+        one, two = self.data, other.data
+        if not isinstance(one, dict):
+            return type(one) is type(two) and (one == two or (one != one and two != two))
+        is_alike = _is_equal(one, two) and self.tensors.keys() == other.tensors.keys()
+        return is_alike and all(same_bits(each, other.tensors[n]) for n, each in self.tensors.items())
+
+
+def _place(part: str, path: str, attribute: str) -> str:
+    return ".".join(each for each in (part, path, attribute) if each)
+
+
+def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
+    """Yield where values differ that are written as JSON can hold them; earlier versions wrote less."""
+    if isinstance(now, dict) and isinstance(saved, dict):
+        for key, value in saved.items():
+            yield from _differing(now.get(key), value, place)
+    elif isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved):
+        for one, two in zip(now, saved, strict=True):
+            yield from _differing(one, two, place)
+    elif not _is_equal(now, saved):
+        yield place
 
 
 def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: bool) -> None:
@@ -249,31 +367,6 @@ def _restore_groups(
     for live, group in zip(optimizer.param_groups, groups, strict=False):
         if [names.get(p) for p in live["params"]] != group["params"]:
             live["params"] = [by_name[name] for name in group["params"]]
-
-
-def _attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the plain attributes of a module and of all within it, by path."""
-    return {
-        path: {name: value for name, value in vars(inner).items() if is_plain_value(value)}
-        for path, inner in module.named_modules()
-    }
-
-
-def _changed(
-    before: Mapping[str, dict[str, Any]], now: Mapping[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Return the attributes that are new or have another value."""
-    found = {}
-    for path, attributes in now.items():
-        known = before.get(path, {})
-        other = {n: v for n, v in attributes.items() if n not in known or not _is_same(known[n], v)}
-        if other:
-            found[path] = other
-    return found
-
-
-def _is_same(one: Any, two: Any) -> bool:
-    return type(one) is type(two) and (one == two or (one != one and two != two))
 
 
 def _is_equal(one: Any, two: Any) -> bool:

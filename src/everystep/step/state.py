@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from everystep.step.generators import Generators
-from everystep.step.own_state import PREFIX
+from everystep.step.kept_values import PREFIX
 
 __all__ = [
     "READABLE",

@@ -44,7 +44,8 @@ __all__ = ["UnderWay", "as_gradients"]
 
 #: Reported of a backward pass that runs unwatched: its operations are unknown.
 _OTHER_WHEN_WATCHED = (
-    "the gradient of prod, or of the value of masked_fill, is not bit-identical when it is watched"
+    "the gradient of prod, cumprod or det, or of the value of masked_fill, is not bit-identical when it "
+    "is watched"
 )
 
 _next_node = torch._C._autograd._get_sequence_nr

@@ -30,7 +30,7 @@ from everystep.errors import RunError
 from everystep.recording.contents import DRAW
 from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators
-from everystep.step.own_state import decoded, encoded
+from everystep.step.kept_values import decoded, encoded
 from everystep.step.state import same_bits
 
 __all__ = [

@@ -79,6 +79,7 @@ class LoopWriter(RunWriter):
         self.watched = WatchedSteps(self.parts, recorder)
         if not self.watched.notices.is_quiet and (message := numerics.warning()):
             say(message)
+        self._note_unkept()
 
     def settle(self) -> None:
         """Bring the parts of a resumed loop to the state that it continues from again."""
@@ -154,10 +155,16 @@ class LoopWriter(RunWriter):
     def _here(self) -> _Here:
         tensors, place = self._place.settings()
         rest = self._whole.rest()
+        self._note_unkept()
         # A draw that found no more batches may have used the generators, and no step did.
         return _Here(
             self.step, rest._replace(tensors=rest.tensors | self._place.at_end | tensors), place
         )
+
+    def _note_unkept(self) -> None:
+        for part, lost in self._whole.lost.items():
+            if lost.kinds:
+                self.watched.notices.unkept(part, sorted(lost.kinds))
 
     def _snapshot(self, at_rest: _Here | None = None) -> State:
         """Return the current state, with the place in the batches. at_rest: of the same step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from everystep.errors import say
@@ -38,6 +39,15 @@ class Notices:
             "between",
             f"after step {step}, the loop changes {name} outside of a step; everystep keeps its "
             "values, but no step shows how they came about",
+        )
+
+    def unkept(self, part: str, kinds: Sequence[str]) -> None:
+        """Report that a part has values that a run cannot keep. kinds: their classes."""
+        self._once(
+            f"unkept {part} {', '.join(kinds)}",
+            f"the part {part} has values of {', '.join(kinds)}, which a run cannot keep: a resumed loop "
+            "gets them as your script makes them; pass modules and optimizers as parts of their own, "
+            "and keep numbers, texts, tensors or arrays instead of others",
         )
 
     def of_step(self, step: int, seen: AnyWatch, built: BuiltPath | str) -> None:

@@ -1,0 +1,106 @@
+"""Functions of torch that compute with different bits where a dispatch mode is active, as without one.
+
+Some of torch's composite functions ask whether a dispatch mode is active (`isTensorSubclassLike` in
+ATen), and then choose operations that work for any mode. With those below, the results have different
+bits. While a training is followed, kernels above autograd take their place, and choose what torch
+chooses without a mode. What they call is seen as any operation is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.program.operators import OperatorMode
+
+__all__ = ["ModeFormulas", "of_mode"]
+
+_aten = torch.ops.aten
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+#: Where torch looks for a kernel of a composite function before it takes the composite itself.
+_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMPS", "AutogradXPU", "AutogradPrivateUse1")
+
+
+def _is_changed_by_us(tensor: Tensor) -> bool:
+    """Return whether torch would choose for a tensor as it does only because everystep watches."""
+    depth = torch._C._len_torch_dispatch_stack()
+    modes = [torch._C._get_dispatch_stack_at(place) for place in range(depth)]
+    is_subclass = torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+    return bool(modes) and all(isinstance(each, OperatorMode) for each in modes) and not is_subclass
+
+
+def _has_derivative(tensor: Tensor) -> bool:
+    """Return whether a derivative may be asked of what is computed from a tensor."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    forward: Any = torch.autograd.forward_ad
+    return forward._current_level >= 0 and forward.unpack_dual(tensor).tangent is not None
+
+
+def _matmul(one: Tensor, other: Tensor) -> Any:
+    """With a mode, a batch of one matrix that needs no gradient is folded into a product of matrices."""
+    if one.dim() == 3 and other.dim() == 3 and one.shape[0] != other.shape[0]:
+        single = one if one.shape[0] == 1 else other
+        if single.shape[0] == 1 and not single.requires_grad and _is_changed_by_us(single):
+            count = one.shape[0] * other.shape[0]
+            left, right = (
+                each.expand(count, *each.shape[1:]).reshape(count, *each.shape[1:])
+                for each in (one, other)
+            )
+            shape = [count, one.shape[1], other.shape[2]]
+            return _aten._unsafe_view.default(torch.bmm(left, right), shape)
+    return _aten.matmul.default._op_dk(_COMPOSITE, one, other)
+
+
+def _svdvals(matrix: Tensor, *, driver: str | None = None) -> Any:
+    """With a mode, the singular vectors are computed, too."""
+    if _is_changed_by_us(matrix) and not _has_derivative(matrix):
+        return _aten._linalg_svd.default(matrix, False, False, driver=driver)[1]
+    return _aten.linalg_svdvals.default._op_dk(_COMPOSITE, matrix, driver=driver)
+
+
+def _eigvalsh(matrix: Tensor, triangle: str = "L") -> Any:
+    """With a mode, the eigenvectors are computed, too."""
+    if _is_changed_by_us(matrix) and not _has_derivative(matrix):
+        return _aten._linalg_eigh.default(matrix, triangle, False)[0]
+    return _aten.linalg_eigvalsh.default._op_dk(_COMPOSITE, matrix, triangle)
+
+
+def _eigvals(matrix: Tensor) -> Any:
+    """With a mode, the eigenvectors are computed, too."""
+    if _is_changed_by_us(matrix) and not _has_derivative(matrix):
+        return _aten._linalg_eigvals.default(matrix)
+    return _aten.linalg_eigvals.default._op_dk(_COMPOSITE, matrix)
+
+
+_FORMULAS: dict[Any, Callable[..., Any]] = {
+    _aten.matmul.default: _matmul,
+    _aten.linalg_svdvals.default: _svdvals,
+    _aten.linalg_eigvalsh.default: _eigvalsh,
+    _aten.linalg_eigvals.default: _eigvals,
+}
+
+
+def of_mode(function: Any) -> Callable[..., Any]:
+    """Return what a mode calls to see the operations of a composite function of torch."""
+    formula: Callable[..., Any] = _FORMULAS.get(function, function.decompose)
+    return formula
+
+
+class ModeFormulas:
+    """Puts the functions in the place of torch's, until it is removed. It holds for all threads."""
+
+    def __init__(self) -> None:
+        self._libraries: list[Any] = []
+        for key in _KEYS:
+            library: Any = torch.library.Library("aten", "IMPL", key)  # type: ignore[no-untyped-call]
+            for function, formula in _FORMULAS.items():
+                library.impl(function._schema.name.partition("::")[2], formula)
+            self._libraries.append(library)
+
+    def remove(self) -> None:
+        """Restore torch's functions."""
+        self._libraries.clear()
