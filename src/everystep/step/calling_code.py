@@ -42,8 +42,8 @@ _PACKAGES = ("site-packages", "dist-packages")
 _WATCHING = tuple(
     f"{_EVERYSTEP}{name}"
     for name in (
-        *(f"step{os.sep}{name}.py" for name in ("calling_code", "cursor", "follow", "under_way")),
-        f"step{os.sep}optimizer_steps.py",
+        *(f"step{os.sep}{name}.py" for name in ("calling_code", "cursor", "follow", "mode_formulas")),
+        *(f"step{os.sep}{name}.py" for name in ("optimizer_steps", "under_way")),
         f"training{os.sep}watched_steps.py",
     )
 )
