@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ __all__ = [
     "MOST_STEPS",
     "StrictModel",
     "check_steps",
+    "free_memory",
     "open_regular",
     "parse_json",
     "read_regular",
@@ -39,6 +41,20 @@ def _memory() -> int:
 
 #: Bytes of memory of this machine: a larger file cannot be read.
 MEMORY = _memory()
+
+
+def free_memory() -> int:
+    """Return about how many bytes of memory this process can still take, also in a container."""
+    found = [MEMORY]
+    with suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/meminfo").read_text()
+        found.append(1024 * int(text.partition("MemAvailable:")[2].split()[0]))
+    with suppress(OSError, ValueError):
+        limit, used = (
+            Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current")
+        )
+        found.append(max(0, int(limit) - int(used)))
+    return min(found)
 
 
 class StrictModel(BaseModel):

@@ -75,7 +75,8 @@ def test_a_large_step_lies_in_files_that_have_no_name(is_disk_full, tmp_path, mo
         for x in recording.steps(torch.randn(3, 5, 4)):
             recording.log(loss=descend(optimizer, model(x)))
     expected = everystep.open(tmp_path / "run")[3]
-    monkeypatch.setattr("everystep.step.observe.MOST_HELD", 0)
+    monkeypatch.setattr("everystep.step.observe.LEAST_HELD", 0)
+    monkeypatch.setattr("everystep.step.observe.HELD_SHARE", 0.0)
     monkeypatch.setattr("everystep.step.observe.SMALLEST_IN_FILE", 1)
     place = tmp_path / ("none" if is_disk_full else "files")
     if not is_disk_full:

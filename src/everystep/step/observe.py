@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from everystep.bounded import free_memory
 from everystep.program.interpreter import Interpreter, Looks
 from everystep.program.memory import copy_in_file, copy_on_cpu, lies_as
 from everystep.program.observed import Observed
@@ -27,8 +28,10 @@ __all__ = [
 #: The kernel by which a GradScaler divides gradients by its scale.
 UNSCALES = "_amp_foreach_non_finite_check_and_unscale"
 _GRADIENT = "gradient/"
-#: Bytes of copies of a step that are in memory, and of the smallest that lies in a file beyond that.
-MOST_HELD, SMALLEST_IN_FILE = 1_000_000_000, 1_000_000
+#: Bytes of copies of a step that are in memory, as a share of what is free, and at least.
+HELD_SHARE, LEAST_HELD = 0.25, 1_000_000_000
+#: Bytes of the smallest copy that lies in a file.
+SMALLEST_IN_FILE = 1_000_000
 _TensorOf = Callable[[str], Tensor]
 
 
@@ -84,7 +87,7 @@ class StepObserver:
     The interpreter lets `looks` look; `observation` returns the observations.
 
     Numbers are copied once, and those that nothing overwrites are not copied: a step of a large model
-    makes several times the bytes of its parameters. From some size on, copies lie in files.
+    makes several times the bytes of its parameters. Where memory is scarce, copies lie in files.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class StepObserver:
         self._interpreter = interpreter
         self._program = program = interpreter.program
         self._state = state
-        self._held = 0
+        self._held, self._most_held = 0, max(LEAST_HELD, int(HELD_SHARE * free_memory()))
         self._before = {name: self._copied(tensor) for name, tensor in state.items()}
         self._operations: list[Observed] = []
         self._activations: dict[str, tuple[Tensor, ...]] = {}
@@ -190,7 +193,7 @@ class StepObserver:
 
     def _copied(self, tensor: Tensor, *, stays: bool = False) -> Tensor:
         """Return a copy of a tensor, or the tensor itself if it stays as it is."""
-        if tensor.nbytes >= SMALLEST_IN_FILE and self._held + tensor.nbytes > MOST_HELD:
+        if tensor.nbytes >= SMALLEST_IN_FILE and self._held + tensor.nbytes > self._most_held:
             return copy_in_file(tensor)
         self._held += tensor.nbytes
         return tensor if stays else copy_on_cpu(tensor)
