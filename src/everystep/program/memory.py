@@ -167,15 +167,15 @@ def copy_on_cpu(tensor: Tensor) -> Tensor:
 def copy_in_file(tensor: Tensor) -> Tensor:
     """Return a copy as `copy_on_cpu` does, on a temporary file, which the system reads when it is used.
 
-    In memory if there is no room for the file. It has no name any more, and is gone with the tensor.
+    In memory if there is no room for the file. The file has lost its name, and ends with the tensor.
     """
     own = tensor.detach().cpu()
     like = torch.empty_like(own, device="meta")
     if like.stride() != own.stride():
         own = own.clone()
     size = like.untyped_storage().nbytes()
-    flat = own.as_strided((size // own.itemsize,), (1,)).view(torch.uint8)
     try:
+        flat = own.as_strided((size // own.itemsize,), (1,)).view(torch.uint8)
         with NamedTemporaryFile(prefix="everystep-") as file:
             file.write(flat.numpy().data)
             file.flush()

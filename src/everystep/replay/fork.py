@@ -163,11 +163,11 @@ class Fork:
         """
         fork = self.facts(job.steps)
         if (count := self.stretch.facts.processes) > 1:
-            told = (
+            notice = (
                 f"{count} processes trained {self.run.name}, and one trains the fork: results differ by "
                 "rounding and by random draws, and the steps so far open in the former only"
             )
-            job = replace(job, notices=[*job.notices, told])
+            job = replace(job, notices=[*job.notices, notice])
         job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
         # With a scheduler, all is recorded; otherwise, only what changed.

@@ -154,8 +154,9 @@ class Replay:
 
         Returns a context, in which the number of new steps is passed to what it yields.
         """
-        count = end - begin
-        seconds = (self.run.facts.seconds or 0.0) * count / max(1, self.run.newest_step())
+        count, seconds = end - begin, 0.0
+        if count > 0:
+            seconds = (self.run.facts.seconds or 0.0) * count / max(1, self.run.newest_step())
         if count <= 0 or seconds < LONG_SECONDS:
             return uncounted("replaying", count)
         say(f"steps {begin + 1:,} to {end:,} are replayed first: about {seconds:,.0f} seconds")

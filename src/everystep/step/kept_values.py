@@ -103,7 +103,7 @@ def encoded(
 def encoded_whole(
     value: Any, place: str, known: Mapping[str, Tensor], names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], Any] | None:
-    """Return the same of a value that is no object and contains none, dataclasses apart; else None."""
+    """Do the same for a value without objects in it, dataclasses apart; return None for others."""
     walk = _Capturing(names, known, (), walks_objects=False)
     data = walk.encoded(value, place)
     return None if walk.has_left else (walk.tensors, data)

@@ -32,7 +32,7 @@ __all__ = ["PartsState", "Rest"]
 
 #: Of what cannot be restored.
 MOST_NAMED = 5
-#: Attributes of every module, which are written otherwise, or are hooks.
+#: Attributes of every module, which are written in another way, or are hooks.
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 

@@ -76,7 +76,7 @@ class Recorded:
     None if it has none; tensors: those of the state on disk; at_first: the random generators of state 0;
     epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
     workers of an earlier one; size: how many batches the call had, if another number of processes
-    continues, each of which has other batches: they go on at the same share of them.
+    continues, with other batches each: they continue at the same share of them.
     """
 
     step: int

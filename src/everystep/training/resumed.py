@@ -123,7 +123,7 @@ def changes_by_others(run: RecordedRun, now: TrainingFacts) -> tuple[str, ...]:
         if newest > at:
             message += f"; steps {at + 1:,} to {newest:,}, which no state on the disk has, are discarded"
         if now.loop is not None:
-            message += "; an epoch goes on at the same share of its batches, if these have a length"
+            message += "; an epoch continues at the same share of its batches, if these have a length"
         say(message)
     return (f"processes: {run.others} | {now.processes}",)
 
