@@ -341,6 +341,7 @@ def test_all_unknown_names_are_said_at_once():
         ("loss > 1 && step", "and, or, not", "&"),
         ("!loss", "and, or, not", "!"),
         ("loss > ", "something is missing after >", ">"),
+        ("gradients[0.weight][3,5]", "a name needs quotes", "gradients[0.weight]"),
         ("(loss", "'(' was never closed", "("),
         ("loss)", "unmatched ')'", ")"),
         ("import os", "the expression is invalid", "i"),

@@ -52,6 +52,8 @@ _INCOMPLETE = _MAPPINGS | {
 }
 #: What an expression cannot end with.
 _UNFINISHED = re.compile(r"([-+*/%@<>=,.(\[]+|\b(and|or|not))\s*$")
+#: A name without its quotes, such as a shell takes away.
+_UNQUOTED = re.compile(r"([a-z]+)\[(\d+\.[a-z_][\w.]*)\]")
 #: The names that mean something in any expression.
 _LANGUAGE = frozenset({"loss", "step", *CONSTANTS, *_INCOMPLETE, *FUNCTIONS})
 #: Why the language does not support what Python has.
@@ -312,6 +314,9 @@ def _syntax_error(text: str, error: SyntaxError) -> ExpressionError:
         message = "expressions cannot assign; to compare, write =="
     elif text[start : start + 1] in ("&", "|", "!"):
         message = "combine conditions with and, or, not"
+    elif (bare := _UNQUOTED.search(text)) is not None:
+        message = f"a name needs quotes, which a shell takes away: \"{bare[1]}['{bare[2]}']\""
+        return error_at(text, message, bare.start(), bare.end())
     elif message == "invalid syntax" and (last := _UNFINISHED.search(text)) is not None:
         return error_at(text, f"something is missing after {last[0].strip()}", last.start(), last.end())
     elif message == "invalid syntax":
