@@ -1,6 +1,7 @@
 """A run that is removed, or replaced, while it is being read."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,22 @@ def test_a_run_replaced_by_another_file_while_it_is_opened_is_refused(recorded, 
     before(monkeypatch, connection, "_check_identity", lambda: database.write_bytes(b"x" * 8192))
     with pytest.raises(RunError, match=r"run\.sqlite"):
         everystep.open(recorded)
+
+
+def test_a_file_that_another_rank_removes_meanwhile_does_not_end_a_training(recorded, monkeypatch):
+    passing = recorded / "ranks/1/.passing.tmp"
+    passing.mkdir(parents=True)
+    look, seen = Path.lstat, []
+
+    def removed_before(path):
+        if path == passing:
+            seen.append(path)
+            passing.rmdir()
+        return look(path)
+
+    monkeypatch.setattr(Path, "lstat", removed_before)
+    assert len(everystep.open(recorded).resume(5, progress=False)) == 5
+    assert seen == [passing]
 
 
 def test_a_run_removed_before_its_newest_losses_are_read_is_refused(recorded, monkeypatch):

@@ -14,7 +14,7 @@ from everystep.recording.contents import Given, inputs_of, read_contents
 from everystep.recording.database import FILE_NAME, Database, reading
 from everystep.recording.directories import is_run, name_of
 from everystep.recording.facts import Facts
-from everystep.recording.files import batch_file, program_file
+from everystep.recording.files import batch_file, files_in, program_file
 from everystep.recording.health import Finding, number_findings
 from everystep.recording.recorded_run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import SnapshotRow, read_snapshot
@@ -117,7 +117,7 @@ def _problem(read: Callable[[], object]) -> str | None:
 
 
 def _link_findings(directory: Path) -> Iterator[Finding]:
-    for path in sorted(directory.rglob("*")):
+    for path, _ in files_in(directory):
         if path.is_symlink():
             place = str(path.relative_to(directory))
             yield Finding(place, "it is a link, which everystep did not make", "replace it by the file")

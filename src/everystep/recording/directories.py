@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from everystep.errors import RecordingError, RunError, did_you_mean
 from everystep.recording.connection import LOCK_NAME, SPARE_NAME
 from everystep.recording.database import FILE_NAME, reading
-from everystep.recording.files import BATCHES, CHANGES, PROGRAMS, SNAPSHOTS
+from everystep.recording.files import BATCHES, CHANGES, PROGRAMS, SNAPSHOTS, files_in
 from everystep.recording.lock import locked
 
 __all__ = [
@@ -246,18 +246,13 @@ def spaces_of(directories: Iterator[Path]) -> list[Space]:
 def _space_of(directory: Path, seen: set[tuple[int, int]]) -> Space:
     """Return what a run takes. seen: files that were counted, by device and number."""
     sizes = dict.fromkeys(("snapshots", "batches", "data", "programs", "database", "others"), 0)
-    for folder, _, names in os.walk(directory):
-        place = Path(folder).relative_to(directory)
-        for name in names:
-            try:
-                about = (Path(folder) / name).lstat()
-            except OSError:  # a training has just removed it
-                continue
-            key = about.st_dev, about.st_ino
-            if stat.S_ISREG(about.st_mode) and key not in seen:
-                seen.add(key)
-                blocks = getattr(about, "st_blocks", None)
-                sizes[_kind(place / name)] += about.st_size if blocks is None else 512 * blocks
+    for path, about in files_in(directory):
+        key = about.st_dev, about.st_ino
+        if stat.S_ISREG(about.st_mode) and key not in seen:
+            seen.add(key)
+            blocks = getattr(about, "st_blocks", None)
+            kind = _kind(path.relative_to(directory))
+            sizes[kind] += about.st_size if blocks is None else 512 * blocks
     keep = None
     with suppress(RunError), reading(directory / FILE_NAME) as database:
         keep = database.facts().keep

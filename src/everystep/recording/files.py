@@ -45,6 +45,7 @@ __all__ = [
     "check_data",
     "check_writable_files",
     "completed",
+    "files_in",
     "has_own",
     "open_own",
     "own_path",
@@ -208,14 +209,25 @@ def _unreadable(path: Path, error: OSError) -> RunError:
     return RunError(f"{path!s:.200} cannot be read: {error.strerror or error}")
 
 
+def files_in(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield what a directory and those in it have, with its status; links are not followed.
+
+    Other processes may write there, so what is removed meanwhile is left out.
+    """
+    for folder, folders, names in os.walk(directory):
+        for name in sorted([*folders, *names]):
+            path = Path(folder) / name
+            with suppress(FileNotFoundError):
+                yield path, path.lstat()
+
+
 def check_writable_files(directory: Path) -> None:
     """Check that writing into a run changes nothing outside of it: it has no links.
 
     Raises:
         RunError: it has one; names it.
     """
-    for path in directory.rglob("*"):
-        status = path.lstat()
+    for path, status in files_in(directory):
         is_file = stat.S_ISREG(status.st_mode)
         if not is_file and not stat.S_ISDIR(status.st_mode):
             problem = "is a link, or no regular file"
