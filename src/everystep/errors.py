@@ -21,7 +21,7 @@ reports all of them, in `faults` and in its message.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -150,16 +150,20 @@ class DamageWarning(UserWarning):
     """A run is damaged: what was read is incomplete, or differs from what was recorded."""
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return a fix for an unknown name: the most similar known names, or all if there are few."""
+def did_you_mean(name: str, known: Sequence[str] | Mapping[str, str]) -> str:
+    """Return a fix for an unknown name: the most similar known names, or all if there are few.
+
+    known: the names; or how to write each of them.
+    """
     if not known:
         return "there are none"
-    folded = {candidate.lower(): candidate for candidate in known}
+    written = known if isinstance(known, Mapping) else {candidate: candidate for candidate in known}
+    folded = {candidate.lower(): text for candidate, text in written.items()}
     near = [folded[match] for match in get_close_matches(name.lower(), folded, n=2, cutoff=0.6)]
     if near:
         return "did you mean " + " or ".join(near) + "?"
     if len(known) <= 12:
-        return "known here: " + ", ".join(known)
+        return "known here: " + ", ".join(written.values())
     return ""
 
 

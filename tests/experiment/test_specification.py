@@ -60,6 +60,8 @@ def test_all_faults_are_told_at_once_each_with_its_path_and_cure():
         ({"scheduler.name": "LambdaLR"}, "scheduler.name", "needs a function"),
         ({"scheduler.name": "StepLR"}, "scheduler.step_size", "is missing; StepLR requires it"),
         ({"data.batch_size": 5}, "data.batch_size", "belongs at the top of the file"),
+        ({"lrr": 1}, "lrr", "did you mean optimizer.lr?"),
+        ({"d-in": 5}, "d-in", "did you mean data.D_in?"),
         ({"data.N": 0}, "data.N", "greater than 0"),
         ({"steps": None}, "", "set either steps or epochs"),
         ({"data.validation": 1.5}, "data.validation", "less than 1"),

@@ -359,7 +359,7 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             path = f"{path}.source"
             problem = f"{tag!r} is not a data source; {did_you_mean(tag, _SOURCES)}"
         case "extra_forbidden":
-            cure = _elsewhere(key, location) or did_you_mean(key, _known_keys(location[:-1], raw))
+            cure = _at_the_top(key, location) or did_you_mean(key, _known_keys(location[:-1], raw))
             problem = f"unknown key; {cure}".removesuffix("; ")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", str(context["expected"]))
@@ -403,19 +403,23 @@ def _without_tags(location: tuple[str | int, ...]) -> list[str | int]:
     return parts[:2] if parts[:2] == ["data", "target"] else parts
 
 
-def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> list[str]:
+def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> dict[str, str]:
+    """Return how to write each key of a section; at the top, of sections too."""
     section = next(iter(location), None)
     if section is None:
-        return list(Experiment.model_fields)
+        inner = {"data": _known_keys(["data"], raw), "model": ["layers"], "scheduler": ["every"]}
+        inner["optimizer"] = ["lr"]
+        found = {key: f"{name}.{key}" for name, keys in inner.items() for key in keys}
+        return found | {"learning_rate": "optimizer.lr"} | {key: key for key in Experiment.model_fields}
     if section == "data":
-        source = raw["data"].get("source")
-        return list(_DATA[source].model_fields) if source in _DATA else []
-    return list((Model if section == "model" else Scheduler).model_fields)
+        source = data.get("source") if isinstance(data := raw.get("data"), Mapping) else None
+        known = _DATA.get(source) if isinstance(source, str) else None
+        return {key: key for key in (known.model_fields if known is not None else ())}
+    return {key: key for key in (Model if section == "model" else Scheduler).model_fields}
 
 
-def _elsewhere(key: str, location: list[Any]) -> str:
-    """Return where the key belongs, if it is a top-level key inside a section."""
-    if len(location) > 1:
-        belongs = key in Experiment.model_fields
-        return f"{key} belongs at the top of the file, before the first [section]" if belongs else ""
-    return "did you mean optimizer.lr?" if key in ("lr", "learning_rate") else ""
+def _at_the_top(key: str, location: list[Any]) -> str:
+    """Return the cure for a top-level key inside a section."""
+    if len(location) > 1 and key in Experiment.model_fields:
+        return f"{key} belongs at the top of the file, before the first [section]"
+    return ""
