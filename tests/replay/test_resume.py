@@ -9,6 +9,7 @@ import shutil
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import NamedTuple
 
 import numpy as np
@@ -423,6 +424,37 @@ def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, workers, wrap, dying):
     whole = by_epochs(lambda **parts: everystep.record(run="runs/whole", **parts), **options)
     resumed = by_loop(lambda record: by_epochs(record, **options), (3, 13))
     assert all(map(torch.equal, whole, resumed))
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.Generator().manual_seed(3).clone_state,
+        partial(np.random.default_rng, 3),
+        partial(Random, 3),
+    ],
+)
+def test_a_random_generator_is_a_part(make, dying):
+    x = torch.linspace(-1, 1, 12).reshape(12, 1)
+
+    def drawn(generator):
+        if isinstance(generator, torch.Generator):
+            return torch.randperm(12, generator=generator)[:4]
+        return torch.tensor([int(12 * generator.random()) for _ in range(4)])
+
+    def body(record):
+        model, generator = nn.Linear(1, 1), make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with record(model=model, generator=generator) as recording:
+            for _ in recording.steps(range(6)):
+                rows = drawn(generator)
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x[rows]), x[rows])))
+        return [value.detach() for value in model.state_dict().values()]
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert all(map(torch.equal, whole, by_loop(body, (3, 5))))
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 
 

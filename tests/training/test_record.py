@@ -191,6 +191,7 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
         ({"model": nn.Linear}, "model: is not a part of a training: Linear"),
         ({"model": 3}, "model: is not a part of a training: int"),
         ({"model": nn.Sequential(), "rate": None}, "rate: is not a part"),
+        ({"model": nn.Sequential(), "rate": 0.1}, "dicts, lists or objects that hold values"),
         ({"model": nn.ModuleDict({"head": nn.Linear(1, 1)}), "head": nn.Linear(1, 1)}, "head_part="),
     ],
 )

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PREFIX", "Lost", "decoded", "encoded", "encoded_whole", "is_plain_value"]
+__all__ = ["GENERATORS", "PREFIX", "Lost", "decoded", "encoded", "encoded_whole", "is_plain_value"]
 
 #: Prefix of the names of tensors that only this module knows.
 PREFIX = "own/"
+#: Random generators that parts may hold, or be.
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 #: Values that consist of others; one of a class derived from these is written with its class.
 _COLLECTIONS: dict[str, Any] = {
     each.__name__: each for each in (dict, list, tuple, deque, set, frozenset)

@@ -14,6 +14,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
+from everystep.step.kept_values import GENERATORS
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts"]
@@ -38,7 +39,7 @@ class Parts:
 
     Args:
         named: the parts by name: modules, optimizers, schedulers, scalers, averaged copies, tensors,
-            or dicts, lists and objects that hold tensors.
+            random generators, or dicts, lists and objects that hold such.
         apart: modules that are not models, such as a loss with weights: in a snapshot, their tensors are
             not among the parameters.
     """
@@ -89,7 +90,7 @@ class Parts:
                     Fault(
                         path,
                         "is a part of a tensor that several processes share (fully_shard); everystep "
-                        "records models of which each process has all (DistributedDataParallel)",
+                        "records models that each process has all of (DistributedDataParallel)",
                     )
                 )
             elif tensor.layout != torch.strided or tensor.is_nested:
@@ -293,14 +294,15 @@ def check_parts(named: Mapping[str, Any]) -> None:
             faults.append(Fault(name, "the name of a part must be a Python identifier"))
         if isinstance(part, nn.Module) and (fault := scripted_fault(name, part)):
             faults.append(fault)
-        holds = isinstance(part, nn.Module | torch.optim.Optimizer | Tensor | dict | list | tuple)
+        known = nn.Module, torch.optim.Optimizer, Tensor, dict, list, tuple, *GENERATORS
+        holds = isinstance(part, known)
         if isinstance(part, type) or part is None or not (holds or hasattr(part, "__dict__")):
             kind = part.__name__ if isinstance(part, type) else type(part).__name__
             faults.append(
                 Fault(
                     name,
-                    f"is not a part of a training: {kind}; parts are modules, optimizers and "
-                    "similar objects",
+                    f"is not a part of a training: {kind}; parts are modules, optimizers, tensors, "
+                    "random generators, and dicts, lists or objects that hold values",
                 )
             )
     main = named.get("model")
