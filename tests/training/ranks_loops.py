@@ -530,6 +530,21 @@ def unshared(begin, rank):
         agreement.RANKS, agreement.NOTICE_SECONDS = "ranks", 10
 
 
+def full(begin, rank):
+    """The last rank has no room for its directory."""
+    create = agreement.create_directory
+    if rank:
+        agreement.create_directory = partial(_raise, everystep.RecordingError("there is no room"))
+    try:
+        begin(model=mlp()).__enter__()
+    finally:
+        agreement.create_directory = create
+
+
+def _raise(error, *_):
+    raise error
+
+
 def taken(begin, rank):
     """The directory of the run exists."""
     begin(model=mlp()).__enter__()

@@ -347,6 +347,20 @@ def test_another_number_of_processes_continues_a_run(tmp_path, name, stages):
         assert len(run) == 15 + 3 + 3
 
 
+def test_a_rank_that_cannot_continue_a_run_ends_all(tmp_path):
+    model = ranks_loops.mlp()
+    with everystep.record(model=model, run=tmp_path / "runs/full") as recording:
+        for x, _ in recording.steps(ranks_loops.batches(0)):
+            recording.log(loss=model(x).sum())
+            if recording.step_count == 3:
+                break
+    found, errors = launched(tmp_path, ["full"], RESUME="1", RECORDED="1")
+    assert None not in found, errors
+    assert found[0]["full"] == "rank 1 cannot begin the run: there is no room"
+    assert found[1]["full"] == "there is no room"
+    assert len(everystep.open(tmp_path / "runs/full")) == 4
+
+
 def test_programs_take_the_steps_of_all_ranks_at_another_rate(trained, tmp_path):
     at, (run, by_loop) = (
         ranks_loops.FORKED_AT,

@@ -117,15 +117,26 @@ class Agreement:
             error = problem
         if not rank:
             self._shared("directory", "" if error else str(place.resolve()), sources=[])
+        try:
+            self.have_begun(error)
+        except RunError:
+            if not rank and error is None:
+                shutil.rmtree(place)
+            raise
+        return place
+
+    def have_begun(self, error: EverystepError | None) -> None:
+        """Wait until all ranks are where this one is. error: why it cannot begin the run.
+
+        Raises:
+            EverystepError: that error, or a RunError with that of another rank.
+        """
         problems = self._shared("begun", "" if error is None else str(error))
         if error is not None:
             raise error
         for other, text in enumerate(problems):
             if text:
-                if not rank:
-                    shutil.rmtree(place)
                 raise RunError(f"rank {other} cannot begin the run: {text}")
-        return place
 
     def _place_in(self, top: Path, parent: RecordedRun | None) -> Path:
         """Return the directory of this rank within that of rank 0.
@@ -236,23 +247,36 @@ def run_to_continue(run: R, agreement: Agreement | None) -> R:
         RunError: another number recorded it, and the ranks had different parameters, or no step yet.
     """
     before, now = run.facts.training.processes, _count(agreement)
-    rank = 0 if agreement is None else agreement.ranks.rank
     if before == now:
-        return run if agreement is None else agreement.continued(run.ranks[rank])
+        return run if agreement is None else agreement.continued(run.ranks[agreement.ranks.rank])
+    if agreement is None:
+        return _continued_from(run, None)
+    own: R = run
+    error: EverystepError | None = None
+    try:
+        own = _continued_from(run, agreement.ranks)
+    except EverystepError as problem:
+        error = problem
+    agreement.have_begun(error)  # rank 0 then changes what others have read
+    return own
+
+
+def _continued_from(run: R, ranks_now: RanksFacts | None) -> R:
+    """Return the run of this rank, to continue what another number of processes recorded."""
+    before, now = run.facts.training.processes, 1 if ranks_now is None else ranks_now.count
     top = run.ranks[0]
     at = max((row.step for row in top.snapshot_rows()), default=0)
     ranks = top.ranks_of(place := stretch_at(top.stretches, at))  # those that took the step
     states = _states_alike(ranks, at)
+    rank = 0 if ranks_now is None else ranks_now.rank
     if top.stretches[place].facts.processes == now:  # others came after it, and have left no state
         own = ranks[rank]
-    elif agreement is None or not rank:
+    elif ranks_now is None or not rank:
         own = top
     else:
         is_new = rank >= len(ranks)
         parent = 0 if is_new else rank
-        own = _begun_from(ranks[parent], at, states[parent], agreement.ranks, is_new=is_new)
-    if agreement is not None:
-        agreement._shared("begun", "")  # rank 0 then changes what others have read
+        own = _begun_from(ranks[parent], at, states[parent], ranks_now, is_new=is_new)
     own.common_states, own.common_steps, own.others = frozenset([0, at]), at, before
     return own
 
