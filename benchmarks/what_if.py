@@ -27,7 +27,7 @@ import torch  # noqa: E402
 
 import everystep  # noqa: E402
 from everystep.device import select  # noqa: E402
-from everystep.experiment.batches import Batches  # noqa: E402
+from everystep.experiment.batches import Batches, RowsOf  # noqa: E402
 from everystep.experiment.specification import Experiment, load  # noqa: E402
 from everystep.training.from_experiment import experiment_job  # noqa: E402
 
@@ -98,14 +98,16 @@ def _by_hand(experiment: Experiment, rows: tuple[int, ...]) -> list[float]:
     """Return the losses of the loop by hand, without some rows after step `AT`."""
     made = experiment_job(experiment, "digits", select("cpu"))
     assert made.data is not None
+    assert isinstance(made.training.batch, RowsOf)
     data, training, losses = made.data.tensors(), made.training, []
     x, y = data["x"], data["y"]
     batches = Batches(len(x), experiment.batch_size, experiment.seed, experiment.drop_last)
+    left_out = made.training.batch.batches.places(rows)  # they are numbered as in the whole data
     for step in range(1, STEPS + 1):
         indices = batches.indices(step)
         assert indices is not None
         if step > AT:
-            indices = indices[torch.isin(indices, torch.tensor(rows), invert=True)]
+            indices = indices[torch.isin(indices, left_out, invert=True)]
         loss = training.loss(training.model(x[indices]), y[indices])
         training.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
