@@ -224,7 +224,7 @@ def train(
         engine=engine,
     )
     place, resume, config = _place(run, resume, config)
-    said = facts_from(config, tags)
+    user_facts = facts_from(config, tags)
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
@@ -241,7 +241,7 @@ def train(
         watcher, resumed = progress_of(progress), _resumed(place, resume)
         budgets = snapshot_budget, batch_budget, keep_of(keep)
         forked = _forked(fork, at, resumed)
-        start = LoopStart(place, *budgets, watcher.advance, resumed, forked, force, said)
+        start = LoopStart(place, *budgets, watcher.advance, resumed, forked, force, user_facts)
         batches: Any = data
         recording = Recording(dict(parts), start, Run)
         return run_of(train_step(model, batches, iteration, recording, watcher))
@@ -261,10 +261,10 @@ def train(
         from everystep.replay.resume import Resume, resume_objects
 
         objects.check()
-        asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)
+        asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, user_facts=user_facts)
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
-        outcome = train_objects(objects, iteration, place, snapshot_budget, watcher, said)
+        outcome = train_objects(objects, iteration, place, snapshot_budget, watcher, user_facts)
     return run_from_objects(outcome, replace(objects, metrics=copy(metrics or ())))
 
 
@@ -348,9 +348,9 @@ def record(
             "optimizer=optimizer)"
         )
     place, resume, config = _place(run, resume, config)
-    said, resumed = facts_from(config, tags), _resumed(place, resume)
+    user_facts, resumed = facts_from(config, tags), _resumed(place, resume)
     budgets = snapshot_budget, batch_budget, keep_of(keep)
-    start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, said)
+    start = LoopStart(place, *budgets, None, resumed, _forked(fork, at, resumed), force, user_facts)
     conditions = LoopConditions(stop_when, mark_when) if stop_when or mark_when else None
     return Recording(parts, start, Run, conditions)
 
@@ -455,13 +455,13 @@ def train_experiment(
     )
     loaded = load(source, settings)
     place, resume, config = _place(run, resume)
-    said = facts_from(config, tags)
+    user_facts = facts_from(config, tags)
     resumed, watcher = _resumed(place, resume), progress_of(progress)
     if resumed is None:
-        return run_of(train_loaded(loaded, name, place, snapshot_budget, watcher, said))
+        return run_of(train_loaded(loaded, name, place, snapshot_budget, watcher, user_facts))
     from everystep.replay.resume import Resume, resume_experiment
 
-    asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, said=said)
+    asked = Resume(resumed, is_accepted=force, budget=snapshot_budget, user_facts=user_facts)
     return run_of(resume_experiment(asked, watcher, loaded))
 
 

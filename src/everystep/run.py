@@ -428,7 +428,7 @@ class Run(RecordedRun):
             at: the step after which the trainings start; default: the one before `without_rows_of`.
             until: the step that they are compared at; default: the last.
             without_rows: rows of the data to leave out of the batches that they are in.
-            without_rows_of: the step of which all rows are left out.
+            without_rows_of: the step with the rows that are left out.
             each: leave out each row alone, not all at once.
             lr: learning rates to train at, one training each, for all param groups of torch's own
                 optimizers.

@@ -186,9 +186,9 @@ def _perhaps(settings: Sequence[Setting | str]) -> str:
 
 
 def _of_another_operation(
-    found: OperationDifference, evidence: Evidence, otherwise: str = ANOTHER_OPERATION
+    found: OperationDifference, evidence: Evidence, default: str = ANOTHER_OPERATION
 ) -> list[str]:
-    """Return the settings that explain, or may explain, why the operations differ; if none, `otherwise`.
+    """Return the settings that explain, or may explain, why the operations differ; if none, `default`.
 
     Without such a setting of torch's own code, return the calls that only one step has.
     """
@@ -202,7 +202,7 @@ def _of_another_operation(
         near = evidence.of_kind(*kinds)
     if kept := _kept_gradients(found, evidence):
         return [kept]
-    known = [otherwise, *_modes(found, evidence), *_calls(found, evidence)]
+    known = [default, *_modes(found, evidence), *_calls(found, evidence)]
     # Settings of torch decide which operations the same Python runs.
     of_torch = [each for each in evidence.numerics if each.startswith("torch.")]
     return ["; ".join(known) + _perhaps([*near, *of_torch])]

@@ -157,9 +157,9 @@ class OtherProcess:
     def _ended(self) -> TrainingError:
         self._process.kill()
         self._process.wait()
-        said = (self._folder / "errors").read_text(encoding="utf-8", errors="replace").strip()
-        reason = said.splitlines()[-1] if said else f"exit status {self._process.returncode}"
-        cure = f"; {self._cure}" if "NotFoundError" in said else ""
+        errors = (self._folder / "errors").read_text(encoding="utf-8", errors="replace").strip()
+        reason = errors.splitlines()[-1] if errors else f"exit status {self._process.returncode}"
+        cure = f"; {self._cure}" if "NotFoundError" in errors else ""
         return TrainingError(f"the process of the rerun ended early: {reason:.400}{cure}")
 
     @property

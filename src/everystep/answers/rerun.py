@@ -134,7 +134,7 @@ def rerun(
     Args:
         opener: of the run.
         conditions: those of the replay.
-        others: runs of as many steps to lay beside.
+        others: runs of as many steps, to compare with.
         on_progress: called with the number of steps just taken.
 
     Raises:

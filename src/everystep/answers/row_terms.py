@@ -26,9 +26,7 @@ _LINEAR = _ADDS | {"clone", "copy", "_to_copy", "neg", "mul", "div"}
 _PARAMETER = "parameter/"
 _NONE = frozenset[str]()
 _OTHER_DTYPE = Reason("memory is read as a dtype of another size")
-_OUTSIDE = Reason(
-    "a tensor that the step reads may come from operations of which only results were recorded"
-)
+_OUTSIDE = Reason("a tensor that the step reads may come from operations with recorded results only")
 _SHARED = Reason("rows of the batch share memory")
 
 

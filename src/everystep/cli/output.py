@@ -125,19 +125,19 @@ def say_written(path: Path) -> None:
 
 def hint_at_damage() -> list[str]:
     """Let warnings of damaged runs be hints, each once; return the list that gathers them."""
-    said: list[str] = []
+    messages: list[str] = []
     show_others = warnings.showwarning
 
     def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, DamageWarning):
             show_others(message, category, *place, **more)
-        elif str(message) not in said:
-            said.append(str(message))
+        elif str(message) not in messages:
+            messages.append(str(message))
             hint(f"everystep: {message}")
 
     warnings.simplefilter("always", DamageWarning)
     warnings.showwarning = show_warning
-    return said
+    return messages
 
 
 def quoted(text: str) -> str:

@@ -79,7 +79,7 @@ def train(
     from everystep.training.description import facts_from
     from everystep.training.from_experiment import train_experiment
 
-    said = facts_from(None, tag or ())
+    user_facts = facts_from(None, tag or ())
     name = Path(experiment).stem
     budget, place = snapshot_budget * 1_000_000, place_of(run)
     if resume_run and place is None:
@@ -88,10 +88,10 @@ def train(
         if resume_run and place is not None and is_run(place):
             from everystep.replay.resume import Resume, resume_experiment
 
-            asked = Resume(RecordedRun(place), budget=budget, said=said)
+            asked = Resume(RecordedRun(place), budget=budget, user_facts=user_facts)
             outcome = resume_experiment(asked, progress, loaded)
         else:
-            outcome = train_experiment(loaded, name, place, budget, progress, said)
+            outcome = train_experiment(loaded, name, place, budget, progress, user_facts)
     _close(outcome.directory, outcome.reason, quiet)
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)

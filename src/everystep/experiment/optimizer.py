@@ -25,9 +25,9 @@ def with_fused(experiment: Experiment, device: torch.device) -> Experiment:
     differs by device: so the experiment records which one it uses.
     """
     optimizer = experiment.optimizer
-    said = {"fused", "foreach", "differentiable", "maximize"} & set(optimizer.keywords)
+    chosen = {"fused", "foreach", "differentiable", "maximize"} & set(optimizer.keywords)
     has_it = "fused" in keyword_parameters("optimizer", optimizer.name)
-    if said - {"maximize"} or not has_it:
+    if chosen - {"maximize"} or not has_it:
         return experiment
     if optimizer.name in _FUSED_ON_CPU_ONLY and device.type != "cpu":
         return experiment

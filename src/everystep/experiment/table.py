@@ -129,7 +129,7 @@ def read_errors(path: Path | str) -> Iterator[None]:
     """Report what polars cannot read."""
     try:
         yield
-    except DataError:  # which says more
+    except DataError:  # which is more precise
         raise
     except pl.exceptions.NoDataError:
         raise DataError(f"{path} has no rows") from None

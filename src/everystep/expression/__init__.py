@@ -7,7 +7,7 @@
     + - * / // % ** @   < <= > >= == !=   and or not   a if c else b   parameters['0.weight'][0, :3]
 
 Functions of each element: abs sqrt exp log log10 sign isnan isinf isfinite; clip(x, low, high), between
-two numbers; where(c, a, b), which is a where c is not 0, and b elsewhere. Functions of all elements,
+two numbers; where(c, a, b), which is a where c is not 0, and b where it is 0. Functions of all elements,
 which return one number: sum mean min max numel any all; std, var (unbiased, as torch's); median (the
 lower of two); quantile(x, q); norm (the root of the sum of squares), rms (of their mean); zeros (the
 fraction equal to 0); nonfinite (the number of NaN or infinite elements); dot(a, b), cosine(a, b). min

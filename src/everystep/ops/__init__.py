@@ -35,7 +35,7 @@ __all__ = [
     "how_made",
 ]
 
-#: By kind; `foreach_` before it has the same, of which only `made` holds.
+#: By kind; `foreach_` before it has the same record; only its `made` holds.
 RECORDS: dict[str, OperatorRecord] = {
     **ELEMENTWISE,
     **CREATING,

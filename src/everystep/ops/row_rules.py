@@ -172,7 +172,7 @@ def sum_of(labels: Tensor, terms: Callable[[int], Tensor], parts: Sequence[Track
 
 
 def by_key(keys: Tensor, result: Tensor, on: Callable[[Tensor], Tensor]) -> Result:
-    """Return a sum over places with labels, of which `on` computes the terms from some of the places.
+    """Return a sum over places with labels; `on` computes its terms from some of the places.
 
     keys: the labels (count). 0 for rows without a place: kernels need not support empty tensors.
     """

@@ -1,6 +1,6 @@
 """The files that the page consists of: a table of names, so that no name from outside is a path.
 
-The page that says what is wrong needs none of them.
+The page that reports a problem needs none of them.
 """
 
 from __future__ import annotations

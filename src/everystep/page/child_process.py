@@ -6,7 +6,7 @@ is read on either side.
 
 They open runs, which may be a stranger's, and a program of a few bytes can ask for tensors of any size.
 Where the system offers it (Linux), such a process gets no more than a share of the machine's memory: it
-says so and goes on, and nothing else is ended.
+reports that and continues, and no other process is ended.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def status_of(error: Exception) -> int:
 
 
 def memory_message(error: Exception) -> str | None:
-    """Return a message if an error says that memory was refused, else None."""
+    """Return a message if memory was refused, else None."""
     if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
         return None
     return (

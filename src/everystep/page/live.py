@@ -62,8 +62,8 @@ def event(name: str, content: Any, number: int | None = None) -> str:
 
 def last_seen(request: Request) -> int:
     """Return the number of the last event that the browser has seen, 0 for none."""
-    said = request.headers.get("last-event-id") or request.query_params.get("after", "")
-    return int(said) if said.isascii() and said.isdecimal() and len(said) < 19 else 0
+    given = request.headers.get("last-event-id") or request.query_params.get("after", "")
+    return int(given) if given.isascii() and given.isdecimal() and len(given) < 19 else 0
 
 
 #: Minimum seconds between two readings.

@@ -65,12 +65,12 @@ def _side(
                 ("input", line.given, own.read, other.read),
                 ("result", line.made, own.made, other.made),
             )
-            for name, tensor, its_name, its in _beside(mine, others)
+            for name, tensor, its_name, its in _paired(mine, others)
         ],
     }
 
 
-def _beside(
+def _paired(
     mine: dict[str, Tensor], others: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, str, Tensor | None]]:
     """Yield each tensor with the one at the same place in the other run, both with their names."""

@@ -15,7 +15,7 @@ __all__ = ["Busy", "Event", "Task", "Tasks"]
 MOST_AT_ONCE = 3
 #: Tasks that change nothing: a page that is loaded again listens to the one that it had begun.
 QUESTIONS = ("when", "first-nonfinite", "verify", "compare", "what-if", "rerun")
-#: Ended tasks of which it is still known what came of them.
+#: Ended tasks with a result that is still known.
 REMEMBERED = 20
 #: Seconds that a task has to end when it is stopped: a step may be long, and a fork takes a snapshot.
 _PATIENCE = 60.0

@@ -67,7 +67,7 @@ def unset_results(operation: Operation) -> frozenset[str]:
 
 
 def unread_inputs(operation: Operation) -> frozenset[str]:
-    """Return the names of inputs of which an operation reads no numbers."""
+    """Return the names of inputs that an operation reads no numbers of."""
     given = operation.given()
     name, overload = operation.name, operation.operator.partition(".")[2]
     is_like = name.endswith("_like") or name.startswith("new_") or overload in _ONLY_SHAPES

@@ -160,7 +160,7 @@ class RecordedRun:
 
     @property
     def shown_ranks(self) -> list[Self]:
-        """The runs whose losses belong to this one: of rank 0, those of all ranks that can be read."""
+        """The runs with the losses to show for this one: of rank 0, all ranks that can be read."""
         if self.known_ranks is not None and not self.known_ranks.rank:
             with suppress(RunError):
                 return self.ranks
@@ -205,7 +205,7 @@ class RecordedRun:
         """Return the status, given facts already read."""
         if facts.status != "running" or is_locked(self.directory):
             return facts.status
-        # It may have ended after the facts were read, and then it says so now.
+        # It may have ended since the facts were read.
         status = self.facts.status
         return "killed" if status == "running" else status
 

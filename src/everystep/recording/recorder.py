@@ -403,8 +403,8 @@ class Recorder:
         self._pin()
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
-            said = {"config": facts.config, "tags": facts.tags}
-            self._database.write_facts(known | {name: value for name, value in said.items() if value})
+            given = {"config": facts.config, "tags": facts.tags}
+            self._database.write_facts(known | {name: value for name, value in given.items() if value})
 
     def _begin_keeping(self, known: Sequence[NotKeptFacts], at: int) -> dict[str, Any]:
         """Note which steps after `at` are not kept, as far as known; return the facts of it by name."""

@@ -170,7 +170,7 @@ class Fork:
             job = replace(job, notices=[*job.notices, notice])
         job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
-        # With a scheduler, all is recorded; otherwise, only what changed.
+        # With a scheduler, all is recorded; without one, only what changed.
         known = {} if job.training.scheduler else hyperparameters
         recorded = recorded_hyperparameters(self.run, self.at)
         job = replace(

@@ -1,6 +1,6 @@
 """Processes in which a run is replayed, so that it computes as in the training.
 
-That is this process if its numerics match those of the run, and otherwise workers started with them.
+That is this process if its numerics match those of the run, else workers started with them.
 What cannot be set (another processor, another torch) stays different, and each loss is compared. Such
 processes end with the one that started them, however that one was ended.
 """

@@ -59,15 +59,15 @@ class Resume:
     """A request.
 
     steps: the last step, None for that of the run; is_accepted: continue although something changed, and
-    discard the recorded steps after the snapshot; budget: maximum bytes of snapshots; said: facts that
-    the user gives.
+    discard the recorded steps after the snapshot; budget: maximum bytes of snapshots; user_facts: of the
+    user.
     """
 
     run: RecordedRun
     steps: int | None = None
     is_accepted: bool = False
     budget: int = DEFAULT_BUDGET
-    said: Mapping[str, Any] = field(default_factory=dict)
+    user_facts: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check that there is something to train.
@@ -159,7 +159,7 @@ class Resume:
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
         )
-        job = replace(job, origin=origin, notices=[*job.notices, *problems], said=self.said)
+        job = replace(job, origin=origin, notices=[*job.notices, *problems], user_facts=self.user_facts)
         return run_job(job, None, self.budget, progress)
 
     def _newest_state(self) -> tuple[State | None, list[str]]:

@@ -69,7 +69,7 @@ _known: dict[Calls, Calls] = {}
 
 @cache
 def _kind(file: str) -> str:
-    """Return whose code a file has: `user`, `backward`, `everystep`; `other` for what is passed over."""
+    """Return what code a file has: `user`, `backward`, `everystep`; `other`: it is passed over."""
     if file == _BACKWARD:
         return "backward"
     if file.startswith(_EVERYSTEP):

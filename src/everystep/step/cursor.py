@@ -51,15 +51,15 @@ class Cursor(UnderWay):
     """Watches one step, from `begin` to `end`; in force while it is entered.
 
     Args:
-        paths, device, follower, elsewhere: as `UnderWay` has them.
+        paths, device, follower, outside: as `UnderWay` has them.
 
     optimizers: their steps.
     """
 
     def __init__(
-        self, paths: KnownPaths, device: torch.device, follower: Follower, elsewhere: OutsideTensors
+        self, paths: KnownPaths, device: torch.device, follower: Follower, outside: OutsideTensors
     ) -> None:
-        super().__init__(paths, device, follower, elsewhere)
+        super().__init__(paths, device, follower, outside)
         self.optimizers = OptimizerSteps(self)
         self._backward = BackwardPasses(self)
         self._depth = 0
@@ -132,7 +132,7 @@ class Cursor(UnderWay):
         entry, others = expected, iter(at.children.values())
         while entry is not None:
             if entry.func is func and entry.where == where:
-                if entry.brings:  # what the step has made itself is not from elsewhere
+                if entry.brings:  # what the step has made itself is not from outside
                     self.tensors.catch_up(at)
                 result = entry.check(args, kwargs)  # type: ignore[misc]
                 if result is not MISS:
@@ -401,7 +401,7 @@ class Cursor(UnderWay):
                 self.leave()
 
     def _bring(self, args: Any, keywords: Any) -> tuple[tuple[int, int], ...]:
-        """Keep the memory from elsewhere that a call is the first to read.
+        """Keep the memory from outside that a call is the first to read.
 
         Returns the places of the arguments that bring it, and the numbers of the first tensors there.
         """
@@ -415,7 +415,7 @@ class Cursor(UnderWay):
         return tuple(found)
 
     def _note_written(self, numbers: Sequence[int]) -> None:
-        """Note that a call writes into memory from elsewhere: it is copied again."""
+        """Note that a call writes into memory from outside: it is copied again."""
         for number in numbers:
             origin = self.tensors.known[number].origin
             tensor = self.tensors.met[number]()
@@ -429,7 +429,7 @@ class Cursor(UnderWay):
                     continue
                 where = named_here()
                 text = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
-                self.written_elsewhere[origin] = f"{text} ({where})" if where else text
+                self.written_outside[origin] = f"{text} ({where})" if where else text
 
     def _are_gradients(self, numbers: Sequence[int]) -> bool:
         """Tell whether tensors are on the memory of gradients from before the step."""

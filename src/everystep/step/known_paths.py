@@ -101,7 +101,7 @@ class KnownPaths:
     def beginning_after(self, ending: Ending | None) -> Beginning | None:
         """Return how the step after such an ending begins, if one has begun before, and as it was left.
 
-        The ending says where each tensor comes from, and so how it lies.
+        The ending has where each tensor comes from, and so how it lies.
         """
         if id(ending) not in self._after:
             return None

@@ -211,7 +211,7 @@ class Entry:
     tensors the step has met, and how often it has drawn random numbers, after it.
 
     Of a call: func, where: the operator, and the modules in which it runs; check: makes the call if it
-    is this one, else returns MISS; brings: whether memory from elsewhere is met here; contents:
+    is this one, else returns MISS; brings: whether memory from outside is met here; contents:
     arguments that read such memory first, by their place, and the number of the first tensor there;
     shaped: whether the call does not determine the shapes or dtypes of its results, which are those of
     the entry after it; kept: results with memory that is met again without them, by their place and

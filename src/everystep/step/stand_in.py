@@ -51,7 +51,7 @@ class TakenByProgram:
     another version than before, although it may have other values.
     """
 
-    changed_elsewhere = None
+    changed_outside = None
     offsets: tuple[int, ...] = ()
     is_paused = is_empty = is_compiled = False
 
@@ -479,7 +479,7 @@ def _gradients(path: Path, named: Sequence[tuple[str, int]]) -> dict[str, tuple[
 
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:
-    """Return whether the tensors of a state share memory exactly as a program says."""
+    """Return whether the tensors of a state share memory exactly as in a program."""
     places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
     storages, memories = zip(*places, strict=True) if places else ((), ())
     return len(set(storages)) == len(set(memories)) == len(places)

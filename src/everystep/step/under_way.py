@@ -2,7 +2,7 @@
 
 What a program cannot hold (a custom operator, a sparse tensor, an explicit generator) runs unseen, and
 the tensors that it returns or changes are *inputs* of the step, kept by content. So are all tensors that
-the loop uses from elsewhere. Such a step is not remembered: no later step follows it.
+the loop uses from outside. Such a step is not remembered: no later step follows it.
 """
 
 from __future__ import annotations
@@ -62,24 +62,24 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         paths: of the recording.
         device: of the training.
         follower: knows which module and which optimizer runs.
-        elsewhere: copies of what steps before brought from elsewhere.
+        outside: copies of what steps before brought from outside.
 
     numbers, offsets: of the step, as `MetTensors` has them; generators: states of torch's generator
     before draws, by their number from 0, where they differ from what the previous draw left; drawn:
     that state after the last draw, None if there was none; unseen: what was not seen, in words, and how
-    often; changed_elsewhere: a tensor that the step has changed and that is in no part, in words, or
+    often; changed_outside: a tensor that the step has changed and that is in no part, in words, or
     None; changed_unseen: names of the state that something has changed which the dispatcher did not
     show; has_saved_hooks: whether a hook of the user's packs what autograd saves; is_compiled: whether
     it calls a function of torch.compile.
 
     at: the point of the path at which the step is; is_remembered: whether later steps may follow it;
     is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
-    not; tensors: that it has met; brought: from elsewhere, by the number of the first tensor there;
+    not; tensors: that it has met; brought: from outside, by the number of the first tensor there;
     gradient_copies: of the gradients that somebody asks for.
     """
 
     def __init__(
-        self, paths: KnownPaths, device: torch.device, follower: Follower, elsewhere: OutsideTensors
+        self, paths: KnownPaths, device: torch.device, follower: Follower, outside: OutsideTensors
     ) -> None:
         super().__init__()
         self.paths = paths
@@ -87,7 +87,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.generators: dict[int, Tensor] = {}
         self.drawn: Tensor | None = None
         self.unseen: dict[str, int] = {}
-        self.changed_elsewhere: str | None = None
+        self.changed_outside: str | None = None
         self.changed_unseen: list[str] = []
         self.is_paused = self.is_remembered = self.is_followed = self.has_saved_hooks = False
         self.is_compiled = False
@@ -95,12 +95,12 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.followed: Entry | None = None
         self._device = device
         self.follower = follower
-        self.outside = elsewhere
+        self.outside = outside
         self.tensors = paths.tensors
         self.brought: dict[int, Brought] = {}
         #: The calls that cut data out of tensors, by the memory of their results.
         self.gathered: dict[int, tuple[Any, Sequence[Any]]] = {}
-        self.written_elsewhere: dict[int, str] = {}
+        self.written_outside: dict[int, str] = {}
         self.ending: Ending | None = None
         self.gradient_copies: GradientCopies | None = None
         self._origins: tuple[int, ...] = ()
@@ -145,7 +145,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     # What happens besides calls.
 
     def add_batch(self, tensors: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the batch, which nothing has used yet; they are copied elsewhere."""
+        """Note the tensors of the batch, which nothing has used yet; others copy it."""
         with torch._C._DisableTorchDispatch():
             plain = {name: tensor for name, tensor in tensors.items() if is_plain(tensor)}
             if len(plain) < len(tensors):
@@ -228,7 +228,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         found = []
         for kind, name, tensors in marked:
             plain = [tensor for tensor in tensors if is_plain(tensor)]
-            if kind in ("gradient", "logged"):  # what is from elsewhere is the result of no operation
+            if kind in ("gradient", "logged"):  # what is from outside is the result of no operation
                 plain = [
                     t for t in plain if self.is_on_known(t) and (kind != "logged" or t.numel() == 1)
                 ]
@@ -237,7 +237,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return found
 
     def number(self, tensor: Tensor) -> int:
-        """Return the number of a tensor; what is on memory from elsewhere is kept by content."""
+        """Return the number of a tensor; what is on memory from outside is kept by content."""
         number = self.tensors.number(tensor)
         number = self.tensors.meet(tensor, "input") if number is None else number
         if self.is_unread(number):
@@ -245,7 +245,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return number
 
     def is_unread(self, number: int) -> bool:
-        """Tell whether a tensor is on memory from elsewhere that no operation has read yet."""
+        """Tell whether a tensor is on memory from outside that no operation has read yet."""
         origin = self.tensors.known[number].origin
         return self.tensors.known[origin].kind in ("input", "part") and origin not in self.brought
 
@@ -384,7 +384,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         *,
         runs_python: bool,
     ) -> None:
-        """Note that a backward pass ran unwatched: the tensors that it has left are from elsewhere.
+        """Note that a backward pass ran unwatched: the tensors that it has left are from outside.
 
         Args:
             before: the gradients before it.
@@ -472,9 +472,9 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             logged = self.number(loss)
         writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
         path = writer.path(at, after, logged)
-        written = self.written_elsewhere.keys() - self.tensors.origins_of(after.values())
-        texts = [text for origin, text in self.written_elsewhere.items() if origin in written]
-        self.changed_elsewhere = texts[0] if texts else None
+        written = self.written_outside.keys() - self.tensors.origins_of(after.values())
+        texts = [text for origin, text in self.written_outside.items() if origin in written]
+        self.changed_outside = texts[0] if texts else None
         ending = Ending(path, tuple(writer.origins))
         if self.is_remembered:
             reads = tuple(places_of_reads(path.operations))

@@ -37,11 +37,11 @@ def train_experiment(
     directory: Path | None,
     budget: int,
     progress: Progress,
-    said: Mapping[str, Any] = MappingProxyType({}),
+    user_facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Outcome:
     """Train an experiment, and record every step; the caller's random generators keep their state.
 
-    said: facts that the user gives.
+    user_facts: facts that the user gives.
 
     Raises:
         UsageError: the device, the data or the model is invalid; gives the reason and a fix.
@@ -54,7 +54,10 @@ def train_experiment(
     held = numerics.in_force(experiment.threads, suspends_device=True)
     with held, generators_preserved(device):
         try:
-            job = replace(experiment_job(experiment, name, device, progress=progress.reading), said=said)
+            job = replace(
+                experiment_job(experiment, name, device, progress=progress.reading),
+                user_facts=user_facts,
+            )
             return run_job(job, directory, budget, progress)
         except EverystepError:
             progress.end()

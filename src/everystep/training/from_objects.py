@@ -39,9 +39,9 @@ def train_objects(
     directory: Path | None,
     budget: int,
     progress: Progress,
-    said: Mapping[str, Any] = MappingProxyType({}),
+    user_facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Outcome:
-    """Train the live model in place, and record every step; said: facts that the user gives.
+    """Train the live model in place, and record every step; user_facts: facts that the user gives.
 
     Raises:
         UsageError: an object, the data, the device or a setting is invalid; gives the reason and a fix.
@@ -54,7 +54,7 @@ def train_objects(
             torch.manual_seed(iteration.seed)
         device = _device(objects, iteration.device)
         job = objects_job(objects, iteration, device, progress)
-        return run_job(replace(job, said=said), directory, budget, progress)
+        return run_job(replace(job, user_facts=user_facts), directory, budget, progress)
 
 
 def objects_job(objects: Objects, iteration: Iteration, device: torch.device, progress: Progress) -> Job:

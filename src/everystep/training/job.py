@@ -44,8 +44,8 @@ class Job:
 
     name: of the run's directory; facts: known before training, for the run and the display; data: to
     store, on the CPU, or None if the run cannot hold it; evaluation: measured every `evaluate_every`
-    steps and at the last; origin: of a fork, and of a run that is resumed; said: facts that the user
-    gave.
+    steps and at the last; origin: of a fork, and of a run that is resumed; user_facts: those that the
+    user gave.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Job:
     engine: Engine = "auto"
     notices: list[str] = field(default_factory=list)
     origin: StartingPoint | None = None
-    said: Mapping[str, Any] = field(default_factory=dict)
+    user_facts: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check what neither a program nor an eager step can do, before writing anything.

@@ -75,7 +75,7 @@ def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, 
     if origin is not None and origin.resumed is not None:
         place = origin.run.directory
         facts = facts_resumed(origin.run, job.facts, job.steps, origin.resumed)
-        facts = facts.model_copy(update=dict(job.said))
+        facts = facts.model_copy(update=dict(job.user_facts))
         recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True, texts=texts)
         return recorder, facts.model_copy(update={"name": place.name})
     create = create_directory if agreement is None else agreement.directory
@@ -83,7 +83,7 @@ def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, 
     parent, fork = (origin.run, origin.fork) if origin else (None, None)
     beginning = job.training.snapshot(job.start) if origin else None
     facts = Facts(
-        name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork, **job.said
+        name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork, **job.user_facts
     )
     try:
         recorder = Recorder(place, facts, budget, parent, job.start, texts=texts, beginning=beginning)

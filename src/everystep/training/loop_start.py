@@ -49,7 +49,7 @@ class LoopStart:
     directory: of a new run, None for the next free one; snapshot_budget, batch_budget: bytes that the
     run may keep; keep: the steps, None for all; advanced: called with a step that was written, and the
     losses from it on; resumed: the run to continue; fork: the run to make a fork of, and the step after
-    which it begins; is_accepted: continue although something changed; said: facts that the user gives.
+    which it begins; is_accepted: continue although something changed; user_facts: those of the user.
     """
 
     directory: Path | None
@@ -60,7 +60,7 @@ class LoopStart:
     resumed: RecordedRun | None = None
     fork: tuple[RecordedRun, int] | None = None
     is_accepted: bool = False
-    said: Mapping[str, Any] = field(default_factory=dict)
+    user_facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def earlier(self) -> RecordedRun | None:
@@ -89,7 +89,7 @@ class LoopStart:
         place.begin()
         beginning = whole.snapshot(0)
         facts = Facts(
-            name=directory.name, started=now(), steps=0, trained=facts_of_loop(parts), **self.said
+            name=directory.name, started=now(), steps=0, trained=facts_of_loop(parts), **self.user_facts
         )
         recorder = self._recorder(directory, facts)
         recorder.snapshot(beginning)
@@ -207,7 +207,7 @@ class LoopStart:
             facts = facts_resumed(run, trained, at, resumed)
         else:
             facts = Facts(resumed=(*before.resumed, *([] if is_new else [resumed])), finished=None)
-        facts, goal = facts.model_copy(update=dict(self.said)), _goal(run, state)
+        facts, goal = facts.model_copy(update=dict(self.user_facts)), _goal(run, state)
         taken_by = run.stretches[stretch_at(run.stretches, state.step)].facts.processes
         if goal is not None and (taken_by == trained.processes or not state.step):
             goal = replace(goal, size=None)

@@ -67,10 +67,10 @@ class Notices:
                 "everystep watches: the bits may differ from those of the loop without everystep; use "
                 "the uncompiled function in the loop",
             )
-        if seen.changed_elsewhere is not None:
+        if seen.changed_outside is not None:
             self._once(
-                "elsewhere",
-                f"step {step} changes {seen.changed_elsewhere} that is not in any part; everystep "
+                "outside",
+                f"step {step} changes {seen.changed_outside} that is not in any part; everystep "
                 "stores it again at every step, unless you pass the object that holds it to "
                 "everystep.record(...)",
             )

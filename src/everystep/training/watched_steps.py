@@ -95,7 +95,7 @@ class WatchedSteps:
         self._began = clock.now()
         self.notices = Notices()
         self._paths = KnownPaths()
-        self._elsewhere = OutsideTensors()
+        self._outside = OutsideTensors()
         self._versions = versions_by_name(parts.state())
         self._is_still = False
         #: How the last step ended; and the same, once nothing has changed its state since.
@@ -126,7 +126,7 @@ class WatchedSteps:
 
     def begin(self, state: dict[str, Tensor]) -> StepUnderWay[Cursor]:
         """Begin to watch a step. state: the live tensors of the parts, which `note_changes` has seen."""
-        watch = Cursor(self._paths, self.parts.device, self.follower, self._elsewhere)
+        watch = Cursor(self._paths, self.parts.device, self.follower, self._outside)
         step = StepUnderWay(watch, self.parts.rates())
         watch.begin(state, self._versions, self._ending if state is self.state else self._left)
         self.state = None  # which would hold gradients that the step drops
@@ -168,7 +168,7 @@ class WatchedSteps:
             self._writer.change(number, changed)
         row = self._row(number, watch, path, after, inputs, step.nested)
         self.notices.of_step(number, watch, self.program_of(path))
-        self._elsewhere.clean()
+        self._outside.clean()
         return row
 
     def ran(
@@ -207,7 +207,7 @@ class WatchedSteps:
             if len(self._of_paths) > MOST_PATHS:  # a path that occurs again then has two programs
                 del self._of_paths[next(iter(self._of_paths))]
         size = sum(t.nbytes for n, t in inputs.items() if n.startswith("batch/"))
-        copied = self._elsewhere.copied
+        copied = self._outside.copied
         size, self._copied = size + copied - self._copied, copied
         if isinstance(known, str):
             return Taken(step, None, None, inputs, nesting, size, {})

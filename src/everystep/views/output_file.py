@@ -10,7 +10,7 @@ from everystep.errors import UsageError
 
 __all__ = ["default_output", "write_file"]
 
-#: What pages and plots begin with that everystep has written: by it they are told from other files.
+#: What pages and plots begin with that everystep has written, by which it knows them.
 _MARKS = (b'<meta name="generator" content="everystep">', b"Software\0everystep")
 #: Bytes of a file in which its mark is.
 _BEGINNING = 1_000

@@ -182,7 +182,7 @@ def test_the_overlay_says_where_a_run_explodes_and_leads_there(visit, recorded):
     ).not_to_contain_text("step")
     of_run.get_by_role("link", name=re.compile(f"step {step}$")).click()
     expect(page.locator("h1")).to_have_text("diverged")
-    assert re.search(rf"/runs/diverged\?step={step}&beside=chapter$", page.url)
+    assert re.search(rf"/runs/diverged\?step={step}&overlay=chapter$", page.url)
 
 
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):

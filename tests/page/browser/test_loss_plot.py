@@ -234,7 +234,7 @@ STRIDE = """(plot => {
 
 
 def test_a_click_on_runs_over_each_other_goes_to_the_first(visit, recorded):
-    page = visit("/runs/fork?beside=chapter")
+    page = visit("/runs/fork?overlay=chapter")
     plot(page)
     page.get_by_role("slider", name="step").focus()
     page.keyboard.press("End")
@@ -243,7 +243,7 @@ def test_a_click_on_runs_over_each_other_goes_to_the_first(visit, recorded):
         expect(readout(page)).to_contain_text(re.compile(rf"{name} {re.escape(f'{loss:.4g}'[:4])}"))
     page.keyboard.press("Enter")
     expect_step(page, 500)
-    expect(page).to_have_url(re.compile("/runs/fork.*beside=chapter"))
+    expect(page).to_have_url(re.compile("/runs/fork.*overlay=chapter"))
     toggle(page, "fork").click()
     expect(toggle(page, "fork")).to_have_attribute("aria-pressed", "false")
 

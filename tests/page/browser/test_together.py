@@ -100,7 +100,7 @@ def test_a_run_leads_to_its_comparison_and_to_its_overlay(visit):
     choice.get_by_role("listitem").filter(has_text="diverged").get_by_role(
         "link", name="plot together"
     ).click()
-    expect(page).to_have_url(re.compile(r"/runs/digits\?beside=diverged$"))
+    expect(page).to_have_url(re.compile(r"/runs/digits\?overlay=diverged$"))
     expect(choice).to_be_hidden()
 
 
@@ -124,7 +124,7 @@ def test_a_fork_is_trained_from_the_step_that_is_looked_at(copied, recorded, vis
     expect(dialog).to_contain_text(command)
     begin.click()
     expect(page.locator("h1")).to_have_text(f"{parent.name}-faster")
-    expect(page).to_have_url(re.compile(rf"/runs/{parent.name}-faster\?beside={parent.name}$"))
+    expect(page).to_have_url(re.compile(rf"/runs/{parent.name}-faster\?overlay={parent.name}$"))
     expect(page.locator(".run-head .state")).to_have_text("finished")
     fork = everystep.open(recorded / f"{parent.name}-faster")
     assert fork.summary().parent == (parent.name, 137)

@@ -114,7 +114,7 @@ class Why(Shown):
     computes it from `groups`, for a sum divided by `divisor`, empty if there is only a text (`note`);
     recomputed: the formula's result for these numbers in double precision, rounded once to the dtype of
     the number, None if not computed; is_equal: whether these are the bits of the number; unknown:
-    tensors of which the operation used unknown numbers; note: a remark; causes: answers for the followed
+    tensors that it used with unknown numbers; note: a remark; causes: answers for the followed
     numbers, or the whole way of a NaN or infinity except `left_out` in the middle; rows: at its origin,
     the rows of the batch that it depends on, None if unknown, as `step.batch.whole` numbers them.
     """
@@ -473,7 +473,7 @@ def _not_made(number: Number, trace: Trace, origin: Origin) -> Why:
         return Why(number, "batch", step, note=note)
     note = "passed to the step by your own code, not part of the batch"
     if step.places.has_unseen:
-        note += ", or computed by an operation of which only the results were recorded"
+        note += ", or computed by an operation with recorded results only"
     return Why(number, "outside", step, note=note)
 
 

@@ -114,9 +114,9 @@ def _columns(request: Request) -> RunColumns:
     return columns
 
 
-def _whole(request: Request, name: str, otherwise: int) -> int:
+def _whole(request: Request, name: str, default: int) -> int:
     found = whole(name, request.query_params.get(name, ""))
-    return otherwise if found is None else found
+    return default if found is None else found
 
 
 routes = [

@@ -66,7 +66,7 @@ window.addEventListener("unhandledrejection", ({ reason }) => {
 document.querySelector("#help").addEventListener("click", keys.help);
 document.querySelector("#appearance").addEventListener("click", openAppearance);
 applyAppearance();
-keys.bind([{ keys: ["?"], shown: "?", says: "this list", press: keys.help }]);
+keys.bind([{ keys: ["?"], shown: "?", label: "this list", press: keys.help }]);
 keys.begin();
 address.begin();
 address.watch(show);

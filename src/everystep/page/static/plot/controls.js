@@ -22,8 +22,8 @@ export function plotControls(does) {
     made.title = line.problem ?? "";
     made.style.setProperty("--swatch", `var(${line.colour})`);
     if (!does.remove || index === 0 || line.curve.measurement !== null) return made;
-    const says = `remove ${line.title} from the plot`;
-    const remove = button("×", () => does.remove(line.curve.run), { title: says, "aria-label": says });
+    const label = `remove ${line.title} from the plot`;
+    const remove = button("×", () => does.remove(line.curve.run), { title: label, "aria-label": label });
     return element("span", { class: "removable" }, made, remove);
   };
   const ofLoss = (isLine, isLog) => [
@@ -59,12 +59,12 @@ function further(lines) {
 }
 
 function smoothingSlider(changed, first) {
-  const says = "Exponential moving average of the points, corrected for its start; 0: none";
-  const said = element("output", {}, String(first));
+  const label = "Exponential moving average of the points, corrected for its start; 0: none";
+  const shown = element("output", {}, String(first));
   const change = ({ target }) => {
-    said.textContent = target.value;
+    shown.textContent = target.value;
     changed(Number(target.value));
   };
   const range = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: first, "data-own-keys": "", oninput: change });
-  return element("label", { class: "smoothing", title: says }, "smoothing", range, said);
+  return element("label", { class: "smoothing", title: label }, "smoothing", range, shown);
 }

@@ -51,9 +51,9 @@ export function hint({ goTo, walks, hasLoss }, curve, isLog, nonfinite) {
   const opens = isOpening ? "Click to open a step; drag" : "Drag";
   if (!curve.points()[0].length) return "No steps.";
   if (!hasLoss) return `This loop logs no loss.${isOpening ? " Click to open a step." : ""}`;
-  const said = [`${opens} to zoom, double click to see the whole run.`];
+  const found = [`${opens} to zoom, double click to see the whole run.`];
   const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;
-  if (left) said.push(`0 or less, not shown on a log axis: ${whole(left)}.`);
-  if (nonfinite.length) said.push("Marked at the bottom: losses that are not finite.");
-  return said.join(" ");
+  if (left) found.push(`0 or less, not shown on a log axis: ${whole(left)}.`);
+  if (nonfinite.length) found.push("Marked at the bottom: losses that are not finite.");
+  return found.join(" ");
 }

@@ -33,7 +33,7 @@ export async function compare(place) {
       {},
       element("span", { class: "name" }, other),
       link({ view: "compare", one: place.run, other }, "compare"),
-      link({ ...place, beside: [...new Set([...place.beside, other])] }, "plot together"),
+      link({ ...place, overlay: [...new Set([...place.overlay, other])] }, "plot together"),
     ));
   const list = rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There are no other runs here.");
   const close = element("form", { method: "dialog" }, element("button", {}, "Close"));

@@ -13,10 +13,10 @@ export class Banner {
 
   constructor(goTo) {
     this.goTo = goTo;
-    this.says = element("p");
+    this.text = element("p");
     this.why = button("Where did it come from?", () => this.#ask());
     this.answer = element("div", { class: "answer" });
-    this.host = element("div", { class: "alarm banner", hidden: true }, element("div", { class: "line" }, this.says, this.why), this.answer);
+    this.host = element("div", { class: "alarm banner", hidden: true }, element("div", { class: "line" }, this.text, this.why), this.answer);
   }
 
   update(about) {
@@ -24,13 +24,13 @@ export class Banner {
     this.about = about;
     this.host.hidden = !ending && !nonfinite && !damage;
     this.why.hidden = !nonfinite || this.#task !== null;
-    const said = JSON.stringify([ending, nonfinite, damage]);
-    if (this.said === said) return; // keep a link that is about to be clicked
-    this.said = said;
+    const known = JSON.stringify([ending, nonfinite, damage]);
+    if (this.known === known) return; // keep a link that is about to be clicked
+    this.known = known;
     const broken = damage ? [element("b", {}, damage), ending || nonfinite ? ". " : ""] : [];
     const copying = copyMark(() => goingOn, "copy how to continue the training");
     const continued = [`${ending}. To continue: `, element("code", {}, goingOn), copying, nonfinite ? " " : ""];
-    this.says.replaceChildren(...broken, ...(ending ? continued : []), ...this.#nonfinite(nonfinite));
+    this.text.replaceChildren(...broken, ...(ending ? continued : []), ...this.#nonfinite(nonfinite));
   }
 
   close() {

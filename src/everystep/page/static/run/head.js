@@ -12,13 +12,13 @@ export function stepLink(run, step, go) {
     event.preventDefault();
     go(step);
   };
-  const place = { view: "run", run, step, beside: address.read().beside };
+  const place = { view: "run", run, step, overlay: address.read().overlay };
   return element("a", { href: address.write(place), onclick: press }, `step ${whole(step)}`);
 }
 
 /** Return a link to an operation of a run, which keeps what is plotted with it. */
 export function operationLink(run, { step, phase, index: operation }) {
-  const place = { view: "run", run, step, phase, operation, beside: address.read().beside };
+  const place = { view: "run", run, step, phase, operation, overlay: address.read().overlay };
   return element("a", { href: address.write(place) }, "Open");
 }
 
@@ -51,8 +51,8 @@ export function ranksSwitch({ name, ranks }) {
 
 /** Return where a run comes from and what was forked from it. */
 export function lineage({ name, parent, forks, unread }) {
-  const link = (run, beside = []) => element("a", { href: address.write({ view: "run", run, beside }) }, run);
-  const overlay = (other) => element("a", { href: address.write({ view: "run", run: name, beside: [other] }) }, "plot together");
+  const link = (run, overlay = []) => element("a", { href: address.write({ view: "run", run, overlay }) }, run);
+  const overlay = (other) => element("a", { href: address.write({ view: "run", run: name, overlay: [other] }) }, "plot together");
   const parts = [];
   if (parent) parts.push(element("span", {}, "fork of ", link(parent[0]), ` at ${whole(parent[1])} (`, overlay(parent[0]), ")"));
   for (const fork of forks) {

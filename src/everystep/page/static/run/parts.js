@@ -16,7 +16,7 @@ export function runParts(name, does) {
     button("Save this view", does.share, { title: "as one file that opens without a server" }),
   );
   const state = element("p", { class: "lead" });
-  const note = new Note(name, { says: "Add a note" });
+  const note = new Note(name, { label: "Add a note" });
   const family = element("p", { class: "family muted small" });
   const top = new Banner(does.goTo);
   const title = element("div", { class: "title" }, element("h1", {}, name), actions);
@@ -57,7 +57,7 @@ export function arrange({ step, left, body, loss, facts }, main, { isOpen, isWid
   main.classList.toggle("wide", isOpen || isWide);
   body.classList.toggle("with-step", isOpen);
   body.classList.toggle("with-facts", isColumn);
-  left.toggleAttribute("data-beside", isOpen && isWide);
+  left.toggleAttribute("data-narrow", isOpen && isWide);
   if (facts.classList.contains("is-column") !== isColumn) facts.open = isColumn;
   facts.classList.toggle("is-column", isColumn);
 }

@@ -35,7 +35,7 @@ class RunView {
     this.main = main;
     this.about = about;
     this.name = about.name;
-    this.place = { ...place, step: null, beside: [] };
+    this.place = { ...place, step: null, overlay: [] };
     this.leftOpen = []; // what was unfolded in the previous step
     this.away = awayBanner();
     this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => compare(this.place), share: () => share(this.about, this.step), stop: () => stop(this.about), goTo: (step) => this.jump(step) });
@@ -85,7 +85,7 @@ class RunView {
       this.player.stop();
     }
     const isFirst = !this.plot;
-    if (isFirst || place.beside.join("\n") !== before.beside.join("\n")) this.#drawPlot();
+    if (isFirst || place.overlay.join("\n") !== before.overlay.join("\n")) this.#drawPlot();
     document.title = `${this.name}${place.step === null ? "" : ` · step ${place.step}`} – everystep`;
     this.#drawBar();
     if (isFirst || (before.step === null) !== (place.step === null)) this.#arrange();
@@ -103,7 +103,7 @@ class RunView {
     this.player.stop();
     this.free();
     this.end();
-    this.endBeside?.();
+    this.endOverlay?.();
     this.away.close();
     this.wide.removeEventListener("change", this.arrange);
     this.plot.close();
@@ -184,19 +184,19 @@ class RunView {
 
   #drawPlot() {
     // All ranks are plotted, unless some are left out: the run itself stands for none.
-    const given = this.place.beside.length ? this.place.beside : this.about.ranks;
-    const beside = given.filter((other) => other !== this.name);
+    const given = this.place.overlay.length ? this.place.overlay : this.about.ranks;
+    const overlay = given.filter((other) => other !== this.name);
     this.plot?.close();
-    this.endBeside?.();
+    this.endOverlay?.();
     const remove = (name) => {
-      const left = beside.filter((other) => other !== name);
-      address.go({ ...this.place, beside: left.length || !this.about.ranks.length ? left : [this.name] });
+      const left = overlay.filter((other) => other !== name);
+      address.go({ ...this.place, overlay: left.length || !this.about.ranks.length ? left : [this.name] });
     };
     const { line, log, smooth } = this.place;
     const looked = (look) => this.#goOwn({ ...this.place, ...look }, true);
-    this.plot = new LossPlot(this.parts.plot, [this.name, ...beside], { source: serverCurves, step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked, hasLoss: this.about.has_loss });
+    this.plot = new LossPlot(this.parts.plot, [this.name, ...overlay], { source: serverCurves, step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked, hasLoss: this.about.has_loss });
     this.plot.setMeasurements(this.about.measurements);
-    this.endBeside = listenToThose(beside, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
+    this.endOverlay = listenToThose(overlay, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
   }
 
   #drawAbout() {
@@ -280,8 +280,8 @@ class RunView {
   }
 
   #hearGone() {
-    const says = "This run was deleted. It remains on the screen until you leave it.";
-    this.parts.header.append(element("p", { class: "alarm", role: "alert" }, says));
+    const label = "This run was deleted. It remains on the screen until you leave it.";
+    this.parts.header.append(element("p", { class: "alarm", role: "alert" }, label));
   }
 
   #hearServer(isThere) {
@@ -306,14 +306,14 @@ class RunView {
 function runKeys(view) {
   const stride = ({ shiftKey }) => (shiftKey ? 10 : 1);
   return [
-    { keys: ["ArrowLeft"], shown: "←", says: "the previous step; ten with Shift", press: (event) => view.walk(-stride(event)) },
-    { keys: ["ArrowRight"], shown: "→", says: "the next step; ten with Shift", press: (event) => view.walk(stride(event)) },
-    { keys: ["Home"], shown: "Home", says: "the first step", press: () => view.jump(1) },
-    { keys: ["End"], shown: "End", says: "the last step; during training, the newest", press: () => view.jump(view.about.steps) },
-    { keys: ["/"], shown: "/", says: "go to a step: 137, -1, +10", press: () => view.bar.focus() },
-    { keys: ["p"], shown: "p", says: "play through the run, or pause", press: () => view.togglePlay() },
-    { keys: ["l"], shown: "l", says: "logarithmic axis", press: () => view.plot.toggleLog() },
-    { keys: ["f"], shown: "f", says: "fork from here", press: () => view.fork() },
-    { keys: ["Escape"], shown: "Escape", says: "stop playing, or close the step", press: () => view.leave() },
+    { keys: ["ArrowLeft"], shown: "←", label: "the previous step; ten with Shift", press: (event) => view.walk(-stride(event)) },
+    { keys: ["ArrowRight"], shown: "→", label: "the next step; ten with Shift", press: (event) => view.walk(stride(event)) },
+    { keys: ["Home"], shown: "Home", label: "the first step", press: () => view.jump(1) },
+    { keys: ["End"], shown: "End", label: "the last step; during training, the newest", press: () => view.jump(view.about.steps) },
+    { keys: ["/"], shown: "/", label: "go to a step: 137, -1, +10", press: () => view.bar.focus() },
+    { keys: ["p"], shown: "p", label: "play through the run, or pause", press: () => view.togglePlay() },
+    { keys: ["l"], shown: "l", label: "logarithmic axis", press: () => view.plot.toggleLog() },
+    { keys: ["f"], shown: "f", label: "fork from here", press: () => view.fork() },
+    { keys: ["Escape"], shown: "Escape", label: "stop playing, or close the step", press: () => view.leave() },
   ];
 }

@@ -22,7 +22,7 @@ export class Stepper {
 
   constructor(does) {
     this.does = does;
-    const signed = (name, says, press) => button(icon(SIGNS[name]), press, { title: says, "aria-label": says, class: "sign" });
+    const signed = (name, label, press) => button(icon(SIGNS[name]), press, { title: label, "aria-label": label, class: "sign" });
     this.back = [
       signed("first", "first step (Home)", () => does.jump(1)),
       button("−10", () => does.walk(-10), { title: "ten steps back (Shift+←)" }),
@@ -47,7 +47,7 @@ export class Stepper {
     this.follow = button("follow", does.follow, { title: "always show the newest step (End)", hidden: true });
     this.leave = signed("leave", "close the step (Escape)", does.leave);
     this.leave.classList.add("leave");
-    const group = (says, ...parts) => element("span", { class: "group", role: "group", "aria-label": says }, ...parts);
+    const group = (label, ...parts) => element("span", { class: "group", role: "group", "aria-label": label }, ...parts);
     const where = element("span", { class: "where" }, this.field, this.of);
     this.host = element(
       "div",
@@ -71,12 +71,12 @@ export class Stepper {
     this.back.forEach((one, index) => (one.disabled = isNone || (step === null ? index > 0 : step <= 1)));
     this.forth.forEach((one, index) => (one.disabled = isNone || (step === null ? index === 1 : step >= steps)));
     this.player.disabled = isNone || (!isPlaying && step !== null && step >= steps);
-    const says = isPlaying ? "pause (p)" : "play (p)";
-    if (this.player.title !== says) {
+    const label = isPlaying ? "pause (p)" : "play (p)";
+    if (this.player.title !== label) {
       this.player.replaceChildren(icon(SIGNS[isPlaying ? "pause" : "play"]));
       this.player.classList.toggle("is-filled", !isPlaying);
-      this.player.title = says;
-      this.player.setAttribute("aria-label", says);
+      this.player.title = label;
+      this.player.setAttribute("aria-label", label);
     }
     this.follow.hidden = !isRunning;
     this.follow.setAttribute("aria-pressed", String(Boolean(isFollowing)));

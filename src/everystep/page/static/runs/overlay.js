@@ -45,7 +45,7 @@ class Overlay {
     this.close();
     if (!names.length) return this.body.replaceChildren();
     const remove = (name) => address.go({ view: "overlay", runs: runs.filter((other) => other !== name) });
-    const goTo = (step) => address.go({ view: "run", run: names[0], step, beside: names.slice(1) });
+    const goTo = (step) => address.go({ view: "run", run: names[0], step, overlay: names.slice(1) });
     this.plot = new LossPlot(this.place, names, { source: serverCurves, goTo, remove });
     this.end = listenToThose(names, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
     const about = await Promise.all(names.map((name) => ask(addressOf(name)).catch(() => null)));
@@ -67,8 +67,8 @@ class Overlay {
       const of = (what) => about[place]?.landmarks.find((mark) => mark.what === what);
       const summary = this.summaries.get(name);
       const { steps, seconds, nonfinite_step: step } = summary;
-      const beside = names.filter((other) => other !== name);
-      const where = { view: "run", run: name, step, beside };
+      const overlay = names.filter((other) => other !== name);
+      const where = { view: "run", run: name, step, overlay };
       const exploded = step ? element("a", { class: "nonfinite", href: address.write(where) }, nonfiniteText(summary)) : null;
       const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
       link.style.setProperty("--swatch", `var(--series-${place % 5})`);

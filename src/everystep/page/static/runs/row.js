@@ -120,10 +120,10 @@ export function nonfiniteText({ nonfinite_step: step, last_loss: loss }) {
 }
 
 function sparkline({ path, dot, marks, is_log: isLog, width, height }, name) {
-  const says = `the loss of ${name}${isLog ? ", on a log axis" : ""}`;
+  const label = `the loss of ${name}${isLog ? ", on a log axis" : ""}`;
   return drawing(
     "svg",
-    { class: "sparkline", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": says, preserveAspectRatio: "none" },
+    { class: "sparkline", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, preserveAspectRatio: "none" },
     drawing("path", { d: path }),
     ...marks.map((x) => drawing("line", { x1: x, x2: x, y1: height - 9, y2: height, class: "mark" })),
     dot && drawing("circle", { cx: dot[0], cy: dot[1], r: 4 }),

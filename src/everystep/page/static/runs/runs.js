@@ -67,7 +67,7 @@ class Runs {
     this.stop = listen("/api/events", { runs: (news) => this.#hear(news) }, (isThere) => this.away.tell(isThere));
   }
 
-  /** Sort as the address says. */
+  /** Sort by the address. */
   update(place) {
     take(place);
     this.#arrange();

@@ -1,7 +1,7 @@
 // The address of the current place, and navigation; Back and Forward work.
 //
 // A place: {view: "runs", sort, direction}, {view: "run", run, step, phase, operation, open: [keys], sort, direction, line,
-// log, smooth, beside: [names]} (`open`: what is unfolded in the step; how the table is sorted and the plot is drawn; null: the default),
+// log, smooth, overlay: [names]} (`open`: what is unfolded in the step; how the table is sorted and the plot is drawn; null: the default),
 // {view: "overlay", runs: [names]} or {view: "compare", one, other}.
 
 /** Servers refuse longer addresses, as of several hundred open tensors. */
@@ -27,7 +27,7 @@ export function read(address = location.href) {
       line: whole("line"),
       log: whole("log"),
       smooth: Number(searchParams.get("smooth")) || null,
-      beside: searchParams.getAll("beside"),
+      overlay: searchParams.getAll("overlay"),
     };
   }
   if (first === "overlay") return { view: "overlay", runs: searchParams.getAll("run") };
@@ -49,7 +49,7 @@ function decoded(name) {
 
 /** Return the address of a place. */
 export function write(place) {
-  const { view, run, runs = [], step, phase, operation, open = [], sort, direction, line, log, smooth, beside = [], one, other } = place;
+  const { view, run, runs = [], step, phase, operation, open = [], sort, direction, line, log, smooth, overlay = [], one, other } = place;
   const query = new URLSearchParams();
   const sorted = { sort, direction };
   const given = { compare: { one, other }, run: { step, phase, operation, ...sorted, line, log, smooth }, runs: sorted }[view] ?? {};
@@ -57,7 +57,7 @@ export function write(place) {
     if (value !== null && value !== undefined) query.set(key, value);
   }
   if (view === "run") open.slice(-MOST_OPEN).forEach((key) => query.append("open", key));
-  if (view === "run") beside.forEach((name) => query.append("beside", name));
+  if (view === "run") overlay.forEach((name) => query.append("overlay", name));
   runs.forEach((name) => query.append("run", name));
   const path = { runs: "/", overlay: "/overlay", run: `/runs/${encodeURIComponent(run)}`, compare: "/compare" }[view];
   return query.size ? `${path}?${query}` : path;

@@ -5,9 +5,9 @@ import { ask } from "./server.js";
 
 const PATIENCE = 1000; // milliseconds: a short break shows no message
 
-/** Ask for what a view shows; until then it says so. */
-export async function awaited(main, says, address) {
-  const waiting = element("p", { class: "waiting muted" }, says);
+/** Ask for what a view shows; until then it shows a message. */
+export async function awaited(main, message, address) {
+  const waiting = element("p", { class: "waiting muted" }, message);
   main.append(waiting);
   return ask(address).finally(() => waiting.remove());
 }

@@ -12,8 +12,8 @@ const SIGNS = {
 };
 
 /** Return a button that copies the result of `text()`, and confirms it. */
-export function copyButton(text, says = "Copy", properties = {}) {
-  return copying(text, button("", null, properties), () => says, () => "Copied");
+export function copyButton(text, label = "Copy", properties = {}) {
+  return copying(text, button("", null, properties), () => label, () => "Copied");
 }
 
 /** Return a small icon that copies the result of `text()`; `label`: what it copies, `sign`: `copy` or `link`. */
@@ -24,40 +24,40 @@ export function copyMark(text, label, sign = "copy") {
 
 // `before()` and `after()`: what is on the button before and after it has copied.
 function copying(text, made, before, after) {
-  const said = element("span", { class: "unseen", role: "status" });
+  const spoken = element("span", { class: "unseen", role: "status" });
   let back = null;
   const reset = () => {
     made.replaceChildren(before());
-    said.textContent = "";
+    spoken.textContent = "";
   };
   made.addEventListener("click", async () => {
     const isCopied = await copy(text(), made);
     made.replaceChildren(isCopied ? after() : FAILED);
-    said.textContent = isCopied ? "Copied" : FAILED;
+    spoken.textContent = isCopied ? "Copied" : FAILED;
     clearTimeout(back);
     back = setTimeout(reset, SAID);
   });
   reset();
-  return element("span", { class: "copying" }, made, said);
+  return element("span", { class: "copying" }, made, spoken);
 }
 
 /** Copy a text for a button on the page; return whether that worked. */
-export async function copy(text, beside) {
+export async function copy(text, near) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    return copyBySelecting(text, beside);
+    return copyBySelecting(text, near);
   }
 }
 
 // On other hosts without encryption, and in a frame of a notebook, browsers do not allow writing to the clipboard.
-function copyBySelecting(text, beside) {
+function copyBySelecting(text, near) {
   const field = element("textarea", { value: text, class: "unseen", readOnly: true });
-  beside.after(field);
+  near.after(field);
   field.select();
   const isCopied = document.execCommand("copy");
   field.remove();
-  beside.focus();
+  near.focus();
   return isCopied;
 }

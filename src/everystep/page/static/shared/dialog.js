@@ -36,8 +36,8 @@ export function commandLine(label, text = "") {
 }
 
 /** Return a line of a form: a name, perhaps with an explanation, and its field. */
-export function fieldLine(name, input, says = null) {
-  return element("label", { class: "line" }, element("span", {}, name, says && element("span", { class: "says" }, says)), input);
+export function fieldLine(name, input, hint = null) {
+  return element("label", { class: "line" }, element("span", {}, name, hint && element("span", { class: "hint" }, hint)), input);
 }
 
 /** Return the whole numbers in a text, with commas or spaces between; or the first word that is not one, as `wrong`. */

@@ -8,7 +8,7 @@ const bound = [];
 /**
  * Bind keys; return a function that unbinds them.
  *
- * Each binding: {keys: ["ArrowLeft"], shown: "←", says: "the step before", press: (event) => ...}.
+ * Each binding: {keys: ["ArrowLeft"], shown: "←", label: "the step before", press: (event) => ...}.
  */
 export function bind(bindings) {
   bound.push(...bindings);
@@ -33,7 +33,7 @@ export function begin() {
 
 /** Show all keys. */
 export function help() {
-  const rows = bound.flatMap(({ shown, says }) => (says ? [element("dt", {}, ...shown.split(" ").map(cap)), element("dd", {}, says)] : []));
+  const rows = bound.flatMap(({ shown, label }) => (label ? [element("dt", {}, ...shown.split(" ").map(cap)), element("dd", {}, label)] : []));
   openDialog("Keys", [element("dl", { class: "keys" }, ...rows), closing()]);
 }
 

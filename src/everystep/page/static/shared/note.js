@@ -8,14 +8,14 @@ const LONGEST = 1000; // characters, as in facts.py
 const PENCIL = "M3 13L3.6 10.4 11 3 13 5 5.6 12.4z";
 const IN_TRAINING = "You can write a note when the training has ended.";
 
-/** The part of a run's note; `says`: the text of its button if there is no note yet. */
+/** The part of a run's note; `label`: the text of its button if there is no note yet. */
 export class Note {
   #note = null;
   #isInTraining = false;
 
-  constructor(name, { says = null } = {}) {
+  constructor(name, { label = null } = {}) {
     this.name = name;
-    this.says = says;
+    this.label = label;
     this.words = element("span", { class: "words" });
     this.pen = button("", () => this.#edit(), { class: "pen", title: "change the note" });
     this.line = element("span", { class: "line" }, this.words, this.pen);
@@ -36,7 +36,7 @@ export class Note {
     if (this.pen.getAttribute("aria-label") === label) return;
     this.pen.setAttribute("aria-label", label);
     this.pen.title = note ? "change the note" : "add a note";
-    this.pen.replaceChildren(icon(PENCIL), ...(this.says && !note ? [` ${this.says}`] : []));
+    this.pen.replaceChildren(icon(PENCIL), ...(this.label && !note ? [` ${this.label}`] : []));
   }
 
   #edit() {

@@ -55,14 +55,14 @@ export function fixed(node, update = () => {}) {
 /**
  * Return a part with a button (or a click next to it) that unfolds more below it.
  *
- * view: what is open stays open by its key from step to step; beside: nodes, and parts that are updated with it; open(): the part below;
+ * view: what is open stays open by its key from step to step; alongside: nodes, and parts that are updated with it; open(): the part below;
  * changed: called when the reader, not the address, has opened or closed it.
  */
-export function unfolding(view, { key, name, beside, className, open, update, changed = () => view.unfolded() }) {
+export function unfolding(view, { key, name, alongside, className, open, update, changed = () => view.unfolded() }) {
   const id = `unfolding-${++unfoldings}`;
   const toggle = element("button", { type: "button", class: "unfold", "aria-expanded": "false" }, name);
-  const parts = beside.filter((each) => each?.update);
-  const head = element("div", { class: "head" }, toggle, ...beside.map((each) => each?.node ?? each));
+  const parts = alongside.filter((each) => each?.update);
+  const head = element("div", { class: "head" }, toggle, ...alongside.map((each) => each?.node ?? each));
   const node = element("div", { class: `unfolding ${className}` }, head);
   let inner = null;
   let content = null;

@@ -58,7 +58,7 @@ function operationRow(view, number, before) {
   const part = unfolding(view, {
     key: keyOfOperation(number),
     name: `#${number}`,
-    beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node), picture, copies],
+    alongside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node), picture, copies],
     className: "operation",
     open: () => insides(view, number),
     changed: (isOpen) => view.chosen(number, isOpen),

@@ -25,12 +25,12 @@ export class Ranking {
     this.buttons = ORDERS.map((order) => button(`by ${order}`, () => this.#choose(order), { "aria-pressed": "false" }));
     const chooser = element("div", { class: "chooser", role: "group", "aria-label": "worst rows" }, element("span", {}, "Worst rows"), ...this.buttons);
     const ask = button("What if rows are left out?", () => this.view.source.whatIf(this.#content), { class: "plain" });
-    this.says = element("p", { class: "muted small", role: "status" });
+    this.status = element("p", { class: "muted small", role: "status" });
     this.table = element("table", { class: "worst" });
     this.more = button("", () => this.#showMore(), { class: "plain" });
     this.about = element("div", { class: "about" });
     this.trouble = element("p", { class: "alarm small", role: "alert" });
-    this.body = element("div", { class: "ranked", hidden: true }, this.says, element("div", { class: "wide" }, this.table), this.more, this.about, this.trouble);
+    this.body = element("div", { class: "ranked", hidden: true }, this.status, element("div", { class: "wide" }, this.table), this.more, this.about, this.trouble);
     this.node = element("div", { class: "ranking" }, element("div", { class: "asks" }, chooser, ask), this.body);
     this.asking = latest((content, signal) => this.#ask(content, signal), PATIENCE);
     this.pictures = latest((content, signal) => this.#drawImages(content, signal), 0);
@@ -70,7 +70,7 @@ export class Ranking {
   // The rows of the previous step stay, labelled as such, until the new ones arrive.
   #wait() {
     const before = this.#ranked === null ? "" : `; these are of step ${whole(this.#ranked.step)}`;
-    showText(this.says, `Ranking the rows of step ${whole(this.#content.step)}${before}.`);
+    showText(this.status, `Ranking the rows of step ${whole(this.#content.step)}${before}.`);
     this.body.setAttribute("aria-busy", "true");
     showText(this.trouble, "");
   }
@@ -92,7 +92,7 @@ export class Ranking {
 
   #clear() {
     this.body.removeAttribute("aria-busy");
-    showText(this.says, "");
+    showText(this.status, "");
     this.table.replaceChildren();
     this.about.replaceChildren();
     show(this.more, false);

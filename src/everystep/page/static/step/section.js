@@ -11,7 +11,7 @@ import { tensorRow } from "../tensor/tensor.js";
 import { changes, formulas, parameterName, scale, settingsText, update } from "./update.js";
 
 /** Explanations of the phases for newcomers. */
-const SAYS = {
+const EXPLANATIONS = {
   batch: "The rows (samples) that this step learns from.",
   forward: "What does the model predict for these rows with its current parameters?",
   loss: "How far are the predictions from the targets, as one number?",
@@ -33,8 +33,8 @@ export function section(view, entry, level = 3) {
   const parts = [...settings, ...(entry.passes ? [...networksOf(view, entry.passes[0]), ...passes] : partsOf(view, entry))];
   const about = { class: "phase", id: `phase-${entry.key}`, "aria-label": entry.label };
   const title = element(`h${level}`, {}, link, ...settings.map((part) => part.node));
-  const says = entry.key === entry.phase && SAYS[entry.phase] ? element("p", { class: "says" }, SAYS[entry.phase]) : "";
-  const node = element("section", about, title, says, ...parts.slice(settings.length).map((part) => part.node));
+  const explanation = entry.key === entry.phase && EXPLANATIONS[entry.phase] ? element("p", { class: "explanation" }, EXPLANATIONS[entry.phase]) : "";
+  const node = element("section", about, title, explanation, ...parts.slice(settings.length).map((part) => part.node));
   return { ...composed(node, parts), entry, inner: passes.flatMap((one) => one.sections) };
 }
 
@@ -82,7 +82,7 @@ function networksOf(view, entries) {
 
 /** Return the settings of an update's optimizer, for its heading. */
 function settingsBeside({ place }) {
-  const node = element("span", { class: "beside" });
+  const node = element("span", { class: "alongside" });
   return fixed(node, ({ segments }) => setText(node, segments[place].optimizer ? settingsText(segments[place]) : ""));
 }
 

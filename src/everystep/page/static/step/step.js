@@ -137,11 +137,11 @@ export class StepView {
     const { phase, operation } = this.place;
     const { step, operations } = this.content;
     const all = operations.length ? `it has #0 to #${operations.length - 1}` : "it has none";
-    const says = {
+    const texts = {
       operation: operation !== null && !operations[operation] && `Step ${whole(step)} has no operation #${operation}; ${all}.`,
       phase: phase !== null && !this.sections.has(phase) && `Step ${whole(step)} has no phase “${phase}”; its phases are listed here.`,
     };
-    showText(this.missing, says.operation || says.phase || "");
+    showText(this.missing, texts.operation || texts.phase || "");
   }
 
   // Return the key of the section that an operation is in.

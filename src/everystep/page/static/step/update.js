@@ -103,7 +103,7 @@ function updateRow(view, { parameter, numbers }) {
     key: `updates/${parameter}`,
     name: parameterName(view.content, parameter),
     className: "update-row",
-    beside: [bar, element("span", { class: "relative" }, size), quiet, new Thumbnail(view, () => `updates/${parameter}/change`)],
+    alongside: [bar, element("span", { class: "relative" }, size), quiet, new Thumbnail(view, () => `updates/${parameter}/change`)],
     open: () => threePanels(view, parameter),
     update({ updates, tensors }) {
       const one = updates.find((each) => each.parameter === parameter);

@@ -58,8 +58,8 @@ export class StepTable {
     this.filters = new Filters(() => this.#table?.draw());
     this.csv = element("a", { class: "csv", download: source.file ?? "" }, "CSV");
     this.note = element("p", { class: "note", role: "status", hidden: true });
-    const says = "copy the filtered rows, up to 10,000";
-    const copying = button("Copy", ({ target }) => this.#copy(target), { title: says });
+    const label = "copy the filtered rows, up to 10,000";
+    const copying = button("Copy", ({ target }) => this.#copy(target), { title: label });
     const actions = element("span", { class: "actions" }, copying, this.csv);
     this.place = element("div");
     const fields = element("div", { class: "filters" }, ...this.filters.nodes, actions);

@@ -56,7 +56,7 @@ function briefOf({ steps, first_loss: first, last_loss: last }) {
 }
 
 function sideOf(name, run, place, names, runs) {
-  const says = run && !run.problem && briefOf(run);
+  const text = run && !run.problem && briefOf(run);
   const choose = (event) => {
     const chosen = names.with(place, event.target.value);
     go({ view: "compare", one: chosen[0], other: chosen[1] });
@@ -68,7 +68,7 @@ function sideOf(name, run, place, names, runs) {
   return ofRun(
     place,
     title,
-    element("p", { class: "muted small" }, says || "\u00a0"),
+    element("p", { class: "muted small" }, text || "\u00a0"),
     element("select", { onchange: choose, "aria-label": `${label}: choose another` }, none, others),
   );
 }
@@ -80,7 +80,7 @@ function compare(view) {
   const plot = element("div", { class: "overlay" });
   const details = element("div");
   main.append(verdict, progress, plot, details);
-  const goTo = (step) => go({ view: "run", run: names[0], step, beside: [names[1]] });
+  const goTo = (step) => go({ view: "run", run: names[0], step, overlay: [names[1]] });
   view.closing.push(plotBeside(plot, names, { goTo }));
   const key = (thorough) => JSON.stringify([names, found.map((run) => run.steps), thorough]);
   const show = (result) => {
@@ -168,11 +168,11 @@ function isWorthAll({ is_thorough: thorough, operation, loss, states }) {
 }
 
 function thoroughOf({ operation }, lookAtAll) {
-  const says = operation
+  const text = operation
     ? "These are the first differences in the losses and the states on disk. An operation may have differed earlier, without effect on either."
     : "Losses and states on disk are identical. An operation may still differ, without effect on either.";
   return element("section", { class: "thorough" },
-    element("h2", {}, "More thoroughly"), element("p", { class: "muted" }, says), button("Compare every operation", lookAtAll));
+    element("h2", {}, "More thoroughly"), element("p", { class: "muted" }, text), button("Compare every operation", lookAtAll));
 }
 
 function terminalOf({ names, directory }, { text, is_thorough: thorough }) {

@@ -25,7 +25,7 @@ export function forkDialog(about, step) {
       hasBegun = true;
       task.leave();
       dialog.close();
-      go({ view: "run", run, beside: [about.name] });
+      go({ view: "run", run, overlay: [about.name] });
     };
     const over = () => {
       begin.disabled = false;
@@ -60,7 +60,7 @@ function fieldsOf(about, step) {
   const paths = Object.keys(about.settings).filter((path) => !["seed", "steps"].includes(path));
   const isRate = (path) => path === "optimizer.lr";
   const seed = field("seed", about.settings.seed, { path: "seed", inputMode: "numeric" });
-  const steps = field("steps", about.planned ?? about.steps, { type: "number", min: step + 1, step: 1, says: "in all" });
+  const steps = field("steps", about.planned ?? about.steps, { type: "number", min: step + 1, step: 1, hint: "in all" });
   const name = field("name", "the next free one");
   return {
     first: paths.filter(isRate).map(setting),
@@ -71,14 +71,14 @@ function fieldsOf(about, step) {
   };
 }
 
-function field(name, now, { path = null, says = null, ...properties } = {}) {
+function field(name, now, { path = null, hint = null, ...properties } = {}) {
   const placeholder = now === null || now === undefined ? "" : typeof now === "string" ? now : JSON.stringify(now);
   const input = element("input", { type: "text", placeholder, autocomplete: "off", spellcheck: false, ...properties });
-  return { name, path, input, says };
+  return { name, path, input, hint };
 }
 
 function linesOf(fields) {
-  return fields.map(({ name, input, says }) => fieldLine(name, input, says));
+  return fields.map(({ name, input, hint }) => fieldLine(name, input, hint));
 }
 
 function askedOf(fields, at) {

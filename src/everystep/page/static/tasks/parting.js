@@ -127,9 +127,9 @@ function grid(own, other, { rows, columns, different }, label, side) {
     {},
     element("th", { scope: "row" }, whole(own.first[0] + i)),
     ...columns.map((j) => {
-      const [value, beside] = [own.rows[i]?.[j], other.rows[i]?.[j]];
+      const [value, counterpart] = [own.rows[i]?.[j], other.rows[i]?.[j]];
       const isDifferent = different.has(`${own.first[0] + i},${own.first[1] + j}`);
-      const text = textOf(value, isDifferent ? digitsFor(value, beside) : 4);
+      const text = textOf(value, isDifferent ? digitsFor(value, counterpart) : 4);
       return element("td", { title: String(value) }, isDifferent ? element("mark", {}, text) : text);
     }),
   ));

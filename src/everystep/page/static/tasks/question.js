@@ -10,7 +10,7 @@ import { runTask } from "./task.js";
  * `place.about`: the run; `path`, `content()`: of the request; `done(result)`: returns the view of the answer; `failed(message)`: called on
  * errors.
  */
-export function questionForm(place, { title, says, expression, options, verb, path, content, done, failed = () => {} }) {
+export function questionForm(place, { title, description, expression, options, verb, path, content, done, failed = () => {} }) {
   const host = element("div", { class: "answer" });
   const asking = element("button", {}, verb);
   let task = null;
@@ -37,7 +37,7 @@ export function questionForm(place, { title, says, expression, options, verb, pa
     "form",
     { class: "question", onsubmit: submit, "aria-label": title },
     element("h3", {}, title),
-    element("p", { class: "muted small" }, says),
+    element("p", { class: "muted small" }, description),
     expression?.node,
     element("div", { class: "options" }, ...options, asking),
     host,

@@ -50,7 +50,7 @@ function measuring(place) {
   const overwriting = element("label", { class: "option", hidden: true }, overwrite, "overwrite an existing one");
   const question = questionForm(place, {
     title: "Measure",
-    says: "Adds a number for each step, as if it had been logged during training.",
+    description: "Adds a number for each step, as if it had been logged during training.",
     expression,
     options: [labelled("name", name), labelled("every", every, "steps"), overwriting],
     verb: "Measure",
@@ -78,7 +78,7 @@ function finding(place) {
   const which = element("select", {}, ...["first", "last", "all"].map((each) => element("option", {}, each)));
   const question = questionForm(place, {
     title: "When",
-    says: "Finds the steps at which a condition is true.",
+    description: "Finds the steps at which a condition is true.",
     expression,
     options: [labelled("which", which)],
     verb: "Find",
@@ -92,7 +92,7 @@ function finding(place) {
 function findingOrigin(place) {
   const question = questionForm(place, {
     title: "First NaN or infinity",
-    says: "Finds the operation that made it, and the rows behind it.",
+    description: "Finds the operation that made it, and the rows behind it.",
     options: [],
     verb: "Find",
     path: "first-nonfinite",
@@ -105,7 +105,7 @@ function findingOrigin(place) {
 function verifying(place) {
   return questionForm(place, {
     title: "Verify",
-    says: "Replays every step, and compares each loss and each snapshot, bit for bit.",
+    description: "Replays every step, and compares each loss and each snapshot, bit for bit.",
     options: [],
     verb: "Verify",
     path: "verify",
@@ -200,7 +200,7 @@ function languageHelp() {
     "details",
     { class: "more language" },
     element("summary", {}, "What an expression can contain"),
-    element("dl", {}, ...LANGUAGE.flatMap(([code, says]) => [element("dt", { class: "mono" }, code), element("dd", {}, says)])),
+    element("dl", {}, ...LANGUAGE.flatMap(([code, meaning]) => [element("dt", { class: "mono" }, code), element("dd", {}, meaning)])),
     element("p", { class: "muted small" }, "Expressions are parsed; nothing in them runs as Python."),
   );
 }

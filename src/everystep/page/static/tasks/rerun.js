@@ -19,7 +19,7 @@ export function rerunning(place) {
   let endPlot = () => {};
   const question = questionForm(place, {
     title: "Rerun",
-    says: "Repeats every step under different conditions, and reports where it diverges from the recording, and how far.",
+    description: "Repeats every step under different conditions, and reports where it diverges from the recording, and how far.",
     options: [labelled("precision", precision), labelled("threads", threads), labelled("MKL", mkl), labelled("CPU", capability)],
     verb: "Rerun",
     path: "rerun",

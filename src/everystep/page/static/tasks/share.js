@@ -18,10 +18,10 @@ const sizeText =
 
 /** Open the dialog. */
 export function shareDialog(about, step) {
-  const properties = { autocomplete: "off", "aria-describedby": "share-says share-fault" };
+  const properties = { autocomplete: "off", "aria-describedby": "share-size share-fault" };
   const input = element("input", { type: "text", class: "mono", value: step ? String(step) : "", ...properties });
   const fault = element("p", { class: "alarm", id: "share-fault", role: "alert", hidden: true });
-  const says = element("p", { class: "muted small", role: "status" });
+  const status = element("p", { class: "muted small", role: "status" });
   const save = element("button", { class: "primary" }, "Save the page");
   const command = commandLine("The same from the command line");
   const asking = new AbortController();
@@ -35,7 +35,7 @@ export function shareDialog(about, step) {
   const submit = (event) => {
     event.preventDefault();
     const steps = show();
-    if (steps) saveReport(about.name, steps, { input, fault, says, save }, asking.signal);
+    if (steps) saveReport(about.name, steps, { input, fault, status, save }, asking.signal);
     else input.focus();
   };
   const link = location.origin + write({ view: "run", run: about.name, step });
@@ -44,11 +44,11 @@ export function shareDialog(about, step) {
     { class: "asking", oninput: show, onsubmit: submit },
     element("p", { class: "muted small" }, contentText),
     fieldLine("steps", input),
-    element("p", { class: "muted small", id: "share-says" }, sizeText),
+    element("p", { class: "muted small", id: "share-size" }, sizeText),
     fault,
     command.node,
     element("div", { class: "buttons" }, save, copyButton(() => link, "Copy link to this view"), button("Close", () => dialog.close())),
-    says,
+    status,
     element("p", { class: "muted small foot" }, "The link opens on this computer, while everystep view is running."),
   ), { closed: () => asking.abort() });
   show();
@@ -56,13 +56,13 @@ export function shareDialog(about, step) {
 
 async function saveReport(run, steps, fields, signal) {
   fields.save.disabled = true;
-  fields.says.textContent = "Writing the page.";
+  fields.status.textContent = "Writing the page.";
   try {
     const address = withQuery(addressOf(run, "report"), { steps: steps.join(",") });
     keep(await askFile(address, { signal }), `${run}.html`);
-    fields.says.textContent = "Saved.";
+    fields.status.textContent = "Saved.";
   } catch (error) {
-    fields.says.textContent = "";
+    fields.status.textContent = "";
     if (error.name !== "AbortError") complain(fields, error.message);
   }
   fields.save.disabled = false;

@@ -100,12 +100,12 @@ function progressView(label, cancel) {
   const text = element("span", { class: "task-text" }, "starting");
   const stopping = button("Cancel", cancel);
   const begin = { time: null, done: 0 };
-  let said = "starting";
+  let status = "starting";
   const started = performance.now();
   // If there is nothing to count yet, the seconds show that it is running.
   const ticking = setInterval(() => begin.done || tellSeconds(), 1000);
   const tellSeconds = () => {
-    if (!stopping.disabled && !bar.hasAttribute("value")) text.textContent = `${said}, ${duration(Math.floor((performance.now() - started) / 1000))}`;
+    if (!stopping.disabled && !bar.hasAttribute("value")) text.textContent = `${status}, ${duration(Math.floor((performance.now() - started) / 1000))}`;
   };
   const advance = ({ done, total, what }) => {
     const now = performance.now();
@@ -115,15 +115,15 @@ function progressView(label, cancel) {
     if (done) bar.value = done;
     const left = ((now - begin.time) / 1000 / (done - begin.done)) * (total - done);
     const isKnown = now - begin.time > 700 && done > begin.done && done < total;
-    said = done ? `${what}: ${whole(done)} of ${whole(total)}${isKnown ? `, ${duration(left)} left` : ""}` : what;
-    if (!stopping.disabled) text.textContent = said;
+    status = done ? `${what}: ${whole(done)} of ${whole(total)}${isKnown ? `, ${duration(left)} left` : ""}` : what;
+    if (!stopping.disabled) text.textContent = status;
   };
   return {
     line: element("div", { class: "task" }, bar, text, stopping),
     end: () => clearInterval(ticking),
     advance,
     waiting(isWaiting) {
-      if (!stopping.disabled) text.textContent = isWaiting ? "waiting for the server" : said;
+      if (!stopping.disabled) text.textContent = isWaiting ? "waiting for the server" : status;
     },
     cancelling() {
       stopping.disabled = true;

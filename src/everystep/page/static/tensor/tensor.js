@@ -18,7 +18,7 @@ export function tensorRow(view, { id, key = id, name, title = "", note = "" }) {
     key,
     name,
     className: "tensor",
-    beside: [noted, quiet, new Thumbnail(view, () => id)],
+    alongside: [noted, quiet, new Thumbnail(view, () => id)],
     open: () => new TensorPanel(view, id, title || name),
     update: ({ tensors }) => statistics.update(tensors[id]),
   });
