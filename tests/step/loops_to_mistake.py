@@ -4,6 +4,7 @@ That many of its steps, at least, must be followed on a known path.
 """
 
 import contextlib
+import gc
 import random
 
 import torch
@@ -255,6 +256,21 @@ def tensors_from_elsewhere_that_alias(record):
         seen = [other, other[:], model[0].weight, h[:]][number % 4 if number > 9 else 0]
         seen.detach().mul_(0.9)
         return update(model, optimizer, h + other, y)
+
+    return trained(record, body)
+
+
+@loop(20)
+def memory_in_a_cycle_that_python_has_collected(record):
+    """torch 2.9 clears weak references to a storage there, although tensors still have it."""
+
+    def body(model, optimizer, x, y, number):
+        loss = functional.mse_loss(model(x), y)
+        cycle = [each.untyped_storage() for each in model.parameters()]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        return descend(optimizer, loss)
 
     return trained(record, body)
 

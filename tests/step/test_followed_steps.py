@@ -21,6 +21,7 @@ OFTEN = {
     *("an_evaluation_in_inference_mode", "data_and_buffers_of_which_the_step_reads_more"),
     *("floats_of_every_kind", "gradients_of_the_batch_that_add_up", "nothing_is_a_part"),
     *("steps_that_fail_and_are_taken_again", "tensors_from_elsewhere_that_alias"),
+    "memory_in_a_cycle_that_python_has_collected",
 }
 
 

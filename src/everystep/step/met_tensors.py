@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from everystep.program.arguments import DTYPES
 from everystep.program.memory import ALIGNMENT, geometry
@@ -210,7 +211,7 @@ class MetTensors:
         """Treat memory as new, and so the tensors on it. storages: their `_cdata`."""
         left = {*storages}
         for storage in left:
-            self._places[storage] = _gone, 0
+            self._places[storage] = None, 0
             self.parts.pop(storage, None)
         for number, tensor in self.alive(0, len(self.known)).items():
             if tensor.untyped_storage()._cdata in left:
@@ -219,7 +220,8 @@ class MetTensors:
     def all_but_state(self) -> list[int]:
         """Return the `_cdata` of all memory but that of the state."""
         known = self._places.items()
-        return [s for s, (of, place) in known if of() and self.known[place].kind != "state"]
+        alive = [(s, place) for s, (of, place) in known if of is not None and not of.expired()]
+        return [s for s, place in alive if self.known[place].kind != "state"]
 
     def drop_between(self, begin: int, end: int) -> None:
         """Forget tensors that steps before this one have met."""
@@ -233,12 +235,17 @@ class MetTensors:
     def place(self, storage: torch.UntypedStorage) -> int | None:
         """Return the number of the first tensor on some memory, None if the step does not know it."""
         known = self._places.get(storage._cdata) or self._lasting[2].get(storage._cdata)
-        return known[1] if known is not None and known[0]() is storage else None
+        if known is None or known[0] is None or known[0].expired():
+            return None
+        return known[1]
 
     def keep_place(self, tensor: Tensor, number: int) -> None:
         """Note the memory of a tensor, which is met again without it."""
         storage = tensor.untyped_storage()
-        self._places[storage._cdata] = ref(storage), number
+        # As long as it exists, no other memory has the same `_cdata`. A weak reference of Python's to the
+        # storage is not enough: torch 2.9 clears it where the storage was part of a cycle.
+        reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._places[storage._cdata] = reference, number
 
     def forget_brought(self, met: int) -> None:
         """Forget memory that a call brought which was another one after all.
