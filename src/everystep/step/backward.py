@@ -28,6 +28,8 @@ _OF_EXTENSION = "CppFunction"
 #: Cases of a backward pass, by numbers in its graph, in which it can run unwatched.
 _MOST_CASES = 64
 _OTHER_KINDS = {"MaskedFillBackward1", "ProdBackward0", "ProdBackward1"}
+if torch.__version__ < "2.13":  # compared as versions; tested with 2.9
+    _OTHER_KINDS.add("CumprodBackward0")
 #: The same, where the gradients have a graph of their own (`create_graph`).
 _OTHER_WITH_GRAPH = {"CumprodBackward0", "LinalgDetBackward0"}
 
@@ -130,7 +132,7 @@ def _has_other_bits(node: Any, *, has_graph: bool) -> bool:
     mode is in force: prod, and the value that masked_fill fills with, take a way that works for those.
     """
     kind = type(node).__name__
-    if kind in _OTHER_WITH_GRAPH:
+    if kind in _OTHER_WITH_GRAPH - _OTHER_KINDS:
         return has_graph
     return kind != "MaskedFillBackward1" or node.next_functions[1][0] is not None
 
