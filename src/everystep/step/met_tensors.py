@@ -242,8 +242,8 @@ class MetTensors:
     def keep_place(self, tensor: Tensor, number: int) -> None:
         """Note the memory of a tensor, which is met again without it."""
         storage = tensor.untyped_storage()
-        # As long as it exists, no other memory has the same `_cdata`. A weak reference of Python's to the
-        # storage is not enough: torch 2.9 clears it where the storage was part of a cycle.
+        # As long as it exists, no other memory has the same `_cdata`. Python's own weak references are
+        # not enough: torch 2.9 clears them where a storage was part of a cycle.
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self._places[storage._cdata] = reference, number
 
