@@ -304,10 +304,7 @@ def loop(rate=None, at=4, record=None, logs_item=False, optimizer=ADAM):
         for step, rows in enumerate(recording.steps(batches) if recording else batches):
             if step == at and rate is not None:
                 optimizer.param_groups[0]["lr"] = rate
-            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = descend(optimizer, nn.functional.cross_entropy(model(x[rows]), y[rows]))
             losses.append(loss.item() if logs_item else loss.detach())
             if recording:
                 recording.log(loss=loss)
@@ -331,11 +328,7 @@ def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_o
     model, x, y, optimizer = made(optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
     def step(batch):
-        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, nn.functional.cross_entropy(model(batch[0]), batch[1]))
 
     parts = {"model": model, "optimizer": optimizer}
     options = {"steps": 6, "run": tmp_path / "step", "progress": False}
