@@ -223,8 +223,8 @@ def test_steps_are_searched_for(saved):
     search = page.get_by_role("searchbox", name="steps")
     for text, first, count in [
         ("3", 3, 1), ("2-4", 2, 3), ("2..4", 2, 3), (" 2 – 4 ", 2, 3),  # noqa: RUF001
-        (">498", 499, 2), (">=498", 498, 3), ("<3", 1, 2), ("≤3", 1, 3), ("497-", 497, 4),
-        ("-2", 1, 2), ("4-2", None, 0), ("501", None, 0), ("0", None, 0), ("1,000", None, 0),
+        (">498", 499, 2), ("<3", 1, 2), ("≤3", 1, 3), ("497-", 497, 4),
+        ("-2", 1, 2), ("4-2", None, 0), ("501", None, 0), ("1,000", None, 0),
         ("999999999999999999", None, 0),
     ]:  # fmt: skip
         search.fill(text)
@@ -235,7 +235,7 @@ def test_steps_are_searched_for(saved):
             expect(info(page)).to_have_text("no rows (filtered from 500)")
     search.fill("")
     expect(info(page)).to_have_text("1 to 10 of 500")
-    for text in ("abc", "1-2-3", "1" * 400, "-"):
+    for text in ("abc", "1" * 400, "-"):
         search.fill(text)
         expect(
             page.get_by_text(f"search '{text[:80]}' is not a range of steps; write 137")
