@@ -2,6 +2,7 @@
 
 import random
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import everystep
 
-__all__ = ["descend", "noting", "of_table", "recorded_as_it_is", "seeded", "trained"]
+__all__ = ["descend", "looped", "noting", "of_table", "recorded_as_it_is", "seeded", "trained"]
 
 
 def seeded():
@@ -35,6 +36,21 @@ def descend(optimizer, loss):
     loss.backward()
     optimizer.step()
     return loss
+
+
+_sgd = partial(torch.optim.SGD, lr=0.1)
+
+
+def looped(model, batches, loss_of, *, run=None, optimizer=_sgd):
+    """Record a loop over batches, and return its run.
+
+    loss_of: makes a loss of the model and a batch; optimizer: is made of the parameters.
+    """
+    optimizer = optimizer(model.parameters())
+    with everystep.record(model=model, optimizer=optimizer, run=run) as recording:
+        for batch in recording.steps(batches):
+            recording.log(loss=descend(optimizer, loss_of(model, batch)))
+    return recording.run
 
 
 def recorded_as_it_is(place, make):

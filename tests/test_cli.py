@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
+from tests.page.serving import PATIENCE
 
 import everystep
 from everystep.experiment.specification import built_in
@@ -88,14 +88,12 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["train", "--set", "nonsense"], "path=value"),
         (["train", "--device", "cuda:7"], "this machine has: cpu"),
         (["train", "--set", "batch_size=65"], "65 is out of range: there are 64 training rows"),
-        (["train", "--set", "model.layers[2]=Linear(99, 10)"], "expects 99 features"),
         (["train", "--set", "loss.reduction=none"], "mean or sum"),
         (["train", "--threads", "100000"], "threads: should be less than or equal to 1024"),
         (["train", "--set", "optimizer.lr=abc"], "optimizer.lr: must be a number, not 'abc'"),
         (["train", "--set", "data=3"], "data: must be a section [data], not 3"),
         (["train", "--run", "."], "never overwrites a run"),
         (["train", "wine", "--set", "data.path=nothing.csv"], "does not exist"),
-        (["experiments", "digit"], "did you mean digits"),
         (["losses", "nothing"], "has no runs; run `everystep train`"),
         (["runs"], "is not a directory; `everystep train`"),
         (["plot", "nothing", "-o", "x.png"], "no run 'nothing'"),
@@ -104,7 +102,6 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["continue", "x"], "no command 'continue'; everystep resume RUN"),
         (["tensorboard"], "no command 'tensorboard'; everystep view"),
         (["plto"], "no command 'plto'; did you mean plot?"),
-        (["exp"], "no command 'exp'; did you mean experiments?"),
         (["zzz"], "no command 'zzz'; everystep -h lists the commands"),
         (["train", "--steps", "5", "--epochs", "2"], "--steps and --epochs are mutually exclusive"),
         (["train", "--device", "gpu"], "unknown device 'gpu'; did you mean cuda"),
@@ -122,7 +119,6 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
             "no option --lr; it keeps its settings; to change them, everystep fork",
         ),
         (["train", "--batch_size=4"], "no option --batch_size; write --set batch_size=4"),
-        (["fork", "x", "--at", "1", "--seed", "2"], "no option --seed; write --set seed=2"),
         (["fork", "x", "--at", "1", "--lr", "--quiet"], "write --set optimizer.lr=VALUE"),
         (["train", "--step", "3"], "--steps"),
         (["runs", "mine"], "mine is not a directory; it is a run in runs/"),
@@ -195,7 +191,7 @@ def test_an_encoding_without_mathematical_signs_is_no_error():
         (["step", "r\xfcn", "2", "--op", "5"], "d#2 = 2 * (#2 - y)"), (["losses", "r\xfcn"], loss),
     ):  # fmt: skip
         process = start(*arguments, env=environment)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, shown in out, "Error" in err) == (0, True, False), (out, err)
 
 
@@ -261,7 +257,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_a_readable_run():
     for _ in range(3):
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "stopped: by the user (Ctrl-C)" in err
     assert "Traceback" not in err
@@ -301,8 +297,7 @@ def shown_in_terminal(code, *arguments):
     )  # fmt: skip
     os.close(child)
     shown = b""
-    deadline = time.time() + 60
-    while time.time() < deadline:
+    while True:
         try:
             part = os.read(parent, 65536)
         except OSError:  # the other end has closed
@@ -316,7 +311,14 @@ def shown_in_terminal(code, *arguments):
 
 
 def test_a_bar_is_shown_in_a_terminal_and_the_compiler_is_not_imported():
-    code = "import sys; from everystep.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    code = (
+        "import sys; from everystep.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(*sys.modules)\n"
+        "from everystep.replay import run_replay; run_replay.LONG_SECONDS = 0.0\n"
+        "sys.argv = ['everystep', 'step', 'two-layer-1', '400']; main()"
+    )
     text = shown_in_terminal(code, "train")
     assert "500/500" in text
     (run,) = everystep.runs()
@@ -324,11 +326,6 @@ def test_a_bar_is_shown_in_a_terminal_and_the_compiler_is_not_imported():
     assert "/s" in text
     assert "500\t" not in text
     assert " torch.optim " in text and " torch._dynamo " not in text
-    code = (
-        "from everystep.replay import run_replay; run_replay.LONG_SECONDS = 0.0\n"
-        "from everystep.cli import main; main()"
-    )
-    text = shown_in_terminal(code, "step", run.name, "400")
     assert re.search(r"everystep: steps \d+ to 398 are replayed first: about \d+ seconds", text)
     assert re.search(r"replaying .* (\d+)/\1 ", text)
 
@@ -376,6 +373,7 @@ def test_a_hint_is_a_command_to_copy(everystep_command):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     ("arguments", "unbuffered"),
     [(["losses", "run"], ""), (["losses", "run"], "1"), (["-h"], "")],

@@ -23,12 +23,14 @@ def test_an_experiment_has_the_same_losses_whatever_takes_its_steps():
     assert [run.facts.training.engine.eager_from for run in runs] == [None, None, 1]
 
 
-@pytest.mark.parametrize(("name", "least"), [("digits", 0.97), ("wine", 0.95)])
+@pytest.mark.sweep(every=2)
+@pytest.mark.parametrize(("name", "least"), [("wine", 0.95), ("digits", 0.97)])
 def test_classes_are_told_apart(name, least):
     run = everystep.train_experiment(name, progress=False)
     assert [*run.measured("validation_accuracy").values()][-1] >= least
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_diabetes_is_predicted_at_least_as_well_as_scikit_learn_does():
     from benchmarks.scikit_learn import r2_of_both

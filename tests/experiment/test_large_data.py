@@ -80,7 +80,7 @@ def test_rows_in_parts_are_scaled_as_numpy_scales_all_of_them(count, columns, si
     assert scaling.deviation == np.where(deviation == 0, 1, deviation).tolist()
 
 
-@pytest.mark.sweep(every=2)
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("kind", ["safetensors", "npy", "big-endian", "float64", "int16", "float16"])
 def test_data_in_its_files_trains_to_the_bits_of_data_in_memory(arrays, large, kind):
     x, y = arrays

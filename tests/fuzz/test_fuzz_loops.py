@@ -34,7 +34,7 @@ def test_a_random_loop_that_stops_and_goes_on(stopped, tmp_path_factory):
     resume_and_compare(stopped, tmp_path_factory.mktemp("stopped") / "run")
 
 
-@settings(derandomize=True, max_examples=12)
+@settings(derandomize=True, max_examples=8)
 @given(function=FUNCTIONS)
 def test_a_random_step_function(function, tmp_path_factory):
     train_and_compare(function, tmp_path_factory.mktemp("function") / "run")

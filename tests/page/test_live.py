@@ -56,7 +56,7 @@ def test_a_training_is_followed_and_every_loss_arrives(server):
         assert next(stream) == ("gone", {}, "0")
         followed = pool.submit(follow, stream)
         run = everystep.train_experiment("two-layer", run=server.directory / "followed")
-        state = followed.result(20)
+        state = followed.result(PATIENCE)
     recorded = run.losses["loss"].to_numpy()
     assert np.array_equal(np.array(list(losses.values()), np.float32), recorded)
     assert sum(sizes) == 500
@@ -175,6 +175,28 @@ def test_a_killed_run_that_is_continued_is_running_in_the_list(shelf, monkeypatc
     finally:
         told.close()
     assert statuses == ["killed", "running"]
+
+
+def test_a_page_that_is_opened_before_the_first_run_shows_it_as_it_starts(tmp_path):
+    shelf, heard = tmp_path / "runs", []
+    told = Live(RunIndex(shelf), Columns())
+
+    async def listen():
+        async for each in told.list_events():
+            if "data: " in each:
+                heard.append(json.loads(each.partition("data: ")[2]))
+                if heard[-1]["runs"]:
+                    return
+                assert not shelf.exists()
+                shelf.mkdir()
+                written(shelf / "first", [1.0])
+
+    try:
+        asyncio.run(asyncio.wait_for(listen(), PATIENCE))
+    finally:
+        told.close()
+    assert heard[0] == {"runs": [], "gone": [], "begins": True, "unread": 0}
+    assert [run["name"] for run in heard[-1]["runs"]] == ["first"]
 
 
 def test_a_name_from_outside_is_followed_nowhere(server):

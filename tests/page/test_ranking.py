@@ -7,7 +7,7 @@ import socket
 
 import pytest
 import torch
-from tests.descent import of_table
+from tests.descent import looped, of_table
 from tests.page.serving import PATIENCE
 from tests.page.test_worker import slow
 from torch import nn
@@ -54,16 +54,10 @@ def test_a_row_of_a_table_has_its_columns_in_their_own_units(server, flowers, ta
 
 
 def test_texts_of_a_loops_batch_and_losses_that_are_not_finite(server):
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = {"x": torch.ones(3, 2), "word": ["a", "b", "<i>"], "id": torch.tensor([7, 8, 2**60])}
     batch["x"][1] = torch.nan
-    with everystep.record(run=server.directory / "loop", model=model, optimizer=optimizer) as recording:
-        for given in recording.steps([batch]):
-            loss = model(given["x"]).square().mean()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+    run = server.directory / "loop"
+    looped(nn.Linear(2, 1), [batch], lambda model, given: model(given["x"]).square().mean(), run=run)
     answer = ranked(server, "loop", 1)
     json.dumps(answer, allow_nan=False)
     assert answer["orders"]["loss"][0] == 1 and answer["rows"]["1"]["loss"] == "nan"

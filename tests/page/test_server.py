@@ -41,16 +41,6 @@ def test_nothing_to_serve_is_said(everystep_command):
         place_of("twolayer")
 
 
-def test_a_page_that_is_opened_before_the_first_run_shows_it_as_it_starts():
-    with served("runs") as server, events(server.client, "/api/events") as stream:
-        assert next(stream)[1] == {"runs": [], "gone": [], "begins": True, "unread": 0}
-        assert not Path("runs").exists()
-        Path("runs").mkdir()
-        written(Path("runs/first"), [1.0])
-        found = next(content for _, content, _ in stream if content["runs"])
-        assert [run["name"] for run in found["runs"]] == ["first"]
-
-
 def test_a_host_that_is_none_of_ours(shelf):
     with pytest.raises(UsageError, match=r"--host 203\.0\.113\.1: this machine cannot listen there"):
         page_server.serve(shelf, host="203.0.113.1", browser=False)
@@ -58,40 +48,35 @@ def test_a_host_that_is_none_of_ours(shelf):
         page_server.serve(shelf, host="no.such.invalid", browser=False)
 
 
-def test_the_address_is_alone_on_stdout_and_the_next_port_is_taken(write_run, shelf, server):
-    write_run("a b", [1.0])
-    with served(shelf / "a b", "--port", str(server.port)) as second:
-        assert second.port > server.port
+def test_the_address_is_alone_on_stdout_the_next_port_is_taken_and_ctrl_c_ends_it(
+    write_run, shelf, server
+):
+    """The pages that are open then continue with the next server."""
+    write_run("a b", [1.0, 2.0])
+    with served(shelf / "a b", "--port", str(server.port)) as first:
+        assert first.port > server.port
         assert re.fullmatch(rf"http://127\.0\.0\.1:{server.port}/\?token=\w{{40}}", server.address)
-        path = rf"http://127\.0\.0\.1:{second.port}/runs/a%20b\?token=\w{{40}}"
-        assert re.fullmatch(path, second.address)
-        assert second.client.get("/api/runs", headers={"Host": "evil.example"}).status_code == 403
+        path = rf"http://127\.0\.0\.1:{first.port}/runs/a%20b\?token=\w{{40}}"
+        assert re.fullmatch(path, first.address)
+        assert first.client.get("/api/runs", headers={"Host": "evil.example"}).status_code == 403
         # Browsers send a cookie to every port.
-        second.client.cookies.update(server.client.cookies)
-        assert second.client.get("/api/runs").json()["runs"][0]["name"] == "a b"
-        second.process.send_signal(signal.SIGINT)
-        out, err = second.process.communicate(timeout=PATIENCE)
-        assert (second.process.returncode, out, err) == (0, "", "Ctrl-C stops it\n")
-
-
-def test_ctrl_c_ends_it_with_pages_open_and_they_continue_with_the_next(write_run, shelf):
-    write_run("run", [1.0, 2.0])
-    with served(shelf) as first:
+        first.client.cookies.update(server.client.cookies)
+        assert first.client.get("/api/runs").json()["runs"][0]["name"] == "a b"
         with (
-            events(first.client, "/api/runs/run/events") as one,
+            events(first.client, "/api/runs/a%20b/events") as one,
             events(first.client, "/api/events") as other,
         ):
             next(one), next(one), next(other)
             others = children_of(first.process.pid)
             first.process.send_signal(signal.SIGINT)
             assert list(one) == list(other) == []
-            assert first.process.wait(PATIENCE) == 0
-        assert first.process.stderr.read() == "Ctrl-C stops it\n"
+        out, err = first.process.communicate(timeout=PATIENCE)
+        assert (first.process.returncode, out, err) == (0, "", "Ctrl-C stops it\n")
         assert not any(Path(f"/proc/{pid}").exists() for pid in others)
-    with served(shelf, "--port", str(first.port)) as second:
+    with served(shelf / "a b", "--port", str(first.port)) as second:
         assert second.address == first.address
         second.client.cookies = first.client.cookies
-        with events(second.client, "/api/runs/run/events", **{"Last-Event-ID": "1"}) as stream:
+        with events(second.client, "/api/runs/a%20b/events", **{"Last-Event-ID": "1"}) as stream:
             assert next(stream)[0] == "state"
             assert next(stream)[1]["steps"] == [2]
 

@@ -192,7 +192,8 @@ def test_what_takes_too_long_is_given_up_and_others_go_on(directory, trained, mo
 
     async def use(desk):
         first = await desk.ask("content", trained, step=3)
-        monkeypatch.setattr(everystep.page.worker_client, "_LONGEST", 1.0)
+        for name in ("_LONGEST", "_LEAVING_PATIENCE"):
+            monkeypatch.setattr(everystep.page.worker_client, name, 0.1)
         with pytest.raises(NoAnswer, match="minutes and was stopped"):
             await desk.ask("content", hostile, step=3)
         monkeypatch.undo()

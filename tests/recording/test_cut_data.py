@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tests.descent import recorded_as_it_is
+from tests.descent import descend, recorded_as_it_is
 from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from torch import nn
@@ -32,10 +32,7 @@ def _trained(run, text, steps=150, change=None, noise=0, **options):
             loss = functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
             if noise:
                 loss = loss + torch.from_numpy(np.random.default_rng(t).random(noise)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, loss))
             losses.append(loss.item())
             if t % 10 == 0:
                 recording.flush()

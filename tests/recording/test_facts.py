@@ -84,7 +84,7 @@ HOSTILE = [
     {"a.b.c": {"class_name": "Linear"}},
     {"": {"class_name": "<img src=x>", "arguments": "\n\n"}, ".": {"class_name": ""}},
     {"b": {"class_name": "B"}, "": {"class_name": "A"}, "b.c": {"class_name": "C"}},
-    {".".join("a" * n): {"class_name": "ModuleList"} for n in range(3000)},
+    {".".join("a" * n): {"class_name": "ModuleList"} for n in range(1500)},
 ]
 
 

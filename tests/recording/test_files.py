@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 import torch
+from tests.descent import looped
 from tests.recording.hostile import tensors
 from tests.sealing import sql
 from tests.training.by_hand import by_train, new_training
@@ -149,12 +150,8 @@ def test_a_size_that_the_database_claims_is_bound_by_the_memory(trained, tmp_pat
 
 
 def test_a_text_that_is_short_only_when_packed_is_not_unpacked(tmp_path, everystep_command):
-    model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run="./run", model=model, optimizer=optimizer) as recording:
-        for x in recording.steps([torch.ones(3, 2)] * 3):
-            model(x).sum().backward()
-            optimizer.step()
+    batches = [torch.ones(3, 2)] * 3
+    looped(torch.nn.Linear(2, 1), batches, lambda model, x: model(x).sum(), run="./run")
     bomb = zlib.compress(b"[" + b"[]," * 6_000_000 + b"[]]", 9)
     for column in ("numbers", "inputs"):
         shutil.copytree("run", column)

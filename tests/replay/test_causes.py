@@ -12,7 +12,7 @@ from benchmarks.faults.kinds.judging import all_kinds, judged
 from benchmarks.faults.kinds.sides import Training, with_module
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.descent import descend, of_table
+from tests.descent import descend, looped, of_table
 from torch import nn
 from torch.nn import functional
 from torch.optim import AdamW
@@ -76,12 +76,11 @@ def test_a_cause_is_the_same_in_text_sentence_and_data():
 def test_an_optimizer_that_keeps_more_is_named(tmp_path):
     def trained(name, **settings):
         torch.manual_seed(0)
-        model = nn.Linear(3, 2)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, **settings)
-        with everystep.record(run=tmp_path / name, model=model, optimizer=optimizer) as recording:
-            for x in recording.steps([torch.randn(4, 3) for _ in range(3)]):
-                recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
-        return recording.run
+        model, adam = nn.Linear(3, 2), partial(torch.optim.Adam, lr=0.1, **settings)
+        batches = [torch.randn(4, 3) for _ in range(3)]
+        return looped(
+            model, batches, lambda model, x: model(x).pow(2).mean(), run=tmp_path / name, optimizer=adam
+        )
 
     one, other = trained("one"), trained("other", amsgrad=True)
     assert one.diff(other, progress=False).operation.causes == ["Adam: amsgrad False | True"]

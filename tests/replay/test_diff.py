@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, looped
 from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import by_train, descent, mlp, momentum, new_training
@@ -497,16 +497,12 @@ def lstm(directory, change=lambda model: None):
     torch.manual_seed(0)
     model = nn.ModuleDict({"lstm": nn.LSTM(6, 6, batch_first=True), "head": nn.Linear(6, 3)})
     change(model)
-    optimizer = SGD(model.parameters(), lr=0.1)
     data = [(torch.randn(12, 7, 6), torch.randn(12, 3)) for _ in range(4)]
-    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps(data):
-            recording.log(
-                loss=descend(
-                    optimizer, nn.functional.mse_loss(model["head"](model["lstm"](x)[0][:, -1]), y)
-                )
-            )
-    return everystep.open(directory)
+
+    def loss_of(model, batch):
+        return nn.functional.mse_loss(model["head"](model["lstm"](batch[0])[0][:, -1]), batch[1])
+
+    return looped(model, data, loss_of, run=directory)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="LSTMs are not of one kernel here")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.descent import descend, trained
+from tests.descent import looped, trained
 from tests.sealing import seal_files, sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import by_train, new_training
@@ -222,17 +222,12 @@ def test_a_file_that_is_no_database_has_nothing_to_export(damaged, everystep_com
 
 def test_rows_of_batches_are_compared_with_their_digests(tmp_path, everystep_command):
     torch.manual_seed(0)
-    model = nn.Linear(40, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(20, 40), torch.randn(20, 2)
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for rows in recording.steps(range(0, 20, 4)):
-            recording.log(
-                loss=descend(
-                    optimizer, nn.functional.mse_loss(model(x[rows : rows + 4]), y[rows : rows + 4])
-                )
-            )
-    run = recording.run.directory
+
+    def loss_of(model, row):
+        return nn.functional.mse_loss(model(x[row : row + 4]), y[row : row + 4])
+
+    run = looped(nn.Linear(40, 2), range(0, 20, 4), loss_of).directory
     code, out, _ = everystep_command("doctor", run)
     assert code == 0 and "batches, by their digests" in out
     file = run / "batches" / "1.bin"

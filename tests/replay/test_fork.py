@@ -34,10 +34,8 @@ STEPS = 40
 # A fork that changes nothing.
 
 
-@pytest.mark.parametrize(
-    ("experiment", "steps"),
-    [("two-layer", 40), ("wine", 50), ("digits", 26)],
-)
+@pytest.mark.sweep(every=2)
+@pytest.mark.parametrize(("experiment", "steps"), [("wine", 50), ("digits", 26), ("two-layer", 40)])
 def test_a_fork_of_an_experiment_that_changes_nothing_has_the_parents_bits(experiment, steps):
     parent = everystep.train_experiment(experiment, {"steps": steps}, progress=False)
     fork = parent.fork(AT, progress=False)

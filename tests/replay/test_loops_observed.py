@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import looped
 from tests.training.loops import LOOPS
 from torch import nn
 
@@ -69,11 +69,8 @@ class _OddShapes(nn.Module):
 @pytest.mark.parametrize("is_disk_full", [False, True])
 def test_a_large_step_lies_in_files_that_have_no_name(is_disk_full, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = _OddShapes()
-    optimizer = torch.optim.AdamW(model.parameters())
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for x in recording.steps(torch.randn(3, 5, 4)):
-            recording.log(loss=descend(optimizer, model(x)))
+    model, batches = _OddShapes(), torch.randn(3, 5, 4)
+    looped(model, batches, nn.Module.__call__, run=tmp_path / "run", optimizer=torch.optim.AdamW)
     expected = everystep.open(tmp_path / "run")[3]
     monkeypatch.setattr("everystep.step.observe.LEAST_HELD", 0)
     monkeypatch.setattr("everystep.step.observe.HELD_SHARE", 0.0)

@@ -2,10 +2,11 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
-from tests.descent import descend, trained
+from tests.descent import looped, trained
 from torch import nn
 
 import everystep
@@ -139,18 +140,17 @@ def rounded(directory, dtype=torch.float32, *, autocast=False, module=nn.Tanh, n
     x, y = torch.randn(32, 10), torch.randint(0, 4, (32,))
     layers = nn.Linear(10, 16), module(), nn.LayerNorm(16), nn.Dropout(0.2), nn.Linear(16, 4)
     model = nn.Sequential(*layers).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(1)
-    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
-        for rows, targets in recording.steps([(x, y)] * STEPS):
-            given = rows.to(dtype)
-            if noise:
-                given = given + torch.randn_like(given)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = nn.functional.cross_entropy(model(given), targets)
-            descend(optimizer, loss)
-            recording.log(loss=loss)
-    return recording.run
+
+    def loss_of(model, batch):
+        given = batch[0].to(dtype)
+        if noise:
+            given = given + torch.randn_like(given)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return nn.functional.cross_entropy(model(given), batch[1])
+
+    optimizer = partial(torch.optim.AdamW, lr=1e-2)
+    return looped(model, [(x, y)] * STEPS, loss_of, run=directory, optimizer=optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +219,8 @@ def test_neither_a_counter_of_steps_nor_a_constant_is_suspect(everystep_command)
     torch.manual_seed(1)
     batches = [torch.randn(8, 6) for _ in range(3)]
     torch.manual_seed(0)
-    model = nn.Linear(6, 3, bias=False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    with everystep.record(run="./torchs", model=model, optimizer=optimizer) as recording:
-        for x in recording.steps(batches):
-            recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
+    model, adam = nn.Linear(6, 3, bias=False), partial(torch.optim.Adam, lr=1e-2)
+    looped(model, batches, lambda model, x: model(x).pow(2).mean(), run="./torchs", optimizer=adam)
     adam_by_hand("right", batches, is_corrected=True)
     adam_by_hand("wrong", batches, is_corrected=False)
     code, out, _ = everystep_command("match", "torchs", "right")

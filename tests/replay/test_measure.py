@@ -342,7 +342,15 @@ def test_measuring_leaves_the_callers_generator_alone():
 # Conditions.
 
 
-@pytest.mark.usefixtures("snapshots_every_8")
+@pytest.fixture(scope="module")
+def recorded_and_by_hand(tmp_path_factory):
+    """A run that no test may change, and what a loop by hand sees of the same training."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_snapshots_every(patch, 8)
+        run = train(run=tmp_path_factory.mktemp("recorded") / "run")
+    return run, watched(new_training(network), steps=STEPS, batch_size=6)
+
+
 @pytest.mark.parametrize(
     ("condition", "is_true"),
     [
@@ -363,9 +371,8 @@ def test_measuring_leaves_the_callers_generator_alone():
     ],
     ids=lambda value: value if isinstance(value, str) else "by hand",
 )
-def test_when_finds_the_steps_of_a_loop_by_hand(condition, is_true):
-    run = train()
-    seen = watched(new_training(network), steps=STEPS, batch_size=6)
+def test_when_finds_the_steps_of_a_loop_by_hand(recorded_and_by_hand, condition, is_true):
+    run, seen = recorded_and_by_hand
     pairs = zip(seen, [None, *seen], strict=False)
     expected = tuple(now.number for now, before in pairs if is_true(now, before))
     assert len(expected) not in (1, STEPS)

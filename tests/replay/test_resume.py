@@ -821,6 +821,7 @@ ALONE = {
 }
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("name", ALONE)
 def test_programs_alone_go_on_without_the_objects(name, capfd):
     whole = everystep.train(**mlp_case(ALONE[name]), steps=STEPS, run="runs/whole")
@@ -872,6 +873,7 @@ def test_a_fork_by_programs_alone_may_have_another_learning_rate():
         everystep.open(fork.directory).resume(STEPS + 3, **again, progress=False)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("change", [{"seed": 9}, {"batch_size": 4}, {"lr": 0.001}])
 def test_a_fork_of_a_fork_by_programs_alone_has_the_rules_of_the_steps_that_follow(change):
     parent = everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, run="runs/whole")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.rows import planted, trained
-from tests.descent import descend
+from tests.descent import descend, looped
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -602,15 +602,11 @@ def test_a_gradient_that_cancels_but_for_rounding_is_known(tmp_path):
     assert float(step.rows.gradient.min()) > 0
 
 
-def test_tensors_of_a_batch_that_share_numbers_of_different_rows(tmp_path):
+def test_tensors_of_a_batch_that_share_numbers_of_different_rows():
     torch.manual_seed(0)
     series, model = torch.randn(9, 4), nn.Linear(4, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps([(series[:-1], series[1:])] * 2):
-            loss = descend(optimizer, ((model(x) - y) ** 2).mean())
-            recording.log(loss=loss)
-    step = everystep.open(tmp_path / "run")[2]
+    batches = [(series[:-1], series[1:])] * 2
+    step = looped(model, batches, lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean())[2]
     losses, norms = _by_hand(model, step.parameters, step.batch, nn.MSELoss())
     if isinstance(step.rows.loss_share, Share):  # each tensor was laid in memory of its own
         _agree(step.rows.loss, losses)
@@ -631,13 +627,12 @@ def test_a_row_with_nan_is_the_first(tmp_path):
     assert rows.gradient.isnan().tolist() == [row == 11 for row in range(N)]
 
 
-def test_batches_without_rows_in_common(tmp_path):
-    model = nn.Linear(6, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps([(torch.randn(4, 6), torch.randn(3))] * 2):
-            recording.log(loss=descend(optimizer, (model(x).sum(0) * y).sum()))
-    rows = everystep.open(tmp_path / "run").rows(2)
+def test_batches_without_rows_in_common():
+    batches = [(torch.randn(4, 6), torch.randn(3))] * 2
+    run = looped(
+        nn.Linear(6, 3), batches, lambda model, batch: (model(batch[0]).sum(0) * batch[1]).sum()
+    )
+    rows = run.rows(2)
     assert rows.numbers == () and "no first axis in common (x (4, 6)" in str(rows.loss_share)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from loky import process_executor
 from tests.descent import descend, of_table
 from tests.snapshots import take_snapshots_every
 from torch import nn
@@ -83,18 +84,13 @@ def test_processes_find_what_one_finds(tmp_path, monkeypatch):
             processes, "workers", lambda *given: asked.append(given[1:]) or nullcontext(pool)
         )
         shared = run.what_if(4, 11, **rows, processes=2), run.measure(**size, name="shared", processes=2)
-        assert pool.submit(_memory_that_a_worker_may_take).result() > 2**50
+        leak = pool.submit(getattr, process_executor, "_MAX_MEMORY_LEAK_SIZE")
+        assert leak.result() > 2**50
     assert asked == [(2, threads)] * 2
     assert (shared[0].cases, shared[0].recorded) == (alone[0].cases, alone[0].recorded)
     assert shared[1].values == alone[1].values == run.measured("shared") and len(run) == len(
         shared[1].values
     )
-
-
-def _memory_that_a_worker_may_take():
-    from loky import process_executor
-
-    return process_executor._MAX_MEMORY_LEAK_SIZE
 
 
 @pytest.mark.sweep(every=3)
@@ -304,10 +300,7 @@ def loop(rate=None, at=4, record=None, logs_item=False, optimizer=ADAM):
         for step, rows in enumerate(recording.steps(batches) if recording else batches):
             if step == at and rate is not None:
                 optimizer.param_groups[0]["lr"] = rate
-            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = descend(optimizer, nn.functional.cross_entropy(model(x[rows]), y[rows]))
             losses.append(loss.item() if logs_item else loss.detach())
             if recording:
                 recording.log(loss=loss)
@@ -331,11 +324,7 @@ def test_a_step_function_and_a_model_are_trained_at_another_rate_without_their_o
     model, x, y, optimizer = made(optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
     def step(batch):
-        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
+        return descend(optimizer, nn.functional.cross_entropy(model(batch[0]), batch[1]))
 
     parts = {"model": model, "optimizer": optimizer}
     options = {"steps": 6, "run": tmp_path / "step", "progress": False}

@@ -6,12 +6,13 @@
 import json
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
 from benchmarks.why import NETWORKS, asked, followed
 from benchmarks.why_by_hand import ALL, complaints
-from tests.descent import descend, trained
+from tests.descent import looped, trained
 from torch import nn
 
 import everystep
@@ -107,7 +108,6 @@ def test_a_step_of_the_first_state_ends_there(run):
 
 def test_a_change_between_two_steps_is_not_taken_for_an_update(tmp_path):
     model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def batches():
         for number in range(4):
@@ -116,14 +116,7 @@ def test_a_change_between_two_steps_is_not_taken_for_an_update(tmp_path):
                     model.bias.add_(5)
             yield torch.ones(3, 2)
 
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for x in recording.steps(batches()):
-            loss = model(x).square().sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            recording.log(loss=loss)
-    opened = everystep.open(tmp_path / "run")
+    opened = looped(model, batches(), lambda model, x: model(x).square().sum(), run=tmp_path / "run")
     (cause,) = opened.why(3, "parameters['bias'][0]", back=1).causes
     assert cause.origin == "state"
     assert "not what step 2 left" in cause.note
@@ -205,19 +198,14 @@ def test_the_mean_of_nothing_is_followed(tmp_path, everystep_command):
     assert code == 0 and "loss" in out
 
 
-def test_batch_norm_that_does_not_train_has_the_formula_that_is_computed(tmp_path):
+def test_batch_norm_that_does_not_train_has_the_formula_that_is_computed():
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(2).eval()
     norm.running_var.fill_(4.0)
     model = nn.Sequential(nn.Linear(5, 2), norm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
-        for x, y in recording.steps([(torch.randn(3, 5), torch.randn(3, 2))]):
-            loss = ((model(x) - y) ** 2).mean()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
-    answer = everystep.open(tmp_path / "run").why(1, "gradients['1.weight'][0]")
+    batch = torch.randn(3, 5), torch.randn(3, 2)
+    run = looped(model, [batch], lambda model, given: ((model(given[0]) - given[1]) ** 2).mean())
+    answer = run.why(1, "gradients['1.weight'][0]")
     assert "/ sqrt(running_var + 1e-05)" in answer.formula
     (group,) = answer.groups
     numbers = [{key: n.value for key, n in term.numbers.items()} for term in group.terms]
@@ -386,12 +374,11 @@ class Complex(nn.Module):
 def complex_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("complex") / "run"
     torch.manual_seed(0)
-    model = Complex()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
-        for x in recording.steps([torch.randn(5, 4) for _ in range(4)]):
-            recording.log(loss=descend(optimizer, (model(x) - 1).pow(2).mean()))
-    return everystep.open(directory)
+    model, adam = Complex(), partial(torch.optim.Adam, lr=1e-2)
+    batches = [torch.randn(5, 4) for _ in range(4)]
+    return looped(
+        model, batches, lambda model, x: (model(x) - 1).pow(2).mean(), run=directory, optimizer=adam
+    )
 
 
 def test_a_complex_number_is_its_two_parts_and_a_part_is_one_of_them(complex_run):
@@ -441,22 +428,16 @@ def test_complex_numbers_are_plain_data_and_text(complex_run, everystep_command)
     assert f"  {shortest(complex_run[3].gradients['pairs'][1, 1].item())}  " in text
 
 
-def test_bits_that_are_read_as_another_dtype_are_said_to_be_bits(tmp_path):
-    model = nn.Linear(4, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for x in recording.steps([torch.randn(6, 4) for _ in range(2)]):
-            optimizer.zero_grad()
-            rounded = (x.view(torch.int32) & -65536).view(torch.float32)
-            loss = model(rounded).square().mean()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
-    step = everystep.open(tmp_path / "run")[2]
+def test_bits_that_are_read_as_another_dtype_are_said_to_be_bits():
+    def rounded(x):
+        return (x.view(torch.int32) & -65536).view(torch.float32)
+
+    batches = [torch.randn(6, 4) for _ in range(2)]
+    step = looped(nn.Linear(4, 2), batches, lambda model, x: model(rounded(x)).square().mean())[2]
     (x,) = step.batch
     at = [seen.operation.name for seen in step.operations].index("addmm")
     factor = step.why(f"#{at}[0, 0]", terms=9).groups[-1].terms[0].numbers["mat1"]
-    assert factor.value in (x[0].view(torch.int32) & -65536).view(torch.float32).tolist()
+    assert factor.value in rounded(x[0]).tolist()
     made = factor.why()
     assert (made.number, made.recomputed, made.note) == (
         factor,

@@ -1,7 +1,8 @@
 """Runs scripts, each in a process of its own, which may be killed at a chosen place.
 
-Each process is a fork of one that has imported torch, since that takes longer than most of the scripts.
-That one is this module as a program: it reads a request per line, and answers with an exit status.
+Each process is a fork of one that has imported torch, since that takes longer than most of the scripts:
+this module as a program, which reads a request per line, and answers with an exit status. Recorded
+scripts are forks of its fork that has imported everystep, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 SCRIPTS = Path(__file__).parent
 #: What takes long to import: for every script, and for some.
@@ -51,68 +52,98 @@ class ScriptEnd(NamedTuple):
 class Launcher:
     """Starts scripts with everystep, or without it: a stand-in that records nothing has its name."""
 
-    def __init__(self, *, is_recorded: bool) -> None:
+    def __init__(self) -> None:
         from everystep.numerics import ENVIRONMENT
 
         # The scripts choose the numerics; those of the tests are not theirs.
         environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-        if not is_recorded:
-            paths = str(SCRIPTS / "without"), environment.get("PYTHONPATH", "")
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *(["everystep.training.record"] if is_recorded else [])],
+            [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
         )
 
-    def run(self, script: Path, directory: Path, kill: Kill | None = None) -> ScriptEnd:
+    def run(
+        self, script: Path, directory: Path, kill: Kill | None = None, *, is_recorded: bool = True
+    ) -> ScriptEnd:
         """Run a script in a directory."""
-        return self._ask(script, directory, kill)
+        return self._ask(script, directory, kill, is_recorded)
 
     def faults(self, script: Path, directory: Path) -> list[str]:
         """Return what is wrong with the runs that a script has recorded in a directory."""
-        ended = self._ask(script, directory, "examine")
+        ended = self._ask(script, directory, "examine", True)
         assert ended.status == 0, ended.err
         return json.loads(ended.out)
 
     def close(self) -> None:
         self._process.communicate()
 
-    def _ask(self, script: Path, directory: Path, task: Any) -> ScriptEnd:
+    def _ask(self, script: Path, directory: Path, task: Any, is_recorded: bool) -> ScriptEnd:
         directory.mkdir(exist_ok=True)
         out, err = (directory.with_suffix(f".{name}") for name in ("out", "err"))
+        asked = [*map(str, (script, directory, out, err)), task, is_recorded]
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([*map(str, (script, directory, out, err)), task]) + "\n")
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return ScriptEnd(int(self._process.stdout.readline()), out.read_text(), err.read_text())
 
 
 def serve() -> None:
     """Start a process for each request, which does what was requested."""
-    for name in (*MODULES, *sys.argv[1:]):
+    for name in MODULES:
         import_module(name)
+    with_everystep = None
     for line in sys.stdin:
-        script, directory, out, err, task = json.loads(line)
-        for name in MODULES_OF.get(Path(script).stem, ()):
-            import_module(name)
-        gc.freeze()  # what each process shares with this one
-        child = os.fork()
-        if child == 0:
-            os.chdir(directory)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for number, path in enumerate((out, err), 1):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            if task == "examine":
-                _examine(script)
-            else:
-                _run(script, task)
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            os._exit(0)  # to free all that was imported takes a second
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        *_, is_recorded = json.loads(line)
+        if is_recorded:
+            with_everystep = with_everystep or _fork_with_everystep()
+            asked, answered = with_everystep
+            print(line, end="", file=asked, flush=True)
+            status = int(answered.readline())
+        else:
+            status = _start(line)
+        print(status, flush=True)
+
+
+def _fork_with_everystep() -> tuple[TextIO, TextIO]:
+    """Fork this process into one that has imported everystep; return where it reads and answers."""
+    asked, answered = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        import_module("everystep.training.record")
+        os.close(asked[1])
+        for line in os.fdopen(asked[0]):
+            os.write(answered[1], b"%d\n" % _start(line))
+        os._exit(0)
+    os.close(asked[0])
+    os.close(answered[1])
+    return os.fdopen(asked[1], "w"), os.fdopen(answered[0])
+
+
+def _start(line: str) -> int:
+    """Do what was requested in a fork of this process; return its exit status."""
+    script, directory, out, err, task, is_recorded = json.loads(line)
+    for name in MODULES_OF.get(Path(script).stem, ()):
+        import_module(name)
+    gc.freeze()  # what each process shares with this one
+    child = os.fork()
+    if child == 0:
+        if not is_recorded:
+            sys.path.insert(0, str(SCRIPTS / "without"))
+        os.chdir(directory)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, path in enumerate((out, err), 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        if task == "examine":
+            _examine(script)
+        else:
+            _run(script, task)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)  # to free all that was imported takes a second
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def _run(script: str, kill: Any) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from tests.descent import descend
 from torch import nn
 
 import everystep
@@ -18,10 +19,7 @@ def trained(lr, seed=0, what="fine"):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for number in recording.steps(range(6)):
-            loss = model(x).square().sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = descend(optimizer, model(x).square().sum())
             recording.log(loss=loss, accuracy=1 / (1 + loss.item()))
             mark = Path(recording.run.directory.parent.parent / f"{what}.done")
             if number == 3 and what != "fine" and not mark.exists():
@@ -46,8 +44,4 @@ def alone(lr, width=2):
     parts = {"model": model, "optimizer": optimizer}
     with everystep.record(**parts, config={"mine": 1}, stop_when="loss < 1e9") as recording:
         for _ in recording.steps(range(6)):
-            loss = model(torch.ones(8, 3)).square().sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            recording.log(loss=loss)
+            recording.log(loss=descend(optimizer, model(torch.ones(8, 3)).square().sum()))

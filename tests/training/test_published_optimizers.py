@@ -131,7 +131,6 @@ OFTEN = [
     "Prodigy",
     "SCION",
     "ScheduleFreeWrapper",
-    "SpectralSphere",
 ]
 
 

@@ -555,11 +555,7 @@ def test_a_setting_of_torch_that_the_loop_changes_is_recorded_or_reported(made, 
             for number, (x, y) in enumerate(recording.steps([batch] * 6), 1):
                 if number == first:
                     torch.backends.nnpack.set_flags(False)
-                loss = nn.functional.mse_loss(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                recording.log(loss=loss)
+                recording.log(loss=descend(optimizer, nn.functional.mse_loss(model(x), y)))
     finally:
         torch.backends.nnpack.set_flags(True)
     name = "torch.backends.nnpack.set_flags"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, looped
 from tests.snapshots import take_snapshots_every
 from tests.step.loops_to_mistake import batches, network, update
 from torch import nn
@@ -131,20 +131,16 @@ def test_a_compiled_function_is_said(tmp_path, capsys):
 def test_a_step_of_more_operations_than_a_run_may_have_is_recorded_without_them(monkeypatch, capsys):
     monkeypatch.setattr("everystep.step.build.MOST_ENTRIES", 20)
     torch.manual_seed(0)
-    model = nn.Linear(3, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for repeats in recording.steps([1, 30]):
-            recording.log(
-                loss=descend(
-                    optimizer, sum(model(torch.ones(2, 3)).square().mean() for _ in range(repeats))
-                )
-            )
+
+    def loss_of(model, repeats):
+        return sum(model(torch.ones(2, 3)).square().mean() for _ in range(repeats))
+
+    run = looped(nn.Linear(3, 1), [1, 30], loss_of)
     assert "step 2 cannot be replayed without your code: it has" in capsys.readouterr().err
-    assert len(recording.run.losses) == 2
-    assert recording.run[1].gradients
+    assert len(run.losses) == 2
+    assert run[1].gradients
     with pytest.raises(everystep.EverystepError, match="step 2"):
-        recording.run[2].gradients  # noqa: B018
+        run[2].gradients  # noqa: B018
 
 
 class Normalized(nn.Module):

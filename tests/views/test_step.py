@@ -158,6 +158,7 @@ def test_what_is_not_finite_is_highlighted_and_text_in_json(small, opened):
     assert content["loss"] == "nan"
     assert content["tensors"]["batch.x"]["values"][0][0] == "inf"
     assert content["tensors"]["batch.x"]["nonfinite"] == 1
+    assert content["tensors"]["parameters/0.weight"]["norm"] == "nan"
 
 
 def test_names_are_taken_literally(opened):

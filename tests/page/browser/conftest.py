@@ -122,7 +122,7 @@ class Window:
     def __init__(self, browser, **options):
         self.said = []
         self.context = browser.new_context(**{"viewport": SIZE} | options)
-        self.context.set_default_timeout(30_000)
+        self.context.set_default_timeout(1000 * PATIENCE)
         self.context.on("console", self.hear_console)
         self.context.on("weberror", lambda one: self.hear(str(one.error)))
         self.page = self.context.new_page()

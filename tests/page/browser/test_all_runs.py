@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 from playwright.sync_api import expect
 from tests.page.browser.conftest import start_view
-from tests.page.browser.places import at, plot, row
+from tests.page.browser.places import plot, row
 from tests.page.serving import remove, written
 
 import everystep
@@ -188,7 +188,8 @@ def test_the_overlay_says_where_a_run_explodes_and_leads_there(visit, recorded):
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):
     shelf = tmp_path / "runs"
     shelf.mkdir()
-    page = open_page(view().address)
+    served = view()
+    page = open_page(served.address)
     expect(page.locator("main")).to_contain_text("everystep train")
     written(shelf / "first", [1.0])
     expect(row(page, "first")).to_be_visible()
@@ -198,31 +199,16 @@ def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tm
     remove(shelf / "first")
     expect(row(page, "first")).to_have_count(0)
     expect(page.get_by_text(re.compile("^1 run$"))).to_be_visible()
-
-
-def test_the_printed_address_of_a_run_leads_to_it(recorded, view, open_page):
-    served = view(recorded / "digits")
-    page = open_page(served.address)
-    expect(page.locator("h1")).to_have_text("digits")
-    assert page.url == at(served, "/runs/digits").partition("?")[0]
-    page.get_by_role("link", name="All runs").click()
-    expect(row(page, "chapter")).to_be_visible()
-
-
-def test_a_long_list_is_drawn_as_it_is_scrolled_to(open_page, chromium, tmp_path):
-    (tmp_path / "runs").mkdir()
+    # A long list is drawn as it is scrolled to.
+    remove(shelf / "second")
     for number in range(130):
-        written(tmp_path / "runs" / f"run-{number}", [1.0])
-    served = start_view(directory=tmp_path)
-    try:
-        page = open_page(f"{served.address}&sort=name&direction=ascending")
-        expect(page.locator(".runs-head .lead")).to_have_text("130 runs")
-        assert 100 <= page.locator("tbody tr").count() < 130
-        while page.locator("tbody tr").count() < 130:
-            page.mouse.wheel(0, 5000)
-        assert names(page) == [f"run-{number}" for number in range(130)]
-        page.get_by_label("search the runs").fill("run-129")
-        assert names(page) == ["run-129"]
-        page.goto("about:blank")  # it may still ask for pictures of the rows
-    finally:
-        served.stop()
+        written(shelf / f"run-{number}", [1.0])
+    page.goto(f"{served.address}&sort=name&direction=ascending")
+    expect(page.locator(".runs-head .lead")).to_have_text("130 runs")
+    assert 100 <= page.locator("tbody tr").count() < 130
+    while page.locator("tbody tr").count() < 130:
+        page.mouse.wheel(0, 5000)
+    assert names(page) == [f"run-{number}" for number in range(130)]
+    page.get_by_label("search the runs").fill("run-129")
+    assert names(page) == ["run-129"]
+    page.goto("about:blank")  # it may still ask for pictures of the rows

@@ -43,7 +43,7 @@ def gradient(recorded, name):
     return everystep.open(recorded / "chapter")[137].gradients[name]
 
 
-def test_the_number_under_the_pointer_is_that_of_the_tensor(tensor, recorded):
+def test_the_number_under_the_pointer_or_the_cursor_is_that_of_the_tensor(tensor, recorded):
     heat, readout, _ = tensor("chapter", 137, "Backward", "2.weight.grad")
     heat.page.mouse.move(*across(heat, 0.42))
     shown = value(readout)
@@ -52,10 +52,6 @@ def test_the_number_under_the_pointer_is_that_of_the_tensor(tensor, recorded):
     assert shown == pytest.approx(gradient(recorded, "2.weight")[row, column].item(), rel=1e-6)
     heat.page.mouse.move(0, 0)
     expect(readout).to_be_empty()
-
-
-def test_keys_move_the_cursor_from_number_to_number(tensor, recorded):
-    heat, readout, _ = tensor("chapter", 137, "Backward", "2.weight.grad")
     numbers = gradient(recorded, "2.weight")
     heat.focus()
     for key, place in (
@@ -73,7 +69,7 @@ def test_keys_move_the_cursor_from_number_to_number(tensor, recorded):
     expect_step(heat.page, 137)
 
 
-def test_it_is_zoomed_by_keys_buttons_and_wheel_and_shown_whole_again(tensor):
+def test_it_is_zoomed_by_keys_buttons_and_wheel_shown_whole_again_and_coloured_by_the_root(tensor):
     heat, _, _ = tensor("chapter", 137, "Backward", "2.weight.grad")
     page = heat.page
     near, far, whole = [
@@ -96,6 +92,11 @@ def test_it_is_zoomed_by_keys_buttons_and_wheel_and_shown_whole_again(tensor):
     expect(whole).to_be_enabled()
     heat.dblclick()
     expect(whole).to_be_disabled()
+    before = picture(heat)
+    scale = page.get_by_role("button", name="square root scale")
+    scale.click()
+    expect(scale).to_have_attribute("aria-pressed", "true")
+    expect_another_picture(heat, before)
 
 
 def test_near_enough_every_number_of_a_large_tensor_is_told(tensor, recorded):
@@ -109,15 +110,6 @@ def test_near_enough_every_number_of_a_large_tensor_is_told(tensor, recorded):
     assert value(readout, re.escape("[0, 999]")) == pytest.approx(
         step.updates["0.weight"].change[0, 999].item(), rel=1e-6
     )
-
-
-def test_colours_by_the_square_root_are_others(tensor):
-    heat, _, _ = tensor("chapter", 137, "Backward", "2.weight.grad")
-    before = picture(heat)
-    scale = heat.page.get_by_role("button", name="square root scale")
-    scale.click()
-    expect(scale).to_have_attribute("aria-pressed", "true")
-    expect_another_picture(heat, before)
 
 
 def test_tensors_of_more_dimensions_are_seen_in_slices(tensor, recorded):

@@ -91,11 +91,6 @@ def headings(page):
     return page.locator(".step h3 > a").all_inner_texts()
 
 
-def test_the_line_of_a_run_names_each_of_its_optimizers(show):
-    page = show("gan", 3)
-    expect(page.locator(".facts-part > summary")).to_have_text("optimizer_g: Adam; optimizer_d: Adam")
-
-
 def test_an_operation_without_results_shows_no_statistics(show):
     page = show("read", 2)
     row = page.locator(".operation").filter(has_text="read by Python")
@@ -138,6 +133,7 @@ def test_a_step_is_its_segments_in_order_each_with_its_model_or_optimizer(show, 
     expect(page.locator(".exactness")).to_have_text(
         "Replayed without the code of your loop, bit-identical."
     )
+    expect(page.locator(".facts-part > summary")).to_have_text("optimizer_g: Adam; optimizer_d: Adam")
     assert headings(page) == GAN
     phases = page.get_by_role("navigation", name="phases of the step")
     assert phases.get_by_role("link").all_inner_texts() == GAN
@@ -147,10 +143,7 @@ def test_a_step_is_its_segments_in_order_each_with_its_model_or_optimizer(show, 
         network = part(page, name).get_by_role("list", name="the network, layer by layer")
         expect(network.get_by_role("button")).to_have_count(layers)
     expect(part(page, "6 Forward · discriminator").locator(".layers")).to_have_count(0)
-
-
-def test_an_update_lists_the_parameters_of_its_optimizer_with_their_gradients(show, loops):
-    page = show("gan", 3)
+    # An update lists the parameters of its optimizer with their gradients.
     step = loops["gan"][3]
     for name, model in (
         ("9 Update · optimizer_d", "discriminator"),

@@ -69,14 +69,6 @@ def test_a_copy_is_the_same_bit_for_bit(copied, visit):
     expect(page.get_by_text("The losses of all 30 common steps are identical.")).to_be_visible()
 
 
-def test_runs_of_nothing_in_common_are_compared_too(visit):
-    page = visit("/compare?one=chapter&other=digits")
-    expect(page.locator("p.verdict")).not_to_be_empty()
-    table = page.locator("table.differences").first
-    expect(table).to_contain_text("data.source")
-    expect(table).to_contain_text("bundled")
-
-
 def test_a_run_without_steps_has_no_losses_to_tell(copied, visit):
     run = copied("chapter")
     with changed(run) as database:

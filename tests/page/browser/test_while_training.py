@@ -4,13 +4,12 @@ import re
 import time
 
 from playwright.sync_api import expect
-from tests.page.browser.places import heading, part, plot, row
-from tests.page.serving import PATIENCE
+from tests.page.browser.places import heading, row
 
 
 def test_a_training_is_seen_while_it_goes_on(train, visit):
     page = visit("/")
-    training = train("live", "two-layer", "--steps", 10_000_000, "--set", "optimizer.lr=1e-6")
+    training = train("live", "wine", "--steps", 10_000_000)
     expect(row(page, "live")).to_contain_text("running")
     expect(page.get_by_text("1 running")).to_be_visible()
     row(page, "live").get_by_role("link", name="live").click()
@@ -24,6 +23,8 @@ def test_a_training_is_seen_while_it_goes_on(train, visit):
     seen = page.locator(".dt-info")
     earlier = seen.inner_text()
     expect(seen).not_to_have_text(earlier)
+    shown = page.get_by_role("group", name="what the plot shows")
+    expect(shown.get_by_role("button", name="validation_loss")).to_have_attribute("aria-pressed", "true")
 
     page.keyboard.press("Home")
     expect(heading(page)).to_have_text(re.compile("^Step 1 of "))
@@ -53,16 +54,3 @@ def test_a_training_is_seen_while_it_goes_on(train, visit):
     page.go_back()
     page.get_by_role("link", name="All runs").click()
     expect(row(page, "live")).to_contain_text("killed")
-
-
-def test_validation_appears_by_itself_and_the_end_is_seen(train, visit):
-    page = visit("/")
-    training = train("wine", "wine", "--epochs", 30)
-    row(page, "wine").get_by_role("link", name="wine").click()
-    shown = page.get_by_role("group", name="what the plot shows")
-    expect(shown.get_by_role("button", name="validation_loss")).to_have_attribute("aria-pressed", "true")
-    assert training.wait(PATIENCE) == 0
-    expect(page.locator(".run-head .state")).to_have_text("finished")
-    plot(page).page.get_by_role("slider", name="step").focus()
-    page.keyboard.press("End")
-    expect(part(page, "loss of every step").locator(".readout")).to_contain_text("validation_loss")
