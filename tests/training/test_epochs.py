@@ -1,6 +1,5 @@
 """Loops over epochs: what is past does not run again, and what is logged after an epoch is recorded."""
 
-import gc
 import math
 import random
 
@@ -19,15 +18,6 @@ STEPS = 6  # of an epoch
 
 class StopError(Exception):
     """The loop fails, at a chosen point."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def workers_are_not_waited_for():
-    """torch waits for a worker of a loader that is dropped, five seconds, before it ends it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
-        yield
-        gc.collect()
 
 
 @pytest.fixture(autouse=True)

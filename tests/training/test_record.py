@@ -3,6 +3,7 @@
 import math
 import re
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.sealing import sql
 from tests.training.by_hand import bits
 from tests.training.loops import LOOPS, unrecorded
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 from everystep.recording.contents import packed
@@ -198,6 +200,18 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
 def test_what_is_no_part_is_named(parts, message):
     with pytest.raises(everystep.UsageError, match=message):
         everystep.record(**parts)
+
+
+def test_a_loader_is_free_once_the_recording_has_ended(made):
+    """Python ends the workers of a loader that it finds in a cycle 5 seconds late."""
+    model, optimizer, _ = made
+    loader = DataLoader(TensorDataset(torch.randn(6, 4), torch.randn(6, 2)), 3)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(loader):
+            recording.log(loss=descend(optimizer, nn.functional.mse_loss(model(x), y)))
+    known = weakref.ref(loader)
+    del loader
+    assert known() is None and len(recording.run) == 2
 
 
 def test_a_progress_bar_knows_how_many_steps_there_are(made):

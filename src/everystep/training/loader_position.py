@@ -155,6 +155,10 @@ class LoaderPosition:
             tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {})
         return tensors, {"place": place}
 
+    def let_go(self) -> None:
+        """Forget the loader: Python ends the workers of one that is in a cycle 5 seconds late."""
+        self._loader = None
+
     def epochs(self, count: int | None) -> Iterator[int]:
         """Yield the numbers of epochs, from 0; of a resumed training, from the one of its place on.
 

@@ -188,6 +188,7 @@ class Recording(Generic[R]):
         finally:
             self._is_writing = False
             self._interrupt.__exit__()
+            self._place.let_go()
             directory = writer.recorder.directory
             if is_failed and at is not None and _has_no_more(directory, at):
                 shutil.rmtree(directory, ignore_errors=True)
