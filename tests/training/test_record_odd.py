@@ -283,3 +283,14 @@ def test_parameters_of_a_class_derived_from_torchs_are_parameters(tmp_path):
     assert not run.facts.training.loop.unseen
     assert run.verify(processes=1, progress=False).is_exact
     assert torch.equal(run[6].end["parameter/0.weight"], model[0].weight.detach())
+
+
+def test_nested_tensors_are_kept_by_content(tmp_path):
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(batches(4)):
+            nested = torch.nested.nested_tensor([x[:2], x[:5], x[2:3]], layout=torch.jagged)
+            means = torch.stack([each.mean(0) for each in model(nested).unbind()])
+            recording.log(loss=descend(optimizer, functional.mse_loss(means, y[:3])))
+    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
