@@ -340,6 +340,51 @@ def test_what_is_written_through_data_between_steps_is_kept(made, capfd, between
         assert float(run[5].parameters["0.weight"].abs().max()) < 0.2001
 
 
+def test_what_is_written_into_a_tensor_of_all_parameters_between_steps_is_kept(made):
+    model, optimizer, (x, y) = made
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for _ in range(5):
+            with recording.step((x, y)):
+                recording.log(loss=descend(optimizer, ((model(x) - y) ** 2).mean()))
+            flat.mul_(0.9)
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def doubled(loss):
+    loss.data.mul_(2)
+
+
+def with_other_memory(loss):
+    loss.data = loss.data * 2
+
+
+@pytest.mark.parametrize("change", [doubled, with_other_memory])
+def test_a_loss_that_is_changed_after_it_was_logged_is_the_logged_one(made, change):
+    model, optimizer, batch = made
+    known = []
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps([batch] * 4):
+            loss = ((model(x) - y) ** 2).mean()
+            recording.log(loss=loss)
+            known.append(loss.item())
+            descend(optimizer, loss)
+            change(loss)
+    assert recording.run.losses["loss"].to_list() == known
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_names_of_a_batch_that_are_alike_are_told_apart(made):
+    model, optimizer, (x, y) = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for each in recording.steps([{1: x, "1": 2 * x, "a.b": y, "a": {"b": -y}}] * 2):
+            recording.log(loss=take(model, optimizer, (each["1"] - each[1], each["a.b"])))
+    batch = recording.run[2].batch.nested
+    assert torch.equal(batch["1"], x) and torch.equal(batch["1_"], 2 * x)
+    assert torch.equal(batch["a.b"], y) and torch.equal(batch["a"]["b"], -y)
+
+
 def test_what_inference_mode_has_made_may_change_between_steps(made):
     """torch counts no changes of such tensors."""
     model, optimizer, (x, y) = made

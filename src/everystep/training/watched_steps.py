@@ -99,6 +99,7 @@ class WatchedSteps:
         self._outside = OutsideTensors()
         self._versions = versions_by_name(parts.state())
         #: Of tensors that code between two steps may write into without a count: their digests, by name.
+        self._pieces = [name for name, each in parts.state().items() if _is_piece(name, each)]
         self._exposed = self._uncounted(parts.state())
         #: The tensors of the state between two steps, by their memory.
         self._lying: dict[int, list[tuple[str, Tensor]]] = {}
@@ -332,9 +333,12 @@ class WatchedSteps:
                     self._exposed[name] = digest_of(each)
 
     def _uncounted(self, state: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return digests of the tensors of the state that inference mode has made, by name."""
-        uncounted = [name for name, (_, count, _) in self._versions.items() if count is None]
-        return {name: digest_of(state[name]) for name in uncounted}
+        """Return digests of those tensors of the state of which torch may not count changes, by name.
+
+        They were made in inference mode, or are pieces of a larger tensor that other code may write to.
+        """
+        names = [name for name, (_, count, _) in self._versions.items() if count is None]
+        return {name: digest_of(state[name]) for name in (*names, *self._pieces) if name in state}
 
     def _written_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
         """Return the names of tensors that code between two steps has written into without a count."""
@@ -408,3 +412,9 @@ class WatchedSteps:
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Any:
         return lambda: self.parts.gradients(optimizer)
+
+
+def _is_piece(name: str, tensor: Tensor) -> bool:
+    """Return whether a parameter is a piece of larger memory: one tensor may hold them all."""
+    is_larger = name.startswith("parameter/") and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return is_larger and tensor.is_cpu  # on a device, torch lays the weights of an LSTM together itself
