@@ -707,7 +707,8 @@ class Flat(torch.optim.Optimizer):
 def with_views(record):
     """A loop with objects and views that it makes on its way, some of which matter only late."""
     seeded()
-    model, state = WithObject(), {"count": 0}
+    model, state = WithObject(), {"count": 0, "ring": torch.zeros(5, 6)}
+    state["newest"] = state["ring"][0]
     optimizer = Flat(model.parameters())
     with record(model=model, optimizer=optimizer, state=state) as recording:
         for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
@@ -715,13 +716,15 @@ def with_views(record):
             if state["count"] == 1:
                 state["all"] = torch.zeros(4)
                 state["bias"], state["some"] = model.layer.bias.detach(), state["all"][1:3]
+            state["ring"][state["count"] % 5] = x[0]
+            state["newest"] = state["ring"][state["count"] % 5] if state["count"] % 2 else x[0].clone()
             late = state["some"].sum() if state["count"] > 18 else 0.0
             recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y) + late * y.mean()))
             optimizer.param_groups[0]["lr"] = np.float32(0.1 / state["count"])
             state["all"].add_(0.1)
             if state["count"] > 18:
                 state["bias"].mul_(0.9)
-    return [each.detach() for each in (*model.parameters(), optimizer.flat, state["all"])]
+    return [each.detach() for each in (*model.parameters(), optimizer.flat, state["all"], state["ring"])]
 
 
 def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying):

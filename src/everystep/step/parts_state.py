@@ -188,8 +188,10 @@ class PartsState:
             raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
+        if "shared" in state.settings:
+            with torch.no_grad():
+                _share(parts.state(), state.settings["shared"])
         _fill(parts, state, saved, is_whole=only is None)
-        _share(parts.state(), state.settings.get("shared", {}))
         if only is None:
             frozen = set(state.settings.get("frozen", ()))
             for parameter, name in parts.parameter_names().items():
@@ -395,11 +397,14 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any]) -> None:
-    """Let tensors share memory as `_shared` has found it, where the loop made them on its way.
+    """Let tensors share memory as `_shared` has found it; the loop may have made them on its way.
 
     Raises:
         RunError: the tensor is not large enough that another one was on the memory of.
     """
+    for name, place in _shared(live).items():
+        if shared.get(name) != place:
+            live[name].set_(live[name].clone())  # type: ignore[call-overload]
     for name, (largest, place, stride) in shared.items():
         tensor, whole = live.get(name), live.get(largest)
         if tensor is None or whole is None or tensor.data_ptr() - whole.data_ptr() == place:
@@ -412,8 +417,7 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any]) -> None:
                 f"{' and '.join(names)} are views of the same memory, which cannot be made again; keep "
                 "the tensor that has all of it in a part"
             )
-        with torch.no_grad():
-            tensor.set_(whole.untyped_storage(), geometry[3], *geometry[1:3])
+        tensor.set_(whole.untyped_storage(), geometry[3], *geometry[1:3])
 
 
 def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
