@@ -375,6 +375,18 @@ def test_a_loss_that_is_changed_after_it_was_logged_is_the_logged_one(made, chan
     assert recording.run.verify(processes=1, progress=False).is_exact
 
 
+def test_a_loop_that_logs_some_losses_is_told_of_the_others(made, capfd):
+    model, optimizer, batch = made
+    for first in (0, 1):
+        with everystep.record(model=model, optimizer=optimizer) as recording:
+            for number, each in enumerate(recording.steps([batch] * 4)):
+                loss = take(model, optimizer, each)
+                if number % 2 == first:
+                    recording.log(loss=loss)
+        which = "steps before 2 log no loss" if first else "step 2 logs no loss"
+        assert f"{which}, and others do; the run has NaN in its place" in capfd.readouterr().err
+
+
 def test_names_of_a_batch_that_are_alike_are_told_apart(made):
     model, optimizer, (x, y) = made
     with everystep.record(model=model, optimizer=optimizer) as recording:

@@ -184,13 +184,12 @@ class PartsState:
             shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
             for name in parts.named:
                 self._restore_part(parts, name, held[name], saved, shared, is_whole=only is None)
+            with torch.no_grad():
+                _share(parts.state(), state.settings.get("shared"))
         except KeyError as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
-        if "shared" in state.settings:
-            with torch.no_grad():
-                _share(parts.state(), state.settings["shared"])
         _fill(parts, state, saved, is_whole=only is None)
         if only is None:
             frozen = set(state.settings.get("frozen", ()))
@@ -396,12 +395,14 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any]) -> None:
+def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any] | None) -> None:
     """Let tensors share memory as `_shared` has found it; the loop may have made them on its way.
 
     Raises:
         RunError: the tensor is not large enough that another one was on the memory of.
     """
+    if shared is None:  # of an earlier version
+        return
     for name, place in _shared(live).items():
         if shared.get(name) != place:
             live[name].set_(live[name].clone())  # type: ignore[call-overload]
@@ -455,6 +456,8 @@ def _other_gradient(name: str, tensor: Tensor, saved: Mapping[str, Tensor]) -> T
 def _set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
     """Set a pending gradient; in its memory if it has some, which may be a part of a buffer of all."""
     there = tensor.grad
+    if there is gradient is None:
+        return
     is_dense = there is not None and there.layout is torch.strided
     if there is None or gradient is None or not is_dense or there.dtype is not gradient.dtype:
         tensor.grad = None if gradient is None else gradient.to(tensor.device, copy=True)

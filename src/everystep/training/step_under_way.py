@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from everystep import clock
 from everystep.step.cursor import Cursor
-from everystep.step.met_tensors import is_plain
 from everystep.step.outside_tensors import Versions
 from everystep.step.path import Path
 from everystep.step.stand_in import TakenByProgram
@@ -64,6 +64,7 @@ class StepUnderWay(Generic[W]):
 
 def _changes_of(value: Any) -> tuple[int, int]:
     """Return how often a tensor was changed in place, if torch counts that, and where it lies."""
-    if not isinstance(value, Tensor) or not is_plain(value):
+    if not isinstance(value, Tensor) or value.is_inference():
         return 0, 0
-    return 0 if value.is_inference() else value._version, value.data_ptr()
+    has_place = type(value) is Tensor and value.layout is torch.strided
+    return value._version, value.data_ptr() if has_place else 0
