@@ -53,7 +53,7 @@ _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Values that never change: a state shows whether there is another one.
 _WITH_TEXTS = (range, slice, torch.Size, PurePath, Fraction, Decimal)
 #: Of an object in an attribute of a module, which may lead to a data set or a trainer.
-MOST_VALUES, MOST_BYTES = 1000, 16_000_000
+MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Where the classes of locks, files, references and loggers are defined.
 _WITHOUT_NUMBERS = ("_thread", "_io", "weakref", "logging")
 #: Where the classes of functions, methods and operators are defined.
@@ -179,7 +179,9 @@ class _Capturing:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
             self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
-        if _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__"):
+        is_ours = type(value).__module__.startswith("everystep.")  # such as a callback of a trainer
+        is_left = _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
+        if is_left or (is_ours and self._is_limited):
             return self._left(value)
         if not dataclasses.is_dataclass(value):
             self.objects[place] = _path_of(type(value))
@@ -189,7 +191,8 @@ class _Capturing:
         """Return whether this is too much to be in an object, which may lead to anything."""
         self._count += 1
         self._bytes += value.nbytes if isinstance(value, Tensor | np.ndarray) else 0
-        return bool(self.objects) and (self._count > MOST_VALUES or self._bytes > MOST_BYTES)
+        is_large = self._count > MOST_VALUES or self._bytes > MOST_BYTES
+        return self.has_left or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
 
     def _left(self, value: Any) -> dict[str, Any]:
         """Leave a value unchanged; note it if it may hold numbers."""
@@ -224,7 +227,7 @@ class _Capturing:
         if kind == "dict":
             if not all(map(self._is_key, dict.keys(value))):
                 return self._left(value)
-            items = enumerate(dict.items(value))
+            items = enumerate([*dict.items(value)])  # another thread may change it
             node[kind] = [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]
         else:
             inner = sorted(value, key=repr) if kind in ("set", "frozenset") else list(value)
@@ -242,7 +245,7 @@ class _Capturing:
     def attributes(self, value: Any, prefix: str) -> dict[str, Any]:
         """Return the attributes of an object. prefix: of the names of its tensors."""
         skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else ()
-        own = vars(value).items()
+        own = [*vars(value).items()]
         return {n: self.encoded(each, f"{prefix}{n}") for n, each in own if n not in skipped}
 
     def _kept(self, tensor: Tensor, place: str) -> str:
