@@ -632,6 +632,145 @@ def test_what_parts_hold_besides_tensors_is_as_in_an_uninterrupted_loop(dying):
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 
 
+def test_gradients_that_add_up_over_steps_are_as_in_an_uninterrupted_loop(dying):
+    """Also sparse ones, and those of tensors that are no parameters, or that are used only late."""
+
+    def body(record):
+        seeded()
+        table, model = nn.Embedding(5, 6, sparse=True), nn.Linear(6, 1)
+        model.register_buffer("shift", torch.zeros(6, requires_grad=True))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for_table = torch.optim.SGD(table.parameters(), lr=0.1)
+        parts = {"model": model, "table": table, "optimizer": optimizer, "for_table": for_table}
+        state = {"latent": torch.zeros(6, requires_grad=True), "count": 0}
+        with record(state=state, **parts) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                rows = torch.arange(5)[state["count"] % 5 :]
+                loss = (model(x + table(rows).mean(0) + state["latent"] + model.shift) - y).square()
+                recording.log(loss=descend(optimizer, loss.mean()))
+                state["count"] += 1
+                if state["count"] == 20:
+                    for_table.step()
+                    for leaf in (state["latent"], model.shift):
+                        with torch.no_grad():
+                            leaf -= 0.01 * leaf.grad
+        gradients = state["latent"].grad, model.shift.grad, table.weight.grad.to_dense()
+        return [each.detach() for each in (*gradients, *model.parameters(), table.weight)]
+
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    for one, two in zip(whole, by_loop(body, (13, 17)), strict=True):
+        assert torch.equal(one, two)
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+class Running:
+    """Numbers that a model keeps in an object of a class of its own."""
+
+    def __init__(self):
+        self.count, self.mean = 0, torch.zeros(6)
+
+
+class WithObject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.running, self.latest = nn.Linear(6, 1), Running(), None
+
+    def forward(self, x):
+        self.running.count += 1
+        self.running.mean = 0.9 * self.running.mean + x.mean(0)
+        self.latest = Running()  # only the code of the model makes it
+        late = self.running.mean * self.running.count if self.running.count > 19 else 0.0
+        return self.layer(x + late)
+
+
+class Flat(torch.optim.Optimizer):
+    """Its state is views of one tensor, made in its first step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+        self.flat = None
+
+    @torch.no_grad()
+    def step(self):
+        parameters = self.param_groups[0]["params"]
+        if self.flat is None:
+            self.flat = torch.zeros(sum(each.numel() for each in parameters))
+            pieces = self.flat.split([each.numel() for each in parameters])
+            for each, piece in zip(parameters, pieces, strict=True):
+                self.state[each]["momentum"] = piece.view_as(each)
+        self.flat.mul_(0.9)
+        for each in parameters:
+            self.state[each]["momentum"].add_(each.grad)
+            each.sub_(self.state[each]["momentum"], alpha=self.param_groups[0]["lr"])
+
+
+def with_views(record):
+    """A loop with objects and views that it makes on its way, some of which matter only late."""
+    seeded()
+    model, state = WithObject(), {"count": 0, "ring": torch.zeros(5, 6)}
+    state["newest"] = state["ring"][0]
+    optimizer = Flat(model.parameters())
+    with record(model=model, optimizer=optimizer, state=state) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            state["count"] += 1
+            if state["count"] == 1:
+                state["all"] = torch.zeros(4)
+                state["bias"], state["some"] = model.layer.bias.detach(), state["all"][1:3]
+            state["ring"][state["count"] % 5] = x[0]
+            state["newest"] = state["ring"][state["count"] % 5] if state["count"] % 2 else x[0].clone()
+            late = state["some"].sum() if state["count"] > 18 else 0.0
+            recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y) + late * y.mean()))
+            optimizer.param_groups[0]["lr"] = np.float32(0.1 / state["count"])
+            state["all"].add_(0.1)
+            if state["count"] > 18:
+                state["bias"].mul_(0.9)
+    return [each.detach() for each in (*model.parameters(), optimizer.flat, state["all"], state["ring"])]
+
+
+def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying):
+    whole = with_views(lambda **parts: everystep.record(run="runs/whole", **parts))
+    for one, two in zip(whole, by_loop(with_views, (13, 17)), strict=True):
+        assert torch.equal(one, two)
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+    forked = with_views(
+        lambda **parts: everystep.record(run="runs/fork", fork="runs/whole", at=11, **parts)
+    )
+    for one, two in zip(whole, forked, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(dying):
+    def body(record):
+        seeded()
+        model = nn.Linear(6, 1)
+        buffer = torch.zeros(7)
+        model.weight.grad, model.bias.grad = buffer[:6].view(1, 6), buffer[6:]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with record(model=model, optimizer=optimizer) as recording:
+            for number, (x, y) in enumerate(recording.steps(DataLoader(tensors(), batch_size=1))):
+                loss = functional.mse_loss(model(x), y)
+                loss.backward()
+                recording.log(loss=loss)
+                if number % 2:
+                    optimizer.step()
+                    buffer.zero_()
+        return [each.detach() for each in model.parameters()]
+
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    for one, two in zip(whole, by_loop(body, (13, 16)), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_tensor_with_a_graph_in_a_part_is_named(tmp_path, capfd):
+    state = {"penalty": torch.zeros(())}
+    model = nn.Linear(6, 1)
+    with everystep.record(run=tmp_path / "run", model=model, state=state) as recording:
+        for x, _ in recording.steps(DataLoader(tensors(), batch_size=8)):
+            state["penalty"] = state["penalty"] + model(x).sum()
+            recording.log(loss=state["penalty"])
+    assert "the part state has values of Tensor with a graph, which a run" in capfd.readouterr().err
+
+
 class Average:
     """An object that the loop makes as it needs it."""
 

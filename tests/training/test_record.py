@@ -300,6 +300,144 @@ def test_snapshots_have_no_gradients_that_the_next_step_drops(made):
     assert recording.run.verify(processes=1, progress=False).is_exact
 
 
+def clipped_between_steps(model, number):
+    for parameter in model.parameters():
+        parameter.data.clamp_(-0.2, 0.2)
+
+
+def gradients_scaled_between_steps(model, number):
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.data.mul_(0.5)
+
+
+def made_before_the_first_step(model, number):
+    if number == 1:
+        model.apply(lambda m: m.weight.data.normal_(0, 0.2) if isinstance(m, nn.Linear) else None)
+
+
+def written_through_a_view(model, number):
+    model[0].weight[0].data.mul_(0.9)
+
+
+def only_read(model, number):
+    assert model[0].weight.data.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("between", "is_told"),
+    [
+        *[(clipped_between_steps, True), (gradients_scaled_between_steps, True)],
+        *[(made_before_the_first_step, True), (written_through_a_view, True), (only_read, False)],
+    ],
+)
+def test_what_is_written_through_data_between_steps_is_kept(made, capfd, between, is_told):
+    """torch does not count such writes."""
+    model, _, (x, y) = made
+    shadow = torch.zeros(2)  # in no part
+    with everystep.record(model=model) as recording:
+        for number in range(1, 9):
+            between(model, number)
+            shadow.data.add_(0.1)
+            with recording.step((x, y)):
+                loss = ((model(x) + shadow - y) ** 2).mean()
+                loss.backward()
+                for parameter in model.parameters():
+                    parameter.data.sub_(0.1 * parameter.grad.data)
+                recording.log(loss=loss)
+        between(model, 9)
+    run = recording.run
+    assert run.verify(processes=1, progress=False).is_exact
+    assert run[5].is_exact
+    assert ("outside of a step" in capfd.readouterr().err) is is_told
+    if between is clipped_between_steps:
+        assert float(run[5].parameters["0.weight"].abs().max()) < 0.2001
+
+
+def test_what_is_written_into_a_tensor_of_all_parameters_between_steps_is_kept(made):
+    model, optimizer, (x, y) = made
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for _ in range(5):
+            with recording.step((x, y)):
+                recording.log(loss=descend(optimizer, ((model(x) - y) ** 2).mean()))
+            flat.mul_(0.9)
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def doubled(loss):
+    loss.data.mul_(2)
+
+
+def with_other_memory(loss):
+    loss.data = loss.data * 2
+
+
+@pytest.mark.parametrize("change", [doubled, with_other_memory])
+def test_a_loss_that_is_changed_after_it_was_logged_is_the_logged_one(made, change):
+    model, optimizer, batch = made
+    known = []
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps([batch] * 4):
+            loss = ((model(x) - y) ** 2).mean()
+            recording.log(loss=loss)
+            known.append(loss.item())
+            descend(optimizer, loss)
+            change(loss)
+    assert recording.run.losses["loss"].to_list() == known
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_a_loop_that_logs_some_losses_is_told_of_the_others(made, capfd):
+    model, optimizer, batch = made
+    for first in (0, 1):
+        with everystep.record(model=model, optimizer=optimizer) as recording:
+            for number, each in enumerate(recording.steps([batch] * 4)):
+                loss = take(model, optimizer, each)
+                if number % 2 == first:
+                    recording.log(loss=loss)
+        which = "steps before 2 log no loss" if first else "step 2 logs no loss"
+        assert f"{which}, and others do; the run has NaN in its place" in capfd.readouterr().err
+
+
+def test_names_of_a_batch_that_are_alike_are_told_apart(made):
+    model, optimizer, (x, y) = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for each in recording.steps([{1: x, "1": 2 * x, "a.b": y, "a": {"b": -y}}] * 2):
+            recording.log(loss=take(model, optimizer, (each["1"] - each[1], each["a.b"])))
+    batch = recording.run[2].batch.nested
+    assert torch.equal(batch["1"], x) and torch.equal(batch["1_"], 2 * x)
+    assert torch.equal(batch["a.b"], y) and torch.equal(batch["a"]["b"], -y)
+
+
+def test_what_inference_mode_has_made_may_change_between_steps(made):
+    """torch counts no changes of such tensors."""
+    model, optimizer, (x, y) = made
+    state = {"shift": torch.zeros(2)}
+    with everystep.record(model=model, optimizer=optimizer, state=state) as recording:
+        for _ in range(6):
+            with recording.step((x, y)):
+                loss = ((model(x) + state["shift"].clone() - y) ** 2).mean()
+                recording.log(loss=descend(optimizer, loss))
+                with torch.inference_mode():
+                    state["shift"] = model(x).mean(0)
+            with torch.inference_mode():
+                state["shift"].add_(0.3)
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_a_view_of_a_parameter_may_become_a_part(made):
+    model, optimizer, batch = made
+    state = {}
+    with everystep.record(model=model, optimizer=optimizer, state=state) as recording:
+        for each in recording.steps([batch] * 3):
+            state["row"] = model[0].weight.detach()[0]
+            recording.log(loss=take(model, optimizer, each))
+    assert recording.run.verify(processes=1, progress=False).is_exact
+    assert recording.run[1].is_exact
+
+
 def write_by_numpy(weight):
     weight.detach().numpy()[0, 0] = 0.5
 

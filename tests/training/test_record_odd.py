@@ -1,14 +1,17 @@
 """What a run cannot hold or replay of a recorded loop is refused, or reported in its place."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from tests.descent import descend, looped
 from tests.snapshots import take_snapshots_every
 from tests.step.loops_to_mistake import batches, network, update
+from tests.training.by_hand import bits
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import everystep
 
@@ -218,3 +221,76 @@ def test_decompositions_of_matrices_replay_in_the_memory_of_a_program(monkeypatc
             loss = (batch @ turned - batch).square().mean() + solved.mean()
             recording.log(loss=descend(optimizer, loss))
     assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+class Adds(TorchDispatchMode):
+    """Changes what an operator returns, and counts the calls that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += func is torch.ops.aten.addmm.default
+        result = func(*args, **(kwargs or {}))
+        return result + 0.1 if func is torch.ops.aten.addmm.default else result
+
+
+def test_a_mode_around_the_recording_does_what_it_does_within_a_step(tmp_path):
+    """What it does with a call is seen, and not its result alone."""
+    known = []
+    for run in (None, tmp_path / "run"):
+        torch.manual_seed(0)
+        model, mode = network(), Adds()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        record = nullcontext() if run is None else everystep.record(run=run, model=model)
+        with mode, record as recording:
+            for pair in batches(6) if run is None else recording.steps(batches(6)):
+                loss = update(model, optimizer, *pair)
+                if run is not None:
+                    recording.log(loss=loss)
+        known.append(([bits(each) for each in model.parameters()], mode.seen))
+    assert known[0] == known[1]
+    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+
+
+def test_a_mode_may_be_entered_in_one_step_and_left_in_a_later_one(tmp_path):
+    model, mode = network(), Adds()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for number, pair in enumerate(recording.steps(batches(6))):
+            if number == 1:
+                mode.__enter__()
+            recording.log(loss=update(model, optimizer, *pair))
+            if number == 3:
+                mode.__exit__(None, None, None)
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+
+
+class Named(nn.Parameter):
+    """A parameter of a class that leaves torch's functions as they are."""
+
+
+def test_parameters_of_a_class_derived_from_torchs_are_parameters(tmp_path):
+    model = network()
+    model[0].weight = Named(model[0].weight.detach().clone())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for pair in recording.steps(batches(6)):
+            recording.log(loss=update(model, optimizer, *pair))
+    run = recording.run
+    assert not run.facts.training.loop.unseen
+    assert run.verify(processes=1, progress=False).is_exact
+    assert torch.equal(run[6].end["parameter/0.weight"], model[0].weight.detach())
+
+
+def test_nested_tensors_are_kept_by_content(tmp_path):
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(batches(4)):
+            nested = torch.nested.nested_tensor([x[:2], x[:5], x[2:3]], layout=torch.jagged)
+            means = torch.stack([each.mean(0) for each in model(nested).unbind()])
+            recording.log(loss=descend(optimizer, functional.mse_loss(means, y[:3])))
+    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact

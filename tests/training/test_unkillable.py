@@ -1,10 +1,12 @@
 """A killed run loses nothing and resumes to the same bits; `make torture` does this at length."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -218,3 +220,23 @@ def test_what_is_raised_as_a_loop_breaks_off_is_raised_after_it(monkeypatch):
             recording.log(loss=model(x))
             break
     assert everystep.open("run").status == "failed"
+
+
+def serve():
+    while True:
+        time.sleep(0.01)
+
+
+def test_a_process_that_a_step_forks_ends_as_it_does_without_everystep(tmp_path):
+    """A recording waits with SIGTERM for the end of the step, but not in a child."""
+    model = nn.Linear(2, 1)
+    with everystep.record(run=tmp_path / "run", model=model) as recording:
+        for x in recording.steps([torch.randn(3, 2)] * 2):
+            child = multiprocessing.get_context("fork").Process(target=serve, daemon=True)
+            child.start()
+            child.terminate()
+            child.join(20)
+            code = child.exitcode
+            child.kill()
+            assert code == -signal.SIGTERM
+            recording.log(loss=model(x).sum())

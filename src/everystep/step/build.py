@@ -131,6 +131,8 @@ class _Builder:
         """
         path, storage_of = self._path, [tensor.storage for tensor in self._path.tensors]
         made = {n: k for n, k in path.ends if n not in self._state and not n.startswith("gradient/")}
+        # A new name of memory that the state has already is a view of it.
+        made = {n: k for n, k in made.items() if path.storages[storage_of[k]].kind != "state"}
         loss = {} if path.loss is None else {"loss": path.loss}
         gradients = {f"gradient/{n}": k for n, k in path.gradients if f"gradient/{n}" not in self._state}
         for known in (made, loss, self._state, gradients):

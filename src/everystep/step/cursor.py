@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from everystep.program.collectives import taking_part
 from everystep.program.memory import geometry
@@ -116,6 +117,8 @@ class Cursor(UnderWay):
         is_met = self._is_met_or_read if known.copies else self._is_met
         if gathers_data(known, given, is_met, self._is_drawn):
             result = func(*args, **keywords)
+            if known.copies:  # a write through `tensor.data` is not counted
+                self.outside.forget(given[0].untyped_storage()._cdata)
             if known.joins or known.picks:
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
@@ -459,7 +462,10 @@ class Cursor(UnderWay):
     # In force.
 
     def __enter__(self) -> Cursor:
+        # Modes of the user's stay above: what they do with a call is seen, and not its result alone.
+        above = [] if self._depth else [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
         super().__enter__()  # type: ignore[no-untyped-call]
+        _push_again(above)
         self._depth += 1
         if self._depth == 1:
             begin_watch(self._backward.run, self._moved)
@@ -467,15 +473,25 @@ class Cursor(UnderWay):
 
     def __exit__(self, *error: Any) -> None:
         self._depth -= 1
+        above = []
         if self._depth == 0:
             self.recover()
             end_watch()
+            while _get_current_dispatch_mode() is not self:
+                above.append(_pop_mode())
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _push_again(above)
 
     def _moved(self, tensor: Tensor) -> None:
         """Forget a tensor that has got other memory."""
         self.tensors.catch_up(self.at)
         self.tensors.drop(tensor)
+
+
+def _push_again(modes: Sequence[Any]) -> None:
+    """Put modes in force that were taken from the stack, the innermost first."""
+    for mode in reversed(modes):
+        _push_mode(mode)
 
 
 def _has_generator(args: Any, keywords: dict[str, Any]) -> bool:

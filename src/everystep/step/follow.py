@@ -1,8 +1,9 @@
 """Follow: which module, backward pass and optimizer is running, by torch's hooks.
 
 torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`),
-nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows. These
-two functions are replaced. They belong to the process, but a watch to its thread: each watched thread
+nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows, nor
+where code between two steps takes `tensor.data`: torch does not count what is written into it. These
+functions are replaced. They belong to the process, but a watch to its thread: each watched thread
 has its own, and others get torch's functions.
 
 Each optimizer marks its time for a profiler. That is no operation, and no mode sees it meanwhile.
@@ -82,6 +83,7 @@ class Follower:
         optimizer_begins: called with an optimizer before its step, and whether that has arguments.
         optimizer_ends: called with an optimizer after its step.
         is_torchs: tells of an optimizer whether its step runs only torch's code, and a closure first.
+        exposes: called with a tensor before code that no watch sees takes its `data`.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Follower:
         optimizer_begins: Callable[[torch.optim.Optimizer, bool], None],
         optimizer_ends: Callable[[torch.optim.Optimizer], None],
         is_torchs: Callable[[torch.optim.Optimizer], bool],
+        exposes: Callable[[Tensor], None],
     ) -> None:
         self.modules = modules
         self._optimizers = optimizers
@@ -99,6 +102,7 @@ class Follower:
         self._optimizer_begins = optimizer_begins
         self._optimizer_ends = optimizer_ends
         self.is_torchs = is_torchs
+        self.exposes = exposes
         self._thread = get_ident()
         self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
@@ -291,7 +295,7 @@ _MARKS = "_record_function_enter_new", "_record_function_exit._RecordFunction"
 
 
 class _Replacement:
-    """Replaces the two functions until it is removed; there is one at a time in the process.
+    """Replaces the functions until it is removed; there is one at a time in the process.
 
     A change of `torch.Tensor` makes Python forget where it found the methods of all tensors, so a
     recording does this once, and not at each step.
@@ -306,7 +310,7 @@ class _Replacement:
         self._unmarked = library
         _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
         torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
-        torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore
+        torch.Tensor.data = property(_get_data, _set_data, _DATA.__delete__)  # type: ignore
 
     def remove(self) -> None:
         """Restore torch's functions."""
@@ -333,6 +337,13 @@ def run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
 def _run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     run = _here.watches[-1][0] if _here.watches else _engine
     return run(outputs, *args, **kwargs)
+
+
+def _get_data(tensor: Tensor) -> Tensor:
+    if not _here.watches:
+        for follower in _followers.get(get_ident(), ()):
+            follower.exposes(tensor)
+    return _DATA.__get__(tensor)  # type: ignore[attr-defined,no-any-return]
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:

@@ -52,6 +52,8 @@ _OF_TORCH = {
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Values that never change: a state shows whether there is another one.
 _WITH_TEXTS = (range, slice, torch.Size, PurePath, Fraction, Decimal)
+#: Of an object in an attribute of a module, which may lead to a data set or a trainer.
+MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Where the classes of locks, files, references and loggers are defined.
 _WITHOUT_NUMBERS = ("_thread", "_io", "weakref", "logging")
 #: Where the classes of functions, methods and operators are defined.
@@ -104,11 +106,14 @@ def encoded(
 
 def encoded_whole(
     value: Any, place: str, known: Mapping[str, Tensor], names: Mapping[Tensor, str]
-) -> tuple[dict[str, Tensor], Any] | None:
-    """Do the same for a value without objects in it, dataclasses apart; return None for others."""
-    walk = _Capturing(names, known, (), walks_objects=False)
+) -> tuple[dict[str, Tensor], Any, dict[str, str]] | None:
+    """Do the same for a value of which all can be written, and that is not large if it has objects.
+
+    Returns also the paths of the classes of these, by place, dataclasses apart. None for other values.
+    """
+    walk = _Capturing(names, known, (), is_limited=True)
     data = walk.encoded(value, place)
-    return None if walk.has_left else (walk.tensors, data)
+    return None if walk.has_left else (walk.tensors, data, walk.objects)
 
 
 def decoded(
@@ -134,10 +139,11 @@ class _Capturing:
         known: Mapping[str, Tensor],
         left_alone: Container[int],
         *,
-        walks_objects: bool = True,
+        is_limited: bool = False,
     ) -> None:
         self._left_alone = left_alone
-        self._walks_objects = walks_objects
+        self._is_limited = is_limited
+        self._count = self._bytes = 0
         self.unkept: set[str] = set()
         #: The paths of the classes of objects that only the user's code makes, by place.
         self.objects: dict[str, str] = {}
@@ -159,6 +165,8 @@ class _Capturing:
         if id(value) in self._left_alone:
             return {"left": type(value).__name__}
         self._places[id(value)] = place, value
+        if self._is_limited and self._is_much(value):
+            return self._left(value)
         if isinstance(value, Tensor):
             return self._tensor(value, place)
         if isinstance(value, np.ndarray | np.generic):
@@ -171,13 +179,20 @@ class _Capturing:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
             self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
-        is_walked = self._walks_objects or dataclasses.is_dataclass(value)
+        is_ours = type(value).__module__.startswith("everystep.")  # such as a callback of a trainer
         is_left = _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
-        if is_left or not is_walked:
+        if is_left or (is_ours and self._is_limited):
             return self._left(value)
         if not dataclasses.is_dataclass(value):
             self.objects[place] = _path_of(type(value))
         return {"object": self.attributes(value, f"{place}."), "class": _path_of(type(value))}
+
+    def _is_much(self, value: Any) -> bool:
+        """Return whether this is too much to be in an object, which may lead to anything."""
+        self._count += 1
+        self._bytes += value.nbytes if isinstance(value, Tensor | np.ndarray) else 0
+        is_large = self._count > MOST_VALUES or self._bytes > MOST_BYTES
+        return self.has_left or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
 
     def _left(self, value: Any) -> dict[str, Any]:
         """Leave a value unchanged; note it if it may hold numbers."""
@@ -203,6 +218,8 @@ class _Capturing:
             node["strides"] = strides
         if value.is_leaf and value.requires_grad:
             node["is_trained"] = True
+        if not value.is_leaf:
+            self.unkept.add("Tensor with a graph")
         return node
 
     def _collection(self, kind: str, value: Any, place: str) -> dict[str, Any]:
@@ -210,7 +227,7 @@ class _Capturing:
         if kind == "dict":
             if not all(map(self._is_key, dict.keys(value))):
                 return self._left(value)
-            items = enumerate(dict.items(value))
+            items = enumerate([*dict.items(value)])  # another thread may change it
             node[kind] = [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]
         else:
             inner = sorted(value, key=repr) if kind in ("set", "frozenset") else list(value)
@@ -228,7 +245,7 @@ class _Capturing:
     def attributes(self, value: Any, prefix: str) -> dict[str, Any]:
         """Return the attributes of an object. prefix: of the names of its tensors."""
         skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else ()
-        own = vars(value).items()
+        own = [*vars(value).items()]
         return {n: self.encoded(each, f"{prefix}{n}") for n, each in own if n not in skipped}
 
     def _kept(self, tensor: Tensor, place: str) -> str:

@@ -32,6 +32,11 @@ _OTHER_GEOMETRY = {
     *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_"),
     *("unsqueeze_", "set_"),
 }
+#: They ask a tensor of a class of its own, such as a nested one, how it lies.
+_ASKING = {
+    *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "stride", "dim", "numel"),
+    *("storage_offset", "is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense"),
+}
 _ZEROING = {"zero_", "_foreach_zero_"}
 #: They pick numbers by an index.
 _PICKING = {"gather", "index", "index_select", "take"}
@@ -69,7 +74,7 @@ def known_operator(func: Any) -> KnownOperator:
     """Return the properties of an operator."""
     name = func.overloadpacket.__name__
     how, text = "see", str(func)
-    if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:
+    if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY | _ASKING:
         how = "pass"
     else:
         try:
@@ -114,7 +119,10 @@ def _makes_dtype(func: Any) -> bool:
 def _is_composite(func: Any) -> bool:
     """Return whether torch decomposes an operator before it runs."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))
+    try:
+        return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))
+    except RuntimeError:  # only Python has it; where torch asks from C++, an error ends the process
+        return False
 
 
 def gathers_data(

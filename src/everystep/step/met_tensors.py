@@ -6,11 +6,12 @@ A tensor is known by identity, through a weak reference: with a strong one, auto
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from everystep.program.arguments import DTYPES
@@ -20,7 +21,6 @@ from everystep.step.path import FLOAT, INT, Entry, MetTensor
 
 __all__ = ["MetTensors", "UnseenError", "held", "is_plain", "tensor_tokens"]
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = frozenset(DTYPES.values())
 #: Types of constants that a program can hold.
 _CONSTANTS = {
@@ -428,9 +428,9 @@ def tensor_tokens(tokens: Iterable[Any]) -> Iterator[Any]:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tell whether a program can hold a tensor: dense, not a subclass, with stored values."""
+    """Tell whether a program can hold a tensor: dense, with stored values, of a passive class."""
     return (
-        type(tensor) in _PLAIN_TENSORS
+        _is_passive(type(tensor))
         and tensor.layout == torch.strided
         and tensor.dtype in _DTYPES
         and tensor.device.type != "meta"
@@ -442,9 +442,20 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+@cache
+def _is_passive(kind: type[Tensor]) -> bool:
+    """Tell whether a class of tensors leaves torch's functions and operators as they are.
+
+    A class derived from `Parameter` does, unless it defines more.
+    """
+    functions, operators = kind.__torch_function__, kind.__torch_dispatch__
+    has_functions = functions is not torch._C._disabled_torch_function_impl and kind is not Tensor
+    return not has_functions and operators is torch._C._disabled_torch_dispatch_impl
+
+
 def _what_is_special(tensor: Tensor) -> str:
     if tensor.layout != torch.strided:
         return "takes a sparse tensor"
-    if type(tensor) not in _PLAIN_TENSORS:
+    if not _is_passive(type(tensor)):
         return f"takes a {type(tensor).__name__}, a tensor subclass"
     return f"takes a {tensor.dtype} tensor that is nested, conjugated or has no storage"

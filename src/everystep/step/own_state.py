@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,9 @@ __all__ = [
     "restore_optimizer",
     "state_dict_of",
 ]
+
+#: Of a number of NumPy's that a setting is: its dtype, beside its `value`.
+_NUMPY = "numpy"
 
 
 def registered(
@@ -145,6 +149,8 @@ def _plain(value: Any) -> Any:
     """Return the value as JSON can hold it; the class of other values."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, np.generic):
+        return {_NUMPY: value.dtype.str, "value": value.item()}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -158,6 +164,9 @@ def _update_plain(target: dict[str, Any], saved: Mapping[str, Any]) -> None:
     """Set numbers, strings and lists of these; everything else was written only as text."""
     for key, value in saved.items():
         there = target.get(key)
+        if isinstance(value, Mapping) and _NUMPY in value:
+            target[key] = np.dtype(value[_NUMPY]).type(value["value"])
+            continue
         if isinstance(there, Mapping | Tensor) or callable(there):
             continue
         if isinstance(value, list):

@@ -7,6 +7,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -198,7 +199,7 @@ class Parts:
             prefix = "" if len(self.optimizers) == 1 else f"{name}."
             for place, group in enumerate(optimizer.param_groups):
                 rate = group.get("lr")
-                if isinstance(rate, Tensor | int | float):
+                if isinstance(rate, Tensor | int | float | np.number):
                     found[f"{prefix}lr{f'[{place}]' if place else ''}"] = float(rate)
         return found
 

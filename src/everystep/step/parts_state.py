@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from everystep.errors import Fault, RunError
 from everystep.program.memory import copy_into
+from everystep.program.operation import extent_of
 from everystep.step.generators import Generators
 from everystep.step.kept_values import PREFIX, Lost, decoded, encoded, encoded_whole, is_plain_value
 from everystep.step.own_state import (
@@ -75,7 +77,10 @@ class PartsState:
             if isinstance(part, nn.Module):
                 first, attributes = self._at_first[name], dict[str, dict[str, Any]]()
                 for (path, attribute), now in self._attributes(name, live).items():
-                    if (path, attribute) not in first or not now.is_same(first[path, attribute]):
+                    known = first.get((path, attribute))
+                    if now.objects != (known.objects if known is not None else {}):
+                        continue  # which only the user's code makes
+                    if known is None or not now.is_same(known):
                         attributes.setdefault(path, {})[attribute] = now.data
                         tensors |= now.tensors
                 held[name] = {"attributes": attributes}
@@ -87,6 +92,7 @@ class PartsState:
                 found, data = encoded(part, name, live, left_alone=alone, lost=self.lost[name])
                 tensors |= found
                 held[name] = {"object": data}
+        tensors |= _other_gradients(live)
         generators = Generators.capture(parts.device).tensors()
         tensors |= {f"generator/{name}": value for name, value in generators.items()}
         return Rest({name: copy_of(tensor) for name, tensor in tensors.items()}, held)
@@ -119,6 +125,7 @@ class PartsState:
         }
         frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
         settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
+        settings["shared"] = _shared(live)
         return State(step, parameters, others | tensors, settings)
 
     def check_begins_as(self, state: State, cure: str) -> None:
@@ -177,6 +184,8 @@ class PartsState:
             shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
             for name in parts.named:
                 self._restore_part(parts, name, held[name], saved, shared, is_whole=only is None)
+            with torch.no_grad():
+                _share(parts.state(), state.settings.get("shared"))
         except KeyError as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
@@ -234,6 +243,8 @@ class PartsState:
         wanted = {(path, n): _Attribute(data, {}) for path in later for n, data in later[path].items()}
         for (path, attribute), each in (first | wanted).items():
             known = now.get((path, attribute))
+            if each.objects and (known is None or known.objects != each.objects):
+                continue
             if (path, attribute) in wanted or known is None or not known.is_same(each):
                 there, place = vars(modules[path]).get(attribute), _place(part, path, attribute)
                 value = decoded(there, place, {**saved, **each.tensors}, each.data, names, shared)
@@ -242,19 +253,21 @@ class PartsState:
     def _attributes(self, part: str, live: Mapping[str, Tensor]) -> dict[tuple[str, str], _Attribute]:
         """Return the attributes of a module and of all within it, by path and name.
 
-        Of torch's modules, plain ones. Others may also be collections, tensors, arrays and generators.
-        An object of another class may lead anywhere.
+        Of torch's modules, plain ones. Others may also be collections, tensors, arrays and generators,
+        and objects of these; one that several modules have, such as a configuration, is found once.
         """
-        found, names = {}, self.parts.parameter_names()
+        found, names, seen = {}, self.parts.parameter_names(), set[int]()
         for path, inner in self.parts.modules[part].named_modules():
             is_torchs = type(inner).__module__.startswith("torch.")
             for name, value in vars(inner).items():
                 if is_plain_value(value):
                     found[path, name] = _Attribute(value, {})
-                elif not is_torchs and name not in _OF_MODULES:
+                elif not is_torchs and name not in _OF_MODULES and id(value) not in seen:
                     whole = encoded_whole(value, _place(part, path, name), live, names)
                     if whole is not None:
-                        found[path, name] = _Attribute(whole[1], whole[0])
+                        tensors, data, objects = whole
+                        found[path, name] = _Attribute(data, tensors, objects)
+                        seen |= {id(value)} if objects else set()
         return found
 
     def _check_restored(self, state: State) -> None:
@@ -289,10 +302,14 @@ class PartsState:
 
 
 class _Attribute(NamedTuple):
-    """An attribute of a module: as JSON can hold it, and its tensors by name."""
+    """An attribute of a module: as JSON can hold it, and its tensors by name.
+
+    objects: the paths of the classes of objects in it, by place.
+    """
 
     data: Any
     tensors: dict[str, Tensor]
+    objects: Mapping[str, str] = MappingProxyType({})
 
     def copy(self) -> _Attribute:
         """Return it with copies of its tensors."""
@@ -332,8 +349,8 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
         RunError: tensors are missing, or have another shape.
     """
     for parameter, name in parts.parameter_names().items():
-        gradient = saved.get(f"gradient/{name}")
-        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+        other = _other_gradient(f"parameter/{name}", parameter, saved)
+        _set_gradient(parameter, saved.get(f"gradient/{name}", other))
     live, faults = parts.state(), []
     known = [name for name in state.settings["names"] if is_whole or name in live]
     for name in known:
@@ -348,6 +365,8 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
         else:
             with torch.no_grad():
                 copy_into(tensor, value)
+            if not name.startswith("parameter/") and tensor.is_leaf:
+                _set_gradient(tensor, _other_gradient(name, tensor, saved))
     faults += [
         Fault(name.partition("/")[2], "is in the parts, but not in the snapshot")
         for name in live.keys() - set(known)
@@ -355,6 +374,96 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
     ]
     if faults:
         raise RunError(faults, f"the parts, which must be as they were after step {state.step}")
+
+
+def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return which tensors of a state lie on the memory of another one: its name, and where.
+
+    That is the largest on this memory. The place is in bytes, from where that one begins.
+    """
+    on: dict[int, list[str]] = {}
+    for name, tensor in live.items():
+        if tensor.numel() and not name.startswith("gradient/"):
+            on.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+    found = {}
+    for names in on.values():
+        largest = max(names, key=lambda name: live[name].nbytes)
+        for name in names:
+            if live[name] is not live[largest]:
+                place = live[name].data_ptr() - live[largest].data_ptr()
+                found[name] = [largest, place, [*live[name].stride()]]
+    return found
+
+
+def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any] | None) -> None:
+    """Let tensors share memory as `_shared` has found it; the loop may have made them on its way.
+
+    Raises:
+        RunError: the tensor is not large enough that another one was on the memory of.
+    """
+    if shared is None:  # of an earlier version
+        return
+    for name, place in _shared(live).items():
+        if shared.get(name) != place:
+            live[name].set_(live[name].clone())  # type: ignore[call-overload]
+    for name, (largest, place, stride) in shared.items():
+        tensor, whole = live.get(name), live.get(largest)
+        if tensor is None or whole is None or tensor.data_ptr() - whole.data_ptr() == place:
+            continue
+        begin = place + whole.storage_offset() * whole.itemsize
+        geometry = tensor.dtype, (*tensor.shape,), (*stride,), begin // tensor.itemsize
+        if begin < 0 or extent_of(geometry)[1] > whole.untyped_storage().nbytes():
+            names = [each.partition("/")[2] for each in (name, largest)]
+            raise RunError(
+                f"{' and '.join(names)} are views of the same memory, which cannot be made again; keep "
+                "the tensor that has all of it in a part"
+            )
+        tensor.set_(whole.untyped_storage(), geometry[3], *geometry[1:3])
+
+
+def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the pending gradients that are not among the tensors of a state, by name.
+
+    They are sparse, or those of tensors that are no parameters.
+    """
+    held = {id(t) for name, t in live.items() if name.startswith("gradient/")}
+    found: dict[str, Tensor] = {}
+    for name, tensor in live.items():
+        gradient = tensor.grad if tensor.is_leaf and id(tensor) not in held else None
+        place = f"{PREFIX}gradient/{name}"
+        if gradient is None or id(gradient) in held:
+            continue
+        if gradient.layout is torch.sparse_coo:
+            is_coalesced = torch.tensor(gradient.is_coalesced())
+            found |= {place: gradient._values(), f"{place} at": gradient._indices()}
+            found[f"{place} is coalesced"] = is_coalesced
+        elif gradient.layout is torch.strided:
+            found[place] = gradient
+    return found
+
+
+def _other_gradient(name: str, tensor: Tensor, saved: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the gradient that `_other_gradients` has found of a tensor, None if there was none."""
+    place = f"{PREFIX}gradient/{name}"
+    indices, values = saved.get(f"{place} at"), saved.get(place)
+    if indices is None or values is None:
+        return values
+    is_coalesced = bool(saved[f"{place} is coalesced"])
+    with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+        return torch.sparse_coo_tensor(indices, values, tensor.shape, is_coalesced=is_coalesced)
+
+
+def _set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
+    """Set a pending gradient; in its memory if it has some, which may be a part of a buffer of all."""
+    there = tensor.grad
+    if there is gradient is None:
+        return
+    is_dense = there is not None and there.layout is torch.strided
+    if there is None or gradient is None or not is_dense or there.dtype is not gradient.dtype:
+        tensor.grad = None if gradient is None else gradient.to(tensor.device, copy=True)
+    else:
+        with torch.no_grad():
+            copy_into(there, gradient)
 
 
 def _restore_groups(

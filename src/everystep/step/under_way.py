@@ -72,7 +72,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     show; has_saved_hooks: whether a hook of the user's packs what autograd saves; is_compiled: whether
     it calls a function of torch.compile.
 
-    at: the point of the path at which the step is; is_remembered: whether later steps may follow it;
+    at: the point of the path at which the step is; loss_at: where its loss was logged; is_remembered:
+    whether later steps may follow it;
     is_followed: whether the step is like one before, so far; followed: up to where it was, once it is
     not; tensors: that it has met; brought: from outside, by the number of the first tensor there;
     gradient_copies: of the gradients that somebody asks for.
@@ -92,6 +93,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.is_paused = self.is_remembered = self.is_followed = self.has_saved_hooks = False
         self.is_compiled = False
         self.at: Entry
+        self.loss_at: Entry | None = None
         self.followed: Entry | None = None
         self._device = device
         self.follower = follower
@@ -470,6 +472,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             logged = self._read_from(loss)
         elif loss.numel() == 1 and is_plain(loss):
             logged = self.number(loss)
+            logged = None if self._is_written_since(logged) else logged
         writer = PathWriter(tensors.known, has_host=self._device.type != "cpu")
         path = writer.path(at, after, logged)
         written = self.written_outside.keys() - self.tensors.origins_of(after.values())
@@ -487,6 +490,15 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 at.ending = None
             self.paths.learned()
         return ending
+
+    def _is_written_since(self, number: int) -> bool:
+        """Tell whether an operation has written into the memory of the loss since it was logged."""
+        entry, origin = self.at, self.tensors.known[number].origin
+        while entry is not self.loss_at and entry.parent is not None:
+            if entry.operation is not None and origin in entry.operation.writes:
+                return True
+            entry = entry.parent
+        return False
 
     def _read_from(self, loss: Any) -> int | None:
         """Return the number of the tensor from which Python read what was logged as the loss."""

@@ -177,6 +177,8 @@ def _text(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         if not _is_dense(value):
             return {"left": f"{type(value).__name__} of {value.dtype}"}
         name = path or "x"
+        while name in tensors:  # {"a.b": x, "a": {"b": y}}
+            name += "_"
         tensors[name] = _as_tensor(value)
         return {"tensor": name}
     if isinstance(value, _PLAIN):
@@ -184,7 +186,11 @@ def _text(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     items = _items(value)
     if items is None:
         return {"left": type(value).__name__}
-    inner = {name: _text(item, _join(path, name), tensors) for name, item in items}
+    inner: dict[str, Any] = {}
+    for name, item in items:
+        while name in inner:  # {1: x, "1": y}
+            name += "_"
+        inner[name] = _text(item, _join(path, name), tensors)
     if type(value) in (list, tuple):
         return {type(value).__name__: [*inner.values()]}
     return {"dict": inner}

@@ -20,7 +20,8 @@ class Interrupt:
 
     Use it as a context manager: it catches signals in the main thread, SIGTERM only if the caller has no
     handler for it. When nested, the outer one catches them. A second signal is not deferred. After a
-    SIGTERM, the process ends at the end of the context.
+    SIGTERM, the process ends at the end of the context. A child that the process forks, such as a worker
+    of `multiprocessing.Pool`, gets the handlers of before: it has no training to end.
 
     received: called when one arrives; defers: whether a signal waits now, or acts as by default.
     """
@@ -59,14 +60,21 @@ class Interrupt:
             self._before[signal.SIGTERM] = signal.SIG_DFL
         for number in self._before:
             signal.signal(number, self._note)
+        _in_force.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.restore()
+        if self in _in_force:
+            _in_force.remove(self)
+        if self._signal == signal.SIGTERM:  # the run is closed now
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def restore(self) -> None:
+        """Set the handlers of before, which a second signal may have done."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}
-        if self._signal == signal.SIGTERM:  # the run is closed now
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._defers(number):
@@ -75,3 +83,29 @@ class Interrupt:
         signal.signal(number, self._before[number])  # a second one is not deferred
         self._signal = number
         self._received()
+
+
+#: Those that catch signals, the outermost first.
+_in_force: list[Interrupt] = []
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    """Hold signals back: the child would lose one that comes before it has handlers of its own."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _REASONS if _in_force else ())
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
+    while _in_force:
+        _in_force.pop().restore()
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child
+    )

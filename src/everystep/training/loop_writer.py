@@ -187,6 +187,8 @@ class LoopWriter(RunWriter):
 
     def _note_logged(self, step: StepUnderWay[AnyWatch], path: StepPath) -> None:
         self.losses.append(step.logged.pop("loss", None))
+        if (self.losses[-1] is None) is self.has_loss and self.step > 1:
+            self.watched.notices.without_loss(self.step, is_first=not self.has_loss)
         if step.loss is not None:
             is_wide = path.loss is None or path.tensors[path.loss].dtype == torch.float64
             if is_wide or not self.has_loss:  # one that float32 would round widens all of them

@@ -91,6 +91,14 @@ class Notices:
             "evaluation leaves them out",
         )
 
+    def without_loss(self, step: int, *, is_first: bool) -> None:
+        """Report a step without a loss in a loop that logs one. is_first: those before it have none."""
+        which = f"steps before {step} log" if is_first else f"step {step} logs"
+        self._once(
+            "loss",
+            f"{which} no loss, and others do; the run has NaN in its place: log it in each step",
+        )
+
     def set_within(self, step: int, name: str, before: Any, now: Any) -> None:
         """Report a setting that bits depend on, and that the loop has changed."""
         self._once(

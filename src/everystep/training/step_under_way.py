@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from everystep import clock
@@ -34,7 +35,7 @@ class StepUnderWay(Generic[W]):
         self.logged: dict[str, Any] = {}
         self.loss: Any = None
         self.started = clock.now()
-        self._loss_version = 0
+        self._loss_version = _changes_of(None)
 
     @property
     def nested(self) -> Any:
@@ -51,6 +52,8 @@ class StepUnderWay(Generic[W]):
     def has_loss(self, loss: Any) -> None:
         """Note the loss of the step."""
         self.loss, self._loss_version = loss, _changes_of(loss)
+        if isinstance(self.watch, Cursor):
+            self.watch.loss_at = self.watch.at
 
     def end(self, after: Mapping[str, Tensor], versions: Versions) -> Path:
         """Return what the step did. after: the live tensors of the parts; versions: of these."""
@@ -59,6 +62,9 @@ class StepUnderWay(Generic[W]):
         return self.watch.end(after, versions, self.loss if is_as_logged else None)
 
 
-def _changes_of(value: Any) -> int:
-    """Return how often a tensor was changed in place; 0 of all else, or if torch does not count."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+def _changes_of(value: Any) -> tuple[int, int]:
+    """Return how often a tensor was changed in place, if torch counts that, and where it lies."""
+    if not isinstance(value, Tensor) or value.is_inference():
+        return 0, 0
+    has_place = type(value) is Tensor and value.layout is torch.strided
+    return value._version, value.data_ptr() if has_place else 0

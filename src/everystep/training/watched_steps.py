@@ -24,6 +24,7 @@ from everystep.step.cursor import Cursor
 from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
+from everystep.step.met_tensors import is_plain
 from everystep.step.outside_tensors import OutsideTensors, versions_by_name
 from everystep.step.parts import Parts
 from everystep.step.path import Ending, Path
@@ -97,6 +98,11 @@ class WatchedSteps:
         self._paths = KnownPaths()
         self._outside = OutsideTensors()
         self._versions = versions_by_name(parts.state())
+        #: Of tensors that code between two steps may write into without a count: their digests, by name.
+        self._pieces = [name for name, each in parts.state().items() if _is_piece(name, each)]
+        self._exposed = self._uncounted(parts.state())
+        #: The tensors of the state between two steps, by their memory.
+        self._lying: dict[int, list[tuple[str, Tensor]]] = {}
         self._is_still = False
         #: How the last step ended; and the same, once nothing has changed its state since.
         self._ending: Ending | None = None
@@ -104,7 +110,9 @@ class WatchedSteps:
         self._optimizer_names = parts.optimizer_names()
         hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
         is_torchs = self._paths.calls.is_torchs
-        self.follower = Follower(parts.module_paths(), self._optimizer_names, *hooks, is_torchs)
+        self.follower = Follower(
+            parts.module_paths(), self._optimizer_names, *hooks, is_torchs, self._exposes
+        )
         self._follows = False
 
     @property
@@ -160,6 +168,7 @@ class WatchedSteps:
         self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
         if not self._is_still:
             self._versions = versions_by_name(after)
+            self._exposed = self._uncounted(after)
         path = step.end(after, self._versions)
         self.last, self.state = (path, watch), after
         self._ending = watch.ending if isinstance(watch, Cursor) else None
@@ -295,6 +304,8 @@ class WatchedSteps:
         has drawn, by `generator/name`.
         """
         before, now = self._versions, versions_by_name(state)
+        known = {*known, *self._written_unseen(state)}
+        self._exposed, self._lying = {}, {}
         if before == now and not known and not drawn:
             self._left = self._ending
             return None
@@ -306,14 +317,45 @@ class WatchedSteps:
             self._writer.change(step, changed | dict(drawn), gone)
         return next(iter((*changed, *gone)), None) if before else None
 
+    def _exposes(self, tensor: Tensor) -> None:
+        """Note a tensor as it is before code between two steps may write into its memory."""
+        if not is_plain(tensor):
+            return
+        with torch._C._DisableTorchDispatch():
+            if not self._lying:
+                state = self.parts.state() if self.state is None else self.state
+                for name, each in state.items():
+                    self._lying.setdefault(each.untyped_storage()._cdata, []).append((name, each))
+            memory = tensor.untyped_storage()._cdata
+            self._outside.forget(memory)
+            for name, each in self._lying.get(memory, ()):
+                if name not in self._exposed:
+                    self._exposed[name] = digest_of(each)
+
+    def _uncounted(self, state: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return digests of those tensors of the state of which torch may not count changes, by name.
+
+        They were made in inference mode, or are pieces of a larger tensor that other code may write to.
+        """
+        names = [name for name, (_, count, _) in self._versions.items() if count is None]
+        return {name: digest_of(state[name]) for name in (*names, *self._pieces) if name in state}
+
+    def _written_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of tensors that code between two steps has written into without a count."""
+        exposed = [(name, digest) for name, digest in self._exposed.items() if name in state]
+        return [name for name, digest in exposed if digest_of(state[name]) != digest]
+
     def is_as_after(self, state: dict[str, Tensor]) -> bool:
         """Tell whether the state is still that after the last step."""
         # A program writes gradients as Python does, and nothing has run since.
-        return self._is_still or self._versions == versions_by_name(state)
+        is_counted = self._is_still or self._versions == versions_by_name(state)
+        return is_counted and not self._written_unseen(state)
 
     def note_versions(self) -> None:
         """Note that the state equals that after the last step, although tensors were written since."""
-        self._versions = versions_by_name(self.parts.state())
+        state = self.parts.state()
+        self._versions, self._lying = versions_by_name(state), {}
+        self._exposed = self._uncounted(state)
         self._left = self._ending = None
 
     def forget_versions(self) -> None:
@@ -370,3 +412,9 @@ class WatchedSteps:
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Any:
         return lambda: self.parts.gradients(optimizer)
+
+
+def _is_piece(name: str, tensor: Tensor) -> bool:
+    """Return whether a parameter is a piece of larger memory: one tensor may hold them all."""
+    is_larger = name.startswith("parameter/") and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return is_larger and tensor.is_cpu  # on a device, torch lays the weights of an LSTM together itself
