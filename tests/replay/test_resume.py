@@ -761,6 +761,25 @@ def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(dying):
         assert torch.equal(one, two)
 
 
+def test_batches_of_conjugated_views_are_found_again(dying):
+    class Batches:
+        def __iter__(self):
+            for x, y in DataLoader(tensors(), batch_size=1):
+                yield torch.complex(x, y).conj(), y
+
+    def body(record):
+        seeded()
+        model = nn.Linear(6, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with record(model=model, optimizer=optimizer) as recording:
+            for x, y in recording.steps(Batches()):
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x.imag), y)))
+        return model.weight.detach()
+
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert torch.equal(whole, by_loop(body, (13,)))
+
+
 def test_a_tensor_with_a_graph_in_a_part_is_named(tmp_path, capfd):
     state = {"penalty": torch.zeros(())}
     model = nn.Linear(6, 1)

@@ -403,6 +403,6 @@ def bytes_of(tensor: Tensor) -> Any:
     """Return the bytes of a tensor of any dtype as an array of NumPy's, in the order of its elements."""
     import torch
 
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
     # The stride of a single element may be any number.
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
