@@ -95,7 +95,7 @@ def _same(one: Any, other: Any) -> bool:
 def _is_close(value: float, answer: Why) -> bool:
     size = math.fsum(abs(term.value or 0) for group in answer.groups for term in group.terms)
     # The logarithm of a sum near 1 has the rounding of the sum, 6e-8 in single precision.
-    least = 4e-3 if "log(" in answer.formula else 1e-3
+    least = 4e-3 if "log" in answer.formula else 1e-3
     size = max(size / answer.divisor, abs(answer.number.value), least)
     return bool(abs(value - answer.number.value) <= 2e-5 * size)
 
