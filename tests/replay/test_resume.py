@@ -3,6 +3,7 @@
 import enum
 import errno
 import itertools
+import json
 import math
 import re
 import shutil
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from pytorch_optimizer import Prodigy
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tests.descent import descend, seeded
-from tests.sealing import sql
+from tests.sealing import seal_files, sql
 from tests.training import step_functions
 from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import made_case
@@ -425,6 +428,26 @@ def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, workers, wrap, dying):
     resumed = by_loop(lambda record: by_epochs(record, **options), (3, 13))
     assert all(map(torch.equal, whole, resumed))
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+@pytest.mark.parametrize("place", [5, ["part/b", 0, [-1]], ["part/b", 2, [1]], ["part/b", 10**9, [1]]])
+def test_a_place_in_memory_that_everystep_did_not_write_is_refused(place, tmp_path):
+    def begun(**options):
+        parts = {"model": nn.Linear(1, 1), "a": torch.zeros(2), "b": torch.zeros(4)}
+        return everystep.record(run=tmp_path / "run", **parts, **options)
+
+    with begun() as recording:
+        for _ in recording.steps(range(3)):
+            recording.log(loss=0.0)
+    for file in tmp_path.glob("run/snapshots/*/rest.safetensors"):
+        with safe_open(file, "pt") as known:
+            about = json.loads(known.metadata()["everystep"])
+            tensors = {name: known.get_tensor(name).clone() for name in known.keys()}  # noqa: SIM118
+        about["shared"] = {"part/a": place}
+        save_file(tensors, file, {"everystep": json.dumps(about)})
+    seal_files(tmp_path / "run")
+    with pytest.raises(RunError, match=r"fit the snapshot|views of the same memory"):
+        begun(resume=True).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def encoded(
 def encoded_whole(
     value: Any, place: str, known: Mapping[str, Tensor], names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], Any, dict[str, str]] | None:
-    """Do the same for a value of which all can be written, and that is not large if it has objects.
+    """Do the same for a value that can be written whole, and that is not large if it has objects.
 
     Returns also the paths of the classes of these, by place, dataclasses apart. None for other values.
     """

@@ -22,7 +22,7 @@ __all__ = [
     "state_dict_of",
 ]
 
-#: Of a number of NumPy's that a setting is: its dtype, beside its `value`.
+#: Of a number of NumPy's that a setting is: its dtype, next to its `value`.
 _NUMPY = "numpy"
 
 

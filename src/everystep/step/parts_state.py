@@ -184,12 +184,17 @@ class PartsState:
             shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
             for name in parts.named:
                 self._restore_part(parts, name, held[name], saved, shared, is_whole=only is None)
-            with torch.no_grad():
-                _share(parts.state(), state.settings.get("shared"))
         except KeyError as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: it lacks {error}") from None
         except (ValueError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
+        try:
+            with torch.no_grad():
+                _share(parts.state(), state.settings.get("shared"))
+        except RunError:
+            raise
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise RunError(f"the parts do not fit the snapshot: {error}") from None
         _fill(parts, state, saved, is_whole=only is None)
         if only is None:
             frozen = set(state.settings.get("frozen", ()))
@@ -399,7 +404,7 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any] | None) -> None
     """Let tensors share memory as `_shared` has found it; the loop may have made them on its way.
 
     Raises:
-        RunError: the tensor is not large enough that another one was on the memory of.
+        RunError: the tensor that held the memory of another one is too small for it.
     """
     if shared is None:  # of an earlier version
         return
@@ -412,7 +417,8 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any] | None) -> None
             continue
         begin = place + whole.storage_offset() * whole.itemsize
         geometry = tensor.dtype, (*tensor.shape,), (*stride,), begin // tensor.itemsize
-        if begin < 0 or extent_of(geometry)[1] > whole.untyped_storage().nbytes():
+        is_whole = begin >= 0 and begin % tensor.itemsize == 0
+        if not is_whole or extent_of(geometry)[1] > whole.untyped_storage().nbytes():
             names = [each.partition("/")[2] for each in (name, largest)]
             raise RunError(
                 f"{' and '.join(names)} are views of the same memory, which cannot be made again; keep "

@@ -333,7 +333,7 @@ class WatchedSteps:
                     self._exposed[name] = digest_of(each)
 
     def _uncounted(self, state: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return digests of those tensors of the state of which torch may not count changes, by name.
+        """Return digests of the tensors of the state with changes that torch may not count, by name.
 
         They were made in inference mode, or are pieces of a larger tensor that other code may write to.
         """
