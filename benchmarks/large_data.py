@@ -4,8 +4,8 @@
 many gigabytes of float32 (in Parquet, a directory of files with few different numbers, which compress to
 a quarter), trains an experiment on it, opens steps, verifies and forks the run, each in a process of its
 own, and prints the seconds and the peak memory of each, that of its children included: all that is
-resident, and what is not of a file (RssAnon), which the system cannot take back. It removes what it
-made.
+resident (what processes share counts once), and what is not of a file, which the system cannot take
+back. It removes what it made.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
             f'[model]\nlayers = ["Linear({COLUMNS}, 64)", "ReLU()", "Linear(64, 1)"]\n'
             '[loss]\nname = "MSELoss"\n[optimizer]\nname = "AdamW"\nlr = 1e-3\n'
         )
-        print(f"{'':18}{'seconds':>10}{'resident':>12}{'RssAnon':>12}")
+        print(f"{'':18}{'seconds':>10}{'resident':>12}{'anonymous':>12}")
         for what, action in ACTIONS.items():
             seconds, resident, anonymous = _measured(
                 folder, action.replace("MIDDLE", str(asked.steps // 2))
@@ -134,11 +134,11 @@ def _family(number: int) -> list[int]:
 
 def _memory(number: int) -> tuple[int, int]:
     try:
-        lines = Path(f"/proc/{number}/status").read_text().splitlines()
-    except OSError:
+        _, *lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
         return 0, 0
     found = dict(line.split(":", 1) for line in lines)
-    return tuple(int(found.get(name, "0 kB").split()[0]) for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
+    return tuple(int(found[name].split()[0]) for name in ("Pss", "Pss_Anon"))  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

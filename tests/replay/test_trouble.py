@@ -188,6 +188,35 @@ def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them_and_in_a
     assert run[19].is_exact
 
 
+#: What torch itself does not pickle, count or compare.
+_ODD_DTYPES = """
+import everystep, torch
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with everystep.record(run="runs/odd", model=model, optimizer=optimizer) as recording:
+    for x in recording.steps([torch.rand(3, 4) for _ in range(4)]):
+        odd = [x.to(each) for each in (torch.uint16, torch.uint64, torch.float8_e4m3fn)]
+        loss = (model(x) + sum(each.float().sum() for each in odd)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        recording.log(loss=loss)
+"""
+
+
+def test_tensors_of_rare_dtypes_come_from_a_process_with_other_numerics():
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    subprocess.run([sys.executable, "-c", _ODD_DTYPES], check=True, env=environment, timeout=120)
+    run = everystep.open("runs/odd")
+    step = run[2]
+    made = {tensor.dtype: tensor for seen in step.operations for tensor in seen.results.values()}
+    for dtype in (torch.uint16, torch.uint64, torch.float8_e4m3fn):
+        assert torch.equal(made[dtype].float(), step.batch.x.to(dtype).float())
+    assert step.is_exact and step.data()["operations"]
+    assert run.first_nonfinite(progress=False) is None
+    assert len(run.rerun(capability="avx2", progress=False).losses) == 4
+
+
 def test_what_keeps_a_run_from_being_replayed_is_reported_each_time(run):
     numerics = run.facts.training.numerics.model_dump() | {"threads": 5000}
     change = "UPDATE facts SET value = ? WHERE key = 'numerics'", (json.dumps(numerics),)

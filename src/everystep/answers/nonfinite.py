@@ -32,6 +32,7 @@ from everystep.replay.processes import Opener
 from everystep.replay.recorded_steps import NotReplayedError, check_kept
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
+from everystep.step.state import comparable
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
@@ -80,7 +81,7 @@ class NonFinite(Shown):
         """Where the first of these numbers comes from."""
         if self.index is None:
             return None
-        tensor = self.step.operations[self.index].made[self.name]
+        tensor = comparable(self.step.operations[self.index].made[self.name])
         place = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         return why(self.step, Spot(self.name, tuple(place), self.index + 1))
 
@@ -157,7 +158,7 @@ class FiniteCheck(Visitor):
     def _check(
         self, name: str, test: Callable[[Tensor], Tensor], tensor_of: Callable[[str], Tensor]
     ) -> None:
-        self._is_finite = self._is_finite & test(tensor_of(name)).all()
+        self._is_finite = self._is_finite & test(comparable(tensor_of(name))).all()
 
 
 def _is_number(tensor: Tensor) -> Tensor:
@@ -298,7 +299,10 @@ class _Counts(NamedTuple):
 
 def _count(tensor: Tensor) -> _Counts | None:
     """Return how many numbers of a tensor are not finite, None if all are finite."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    tensor = comparable(tensor)
+    if bool(tensor.isfinite().all()):
         return None
     return _Counts(int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum()))
 
@@ -307,5 +311,5 @@ def _rows(step: Step, tensor: Tensor) -> tuple[int, ...]:
     """Return the rows of the data in which a tensor with a row for each of the batch is not finite."""
     if tensor.ndim == 0 or len(tensor) != step.batch.count:
         return ()
-    places = torch.nonzero(~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)).flatten()
+    places = torch.nonzero(~torch.isfinite(comparable(tensor)).reshape(len(tensor), -1).all(1)).flatten()
     return tuple(map(step.batch.number, places.tolist()))

@@ -6,6 +6,7 @@ and is the only one that it reads from.
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from everystep.errors import (
     DamageWarning,
@@ -34,7 +36,7 @@ from everystep.errors import (
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.program.precision import Precision
 from everystep.recording.recorded_run import RecordedRun
-from everystep.replay.processes import end_with_stdin
+from everystep.replay.processes import end_with_stdin, sent_tensor
 from everystep.replay.run_replay import Replay
 
 __all__ = ["Conditions", "OtherProcess", "main", "opened", "other_process"]
@@ -220,5 +222,7 @@ def main() -> None:
 
 
 def _send(result: Any) -> None:
-    pickle.dump(result, sys.stdout.buffer)
+    pickler = pickle.Pickler(sys.stdout.buffer)
+    pickler.dispatch_table = copyreg.dispatch_table | {Tensor: sent_tensor}
+    pickler.dump(result)
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from everystep.program.arguments import references
 from everystep.program.observed import Observed
 from everystep.program.source_line import CodeLine
 from everystep.replay.opened_step import Step
+from everystep.step.state import comparable
 
 __all__ = ["Apart", "Residue", "apart", "relative_difference", "tolerance"]
 
@@ -89,7 +90,7 @@ def apart(own: Step, there: Step, limit: float) -> list[Apart]:
 def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue | None:
     """Return the numbers that are zero except for rounding: the result, or its inputs."""
     result, there = one.made[name], other.made[name]
-    read = {n: t for n, t in one.read.items() if t.is_floating_point() and t.numel()}
+    read = {n: comparable(t) for n, t in one.read.items() if t.is_floating_point() and t.numel()}
     if not result.is_floating_point() or result.shape != there.shape or not result.numel():
         return None
     a, b = result.double(), there.double()
@@ -105,7 +106,7 @@ def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue
     for given, tensor in read.items():
         if tensor.shape != result.shape:
             continue
-        x, y = tensor[beyond].double(), other.read[given][beyond].double()
+        x, y = tensor[beyond].double(), comparable(other.read[given])[beyond].double()
         if bool(((x - y).abs() > limit * torch.maximum(x.abs(), y.abs())).all()):
             return Residue(_argument(one, given), _largest(x), _largest(y), _largest(tensor))
     return None

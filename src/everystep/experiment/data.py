@@ -156,8 +156,10 @@ def make_data(
     source = _source(experiment, target, sources, progress if sources else _unwatched)
     if isinstance(experiment.data, ImagesData) and experiment.batch_size is not None:
         is_large = is_large or 4 * source.x.array.size > IN_MEMORY
-    split = split_rows(len(source.x), experiment.data.validation, experiment.seed)
-    places = [rows.numpy() if len(split[1]) else None for rows in split if len(rows)]
+    places: list[np.ndarray | None] = [None]  # all rows, without a list of many numbers
+    if experiment.data.validation is not None:
+        split = split_rows(len(source.x), experiment.data.validation, experiment.seed)
+        places = [rows.numpy() for rows in split]
     preparation = known or source.fit(places[0])
     features, targets = source.prepared_by(preparation)
     stays = is_large and source.x.stays_in_file and source.y.stays_in_file
@@ -360,14 +362,12 @@ def derived_generator(seed: int, *purpose: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def split_rows(count: int, validation: float | None, seed: int) -> tuple[Tensor, Tensor]:
+def split_rows(count: int, validation: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return the rows to train on and those to validate on (int64, each in ascending order).
 
     Raises:
         DataError: one of the two would be empty.
     """
-    if validation is None:
-        return torch.arange(count), torch.arange(0)
     kept_out = round(count * validation)
     if not 0 < kept_out < count:
         raise DataError(

@@ -344,8 +344,8 @@ def statistics(tensor: Tensor) -> Statistics:
     count = len(numbers)
     if not count:
         return Statistics(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
-    zeros = (count - int(torch.count_nonzero(numbers))) / count
-    finite = numbers.double()
+    finite = numbers.double()  # torch counts no zeros of unsigned integers, nor of 8-bit floats
+    zeros = (count - int(torch.count_nonzero(finite))) / count
     mean = float(finite.mean())
     if not math.isfinite(mean):  # one NaN or infinity is enough
         finite = finite[torch.isfinite(finite)]

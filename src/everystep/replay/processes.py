@@ -25,6 +25,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from everystep import device, numerics
 from everystep.bounded import MEMORY
@@ -49,6 +50,7 @@ __all__ = [
     "pool",
     "process_count",
     "recorded_numerics",
+    "sent_tensor",
     "shared",
     "workers",
 ]
@@ -148,7 +150,9 @@ def pool(
         TrainingError: none can be started.
     """
     from loky import ProcessPoolExecutor
+    from loky.backend.reduction import register
 
+    register(Tensor, sent_tensor)
     alive, of_parent = Pipe(duplex=False)
     environment = environment | {"OMP_NUM_THREADS": str(threads)}
     # loky restarts a process that grew by 300 MB, as a leak, with a warning; the new one would have no
@@ -255,7 +259,24 @@ def _mask(how: int, signals: Iterable[int] = (signal.SIGINT,)) -> Iterable[int]:
 is_ending = Event()
 
 
+#: Types of numbers that torch pickles, but cannot read again, and one of their size that it can.
+_SENT_AS = {
+    **{torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64},
+    **{dtype: torch.uint8 for dtype in vars(torch).values() if str(dtype).startswith("torch.float8")},
+}
+
+
+def sent_tensor(tensor: Tensor) -> Any:
+    """Return how a tensor of any dtype is pickled for another process."""
+    sent_as = _SENT_AS.get(tensor.dtype)
+    if sent_as is None:
+        return tensor.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+    return Tensor.view, (tensor.detach().view(sent_as), tensor.dtype)
+
+
 def _begin(threads: int, parent: Connection, in_order: bool) -> None:
+    from loky.backend.reduction import register
+
     def watch() -> None:  # end this process once the other end of the pipe has closed
         wait([parent])
         is_ending.set()
@@ -266,6 +287,7 @@ def _begin(threads: int, parent: Connection, in_order: bool) -> None:
     if in_order and hasattr(os, "setpgid"):  # out of reach of the terminal
         os.setpgid(0, 0)
     _mask(signal.SIG_UNBLOCK)
+    register(Tensor, sent_tensor)
     Thread(target=watch, daemon=True).start()
     warnings.simplefilter("ignore", DamageWarning)  # the caller reports damage
     torch.set_num_threads(threads)

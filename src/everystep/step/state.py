@@ -22,6 +22,7 @@ __all__ = [
     "State",
     "StateDifference",
     "as_integers",
+    "comparable",
     "copy_of",
     "distance",
     "same_bits",
@@ -208,10 +209,14 @@ def size_of_difference(one: Tensor, two: Tensor) -> Size:
     return Size(units, absolute, absolute / largest if largest else None)
 
 
+def comparable(tensor: Tensor) -> Tensor:
+    """Return floats of 8 bits as float32, which holds them all: torch hardly compares those."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
 def _largest(tensor: Tensor) -> float:
     """Return the largest magnitude of the finite numbers."""
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()  # torch does not look for infinities among numbers of a byte
+    tensor = comparable(tensor)
     finite = tensor[torch.isfinite(tensor)]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
