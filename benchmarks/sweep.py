@@ -3,14 +3,16 @@
 `python -m benchmarks.sweep [--runs 16] [--epochs 20] [--rounds 3]` times whole commands: one
 `everystep sweep digits`, and as many `everystep train digits --threads 1`, which have the same bits.
 
-`python -m benchmarks.sweep --together 64` times 64 networks of one shape by plain loops: in turn, and as
-one batched program (`torch.func.vmap` over the parameters); OMP_NUM_THREADS sets the threads. It prints
-the largest relative difference between their losses, too.
+`python -m benchmarks.sweep --together 64` times 64 networks of one shape: by plain loops in turn, by one
+of all networks (`torch.func.vmap` over the parameters), and by `everystep.sweep`, which records each;
+OMP_NUM_THREADS sets the threads of the loops. It prints the largest relative difference between the
+losses of the two loops, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import subprocess
 import sys
@@ -18,9 +20,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import everystep
 from everystep import numerics
 
 numerics.prepare()  # before torch computes
@@ -30,7 +34,7 @@ from torch import Tensor  # noqa: E402
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap  # noqa: E402
 
 from benchmarks.page import MAIN  # noqa: E402
-from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
+from benchmarks.workloads import WORKLOADS, Perceptron, Workload  # noqa: E402
 
 #: What is trained together, and for how many steps.
 TOGETHER = {"chapter-5000": 200, "small": 2000}
@@ -91,14 +95,34 @@ def _together(workload: Workload, count: int, rounds: int) -> None:
     ways = {
         "in turn": lambda: losses.update(turn=_in_turn(workload, count, steps)),
         "together": lambda: losses.update(together=_batched(workload, count, steps)),
+        "sweep": partial(_swept, workload, count, steps),
     }
-    one, other = (median(s for s, _ in times) for times in _timed(ways, rounds).values())
+    one, other, swept = (median(s for s, _ in times) for times in _timed(ways, rounds).values())
     far = ((losses["turn"] - losses["together"]).abs() / losses["turn"].abs()).max().item()
     print(
         f"{workload.name}, {count} networks, {steps} steps, {threads} threads: in turn {one:.2f} s, "
-        f"together {other:.2f} s, ratio {one / other:.2f}; losses differ by {far:.1e} at most",
+        f"together {other:.2f} s, ratio {one / other:.2f}; losses differ by {far:.1e} at most; "
+        f"everystep.sweep {swept:.2f} s, ratio {one / swept:.2f}",
         flush=True,
     )
+
+
+def _swept(workload: Workload, count: int, steps: int) -> None:
+    """Train the same networks, with other numbers, as recorded runs of a sweep."""
+    assert isinstance(workload.network, Perceptron)
+    sizes = workload.network.sizes
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [f"Linear({inputs}, {outputs})", "ReLU()"]
+    experiment = {
+        "steps": steps,
+        "data": {"source": "random", "N": workload.rows, "D_in": sizes[0], "D_out": sizes[-1]},
+        "model": {"layers": layers[:-1]},
+        "loss": {"name": "MSELoss", "reduction": "sum"},
+        "optimizer": {"name": "GradientDescent", "lr": workload.lr},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        everystep.sweep(experiment, {"seed": range(count)}, run=Path(folder) / "sweep", progress=False)
 
 
 def _in_turn(workload: Workload, count: int, steps: int) -> Tensor:

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -200,19 +201,27 @@ class Batches:
         """Return all rows in the order of an epoch, and which of its batches lack some."""
         if epoch not in self._order:
             self._order.clear()  # one epoch at a time is in use
-            if self.batch_size is None:
-                order = torch.arange(self.rows)
-            else:
-                generator = derived_generator(self.seed, "epoch", epoch)
-                order = torch.randperm(self.rows, generator=generator, dtype=_dtype_of_order(self.rows))
-            lacking = torch.isin(order, self.places(self.without)).nonzero().flatten() // self._size
-            self._order[epoch] = order, frozenset(lacking.tolist())
+            order = torch.arange(self.rows) if self.batch_size is None else self._shuffled(epoch)
+            lacking = frozenset[int]()
+            if self.without:
+                places = torch.isin(order, self.places(self.without)).nonzero().flatten()
+                lacking = frozenset((places // self._size).tolist())
+            self._order[epoch] = order, lacking
         return self._order[epoch]
 
+    def _shuffled(self, epoch: int) -> Tensor:
+        key = self.rows, self.seed, epoch
+        if (order := _ORDERS.get(key)) is None:
+            generator = derived_generator(self.seed, "epoch", epoch)
+            # The same order in half the memory.
+            dtype = torch.int32 if _MANY < self.rows < 2**31 else torch.int64
+            order = _ORDERS[key] = torch.randperm(self.rows, generator=generator, dtype=dtype)
+        return order
 
-def _dtype_of_order(rows: int) -> torch.dtype:
-    """Return how the order of an epoch is kept: many rows in half the memory, in the same order."""
-    return torch.int32 if 1_000_000 < rows < 2**31 else torch.int64
+
+#: The orders in use, by the number of rows, the seed and the epoch: those of many rows take much memory.
+_ORDERS: WeakValueDictionary[tuple[int, int, int], Tensor] = WeakValueDictionary()
+_MANY = 1_000_000
 
 
 class RowsOf:
