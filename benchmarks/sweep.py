@@ -92,7 +92,7 @@ def _timed(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tu
 
 def _together(workload: Workload, count: int, rounds: int) -> None:
     steps, losses, threads = TOGETHER[workload.key], dict[str, Tensor](), torch.get_num_threads()
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "in turn": lambda: losses.update(turn=_in_turn(workload, count, steps)),
         "together": lambda: losses.update(together=_batched(workload, count, steps)),
         "sweep": partial(_swept, workload, count, steps),

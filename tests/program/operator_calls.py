@@ -217,6 +217,13 @@ CASES = [
     ("floor_divide.default", (rand(3, 4) * 9, positive(3, 4)), {}),
     ("fmod.Tensor", (rand(3, 4) * 9, positive(3, 4)), {}),
     ("logaddexp.default", (rand(3, 4), rand(3, 4)), {}),
+    *(
+        ("_grouped_mm.default", (*factors, torch.tensor([1, 3, 4], dtype=torch.int32)), {})
+        for factors in (
+            (rand(4, 8), rand(3, 8, 4)), (rand(3, 4, 8), rand(8, 4)), (rand(8, 4), rand(4, 8)),
+        )
+    ),
+    ("_grouped_mm.default", (rand(3, 4, 8), rand(3, 8, 4)), {}),
     ("_trilinear.default",
      (rand(3, 4), rand(2, 4, 5), rand(3, 5), [1, 3], [0], [1, 2], [2, 3]), {}),
     ("_trilinear.default", (rand(3, 2), rand(3, 4), rand(3, 5), [2, 3], [1, 3], [1, 2], [0]), {}),

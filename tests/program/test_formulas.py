@@ -55,6 +55,9 @@ WORDS |= {
 NOT_TRIED = {
     *("cauchy", "geometric", "log_normal", "normal_functional", "poisson", "randint_like", "random"),
     *("max_pool2d", "avg_pool1d", "linear"),
+    *("scaled_dot_product_flash_attention_backward", "scaled_dot_product_flash_attention"),
+    *("scaled_dot_product_efficient_attention", "scaled_dot_product_cudnn_attention"),
+    "scaled_dot_product_fused_attention_overrideable",
 }
 DRAWN = [
     ("bernoulli.default", (torch.rand(3),), {}),

@@ -27,6 +27,7 @@ from everystep.ops.formula import names_in
 from everystep.ops.labels import MIXED, broadcast, reduced
 from everystep.ops.operator_record import OperatorRecord
 from everystep.ops.row_rules import (
+    MASKS,
     Result,
     RowsCall,
     along,
@@ -219,9 +220,9 @@ def _attention(call: Call) -> Made:
         "key": call.piece("key", *of_keys, *grid(range(count), range(size))),
     }
     scores = "key · query * scale"
-    if "attn_mask" in call:
-        scores += " + attn_mask"
-        given["attn_mask"] = call.aligned("attn_mask", (*leading, row, np.arange(count)))
+    for mask in filter(call.__contains__, MASKS):
+        scores += f" + {mask}"
+        given[mask] = call.aligned(mask, (*leading, row, np.arange(count)))
     settings = {"scale": _scale(call)}
     if call.place == 1:
         return Formula(f"logsumexp({scores})", given, settings)
@@ -266,9 +267,9 @@ def _attention_backward(call: Call) -> Made:
     given |= {key: by_key(key, sizes[key]) for key in ("key", "value")}
     given["logsumexp"] = by_query("logsumexp")
     scores = "key · query * scale" if is_query else "query · key * scale"
-    if "attn_mask" in call:
-        scores += " + attn_mask"
-        given["attn_mask"] = call.aligned("attn_mask", (row, *grid(heads, queries, keys)))
+    for mask in filter(call.__contains__, MASKS):
+        scores += f" + {mask}"
+        given[mask] = call.aligned(mask, (row, *grid(heads, queries, keys)))
     weights = f"weights = exp({scores} - logsumexp)"
     settings = {"scale": _scale(call), "size": len(sizes["out"])}
     if call.place == 2:
@@ -341,8 +342,12 @@ def _norm_line(call: Call) -> str:
     return f"{call.kind.partition('_')[2]}({', '.join(f'{{{key}}}' for key in given)})"
 
 
-_ATTENTION = "scaled_dot_product_flash_attention_for_cpu"
-_ON_GPU = "scaled_dot_product_efficient_attention"
+_FLASH = ("scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_flash_attention")
+_ATTENTION = (
+    *_FLASH,
+    *("scaled_dot_product_efficient_attention", "scaled_dot_product_cudnn_attention"),
+    "scaled_dot_product_fused_attention_overrideable",
+)
 NORMALIZATIONS: dict[str, OperatorRecord] = {
     "softmax": OperatorRecord(_softmax, along, "softmax({self}, {dim})"),
     "log_softmax": OperatorRecord(_softmax, along, "log_softmax({self}, {dim})"),
@@ -364,7 +369,7 @@ NORMALIZATIONS: dict[str, OperatorRecord] = {
     "native_group_norm_backward": OperatorRecord(_norm_backward, partial(batched, has_sums=True)),
     "native_layer_norm": OperatorRecord(_norm, _layer_norm_rows, _norm_line),
     "native_layer_norm_backward": OperatorRecord(_norm_backward, _layer_norm_rows),
-    _ATTENTION: OperatorRecord(_attention, batched),
-    f"{_ATTENTION}_backward": OperatorRecord(_attention_backward, batched),
-    **dict.fromkeys((_ON_GPU, f"{_ON_GPU}_backward"), OperatorRecord(rows=batched)),
+    **dict.fromkeys(_ATTENTION, OperatorRecord(_attention, batched)),
+    **{f"{name}_backward": OperatorRecord(rows=batched) for name in _ATTENTION},
+    **{f"{name}_backward": OperatorRecord(_attention_backward, batched) for name in _FLASH},
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.ops.call import Axis, Call, Made, Piece, Sum, Terms, grid, product, single
+from everystep.ops.call import Axis, Call, Made, NoRuleError, Piece, Sum, Terms, grid, product, single
 from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, broadcast, reduced, rows_in
 from everystep.ops.operator_record import LineRule, OperatorRecord
 from everystep.ops.row_rules import MixesError, Result, RowsCall, none_mixed, of_shape, sum_of
@@ -136,6 +137,26 @@ def _product_terms(
     return masked
 
 
+def _grouped_product(call: Call) -> Made:
+    """Return the terms of a product of groups: of rows, columns, or the numbers that are summed."""
+    if "bias" in call:
+        raise NoRuleError("with a bias")
+    left, right = (len(call.shape(key)) for key in ("self", "mat2"))
+    *before, row, column = call.index
+    ends = call.tensor("offs").tolist() if "offs" in call else []
+    inner: Axis = np.arange(call.shape("self")[-1])
+    if left == right == 2:
+        inner = np.arange(*([0, *ends][before[0] : before[0] + 2]))
+        before = []
+    elif left != right:
+        before = [bisect_right(ends, row if left == 2 else column)]
+        if before[0] == len(ends):
+            raise NoRuleError("no group has it")
+    one = call.piece("self", *(before if left == 3 else []), row, inner)
+    other = call.piece("mat2", *(before if right == 3 else []), inner, column)
+    return Sum((product(("self", one), ("mat2", other)),))
+
+
 #: The factors of `_trilinear`, each broadcast along some axes; their product is added up along others.
 _THREE = ("i1", "i2", "i3")
 
@@ -200,5 +221,6 @@ _LINES: dict[str, str | LineRule] = {
 PRODUCTS: dict[str, OperatorRecord] = {
     **{kind: OperatorRecord(_matrix_product, _product_rows, _LINES.get(kind, "")) for kind in _FACTORS},
     **dict.fromkeys(("addbmm", "linear"), OperatorRecord(_matrix_product)),
+    "grouped_mm": OperatorRecord(_grouped_product),
     "trilinear": OperatorRecord(_trilinear, _trilinear_rows),
 }

@@ -21,6 +21,7 @@ from everystep.program.observed import Observed
 from everystep.program.operators import leaves
 
 __all__ = [
+    "MASKS",
     "MixesError",
     "Result",
     "RowsCall",
@@ -190,7 +191,9 @@ def along(call: RowsCall) -> list[Result]:
 
 
 _PARAMETERS = ("weight", "bias")
-_MASKS = ("attn_mask", "attn_bias")
+MASKS = ("attn_mask", "attn_bias")
+#: Of attention on a GPU: they have no rows, and it has no numbers of theirs.
+_OF_KERNEL = ("cum_seq_q", "cum_seq_k", "philox_seed", "philox_offset")
 
 
 def batched(call: RowsCall, own: str = "", axes: int = 1, *, has_sums: bool = False) -> list[Result]:
@@ -200,10 +203,10 @@ def batched(call: RowsCall, own: str = "", axes: int = 1, *, has_sums: bool = Fa
     has_sums: whether the results after the first are gradients of parameters: sums over the places.
     """
     call.require_shared(*_PARAMETERS)
-    named = call.named(*_PARAMETERS, *_MASKS)
+    named = call.named(*_PARAMETERS, *MASKS, *_OF_KERNEL)
     given = {name: reduced(t.labels, range(axes, t.labels.dim())) for name, t in named.items()}
     keys = broadcast([*given.values()])
-    for mask in (call[name] for name in _MASKS):
+    for mask in (call[name] for name in MASKS):
         if isinstance(mask, Tracked) and not mask.is_shared:
             if mask.labels.dim() != 4:
                 raise MixesError("has a mask of another shape that depends on rows")
@@ -233,9 +236,9 @@ def batched(call: RowsCall, own: str = "", axes: int = 1, *, has_sums: bool = Fa
 
 
 def _leading(labels: Tensor, result: Tensor) -> Result:
-    """Return a result with labels by its first axes."""
+    """Return a result with labels by its first axes; of what has no rows, any may be in it."""
     if result.shape[: labels.dim()] != labels.shape:
-        raise MixesError("returns what has no rows")
+        return filled(MIXED, result, "returns what has no rows")
     return Result(labels[(...,) + (None,) * (result.dim() - labels.dim())].expand(result.shape))
 
 

@@ -54,7 +54,8 @@ _ARGUMENT_TYPES = re.compile(
     r"(Optional\[|List\[)*(Tensor|number|int|float|bool|str|ScalarType|Layout|MemoryFormat|Device"
     r"|Generator)\]*"
 )
-_RESULT_TYPES = re.compile(r"(List\[)?Tensor\]?")
+#: A result that is a whole number (of attention on a GPU) is a size, or the tag says that it is not.
+_RESULT_TYPES = re.compile(r"(List\[)?Tensor\]?|int")
 
 #: In these, a string names a variant of the computation; in others, it might name a file.
 _TEXT_ARGUMENTS = {
