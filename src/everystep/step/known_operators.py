@@ -32,11 +32,8 @@ _OTHER_GEOMETRY = {
     *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_"),
     *("unsqueeze_", "set_"),
 }
-#: They ask a tensor of a class of its own, such as a nested one, how it lies.
-_ASKING = {
-    *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "stride", "dim", "numel"),
-    *("storage_offset", "is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense"),
-}
+#: What operators return that ask how tensors lie, and not which numbers are in them.
+_ANSWERS = {"int", "bool", "List[int]"}
 _ZEROING = {"zero_", "_foreach_zero_"}
 #: They pick numbers by an index.
 _PICKING = {"gather", "index", "index_select", "take"}
@@ -74,7 +71,7 @@ def known_operator(func: Any) -> KnownOperator:
     """Return the properties of an operator."""
     name = func.overloadpacket.__name__
     how, text = "see", str(func)
-    if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY | _ASKING:
+    if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY or _asks(func):
         how = "pass"
     else:
         try:
@@ -108,6 +105,13 @@ def known_operator(func: Any) -> KnownOperator:
         )
     except (AttributeError, RuntimeError):  # an operator without a schema that can be read
         return KnownOperator("has no schema" if how == "see" else how)
+
+
+def _asks(func: Any) -> bool:
+    """Return whether an operator returns only how tensors lie, such as sizes."""
+    types = {str(result.type) for result in func._schema.returns}
+    is_of_values = torch.Tag.data_dependent_output in func.tags or "is_nonzero" in str(func)
+    return bool(types) and types <= _ANSWERS and not is_of_values
 
 
 def _makes_dtype(func: Any) -> bool:
