@@ -41,6 +41,56 @@ def test_what_a_run_cannot_hold_of_a_batch_is_said_in_its_place(batch, kind, tmp
     assert run[2].batch.nested["odd"] == f"<Tensor of torch.{kind}>"
 
 
+class Spectral(nn.Module):
+    """A Fourier layer and a rotation of pairs, which read conjugates of a weight and of a result."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 2, 4, dtype=torch.complex64))
+        self.register_buffer("turn", torch.polar(torch.ones(4), torch.arange(4.0)))
+
+    def forward(self, x):
+        found = torch.einsum("bix,iox->box", torch.fft.rfft(x)[..., :4], self.weight)
+        turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * self.turn
+        return torch.fft.irfft(found * turned.conj(), n=8)
+
+
+def test_conjugated_tensors_are_in_the_program(tmp_path):
+    def losses(model, steps):
+        for x, y in steps:
+            loss = (model(x) - y).square().sum()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 1e-4 * parameter.grad.conj().conj()
+                    parameter.grad = None
+            yield loss
+
+    torch.manual_seed(0)
+    data = [(torch.randn(3, 2, 8), torch.randn(3, 2, 8)) for _ in range(5)]
+    models = [Spectral(), Spectral()]
+    models[1].load_state_dict(models[0].state_dict())
+    expected = [loss.item() for loss in losses(models[0], data)]
+    with everystep.record(run=tmp_path / "run", model=models[1]) as recording:
+        for loss in losses(models[1], recording.steps(data)):
+            recording.log(loss=loss)
+    run = recording.run
+    assert run.losses["loss"].to_list() == expected
+    assert not run.facts.training.loop.unseen
+    assert run.verify(processes=1, progress=False).is_exact
+    step = run[3]
+    conjugated = {name for name, spec in step.places.tensors.items() if spec.is_conjugated}
+    readers = [n for n, seen in enumerate(step.operations) if conjugated & seen.inputs.keys()]
+    assert len(readers) > 1
+    for number in readers:
+        seen = step.operations[number]
+        name = next(iter(conjugated & seen.inputs.keys()))
+        assert not torch.equal(seen.inputs[name], seen.inputs[name].conj())
+        made = next(iter(seen.results.values()))
+        found = step.why(f"#{number}{[1] * made.dim()}")
+        assert found.recomputed == pytest.approx(found.number.value, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [

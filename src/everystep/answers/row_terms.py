@@ -260,6 +260,13 @@ class _Memory:
 
     def read(self, name: str, value: Tensor) -> Tracked:
         """Return the tensor with its labels; value: its numbers."""
+        found = self._read(name, value)
+        terms = found.terms
+        if terms is None or not self._trace.spec(name).is_conjugated:
+            return found
+        return found._replace(terms=lambda row: terms(row).conj().resolve_conj())
+
+    def _read(self, name: str, value: Tensor) -> Tracked:
         spec = self._trace.spec(name)
         written = self._written.get(spec.storage, [])
         if not written:

@@ -183,7 +183,8 @@ class Trace:
             return torch.complex(*(self.read(each) for each in spot.halves))
         found = self.written(origin)
         if found is not None:
-            return found
+            is_conjugated = self.spec(spot.name).is_conjugated and spot.half != 0
+            return (-found if spot.half else found.conj().resolve_conj()) if is_conjugated else found
         for number, seen in enumerate(self.step.operations):
             if spot.name in seen.inputs and self.origin(replace(spot, after=number)) == origin:
                 element = seen.inputs[spot.name][spot.index]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.program.operation import TensorSpec
+from everystep.program.operation import Conjugated, TensorSpec
 from everystep.program.step_program import Program
 
 __all__ = [
@@ -95,6 +95,8 @@ def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
         return False
     if tensor.layout != torch.strided or tensor.storage_offset() != spec.offset:
         return False
+    if tensor.is_conj() is not spec.is_conjugated:
+        return False
     # Strides of an axis with one place, or of a tensor without elements, have no effect.
     return 0 in spec.shape or all(
         one == two or size == 1
@@ -104,7 +106,10 @@ def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
 
 def geometry(tensor: Tensor) -> tuple[Any, ...]:
     """Return where a tensor lies in its memory: dtype, shape, stride and offset."""
-    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    dtype: Any = tensor.dtype
+    if dtype.is_complex and tensor.is_conj():
+        dtype = Conjugated(dtype)
+    return dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 def whole_memory(tensor: Tensor) -> Tensor:
@@ -126,7 +131,8 @@ def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -
         raise ProgramError(f"a tensor needs {spec.end} bytes, but the storage has {size}")
     offset = spec.offset + start // spec.torch_dtype.itemsize
     empty = torch.empty(0, dtype=spec.torch_dtype, device=storage.device)
-    return empty.set_(storage, offset, spec.shape, spec.stride)
+    found = empty.set_(storage, offset, spec.shape, spec.stride)
+    return found.conj() if spec.is_conjugated else found
 
 
 def repeats(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, Optimize
 __all__ = [
     "DIMENSIONS",
     "LIMIT",
+    "Conjugated",
     "Name",
     "Operation",
     "Phase",
@@ -51,6 +52,24 @@ def path_faults(names: Iterable[str]) -> Iterator[Fault]:
             )
 
 
+#: At the end of the dtype of a tensor that is read as the conjugate of what is in memory.
+_CONJUGATED = ".conj"
+
+
+class Conjugated(NamedTuple):
+    """The dtype of a tensor that is read as the conjugate of what is in memory."""
+
+    dtype: torch.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of a number."""
+        return self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{_CONJUGATED}"
+
+
 class Storage(StrictModel):
     """A piece of memory.
 
@@ -65,7 +84,10 @@ class Storage(StrictModel):
 
 
 class TensorSpec(StrictModel):
-    """A tensor: shape, strides and offset (in elements) on a storage."""
+    """A tensor: shape, strides and offset (in elements) on a storage.
+
+    dtype: its name, and `.conj` if the tensor is read as the conjugate of what is in memory.
+    """
 
     storage: Name
     dtype: str
@@ -76,7 +98,12 @@ class TensorSpec(StrictModel):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch's object."""
-        return DTYPES[self.dtype]
+        return DTYPES[self.dtype.removesuffix(_CONJUGATED)]
+
+    @property
+    def is_conjugated(self) -> bool:
+        """Whether it is read as the conjugate of what is in memory."""
+        return self.dtype.endswith(_CONJUGATED)
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -94,7 +121,8 @@ class TensorSpec(StrictModel):
         Raises:
             ValueError: it is invalid.
         """
-        if self.dtype not in DTYPES:
+        name_of_dtype = self.dtype.removesuffix(_CONJUGATED)
+        if name_of_dtype not in DTYPES or (self.is_conjugated and not self.torch_dtype.is_complex):
             raise ValueError(f"{name}: {self.dtype!r:.80} is not a dtype")
         if len(self.shape) != len(self.stride) or len(self.shape) > DIMENSIONS:
             raise ValueError(f"{name} has {len(self.shape)} sizes but {len(self.stride)} strides")

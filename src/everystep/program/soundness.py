@@ -32,7 +32,7 @@ from platformdirs import user_cache_path
 from torch import Tensor
 
 from everystep.program import trusting
-from everystep.program.arguments import DTYPES, decode, references
+from everystep.program.arguments import decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import flattened, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
@@ -229,7 +229,7 @@ class _Check:
         return self._specs[gradient].shape == self._specs[result].shape
 
     def _integers(self, value: Any) -> list[str]:
-        return [n for n in references(value) if not DTYPES[self._specs[n].dtype].is_floating_point]
+        return [n for n in references(value) if not self._specs[n].torch_dtype.is_floating_point]
 
     def _is_changed(self, names: list[str], place: int, index: int) -> bool:
         """Return whether an operation between two places writes to the memory of these tensors."""

@@ -202,7 +202,7 @@ class Cursor(UnderWay):
 
     def _result(self, value: Any) -> int | None:
         """Return the number of a result, None if it is not a tensor that a program can hold."""
-        if not isinstance(value, Tensor) or not is_plain(value):
+        if not isinstance(value, Tensor) or not self.tensors.holds(value):
             return None
         number = self.tensors.number(value)
         return self.tensors.meet(value, "temporary") if number is None else number
@@ -261,7 +261,7 @@ class Cursor(UnderWay):
             raise
         self._note_result(known, result)
         made = flattened(result)
-        if not all(is_plain(each) for each in made if isinstance(each, Tensor)):
+        if not all(tensors.holds(each) for each in made if isinstance(each, Tensor)):
             self.leave()
         operation = None
         if is_seen:

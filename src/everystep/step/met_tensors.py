@@ -303,14 +303,14 @@ class MetTensors:
             UnseenError: no token can stand for it; gives the reason.
         """
         if isinstance(value, Tensor):
-            if not is_plain(value):
+            if not self.holds(value):
                 raise UnseenError(_what_is_special(value))
             number = self.number(value)
             if number is not None:
                 return "r", number
             storage = value.untyped_storage()
             place = self.place(storage)
-            if is_part is not None and is_part(value):
+            if is_part is not None and not value.is_conj() and is_part(value):
                 number = self.meet_part(value)
                 return "p", number, place, self.known[number].geometry
             is_scratch = any(each is value for each in self.overwritten)
@@ -350,9 +350,15 @@ class MetTensors:
             return True
         if kind == "i":
             return type(value) is int
-        if not isinstance(value, Tensor) or not is_plain(value):
-            return False
-        return self._fits_new(token, value)
+        return isinstance(value, Tensor) and self.holds(value) and self._fits_new(token, value)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Tell whether a program can hold a tensor: a plain one, or the conjugate of one that it has."""
+        if is_plain(tensor) or not tensor.is_conj():
+            return is_plain(tensor)
+        place = self.place(tensor.untyped_storage())
+        is_own = place is not None and self.known[place].kind in ("state", "batch", "temporary")
+        return is_own and is_plain(tensor, may_be_conjugated=True)
 
     def _fits_new(self, token: Any, value: Tensor) -> bool:
         kind, number, known, expected = token
@@ -427,7 +433,7 @@ def tensor_tokens(tokens: Iterable[Any]) -> Iterator[Any]:
             yield token
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor, *, may_be_conjugated: bool = False) -> bool:
     """Tell whether a program can hold a tensor: dense, with stored values, of a passive class."""
     return (
         _is_passive(type(tensor))
@@ -438,7 +444,7 @@ def is_plain(tensor: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not tensor._is_zerotensor()
         and not tensor.is_neg()
-        and not tensor.is_conj()
+        and (may_be_conjugated or not tensor.is_conj())
     )
 
 

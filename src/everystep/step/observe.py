@@ -196,7 +196,7 @@ class StepObserver:
         if tensor.nbytes >= SMALLEST_IN_FILE and self._held + tensor.nbytes > self._most_held:
             return copy_in_file(tensor)
         self._held += tensor.nbytes
-        return tensor if stays else copy_on_cpu(tensor)
+        return tensor if stays and not tensor.is_conj() else copy_on_cpu(tensor)
 
     def _storage(self, name: str) -> str:
         return self._program.tensors[name].storage

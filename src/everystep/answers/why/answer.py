@@ -241,6 +241,8 @@ class Session:
             halves = zip(("real", "imaginary"), number.spot.halves, strict=True)
             parts = {key: self.number(step.number, spot) for key, spot in halves}
             return _of_numbers(Why(number, "parts", step, formula="complex(real, imaginary)"), parts)
+        if trace.spec(number.spot.name).is_conjugated:
+            return self._conjugate(number, origin, terms)
         if origin.operation is None:
             return _not_made(number, trace, origin)
         made = Why(number, "operation", step, origin.operation)
@@ -324,6 +326,19 @@ class Session:
             recomputed=known,
             is_equal=known is not None and number.has_bits_of(known),
             note=f"its {'imaginary' if half else 'real'} part: {whole.number.name} is complex",
+        )
+
+    def _conjugate(self, number: Number, origin: Origin, terms: int) -> Why:
+        """Return the answer for a number that was read with its imaginary part negated."""
+        after = 0 if origin.operation is None else origin.operation + 1
+        whole = self.why(self.number(number.step, Spot(origin.name, origin.index, after)), terms)
+        known = None if whole.recomputed is None else whole.recomputed.conjugate()
+        return replace(
+            whole,
+            number=number,
+            recomputed=known,
+            is_equal=known is not None and number.has_bits_of(known),
+            note=f"the conjugate of {whole.number.name}",
         )
 
     def difference(self, text: str, after: Number, before: Number) -> Why:
