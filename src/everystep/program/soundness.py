@@ -195,9 +195,11 @@ class _Check:
             ):
                 return False
         first = FORWARD[operation.name][1]
+        places = range(first, first + len(kept)) if isinstance(first, int) else first
         storages = [self._specs[name].storage for name in forward.results if name]
         return (
-            kept == list(forward.results[first : first + len(kept)])
+            kept == [forward.results[each] for each in places]
+            and theirs.get("compute_log_sumexp", True)
             and len(storages) == len(set(storages))
             and not self._is_changed(kept, place, index)
             and all(map(self._is_gradient, gradients, forward.results))

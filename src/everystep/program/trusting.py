@@ -7,6 +7,7 @@ listed here, which torch may change: `aten._cdist_backward` calls its first argu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -14,15 +15,24 @@ import torch
 
 __all__ = ["FORWARD", "OF_BACKWARD_ALONE", "RENAMED", "known_names", "what_is_unknown"]
 
-_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+_PRODUCT = "_scaled_dot_product_"
+_ATTENTION = f"{_PRODUCT}flash_attention_for_cpu"
+_ON_GPU = {
+    "flash_attention": (0, 1, 2, 3, 6, 7),
+    "efficient_attention": (0, 1, 2, 3),
+    "cudnn_attention": (0, 1, 6, 7, 2, 3),
+    "fused_attention_overrideable": (0, 1, 2, 3, 6, 7),
+}
 #: Kernels that trust tensors kept by the forward pass: the operator of the forward pass (where it is not
-#: `name` or `name_forward` of `name_backward`), and the first of its results that they receive.
-FORWARD: dict[str, tuple[str, int]] = {
+#: `name` or `name_forward` of `name_backward`), and the first of its results that they receive, or the
+#: places of these among all.
+FORWARD: Mapping[str, tuple[str, int | tuple[int, ...]]] = {
     "_embedding_bag_per_sample_weights_backward": ("_embedding_bag", 1),
     "_pdist_backward": ("_pdist", 0),
     f"{_ATTENTION}_backward": (_ATTENTION, 0),
     "embedding_dense_backward": ("embedding", 1),
     "mkldnn_rnn_layer_backward": ("mkldnn_rnn_layer", 0),
+    **{f"{_PRODUCT}{n}_backward": (f"{_PRODUCT}{n}", places) for n, places in _ON_GPU.items()},
 } | {
     f"{name}_backward": (name, 1)
     for name in (
@@ -43,7 +53,7 @@ RENAMED = {
 }
 #: Parameters of the backward pass that the forward pass does not have. They must agree with the shapes
 #: of the results, or `soundness` checks them.
-OF_BACKWARD_ALONE = {"bias_sizes", "num_weights", "output_mask"}
+OF_BACKWARD_ALONE = {"bias_sizes", "num_weights", "output_mask", "grad_input_mask", "max_q", "max_k"}
 
 
 _ADAM = [
