@@ -214,6 +214,7 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
 
     counts = (found.nans, "NaN"), (found.infinities, "infinite")
     what = " and ".join(f"{count:,} {kind}" for count, kind in counts if count)
+    what += " number" + "s" * (found.nans + found.infinities > 1)
     step, how = found.step.number, _by_own_code(found)
     how = f"; {how}" if how else ""
     if found.operation is None:
@@ -223,14 +224,15 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     else:
         operation = found.operation.operation
         module = f" of module {operation.module}" if operation.module else ""
-        made = f"made {found.name} {what}"
+        made = f"made {what}"
         if how:
             made = f"put {what} into {name_in_words(found.name.partition('~')[0])}{how}"
         where = f"step {step:,}, {found.phase}, operation #{found.index}"
+        _, inputs = _formula_and_inputs(found)
         lines = [
             f"{where}: {operation.operator}{module} {made}",
             *([] if found.operation.line is None else [f"  {found.operation.line}"]),
-            *(f"  from {name}: {_range(tensor)}" for name, tensor in found.operation.inputs.items()),
+            *(f"  from {name}: {_range(tensor)}" for name, tensor in inputs.items()),
         ]
     if found.rows:
         lines.append(
@@ -263,13 +265,22 @@ def _range(tensor: Any) -> str:
     return f"{shape_text(tensor)}, {number(found.minimum)} to {number(found.maximum)}{bad}"
 
 
-def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
-    from everystep.replay.opened_step import statistics
+def _formula_and_inputs(found: NonFinite) -> tuple[str | None, dict[str, Any]]:
+    """Return the operation as mathematics, and its inputs by their names there."""
     from everystep.views.mathematics import mathematics
 
+    if found.index is None:
+        return None, {}
+    line = mathematics(found.step.operations)[found.index]
+    inputs = found.step.operations[found.index].inputs
+    return str(line), {line.given[name]: tensor for name, tensor in inputs.items()}
+
+
+def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
+    from everystep.replay.opened_step import statistics
+
     _in("why_text")
-    inputs = {} if found.operation is None else found.operation.inputs
-    line = None if found.index is None else str(mathematics(found.step.operations)[found.index])
+    line, inputs = _formula_and_inputs(found)
     return {
         "operation": found.operation,
         "phase": found.phase,
