@@ -104,7 +104,7 @@ class Run(RecordedRun):
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps([(self, number) for number in range(first, *others) if number > 0])
         number = self._number(step)
-        number = number + len(self) + 1 if number < 0 else number
+        number = len(self) + 1 + number if -len(self) <= number < 0 else number
         if self._last_opened is not None and self._last_opened[0].number != number:
             self._last_opened = None  # a large step goes before the next one needs its memory
         opened = self._opener.step(number)

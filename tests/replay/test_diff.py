@@ -135,7 +135,7 @@ def test_a_longer_run_of_the_same_is_not_the_same(thorough):
     assert not found.is_same
     assert (found.steps, found.loss, found.states, found.operation) == ((30, 20), None, (), None)
     what = "result of every operation" if thorough else "loss and every common snapshot"
-    same = f"every {what} of the first 20 steps is identical; one run is longer"
+    same = f"every {what} up to step 20 is identical; one run is longer"
     assert found.to_text().endswith(same + ("" if thorough else "; --thorough compares every operation"))
 
 

@@ -201,7 +201,7 @@ def measure(
         hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
     answer(found)
-    hint(f"everystep plot {quoted(run)} -m {quoted(found.name)}")
+    hint(f"next: everystep plot {quoted(run)} -m {quoted(found.name)}")
     if found.left_out:
         raise typer.Exit(1)
 
@@ -313,7 +313,7 @@ def what_if(
     without_rows: shared.RowsOption = None,
     without_rows_of: shared.StepOption = None,
     each: Annotated[bool, typer.Option("--each")] = False,
-    lr: list[float] | None = None,
+    lr: Annotated[list[float] | None, typer.Option(metavar="RATE")] = None,
     relabel: shared.RelabelOption = None,
     by: Annotated[str, typer.Option(metavar="EXPRESSION")] = "loss",
     processes: shared.ProcessesOption = None,
@@ -331,7 +331,7 @@ def what_if(
         without_rows: Rows (samples) of the data to leave out: 8123,8124.
         without_rows_of: Leave out the rows of the batch of this step.
         each: Leave out each row alone, not all at once.
-        lr: Another learning rate; may be repeated, one training each.
+        lr: Another learning rate, in a training of its own. Repeatable.
         relabel: Another target for a row of the data; of your own loop, for a row of the batch of the
             step after --at, and wherever that row comes again. Repeatable.
         by: What to compare: norm(gradients['0.weight']).

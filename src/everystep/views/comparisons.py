@@ -207,7 +207,7 @@ def _diff_verdict(found: Difference) -> str:
     if found.is_same and not found.numerics and found.is_thorough:
         return f"the runs are bit-identical{names}"
     what = "result of every operation" if found.is_thorough else "loss and every common snapshot"
-    same = f"every {what} of the first {min(found.steps):,} steps is identical"
+    same = f"every {what} up to step {min(found.steps):,} is identical"
     if found.steps[0] != found.steps[1] and not found.experiments:
         return f"{same}; one run is longer"
     return f"{same}, bit for bit{names}" if found.is_same or found.is_thorough else same

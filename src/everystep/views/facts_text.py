@@ -110,12 +110,8 @@ def closing(directory: Path, reason: str | None) -> str:
     argument = shlex.quote(shortest_name(directory))
     following = [f"fork {argument} --at 0 --steps 500"]
     if summary.steps:
-        following = [
-            f"step {argument} {summary.steps}",
-            f"table {argument}",
-            f"plot {argument}",
-            f"report {argument}",
-        ]
+        following = [f"step {argument} {summary.steps}"]
+        following += [f"{each} {argument}" for each in ("table", "plot", "report")]
     commands = (f"  everystep {command}" for command in (f"view {argument}", *following))
     return "\n".join([*lines, "", "next:", *commands])
 
@@ -149,9 +145,7 @@ def engine_text(facts: Facts) -> str:
         return f"by Python: {engine.reason}"
     if engine.stands_behind == "alone":
         return "by program alone, without the objects that trained it; not checked against Python"
-    checks = (
-        f"checked against Python {counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
-    )
+    checks = _checked_text(engine.checks, engine.verified_to)
     vouched = ', which you vouched for (engine="program")' if engine.stands_behind == "vouched" else ""
     found = f"by program{vouched}; {checks}"
     if engine.eager_from is None:
@@ -166,9 +160,15 @@ def _function_text(function: FunctionFacts, steps: int) -> str:
     since = f" after step {function.after:,}" if function.after else ""
     return (
         f'a program, which you vouched for (engine="program"), ran {function.by_program:,} of '
-        f"{steps - function.after:,} steps{since}, checked against Python "
-        f"{counted(function.checks, 'time')}, last at step {function.verified_to:,}"
+        f"{steps - function.after:,} steps{since}, "
+        f"{_checked_text(function.checks, function.verified_to)}"
     )
+
+
+def _checked_text(checks: int, last: int) -> str:
+    if not checks:
+        return "not checked against Python"
+    return f"checked against Python {counted(checks, 'time')}, last at step {last:,}"
 
 
 def _fork_text(fork: ForkFacts) -> str:
