@@ -34,6 +34,7 @@ __all__ = [
     "ExperimentError",
     "ExpressionError",
     "Fault",
+    "ForeignDatabaseError",
     "ModelError",
     "ProgramError",
     "RecordingError",
@@ -113,6 +114,10 @@ class RunError(UsageError):
 
 class ProgramError(RunError):
     """A program is invalid, needs a newer everystep, or uses an operator that is not allowed."""
+
+
+class ForeignDatabaseError(RunError):
+    """The database of a run is that of another program."""
 
 
 class StepError(RunError, IndexError):
