@@ -46,7 +46,7 @@ LONGEST = 60
 def diff_text(found: Difference) -> str:
     """Return where two runs differ, in lines."""
     common = min(found.steps)
-    losses = f"identical in all {common:,} common steps"
+    losses = f"identical up to step {common:,}"
     if found.loss is not None:
         pair = " and ".join(map(shortest, found.loss[1:]))
         losses = f"differ from step {found.loss.step:,} on: {pair}"
@@ -79,7 +79,7 @@ def diff_sentence(found: Difference) -> str:
     if not any((found.loss, operation, found.states)):
         verdict = _diff_verdict(found)
         return f"{verdict[0].upper()}{verdict[1:]}."
-    texts = [f"The losses of all {min(found.steps):,} common steps are identical"]
+    texts = [f"The losses are identical up to step {min(found.steps):,}"]
     if found.loss is not None:
         texts = [f"The losses first differ at step {found.loss.step:,}"]
     elif operation is None:

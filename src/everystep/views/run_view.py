@@ -114,13 +114,15 @@ def _verify_text(found: Verification, view: RunView) -> str:
         *(("problem", problem) for problem in found.problems),
     ]
     verdict = "replays bit for bit" if found.is_exact else "does not replay bit for bit"
+    if not found.all_steps and found.is_exact:
+        return block(lines[:3], f"{view.run.name} has nothing to verify")
     what = f"what {view.run.name} keeps" if facts.not_kept else view.run.name
     return block(lines, f"{what} {verdict}")
 
 
 def _replayed_text(found: Verification, facts: Facts) -> str:
     if not found.all_steps:
-        return "nothing: the run has no steps"
+        return "the run has no steps"
     threads = ", ".join(
         f"{counted(steps, 'step')} with {counted(count, 'thread')}"
         for count, steps in sorted(found.threads.items())
@@ -145,7 +147,9 @@ def _losses_text(found: Verification, facts: Facts) -> str:
 
 
 def _share(count: int, whole: int) -> str:
-    return f"all {whole:,}" if count == whole else f"{count:,} of {whole:,}"
+    if count == whole:
+        return f"all {whole:,}" if whole != 1 else "the only one"
+    return f"{count:,} of {whole:,}"
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
@@ -160,9 +164,7 @@ def _apart(recorded: float, replayed: float, units: int | None) -> str:
 
 def _snapshots_text(found: Verification) -> str:
     if not found.states:
-        is_only = found.snapshots == found.all_snapshots == 1
-        count = "the only one" if is_only else _share(found.snapshots, found.all_snapshots)
-        return f"{count} after state 0 bit-identical"
+        return f"{_share(found.snapshots, found.all_snapshots)} after state 0 bit-identical"
     states = sorted({each.state for each in found.states})
     first = [each for each in found.states if each.state == states[0]]
     text = f"{len(states):,} of {found.snapshots:,} differ, first state {states[0]:,}:\n"

@@ -11,7 +11,7 @@ import { addressOf, askFile, withQuery } from "../shared/server.js";
 const MOST_STEPS = 20;
 
 const contentText =
-  "One page that needs no server and no network: the facts, the plot, the table, and these steps.";
+  "One page that needs no server and no network: the description, the plot, the table, and these steps.";
 const sizeText =
   `For example 1, 137, 500: at most ${MOST_STEPS} steps, or none. ` +
   "Each adds about a megabyte; large tensors are reduced.";
