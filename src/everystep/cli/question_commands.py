@@ -336,19 +336,7 @@ def what_if(
             step after --at, and wherever that row comes again. Repeatable.
         by: What to compare: norm(gradients['0.weight']).
     """
-    from everystep.replay.without_objects import check_has_rows
-
-    opened = everystep.open(run)
-    if not lr and not relabel:
-        check_has_rows(opened, at)
-    if without_rows is None and without_rows_of is None and not lr and not relabel:
-        raise UsageError(
-            "no rows to leave out: add --without-rows 8123,8124, or --without-rows-of STEP; "
-            f"everystep rows {run} STEP ranks those of a step"
-        )
-    if at is None and without_rows_of is None:
-        raise UsageError("no start: add --at STEP, the step after which the trainings start")
-    found = opened.what_if(
+    found = everystep.open(run).what_if(
         at,
         until,
         without_rows=shared.row_numbers(without_rows),
