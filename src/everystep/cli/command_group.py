@@ -17,20 +17,16 @@ __all__ = ["Commands", "documented"]
 #: Names of commands in other tools, and the everystep command to use instead.
 _INSTEAD = {
     "help": "everystep -h, or everystep COMMAND -h",
-    "list": "everystep runs lists the runs",
-    "ls": "everystep runs lists the runs",
-    "show": "everystep step RUN STEP opens a step, everystep view a page",
-    "open": "everystep step RUN STEP opens a step, everystep view a page",
-    "serve": "everystep view opens the page",
-    "tensorboard": "everystep view opens the page",
+    **dict.fromkeys(("list", "ls"), "everystep runs lists the runs"),
+    **dict.fromkeys(("show", "open"), "everystep step RUN STEP opens a step, everystep view a page"),
+    **dict.fromkeys(("serve", "tensorboard"), "everystep view opens the page"),
+    **dict.fromkeys(("delete", "remove"), "everystep rm RUN removes a run"),
     "compare": "everystep diff RUN RUN compares two runs",
     "continue": "everystep resume RUN continues a run, everystep fork RUN --at STEP in a new run",
     "export": "everystep losses RUN --csv prints the losses; parameters are in "
     "RUN/snapshots/*/parameters.safetensors",
     "predict": "load the parameters in Python: "
     "model.load_state_dict(everystep.open(RUN).parameters(-1))",
-    "delete": "everystep rm RUN removes a run",
-    "remove": "everystep rm RUN removes a run",
 }
 
 #: Values of an experiment that people look for as options, by the path to set.
@@ -46,9 +42,8 @@ _SETTINGS = {
     **{f"--{name}": name for name in ("seed", "steps", "epochs", "device", "threads", "engine")},
 }
 #: How to give a setting to the commands that train.
-_TRAINING = {
-    **dict.fromkeys(("train", "sweep", "fork"), "write"),
-    "resume": "it keeps its settings; to change them, everystep fork RUN --at STEP",
+_TRAINING = dict.fromkeys(("train", "sweep", "fork"), "write") | {
+    "resume": "it keeps its settings; to change them, everystep fork RUN --at STEP"
 }
 #: The error of typer for wrong use, which has no public name of its own.
 _WrongUse = typer.BadParameter.__base__ or Exception

@@ -236,9 +236,8 @@ def step(
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
     opened = everystep.open(run)
-    found = opened[number]
     text = {"phase": phase, "operation": operation, "lines": lines, "width": page_width()}
-    answer(found, json, opened.problems, text=text, values=values)
+    answer(opened[number], json, opened.problems, text=text, values=values)
 
 
 def view(

@@ -94,8 +94,7 @@ def _hint_next(run: str, found: Why) -> None:
     made = [number for number in found.numbers if number.is_made]
     if made:
         rank = "" if made[0].rank is None else f" --rank {made[0].rank}"
-        following = f"everystep why {quoted(run)} {made[0].step} {quoted(made[0].name)}{rank}"
-        hint(f"next: {following}")
+        hint(f"next: everystep why {quoted(run)} {made[0].step} {quoted(made[0].name)}{rank}")
     elif found.origin == "state" and found.number.step > 1:
         hint(f"{found.number.name} is what the step before left; --back 1 follows it there")
 
@@ -287,8 +286,7 @@ def rerun(
         output: Plot both losses (.png, .svg or .pdf).
         log: Plot on a log axis.
     """
-    opened = everystep.open(run)
-    found = opened.rerun(
+    found = everystep.open(run).rerun(
         threads=threads,
         capability=capability,
         mkl=mkl,

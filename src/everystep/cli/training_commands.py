@@ -232,10 +232,9 @@ def fork(
     from everystep.experiment.specification import parse_setting
 
     numerics.prepare()
-    changes: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     made = everystep.open(run).fork(
         at,
-        changes,
+        dict(parse_setting(text) for text in settings or []),
         steps=steps,
         without_rows=shared.row_numbers(without_rows),
         relabel=shared.targets(relabel),
@@ -285,7 +284,6 @@ def _close(directory: Path, reason: str | None, quiet: bool) -> None:
 
 
 def _first_sentence(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comments = takewhile(lambda line: line.startswith("#"), lines)
+    comments = takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
     text = " ".join(line.removeprefix("#").strip() for line in comments)
     return text.partition(". ")[0].removesuffix(".")

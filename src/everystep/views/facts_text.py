@@ -145,7 +145,8 @@ def engine_text(facts: Facts) -> str:
         return f"by Python: {engine.reason}"
     if engine.stands_behind == "alone":
         return "by program alone, without the objects that trained it; not checked against Python"
-    checks = _checked_text(engine.checks, engine.verified_to)
+    checks = f"checked against Python {counted(engine.checks, 'time')}"
+    checks += f", last at step {engine.verified_to:,}" if engine.checks else ""
     vouched = ', which you vouched for (engine="program")' if engine.stands_behind == "vouched" else ""
     found = f"by program{vouched}; {checks}"
     if engine.eager_from is None:
@@ -160,15 +161,9 @@ def _function_text(function: FunctionFacts, steps: int) -> str:
     since = f" after step {function.after:,}" if function.after else ""
     return (
         f'a program, which you vouched for (engine="program"), ran {function.by_program:,} of '
-        f"{steps - function.after:,} steps{since}, "
-        f"{_checked_text(function.checks, function.verified_to)}"
+        f"{steps - function.after:,} steps{since}, checked against Python "
+        f"{counted(function.checks, 'time')}, last at step {function.verified_to:,}"
     )
-
-
-def _checked_text(checks: int, last: int) -> str:
-    if not checks:
-        return "not checked against Python"
-    return f"checked against Python {counted(checks, 'time')}, last at step {last:,}"
 
 
 def _fork_text(fork: ForkFacts) -> str:
@@ -255,7 +250,6 @@ def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[
     early = ending(run, facts, status, steps)
     return {
         "status": status,
-        "reason": facts.reason,
         "ending": early,
         "going_on": early and going_on(run, facts),
         "note": facts.note,

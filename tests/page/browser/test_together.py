@@ -203,12 +203,3 @@ def test_a_saved_view_is_for_everybody(saved, open_page):
     expect(page.locator(".opened .step h2")).to_be_visible()
     expect_no_sideways_scrolling(page)
     expect_axe_finds_nothing_serious(page)
-
-
-def test_the_link_to_a_view_is_copied(visit):
-    page = visit("/runs/chapter?step=137", permissions=["clipboard-read", "clipboard-write"])
-    expect_step(page, 137)
-    page.get_by_role("button", name="Save this view").click()
-    page.get_by_role("button", name="Copy link to this view").click()
-    expect(page.get_by_role("button", name="Copied")).to_be_visible()
-    assert page.evaluate("navigator.clipboard.readText()") == page.url
