@@ -7,6 +7,7 @@
     │   ├── ModelError: the model does not fit its data, or the data its loss
     │   ├── DeviceError: the device is not available
     │   ├── RunError: the run is missing, unreadable, or already exists
+    │   │   ├── ForeignDatabaseError: the database is that of another program
     │   │   ├── ProgramError: a program is invalid, or cannot run here
     │   │   └── StepError (an IndexError): the run does not have this step
     │   └── ExpressionError: an expression is invalid, or does not fit the run

@@ -147,9 +147,8 @@ def _losses_text(found: Verification, facts: Facts) -> str:
 
 
 def _share(count: int, whole: int) -> str:
-    if count == whole:
-        return f"all {whole:,}" if whole != 1 else "the only one"
-    return f"{count:,} of {whole:,}"
+    every = "the only one" if whole == 1 else f"all {whole:,}"
+    return every if count == whole else f"{count:,} of {whole:,}"
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
