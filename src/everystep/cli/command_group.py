@@ -46,7 +46,7 @@ _TRAINING = dict.fromkeys(("train", "sweep", "fork"), "write") | {
     "resume": "it keeps its settings; to change them, everystep fork RUN --at STEP"
 }
 #: The error of typer for wrong use, which has no public name of its own.
-_WrongUse = typer.BadParameter.__base__ or Exception
+_WrongUse: Any = typer.BadParameter.__base__
 
 
 #: An argument in a docstring.
