@@ -7,6 +7,7 @@
     │   ├── ModelError: the model does not fit its data, or the data its loss
     │   ├── DeviceError: the device is not available
     │   ├── RunError: the run is missing, unreadable, or already exists
+    │   │   ├── ForeignDatabaseError: the database is that of another program
     │   │   ├── ProgramError: a program is invalid, or cannot run here
     │   │   └── StepError (an IndexError): the run does not have this step
     │   └── ExpressionError: an expression is invalid, or does not fit the run
@@ -34,6 +35,7 @@ __all__ = [
     "ExperimentError",
     "ExpressionError",
     "Fault",
+    "ForeignDatabaseError",
     "ModelError",
     "ProgramError",
     "RecordingError",
@@ -113,6 +115,10 @@ class RunError(UsageError):
 
 class ProgramError(RunError):
     """A program is invalid, needs a newer everystep, or uses an operator that is not allowed."""
+
+
+class ForeignDatabaseError(RunError):
+    """The database of a run is that of another program."""
 
 
 class StepError(RunError, IndexError):

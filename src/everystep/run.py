@@ -104,7 +104,7 @@ class Run(RecordedRun):
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps([(self, number) for number in range(first, *others) if number > 0])
         number = self._number(step)
-        number = number + len(self) + 1 if number < 0 else number
+        number = len(self) + 1 + number if -len(self) <= number < 0 else number
         if self._last_opened is not None and self._last_opened[0].number != number:
             self._last_opened = None  # a large step goes before the next one needs its memory
         opened = self._opener.step(number)
@@ -451,8 +451,11 @@ class Run(RecordedRun):
         chosen = [operator.index(row) for row in without_rows]
         targets = {operator.index(row): float(target) for row, target in (relabel or {}).items()}
         changes = [bool(chosen) or without_rows_of is not None, bool(rates), bool(targets)]
-        if sum(changes) > 1:
-            raise UsageError("pass one of these: rows to leave out, lr, relabel")
+        if sum(changes) != 1:
+            raise UsageError(
+                "pass one of these: rows to leave out (without_rows, or without_rows_of), lr, relabel; "
+                f"everystep rows {self.name} STEP ranks the rows of a step"
+            )
         if wrong := [rate for rate in rates if not 0 <= rate < math.inf]:
             raise UsageError(f"lr is {wrong[0]:g}; pass learning rates from 0 on")
         if not rates and not targets:
@@ -468,8 +471,6 @@ class Run(RecordedRun):
             at, batch = step.number - 1 if at is None else at, step.batch
             chosen += map(batch.number, range(batch.count))
         rows = sorted(set(chosen))
-        if not any(changes):
-            raise UsageError("no rows to leave out: pass without_rows, or without_rows_of")
         without = [(row,) for row in rows] if each else [tuple(rows)]
         cases: Any = rates or ([targets] if targets else without)
         assert at is not None

@@ -41,8 +41,8 @@ def chapter_run(shelf):
 def test_everything_about_a_run(chapter_run, page):
     about = page.json("/api/runs/chapter")
     json.dumps(about, allow_nan=False)
-    assert (about["name"], about["status"], about["reason"]) == ("chapter", "finished", None)
-    assert (about["steps"], about["planned"], about["dtype"]) == (50, 50, "float32")
+    assert (about["name"], about["status"], about["ending"]) == ("chapter", "finished", None)
+    assert (about["steps"], about["planned"]) == (50, 50)
     facts = [list(row) for row in facts_in_order(chapter_run.facts)]
     assert about["facts"] == [*facts, ["seed", "0"]]
     assert [title for title, _, _ in about["details"]] == ["numerics", "versions"]

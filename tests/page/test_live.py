@@ -61,7 +61,7 @@ def test_a_training_is_followed_and_every_loss_arrives(server):
     assert np.array_equal(np.array(list(losses.values()), np.float32), recorded)
     assert sum(sizes) == 500
     assert len(sizes) > 1
-    assert (state["planned"], state["reason"], state["measurements"]) == (500, None, [])
+    assert (state["planned"], state["ending"], state["measurements"]) == (500, None, [])
     assert state["seconds"] > 0
     assert np.float32(state["last_loss"]) == recorded[-1]
 

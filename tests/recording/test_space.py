@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 
 import pytest
 import torch
@@ -63,6 +65,25 @@ def test_files_of_others_stay(runs, everystep_command):
     err = everystep_command("rm", "large", "--force")[2]
     assert "runs/large still has best.pt, which everystep did not write" in err
     assert [path.name for path in (runs / "large").iterdir()] == ["best.pt"]
+
+
+def test_a_link_and_the_database_of_another_program_are_not_removed(runs, everystep_command):
+    link, foreign = runs / "link", runs / "foreign" / "run.sqlite"
+    link.symlink_to("first")
+    code, _, err = everystep_command("rm", "link", "--force")
+    assert code == 2
+    assert "runs/link is a link; remove " in err
+    assert everystep.open("runs/first").verify().is_exact
+    foreign.parent.mkdir()
+    with closing(sqlite3.connect(foreign)) as database:
+        database.execute("CREATE TABLE mine (number)")
+    code, _, err = everystep_command("rm", "foreign", "--force")
+    assert code == 2
+    assert "not of an everystep run" in err
+    assert foreign.exists()
+    foreign.write_bytes(b"damaged")  # a damaged run can be removed
+    assert everystep_command("rm", "foreign", "--force")[0] == 0
+    link.unlink()
 
 
 def test_nothing_is_removed_without_a_yes_or_while_it_is_written(runs, everystep_command):

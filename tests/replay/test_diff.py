@@ -135,7 +135,7 @@ def test_a_longer_run_of_the_same_is_not_the_same(thorough):
     assert not found.is_same
     assert (found.steps, found.loss, found.states, found.operation) == ((30, 20), None, (), None)
     what = "result of every operation" if thorough else "loss and every common snapshot"
-    same = f"every {what} of the first 20 steps is identical; one run is longer"
+    same = f"every {what} up to step 20 is identical; one run is longer"
     assert found.to_text().endswith(same + ("" if thorough else "; --thorough compares every operation"))
 
 
@@ -248,7 +248,7 @@ def test_a_difference_that_is_rounded_away_everywhere_is_found_by_snapshots():
     assert not found.is_same
     assert found.loss is None and found.operation is None and found.common_state is None
     assert found.states == (StateDifference(0, "parameters/2.bias", 1, 1),)
-    assert "identical in all 30 common steps" in found.to_text()
+    assert "identical up to step 30" in found.to_text()
     assert found.to_text().endswith("the runs differ")
 
 
@@ -612,7 +612,7 @@ def test_the_command_says_that_runs_are_the_same_and_exits_with_0(everystep_comm
     code, out, err = everystep_command("diff", "sequential-1", "sequential-2")
     assert (code, err) == (0, "")
     assert out.endswith("identical, bit for bit; --thorough compares every operation\n")
-    assert "identical in all 30 common steps" in out
+    assert "identical up to step 30" in out
     train(steps=10)
     assert everystep_command("diff", "sequential-1", "sequential-3")[0] == 1
 

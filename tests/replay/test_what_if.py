@@ -219,7 +219,7 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
     assert run.what_if(without_rows_of=6 - len(run) - 1, each=True, progress=False).cases == said.cases
     with pytest.raises(UsageError, match="the step after which the trainings start"):
         run.what_if(without_rows=[2])
-    for arguments, cure in (([], "--without-rows-of STEP"), (["--without-rows", "2"], "--at STEP")):
+    for arguments, cure in (([], "pass one of these"), (["--without-rows", "2"], "no start: pass at")):
         code, _, err = everystep_command("what-if", run.directory, *arguments)
         assert code == 2
         assert cure in err
@@ -228,7 +228,7 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"without_rows": []}, "no rows to leave out"),
+        ({"without_rows": []}, "pass one of these: rows to leave out .*, lr, relabel"),
         ({"without_rows": [99]}, "there is no row 99; the training rows are 0 to 19"),
         ({"without_rows_of": 6}, "leaves no row in the batch of step 6"),
         (
@@ -348,7 +348,7 @@ def test_other_numbers_for_python_and_unknown_rates_are_reported(tmp_path):
     assert "from step 6 on, Python could read other numbers" in found.to_text()
     run = trained(tmp_path / "run")
     for other in ({"without_rows": [2]}, {"relabel": {2: 1}}):
-        with pytest.raises(UsageError, match="pass one of these: rows to leave out, lr, relabel"):
+        with pytest.raises(UsageError, match="pass one of these: rows to leave out"):
             run.what_if(4, lr=0.5, **other, progress=False)
     for rate in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"lr is {rate:g}; pass learning rates from 0 on"):

@@ -59,3 +59,18 @@ def test_the_only_optimizer_is_named_and_statistics_of_complex_numbers_say_what_
     alone = step_text(run[1], run.facts, operation=0).plain
     assert "3 complex64  absolute values:  mean 2.333" in alone
     assert "[                3+4j                 0+2j                 0+0j]" in alone
+
+
+def test_an_operation_of_the_model_itself_names_no_module(tmp_path):
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = Model(nn.Linear(2, 1))
+    with everystep.record(run=tmp_path / "run", model=model) as recording:
+        for x in recording.steps([torch.ones(3, 2)]):
+            recording.log(loss=model(x).sum())
+    run = everystep.open(tmp_path / "run")
+    lines = step_text(run[1], run.facts, phase="forward").plain.splitlines()
+    ends = [line.split("  ")[-2:] for line in lines if "aten." in line]
+    assert ends == [["module 0", "aten.addmm.default"], [" relu(#0)", "aten.relu.default"]]

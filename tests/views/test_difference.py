@@ -67,7 +67,7 @@ def test_a_difference_in_a_sentence(operation, sentence):
 
 
 def test_what_no_loss_shows_in_a_sentence():
-    same = "The losses of all 500 common steps are identical;"
+    same = "The losses are identical up to step 500;"
     assert diff_sentence(difference(parting(inputs=["parameter/0.bias"]), loss=None)) == (
         f"{same} the first operation that differs is #9 of step 138, {NAME}; its input 0.bias differs."
     )

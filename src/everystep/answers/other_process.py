@@ -89,7 +89,7 @@ class Conditions:
         if self == Conditions():
             raise UsageError(
                 "a rerun needs a condition that differs from the recording: threads, capability, mkl, "
-                "float64, bfloat16 or python (everystep verify replays the run as it was recorded)"
+                "precision or python (everystep verify replays the run as it was recorded)"
             )
         given = {name: getattr(self, name) for name in _ALLOWED}
         faults = [

@@ -36,7 +36,6 @@ app = typer.Typer(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     name="everystep",
-    help="Train a neural network step by step, and keep every step.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable
 from copy import copy
-from itertools import pairwise
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer.core
@@ -18,20 +17,16 @@ __all__ = ["Commands", "documented"]
 #: Names of commands in other tools, and the everystep command to use instead.
 _INSTEAD = {
     "help": "everystep -h, or everystep COMMAND -h",
-    "list": "everystep runs lists the runs",
-    "ls": "everystep runs lists the runs",
-    "show": "everystep step RUN STEP opens a step, everystep view a page",
-    "open": "everystep step RUN STEP opens a step, everystep view a page",
-    "serve": "everystep view opens the page",
-    "tensorboard": "everystep view opens the page",
+    **dict.fromkeys(("list", "ls"), "everystep runs lists the runs"),
+    **dict.fromkeys(("show", "open"), "everystep step RUN STEP opens a step, everystep view a page"),
+    **dict.fromkeys(("serve", "tensorboard"), "everystep view opens the page"),
+    **dict.fromkeys(("delete", "remove"), "everystep rm RUN removes a run"),
     "compare": "everystep diff RUN RUN compares two runs",
     "continue": "everystep resume RUN continues a run, everystep fork RUN --at STEP in a new run",
     "export": "everystep losses RUN --csv prints the losses; parameters are in "
     "RUN/snapshots/*/parameters.safetensors",
     "predict": "load the parameters in Python: "
     "model.load_state_dict(everystep.open(RUN).parameters(-1))",
-    "delete": "everystep rm RUN removes a run",
-    "remove": "everystep rm RUN removes a run",
 }
 
 #: Values of an experiment that people look for as options, by the path to set.
@@ -44,9 +39,14 @@ _SETTINGS = {
     "--loss": "loss.name",
     "--batch-size": "batch_size",
     "--max-grad-norm": "max_grad_norm",
-    "--seed": "seed",
-    "--epochs": "epochs",
+    **{f"--{name}": name for name in ("seed", "steps", "epochs", "device", "threads", "engine")},
 }
+#: How to give a setting to the commands that train.
+_TRAINING = dict.fromkeys(("train", "sweep", "fork"), "write") | {
+    "resume": "it keeps its settings; to change them, everystep fork RUN --at STEP"
+}
+#: The error of typer for wrong use, which has no public name of its own.
+_WrongUse: Any = typer.BadParameter.__base__
 
 
 #: An argument in a docstring.
@@ -69,39 +69,39 @@ def documented(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; an unknown one, or a value that is not an option, is answered by what to type."""
+    """The commands; wrong use is answered by what to type."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that was typed, and its arguments.
 
         Raises:
-            UsageError: the command is unknown, or a value of the experiment was given as an option.
+            UsageError: the command is unknown.
         """
         name = "" if ctx.resilient_parsing or not args else args[0]  # the shell wants no errors
-        if name and not name.startswith("-"):
-            command = self.get_command(ctx, name)
-            if command is None:
-                raise UsageError(f"no command {name!r}; {self._instead(ctx, name)}")
-            if name in ("train", "sweep", "fork", "resume"):
-                known = {option for parameter in command.params for option in parameter.opts}
-                _check_options(args[1:], known, has_settings="--set" in known)
+        if name and not name.startswith("-") and self.get_command(ctx, name) is None:
+            raise UsageError(f"no command {name!r}; {self._instead(ctx, name)}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            UsageError: an argument or an option is missing, unknown or invalid, or is a setting.
+        """
+        try:
+            return super().invoke(ctx)
+        except _WrongUse as error:
+            name, option = ctx.invoked_subcommand, getattr(error, "option_name", "").replace("_", "-")
+            problem = error.format_message().partition(", unable to parse")[0].rstrip(".")
+            problem = f"{problem[0].lower()}{problem[1:]}".replace("Input should be", "must be")
+            cure = f"everystep {name} -h describes it"
+            if problem.startswith("no such option") and option in _SETTINGS and name in _TRAINING:
+                problem = problem.partition(" (")[0]
+                cure = f"{_TRAINING[name]} --set {_SETTINGS[option]}=VALUE"
+            raise UsageError(f"{problem}; {cure}") from None
 
     def _instead(self, ctx: Any, name: str) -> str:
         known = self.list_commands(ctx)
         begun = [f"did you mean {each}?" for each in known if each.startswith(name)]
         cure = _INSTEAD.get(name) or (begun[0] if len(begun) == 1 else did_you_mean(name, known))
         return cure or "everystep -h lists the commands"
-
-
-def _check_options(given: list[str], known: set[str], *, has_settings: bool) -> None:
-    for option, value in pairwise([*given, ""]):
-        option, _, joined = option.partition("=")
-        path = _SETTINGS.get(option.replace("_", "-"))
-        if path is not None and option not in known:
-            value = joined or ("VALUE" if not value or value.startswith("--") else value)
-            setting = f"--set {path}={value}"
-            cure = f"write {setting}"
-            if not has_settings:
-                cure = f"it keeps its settings; to change them, everystep fork RUN --at STEP {setting}"
-            raise UsageError(f"no option {option}; {cure}")

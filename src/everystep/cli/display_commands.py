@@ -125,14 +125,14 @@ def losses(
 def table(
     run: shared.RunArgument,
     output: shared.FileOption = None,
-    rows: Annotated[int, typer.Option(min=1)] = 100_000,
+    rows: shared.CountOption = 100_000,
 ) -> None:
     """Write a page with a table of the losses to browse.
 
     The table can be sorted, searched, copied, and saved as CSV.
 
     Args:
-        output: The page to write (.html); default: RUN-losses.html or RUN-report.html here.
+        output: The page to write (.html); default: RUN-losses.html here.
         rows: Maximum number of rows to embed; a longer run is excerpted.
     """
     from everystep.views.output_file import default_output
@@ -190,7 +190,7 @@ def report(
     """Write everything about a run as one page.
 
     Args:
-        output: The page to write (.html); default: RUN-losses.html or RUN-report.html here.
+        output: The page to write (.html); default: RUN-report.html here.
         steps: Embed this step; -1: the newest. Repeatable.
     """
     from everystep.views.output_file import default_output, write_file
@@ -236,9 +236,8 @@ def step(
     if phase is not None and operation is not None:
         raise UsageError("--phase and --op are mutually exclusive")
     opened = everystep.open(run)
-    found = opened[number]
     text = {"phase": phase, "operation": operation, "lines": lines, "width": page_width()}
-    answer(found, json, opened.problems, text=text, values=values)
+    answer(opened[number], json, opened.problems, text=text, values=values)
 
 
 def view(

@@ -94,8 +94,7 @@ def _hint_next(run: str, found: Why) -> None:
     made = [number for number in found.numbers if number.is_made]
     if made:
         rank = "" if made[0].rank is None else f" --rank {made[0].rank}"
-        following = f"everystep why {quoted(run)} {made[0].step} {quoted(made[0].name)}{rank}"
-        hint(f"next: {following}")
+        hint(f"next: everystep why {quoted(run)} {made[0].step} {quoted(made[0].name)}{rank}")
     elif found.origin == "state" and found.number.step > 1:
         hint(f"{found.number.name} is what the step before left; --back 1 follows it there")
 
@@ -201,7 +200,7 @@ def measure(
         hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
     answer(found)
-    hint(f"everystep plot {quoted(run)} -m {quoted(found.name)}")
+    hint(f"next: everystep plot {quoted(run)} -m {quoted(found.name)}")
     if found.left_out:
         raise typer.Exit(1)
 
@@ -287,8 +286,7 @@ def rerun(
         output: Plot both losses (.png, .svg or .pdf).
         log: Plot on a log axis.
     """
-    opened = everystep.open(run)
-    found = opened.rerun(
+    found = everystep.open(run).rerun(
         threads=threads,
         capability=capability,
         mkl=mkl,
@@ -313,7 +311,7 @@ def what_if(
     without_rows: shared.RowsOption = None,
     without_rows_of: shared.StepOption = None,
     each: Annotated[bool, typer.Option("--each")] = False,
-    lr: list[float] | None = None,
+    lr: Annotated[list[float] | None, typer.Option(metavar="RATE")] = None,
     relabel: shared.RelabelOption = None,
     by: Annotated[str, typer.Option(metavar="EXPRESSION")] = "loss",
     processes: shared.ProcessesOption = None,
@@ -331,24 +329,12 @@ def what_if(
         without_rows: Rows (samples) of the data to leave out: 8123,8124.
         without_rows_of: Leave out the rows of the batch of this step.
         each: Leave out each row alone, not all at once.
-        lr: Another learning rate; may be repeated, one training each.
+        lr: Another learning rate, in a training of its own. Repeatable.
         relabel: Another target for a row of the data; of your own loop, for a row of the batch of the
             step after --at, and wherever that row comes again. Repeatable.
         by: What to compare: norm(gradients['0.weight']).
     """
-    from everystep.replay.without_objects import check_has_rows
-
-    opened = everystep.open(run)
-    if not lr and not relabel:
-        check_has_rows(opened, at)
-    if without_rows is None and without_rows_of is None and not lr and not relabel:
-        raise UsageError(
-            "no rows to leave out: add --without-rows 8123,8124, or --without-rows-of STEP; "
-            f"everystep rows {run} STEP ranks those of a step"
-        )
-    if at is None and without_rows_of is None:
-        raise UsageError("no start: add --at STEP, the step after which the trainings start")
-    found = opened.what_if(
+    found = everystep.open(run).what_if(
         at,
         until,
         without_rows=shared.row_numbers(without_rows),

@@ -93,7 +93,7 @@ RunArgument = Annotated[
 RunsArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="RUN...", help="Run directories, or their names in runs/.", autocompletion=run_names
+        metavar="RUN", help="Run directories, or their names in runs/.", autocompletion=run_names
     ),
 ]
 StepArgument = Annotated[int, typer.Argument(metavar="STEP", help="Step, from 1, or from the end: -1.")]

@@ -16,7 +16,7 @@ __all__ = ["du", "prune", "rm"]
 
 
 def du(
-    directory: Annotated[Path, typer.Argument(metavar="[DIRECTORY|RUN]")] = Path("runs"),
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY|RUN")] = Path("runs"),
     json: shared.JsonOption = False,
 ) -> None:
     """Show what runs take on the disk, and for what.
@@ -116,5 +116,5 @@ def _is_sure(what: str, force: bool) -> bool:
     if force:
         return True
     if not sys.stdin.isatty():
-        raise UsageError(f"{what}? It cannot be undone; pass --force to do it without being asked")
+        raise UsageError(f"{what}? Nobody can answer, since stdin is not a terminal; pass --force")
     return typer.confirm(f"{what} for good?", err=True)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -197,7 +198,7 @@ def experiments(
     if name is None:
         rows = [{"name": each, "about": _first_sentence(path)} for each, path in known.items()]
         say("\n".join(table_text([keyed("name", ""), keyed("about", "")], rows)))
-        hint("everystep experiments NAME > my.toml; everystep train my.toml")
+        hint("next: everystep experiments NAME > my.toml; everystep train my.toml")
         return
     if name not in known:
         raise UsageError(f"no built-in experiment {name!r}; {did_you_mean(name, list(known))}")
@@ -231,10 +232,9 @@ def fork(
     from everystep.experiment.specification import parse_setting
 
     numerics.prepare()
-    changes: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     made = everystep.open(run).fork(
         at,
-        changes,
+        dict(parse_setting(text) for text in settings or []),
         steps=steps,
         without_rows=shared.row_numbers(without_rows),
         relabel=shared.targets(relabel),
@@ -284,9 +284,6 @@ def _close(directory: Path, reason: str | None, quiet: bool) -> None:
 
 
 def _first_sentence(path: Path) -> str:
-    comments = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        comments.append(line.removeprefix("#").strip())
-    return " ".join(comments).partition(". ")[0].removesuffix(".")
+    comments = takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
+    text = " ".join(line.removeprefix("#").strip() for line in comments)
+    return text.partition(". ")[0].removesuffix(".")

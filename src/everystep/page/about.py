@@ -47,7 +47,6 @@ def about_data(
         **facts_data(facts),
         "name": name,
         **live_data(run, columns, run.status_by(facts)),
-        "dtype": str(columns.losses.dtype),
         "has_loss": facts.has_loss,
         "directory": _argument(run.directory),
         "parent": [facts.fork.parent, facts.fork.at] if facts.fork else None,
@@ -59,7 +58,6 @@ def about_data(
         "layers": _telling_layers(training.modules),
         "settings": settings or {},
         "snapshots": run.snapshots,
-        "seconds": facts.seconds,
         "damage": columns.remembered("damage", lambda: run.damage),
     }
 

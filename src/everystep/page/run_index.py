@@ -59,7 +59,7 @@ class RunIndex:
         if directory is None or not (directory / FILE_NAME).is_file():
             known = list(self.directories())
             cure = did_you_mean(name, known) or "the list of runs shows the existing ones"
-            raise RunError(f"no run {_shortened(name)!r} in {self.directory}; {cure}")
+            raise RunError(f"no run {name!r:.80} in {self.directory}; {cure}")
         return directory
 
     def directories(self) -> dict[str, Path]:
@@ -155,7 +155,3 @@ def _folders_in(directory: Path) -> dict[str, Path]:
 def shown_name(name: str) -> str:
     """Return the name of a folder for the page, with undecodable bytes escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 80 else f"{name[:80]}..."

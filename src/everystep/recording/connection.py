@@ -16,7 +16,7 @@ from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 
-from everystep.errors import RunError
+from everystep.errors import ForeignDatabaseError, RunError
 
 __all__ = [
     "APPLICATION_ID",
@@ -255,7 +255,7 @@ def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
-        raise RunError(f"{path} is a SQLite database, but not of an everystep run")
+        raise ForeignDatabaseError(f"{path} is a SQLite database, but not of an everystep run")
     if version != SCHEMA_VERSION:
         earlier = "an earlier", "everystep 0.1 reads format 1"
         newer = "a newer", "pip install --upgrade everystep"

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everystep.errors import RecordingError, RunError, did_you_mean
+from everystep.errors import ForeignDatabaseError, RecordingError, RunError, did_you_mean
 from everystep.recording.connection import LOCK_NAME, SPARE_NAME
 from everystep.recording.database import FILE_NAME, reading
 from everystep.recording.files import BATCHES, CHANGES, PROGRAMS, SNAPSHOTS, files_in
@@ -277,9 +277,20 @@ def remove_run(directory: Path) -> list[str]:
     Forks stay whole: they have all files that they need.
 
     Raises:
-        RunError: another process is writing the run.
+        RunError: another process is writing the run, it is a link, or another program's database.
         RecordingError: a file cannot be removed.
     """
+    if directory.is_symlink():
+        raise RunError(
+            f"{directory} is a link; remove {directory.resolve()}, or the link itself with rm"
+        )
+    try:
+        with reading(directory / FILE_NAME):
+            pass
+    except ForeignDatabaseError:
+        raise
+    except RunError:
+        pass  # a damaged run can be removed
     try:
         with locked(directory):
             # Without its database it is not a run, whatever happens next.

@@ -284,8 +284,8 @@ class Replay:
         if state is None and at:
             state = self.go_to(boundary, at - 1).capture()
         if state is None:
-            problems = "; ".join(self.problems) or "it is missing"
-            raise RunError(f"{self.run.name} cannot be replayed from its first state: {problems}")
+            why = self.problems[-1] if self.problems else "it is missing"
+            raise RunError(f"{self.run.name} cannot be replayed from its first state: {why}")
         stepper.load(state)
         self._at = at
 
@@ -359,8 +359,9 @@ class Replay:
         return stretch_at(self.stretches, step)
 
     def _note(self, problem: str) -> None:
-        if problem not in self.problems:
-            self.problems.append(problem)
+        if problem in self.problems:
+            self.problems.remove(problem)
+        self.problems.append(problem)
 
 
 def no_such_step(run: RecordedRun, number: int) -> StepError:

@@ -46,7 +46,7 @@ LONGEST = 60
 def diff_text(found: Difference) -> str:
     """Return where two runs differ, in lines."""
     common = min(found.steps)
-    losses = f"identical in all {common:,} common steps"
+    losses = f"identical up to step {common:,}"
     if found.loss is not None:
         pair = " and ".join(map(shortest, found.loss[1:]))
         losses = f"differ from step {found.loss.step:,} on: {pair}"
@@ -79,7 +79,7 @@ def diff_sentence(found: Difference) -> str:
     if not any((found.loss, operation, found.states)):
         verdict = _diff_verdict(found)
         return f"{verdict[0].upper()}{verdict[1:]}."
-    texts = [f"The losses of all {min(found.steps):,} common steps are identical"]
+    texts = [f"The losses are identical up to step {min(found.steps):,}"]
     if found.loss is not None:
         texts = [f"The losses first differ at step {found.loss.step:,}"]
     elif operation is None:
@@ -207,7 +207,7 @@ def _diff_verdict(found: Difference) -> str:
     if found.is_same and not found.numerics and found.is_thorough:
         return f"the runs are bit-identical{names}"
     what = "result of every operation" if found.is_thorough else "loss and every common snapshot"
-    same = f"every {what} of the first {min(found.steps):,} steps is identical"
+    same = f"every {what} up to step {min(found.steps):,} is identical"
     if found.steps[0] != found.steps[1] and not found.experiments:
         return f"{same}; one run is longer"
     return f"{same}, bit for bit{names}" if found.is_same or found.is_thorough else same

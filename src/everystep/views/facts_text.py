@@ -110,12 +110,8 @@ def closing(directory: Path, reason: str | None) -> str:
     argument = shlex.quote(shortest_name(directory))
     following = [f"fork {argument} --at 0 --steps 500"]
     if summary.steps:
-        following = [
-            f"step {argument} {summary.steps}",
-            f"table {argument}",
-            f"plot {argument}",
-            f"report {argument}",
-        ]
+        following = [f"step {argument} {summary.steps}"]
+        following += [f"{each} {argument}" for each in ("table", "plot", "report")]
     commands = (f"  everystep {command}" for command in (f"view {argument}", *following))
     return "\n".join([*lines, "", "next:", *commands])
 
@@ -149,9 +145,8 @@ def engine_text(facts: Facts) -> str:
         return f"by Python: {engine.reason}"
     if engine.stands_behind == "alone":
         return "by program alone, without the objects that trained it; not checked against Python"
-    checks = (
-        f"checked against Python {counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
-    )
+    checks = f"checked against Python {counted(engine.checks, 'time')}"
+    checks += f", last at step {engine.verified_to:,}" if engine.checks else ""
     vouched = ', which you vouched for (engine="program")' if engine.stands_behind == "vouched" else ""
     found = f"by program{vouched}; {checks}"
     if engine.eager_from is None:
@@ -255,7 +250,6 @@ def state_data(run: RecordedRun, facts: Facts, status: str, steps: int) -> dict[
     early = ending(run, facts, status, steps)
     return {
         "status": status,
-        "reason": facts.reason,
         "ending": early,
         "going_on": early and going_on(run, facts),
         "note": facts.note,

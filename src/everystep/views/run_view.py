@@ -114,13 +114,15 @@ def _verify_text(found: Verification, view: RunView) -> str:
         *(("problem", problem) for problem in found.problems),
     ]
     verdict = "replays bit for bit" if found.is_exact else "does not replay bit for bit"
+    if not found.all_steps and found.is_exact:
+        return block(lines[:3], f"{view.run.name} has nothing to verify")
     what = f"what {view.run.name} keeps" if facts.not_kept else view.run.name
     return block(lines, f"{what} {verdict}")
 
 
 def _replayed_text(found: Verification, facts: Facts) -> str:
     if not found.all_steps:
-        return "nothing: the run has no steps"
+        return "the run has no steps"
     threads = ", ".join(
         f"{counted(steps, 'step')} with {counted(count, 'thread')}"
         for count, steps in sorted(found.threads.items())
@@ -145,7 +147,8 @@ def _losses_text(found: Verification, facts: Facts) -> str:
 
 
 def _share(count: int, whole: int) -> str:
-    return f"all {whole:,}" if count == whole else f"{count:,} of {whole:,}"
+    every = "the only one" if whole == 1 else f"all {whole:,}"
+    return every if count == whole else f"{count:,} of {whole:,}"
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
@@ -160,9 +163,7 @@ def _apart(recorded: float, replayed: float, units: int | None) -> str:
 
 def _snapshots_text(found: Verification) -> str:
     if not found.states:
-        is_only = found.snapshots == found.all_snapshots == 1
-        count = "the only one" if is_only else _share(found.snapshots, found.all_snapshots)
-        return f"{count} after state 0 bit-identical"
+        return f"{_share(found.snapshots, found.all_snapshots)} after state 0 bit-identical"
     states = sorted({each.state for each in found.states})
     first = [each for each in found.states if each.state == states[0]]
     text = f"{len(states):,} of {found.snapshots:,} differ, first state {states[0]:,}:\n"
@@ -214,6 +215,7 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
 
     counts = (found.nans, "NaN"), (found.infinities, "infinite")
     what = " and ".join(f"{count:,} {kind}" for count, kind in counts if count)
+    what += " number" + "s" * (found.nans + found.infinities > 1)
     step, how = found.step.number, _by_own_code(found)
     how = f"; {how}" if how else ""
     if found.operation is None:
@@ -223,14 +225,15 @@ def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     else:
         operation = found.operation.operation
         module = f" of module {operation.module}" if operation.module else ""
-        made = f"made {found.name} {what}"
+        made = f"made {what}"
         if how:
             made = f"put {what} into {name_in_words(found.name.partition('~')[0])}{how}"
         where = f"step {step:,}, {found.phase}, operation #{found.index}"
+        _, inputs = _formula_and_inputs(found)
         lines = [
             f"{where}: {operation.operator}{module} {made}",
             *([] if found.operation.line is None else [f"  {found.operation.line}"]),
-            *(f"  from {name}: {_range(tensor)}" for name, tensor in found.operation.inputs.items()),
+            *(f"  from {name}: {_range(tensor)}" for name, tensor in inputs.items()),
         ]
     if found.rows:
         lines.append(
@@ -263,13 +266,22 @@ def _range(tensor: Any) -> str:
     return f"{shape_text(tensor)}, {number(found.minimum)} to {number(found.maximum)}{bad}"
 
 
-def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
-    from everystep.replay.opened_step import statistics
+def _formula_and_inputs(found: NonFinite) -> tuple[str | None, dict[str, Any]]:
+    """Return the operation as mathematics, and its inputs by their names there."""
     from everystep.views.mathematics import mathematics
 
+    if found.index is None:
+        return None, {}
+    line = mathematics(found.step.operations)[found.index]
+    inputs = found.step.operations[found.index].inputs
+    return str(line), {line.given[name]: tensor for name, tensor in inputs.items()}
+
+
+def _of_nonfinite(found: NonFinite) -> dict[str, Any]:
+    from everystep.replay.opened_step import statistics
+
     _in("why_text")
-    inputs = {} if found.operation is None else found.operation.inputs
-    line = None if found.index is None else str(mathematics(found.step.operations)[found.index])
+    line, inputs = _formula_and_inputs(found)
     return {
         "operation": found.operation,
         "phase": found.phase,

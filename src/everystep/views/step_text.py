@@ -161,7 +161,7 @@ class _Opened:
         page.labelled("formula", f"{line.left or f'#{place}'} = {line.right}")
         page.labelled("operator", seen.operation.operator)
         page.labelled("phase", seen.operation.phase)
-        if seen.operation.module is not None:
+        if seen.operation.module:
             page.labelled("module", seen.operation.module)
         if seen.line is not None:
             page.labelled("line", str(seen.line))
@@ -413,7 +413,7 @@ class _Opened:
     def _operation_in_full(self, place: int) -> None:
         seen, line, page = self.step.operations[place], self.lines[place], self.page
         self._write_code(seen.line)
-        module = "" if seen.operation.module is None else f"  module {seen.operation.module}"
+        module = f"  module {seen.operation.module}" if seen.operation.module else ""
         origin = f"{module}  {seen.operation.operator}"
         page.line((f"{f'#{place}':<5}", "dim"), (str(line), ""), (origin, "dim"), indent=_INDENT)
         indent = _INDENT + 5

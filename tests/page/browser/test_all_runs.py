@@ -212,3 +212,10 @@ def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tm
     page.get_by_label("search the runs").fill("run-129")
     assert names(page) == ["run-129"]
     page.goto("about:blank")  # it may still ask for pictures of the rows
+
+
+def test_the_name_of_a_fork_has_one_line(visit):
+    page = visit("/", viewport={"width": 1400, "height": 900})
+    expect(page.locator("td.name > a").nth(1)).to_be_visible()
+    heights = [name.bounding_box()["height"] for name in page.locator("td.name > a").all()]
+    assert max(heights) < 1.5 * min(heights)

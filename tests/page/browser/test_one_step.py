@@ -141,7 +141,7 @@ def test_images_are_shown_as_images_with_their_classes_and_rows(visit, recorded)
     # An ink stroke is lighter or darker than the paper, so that no image is of one colour.
     colours = "canvas => new Set(canvas.getContext('2d').getImageData(0, 0, 8, 8).data).size"
     assert images.first.evaluate(colours) > 5
-    batch.get_by_role("button", name="more: 16 of 64 shown").click()
+    batch.get_by_role("button", name="Show more (16 of 64)").click()
     expect(images).to_have_count(32)
     expect(batch).to_contain_text("64 rows of the data:")
     batch.get_by_role("button", name="all", exact=True).click()

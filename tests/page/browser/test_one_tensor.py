@@ -19,6 +19,7 @@ from tests.page.browser.places import (
 )
 
 import everystep
+from everystep.views.formatting import number
 
 
 @pytest.fixture
@@ -256,3 +257,15 @@ def test_a_click_on_a_number_says_where_it_comes_from(visit, recorded):
     expect(reasons.locator(".reason-of")).to_contain_text(f"{factor.name} = ")
     reasons.locator(".trail button").click()
     expect(reasons.locator(".reason-of")).to_contain_text(f"{answer.number.name} = ")
+
+
+def test_numbers_are_rounded_as_in_the_terminal(visit):
+    numbers = [each / 64 for each in range(1, 300)] + [-2.0625, 0.15625, 1234.5, 1235.5, 1e-7, 2.5e-9]
+    shown = visit("/").evaluate(
+        """async (numbers) => {
+            const { short } = await import("/static/shared/format.js");
+            return numbers.map((each) => short(each));
+        }""",
+        numbers,
+    )
+    assert shown == [number(each) for each in numbers]

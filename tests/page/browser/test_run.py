@@ -300,3 +300,11 @@ def workers_of(pid):
         for each in started
         if b"everystep.page.worker" in Path(f"/proc/{each}/cmdline").read_bytes()
     ]
+
+
+def test_the_numerics_have_room_in_the_column_next_to_the_plot(visit):
+    page = visit("/runs/chapter", viewport={"width": 1400, "height": 900})
+    page.get_by_text("MKL_CBWR").click()
+    value = page.locator(".is-column .pairs dd").first
+    expect(value).to_be_visible()
+    assert value.bounding_box()["width"] > 100

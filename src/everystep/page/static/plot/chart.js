@@ -54,6 +54,7 @@ export function colour(name) {
  */
 export function chartOptions(lines, has) {
   const right = lines.filter(({ scale }) => scale !== "loss");
+  const hasRight = right.some(({ curve }) => curve.points()[1].some(Number.isFinite));
   return {
     width: has.width,
     height: has.height,
@@ -64,7 +65,8 @@ export function chartOptions(lines, has) {
     series: [{}, ...lines.map((line) => seriesOptions(line, has))],
     axes: [stepAxis(), axis("loss", "loss", 3, has.isLog), ...right.map((line) => axis(line.scale, line.title, 1, false, line.colour))],
     legend: { show: false },
-    padding: [18, right.length ? 4 : 8 + 3.5 * whole(has.last).length, 0, has.hasLoss ? 0 : 12],
+    // An axis without numbers takes no place: the labels of the steps need it.
+    padding: [18, hasRight ? 4 : 8 + 3.5 * whole(has.last).length, 0, has.hasLoss && has.last ? 0 : 12],
     cursor: { y: false, points: { size: 8 }, drag: { x: true, y: false, uni: 10, dist: 4 } },
     hooks: has.hooks,
   };

@@ -69,7 +69,7 @@ export class Banner {
         { class: "origin" },
         `${where}: `,
         mathematics ? element("span", { class: "mono" }, mathematics) : name,
-        ` has ${counts}${how && `; ${how}`}. `,
+        ` has ${counts} ${nans + infinities === 1 ? "number" : "numbers"}${how && `; ${how}`}. `,
         operationLink(this.about.name, found),
       ),
       made?.line ? element("p", { class: "small" }, `${made.line.file}:${made.line.line}  `, element("code", {}, made.line.text)) : null,

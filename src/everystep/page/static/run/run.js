@@ -313,7 +313,7 @@ function runKeys(view) {
     { keys: ["/"], shown: "/", label: "go to a step: 137, -1, +10", press: () => view.bar.focus() },
     { keys: ["p"], shown: "p", label: "play through the run, or pause", press: () => view.togglePlay() },
     { keys: ["l"], shown: "l", label: "logarithmic axis", press: () => view.plot.toggleLog() },
-    { keys: ["f"], shown: "f", label: "fork from here", press: () => view.fork() },
+    { keys: ["f"], shown: "f", label: "fork after this step", press: () => view.fork() },
     { keys: ["Escape"], shown: "Escape", label: "stop playing, or close the step", press: () => view.leave() },
   ];
 }

@@ -19,7 +19,10 @@ export function short(value, digits = 4) {
   const number = numberOf(value);
   if (number === null) return "";
   if (!Number.isFinite(number)) return Number.isNaN(number) ? "nan" : number > 0 ? "inf" : "-inf";
-  const rounded = Number(number.toPrecision(digits));
+  // As in Python, a number in the middle of two goes to the even one: 2.0625 to 2.062, a little nearer to zero.
+  const figures = number.toPrecision(40).replace(/e.*|[-.]/g, "").replace(/^0+/, "");
+  const isDown = /^[02468]50*$/.test(figures.slice(digits - 1));
+  const rounded = Number((isDown ? number * (1 - 2 ** -50) : number).toPrecision(digits));
   const size = Math.abs(rounded);
   // Exponents as in Python, because the server's texts are next to them.
   if (size !== 0 && (size >= 1e6 || size < 1e-4)) return rounded.toExponential().replace(/e([+-])(\d)$/, "e$10$2");

@@ -29,7 +29,7 @@ export function images(view) {
     while (figures.length < length) figures.push(figure());
     grid.replaceChildren(...figures.slice(0, length).map((one) => one.node));
     found.forEach((image, place) => figures[place].draw(image, given, place));
-    setText(more, `more: ${whole(length)} of ${whole(count)} shown`);
+    setText(more, `Show more (${whole(length)} of ${whole(count)})`);
     show(more, length < Math.min(count, IMAGES_MOST));
   }, PATIENCE);
 

@@ -141,16 +141,15 @@ function textOf(value) {
 // The comparison of losses and states on disk.
 function statesOf({ loss, steps, states, common_state: common }) {
   const lines = [];
-  const both = whole(Math.min(...steps));
   if (loss) lines.push(`The losses diverge at step ${whole(loss.step)}: ${short(loss.recorded, 8)} and ${short(loss.replayed, 8)}.`);
-  else lines.push(`The losses of all ${both} common steps are identical.`);
+  else lines.push(`The losses are identical up to step ${whole(Math.min(...steps))}.`);
   if (steps[0] !== steps[1]) lines.push(`They took ${whole(steps[0])} and ${whole(steps[1])} steps.`);
   if (common !== null) lines.push(`The states on disk are identical up to state ${whole(common)}.`);
   const rows = states.map((each) => element("li", {}, element("code", {}, each.tensor), ` ${stateText(each)}`));
   const first = states.length > 0 && element(
     "details",
     { class: "more" },
-    element("summary", {}, `State ${whole(states[0].state)} differs in ${whole(states.length)} tensors`),
+    element("summary", {}, `State ${whole(states[0].state)} differs in ${whole(states.length)} ${states.length === 1 ? "tensor" : "tensors"}`),
     element("ul", { class: "plain-list" }, rows),
   );
   const title = element("h2", {}, "Losses and states");

@@ -1,7 +1,5 @@
-// The dialog that saves a view: the self-contained report with the chosen steps inside, or a link.
+// The dialog that saves a view: the self-contained report with the chosen steps inside.
 
-import { write } from "../shared/address.js";
-import { copyButton } from "../shared/copy.js";
 import { commandLine, complain, fieldLine, openDialog, quoted, wholesIn } from "../shared/dialog.js";
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
@@ -11,7 +9,7 @@ import { addressOf, askFile, withQuery } from "../shared/server.js";
 const MOST_STEPS = 20;
 
 const contentText =
-  "One page that needs no server and no network: the facts, the plot, the table, and these steps.";
+  "One page that needs no server and no network: the description, the plot, the table, and these steps.";
 const sizeText =
   `For example 1, 137, 500: at most ${MOST_STEPS} steps, or none. ` +
   "Each adds about a megabyte; large tensors are reduced.";
@@ -38,7 +36,6 @@ export function shareDialog(about, step) {
     if (steps) saveReport(about.name, steps, { input, fault, status, save }, asking.signal);
     else input.focus();
   };
-  const link = location.origin + write({ view: "run", run: about.name, step });
   const dialog = openDialog("Save this view", element(
     "form",
     { class: "asking", oninput: show, onsubmit: submit },
@@ -47,9 +44,8 @@ export function shareDialog(about, step) {
     element("p", { class: "muted small", id: "share-size" }, sizeText),
     fault,
     command.node,
-    element("div", { class: "buttons" }, save, copyButton(() => link, "Copy link to this view"), button("Close", () => dialog.close())),
+    element("div", { class: "buttons" }, save, button("Close", () => dialog.close())),
     status,
-    element("p", { class: "muted small foot" }, "The link opens on this computer, while everystep view is running."),
   ), { closed: () => asking.abort() });
   show();
 }
