@@ -730,7 +730,7 @@ class Flat(torch.optim.Optimizer):
 def with_views(record):
     """A loop with objects and views that it makes on its way, some of which matter only late."""
     seeded()
-    model, state = WithObject(), {"count": 0, "ring": torch.zeros(5, 6)}
+    model, state = WithObject(), {"count": 0, "ring": torch.zeros(5, 6), "pool": []}
     state["newest"] = state["ring"][0]
     optimizer = Flat(model.parameters())
     with record(model=model, optimizer=optimizer, state=state) as recording:
@@ -741,7 +741,8 @@ def with_views(record):
                 state["bias"], state["some"] = model.layer.bias.detach(), state["all"][1:3]
             state["ring"][state["count"] % 5] = x[0]
             state["newest"] = state["ring"][state["count"] % 5] if state["count"] % 2 else x[0].clone()
-            late = state["some"].sum() if state["count"] > 18 else 0.0
+            state["pool"] = [*(x + torch.arange(3.0)[:, None]).split(1), *state["pool"][:4]]
+            late = state["some"].sum() + sum(state["pool"]).sum() if state["count"] > 18 else 0.0
             recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y) + late * y.mean()))
             optimizer.param_groups[0]["lr"] = np.float32(0.1 / state["count"])
             state["all"].add_(0.1)
@@ -760,6 +761,55 @@ def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying):
     )
     for one, two in zip(whole, forked, strict=True):
         assert torch.equal(one, two)
+
+
+class WithBuffers(nn.Module):
+    """Makes buffers in its first step, and one with another shape in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+        self.register_buffer("bank", torch.zeros(0, 6))
+        self.register_buffer("count", None, persistent=False)
+
+    def forward(self, x):
+        if not hasattr(self, "first"):
+            self.register_buffer("first", x.double())
+        self.bank = torch.cat((self.bank, x))[-15:]
+        self.count = torch.tensor(1) if self.count is None else self.count + 1
+        late = self.bank.mean(0) + self.first.float() if self.count > 18 else 0.0
+        return self.layer(x + late)
+
+
+def with_buffers(record):
+    seeded()
+    model = WithBuffers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(inner=nn.ModuleList([model]), optimizer=optimizer) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(dying):
+    whole = with_buffers(lambda **parts: everystep.record(run="runs/whole", **parts))
+    resumed = by_loop(with_buffers, (13, 17))
+    assert whole.keys() == resumed.keys() == {"layer.weight", "layer.bias", "bank", "first"}
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+def test_a_buffer_of_another_shape_than_the_run_began_with_is_named(dying):
+    def begun(size):
+        model = nn.Linear(1, 1)
+        model.register_buffer("bank", torch.zeros(size))
+        return everystep.record(run="runs/one", resume=True, model=model)
+
+    with begun(2) as recording:
+        for _ in recording.steps(range(3)):
+            recording.log(loss=0.0)
+    with pytest.raises(RunError, match=r"bank: is float32 \(3,\), but float32 \(2,\) was recorded"):
+        begun(3).__enter__()
 
 
 def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(dying):

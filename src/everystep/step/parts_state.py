@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ class PartsState:
             name: {place: each.copy() for place, each in self._attributes(name, live).items()}
             for name in parts.modules
         }
+        self._buffers_at_first = _buffers(live)
         #: What no state holds, by part.
         self.lost = {name: Lost() for name in parts.named}
 
@@ -126,6 +128,8 @@ class PartsState:
         frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
         settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
         settings["shared"] = _shared(live)
+        first = self._buffers_at_first
+        settings["buffers"] = {n: first.get(n) for n, g in _buffers(live).items() if first.get(n) != g}
         return State(step, parameters, others | tensors, settings)
 
     def check_begins_as(self, state: State, cure: str) -> None:
@@ -179,6 +183,7 @@ class PartsState:
         saved = dict(state.rest) | state.named()
         # Files have no fixed order of tensors; an optimizer gets its entries in their original order.
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
+        self._make_buffers(parts, state, saved)
         try:
             of_modules = ("parameter/", "buffer/")
             shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
@@ -204,6 +209,24 @@ class PartsState:
         state.generators.restore(parts.device)
         if only is None:
             self._check_restored(state)
+
+    def _make_buffers(self, parts: Parts, state: State, saved: Mapping[str, Tensor]) -> None:
+        """Make the buffers that the loop has made or given another shape, if it began as here."""
+        live, made = parts.state(), state.settings.get("buffers", {})
+        here = {n for n, first in made.items() if first == self._buffers_at_first.get(n) and n in saved}
+        for name in here & live.keys():
+            live[name].data = saved[name].to(live[name].device, copy=True)
+        modules = {
+            f"{parts.prefix(part)}{path}".rstrip("."): inner
+            for part, module in parts.modules.items()
+            for path, inner in module.named_modules()
+        }
+        for name in here - live.keys():
+            path = name.partition("/")[2]
+            place, _, own = path.rpartition(".")
+            if place in modules:
+                value, is_in = saved[name].to(parts.device, copy=True), path in state.parameters
+                nn.Module.register_buffer(modules[place], own, value, persistent=is_in)
 
     def _restore_part(
         self,
@@ -381,6 +404,10 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
         raise RunError(faults, f"the parts, which must be as they were after step {state.step}")
 
 
+def _buffers(live: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: _geometry(each) for name, each in live.items() if name.startswith("buffer/")}
+
+
 def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return which tensors of a state lie on the memory of another one: its name, and where.
 
@@ -391,12 +418,29 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
         if tensor.numel() and not name.startswith("gradient/"):
             on.setdefault(tensor.untyped_storage()._cdata, []).append(name)
     found = {}
-    for names in on.values():
+    for names in chain.from_iterable(_overlapping(live, each) for each in on.values()):
         largest = max(names, key=lambda name: live[name].nbytes)
         for name in names:
             if live[name] is not live[largest]:
                 place = live[name].data_ptr() - live[largest].data_ptr()
                 found[name] = [largest, place, [*live[name].stride()]]
+    return found
+
+
+def _overlapping(live: Mapping[str, Tensor], names: list[str]) -> list[list[str]]:
+    """Return tensors of the same memory, apart where no other one reaches.
+
+    Rows of a batch in a dict or list are tensors of their own; modules and optimizers may rely on more.
+    """
+    if not all(name.startswith("part/") for name in names):
+        return [names]
+    found, end = list[list[str]](), 0
+    for name in sorted(names, key=lambda name: live[name].data_ptr()):
+        tensor, begin = live[name], live[name].data_ptr()
+        if begin >= end:
+            found.append([])
+        found[-1].append(name)
+        end = max(end, begin + extent_of((tensor.dtype, tensor.shape, tensor.stride(), 0))[1])
     return found
 
 
