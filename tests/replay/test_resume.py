@@ -26,6 +26,7 @@ from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import made_case
 from torch import nn
 from torch.nn import functional
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -372,7 +373,7 @@ def by_epochs(record, *, dataset, epochs=3, workers=0, wrap=None, loader=DataLoa
     """A loop of epochs with something after each: its batches draw from torch's generator, or do not."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    scheduler = lr_scheduler.StepLR(optimizer, 2)
     batches = loader(dataset, batch_size=5, shuffle=True, num_workers=workers)
     with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         for _ in range(epochs):
@@ -448,6 +449,25 @@ def test_a_place_in_memory_that_everystep_did_not_write_is_refused(place, tmp_pa
     seal_files(tmp_path / "run")
     with pytest.raises(RunError, match=r"fit the snapshot|views of the same memory"):
         begun(resume=True).__enter__()
+
+
+def test_schedulers_that_share_their_last_rate_go_on(dying):
+    """The last rate of all is the list of the scheduler whose turn it is."""
+
+    def body(record):
+        model = nn.Linear(6, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        warm, late = lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 3)
+        scheduler = lr_scheduler.SequentialLR(optimizer, [warm, late], [3])
+        with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+                scheduler.step()
+        return [*model.parameters(), torch.tensor(scheduler.get_last_lr())]
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
 
 
 @pytest.mark.parametrize(
@@ -1125,7 +1145,7 @@ def test_programs_alone_may_end_at_a_state_that_is_kept_anyway(monkeypatch):
 
 def test_programs_alone_are_refused_where_code_had_a_part():
     case = mlp_case(ALONE["SGD"])
-    scheduler = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
+    scheduler = lr_scheduler.StepLR(case["optimizer"], 2)
     everystep.train(**case, scheduler=scheduler, steps=10, run="runs/scheduled")
     with pytest.raises(RunError, match=r"cannot continue it alone: it has a scheduler \(StepLR\); pass"):
         everystep.open("scheduled").resume(20)

@@ -20,7 +20,15 @@ from everystep.errors import Fault, RunError
 from everystep.program.memory import copy_into
 from everystep.program.operation import extent_of
 from everystep.step.generators import Generators
-from everystep.step.kept_values import PREFIX, Lost, decoded, encoded, encoded_whole, is_plain_value
+from everystep.step.kept_values import (
+    PREFIX,
+    Lost,
+    decoded,
+    encoded,
+    encoded_whole,
+    has_graph,
+    is_plain_value,
+)
 from everystep.step.own_state import (
     entries_of,
     keeps_own_state,
@@ -204,7 +212,7 @@ class PartsState:
         if only is None:
             frozen = set(state.settings.get("frozen", ()))
             for parameter, name in parts.parameter_names().items():
-                if parameter.is_leaf:
+                if not has_graph(parameter):
                     parameter.requires_grad_(name not in frozen)
         state.generators.restore(parts.device)
         if only is None:
@@ -393,7 +401,7 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
         else:
             with torch.no_grad():
                 copy_into(tensor, value)
-            if not name.startswith("parameter/") and tensor.is_leaf:
+            if not name.startswith("parameter/") and not has_graph(tensor):
                 _set_gradient(tensor, _other_gradient(name, tensor, saved))
     faults += [
         Fault(name.partition("/")[2], "is in the parts, but not in the snapshot")
@@ -479,7 +487,7 @@ def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
     held = {id(t) for name, t in live.items() if name.startswith("gradient/")}
     found: dict[str, Tensor] = {}
     for name, tensor in live.items():
-        gradient = tensor.grad if tensor.is_leaf and id(tensor) not in held else None
+        gradient = None if has_graph(tensor) or id(tensor) in held else tensor.grad
         place = f"{PREFIX}gradient/{name}"
         if gradient is None or id(gradient) in held:
             continue
