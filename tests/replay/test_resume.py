@@ -444,7 +444,7 @@ def test_a_place_in_memory_that_everystep_did_not_write_is_refused(place, tmp_pa
         with safe_open(file, "pt") as known:
             about = json.loads(known.metadata()["everystep"])
             tensors = {name: known.get_tensor(name).clone() for name in known.keys()}  # noqa: SIM118
-        about["shared"] = {"part/a": place}
+        about["shared"], about["buffers"] = {"part/a": place}, place
         save_file(tensors, file, {"everystep": json.dumps(about)})
     seal_files(tmp_path / "run")
     with pytest.raises(RunError, match=r"fit the snapshot|views of the same memory"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -220,21 +221,23 @@ class PartsState:
 
     def _make_buffers(self, parts: Parts, state: State, saved: Mapping[str, Tensor]) -> None:
         """Make the buffers that the loop has made or given another shape, if it began as here."""
-        live, made = parts.state(), state.settings.get("buffers", {})
-        here = {n for n, first in made.items() if first == self._buffers_at_first.get(n) and n in saved}
-        for name in here & live.keys():
-            live[name].data = saved[name].to(live[name].device, copy=True)
+        live, made = parts.state(), state.settings.get("buffers")
         modules = {
             f"{parts.prefix(part)}{path}".rstrip("."): inner
             for part, module in parts.modules.items()
             for path, inner in module.named_modules()
         }
-        for name in here - live.keys():
+        for name, first in made.items() if isinstance(made, dict) else ():
             path = name.partition("/")[2]
             place, _, own = path.rpartition(".")
-            if place in modules:
+            if first != self._buffers_at_first.get(name) or name not in saved:
+                continue  # `_fill` names it
+            if name in live:
+                live[name].data = saved[name].to(live[name].device, copy=True)
+            elif place in modules:
                 value, is_in = saved[name].to(parts.device, copy=True), path in state.parameters
-                nn.Module.register_buffer(modules[place], own, value, persistent=is_in)
+                with suppress(KeyError):  # it has another attribute of that name
+                    nn.Module.register_buffer(modules[place], own, value, persistent=is_in)
 
     def _restore_part(
         self,
