@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 from torch import Tensor, nn
 
 from everystep.api import record
-from everystep.errors import UsageError, say
+from everystep.errors import UsageError
 from everystep.run import Run
 from everystep.training.record import Recording
 
@@ -21,9 +22,9 @@ __all__ = ["RecordTraining"]
 class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # untyped there
     """Record a training: each update is a step, with all forward passes that it accumulates.
 
-    The batch of a step is the input of the model. Its loss is the loss in the model's output, or the
-    mean of several. Evaluation runs between two steps and is not recorded. Use `everystep.record` for a
-    loop with Accelerate.
+    The batch of a step is the input of the model. Its loss is the one that Trainer logs: the sum of what
+    its backward passes begin with, whoever computes it (`compute_loss`). Evaluation runs between two
+    steps and is not recorded. Use `everystep.record` for a loop with Accelerate.
 
     Args:
         run: the new run: a name in runs/, or a path, which must not exist; default: the next free
@@ -46,8 +47,8 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         self._recording: Recording[Run] | None = None
         self._is_in_step = False
         self._losses: list[Tensor] = []
-        self._has_said = False
-        self._hooks: list[Any] = []
+        self._hook: Any = None
+        self._backward: Any = None
 
     @property
     def run(self) -> Run:
@@ -67,10 +68,8 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         model, optimizer = given["model"], given["optimizer"]
         self._recording = record(run=self._run, model=model, optimizer=optimizer, **self._options)
         self._recording.__enter__()
-        self._hooks = [
-            model.register_forward_pre_hook(self._is_called, with_kwargs=True),
-            model.register_forward_hook(self._has_given),
-        ]
+        self._hook = model.register_forward_pre_hook(self._is_called, with_kwargs=True)
+        self._watch_losses()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin a step."""
@@ -86,22 +85,16 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
             self._recording.log(loss=self._losses[0])
         elif self._losses:
             with self._recording.paused():
-                mean = torch.stack(self._losses).float().mean()
-            self._recording.log(loss=mean)
-        elif not self._has_said:
-            self._has_said = True
-            say(
-                "the model returns no loss, so steps are recorded without one; Trainer computes it "
-                "itself, as with label_smoothing_factor"
-            )
+                total = torch.stack(self._losses).float().sum()
+            self._recording.log(loss=total)
         self._is_in_step = False
         self._recording.end_step()
         control.should_training_stop |= self._recording.is_stopping
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Close the run."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
+        accelerate.Accelerator.backward = self._backward
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
 
@@ -109,7 +102,14 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         if self._recording is not None and self._is_in_step:
             self._recording.add_batch(keywords if keywords else args)
 
-    def _has_given(self, model: nn.Module, args: Any, output: Any) -> None:
-        loss = output.get("loss") if isinstance(output, Mapping) else None
-        if self._is_in_step and isinstance(loss, Tensor) and loss.numel() == 1:
-            self._losses.append(loss.detach())
+    def _watch_losses(self) -> None:
+        """Keep the losses that Trainer starts backward passes with; no callback gets them."""
+        self._backward = accelerate.Accelerator.backward
+
+        @wraps(self._backward)
+        def backward(accelerator: Any, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            if self._is_in_step:
+                self._losses.append(loss.detach())
+            self._backward(accelerator, loss, *args, **kwargs)
+
+        accelerate.Accelerator.backward = backward

@@ -26,6 +26,7 @@ from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import made_case
 from torch import nn
 from torch.nn import functional
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -372,7 +373,7 @@ def by_epochs(record, *, dataset, epochs=3, workers=0, wrap=None, loader=DataLoa
     """A loop of epochs with something after each: its batches draw from torch's generator, or do not."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    scheduler = lr_scheduler.StepLR(optimizer, 2)
     batches = loader(dataset, batch_size=5, shuffle=True, num_workers=workers)
     with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
         for _ in range(epochs):
@@ -443,11 +444,30 @@ def test_a_place_in_memory_that_everystep_did_not_write_is_refused(place, tmp_pa
         with safe_open(file, "pt") as known:
             about = json.loads(known.metadata()["everystep"])
             tensors = {name: known.get_tensor(name).clone() for name in known.keys()}  # noqa: SIM118
-        about["shared"] = {"part/a": place}
+        about["shared"], about["buffers"] = {"part/a": place}, place
         save_file(tensors, file, {"everystep": json.dumps(about)})
     seal_files(tmp_path / "run")
     with pytest.raises(RunError, match=r"fit the snapshot|views of the same memory"):
         begun(resume=True).__enter__()
+
+
+def test_schedulers_that_share_their_last_rate_go_on(dying):
+    """The last rate of all is the list of the scheduler whose turn it is."""
+
+    def body(record):
+        model = nn.Linear(6, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        warm, late = lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 3)
+        scheduler = lr_scheduler.SequentialLR(optimizer, [warm, late], [3])
+        with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+                scheduler.step()
+        return [*model.parameters(), torch.tensor(scheduler.get_last_lr())]
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
 
 
 @pytest.mark.parametrize(
@@ -730,7 +750,7 @@ class Flat(torch.optim.Optimizer):
 def with_views(record):
     """A loop with objects and views that it makes on its way, some of which matter only late."""
     seeded()
-    model, state = WithObject(), {"count": 0, "ring": torch.zeros(5, 6)}
+    model, state = WithObject(), {"count": 0, "ring": torch.zeros(5, 6), "pool": []}
     state["newest"] = state["ring"][0]
     optimizer = Flat(model.parameters())
     with record(model=model, optimizer=optimizer, state=state) as recording:
@@ -741,7 +761,8 @@ def with_views(record):
                 state["bias"], state["some"] = model.layer.bias.detach(), state["all"][1:3]
             state["ring"][state["count"] % 5] = x[0]
             state["newest"] = state["ring"][state["count"] % 5] if state["count"] % 2 else x[0].clone()
-            late = state["some"].sum() if state["count"] > 18 else 0.0
+            state["pool"] = [*(x + torch.arange(3.0)[:, None]).split(1), *state["pool"][:4]]
+            late = state["some"].sum() + sum(state["pool"]).sum() if state["count"] > 18 else 0.0
             recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y) + late * y.mean()))
             optimizer.param_groups[0]["lr"] = np.float32(0.1 / state["count"])
             state["all"].add_(0.1)
@@ -760,6 +781,55 @@ def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying):
     )
     for one, two in zip(whole, forked, strict=True):
         assert torch.equal(one, two)
+
+
+class WithBuffers(nn.Module):
+    """Makes buffers in its first step, and one with another shape in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+        self.register_buffer("bank", torch.zeros(0, 6))
+        self.register_buffer("count", None, persistent=False)
+
+    def forward(self, x):
+        if not hasattr(self, "first"):
+            self.register_buffer("first", x.double())
+        self.bank = torch.cat((self.bank, x))[-15:]
+        self.count = torch.tensor(1) if self.count is None else self.count + 1
+        late = self.bank.mean(0) + self.first.float() if self.count > 18 else 0.0
+        return self.layer(x + late)
+
+
+def with_buffers(record):
+    seeded()
+    model = WithBuffers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(inner=nn.ModuleList([model]), optimizer=optimizer) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(dying):
+    whole = with_buffers(lambda **parts: everystep.record(run="runs/whole", **parts))
+    resumed = by_loop(with_buffers, (13, 17))
+    assert whole.keys() == resumed.keys() == {"layer.weight", "layer.bias", "bank", "first"}
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+def test_a_buffer_of_another_shape_than_the_run_began_with_is_named(dying):
+    def begun(size):
+        model = nn.Linear(1, 1)
+        model.register_buffer("bank", torch.zeros(size))
+        return everystep.record(run="runs/one", resume=True, model=model)
+
+    with begun(2) as recording:
+        for _ in recording.steps(range(3)):
+            recording.log(loss=0.0)
+    with pytest.raises(RunError, match=r"bank: is float32 \(3,\), but float32 \(2,\) was recorded"):
+        begun(3).__enter__()
 
 
 def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(dying):
@@ -1075,7 +1145,7 @@ def test_programs_alone_may_end_at_a_state_that_is_kept_anyway(monkeypatch):
 
 def test_programs_alone_are_refused_where_code_had_a_part():
     case = mlp_case(ALONE["SGD"])
-    scheduler = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
+    scheduler = lr_scheduler.StepLR(case["optimizer"], 2)
     everystep.train(**case, scheduler=scheduler, steps=10, run="runs/scheduled")
     with pytest.raises(RunError, match=r"cannot continue it alone: it has a scheduler \(StepLR\); pass"):
         everystep.open("scheduled").resume(20)

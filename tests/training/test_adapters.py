@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import accelerate
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -205,3 +206,56 @@ def test_hugging_face_trainer(tmp_path, accumulated):
     stopping = {"stop_when": "norm(gradients['cls.predictions.bias']) > 0 and step >= 2"}
     trained(callback := everystep.transformers.RecordTraining(run=tmp_path / "stopped", **stopping))
     assert (len(callback.run), callback.run.status) == (2, "stopped")
+
+
+class Distilling(transformers.Trainer):
+    """Its loss is another one than the model's."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs)
+        loss = 3 * output["loss"] + output["logits"].pow(2).mean()
+        return (loss, output) if return_outputs else loss
+
+
+class Logged(transformers.TrainerCallback):
+    def __init__(self):
+        self.losses = []
+
+    def on_log(self, args, state, control, logs=None, **given):
+        self.losses += [logs["loss"]] if "loss" in logs else []
+
+
+def gpt():
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "make", "accumulated", "smoothing"),
+    [
+        (transformers.Trainer, bert, 1, 0.1),
+        (transformers.Trainer, gpt, 2, 0.0),
+        (Distilling, bert, 2, 0.0),
+    ],
+)
+def test_the_loss_of_a_step_is_what_trainer_logs(tmp_path, trainer, make, accumulated, smoothing):
+    torch.manual_seed(0)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulated,
+        label_smoothing_factor=smoothing,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    backward = accelerate.Accelerator.backward
+    callbacks = logged, recorded = Logged(), everystep.transformers.RecordTraining(tmp_path / "run")
+    trainer(make(), arguments, train_dataset=Sentences(), callbacks=[*callbacks]).train()
+    assert recorded.run.losses["loss"].to_list() == logged.losses
+    assert accelerate.Accelerator.backward is backward
+    assert_replays(recorded.run)

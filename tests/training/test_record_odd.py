@@ -335,6 +335,22 @@ def test_parameters_of_a_class_derived_from_torchs_are_parameters(tmp_path):
     assert torch.equal(run[6].end["parameter/0.weight"], model[0].weight.detach())
 
 
+def test_a_part_may_hold_a_view_at_which_autograd_refuses_to_look(tmp_path):
+    """It was made without autograd, of a memory that a step writes with it."""
+    model, state = network(), {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with everystep.record(run=tmp_path / "run", model=model, state=state) as recording:
+        for x, y in recording.steps(batches(4)):
+            memory = torch.zeros(2, *y.shape)
+            with torch.no_grad():
+                state["newest"] = memory[0]
+            memory[0] = model(x)
+            recording.log(loss=descend(optimizer, functional.mse_loss(memory.sum(0), y)))
+    with pytest.raises(RuntimeError, match="no_grad mode"):
+        _ = state["newest"].grad_fn
+    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+
+
 def test_nested_tensors_are_kept_by_content(tmp_path):
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -276,7 +276,7 @@ def write_tensors(
     from safetensors.torch import save_file
 
     # One key only: safetensors writes several in no fixed order, and the digest must hold.
-    metadata = None if about is None else {_ABOUT: json.dumps(about, sort_keys=True)}
+    metadata = None if about is None else {_ABOUT: json.dumps(about)}
     save_file(_unshared(tensors), path, metadata)
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
     digest = xxhash.xxh3_128()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from everystep.step.kept_values import has_graph
 from everystep.step.state import as_integers
 
 __all__ = [
@@ -129,7 +130,7 @@ def _geometry_of(tensor: Tensor) -> tuple[Any, ...]:
     is_strided = tensor.layout == torch.strided
     hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
     lies = (tensor.stride(), int(tensor.storage_offset())) if is_strided else ()
-    of_autograd = tensor.requires_grad, bool(hooks), tensor.grad_fn is not None
+    of_autograd = tensor.requires_grad, bool(hooks), has_graph(tensor)
     return type(tensor), tensor.dtype, tensor.shape, tensor.device, lies, of_autograd
 
 

@@ -23,7 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GENERATORS", "PREFIX", "Lost", "decoded", "encoded", "encoded_whole", "is_plain_value"]
+__all__ = [
+    "GENERATORS",
+    "PREFIX",
+    "Lost",
+    "decoded",
+    "encoded",
+    "encoded_whole",
+    "has_graph",
+    "is_plain_value",
+]
 
 #: Prefix of the names of tensors that only this module knows.
 PREFIX = "own/"
@@ -216,10 +225,10 @@ class _Capturing:
         node: dict[str, Any] = {"tensor": self._kept(value, place) if known is None else known}
         if (strides := _strides(value)) is not None:
             node["strides"] = strides
-        if value.is_leaf and value.requires_grad:
-            node["is_trained"] = True
-        if not value.is_leaf:
+        if has_graph(value):
             self.unkept.add("Tensor with a graph")
+        elif value.requires_grad:
+            node["is_trained"] = True
         return node
 
     def _collection(self, kind: str, value: Any, place: str) -> dict[str, Any]:
@@ -333,6 +342,17 @@ def _numbers_of_generator(value: Any) -> Any:
 def _is_code(value: Any) -> bool:
     """Return whether a value is like a function; an object of another class may count its calls."""
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
+
+
+def has_graph(tensor: Tensor) -> bool:
+    """Return whether autograd knows how a tensor was computed.
+
+    It refuses to look at a view that was made without it, of a tensor that was later changed with it.
+    """
+    try:
+        return tensor.requires_grad and not tensor.is_leaf
+    except RuntimeError:
+        return True
 
 
 def is_plain_value(value: Any) -> bool:

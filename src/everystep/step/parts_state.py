@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,7 +21,15 @@ from everystep.errors import Fault, RunError
 from everystep.program.memory import copy_into
 from everystep.program.operation import extent_of
 from everystep.step.generators import Generators
-from everystep.step.kept_values import PREFIX, Lost, decoded, encoded, encoded_whole, is_plain_value
+from everystep.step.kept_values import (
+    PREFIX,
+    Lost,
+    decoded,
+    encoded,
+    encoded_whole,
+    has_graph,
+    is_plain_value,
+)
 from everystep.step.own_state import (
     entries_of,
     keeps_own_state,
@@ -61,6 +71,7 @@ class PartsState:
             name: {place: each.copy() for place, each in self._attributes(name, live).items()}
             for name in parts.modules
         }
+        self._buffers_at_first = _buffers(live)
         #: What no state holds, by part.
         self.lost = {name: Lost() for name in parts.named}
 
@@ -126,6 +137,8 @@ class PartsState:
         frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
         settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
         settings["shared"] = _shared(live)
+        first = self._buffers_at_first
+        settings["buffers"] = {n: first.get(n) for n, g in _buffers(live).items() if first.get(n) != g}
         return State(step, parameters, others | tensors, settings)
 
     def check_begins_as(self, state: State, cure: str) -> None:
@@ -179,6 +192,7 @@ class PartsState:
         saved = dict(state.rest) | state.named()
         # Files have no fixed order of tensors; an optimizer gets its entries in their original order.
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
+        self._make_buffers(parts, state, saved)
         try:
             of_modules = ("parameter/", "buffer/")
             shared = {n: each for n, each in parts.state().items() if n.startswith(of_modules)}
@@ -199,11 +213,31 @@ class PartsState:
         if only is None:
             frozen = set(state.settings.get("frozen", ()))
             for parameter, name in parts.parameter_names().items():
-                if parameter.is_leaf:
+                if not has_graph(parameter):
                     parameter.requires_grad_(name not in frozen)
         state.generators.restore(parts.device)
         if only is None:
             self._check_restored(state)
+
+    def _make_buffers(self, parts: Parts, state: State, saved: Mapping[str, Tensor]) -> None:
+        """Make the buffers that the loop has made or given another shape, if it began as here."""
+        live, made = parts.state(), state.settings.get("buffers")
+        modules = {
+            f"{parts.prefix(part)}{path}".rstrip("."): inner
+            for part, module in parts.modules.items()
+            for path, inner in module.named_modules()
+        }
+        for name, first in made.items() if isinstance(made, dict) else ():
+            path = name.partition("/")[2]
+            place, _, own = path.rpartition(".")
+            if first != self._buffers_at_first.get(name) or name not in saved:
+                continue  # `_fill` names it
+            if name in live:
+                live[name].data = saved[name].to(live[name].device, copy=True)
+            elif place in modules:
+                value, is_in = saved[name].to(parts.device, copy=True), path in state.parameters
+                with suppress(KeyError):  # it has another attribute of that name
+                    nn.Module.register_buffer(modules[place], own, value, persistent=is_in)
 
     def _restore_part(
         self,
@@ -370,7 +404,7 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
         else:
             with torch.no_grad():
                 copy_into(tensor, value)
-            if not name.startswith("parameter/") and tensor.is_leaf:
+            if not name.startswith("parameter/") and not has_graph(tensor):
                 _set_gradient(tensor, _other_gradient(name, tensor, saved))
     faults += [
         Fault(name.partition("/")[2], "is in the parts, but not in the snapshot")
@@ -379,6 +413,10 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
     ]
     if faults:
         raise RunError(faults, f"the parts, which must be as they were after step {state.step}")
+
+
+def _buffers(live: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: _geometry(each) for name, each in live.items() if name.startswith("buffer/")}
 
 
 def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -391,12 +429,29 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
         if tensor.numel() and not name.startswith("gradient/"):
             on.setdefault(tensor.untyped_storage()._cdata, []).append(name)
     found = {}
-    for names in on.values():
+    for names in chain.from_iterable(_overlapping(live, each) for each in on.values()):
         largest = max(names, key=lambda name: live[name].nbytes)
         for name in names:
             if live[name] is not live[largest]:
                 place = live[name].data_ptr() - live[largest].data_ptr()
                 found[name] = [largest, place, [*live[name].stride()]]
+    return found
+
+
+def _overlapping(live: Mapping[str, Tensor], names: list[str]) -> list[list[str]]:
+    """Return tensors of the same memory, apart where no other one reaches.
+
+    Rows of a batch in a dict or list are tensors of their own; modules and optimizers may rely on more.
+    """
+    if not all(name.startswith("part/") for name in names):
+        return [names]
+    found, end = list[list[str]](), 0
+    for name in sorted(names, key=lambda name: live[name].data_ptr()):
+        tensor, begin = live[name], live[name].data_ptr()
+        if begin >= end:
+            found.append([])
+        found[-1].append(name)
+        end = max(end, begin + extent_of((tensor.dtype, tensor.shape, tensor.stride(), 0))[1])
     return found
 
 
@@ -435,7 +490,7 @@ def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
     held = {id(t) for name, t in live.items() if name.startswith("gradient/")}
     found: dict[str, Tensor] = {}
     for name, tensor in live.items():
-        gradient = tensor.grad if tensor.is_leaf and id(tensor) not in held else None
+        gradient = None if has_graph(tensor) or id(tensor) in held else tensor.grad
         place = f"{PREFIX}gradient/{name}"
         if gradient is None or id(gradient) in held:
             continue
