@@ -17,7 +17,7 @@ __all__ = ["FORWARD", "OF_BACKWARD_ALONE", "RENAMED", "known_names", "what_is_un
 
 _PRODUCT = "_scaled_dot_product_"
 _ATTENTION = f"{_PRODUCT}flash_attention_for_cpu"
-_ON_GPU = {
+_ON_GPU: dict[str, tuple[int, ...]] = {
     "flash_attention": (0, 1, 2, 3, 6, 7),
     "efficient_attention": (0, 1, 2, 3),
     "cudnn_attention": (0, 1, 6, 7, 2, 3),
