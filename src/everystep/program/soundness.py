@@ -36,7 +36,13 @@ from everystep.program.arguments import decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import flattened, parameters
 from everystep.program.optimizer_operator import OptimizerOperator
-from everystep.program.trusting import FORWARD, OF_BACKWARD_ALONE, RENAMED, known_names
+from everystep.program.trusting import (
+    FORWARD,
+    KEPT_OF_ATTENTION,
+    OF_BACKWARD_ALONE,
+    RENAMED,
+    known_names,
+)
 
 __all__ = ["WITH_STATISTICS", "check_soundness", "is_known_sound", "note_sound", "results_on_meta"]
 
@@ -194,8 +200,8 @@ class _Check:
                 name == "num_weights" and self._rows(theirs.get("weight")) != value
             ):
                 return False
-        first = FORWARD[operation.name][1]
-        places = range(first, first + len(kept)) if isinstance(first, int) else first
+        base, first = FORWARD[operation.name]
+        places = KEPT_OF_ATTENTION.get(base) or range(first, first + len(kept))
         storages = [self._specs[name].storage for name in forward.results if name]
         return (
             kept == [forward.results[each] for each in places]

@@ -7,32 +7,38 @@ listed here, which torch may change: `aten._cdist_backward` calls its first argu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["FORWARD", "OF_BACKWARD_ALONE", "RENAMED", "known_names", "what_is_unknown"]
+__all__ = [
+    "FORWARD",
+    "KEPT_OF_ATTENTION",
+    "OF_BACKWARD_ALONE",
+    "RENAMED",
+    "known_names",
+    "what_is_unknown",
+]
 
 _PRODUCT = "_scaled_dot_product_"
 _ATTENTION = f"{_PRODUCT}flash_attention_for_cpu"
-_ON_GPU: dict[str, tuple[int, ...]] = {
-    "flash_attention": (0, 1, 2, 3, 6, 7),
-    "efficient_attention": (0, 1, 2, 3),
-    "cudnn_attention": (0, 1, 6, 7, 2, 3),
-    "fused_attention_overrideable": (0, 1, 2, 3, 6, 7),
+#: The places of the results that the backward pass of attention on a GPU receives.
+KEPT_OF_ATTENTION = {
+    f"{_PRODUCT}flash_attention": (0, 1, 2, 3, 6, 7),
+    f"{_PRODUCT}efficient_attention": (0, 1, 2, 3),
+    f"{_PRODUCT}cudnn_attention": (0, 1, 6, 7, 2, 3),
+    f"{_PRODUCT}fused_attention_overrideable": (0, 1, 2, 3, 6, 7),
 }
 #: Kernels that trust tensors kept by the forward pass: the operator of the forward pass (where it is not
-#: `name` or `name_forward` of `name_backward`), and the first of its results that they receive, or the
-#: places of these among all.
-FORWARD: Mapping[str, tuple[str, int | tuple[int, ...]]] = {
+#: `name` or `name_forward` of `name_backward`), and the first of its results that they receive.
+FORWARD: dict[str, tuple[str, int]] = {
     "_embedding_bag_per_sample_weights_backward": ("_embedding_bag", 1),
     "_pdist_backward": ("_pdist", 0),
     f"{_ATTENTION}_backward": (_ATTENTION, 0),
     "embedding_dense_backward": ("embedding", 1),
     "mkldnn_rnn_layer_backward": ("mkldnn_rnn_layer", 0),
-    **{f"{_PRODUCT}{n}_backward": (f"{_PRODUCT}{n}", places) for n, places in _ON_GPU.items()},
+    **{f"{name}_backward": (name, 0) for name in KEPT_OF_ATTENTION},
 } | {
     f"{name}_backward": (name, 1)
     for name in (
