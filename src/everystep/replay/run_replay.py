@@ -84,6 +84,8 @@ class Replay:
         self._conversion = conversion
         self._counting = counting
         self._steppers: dict[int, ReplayStepper] = {}
+        #: The batches of stretches, and the facts that they follow from: a fork has those of its parent.
+        self._rules: list[tuple[Any, RowsOf]] = []
         self._at = 0
         self._generators: Generators | None = None
         self._kept: OrderedDict[tuple[int, int], Saved] = OrderedDict()
@@ -235,7 +237,7 @@ class Replay:
 
     def let_go(self) -> None:
         """Free the memory of all states and opened steps."""
-        self._steppers, self._opened = {}, OrderedDict()
+        self._steppers, self._rules, self._opened = {}, [], OrderedDict()
         self._kept.clear()
 
     def _forget_where(self) -> None:
@@ -318,9 +320,14 @@ class Replay:
             stretch, conversion = self.stretches[at], self._conversion
             facts, rule = stretch.facts, None
             if facts.loop is None and not facts.data.lazy:  # else each row holds its batch
-                found = batch_source(self.run, facts, self.data, select(facts.device), conversion)
-                assert isinstance(found, RowsOf)
-                rule = found
+                data = facts.data, facts.data_file, facts.preparation
+                by_rule = *data, facts.batches, facts.ranks, facts.device
+                rule = next((known for what, known in self._rules if what == by_rule), None)
+                if rule is None:
+                    found = batch_source(self.run, facts, self.data, select(facts.device), conversion)
+                    assert isinstance(found, RowsOf)
+                    rule = found
+                    self._rules.append((by_rule, rule))
             recorded = partial(RecordedSteps, conversion=conversion)
             self._steppers[at] = self.stepper_for(at, rule, recorded, self._diverge)
         return self._steppers[at]
