@@ -213,9 +213,9 @@ def _found_text(found: Found, view: RunView) -> str:
 def _nonfinite_text(found: NonFinite, view: RunView) -> str:
     from everystep.answers.operations import name_in_words
 
-    counts = (found.nans, "NaN"), (found.infinities, "infinite")
+    infinite = "infinite number" + "s" * (found.infinities > 1)
+    counts = (found.nans, "NaN"), (found.infinities, infinite)
     what = " and ".join(f"{count:,} {kind}" for count, kind in counts if count)
-    what += " number" + "s" * (found.nans + found.infinities > 1)
     step, how = found.step.number, _by_own_code(found)
     how = f"; {how}" if how else ""
     if found.operation is None:

@@ -61,7 +61,7 @@ export class Banner {
   #story({ found, text }) {
     if (!found) return element("p", {}, text);
     const { step, phase, index: operation, name, nans, infinities, rows, inputs, mathematics, operation: made, by_own_code: how } = found;
-    const counts = [nans && `${whole(nans)} NaN`, infinities && `${whole(infinities)} infinite`].filter(Boolean).join(" and ");
+    const counts = [nans && `${whole(nans)} NaN`, infinities && `${whole(infinities)} infinite ${infinities === 1 ? "number" : "numbers"}`].filter(Boolean).join(" and ");
     const where = operation === null ? `Step ${whole(step)}, before any operation` : `Step ${whole(step)}, ${phase}, operation #${operation}`;
     return [
       element(
@@ -69,7 +69,7 @@ export class Banner {
         { class: "origin" },
         `${where}: `,
         mathematics ? element("span", { class: "mono" }, mathematics) : name,
-        ` has ${counts} ${nans + infinities === 1 ? "number" : "numbers"}${how && `; ${how}`}. `,
+        ` has ${counts}${how && `; ${how}`}. `,
         operationLink(this.about.name, found),
       ),
       made?.line ? element("p", { class: "small" }, `${made.line.file}:${made.line.line}  `, element("code", {}, made.line.text)) : null,
