@@ -37,6 +37,9 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         UsageError: the training uses more than one process, or `resume` is given.
     """
 
+    #: Of the training in progress, or of one that ended with an error, for which Trainer calls nothing.
+    _begun: RecordTraining | None = None
+
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         if "resume" in options:
             raise UsageError(
@@ -64,12 +67,15 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
         return self._recording.run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Begin the run."""
+        """Begin the run; one that Trainer left with an error is closed."""
+        if RecordTraining._begun is not None:
+            RecordTraining._begun._close(RuntimeError("the training ended with an error"))
         model, optimizer = given["model"], given["optimizer"]
         self._recording = record(run=self._run, model=model, optimizer=optimizer, **self._options)
         self._recording.__enter__()
         self._hook = model.register_forward_pre_hook(self._is_called, with_kwargs=True)
         self._watch_losses()
+        RecordTraining._begun = self
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin a step."""
@@ -93,10 +99,14 @@ class RecordTraining(transformers.TrainerCallback):  # type: ignore[misc]  # unt
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Close the run."""
+        self._close()
+
+    def _close(self, error: Exception | None = None) -> None:
+        RecordTraining._begun, self._is_in_step = None, False
         self._hook.remove()
         accelerate.Accelerator.backward = self._backward
         if self._recording is not None:
-            self._recording.__exit__(None, None, None)
+            self._recording.__exit__(None if error is None else type(error), error, None)
 
     def _is_called(self, model: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
         if self._recording is not None and self._is_in_step:

@@ -225,6 +225,12 @@ class Logged(transformers.TrainerCallback):
         self.losses += [logs["loss"]] if "loss" in logs else []
 
 
+class Failing(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **given):
+        if state.global_step == 2:
+            raise ArithmeticError
+
+
 def gpt():
     sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
@@ -254,8 +260,12 @@ def test_the_loss_of_a_step_is_what_trainer_logs(tmp_path, trainer, make, accumu
         disable_tqdm=True,
     )
     backward = accelerate.Accelerator.backward
+    failing = everystep.transformers.RecordTraining(tmp_path / "failed"), Failing()
+    with pytest.raises(ArithmeticError):
+        trainer(make(), arguments, train_dataset=Sentences(), callbacks=[*failing]).train()
     callbacks = logged, recorded = Logged(), everystep.transformers.RecordTraining(tmp_path / "run")
     trainer(make(), arguments, train_dataset=Sentences(), callbacks=[*callbacks]).train()
     assert recorded.run.losses["loss"].to_list() == logged.losses
     assert accelerate.Accelerator.backward is backward
     assert_replays(recorded.run)
+    assert (failing[0].run.status, len(failing[0].run)) == ("failed", 2)
