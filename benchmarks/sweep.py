@@ -37,7 +37,7 @@ from benchmarks.page import MAIN  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Perceptron, Workload  # noqa: E402
 
 #: What is trained together, and for how many steps.
-TOGETHER = {"chapter-5000": 200, "small": 2000}
+TOGETHER = {"chapter-5000": 1000, "small": 5000}
 
 
 def main() -> None:
