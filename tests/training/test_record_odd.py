@@ -41,6 +41,26 @@ def test_what_a_run_cannot_hold_of_a_batch_is_said_in_its_place(batch, kind, tmp
     assert run[2].batch.nested["odd"] == f"<Tensor of torch.{kind}>"
 
 
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        lambda: torch.eye(4).to_sparse(),
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        lambda: torch.zeros(4, device="meta"),
+        lambda: torch.randn(4, dtype=torch.complex64).conj(),
+    ],
+    ids=["sparse", "nested", "meta", "conjugated"],
+)
+def test_a_model_may_have_an_attribute_that_no_run_holds(attribute, tmp_path):
+    model = network()
+    model.attribute, model.listed = attribute(), [attribute()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for batch in recording.steps(batches()):
+            recording.log(loss=update(model, optimizer, *batch))
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
 class Spectral(nn.Module):
     """A Fourier layer and a rotation of pairs, which read conjugates of a weight and of a result."""
 

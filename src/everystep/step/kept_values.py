@@ -199,7 +199,8 @@ class _Capturing:
     def _is_much(self, value: Any) -> bool:
         """Return whether this is too much to be in an object, which may lead to anything."""
         self._count += 1
-        self._bytes += value.nbytes if isinstance(value, Tensor | np.ndarray) else 0
+        is_dense = _is_dense(value) if isinstance(value, Tensor) else isinstance(value, np.ndarray)
+        self._bytes += value.nbytes if is_dense else 0
         is_large = self._count > MOST_VALUES or self._bytes > MOST_BYTES
         return self.has_left or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
 
@@ -217,7 +218,7 @@ class _Capturing:
         return {"left": kind.__name__}
 
     def _tensor(self, value: Tensor, place: str) -> dict[str, Any]:
-        if value.layout != torch.strided:
+        if not _is_dense(value):
             return self._left(value)
         if value in self._names:
             return {"parameter": self._names[value]}
@@ -342,6 +343,11 @@ def _numbers_of_generator(value: Any) -> Any:
 def _is_code(value: Any) -> bool:
     """Return whether a value is like a function; an object of another class may count its calls."""
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor has its numbers one by one in memory."""
+    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
 
 
 def has_graph(tensor: Tensor) -> bool:

@@ -156,7 +156,7 @@ _compare.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
 def as_integers(tensor: Tensor) -> Tensor:
     """Return the bits of floats as integers of their size; others unchanged."""
-    whole = tensor.detach()
+    whole = tensor.detach().resolve_conj().resolve_neg()
     if whole.is_complex():
         whole = torch.view_as_real(whole)
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
