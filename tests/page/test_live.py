@@ -148,20 +148,20 @@ def test_a_training_whose_database_is_still_empty_is_running(server):
     with FileLock(run / "run.lock"):
         Database.create(run / "run.sqlite").close()
         with events(server.client, "/api/events") as stream:
-            told = {each["name"]: each["status"] for each in next(stream)[1]["runs"]}
-    assert told["begun"] == "running"
+            sights = {each["name"]: each["status"] for each in next(stream)[1]["runs"]}
+    assert sights["begun"] == "running"
 
 
 def test_a_killed_run_that_is_continued_is_running_in_the_list(shelf, monkeypatch):
     run = written(shelf / "continued", [1.0], status="running")
     monkeypatch.setattr(live, "SELDOM", 0.1)
-    told = Live(RunIndex(shelf), Columns())
+    sights = Live(RunIndex(shelf), Columns())
 
     statuses = []
 
     async def listen():
         with contextlib.ExitStack() as writing:
-            async for each in told.list_events():
+            async for each in sights.list_events():
                 if "data: " in each:
                     [listed] = json.loads(each.partition("data: ")[2])["runs"]
                     statuses.append(listed["status"])
@@ -173,16 +173,16 @@ def test_a_killed_run_that_is_continued_is_running_in_the_list(shelf, monkeypatc
     try:
         asyncio.run(asyncio.wait_for(listen(), PATIENCE))
     finally:
-        told.close()
+        sights.close()
     assert statuses == ["killed", "running"]
 
 
 def test_a_page_that_is_opened_before_the_first_run_shows_it_as_it_starts(tmp_path):
     shelf, heard = tmp_path / "runs", []
-    told = Live(RunIndex(shelf), Columns())
+    sights = Live(RunIndex(shelf), Columns())
 
     async def listen():
-        async for each in told.list_events():
+        async for each in sights.list_events():
             if "data: " in each:
                 heard.append(json.loads(each.partition("data: ")[2]))
                 if heard[-1]["runs"]:
@@ -194,7 +194,7 @@ def test_a_page_that_is_opened_before_the_first_run_shows_it_as_it_starts(tmp_pa
     try:
         asyncio.run(asyncio.wait_for(listen(), PATIENCE))
     finally:
-        told.close()
+        sights.close()
     assert heard[0] == {"runs": [], "gone": [], "begins": True, "unread": 0}
     assert [run["name"] for run in heard[-1]["runs"]] == ["first"]
 
@@ -268,14 +268,14 @@ def test_whoever_leaves_is_forgotten(server):
 
 def test_a_look_that_fails_ends_the_stream(shelf, monkeypatch):
     """The browser connects again; it does not wait for ever."""
-    told = Live(RunIndex(shelf), Columns())
+    sights = Live(RunIndex(shelf), Columns())
     monkeypatch.setattr(RunIndex, "summaries", lambda self, seconds: 1 / 0)
 
     async def listen():
         try:
-            return [each async for each in told.list_events()]
+            return [each async for each in sights.list_events()]
         finally:
-            told.close()
+            sights.close()
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(asyncio.wait_for(listen(), PATIENCE))
@@ -285,17 +285,17 @@ def test_a_long_list_comes_in_parts(shelf, monkeypatch):
     for number in range(5):
         written(shelf / f"run-{number}", [1.0])
     monkeypatch.setattr(live, "LONGER", 0.0)
-    told = Live(RunIndex(shelf), Columns())
+    sights = Live(RunIndex(shelf), Columns())
 
     async def listen():
         try:
-            async for each in told.list_events():
+            async for each in sights.list_events():
                 if "data: " in each:
                     found.append(json.loads(each.partition("data: ")[2]))
                     if not found[-1]["unread"]:
                         return
         finally:
-            told.close()
+            sights.close()
 
     found = []
     asyncio.run(asyncio.wait_for(listen(), PATIENCE))

@@ -452,7 +452,7 @@ def test_a_place_in_memory_that_everystep_did_not_write_is_refused(place, tmp_pa
 
 
 def test_schedulers_that_share_their_last_rate_go_on(dying):
-    """The last rate of all is the list of the scheduler whose turn it is."""
+    """The last rate of all is the list of the scheduler in turn."""
 
     def body(record):
         model = nn.Linear(6, 1)
@@ -676,7 +676,7 @@ def test_what_parts_hold_besides_tensors_is_as_in_an_uninterrupted_loop(dying):
 
 
 def test_gradients_that_add_up_over_steps_are_as_in_an_uninterrupted_loop(dying):
-    """Also sparse ones, and those of tensors that are no parameters, or that are used only late."""
+    """Also sparse ones, and those of tensors that are not parameters, or that are used only late."""
 
     def body(record):
         seeded()

@@ -485,7 +485,7 @@ def _share(live: Mapping[str, Tensor], shared: Mapping[str, Any] | None) -> None
 def _other_gradients(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the pending gradients that are not among the tensors of a state, by name.
 
-    They are sparse, or those of tensors that are no parameters.
+    They are sparse, or those of tensors that are not parameters.
     """
     held = {id(t) for name, t in live.items() if name.startswith("gradient/")}
     found: dict[str, Tensor] = {}

@@ -317,29 +317,16 @@ class Session:
         whole = self.why(self.number(number.step, spot), terms)
         if whole.origin == "unseen":
             return replace(whole, number=number)
-        known = whole.recomputed
-        if known is not None:
-            known = known.imag if half else known.real
-        return replace(
-            whole,
-            number=number,
-            recomputed=known,
-            is_equal=known is not None and number.has_bits_of(known),
-            note=f"its {'imaginary' if half else 'real'} part: {whole.number.name} is complex",
-        )
+        note = f"its {'imaginary' if half else 'real'} part: {whole.number.name} is complex"
+        return _read_of(whole, number, _half_of(whole.recomputed, half), note)
 
     def _conjugate(self, number: Number, origin: Origin, terms: int) -> Why:
         """Return the answer for a number that was read with its imaginary part negated."""
         after = 0 if origin.operation is None else origin.operation + 1
         whole = self.why(self.number(number.step, Spot(origin.name, origin.index, after)), terms)
         known = None if whole.recomputed is None else whole.recomputed.conjugate()
-        return replace(
-            whole,
-            number=number,
-            recomputed=known,
-            is_equal=known is not None and number.has_bits_of(known),
-            note=f"the conjugate of {whole.number.name}",
-        )
+        note = f"the conjugate of {whole.number.name}"
+        return _read_of(whole, number, _half_of(known, number.spot.half), note)
 
     def difference(self, text: str, after: Number, before: Number) -> Why:
         """Return the answer for what an update changed, by the numbers after and before it."""
@@ -464,6 +451,17 @@ def _next_nonfinite(answer: Why) -> Number | None:
     is_nan = answer.number.value != answer.number.value
     bad.sort(key=lambda number: (number.value != number.value) is not is_nan)
     return bad[0] if bad else None
+
+
+def _half_of(value: Any, half: int | None) -> Any:
+    """Return a number, or the part of it that a half stands for (see `Spot`)."""
+    return value if value is None or half is None else value.imag if half else value.real
+
+
+def _read_of(whole: Why, number: Number, known: Any, note: str) -> Why:
+    """Return the answer for a number that is read out of another one. known: recomputed, if it was."""
+    is_equal = known is not None and number.has_bits_of(known)
+    return replace(whole, number=number, recomputed=known, is_equal=is_equal, note=note)
 
 
 def _of_numbers(answer: Why, numbers: dict[str, Number]) -> Why:
