@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -101,6 +102,57 @@ def test_an_early_stop_is_the_same_when_the_loop_is_resumed(tmp_path):
     with pytest.raises(StopError):
         train(tmp_path / "run", 30, ("validation", STEPS * len(lines)), patience=2)
     assert train(tmp_path / "run", 30, patience=2)[-1] == lines[-1]
+
+
+class Meter:
+    def __init__(self):
+        self.total, self.name = 0.0, "mean"
+
+    def update(self, value):
+        self.total += value
+
+
+@pytest.mark.parametrize(("stop", "at"), [(1, 0), (9, 8), (15, 12)])
+def test_variables_in_no_part_that_a_resumed_loop_changes_are_named(stop, at, tmp_path, capfd):
+    def trained(stop):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = DataLoader(TensorDataset(torch.randn(4 * STEPS, 3)), batch_size=4)
+        meter, counts, lowest, weight = Meter(), {"steps": 0}, math.inf, model.weight
+        history, by_name, summed = [], {"loss": 0.0}, torch.zeros(())
+        with everystep.record(
+            run=tmp_path / "run", resume=True, model=model, optimizer=optimizer, counts=counts
+        ) as recording:
+            for _ in recording.epochs(5):
+                running, added, last = 0.0, 0, None
+                for i, (x,) in enumerate(recording.steps(loader)):
+                    if recording.step_count == stop:
+                        raise StopError
+                    last = loss = descend(optimizer, (model(x) - i).square().mean())
+                    recording.log(loss=loss)
+                    running += loss.item()
+                    added = added + loss.detach()
+                    summed += loss.detach()
+                    by_name["loss"] += loss.item()
+                    counts["steps"] += 1
+                    meter.update(loss.item())
+                history.append(running)
+                lowest = min(lowest, running)
+        return last, weight, history
+
+    with pytest.raises(StopError):
+        trained(stop)
+    capfd.readouterr()
+    trained(None)
+    said = capfd.readouterr().err
+    found = re.findall(r"earlier (\w+), .* with this process: ([\w., ]+)\. If", said)
+    in_step = ("steps", "meter.total, by_name, summed, running, added")
+    in_epoch = ("epochs", "meter.total, lowest, history, by_name, summed")
+    assert f"continues after step {at}" in said
+    # After 12 steps, the loop continues with the code after the steps of an epoch.
+    after = ("epochs", "lowest, history")
+    assert found == {0: [], 8: [in_step, in_epoch], 12: [after]}[at]
 
 
 def test_workers_that_stay_are_started_as_they_were(tmp_path):

@@ -103,7 +103,7 @@ class LoaderPosition:
     of the current call of `steps` were drawn; generators: those before the last draw, by name, if it
     used them, and they had changed since the previous draw; at_end: those before a draw that found no
     more batches, by the names that a state has; is_still: whether only Python and torch have run between
-    the last two batches.
+    the last two batches; has_skipped: whether batches of this call, or epochs, were skipped just before.
     """
 
     def __init__(self, device: torch.device, reached: Callable[[], None]) -> None:
@@ -112,6 +112,7 @@ class LoaderPosition:
         self.generators: dict[str, Tensor] = {}
         self.at_end: dict[str, Tensor] = {}
         self.is_still = False
+        self.has_skipped = False
         self._device = device
         self._call = -1
         self._loop = -1
@@ -179,6 +180,7 @@ class LoaderPosition:
                 first, self._call = goal.epoch.number, goal.epoch.calls - 1
         for number in itertools.count(first) if count is None else range(first, count):
             self._enter(number)
+            self.has_skipped = goal is not None and 0 < number == first
             yield number
         self._enter(first if count is None else max(first, count))
 
@@ -203,6 +205,7 @@ class LoaderPosition:
             self._start_workers(batches, goal)
         self._has_workers = getattr(batches, "_iterator", None) is not None
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
+        self.has_skipped = iterator is not None
         if iterator is not None:
             self._reached()
         self.goal = None
@@ -230,6 +233,7 @@ class LoaderPosition:
             self.taken += 1
             self.at_end = {}
             yield batch
+            self.has_skipped = False
 
     def _start_workers(self, batches: Any, goal: Recorded) -> None:
         """Start workers that stay from epoch to epoch.

@@ -12,10 +12,14 @@ import inspect
 import itertools
 import sys
 from collections.abc import Collection, Iterator
-from types import CodeType, GeneratorType
+from types import CodeType, FrameType, GeneratorType
 from typing import Any, Self
 
 from everystep.errors import UsageError
+from everystep.step.parts import Parts
+from everystep.training.loader_position import LoaderPosition
+from everystep.training.loop_variables import LoopVariables
+from everystep.training.notices import Notices
 
 __all__ = ["LoopIterator"]
 
@@ -35,14 +39,26 @@ class LoopIterator(Iterator[Any]):
     """Iterates over the steps of some batches, or over epochs.
 
     of: what has as many items as it yields, if their number is known; name: of what has made it, such as
-    `steps`; line: where the loop asked for it; checked: the lines that need no further check.
+    `steps`; line: where the loop asked for it; checked: the lines that need no further check; place,
+    parts, notices: of the recording.
     """
 
     def __init__(
-        self, items: Iterator[Any], of: Any, name: str, line: _Line, checked: set[_Line]
+        self,
+        items: Iterator[Any],
+        of: Any,
+        name: str,
+        line: _Line,
+        checked: set[_Line],
+        place: LoaderPosition,
+        parts: Parts,
+        notices: Notices,
     ) -> None:
         self._items, self._of, self._name, self._line, self._checked = items, of, name, line, checked
+        self._place, self._parts, self._notices = place, parts, notices
         self._is_skipping = False
+        #: The loop's variables as a resumed loop got its first item.
+        self._variables: LoopVariables | None = None
         #: Whether a `for` iterates over it directly, and no generator passes on what it yields.
         self._is_alone = False
 
@@ -59,7 +75,15 @@ class LoopIterator(Iterator[Any]):
             if not self._is_alone:
                 self._counting()
             self._checked.add(self._line)
-        return None if self._is_skipping else next(self._items)
+        if self._is_skipping:
+            return None
+        if self._variables is not None:
+            self._notices.begun_again(self._name, self._variables.changed(self._asking()[1]))
+            self._variables = None
+        item = next(self._items)
+        if self._place.has_skipped:
+            self._variables = LoopVariables(self._asking()[1], self._parts, item)
+        return item
 
     def __len__(self) -> int:
         return len(self._of)
@@ -93,7 +117,7 @@ class LoopIterator(Iterator[Any]):
         Raises:
             UsageError: something else around it would begin again in a resumed loop.
         """
-        found, frames = None, self._between()
+        found, frames = None, self._asking()[0]
         inner: list[Any] = [self, *frames]
         for _ in range(_DEEPEST):
             around = gc.get_referrers(*inner) if inner else []
@@ -124,17 +148,16 @@ class LoopIterator(Iterator[Any]):
             return f"move it inside: recording.steps({name}(...))"
         return "use the numbers that recording.epochs yields, such as rates[epoch]"
 
-    def _between(self) -> list[Any]:
-        """Return the frames of generators through which the loop asks, such as a progress bar."""
+    def _asking(self) -> tuple[list[FrameType], FrameType]:
+        """Return the frame of the loop, after those of generators through which it asks, if any."""
         frame = sys._getframe()
         while frame.f_code is not LoopIterator.__next__.__code__:
             assert frame.f_back is not None
             frame = frame.f_back
-        asking, found = frame.f_back, []
-        while asking is not None and asking.f_code.co_flags & inspect.CO_GENERATOR:
-            found.append(asking)
-            asking = asking.f_back
-        return found
+        found: list[FrameType] = []
+        while (frame := frame.f_back or frame).f_code.co_flags & inspect.CO_GENERATOR:
+            found.append(frame)
+        return found, frame
 
 
 def _source(counting: Any) -> Any:

@@ -41,6 +41,20 @@ class Notices:
             "values, but no step shows how they came about",
         )
 
+    def begun_again(self, name: str, variables: Sequence[str]) -> None:
+        """Report variables of a resumed loop that count or collect, and are in no part.
+
+        name: `steps` or `epochs`, over which it iterates.
+        """
+        if variables:
+            self._once(
+                f"begun {name}",
+                f"the loop continues after earlier {name}, but variables that it changes began again "
+                f"with this process: {', '.join(variables)}. If anything depends on them, such as a "
+                "rate or a checkpoint, keep them in a part: counts = {'total': 0.0}, "
+                "everystep.record(..., counts=counts)",
+            )
+
     def unkept(self, part: str, kinds: Sequence[str]) -> None:
         """Report that a part has values that a run cannot keep. kinds: their classes."""
         self._once(

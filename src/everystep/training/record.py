@@ -218,7 +218,8 @@ class Recording(Generic[R]):
 
     def _marked(self, items: Iterator[Any], of: Any, name: str) -> LoopIterator:
         frame = sys._getframe(2)
-        return LoopIterator(items, of, name, (frame.f_code, frame.f_lasti), self._checked)
+        line, notices = (frame.f_code, frame.f_lasti), self.writer.watched.notices
+        return LoopIterator(items, of, name, line, self._checked, self._place, self._parts, notices)
 
     def _steps(self, batches: Iterable[Any]) -> Iterator[Any]:
         if self._is_stopping:

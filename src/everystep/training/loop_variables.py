@@ -1,0 +1,97 @@
+"""Variables of a resumed loop that are in no part, so that they begin again with the process.
+
+A loop that continues in the middle has what its parts held, but a sum over the epoch, a counter or the
+best loss in a variable of its own knows nothing of the steps before. Nothing is wrong while the loop
+only prints it; if a rate or a checkpoint depends on it, the training takes another course. So the
+variables that a step, or an epoch, of the resumed loop changes are named.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from types import FrameType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from everystep.step.parts import Parts
+
+__all__ = ["LoopVariables"]
+
+_NUMBERS = (bool, int, float, complex, str, bytes, np.generic)
+#: What may be large is not looked into, but for its first items and its length.
+_MOST_ITEMS = 64
+_MOST_BYTES = 1 << 20
+#: They show or load something, and hold nothing that a step computes with.
+_OF_PACKAGES = {"everystep", "tqdm", "rich"}
+
+
+class LoopVariables:
+    """The contents of a loop's variables at one moment.
+
+    Args:
+        frame: of the function, or the script, that has the loop.
+        parts: what the loop carries, which a resume restores.
+        item: what the loop is about to get.
+    """
+
+    def __init__(self, frame: FrameType, parts: Parts, item: Any) -> None:
+        modules = (each for module in parts.modules.values() for each in module.modules())
+        known = (*parts.named.values(), *modules, *pytree.tree_leaves(item))
+        #: They stay alive, as the tensors of the variables do: no other object gets their number.
+        self._known = {id(each): each for each in known}
+        self._memory = {tensor.untyped_storage().data_ptr() for tensor in parts.state().values()}
+        self._tensors: list[Tensor] = []
+        self._before = dict(self._contents(frame))
+
+    def changed(self, frame: FrameType) -> list[str]:
+        """Return the names of those that differ now; of an object, with the attribute."""
+        now = dict(self._contents(frame))
+        return [name for name, before in self._before.items() if name in now and now[name] != before]
+
+    def _contents(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
+        """Yield names, and what can be compared of their values."""
+        found = frame.f_locals
+        for name, value in list(found.items()):
+            if id(value) in self._known or isinstance(value, ModuleType | type):
+                continue
+            content = self._content(value)
+            if content is not None:
+                yield name, content
+            elif type(value).__module__.partition(".")[0] not in _OF_PACKAGES:
+                of_object = getattr(value, "__dict__", {})
+                contents = {key: self._content(each) for key, each in list(of_object.items())}
+                yield from ((f"{name}.{key}", c) for key, c in contents.items() if c is not None)
+        if type(found) is dict and found is not frame.f_globals:
+            found.clear()  # Python 3.11 and 3.12 make it for us, and would keep a step's tensors in it
+
+    def _content(self, value: Any, depth: int = 2) -> Any:
+        """Return what can be compared of a value; None: of this kind, nothing."""
+        if isinstance(value, _NUMBERS):
+            return type(value), repr(value)
+        if isinstance(value, Tensor):
+            return self._of_tensor(value)
+        if isinstance(value, np.ndarray):
+            return None if value.nbytes > _MOST_BYTES or value.dtype.hasobject else value.tobytes()
+        if id(value) in self._known or not depth:
+            return None
+        if isinstance(value, dict):
+            return len(value), self._of_items(value.values(), depth)
+        if isinstance(value, list | tuple | deque | set):
+            return len(value), self._of_items(value, depth)
+        return None
+
+    def _of_items(self, items: Iterable[Any], depth: int) -> list[Any]:
+        return [self._content(each, depth - 1) for each in islice(items, _MOST_ITEMS)]
+
+    def _of_tensor(self, value: Tensor) -> Any:
+        is_plain = value.layout == torch.strided and not value.is_inference()
+        if not is_plain or value.untyped_storage().data_ptr() in self._memory:
+            return None
+        self._tensors.append(value)
+        return id(value), value._version
