@@ -727,7 +727,7 @@ class WithObject(nn.Module):
 
 
 class Flat(torch.optim.Optimizer):
-    """Its state is views of one tensor, made in its first step."""
+    """Its state is views of one tensor, made in its first step, and tensors in a list in a dict."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.1})
@@ -744,7 +744,9 @@ class Flat(torch.optim.Optimizer):
         self.flat.mul_(0.9)
         for each in parameters:
             self.state[each]["momentum"].add_(each.grad)
-            each.sub_(self.state[each]["momentum"], alpha=self.param_groups[0]["lr"])
+            (sums,) = self.state[each].setdefault("inner", {"sums": [torch.ones_like(each)]})["sums"]
+            sums.add_(each.grad.square())
+            each.sub_(self.state[each]["momentum"] / sums.sqrt(), alpha=self.param_groups[0]["lr"])
 
 
 def with_views(record):
@@ -771,8 +773,9 @@ def with_views(record):
     return [each.detach() for each in (*model.parameters(), optimizer.flat, state["all"], state["ring"])]
 
 
-def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying):
+def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying, capfd):
     whole = with_views(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert "not in any part" not in capfd.readouterr().err
     for one, two in zip(whole, by_loop(with_views, (13, 17)), strict=True):
         assert torch.equal(one, two)
     assert_same_run(everystep.open("whole"), everystep.open("killed"))

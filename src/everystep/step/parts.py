@@ -220,6 +220,9 @@ class Parts:
             found |= {f"group/{own}{index}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
         if keeps_own_state(optimizer):
             more = {k: v for k, v in vars(optimizer).items() if k not in _OF_OPTIMIZER}
+            for parameter, each in optimizer.state.items():
+                name = names.get(parameter, "#") if isinstance(parameter, Tensor) else str(parameter)
+                more[f"state.{name}"] = each
             seen = {id(tensor) for tensor in (*known.values(), *found.values())}
             found |= {f"part/{path}": tensor for path, tensor in _tensors_in(more, part, seen)}
         return found
