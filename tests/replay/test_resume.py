@@ -912,7 +912,7 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
 
     for key, message in (
         ("averages", r"a Average, which only your code can make: make it before everystep\.record"),
-        ("range", r"state: cannot be made again as after step \d+; keep numbers, texts"),
+        ("range", r"state\.range: cannot be made again as after step \d+; keep numbers, texts"),
     ):
         with pytest.raises(RunError, match=message):
             by_loop(lambda record, key=key: body(record, key), (13,), f"runs/{key}")

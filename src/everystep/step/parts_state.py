@@ -371,7 +371,15 @@ def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
     """Yield where values differ that are written as JSON can hold them; earlier versions wrote less."""
     if isinstance(now, dict) and isinstance(saved, dict):
         for key, value in saved.items():
-            yield from _differing(now.get(key), value, place)
+            known = now.get(key)
+            if key == "dict" and known is not None and [k for k, _ in known] == [k for k, _ in value]:
+                known, value = ({str(k): each for k, each in pairs} for pairs in (known, value))
+            has_names = key in ("own", "dict") or "class" in saved
+            if has_names and isinstance(known, dict) and isinstance(value, dict):
+                for name, each in value.items():  # of an object its attributes, of a dict its keys
+                    yield from _differing(known.get(name), each, f"{place}.{name}")
+            else:
+                yield from _differing(known, value, place)
     elif isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved):
         for one, two in zip(now, saved, strict=True):
             yield from _differing(one, two, place)
