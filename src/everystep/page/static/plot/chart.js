@@ -106,7 +106,7 @@ function axis(scale, title, side, isLog, token = "--muted") {
     ...plainAxis(scale, title.length > LONGEST_TITLE ? `${title.slice(0, LONGEST_TITLE - 1)}…` : title, side),
     stroke: colour(token),
     grid: { show: side === 3, stroke: colour("--line"), width: 1, filter: (chart, splits) => gridLines(chart, splits, isLog) },
-    values: (_, splits) => splits.map((split) => (split === null ? null : short(split))),
+    values: (_, splits) => splits.map((split) => (split === null ? null : short(split, 6))),
     size: (_, values) => 14 + Math.max(14, ...(values ?? []).map((value) => widthOf(value ?? ""))),
     filter: (chart, splits) => gridLines(chart, splits, isLog),
   };

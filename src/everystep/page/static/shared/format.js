@@ -25,7 +25,7 @@ export function short(value, digits = 4) {
   const rounded = Number((isDown ? number * (1 - 2 ** -50) : number).toPrecision(digits));
   const size = Math.abs(rounded);
   // Exponents as in Python, because the server's texts are next to them.
-  if (size !== 0 && (size >= 1e6 || size < 1e-4)) return rounded.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
+  if (size !== 0 && (size >= 10 ** Math.max(digits, 4) || size < 1e-4)) return rounded.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
   return String(rounded);
 }
 
