@@ -13,6 +13,7 @@ from everystep.bounded import parse_json, read_regular
 from everystep.errors import EverystepError, Fault, RunError
 from everystep.experiment.metrics import METRICS, VALIDATION, metric_of
 from everystep.recording.directories import is_run
+from everystep.recording.files import write_whole
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.replay.shown import Shown
@@ -147,7 +148,7 @@ def note_settings(file: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
                 faults.append(Fault(name, f"was trained with other settings: {path} {pair}"))
     if faults:
         raise RunError(faults, "the sweep, which needs another directory")
-    file.write_text(json.dumps(before | wanted))
+    write_whole(file, json.dumps(before | wanted).encode())
 
 
 def sweep_of(directory: Path, cases: Iterable[SweepRun]) -> Sweep:

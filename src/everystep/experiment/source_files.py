@@ -232,7 +232,7 @@ def converted(
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):
             about = _about(place)
-            if about.get("sources") != digests or about["files"] != _files(place):
+            if about.get("sources") != digests or about.get("files") != _files(place):
                 unfinished = place.with_name(f".{place.name}.tmp")
                 for old in (place, unfinished):  # of a process that was killed
                     shutil.rmtree(old, ignore_errors=True)
