@@ -56,7 +56,7 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
         try:
             reason = training.train(interrupt)
             status = "finished" if reason is None else "stopped"
-            training.close(status, reason, {})
+            training.close(status, reason, training.engine())
         finally:
             progress.end()
         place = recorder.directory
@@ -127,7 +127,8 @@ class _ModelWriter(RunWriter):
             self.note_rates(job.start + 1, job.training.hyperparameters())
         self._loss_dtype: torch.dtype | None = None
         self._snapshot_step = -1 if origin is None else job.start
-        self._engine: EngineFacts | None = None
+        #: The step from which on Python takes all, as the run has it.
+        self._eager_from: int | None = None
 
     def train(self, interrupt: Interrupt) -> str | None:
         """Train to the end; return None, or why it stopped before. Close the run if that raises."""
@@ -148,7 +149,8 @@ class _ModelWriter(RunWriter):
         self._keep_beginning()
         settings = job.training, self.recorder, job.steps, job.engine, job.start
         stepper = self._stepper = Stepper(*settings)
-        self._keep_engine(stepper)
+        self.recorder.facts(self.engine())
+        self._note_eager(stepper)
         while self.step < job.steps:
             if not self._advance(stepper):
                 continue
@@ -197,7 +199,6 @@ class _ModelWriter(RunWriter):
         self.recorder.wait()
         if self._stepper is not None:
             super().flush()
-            self._keep_engine(self._stepper)
 
     def _collected(self) -> tuple[Sequence[float | None], dict[str, Any]]:
         assert self._stepper is not None
@@ -206,10 +207,11 @@ class _ModelWriter(RunWriter):
             self.note_rates(step, each)
         values = self._stepper.collect()
         widest = torch.promote_types(values.dtype, self._loss_dtype or values.dtype)
-        if not len(values) or widest == self._loss_dtype:
-            return values.tolist(), {}
-        self._loss_dtype = widest
-        return values.tolist(), {"loss_dtype": str(widest).removeprefix("torch.")}
+        facts = self.engine()
+        if len(values) and widest != self._loss_dtype:
+            self._loss_dtype = widest
+            facts["loss_dtype"] = str(widest).removeprefix("torch.")
+        return values.tolist(), facts
 
     def _keep_beginning(self) -> None:
         job, recorder = self.job, self.recorder
@@ -239,7 +241,7 @@ class _ModelWriter(RunWriter):
         self.step = stepper.step
         if self.step > before:
             self.timed(started, self.job.training.named_state, self.step - before)
-        self._keep_engine(stepper)
+        self._note_eager(stepper)
         return self.step > before
 
     def _keep_rows(self) -> None:
@@ -254,8 +256,10 @@ class _ModelWriter(RunWriter):
             data = self.job.facts.data.model_copy(update={"lazy": False} | shapes)
             self.recorder.facts({"data": data})
 
-    def _keep_engine(self, stepper: Stepper) -> None:
-        """Write down which programs there are, how far they are verified, and what is eager, and why."""
+    def engine(self) -> dict[str, Any]:
+        """Return which programs there are, how far they are verified, and what is eager, and why."""
+        stepper = self._stepper
+        assert stepper is not None
         engine = EngineFacts(
             asked=self.job.engine,
             stands_behind=stepper.stands_behind,
@@ -267,13 +271,15 @@ class _ModelWriter(RunWriter):
             reason=stepper.reason,
             unseen=stepper.watched.unseen,
         )
-        if engine == self._engine:
-            return
-        eager_before = self._engine and self._engine.eager_from
-        if self.job.engine != "eager" and engine.eager_from != eager_before:
-            self._go_back(stepper)
-        self.recorder.facts({"engine": engine})
-        self._engine = engine
+        return {"engine": engine}
+
+    def _note_eager(self, stepper: Stepper) -> None:
+        """Go back if Python takes the steps from here on."""
+        if stepper.eager_from != self._eager_from:
+            self._eager_from = stepper.eager_from
+            if self.job.engine != "eager":
+                self._go_back(stepper)
+            self.recorder.facts(self.engine())
 
     def _go_back(self, stepper: Stepper) -> None:
         """Switch to eager steps; discard what was recorded of later steps."""
