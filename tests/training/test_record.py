@@ -254,6 +254,31 @@ def test_calls_at_the_wrong_time_say_what_to_do(made):
         recording.run.fork(1)
 
 
+def test_of_two_threads_that_begin_at_once_one_records(tmp_path):
+    ready, is_refused, refused = threading.Barrier(2), threading.Event(), []
+
+    def record(name):
+        model = nn.Linear(3, 1)
+        ready.wait()
+        try:
+            with everystep.record(model=model, run=tmp_path / name) as recording:
+                is_refused.wait(60)
+                for x in recording.steps([torch.ones(2, 3)] * 3):
+                    recording.log(loss=model(x).sum())
+        except everystep.UsageError as error:
+            refused.append(str(error))
+            is_refused.set()
+
+    threads = [threading.Thread(target=record, args=(name,)) for name in "ab"]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    (message,), (run,) = refused, everystep.runs(tmp_path)
+    assert f"another recording is in progress ({run.name})" in message
+    assert len(run) == 3 and run.verify(progress=False).is_exact
+
+
 def test_a_loader_that_is_empty_or_raises(made, capsys):
     model, optimizer, batch = made
     with everystep.record(model=model) as recording:

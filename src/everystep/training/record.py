@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -112,6 +113,11 @@ class Recording(Generic[R]):
         return _PUBLIC
 
     def __enter__(self) -> Self:
+        with _beginning:
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
         if self._writer is not None:
             raise UsageError(
                 "this recording has already started; create another with everystep.record(...)"
@@ -138,7 +144,6 @@ class Recording(Generic[R]):
         self._writer.watched.follow()
         self._interrupt.__enter__()
         _recording.append(self)
-        return self
 
     def __exit__(
         self,
@@ -540,6 +545,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _TERMINATED = 128 + 15
 #: Recordings under way in this process.
 _recording: list[Recording[Any]] = []
+#: Two threads cannot begin one at the same time.
+_beginning = threading.Lock()
 
 
 def _not_begun() -> UsageError:

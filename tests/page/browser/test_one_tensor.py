@@ -260,7 +260,19 @@ def test_a_click_on_a_number_says_where_it_comes_from(visit, recorded):
 
 
 def test_numbers_are_rounded_as_in_the_terminal(visit):
-    numbers = [each / 64 for each in range(1, 300)] + [-2.0625, 0.15625, 1234.5, 1235.5, 1e-7, 2.5e-9, 9999.4, 9999.6, 12345.0, 7e5, 1e6]
+    numbers = [each / 64 for each in range(1, 300)] + [
+        -2.0625,
+        0.15625,
+        1234.5,
+        1235.5,
+        1e-7,
+        2.5e-9,
+        9999.4,
+        9999.6,
+        12345.0,
+        7e5,
+        1e6,
+    ]
     shown = visit("/").evaluate(
         """async (numbers) => {
             const { short } = await import("/static/shared/format.js");
