@@ -786,6 +786,65 @@ def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying, capfd):
         assert torch.equal(one, two)
 
 
+class Agent:
+    """A network, its copy, and what trains it, as people write reinforcement learning."""
+
+    def __init__(self):
+        self.network, self.target, self.count = nn.Linear(6, 1), nn.Linear(6, 1), 0
+        self.optimizer = torch.optim.Adam(self.network.parameters())
+
+    def learn(self, x, y):
+        with torch.no_grad():
+            y = y + self.target(x)
+        loss = descend(self.optimizer, functional.mse_loss(self.network(x), y))
+        self.count += 1
+        if self.count % 5 == 0:
+            self.target.load_state_dict(self.network.state_dict())
+        return loss
+
+
+class Warmup:
+    """Sets the rate of the optimizer that it has, before each of its steps."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.count = optimizer, 0
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self):
+        self.count += 1
+        self.optimizer.param_groups[0]["lr"] = 0.1 * min(self.count**-0.5, self.count / 8)
+        self.optimizer.step()
+
+
+def with_agent(record):
+    seeded()
+    agent, models = Agent(), {"first": nn.Linear(6, 1), "second": nn.Linear(6, 1)}
+    optimizers = [Warmup(torch.optim.SGD(each.parameters())) for each in models.values()]
+    with record(agent=agent, models=models, optimizers=optimizers) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            loss = agent.learn(x, y)
+            for model, optimizer in zip(models.values(), optimizers, strict=True):
+                loss = loss + descend(optimizer, functional.mse_loss(model(x), y))
+            recording.log(loss=loss)
+    return [
+        p.detach() for each in (agent.network, agent.target, *models.values()) for p in each.parameters()
+    ]
+
+
+def test_models_and_optimizers_within_other_parts_are_parts(dying, capfd):
+    whole = with_agent(lambda **parts: everystep.record(run="runs/whole", **parts))
+    for one, two in zip(whole, by_loop(with_agent, (13, 17)), strict=True):
+        assert torch.equal(one, two)
+    run = everystep.open("killed")
+    assert_same_run(everystep.open("whole"), run)
+    assert not re.search("not in any part|cannot keep", capfd.readouterr().err)
+    names = ("agent_network", "agent_target", "models_first", "models_second")
+    assert {f"{name}.{own}" for name in names for own in ("weight", "bias")} == {*run[20].parameters}
+    assert {"agent_optimizer.lr", "optimizers_0_optimizer.lr"} <= {*run[20].hyperparameters}
+
+
 class WithBuffers(nn.Module):
     """Makes buffers in its first step, and one with another shape in each."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from operator import is_
@@ -18,7 +19,7 @@ from everystep.step.follow import is_compiled, scripted_fault
 from everystep.step.kept_values import GENERATORS
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
-__all__ = ["Parts", "check_parts"]
+__all__ = ["Parts", "check_parts", "with_inner"]
 
 #: Maximum depth of the search for tensors in attributes, dicts and lists of a part.
 _DEPTH = 6
@@ -27,6 +28,8 @@ _HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, t
 #: Attributes of torch's optimizers that steps do not depend on, or that have other names.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
 _WITH_TENSORS = (Tensor, nn.Module, dict)
+#: Parts with ways of their own to be kept.
+_WHOLE = (nn.Module, torch.optim.Optimizer)
 #: What Accelerate wraps a part in, by module, and the attribute that has the part. What else a wrapper
 #: holds belongs to the accelerator and its loaders, and is made again with them.
 _WRAPPED = {"accelerate.optimizer": "optimizer", "accelerate.scheduler": "scheduler"}
@@ -284,6 +287,26 @@ def _unwrapped(part: Any) -> Any:
     return part if attribute is None else getattr(part, attribute)
 
 
+def with_inner(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parts with the modules and optimizers that lie within them as parts of their own.
+
+    They are in attributes, dicts and lists of other parts: `agent_actor`, `optimizers_0`.
+    """
+    found = {name: _unwrapped(part) for name, part in named.items()}
+    known: set[int] = set()
+    for part in found.values():
+        known |= {id(each) for each in (part.modules() if isinstance(part, nn.Module) else [part])}
+    for name, part in [*found.items()]:
+        if not isinstance(part, _WHOLE):
+            known.discard(id(part))
+            for path, inner in _within(part, name, known, _WHOLE):
+                own = re.sub(r"\W", "_", path)
+                while own in found:
+                    own += "_"
+                found[own] = inner
+    return found
+
+
 def check_parts(named: Mapping[str, Any]) -> None:
     """Check parts as a user has named them.
 
@@ -320,16 +343,25 @@ def check_parts(named: Mapping[str, Any]) -> None:
         raise UsageError(faults, "the parts of the training")
 
 
-def _tensors_in(
-    value: Any, path: str, known: set[int], depth: int = _DEPTH
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in(value: Any, path: str, known: set[int]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors within a part that have no name yet, each with its path."""
-    if isinstance(value, Tensor):
-        if id(value) not in known:
-            known.add(id(value))
-            yield path, value
+    if not isinstance(value, _WHOLE):
+        yield from _within(value, path, known, (Tensor,))
+
+
+def _within(
+    value: Any, path: str, known: set[int], wanted: tuple[type, ...], depth: int = _DEPTH
+) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of some kinds within a part that are not known, each with its path."""
+    is_wanted = isinstance(value, wanted)
+    value = _unwrapped(value) if is_wanted else value
+    if id(value) in known or isinstance(value, type):
         return
-    if depth == 0 or id(value) in known or isinstance(value, nn.Module | torch.optim.Optimizer | type):
+    if is_wanted:
+        known |= {id(each) for each in (value.modules() if isinstance(value, nn.Module) else [value])}
+        yield path, value
+        return
+    if depth == 0 or isinstance(value, (Tensor, *_WHOLE)):
         return
     inner: Iterator[tuple[Any, Any]]
     if isinstance(value, dict):
@@ -344,4 +376,4 @@ def _tensors_in(
     for key, item in list(inner):
         if isinstance(item, Tensor | dict | list | tuple) or hasattr(item, "__dict__"):
             name = key if isinstance(key, str | int) else type(key).__name__
-            yield from _tensors_in(item, f"{path}.{name}".lstrip("."), known, depth - 1)
+            yield from _within(item, f"{path}.{name}".lstrip("."), known, wanted, depth - 1)

@@ -21,7 +21,7 @@ from everystep.program.operation import path_faults
 from everystep.recording.facts import check_measurement_names
 from everystep.recording.recorded_run import RecordedRun
 from everystep.step.cursor import Cursor
-from everystep.step.parts import Parts, check_parts
+from everystep.step.parts import Parts, check_parts, with_inner
 from everystep.training.batch import unnested
 from everystep.training.conditions import LoopConditions
 from everystep.training.interrupt import Interrupt
@@ -57,7 +57,7 @@ class Recording(Generic[R]):
         conditions: LoopConditions | None = None,
     ) -> None:
         check_parts(parts)
-        self._parts = Parts(parts)
+        self._parts = Parts(with_inner(parts))
         self._start = start
         self._place = LoaderPosition(self._parts.device, self._settle)
         self._open_run = open_run
