@@ -1,8 +1,12 @@
 """Loops over epochs: what is past does not run again, and what is logged after an epoch is recorded."""
 
+import copy
+import logging
 import math
 import random
 import re
+import time
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -102,6 +106,65 @@ def test_an_early_stop_is_the_same_when_the_loop_is_resumed(tmp_path):
     with pytest.raises(StopError):
         train(tmp_path / "run", 30, ("validation", STEPS * len(lines)), patience=2)
     assert train(tmp_path / "run", 30, patience=2)[-1] == lines[-1]
+
+
+class Link:
+    def __init__(self, after):
+        self.after = after
+
+
+class Trainer:
+    """A training as a class, with all that it carries in attributes, and its recording."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.logger, self.start = logging.getLogger("trainer"), time.time()
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 30)
+        self.averaged = [each.detach().clone() for each in self.model.parameters()]
+        self.meters, self.history = defaultdict(Meter), []
+        self.lowest, self.best, self.steps, self.chain = math.inf, None, 0, None
+        data = TensorDataset(torch.randn(4 * STEPS, 3))
+        self.loader = DataLoader(data, batch_size=4, shuffle=True)
+        for _ in range(2000):
+            self.chain = Link(self.chain)
+
+    def fit(self, directory, stop=None):
+        with everystep.record(trainer=self, run=directory, resume=True) as self.recording:
+            for epoch in self.recording.epochs(4):
+                meter = self.meters[epoch % 2]
+                meter.total = 0.0
+                for (x,) in self.recording.steps(self.loader):
+                    if self.steps == stop:
+                        raise StopError
+                    loss = descend(self.optimizer, (self.model(x) - x.sum()).square().mean())
+                    self.scheduler.step()
+                    self.steps += 1
+                    meter.update(loss.item())
+                    torch._foreach_lerp_(self.averaged, [*self.model.parameters()], 0.1)
+                    self.recording.log(loss=loss)
+                self.history.append(meter.total)
+                if meter.total < self.lowest:
+                    self.lowest, self.best = meter.total, copy.deepcopy(self.model.state_dict())
+        return self
+
+
+def test_a_trainer_with_all_that_it_has_may_be_a_part(tmp_path, capfd):
+    whole = Trainer().fit(tmp_path / "whole")
+    for stop in (9, 17):
+        with pytest.raises(StopError):
+            Trainer().fit(tmp_path / "run", stop)
+    resumed = Trainer().fit(tmp_path / "run")
+    assert resumed.history == whole.history and resumed.lowest == whole.lowest
+    assert resumed.best.keys() == whole.best.keys()
+    of = [[*each.model.parameters(), *each.averaged, *each.best.values()] for each in (resumed, whole)]
+    assert all(torch.equal(one, two) for one, two in zip(*of, strict=True))
+    run, said = everystep.open(tmp_path / "run"), capfd.readouterr().err
+    assert run.verify(progress=False).is_exact
+    assert run.losses.equals(everystep.open(tmp_path / "whole").losses)
+    assert {*re.findall(r"values of (.*), which", said)} == {"Link"}
+    assert "with this process" not in said
 
 
 class Meter:

@@ -31,6 +31,7 @@ __all__ = [
     "encoded",
     "encoded_whole",
     "has_graph",
+    "is_ours",
     "is_plain_value",
 ]
 
@@ -63,6 +64,8 @@ _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 _WITH_TEXTS = (range, slice, torch.Size, PurePath, Fraction, Decimal)
 #: Of an object in an attribute of a module, which may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
+#: Values within values that are written; a chain of objects may be as long as it likes.
+_DEEPEST = 100
 #: Where the classes of locks, files, references and loggers are defined.
 _WITHOUT_NUMBERS = ("_thread", "_io", "weakref", "logging")
 #: Where the classes of functions, methods and operators are defined.
@@ -174,7 +177,8 @@ class _Capturing:
         if id(value) in self._left_alone:
             return {"left": type(value).__name__}
         self._places[id(value)] = place, value
-        if self._is_limited and self._is_much(value):
+        is_too_much = self._is_limited and self._is_much(value)
+        if is_too_much or place.count(".") > _DEEPEST:
             return self._left(value)
         if isinstance(value, Tensor):
             return self._tensor(value, place)
@@ -188,9 +192,8 @@ class _Capturing:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
             self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
-        is_ours = type(value).__module__.startswith("everystep.")  # such as a callback of a trainer
         is_left = _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
-        if is_left or (is_ours and self._is_limited):
+        if is_left or is_ours(value) or type(value).__module__ in _WITHOUT_NUMBERS:
             return self._left(value)
         if not dataclasses.is_dataclass(value):
             self.objects[place] = _path_of(type(value))
@@ -212,7 +215,7 @@ class _Capturing:
         if isinstance(value, nn.Module):
             is_known = all(id(each) in self._known for each in value.parameters())
         else:
-            is_known = _is_code(value) or isinstance(value, _LEFT_ALONE)
+            is_known = _is_code(value) or isinstance(value, _LEFT_ALONE) or is_ours(value)
         if not is_known and kind.__module__ not in _WITHOUT_NUMBERS:
             self.unkept.add(kind.__name__)
         return {"left": kind.__name__}
@@ -246,6 +249,8 @@ class _Capturing:
             node["longest"] = value.maxlen
         if isinstance(value, defaultdict):
             node["factory"] = getattr(value.default_factory, "__name__", None)
+            for index in range(len(value)):  # of these, it can make others
+                self.objects.pop(f"{place}.{index}", None)
         if type(value) is not _COLLECTIONS[kind]:
             node["class"] = _path_of(type(value))
             if more := getattr(value, "__dict__", None):
@@ -255,8 +260,8 @@ class _Capturing:
     def attributes(self, value: Any, prefix: str) -> dict[str, Any]:
         """Return the attributes of an object. prefix: of the names of its tensors."""
         skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else ()
-        own = [*vars(value).items()]
-        return {n: self.encoded(each, f"{prefix}{n}") for n, each in own if n not in skipped}
+        own = [(n, each) for n, each in vars(value).items() if n not in skipped and not is_ours(each)]
+        return {n: self.encoded(each, f"{prefix}{n}") for n, each in own}
 
     def _kept(self, tensor: Tensor, place: str) -> str:
         self.tensors[f"{PREFIX}{place}"] = tensor
@@ -359,6 +364,13 @@ def has_graph(tensor: Tensor) -> bool:
         return tensor.requires_grad and not tensor.is_leaf
     except RuntimeError:
         return True
+
+
+def is_ours(value: Any) -> bool:
+    """Return whether a value is an object of everystep, such as the recording that a trainer has."""
+    return type(value).__module__.startswith("everystep.") and not isinstance(
+        value, torch.optim.Optimizer
+    )
 
 
 def is_plain_value(value: Any) -> bool:
@@ -523,9 +535,12 @@ class _Restoring:
                     raise ValueError(f"{place} is a defaultdict with a function of yours")
                 found.default_factory = _FACTORIES[factory]
         base.clear(found)
+        make = found.default_factory if isinstance(found, defaultdict) else None
         for index, (key, each) in enumerate(node["dict"]):
             name = self._key(key)
-            base.__setitem__(found, name, self.decoded(each, before.get(name), f"{place}.{index}"))
+            is_object = isinstance(each, dict) and "object" in each
+            old = make() if make and is_object and name not in before else before.get(name)
+            base.__setitem__(found, name, self.decoded(each, old, f"{place}.{index}"))
         return found
 
     def _key(self, key: Any) -> Any:

@@ -16,7 +16,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
-from everystep.step.kept_values import GENERATORS
+from everystep.step.kept_values import GENERATORS, is_ours
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts", "with_inner"]
@@ -170,6 +170,14 @@ class Parts:
             if gradient is not None and gradient.layout is torch.strided:
                 found[name] = gradient
         return found
+
+    def objects(self) -> set[int]:
+        """Return the ids of all objects within the parts, themselves included."""
+        found = {id(inner) for module in self.modules.values() for inner in module.modules()}
+        for part in self._others.values():
+            for _ in _within(part, "", found, ()):
+                pass
+        return found | {id(part) for part in self.named.values()}
 
     def gradients(self, of: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
         """Return the pending gradients by the names of their parameters. of: those of an optimizer."""
@@ -355,7 +363,7 @@ def _within(
     """Yield the objects of some kinds within a part that are not known, each with its path."""
     is_wanted = isinstance(value, wanted)
     value = _unwrapped(value) if is_wanted else value
-    if id(value) in known or isinstance(value, type):
+    if id(value) in known or isinstance(value, type) or is_ours(value):
         return
     if is_wanted:
         known |= {id(each) for each in (value.modules() if isinstance(value, nn.Module) else [value])}

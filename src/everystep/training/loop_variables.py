@@ -41,12 +41,10 @@ class LoopVariables:
     """
 
     def __init__(self, frame: FrameType, parts: Parts, item: Any) -> None:
-        modules = (each for module in parts.modules.values() for each in module.modules())
-        known = (*parts.named.values(), *modules, *pytree.tree_leaves(item))
-        #: They stay alive, as the tensors of the variables do: no other object gets their number.
-        self._known = {id(each): each for each in known}
+        self._known = parts.objects() | {id(each) for each in pytree.tree_leaves(item)}
         self._memory = {tensor.untyped_storage().data_ptr() for tensor in parts.state().values()}
-        self._tensors: list[Tensor] = []
+        #: What stays alive, so that no other object gets its id.
+        self._alive: list[Any] = [item]
         self._before = dict(self._contents(frame))
 
     def changed(self, frame: FrameType) -> list[str]:
@@ -93,5 +91,5 @@ class LoopVariables:
         is_plain = value.layout == torch.strided and not value.is_inference()
         if not is_plain or value.untyped_storage().data_ptr() in self._memory:
             return None
-        self._tensors.append(value)
+        self._alive.append(value)
         return id(value), value._version
