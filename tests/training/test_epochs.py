@@ -142,7 +142,8 @@ class Trainer:
                     self.scheduler.step()
                     self.steps += 1
                     meter.update(loss.item())
-                    torch._foreach_lerp_(self.averaged, [*self.model.parameters()], 0.1)
+                    for average, each in zip(self.averaged, self.model.parameters(), strict=True):
+                        average.lerp_(each.detach(), 0.1)
                     self.recording.log(loss=loss)
                 self.history.append(meter.total)
                 if meter.total < self.lowest:
