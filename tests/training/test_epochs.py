@@ -15,6 +15,7 @@ from tests.descent import descend
 from tests.snapshots import take_snapshots_every
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 import everystep
 
@@ -126,13 +127,16 @@ class Trainer:
         self.meters, self.history = defaultdict(Meter), []
         self.lowest, self.best, self.steps, self.chain = math.inf, None, 0, None
         data = TensorDataset(torch.randn(4 * STEPS, 3))
-        self.loader = DataLoader(data, batch_size=4, shuffle=True)
+        self.loader = DataLoader(
+            data, batch_size=4, shuffle=True, num_workers=1, persistent_workers=True
+        )
         for _ in range(2000):
             self.chain = Link(self.chain)
 
     def fit(self, directory, stop=None):
         with everystep.record(trainer=self, run=directory, resume=True) as self.recording:
-            for epoch in self.recording.epochs(4):
+            self.bar = tqdm(self.recording.epochs(4), disable=True)
+            for epoch in self.bar:
                 meter = self.meters[epoch % 2]
                 meter.total = 0.0
                 for (x,) in self.recording.steps(self.loader):

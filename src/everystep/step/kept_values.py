@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 __all__ = [
     "GENERATORS",
@@ -31,7 +32,7 @@ __all__ = [
     "encoded",
     "encoded_whole",
     "has_graph",
-    "is_ours",
+    "is_aside",
     "is_plain_value",
 ]
 
@@ -67,7 +68,9 @@ MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Values within values that are written; a chain of objects may be as long as it likes.
 _DEEPEST = 100
 #: Where the classes of locks, files, references and loggers are defined.
-_WITHOUT_NUMBERS = ("_thread", "_io", "weakref", "logging")
+_WITHOUT_NUMBERS = ("_thread", "_io", "_csv", "weakref", "logging")
+#: What shows or records a training.
+_SHOWING = ("everystep", "logging", "rich", "tensorboard", "tqdm")
 #: Where the classes of functions, methods and operators are defined.
 _WITH_CODE = ("builtins", "functools", "torch", "types")
 
@@ -193,7 +196,7 @@ class _Capturing:
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
             self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
         is_left = _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
-        if is_left or is_ours(value) or type(value).__module__ in _WITHOUT_NUMBERS:
+        if is_left or is_aside(value):
             return self._left(value)
         if not dataclasses.is_dataclass(value):
             self.objects[place] = _path_of(type(value))
@@ -215,7 +218,7 @@ class _Capturing:
         if isinstance(value, nn.Module):
             is_known = all(id(each) in self._known for each in value.parameters())
         else:
-            is_known = _is_code(value) or isinstance(value, _LEFT_ALONE) or is_ours(value)
+            is_known = _is_code(value) or isinstance(value, _LEFT_ALONE) or is_aside(value)
         if not is_known and kind.__module__ not in _WITHOUT_NUMBERS:
             self.unkept.add(kind.__name__)
         return {"left": kind.__name__}
@@ -260,7 +263,7 @@ class _Capturing:
     def attributes(self, value: Any, prefix: str) -> dict[str, Any]:
         """Return the attributes of an object. prefix: of the names of its tensors."""
         skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else ()
-        own = [(n, each) for n, each in vars(value).items() if n not in skipped and not is_ours(each)]
+        own = [(n, each) for n, each in vars(value).items() if n not in skipped and not is_aside(each)]
         return {n: self.encoded(each, f"{prefix}{n}") for n, each in own}
 
     def _kept(self, tensor: Tensor, place: str) -> str:
@@ -366,11 +369,14 @@ def has_graph(tensor: Tensor) -> bool:
         return True
 
 
-def is_ours(value: Any) -> bool:
-    """Return whether a value is an object of everystep, such as the recording that a trainer has."""
-    return type(value).__module__.startswith("everystep.") and not isinstance(
-        value, torch.optim.Optimizer
-    )
+def is_aside(value: Any) -> bool:
+    """Return whether no step depends on what a value holds, or the run has it in another way.
+
+    Such as the recording that a trainer has; or a loader: the place in the batches is recorded.
+    """
+    package, _, module = type(value).__module__.partition(".")
+    shows = package in _SHOWING or module.startswith("utils.tensorboard")
+    return isinstance(value, DataLoader) or (shows and not isinstance(value, torch.optim.Optimizer))
 
 
 def is_plain_value(value: Any) -> bool:

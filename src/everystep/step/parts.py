@@ -16,7 +16,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
-from everystep.step.kept_values import GENERATORS, is_ours
+from everystep.step.kept_values import GENERATORS, is_aside
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts", "with_inner"]
@@ -363,7 +363,7 @@ def _within(
     """Yield the objects of some kinds within a part that are not known, each with its path."""
     is_wanted = isinstance(value, wanted)
     value = _unwrapped(value) if is_wanted else value
-    if id(value) in known or isinstance(value, type) or is_ours(value):
+    if id(value) in known or isinstance(value, type) or is_aside(value):
         return
     if is_wanted:
         known |= {id(each) for each in (value.modules() if isinstance(value, nn.Module) else [value])}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from everystep.step.kept_values import is_aside
 from everystep.step.parts import Parts
 
 __all__ = ["LoopVariables"]
@@ -27,8 +28,6 @@ _NUMBERS = (bool, int, float, complex, str, bytes, np.generic)
 #: What may be large is not looked into, but for its first items and its length.
 _MOST_ITEMS = 64
 _MOST_BYTES = 1 << 20
-#: They show or load something, and hold nothing that a step computes with.
-_OF_PACKAGES = {"everystep", "tqdm", "rich"}
 
 
 class LoopVariables:
@@ -61,7 +60,7 @@ class LoopVariables:
             content = self._content(value)
             if content is not None:
                 yield name, content
-            elif type(value).__module__.partition(".")[0] not in _OF_PACKAGES:
+            elif not is_aside(value):
                 of_object = getattr(value, "__dict__", {})
                 contents = {key: self._content(each) for key, each in list(of_object.items())}
                 yield from ((f"{name}.{key}", c) for key, c in contents.items() if c is not None)
