@@ -186,7 +186,8 @@ def test_variables_in_no_part_that_a_resumed_loop_changes_are_named(stop, at, tm
         torch.manual_seed(0)
         model = nn.Linear(3, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loader = DataLoader(TensorDataset(torch.randn(4 * STEPS, 3)), batch_size=4)
+        x = torch.randn(4 * STEPS, 3)
+        loader = DataLoader(TensorDataset(x), batch_size=4)
         meter, counts, lowest, weight = Meter(), {"steps": 0}, math.inf, model.weight
         history, by_name, summed = [], {"loss": 0.0}, torch.zeros(())
         with everystep.record(

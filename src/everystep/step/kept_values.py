@@ -376,7 +376,11 @@ def is_aside(value: Any) -> bool:
     """
     package, _, module = type(value).__module__.partition(".")
     shows = package in _SHOWING or module.startswith("utils.tensorboard")
-    return isinstance(value, DataLoader) or (shows and not isinstance(value, torch.optim.Optimizer))
+    # What wraps a loader of torch takes its attributes.
+    loads = (
+        isinstance(value, DataLoader) or {"dataset", "sampler"} <= getattr(value, "__dict__", {}).keys()
+    )
+    return loads or (shows and not isinstance(value, torch.optim.Optimizer))
 
 
 def is_plain_value(value: Any) -> bool:

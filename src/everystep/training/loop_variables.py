@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,14 @@ _NUMBERS = (bool, int, float, complex, str, bytes, np.generic)
 #: What may be large is not looked into, but for its first items and its length.
 _MOST_ITEMS = 64
 _MOST_BYTES = 1 << 20
+
+
+class _Identity(NamedTuple):
+    """What can be compared of a tensor without reading it."""
+
+    id: int
+    version: int
+    shape: torch.Size
 
 
 class LoopVariables:
@@ -49,7 +57,7 @@ class LoopVariables:
     def changed(self, frame: FrameType) -> list[str]:
         """Return the names of those that differ now; of an object, with the attribute."""
         now = dict(self._contents(frame))
-        return [name for name, before in self._before.items() if name in now and now[name] != before]
+        return [name for name, before in self._before.items() if _differs(before, now.get(name))]
 
     def _contents(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
         """Yield names, and what can be compared of their values."""
@@ -91,4 +99,10 @@ class LoopVariables:
         if not is_plain or value.untyped_storage().data_ptr() in self._memory:
             return None
         self._alive.append(value)
-        return id(value), value._version
+        return _Identity(id(value), value._version, value.shape)
+
+
+def _differs(before: Any, now: Any) -> bool:
+    if isinstance(before, _Identity) and isinstance(now, _Identity) and before.shape != now.shape:
+        return False  # a batch may have the name of the data
+    return now is not None and bool(now != before)
