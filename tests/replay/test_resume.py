@@ -809,28 +809,37 @@ class Warmup:
     def __init__(self, optimizer):
         self.optimizer, self.count = optimizer, 0
 
-    def zero_grad(self):
-        self.optimizer.zero_grad()
-
-    def step(self):
+    def __call__(self):
         self.count += 1
         self.optimizer.param_groups[0]["lr"] = 0.1 * min(self.count**-0.5, self.count / 8)
         self.optimizer.step()
 
 
+class Learner(nn.Module):
+    """A network that has its optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    def learn(self, x, y):
+        return descend(self.optimizer, functional.mse_loss(self.layer(x), y))
+
+
 def with_agent(record):
     seeded()
-    agent, models = Agent(), {"first": nn.Linear(6, 1), "second": nn.Linear(6, 1)}
-    optimizers = [Warmup(torch.optim.SGD(each.parameters())) for each in models.values()]
-    with record(agent=agent, models=models, optimizers=optimizers) as recording:
+    agent, models = Agent(), {"first": nn.Linear(6, 1), "second": Learner()}
+    steps = [Warmup(torch.optim.SGD(models["first"].parameters()))]
+    with record(agent=agent, models=models, steps=steps) as recording:
         for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-            loss = agent.learn(x, y)
-            for model, optimizer in zip(models.values(), optimizers, strict=True):
-                loss = loss + descend(optimizer, functional.mse_loss(model(x), y))
-            recording.log(loss=loss)
-    return [
-        p.detach() for each in (agent.network, agent.target, *models.values()) for p in each.parameters()
-    ]
+            models["first"].zero_grad()
+            loss = functional.mse_loss(models["first"](x), y)
+            loss.backward()
+            steps[0]()
+            recording.log(loss=loss + agent.learn(x, y) + models["second"].learn(x, y))
+    networks = (agent.network, agent.target, *models.values())
+    return [parameter.detach() for network in networks for parameter in network.parameters()]
 
 
 def test_models_and_optimizers_within_other_parts_are_parts(dying, capfd):
@@ -840,9 +849,10 @@ def test_models_and_optimizers_within_other_parts_are_parts(dying, capfd):
     run = everystep.open("killed")
     assert_same_run(everystep.open("whole"), run)
     assert not re.search("not in any part|cannot keep", capfd.readouterr().err)
-    names = ("agent_network", "agent_target", "models_first", "models_second")
+    names = ("agent_network", "agent_target", "models_first", "models_second.layer")
     assert {f"{name}.{own}" for name in names for own in ("weight", "bias")} == {*run[20].parameters}
-    assert {"agent_optimizer.lr", "optimizers_0_optimizer.lr"} <= {*run[20].hyperparameters}
+    optimizers = ("agent_optimizer", "steps_0_optimizer", "models_second_optimizer")
+    assert {f"{name}.lr" for name in optimizers} <= {*run[20].hyperparameters}
 
 
 class WithBuffers(nn.Module):

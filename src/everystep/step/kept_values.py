@@ -33,6 +33,7 @@ __all__ = [
     "encoded_whole",
     "has_graph",
     "is_aside",
+    "is_code",
     "is_plain_value",
 ]
 
@@ -120,13 +121,17 @@ def encoded(
 
 
 def encoded_whole(
-    value: Any, place: str, known: Mapping[str, Tensor], names: Mapping[Tensor, str]
+    value: Any,
+    place: str,
+    known: Mapping[str, Tensor],
+    names: Mapping[Tensor, str],
+    left_alone: Container[int],
 ) -> tuple[dict[str, Tensor], Any, dict[str, str]] | None:
     """Do the same for a value that can be written whole, and that is not large if it has objects.
 
     Returns also the paths of the classes of these, by place, dataclasses apart. None for other values.
     """
-    walk = _Capturing(names, known, (), is_limited=True)
+    walk = _Capturing(names, known, left_alone, is_limited=True)
     data = walk.encoded(value, place)
     return None if walk.has_left else (walk.tensors, data, walk.objects)
 
@@ -195,7 +200,7 @@ class _Capturing:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
             self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
-        is_left = _is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
+        is_left = is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
         if is_left or is_aside(value):
             return self._left(value)
         if not dataclasses.is_dataclass(value):
@@ -218,7 +223,7 @@ class _Capturing:
         if isinstance(value, nn.Module):
             is_known = all(id(each) in self._known for each in value.parameters())
         else:
-            is_known = _is_code(value) or isinstance(value, _LEFT_ALONE) or is_aside(value)
+            is_known = is_code(value) or isinstance(value, _LEFT_ALONE) or is_aside(value)
         if not is_known and kind.__module__ not in _WITHOUT_NUMBERS:
             self.unkept.add(kind.__name__)
         return {"left": kind.__name__}
@@ -348,7 +353,7 @@ def _numbers_of_generator(value: Any) -> Any:
     return value.getstate() if type(value) is random.Random else None
 
 
-def _is_code(value: Any) -> bool:
+def is_code(value: Any) -> bool:
     """Return whether a value is like a function; an object of another class may count its calls."""
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 

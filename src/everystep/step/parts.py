@@ -16,7 +16,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
-from everystep.step.kept_values import GENERATORS, is_aside
+from everystep.step.kept_values import GENERATORS, is_aside, is_code
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts", "with_inner"]
@@ -298,7 +298,8 @@ def _unwrapped(part: Any) -> Any:
 def with_inner(named: Mapping[str, Any]) -> dict[str, Any]:
     """Return parts with the modules and optimizers that lie within them as parts of their own.
 
-    They are in attributes, dicts and lists of other parts: `agent_actor`, `optimizers_0`.
+    They are in attributes, dicts and lists of other parts: `agent_actor`, `optimizers_0`. A module may
+    have its optimizer.
     """
     found = {name: _unwrapped(part) for name, part in named.items()}
     known: set[int] = set()
@@ -307,12 +308,21 @@ def with_inner(named: Mapping[str, Any]) -> dict[str, Any]:
     for name, part in [*found.items()]:
         if not isinstance(part, _WHOLE):
             known.discard(id(part))
-            for path, inner in _within(part, name, known, _WHOLE):
-                own = re.sub(r"\W", "_", path)
-                while own in found:
-                    own += "_"
-                found[own] = inner
+            _add(found, _within(part, name, known, _WHOLE))
+    for name, part in [*found.items()]:
+        for path, inner in part.named_modules() if isinstance(part, nn.Module) else ():
+            place = f"{name}.{path}".rstrip(".")
+            _add(found, _within(vars(inner), place, known, (torch.optim.Optimizer,), depth=2))
     return found
+
+
+def _add(named: dict[str, Any], more: Iterator[tuple[str, Any]]) -> None:
+    """Add parts, each with a name from its path that no other has."""
+    for path, part in more:
+        name = re.sub(r"\W", "_", path)
+        while name in named:
+            name += "_"
+        named[name] = part
 
 
 def check_parts(named: Mapping[str, Any]) -> None:
@@ -376,7 +386,7 @@ def _within(
         inner = iter(value.items())
     elif isinstance(value, list | tuple):
         inner = iter(enumerate(value))
-    elif hasattr(value, "__dict__") and not callable(value):
+    elif hasattr(value, "__dict__") and not is_code(value):
         inner = iter(vars(value).items())
     else:
         return

@@ -296,13 +296,14 @@ class PartsState:
         and objects of these; one that several modules have, such as a configuration, is found once.
         """
         found, names, seen = {}, self.parts.parameter_names(), set[int]()
+        parts = {id(each) for each in self.parts.named.values()}
         for path, inner in self.parts.modules[part].named_modules():
             is_torchs = type(inner).__module__.startswith("torch.")
             for name, value in vars(inner).items():
                 if is_plain_value(value):
                     found[path, name] = _Attribute(value, {})
                 elif not is_torchs and name not in _OF_MODULES and id(value) not in seen:
-                    whole = encoded_whole(value, _place(part, path, name), live, names)
+                    whole = encoded_whole(value, _place(part, path, name), live, names, parts)
                     if whole is not None:
                         tensors, data, objects = whole
                         found[path, name] = _Attribute(data, tensors, objects)
