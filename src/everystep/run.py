@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from everystep.views.loss_table import LossTable
     from everystep.views.report import Report
 
-__all__ = ["Counting", "Run", "Steps", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
+__all__ = ["Run", "Steps", "StoppedByUser", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
 
 #: The public face of a run, which the reference describes: `dir(run)`. What else there is, other modules
 #: of everystep read.
@@ -716,18 +716,27 @@ def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis
     return replace(found, view=RunView(None))
 
 
+class StoppedByUser(KeyboardInterrupt):
+    """Ctrl-C stopped a training; its run has the steps so far."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(
+            "training stopped by the user; the steps so far are recorded: "
+            f"everystep.open('{run.directory}')"
+        )
+        self.run = run
+
+
 def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
     """Return the run that a training recorded, with the objects that trained it.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C stopped the training.
+        StoppedByUser: Ctrl-C stopped the training.
     """
+    run = Run(outcome.directory, objects)
     if outcome.interrupted:
-        raise KeyboardInterrupt(
-            "training stopped by the user; the steps so far are recorded: "
-            f"everystep.open('{outcome.directory}')"
-        )
-    return Run(outcome.directory, objects)
+        raise StoppedByUser(run)
+    return run
 
 
 def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
@@ -737,7 +746,7 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     may hold the rows of its new steps only.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C stopped the training.
+        StoppedByUser: Ctrl-C stopped the training.
     """
     is_read = any(stretch.facts.data.lazy for stretch in run_of(outcome).stretches)
     data = objects.data if is_read else None

@@ -86,13 +86,13 @@ def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
     return [(label, f"{text}{how}" if label == "steps" else text) for label, text in header_rows(facts)]
 
 
-def closing(directory: Path, reason: str | None) -> str:
+def closing(directory: Path) -> str:
     """Return the final message of a training: how it ended, where the run is, and the next command."""
     run = RecordedRun(directory)
     summary = run.summary()
     facts = run.facts
     seconds = "" if facts.seconds is None else f" in {facts.seconds:.3g} s"
-    lines = [] if reason is None else [f"stopped: {reason}", ""]
+    lines = [] if facts.reason is None else [f"stopped: {facts.reason}", ""]
     measured = "".join(
         f", {name} {measured_text(name, value)}"
         for name, value in run.latest_measurements.items()
