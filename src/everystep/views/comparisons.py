@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from everystep.errors import NAMED, named
 from everystep.recording.texts import shortest
-from everystep.views.formatting import NAMED, block, counted, named, number
+from everystep.views.formatting import block, counted, number
 
 if TYPE_CHECKING:
     from everystep.answers.diff import DataDifference, Difference

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from everystep.answers.rows import Rows, Share
-from everystep.errors import RunError, UsageError, did_you_mean
+from everystep.errors import RunError, UsageError, did_you_mean, named
 from everystep.ops.labels import Reason
 from everystep.program.source_line import CodeLine
 from everystep.recording.facts import Facts
 from everystep.replay.opened_step import Step
 from everystep.views.batch_text import about_columns, class_names, columns_of, targets
-from everystep.views.formatting import about_numbers, named, number
+from everystep.views.formatting import about_numbers, number
 from everystep.views.plain import plain_data
 from everystep.views.terminal import keyed, table_text
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from everystep.errors import named
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.texts import shortest
@@ -25,7 +26,7 @@ from everystep.views.comparisons import (
     tensors_text,
 )
 from everystep.views.facts_text import engine_text
-from everystep.views.formatting import about_numbers, block, counted, labelled, named, number, shape_text
+from everystep.views.formatting import about_numbers, block, counted, labelled, number, shape_text
 from everystep.views.lists import summary_data, sweep_text
 from everystep.views.plain import DERIVED, plain_data
 from everystep.views.terminal import Column, table_text

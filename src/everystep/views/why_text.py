@@ -10,11 +10,11 @@ from typing import Any
 from rich.text import Text
 
 from everystep.answers.why import Number, Spot, Term, Why
-from everystep.errors import UsageError
+from everystep.errors import UsageError, named
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.replay.opened_step import Step
-from everystep.views.formatting import about_numbers, named
+from everystep.views.formatting import about_numbers
 from everystep.views.formatting import number as four_digits
 from everystep.views.mathematics import Line, mathematics
 from everystep.views.plain import DERIVED
