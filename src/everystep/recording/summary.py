@@ -68,7 +68,8 @@ def summary_of(
         planned=count if facts.steps is None else facts.steps,
         first_loss=first,
         last_loss=last,
-        started=facts.started or _time_of(directory / FILE_NAME),
+        # A run that is just being created has no start time yet.
+        started=facts.started or datetime.fromtimestamp((directory / FILE_NAME).stat().st_mtime, UTC),
         nonfinite_step=facts.nonfinite_step,
         seconds=facts.seconds,
         optimizer=", ".join(o.class_name for o in trained.optimizers.values()) if trained else None,
@@ -97,11 +98,6 @@ def _validation(database: Database) -> tuple[str, float] | None:
         if value is not None:
             return name, value
     return None
-
-
-def _time_of(path: Path) -> datetime:
-    """Return the time of a file: a run that is just being created has no start time yet."""
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
 class Numbers(NamedTuple):
