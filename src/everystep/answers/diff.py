@@ -146,21 +146,13 @@ def diff(
     objects: tuple[Objects | None, Objects | None] = (None, None),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Difference:
-    """Return how two runs differ; of as many processes, how those of the rank do that differs first.
+    """Answer `Run.diff`; of as many processes, for those of the rank that differs first.
 
     What differs on one rank is on all others after the next collective, often in the same step.
 
-    Args:
-        one: the first run.
-        other: the second run.
-        thorough: replay every step, not only those between the last common state and the first
-            difference. That also finds differences that no loss and no snapshot shows. `diff` does it
-            anyway if it takes only seconds, and the experiments or the numerics differ.
-        objects: the objects that trained each run, for the data of one that does not hold it.
-        on_progress: called with the number of steps just replayed.
-
-    Raises:
-        RunError: a run is unreadable.
+    thorough: done anyway if it takes only seconds, and the experiments or the numerics differ; objects:
+    that trained each run, for the data of one that does not hold it; on_progress: called with the number
+    of steps just replayed.
     """
     pairs = [(one, other)]
     known = one.known_ranks, other.known_ranks

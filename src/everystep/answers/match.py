@@ -91,17 +91,7 @@ class Match(Shown):
 
 
 def match(one: Opener, other: Opener, step: int | None = None) -> Match:
-    """Return how a step of two runs matches, by values.
-
-    Args:
-        one: the first run, to which the second is compared.
-        other: the second run.
-        step: its number; None: the first kept one that does not match, or else the last that both have.
-
-    Raises:
-        StepError: a run has no such step.
-        RunError: a step cannot be opened.
-    """
+    """Answer `Run.match`; without a step, for the first kept one that does not match, or the last."""
     matches = cache(partial(_match, one, other))
     if step is None:
         last = min(each.run.newest_step() for each in (one, other))

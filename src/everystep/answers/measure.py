@@ -199,22 +199,9 @@ def measure(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Measured:
-    """Add a measurement to a run, as if it had been made during training.
+    """Answer `Run.measure`. It keeps the values of an interrupted measurement, and continues after them.
 
-    It keeps the values of an interrupted measurement, and continues after them.
-
-    Args:
-        opener: of the run; only the measurement is added.
-        question: an expression, or a function of the opened step that returns a number.
-        name: of the measurement.
-        every: steps between two measurements.
-        overwrite: replace an existing measurement in hindsight of that name.
-        processes: number of processes; default: one per core, if worth their start.
-        on_progress: called with the number of steps just replayed.
-
-    Raises:
-        UsageError: the name is taken, or the question does not fit.
-        RunError: a needed file is missing, unreadable or being written.
+    on_progress: called with the number of steps just replayed.
     """
     if not isinstance(every, int) or every < 1:
         raise UsageError(f"every must be an integer of at least 1, not {every!r:.80}")
@@ -258,14 +245,7 @@ def when(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Found:
-    """Find the first step at which a condition is true, the last, or all.
-
-    condition: an expression, a function, or the text `RANKS_DIFFER`.
-
-    Raises:
-        UsageError: the condition does not fit.
-        RunError: a needed file is missing or unreadable.
-    """
+    """Answer `Run.when`. condition: an expression, a function, or the text `RANKS_DIFFER`."""
     run = opener.run
     if isinstance(condition, str) and run.known_ranks is None:
         raise UsageError(f"{run.name} was trained by one process, and has no ranks that could differ")
@@ -289,11 +269,7 @@ def until(
     processes: int | None,
     on_progress: Callable[[int], None],
 ) -> list[Replayed]:
-    """Replay spans until one has a result and all spans before it are replayed; return the result.
-
-    Raises:
-        RunError: a needed file is missing or unreadable.
-    """
+    """Replay spans until one has a result and all spans before it are replayed; return the result."""
     done: dict[Span, Replayed] = {}
     replayed = parallel(opener, due, visitor, processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator

@@ -124,23 +124,13 @@ def rerun(
     others: Sequence[RecordedRun] = (),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Rerun:
-    """Repeat the steps of a run under different conditions, from its first state, and compare them.
+    """Answer `Run.rerun`, from the first state of the run.
 
-    Programs alone compute them. For a fork, these are the steps since it began; of a recording with
-    `keep`, the last kept ones in a row. Then single steps run
-    from recorded states, which separates the difference that each operation adds from that of its
-    inputs.
+    For a fork, the steps are those since it began; of a recording with `keep`, the last kept ones in a
+    row. Then single steps run from recorded states, which separates the difference that each operation
+    adds from that of its inputs.
 
-    Args:
-        opener: of the run.
-        conditions: those of the replay.
-        others: runs of as many steps, to compare with.
-        on_progress: called with the number of steps just taken.
-
-    Raises:
-        ExperimentError: a setting is invalid.
-        RunError: the steps cannot run there; gives the reason.
-        TrainingError: the process there does not start, or ended early.
+    on_progress: called with the number of steps just taken.
     """
     opener.run.check_alone("repeat such a run under different conditions")
     conditions.check()
