@@ -67,10 +67,16 @@ class Run(RecordedRun):
     `run[137]` opens step 137 with everything in it, and `run[-1]` the newest step. `run[10:20]` is a
     sequence of the steps 10 to 19; it opens each step when you access it, as does iterating over the
     run. Opened steps are kept as memory allows.
+
+    It warns if the run is damaged, as far as that shows without reading all numbers.
+
+    Raises:
+        RunError: the directory is not a run, is unreadable, or lacks the last steps of a finished run.
     """
 
     def __init__(self, directory: str | Path, objects: Objects | None = None) -> None:
         super().__init__(directory)
+        self.check()
         self._objects = objects
         self._own_opener: Opener | None = None
         #: The step opened last, as it was returned: it keeps what was computed from it.

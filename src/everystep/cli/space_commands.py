@@ -64,7 +64,7 @@ def prune(
     if snapshots is None and batches is None:
         raise UsageError("say what to make smaller: --snapshots MB, --batches MB, or both")
     directory = find_run(run)
-    RecordedRun(directory, may_be_cut=True).check_alone("make such a run smaller")
+    RecordedRun(directory).check_alone("make such a run smaller")
     sizes = (None if each is None else 1_000_000 * each for each in (snapshots, batches))
     found = pruning_of(directory, *sizes)
     if not (found.states or found.files):

@@ -79,19 +79,12 @@ def _place_of_rank(top: Path, rank: int, stretches: Sequence[Stretch]) -> Path:
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
 
-    It warns if the run is damaged, as far as that shows without reading all numbers.
-
     common_states, common_steps: the steps of the states that all ranks have, and how many steps, if they
     agreed on that; None: as read. others: how many processes recorded it, if it is continued by another
     number.
-
-    may_be_cut: do not look at it yet; a finished run may lack its last steps.
-
-    Raises:
-        RunError: the directory is not a run, or is unreadable.
     """
 
-    def __init__(self, directory: str | Path, *, may_be_cut: bool = False) -> None:
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._database_path = self.directory / FILE_NAME
         self.common_states: frozenset[int] | None = None
@@ -99,8 +92,6 @@ class RecordedRun:
         self.others: int | None = None
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
-        if not may_be_cut:
-            self._read(self._check_whole)
 
     @property
     def name(self) -> str:
@@ -424,20 +415,23 @@ class RecordedRun:
             status = self.status_by(facts)
             return summary_of(self.name, self.directory, facts, status, damage, database)
 
-    def _check_whole(self, database: Database) -> None:
+    def check(self) -> None:
         """Check that the steps of a finished run are there; warn of other damage.
 
+        As far as that shows without reading all numbers.
+
         Raises:
-            RunError: some are missing.
+            RunError: some are missing; or the directory is not a run, or is unreadable.
         """
-        facts = database.facts()
-        missing = missing_steps(facts, database.newest_step())
-        if missing is not None:
-            raise RunError(
-                f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; everystep "
-                f"doctor {self.name} --export FILE.csv writes the numbers that can be read"
-            )
-        self._warn_of([*structure_findings(self.directory, database, facts)])
+        with reading(self._database_path) as database:
+            facts = database.facts()
+            missing = missing_steps(facts, database.newest_step())
+            if missing is not None:
+                raise RunError(
+                    f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; "
+                    f"everystep doctor {self.name} --export FILE.csv writes the numbers that can be read"
+                )
+            self._warn_of([*structure_findings(self.directory, database, facts)])
 
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them.
