@@ -27,7 +27,7 @@ from everystep.program.observed import Observed
 from everystep.program.operators import draws_random_numbers
 from everystep.recording.recorded_run import EXPERIMENT_FILE, stretch_at
 from everystep.recording.settings_diff import Setting, settings_that_differ
-from everystep.recording.texts import shortest, value_text
+from everystep.recording.texts import number_text, shortest, value_text
 from everystep.replay.processes import Opener
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State, same_bits
@@ -446,7 +446,7 @@ def _cells_text(difference: TensorDifference, found: OperationDifference) -> str
     if difference.elements == 1:
         (place, *rest), values = difference.positions[0], difference.values[0]
         cell = [rows[place], *rest]
-        return f"{difference.name}{cell} {_numbers_text(values)}{where}"
+        return f"{difference.name}{cell} {' | '.join(map(number_text, values))}{where}"
     count = f"{difference.elements:,} numbers of {difference.name}"
     return f"{count} in row{'s' * (len(rows) > 1)} {named([*rows.values()])}{where}"
 
@@ -470,7 +470,7 @@ def _of_state(name: str, evidence: Evidence) -> Iterator[str]:
     if difference.elements == 1 and difference.positions:
         position, values = difference.positions[0], difference.values[0]
         place = str(list(position)) if position else ""
-        yield f"{difference.name}{place} of state {since:,}: {_numbers_text(values)}{by}"
+        yield f"{difference.name}{place} of state {since:,}: {' | '.join(map(number_text, values))}{by}"
     else:
         text = _tensor_text(difference._replace(name=""), one, other)
         yield f"{difference.name} of state {since:,}: {text}{by}"
@@ -494,10 +494,6 @@ def _of_draw(evidence: Evidence) -> Iterator[str]:
         is_first = first[0] is not None and first[1] is not None and not same_bits(first[0], first[1])
         since = 0 if is_first else evidence.number - 1
         yield f"another random draw: torch's generator differs in state {since:,}"
-
-
-def _numbers_text(values: tuple[float, float]) -> str:
-    return " | ".join(shortest(v) if isinstance(v, float) else str(v) for v in values)
 
 
 def _tensor_text(

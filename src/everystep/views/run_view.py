@@ -14,7 +14,7 @@ from rich.console import Console
 from everystep.errors import named
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.texts import shortest
+from everystep.recording.texts import number_text, shortest
 from everystep.views.comparisons import (
     diff_sentence,
     diff_text,
@@ -261,7 +261,7 @@ def _range(tensor: Any) -> str:
     from everystep.replay.opened_step import statistics
 
     if not tensor.dim():
-        return shortest(tensor.item()) if tensor.is_floating_point() else str(tensor.item())
+        return number_text(tensor.item())
     found = statistics(tensor)
     bad = f", {found.nonfinite:,} not finite" if found.nonfinite else ""
     return f"{shape_text(tensor)}, {number(found.minimum)} to {number(found.maximum)}{bad}"
