@@ -411,7 +411,7 @@ def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
             raise UsageError("both run and resume name a run; pass one of them")
         return Run(find_run(resume))
     if place is None:
-        raise UsageError("resume=True needs the run: run=... (--run NAME); or pass resume=RUN")
+        raise UsageError("resume=True needs the run: run=...; or pass resume=RUN")
     return None if remove_unbegun(place) else Run(place)
 
 

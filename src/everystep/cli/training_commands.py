@@ -67,6 +67,8 @@ def train(
 
     if steps is not None and epochs is not None:
         raise UsageError("--steps and --epochs are mutually exclusive")
+    if resume_run and run is None:
+        raise UsageError("--resume needs the run: --run NAME")
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}
     shorthands |= {"engine": engine}
