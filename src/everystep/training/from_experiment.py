@@ -18,7 +18,6 @@ from everystep.experiment.catalogue import build
 from everystep.experiment.data import Data, make_data
 from everystep.experiment.loss import check_loss, target_of
 from everystep.experiment.model import build_model, try_model
-from everystep.experiment.optimizer import with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.prepared_rows import Reading
 from everystep.experiment.source_files import check_may_be_read, note_named
@@ -86,7 +85,7 @@ def experiment_job(
         UsageError: the data or the model is invalid, or in files that the user has not named; gives the
             reason and a fix.
     """
-    experiment = with_fused(experiment, device)
+    experiment = experiment.with_fused(device.type)
     torch.manual_seed(experiment.seed)
     if data is None:
         check_may_be_read(experiment.data)
