@@ -111,13 +111,12 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
     lines += [("result", _tensor_text(each)) for each in found.results]
     lines += [("input", _tensor_text(each)) for each in found.inputs]
     if found.rows:
-        rows = ", ".join(
+        rows = [
             (f"{a}" if a == b else f"{a} and {b}") + f" at position {place}" * (not place == a == b)
-            for place, a, b in found.rows[:NAMED]
-        )
-        rows += ", ..." if len(found.rows) > NAMED else ""
+            for place, a, b in found.rows
+        ]
         numbers = "" if found.rows_of == "the batch" else f"; in {found.rows_of}, counted from 0"
-        lines.append(("rows", rows + numbers))
+        lines.append(("rows", named(rows) + numbers))
     return lines + [("cause", cause) for cause in found.causes]
 
 
