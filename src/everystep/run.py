@@ -705,11 +705,7 @@ class Steps(Sequence["Step"]):
 
 
 def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis:
-    """Return what is wrong with a run; export: where to write the numbers that can be read.
-
-    Raises:
-        RunError: there is no such run; or, with `export`, its database cannot be opened.
-    """
+    """Answer `everystep.doctor`."""
     from everystep.answers.doctor import doctor
     from everystep.recording.database import FILE_NAME
     from everystep.recording.health import readable_numbers

@@ -51,11 +51,9 @@ def loss_plot(
     For a long run, it draws a few thousand points, among them the extremes of every stretch.
     Losses that are not finite are marked at the bottom, and counted in the caption.
 
-    Args:
-        runs: at least one; colors distinguish several, and the ranks of one, which are all drawn. A run
-            that is there twice is drawn once.
-        log: a log10 axis; it omits values that are not positive, with a note in the caption.
-        measurements: names of measurements to draw, too; a run without one is drawn without it.
+    Colors distinguish several runs, and the ranks of one, which are all drawn. A run that is there twice
+    is drawn once, one without a measurement without it. A log axis omits values that are not positive,
+    with a note in the caption.
 
     Raises:
         UsageError: there are no runs, or none of them has a measurement.
