@@ -51,7 +51,7 @@ class Batches:
     source: str = "the data"
     share: tuple[int, int] | None = None
     _order: dict[int, tuple[Tensor, frozenset[int]]] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -172,8 +172,8 @@ class Batches:
         Raises:
             ExperimentError: they do not, or a row does not exist.
         """
-        before = replace(self, without=tuple(sorted({*self.without, *inherited})), _order={})
-        left = replace(before, without=tuple(sorted({*before.without, *rows})), _order={})
+        before = replace(self, without=tuple(sorted({*self.without, *inherited})))
+        left = replace(before, without=tuple(sorted({*before.without, *rows})))
         steps = range(first, last + 1)
         if len(left.without) >= self.smallest:
             empty = next((step for step in steps if not left.rows_of(step)), None)
