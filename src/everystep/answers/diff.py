@@ -76,7 +76,7 @@ class FirstState(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Difference(Shown):
     """How two runs differ.
 
@@ -108,26 +108,6 @@ class Difference(Shown):
     unread: tuple[str, ...] = ()
     renamed: tuple[str, ...] = ()
     first_state: FirstState | None = None
-
-    def __repr__(self) -> str:
-        if self.is_same:
-            found = "everything compared is identical"
-        elif self.operation is not None:
-            one = self.operation.one or self.operation.other
-            name = f", {one.operation.operator}" if one is not None else ""
-            place = f"step {self.operation.step:,} at operation #{self.operation.index}"
-            found = f"they diverge in {place}{name}"
-        elif self.loss is not None:
-            found = f"losses differ from step {self.loss.step:,} on"
-        elif self.steps[0] != self.steps[1] and not any(
-            (self.states, self.experiments, self.measured, self.unread)
-        ):
-            found = "one is longer"
-        elif not self.is_complete:
-            found = "not everything could be compared"
-        else:
-            found = "they differ in their settings, states, measurements or batches"
-        return f"<difference of {self.names[0]} and {self.names[1]}: {found}>"
 
     @property
     def is_same(self) -> bool:

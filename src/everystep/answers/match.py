@@ -57,7 +57,7 @@ class Suspect(NamedTuple):
     distance: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Match(Shown):
     """How a step of two runs matches, up to rounding.
 
@@ -79,10 +79,6 @@ class Match(Shown):
     found: int
     of: int
     suspects: tuple[Suspect | None, Suspect | None]
-
-    def __repr__(self) -> str:
-        what = "match" if self.is_match else "do not match"
-        return f"<match: step {self.step:,} of {self.names[0]} and {self.names[1]} {what}>"
 
     @property
     def is_match(self) -> bool:

@@ -174,19 +174,13 @@ class Query(Visitor):
         return self._is_due(number) or (self.looks_back and self._is_due(number + 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured(Shown):
     """The result of measuring: values by step; left_out: steps from which on a replay was not exact."""
 
     name: str
     values: dict[int, float]
     left_out: tuple[int, ...]
-
-    def __repr__(self) -> str:
-        steps = [*self.values]
-        ends = dict.fromkeys(steps[:1] + steps[-1:])
-        shown = "".join(f", {self.values[step]:.4g} at step {step:,}" for step in ends)
-        return f"<measured {self.name}: {len(self.values):,} values{shown}>"
 
 
 def measure(

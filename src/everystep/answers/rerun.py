@@ -43,7 +43,7 @@ COMPARED, MOST_BYTES = 12, 1_000_000_000
 FARTHEST = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rerun(Shown):
     """The steps of a run under different conditions.
 
@@ -74,15 +74,6 @@ class Rerun(Shown):
     farthest: tuple[Apart, ...]
     others: dict[str, NDArray[np.float64]]
     problems: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        if self.place.precision is not None:
-            found = f"{len(self.losses):,} steps in {self.place.precision}"
-        elif self.parts_at is None:
-            found = f"{len(self.losses):,} steps are bit-identical"
-        else:
-            found = f"differs from step {self.parts_at:,} on"
-        return f"<rerun of {self.name}: {found}>"
 
     @property
     def relative(self) -> NDArray[np.float64]:

@@ -67,6 +67,10 @@ class RunView(NamedTuple):
         """Return an answer as the terminal prints it, some with styles."""
         return _TEXTS[type(answer).__name__](answer, self, **options)
 
+    def line(self, answer: Any) -> str:
+        """Return the conclusion of an answer in a line."""
+        return _LINES[type(answer).__name__](answer)
+
     def data(self, answer: Any, **options: Any) -> dict[str, Any]:
         """Return everything in an answer as plain data, under the names that it has in Python."""
         kind = type(answer).__name__
@@ -171,7 +175,7 @@ def _snapshots_text(found: Verification) -> str:
     return text + tensors_text(first)
 
 
-def _measured_text(found: Measured, view: RunView) -> str:
+def _measured_text(found: Measured, view: RunView | None) -> str:
     values = list(found.values.items())
     if not values:
         return f"{found.name}: no values"
@@ -382,6 +386,15 @@ _TEXTS: dict[str, Callable[..., str | Text]] = {
     "Verification": _verify_text,
     "WhatIf": _what_if_text,
     "Why": lambda found, view, **options: _in("why_text").why_text(found, name=view.run.name, **options),
+}
+
+#: What each answer comes to, for those that a line of text says as well.
+_LINES: dict[str, Callable[..., str]] = {
+    "Difference": diff_sentence,
+    "Match": lambda found: match_text(found).splitlines()[-1],
+    "Measured": lambda found: _measured_text(found, None).splitlines()[0],
+    "Rerun": rerun_sentence,
+    "Sweep": lambda found: sweep_text(found).plain.splitlines()[-1],
 }
 
 #: Answers that hold more than their fields and what these derive.
