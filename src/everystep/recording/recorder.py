@@ -68,7 +68,7 @@ def _in_thread(
 
     @wraps(method)
     def put(recorder: Any, /, *arguments: P.args, **options: P.kwargs) -> None:
-        recorder._queue.put(partial(method, recorder, *arguments, **options))
+        recorder._put(partial(method, recorder, *arguments, **options))
 
     return put
 
@@ -339,7 +339,7 @@ class Recorder:
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
         """
-        self._queue.put(partial(self._write_last_facts, facts))
+        self._put(partial(self._write_last_facts, facts))
         self._queue.put(None)
         self._thread.join(LATE_SECONDS)
         if self._thread.is_alive():
@@ -456,9 +456,12 @@ class Recorder:
             RecordingError: writing the run failed.
         """
         written = threading.Event()
-        self._queue.put(written.set)
+        self._put(written.set)
         while not written.wait(0.01):
             self.check()
+
+    def _put(self, job: Callable[[], None]) -> None:
+        self._queue.put(job)
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
