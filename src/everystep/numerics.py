@@ -159,7 +159,7 @@ class Numerics(BaseModel):
         """
         import torch
 
-        known = _in_effect(_ALL_SETTINGS if device.type == "cuda" else _SETTINGS)
+        known = _values_of(_ALL_SETTINGS if device.type == "cuda" else _SETTINGS)
         settings = {name: value for name, value in known.items() if value is not None}
         if unknown := next(_unknown(settings), None):
             raise UsageError(f"{unknown}, as far as everystep knows; set it to another value")
@@ -322,7 +322,7 @@ def in_force(
         )
     threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
     with _reproducible(), on_cpu():
-        before = _in_effect(_ALL_SETTINGS)
+        before = _values_of(_ALL_SETTINGS)
         try:
             if threads is not None:
                 torch.set_num_threads(threads)
@@ -357,7 +357,7 @@ def _apply(settings: Mapping[str, bool | str | None]) -> None:
                 setattr(attrgetter(place)(torch), attribute, value)
 
 
-def _in_effect(names: Iterable[str]) -> dict[str, bool | str | None]:
+def _values_of(names: Iterable[str]) -> dict[str, bool | str | None]:
     """Return the values of settings, as a run has them."""
     return {f"torch.{name}": _setting(name) for name in names}
 

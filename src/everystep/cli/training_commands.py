@@ -63,12 +63,14 @@ def train(
         resume_run: Resume the run that --run names if it exists.
         tag: A word by which everystep runs --tag finds the run. Repeatable.
     """
+    from everystep import numerics
     from everystep.experiment.specification import parse_setting
 
     if steps is not None and epochs is not None:
         raise UsageError("--steps and --epochs are mutually exclusive")
     if resume_run and run is None:
         raise UsageError("--resume needs the run: --run NAME")
+    numerics.prepare()
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}
     shorthands |= {"engine": engine}
