@@ -309,6 +309,7 @@ class Run(RecordedRun):
         Raises:
             UsageError: the question does not fit, or the name is taken.
             RunError: a needed file is missing, unreadable or being written.
+            KeyboardInterrupt: on Ctrl-C; the values so far are kept.
         """
         from everystep.answers.measure import measure
 

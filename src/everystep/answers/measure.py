@@ -223,11 +223,16 @@ def measure(
             query = Query(question, run, every=every, skipped=frozenset(values))
             left_out += _not_kept(run)
             replayed = parallel(opener, query.due(run), query, processes, on_progress)
-            with closing(replayed):  # type: ignore[type-var]  # a generator
-                for each in replayed:
-                    exact, diverged = _exact(each)
-                    left_out += diverged
-                    keep(exact)
+            try:
+                with closing(replayed):  # type: ignore[type-var]  # a generator
+                    for each in replayed:
+                        exact, diverged = _exact(each)
+                        left_out += diverged
+                        keep(exact)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"stopped; {len(values):,} values are saved; measure the same again to continue"
+                ) from None
     return Measured(name, dict(sorted(values.items())), tuple(sorted(left_out)))
 
 

@@ -109,21 +109,17 @@ def sweep(
     """
     from everystep.experiment.grid import parse_values
 
-    try:
-        found = everystep.sweep(
-            experiment,
-            parse_values(settings),
-            run=run,
-            resume=resume_runs,
-            processes=processes,
-            ray=ray,
-            force=force,
-            snapshot_budget=snapshot_budget * 1_000_000,
-            progress=not quiet,
-        )
-    except KeyboardInterrupt as stopped:
-        hint(str(stopped))
-        raise
+    found = everystep.sweep(
+        experiment,
+        parse_values(settings),
+        run=run,
+        resume=resume_runs,
+        processes=processes,
+        ray=ray,
+        force=force,
+        snapshot_budget=snapshot_budget * 1_000_000,
+        progress=not quiet,
+    )
     answer(found, json, is_yes=found.is_finished, text={"width": terminal_width()})
 
 
