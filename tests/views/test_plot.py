@@ -79,11 +79,6 @@ def test_an_unknown_measurement_is_answered_with_the_nearest(run_of):
         loss_plot([run], measurements=["validaton_loss"])
 
 
-def test_no_run_is_refused():
-    with pytest.raises(UsageError, match="at least one run"):
-        loss_plot([])
-
-
 def test_a_long_run_is_thinned_without_losing_a_spike(run_of):
     losses = [1 / step for step in range(1, 50_001)]
     losses[12_344] = 98.75

@@ -56,10 +56,8 @@ def loss_plot(
     with a note in the caption.
 
     Raises:
-        UsageError: there are no runs, or none of them has a measurement.
+        UsageError: none of the runs has a measurement.
     """
-    if not runs:
-        raise UsageError("nothing to plot; pass at least one run")
     runs = [*{rank.directory.resolve(): rank for run in runs for rank in run.shown_ranks}.values()]
     curves = dict(zip(_names(runs), (run.losses for run in runs), strict=True))
     damage = [_plain("\n".join(wrap(run.damage, _CAPTION_WIDTH))) for run in runs if run.damage]
