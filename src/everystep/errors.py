@@ -1,5 +1,20 @@
 """The errors that everystep raises, and the notices that it prints.
 
+    EverystepError
+    ├── UsageError (a ValueError): the request is invalid; exit code 2
+    │   ├── ExperimentError: an experiment file, or the arguments of `train`
+    │   ├── DataError: the data set
+    │   ├── ModelError: the model does not fit its data, or the data its loss
+    │   ├── DeviceError: the device is not available
+    │   ├── RunError: the run is missing, unreadable, or already exists
+    │   │   ├── ForeignDatabaseError: the database is that of another program
+    │   │   ├── ProgramError: a program is invalid, or cannot run here
+    │   │   └── StepError (an IndexError): the run does not have this step
+    │   └── ExpressionError: an expression is invalid, or does not fit the run
+    ├── TrainingError: a step failed, or cannot be trusted; exit code 1
+    │   └── DatasetChangedError: a Dataset that was read once now returns other rows
+    └── RecordingError: writing the run failed (disk full, read-only, ...); exit code 1
+
 Every message reports what is wrong, where, and what to do. Where several things are wrong, one error
 reports all of them, in `faults` and in its message.
 """
