@@ -38,7 +38,7 @@ from everystep.recording.health import (
 )
 from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import SnapshotRow, read_snapshot
-from everystep.recording.summary import Summary, summary_of
+from everystep.recording.summary import Summary, in_own_precision, summary_of
 from everystep.recording.texts import column_title
 
 if TYPE_CHECKING:
@@ -214,8 +214,6 @@ class RecordedRun:
 
     def _last_numbers(self, count: int | None) -> dict[str, Series]:
         """Return all series of the last steps, the losses in their own precision."""
-        import numpy as np
-
         edition = fingerprint(self.directory)
         with reading(self._database_path) as database:
             facts = database.facts()
@@ -235,10 +233,7 @@ class RecordedRun:
         steps, losses = found[LOSS]
         database.check_gap(steps, max(1, since))
         self._warn_of(damage)
-        if facts.loss_dtype != "float64":
-            with np.errstate(over="ignore"):
-                found[LOSS] = steps, losses.astype(np.float32)
-        return found
+        return found | {LOSS: (steps, in_own_precision(losses, facts))}
 
     @property
     def measurements(self) -> polars.DataFrame:
