@@ -720,14 +720,15 @@ def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis
 
 
 class StoppedByUser(KeyboardInterrupt):
-    """Ctrl-C stopped a training; its run has the steps so far."""
+    """Ctrl-C stopped a training; the run in `directory` has the steps so far."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(
-            "training stopped by the user; the steps so far are recorded: "
-            f"everystep.open('{run.directory}')"
-        )
-        self.run = run
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.directory = directory
+
+    def __str__(self) -> str:
+        recorded = f"the steps so far are recorded: everystep.open('{self.directory}')"
+        return f"training stopped by the user; {recorded}"
 
 
 def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
@@ -736,10 +737,9 @@ def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
     Raises:
         StoppedByUser: Ctrl-C stopped the training.
     """
-    run = Run(outcome.directory, objects)
     if outcome.interrupted:
-        raise StoppedByUser(run)
-    return run
+        raise StoppedByUser(outcome.directory)
+    return Run(outcome.directory, objects)
 
 
 def run_from_objects(outcome: Outcome, objects: Objects) -> Run:

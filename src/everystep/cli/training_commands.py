@@ -231,7 +231,7 @@ def _train(quiet: bool, budget: int, train: Callable[..., Run], *given: Any, **n
         try:
             run = train(*given, **watched | named)
         except StoppedByUser as stopped:
-            run, code = stopped.run, 130
+            run, code = everystep.open(stopped.directory), 130
     if not quiet:
         hint(closing(run.directory))
     if run.status != "finished":
