@@ -111,7 +111,7 @@ def _train(kind: str, run: Path, steps: int) -> None:
     while process.poll() is None:
         time.sleep(0.5)
         if (run / "run.sqlite").exists() and (memory := _memory(process.pid)):
-            newest = RecordedRun(run, may_be_cut=True).summary().steps
+            newest = RecordedRun(run).summary().steps
             samples.append(Sample(time.monotonic() - began, newest, memory, _disk(run)))
     if process.returncode:
         raise SystemExit(f"{kind}: the training ended with {process.returncode}")

@@ -96,6 +96,7 @@ def _read(place: Path, seed: int) -> Seen:
     while status == "running" and not seen.problems:
         try:
             run = RecordedRun(place)
+            run.check()
             facts = run.facts
             if facts.trained is None:  # the run is just being created
                 continue

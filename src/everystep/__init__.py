@@ -54,19 +54,13 @@ __all__ = [
 
 
 #: Imported at first use: importing everystep is quick, and does not import torch.
-_MODULES = {
-    **dict.fromkeys(
-        ("doctor", "open", "record", "runs", "sweep", "train", "train_experiment"), "everystep.api"
-    ),
-    "GradientDescent": "everystep.gradient_descent",
-    "Run": "everystep.run",
-}
+_MODULES = {"GradientDescent": "everystep.gradient_descent", "Run": "everystep.run"}
 _SUBMODULES = ("lightning", "numerics", "transformers")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
+    if name in __all__:
+        return getattr(import_module(_MODULES.get(name, "everystep.api")), name)
     if name in _SUBMODULES:
         return import_module(f"everystep.{name}")
     raise AttributeError(f"module 'everystep' has no attribute {name!r}")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from everystep.answers.sweep import Sweep
     from everystep.experiment.metrics import Metrics
     from everystep.experiment.specification import Experiment
+    from everystep.training.job import Progress
     from everystep.training.record import Recording
 
 __all__ = ["doctor", "open", "record", "runs", "sweep", "train", "train_experiment"]
@@ -424,7 +425,7 @@ def train_experiment(
     force: bool = False,
     tags: Iterable[str] = (),
     snapshot_budget: int = DEFAULT_BUDGET,
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> Run:
     """Train an experiment, record every step, and return the run.
 
@@ -438,7 +439,7 @@ def train_experiment(
         resume, force: continue a run of this experiment, as in `train`.
         tags: words by which to find the run, as in `record`.
         snapshot_budget: maximum bytes of snapshots.
-        progress: show a progress bar if stderr is a terminal.
+        progress: show a progress bar if stderr is a terminal; or an object that watches the training.
 
     Raises:
         UsageError: the experiment is invalid; lists every error with a fix.

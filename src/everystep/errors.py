@@ -27,6 +27,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 __all__ = [
+    "NAMED",
     "DamageWarning",
     "DataError",
     "DatasetChangedError",
@@ -44,6 +45,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "did_you_mean",
+    "named",
     "say",
     "size_text",
 ]
@@ -51,6 +53,8 @@ __all__ = [
 
 #: Faults that a message lists; `faults` has all of them.
 MOST_SHOWN = 20
+#: States, tensors, names and rows that are named before the rest is counted.
+NAMED = 6
 
 
 class Fault(NamedTuple):
@@ -171,6 +175,12 @@ def did_you_mean(name: str, known: Sequence[str] | Mapping[str, str]) -> str:
     if len(known) <= 12:
         return "known here: " + ", ".join(written.values())
     return ""
+
+
+def named(things: Sequence[object], most: int = NAMED) -> str:
+    """Return the first of some things by name, and how many more there are."""
+    more = f" and {len(things) - most:,} more" if len(things) > most else ""
+    return ", ".join(map(str, things[:most])) + more
 
 
 def say(message: str) -> None:

@@ -13,7 +13,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from operator import attrgetter
@@ -105,6 +105,7 @@ _SETTINGS_OF_CUDA: dict[str, tuple[bool | str, ...]] = {
     _CUDA + "preferred_blas_library": ("cublas", "default", "cublaslt", "ck"),
     _CUDA + "preferred_linalg_library": ("default", "cusolver", "magma"),
 }
+_ALL_SETTINGS = _SETTINGS | _SETTINGS_OF_CUDA
 #: What reads a setting that a function sets.
 _READERS = {
     "set_float32_matmul_precision": "get_float32_matmul_precision",
@@ -158,11 +159,8 @@ class Numerics(BaseModel):
         """
         import torch
 
-        settings = {
-            f"torch.{name}": value
-            for name in (_SETTINGS | _SETTINGS_OF_CUDA if device.type == "cuda" else _SETTINGS)
-            if (value := _setting(name)) is not None
-        }
+        known = _values_of(_ALL_SETTINGS if device.type == "cuda" else _SETTINGS)
+        settings = {name: value for name, value in known.items() if value is not None}
         if unknown := next(_unknown(settings), None):
             raise UsageError(f"{unknown}, as far as everystep knows; set it to another value")
         return cls(
@@ -216,7 +214,7 @@ class Numerics(BaseModel):
 
 def _unknown(settings: Mapping[str, bool | str]) -> Iterator[str]:
     """Yield in words which settings have a value that is not among their choices."""
-    for name, choices in (_SETTINGS | _SETTINGS_OF_CUDA).items():
+    for name, choices in _ALL_SETTINGS.items():
         value = settings.get(f"torch.{name}", choices[0])
         if value not in choices:
             yield f"torch.{name} cannot be {value!r:.40}"
@@ -318,9 +316,13 @@ def in_force(
         )
     mode = _active_mode()
     if mode is not None:
-        raise UsageError(f"{mode} is active here, but would not be during a replay; {_CURE}")
+        raise UsageError(
+            f"{mode} is active here, but would not be during a replay; exit it before you call "
+            "everystep, or move it into the model's forward or the loss"
+        )
     threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
-    with _reproducible():
+    with _reproducible(), on_cpu():
+        before = _values_of(_ALL_SETTINGS)
         try:
             if threads is not None:
                 torch.set_num_threads(threads)
@@ -330,29 +332,19 @@ def in_force(
                 torch.set_deterministic_debug_mode("default")
             if flush_denormal:
                 torch.set_flush_denormal(True)
-            with _set(settings), on_cpu():
-                yield
+            _apply(settings)
+            yield
         finally:
+            _apply(before)
             torch.set_num_threads(threads_before)
             torch.set_default_dtype(dtype_before)
-
-
-@contextmanager
-def _set(settings: Mapping[str, bool | str]) -> Iterator[None]:
-    """Set some settings, and restore them after."""
-    before = {f"torch.{name}": _setting(name) for name in _SETTINGS | _SETTINGS_OF_CUDA}
-    try:
-        _apply(settings)
-        yield
-    finally:
-        _apply(before)
 
 
 def _apply(settings: Mapping[str, bool | str | None]) -> None:
     """Set what differs, of the settings that this torch has."""
     import torch
 
-    for name in _SETTINGS | _SETTINGS_OF_CUDA:
+    for name in _ALL_SETTINGS:
         value, now = settings.get(f"torch.{name}"), _setting(name)
         if value is None or now is None or value == now:
             continue
@@ -363,6 +355,11 @@ def _apply(settings: Mapping[str, bool | str | None]) -> None:
             else:
                 place, _, attribute = name.rpartition(".")
                 setattr(attrgetter(place)(torch), attribute, value)
+
+
+def _values_of(names: Iterable[str]) -> dict[str, bool | str | None]:
+    """Return the values of settings, as a run has them."""
+    return {f"torch.{name}": _setting(name) for name in names}
 
 
 def _setting(name: str) -> bool | str | None:
@@ -383,9 +380,6 @@ def _setting(name: str) -> bool | str | None:
         return value
     text = str(value).rpartition(".")[2].lower()  # of an enumeration, such as `_BlasBackend.Cublas`
     return "ieee" if text == "none" else text  # the default of a library
-
-
-_CURE = "exit it before you call everystep, or move it into the model's forward or the loss"
 
 
 def _active_mode() -> str | None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from everystep.views.loss_table import LossTable
     from everystep.views.report import Report
 
-__all__ = ["Counting", "Run", "Steps", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
+__all__ = ["Run", "Steps", "StoppedByUser", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
 
 #: The public face of a run, which the reference describes: `dir(run)`. What else there is, other modules
 #: of everystep read.
@@ -67,10 +67,16 @@ class Run(RecordedRun):
     `run[137]` opens step 137 with everything in it, and `run[-1]` the newest step. `run[10:20]` is a
     sequence of the steps 10 to 19; it opens each step when you access it, as does iterating over the
     run. Opened steps are kept as memory allows.
+
+    It warns if the run is damaged, as far as that shows without reading all numbers.
+
+    Raises:
+        RunError: the directory is not a run, is unreadable, or lacks the last steps of a finished run.
     """
 
     def __init__(self, directory: str | Path, objects: Objects | None = None) -> None:
         super().__init__(directory)
+        self.check()
         self._objects = objects
         self._own_opener: Opener | None = None
         #: The step opened last, as it was returned: it keeps what was computed from it.
@@ -303,6 +309,7 @@ class Run(RecordedRun):
         Raises:
             UsageError: the question does not fit, or the name is taken.
             RunError: a needed file is missing, unreadable or being written.
+            KeyboardInterrupt: on Ctrl-C; the values so far are kept.
         """
         from everystep.answers.measure import measure
 
@@ -699,11 +706,7 @@ class Steps(Sequence["Step"]):
 
 
 def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis:
-    """Return what is wrong with a run; export: where to write the numbers that can be read.
-
-    Raises:
-        RunError: there is no such run; or, with `export`, its database cannot be opened.
-    """
+    """Answer `everystep.doctor`."""
     from everystep.answers.doctor import doctor
     from everystep.recording.database import FILE_NAME
     from everystep.recording.health import readable_numbers
@@ -716,17 +719,26 @@ def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis
     return replace(found, view=RunView(None))
 
 
+class StoppedByUser(KeyboardInterrupt):
+    """Ctrl-C stopped a training; the run in `directory` has the steps so far."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.directory = directory
+
+    def __str__(self) -> str:
+        recorded = f"the steps so far are recorded: everystep.open('{self.directory}')"
+        return f"training stopped by the user; {recorded}"
+
+
 def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
     """Return the run that a training recorded, with the objects that trained it.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C stopped the training.
+        StoppedByUser: Ctrl-C stopped the training.
     """
     if outcome.interrupted:
-        raise KeyboardInterrupt(
-            "training stopped by the user; the steps so far are recorded: "
-            f"everystep.open('{outcome.directory}')"
-        )
+        raise StoppedByUser(outcome.directory)
     return Run(outcome.directory, objects)
 
 
@@ -737,7 +749,7 @@ def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     may hold the rows of its new steps only.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C stopped the training.
+        StoppedByUser: Ctrl-C stopped the training.
     """
     is_read = any(stretch.facts.data.lazy for stretch in run_of(outcome).stretches)
     data = objects.data if is_read else None

@@ -3,10 +3,11 @@ import torch
 
 from everystep.device import select
 from everystep.errors import DataError, DeviceError, ModelError
+from everystep.experiment.catalogue import build
 from everystep.experiment.data import Data
-from everystep.experiment.loss import build_loss, check_loss
+from everystep.experiment.loss import check_loss
 from everystep.experiment.model import build_model, try_model
-from everystep.experiment.specification import Loss, Model
+from everystep.experiment.specification import Model
 
 
 def tried(layers, x):
@@ -67,7 +68,7 @@ def test_shape_errors_name_the_layer_and_what_it_gets(layers, shape, problem):
 
 
 def check(name, prediction, y):
-    check_loss(build_loss(Loss(name=name)), prediction, Data(torch.zeros(len(y), 1), y))
+    check_loss(build("loss", name, {}), prediction, Data(torch.zeros(len(y), 1), y))
 
 
 def test_a_loss_that_does_not_fit_is_explained():
@@ -80,7 +81,7 @@ def test_a_loss_that_does_not_fit_is_explained():
 
 
 def test_class_weights_are_a_list_of_numbers():
-    loss = build_loss(Loss.model_validate({"name": "CrossEntropyLoss", "weight": [1.0, 2.0]}))
+    loss = build("loss", "CrossEntropyLoss", {"weight": [1.0, 2.0]})
     assert loss.weight.tolist() == [1, 2]
 
 

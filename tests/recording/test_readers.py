@@ -36,7 +36,7 @@ def test_a_run_that_ends_while_it_is_read_is_neither_damaged_nor_killed(tmp_path
         database.forget_after(5)
         database.write_facts({"status": "running"})
     with pytest.warns(DamageWarning, match="steps 6 to 9 are missing"):
-        run = RecordedRun(place)
+        run = everystep.open(place)
     running = run.facts
     assert len(run.losses) == 5
     is_held = [True]

@@ -18,7 +18,6 @@ LOOKS = [
     (connection, "_check_identity"),
     (recorded_run, "structure_findings"),
     (recorded_run, "is_locked"),
-    (summary, "_time_of"),
 ]
 
 

@@ -45,10 +45,12 @@ def test_answers_are_shown_in_a_line(run):
     assert repr(found) == "<found at steps 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 10 more>"
     assert repr(run.when("loss < 0", progress=False)) == "<found at no step>"
     measured = run.measure("loss * 2", name="twice", progress=False)
-    assert repr(measured).startswith("<measured twice: 20 values, 1257 at step 1, ")
-    assert repr(run.diff(run, progress=False)).endswith(": everything compared is identical>")
+    assert repr(measured).startswith("<measured: twice: 20 values, from ")
+    assert repr(run.diff(run, progress=False)).endswith(
+        "snapshot up to step 20 is identical, bit for bit.>"
+    )
     fork = run.fork(5, lr=1e-3, progress=False)
-    assert "they diverge in step 6 at operation #12, aten.mul.Tensor" in repr(
+    assert "the first operation that differs is #12 of step 6, aten.mul.Tensor" in repr(
         run.diff(fork, progress=False)
     )
 

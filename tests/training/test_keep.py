@@ -206,7 +206,7 @@ class Batches:
 @pytest.mark.parametrize(
     ("batches", "epochs", "options", "message"),
     [
-        (Batches(4000), 1, {}, "this run will take about 2.0 GB: 2.0 GB of batches (now 1 MB a step)"),
+        (Batches(4000), 1, {}, "this run will take about 2 GB: 2 GB of batches (now 1 MB a step)"),
         (Batches(600), 2, {}, None),  # the rows may come again
         (Batches(10), 200, {}, "from about step 1,999 on, the oldest batches are given up"),
         (Batches(10, are_new=False), 10_000, {}, None),

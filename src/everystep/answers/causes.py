@@ -22,11 +22,12 @@ from everystep.answers.operations import (
     name_in_words,
     tensor_difference,
 )
+from everystep.errors import NAMED, named
 from everystep.program.observed import Observed
 from everystep.program.operators import draws_random_numbers
 from everystep.recording.recorded_run import EXPERIMENT_FILE, stretch_at
 from everystep.recording.settings_diff import Setting, settings_that_differ
-from everystep.recording.texts import shortest, value_text
+from everystep.recording.texts import number_text, shortest, value_text
 from everystep.replay.processes import Opener
 from everystep.replay.run_replay import Replay
 from everystep.step.state import State, same_bits
@@ -37,8 +38,6 @@ __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "Evidence", "causes_of"]
 COMPUTED_OTHERWISE = "the same inputs give different results"
 #: No setting explains why only one run has an operation.
 ANOTHER_OPERATION = "another operation"
-#: Settings, rows and tensors that are named where there are many.
-MOST_NAMED = 6
 #: The numbers by which torch's kernels know a reduction.
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _NAMES_OF_REDUCTIONS = {number: name for name, number in _REDUCTIONS.items()}
@@ -162,23 +161,17 @@ def _others_text(others: tuple[list[str], ...], evidence: Evidence) -> str:
     """Return the inputs that come from another source. others: as text, of both runs."""
     if others[0] == others[1]:
         return f"another part of {', '.join(dict.fromkeys(others[0]))}"
-    texts = [_named(list(dict.fromkeys(each))) for each in others]
+    texts = [named(list(dict.fromkeys(each))) for each in others]
     if all(texts):
         return f"different inputs: {' | '.join(texts)}"
     ((run, text),) = [each for each in zip(evidence.names, texts, strict=True) if each[1]]
     return f"different inputs: {text} only in {run}"
 
 
-def _named(things: Sequence[Any]) -> str:
-    """Return the first of some things, and how many more there are."""
-    more = f" and {len(things) - MOST_NAMED:,} more" if len(things) > MOST_NAMED else ""
-    return ", ".join(map(str, things[:MOST_NAMED])) + more
-
-
 def _texts(settings: Sequence[Setting | str]) -> list[str]:
     texts = list(dict.fromkeys(map(str, settings)))
-    left = len(texts) - MOST_NAMED
-    return texts[:MOST_NAMED] + ([f"{left} more"] if left > 0 else [])
+    left = len(texts) - NAMED
+    return texts[:NAMED] + ([f"{left} more"] if left > 0 else [])
 
 
 def _perhaps(settings: Sequence[Setting | str]) -> str:
@@ -230,7 +223,7 @@ def _modes(found: OperationDifference, evidence: Evidence) -> list[str]:
             one, other = (side[operator] for side in sides)
             arguments = OperationPair(one, other, evidence.sources).arguments
             texts += [_argument_text(one, each, evidence) for each in arguments]
-    return texts[:MOST_NAMED]
+    return texts[:NAMED]
 
 
 def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | None:
@@ -259,7 +252,7 @@ def _calls(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
             for (name, phase), count in (own - others).items()
         ]
         if more:
-            yield f"only {run} has {_named(more)}"
+            yield f"only {run} has {named(more)}"
 
 
 def _name(seen: Observed) -> str:
@@ -282,10 +275,10 @@ def _of_arguments(a: Observed, found: OperationDifference, evidence: Evidence) -
     pairs += [pair for each in numbers for pair in each.values]
     near = _near(a, evidence)
     known = _explaining(near, pairs)
-    named = [each for each in known if each.name in {argument.name for argument in arguments}]
+    own = [each for each in known if each.name in {argument.name for argument in arguments}]
     if pairs:
         is_sure = len(near) == 1 and near[0].is_torchs
-        chosen = named or known or near * is_sure
+        chosen = own or known or near * is_sure
         yield from map(str, chosen)
         if any(each in evidence.current for each in chosen):
             yield from map(str, evidence.schedulers())
@@ -356,14 +349,12 @@ def _as_arguments(value: Any) -> tuple[Any, Any, Any]:
 
 def _pairs_within(values: tuple[Any, Any]) -> list[tuple[Any, Any]]:
     """Return the pairs of values that differ; of two lists of the same length, item by item."""
-    one, other = values
-    if isinstance(one, list | tuple) and not isinstance(other, list | tuple):
-        other = [other] * len(one)
-    if isinstance(other, list | tuple) and not isinstance(one, list | tuple):
-        one = [one] * len(other)
-    if isinstance(one, list | tuple) and len(one) == len(other):
-        return [pair for pair in zip(one, other, strict=True) if pair[0] != pair[1]]
-    return [(one, other)]
+    lengths = {len(each) for each in values if isinstance(each, list | tuple)}
+    if len(lengths) != 1:
+        return [values]
+    (length,) = lengths
+    one, other = (each if isinstance(each, list | tuple) else [each] * length for each in values)
+    return [pair for pair in zip(one, other, strict=True) if pair[0] != pair[1]]
 
 
 def _same_number(one: Any, other: Any) -> bool:
@@ -455,9 +446,9 @@ def _cells_text(difference: TensorDifference, found: OperationDifference) -> str
     if difference.elements == 1:
         (place, *rest), values = difference.positions[0], difference.values[0]
         cell = [rows[place], *rest]
-        return f"{difference.name}{cell} {_numbers_text(values)}{where}"
+        return f"{difference.name}{cell} {' | '.join(map(number_text, values))}{where}"
     count = f"{difference.elements:,} numbers of {difference.name}"
-    return f"{count} in row{'s' * (len(rows) > 1)} {_named([*rows.values()])}{where}"
+    return f"{count} in row{'s' * (len(rows) > 1)} {named([*rows.values()])}{where}"
 
 
 def _of_state(name: str, evidence: Evidence) -> Iterator[str]:
@@ -479,7 +470,7 @@ def _of_state(name: str, evidence: Evidence) -> Iterator[str]:
     if difference.elements == 1 and difference.positions:
         position, values = difference.positions[0], difference.values[0]
         place = str(list(position)) if position else ""
-        yield f"{difference.name}{place} of state {since:,}: {_numbers_text(values)}{by}"
+        yield f"{difference.name}{place} of state {since:,}: {' | '.join(map(number_text, values))}{by}"
     else:
         text = _tensor_text(difference._replace(name=""), one, other)
         yield f"{difference.name} of state {since:,}: {text}{by}"
@@ -503,10 +494,6 @@ def _of_draw(evidence: Evidence) -> Iterator[str]:
         is_first = first[0] is not None and first[1] is not None and not same_bits(first[0], first[1])
         since = 0 if is_first else evidence.number - 1
         yield f"another random draw: torch's generator differs in state {since:,}"
-
-
-def _numbers_text(values: tuple[float, float]) -> str:
-    return " | ".join(shortest(v) if isinstance(v, float) else str(v) for v in values)
 
 
 def _tensor_text(

@@ -76,7 +76,7 @@ class FirstState(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Difference(Shown):
     """How two runs differ.
 
@@ -109,26 +109,6 @@ class Difference(Shown):
     renamed: tuple[str, ...] = ()
     first_state: FirstState | None = None
 
-    def __repr__(self) -> str:
-        if self.is_same:
-            found = "everything compared is identical"
-        elif self.operation is not None:
-            one = self.operation.one or self.operation.other
-            name = f", {one.operation.operator}" if one is not None else ""
-            place = f"step {self.operation.step:,} at operation #{self.operation.index}"
-            found = f"they diverge in {place}{name}"
-        elif self.loss is not None:
-            found = f"losses differ from step {self.loss.step:,} on"
-        elif self.steps[0] != self.steps[1] and not any(
-            (self.states, self.experiments, self.measured, self.unread)
-        ):
-            found = "one is longer"
-        elif not self.is_complete:
-            found = "not everything could be compared"
-        else:
-            found = "they differ in their settings, states, measurements or batches"
-        return f"<difference of {self.names[0]} and {self.names[1]}: {found}>"
-
     @property
     def is_same(self) -> bool:
         """Whether the settings and everything compared are identical, and nothing was unreadable."""
@@ -146,21 +126,13 @@ def diff(
     objects: tuple[Objects | None, Objects | None] = (None, None),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Difference:
-    """Return how two runs differ; of as many processes, how those of the rank do that differs first.
+    """Answer `Run.diff`; of as many processes, for those of the rank that differs first.
 
     What differs on one rank is on all others after the next collective, often in the same step.
 
-    Args:
-        one: the first run.
-        other: the second run.
-        thorough: replay every step, not only those between the last common state and the first
-            difference. That also finds differences that no loss and no snapshot shows. `diff` does it
-            anyway if it takes only seconds, and the experiments or the numerics differ.
-        objects: the objects that trained each run, for the data of one that does not hold it.
-        on_progress: called with the number of steps just replayed.
-
-    Raises:
-        RunError: a run is unreadable.
+    thorough: done anyway if it takes only seconds, and the experiments or the numerics differ; objects:
+    that trained each run, for the data of one that does not hold it; on_progress: called with the number
+    of steps just replayed.
     """
     pairs = [(one, other)]
     known = one.known_ranks, other.known_ranks

@@ -63,7 +63,7 @@ def doctor(directory: Path) -> Diagnosis:
         raise RunError(f"{directory} is not a run: {FILE_NAME} is missing")
     own = _own(directory)
     with suppress(RunError):
-        run, top = RecordedRun(directory, may_be_cut=True), directory.resolve()
+        run, top = RecordedRun(directory), directory.resolve()
         known = [run.places_of_ranks(place) for place in range(len(run.stretches))]
         ranks = {place: rank for each in known for rank, place in enumerate(each) if place != top}
         for place, rank in ranks.items() if all(each[0] == top for each in known) else ():
@@ -80,7 +80,7 @@ def _own(directory: Path) -> Diagnosis:
     name = name_of(directory)
     found = [*_link_findings(directory)]
     try:
-        run = RecordedRun(directory, may_be_cut=True)
+        run = RecordedRun(directory)
         facts = run.facts
     except RunError as error:
         found.append(Finding(FILE_NAME, str(error)))

@@ -57,7 +57,7 @@ class Suspect(NamedTuple):
     distance: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Match(Shown):
     """How a step of two runs matches, up to rounding.
 
@@ -80,10 +80,6 @@ class Match(Shown):
     of: int
     suspects: tuple[Suspect | None, Suspect | None]
 
-    def __repr__(self) -> str:
-        what = "match" if self.is_match else "do not match"
-        return f"<match: step {self.step:,} of {self.names[0]} and {self.names[1]} {what}>"
-
     @property
     def is_match(self) -> bool:
         """Whether the second run has all final tensors of the first one, up to rounding."""
@@ -91,17 +87,7 @@ class Match(Shown):
 
 
 def match(one: Opener, other: Opener, step: int | None = None) -> Match:
-    """Return how a step of two runs matches, by values.
-
-    Args:
-        one: the first run, to which the second is compared.
-        other: the second run.
-        step: its number; None: the first kept one that does not match, or else the last that both have.
-
-    Raises:
-        StepError: a run has no such step.
-        RunError: a step cannot be opened.
-    """
+    """Answer `Run.match`; without a step, for the first kept one that does not match, or the last."""
     matches = cache(partial(_match, one, other))
     if step is None:
         last = min(each.run.newest_step() for each in (one, other))

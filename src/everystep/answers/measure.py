@@ -174,19 +174,13 @@ class Query(Visitor):
         return self._is_due(number) or (self.looks_back and self._is_due(number + 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured(Shown):
     """The result of measuring: values by step; left_out: steps from which on a replay was not exact."""
 
     name: str
     values: dict[int, float]
     left_out: tuple[int, ...]
-
-    def __repr__(self) -> str:
-        steps = [*self.values]
-        ends = dict.fromkeys(steps[:1] + steps[-1:])
-        shown = "".join(f", {self.values[step]:.4g} at step {step:,}" for step in ends)
-        return f"<measured {self.name}: {len(self.values):,} values{shown}>"
 
 
 def measure(
@@ -199,22 +193,9 @@ def measure(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Measured:
-    """Add a measurement to a run, as if it had been made during training.
+    """Answer `Run.measure`. It keeps the values of an interrupted measurement, and continues after them.
 
-    It keeps the values of an interrupted measurement, and continues after them.
-
-    Args:
-        opener: of the run; only the measurement is added.
-        question: an expression, or a function of the opened step that returns a number.
-        name: of the measurement.
-        every: steps between two measurements.
-        overwrite: replace an existing measurement in hindsight of that name.
-        processes: number of processes; default: one per core, if worth their start.
-        on_progress: called with the number of steps just replayed.
-
-    Raises:
-        UsageError: the name is taken, or the question does not fit.
-        RunError: a needed file is missing, unreadable or being written.
+    on_progress: called with the number of steps just replayed.
     """
     if not isinstance(every, int) or every < 1:
         raise UsageError(f"every must be an integer of at least 1, not {every!r:.80}")
@@ -242,11 +223,16 @@ def measure(
             query = Query(question, run, every=every, skipped=frozenset(values))
             left_out += _not_kept(run)
             replayed = parallel(opener, query.due(run), query, processes, on_progress)
-            with closing(replayed):  # type: ignore[type-var]  # a generator
-                for each in replayed:
-                    exact, diverged = _exact(each)
-                    left_out += diverged
-                    keep(exact)
+            try:
+                with closing(replayed):  # type: ignore[type-var]  # a generator
+                    for each in replayed:
+                        exact, diverged = _exact(each)
+                        left_out += diverged
+                        keep(exact)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"stopped; {len(values):,} values are saved; measure the same again to continue"
+                ) from None
     return Measured(name, dict(sorted(values.items())), tuple(sorted(left_out)))
 
 
@@ -258,14 +244,7 @@ def when(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Found:
-    """Find the first step at which a condition is true, the last, or all.
-
-    condition: an expression, a function, or the text `RANKS_DIFFER`.
-
-    Raises:
-        UsageError: the condition does not fit.
-        RunError: a needed file is missing or unreadable.
-    """
+    """Answer `Run.when`. condition: an expression, a function, or the text `RANKS_DIFFER`."""
     run = opener.run
     if isinstance(condition, str) and run.known_ranks is None:
         raise UsageError(f"{run.name} was trained by one process, and has no ranks that could differ")
@@ -289,11 +268,7 @@ def until(
     processes: int | None,
     on_progress: Callable[[int], None],
 ) -> list[Replayed]:
-    """Replay spans until one has a result and all spans before it are replayed; return the result.
-
-    Raises:
-        RunError: a needed file is missing or unreadable.
-    """
+    """Replay spans until one has a result and all spans before it are replayed; return the result."""
     done: dict[Span, Replayed] = {}
     replayed = parallel(opener, due, visitor, processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator

@@ -171,14 +171,14 @@ def find_nonfinite(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> NonFinite | None:
-    """Return the origin of the first NaN or infinity of a run, or None if all that is kept is finite.
+    """Answer `Run.first_nonfinite`.
 
     It checks every result of every operation. Infinities among the arguments of an operation (a causal
     mask) do not count; results computed from them count only if they are NaN.
 
     Raises:
-        RunError: a needed file is missing or unreadable, or the replay of a step differs from the
-            recording, so that the origin cannot be determined.
+        RunError: also if the replay of a step differs from the recording, so that the origin cannot be
+            determined.
     """
     run, last = opener.run, opener.run.newest_step()
     if not last:

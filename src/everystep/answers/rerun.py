@@ -43,7 +43,7 @@ COMPARED, MOST_BYTES = 12, 1_000_000_000
 FARTHEST = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rerun(Shown):
     """The steps of a run under different conditions.
 
@@ -74,15 +74,6 @@ class Rerun(Shown):
     farthest: tuple[Apart, ...]
     others: dict[str, NDArray[np.float64]]
     problems: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        if self.place.precision is not None:
-            found = f"{len(self.losses):,} steps in {self.place.precision}"
-        elif self.parts_at is None:
-            found = f"{len(self.losses):,} steps are bit-identical"
-        else:
-            found = f"differs from step {self.parts_at:,} on"
-        return f"<rerun of {self.name}: {found}>"
 
     @property
     def relative(self) -> NDArray[np.float64]:
@@ -124,23 +115,13 @@ def rerun(
     others: Sequence[RecordedRun] = (),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Rerun:
-    """Repeat the steps of a run under different conditions, from its first state, and compare them.
+    """Answer `Run.rerun`, from the first state of the run.
 
-    Programs alone compute them. For a fork, these are the steps since it began; of a recording with
-    `keep`, the last kept ones in a row. Then single steps run
-    from recorded states, which separates the difference that each operation adds from that of its
-    inputs.
+    For a fork, the steps are those since it began; of a recording with `keep`, the last kept ones in a
+    row. Then single steps run from recorded states, which separates the difference that each operation
+    adds from that of its inputs.
 
-    Args:
-        opener: of the run.
-        conditions: those of the replay.
-        others: runs of as many steps, to compare with.
-        on_progress: called with the number of steps just taken.
-
-    Raises:
-        ExperimentError: a setting is invalid.
-        RunError: the steps cannot run there; gives the reason.
-        TrainingError: the process there does not start, or ended early.
+    on_progress: called with the number of steps just taken.
     """
     opener.run.check_alone("repeat such a run under different conditions")
     conditions.check()

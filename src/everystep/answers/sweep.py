@@ -58,7 +58,7 @@ class SweepRun:
         return not (self.run.facts.reason or "").startswith("by the ")  # user, or system
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep(Shown):
     """The runs of a sweep, the best first: by the metric, or else by the last loss.
 
@@ -82,10 +82,6 @@ class Sweep(Shown):
             or (case.is_over and case.summary is not None and case.summary.nonfinite_step is None)
             for case in self.cases
         )
-
-    def __repr__(self) -> str:
-        done = sum(case.status == "finished" for case in self.cases)
-        return f"<sweep {str(self.directory)!r}: {done} of {len(self.cases)} runs finished>"
 
     def table(self) -> polars.DataFrame:
         """Return a row for each run, the best first: its settings, and what became of it."""

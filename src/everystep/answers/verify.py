@@ -69,16 +69,7 @@ def verify(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Verification:
-    """Replay every step of a run, and compare every loss and every snapshot, bit for bit.
-
-    Args:
-        opener: of the run.
-        processes: number of processes; default: one per core, if worth their start.
-        on_progress: called with the number of steps just replayed.
-
-    Raises:
-        RunError: a needed file is missing or unreadable.
-    """
+    """Answer `Run.verify`. on_progress: called with the number of steps just replayed."""
     run = opener.run
     steps, not_kept = run.newest_step(), run.facts.not_kept
     found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer.core
 
+from everystep.cli.output import hint
 from everystep.errors import UsageError, did_you_mean
 
 __all__ = ["Commands", "documented"]
@@ -83,13 +84,17 @@ class Commands(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command.
+        """Run the command; what a stopped one has to say is a hint.
 
         Raises:
             UsageError: an argument or an option is missing, unknown or invalid, or is a setting.
         """
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            if text := str(stopped):
+                hint(text)
+            raise
         except _WrongUse as error:
             name, option = ctx.invoked_subcommand, getattr(error, "option_name", "").replace("_", "-")
             problem = error.format_message().partition(", unable to parse")[0].rstrip(".")

@@ -57,7 +57,7 @@ def _summaries(directory: Path) -> list[Summary]:
     found = []
     for path in find_runs(directory):
         try:
-            found.append(RecordedRun(path, may_be_cut=True).summary())
+            found.append(RecordedRun(path).summary())
         except RunError as error:
             hint(f"everystep: skipped: {error}")
         else:
@@ -75,7 +75,7 @@ def _say_killed(directories: list[Path]) -> None:
     from everystep.recording.recorded_run import RecordedRun
     from everystep.views.facts_text import ending, going_on
 
-    found = [RecordedRun(directory, may_be_cut=True) for directory in directories]
+    found = [RecordedRun(directory) for directory in directories]
     for run in sorted(found, key=lambda run: run.last_written)[-_MOST_KILLED:]:
         facts = run.facts
         how = ending(run, facts, "killed", run.newest_step())

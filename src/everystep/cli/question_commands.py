@@ -191,14 +191,7 @@ def measure(
         overwrite: Replace an existing measurement of that name.
     """
     opened = everystep.open(run)
-    try:
-        found = opened.measure(
-            expression, name=name, every=every, overwrite=overwrite, processes=processes
-        )
-    except KeyboardInterrupt:
-        count = len(opened.measured(name or expression))
-        hint(f"stopped; {count:,} values are saved; run the same command to continue")
-        raise
+    found = opened.measure(expression, name=name, every=every, overwrite=overwrite, processes=processes)
     answer(found)
     hint(f"next: everystep plot {quoted(run)} -m {quoted(found.name)}")
     if found.left_out:

@@ -78,7 +78,7 @@ def measurement_names(ctx: typer.Context) -> list[str]:
     # Parsing stops at the option, because its value is missing; the arguments are then left as typed.
     for run in ctx.params.get("runs") or ctx.args:
         try:
-            found.update(RecordedRun(find_run(run), may_be_cut=True).measurement_names)
+            found.update(RecordedRun(find_run(run)).measurement_names)
         except RunError:
             continue
     return sorted(found)
@@ -177,7 +177,7 @@ def _of_rank(run: str, rank: int) -> str:
     from everystep.recording.directories import find_run
     from everystep.recording.recorded_run import RecordedRun
 
-    found = RecordedRun(find_run(run), may_be_cut=True)
+    found = RecordedRun(find_run(run))
     if rank >= len(ranks := found.ranks):
         known = f"its ranks are 0 to {len(ranks) - 1}" if ranks[1:] else "one process trained it"
         raise UsageError(f"{found.name} has no rank {rank}; {known}")

@@ -31,7 +31,7 @@ def du(
     from everystep.views.plain import as_json, plain_data
 
     run = next((each for each in (directory, RUNS / directory) if is_run(each)), None)
-    found = spaces_of(iter([run]) if run is not None else find_runs(directory))
+    found = spaces_of(find_runs(directory) if run is None else [run])
     if json:
         say(as_json(plain_data(list(found))))
     elif found:
@@ -64,7 +64,7 @@ def prune(
     if snapshots is None and batches is None:
         raise UsageError("say what to make smaller: --snapshots MB, --batches MB, or both")
     directory = find_run(run)
-    RecordedRun(directory, may_be_cut=True).check_alone("make such a run smaller")
+    RecordedRun(directory).check_alone("make such a run smaller")
     sizes = (None if each is None else 1_000_000 * each for each in (snapshots, batches))
     found = pruning_of(directory, *sizes)
     if not (found.states or found.files):
@@ -95,7 +95,7 @@ def rm(runs: shared.RunsArgument, force: Annotated[bool, typer.Option("--force",
             raise UsageError(
                 f"{name} is a part of {name.partition('/')[0]}, which needs it; remove that run"
             )
-    found = spaces_of(iter(places))
+    found = spaces_of(places)
     total = size_text(sum(each.total for each in found))
     named = ", ".join(str(each.directory) for each in found)
     if not _is_sure(f"Remove {counted(len(found), 'run')} ({named}, {total})", force):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -18,8 +18,8 @@ from everystep.cli.output import answer, hint, say, say_lines, terminal_width
 from everystep.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from everystep.run import Run
     from everystep.training.job import Progress
-    from everystep.views.progress import Silent
 
 __all__ = ["experiments", "fork", "resume", "sweep", "train"]
 
@@ -64,38 +64,19 @@ def train(
         tag: A word by which everystep runs --tag finds the run. Repeatable.
     """
     from everystep import numerics
-    from everystep.experiment.specification import load, parse_setting
-    from everystep.recording.directories import is_run, place_of
-    from everystep.recording.recorded_run import RecordedRun
+    from everystep.experiment.specification import parse_setting
 
     if steps is not None and epochs is not None:
         raise UsageError("--steps and --epochs are mutually exclusive")
+    if resume_run and run is None:
+        raise UsageError("--resume needs the run: --run NAME")
     numerics.prepare()
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}
     shorthands |= {"engine": engine}
     overrides |= {key: value for key, value in shorthands.items() if value is not None}
-    loaded = load(experiment, overrides)
-
-    from everystep.training.description import facts_from
-    from everystep.training.from_experiment import train_experiment
-
-    user_facts = facts_from(None, tag or ())
-    name = Path(experiment).stem
-    budget, place = snapshot_budget * 1_000_000, place_of(run)
-    if resume_run and place is None:
-        raise UsageError("--resume needs the run: --run NAME")
-    with _processes(quiet) as (progress, quiet):
-        if resume_run and place is not None and is_run(place):
-            from everystep.replay.resume import Resume, resume_experiment
-
-            asked = Resume(RecordedRun(place), budget=budget, user_facts=user_facts)
-            outcome = resume_experiment(asked, progress, loaded)
-        else:
-            outcome = train_experiment(loaded, name, place, budget, progress, user_facts)
-    _close(outcome.directory, outcome.reason, quiet)
-    if outcome.reason is not None:
-        raise typer.Exit(130 if outcome.interrupted else 1)
+    asked = {"run": run, "resume": resume_run, "tags": tag or ()}
+    _train(quiet, snapshot_budget, everystep.train_experiment, experiment, overrides, **asked)
 
 
 def sweep(
@@ -128,21 +109,17 @@ def sweep(
     """
     from everystep.experiment.grid import parse_values
 
-    try:
-        found = everystep.sweep(
-            experiment,
-            parse_values(settings),
-            run=run,
-            resume=resume_runs,
-            processes=processes,
-            ray=ray,
-            force=force,
-            snapshot_budget=snapshot_budget * 1_000_000,
-            progress=not quiet,
-        )
-    except KeyboardInterrupt as stopped:
-        hint(str(stopped))
-        raise
+    found = everystep.sweep(
+        experiment,
+        parse_values(settings),
+        run=run,
+        resume=resume_runs,
+        processes=processes,
+        ray=ray,
+        force=force,
+        snapshot_budget=snapshot_budget * 1_000_000,
+        progress=not quiet,
+    )
     answer(found, json, is_yes=found.is_finished, text={"width": terminal_width()})
 
 
@@ -173,12 +150,7 @@ def resume(
 
     from everystep.run import Run
 
-    budget = snapshot_budget * 1_000_000
-    with _processes(quiet) as (progress, quiet):
-        made = Run(place).resume(steps, force=force, snapshot_budget=budget, progress=progress)
-    _close(made.directory, made.facts.reason, quiet)
-    if made.status != "finished":
-        raise typer.Exit(1)
+    _train(quiet, snapshot_budget, Run(place).resume, steps, force=force)
 
 
 def experiments(
@@ -232,55 +204,61 @@ def fork(
     from everystep.experiment.specification import parse_setting
 
     numerics.prepare()
-    made = everystep.open(run).fork(
-        at,
-        dict(parse_setting(text) for text in settings or []),
-        steps=steps,
-        without_rows=shared.row_numbers(without_rows),
-        relabel=shared.targets(relabel),
-        run=directory,
-        snapshot_budget=snapshot_budget * 1_000_000,
-        progress=not quiet,
-    )
-    _close(made.directory, made.facts.reason, quiet)
-    if made.status != "finished":
-        raise typer.Exit(1)
+    asked = {
+        "steps": steps,
+        "without_rows": shared.row_numbers(without_rows),
+        "relabel": shared.targets(relabel),
+        "run": directory,
+        "progress": not quiet,
+    }
+    changed = dict(parse_setting(text) for text in settings or [])
+    _train(quiet, snapshot_budget, everystep.open(run).fork, at, changed, **asked)
+
+
+def _train(quiet: bool, budget: int, train: Callable[..., Run], *given: Any, **named: Any) -> None:
+    """Train, then print how that ended, and what to type next.
+
+    budget: of snapshots, in MB; train: is called with all others, and with what watches it.
+
+    Raises:
+        Exit: it was stopped.
+    """
+    from everystep.run import StoppedByUser
+    from everystep.views.facts_text import closing
+
+    with _processes(quiet) as (progress, quiet):
+        watched, code = {"snapshot_budget": 1_000_000 * budget, "progress": progress}, 1
+        try:
+            run = train(*given, **watched | named)
+        except StoppedByUser as stopped:
+            run, code = everystep.open(stopped.directory), 130
+    if not quiet:
+        hint(closing(run.directory))
+    if run.status != "finished":
+        raise typer.Exit(code)
 
 
 @contextmanager
 def _processes(quiet: bool) -> Iterator[tuple[Progress, bool]]:
     """Join the processes that torchrun has started with this one, if any.
 
-    Yields the progress, and whether to be quiet: the first process alone prints.
+    Yields the progress, and whether to be quiet: the first process alone prints. A pipe gets lines.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
-        yield _progress(quiet), quiet
-        return
-    from torch import distributed
-
     from everystep.training.job import Progress
-
-    distributed.init_process_group("gloo")
-    try:
-        yield (Progress(), True) if distributed.get_rank() else (_progress(quiet), quiet)
-    finally:
-        distributed.destroy_process_group()
-
-
-def _progress(quiet: bool) -> Silent:
-    """Return the progress of a training: notices only, or the terminal; a pipe gets lines."""
     from everystep.views.progress import Silent, TerminalProgress
 
     piped = None if sys.stdout.isatty() else say_lines
-    return Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
+    progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        yield progress, quiet
+        return
+    from torch import distributed
 
-
-def _close(directory: Path, reason: str | None, quiet: bool) -> None:
-    """Print how a training ended, and what to type next."""
-    from everystep.views.facts_text import closing
-
-    if not quiet:
-        hint(closing(directory, reason))
+    distributed.init_process_group("gloo")
+    try:
+        yield (Progress(), True) if distributed.get_rank() else (progress, quiet)
+    finally:
+        distributed.destroy_process_group()
 
 
 def _first_sentence(path: Path) -> str:

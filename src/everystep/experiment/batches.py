@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from everystep.errors import ExperimentError, Fault
+from everystep.errors import ExperimentError, Fault, named
 from everystep.experiment.data import derived_generator
 from everystep.experiment.prepared_rows import PreparedRows
 
@@ -51,7 +51,7 @@ class Batches:
     source: str = "the data"
     share: tuple[int, int] | None = None
     _order: dict[int, tuple[Tensor, frozenset[int]]] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -172,8 +172,8 @@ class Batches:
         Raises:
             ExperimentError: they do not, or a row does not exist.
         """
-        before = replace(self, without=tuple(sorted({*self.without, *inherited})), _order={})
-        left = replace(before, without=tuple(sorted({*before.without, *rows})), _order={})
+        before = replace(self, without=tuple(sorted({*self.without, *inherited})))
+        left = replace(before, without=tuple(sorted({*before.without, *rows})))
         steps = range(first, last + 1)
         if len(left.without) >= self.smallest:
             empty = next((step for step in steps if not left.rows_of(step)), None)
@@ -181,8 +181,8 @@ class Batches:
                 problem = f"leaves no row in the batch of step {empty:,}; leave out fewer at once"
                 raise ExperimentError([Fault("without_rows", problem)])
         if rows and all(left.rows_of(step) == before.rows_of(step) for step in steps):
-            names = ", ".join(map(str, sorted(rows)[:6])) + (", ..." if len(rows) > 6 else "")
-            problem = f"no batch of steps {first:,} to {last:,} has {names}; step.batch.rows shows them"
+            where = f"no batch of steps {first:,} to {last:,} has {named(sorted(rows))}"
+            problem = f"{where}; step.batch.rows shows them"
             raise ExperimentError([Fault("without_rows", problem)])
         return left
 

@@ -10,26 +10,24 @@ import ast
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import lr_scheduler
 
-from everystep.errors import Fault, did_you_mean
+from everystep.errors import ExperimentError, Fault, did_you_mean
 from everystep.experiment.metrics import METRICS, Metric
 from everystep.gradient_descent import GradientDescent
 
 __all__ = [
     "LayerCall",
+    "build",
     "keyword_parameters",
     "make_layer",
-    "make_loss",
-    "make_optimizer",
-    "make_scheduler",
     "metric_by_name",
     "names_faults",
     "parse_layer",
@@ -90,34 +88,35 @@ def parse_layer(text: str) -> LayerCall:
 def make_layer(text: str) -> nn.Module:
     """Make the layer of a text, as torch does; raises ValueError if that names none."""
     call = parse_layer(text)
-    layer: nn.Module = _class_of("layer", call.name)(*call.arguments, **call.keywords)
+    layer: nn.Module = make("layer", call.name, call.keywords, *call.arguments)
     return layer
 
 
-def make_loss(name: str, keywords: Mapping[str, Any]) -> nn.Module:
-    """Make a loss; class weights may be written as a list of numbers."""
-    weights = {key: keywords[key] for key in ("weight", "pos_weight") if key in keywords}
-    tensors = {key: torch.tensor(each, dtype=torch.float32) for key, each in weights.items()}
-    loss: nn.Module = _class_of("loss", name)(**{**keywords, **tensors})
-    return loss
+def make(section: str, name: str, keywords: Mapping[str, Any], *given: Any) -> Any:
+    """Make a layer, a loss, an optimizer of the given parameters, or a scheduler of the given optimizer.
 
-
-def make_optimizer(
-    name: str, keywords: Mapping[str, Any], parameters: Iterable[Tensor]
-) -> torch.optim.Optimizer:
-    """Make an optimizer."""
-    tuples = {key: tuple(each) if isinstance(each, list) else each for key, each in keywords.items()}
+    Lists of a file are tensors for a loss (weights of classes), and tuples for an optimizer.
+    """
+    values = dict(keywords)
+    for key, value in keywords.items():
+        if section == "loss" and key in ("weight", "pos_weight"):
+            values[key] = torch.tensor(value, dtype=torch.float32)
+        elif section == "optimizer" and isinstance(value, list):
+            values[key] = tuple(value)
     with _without_compiler():
-        made: torch.optim.Optimizer = _class_of("optimizer", name)(list(parameters), **tuples)
-    return made
+        return _class_of(section, name)(*given, **values)
 
 
-def make_scheduler(
-    name: str, keywords: Mapping[str, Any], optimizer: torch.optim.Optimizer
-) -> lr_scheduler.LRScheduler:
-    """Make a scheduler of an optimizer's learning rate."""
-    made: lr_scheduler.LRScheduler = _class_of("scheduler", name)(optimizer, **keywords)
-    return made
+def build(section: str, name: str, keywords: Mapping[str, Any], *given: Any) -> Any:
+    """Make the same, of a checked experiment.
+
+    Raises:
+        ExperimentError: torch rejects an argument, or there are no parameters.
+    """
+    try:
+        return make(section, name, keywords, *given)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise ExperimentError([Fault(section, f"{name}: {error}")]) from None
 
 
 def metric_by_name(name: str) -> Metric:
@@ -181,15 +180,13 @@ def _section_faults(section: str, name: str, keywords: Mapping[str, Any]) -> lis
     if section == "scheduler" or faults:
         return faults
 
-    def make() -> None:
+    def check() -> None:
         if section == "loss":
             _check_reduction(keywords.get("reduction", "mean"))
-            _try(name, lambda: make_loss(name, keywords))
-        else:
-            parameter = nn.Parameter(torch.zeros(2, 2))
-            _try(name, lambda: make_optimizer(name, keywords, [parameter]))
+        given = [] if section == "loss" else [[nn.Parameter(torch.zeros(2, 2))]]
+        _try(name, lambda: make(section, name, keywords, *given))
 
-    return _faults_of(section, make)
+    return _faults_of(section, check)
 
 
 def _faults_of(path: str, check: Callable[[], Any]) -> list[Fault]:

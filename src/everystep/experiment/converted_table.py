@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from everystep.errors import DataError
+from everystep.errors import DataError, named
 from everystep.experiment.preparation import (
     CategoricalColumn,
     NumericColumn,
@@ -254,6 +254,4 @@ def _targets(frame: pl.DataFrame, whole: TablePreparation) -> np.ndarray:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return shown + more + (" is" if len(names) == 1 else " are")
+    return named([*map(repr, names)], 3) + (" is" if len(names) == 1 else " are")

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from everystep.errors import DataError, ExperimentError, Fault, ModelError
-from everystep.experiment.catalogue import make_loss
 from everystep.experiment.data import Data, Target
 from everystep.experiment.specification import Loss
 
-__all__ = ["build_loss", "check_loss", "target_of"]
+__all__ = ["check_loss", "target_of"]
 
 _OF_CLASSES = {"CrossEntropyLoss", "NLLLoss", "MultiMarginLoss"}
 
@@ -18,11 +17,6 @@ _OF_CLASSES = {"CrossEntropyLoss", "NLLLoss", "MultiMarginLoss"}
 def target_of(loss: Loss) -> Target:
     """Return the kind of target that the loss needs: class indices, or values."""
     return "classes" if loss.name in _OF_CLASSES else "values"
-
-
-def build_loss(loss: Loss) -> nn.Module:
-    """Make the loss; class weights may be written as a list of numbers."""
-    return make_loss(loss.name, loss.keywords)
 
 
 def check_loss(loss: nn.Module, prediction: Tensor, data: Data) -> None:

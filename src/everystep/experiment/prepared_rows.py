@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.bounded import open_regular
+from everystep.bounded import open_regular, parse_json
 
 __all__ = ["Prepare", "PreparedRows", "Reading", "SourceArray", "mapped_safetensors", "rows_at_once"]
 
@@ -122,8 +122,6 @@ def mapped_safetensors(path: Path) -> Mapping[str, np.ndarray]:
         SafetensorError: it is cut off, or not of this format.
     """
     from safetensors import safe_open
-
-    from everystep.bounded import parse_json
 
     with safe_open(path, framework="numpy"):  # checks all of the header
         pass

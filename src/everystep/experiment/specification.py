@@ -195,6 +195,23 @@ class Experiment(Iteration):
     optimizer: Optimizer
     scheduler: Scheduler | None = None
 
+    def with_fused(self, device: str) -> Experiment:
+        """Return the experiment with `fused = true` if the optimizer supports it and nothing is set.
+
+        torch's fused, foreach and for-loop implementations differ in their last bits, and the default
+        differs by device: so the experiment records which one it uses.
+
+        device: its kind. torch has fused kernels of all but one optimizer on every kind of device.
+        """
+        from everystep.experiment.catalogue import keyword_parameters
+
+        optimizer = self.optimizer
+        is_chosen = {"fused", "foreach", "differentiable"} & optimizer.keywords.keys()
+        has_it = "fused" in keyword_parameters("optimizer", optimizer.name)
+        if is_chosen or not has_it or (optimizer.name == "Adagrad" and device != "cpu"):
+            return self
+        return self.model_copy(update={"optimizer": optimizer.model_copy(update={"fused": True})})
+
     def to_toml(self) -> str:
         """Write the experiment as TOML that `load` reads back to an equal one."""
         return tomli_w.dumps(self.model_dump(exclude_none=True, exclude_defaults=False))

@@ -13,9 +13,10 @@ from everystep.page.run_index import names_of_ranks
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun
+from everystep.recording.settings_diff import flat
 from everystep.recording.texts import is_rate
 from everystep.views.facts_text import facts_data, shortest_name, state_data
-from everystep.views.plain import metric_data, plain_number
+from everystep.views.plain import metric_data, plain_data, plain_number
 
 __all__ = ["about_data", "live_data"]
 
@@ -77,7 +78,7 @@ def _settings_of(run: RecordedRun, facts: TrainingFacts) -> tuple[dict[str, Any]
     """
     try:
         experiment = run.experiment(facts)
-        return (None if experiment is None else _flat(experiment)), None
+        return (None if experiment is None else _by_path(experiment)), None
     except RunError as error:
         return None, str(error)
 
@@ -96,17 +97,11 @@ def _measurement(ends: MeasurementEnds) -> dict[str, Any]:
     return found | {"is_rate": is_rate(ends.name), **metric_data(ends.name)}
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Return the values in nested tables by their paths; of lists of texts (layers), each text."""
-    if isinstance(value, dict):
-        found: dict[str, Any] = {}
-        for key, inner in value.items():
-            found |= _flat(inner, f"{path}.{key}" if path else key)
-        return found
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return {f"{path}[{index}]": item for index, item in enumerate(value)}
-    if isinstance(value, list):
-        return {path: [_flat(item).get("") for item in value]}
-    if isinstance(value, float):
-        return {path: plain_number(value)}
-    return {path: value if isinstance(value, bool | int | str) else str(value)}
+def _by_path(experiment: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of an experiment by their paths; of lists of texts (layers), each text."""
+    found: dict[str, Any] = {}
+    for path, value in flat(experiment).items():
+        is_of_texts = isinstance(value, list) and value and all(isinstance(each, str) for each in value)
+        named = {f"{path}[{place}]": text for place, text in enumerate(value)} if is_of_texts else None
+        found |= named or {path: plain_data(value)}
+    return found

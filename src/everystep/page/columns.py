@@ -164,10 +164,10 @@ class _CachedRun:
             }
             found = read_numbers(self._directory, start, starts)
             if _goes_on(old, found, start):
-                losses = np.concatenate([old.losses[:start], _precise(found)])
+                losses = np.concatenate([old.losses[:start], found.losses])
                 return self._columns_of(found, losses, old.edition, _extended(old, found))
         found = read_numbers(self._directory)
-        losses = _precise(found)
+        losses = found.losses
         edition = 0
         if old is not None:
             is_longer = _is_same(old.losses, losses[: old.steps])
@@ -193,13 +193,6 @@ def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict
     }
 
 
-def _precise(found: Numbers) -> NDArray[Any]:
-    if found.facts.loss_dtype == "float64":
-        return found.losses
-    with np.errstate(over="ignore"):
-        return found.losses.astype(np.float32)
-
-
 def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
 
@@ -211,9 +204,7 @@ def _goes_on(old: RunColumns, found: Numbers, start: int) -> bool:
     replaced under the same name. When a training ends, everything is read once more.
     """
     pair = ((facts.started, facts.status) for facts in (old.facts, found.facts))
-    return next(pair) == next(pair) and _is_same(
-        old.losses[start:], _precise(found)[: old.steps - start]
-    )
+    return next(pair) == next(pair) and _is_same(old.losses[start:], found.losses[: old.steps - start])
 
 
 def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:

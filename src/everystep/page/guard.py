@@ -119,12 +119,10 @@ class Guard:
                 f"this server is not {shown}; use the address that everystep view prints "
                 "(with --host, it serves other machines)"
             )
-        origins = headers.getlist("origin")
-        if origins and origins != [f"http://{hosts[0]}"]:
-            return "another page sent this request; only this server's own pages may"
         site = headers.get("sec-fetch-site", "none")
         is_opened = headers.get("sec-fetch-mode") == "navigate"
-        if site in ("same-origin", "none") or (is_opened and (site == "same-site" or opens_page)):
+        is_own = site in ("same-origin", "none") or (is_opened and (site == "same-site" or opens_page))
+        if is_own and headers.getlist("origin") in ([], [f"http://{hosts[0]}"]):
             return None
         return "another page sent this request; only this server's own pages may"
 

@@ -46,7 +46,7 @@ class RunIndex:
         Raises:
             RunError: there is none, or it cannot be read.
         """
-        return RecordedRun(self.place(name), may_be_cut=True)  # the page shows the damage
+        return RecordedRun(self.place(name))
 
     def place(self, name: str) -> Path:
         """Return the directory of the run of that name, without reading it.
@@ -79,7 +79,7 @@ class RunIndex:
         if top not in folders or not rank.isdecimal():
             return None
         with suppress(RunError, IndexError):
-            return RecordedRun(folders[top], may_be_cut=True).ranks[int(rank)].directory
+            return RecordedRun(folders[top]).ranks[int(rank)].directory
         return None
 
     def folders(self) -> dict[str, Path]:
@@ -130,7 +130,7 @@ class RunIndex:
             # When the process of a run is killed, none of its files changes.
             if before == now and summary["status"] not in ("running", None):
                 return summary
-            summary = summary_data(RecordedRun(directory, may_be_cut=True).summary())
+            summary = summary_data(RecordedRun(directory).summary())
             summary |= {"name": name, "directory": shown_name(str(directory))}
         except (RunError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             summary = dict.fromkeys(Summary._fields) | {"name": name, "problem": str(error)}

@@ -106,14 +106,7 @@ def _not_lost(lost: sys.UnraisableHookArgs) -> None:
 
 
 def _measure(run: Run, asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
-    expression, name = asked.pop("expression"), asked["name"]
-    try:
-        found = run.measure(expression, **asked, progress=voice)
-    except KeyboardInterrupt:
-        count = len(run.measured(name or expression))
-        raise KeyboardInterrupt(
-            f"stopped; {count:,} values are saved; measure the same again to continue"
-        ) from None
+    found = run.measure(asked.pop("expression"), **asked, progress=voice)
     return found.data() | {"values": len(found.values), "text": found.to_text()}
 
 

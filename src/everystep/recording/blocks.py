@@ -98,18 +98,18 @@ def _fields(row: Callable[..., Any]) -> dict[str, Any]:
 
 
 class Blocks:
-    """An open database: reads its rows, and reads and writes the numbers by step and their digests."""
+    """An open database: reads its rows, and reads and writes the numbers by step and their digests.
+
+    Every call raises RunError if the database cannot be read, or a value has another type than everystep
+    writes.
+    """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self.connection = connection
         self.path = path
 
     def rows(self, row: Callable[..., Row], query: str, *arguments: Any) -> list[Row]:
-        """Return the rows of a query as named tuples; the fields of `row` have the types of its columns.
-
-        Raises:
-            RunError: a value has another type, or the database cannot be read.
-        """
+        """Return the rows of a query as named tuples; the fields of `row` have the types of columns."""
         found = self._fetched(query, arguments)
         for (name, kind), column in zip(_fields(row).items(), zip(*found, strict=True), strict=False):
             self._check(column, kind, f"a value of another type than that of {name!r}")
@@ -125,9 +125,6 @@ class Blocks:
         """Return the only column of a query; fast for millions of rows.
 
         kind: the type of the values; wrong: what others are, as text.
-
-        Raises:
-            RunError: a value has another type, or the database cannot be read.
         """
         found = self._fetched(query, arguments, chain.from_iterable)
         self._check(found, kind, wrong)
@@ -148,11 +145,7 @@ class Blocks:
             raise RunError(f"{self.path} has {wrong}: the database was changed")
 
     def series(self, name: str, first: int | None = None, last: int | None = None) -> Series:
-        """Return the numbers of a series from step `first` to `last`; fast for millions.
-
-        Raises:
-            RunError: one is not a number, or the database cannot be read.
-        """
+        """Return the numbers of a series from step `first` to `last`; fast for millions."""
         import numpy as np
 
         ends = (_LEAST if first is None else first), (_MOST if last is None else last)
@@ -231,11 +224,7 @@ class Blocks:
         return names
 
     def measurements(self, first: int | None = None, last: int | None = None) -> dict[str, Series]:
-        """Return the numbers of all measurements from step `first` to `last`, by name.
-
-        Raises:
-            RunError: one is not a number, or the database cannot be read.
-        """
+        """Return the numbers of all measurements from step `first` to `last`, by name."""
         found = {name: self.series(series_of(name), first, last) for name in self.measurement_names()}
         return {name: series for name, series in found.items() if len(series[0])}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from everystep.bounded import MOST_STEPS
-from everystep.errors import RunError, say
+from everystep.errors import RunError, named, say
 from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.contents import inputs_of
 from everystep.recording.database import FILE_NAME, Database, Repeat, cut, reading
@@ -31,10 +31,8 @@ from everystep.recording.files import (
 from everystep.recording.recorded_run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, read_snapshot, snapshots_in
 
-__all__ = ["Continuation", "inherit", "shortened", "tidy"]
+__all__ = ["Continuation", "inherit", "tidy"]
 
-#: Tensors that a message names.
-_MOST_NAMED = 3
 Measurements = Sequence[tuple[str, int, float]]
 
 
@@ -122,9 +120,10 @@ class Continuation:
                 row.step,
                 "it reads different numbers from a tensor that is neither of its batch nor of a part",
             )
-        other = [n for n, digest in known.digests.items() if now.digests.get(n, digest) != digest]
+        digests = known.digests.items()
+        other = [n.partition("/")[2] for n, digest in digests if now.digests.get(n, digest) != digest]
         if other:
-            raise self.differs(row.step, f"it leaves a different state ({shortened(other)})")
+            raise self.differs(row.step, f"it leaves a different state ({named(other)})")
 
     def differs(self, step: int, problem: str) -> RunError:
         """Return the error of a step that is not as recorded when it is taken again."""
@@ -151,12 +150,6 @@ class Continuation:
 def _is_same(number: float, recorded: float) -> bool:
     """Return whether a number is the recorded one; NaN is NaN."""
     return number == recorded or (math.isnan(number) and math.isnan(recorded))
-
-
-def shortened(names: Sequence[str]) -> str:
-    """Return the first few names of tensors, without their kinds."""
-    shown = ", ".join(name.partition("/")[2] for name in names[:_MOST_NAMED])
-    return shown + (", ..." if len(names) > _MOST_NAMED else "")
 
 
 def inherit(

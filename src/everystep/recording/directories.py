@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,7 +237,7 @@ class Space(NamedTuple):
     keep: str | None = None
 
 
-def spaces_of(directories: Iterator[Path]) -> list[Space]:
+def spaces_of(directories: Iterable[Path]) -> list[Space]:
     """Return what each run takes, the largest first."""
     seen: set[tuple[int, int]] = set()
     return sorted((_space_of(each, seen) for each in directories), key=lambda each: -each.total)

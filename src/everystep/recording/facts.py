@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json, to_json, to_jsonable_python
 
 from everystep.bounded import MOST_STEPS
@@ -73,13 +74,10 @@ Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
 Settings = dict[str, Any]
 
 
-def _in_range(time: AwareDatetime) -> AwareDatetime:
-    if not 1970 <= time.year <= 9000:  # every time zone can show it
-        raise ValueError("the year is out of range")
-    return time
-
-
-Time = Annotated[AwareDatetime, AfterValidator(_in_range)]
+#: Every time zone can show it.
+Time = Annotated[
+    AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9001, 1, 1, tzinfo=UTC))
+]
 
 
 class _Fact(BaseModel):

@@ -242,12 +242,15 @@ def check_writable_files(directory: Path) -> None:
 
 
 @contextmanager
-def completed(path: Path) -> Iterator[Path]:
-    """Yield a temporary name for a file or a directory, which gets its own name once it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def completed(path: Path, name: str = "") -> Iterator[Path]:
+    """Yield a temporary name for a file or a directory, which gets its own name once it is complete.
+
+    name: the temporary one, if it is to be another than usual.
+    """
+    temporary = path.with_name(name or f".{path.name}.tmp")
     try:
         yield temporary
-        temporary.rename(path)
+        temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise

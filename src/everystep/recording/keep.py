@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from everystep.bounded import MOST_STEPS
-from everystep.errors import Fault, UsageError
+from everystep.errors import Fault, UsageError, size_text
 from everystep.recording.facts import Facts, NotKeptFacts
 
 __all__ = ["RECENT", "Ahead", "Keep", "Outlook", "is_kept", "keep_of", "kept_text"]
@@ -149,8 +149,9 @@ class Outlook(NamedTuple):
             return None
         about = "about" if ahead.total is not None else "at least"
         text = (
-            f"this run will take {about} {_size(kept + snapshots)}: {_size(kept)} of batches (now "
-            f"{_size(self.rate)} a step) and {_size(snapshots)} of snapshots ({_size(self.state)} each)"
+            f"this run will take {about} {size_text(kept + snapshots)}: {size_text(kept)} of batches "
+            f"(now {size_text(self.rate)} a step) and {size_text(snapshots)} of snapshots "
+            f"({size_text(self.state)} each)"
         )
         cures = []
         if self.rate:
@@ -161,7 +162,7 @@ class Outlook(NamedTuple):
             since = f"from about step {full:,.0f} on, " if self.keep is None else ""
             text += (
                 f"; {since}the oldest batches are given up to stay within batch_budget "
-                f"({_size(self.batch_budget)}), and their steps do not open"
+                f"({size_text(self.batch_budget)}), and their steps do not open"
             )
             cures.append("a larger batch_budget")
         if 2 * self.state > self.snapshot_budget:
@@ -194,9 +195,3 @@ class Outlook(NamedTuple):
             steps = min(steps, self.keep.newest)
         count = 2 + steps / self.interval if self.interval else 2
         return max(2 * self.state, min(count * self.state, self.snapshot_budget))
-
-
-def _size(count: float) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"

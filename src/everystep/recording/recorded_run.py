@@ -38,7 +38,7 @@ from everystep.recording.health import (
 )
 from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import SnapshotRow, read_snapshot
-from everystep.recording.summary import Summary, summary_of
+from everystep.recording.summary import Summary, in_own_precision, summary_of
 from everystep.recording.texts import column_title
 
 if TYPE_CHECKING:
@@ -79,19 +79,14 @@ def _place_of_rank(top: Path, rank: int, stretches: Sequence[Stretch]) -> Path:
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
 
-    It warns if the run is damaged, as far as that shows without reading all numbers.
+    Every call raises RunError if what it needs is missing, was changed since, or is unreadable.
 
     common_states, common_steps: the steps of the states that all ranks have, and how many steps, if they
     agreed on that; None: as read. others: how many processes recorded it, if it is continued by another
     number.
-
-    may_be_cut: do not look at it yet; a finished run may lack its last steps.
-
-    Raises:
-        RunError: the directory is not a run, or is unreadable.
     """
 
-    def __init__(self, directory: str | Path, *, may_be_cut: bool = False) -> None:
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._database_path = self.directory / FILE_NAME
         self.common_states: frozenset[int] | None = None
@@ -99,8 +94,6 @@ class RecordedRun:
         self.others: int | None = None
         self._has_warned = False
         self._found: tuple[tuple[int, ...], list[Finding]] | None = None
-        if not may_be_cut:
-            self._read(self._check_whole)
 
     @property
     def name(self) -> str:
@@ -125,9 +118,6 @@ class RecordedRun:
         """Return the runs of all processes that trained the stretch at a place together, by rank.
 
         Only this one of an earlier stretch without a step that it keeps.
-
-        Raises:
-            RunError: as `ranks`.
         """
         known = self.stretches[place].facts.ranks
         own, places = self.directory.resolve(), self.places_of_ranks(place)
@@ -224,8 +214,6 @@ class RecordedRun:
 
     def _last_numbers(self, count: int | None) -> dict[str, Series]:
         """Return all series of the last steps, the losses in their own precision."""
-        import numpy as np
-
         edition = fingerprint(self.directory)
         with reading(self._database_path) as database:
             facts = database.facts()
@@ -245,10 +233,7 @@ class RecordedRun:
         steps, losses = found[LOSS]
         database.check_gap(steps, max(1, since))
         self._warn_of(damage)
-        if facts.loss_dtype != "float64":
-            with np.errstate(over="ignore"):
-                found[LOSS] = steps, losses.astype(np.float32)
-        return found
+        return found | {LOSS: (steps, in_own_precision(losses, facts))}
 
     @property
     def measurements(self) -> polars.DataFrame:
@@ -355,20 +340,12 @@ class RecordedRun:
         return None
 
     def losses_between(self, first: int, last: int) -> list[float]:
-        """Return the losses of these steps, as far as recorded.
-
-        Raises:
-            RunError: a loss is missing, but a later one exists.
-        """
+        """Return the losses of these steps, as far as recorded."""
         found: list[float] = self._read(lambda database: database.losses(max(first, 1), last).tolist())
         return found
 
     def losses_at(self, steps: Sequence[int]) -> dict[int, float]:
-        """Return the losses of existing steps.
-
-        Raises:
-            RunError: losses are missing.
-        """
+        """Return the losses of existing steps."""
         if not steps:
             return {}
         first, last = min(steps), max(steps)
@@ -376,11 +353,7 @@ class RecordedRun:
         return {step: losses[step - first] for step in steps}
 
     def experiment(self, facts: TrainingFacts) -> dict[str, Any] | None:
-        """Return the experiment of a stretch with these facts, if it has one.
-
-        Raises:
-            RunError: its file was changed or removed, or cannot be read.
-        """
+        """Return the experiment of a stretch with these facts, if it has one."""
         from everystep.experiment.specification import parse
 
         if (lost := self.lost_experiment(facts)) is not None:
@@ -424,27 +397,26 @@ class RecordedRun:
             status = self.status_by(facts)
             return summary_of(self.name, self.directory, facts, status, damage, database)
 
-    def _check_whole(self, database: Database) -> None:
+    def check(self) -> None:
         """Check that the steps of a finished run are there; warn of other damage.
 
+        As far as that shows without reading all numbers.
+
         Raises:
-            RunError: some are missing.
+            RunError: some are missing; or the directory is not a run, or is unreadable.
         """
-        facts = database.facts()
-        missing = missing_steps(facts, database.newest_step())
-        if missing is not None:
-            raise RunError(
-                f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; everystep "
-                f"doctor {self.name} --export FILE.csv writes the numbers that can be read"
-            )
-        self._warn_of([*structure_findings(self.directory, database, facts)])
+        with reading(self._database_path) as database:
+            facts = database.facts()
+            missing = missing_steps(facts, database.newest_step())
+            if missing is not None:
+                raise RunError(
+                    f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; "
+                    f"everystep doctor {self.name} --export FILE.csv writes the numbers that can be read"
+                )
+            self._warn_of([*structure_findings(self.directory, database, facts)])
 
     def findings(self) -> list[Finding]:
-        """Return what is missing or altered among the numbers of the run; reads all of them.
-
-        Raises:
-            RunError: the database cannot be read.
-        """
+        """Return what is missing or altered among the numbers of the run; reads all of them."""
         edition = fingerprint(self.directory)
         if self._found is None or self._found[0] != edition:
             self._found = edition, self._read(lambda database: self._findings_in(database, {}, 0))
@@ -474,9 +446,6 @@ class RecordedRun:
         """Return the content of a program, of its constants, of data or of changes, as recorded.
 
         name: within the run.
-
-        Raises:
-            RunError: the file is missing, was changed, or is not one of the run.
         """
         return read_file(self.directory, self._row_of(name))
 
@@ -498,20 +467,12 @@ class RecordedRun:
         return {row.step: row.name for row in rows if row.step is not None}
 
     def change(self, name: str) -> Change:
-        """Return what code between two steps changed.
-
-        Raises:
-            RunError: the file is missing, was changed, or is unreadable.
-        """
+        """Return what code between two steps changed."""
         tensors, gone = read_tensors(self.directory, self._row_of(name))
         return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])
 
     def data(self, fact: DataFileFacts) -> dict[str, Tensor]:
-        """Return the data of the run: x, y, and validation_x and validation_y if it has them.
-
-        Raises:
-            RunError: the file is missing, was changed, or is unreadable.
-        """
+        """Return the data of the run: x, y, and validation_x and validation_y if it has them."""
         return read_data(self.directory, self._row_of(fact.file), fact)
 
     def snapshot_rows(self) -> list[SnapshotRow]:
@@ -545,11 +506,7 @@ class RecordedRun:
         return {digest: each.source for digest, each in places.items() if each.source is not None}
 
     def contents(self, given: Mapping[str, Given]) -> dict[str, Tensor | None]:
-        """Return the inputs of a step, on the CPU; None for dropped ones.
-
-        Raises:
-            RunError: a file was changed.
-        """
+        """Return the inputs of a step, on the CPU; None for dropped ones."""
         if not given:  # opening the database takes as long as a small step
             return {}
         digests = {digest for each in given.values() for digest in each.digests}

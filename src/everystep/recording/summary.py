@@ -16,7 +16,7 @@ from everystep.recording.blocks import LOSS, series_of
 from everystep.recording.database import FILE_NAME, Database, MeasurementEnds, reading
 from everystep.recording.facts import Facts, TrainingFacts
 
-__all__ = ["Numbers", "Summary", "read_numbers", "summary_of"]
+__all__ = ["Numbers", "Summary", "in_own_precision", "read_numbers", "summary_of"]
 
 
 class Summary(NamedTuple):
@@ -68,7 +68,8 @@ def summary_of(
         planned=count if facts.steps is None else facts.steps,
         first_loss=first,
         last_loss=last,
-        started=facts.started or _time_of(directory / FILE_NAME),
+        # A run that is just being created has no start time yet.
+        started=facts.started or datetime.fromtimestamp((directory / FILE_NAME).stat().st_mtime, UTC),
         nonfinite_step=facts.nonfinite_step,
         seconds=facts.seconds,
         optimizer=", ".join(o.class_name for o in trained.optimizers.values()) if trained else None,
@@ -99,21 +100,24 @@ def _validation(database: Database) -> tuple[str, float] | None:
     return None
 
 
-def _time_of(path: Path) -> datetime:
-    """Return the time of a file: a run that is just being created has no start time yet."""
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+def in_own_precision(losses: NDArray[np.float64], facts: Facts) -> NDArray[Any]:
+    """Return losses in the precision that the run computes them in: at least float32."""
+    if facts.loss_dtype == "float64":
+        return losses
+    with np.errstate(over="ignore"):
+        return losses.astype(np.float32)
 
 
 class Numbers(NamedTuple):
     """The numbers of a run by step, at one moment.
 
-    steps: the number of steps; losses: those requested; ends: of each measurement; series: steps and
-    values of the requested measurements.
+    steps: the number of steps; losses: those requested, in their own precision; ends: of each
+    measurement; series: steps and values of the requested measurements.
     """
 
     facts: Facts
     steps: int
-    losses: NDArray[np.float64]
+    losses: NDArray[Any]
     ends: list[MeasurementEnds]
     series: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]
 
@@ -126,10 +130,11 @@ def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | No
     """
     with reading(directory / FILE_NAME) as database:
         losses, newest = database.losses(after + 1), database.newest_step()
+        facts = database.facts()
         return Numbers(
-            facts=database.facts(),
+            facts=facts,
             steps=newest,
-            losses=losses,
+            losses=in_own_precision(losses, facts),
             ends=database.measurement_ends(),
             series={
                 name: database.series(series_of(name), step + 1) for name, step in (series or {}).items()

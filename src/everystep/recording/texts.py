@@ -13,6 +13,7 @@ __all__ = [
     "is_rate",
     "loss_text",
     "model_text",
+    "number_text",
     "optimizer_parts",
     "optimizers_text",
     "processes_text",
@@ -136,6 +137,11 @@ def shortest(number: float) -> str:
     with np.errstate(over="ignore"):
         single = np.float32(number)
     return str(single) if float(single) == number or number != number else repr(number)
+
+
+def number_text(value: float | complex) -> str:
+    """Return a number in the fewest digits that give it back."""
+    return shortest(value) if isinstance(value, float) else str(value)
 
 
 def value_text(value: Any) -> str:

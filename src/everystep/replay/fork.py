@@ -16,7 +16,6 @@ from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
 from everystep.experiment.batches import RowsOf
-from everystep.experiment.optimizer import with_fused
 from everystep.experiment.source_files import note_named
 from everystep.experiment.specification import check_iteration, load
 from everystep.recording.directories import create_directory
@@ -350,7 +349,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
     old, new = load(experiment), load(experiment, asked.settings)
     note_named(set(new.data.files) - set(old.data.files))
     device = select(new.device)
-    old, new = with_fused(old, device), with_fused(new, device)
+    old, new = old.with_fused(device.type), new.with_fused(device.type)
     state = asked.state(opener)
     with prepared(new.threads or facts.numerics.threads, device), torchs_errors("the fork"):
         data = None

@@ -11,7 +11,6 @@ import torch
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
-from everystep.experiment.optimizer import with_fused
 from everystep.experiment.source_files import note_named
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
 from everystep.recording.facts import Facts, TrainingFacts
@@ -246,14 +245,15 @@ def resume_experiment(
         experiment = known
     else:
         note_named(experiment.data.files)
-        _check_same_experiment(run, known, with_fused(experiment, select(experiment.device)))
+        given = experiment.with_fused(select(experiment.device).type)
+        _check_same_experiment(run, known, given)
         asked = replace(asked, steps=experiment.steps or _steps_of(experiment, facts))
         if asked.has_all:
             return Outcome(run.directory, "finished", None)
     device = select(experiment.device)
     with prepared(experiment.threads or facts.numerics.threads, device), torchs_errors(run.name):
         stored = stored_data(run, facts)
-        job = experiment_job(with_fused(experiment, device), run.name, device, stored)
+        job = experiment_job(experiment, run.name, device, stored)
         if stored is not None:
             job = job.with_facts(preparation=facts.preparation)
         else:

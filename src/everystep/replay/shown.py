@@ -14,6 +14,9 @@ class View(Protocol):
     def shown(self, answer: Any, **options: Any) -> Any:
         """Return an answer as the terminal prints it: a text, some with styles."""
 
+    def line(self, answer: Any) -> str:
+        """Return the conclusion of an answer in a line."""
+
     def data(self, answer: Any, **options: Any) -> dict[str, Any]:
         """Return an answer as plain data."""
 
@@ -29,6 +32,10 @@ class Shown:
     """An answer of a run. view: how it is shown; None: only by `repr`."""
 
     view: View | None = field(default=None, repr=False, compare=False, kw_only=True)
+
+    def __repr__(self) -> str:
+        conclusion = "" if self.view is None else f": {self.view.line(self)}"
+        return f"<{type(self).__name__.lower()}{conclusion}>"
 
     def to_text(self, **options: Any) -> str:
         """Return it as the terminal prints it."""

@@ -14,10 +14,10 @@ from everystep import numerics
 from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
+from everystep.experiment.catalogue import build
 from everystep.experiment.data import Data, make_data
-from everystep.experiment.loss import build_loss, check_loss, target_of
+from everystep.experiment.loss import check_loss, target_of
 from everystep.experiment.model import build_model, try_model
-from everystep.experiment.optimizer import build_optimizer, build_scheduler, with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.prepared_rows import Reading
 from everystep.experiment.source_files import check_may_be_read, note_named
@@ -85,7 +85,7 @@ def experiment_job(
         UsageError: the data or the model is invalid, or in files that the user has not named; gives the
             reason and a fix.
     """
-    experiment = with_fused(experiment, device)
+    experiment = experiment.with_fused(device.type)
     torch.manual_seed(experiment.seed)
     if data is None:
         check_may_be_read(experiment.data)
@@ -98,16 +98,18 @@ def experiment_job(
     name_of_rows = Path(path).name if path else "the data"
     batches = Batches(len(data.x), *order, numbers=data.numbers, source=name_of_rows)
     model = build_model(experiment.model, data.x[:2])
-    loss = build_loss(experiment.loss)
+    loss = build("loss", experiment.loss.name, experiment.loss.keywords)
     few_rows = data.x[: min(2, batches.smallest)]
     prediction = try_model(model, few_rows, experiment.model.layers, _origin(data))
     check_loss(loss, prediction, data)
     model.to(device)
     loss.to(device)
     _check_scheduler(experiment)
-    optimizer = build_optimizer(experiment.optimizer, model.parameters())
-    scheduler = build_scheduler(experiment.scheduler, optimizer) if experiment.scheduler else None
-    every = experiment.scheduler.every if experiment.scheduler else "step"
+    wanted = experiment.optimizer
+    optimizer = build("optimizer", wanted.name, wanted.keywords, [*model.parameters()])
+    scheduler, every = None, "step"
+    if (asked := experiment.scheduler) is not None:
+        scheduler, every = build("scheduler", asked.name, asked.keywords, optimizer), asked.every
     metrics = experiment.metrics or ()
     objects = Objects(
         model, loss, optimizer, scheduler=scheduler, scheduler_every=every, metrics=metrics

@@ -81,7 +81,7 @@ class Job:
             batches = self.training.batch.batches
             known = None if numbers is None else numbers[0]
             source = facts.data.file or batches.source
-            self.training.batch.use(replace(batches, numbers=known, source=source, _order={}))
+            self.training.batch.use(replace(batches, numbers=known, source=source))
         update = {"split_seed": facts.data.split_seed, "dropped": facts.data.dropped}
         return self.with_facts(data=self.facts.data.model_copy(update=update))
 

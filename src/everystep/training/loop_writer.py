@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep import numerics
-from everystep.errors import say
-from everystep.recording.continuation import shortened
+from everystep.errors import named, say
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
 from everystep.recording.keep import RECENT
 from everystep.recording.recorder import Recorder
@@ -227,7 +226,8 @@ class LoopWriter(RunWriter):
         texts = [{n: json.dumps(each, sort_keys=True) for n, each in of.items()} for of in held]
         different += [f"part/{name}" for name in texts[0] if texts[0][name] != texts[1].get(name)]
         if different:
-            problem = f"the state is not the recorded one ({shortened(different)})"
+            names = named([each.partition("/")[2] for each in different])
+            problem = f"the state is not the recorded one ({names})"
             raise self.recorder.differs(self.step, problem)
 
     def _keep_pending(self, following: BuiltPath | str | None = None) -> None:

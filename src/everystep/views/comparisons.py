@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from everystep.recording.texts import shortest
-from everystep.views.formatting import NAMED, block, counted, named, number
+from everystep.errors import NAMED, named
+from everystep.recording.texts import number_text, shortest
+from everystep.views.formatting import block, counted, number
 
 if TYPE_CHECKING:
     from everystep.answers.diff import DataDifference, Difference
@@ -85,10 +86,8 @@ def diff_sentence(found: Difference) -> str:
     elif operation is None:
         texts.append(f"{found.states[0].tensor} of state {found.states[0].state:,} differs")
     if operation is not None:
-        pair = operation.one, operation.other
-        sides = ["no operation" if each is None else operation_name(each.operation) for each in pair]
         at = "" if found.loss and found.loss.step == operation.step else f" of step {operation.step:,}"
-        name = " | ".join(dict.fromkeys(sides))
+        name = " | ".join(dict.fromkeys(_sides(operation)))
         texts.append(f"the first operation that differs is #{operation.index}{at}, {name}")
         inputs = (f"its input {_input_name(each.name)} differs" for each in operation.inputs)
         causes = [f"cause: {each}" for each in operation.causes]
@@ -106,22 +105,25 @@ def _states_text(found: Difference) -> str:
 
 
 def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list[tuple[str, str]]:
-    pair = found.one, found.other
-    sides = ["no operation" if each is None else operation_name(each.operation) for each in pair]
-    code = ["" if each is None else str(each.line or "") for each in pair]
-    lines = [("operation", f"#{found.index} of step {found.step:,}\n{_of_runs(sides, names)}")]
+    code = ["" if each is None else str(each.line or "") for each in (found.one, found.other)]
+    lines = [("operation", f"#{found.index} of step {found.step:,}\n{_of_runs(_sides(found), names)}")]
     lines.append(("line", _of_runs(code, names)))
     lines += [("result", _tensor_text(each)) for each in found.results]
     lines += [("input", _tensor_text(each)) for each in found.inputs]
     if found.rows:
-        rows = ", ".join(
+        rows = [
             (f"{a}" if a == b else f"{a} and {b}") + f" at position {place}" * (not place == a == b)
-            for place, a, b in found.rows[:NAMED]
-        )
-        rows += ", ..." if len(found.rows) > NAMED else ""
+            for place, a, b in found.rows
+        ]
         numbers = "" if found.rows_of == "the batch" else f"; in {found.rows_of}, counted from 0"
-        lines.append(("rows", rows + numbers))
+        lines.append(("rows", named(rows) + numbers))
     return lines + [("cause", cause) for cause in found.causes]
+
+
+def _sides(found: OperationDifference) -> list[str]:
+    """Return the operation in each run."""
+    pair = found.one, found.other
+    return ["no operation" if each is None else operation_name(each.operation) for each in pair]
 
 
 def _of_runs(texts: Sequence[str], names: tuple[str, str]) -> str:
@@ -157,7 +159,7 @@ def _tensor_text(found: TensorDifference) -> str:
     lines = [f"{found.name}: {found.elements:,} of {found.of:,} elements differ{_far(found)}"]
     for position, pair in zip(found.positions[:3], found.values, strict=False):
         place = f"[{', '.join(map(str, position))}]  " if position else ""
-        lines.append(f"  {place}{' and '.join(map(_value_text, pair))}")
+        lines.append(f"  {place}{' and '.join(map(number_text, pair))}")
     if found.elements > 3:
         lines.append("  ...")
     return "\n".join(lines)
@@ -179,10 +181,6 @@ def tensors_text(differences: Sequence[StateDifference]) -> str:
 def _far(found: TensorDifference | StateDifference) -> str:
     """Return how far tensors are apart, as the end of a sentence; empty where that is unknown."""
     return f", {size}" if (size := str(found.size)) else ""
-
-
-def _value_text(value: Any) -> str:
-    return shortest(value) if isinstance(value, float) else str(value)
 
 
 def operation_name(operation: Operation | Apart) -> str:
@@ -240,7 +238,7 @@ def _data_lines(found: DataDifference) -> Iterator[Listed]:
         row, *rest = position
         others = [found.names[rest[0]]] if found.names and rest else [str(place) for place in rest]
         place = ", ".join([str(row), *others])
-        yield Listed(f"data.{tensor.name}[{place}]", (_value_text(one), _value_text(other)))
+        yield Listed(f"data.{tensor.name}[{place}]", (number_text(one), number_text(other)))
     left = tensor.elements - len(shown)
     if left:
         columns = [found.names[column] if found.names else column for column in found.columns]

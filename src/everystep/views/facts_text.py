@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from everystep.recording.directories import RUNS, is_sweep
 from everystep.recording.facts import (
+    EngineFacts,
     Facts,
     ForkFacts,
     FunctionFacts,
@@ -86,13 +87,13 @@ def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
     return [(label, f"{text}{how}" if label == "steps" else text) for label, text in header_rows(facts)]
 
 
-def closing(directory: Path, reason: str | None) -> str:
+def closing(directory: Path) -> str:
     """Return the final message of a training: how it ended, where the run is, and the next command."""
     run = RecordedRun(directory)
     summary = run.summary()
     facts = run.facts
     seconds = "" if facts.seconds is None else f" in {facts.seconds:.3g} s"
-    lines = [] if reason is None else [f"stopped: {reason}", ""]
+    lines = [] if facts.reason is None else [f"stopped: {facts.reason}", ""]
     measured = "".join(
         f", {name} {measured_text(name, value)}"
         for name, value in run.latest_measurements.items()
@@ -145,10 +146,8 @@ def engine_text(facts: Facts) -> str:
         return f"by Python: {engine.reason}"
     if engine.stands_behind == "alone":
         return "by program alone, without the objects that trained it; not checked against Python"
-    checks = f"checked against Python {counted(engine.checks, 'time')}"
-    checks += f", last at step {engine.verified_to:,}" if engine.checks else ""
     vouched = ', which you vouched for (engine="program")' if engine.stands_behind == "vouched" else ""
-    found = f"by program{vouched}; {checks}"
+    found = f"by program{vouched}; {_checks_text(engine)}"
     if engine.eager_from is None:
         return found
     return f"{found}; by Python from step {engine.eager_from:,}: {engine.reason}"
@@ -161,9 +160,13 @@ def _function_text(function: FunctionFacts, steps: int) -> str:
     since = f" after step {function.after:,}" if function.after else ""
     return (
         f'a program, which you vouched for (engine="program"), ran {function.by_program:,} of '
-        f"{steps - function.after:,} steps{since}, checked against Python "
-        f"{counted(function.checks, 'time')}, last at step {function.verified_to:,}"
+        f"{steps - function.after:,} steps{since}, {_checks_text(function)}"
     )
+
+
+def _checks_text(taken: EngineFacts | FunctionFacts) -> str:
+    last = f", last at step {taken.verified_to:,}" if taken.checks else ""
+    return f"checked against Python {counted(taken.checks, 'time')}{last}"
 
 
 def _fork_text(fork: ForkFacts) -> str:

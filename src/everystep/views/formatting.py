@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "NAMED",
     "TIMES",
     "about_numbers",
     "block",
@@ -26,15 +25,11 @@ __all__ = [
     "grouped",
     "labelled",
     "measured_text",
-    "named",
     "number",
     "one_line",
     "shape_text",
     "time_text",
 ]
-
-#: States, tensors, names and rows that are named before the rest is counted.
-NAMED = 6
 
 #: Between the sizes of a shape.
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -102,12 +97,6 @@ def time_text(time: datetime) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a number of things: `1 step`, `1,000 steps`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def named(things: Sequence[Any], most: int = NAMED) -> str:
-    """Return the first of some things by name, and how many more there are."""
-    more = f" and {len(things) - most:,} more" if len(things) > most else ""
-    return ", ".join(map(str, things[:most])) + more
 
 
 def labelled(label: str, text: str, width: int = _WIDTH) -> str:

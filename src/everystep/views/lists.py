@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +15,8 @@ from everystep.recording.prune import Pruning
 from everystep.recording.summary import Summary
 from everystep.recording.texts import shortest
 from everystep.views.formatting import counted, cut, number, one_line, time_text
-from everystep.views.plain import metric_data, plain_data, plain_number
-from everystep.views.terminal import Cell, Column, Page, Row, Styled, keyed, table_lines, table_text
+from everystep.views.plain import as_json, metric_data, plain_data, plain_number
+from everystep.views.terminal import Cell, Column, Page, Row, Styled, keyed, table_text
 
 if TYPE_CHECKING:
     from everystep.answers.sweep import Sweep, SweepRun
@@ -61,8 +60,7 @@ def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> st
     if style == "json":
         plain = {name: plain_data(column) for name, column in values.items()}
         rows = [{name: column[place] for name, column in plain.items()} for place in range(count)]
-        return json.dumps(rows, indent=1) + "\n"
-
+        return as_json(rows) + "\n"
     texts = {
         name: [
             str(each) if name == "step" else "-" if each is None else shortest(each) for each in column
@@ -153,9 +151,8 @@ def ended_text(case: SweepRun) -> str:
 
 
 def _list_text(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int | None) -> Text:
-    page = Page()
-    for line in table_lines(columns, rows, math.inf if width is None else width):
-        page.line(*line)
+    page = Page(sys.maxsize if width is None else width)
+    page.table(columns, rows, indent=0)
     return page.text
 
 

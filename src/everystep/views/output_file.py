@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from everystep.errors import UsageError
+from everystep.recording.files import completed
 
 __all__ = ["default_output", "write_file"]
 
@@ -53,22 +54,13 @@ def write_file(path: str | Path, content: bytes | str) -> None:
         is_plain = place.is_file() and not place.is_symlink()
         has_place = os.access(place.absolute().parent, os.W_OK)
         if has_place and (is_plain or not os.path.lexists(place)):
-            _replace(place, data)
+            with completed(place, f".everystep.{os.getpid()}.tmp") as temporary:
+                temporary.write_bytes(data)
+                if is_plain:
+                    shutil.copymode(place, temporary)
         else:
             place.write_bytes(data)
     except OSError as error:
         is_nowhere = isinstance(error, FileNotFoundError) and not place.absolute().parent.is_dir()
         reason = f"the directory {place.parent} does not exist" if is_nowhere else error.strerror
         raise UsageError(f"{path} cannot be written: {reason or error}") from None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".everystep.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -51,17 +51,14 @@ def loss_plot(
     For a long run, it draws a few thousand points, among them the extremes of every stretch.
     Losses that are not finite are marked at the bottom, and counted in the caption.
 
-    Args:
-        runs: at least one; colors distinguish several, and the ranks of one, which are all drawn.
-        log: a log10 axis; it omits values that are not positive, with a note in the caption.
-        measurements: names of measurements to draw, too; a run without one is drawn without it.
+    Colors distinguish several runs, and the ranks of one, which are all drawn. A run that is there twice
+    is drawn once, one without a measurement without it. A log axis omits values that are not positive,
+    with a note in the caption.
 
     Raises:
-        UsageError: there are no runs, or none of them has a measurement.
+        UsageError: none of the runs has a measurement.
     """
-    if not runs:
-        raise UsageError("nothing to plot; pass at least one run")
-    runs = [rank for run in runs for rank in run.shown_ranks]
+    runs = [*{rank.directory.resolve(): rank for run in runs for rank in run.shown_ranks}.values()]
     curves = dict(zip(_names(runs), (run.losses for run in runs), strict=True))
     damage = [_plain("\n".join(wrap(run.damage, _CAPTION_WIDTH))) for run in runs if run.damage]
     return _plot(curves, runs, measurements, log, damage)
@@ -173,13 +170,7 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
 def _names(runs: Sequence[RecordedRun]) -> list[str]:
     """Return the name of each run, or its directory if the name is not unique."""
     count = Counter(run.name for run in runs)
-    named = [run.name if count[run.name] == 1 else str(run.directory) for run in runs]
-    seen: Counter[str] = Counter()
-    for index, name in enumerate(named):
-        seen[name] += 1
-        if seen[name] > 1:
-            named[index] = f"{name} ({seen[name]})"
-    return [_plain(name) for name in named]
+    return [_plain(run.name if count[run.name] == 1 else str(run.directory)) for run in runs]
 
 
 def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]) -> pd.DataFrame:

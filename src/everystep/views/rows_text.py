@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from everystep.answers.rows import Rows, Share
-from everystep.errors import RunError, UsageError, did_you_mean
+from everystep.errors import RunError, UsageError, named
 from everystep.ops.labels import Reason
 from everystep.program.source_line import CodeLine
 from everystep.recording.facts import Facts
 from everystep.replay.opened_step import Step
 from everystep.views.batch_text import about_columns, class_names, columns_of, targets
-from everystep.views.formatting import about_numbers, named, number
+from everystep.views.formatting import about_numbers, number
 from everystep.views.plain import plain_data
 from everystep.views.terminal import keyed, table_text
 
@@ -40,9 +40,6 @@ def order_of(
     """
     if by not in (None, *ORDERS):
         raise UsageError(f"rows are ranked by loss or by gradient, not by {by!r:.80}")
-    if parameter is not None and parameter not in rows.gradients:
-        cure = did_you_mean(parameter, list(rows.gradients))
-        raise UsageError(f"step {rows.step} has no gradient of {parameter!r:.80}; {cure}")
     known = _numbers(rows, parameter)
     wanted = [by] if by else ["gradient"] if parameter else ORDERS
     return next(((name, rows.ranked(known[name])) for name in wanted if name in known), None)

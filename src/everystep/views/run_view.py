@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from everystep.errors import named
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun
-from everystep.recording.texts import shortest
+from everystep.recording.texts import number_text, shortest
 from everystep.views.comparisons import (
     diff_sentence,
     diff_text,
@@ -25,7 +26,7 @@ from everystep.views.comparisons import (
     tensors_text,
 )
 from everystep.views.facts_text import engine_text
-from everystep.views.formatting import about_numbers, block, counted, labelled, named, number, shape_text
+from everystep.views.formatting import about_numbers, block, counted, labelled, number, shape_text
 from everystep.views.lists import summary_data, sweep_text
 from everystep.views.plain import DERIVED, plain_data
 from everystep.views.terminal import Column, table_text
@@ -65,6 +66,10 @@ class RunView(NamedTuple):
     def shown(self, answer: Any, **options: Any) -> str | Text:
         """Return an answer as the terminal prints it, some with styles."""
         return _TEXTS[type(answer).__name__](answer, self, **options)
+
+    def line(self, answer: Any) -> str:
+        """Return the conclusion of an answer in a line."""
+        return _LINES[type(answer).__name__](answer)
 
     def data(self, answer: Any, **options: Any) -> dict[str, Any]:
         """Return everything in an answer as plain data, under the names that it has in Python."""
@@ -170,7 +175,7 @@ def _snapshots_text(found: Verification) -> str:
     return text + tensors_text(first)
 
 
-def _measured_text(found: Measured, view: RunView) -> str:
+def _measured_text(found: Measured, view: RunView | None) -> str:
     values = list(found.values.items())
     if not values:
         return f"{found.name}: no values"
@@ -260,7 +265,7 @@ def _range(tensor: Any) -> str:
     from everystep.replay.opened_step import statistics
 
     if not tensor.dim():
-        return shortest(tensor.item()) if tensor.is_floating_point() else str(tensor.item())
+        return number_text(tensor.item())
     found = statistics(tensor)
     bad = f", {found.nonfinite:,} not finite" if found.nonfinite else ""
     return f"{shape_text(tensor)}, {number(found.minimum)} to {number(found.maximum)}{bad}"
@@ -381,6 +386,15 @@ _TEXTS: dict[str, Callable[..., str | Text]] = {
     "Verification": _verify_text,
     "WhatIf": _what_if_text,
     "Why": lambda found, view, **options: _in("why_text").why_text(found, name=view.run.name, **options),
+}
+
+#: What each answer comes to, for those that a line of text says as well.
+_LINES: dict[str, Callable[..., str]] = {
+    "Difference": diff_sentence,
+    "Match": lambda found: match_text(found).splitlines()[-1],
+    "Measured": lambda found: _measured_text(found, None).splitlines()[0],
+    "Rerun": rerun_sentence,
+    "Sweep": lambda found: sweep_text(found).plain.splitlines()[-1],
 }
 
 #: Answers that hold more than their fields and what these derive.

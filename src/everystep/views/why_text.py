@@ -10,11 +10,11 @@ from typing import Any
 from rich.text import Text
 
 from everystep.answers.why import Number, Spot, Term, Why
-from everystep.errors import UsageError
+from everystep.errors import UsageError, named
 from everystep.recording.facts import Facts
 from everystep.recording.texts import shortest
 from everystep.replay.opened_step import Step
-from everystep.views.formatting import about_numbers, named
+from everystep.views.formatting import about_numbers
 from everystep.views.formatting import number as four_digits
 from everystep.views.mathematics import Line, mathematics
 from everystep.views.plain import DERIVED
@@ -85,7 +85,7 @@ class _Writer:
         self._block(last)
 
     def _through(self, each: Why) -> None:
-        value = value_text(each.number)
+        value = exact_text(each.number)
         parts = [
             (self._where(each.number), "dim"),
             (f"{each.number.name}  ", ""),
@@ -108,7 +108,7 @@ class _Writer:
         name = each.asked or number.name
         is_same = name.replace(" ", "") == number.name.replace(" ", "")
         also = "" if is_same else f"  {number.name}"
-        self.page.line((name, "bold"), (f"  {value_text(number)}", ""), (also, "dim"), (step, "dim"))
+        self.page.line((name, "bold"), (f"  {exact_text(number)}", ""), (also, "dim"), (step, "dim"))
         if each.origin == "operation" or each.operation is not None:
             self.page.line((self._made(each), ""), indent=_INDENT)
             if each.observed is not None and each.observed.line is not None:
@@ -197,7 +197,7 @@ def _rows(each: Why) -> Iterator[dict[str, Cell]]:
 
 def _numbers(term: Term) -> list[tuple[str, str]]:
     """Return the names and the texts of the numbers of a term; its weights have no names."""
-    numbers = [(number.name, value_text(number)) for number in term.numbers.values()]
+    numbers = [(number.name, exact_text(number)) for number in term.numbers.values()]
     return [*numbers, *(("", shortest(weight)) for weight in term.weights.values())]
 
 
@@ -206,7 +206,7 @@ def _check_text(each: Why) -> list[tuple[str, str]]:
     if each.recomputed is None:
         return [("the formula is not computed here", "dim")]
     if each.is_equal:
-        return [("= ", "bold"), (value_text(each.number), ""), ("  the same bits", "dim")]
+        return [("= ", "bold"), (exact_text(each.number), ""), ("  the same bits", "dim")]
     text = _text_of(each.recomputed, each.number.dtype)
     if isinstance(each.number.value, bool | int) or each.recomputed != each.recomputed:
         return [("\N{NOT EQUAL TO} ", "bold"), (text, "")]
@@ -226,7 +226,7 @@ def _rows_text(each: Why) -> str:
     return f"row{'s' * (len(each.rows) > 1)} {named(each.rows, 10)} of {each.step.batch.whole}"
 
 
-def value_text(number: Number) -> str:
+def exact_text(number: Number) -> str:
     """Return a number in the fewest digits that give it back."""
     return _text_of(number.value, number.dtype)
 
@@ -249,7 +249,7 @@ def _digits_text(value: Any) -> str:
 def _of_number(value: Number) -> dict[str, Any]:
     goes_on = value.is_made or value.name.startswith(("parameters", "buffers", "tensors"))
     goes_on &= value.rank is None and not value.name.endswith(".bits")
-    return {"text": value_text(value), "goes_on": goes_on}
+    return {"text": exact_text(value), "goes_on": goes_on}
 
 
 def _of_answer(value: Why) -> dict[str, Any]:

@@ -20,19 +20,7 @@ __all__ = ["Group", "Number", "Spot", "Term", "Why", "why"]
 
 @on_cpu()
 def why(step: Step, expression: str | Spot, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
-    """Return where a number of a step comes from.
-
-    Args:
-        step: the opened step.
-        expression: names the number, or is the place where it was read.
-        back: how many earlier steps to follow the state into.
-        depth: how many operations deep to follow the largest numbers.
-        terms: how many terms of a sum to return one by one.
-
-    Raises:
-        UsageError: an argument is invalid, or the expression is not one number of the step.
-        RunError: an earlier step cannot be opened.
-    """
+    """Answer `Run.why`. expression: names the number, or is the place where it was read."""
     for name, value, least in (("back", back, 0), ("depth", depth, 1), ("terms", terms, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(f"{name} must be an integer of at least {least}, not {value!r:.80}")
