@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
+from itertools import cycle
 from queue import SimpleQueue
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from everystep.replay.bound_steps import Hook
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.observe import Observation
-from everystep.step.state import State, same_bits
+from everystep.step.state import State
 
 __all__ = ["RankStepper"]
 
@@ -37,18 +38,6 @@ SECONDS = 600
 Collective = tuple[str, tuple[Any, ...]]
 
 
-class SavedRanks(NamedTuple):
-    """A copy of the states of all ranks."""
-
-    own: Saved
-    others: dict[int, Saved]
-
-    @property
-    def bytes(self) -> int:
-        """The memory that their tensors use, in bytes."""
-        return sum(each.bytes for each in (self.own, *self.others.values()))
-
-
 class RankStepper(ReplayStepper):
     """Repeats the steps of one rank, and with it those of all others.
 
@@ -56,8 +45,6 @@ class RankStepper(ReplayStepper):
         steps, diverged: as of a `ReplayStepper`.
         rank: the number of this rank.
         others: the recorded steps of the other ranks, by number.
-
-    hooks: of the other ranks, by number.
     """
 
     def __init__(
@@ -73,7 +60,6 @@ class RankStepper(ReplayStepper):
             number: ReplayStepper(each, partial(self._note_other, number))
             for number, each in others.items()
         }
-        self.hooks: Mapping[int, Hook] = {}
         self._generators: dict[int, Tensor] = {}
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
@@ -115,16 +101,16 @@ class RankStepper(ReplayStepper):
         self._reason = None
         self._differing.clear()
 
-    def save(self) -> SavedRanks:  # type: ignore[override]
+    def save(self) -> Saved:
         """Return a copy of the current states of all ranks."""
-        return SavedRanks(super().save(), self._of_others(ReplayStepper.save))
+        return super().save()._replace(others=self._of_others(ReplayStepper.save))
 
-    def restore(self, step: int, saved: SavedRanks) -> None:  # type: ignore[override]
+    def restore(self, step: int, saved: Saved) -> None:
         """Bring all ranks back to what `save` returned after `step`."""
         for rank, other in self.others.items():
             with self._as_rank(rank):
                 other.restore(step, saved.others[rank])
-        super().restore(step, saved.own)
+        super().restore(step, saved)
         self._reason = None
 
     def captured_others(self) -> dict[int, State]:
@@ -137,15 +123,6 @@ class RankStepper(ReplayStepper):
             with self._as_rank(rank):
                 found[rank] = get(other)
         return found
-
-    def ranks_differ(self) -> bool:
-        """Return whether a parameter is not the same on all ranks."""
-        return not all(
-            same_bits(tensor, other.named_state()[name])
-            for other in self.others.values()
-            for name, tensor in self.named_state().items()
-            if name.startswith("parameter/") and name in other.named_state()
-        )
 
     def run(self, last: int, hook: Hook | None = None) -> list[float]:
         """Run the steps of all ranks up to `last`; see `ReplayStepper.run`."""
@@ -169,7 +146,13 @@ class RankStepper(ReplayStepper):
         results: list[list[Tensor]] = []
         self._together(partial(super().run, number + 1), results.append)
         super().restore(number, own)
-        with taking_part(_Known(results)):
+        known = cycle(results)  # a part of the step may run again
+
+        def give(name: str, arguments: tuple[Any, ...]) -> None:
+            for tensor, result in zip(_written((name, arguments)), next(known), strict=True):
+                tensor.copy_(result)
+
+        with taking_part(give):
             return super().observe()
 
     def _together(
@@ -224,23 +207,6 @@ class RankStepper(ReplayStepper):
             self._differing.add(rank)
             self._diverged(step, f"rank {rank}: the loss of step {step} is {loss}, not {known}")
         return [loss]
-
-
-class _Known:
-    """Takes part in the collectives of a step with known results, any number of times.
-
-    results: of each collective, in order.
-    """
-
-    def __init__(self, results: Sequence[Sequence[Tensor]]) -> None:
-        self._results = results
-        self._taken = 0
-
-    def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
-        results = self._results[self._taken % len(self._results)] if self._results else ()
-        self._taken += 1
-        for tensor, result in zip(_written((name, arguments)), results, strict=True):
-            tensor.copy_(result)
 
 
 class _Turns:

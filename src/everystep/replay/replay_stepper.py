@@ -31,7 +31,7 @@ from everystep.step.generators import Generators
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.kept_values import PREFIX
 from everystep.step.observe import Observation, StepObserver
-from everystep.step.state import State, copy_of
+from everystep.step.state import State, copy_of, same_bits
 from everystep.training.batch import nested_again
 
 __all__ = ["ReplayStepper", "Saved"]
@@ -43,15 +43,17 @@ _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 
 
 class Saved(NamedTuple):
-    """A copy of the tensors of a state, and of the random generators."""
+    """A copy of the tensors of a state, of the random generators, and of other ranks, by number."""
 
     tensors: dict[str, Tensor]
     generators: Generators
+    others: Mapping[int, Saved] = MappingProxyType({})
 
     @property
     def bytes(self) -> int:
         """The memory that its tensors use, in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        others = sum(each.bytes for each in self.others.values())
+        return others + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class ReplayStepper:
@@ -62,10 +64,12 @@ class ReplayStepper:
         diverged: called with a step that differs from the recording, and a description.
 
     state: the number of the current state, None before one is loaded; goes_on: whether the last hook
-    wants more steps.
+    wants more steps; others, hooks: of other ranks, by number, which a `RankStepper` repeats, too.
     """
 
     goes_on = True
+    others: Mapping[int, ReplayStepper] = MappingProxyType({})
+    hooks: Mapping[int, Hook] = MappingProxyType({})
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
         self.state: int | None = None
@@ -176,6 +180,15 @@ class ReplayStepper:
     def captured_others(self) -> dict[int, State]:
         """Return the current states of the other ranks that it repeats, too, by number."""
         return {}
+
+    def ranks_differ(self) -> bool:
+        """Return whether a parameter is not the same on all ranks."""
+        return not all(
+            same_bits(tensor, other.named_state()[name])
+            for other in self.others.values()
+            for name, tensor in self.named_state().items()
+            if name.startswith("parameter/") and name in other.named_state()
+        )
 
     def _names_read(self) -> set[str]:
         """Return the names of the state that any program reads, as far as they can be read."""

@@ -23,7 +23,6 @@ from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
-from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_columns import is_setting
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.run_replay import Replay
@@ -349,10 +348,9 @@ class _StepsAlone:
         """Begin with the states of all ranks, and forget what steps before have done."""
         self.stepper.load(state, others)
         notes = self._note_end, lambda: self._end is None
-        self.ranks = [_RankAlone(self.stepper.steps, *notes)]
-        if isinstance(self.stepper, RankStepper):
-            self.ranks += [_RankAlone(other.steps, *notes) for other in self.stepper.others.values()]
-            self.stepper.hooks = dict(zip(self.stepper.others, self.ranks[1:], strict=True))
+        ranks = self.stepper.others
+        self.ranks = [_RankAlone(each.steps, *notes) for each in (self.stepper, *ranks.values())]
+        self.stepper.hooks = dict(zip(ranks, self.ranks[1:], strict=True))
         self._end = None
 
     def states(self) -> list[State]:
@@ -385,8 +383,7 @@ class _StepsAlone:
             return count, None
         number, reason = self._end
         stepper.restore(begin, saved)
-        if isinstance(stepper, RankStepper):
-            stepper.hooks = {}
+        stepper.hooks = {}
         if begin < number - 1:
             stepper.run(number - 1)
         return number - 1 - begin, reason
