@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from itertools import cycle
@@ -74,7 +74,10 @@ class RankStepper(ReplayStepper):
 
     @contextmanager
     def _as_rank(self, rank: int) -> Iterator[None]:
-        """Draw from the generator of another rank inside."""
+        """Draw from the generator of a rank inside."""
+        if rank == self._rank:
+            yield
+            return
         own = torch.get_rng_state()
         if rank in self._generators:
             torch.set_rng_state(self._generators[rank])
@@ -176,7 +179,7 @@ class RankStepper(ReplayStepper):
             if before < other.steps.last:  # a rank may have fewer batches
                 functions[rank] = partial(self._run_other, rank, before + 1)
         ended = [rank for rank in self.others if rank not in functions]
-        turns = _Turns(functions, self._generators | {self._rank: torch.get_rng_state()})
+        turns = _Turns(functions, self._as_rank)
         try:
             turns.run(self._pool, partial(self._done, note))
         except NotReplayedError as error:
@@ -188,9 +191,6 @@ class RankStepper(ReplayStepper):
                     f"only {last} steps"
                 )
             raise self._reason from None
-        finally:
-            torch.set_rng_state(turns.generators.pop(self._rank))
-            self._generators = turns.generators
         return turns.losses[self._rank]
 
     def _done(self, note: Callable[[list[Tensor]], object], calls: Mapping[int, Collective]) -> None:
@@ -212,14 +212,15 @@ class RankStepper(ReplayStepper):
 class _Turns:
     """Runs functions of all ranks in turn, each until it ends or reaches a collective.
 
-    generators: the state of torch's generator of each rank; losses: what each function has returned.
+    as_rank: lets a rank draw from its own generator; losses: what each function has returned.
     """
 
     def __init__(
-        self, functions: Mapping[int, Callable[[], list[float]]], generators: Mapping[int, Tensor]
+        self,
+        functions: Mapping[int, Callable[[], list[float]]],
+        as_rank: Callable[[int], AbstractContextManager[None]],
     ) -> None:
-        self._functions = functions
-        self.generators = dict(generators)
+        self._functions, self._as_rank = functions, as_rank
         self.losses: dict[int, list[float]] = {}
         self._go = {rank: threading.Semaphore(0) for rank in functions}
         #: What a rank waits for, or how it ended: a collective, None, or an error.
@@ -234,10 +235,9 @@ class _Turns:
         try:
             while ready:
                 rank = ready.pop(0)
-                torch.set_rng_state(self.generators[rank])
-                self._go[rank].release()
-                stop = self._stops.get()
-                self.generators[rank] = torch.get_rng_state()
+                with self._as_rank(rank):
+                    self._go[rank].release()
+                    stop = self._stops.get()
                 if isinstance(stop, BaseException):
                     raise stop
                 if stop is None:
@@ -343,43 +343,36 @@ def _exchanged(given: Sequence[tuple[Any, ...]]) -> bool:
     )
 
 
-def _options(kind: str, **values: Any) -> Any:
+def _reduction(reduce: str) -> Any:
+    """Return what torch calls a way to reduce, such as `sum` or `max`."""
+    return getattr(torch.distributed.ReduceOp, reduce.upper())
+
+
+def _reducing(kind: str, reduce: str) -> Any:
     options = getattr(torch.distributed, f"{kind}Options")()
-    for name, value in values.items():
-        setattr(options, name, value)
+    options.reduceOp = _reduction(reduce)
     return options
-
-
-def _reducing(kind: str, reduce: str, **values: Any) -> Any:
-    return _options(kind, reduceOp=getattr(torch.distributed.ReduceOp, reduce.upper()), **values)
-
-
-def _from(rank: int, ranks: Sequence[int]) -> dict[str, int]:
-    """Return the options of a collective that begins or ends at a rank."""
-    return {"rootRank": [*ranks].index(rank), "rootTensor": 0}
 
 
 #: Starts a collective of one rank, given its group and its arguments; the result waits for the end.
 _STARTS: dict[str, Callable[..., Any]] = {
-    "all_reduce_": lambda group, tensors, reduce, _: group.allreduce(
-        [*tensors], _reducing("Allreduce", reduce)
-    ),
+    "all_reduce_": lambda group, tensors, reduce, _: group.allreduce([*tensors], _reduction(reduce)),
     "all_reduce_coalesced_": lambda group, tensors, reduce, _: group.allreduce_coalesced(
         [*tensors], _reducing("AllreduceCoalesced", reduce)
     ),
     "reduce_": lambda group, tensors, reduce, target, ranks: group.reduce(
-        [*tensors], _reducing("Reduce", reduce, **_from(target, ranks))
+        *tensors, [*ranks].index(target), _reduction(reduce)
     ),
     "broadcast_": lambda group, tensors, source, ranks: group.broadcast(
-        [*tensors], _options("Broadcast", **_from(source, ranks))
+        *tensors, [*ranks].index(source)
     ),
-    "all_gather_": lambda group, results, given, _: group.allgather([[*results]], [given]),
+    "all_gather_": lambda group, results, given, _: group.allgather([*results], given),
     "all_gather_into_": lambda group, results, given, _: group._allgather_base(results[0], given),
     "reduce_scatter_from_": lambda group, results, given, reduce, _: group._reduce_scatter_base(
         results[0], given, _reducing("ReduceScatter", reduce)
     ),
     "all_to_all_from_": lambda group, results, given, to, of, _: group.alltoall_base(
-        results[0], given, [*to], [*of], _options("AllToAll")
+        results[0], given, [*to], [*of]
     ),
 }
 
