@@ -34,7 +34,6 @@ from everystep.replay.trained_objects import (
     prepared,
     recorded_hyperparameters,
     state_to_continue,
-    torchs_errors,
     with_data,
 )
 from everystep.replay.without_objects import (
@@ -48,7 +47,7 @@ from everystep.replay.without_objects import (
 from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State, same_bits
 from everystep.training.description import optimizer_facts
-from everystep.training.from_experiment import experiment_job
+from everystep.training.from_experiment import experiment_job, of_torch_alone
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
@@ -352,7 +351,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
     device = select(new.device)
     old, new = with_fused(old, device), with_fused(new, device)
     state = asked.state(opener)
-    with prepared(new.threads or facts.numerics.threads, device), torchs_errors("the fork"):
+    with of_torch_alone("the fork", new.threads or facts.numerics.threads, device):
         data = None
         if new.data == old.data:  # also where the seed that it was drawn with changes
             data = stored_data(asked.run, facts)

@@ -20,8 +20,8 @@ from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
-from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps, Hook
-from everystep.replay.opened_step import Batch, Step, observed_step
+from everystep.replay.bound_steps import BoundStep, BoundSteps, Hook
+from everystep.replay.opened_step import Batch, Step, observed_step, of_kind
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import is_learning_rate, settings_of
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
@@ -260,8 +260,7 @@ class ReplayStepper:
             RunError: it was dropped.
         """
         row = self.steps.row(number)
-        named = self.steps.inputs(row).items()
-        tensors = {n.removeprefix(BATCH): t for n, t in named if n.startswith(BATCH)}
+        tensors = of_kind(self.steps.inputs(row), "batch")
         nested = nested_again(self.steps.given(row).nesting, tensors)
         if self._is_own_loop:
             return Batch(tensors, None, nested)

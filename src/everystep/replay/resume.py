@@ -27,7 +27,6 @@ from everystep.replay.trained_objects import (
     objects_from,
     prepared,
     recorded_hyperparameters,
-    torchs_errors,
     with_data,
 )
 from everystep.replay.without_objects import check_alone, continue_alone, facts_alone
@@ -35,7 +34,7 @@ from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
 from everystep.training.agreement import Agreement, ranks_here, run_to_continue
-from everystep.training.from_experiment import experiment_job
+from everystep.training.from_experiment import experiment_job, of_torch_alone
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
@@ -251,7 +250,7 @@ def resume_experiment(
         if asked.has_all:
             return Outcome(run.directory, "finished", None)
     device = select(experiment.device)
-    with prepared(experiment.threads or facts.numerics.threads, device), torchs_errors(run.name):
+    with of_torch_alone(run.name, experiment.threads or facts.numerics.threads, device):
         stored = stored_data(run, facts)
         job = experiment_job(with_fused(experiment, device), run.name, device, stored)
         if stored is not None:
