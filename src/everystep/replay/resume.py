@@ -33,7 +33,7 @@ from everystep.replay.without_objects import check_alone, continue_alone, facts_
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.agreement import Agreement, ranks_here, run_to_continue
+from everystep.training.agreement import Agreement, run_to_continue
 from everystep.training.from_experiment import experiment_job, of_torch_alone
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
@@ -104,10 +104,8 @@ class Resume:
         Raises:
             RunError: as `run_to_continue`.
         """
-        ranks = ranks_here()
-        agreement = None if ranks is None else Agreement(ranks)
-        if agreement is not None:
-            agreement.check({"the run to resume": self.run.ranks[0].directory.name})
+        agreement = Agreement()
+        agreement.check({"the run to resume": self.run.ranks[0].directory.name})
         return replace(self, run=run_to_continue(self.run, agreement))
 
     def __len__(self) -> int:
@@ -248,7 +246,7 @@ def resume_experiment(
         _check_same_experiment(run, known, with_fused(experiment, select(experiment.device)))
         asked = replace(asked, steps=experiment.steps or _steps_of(experiment, facts))
         if asked.has_all:
-            return Outcome(run.directory, "finished", None)
+            return Outcome(run.directory)
     device = select(experiment.device)
     with of_torch_alone(run.name, experiment.threads or facts.numerics.threads, device):
         stored = stored_data(run, facts)
@@ -291,7 +289,7 @@ def resume_objects(
         asked = replace(asked, steps=iteration.steps or _steps_of(iteration, facts))
         if asked.has_all:
             _restore_objects(run, objects)
-            return Outcome(run.directory, "finished", None)
+            return Outcome(run.directory)
         iteration = iteration.model_copy(update={"threads": iteration.threads or facts.numerics.threads})
     else:
         asked.check()

@@ -14,7 +14,6 @@ import torch
 
 from everystep.errors import RunError, say
 from everystep.recording.contents import given_of, inputs_of
-from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.keep import Keep
 from everystep.recording.recorded_run import RecordedRun, stretch_at
@@ -22,7 +21,7 @@ from everystep.recording.recorder import Recorder
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.agreement import Agreement, ranks_here, run_to_continue, run_to_fork
+from everystep.training.agreement import Agreement, run_to_continue, run_to_fork
 from everystep.training.batch import tensors_of
 from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import Drawn, Epoch, LoaderPosition, Recorded
@@ -73,25 +72,22 @@ class LoopStart:
         Raises:
             RunError: the run or the parts are other ones.
         """
-        ranks = ranks_here()
-        agreement = None if ranks is None else Agreement(ranks)
-        if agreement is not None:
-            agreement.check(self._about(parts))
+        agreement = Agreement()
+        agreement.check(self._about(parts))
         if self.earlier is not None:
             if self.fork is not None:
                 parent, at = self.fork
                 parent = run_to_fork(parent, at, agreement)
                 return self._forked(parent, at, parts, place, agreement)
             return self._continued(run_to_continue(self.earlier, agreement), parts, place)
-        create = create_directory if agreement is None else agreement.directory
-        directory = create(self.directory, "loop")
+        directory = agreement.directory(self.directory, "loop")
         whole = PartsState(parts)
         place.begin()
         beginning = whole.snapshot(0)
         facts = Facts(
             name=directory.name, started=now(), steps=0, trained=facts_of_loop(parts), **self.user_facts
         )
-        recorder = self._recorder(directory, facts)
+        recorder = Recorder(directory, facts, self.snapshot_budget, **self._kept)
         recorder.snapshot(beginning)
         return LoopWriter(recorder, 0, facts, whole, place, self.advanced)
 
@@ -108,18 +104,9 @@ class LoopStart:
             "torch": torch.__version__,
         }
 
-    def _recorder(
-        self, directory: Path, facts: Facts, at: int = 0, *, is_resumed: bool = False
-    ) -> Recorder:
-        return Recorder(
-            directory,
-            facts,
-            self.snapshot_budget,
-            at=at,
-            batch_budget=self.batch_budget,
-            is_resumed=is_resumed,
-            keep=self.keep,
-        )
+    @property
+    def _kept(self) -> dict[str, Any]:
+        return {"batch_budget": self.batch_budget, "keep": self.keep}
 
     def _forked(
         self,
@@ -127,7 +114,7 @@ class LoopStart:
         at: int,
         parts: Parts,
         place: LoaderPosition,
-        agreement: Agreement | None,
+        agreement: Agreement,
     ) -> LoopWriter:
         """Make a run of a parent's steps up to `at`, and continue it.
 
@@ -145,8 +132,7 @@ class LoopStart:
             )
         trained = facts_of_loop(parts)
         fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
-        create = create_directory if agreement is None else partial(agreement.directory, parent=parent)
-        directory = create(self.directory, f"{parent.name}-fork")
+        directory = agreement.directory(self.directory, f"{parent.name}-fork", parent)
         try:
             begin = parent.state_near(0)
             if begin is not None:
@@ -155,8 +141,7 @@ class LoopStart:
                 PartsState(parts).check_begins_as(begin, cure)
             facts = Facts(name=directory.name, started=now(), steps=at, trained=trained, fork=fork)
             Recorder(directory, facts, self.snapshot_budget, parent, at, self.batch_budget).finish({})
-            run = RecordedRun(directory)
-            run = run if agreement is None else agreement.continued(run)
+            run = agreement.continued(RecordedRun(directory))
             return self._continued(run, parts, place, is_new=True)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)  # made just now, and not started
@@ -213,12 +198,15 @@ class LoopStart:
             goal = replace(goal, size=None)
         elif goal is not None and goal.size is None:  # the epoch begins again
             goal = replace(goal, taken=0)
-        rates = {name: rate for name in parts.rates() for rate in _rate(run, name, state.step)}
+        # Each as of the last step at which it changed.
+        noted = ((name, *each) for name in parts.rates() for each in run.measured(name).items())
+        rates = {name: rate for name, step, rate in noted if step <= state.step}
         whole.restore(state)
         if trained.ranks is None or not trained.ranks.rank:
             _say_where(run, state.step, recorded, goal, is_new=is_new)
         place.goal = goal
-        recorder = self._recorder(run.directory, facts, state.step, is_resumed=True)
+        resuming = {"at": state.step, "is_resumed": True} | self._kept
+        recorder = Recorder(run.directory, facts, self.snapshot_budget, **resuming)
         writer = LoopWriter(recorder, state.step, facts, whole, place, self.advanced, before)
         writer.rates, writer.beginning, writer.later = rates, state, later
         return writer
@@ -247,11 +235,6 @@ def _say_where(
             "recording.epochs(n), or skip it while recording.is_resuming"
         )
     say(message)
-
-
-def _rate(run: RecordedRun, name: str, step: int) -> list[float]:
-    """Return the learning rate of a step, or of the last one before at which it changed."""
-    return [rate for at, rate in run.measured(name).items() if at <= step][-1:]
 
 
 def _goal(run: RecordedRun, state: State) -> Recorded | None:
