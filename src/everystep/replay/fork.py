@@ -27,12 +27,12 @@ from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
+from everystep.replay.recorded_columns import settings_of
 from everystep.replay.run_replay import no_such_step
 from everystep.replay.trained_objects import (
     iteration_of,
     objects_from,
     prepared,
-    recorded_hyperparameters,
     state_to_continue,
     with_data,
 )
@@ -171,7 +171,7 @@ class Fork:
         job = job.relabelled(self.targets)
         # With a scheduler, all is recorded; without one, only what changed.
         known = {} if job.training.scheduler else hyperparameters
-        recorded = recorded_hyperparameters(self.run, self.at)
+        recorded = settings_of(self.run, self.run.facts.training, 0)(self.at)
         job = replace(
             job,
             name=f"{self.run.name}-fork",

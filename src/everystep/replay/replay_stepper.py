@@ -215,8 +215,7 @@ class ReplayStepper:
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates of the last step, and other settings that ever changed."""
         assert self.state is not None
-        found = {name: each.at(self.state) for name, each in self._settings.items()}
-        known = {name: value for name, value in found.items() if value is not None}
+        known = self._settings(self.state)
         if self._is_own_loop:
             return known
         rates = {}
@@ -234,10 +233,8 @@ class ReplayStepper:
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
         groups = [dict(group) for group in self._loaded_groups()]
-        for name, setting in self._settings.items():
-            value = setting.at(self.state or 0)
-            if value is not None:
-                set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
+        for name, value in self._settings(self.state or 0).items():
+            set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
         changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
         return [group | changed for group in groups]
 

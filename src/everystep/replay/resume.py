@@ -22,11 +22,11 @@ from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.changed_steps import FurtherSteps
 from everystep.replay.recorded_batches import stored_data
+from everystep.replay.recorded_columns import settings_of
 from everystep.replay.trained_objects import (
     iteration_of,
     objects_from,
     prepared,
-    recorded_hyperparameters,
     with_data,
 )
 from everystep.replay.without_objects import check_alone, continue_alone, facts_alone
@@ -152,7 +152,7 @@ class Resume:
             run=run,
             at=begin,
             hyperparameters=({} if job.training.scheduler else job.training.hyperparameters())
-            | recorded_hyperparameters(run, begin),
+            | settings_of(run, facts, 0)(begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
         )

@@ -43,7 +43,6 @@ __all__ = [
     "iteration_of",
     "objects_from",
     "prepared",
-    "recorded_hyperparameters",
     "state_to_continue",
     "with_data",
 ]
@@ -123,12 +122,6 @@ def prepared(threads: int | None, device: torch.device) -> Iterator[None]:
     numerics.prepare()
     with numerics.in_force(threads), generators_preserved(device):
         yield
-
-
-def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
-    """Return the lr and similar settings as last recorded up to a step."""
-    settings = settings_of(run, run.facts.training, 0)
-    return {name: value for name, each in settings.items() if (value := each.at(at)) is not None}
 
 
 def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
@@ -213,7 +206,8 @@ class Living:
         losses: list[float] = []
         while self._stepper.step < last:
             number = self._ready()
-            alone = self._settings or self._between  # which may change before each step
+            # Settings, and tensors, may change before each step.
+            alone = self._between or self._settings(MOST_STEPS)
             with self._watching():
                 self._stepper.advance(number if alone else last)
             losses += self._stepper.collect().tolist()
@@ -275,10 +269,8 @@ class Living:
             Generators.from_tensors(Generators.capture(device).tensors() | drawn).restore(device)
 
     def _set_hyperparameters(self, step: int) -> None:
-        for name, setting in self._settings.items():
-            value = setting.at(step)
-            if value is not None:
-                set_hyperparameter(self._training.optimizer, name, value)
+        for name, value in self._settings(step).items():
+            set_hyperparameter(self._training.optimizer, name, value)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

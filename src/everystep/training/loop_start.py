@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from everystep.step.state import State
 from everystep.training.agreement import Agreement, run_to_continue, run_to_fork
 from everystep.training.batch import tensors_of
 from everystep.training.description import facts_of_loop
-from everystep.training.loader_position import Drawn, Epoch, LoaderPosition, Recorded
+from everystep.training.loader_position import Drawn, LoaderPosition, Recorded
 from everystep.training.loop_writer import LoopWriter
 from everystep.training.resumed import (
     changed_at,
@@ -195,9 +195,9 @@ class LoopStart:
         facts, goal = facts.model_copy(update=dict(self.user_facts)), _goal(run, state)
         taken_by = run.stretches[stretch_at(run.stretches, state.step)].facts.processes
         if goal is not None and (taken_by == trained.processes or not state.step):
-            goal = replace(goal, size=None)
+            goal = goal.model_copy(update={"size": None})
         elif goal is not None and goal.size is None:  # the epoch begins again
-            goal = replace(goal, taken=0)
+            goal = goal.model_copy(update={"taken": 0})
         # Each as of the last step at which it changed.
         noted = ((name, *each) for name in parts.rates() for each in run.measured(name).items())
         rates = {name: rate for name, step, rate in noted if step <= state.step}
@@ -244,25 +244,18 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
         RunError: it is not valid, or state 0 cannot be read.
     """
     place = state.settings.get("place")
+    draw_of = partial(_drawn, run)
     if not isinstance(place, Mapping):
-        return None if state.step else Recorded(0, partial(_drawn, run))
-    call, taken = place.get("call"), place.get("taken")
-    begun = place.get("epoch", [0, 0, 0])
-    is_epoch = isinstance(begun, list) and len(begun) == 3 and all(type(n) is int for n in begun)
-    size = place.get("size") or None
-    if not (
-        isinstance(call, int) and isinstance(taken, int) and isinstance(size, int | None) and is_epoch
-    ):
-        raise RunError(f"the snapshot of step {state.step} has no valid place in the batches")
+        return None if state.step else Recorded(step=0, draw_of=draw_of, call=0, taken=0)
     problems: list[str] = []
     first = run.state_near(0, on_problem=problems.append)
     if first is None:
         raise RunError(f"{run.name} cannot find its place in the batches: {'; '.join(problems)}")
-    at_first = first.generators.tensors()
-    epoch = Epoch(*begun) if "epoch" in place else None
-    has_workers = bool(place.get("has_workers"))
-    found = call, taken, place.get("loader"), state.rest, at_first, epoch, has_workers, size
-    return Recorded(state.step, partial(_drawn, run), *found)
+    known = {"tensors": state.rest, "at_first": first.generators.tensors()}
+    try:
+        return Recorded(**{**place, **known, "step": state.step, "draw_of": draw_of})
+    except ValueError:
+        raise RunError(f"the snapshot of step {state.step} has no valid place in the batches") from None
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:
