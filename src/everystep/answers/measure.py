@@ -23,7 +23,6 @@ from everystep.replay.opened_step import Step
 from everystep.replay.parallel import Replayed, Span, Visitor, parallel, spans
 from everystep.replay.probe import Probe, opened_value
 from everystep.replay.processes import Opener
-from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.run_replay import Replay
 from everystep.replay.shown import Shown
@@ -106,7 +105,7 @@ class Query(Visitor):
             losses = [step.loss]
         elif isinstance(self._question, str):  # all ranks must have taken the step
             losses = stepper.run(number)
-            if isinstance(stepper, RankStepper) and stepper.ranks_differ():
+            if stepper.ranks_differ():
                 self._answers.append((number, 1.0))
         else:
             self._probe = self._probe or Probe(stepper, self._tensors, self._answer)

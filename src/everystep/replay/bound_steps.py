@@ -25,7 +25,7 @@ from everystep.program.step_program import Program
 from everystep.recording.database import Repeat
 from everystep.replay.recorded_steps import RecordedSteps
 
-__all__ = ["BATCH", "BoundStep", "BoundSteps", "Hook"]
+__all__ = ["BoundStep", "BoundSteps", "Hook"]
 
 #: The number of steps, past or planned, for which a program is bound.
 WORTH = 8
@@ -33,7 +33,7 @@ WORTH = 8
 MOST_BYTES = 1_000_000_000
 #: What no row of a run has as its numbers or its inputs.
 _NOTHING = b"nothing"
-BATCH, GENERATOR = "batch/", "generator/"
+GENERATOR = "generator/"
 
 
 class Hook(Protocol):

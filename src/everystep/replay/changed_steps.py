@@ -19,6 +19,7 @@ from everystep.program.step_program import Program
 from everystep.recording.contents import Given, Inputs, Taken, inputs_of
 from everystep.recording.database import Repeat
 from everystep.recording.recorded_run import RecordedRun, Stretch
+from everystep.replay.opened_step import of_kind
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_steps import LOOK_AHEAD, NotReplayedError, RecordedSteps, described
 from everystep.training.job import relabelled_rows
@@ -157,7 +158,7 @@ class ChangedSteps(RecordedSteps):
         tensors = super().stored(row)
         if not self._changed:
             return tensors
-        batch = _batch(tensors)
+        batch = of_kind(tensors, "batch")
         known = {name: _bytes(tensor) for name, tensor in batch.items() if tensor.dim()}
         self._has[row.inputs] = False
         for own, target in self._changed:
@@ -174,7 +175,7 @@ class ChangedSteps(RecordedSteps):
     def _follow(self, first: int, relabelled: Mapping[int, float]) -> Tensor:
         """Note the bytes of rows of a batch, which later batches may have; return its targets."""
         row, what = self.row(first), f"the batch of step {first}"
-        batch = _batch(self.stored(row))
+        batch = of_kind(self.stored(row), "batch")
         self._name = _target(batch, f"{what} of {self.run.name}")
         if not _is_read(self._name, self.program_of(row).program):
             raise RunError(f"no operation of step {first} of {self.run.name} reads {self._name}")
@@ -331,10 +332,6 @@ class FurtherSteps(ChangedSteps):
             alike = next((n for n in epoch if self._batches.rows_of(n) == rows), 0)
             self._alike[rows] = super().row(alike)
         return self._alike[rows]
-
-
-def _batch(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(_BATCH): t for n, t in inputs.items() if n.startswith(_BATCH)}
 
 
 def _is_read(name: str, program: Program) -> bool:

@@ -26,14 +26,13 @@ from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import Opener
 from everystep.replay.recorded_batches import stored_data
+from everystep.replay.recorded_columns import settings_of
 from everystep.replay.run_replay import no_such_step
 from everystep.replay.trained_objects import (
     iteration_of,
     objects_from,
     prepared,
-    recorded_hyperparameters,
     state_to_continue,
-    torchs_errors,
     with_data,
 )
 from everystep.replay.without_objects import (
@@ -47,7 +46,7 @@ from everystep.replay.without_objects import (
 from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State, same_bits
 from everystep.training.description import optimizer_facts
-from everystep.training.from_experiment import experiment_job
+from everystep.training.from_experiment import experiment_job, of_torch_alone
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
@@ -171,7 +170,7 @@ class Fork:
         job = job.relabelled(self.targets)
         # With a scheduler, all is recorded; without one, only what changed.
         known = {} if job.training.scheduler else hyperparameters
-        recorded = recorded_hyperparameters(self.run, self.at)
+        recorded = settings_of(self.run, self.run.facts.training, 0)(self.at)
         job = replace(
             job,
             name=f"{self.run.name}-fork",
@@ -351,7 +350,7 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
     device = select(new.device)
     old, new = old.with_fused(device.type), new.with_fused(device.type)
     state = asked.state(opener)
-    with prepared(new.threads or facts.numerics.threads, device), torchs_errors("the fork"):
+    with of_torch_alone("the fork", new.threads or facts.numerics.threads, device):
         data = None
         if new.data == old.data:  # also where the seed that it was drawn with changes
             data = stored_data(asked.run, facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,7 @@ __all__ = [
     "Update",
     "norm",
     "observed_step",
+    "of_kind",
     "statistics",
 ]
 
@@ -177,23 +178,23 @@ class Step(Shown):
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
         """The parameters before the step, by name."""
-        return _of_kind(self.state, "parameter")
+        return of_kind(self.state, "parameter")
 
     @cached_property
     def buffers(self) -> dict[str, Tensor]:
         """The buffers before the step, by name."""
-        return _of_kind(self.state, "buffer")
+        return of_kind(self.state, "buffer")
 
     @cached_property
     def updates(self) -> dict[str, Update]:
         """The parameters before and after the step, by name."""
-        after = _of_kind(self.end, "parameter")
+        after = of_kind(self.end, "parameter")
         return {name: Update(tensor, after[name]) for name, tensor in self.parameters.items()}
 
     @cached_property
     def dropped(self) -> dict[str, Tensor]:
         """The gradients of the previous step that zero_grad drops, by parameter."""
-        pending = _of_kind(self.state, "gradient").items()
+        pending = of_kind(self.state, "gradient").items()
         return {name: gradient for name, gradient in pending if not self._is_added_to(name)}
 
     def _is_added_to(self, parameter: str) -> bool:
@@ -318,7 +319,8 @@ def observed_step(number: int, observation: Observation, batch: Batch) -> Step:
     return Step(number, loss, loss, None, batch, activations, *known, *states)
 
 
-def _of_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+def of_kind(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Return the tensors with a name such as `parameter/0.weight`, without their kind."""
     prefix = f"{kind}/"
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 

@@ -16,9 +16,7 @@ from everystep.device import select
 from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.recorded_run import RecordedRun, stretch_at
-from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, needs_worker, process_count, shared
-from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_steps import NotReplayedError
 from everystep.replay.run_replay import Replay, same_number
 from everystep.step.state import StateDifference, state_differences
@@ -232,29 +230,20 @@ def _compare_losses(found: Replayed, first: int, losses: list[float], recorded: 
 
 
 def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
-    """Compare the state at the end of a span with the snapshot of it, if there is one."""
-    row = next((r for r in replay.snapshot_rows() if r.step == span.last), None)
-    if row is None:
+    """Compare the states at the end of a span with the snapshots of it, if there are any."""
+    if all(row.step != span.last for row in replay.snapshot_rows()):
         return
-    try:
-        recorded = read_snapshot(replay.run.directory, row)
-    except RunError as error:
-        replay.problems.append(str(error))
-        return
-    here = replay.go_to(span.last, span.at).capture(is_live=True)
-    found.compared = True
+    stepper = replay.go_to(span.last, span.at)
+    states = {"": (replay.run, stepper.capture(is_live=True))}
+    for number, state in stepper.captured_others().items():
+        states[f"rank {number}: "] = stepper.others[number].steps.run, state
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
     is_fork = replay.stretch_of(span.last + 1) != span.at
-    found.states = state_differences(recorded, here, only_model=is_fork, only_seen=True)
-    if not isinstance(replay.stepper, RankStepper):
-        return
-    for rank, state in replay.stepper.captured_others().items():
+    for rank, (run, here) in states.items():
         problems: list[str] = []
-        run = replay.stepper.others[rank].steps.run
-        other = run.state_near(span.last, after=span.last - 1, on_problem=problems.append)
-        replay.problems += [f"rank {rank}: {problem}" for problem in problems]
-        if other is not None:
-            found.states += [
-                each._replace(tensor=f"rank {rank}: {each.tensor}")
-                for each in state_differences(other, state, only_model=is_fork, only_seen=True)
-            ]
+        recorded = run.state_near(span.last, after=span.last - 1, on_problem=problems.append)
+        replay.problems += [f"{rank}{problem}" for problem in problems]
+        if recorded is not None:
+            found.compared |= not rank
+            differences = state_differences(recorded, here, only_model=is_fork, only_seen=True)
+            found.states += [each._replace(tensor=f"{rank}{each.tensor}") for each in differences]

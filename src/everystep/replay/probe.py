@@ -80,21 +80,18 @@ class Probe:
         found: dict[int, list[Look]] = {-1: [lambda tensor_of: self._copies.clear()]}
         for reference in self._copied:
             kind, name = reference.kind, reference.name
-            if kind == "activations" and program.activations.get(name):
-                look = partial(self._copy, reference, program.activations[name][0])
-                place = given_after[name]
-            elif kind == "gradients" and name in gradients:
-                look = partial(self._copy, reference, gradients[name].names[0])
-                place = gradients[name].after - 1
+            source, place = None, -1
+            if kind == "activations":
+                if not program.activations.get(name):
+                    continue
+                source, place = program.activations[name][0], given_after[name]
+            elif kind == "gradients":
+                if name not in gradients:
+                    continue
+                source, place = gradients[name].names[0], gradients[name].after - 1
             elif kind == "batch" and name in program.tensors:
-                look, place = partial(self._copy, reference, name), -1
-            elif kind == "batch":
-                look, place = partial(self._copy_unread, reference), -1
-            elif kind not in ("activations", "gradients"):
-                look, place = partial(self._copy_state, reference), -1
-            else:
-                continue
-            found.setdefault(place, []).append(look)
+                source = name
+            found.setdefault(place, []).append(partial(self._copy, reference, source))
         return found
 
     def after(self, number: int, loss: float) -> bool:
@@ -117,19 +114,20 @@ class Probe:
         after = self._state(f"parameter/{reference.name}").to(found.device)
         return after if reference.part == "after" else after - found
 
-    def _copy(self, reference: Reference, name: str, tensor_of: Callable[[str], Tensor]) -> None:
-        self._copies[reference] = tensor_of(name).clone()
-
-    def _copy_state(self, reference: Reference, tensor_of: Callable[[str], Tensor]) -> None:
-        name = f"{'buffer' if reference.kind == 'buffers' else 'parameter'}/{reference.name}"
-        self._copies[reference] = self._state(name).clone()
-
-    def _copy_unread(self, reference: Reference, tensor_of: Callable[[str], Tensor]) -> None:
-        """Copy a tensor of the batch that the step does not use."""
+    def _copy(
+        self, reference: Reference, source: str | None, tensor_of: Callable[[str], Tensor]
+    ) -> None:
+        """Copy a value. source: its name in the program; None: of the state, or of an unused batch."""
         assert self._stepper.state is not None
-        batch = self._stepper.batch(self._stepper.state + 1).tensors
-        if reference.name in batch:
-            self._copies[reference] = batch[reference.name]
+        if source is not None:
+            value: Tensor | None = tensor_of(source)
+        elif reference.kind == "batch":
+            value = self._stepper.batch(self._stepper.state + 1).tensors.get(reference.name)
+        else:
+            kind = "buffer" if reference.kind == "buffers" else "parameter"
+            value = self._state(f"{kind}/{reference.name}")
+        if value is not None:
+            self._copies[reference] = value.clone()
 
     def _state(self, name: str) -> Tensor:
         return self._stepper.named_state()[name].detach()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache, partial
+from itertools import cycle
 from queue import SimpleQueue
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from everystep.replay.bound_steps import Hook
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.replay_stepper import ReplayStepper, Saved
 from everystep.step.observe import Observation
-from everystep.step.state import State, same_bits
+from everystep.step.state import State
 
 __all__ = ["RankStepper"]
 
@@ -37,18 +38,6 @@ SECONDS = 600
 Collective = tuple[str, tuple[Any, ...]]
 
 
-class SavedRanks(NamedTuple):
-    """A copy of the states of all ranks."""
-
-    own: Saved
-    others: dict[int, Saved]
-
-    @property
-    def bytes(self) -> int:
-        """The memory that their tensors use, in bytes."""
-        return sum(each.bytes for each in (self.own, *self.others.values()))
-
-
 class RankStepper(ReplayStepper):
     """Repeats the steps of one rank, and with it those of all others.
 
@@ -56,8 +45,6 @@ class RankStepper(ReplayStepper):
         steps, diverged: as of a `ReplayStepper`.
         rank: the number of this rank.
         others: the recorded steps of the other ranks, by number.
-
-    hooks: of the other ranks, by number.
     """
 
     def __init__(
@@ -73,7 +60,6 @@ class RankStepper(ReplayStepper):
             number: ReplayStepper(each, partial(self._note_other, number))
             for number, each in others.items()
         }
-        self.hooks: Mapping[int, Hook] = {}
         self._generators: dict[int, Tensor] = {}
         self._differing: set[int] = set()
         #: Why the next step cannot be repeated, once that was tried.
@@ -88,7 +74,10 @@ class RankStepper(ReplayStepper):
 
     @contextmanager
     def _as_rank(self, rank: int) -> Iterator[None]:
-        """Draw from the generator of another rank inside."""
+        """Draw from the generator of a rank inside."""
+        if rank == self._rank:
+            yield
+            return
         own = torch.get_rng_state()
         if rank in self._generators:
             torch.set_rng_state(self._generators[rank])
@@ -115,16 +104,16 @@ class RankStepper(ReplayStepper):
         self._reason = None
         self._differing.clear()
 
-    def save(self) -> SavedRanks:  # type: ignore[override]
+    def save(self) -> Saved:
         """Return a copy of the current states of all ranks."""
-        return SavedRanks(super().save(), self._of_others(ReplayStepper.save))
+        return super().save()._replace(others=self._of_others(ReplayStepper.save))
 
-    def restore(self, step: int, saved: SavedRanks) -> None:  # type: ignore[override]
+    def restore(self, step: int, saved: Saved) -> None:
         """Bring all ranks back to what `save` returned after `step`."""
         for rank, other in self.others.items():
             with self._as_rank(rank):
                 other.restore(step, saved.others[rank])
-        super().restore(step, saved.own)
+        super().restore(step, saved)
         self._reason = None
 
     def captured_others(self) -> dict[int, State]:
@@ -137,15 +126,6 @@ class RankStepper(ReplayStepper):
             with self._as_rank(rank):
                 found[rank] = get(other)
         return found
-
-    def ranks_differ(self) -> bool:
-        """Return whether a parameter is not the same on all ranks."""
-        return not all(
-            same_bits(tensor, other.named_state()[name])
-            for other in self.others.values()
-            for name, tensor in self.named_state().items()
-            if name.startswith("parameter/") and name in other.named_state()
-        )
 
     def run(self, last: int, hook: Hook | None = None) -> list[float]:
         """Run the steps of all ranks up to `last`; see `ReplayStepper.run`."""
@@ -169,7 +149,13 @@ class RankStepper(ReplayStepper):
         results: list[list[Tensor]] = []
         self._together(partial(super().run, number + 1), results.append)
         super().restore(number, own)
-        with taking_part(_Known(results)):
+        known = cycle(results)  # a part of the step may run again
+
+        def give(name: str, arguments: tuple[Any, ...]) -> None:
+            for tensor, result in zip(_written((name, arguments)), next(known), strict=True):
+                tensor.copy_(result)
+
+        with taking_part(give):
             return super().observe()
 
     def _together(
@@ -193,7 +179,7 @@ class RankStepper(ReplayStepper):
             if before < other.steps.last:  # a rank may have fewer batches
                 functions[rank] = partial(self._run_other, rank, before + 1)
         ended = [rank for rank in self.others if rank not in functions]
-        turns = _Turns(functions, self._generators | {self._rank: torch.get_rng_state()})
+        turns = _Turns(functions, self._as_rank)
         try:
             turns.run(self._pool, partial(self._done, note))
         except NotReplayedError as error:
@@ -205,9 +191,6 @@ class RankStepper(ReplayStepper):
                     f"only {last} steps"
                 )
             raise self._reason from None
-        finally:
-            torch.set_rng_state(turns.generators.pop(self._rank))
-            self._generators = turns.generators
         return turns.losses[self._rank]
 
     def _done(self, note: Callable[[list[Tensor]], object], calls: Mapping[int, Collective]) -> None:
@@ -226,34 +209,18 @@ class RankStepper(ReplayStepper):
         return [loss]
 
 
-class _Known:
-    """Takes part in the collectives of a step with known results, any number of times.
-
-    results: of each collective, in order.
-    """
-
-    def __init__(self, results: Sequence[Sequence[Tensor]]) -> None:
-        self._results = results
-        self._taken = 0
-
-    def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
-        results = self._results[self._taken % len(self._results)] if self._results else ()
-        self._taken += 1
-        for tensor, result in zip(_written((name, arguments)), results, strict=True):
-            tensor.copy_(result)
-
-
 class _Turns:
     """Runs functions of all ranks in turn, each until it ends or reaches a collective.
 
-    generators: the state of torch's generator of each rank; losses: what each function has returned.
+    as_rank: lets a rank draw from its own generator; losses: what each function has returned.
     """
 
     def __init__(
-        self, functions: Mapping[int, Callable[[], list[float]]], generators: Mapping[int, Tensor]
+        self,
+        functions: Mapping[int, Callable[[], list[float]]],
+        as_rank: Callable[[int], AbstractContextManager[None]],
     ) -> None:
-        self._functions = functions
-        self.generators = dict(generators)
+        self._functions, self._as_rank = functions, as_rank
         self.losses: dict[int, list[float]] = {}
         self._go = {rank: threading.Semaphore(0) for rank in functions}
         #: What a rank waits for, or how it ended: a collective, None, or an error.
@@ -268,10 +235,9 @@ class _Turns:
         try:
             while ready:
                 rank = ready.pop(0)
-                torch.set_rng_state(self.generators[rank])
-                self._go[rank].release()
-                stop = self._stops.get()
-                self.generators[rank] = torch.get_rng_state()
+                with self._as_rank(rank):
+                    self._go[rank].release()
+                    stop = self._stops.get()
                 if isinstance(stop, BaseException):
                     raise stop
                 if stop is None:
@@ -377,43 +343,36 @@ def _exchanged(given: Sequence[tuple[Any, ...]]) -> bool:
     )
 
 
-def _options(kind: str, **values: Any) -> Any:
+def _reduction(reduce: str) -> Any:
+    """Return what torch calls a way to reduce, such as `sum` or `max`."""
+    return getattr(torch.distributed.ReduceOp, reduce.upper())
+
+
+def _reducing(kind: str, reduce: str) -> Any:
     options = getattr(torch.distributed, f"{kind}Options")()
-    for name, value in values.items():
-        setattr(options, name, value)
+    options.reduceOp = _reduction(reduce)
     return options
-
-
-def _reducing(kind: str, reduce: str, **values: Any) -> Any:
-    return _options(kind, reduceOp=getattr(torch.distributed.ReduceOp, reduce.upper()), **values)
-
-
-def _from(rank: int, ranks: Sequence[int]) -> dict[str, int]:
-    """Return the options of a collective that begins or ends at a rank."""
-    return {"rootRank": [*ranks].index(rank), "rootTensor": 0}
 
 
 #: Starts a collective of one rank, given its group and its arguments; the result waits for the end.
 _STARTS: dict[str, Callable[..., Any]] = {
-    "all_reduce_": lambda group, tensors, reduce, _: group.allreduce(
-        [*tensors], _reducing("Allreduce", reduce)
-    ),
+    "all_reduce_": lambda group, tensors, reduce, _: group.allreduce([*tensors], _reduction(reduce)),
     "all_reduce_coalesced_": lambda group, tensors, reduce, _: group.allreduce_coalesced(
         [*tensors], _reducing("AllreduceCoalesced", reduce)
     ),
     "reduce_": lambda group, tensors, reduce, target, ranks: group.reduce(
-        [*tensors], _reducing("Reduce", reduce, **_from(target, ranks))
+        *tensors, [*ranks].index(target), _reduction(reduce)
     ),
     "broadcast_": lambda group, tensors, source, ranks: group.broadcast(
-        [*tensors], _options("Broadcast", **_from(source, ranks))
+        *tensors, [*ranks].index(source)
     ),
-    "all_gather_": lambda group, results, given, _: group.allgather([[*results]], [given]),
+    "all_gather_": lambda group, results, given, _: group.allgather([*results], given),
     "all_gather_into_": lambda group, results, given, _: group._allgather_base(results[0], given),
     "reduce_scatter_from_": lambda group, results, given, reduce, _: group._reduce_scatter_base(
         results[0], given, _reducing("ReduceScatter", reduce)
     ),
     "all_to_all_from_": lambda group, results, given, to, of, _: group.alltoall_base(
-        results[0], given, [*to], [*of], _options("AllToAll")
+        results[0], given, [*to], [*of]
     ),
 }
 

@@ -90,7 +90,7 @@ def _rows_of(run: RecordedRun, facts: TrainingFacts, given: Any) -> tuple[Tensor
         return stored.x, stored.y
     if given is not None:
         if not isinstance(given, tuple | list):
-            given = read_rows(given, given.__getitem__, sys.maxsize, lambda done, total: None)
+            given = read_rows(given, sys.maxsize, lambda done, total: None)
         x, y = (torch.as_tensor(part) for part in given)
         check_data({"x": x, "y": y}, fact, "the given data")
         return x, y

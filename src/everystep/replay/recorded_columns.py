@@ -20,7 +20,6 @@ __all__ = [
     "Answers",
     "Evaluator",
     "Found",
-    "HeldNumber",
     "Which",
     "ask_columns",
     "chosen",
@@ -85,20 +84,13 @@ def chosen(steps: list[int], which: Which) -> tuple[int, ...]:
     return tuple({"first": steps[:1], "last": steps[-1:], "all": steps}[which])
 
 
-class HeldNumber:
-    """A number that is recorded when it changes, such as a learning rate.
+def _held(changes: Mapping[int, float]) -> Callable[[int], float | None]:
+    """Return a function that looks up a number that is recorded when it changes (None before), by step.
 
-    values: by the first step that uses it, in order.
+    changes: by the first step that uses each, in order.
     """
-
-    def __init__(self, values: Mapping[int, float]) -> None:
-        self._steps = [*values]
-        self._values = [*values.values()]
-
-    def at(self, step: int) -> float | None:
-        """Return the number at a step, None before it is recorded."""
-        index = bisect_right(self._steps, step) - 1
-        return self._values[index] if index >= 0 else None
+    steps, values = [*changes], [None, *changes.values()]
+    return lambda step: values[bisect_right(steps, step)]
 
 
 def is_learning_rate(facts: TrainingFacts, name: str) -> bool:
@@ -119,20 +111,28 @@ def is_setting(facts: TrainingFacts, name: str) -> bool:
 
 def settings_of(
     run: RecordedRun, facts: TrainingFacts, first: int, last: int = MOST_STEPS
-) -> dict[str, HeldNumber]:
-    """Return the settings that changed in steps `first` to `last`; the state before has the others."""
+) -> Callable[[int], dict[str, float]]:
+    """Return a function that looks up the settings that changed in steps `first` to `last`, by step.
+
+    The state before has the others.
+    """
     found = {}
     for name in run.measurement_names:
         if is_setting(facts, name):
             changes = run.measured(name).items()
-            found[name] = {step: value for step, value in changes if first <= step <= last}
-    return {name: HeldNumber(values) for name, values in found.items() if values}
+            found[name] = _held({step: value for step, value in changes if first <= step <= last})
+
+    def at(step: int) -> dict[str, float]:
+        values = ((name, each(step)) for name, each in found.items())
+        return {name: value for name, value in values if value is not None}
+
+    return at
 
 
 def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
     """Return a function that looks up a measurement by step (None if it has none)."""
     values = run.measured(name)
-    return HeldNumber(values).at if is_setting(run.facts.training, name) else values.get
+    return _held(values) if is_setting(run.facts.training, name) else values.get
 
 
 class _NothingThereError(Exception):

@@ -22,6 +22,7 @@ from everystep.recording.database import Repeat, cut
 from everystep.recording.files import program_file
 from everystep.recording.keep import kept_text
 from everystep.recording.recorded_run import RecordedRun, Stretch
+from everystep.replay.opened_step import of_kind
 
 __all__ = [
     "NotReplayedError",
@@ -301,11 +302,9 @@ class RecordedSteps:
         self, conversion: Precision, program: int, inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return the inputs of a step, tensors of the batch and bytes of others, converted."""
-        prefix = "input/"
-        others = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
-        cast = conversion.contents(self._recorded[program], others)
+        cast = conversion.contents(self._recorded[program], of_kind(inputs, "input"))
         tensors = {name: conversion.tensor(name, tensor) for name, tensor in inputs.items()}
-        return tensors | {prefix + name: content for name, content in cast.items()}
+        return tensors | {f"input/{name}": content for name, content in cast.items()}
 
 
 def check_kept(run: RecordedRun, step: int) -> None:

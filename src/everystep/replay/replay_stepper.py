@@ -20,8 +20,8 @@ from everystep.program.memory import copied_together
 from everystep.program.operators import REFUSALS
 from everystep.recording.contents import digest_of
 from everystep.recording.database import Repeat
-from everystep.replay.bound_steps import BATCH, BoundStep, BoundSteps, Hook
-from everystep.replay.opened_step import Batch, Step, observed_step
+from everystep.replay.bound_steps import BoundStep, BoundSteps, Hook
+from everystep.replay.opened_step import Batch, Step, observed_step, of_kind
 from everystep.replay.recorded_batches import batches_of
 from everystep.replay.recorded_columns import is_learning_rate, settings_of
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
@@ -31,7 +31,7 @@ from everystep.step.generators import Generators
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.kept_values import PREFIX
 from everystep.step.observe import Observation, StepObserver
-from everystep.step.state import State, copy_of
+from everystep.step.state import State, copy_of, same_bits
 from everystep.training.batch import nested_again
 
 __all__ = ["ReplayStepper", "Saved"]
@@ -43,15 +43,17 @@ _GENERATOR = re.compile(r"generator/[0-9]{1,9}")
 
 
 class Saved(NamedTuple):
-    """A copy of the tensors of a state, and of the random generators."""
+    """A copy of the tensors of a state, of the random generators, and of other ranks, by number."""
 
     tensors: dict[str, Tensor]
     generators: Generators
+    others: Mapping[int, Saved] = MappingProxyType({})
 
     @property
     def bytes(self) -> int:
         """The memory that its tensors use, in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        others = sum(each.bytes for each in self.others.values())
+        return others + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class ReplayStepper:
@@ -62,10 +64,12 @@ class ReplayStepper:
         diverged: called with a step that differs from the recording, and a description.
 
     state: the number of the current state, None before one is loaded; goes_on: whether the last hook
-    wants more steps.
+    wants more steps; others, hooks: of other ranks, by number, which a `RankStepper` repeats, too.
     """
 
     goes_on = True
+    others: Mapping[int, ReplayStepper] = MappingProxyType({})
+    hooks: Mapping[int, Hook] = MappingProxyType({})
 
     def __init__(self, steps: RecordedSteps, diverged: Callable[[int, str], object]) -> None:
         self.state: int | None = None
@@ -177,6 +181,15 @@ class ReplayStepper:
         """Return the current states of the other ranks that it repeats, too, by number."""
         return {}
 
+    def ranks_differ(self) -> bool:
+        """Return whether a parameter is not the same on all ranks."""
+        return not all(
+            same_bits(tensor, other.named_state()[name])
+            for other in self.others.values()
+            for name, tensor in self.named_state().items()
+            if name.startswith("parameter/") and name in other.named_state()
+        )
+
     def _names_read(self) -> set[str]:
         """Return the names of the state that any program reads, as far as they can be read."""
         found: set[str] = set()
@@ -202,8 +215,7 @@ class ReplayStepper:
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates of the last step, and other settings that ever changed."""
         assert self.state is not None
-        found = {name: each.at(self.state) for name, each in self._settings.items()}
-        known = {name: value for name, value in found.items() if value is not None}
+        known = self._settings(self.state)
         if self._is_own_loop:
             return known
         rates = {}
@@ -221,10 +233,8 @@ class ReplayStepper:
     def _groups(self) -> list[dict[str, Any]]:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
         groups = [dict(group) for group in self._loaded_groups()]
-        for name, setting in self._settings.items():
-            value = setting.at(self.state or 0)
-            if value is not None:
-                set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
+        for name, value in self._settings(self.state or 0).items():
+            set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
         changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
         return [group | changed for group in groups]
 
@@ -247,8 +257,7 @@ class ReplayStepper:
             RunError: it was dropped.
         """
         row = self.steps.row(number)
-        named = self.steps.inputs(row).items()
-        tensors = {n.removeprefix(BATCH): t for n, t in named if n.startswith(BATCH)}
+        tensors = of_kind(self.steps.inputs(row), "batch")
         nested = nested_again(self.steps.given(row).nesting, tensors)
         if self._is_own_loop:
             return Batch(tensors, None, nested)

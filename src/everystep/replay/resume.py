@@ -21,20 +21,19 @@ from everystep.recording.settings_diff import flat
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.changed_steps import FurtherSteps
 from everystep.replay.recorded_batches import stored_data
+from everystep.replay.recorded_columns import settings_of
 from everystep.replay.trained_objects import (
     iteration_of,
     objects_from,
     prepared,
-    recorded_hyperparameters,
-    torchs_errors,
     with_data,
 )
 from everystep.replay.without_objects import check_alone, continue_alone, facts_alone
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.agreement import Agreement, ranks_here, run_to_continue
-from everystep.training.from_experiment import experiment_job
+from everystep.training.agreement import Agreement, run_to_continue
+from everystep.training.from_experiment import experiment_job, of_torch_alone
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Outcome, Progress, StartingPoint
 from everystep.training.loop import run_job
@@ -104,10 +103,8 @@ class Resume:
         Raises:
             RunError: as `run_to_continue`.
         """
-        ranks = ranks_here()
-        agreement = None if ranks is None else Agreement(ranks)
-        if agreement is not None:
-            agreement.check({"the run to resume": self.run.ranks[0].directory.name})
+        agreement = Agreement()
+        agreement.check({"the run to resume": self.run.ranks[0].directory.name})
         return replace(self, run=run_to_continue(self.run, agreement))
 
     def __len__(self) -> int:
@@ -154,7 +151,7 @@ class Resume:
             run=run,
             at=begin,
             hyperparameters=({} if job.training.scheduler else job.training.hyperparameters())
-            | recorded_hyperparameters(run, begin),
+            | settings_of(run, facts, 0)(begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
         )
@@ -249,9 +246,9 @@ def resume_experiment(
         _check_same_experiment(run, known, given)
         asked = replace(asked, steps=experiment.steps or _steps_of(experiment, facts))
         if asked.has_all:
-            return Outcome(run.directory, "finished", None)
+            return Outcome(run.directory)
     device = select(experiment.device)
-    with prepared(experiment.threads or facts.numerics.threads, device), torchs_errors(run.name):
+    with of_torch_alone(run.name, experiment.threads or facts.numerics.threads, device):
         stored = stored_data(run, facts)
         job = experiment_job(experiment, run.name, device, stored)
         if stored is not None:
@@ -292,7 +289,7 @@ def resume_objects(
         asked = replace(asked, steps=iteration.steps or _steps_of(iteration, facts))
         if asked.has_all:
             _restore_objects(run, objects)
-            return Outcome(run.directory, "finished", None)
+            return Outcome(run.directory)
         iteration = iteration.model_copy(update={"threads": iteration.threads or facts.numerics.threads})
     else:
         asked.check()

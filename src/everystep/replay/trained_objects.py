@@ -16,7 +16,7 @@ import torch
 from everystep import numerics
 from everystep.bounded import MOST_STEPS
 from everystep.device import select
-from everystep.errors import EverystepError, ExperimentError, RunError, TrainingError
+from everystep.errors import EverystepError, ExperimentError, RunError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.specification import load
 from everystep.program.calls import without_autograd
@@ -24,7 +24,7 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.recorded_run import RecordedRun, Stretch
-from everystep.replay.opened_step import Batch, Step, observed_step
+from everystep.replay.opened_step import Batch, Step, observed_step, of_kind
 from everystep.replay.recorded_batches import batch_source, stored_data
 from everystep.replay.recorded_columns import settings_of
 from everystep.replay.run_replay import Replay
@@ -43,9 +43,7 @@ __all__ = [
     "iteration_of",
     "objects_from",
     "prepared",
-    "recorded_hyperparameters",
     "state_to_continue",
-    "torchs_errors",
     "with_data",
 ]
 
@@ -124,28 +122,6 @@ def prepared(threads: int | None, device: torch.device) -> Iterator[None]:
     numerics.prepare()
     with numerics.in_force(threads), generators_preserved(device):
         yield
-
-
-@contextmanager
-def torchs_errors(what: str) -> Iterator[None]:
-    """Report an error of torch, where no code but torch's has run.
-
-    Raises:
-        TrainingError: torch failed.
-    """
-    try:
-        yield
-    except EverystepError:
-        raise
-    except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        raise TrainingError(f"{what} failed: {reason}") from error
-
-
-def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
-    """Return the lr and similar settings as last recorded up to a step."""
-    settings = settings_of(run, run.facts.training, 0)
-    return {name: value for name, each in settings.items() if (value := each.at(at)) is not None}
 
 
 def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
@@ -230,7 +206,8 @@ class Living:
         losses: list[float] = []
         while self._stepper.step < last:
             number = self._ready()
-            alone = self._settings or self._between  # which may change before each step
+            # Settings, and tensors, may change before each step.
+            alone = self._between or self._settings(MOST_STEPS)
             with self._watching():
                 self._stepper.advance(number if alone else last)
             losses += self._stepper.collect().tolist()
@@ -247,16 +224,20 @@ class Living:
         generators = Generators.capture(device)
         with self._watching():
             batch = dict(zip("xy", self._training.batch(number), strict=True))
-            given = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
+            inputs = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
             self._stepper.watch(number, *batch.values())
-        program = watched.program_of_last()
-        if program is None:
+        path, watch = watched.last
+        built = watched.program_of(path)
+        if isinstance(built, str):
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
+        for name, place in built.inputs.items():
+            if (brought := watch.from_outside(place)) is not None:
+                inputs[f"input/{name}"] = brought.content
         generators.restore(device)
-        interpreter, numbers = Interpreter(program.built.program, device).at(program.numbers)
+        program = Interpreter(built.program, device)
+        interpreter, numbers = program.at(built.numbers(watch.numbers, watch.offsets))
         observer = StepObserver(interpreter, numbers, state)
         with without_autograd():
-            inputs = given | program.inputs
             done = interpreter.run(state, inputs, numbers, observer.looks)
         self._stepper.restart(number)
         assert done.loss is not None
@@ -283,16 +264,13 @@ class Living:
             for name, tensor in tensors.items():
                 if name in live and live[name].shape == tensor.shape:
                     copy_into(live[name], tensor)
-        prefix, device = "generator/", self._training.device
-        drawn = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        if drawn:
+        device = self._training.device
+        if drawn := of_kind(tensors, "generator"):
             Generators.from_tensors(Generators.capture(device).tensors() | drawn).restore(device)
 
     def _set_hyperparameters(self, step: int) -> None:
-        for name, setting in self._settings.items():
-            value = setting.at(step)
-            if value is not None:
-                set_hyperparameter(self._training.optimizer, name, value)
+        for name, value in self._settings(step).items():
+            set_hyperparameter(self._training.optimizer, name, value)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

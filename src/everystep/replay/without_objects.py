@@ -8,7 +8,7 @@ Nothing compares these steps with Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -23,7 +23,6 @@ from everystep.recording.recorded_run import RecordedRun, Stretch, stretch_at
 from everystep.recording.recorder import Recorder
 from everystep.replay.changed_steps import ChangedSteps, FurtherSteps
 from everystep.replay.processes import needs_worker, recorded_numerics
-from everystep.replay.rank_stepper import RankStepper
 from everystep.replay.recorded_columns import is_setting
 from everystep.replay.recorded_steps import NotReplayedError, RecordedSteps
 from everystep.replay.run_replay import Replay
@@ -190,15 +189,17 @@ def continue_alone(
                 )
             taken.begin(*beginning)
         del beginning
-        steps, states = taken.ranks[0].steps, taken.states()  # with the rate of the steps
-        made = [record(each.steps.run, state) for each, state in zip(taken.ranks, states, strict=True)]
-        writers = [
-            RunWriter(own, at, known, progress.notice, advanced, each.steps.run.facts)
-            for each, (own, known) in zip(taken.ranks, made, strict=True)
-            for advanced in [progress.advance if each is taken.ranks[0] else None]
-        ]
-        (recorder, facts), writer = made[0], writers[0]
-        progress.begin(recorder.directory, facts)
+        top, rates = taken.ranks[0], taken.stepper.rates()
+        for rank, state in zip(taken.ranks, taken.states(), strict=True):  # with the rate of the steps
+            recorder, rank.facts = record(rank.steps.run, state)
+            shown = progress.notice, progress.advance if rank is top else None
+            rank.writer = RunWriter(recorder, at, rank.facts, *shown, rank.steps.run.facts)
+            rank.note_rates(rates, at, lr)
+            if at not in recorder.plan.kept:
+                recorder.snapshot(state)
+        del state
+        writer, steps, place = top.writer, top.steps, top.writer.recorder.directory
+        progress.begin(place, top.facts)
         lost = run.lost_experiment(run.facts.training)
         why = "" if lost is None else f"{lost.name} is missing, so "
         progress.notice(
@@ -210,28 +211,23 @@ def continue_alone(
                 "is measured on validation rows"
             )
         )
-        for rank, state, (own, _) in zip(taken.ranks, states, made, strict=True):
-            rank.note_rates(taken.stepper.rates(), at, facts.steps or 0, lr)
-            if at not in own.plan.kept:
-                own.snapshot(state)
-        del states, state
         try:
-            reason = taken.record(writers, facts, interrupt)
+            reason = taken.record(interrupt)
             status = "finished" if reason is None else "stopped"
             if steps.targets:
                 count = len(steps.steps_with(range(at + 1, writer.step + 1)))
                 progress.notice(
                     f"{count:,} of {writer.step - at:,} steps have a relabelled row in their batch"
                 )
-            for each in writers:
-                each.close(status, reason, {"steps": each.step} if taken.is_loop else {})
+            for rank in taken.ranks:
+                rank.writer.close(status, reason, {"steps": rank.writer.step} if taken.is_loop else {})
         except BaseException as error:
-            for each in writers:
-                each.close_failed(error)
+            for rank in taken.ranks:
+                rank.writer.close_failed(error)
             raise
         finally:
             progress.end()
-    return Outcome(recorder.directory, status, reason, interrupt.is_by_user)
+    return Outcome(place, reason, interrupt.is_by_user)
 
 
 def facts_alone(run: RecordedRun, at: int, lr: float | None = None) -> TrainingFacts:
@@ -261,8 +257,11 @@ class _RankAlone:
         end: called with a step that cannot be kept, and the reason.
         goes_on: returns whether to take another step.
 
-    losses: of the steps that are not recorded yet.
+    losses: of the steps that are not recorded yet; facts: of its new run; writer: writes that.
     """
+
+    facts: Facts
+    writer: RunWriter
 
     def __init__(
         self, steps: RecordedSteps, end: Callable[[int, str], object], goes_on: Callable[[], bool]
@@ -302,8 +301,9 @@ class _RankAlone:
         """Return whether an operation returns the loss of a step."""
         return self.steps.program_of(self.steps.row(number)).program.loss is not None
 
-    def note_rates(self, names: Collection[str], at: int, last: int, lr: float | None) -> None:
+    def note_rates(self, names: Collection[str], at: int, lr: float | None) -> None:
         """Note the learning rates of the steps after `at`: one for all, or the recorded ones."""
+        last = self.facts.steps or 0
         for name in names:
             known = self.steps.run.measured(name) if lr is None else {at + 1: lr}
             end = min(last, self.steps.last) if lr is None else last
@@ -311,8 +311,9 @@ class _RankAlone:
                 if at < step <= end:
                     self._measured.setdefault(step, []).append((name, step, rate))
 
-    def write(self, writer: RunWriter, first: int, last: int) -> None:
+    def write(self, first: int, last: int) -> None:
         """Write steps, as far as the rank has them: it may have fewer batches than others."""
+        writer = self.writer
         last = min(last, self.steps.last) if self._is_loop else last
         taken = range(first, last + 1)
         writer.taken = [self.steps.taken(number) for number in taken]
@@ -349,10 +350,9 @@ class _StepsAlone:
         """Begin with the states of all ranks, and forget what steps before have done."""
         self.stepper.load(state, others)
         notes = self._note_end, lambda: self._end is None
-        self.ranks = [_RankAlone(self.stepper.steps, *notes)]
-        if isinstance(self.stepper, RankStepper):
-            self.ranks += [_RankAlone(other.steps, *notes) for other in self.stepper.others.values()]
-            self.stepper.hooks = dict(zip(self.stepper.others, self.ranks[1:], strict=True))
+        ranks = self.stepper.others
+        self.ranks = [_RankAlone(each.steps, *notes) for each in (self.stepper, *ranks.values())]
+        self.stepper.hooks = dict(zip(ranks, self.ranks[1:], strict=True))
         self._end = None
 
     def states(self) -> list[State]:
@@ -385,42 +385,39 @@ class _StepsAlone:
             return count, None
         number, reason = self._end
         stepper.restore(begin, saved)
-        if isinstance(stepper, RankStepper):
-            stepper.hooks = {}
+        stepper.hooks = {}
         if begin < number - 1:
             stepper.run(number - 1)
         return number - 1 - begin, reason
 
-    def record(self, writers: Sequence[RunWriter], facts: Facts, interrupt: Interrupt) -> str | None:
+    def record(self, interrupt: Interrupt) -> str | None:
         """Take the steps up to the last one, record them, and take snapshots.
-
-        writers: of the ranks.
 
         Returns:
             Why it stopped before the last one, None if it did not.
         """
-        stepper, reason, writer = self.stepper, None, writers[0]
+        facts, writer, reason = self.ranks[0].facts, self.ranks[0].writer, None
         newest, last, stops_on_nan = writer.step, facts.steps or 0, facts.training.stop_on_nan
         while writer.step < last and not (interrupt or reason):
-            for each in writers:
-                each.recorder.wait()
+            for rank in self.ranks:
+                rank.writer.recorder.wait()
             begin, started = writer.step, clock.now()
             count, reason = self.run(writer.next_stop(last, one_by_one=stops_on_nan))
             if not count:
                 break
             loss = self.ranks[0].losses[begin + count]
-            for rank, each in zip(self.ranks, writers, strict=True):
-                rank.write(each, begin + 1, begin + count)
-            writer.timed(started, stepper.named_state, count)
+            for rank in self.ranks:
+                rank.write(begin + 1, begin + count)
+            writer.timed(started, self.stepper.named_state, count)
             if writer.is_snapshot_due():
-                self._write_states(writers)
+                self._write_states()
                 newest = writer.step
             if stops_on_nan and not math.isfinite(loss):
                 reason = f"the loss is {loss} at step {writer.step} (stop_on_nan)"
         if newest < writer.step:
-            self._write_states(writers)
+            self._write_states()
         return reason or interrupt.reason
 
-    def _write_states(self, writers: Sequence[RunWriter]) -> None:
-        for state, each in zip(self.states(), writers, strict=True):
-            each.recorder.snapshot(state)
+    def _write_states(self) -> None:
+        for rank, state in zip(self.ranks, self.states(), strict=True):
+            rank.writer.recorder.snapshot(state)

@@ -10,7 +10,8 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -56,17 +57,20 @@ def ranks_here() -> RanksFacts | None:
 
 
 class Agreement:
-    """What the ranks of a training agree on as their recording begins.
+    """What the ranks of a training agree on as their recording begins; one that is alone, with itself.
 
-    Args:
-        ranks: which of them this process is.
+    ranks: which of them this process is, None if it trains alone; rank, count: its number, and how many
+    they are.
 
     Raises:
         UsageError: they communicate by something other than gloo, or torch is too old.
     """
 
-    def __init__(self, ranks: RanksFacts) -> None:
-        self.ranks = ranks
+    def __init__(self) -> None:
+        self.ranks = ranks = ranks_here()
+        self.rank, self.count = (0, 1) if ranks is None else (ranks.rank, ranks.count)
+        if ranks is None:
+            return
         self._number = next(_numbers)
         if not shows_reductions():
             raise UsageError(
@@ -105,32 +109,38 @@ class Agreement:
         Raises:
             RunError, RecordingError: it exists, or cannot be created, here or by rank 0.
         """
-        rank, place, error = self.ranks.rank, Path(), None
-        found = self._shared("directory", None, sources=[0])[0] if rank else ""
+        if self.ranks is None:
+            return create_directory(wanted, name)
+        place, top = Path(), ""
         try:
-            if not rank:
-                place = create_directory(wanted, name)
-                (place / RANKS).mkdir()
-            elif found:
-                place = create_directory(self._place_in(Path(found), parent), name)
-        except EverystepError as problem:
-            error = problem
-        if not rank:
-            self._shared("directory", "" if error else str(place.resolve()), sources=[])
-        try:
-            self.have_begun(error)
+            with self.together():
+                if not self.rank:
+                    try:
+                        place = create_directory(wanted, name)
+                        (place / RANKS).mkdir()
+                        top = str(place.resolve())
+                    finally:
+                        self._shared("directory", top, sources=[])
+                elif top := self._shared("directory", None, sources=[0])[0]:
+                    place = create_directory(self._place_in(Path(top), parent), name)
         except RunError:
-            if not rank and error is None:
+            if not self.rank and top:
                 shutil.rmtree(place)
             raise
         return place
 
-    def have_begun(self, error: EverystepError | None) -> None:
-        """Wait until all ranks are where this one is. error: why it cannot begin the run.
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Begin the run inside, if all ranks can.
 
         Raises:
-            EverystepError: that error, or a RunError with that of another rank.
+            EverystepError: what is raised inside, or a RunError with that of another rank.
         """
+        error = None
+        try:
+            yield
+        except EverystepError as problem:
+            error = problem
         problems = self._shared("begun", "" if error is None else str(error))
         if error is not None:
             raise error
@@ -152,10 +162,12 @@ class Agreement:
                     "directory that all machines share, under the same path"
                 )
             time.sleep(0.1)
-        return rank_directory(top, self.ranks.rank) if parent is None else top / parent.within
+        return rank_directory(top, self.rank) if parent is None else top / parent.within
 
     def continued(self, own: R) -> R:
         """Return the run of this rank, which continues from a state that all ranks have."""
+        if self.ranks is None:
+            return own
         states = [row.step for row in own.own_snapshot_rows()]
         known = self._shared("states", [states, own.newest_step()])
         of_all, steps = zip(*known, strict=True)
@@ -171,14 +183,16 @@ class Agreement:
         Raises:
             UsageError: one has not given any for `MOST_SECONDS`.
         """
+        if self.ranks is None:
+            return [value]
         # torch has no public way to reach the store that init_process_group was given, or has made.
         store = torch.distributed.distributed_c10d._get_default_store()
         key = f"everystep/{self._number}/{topic}"
         found = []
         try:
             if value is not None:
-                store.set(f"{key}/{self.ranks.rank}", json.dumps(value))
-            for rank in range(self.ranks.count) if sources is None else sources:
+                store.set(f"{key}/{self.rank}", json.dumps(value))
+            for rank in range(self.count) if sources is None else sources:
                 self._wait(store, f"{key}/{rank}", rank)
                 found.append(json.loads(store.get(f"{key}/{rank}")))
         except RuntimeError as error:
@@ -199,7 +213,7 @@ class Agreement:
             if waited > NOTICE_SECONDS and not is_said:
                 is_said = True
                 say(
-                    f"rank {self.ranks.rank} waits for rank {rank}: every process of the training must "
+                    f"rank {self.rank} waits for rank {rank}: every process of the training must "
                     "call everystep.record"
                 )
             time.sleep(0.01)
@@ -218,24 +232,24 @@ def check_stops_together(setting: str, cure: str) -> None:
         )
 
 
-def run_to_fork(run: R, at: int, agreement: Agreement | None) -> R:
+def run_to_fork(run: R, at: int, agreement: Agreement) -> R:
     """Return the run of this rank, to make a fork of after a step.
 
     Raises:
         RunError: another number of processes recorded the step.
     """
     place = stretch_at(run.stretches, at)
-    before, now = run.stretches[place].facts.processes, _count(agreement)
+    before, now = run.stretches[place].facts.processes, agreement.count
     if before != now:
         raise RunError(
             f"{run.name} was recorded by {processes_text(before)}, and {processes_text(now)} would "
             f"continue it; fork it with {processes_text(before)}, and resume the fork with as many as "
             "you like"
         )
-    return run if agreement is None else run.ranks_of(place)[agreement.ranks.rank]
+    return run if agreement.ranks is None else run.ranks_of(place)[agreement.rank]
 
 
-def run_to_continue(run: R, agreement: Agreement | None) -> R:
+def run_to_continue(run: R, agreement: Agreement) -> R:
     """Return the run of this rank, to continue from a state that all ranks have.
 
     If another number of processes recorded it, that is a state of all of those. A rank begins with that
@@ -246,43 +260,31 @@ def run_to_continue(run: R, agreement: Agreement | None) -> R:
     Raises:
         RunError: another number recorded it, and the ranks had different parameters, or no step yet.
     """
-    before, now = run.facts.training.processes, _count(agreement)
-    if before == now:
-        return run if agreement is None else agreement.continued(run.ranks[agreement.ranks.rank])
-    if agreement is None:
-        return _continued_from(run, None)
-    own: R = run
-    error: EverystepError | None = None
-    try:
-        own = _continued_from(run, agreement.ranks)
-    except EverystepError as problem:
-        error = problem
-    agreement.have_begun(error)  # rank 0 then changes what others have read
-    return own
+    if run.facts.training.processes == agreement.count:
+        return run if agreement.ranks is None else agreement.continued(run.ranks[agreement.rank])
+    with agreement.together():  # rank 0 then changes what others have read
+        return _continued_from(run, agreement)
 
 
-def _continued_from(run: R, ranks_now: RanksFacts | None) -> R:
+def _continued_from(run: R, agreement: Agreement) -> R:
     """Return the run of this rank, to continue what another number of processes recorded."""
-    before, now = run.facts.training.processes, 1 if ranks_now is None else ranks_now.count
-    top = run.ranks[0]
+    top, rank = run.ranks[0], agreement.rank
     at = max((row.step for row in top.snapshot_rows()), default=0)
     ranks = top.ranks_of(place := stretch_at(top.stretches, at))  # those that took the step
     states = _states_alike(ranks, at)
-    rank = 0 if ranks_now is None else ranks_now.rank
-    if top.stretches[place].facts.processes == now:  # others came after it, and have left no state
+    if (
+        top.stretches[place].facts.processes == agreement.count
+    ):  # others came after it, and have left no state
         own = ranks[rank]
-    elif ranks_now is None or not rank:
+    elif agreement.ranks is None or not rank:
         own = top
     else:
         is_new = rank >= len(ranks)
         parent = 0 if is_new else rank
-        own = _begun_from(ranks[parent], at, states[parent], ranks_now, is_new=is_new)
+        own = _begun_from(ranks[parent], at, states[parent], agreement.ranks, is_new=is_new)
+    before = run.facts.training.processes
     own.common_states, own.common_steps, own.others = frozenset([0, at]), at, before
     return own
-
-
-def _count(agreement: Agreement | None) -> int:
-    return 1 if agreement is None else agreement.ranks.count
 
 
 def _states_alike(ranks: Sequence[RecordedRun], at: int) -> list[State]:

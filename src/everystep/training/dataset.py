@@ -4,7 +4,7 @@ every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,28 +59,29 @@ def read_once(
         return None
     guards = Guards()
     _guard(dataset, guards)
-    return read_rows(dataset, dataset.__getitem__, limit, progress), guards
+    return read_rows(dataset, limit, progress), guards
 
 
 def read_rows(
-    dataset: Dataset[Any],
-    read: Callable[[int], Any],
-    limit: int,
-    progress: Callable[[int, int], None],
-    rows: Sequence[int] | None = None,
+    dataset: Dataset[Any], limit: int, progress: Callable[[int, int], None]
 ) -> tuple[Tensor, Tensor]:
-    """Read rows, or all, into two tensors x and y.
+    """Read all rows into two tensors x and y.
 
     Raises:
         DataError: the rows exceed `limit` bytes, or differ in shape.
     """
-    wanted = range(length_of(dataset)) if rows is None else rows
+    wanted = range(length_of(dataset))
     parts: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(wanted), _ROWS_AT_ONCE):
         chosen = wanted[start : start + _ROWS_AT_ONCE]
-        parts.append(_collated([_pair(dataset, row, read) for row in chosen]))
+        parts.append(_collated([_pair(dataset, row) for row in chosen]))
         if not start:
-            _check_size(sum(part.nbytes for part in parts[0]) // len(chosen) * len(wanted), limit)
+            size = sum(part.nbytes for part in parts[0]) // len(chosen) * len(wanted)
+            if size > limit:
+                raise DataError(
+                    f"the Dataset would need {size / 1e9:.3g} GB as tensors, but the limit is "
+                    f"{limit / 1e9:.3g} GB; if memory allows, pass dataset_limit={size}"
+                )
         progress(start + len(chosen), len(wanted))
     try:
         return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
@@ -134,16 +135,8 @@ def _guard(dataset: Any, guards: Guards) -> None:
             _guard(part, guards)
 
 
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise DataError(
-            f"the Dataset would need {size / 1e9:.3g} GB as tensors, but the limit is "
-            f"{limit / 1e9:.3g} GB; if memory allows, pass dataset_limit={size}"
-        )
-
-
-def _pair(dataset: Dataset[Any], row: int, read: Callable[[int], Any]) -> tuple[Any, Any]:
-    item = read(row)
+def _pair(dataset: Dataset[Any], row: int) -> tuple[Any, Any]:
+    item = dataset[row]
     place = f"row {row} of {type(dataset).__name__}"
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(
@@ -203,7 +196,7 @@ class DatasetBatches:
             indices = self._batches.indices(step)
             rows = range(self._batches.rows) if indices is None else indices.tolist()
             before = generator_states(self._device)
-            x, y = _collated([_pair(self._dataset, row, self._dataset.__getitem__) for row in rows])
+            x, y = _collated([_pair(self._dataset, row) for row in rows])
             self.draws |= bool(different(before, generator_states(self._device)))
             self._keep(torch.as_tensor(rows), x, y)
             self._step, self._pair = step, (x.to(self._device), y.to(self._device))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 
-__all__ = ["experiment_job", "train_experiment"]
+__all__ = ["experiment_job", "of_torch_alone", "train_experiment"]
 
 
 def train_experiment(
@@ -48,24 +49,33 @@ def train_experiment(
         TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
-    numerics.prepare()
     note_named(experiment.data.files)
     device = select(experiment.device)
-    held = numerics.in_force(experiment.threads, suspends_device=True)
-    with held, generators_preserved(device):
+    try:
+        with of_torch_alone(name, experiment.threads, device):
+            job = experiment_job(experiment, name, device, progress=progress.reading)
+            return run_job(replace(job, user_facts=user_facts), directory, budget, progress)
+    finally:
+        progress.end()
+
+
+@contextmanager
+def of_torch_alone(what: str, threads: int | None, device: torch.device) -> Iterator[None]:
+    """Compute as a training does that runs no code but torch's; restore the process afterwards.
+
+    Raises:
+        TrainingError: torch failed, with `what`.
+    """
+    numerics.prepare()
+    with numerics.in_force(threads, suspends_device=True), generators_preserved(device):
         try:
-            job = replace(
-                experiment_job(experiment, name, device, progress=progress.reading),
-                user_facts=user_facts,
-            )
-            return run_job(job, directory, budget, progress)
+            yield
         except EverystepError:
-            progress.end()
             raise
-        except Exception as error:  # only torch's code has run, so any error is about the experiment
+        except Exception as error:
             reason = str(error).strip() or type(error).__name__
             raise TrainingError(
-                f"{name} failed: {reason}\n(run `everystep runs` to list what was recorded before)"
+                f"{what} failed: {reason}\n(run `everystep runs` to list what was recorded before)"
             ) from error
 
 

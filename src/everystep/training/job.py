@@ -24,16 +24,17 @@ __all__ = ["Job", "Outcome", "Progress", "StartingPoint", "relabelled_rows"]
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where a training starts that is not new: a state of a run that it forks or continues.
+    """Where a training starts: new, or at a state of a run that it forks or continues.
 
-    at: the state; hyperparameters: the lr and similar settings there; has_new_data: whether the data is
-    not the run's; fork: the facts about a fork; resumed: those about continuing.
+    run: None for a new training; at: the state; hyperparameters: the lr and similar settings there;
+    has_new_data: whether the data is not the run's; fork: the facts about a fork; resumed: those about
+    continuing.
     """
 
-    run: RecordedRun
-    at: int
-    hyperparameters: dict[str, float]
-    has_new_data: bool = False
+    run: RecordedRun | None = None
+    at: int = 0
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    has_new_data: bool = True
     fork: ForkFacts | None = None
     resumed: ResumeFacts | None = None
 
@@ -58,7 +59,7 @@ class Job:
     evaluate_every: int = 1
     engine: Engine = "auto"
     notices: list[str] = field(default_factory=list)
-    origin: StartingPoint | None = None
+    origin: StartingPoint = StartingPoint()
     user_facts: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -68,7 +69,7 @@ class Job:
             ExperimentError: gradients are switched off.
             UsageError: several processes would make a fork.
         """
-        if self.facts.ranks is not None and self.origin is not None and self.origin.fork is not None:
+        if self.facts.ranks is not None and self.origin.fork is not None:
             raise UsageError("a fork is trained by one process; start it without torchrun")
         if not torch.is_grad_enabled():
             fault = Fault("train", "is called within torch.no_grad(); call it outside")
@@ -131,11 +132,6 @@ class Job:
         """Return the job with other facts about it."""
         return replace(self, facts=self.facts.model_copy(update=facts))
 
-    @property
-    def start(self) -> int:
-        """The state that the training begins with."""
-        return self.origin.at if self.origin else 0
-
 
 def relabelled_rows(batch: RowsOf, targets: Mapping[int, float], what: str) -> RowsOf:
     """Return batches with other targets for some rows, which have one number each.
@@ -172,11 +168,10 @@ def _why_not_target(y: Tensor, row: int, target: float) -> str | None:
 
 
 class Outcome(NamedTuple):
-    """How a training ended: `finished`, or `stopped` with a reason."""
+    """Where a training was recorded, and how it ended. reason: why before its last step, if it did."""
 
     directory: Path
-    status: str
-    reason: str | None
+    reason: str | None = None
     interrupted: bool = False
 
 

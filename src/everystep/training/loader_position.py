@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -68,8 +68,7 @@ class Drawn(NamedTuple):
     matches: Callable[[Any], bool]
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(BaseModel):
     """Where a state is: after so many batches of a call of `steps` (from 0).
 
     step: after which the state is; draw_of: returns the draw of a step; loader: the loader's own state,
@@ -77,18 +76,23 @@ class Recorded:
     epoch: the epoch, None if the loop does not use `epochs`; has_workers: whether the call began with
     workers of an earlier one; size: how many batches the call had, if another number of processes
     continues, with other batches each: they continue at the same share of them.
+
+    Raises:
+        ValueError: a snapshot has no such place.
     """
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     step: int
     draw_of: Callable[[int], Drawn]
-    call: int = 0
-    taken: int = 0
+    call: int
+    taken: int
     loader: Any = None
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    at_first: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = {}
+    at_first: Mapping[str, Tensor] = {}
     epoch: Epoch | None = None
     has_workers: bool = False
-    size: int | None = None
+    size: PositiveInt | None = None
 
 
 class LoaderPosition:

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep import clock
 from everystep.errors import DatasetChangedError
 from everystep.recording.contents import digest_of
-from everystep.recording.directories import create_directory
 from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.files import DATA_FILE
 from everystep.recording.recorded_run import EXPERIMENT_FILE
@@ -55,39 +54,36 @@ def run_job(job: Job, directory: Path | None, budget: int, progress: Progress) -
         training = _ModelWriter(job, recorder, facts, progress)
         try:
             reason = training.train(interrupt)
-            status = "finished" if reason is None else "stopped"
-            training.close(status, reason, training.engine())
+            training.close("finished" if reason is None else "stopped", reason, training.engine())
         finally:
             progress.end()
         place = recorder.directory
         if interrupt and not interrupt.is_by_user:
             progress.notice(f"stopped {reason} after step {training.step}; everystep resume {place}")
-    return Outcome(place, status, reason, interrupt.is_by_user)
+    return Outcome(place, reason, interrupt.is_by_user)
 
 
 def _recorder(job: Job, directory: Path | None, budget: int) -> tuple[Recorder, Facts]:
     """Return what records a job, and what is known of the run so far."""
-    agreement = None if job.facts.ranks is None else Agreement(job.facts.ranks)
-    if agreement is not None:
+    agreement = Agreement()
+    if agreement.ranks is not None:  # to compute the digests takes its time
         agreement.check(_about(job, directory))
     origin, text = job.origin, job.experiment_toml
     texts = {} if text is None else {job.facts.experiment_file or EXPERIMENT_FILE: text}
-    if origin is not None and origin.resumed is not None:
+    if origin.run is not None and origin.resumed is not None:
         place = origin.run.directory
         facts = facts_resumed(origin.run, job.facts, job.steps, origin.resumed)
         facts = facts.model_copy(update=dict(job.user_facts))
         recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True, texts=texts)
         return recorder, facts.model_copy(update={"name": place.name})
-    create = create_directory if agreement is None else agreement.directory
-    place = create(directory, job.name)
-    parent, fork = (origin.run, origin.fork) if origin else (None, None)
-    beginning = job.training.snapshot(job.start) if origin else None
+    place = agreement.directory(directory, job.name)
+    parent, at, fork = origin.run, origin.at, origin.fork
+    beginning = None if fork is None else job.training.snapshot(at)
     facts = Facts(
         name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork, **job.user_facts
     )
     try:
-        recorder = Recorder(place, facts, budget, parent, job.start, texts=texts, beginning=beginning)
-        return recorder, facts
+        return Recorder(place, facts, budget, parent, at, texts=texts, beginning=beginning), facts
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)  # made just now, and not started
         raise
@@ -104,7 +100,7 @@ def _about(job: Job, directory: Path | None) -> dict[str, Any]:
         about |= {f"the data {each.path}": f"digest {each.digest}" for each in job.data.sources}
     elif job.data is not None:
         tensors |= {f"data/{name}": rows for name, rows in job.data.tensors().items()}
-    kinds = ("data/", "parameter/") if job.origin else ("data/", "parameter/", "buffer/", "optimizer/")
+    kinds = ("data/", "parameter/") + ("buffer/", "optimizer/") * (job.origin.run is None)
     given = {name: tensor for name, tensor in tensors.items() if name.startswith(kinds)}
     return about | {n.replace("/", " ", 1): f"digest {digest_of(t.cpu())}" for n, t in given.items()}
 
@@ -114,19 +110,19 @@ class _ModelWriter(RunWriter):
 
     def __init__(self, job: Job, recorder: Recorder, facts: Facts, progress: Progress) -> None:
         origin = job.origin
-        earlier = None if origin is None else origin.run.facts
-        super().__init__(recorder, job.start, facts, progress.notice, progress.advance, earlier)
+        earlier = None if origin.run is None else origin.run.facts
+        super().__init__(recorder, origin.at, facts, progress.notice, progress.advance, earlier)
         goes_on = "training continues (stop_on_nan = true stops it)"
         ends = "training stops" if job.facts.stop_on_nan else goes_on
         self.advice = f"{ends}. ", "; a smaller lr often helps"
         self.job = job
         self._stepper: Stepper | None = None
         self.rates = self._expected()
-        if origin is not None:
-            self.rates = self.rates | origin.hyperparameters
-            self.note_rates(job.start + 1, job.training.hyperparameters())
+        if origin.run is not None:
+            self.rates |= origin.hyperparameters
+            self.note_rates(origin.at + 1, job.training.hyperparameters())
         self._loss_dtype: torch.dtype | None = None
-        self._snapshot_step = -1 if origin is None else job.start
+        self._snapshot_step = -1 if origin.run is None else origin.at
         #: The step from which on Python takes all, as the run has it.
         self._eager_from: int | None = None
 
@@ -147,7 +143,7 @@ class _ModelWriter(RunWriter):
         """Run all steps; return None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
-        settings = job.training, self.recorder, job.steps, job.engine, job.start
+        settings = job.training, self.recorder, job.steps, job.engine, job.origin.at
         stepper = self._stepper = Stepper(*settings)
         self.recorder.facts(self.engine())
         self._note_eager(stepper)
@@ -219,14 +215,12 @@ class _ModelWriter(RunWriter):
             self._notice(message)
         if self.step not in recorder.plan.kept:
             self._snapshot()
-        if job.data is not None and (job.origin is None or job.origin.has_new_data):
+        if job.data is not None and job.origin.has_new_data:
             if job.data.sources:
                 recorder.facts({"data_file": job.facts.data_file})
                 return
-            is_fork = job.origin is not None and job.origin.fork is not None
-            recorder.data(
-                job.data.tensors(), f"data-{job.start + 1}.safetensors" if is_fork else DATA_FILE
-            )
+            of_fork = f"data-{job.origin.at + 1}.safetensors"
+            recorder.data(job.data.tensors(), of_fork if job.origin.fork else DATA_FILE)
 
     def _advance(self, stepper: Stepper) -> bool:
         """Run steps up to the next one with something to do.
@@ -288,7 +282,7 @@ class _ModelWriter(RunWriter):
         self.measured = [row for row in self.measured if row[1] <= last]
         self._snapshot_step = min(self._snapshot_step, last)
         first = stepper.eager_from or 1
-        since = f" from step {first} on" if first > self.job.start + 1 else ""
+        since = f" from step {first} on" if first > self.job.origin.at + 1 else ""
         cure = '; engine="program" vouches for such code' if stepper.is_vouchable else ""
         if self.job.facts.ranks is None:  # else no program could
             self._notice(f"Python runs the steps{since}: {stepper.reason}{cure}")

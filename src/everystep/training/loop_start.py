@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,6 @@ import torch
 
 from everystep.errors import RunError, say
 from everystep.recording.contents import given_of, inputs_of
-from everystep.recording.directories import create_directory
 from everystep.recording.facts import Facts, ForkFacts
 from everystep.recording.keep import Keep
 from everystep.recording.recorded_run import RecordedRun, stretch_at
@@ -22,10 +21,10 @@ from everystep.recording.recorder import Recorder
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.agreement import Agreement, ranks_here, run_to_continue, run_to_fork
+from everystep.training.agreement import Agreement, run_to_continue, run_to_fork
 from everystep.training.batch import tensors_of
 from everystep.training.description import facts_of_loop
-from everystep.training.loader_position import Drawn, Epoch, LoaderPosition, Recorded
+from everystep.training.loader_position import Drawn, LoaderPosition, Recorded
 from everystep.training.loop_writer import LoopWriter
 from everystep.training.resumed import (
     changed_at,
@@ -73,25 +72,22 @@ class LoopStart:
         Raises:
             RunError: the run or the parts are other ones.
         """
-        ranks = ranks_here()
-        agreement = None if ranks is None else Agreement(ranks)
-        if agreement is not None:
-            agreement.check(self._about(parts))
+        agreement = Agreement()
+        agreement.check(self._about(parts))
         if self.earlier is not None:
             if self.fork is not None:
                 parent, at = self.fork
                 parent = run_to_fork(parent, at, agreement)
                 return self._forked(parent, at, parts, place, agreement)
             return self._continued(run_to_continue(self.earlier, agreement), parts, place)
-        create = create_directory if agreement is None else agreement.directory
-        directory = create(self.directory, "loop")
+        directory = agreement.directory(self.directory, "loop")
         whole = PartsState(parts)
         place.begin()
         beginning = whole.snapshot(0)
         facts = Facts(
             name=directory.name, started=now(), steps=0, trained=facts_of_loop(parts), **self.user_facts
         )
-        recorder = self._recorder(directory, facts)
+        recorder = Recorder(directory, facts, self.snapshot_budget, **self._kept)
         recorder.snapshot(beginning)
         return LoopWriter(recorder, 0, facts, whole, place, self.advanced)
 
@@ -108,18 +104,9 @@ class LoopStart:
             "torch": torch.__version__,
         }
 
-    def _recorder(
-        self, directory: Path, facts: Facts, at: int = 0, *, is_resumed: bool = False
-    ) -> Recorder:
-        return Recorder(
-            directory,
-            facts,
-            self.snapshot_budget,
-            at=at,
-            batch_budget=self.batch_budget,
-            is_resumed=is_resumed,
-            keep=self.keep,
-        )
+    @property
+    def _kept(self) -> dict[str, Any]:
+        return {"batch_budget": self.batch_budget, "keep": self.keep}
 
     def _forked(
         self,
@@ -127,7 +114,7 @@ class LoopStart:
         at: int,
         parts: Parts,
         place: LoaderPosition,
-        agreement: Agreement | None,
+        agreement: Agreement,
     ) -> LoopWriter:
         """Make a run of a parent's steps up to `at`, and continue it.
 
@@ -145,8 +132,7 @@ class LoopStart:
             )
         trained = facts_of_loop(parts)
         fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
-        create = create_directory if agreement is None else partial(agreement.directory, parent=parent)
-        directory = create(self.directory, f"{parent.name}-fork")
+        directory = agreement.directory(self.directory, f"{parent.name}-fork", parent)
         try:
             begin = parent.state_near(0)
             if begin is not None:
@@ -155,8 +141,7 @@ class LoopStart:
                 PartsState(parts).check_begins_as(begin, cure)
             facts = Facts(name=directory.name, started=now(), steps=at, trained=trained, fork=fork)
             Recorder(directory, facts, self.snapshot_budget, parent, at, self.batch_budget).finish({})
-            run = RecordedRun(directory)
-            run = run if agreement is None else agreement.continued(run)
+            run = agreement.continued(RecordedRun(directory))
             return self._continued(run, parts, place, is_new=True)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)  # made just now, and not started
@@ -210,15 +195,18 @@ class LoopStart:
         facts, goal = facts.model_copy(update=dict(self.user_facts)), _goal(run, state)
         taken_by = run.stretches[stretch_at(run.stretches, state.step)].facts.processes
         if goal is not None and (taken_by == trained.processes or not state.step):
-            goal = replace(goal, size=None)
+            goal = goal.model_copy(update={"size": None})
         elif goal is not None and goal.size is None:  # the epoch begins again
-            goal = replace(goal, taken=0)
-        rates = {name: rate for name in parts.rates() for rate in _rate(run, name, state.step)}
+            goal = goal.model_copy(update={"taken": 0})
+        # Each as of the last step at which it changed.
+        noted = ((name, *each) for name in parts.rates() for each in run.measured(name).items())
+        rates = {name: rate for name, step, rate in noted if step <= state.step}
         whole.restore(state)
         if trained.ranks is None or not trained.ranks.rank:
             _say_where(run, state.step, recorded, goal, is_new=is_new)
         place.goal = goal
-        recorder = self._recorder(run.directory, facts, state.step, is_resumed=True)
+        resuming = {"at": state.step, "is_resumed": True} | self._kept
+        recorder = Recorder(run.directory, facts, self.snapshot_budget, **resuming)
         writer = LoopWriter(recorder, state.step, facts, whole, place, self.advanced, before)
         writer.rates, writer.beginning, writer.later = rates, state, later
         return writer
@@ -249,11 +237,6 @@ def _say_where(
     say(message)
 
 
-def _rate(run: RecordedRun, name: str, step: int) -> list[float]:
-    """Return the learning rate of a step, or of the last one before at which it changed."""
-    return [rate for at, rate in run.measured(name).items() if at <= step][-1:]
-
-
 def _goal(run: RecordedRun, state: State) -> Recorded | None:
     """Return the place in the batches of a state, if it has one.
 
@@ -261,25 +244,18 @@ def _goal(run: RecordedRun, state: State) -> Recorded | None:
         RunError: it is not valid, or state 0 cannot be read.
     """
     place = state.settings.get("place")
+    draw_of = partial(_drawn, run)
     if not isinstance(place, Mapping):
-        return None if state.step else Recorded(0, partial(_drawn, run))
-    call, taken = place.get("call"), place.get("taken")
-    begun = place.get("epoch", [0, 0, 0])
-    is_epoch = isinstance(begun, list) and len(begun) == 3 and all(type(n) is int for n in begun)
-    size = place.get("size") or None
-    if not (
-        isinstance(call, int) and isinstance(taken, int) and isinstance(size, int | None) and is_epoch
-    ):
-        raise RunError(f"the snapshot of step {state.step} has no valid place in the batches")
+        return None if state.step else Recorded(step=0, draw_of=draw_of, call=0, taken=0)
     problems: list[str] = []
     first = run.state_near(0, on_problem=problems.append)
     if first is None:
         raise RunError(f"{run.name} cannot find its place in the batches: {'; '.join(problems)}")
-    at_first = first.generators.tensors()
-    epoch = Epoch(*begun) if "epoch" in place else None
-    has_workers = bool(place.get("has_workers"))
-    found = call, taken, place.get("loader"), state.rest, at_first, epoch, has_workers, size
-    return Recorded(state.step, partial(_drawn, run), *found)
+    known = {"tensors": state.rest, "at_first": first.generators.tensors()}
+    try:
+        return Recorded(**{**place, **known, "step": state.step, "draw_of": draw_of})
+    except ValueError:
+        raise RunError(f"the snapshot of step {state.step} has no valid place in the batches") from None
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:

@@ -195,8 +195,9 @@ class Recording(Generic[R]):
             self._interrupt.__exit__()
             self._place.let_go()
             directory = writer.recorder.directory
-            if is_failed and at is not None and _has_no_more(directory, at):
-                shutil.rmtree(directory, ignore_errors=True)
+            with suppress(RunError):  # a fork without a step of its own is removed
+                if is_failed and at is not None and RecordedRun(directory).newest_step() <= at:
+                    shutil.rmtree(directory, ignore_errors=True)
         if is_failed and kind is None and error is not None:
             raise error
         if error is None and self._interrupt.is_by_user:
@@ -580,11 +581,3 @@ def _number(name: str, value: Any) -> float | Tensor:
     raise UsageError(
         f"log: {name} is a {type(value).__name__}; log a number, or a tensor with one element"
     )
-
-
-def _has_no_more(directory: Path, at: int) -> bool:
-    """Tell whether a fork has no steps but its parent's."""
-    try:
-        return RecordedRun(directory).newest_step() <= at
-    except RunError:
-        return False

@@ -124,8 +124,7 @@ def train_step(
                         break
         finally:
             progress.end()
-    facts = recording.run.facts
-    return Outcome(run.directory, facts.status, facts.reason, interrupt.is_by_user)
+    return Outcome(run.directory, recording.run.facts.reason, interrupt.is_by_user)
 
 
 def _batches(

@@ -52,14 +52,6 @@ class WrittenProgram(NamedTuple):
     built: BuiltPath
 
 
-class LastProgram(NamedTuple):
-    """The program of the last step, the numbers of the step, and what it brought by `input/name`."""
-
-    built: BuiltPath
-    numbers: list[int | float]
-    inputs: dict[str, Tensor]
-
-
 class WatchedSteps:
     """Watches the steps of a training, and keeps what repeats each step.
 
@@ -279,16 +271,6 @@ class WatchedSteps:
         """Return the program of a path, or why it has none."""
         known = self._of_paths.get(path, "the steps do something else each time")
         return known if isinstance(known, str) else known.built
-
-    def program_of_last(self) -> LastProgram | None:
-        """Return the program of the last step, None if it has none."""
-        path, watch = self.last
-        built = self.program_of(path)
-        if isinstance(built, str):
-            return None
-        brought = {f"input/{n}": watch.from_outside(place) for n, place in built.inputs.items()}
-        inputs = {name: each.content for name, each in brought.items() if each is not None}
-        return LastProgram(built, built.numbers(watch.numbers, watch.offsets), inputs)
 
     def note_changes(
         self,
