@@ -60,7 +60,7 @@ _OF_TORCH = {
 #: Objects that are left unchanged: code, modules, and objects that cannot be copied.
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Values that never change: a state shows whether there is another one.
-_WITH_TEXTS = (range, slice, torch.Size, PurePath, Fraction, Decimal)
+_WITH_TEXTS = (range, slice, torch.Size, np.dtype, PurePath, Fraction, Decimal)
 #: Of an object in an attribute of a module, which may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Where the classes of locks, files, references and loggers are defined.

@@ -151,7 +151,8 @@ class PartsState:
         """
         now, then = (each.settings for each in (self.snapshot(state.step), state))
         held = then.get("held", {})
-        other = [name for name, each in now["held"].items() if not _is_equal(each, held.get(name))]
+        pairs = {name: (each, held.get(name)) for name, each in now["held"].items()}
+        other = [name for name, pair in pairs.items() if not _is_equal(*map(_without_draws, pair))]
         if now["frozen"] != then.get("frozen"):
             other.append("which parameters are trained")
         if other:
@@ -542,6 +543,14 @@ def _restore_groups(
 def _is_equal(one: Any, two: Any) -> bool:
     """Return whether two settings are written alike."""
     return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
+
+
+def _without_draws(node: Any) -> Any:
+    """Return a written value without the states of generators, which are numbers of a snapshot."""
+    if isinstance(node, dict):
+        is_generator = node.keys() == {"random"}
+        return {key: None if is_generator else _without_draws(each) for key, each in node.items()}
+    return [_without_draws(each) for each in node] if isinstance(node, list) else node
 
 
 def _geometry(tensor: Tensor) -> str:
