@@ -501,6 +501,32 @@ def test_a_random_generator_is_a_part(make, dying):
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 
 
+def test_the_gradient_of_a_tensor_is_part_of_the_state(dying, capsys):
+    """As in a first tutorial: no modules, and gradients that are zeroed in place, or not at all."""
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(1))
+
+    def body(record):
+        weight, others = torch.zeros(4, 1, requires_grad=True), [torch.zeros(1, requires_grad=True)]
+        with record(weight=weight, others=others) as recording:
+            for rows in recording.steps(x.split(8)):
+                loss = functional.mse_loss(rows @ weight + others[0], rows[:, :1])
+                loss.backward()
+                with torch.no_grad():
+                    weight -= weight.grad * 0.1
+                    others[0] -= others[0].grad * 0.01
+                    weight.grad.zero_()
+                recording.log(loss=loss)
+        return [weight.detach(), others[0].detach(), others[0].grad]
+
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    run = everystep.open("whole")
+    assert "in any part" not in capsys.readouterr().err
+    assert run[4].gradients.keys() == {"weight", "others.0"}
+    assert run[4].gradients["weight"].abs().sum() > 0
+    assert all(map(torch.equal, whole, by_loop(body, (3, 5))))
+    assert_same_run(run, everystep.open("killed"))
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_a_loader_with_a_state_goes_to_its_place_by_itself(dying):
     options = {"dataset": Noisy(), "loader": StatefulDataLoader}

@@ -15,7 +15,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
-from everystep.step.kept_values import GENERATORS
+from everystep.step.kept_values import GENERATORS, has_graph
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts"]
@@ -159,14 +159,31 @@ class Parts:
         layout = self._known_layout()
         found = dict(layout.tensors)
         known = {id(tensor) for tensor in found.values()} if self._others else set()
+        gradient_names = [*layout.gradient_names]
         for part, other in self._others.items():
             for path, tensor in _tensors_in(other, part, known):
                 found[f"part/{path}"] = tensor
-        for parameter, name in layout.gradient_names:
-            gradient = parameter.grad
+                gradient_names += self._gradient_names(path, tensor)
+        for leaf, name in gradient_names:
+            gradient = leaf.grad
             if gradient is not None and gradient.layout is torch.strided:
                 found[name] = gradient
         return found
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors that may have pending gradients, by the names of these."""
+        found = {name: parameter for parameter, name in self.parameter_names().items()}
+        for name, tensor in self.state().items():
+            kind, _, path = name.partition("/")
+            if kind == "part" and self._gradient_names(path, tensor):
+                found[path] = tensor
+        return found
+
+    def _gradient_names(self, path: str, tensor: Tensor) -> list[tuple[Tensor, str]]:
+        """Return a tensor of another part with the name of its gradient, if a state may have that."""
+        is_leaf = tensor.requires_grad and not has_graph(tensor)
+        is_taken = is_leaf and path in self._known_layout().names.values()
+        return [(tensor, f"gradient/{path}")] if is_leaf and not is_taken else []
 
     def gradients(self, of: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
         """Return the pending gradients by the names of their parameters. of: those of an optimizer."""

@@ -391,7 +391,7 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
     for parameter, name in parts.parameter_names().items():
         other = _other_gradient(f"parameter/{name}", parameter, saved)
         _set_gradient(parameter, saved.get(f"gradient/{name}", other))
-    live, faults = parts.state(), []
+    live, leaves, faults = parts.state(), parts.leaves(), []
     known = [name for name in state.settings["names"] if is_whole or name in live]
     for name in known:
         if name.startswith("gradient/"):
@@ -406,7 +406,8 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
             with torch.no_grad():
                 copy_into(tensor, value)
             if not name.startswith("parameter/") and not has_graph(tensor):
-                _set_gradient(tensor, _other_gradient(name, tensor, saved))
+                own = saved.get(f"gradient/{path}") if leaves.get(path) is tensor else None
+                _set_gradient(tensor, _other_gradient(name, tensor, saved) if own is None else own)
     faults += [
         Fault(name.partition("/")[2], "is in the parts, but not in the snapshot")
         for name in live.keys() - set(known)
