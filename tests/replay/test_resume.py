@@ -771,6 +771,9 @@ class Flat(torch.optim.Optimizer):
         for each in parameters:
             self.state[each]["momentum"].add_(each.grad)
             each.sub_(self.state[each]["momentum"], alpha=self.param_groups[0]["lr"])
+        norms = torch.stack([each.norm() for each in parameters])
+        for each, norm in zip(parameters, norms, strict=True):
+            self.state[each]["norm"] = norm  # of one memory, which nothing else has
 
 
 def with_views(record):
