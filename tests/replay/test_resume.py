@@ -757,7 +757,7 @@ class Flat(torch.optim.Optimizer):
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.1})
-        self.flat = None
+        self.flat, self.of = None, {}
 
     @torch.no_grad()
     def step(self):
@@ -774,6 +774,8 @@ class Flat(torch.optim.Optimizer):
         norms = torch.stack([each.norm() for each in parameters])
         for each, norm in zip(parameters, norms, strict=True):
             self.state[each]["norm"] = norm  # of one memory, which nothing else has
+            self.of[id(each)] = {"sum": self.of.get(id(each), {"sum": 0.0})["sum"] + norm}
+            each.sub_(self.of[id(each)]["sum"], alpha=1e-3)
 
 
 def with_views(record):
@@ -810,6 +812,39 @@ def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying):
     )
     for one, two in zip(whole, forked, strict=True):
         assert torch.equal(one, two)
+
+
+class Around(torch.optim.Optimizer):
+    """Has the param groups of another optimizer, which is a part, too."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, base.defaults)
+        self.base, self.param_groups, self.state = base, base.param_groups, base.state
+        self.closure = None
+
+    def step(self):
+        self.base.step()
+
+
+@pytest.mark.parametrize("is_code", [False, True])
+def test_two_optimizers_may_have_one_list_of_param_groups(is_code, dying):
+    def body(record):
+        model = nn.Linear(6, 1)
+        base = torch.optim.Adam(model.parameters(), betas=(0.8, 0.9))
+        optimizer = Around(base)
+        with record(model=model, optimizer=optimizer, base=base) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+                optimizer.closure = model.zero_grad if is_code else None
+        return [value.detach() for value in model.state_dict().values()]
+
+    if is_code:
+        with pytest.raises(RunError, match=r"optimizer\.closure: cannot be made again"):
+            by_loop(body, (13,))
+        return
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
 
 
 class WithBuffers(nn.Module):
@@ -938,7 +973,7 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
 
     for key, message in (
         ("averages", r"a Average, which only your code can make: make it before everystep\.record"),
-        ("range", r"state: cannot be made again as after step \d+; keep numbers, texts"),
+        ("range", r"state\.range: cannot be made again as after step \d+; keep numbers, texts"),
     ):
         with pytest.raises(RunError, match=message):
             by_loop(lambda record, key=key: body(record, key), (13,), f"runs/{key}")

@@ -169,6 +169,8 @@ class _Capturing:
             return value
         if (written := _of_constant(value)) is not None:
             return written
+        if type(value) is tuple and all(map(is_plain_value, value)):
+            return {"tuple": [*value]}  # it never changes: two that are equal may be one, or not
         if id(value) in self._places:
             return {"same": self._places[id(value)][0]}
         if id(value) in self._left_alone:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from operator import is_
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -238,7 +239,8 @@ class Parts:
         if keeps_own_state(optimizer):
             more = {k: v for k, v in vars(optimizer).items() if k not in _OF_OPTIMIZER}
             seen = {id(tensor) for tensor in (*known.values(), *found.values())}
-            found |= {f"part/{path}": tensor for path, tensor in _tensors_in(more, part, seen)}
+            ids = {id(parameter): name for parameter, name in names.items()}
+            found |= {f"part/{path}": t for path, t in _tensors_in(more, part, seen, ids=ids)}
         return found
 
     def _device(self) -> torch.device:
@@ -335,9 +337,16 @@ def check_parts(named: Mapping[str, Any]) -> None:
 
 
 def _tensors_in(
-    value: Any, path: str, known: set[int], depth: int = _DEPTH
+    value: Any,
+    path: str,
+    known: set[int],
+    depth: int = _DEPTH,
+    ids: Mapping[Any, str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors within a part that have no name yet, each with its path."""
+    """Yield the tensors within a part that have no name yet, each with its path.
+
+    ids: names of parameters by their ids, which are the keys of some dicts.
+    """
     if isinstance(value, Tensor):
         if id(value) not in known:
             known.add(id(value))
@@ -357,5 +366,5 @@ def _tensors_in(
     known.add(id(value))
     for key, item in list(inner):
         if isinstance(item, Tensor | dict | list | tuple) or hasattr(item, "__dict__"):
-            name = key if isinstance(key, str | int) else type(key).__name__
-            yield from _tensors_in(item, f"{path}.{name}".lstrip("."), known, depth - 1)
+            name = ids.get(key, key) if isinstance(key, str | int) else type(key).__name__
+            yield from _tensors_in(item, f"{path}.{name}".lstrip("."), known, depth - 1, ids)
