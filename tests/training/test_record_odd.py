@@ -380,3 +380,23 @@ def test_nested_tensors_are_kept_by_content(tmp_path):
             means = torch.stack([each.mean(0) for each in model(nested).unbind()])
             recording.log(loss=descend(optimizer, functional.mse_loss(means, y[:3])))
     assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+
+
+def test_the_different_numbers_of_a_tensor_are_in_the_program(tmp_path):
+    """A loop that has a mean of each class; steps with as many classes share a program."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    counts = (3, 3, 2, 3, 2)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for count, (x, _) in recording.steps(zip(counts, batches(5), strict=True)):
+            labels = torch.arange(len(x)) % count
+            _, places, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+            found = model(x)
+            means = torch.zeros(len(sizes), found.shape[1]).index_add(0, places, found) / sizes[:, None]
+            runs = torch.unique_consecutive(labels.sort().values), torch.unique(labels, dim=0)
+            assert len(runs[0]) == len(runs[1]) == count
+            recording.log(loss=descend(optimizer, (found - means[places]).square().sum() + runs[1][0]))
+    run = recording.run
+    assert not run.facts.training.loop.unseen
+    assert run.facts.training.loop.programs <= 4  # the first step has no pending gradients
+    assert run.verify(processes=1, progress=False).is_exact

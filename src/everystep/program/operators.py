@@ -42,10 +42,12 @@ _Packet: Any = type(torch.ops.aten.mul)
 _LISTS = (list, tuple)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
-#: Exceptions to the rules for operators: one returns a number to Python, the result shapes of two depend
-#: on numbers, and two belong to a gradient scaler and check their inputs.
+#: Exceptions to the rules for operators: one returns a number to Python, the result shapes of five
+#: depend on numbers, up to the size of an argument, and two belong to a gradient scaler, and check their
+#: inputs.
 BY_VALUES = {
     *("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"),
+    *("aten._unique2.default", "aten.unique_dim.default", "aten.unique_consecutive.default"),
     *("aten._amp_foreach_non_finite_check_and_unscale_.default", "aten._amp_update_scale_.default"),
 }
 
