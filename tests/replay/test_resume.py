@@ -960,7 +960,7 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
     def body(record, key):
         model = nn.Linear(6, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        state = {"averages": [], "range": range(0), "iterator": iter([])}
+        state = {"averages": [], "range": range(0), "iterator": iter([]), "kind": np.dtype("f4")}
         with record(model=model, optimizer=optimizer, state=state) as recording:
             for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
                 made = {
