@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.descent import descend
@@ -587,6 +589,25 @@ def test_a_fork_of_a_loop_has_the_bits_of_a_loop_that_changes_there(at):
     assert all(map(torch.equal, state, by_hand))
     assert recording.run.verify(progress=False).is_exact
     assert recording.run[at + 1].gradients and contents_of(parent.directory) == before
+
+
+@pytest.mark.parametrize("make", [torch.Generator, random.Random, np.random.default_rng])
+def test_a_fork_has_the_generators_of_its_parent_although_no_one_seeds_them(make):
+    def record(**settings):
+        torch.manual_seed(0)
+        model, generator = nn.Linear(4, 1), make()
+        if make is torch.Generator:
+            generator.seed()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with everystep.record(model=model, generator=generator, optimizer=optimizer, **settings) as r:
+            for _ in r.steps(range(8)):
+                drawn = torch.rand(1, generator=generator) if make is torch.Generator else None
+                x = torch.full((2, 4), float(generator.random() if drawn is None else drawn))
+                r.log(loss=descend(optimizer, model(x).square().mean()))
+        return r.run
+
+    parent = record(run="runs/parent")
+    assert record(fork="parent", at=5).losses.equals(parent.losses)
 
 
 def contents_of(directory):

@@ -501,6 +501,32 @@ def test_a_random_generator_is_a_part(make, dying):
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 
 
+def test_the_gradient_of_a_tensor_is_part_of_the_state(dying, capsys):
+    """As in a first tutorial: no modules, and gradients that are zeroed in place, or not at all."""
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(1))
+
+    def body(record):
+        weight, others = torch.zeros(4, 1, requires_grad=True), [torch.zeros(1, requires_grad=True)]
+        with record(weight=weight, others=others) as recording:
+            for rows in recording.steps(x.split(8)):
+                loss = functional.mse_loss(rows @ weight + others[0], rows[:, :1])
+                loss.backward()
+                with torch.no_grad():
+                    weight -= weight.grad * 0.1
+                    others[0] -= others[0].grad * 0.01
+                    weight.grad.zero_()
+                recording.log(loss=loss)
+        return [weight.detach(), others[0].detach(), others[0].grad]
+
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    run = everystep.open("whole")
+    assert "in any part" not in capsys.readouterr().err
+    assert run[4].gradients.keys() == {"weight", "others.0"}
+    assert run[4].gradients["weight"].abs().sum() > 0
+    assert all(map(torch.equal, whole, by_loop(body, (3, 5))))
+    assert_same_run(run, everystep.open("killed"))
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_a_loader_with_a_state_goes_to_its_place_by_itself(dying):
     options = {"dataset": Noisy(), "loader": StatefulDataLoader}
@@ -731,7 +757,7 @@ class Flat(torch.optim.Optimizer):
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.1})
-        self.flat = None
+        self.flat, self.of = None, {}
 
     @torch.no_grad()
     def step(self):
@@ -747,6 +773,11 @@ class Flat(torch.optim.Optimizer):
             (sums,) = self.state[each].setdefault("inner", {"sums": [torch.ones_like(each)]})["sums"]
             sums.add_(each.grad.square())
             each.sub_(self.state[each]["momentum"] / sums.sqrt(), alpha=self.param_groups[0]["lr"])
+        norms = torch.stack([each.norm() for each in parameters])
+        for each, norm in zip(parameters, norms, strict=True):
+            self.state[each]["norm"] = norm  # of one memory, which nothing else has
+            self.of[id(each)] = {"sum": self.of.get(id(each), {"sum": 0.0})["sum"] + norm}
+            each.sub_(self.of[id(each)]["sum"], alpha=1e-3)
 
 
 def with_views(record):
@@ -853,6 +884,39 @@ def test_models_and_optimizers_within_other_parts_are_parts(dying, capfd):
     assert {f"{name}.{own}" for name in names for own in ("weight", "bias")} == {*run[20].parameters}
     optimizers = ("agent_optimizer", "steps_0_optimizer", "models_second_optimizer")
     assert {f"{name}.lr" for name in optimizers} <= {*run[20].hyperparameters}
+
+
+class Around(torch.optim.Optimizer):
+    """Has the param groups of another optimizer, which is a part, too."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, base.defaults)
+        self.base, self.param_groups, self.state = base, base.param_groups, base.state
+        self.closure = None
+
+    def step(self):
+        self.base.step()
+
+
+@pytest.mark.parametrize("is_code", [False, True])
+def test_two_optimizers_may_have_one_list_of_param_groups(is_code, dying):
+    def body(record):
+        model = nn.Linear(6, 1)
+        base = torch.optim.Adam(model.parameters(), betas=(0.8, 0.9))
+        optimizer = Around(base)
+        with record(model=model, optimizer=optimizer, base=base) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+                optimizer.closure = model.zero_grad if is_code else None
+        return [value.detach() for value in model.state_dict().values()]
+
+    if is_code:
+        with pytest.raises(RunError, match=r"optimizer\.closure: cannot be made again"):
+            by_loop(body, (13,))
+        return
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
 
 
 class WithBuffers(nn.Module):
@@ -968,7 +1032,7 @@ def test_what_only_the_code_of_a_loop_can_make_is_named(dying, capfd):
     def body(record, key):
         model = nn.Linear(6, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        state = {"averages": [], "range": range(0), "iterator": iter([])}
+        state = {"averages": [], "range": range(0), "iterator": iter([]), "kind": np.dtype("f4")}
         with record(model=model, optimizer=optimizer, state=state) as recording:
             for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
                 made = {

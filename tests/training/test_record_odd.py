@@ -380,3 +380,50 @@ def test_nested_tensors_are_kept_by_content(tmp_path):
             means = torch.stack([each.mean(0) for each in model(nested).unbind()])
             recording.log(loss=descend(optimizer, functional.mse_loss(means, y[:3])))
     assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+
+
+def test_the_different_numbers_of_a_tensor_are_in_the_program(tmp_path):
+    """A loop that has a mean of each class; steps with as many classes share a program."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    counts = (3, 3, 2, 3, 2)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for count, (x, _) in recording.steps(zip(counts, batches(5), strict=True)):
+            labels = torch.arange(len(x)) % count
+            _, places, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+            found = model(x)
+            means = torch.zeros(len(sizes), found.shape[1]).index_add(0, places, found) / sizes[:, None]
+            runs = torch.unique_consecutive(labels.sort().values), torch.unique(labels, dim=0)
+            assert len(runs[0]) == len(runs[1]) == count
+            recording.log(loss=descend(optimizer, (found - means[places]).square().sum() + runs[1][0]))
+    run = recording.run
+    assert not run.facts.training.loop.unseen
+    assert run.facts.training.loop.programs <= 4  # the first step has no pending gradients
+    assert run.verify(processes=1, progress=False).is_exact
+
+
+def test_sequences_of_several_lengths_are_packed_in_the_program(tmp_path):
+    """Steps with the same lengths share a program."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"cells": nn.LSTM(6, 5, batch_first=True), "head": nn.Linear(5, 2)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    lengths = [torch.tensor([4, 2, 3]), torch.tensor([1, 4, 4])]
+    data = [(torch.randn(3, 4, 6), torch.randn(3, 2), lengths[i in (2, 5)]) for i in range(7)]
+
+    def losses(steps):
+        for x, y, lengths in steps:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+            (last,) = model["cells"](packed)[1][0]
+            yield descend(optimizer, functional.mse_loss(model["head"](last), y))
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = [loss.item() for loss in losses(data)]
+    model.load_state_dict(before)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for loss in losses(recording.steps(data)):
+            recording.log(loss=loss)
+    run = recording.run
+    assert run.losses["loss"].to_list() == expected
+    assert not run.facts.training.loop.unseen
+    assert run.facts.training.loop.programs <= 4
+    assert run.verify(processes=1, progress=False).is_exact

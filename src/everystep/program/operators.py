@@ -42,10 +42,13 @@ _Packet: Any = type(torch.ops.aten.mul)
 _LISTS = (list, tuple)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
-#: Exceptions to the rules for operators: one returns a number to Python, the result shapes of two depend
-#: on numbers, and two belong to a gradient scaler and check their inputs.
+#: Exceptions to the rules for operators: one returns a number to Python, the result shapes of six
+#: depend on numbers, up to the size of an argument, and two belong to a gradient scaler, and check their
+#: inputs.
 BY_VALUES = {
     *("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"),
+    *("aten._unique2.default", "aten.unique_dim.default", "aten.unique_consecutive.default"),
+    "aten._pack_padded_sequence.default",
     *("aten._amp_foreach_non_finite_check_and_unscale_.default", "aten._amp_update_scale_.default"),
 }
 
@@ -254,9 +257,11 @@ def has_shape_of_values(operator: Any, indices: Iterable[torch.dtype]) -> bool:
 
     indices: the dtypes of the tensors by which it picks elements, if it does; those of masks count.
     """
-    if torch.Tag.dynamic_output_shape not in operator.tags:
+    name = operator.overloadpacket.__name__
+    # torch has no tag on one of them.
+    if torch.Tag.dynamic_output_shape not in operator.tags and name != "_pack_padded_sequence":
         return False
-    is_picking = operator.overloadpacket.__name__ in ("index", "_unsafe_index")
+    is_picking = name in ("index", "_unsafe_index")
     return not is_picking or any(dtype in (torch.bool, torch.uint8) for dtype in indices)
 
 

@@ -63,7 +63,7 @@ _OF_TORCH = {
 #: Objects that are left unchanged: code, modules, and objects that cannot be copied.
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 #: Values that never change: a state shows whether there is another one.
-_WITH_TEXTS = (range, slice, torch.Size, PurePath, Fraction, Decimal)
+_WITH_TEXTS = (range, slice, torch.Size, np.dtype, PurePath, Fraction, Decimal)
 #: Of an object in an attribute of a module, which may lead to a data set or a trainer.
 MOST_OBJECTS, MOST_VALUES, MOST_BYTES = 10, 1000, 16_000_000
 #: Values within values that are written; a chain of objects may be as long as it likes.
@@ -180,6 +180,8 @@ class _Capturing:
             return value
         if (written := _of_constant(value)) is not None:
             return written
+        if type(value) is tuple and all(map(is_plain_value, value)):
+            return {"tuple": [*value]}  # it never changes: two that are equal may be one, or not
         if id(value) in self._places:
             return {"same": self._places[id(value)][0]}
         if id(value) in self._left_alone:

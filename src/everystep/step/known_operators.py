@@ -173,8 +173,6 @@ def gathers_data(
 
 def is_shaped_by_numbers(func: Any, args: Any) -> bool:
     """Return whether the shapes of an operation's results depend on numbers."""
-    if func.overloadpacket.__name__ == "_pack_padded_sequence":  # torch has no tag on it
-        return True
     return has_shape_of_values(func, (each.dtype for each in leaves(args[1:2])))
 
 

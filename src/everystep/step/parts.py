@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from operator import is_
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
-from everystep.step.kept_values import GENERATORS, is_aside, is_code
+from everystep.step.kept_values import GENERATORS, has_graph, is_aside, is_code
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts", "with_inner"]
@@ -162,11 +163,13 @@ class Parts:
         layout = self._known_layout()
         found = dict(layout.tensors)
         known = {id(tensor) for tensor in found.values()} if self._others else set()
+        gradient_names = [*layout.gradient_names]
         for part, other in self._others.items():
             for path, tensor in _tensors_in(other, part, known):
                 found[f"part/{path}"] = tensor
-        for parameter, name in layout.gradient_names:
-            gradient = parameter.grad
+                gradient_names += self._gradient_names(path, tensor)
+        for leaf, name in gradient_names:
+            gradient = leaf.grad
             if gradient is not None and gradient.layout is torch.strided:
                 found[name] = gradient
         return found
@@ -178,6 +181,21 @@ class Parts:
             for _ in _within(part, "", found, ()):
                 pass
         return found | {id(part) for part in self.named.values()}
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors that may have pending gradients, by the names of these."""
+        found = {name: parameter for parameter, name in self.parameter_names().items()}
+        for name, tensor in self.state().items():
+            kind, _, path = name.partition("/")
+            if kind == "part" and self._gradient_names(path, tensor):
+                found[path] = tensor
+        return found
+
+    def _gradient_names(self, path: str, tensor: Tensor) -> list[tuple[Tensor, str]]:
+        """Return a tensor of another part with the name of its gradient, if a state may have that."""
+        is_leaf = tensor.requires_grad and not has_graph(tensor)
+        is_taken = is_leaf and path in self._known_layout().names.values()
+        return [(tensor, f"gradient/{path}")] if is_leaf and not is_taken else []
 
     def gradients(self, of: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
         """Return the pending gradients by the names of their parameters. of: those of an optimizer."""
@@ -235,7 +253,8 @@ class Parts:
                 name = names.get(parameter, "#") if isinstance(parameter, Tensor) else str(parameter)
                 more[f"state.{name}"] = each
             seen = {id(tensor) for tensor in (*known.values(), *found.values())}
-            found |= {f"part/{path}": tensor for path, tensor in _tensors_in(more, part, seen)}
+            ids = {id(parameter): name for parameter, name in names.items()}
+            found |= {f"part/{path}": t for path, t in _tensors_in(more, part, seen, ids=ids)}
         return found
 
     def _device(self) -> torch.device:
@@ -361,16 +380,26 @@ def check_parts(named: Mapping[str, Any]) -> None:
         raise UsageError(faults, "the parts of the training")
 
 
-def _tensors_in(value: Any, path: str, known: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in(
+    value: Any, path: str, known: set[int], ids: Mapping[Any, str] = MappingProxyType({})
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors within a part that have no name yet, each with its path."""
     if not isinstance(value, _WHOLE):
-        yield from _within(value, path, known, (Tensor,))
+        yield from _within(value, path, known, (Tensor,), ids=ids)
 
 
 def _within(
-    value: Any, path: str, known: set[int], wanted: tuple[type, ...], depth: int = _DEPTH
+    value: Any,
+    path: str,
+    known: set[int],
+    wanted: tuple[type, ...],
+    depth: int = _DEPTH,
+    ids: Mapping[Any, str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the objects of some kinds within a part that are not known, each with its path."""
+    """Yield the objects of some kinds within a part that are not known, each with its path.
+
+    ids: names of parameters by their ids, which are the keys of some dicts.
+    """
     is_wanted = isinstance(value, wanted)
     value = _unwrapped(value) if is_wanted else value
     if id(value) in known or isinstance(value, type) or is_aside(value):
@@ -393,5 +422,5 @@ def _within(
     known.add(id(value))
     for key, item in list(inner):
         if isinstance(item, Tensor | dict | list | tuple) or hasattr(item, "__dict__"):
-            name = key if isinstance(key, str | int) else type(key).__name__
-            yield from _within(item, f"{path}.{name}".lstrip("."), known, wanted, depth - 1)
+            name = ids.get(key, key) if isinstance(key, str | int) else type(key).__name__
+            yield from _within(item, f"{path}.{name}".lstrip("."), known, wanted, depth - 1, ids)

@@ -151,7 +151,8 @@ class PartsState:
         """
         now, then = (each.settings for each in (self.snapshot(state.step), state))
         held = then.get("held", {})
-        other = [name for name, each in now["held"].items() if not _is_equal(each, held.get(name))]
+        pairs = {name: (each, held.get(name)) for name, each in now["held"].items()}
+        other = [name for name, pair in pairs.items() if not _is_equal(*map(_without_draws, pair))]
         if now["frozen"] != then.get("frozen"):
             other.append("which parameters are trained")
         if other:
@@ -325,7 +326,8 @@ class PartsState:
         faults = {name.removeprefix(PREFIX) for name in other}
         for name in self.parts.named:
             if name not in self.parts.modules:
-                faults |= {*_differing(now.held[name], held[name], name)}
+                here, there = (each[name].get("object", each[name]) for each in (now.held, held))
+                faults |= {*_differing(here, there, name)}
                 continue
             attributes = self._attributes(name, {})
             for path, each in held[name]["attributes"].items():
@@ -371,21 +373,27 @@ def _place(part: str, path: str, attribute: str) -> str:
 def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
     """Yield where values differ that are written as JSON can hold them; earlier versions wrote less."""
     if isinstance(now, dict) and isinstance(saved, dict):
+        if "same" in saved and "tuple" in now:
+            return  # earlier versions compared where a tuple of numbers is held
         for key, value in saved.items():
-            known = now.get(key)
-            if key == "dict" and known is not None and [k for k, _ in known] == [k for k, _ in value]:
-                known, value = ({str(k): each for k, each in pairs} for pairs in (known, value))
-            has_names = key in ("own", "dict") or "class" in saved
-            if has_names and isinstance(known, dict) and isinstance(value, dict):
-                for name, each in value.items():  # of an object its attributes, of a dict its keys
-                    yield from _differing(known.get(name), each, f"{place}.{name}")
+            here, there = (_by_name(key, each) for each in (now.get(key), value))
+            if here is None or there is None or (key == "dict" and [*here] != [*there]):
+                yield from _differing(now.get(key), value, place)
             else:
-                yield from _differing(known, value, place)
+                for name, each in there.items():
+                    yield from _differing(here.get(name), each, f"{place}.{name}")
     elif isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved):
         for one, two in zip(now, saved, strict=True):
             yield from _differing(one, two, place)
     elif not _is_equal(now, saved):
         yield place
+
+
+def _by_name(key: str, content: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object, or the values of a dict, by name; None of all else."""
+    if key == "dict" and isinstance(content, list):
+        return {str(name): each for name, each in content}
+    return content if key in ("object", "attributes", "own") and isinstance(content, dict) else None
 
 
 def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: bool) -> None:
@@ -399,7 +407,7 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
     for parameter, name in parts.parameter_names().items():
         other = _other_gradient(f"parameter/{name}", parameter, saved)
         _set_gradient(parameter, saved.get(f"gradient/{name}", other))
-    live, faults = parts.state(), []
+    live, leaves, faults = parts.state(), parts.leaves(), []
     known = [name for name in state.settings["names"] if is_whole or name in live]
     for name in known:
         if name.startswith("gradient/"):
@@ -414,7 +422,8 @@ def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: 
             with torch.no_grad():
                 copy_into(tensor, value)
             if not name.startswith("parameter/") and not has_graph(tensor):
-                _set_gradient(tensor, _other_gradient(name, tensor, saved))
+                own = saved.get(f"gradient/{path}") if leaves.get(path) is tensor else None
+                _set_gradient(tensor, _other_gradient(name, tensor, saved) if own is None else own)
     faults += [
         Fault(name.partition("/")[2], "is in the parts, but not in the snapshot")
         for name in live.keys() - set(known)
@@ -450,9 +459,10 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
 def _overlapping(live: Mapping[str, Tensor], names: list[str]) -> list[list[str]]:
     """Return tensors of the same memory, apart where no other one reaches.
 
-    Rows of a batch in a dict or list are tensors of their own; modules and optimizers may rely on more.
+    Rows of a batch in a dict or list are tensors of their own, and so are numbers of all parameters that
+    an optimizer has computed together; modules may rely on more.
     """
-    if not all(name.startswith("part/") for name in names):
+    if not all(name.startswith(("part/", "optimizer/")) for name in names):
         return [names]
     found, end = list[list[str]](), 0
     for name in sorted(names, key=lambda name: live[name].data_ptr()):
@@ -551,6 +561,14 @@ def _restore_groups(
 def _is_equal(one: Any, two: Any) -> bool:
     """Return whether two settings are written alike."""
     return json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
+
+
+def _without_draws(node: Any) -> Any:
+    """Return a written value without the states of generators, which are numbers of a snapshot."""
+    if isinstance(node, dict):
+        is_generator = node.keys() == {"random"}
+        return {key: None if is_generator else _without_draws(each) for key, each in node.items()}
+    return [_without_draws(each) for each in node] if isinstance(node, list) else node
 
 
 def _geometry(tensor: Tensor) -> str:

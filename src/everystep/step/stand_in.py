@@ -145,7 +145,7 @@ class StandIn:
         self._calls = OptimizerCalls()
         self.schedulers = [*schedulers]
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
-        self._parameters = {name: p for p, name in parts.parameter_names().items()}
+        self._leaves = parts.leaves()
         self._interpreter = Interpreter(built.program, parts.device)
         self._state = self._interpreter.state
         #: Copies of the tensors from which Python reads numbers that it does not log.
@@ -343,7 +343,7 @@ class StandIn:
         return bool(lent)
 
     def _set_gradient(self, state: dict[str, Tensor], name: str, gradient: Tensor | None) -> None:
-        self._parameters[name.removeprefix("gradient/")].grad = gradient
+        self._leaves[name.removeprefix("gradient/")].grad = gradient
         if gradient is None:
             state.pop(name, None)
         else:

@@ -85,8 +85,8 @@ class Notices:
             self._once(
                 "outside",
                 f"step {step} changes {seen.changed_outside} that is not in any part; everystep "
-                "stores it again at every step, unless you pass the object that holds it to "
-                "everystep.record(...)",
+                "stores it again at every step, and a resumed loop gets it as your script makes it, "
+                "unless you pass the object that holds it to everystep.record(...)",
             )
 
         if isinstance(built, BuiltPath) and built.evaluation is not None:

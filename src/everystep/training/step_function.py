@@ -202,7 +202,7 @@ class _VouchedStep(Acceleration):
         given = writer.watched, Surroundings(writer.parts), writer.step, steps
         super().__init__(*given, is_known=False, is_quiet=is_quiet)
         self._seen: _SeenBatch | None = None
-        self._parameters: list[Tensor] = []
+        self._leaves: list[Tensor] = []
         self._compare_guards(writer.step)
 
     @property
@@ -229,9 +229,9 @@ class _VouchedStep(Acceleration):
         if not self._is_settled:
             self._era += 1
             self._compare_guards(number - 1)
-            self._parameters = [*self.watched.parts.parameter_names()]
+            self._leaves = [*self.watched.parts.leaves().values()]
         # Steps are of one kind if their batches are, and the same gradients are pending.
-        pending = tuple([parameter.grad is None for parameter in self._parameters])
+        pending = tuple([leaf.grad is None for leaf in self._leaves])
         return self._take(number, number, (self._seen_batch(batch).key, pending), batch)
 
     def _seen_batch(self, batch: tuple[Any, ...]) -> _SeenBatch:
