@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 
 from everystep.program.collectives import taking_part
 from everystep.program.memory import geometry
+from everystep.program.observed import OVERWRITING
 from everystep.program.operation import fills
 from everystep.program.operators import flattened, leaves, parameters, writes
 from everystep.step.backward import BackwardPasses
@@ -26,6 +27,8 @@ from everystep.step.calling_code import named_here
 from everystep.step.collective_calls import CollectiveCall, finished, how_collective
 from everystep.step.follow import Follower, begin_watch, end_watch
 from everystep.step.known_operators import (
+    JOINING,
+    PICKING,
     KnownOperator,
     gathers_data,
     is_shaped_by_numbers,
@@ -45,6 +48,7 @@ __all__ = ["Cursor"]
 
 #: They mark a stretch of time for a profiler.
 _NO_OPERATIONS = ("profiler", "prim")
+_ZEROING = {"zero_", "_foreach_zero_"}
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -114,12 +118,13 @@ class Cursor(UnderWay):
             return func(*args, **keywords)
         self.tensors.catch_up(at)
         given = leaves([*args, *keywords.values()])
-        is_met = self._is_met_or_read if known.copies else self._is_met
+        copies = known.name == "copy_"
+        is_met = self._is_met_or_read if copies else self._is_met
         if gathers_data(known, given, is_met, self._is_drawn):
             result = func(*args, **keywords)
-            if known.copies:  # a write through `tensor.data` is not counted
+            if copies:  # a write through `tensor.data` is not counted
                 self.outside.forget(given[0].untyped_storage()._cdata)
-            if known.joins or known.picks:
+            if known.name in PICKING | JOINING:
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
         if known.draws and not any(map(self._is_met, given)) and _has_generator(args, keywords):
@@ -265,7 +270,7 @@ class Cursor(UnderWay):
             self.leave()
         operation = None
         if is_seen:
-            phase, module = self.follower.place(known.is_zeroing and self._are_gradients(written))
+            phase, module = self.follower.place(known.name in _ZEROING and self._are_gradients(written))
             operation = SeenOperation(
                 phase=phase,
                 module=module,
@@ -350,7 +355,7 @@ class Cursor(UnderWay):
         self, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> list[Tensor]:
         """Return the arguments that a call writes to as a whole, without reading their memory."""
-        if not known.writes or known.resizes or not (known.has_out or known.overwrites):
+        if not known.writes or known.resizes or not (known.has_out or known.name in OVERWRITING):
             return []
         given = dict(zip(known.places, args, strict=False)) | keywords
         targets = leaves([given.get(name) for name in known.writes])
