@@ -25,7 +25,7 @@ from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of
 from everystep.step.calling_code import named_here
 from everystep.step.collective_calls import CollectiveCall, finished, how_collective
-from everystep.step.follow import Follower, begin_watch, end_watch
+from everystep.step.follow import Follower
 from everystep.step.known_operators import (
     JOINING,
     PICKING,
@@ -58,7 +58,7 @@ class Cursor(UnderWay):
     Args:
         paths, device, follower, outside: as `UnderWay` has them.
 
-    optimizers: their steps.
+    optimizers: their steps; run_backward: runs a backward pass, in place of torch's own call.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Cursor(UnderWay):
     ) -> None:
         super().__init__(paths, device, follower, outside)
         self.optimizers = OptimizerSteps(self)
-        self._backward = BackwardPasses(self)
+        self.run_backward = BackwardPasses(self).run
         self._depth = 0
 
     def recover(self) -> None:
@@ -473,7 +473,7 @@ class Cursor(UnderWay):
         _push_again(above)
         self._depth += 1
         if self._depth == 1:
-            begin_watch(self._backward.run, self._moved)
+            self.follower.watch = self
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -481,13 +481,13 @@ class Cursor(UnderWay):
         above = []
         if self._depth == 0:
             self.recover()
-            end_watch()
+            self.follower.watch = None
             while _get_current_dispatch_mode() is not self:
                 above.append(_pop_mode())
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         _push_again(above)
 
-    def _moved(self, tensor: Tensor) -> None:
+    def moved(self, tensor: Tensor) -> None:
         """Forget a tensor that has got other memory."""
         self.tensors.catch_up(self.at)
         self.tensors.drop(tensor)

@@ -122,6 +122,7 @@ class _FixedFollower:
     """Stands for what follows modules and optimizers: all is of one operation."""
 
     where: tuple[Any, ...] = ()
+    watch: Any = None
 
     def __init__(self, operation: Operation) -> None:
         self._place = operation.phase, operation.module

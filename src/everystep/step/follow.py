@@ -3,8 +3,8 @@
 torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`),
 nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows, nor
 where code between two steps takes `tensor.data`: torch does not count what is written into it. These
-functions are replaced. They belong to the process, but a watch to its thread: each watched thread
-has its own, and others get torch's functions.
+functions are replaced. They belong to the process, but a follower to its thread: in others, they do what
+torch's do.
 
 Each optimizer marks its time for a profiler. That is no operation, and no mode sees it meanwhile.
 """
@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
-from threading import Lock, get_ident, local
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -36,8 +36,6 @@ from everystep.step.mode_formulas import ModeFormulas
 __all__ = [
     "OF_WATCHES",
     "Follower",
-    "begin_watch",
-    "end_watch",
     "is_compiled",
     "run_engine",
     "scripted_fault",
@@ -74,7 +72,8 @@ def scripted_fault(name: str, module: nn.Module) -> Fault | None:
 class Follower:
     """Follows the thread that makes it, from `begin` to `finish`.
 
-    where: the innermost module and optimizer that run, and the phase of what runs outside of them.
+    where: the innermost module and optimizer that run, and the phase of what runs outside of them;
+    watch: of the step in progress; it runs the backward passes, and learns of other memory of tensors.
 
     Args:
         modules: paths of modules, by id.
@@ -103,6 +102,7 @@ class Follower:
         self._optimizer_ends = optimizer_ends
         self.is_torchs = is_torchs
         self.exposes = exposes
+        self.watch: Any = None
         self._thread = get_ident()
         self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
@@ -281,14 +281,12 @@ def _update_ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         follower.update_ends(optimizer)
 
 
-class _OfThread(local):
-    """The watches of a thread, the innermost last: what `begin_watch` was given."""
+def _watch() -> Any:
+    """Return the innermost watch of this thread, None if it is in no step."""
+    watches = (each.watch for each in reversed(_followers.get(get_ident(), ())))
+    return next((watch for watch in watches if watch is not None), None)
 
-    def __init__(self) -> None:
-        self.watches: list[tuple[Callable[..., Any], Callable[[Tensor], None]]] = []
 
-
-_here = _OfThread()
 #: torch's own, or a replacement by other code.
 _engine: Any = None
 _MARKS = "_record_function_enter_new", "_record_function_exit._RecordFunction"
@@ -319,28 +317,19 @@ class _Replacement:
         del torch.Tensor.data
 
 
-def begin_watch(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
-    """Let a watch run the backward passes of this thread, and know of tensors with other memory."""
-    _here.watches.append((run, moves))
-
-
-def end_watch() -> None:
-    """End what `begin_watch` began last in this thread."""
-    _here.watches.pop()
-
-
 def run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a backward pass as torch does."""
     return _engine(outputs, *args, **kwargs)
 
 
 def _run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-    run = _here.watches[-1][0] if _here.watches else _engine
+    watch = _watch()
+    run = _engine if watch is None else watch.run_backward
     return run(outputs, *args, **kwargs)
 
 
 def _get_data(tensor: Tensor) -> Tensor:
-    if not _here.watches:
+    if _watch() is None:
         for follower in _followers.get(get_ident(), ()):
             follower.exposes(tensor)
     return _DATA.__get__(tensor)  # type: ignore[attr-defined,no-any-return]
@@ -348,6 +337,5 @@ def _get_data(tensor: Tensor) -> Tensor:
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     _DATA.__set__(tensor, value)  # type: ignore[attr-defined]
-    if _here.watches:
-        _, moves = _here.watches[-1]
-        moves(tensor)
+    if (watch := _watch()) is not None:
+        watch.moved(tensor)
