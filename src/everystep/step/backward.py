@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -153,18 +154,12 @@ class BackwardPasses:
 
     def run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass; see `torch.autograd._engine_run_backward`."""
-        if self._has_ranks:
-            with self._cursor.follower.during(
-                "backward"
-            ):  # torch exchanges gradients after the last node
-                return self._run_with_copies(outputs, args, kwargs)
-        return self._run_with_copies(outputs, args, kwargs)
-
-    def _run_with_copies(self, outputs: Any, args: Any, kwargs: Any) -> Any:
-        copies = self._cursor.gradient_copies
-        if copies is None or self._cursor.is_paused:
-            return self._run(outputs, args, kwargs)
-        with copies.around_backward(kwargs.get("accumulate_grad", True)):
+        cursor, copies = self._cursor, self._cursor.gradient_copies
+        with ExitStack() as around:
+            if self._has_ranks:  # torch exchanges gradients after the last node
+                around.enter_context(cursor.follower.during("backward"))
+            if copies is not None and not cursor.is_paused:
+                around.enter_context(copies.around_backward(kwargs.get("accumulate_grad", True)))
             return self._run(outputs, args, kwargs)
 
     def _run(self, outputs: Any, args: Any, kwargs: Any) -> Any:
