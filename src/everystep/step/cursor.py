@@ -279,7 +279,7 @@ class Cursor(UnderWay):
                 keywords=tuple([(name, held(token)) for name, token in named]),
                 results=(),
                 writes=tensors.origins_of(written),
-                numbers=len(self.numbers) - count,
+                numbers=range(count, len(self.numbers)),
             )
         is_shaped = self.is_remembered and (
             is_shaped_by_numbers(func, args) or (known.makes_dtype and keywords.get("dtype") is None)

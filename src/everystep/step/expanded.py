@@ -196,7 +196,7 @@ class _Spliced:
         self._storages = dict(program.storages)
         operations = [[each] for each in program.operations]
         for place, (path, watch) in zip(places, watched, strict=True):
-            built = build_path(path, watch.numbers, watch.offsets)
+            built = build_path(path, watch.numbers)
             outer = program.operations[place]
             inner, names = self._renamed(built.program, {*outer.reads()})
             operations[place] = [each.model_copy(update={"line": outer.line}) for each in inner]

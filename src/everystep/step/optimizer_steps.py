@@ -143,7 +143,7 @@ class OptimizerSteps:
             step.numbers += call.numbers
             return
         tensors.catch_up(step.at)
-        own = iter(call.kept)
+        begin, own = len(step.numbers), iter(call.kept)
         keeps = [[[x for pair in next(own).items() for x in pair] for _ in g] for g in call.parameters]
         own_gradients = [[parameter.grad for parameter in group] for group in call.parameters]
         given = call.parameters, own_gradients, keeps, where
@@ -160,7 +160,7 @@ class OptimizerSteps:
             keywords=tuple(settings),
             results=tuple(f"%{number}" for number in results),
             writes=tensors.origins_of(map(step.number, written)),
-            numbers=len(call.numbers),
+            numbers=range(begin, len(step.numbers)),
         )
         step.add(key, operation, step.marks(as_gradients(gradients())))
 

@@ -29,8 +29,6 @@ from everystep.program.operation import Phase, Storage, extent_of
 from everystep.step.calling_code import Calls
 
 __all__ = [
-    "FLOAT",
-    "INT",
     "Ending",
     "Entry",
     "Mark",
@@ -43,20 +41,11 @@ __all__ = [
 ]
 
 
-class _Slot:
-    """Stands in a path for a number that belongs to the step."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-
-
-INT, FLOAT = _Slot(int), _Slot(float)
-
-
 class SeenTensor(NamedTuple):
     """An observed tensor: its storage, and its geometry in elements.
 
-    moves: its place among the offsets of the step, if its offset is one of those; None if it is fixed.
+    moves: the place of its offset among the numbers of the step, if it is one of those; None if it is
+    fixed.
     """
 
     storage: int
@@ -75,8 +64,8 @@ class SeenTensor(NamedTuple):
 class SeenOperation(NamedTuple):
     """An observed operation.
 
-    arguments, keywords: tensors are `%3`, the number of a SeenTensor; numbers of the step are slots;
-    results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it uses.
+    arguments, keywords: tensors are `%3`, the number of a SeenTensor; a number of the step is its type;
+    results: numbers of tensors; writes: storages; numbers: the places of its own among the step's.
     """
 
     phase: Phase
@@ -86,7 +75,7 @@ class SeenOperation(NamedTuple):
     keywords: tuple[tuple[str, Any], ...]
     results: tuple[str | None, ...]
     writes: tuple[int, ...]
-    numbers: int
+    numbers: range
 
     def tensors_read(self) -> list[int]:
         """Return the numbers of the tensors among its arguments."""
@@ -146,11 +135,9 @@ class Path:
 
 def places_of_reads(operations: Iterable[SeenOperation]) -> Iterator[int]:
     """Yield the places, among the numbers of a step, of those that Python has read."""
-    place = 0
     for operation in operations:
         if str(operation.operator) == READ:
-            yield place
-        place += operation.numbers
+            yield operation.numbers[0]
 
 
 class MetTensor(NamedTuple):

@@ -52,7 +52,6 @@ class TakenByProgram:
     """
 
     changed_outside = None
-    offsets: tuple[int, ...] = ()
     is_paused = is_empty = is_compiled = False
 
     def __init__(
@@ -164,7 +163,7 @@ class StandIn:
         #: The places of the numbers that Python reads, by the name under which it logs them.
         self._logged_reads = self._places_of_logged()
         #: Of these places: those among the numbers that the program has.
-        self._read = {place: built.kept.index(place) for place in self._logged_reads.values()}
+        self._read = {place: built.numbers_kept.index(place) for place in self._logged_reads.values()}
         check_replaceable(built.program, path, seen, batch, parts.device)
         #: The program on a copy of a state, to be compared, and the copy.
         self._copy: tuple[BoundProgram, dict[str, Tensor]] | None = None
@@ -185,7 +184,7 @@ class StandIn:
             places = [place for place in read if repr(self._numbers[place]) == repr(value)]
             if len(places) > 1:
                 raise NotReplaceableError(f"it is unclear which number {name} is; {CURE}")
-            if places and places[0] not in self._built.kept:
+            if places and places[0] not in self._built.numbers_kept:
                 raise NotReplaceableError(f"{name} is returned as a Python number; return the tensor")
             if places:
                 found[name] = places[0]

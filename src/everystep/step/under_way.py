@@ -64,8 +64,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         follower: knows which module and which optimizer runs.
         outside: copies of what steps before brought from outside.
 
-    numbers, offsets: of the step, as `MetTensors` has them; generators: states of torch's generator
-    before draws, by their number from 0, where they differ from what the previous draw left; drawn:
+    numbers: of the step, as `MetTensors` has them; generators: states of torch's generator before
+    draws, by their number from 0, where they differ from what the previous draw left; drawn:
     that state after the last draw, None if there was none; unseen: what was not seen, in words, and how
     often; changed_outside: a tensor that the step has changed and that is in no part, in words, or
     None; changed_unseen: names of the state that something has changed which the dispatcher did not
@@ -84,7 +84,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()
         self.paths = paths
-        self.numbers, self.offsets = paths.tensors.numbers, paths.tensors.offsets
+        self.numbers = paths.tensors.numbers
         self.generators: dict[int, Tensor] = {}
         self.drawn: Tensor | None = None
         self.unseen: dict[str, int] = {}
@@ -447,8 +447,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 ending = self._write(state, versions, loss)
         self._origins = ending.origins
         self.ending = ending if ending is self.at.ending else None  # one that others can have, too
-        # The lists themselves belong to the recording.
-        self.numbers, self.offsets = self.numbers.copy(), self.offsets.copy()
+        self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return ending.path
 
     def _ends_as(self, ending: Ending, state: Mapping[str, Tensor], loss: Any) -> bool:
@@ -502,10 +501,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     def _read_from(self, loss: Any) -> int | None:
         """Return the number of the tensor from which Python read what was logged as the loss."""
-        place = len(self.numbers)
         for operation in reversed([*self.at.operations()]):
-            place -= operation.numbers
-            if str(operation.operator) == READ and self.numbers[place] == loss:
+            if str(operation.operator) == READ and self.numbers[operation.numbers[0]] == loss:
                 return int(operation.arguments[0][1:])
         return None
 

@@ -235,7 +235,7 @@ class WatchedSteps:
             if draw or not torch.equal(generator, self._generator):
                 inputs[f"generator/{draw}"] = generator
         self._generator = watch.drawn if watch.drawn is not None else self._generator
-        numbers = known.built.numbers(watch.numbers, watch.offsets)
+        numbers = known.built.numbers(watch.numbers)
         digests = self._digests(step, state)
         return Taken(step, known.number, numbers, inputs, nesting, size, digests, cuts=cuts)
 
@@ -253,7 +253,7 @@ class WatchedSteps:
 
     def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
         try:
-            built = build_path(path, watch.numbers, watch.offsets)
+            built = build_path(path, watch.numbers)
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return str(error)
@@ -288,7 +288,7 @@ class WatchedSteps:
             return None
         brought = {f"input/{n}": watch.from_outside(place) for n, place in built.inputs.items()}
         inputs = {name: each.content for name, each in brought.items() if each is not None}
-        return LastProgram(built, built.numbers(watch.numbers, watch.offsets), inputs)
+        return LastProgram(built, built.numbers(watch.numbers), inputs)
 
     def note_changes(
         self,
