@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from everystep.step.follow import OF_WATCHES
 from everystep.step.guards import Guards, is_a
-from everystep.step.optimizer_call import OptimizerCalls, is_ours
+from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours
 from everystep.step.parts import Parts
 from everystep.step.torchs_own import (
     HOOKS,
@@ -34,7 +33,6 @@ _FLAG = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precisi
 _PLACES = (torch, torch.nn.functional, torch.autograd, torch.Tensor)
 #: Stands for what an object does not hold.
 _ABSENT = object()
-_HOOKS_ON_OPTIMIZERS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
 class Surroundings:
@@ -81,9 +79,7 @@ class Surroundings:
                 yield f"{where} is a {type(module).__name__}"
         for name, tensor in self._state().items():
             path = name.partition("/")[2]
-            if isinstance(tensor, nn.parameter.UninitializedParameter):
-                yield f"{path} has no shape before the first step (a lazy module)"
-            elif tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
                 yield f"{path} has a hook on its gradient"
         for name, optimizer in self._optimizers.items():
             if any(getattr(optimizer, hooks, None) for hooks in _OPTIMIZER_HOOKS):
@@ -257,15 +253,12 @@ def _reason_against_process() -> str | None:
 
 def _has_tensor_hooks() -> bool:
     """Return whether hooks on saved tensors are active."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _hooks_on_all() -> bool:
     """Return whether there is a hook on all modules or all optimizers; torch's own do not count."""
-    modules, optimizers = vars(nn.modules.module), vars(sys.modules[torch.optim.Optimizer.__module__])
-    tables = [modules[f"_global{name}"] for name in HOOKS]
-    tables += [optimizers.get(name, {}) for name in _HOOKS_ON_OPTIMIZERS]
+    tables = [*(vars(nn.modules.module)[f"_global{name}"] for name in HOOKS), *HOOKS_OF_ALL]
     found = [hook for table in tables for hook in [*table.values()]]  # other threads may change them
     return not all(map(_is_harmless, found))
 

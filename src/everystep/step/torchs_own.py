@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import get_overridable_functions
 from torch.utils.hooks import RemovableHandle
@@ -208,8 +207,6 @@ def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
         if not _is_known(value) and not is_a(value, nn.Module):
             return f"has {name}, a {type(value).__name__} that is not torch's"
     for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            return "has no shape before the first step (a lazy module)"
         if tensor is not None and kind_of(tensor) not in TENSOR_TYPES:
             return f"has a {type(tensor).__name__}, a tensor subclass"
     exchanged = [name for name in _LOOKED_UP if not is_torchs_function(getattr(cls, name))]
