@@ -78,7 +78,6 @@ class Follower:
     Args:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
-        module_done: called with the path of a module and the tensors that it returned.
         optimizer_begins: called with an optimizer before its step, and whether that has arguments.
         optimizer_ends: called with an optimizer after its step.
         is_torchs: tells of an optimizer whether its step runs only torch's code, and a closure first.
@@ -89,7 +88,6 @@ class Follower:
         self,
         modules: Mapping[int, str],
         optimizers: Mapping[int, str | None],
-        module_done: Callable[[str, list[Tensor]], None],
         optimizer_begins: Callable[[torch.optim.Optimizer, bool], None],
         optimizer_ends: Callable[[torch.optim.Optimizer], None],
         is_torchs: Callable[[torch.optim.Optimizer], bool],
@@ -97,7 +95,6 @@ class Follower:
     ) -> None:
         self.modules = modules
         self._optimizers = optimizers
-        self._module_done = module_done
         self._optimizer_begins = optimizer_begins
         self._optimizer_ends = optimizer_ends
         self.is_torchs = is_torchs
@@ -105,9 +102,8 @@ class Follower:
         self.watch: Any = None
         self._thread = get_ident()
         self._open: list[str | None] = []
-        self._optimizer: list[str | None] = []
-        #: Of each optimizer that runs: the file of its step, if that has a closure.
-        self._files: list[str | None] = []
+        #: The optimizers that run, each with the file of its step, if that has a closure.
+        self._updating: list[tuple[str | None, str | None]] = []
         # The modules that ran in turn, each with the number of the first node of the graph it made.
         self._made: list[tuple[int, str | None]] = []
         self.where: tuple[Any, ...] = ()
@@ -132,7 +128,7 @@ class Follower:
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
-        self._open, self._optimizer, self._files, self._made = [], [], [], []
+        self._open, self._updating, self._made = [], [], []
         self.enter(None)
 
     def enter(self, phase: Phase | None) -> None:
@@ -152,7 +148,7 @@ class Follower:
 
     def _moved(self) -> None:
         module = self._open[-1] if self._open else None
-        self.where = module, *self._optimizer, self._phase
+        self.where = module, *self._updating, self._phase
         self._made.append((_next_node(), module))
 
     def _module_of(self, node: int) -> str | None:
@@ -171,8 +167,10 @@ class Follower:
         module = self._open[-1] if self._open else None
         if module is not None:
             return "forward", module or None
-        if self._optimizer and ((file := self._files[-1]) is None or is_called_in(file)):
-            return "update", self._optimizer[-1]
+        if self._updating:
+            name, file = self._updating[-1]
+            if file is None or is_called_in(file):
+                return "update", name
         if self._phase is not None:
             return self._phase, None
         if is_zeroing:
@@ -212,25 +210,23 @@ class Follower:
             return
         path = self._open.pop()
         self._moved()
-        if path and id(module) in self.modules and torch._C._current_autograd_node() is None:
+        is_seen = path and self.watch is not None and not self.watch.is_paused
+        if is_seen and id(module) in self.modules and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
-            self._module_done(path, [given] if type(given) is Tensor else leaves(given))
+            self.watch.module_done(path, [given] if type(given) is Tensor else leaves(given))
 
     def update_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         """Note that an optimizer begins its step."""
-        self._optimizer.append(self._optimizers.get(id(optimizer)))
-        code = None
-        if has_arguments:
-            code = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
-        self._files.append(None if code is None else code.co_filename)
+        step = inspect.unwrap(type(optimizer).step) if has_arguments else None
+        file = getattr(getattr(step, "__code__", None), "co_filename", None)
+        self._updating.append((self._optimizers.get(id(optimizer)), file))
         self._moved()
         self._optimizer_begins(optimizer, has_arguments)
 
     def update_ends(self, optimizer: torch.optim.Optimizer) -> None:
         """Note that an optimizer is done with its step."""
-        if self._optimizer:
-            self._optimizer.pop()
-            self._files.pop()
+        if self._updating:
+            self._updating.pop()
             self._moved()
             self._optimizer_ends(optimizer)
 

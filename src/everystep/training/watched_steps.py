@@ -108,7 +108,7 @@ class WatchedSteps:
         self._ending: Ending | None = None
         self._left: Ending | None = None
         self._optimizer_names = parts.optimizer_names()
-        hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
+        hooks = self._optimizer_begins, self._optimizer_ends
         is_torchs = self._paths.calls.is_torchs
         self.follower = Follower(
             parts.module_paths(), self._optimizer_names, *hooks, is_torchs, self._exposes
@@ -384,10 +384,6 @@ class WatchedSteps:
         """Return what watches the step in progress, None if nothing does."""
         watch = self.under_way.watch if self.under_way is not None else None
         return None if watch is None or watch.is_paused else watch
-
-    def _module_done(self, path: str, outputs: list[Tensor]) -> None:
-        if (watch := self._watch()) is not None:
-            watch.module_done(path, outputs)
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         if self.under_way is not None and self.around is not None:
