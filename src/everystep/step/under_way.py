@@ -129,18 +129,18 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.is_remembered = self.paths.may_follow()
         known = self.paths.beginning_after(left) if self.is_remembered else None
         if known is not None:
-            self.at = root = known.root
-            self.tensors.begin(state, known.same, root)
+            root, same = known
         else:
             same = self.tensors.same(state)
             if not all(map(is_plain, [*state.values()][same:])):
                 self.is_remembered = False
                 state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
                 same, versions = self.tensors.same(state), versions_by_name(state)
-            self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
-            self.tensors.begin(state, same, root)
+            root = self.paths.root(state, same, is_remembered=self.is_remembered)
             if left is not None and self.is_remembered:
                 self.paths.begins_after(left, root, same)
+        self.at = root
+        self.tensors.begin(state, same, root)
         self._versions = [count for _, count, _ in versions.values()]
         self.is_followed = bool(root.children) or root.ending is not None
 
