@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -256,14 +256,16 @@ class _Builder:
         Results that the step does not use are not kept, unless they are logged, or the model in training
         mode draws random numbers. wanted: what the step computes besides what it logs.
         """
-        passes = [range(first, end) for first, end in self._path.evaluations]
-        within = {place for inner in passes for place in inner}
-        if within.isdisjoint(kept):
+        forward = [(n, o) for n, o in enumerate(self._path.operations) if o.phase == "forward"]
+        trained = {each.module for _, each in forward if each.has_gradients}
+        within = [n for n, each in forward if not each.has_gradients and each.module in trained]
+        if kept.isdisjoint(within):
             return None
         used = self._with_effect(operations, wanted, within)
         idle = [n for n in sorted(kept - used) if not _matters(operations[n].resolved)]
-        for each in passes:
-            if used.isdisjoint(each) and (first := [place for place in idle if place in each]):
+        for _, each in groupby(enumerate(within), key=lambda pair: pair[1] - pair[0]):
+            one_pass = {place for _, place in each}  # they follow each other
+            if used.isdisjoint(one_pass) and (first := [n for n in idle if n in one_pass]):
                 return len(idle) - idle.index(first[0]), operations[first[0]]
         return None
 

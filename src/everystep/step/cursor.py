@@ -280,6 +280,7 @@ class Cursor(UnderWay):
                 results=(),
                 writes=tensors.origins_of(written),
                 numbers=range(count, len(self.numbers)),
+                has_gradients=torch.is_grad_enabled(),
             )
         is_shaped = self.is_remembered and (
             is_shaped_by_numbers(func, args) or (known.makes_dtype and keywords.get("dtype") is None)
