@@ -11,7 +11,7 @@ from pydantic import Field
 
 from everystep.bounded import StrictModel
 from everystep.errors import Fault
-from everystep.program.arguments import DTYPES, fits, references
+from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operators import BY_VALUES, computes, parameters, resolve, writes
 from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 
@@ -218,33 +218,28 @@ class Operation(StrictModel):
                 )
             operator.check(self.given(), self.results, tensors)
             return
-        self._check_arguments()
+        self._check_tensors(tensors)
         kinds = [str(result.type) for result in operator._schema.returns]
         kinds = [kind for kind in kinds if kind != "number"]
         if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:
             raise ValueError(f"{operator} returns {len(kinds)} results, not {len(self.results)}")
 
-    def _check_arguments(self) -> None:
-        operator = self.resolved
-        known = parameters(operator)
-        positional = {p.name for p in known if p.is_positional}
-        if len(self.arguments) > len(positional):
-            raise ValueError(f"{operator} takes at most {len(positional)} arguments")
-        given = self.given()
-        unknown = self.keywords.keys() - {p.name for p in known}
-        if unknown or len(given) < len(self.arguments) + len(self.keywords):
-            raise ValueError(f"{operator} does not accept the keywords {sorted(self.keywords)} here")
+    def _check_tensors(self, tensors: Mapping[str, TensorSpec]) -> None:
+        """Check that the operator gets a tensor, or a number, wherever it needs a tensor.
+
+        In place of another value, torch might use a tensor that is none; all else it checks itself.
+        """
+        given = {name: decode(value, tensors.__getitem__) for name, value in self.given().items()}
         # Kernels of the backward pass get no tensor if the forward pass kept nothing.
         may_be_none = "backward" in self.name
-        for parameter in known:
-            if parameter.name not in given:
-                if parameter.is_required:
-                    raise ValueError(f"{operator} is missing its argument {parameter.name}")
-                continue
-            value = given[parameter.name]
-            is_none = value is None and may_be_none and parameter.kind == "Tensor"
-            if not is_none and not fits(parameter.kind, value, parameter.size):
-                raise ValueError(f"{operator}: {parameter.name} must be of type {parameter.kind}")
+        for parameter in parameters(self.resolved):
+            value, fits = given.get(parameter.name), True
+            if parameter.kind == "Tensor":
+                fits = isinstance(value, TensorSpec | int | float) or (value is None and may_be_none)
+            elif parameter.kind == "List[Tensor]":
+                fits = isinstance(value, list) and all(isinstance(each, TensorSpec) for each in value)
+            if not fits:
+                raise ValueError(f"{self.operator}: {parameter.name} must be of type {parameter.kind}")
 
 
 class SourceLine(StrictModel):
