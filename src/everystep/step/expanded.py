@@ -5,7 +5,8 @@ To get them, torch's own code takes the step of the optimizer on other memory, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
@@ -217,25 +218,22 @@ class _Spliced:
         names |= {name: name for name in part.tensors if name in known}
         places = {part.tensors[n].storage: self._tensors[name].storage for n, name in names.items()}
         for name in part.storages.keys() - places.keys():
-            places[name] = next(_free(name, self._storages))
+            places[name] = _free(name, self._storages)
             self._storages[places[name]] = part.storages[name]
         for name, storage in part.storages.items():
             if storage.kind == "input":  # what begins as a constant may be a result of the outer program
                 self._storages[places[name]] = storage
         for name in [name for name in part.tensors if name not in names]:
-            names[name] = next(_free(name, self._tensors))
+            names[name] = _free(name, self._tensors)
             spec = part.tensors[name]
             self._tensors[names[name]] = spec.model_copy(update={"storage": places[spec.storage]})
         return [_with_names(each, names) for each in part.operations], places
 
 
-def _free(name: str, taken: Mapping[str, Any]) -> Iterator[str]:
-    """Yield names that are not taken."""
-    if name not in taken:
-        yield name
-    for number in range(2, len(taken) + 3):
-        if f"{name}_{number}" not in taken:
-            yield f"{name}_{number}"
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """Return a name like another one that is not taken."""
+    names = chain([name], (f"{name}_{number}" for number in count(2)))
+    return next(each for each in names if each not in taken)
 
 
 def _with_names(operation: Operation, names: Mapping[str, str]) -> Operation:
