@@ -27,8 +27,8 @@ from everystep.step.outside_tensors import (
     OutsideTensors,
     Versions,
     places_read,
+    version_of,
     versions_by_name,
-    versions_of,
 )
 from everystep.step.path import (
     Ending,
@@ -376,7 +376,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
         They are not held: a gradient that the step drops gives its memory back at once.
         """
-        return versions_of([known() for known in self.tensors.met[: len(self._versions)]])
+        return [version_of(known()) for known in self.tensors.met[: len(self._versions)]]
 
     def note_unwatched(
         self,
