@@ -166,8 +166,7 @@ def copied_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def copy_on_cpu(tensor: Tensor) -> Tensor:
     """Return a copy without autograd, on the CPU."""
-    own = tensor.detach()
-    return own.clone() if own.is_cpu else own.cpu()
+    return tensor.detach().to("cpu", copy=True)
 
 
 def copy_in_file(tensor: Tensor) -> Tensor:

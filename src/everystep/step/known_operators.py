@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.program.number_slots import READ, is_number_slot
+from everystep.program.number_slots import READ, slot_names
 from everystep.program.operators import (
     NotAllowedError,
     computes,
@@ -90,7 +90,7 @@ def known_operator(func: Any) -> KnownOperator:
             how,
             name,
             tuple(writes(func)),
-            {p.name: is_number_slot(func, p.name) for p in parameters(func)},
+            {p.name: p.name in slot_names(func) for p in parameters(func)},
             bool(func._schema.returns) and text != READ,
             draws_random_numbers(func),
             _makes_dtype(func),

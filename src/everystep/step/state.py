@@ -78,10 +78,7 @@ class State:
 
 def copy_of(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor on the CPU, row after row."""
-    detached = tensor.detach()
-    if detached.is_cpu:
-        return detached.clone(memory_format=torch.contiguous_format)
-    return detached.cpu().contiguous()
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 _OF_MODEL = re.compile(r"^(parameter|buffer)/")
