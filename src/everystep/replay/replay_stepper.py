@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -224,7 +224,7 @@ class ReplayStepper:
         for name, setting in self._settings.items():
             value = setting.at(self.state or 0)
             if value is not None:
-                set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
+                set_hyperparameter(groups, name, value)
         changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
         return [group | changed for group in groups]
 

@@ -292,7 +292,7 @@ class Living:
         for name, setting in self._settings.items():
             value = setting.at(step)
             if value is not None:
-                set_hyperparameter(self._training.optimizer, name, value)
+                set_hyperparameter(self._training.optimizer.param_groups, name, value)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

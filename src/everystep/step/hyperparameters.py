@@ -7,12 +7,9 @@ has the name of its key: `optimizer.weight_decay`, `optimizer.betas.1[1]`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 __all__ = [
     "changes_more_than_lr",
@@ -23,18 +20,13 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"(lr|momentum|beta1|optimizer\.[^.\[\]]+(\.\d+)?)(\[\d+\])?")
+Groups = Sequence[dict[str, Any]]
 _SHORT = {("lr", None): "lr", ("momentum", None): "momentum", ("betas", 0): "beta1"}
 
 
-class HasGroups(Protocol):
-    """An optimizer, or another object with param groups."""
-
-    param_groups: list[dict[str, Any]]
-
-
-def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the current numbers."""
-    return {name: value for name, value, *_ in _numbers(optimizer)}
+def hyperparameters(groups: Groups) -> dict[str, float]:
+    """Return the current numbers of param groups."""
+    return {name: value for name, value, *_ in _numbers(groups)}
 
 
 def changes_more_than_lr(scheduler: Any) -> bool:
@@ -59,9 +51,9 @@ def is_hyperparameter(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def set_hyperparameter(optimizer: HasGroups, name: str, value: float) -> None:
+def set_hyperparameter(groups: Groups, name: str, value: float) -> None:
     """Set a number by its name in `hyperparameters`; ignore a param group that does not exist."""
-    for known, now, group, key, place in _numbers(optimizer):
+    for known, now, group, key, place in _numbers(groups):
         if known != name or now == value:
             continue
         there = group[key]
@@ -73,11 +65,9 @@ def set_hyperparameter(optimizer: HasGroups, name: str, value: float) -> None:
             group[key] = type(there)(items)
 
 
-def _numbers(
-    optimizer: HasGroups,
-) -> Iterator[tuple[str, float, dict[str, Any], str, int | None]]:
+def _numbers(groups: Groups) -> Iterator[tuple[str, float, dict[str, Any], str, int | None]]:
     """Yield the name and value of each number, its group and key, and its place in a tuple or list."""
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(groups):
         for key, setting in [*group.items()]:
             if key in ("params", "initial_lr"):
                 continue
