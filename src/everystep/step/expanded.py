@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from everystep.program.arguments import decode, references
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import tensor_on
 from everystep.program.number_slots import Number
-from everystep.program.operation import Operation, Phase
+from everystep.program.operation import Operation
 from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, BoundOptimizer
 from everystep.program.step_program import Program
 from everystep.step.build import BuiltPath, build_path
@@ -119,20 +120,6 @@ def _read(operation: Operation, program: Program) -> list[str]:
     return [name for name in references(given) if not program.tensors[name].shape]
 
 
-class _FixedFollower:
-    """Stands for what follows modules and optimizers: all is of one operation."""
-
-    where: tuple[Any, ...] = ()
-    watch: Any = None
-
-    def __init__(self, operation: Operation) -> None:
-        self._place = operation.phase, operation.module
-
-    def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
-        """Return the phase, and the optimizer."""
-        return self._place
-
-
 class _StandIns:
     """Tensors with the layouts of those of a program, on other memory."""
 
@@ -156,7 +143,8 @@ class _StandIns:
         arguments = [decode(value, self._tensor) for value in operation.arguments]
         settings = {key: decode(value, self._tensor) for key, value in operation.keywords.items()}
         optimizer = BoundOptimizer(OPTIMIZERS[operation.operator], *arguments)
-        following: Any = _FixedFollower(operation)
+        place = operation.phase, operation.module  # of all that it does
+        following: Any = SimpleNamespace(where=(), watch=None, place=lambda is_zeroing: place)
         watch = Cursor(KnownPaths(), self._device, following, OutsideTensors())
         watch.begin(given, versions_by_name(given))
         with watch:

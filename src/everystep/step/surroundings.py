@@ -31,8 +31,6 @@ __all__ = ["Surroundings"]
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _FLAG = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
 _PLACES = (torch, torch.nn.functional, torch.autograd, torch.Tensor)
-#: Stands for what an object does not hold.
-_ABSENT = object()
 
 
 class Surroundings:
@@ -102,7 +100,7 @@ class Surroundings:
         for name, optimizer in self._optimizers.items():
             key = id(optimizer)
             guards.read((key, "code"), f"the code of {name}", torchs, optimizer)
-            guards.read((key, "step"), f"step of {name}", _held, optimizer, "step")
+            guards.read((key, "step"), f"step of {name}", vars(optimizer).get, "step")
             guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
         if type(self._loss) is partial:
             _guard_arguments(self._loss, guards)
@@ -132,11 +130,6 @@ class Surroundings:
         return [first.setdefault(place, index) for index, place in enumerate(places)]
 
 
-def _held(holder: Any, name: str) -> Any:
-    """Return what an object itself holds under a name."""
-    return vars(holder).get(name, _ABSENT)
-
-
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Return which parameters are in which group, and None after each group."""
     return [each for group in optimizer.param_groups for each in (*group["params"], None)]
@@ -149,7 +142,7 @@ def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
         if name in own:
             guards.contents(own[name], f"{name} of {where}")
     for name in ("training", "forward"):
-        guards.read((id(module), name), f"{name} of {where}", _held, module, name)
+        guards.read((id(module), name), f"{name} of {where}", own.get, name)
     for name in ("forward", "__call__"):
         guards.read((id(module), "class", name), f"{name} of {where}", getattr, type(module), name)
 

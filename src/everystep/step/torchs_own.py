@@ -284,12 +284,8 @@ def has_hooks_on_node(tensor: Tensor) -> bool:
         return False
     with torch.inference_mode(False), torch.enable_grad():
         node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-    ours = [node.register_hook(_nothing), node.register_prehook(_nothing)]
+    ours = [register(lambda *_: None) for register in (node.register_hook, node.register_prehook)]
     has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in ours)
     for handle in ours:
         handle.remove()
     return has_others
-
-
-def _nothing(*_: Any) -> None:
-    return None
