@@ -177,7 +177,7 @@ class Follower:
             return "zero_grad", None
         return ("loss" if torch.is_grad_enabled() else "other"), None
 
-    def opened(self, module: nn.Module) -> None:
+    def opened(self, module: nn.Module, inputs: Any) -> None:
         """Note that a module begins.
 
         Raises:
@@ -204,7 +204,7 @@ class Follower:
         self._open.append(self.modules.get(id(module), around))
         self._moved()
 
-    def closed(self, module: nn.Module, output: Any) -> None:
+    def closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Note that a module is done."""
         if not self._open:
             return
@@ -223,7 +223,7 @@ class Follower:
         self._moved()
         self._optimizer_begins(optimizer, has_arguments)
 
-    def update_ends(self, optimizer: torch.optim.Optimizer) -> None:
+    def update_ends(self, optimizer: torch.optim.Optimizer, *given: Any) -> None:
         """Note that an optimizer is done with its step."""
         if self._updating:
             self._updating.pop()
@@ -234,23 +234,23 @@ class Follower:
 def _registered() -> list[Any]:
     """Register torch's hooks for all modules and optimizers, replace functions; return what ends it."""
     return [
-        register_module_forward_pre_hook(_module_begins),
-        register_module_forward_hook(_module_ends, always_call=True),
+        register_module_forward_pre_hook(_told(Follower.opened)),
+        register_module_forward_hook(_told(Follower.closed), always_call=True),
         register_optimizer_step_pre_hook(_update_begins),
-        register_optimizer_step_post_hook(_update_ends),
+        register_optimizer_step_post_hook(_told(Follower.update_ends)),
         _Replacement(),
         ModeFormulas(),
     ]
 
 
-def _module_begins(module: nn.Module, inputs: Any) -> None:
-    for follower in _followers.get(get_ident(), ()):
-        follower.opened(module)
+def _told(note: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook by which the followers of a thread note something."""
 
+    def hook(*given: Any) -> None:
+        for follower in _followers.get(get_ident(), ()):
+            note(follower, *given)
 
-def _module_ends(module: nn.Module, inputs: Any, output: Any) -> None:
-    for follower in _followers.get(get_ident(), ()):
-        follower.closed(module, output)
+    return hook
 
 
 def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> Any:
@@ -270,11 +270,6 @@ def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -
         return loss
 
     return (optimizer, closure), {}
-
-
-def _update_ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for follower in _followers.get(get_ident(), ()):
-        follower.update_ends(optimizer)
 
 
 def _watch() -> Any:

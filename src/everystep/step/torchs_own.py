@@ -96,7 +96,7 @@ def guard_module(module: nn.Module, where: str, guards: Guards) -> None:
         if is_a(value, Tensor) and has_comparable_numbers(value):
             guards.tensor(value, f"a tensor of {where}", is_state=False)
     guards.read((id(module), "*class"), f"the class of {where}", type, module)
-    guards.read((id(module), "*dict"), f"the dict of {where}", _identity_of_dict, module)
+    guards.read((id(module), "*dict"), f"the dict of {where}", lambda: id(_own_dict(module)))
     for name in _LOOKED_UP:
         guards.read((id(cls), "*found", name), f"{name} of the class {cls.__name__}", getattr, cls, name)
     guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
@@ -223,10 +223,6 @@ def _own_dict(module: nn.Module) -> dict[str, Any]:
     """Return the dict of a module, without its class."""
     found: dict[str, Any] = vars(nn.Module)["__dict__"].__get__(module)
     return found
-
-
-def _identity_of_dict(module: nn.Module) -> int:
-    return id(_own_dict(module))
 
 
 def _is_from(cls: type, package: str) -> bool:
