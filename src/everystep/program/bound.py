@@ -265,10 +265,10 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     made = (name for place in steady for name in program.operations[place].changed())
     kept = shown_storages(program) | program.storages_of(made)
     alone = {name for name in names if name in kept or program.storages[name].host}
-    plan = plan_memory(program, [name for name in names if name not in alone])
-    shared = _empty(plan.size, device)
+    offsets, size = plan_memory(program, [name for name in names if name not in alone])
+    shared = _empty(size, device)
     own = _memory_of(program, alone, device)
-    return own | {name: _Anchor(shared, start) for name, start in plan.offsets.items()}
+    return own | {name: _Anchor(shared, start) for name, start in offsets.items()}
 
 
 def _memory_of(program: Program, names: Iterable[str], device: torch.device) -> dict[str, _Anchor]:

@@ -349,19 +349,15 @@ class StandIn:
             state[name] = gradient
 
     def _bind(self, state: Mapping[str, Tensor]) -> BoundProgram:
-        contents = {name.removeprefix("input/"): tensor for name, tensor in self._inputs().items()}
-        given = self._built.program, state, contents, self._batch, self._parts.device
+        given = self._built.program, state, self._inputs(), self._batch, self._parts.device
         return BoundProgram(*given)
 
     def _inputs(self) -> dict[str, Tensor]:
         """Return the bytes of inputs that are not in the batch, by the name of their storage."""
-        found = {}
-        for name, storage in self._built.inputs.items():
-            content = self._contents.get(storage)
-            if content is not None:
-                known = self._built.program.storages[name]
-                found[f"input/{name}"] = content if known.host else content.to(self._parts.device)
-        return found
+        storages, contents = self._built.program.storages, self._contents
+        known = {name: contents[n] for name, n in self._built.inputs.items() if n in contents}
+        device = self._parts.device
+        return {n: each if storages[n].host else each.to(device) for n, each in known.items()}
 
     def difference(
         self,
@@ -399,7 +395,8 @@ class StandIn:
         interpreter = self._interpreter
         live, copies = self._bound_to_copies(before.tensors)
         batch = before.batch
-        inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
+        inputs = {f"input/{name}": tensor for name, tensor in self._inputs().items()}
+        inputs |= {f"batch/{name}": tensor for name, tensor in batch.items()}
         laid = interpreter.lay_inputs(inputs)
         given = {
             name: tensor_on(laid[spec.storage].untyped_storage(), spec)
