@@ -447,11 +447,8 @@ class StandIn:
 
     def _foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
         """Return whether the numbers of a Python step were predicted, except those that it reads."""
-        return len(numbers) == len(seen) and all(
-            repr(one) == repr(two)
-            for place, (one, two) in enumerate(zip(numbers, seen, strict=True))
-            if place not in self._read
-        )
+        own = {place for each in self.path.operations for place in each.numbers} - self._read.keys()
+        return len(numbers) == len(seen) and all(repr(numbers[n]) == repr(seen[n]) for n in own)
 
     def numbers(self) -> list[Number]:
         """Return the numbers of the next step.
