@@ -381,12 +381,12 @@ class ReplayStepper:
         interpreter, numbers, more = expansion or known
         try:
             with without_autograd():
-                taken = interpreter.run(self._tensors, inputs | more, numbers, looks)
+                loss, differs = interpreter.run(self._tensors, inputs | more, numbers, looks)
         except (ProgramError, ValueError) as error:
             raise self._not_replayed(row.step, error) from None
         self.state = row.step
-        self._compare(row.step, taken.differs, self.steps.given(row).digests)
-        return self.steps.loss(row.step) if taken.loss is None else float(taken.loss)
+        self._compare(row.step, differs, self.steps.given(row).digests)
+        return self.steps.loss(row.step) if loss is None else float(loss)
 
     def _not_replayed(self, number: int, error: Exception) -> NotReplayedError:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -257,12 +257,12 @@ class Living:
         observer = StepObserver(interpreter, numbers, state)
         with without_autograd():
             inputs = given | program.inputs
-            done = interpreter.run(state, inputs, numbers, observer.looks)
+            loss, _ = interpreter.run(state, inputs, numbers, observer.looks)
         self._stepper.restart(number)
-        assert done.loss is not None
+        assert loss is not None
         tensors = {name: copy_on_cpu(tensor) for name, tensor in batch.items()}
         seen = Batch(tensors, None, tuple(tensors.values()))
-        return observed_step(number, observer.observation(done.loss), seen)
+        return observed_step(number, observer.observation(loss), seen)
 
     def _ready(self) -> int:
         """Bring the training to the state before the next step; return the number of that step."""
