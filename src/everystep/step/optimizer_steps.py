@@ -36,14 +36,6 @@ class OptimizerStep(NamedTuple):
     layout: Any
 
 
-class _Running(NamedTuple):
-    """A step of an optimizer that runs unwatched. versions: of the state before it."""
-
-    optimizer: torch.optim.Optimizer
-    call: OptimizerCall
-    versions: list[int | None]
-
-
 class OptimizerSteps:
     """Notes the steps of optimizers while a step is watched; those of torch's own run unwatched.
 
@@ -56,7 +48,8 @@ class OptimizerSteps:
     def __init__(self, step: UnderWay) -> None:
         self.seen: list[OptimizerStep] = []
         self._step = step
-        self._running: _Running | None = None
+        #: An optimizer with a step that runs unwatched, the step, and the versions of the state before.
+        self._running: tuple[torch.optim.Optimizer, OptimizerCall, list[int | None]] | None = None
 
     def begins(
         self,
@@ -85,7 +78,7 @@ class OptimizerSteps:
         if not step.is_followed and not self._can_hold(call):
             step.leave()
             return
-        self._running = _Running(optimizer, call, step.state_versions())
+        self._running = optimizer, call, step.state_versions()
         _pop_mode()
 
     def _may_be_one(self, call: OptimizerCall) -> bool:
@@ -124,13 +117,13 @@ class OptimizerSteps:
         if running is None:
             step.uses("optimizer ends", name, gradients())
             return
+        optimizer, call, versions = running
         _push_mode(step)
         begin = len(step.numbers)
         with torch._C._DisableTorchDispatch():
-            self._note(running.call, running.optimizer.state, name, gradients)
-            step.allow_changes(running.versions)
-        end = begin + len(running.call.numbers)
-        self.seen.append(OptimizerStep(running.optimizer, begin, end, running.call.layout))
+            self._note(call, optimizer.state, name, gradients)
+            step.allow_changes(versions)
+        self.seen.append(OptimizerStep(optimizer, begin, len(step.numbers), call.layout))
 
     def _note(
         self, call: OptimizerCall, state: Mapping[Any, Any], name: str | None, gradients: Gradients
@@ -173,4 +166,4 @@ class OptimizerSteps:
         running, self._running = self._running, None
         if running is not None:
             _push_mode(self._step)
-            self._step.note_unwatched([], [], running.versions, runs_python=True)
+            self._step.note_unwatched([], [], running[2], runs_python=True)
