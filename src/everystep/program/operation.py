@@ -211,6 +211,10 @@ class Operation(StrictModel):
         missing = next((n for n in named if n not in tensors), None)
         if missing is not None:
             raise ValueError(f"{operator}: unknown tensor {missing!r}")
+        try:
+            decode([*self.arguments, *self.keywords.values()], tensors.__getitem__)
+        except ValueError as error:
+            raise ValueError(f"{operator}: {error}") from None
         if isinstance(operator, OptimizerOperator):
             if len(self.arguments) != len(ARGUMENTS) or not self.keywords.keys().isdisjoint(ARGUMENTS):
                 raise ValueError(
@@ -218,26 +222,25 @@ class Operation(StrictModel):
                 )
             operator.check(self.given(), self.results, tensors)
             return
-        self._check_tensors(tensors)
+        self._check_tensors()
         kinds = [str(result.type) for result in operator._schema.returns]
         kinds = [kind for kind in kinds if kind != "number"]
         if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:
             raise ValueError(f"{operator} returns {len(kinds)} results, not {len(self.results)}")
 
-    def _check_tensors(self, tensors: Mapping[str, TensorSpec]) -> None:
+    def _check_tensors(self) -> None:
         """Check that the operator gets a tensor, or a number, wherever it needs a tensor.
 
         In place of another value, torch might use a tensor that is none; all else it checks itself.
         """
-        given = {name: decode(value, tensors.__getitem__) for name, value in self.given().items()}
         # Kernels of the backward pass get no tensor if the forward pass kept nothing.
-        may_be_none = "backward" in self.name
+        given, may_be_none = self.given(), "backward" in self.name
         for parameter in parameters(self.resolved):
             value, fits = given.get(parameter.name), True
             if parameter.kind == "Tensor":
-                fits = isinstance(value, TensorSpec | int | float) or (value is None and may_be_none)
+                fits = isinstance(value, str | int | float | dict) or (value is None and may_be_none)
             elif parameter.kind == "List[Tensor]":
-                fits = isinstance(value, list) and all(isinstance(each, TensorSpec) for each in value)
+                fits = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
             if not fits:
                 raise ValueError(f"{self.operator}: {parameter.name} must be of type {parameter.kind}")
 
