@@ -303,7 +303,7 @@ def test_settings_of_an_optimizer_that_are_no_numbers(small):
     parameters = list(small[0].parameters())
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.5, "momentum": None}]
     optimizer = Descent(groups, table=torch.ones(3), levels=np.zeros((2, 2)), name="mine", count=0)
-    assert hyperparameters(optimizer) == {
+    assert hyperparameters(optimizer.param_groups) == {
         "optimizer.count": 0,
         "lr[1]": 0.5,
         "optimizer.count[1]": 0,
@@ -312,7 +312,7 @@ def test_settings_of_an_optimizer_that_are_no_numbers(small):
         "Descent(table=Tensor of shape (3,), levels=ndarray of shape (2, 2), name=mine)"
     )
     other = Descent(parameters, lr=None, betas=0.9, momentum=torch.tensor(0.5))
-    assert hyperparameters(other) == {"optimizer.betas": 0.9, "momentum": 0.5}
+    assert hyperparameters(other.param_groups) == {"optimizer.betas": 0.9, "momentum": 0.5}
 
 
 @pytest.mark.parametrize("settings", [{}, {"lr": None}])

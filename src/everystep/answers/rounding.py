@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.program.arguments import references
 from everystep.program.observed import Observed
-from everystep.program.source_line import CodeLine
+from everystep.program.operation import CodeLine
 from everystep.replay.opened_step import Step
 from everystep.step.state import comparable
 

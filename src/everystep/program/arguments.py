@@ -16,7 +16,7 @@ import torch
 from everystep.device import kinds
 from everystep.program.operators import NotAllowedError
 
-__all__ = ["DTYPES", "decode", "encode", "fits", "json_floats", "references"]
+__all__ = ["DTYPES", "decode", "encode", "json_floats", "references"]
 
 #: Those that a program's tensors may have, by name.
 DTYPES = {
@@ -39,14 +39,6 @@ _ENUMERATIONS: dict[str, dict[str, Any]] = {
     "float": {"nan": math.nan, "inf": math.inf, "-inf": -math.inf},
 }
 _DEVICE = re.compile(r"([a-z]+)(:[0-9]{1,3})?")
-#: Kinds of parameters, as schemas write them, and the key of their arguments.
-_KEYS = {
-    "str": "text",
-    "ScalarType": "dtype",
-    "Layout": "layout",
-    "MemoryFormat": "memory_format",
-    "Device": "device",
-}
 
 
 def encode(value: Any, name_of: Callable[[torch.Tensor], str]) -> Any:
@@ -74,7 +66,7 @@ def encode(value: Any, name_of: Callable[[torch.Tensor], str]) -> Any:
     raise NotAllowedError(f"takes a {type(value).__name__}, which a program cannot hold")
 
 
-def decode(value: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
+def decode(value: Any, tensor_of: Callable[[str], Any]) -> Any:
     """Return the argument that `encode` encoded.
 
     Raises:
@@ -108,27 +100,6 @@ def references(value: Any) -> list[str]:
     return found
 
 
-def fits(kind: str, value: Any, size: int | None = None) -> bool:
-    """Return whether an encoded argument is of a kind, as schemas write it.
-
-    size: of a list of fixed length, which a single number can replace.
-    """
-    if kind.startswith("Optional["):
-        return value is None or fits(kind[9:-1], value, size)
-    if kind.startswith("List["):
-        inner = kind[5:-1]
-        if isinstance(value, list | tuple):
-            return all(fits(inner, i) and (inner != "Tensor" or isinstance(i, str)) for i in value)
-        return size is not None and inner != "Tensor" and fits(inner, value)
-    if kind == "Tensor":
-        return isinstance(value, str) or _is_number(value)
-    if kind in ("int", "bool"):
-        return isinstance(value, bool) if kind == "bool" else _is_int(value)
-    if kind in ("float", "number"):
-        return _is_number(value)
-    return kind in _KEYS and _key(value) == _KEYS[kind]
-
-
 def json_floats(value: Any) -> Any:
     """Return JSON data with floats that JSON has no numbers for as `encode` writes them."""
     if isinstance(value, float):
@@ -149,11 +120,3 @@ def _key(value: Any) -> str | None:
         found = _DEVICE.fullmatch(name)
         return key if found and found[1] in kinds() else None
     return key if key == "text" or name in _ENUMERATIONS.get(key, ()) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, bool | float) or _is_int(value) or _key(value) == "float"
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63

@@ -174,8 +174,8 @@ class BoundProgram:
     def _bound(self, operation: Operation) -> list[Call]:
         """Return the calls of an operation, and note where they find the numbers of the step."""
         operator = operation.resolved
-        arguments = [self._decoded(value) for value in operation.arguments]
-        keywords = {key: self._decoded(value) for key, value in operation.keywords.items()}
+        arguments = [decode(value, self.tensor) for value in operation.arguments]
+        keywords = {key: decode(value, self.tensor) for key, value in operation.keywords.items()}
         slots = slots_of(operation)
         self._puts += [partial(slot.put, arguments, keywords) for slot in slots]
         if operation.operator == READ:
@@ -197,12 +197,6 @@ class BoundProgram:
             self.numbers[place] = tensor.item()
 
         return [read]
-
-    def _decoded(self, value: Any) -> Any:
-        try:
-            return decode(value, self.tensor)
-        except ValueError as error:
-            raise ProgramError(str(error)) from None
 
 
 def _stepping(
@@ -271,10 +265,10 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     made = (name for place in steady for name in program.operations[place].changed())
     kept = shown_storages(program) | program.storages_of(made)
     alone = {name for name in names if name in kept or program.storages[name].host}
-    plan = plan_memory(program, [name for name in names if name not in alone])
-    shared = _empty(plan.size, device)
+    offsets, size = plan_memory(program, [name for name in names if name not in alone])
+    shared = _empty(size, device)
     own = _memory_of(program, alone, device)
-    return own | {name: _Anchor(shared, start) for name, start in plan.offsets.items()}
+    return own | {name: _Anchor(shared, start) for name, start in offsets.items()}
 
 
 def _memory_of(program: Program, names: Iterable[str], device: torch.device) -> dict[str, _Anchor]:

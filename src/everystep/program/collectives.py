@@ -53,15 +53,11 @@ def _take_part(name: str, *arguments: Any) -> None:
     part(name, arguments)
 
 
-def _nothing(*arguments: Any) -> None:
-    """Shapes stay as they are."""
-
-
 _library: Any = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _library.define(f"{_name}({_schema}, int[] ranks) -> ()")
     _library.impl(_name, partial(_take_part, _name), "CompositeExplicitAutograd")
-    _library.impl(_name, _nothing, "Meta")
+    _library.impl(_name, lambda *_: None, "Meta")  # shapes stay as they are
 
 #: The operators by their names in a program.
 COLLECTIVES = {

@@ -7,7 +7,7 @@ from copy import copy
 from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,22 +21,12 @@ from everystep.program.operation import Operation
 from everystep.program.operators import REFUSALS, draws_random_numbers, flattened
 from everystep.program.step_program import Program
 
-__all__ = ["Interpreted", "Interpreter", "Look", "Looks"]
+__all__ = ["Interpreter", "Look", "Looks"]
 
 #: Looks at a step under way; it is given a function that returns a live tensor by its name.
 Look = Callable[[Callable[[str], Tensor]], object]
 #: What looks at a step, by the operation after which it does (-1: before all).
 Looks = Mapping[int, Sequence[Look]]
-
-
-class Interpreted(NamedTuple):
-    """The result of running a program.
-
-    loss: None if the program has none; differs: the first deviation from the program, as text, or None.
-    """
-
-    loss: Tensor | None
-    differs: str | None
 
 
 class Interpreter:
@@ -121,8 +111,10 @@ class Interpreter:
         inputs: Mapping[str, Tensor],
         numbers: Sequence[Number],
         looks: Looks = MappingProxyType({}),
-    ) -> Interpreted:
+    ) -> tuple[Tensor | None, str | None]:
         """Run the step; call this inside `without_autograd`.
+
+        Returns the loss, None if the program has none, and the first deviation from it in words.
 
         Args:
             state: tensors by name; the step changes them in place, replaces, adds and removes them.
@@ -158,7 +150,7 @@ class Interpreter:
         for name in self.program.gone:
             state.pop(name, None)
         state.update(ends)
-        return Interpreted(loss, differs)
+        return loss, differs
 
     def lay_state(self, state: dict[str, Tensor]) -> None:
         """Lay out the tensors of a state in memory as the program expects, with the same values.

@@ -20,7 +20,6 @@ from everystep.program.step_program import Program
 
 __all__ = [
     "ALIGNMENT",
-    "MemoryPlan",
     "copied_together",
     "copy_in_file",
     "copy_into",
@@ -39,13 +38,6 @@ __all__ = [
 ALIGNMENT = 64
 
 
-class MemoryPlan(NamedTuple):
-    """offsets: of each temporary storage, in bytes; size: of all of it."""
-
-    offsets: dict[str, int]
-    size: int
-
-
 class _Life(NamedTuple):
     """A storage is needed from operation `first` to operation `last`, both included."""
 
@@ -55,8 +47,11 @@ class _Life(NamedTuple):
     last: int
 
 
-def plan_memory(program: Program, names: Collection[str]) -> MemoryPlan:
-    """Lay out the temporary storages `names` of a program; their content is lost within the step."""
+def plan_memory(program: Program, names: Collection[str]) -> tuple[dict[str, int], int]:
+    """Lay out the temporary storages `names` of a program; their content is lost within the step.
+
+    Returns the offset of each, and the size of all memory, in bytes.
+    """
     lives = sorted(_lives(program, names), key=lambda life: (-life.bytes, life.first))
     placed: list[tuple[int, _Life]] = []
     for life in lives:
@@ -72,7 +67,7 @@ def plan_memory(program: Program, names: Collection[str]) -> MemoryPlan:
             offset = max(offset, start + _aligned(other.bytes))
         placed.append((offset, life))
     size = max((offset + _aligned(life.bytes) for offset, life in placed), default=0)
-    return MemoryPlan({life.name: offset for offset, life in placed}, size)
+    return {life.name: offset for offset, life in placed}, size
 
 
 def shown_storages(program: Program) -> set[str]:
@@ -166,8 +161,7 @@ def copied_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def copy_on_cpu(tensor: Tensor) -> Tensor:
     """Return a copy without autograd, on the CPU."""
-    own = tensor.detach()
-    return own.clone() if own.is_cpu else own.cpu()
+    return tensor.detach().to("cpu", copy=True)
 
 
 def copy_in_file(tensor: Tensor) -> Tensor:

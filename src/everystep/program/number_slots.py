@@ -15,7 +15,7 @@ from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 from everystep.program.optimizer_operator import OptimizerOperator
 
-__all__ = ["READ", "Number", "Slot", "is_number_slot", "read_difference", "slots_of"]
+__all__ = ["READ", "Number", "Slot", "read_difference", "slot_names", "slots_of"]
 
 Number = int | float
 #: The operator by which Python reads a number from a tensor.
@@ -30,7 +30,7 @@ _INTEGERS = {
 
 
 @cache
-def _slots(operator: Any) -> frozenset[str]:
+def slot_names(operator: Any) -> frozenset[str]:
     """Return the arguments of an operator that hold numbers which may differ at each step."""
     if isinstance(operator, OptimizerOperator):
         return frozenset(operator.settings)
@@ -44,11 +44,6 @@ def _slots(operator: Any) -> frozenset[str]:
     return frozenset(
         p.name for p in parameters(operator) if p.kind in (*kinds, *held) or p.name in integers
     )
-
-
-def is_number_slot(operator: Any, name: str) -> bool:
-    """Return whether numbers in an argument of an operator belong to the step, not to its program."""
-    return name in _slots(operator)
 
 
 class Slot(NamedTuple):
@@ -85,7 +80,7 @@ def slots_of(operation: Operation) -> list[Slot]:
     return [
         Slot(name, path, kind)
         for name, place, value in given
-        if is_number_slot(operator, name)
+        if name in slot_names(operator)
         for path, kind in _within(value, (place,))
     ]
 

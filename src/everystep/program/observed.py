@@ -12,9 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from everystep.program.arguments import references
-from everystep.program.operation import Operation
+from everystep.program.operation import CodeLine, Operation
 from everystep.program.operators import ALLOCATING
-from everystep.program.source_line import CodeLine
 
 __all__ = ["OVERWRITING", "Observed", "overwrites", "unread_inputs", "unset_results"]
 

@@ -1,4 +1,4 @@
-"""The parts of a program: storages, the tensors on them, and the operators applied to these."""
+"""The parts of a program: storages, the tensors on them, and the operators applied to these by code."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from pydantic import Field
 
 from everystep.bounded import StrictModel
 from everystep.errors import Fault
-from everystep.program.arguments import DTYPES, fits, references
+from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operators import BY_VALUES, computes, parameters, resolve, writes
 from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 
 __all__ = [
     "DIMENSIONS",
     "LIMIT",
+    "LONGEST_FILE",
+    "LONGEST_LINE",
+    "CodeLine",
     "Conjugated",
     "Name",
     "Operation",
     "Phase",
+    "SourceLine",
     "Storage",
     "TensorSpec",
     "extent_of",
@@ -38,6 +42,11 @@ DIMENSIONS = 64
 Phase = Literal["forward", "loss", "zero_grad", "backward", "update", "other"]
 Natural = Annotated[int, Field(ge=0, le=LIMIT)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+#: Characters of the name of a file or a function, and of the text of a line.
+LONGEST_FILE, LONGEST_LINE = 1000, 300
+#: A line is shown in terminals, so it has no characters that control one.
+_Text = Annotated[str, Field(max_length=LONGEST_LINE, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+_Named = Annotated[str, Field(max_length=LONGEST_FILE, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 #: Characters of the name of a part, a module, or a tensor in one; longer names are built from it.
 LONGEST_PATH = 900
 
@@ -202,6 +211,10 @@ class Operation(StrictModel):
         missing = next((n for n in named if n not in tensors), None)
         if missing is not None:
             raise ValueError(f"{operator}: unknown tensor {missing!r}")
+        try:
+            decode([*self.arguments, *self.keywords.values()], tensors.__getitem__)
+        except ValueError as error:
+            raise ValueError(f"{operator}: {error}") from None
         if isinstance(operator, OptimizerOperator):
             if len(self.arguments) != len(ARGUMENTS) or not self.keywords.keys().isdisjoint(ARGUMENTS):
                 raise ValueError(
@@ -209,33 +222,68 @@ class Operation(StrictModel):
                 )
             operator.check(self.given(), self.results, tensors)
             return
-        self._check_arguments()
+        self._check_tensors()
         kinds = [str(result.type) for result in operator._schema.returns]
         kinds = [kind for kind in kinds if kind != "number"]
         if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:
             raise ValueError(f"{operator} returns {len(kinds)} results, not {len(self.results)}")
 
-    def _check_arguments(self) -> None:
-        operator = self.resolved
-        known = parameters(operator)
-        positional = {p.name for p in known if p.is_positional}
-        if len(self.arguments) > len(positional):
-            raise ValueError(f"{operator} takes at most {len(positional)} arguments")
-        given = self.given()
-        unknown = self.keywords.keys() - {p.name for p in known}
-        if unknown or len(given) < len(self.arguments) + len(self.keywords):
-            raise ValueError(f"{operator} does not accept the keywords {sorted(self.keywords)} here")
+    def _check_tensors(self) -> None:
+        """Check that the operator gets a tensor, or a number, wherever it needs a tensor.
+
+        In place of another value, torch might use a tensor that is none; all else it checks itself.
+        """
         # Kernels of the backward pass get no tensor if the forward pass kept nothing.
-        may_be_none = "backward" in self.name
-        for parameter in known:
-            if parameter.name not in given:
-                if parameter.is_required:
-                    raise ValueError(f"{operator} is missing its argument {parameter.name}")
-                continue
-            value = given[parameter.name]
-            is_none = value is None and may_be_none and parameter.kind == "Tensor"
-            if not is_none and not fits(parameter.kind, value, parameter.size):
-                raise ValueError(f"{operator}: {parameter.name} must be of type {parameter.kind}")
+        given, may_be_none = self.given(), "backward" in self.name
+        for parameter in parameters(self.resolved):
+            value, fits = given.get(parameter.name), True
+            if parameter.kind == "Tensor":
+                fits = isinstance(value, str | int | float | dict) or (value is None and may_be_none)
+            elif parameter.kind == "List[Tensor]":
+                fits = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+            if not fits:
+                raise ValueError(f"{self.operator}: {parameter.name} must be of type {parameter.kind}")
+
+
+class SourceLine(StrictModel):
+    """A line in the table of a program.
+
+    file: its path, from the working directory or the place of installed packages if it is in there;
+    line: from 1; function: in which it is; text: of the line, empty if unknown; above: the place, in the
+    table, of the line that called this function, None for the outermost; a smaller one.
+    """
+
+    file: _Named
+    line: Annotated[int, Field(ge=1, le=2**31)]
+    function: _Named
+    text: _Text
+    above: Annotated[int, Field(ge=0)] | None = None
+
+
+class CodeLine(NamedTuple):
+    """A line of code that called an operation, as it was when the step ran.
+
+    file, line, function, text: as in `SourceLine`; callers: the lines that called it, the innermost
+    first.
+    """
+
+    file: str
+    line: int
+    function: str
+    text: str
+    callers: tuple[CodeLine, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """File and line: `train.py:41`."""
+        return f"{self.file}:{self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.place}  {self.text}".rstrip()
+
+    def data(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return self._asdict() | {"callers": [each.data() for each in self.callers]}
 
 
 def extent_of(geometry: tuple[Any, ...]) -> tuple[int, int]:

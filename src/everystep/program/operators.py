@@ -99,7 +99,6 @@ class Parameter(NamedTuple):
     kind: str
     size: int | None
     is_positional: bool
-    is_required: bool
     default: Any
 
 
@@ -199,7 +198,7 @@ def parameters(operator: Any) -> tuple[Parameter, ...]:
     """Return the parameters of an operator, the positional ones first."""
     if isinstance(operator, OptimizerOperator):
         return tuple(
-            Parameter(name, "settings", None, name in ARGUMENTS, True, None)
+            Parameter(name, "settings", None, name in ARGUMENTS, None)
             for name in (*ARGUMENTS, *operator.settings)
         )
     return tuple(
@@ -208,7 +207,6 @@ def parameters(operator: Any) -> tuple[Parameter, ...]:
             kind=str(a.real_type),
             size=a.N,
             is_positional=not a.kwarg_only,
-            is_required=not a.has_default_value(),
             default=a.default_value,
         )
         for a in operator._schema.arguments

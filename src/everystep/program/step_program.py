@@ -20,15 +20,16 @@ from everystep.program.arguments import json_floats
 from everystep.program.operation import (
     DIMENSIONS,
     LIMIT,
+    CodeLine,
     Name,
     Operation,
     Phase,
+    SourceLine,
     Storage,
     TensorSpec,
     usual_geometry,
 )
 from everystep.program.soundness import check_soundness, is_known_sound, note_sound
-from everystep.program.source_line import CodeLine, SourceLine
 
 __all__ = [
     "FORMAT_VERSION",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -234,7 +234,7 @@ class ReplayStepper:
         """Return the param groups of everystep's own steps with the numbers that the last one used."""
         groups = [dict(group) for group in self._loaded_groups()]
         for name, value in self._settings(self.state or 0).items():
-            set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
+            set_hyperparameter(groups, name, value)
         changed = {} if self.steps.lr is None else {"lr": self.steps.lr}
         return [group | changed for group in groups]
 
@@ -390,12 +390,12 @@ class ReplayStepper:
         interpreter, numbers, more = expansion or known
         try:
             with without_autograd():
-                taken = interpreter.run(self._tensors, inputs | more, numbers, looks)
+                loss, differs = interpreter.run(self._tensors, inputs | more, numbers, looks)
         except (ProgramError, ValueError) as error:
             raise self._not_replayed(row.step, error) from None
         self.state = row.step
-        self._compare(row.step, taken.differs, self.steps.given(row).digests)
-        return self.steps.loss(row.step) if taken.loss is None else float(taken.loss)
+        self._compare(row.step, differs, self.steps.given(row).digests)
+        return self.steps.loss(row.step) if loss is None else float(loss)
 
     def _not_replayed(self, number: int, error: Exception) -> NotReplayedError:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -235,15 +235,15 @@ class Living:
                 inputs[f"input/{name}"] = brought.content
         generators.restore(device)
         program = Interpreter(built.program, device)
-        interpreter, numbers = program.at(built.numbers(watch.numbers, watch.offsets))
+        interpreter, numbers = program.at(built.numbers(watch.numbers))
         observer = StepObserver(interpreter, numbers, state)
         with without_autograd():
-            done = interpreter.run(state, inputs, numbers, observer.looks)
+            loss, _ = interpreter.run(state, inputs, numbers, observer.looks)
         self._stepper.restart(number)
-        assert done.loss is not None
+        assert loss is not None
         tensors = {name: copy_on_cpu(tensor) for name, tensor in batch.items()}
         seen = Batch(tensors, None, tuple(tensors.values()))
-        return observed_step(number, observer.observation(done.loss), seen)
+        return observed_step(number, observer.observation(loss), seen)
 
     def _ready(self) -> int:
         """Bring the training to the state before the next step; return the number of that step."""
@@ -270,7 +270,7 @@ class Living:
 
     def _set_hyperparameters(self, step: int) -> None:
         for name, value in self._settings(step).items():
-            set_hyperparameter(self._training.optimizer, name, value)
+            set_hyperparameter(self._training.optimizer.param_groups, name, value)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -37,19 +38,17 @@ _OTHER_WITH_GRAPH = {"CumprodBackward0", "LinalgDetBackward0"}
 class Jump(NamedTuple):
     """What a backward pass does that can run unwatched.
 
-    end: the entry after it; numbers, offsets: the places of those before it that its graph may have;
-    known: its own numbers, by these.
+    end: the entry after it; numbers: the places of those before it that its graph may have; known: its
+    own numbers, by these.
     """
 
     end: Entry
     numbers: list[int]
-    offsets: list[int]
     known: dict[tuple[str, ...], list[int | float]]
 
     def case(self, cursor: UnderWay) -> tuple[str, ...]:
         """Return the numbers that the graph may have; the text tells -0.0 from 0.0, and NaN is equal."""
-        found = [repr(cursor.numbers[place]) for place in self.numbers]
-        return *found, *[repr(cursor.offsets[place]) for place in self.offsets]
+        return tuple([repr(cursor.numbers[place]) for place in self.numbers])
 
 
 class Graph(NamedTuple):
@@ -153,18 +152,12 @@ class BackwardPasses:
 
     def run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass; see `torch.autograd._engine_run_backward`."""
-        if self._has_ranks:
-            with self._cursor.follower.during(
-                "backward"
-            ):  # torch exchanges gradients after the last node
-                return self._run_with_copies(outputs, args, kwargs)
-        return self._run_with_copies(outputs, args, kwargs)
-
-    def _run_with_copies(self, outputs: Any, args: Any, kwargs: Any) -> Any:
-        copies = self._cursor.gradient_copies
-        if copies is None or self._cursor.is_paused:
-            return self._run(outputs, args, kwargs)
-        with copies.around_backward(kwargs.get("accumulate_grad", True)):
+        cursor, copies = self._cursor, self._cursor.gradient_copies
+        with ExitStack() as around:
+            if self._has_ranks:  # torch exchanges gradients after the last node
+                around.enter_context(cursor.follower.during("backward"))
+            if copies is not None and not cursor.is_paused:
+                around.enter_context(copies.around_backward(kwargs.get("accumulate_grad", True)))
             return self._run(outputs, args, kwargs)
 
     def _run(self, outputs: Any, args: Any, kwargs: Any) -> Any:
@@ -226,9 +219,9 @@ class BackwardPasses:
             return
         exports = {number for number in end.key[-1] if number is not None}
         if exports.issuperset(cursor.tensors.alive(entry.met, end.met)):
-            reads = {*places_of_reads(entry.operations())}
-            numbers = [place for place in range(begin) if place not in reads]
-            entry.jump = jump = Jump(end, numbers, [*_offsets_in_graph(entry)], {})
+            others = {*places_of_reads(entry.operations()), *_offsets_in_no_graph(entry)}
+            numbers = [place for place in range(begin) if place not in others]
+            entry.jump = jump = Jump(end, numbers, {})
             jump.known[jump.case(cursor)] = cursor.numbers[begin:]
 
     def _jump(self, entry: Entry, end: Entry, left: list[Any]) -> None:
@@ -268,12 +261,12 @@ def _left(leaves: list[Tensor], result: Any) -> list[Tensor | None]:
     return [*[leaf.grad for leaf in leaves], *(result or ())]
 
 
-def _offsets_in_graph(entry: Entry) -> Iterator[int]:
-    """Yield the places, among the offsets of a step, of those that a graph made so far may have."""
+def _offsets_in_no_graph(entry: Entry) -> Iterator[int]:
+    """Yield the places, among the numbers of a step, of offsets that no graph made so far may have."""
     written = {origin for operation in entry.operations() for origin in operation.writes}
     for before in entry.from_root():
         for known in before.new:
-            if known.moves is not None and (before.in_graph or known.origin in written):
+            if known.moves is not None and not before.in_graph and known.origin not in written:
                 yield known.moves
 
 

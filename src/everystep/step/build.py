@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from everystep.program.number_slots import READ, Number
 from everystep.program.operators import draws_random_numbers
 from everystep.program.step_program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
 from everystep.step.calling_code import LineTable
-from everystep.step.path import FLOAT, INT, Path
+from everystep.step.path import Path
 
 __all__ = ["BuiltPath", "NotCapturableError", "build_path"]
 
@@ -28,41 +29,40 @@ class NotCapturableError(Exception):
 class BuiltPath(NamedTuple):
     """A program for all steps with a path.
 
-    moved: which of the offsets of a step belong to tensors that the program has; kept: which of the
-    numbers of a step belong to operations that it has; inputs: the number of
-    each input's storage, by the storage's name in the program; evaluation: operations that compute only
-    what is logged, with a model that the step trains: how many, and the first.
+    numbers_kept: the places, among the numbers of a step, of those that the program has: offsets of its
+    tensors, then those of its operations; inputs: the number of each input's storage, by the storage's
+    name in the program; evaluation: operations that compute only what is logged, with a model that the
+    step trains: how many, and the first.
     """
 
     program: Program
-    moved: tuple[int, ...]
-    kept: tuple[int, ...]
+    numbers_kept: tuple[int, ...]
     inputs: dict[str, int]
     evaluation: tuple[int, Operation] | None = None
 
-    def numbers(self, seen: Sequence[Number], offsets: Sequence[int] = ()) -> list[Number]:
-        """Return the numbers of a step that its program needs: offsets of its tensors, then others."""
-        return [*[offsets[place] for place in self.moved], *[seen[place] for place in self.kept]]
+    def numbers(self, seen: Sequence[Number]) -> list[Number]:
+        """Return the numbers of a step that its program needs."""
+        return [seen[place] for place in self.numbers_kept]
 
 
-def build_path(path: Path, numbers: Sequence[Number], offsets: Sequence[int]) -> BuiltPath:
+def build_path(path: Path, numbers: Sequence[Any]) -> BuiltPath:
     """Return the program of a path; it contains the numbers of the first step with this path.
 
-    numbers, offsets: of that step.
+    numbers: of that step.
 
     Raises:
         NotCapturableError: a program cannot hold it; gives the reason.
     """
-    return _Builder(path, offsets).built(numbers)
+    return _Builder(path, numbers).built()
 
 
 class _Builder:
     """Names all tensors, and omits operations without effect."""
 
-    def __init__(self, path: Path, offsets: Sequence[int]) -> None:
+    def __init__(self, path: Path, numbers: Sequence[Any]) -> None:
         self._path = path
-        self._offsets = offsets
-        #: Of each tensor that moves: which of the offsets is its own.
+        self._numbers = numbers
+        #: Of each tensor that moves: which of the numbers is its offset.
         self._moves: dict[str, int] = {}
         unused = path.unused_gradients()
         self._state = {name: number for name, number in path.named if name not in unused}
@@ -75,8 +75,8 @@ class _Builder:
         self._lines = LineTable()
         self._name_storages()
 
-    def built(self, numbers: Sequence[Number]) -> BuiltPath:
-        """Return the program. numbers: of a step."""
+    def built(self) -> BuiltPath:
+        """Return the program."""
         path = self._path
         for name, number in self._state.items():
             self._add_tensor(name, number)
@@ -85,7 +85,7 @@ class _Builder:
             name: self._named(number, self._unused(f"gradient/{name}"))
             for name, number in path.gradients
         }
-        operations = [*self._operations(iter(numbers))]
+        operations = [*self._operations()]
         ends = {name: self._tensor(number) for name, number in path.ends}
         activations = {name: tuple(map(self._tensor, places)) for name, places in path.activations}
         logged = {name: self._tensor(number) for name, number in path.logged}
@@ -93,7 +93,9 @@ class _Builder:
         shown |= {*gradients.values(), *ends.values(), *logged.values()} | ({loss} if loss else set())
         kept = self._with_effect(operations, shown)
         kept |= self._checkable_reads(operations, kept)
-        used = {n for o in operations if id(o) in kept for n in (*o.reads(), *o.results) if n}
+        present = [each for place, each in enumerate(operations) if place in kept]
+        left_out = [each for place, each in enumerate(operations) if place not in kept]
+        used = {name for each in present for name in (*each.reads(), *each.results) if name}
         used |= shown | set(self._state)
         tensors = {name: spec for name, spec in self._tensors.items() if name in used}
         moves = {name: place for name, place in self._moves.items() if name in tensors}
@@ -102,7 +104,7 @@ class _Builder:
             torch=torch.__version__,
             storages=storages,
             tensors=tensors,
-            operations=tuple(o for o in operations if id(o) in kept),
+            operations=tuple(present),
             loss=loss,
             gradients=gradients,
             activations=activations,
@@ -110,7 +112,7 @@ class _Builder:
             ends=ends,
             gone=path.gone,
             moves=tuple(moves),
-            left_out=sum(self._is_read(o) for o in operations if id(o) not in kept),
+            left_out=sum(map(self._is_read, left_out)),
             lines=tuple(self._lines.lines),
             sources=self._lines.sources,
         )
@@ -119,8 +121,8 @@ class _Builder:
         evaluation = self._evaluation(
             operations, kept, {*gradients.values(), *ends.values(), loss or ""}
         )
-        numbers_kept = tuple(self._kept_numbers(operations, kept))
-        return BuiltPath(program, tuple(moves.values()), numbers_kept, inputs, evaluation)
+        numbers = chain(*[path.operations[place].numbers for place in sorted(kept)])
+        return BuiltPath(program, (*moves.values(), *numbers), inputs, evaluation)
 
     # Names.
 
@@ -178,7 +180,7 @@ class _Builder:
         dtype, offset = str(seen.dtype).removeprefix("torch."), seen.offset
         if seen.moves is not None:
             self._moves[name] = seen.moves
-            offset = self._offsets[seen.moves]
+            offset = self._numbers[seen.moves]
         self._tensors[name] = TensorSpec(
             storage=place, dtype=dtype, shape=seen.shape, stride=seen.stride, offset=offset
         )
@@ -200,14 +202,13 @@ class _Builder:
 
     # Operations.
 
-    def _operations(self, numbers: Iterator[Number]) -> Iterator[Operation]:
+    def _operations(self) -> Iterator[Operation]:
         """Yield the operations with the numbers of a step; what Python read is in no argument."""
         for seen, calls in zip(self._path.operations, self._path.lines, strict=True):
+            numbers = iter([self._numbers[place] for place in seen.numbers])
             arguments = tuple(self._argument(value, numbers) for value in seen.arguments)
             keywords = {key: self._argument(value, numbers) for key, value in seen.keywords}
             results = tuple(None if r is None else self._tensor(int(r[1:])) for r in seen.results)
-            if str(seen.operator) == READ:
-                next(numbers)
             yield Operation(
                 phase=seen.phase,
                 module=seen.module,
@@ -222,7 +223,7 @@ class _Builder:
         """Return an argument as a program holds it."""
         if isinstance(value, str):
             return self._tensor(int(value[1:]))
-        if value is INT or value is FLOAT:
+        if value is int or value is float:
             return encode(next(numbers), _no_tensor)
         if isinstance(value, tuple) and len(value) == 2 and value[0] == "text":
             return {"text": value[1]}
@@ -233,17 +234,17 @@ class _Builder:
     def _with_effect(
         self, operations: Sequence[Operation], wanted: set[str], undrawn: Container[int] = ()
     ) -> set[int]:
-        """Return the ids of operations with results that are used, or that draw random numbers.
+        """Return the places of operations with results that are used, or that draw random numbers.
 
-        undrawn: the ids of some for which only the results count.
+        undrawn: the places of some for which only the results count.
         """
         needed = {self._tensors[name].storage for name in wanted if name}
         needed |= {name for name, storage in self._storages.items() if storage.kind == "state"}
         kept = set()
-        for operation in reversed(operations):
+        for place, operation in reversed([*enumerate(operations)]):
             is_used = not needed.isdisjoint(self._writes(operation))
-            if is_used or (_matters(operation.resolved) and id(operation) not in undrawn):
-                kept.add(id(operation))
+            if is_used or (_matters(operation.resolved) and place not in undrawn):
+                kept.add(place)
                 needed |= {self._tensors[name].storage for name in operation.reads()}
         return kept
 
@@ -255,16 +256,17 @@ class _Builder:
         Results that the step does not use are not kept, unless they are logged, or the model in training
         mode draws random numbers. wanted: what the step computes besides what it logs.
         """
-        identities = [*map(id, operations)]
-        passes = [identities[first:end] for first, end in self._path.evaluations]
-        within = {each for inner in passes for each in inner}
-        if within.isdisjoint(kept):
+        forward = [(n, o) for n, o in enumerate(self._path.operations) if o.phase == "forward"]
+        trained = {each.module for _, each in forward if each.has_gradients}
+        within = [n for n, each in forward if not each.has_gradients and each.module in trained]
+        if kept.isdisjoint(within):
             return None
         used = self._with_effect(operations, wanted, within)
-        idle = [o for o in operations if id(o) in kept - used and not _matters(o.resolved)]
-        for each in passes:
-            if used.isdisjoint(each) and (first := [o for o in idle if id(o) in each]):
-                return len(idle) - idle.index(first[0]), first[0]
+        idle = [n for n in sorted(kept - used) if not _matters(operations[n].resolved)]
+        for _, each in groupby(enumerate(within), key=lambda pair: pair[1] - pair[0]):
+            one_pass = {place for _, place in each}  # they follow each other
+            if used.isdisjoint(one_pass) and (first := [n for n in idle if n in one_pass]):
+                return len(idle) - idle.index(first[0]), operations[first[0]]
         return None
 
     def _writes(self, operation: Operation) -> set[str]:
@@ -282,20 +284,13 @@ class _Builder:
         """
         left_out: set[str] = set()
         found: set[int] = set()
-        for operation in operations:
+        for place, operation in enumerate(operations):
             if operation.operator == READ:
                 if left_out.isdisjoint(self._tensors[name].storage for name in operation.reads()):
-                    found.add(id(operation))
-            elif id(operation) not in kept:
+                    found.add(place)
+            elif place not in kept:
                 left_out |= self._writes(operation)
         return found
-
-    def _kept_numbers(self, operations: Sequence[Operation], kept: set[int]) -> Iterator[int]:
-        place = 0
-        for operation, seen in zip(operations, self._path.operations, strict=True):
-            if id(operation) in kept:
-                yield from range(place, place + seen.numbers)
-            place += seen.numbers
 
 
 def _matters(operator: Any) -> bool:

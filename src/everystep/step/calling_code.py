@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from everystep.program.source_line import LONGEST_FILE, LONGEST_LINE, SourceLine
+from everystep.program.operation import LONGEST_FILE, LONGEST_LINE, SourceLine
 
 __all__ = [
     "CallingLine",

@@ -16,10 +16,8 @@ __all__ = ["CollectiveCall", "finished", "has_ranks", "how_collective", "shows_r
 def has_ranks() -> bool:
     """Return whether torch.distributed runs several processes."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    size: int = distributed.get_world_size()
-    return size > 1
+    is_running = distributed.is_available() and distributed.is_initialized()
+    return bool(is_running and distributed.get_world_size() > 1)
 
 
 def how_collective(func: Any, is_ready: bool) -> str:

@@ -18,14 +18,17 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 
 from everystep.program.collectives import taking_part
 from everystep.program.memory import geometry
+from everystep.program.observed import OVERWRITING
 from everystep.program.operation import fills
 from everystep.program.operators import flattened, leaves, parameters, writes
 from everystep.step.backward import BackwardPasses
 from everystep.step.call_checks import MISS, check_of
 from everystep.step.calling_code import named_here
 from everystep.step.collective_calls import CollectiveCall, finished, how_collective
-from everystep.step.follow import Follower, begin_watch, end_watch
+from everystep.step.follow import Follower
 from everystep.step.known_operators import (
+    JOINING,
+    PICKING,
     KnownOperator,
     gathers_data,
     is_shaped_by_numbers,
@@ -45,6 +48,7 @@ __all__ = ["Cursor"]
 
 #: They mark a stretch of time for a profiler.
 _NO_OPERATIONS = ("profiler", "prim")
+_ZEROING = {"zero_", "_foreach_zero_"}
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -54,7 +58,7 @@ class Cursor(UnderWay):
     Args:
         paths, device, follower, outside: as `UnderWay` has them.
 
-    optimizers: their steps.
+    optimizers: their steps; run_backward: runs a backward pass, in place of torch's own call.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class Cursor(UnderWay):
     ) -> None:
         super().__init__(paths, device, follower, outside)
         self.optimizers = OptimizerSteps(self)
-        self._backward = BackwardPasses(self)
+        self.run_backward = BackwardPasses(self).run
         self._depth = 0
 
     def recover(self) -> None:
@@ -114,12 +118,13 @@ class Cursor(UnderWay):
             return func(*args, **keywords)
         self.tensors.catch_up(at)
         given = leaves([*args, *keywords.values()])
-        is_met = self._is_met_or_read if known.copies else self._is_met
+        copies = known.name == "copy_"
+        is_met = self._is_met_or_read if copies else self._is_met
         if gathers_data(known, given, is_met, self._is_drawn):
             result = func(*args, **keywords)
-            if known.copies:  # a write through `tensor.data` is not counted
+            if copies:  # a write through `tensor.data` is not counted
                 self.outside.forget(given[0].untyped_storage()._cdata)
-            if known.joins or known.picks:
+            if known.name in PICKING | JOINING:
                 self.gathered[result.untyped_storage()._cdata] = func, args
             return result
         if known.draws and not any(map(self._is_met, given)) and _has_generator(args, keywords):
@@ -265,7 +270,7 @@ class Cursor(UnderWay):
             self.leave()
         operation = None
         if is_seen:
-            phase, module = self.follower.place(known.is_zeroing and self._are_gradients(written))
+            phase, module = self.follower.place(known.name in _ZEROING and self._are_gradients(written))
             operation = SeenOperation(
                 phase=phase,
                 module=module,
@@ -274,7 +279,8 @@ class Cursor(UnderWay):
                 keywords=tuple([(name, held(token)) for name, token in named]),
                 results=(),
                 writes=tensors.origins_of(written),
-                numbers=len(self.numbers) - count,
+                numbers=range(count, len(self.numbers)),
+                has_gradients=torch.is_grad_enabled(),
             )
         is_shaped = self.is_remembered and (
             is_shaped_by_numbers(func, args) or (known.makes_dtype and keywords.get("dtype") is None)
@@ -350,7 +356,7 @@ class Cursor(UnderWay):
         self, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> list[Tensor]:
         """Return the arguments that a call writes to as a whole, without reading their memory."""
-        if not known.writes or known.resizes or not (known.has_out or known.overwrites):
+        if not known.writes or known.resizes or not (known.has_out or known.name in OVERWRITING):
             return []
         given = dict(zip(known.places, args, strict=False)) | keywords
         targets = leaves([given.get(name) for name in known.writes])
@@ -468,7 +474,7 @@ class Cursor(UnderWay):
         _push_again(above)
         self._depth += 1
         if self._depth == 1:
-            begin_watch(self._backward.run, self._moved)
+            self.follower.watch = self
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -476,13 +482,13 @@ class Cursor(UnderWay):
         above = []
         if self._depth == 0:
             self.recover()
-            end_watch()
+            self.follower.watch = None
             while _get_current_dispatch_mode() is not self:
                 above.append(_pop_mode())
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         _push_again(above)
 
-    def _moved(self, tensor: Tensor) -> None:
+    def moved(self, tensor: Tensor) -> None:
         """Forget a tensor that has got other memory."""
         self.tensors.catch_up(self.at)
         self.tensors.drop(tensor)

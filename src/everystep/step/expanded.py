@@ -5,7 +5,9 @@ To get them, torch's own code takes the step of the optimizer on other memory, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from everystep.program.arguments import decode, references
 from everystep.program.interpreter import Interpreter
 from everystep.program.memory import tensor_on
 from everystep.program.number_slots import Number
-from everystep.program.operation import Operation, Phase
+from everystep.program.operation import Operation
 from everystep.program.optimizer_operator import ARGUMENTS, OPTIMIZERS, BoundOptimizer
 from everystep.program.step_program import Program
 from everystep.step.build import BuiltPath, build_path
@@ -118,19 +120,6 @@ def _read(operation: Operation, program: Program) -> list[str]:
     return [name for name in references(given) if not program.tensors[name].shape]
 
 
-class _FixedFollower:
-    """Stands for what follows modules and optimizers: all is of one operation."""
-
-    where: tuple[Any, ...] = ()
-
-    def __init__(self, operation: Operation) -> None:
-        self._place = operation.phase, operation.module
-
-    def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
-        """Return the phase, and the optimizer."""
-        return self._place
-
-
 class _StandIns:
     """Tensors with the layouts of those of a program, on other memory."""
 
@@ -154,7 +143,8 @@ class _StandIns:
         arguments = [decode(value, self._tensor) for value in operation.arguments]
         settings = {key: decode(value, self._tensor) for key, value in operation.keywords.items()}
         optimizer = BoundOptimizer(OPTIMIZERS[operation.operator], *arguments)
-        following: Any = _FixedFollower(operation)
+        place = operation.phase, operation.module  # of all that it does
+        following: Any = SimpleNamespace(where=(), watch=None, place=lambda is_zeroing: place)
         watch = Cursor(KnownPaths(), self._device, following, OutsideTensors())
         watch.begin(given, versions_by_name(given))
         with watch:
@@ -195,7 +185,7 @@ class _Spliced:
         self._storages = dict(program.storages)
         operations = [[each] for each in program.operations]
         for place, (path, watch) in zip(places, watched, strict=True):
-            built = build_path(path, watch.numbers, watch.offsets)
+            built = build_path(path, watch.numbers)
             outer = program.operations[place]
             inner, names = self._renamed(built.program, {*outer.reads()})
             operations[place] = [each.model_copy(update={"line": outer.line}) for each in inner]
@@ -216,25 +206,22 @@ class _Spliced:
         names |= {name: name for name in part.tensors if name in known}
         places = {part.tensors[n].storage: self._tensors[name].storage for n, name in names.items()}
         for name in part.storages.keys() - places.keys():
-            places[name] = next(_free(name, self._storages))
+            places[name] = _free(name, self._storages)
             self._storages[places[name]] = part.storages[name]
         for name, storage in part.storages.items():
             if storage.kind == "input":  # what begins as a constant may be a result of the outer program
                 self._storages[places[name]] = storage
         for name in [name for name in part.tensors if name not in names]:
-            names[name] = next(_free(name, self._tensors))
+            names[name] = _free(name, self._tensors)
             spec = part.tensors[name]
             self._tensors[names[name]] = spec.model_copy(update={"storage": places[spec.storage]})
         return [_with_names(each, names) for each in part.operations], places
 
 
-def _free(name: str, taken: Mapping[str, Any]) -> Iterator[str]:
-    """Yield names that are not taken."""
-    if name not in taken:
-        yield name
-    for number in range(2, len(taken) + 3):
-        if f"{name}_{number}" not in taken:
-            yield f"{name}_{number}"
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """Return a name like another one that is not taken."""
+    names = chain([name], (f"{name}_{number}" for number in count(2)))
+    return next(each for each in names if each not in taken)
 
 
 def _with_names(operation: Operation, names: Mapping[str, str]) -> Operation:

@@ -3,8 +3,8 @@
 torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`),
 nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows, nor
 where code between two steps takes `tensor.data`: torch does not count what is written into it. These
-functions are replaced. They belong to the process, but a watch to its thread: each watched thread
-has its own, and others get torch's functions.
+functions are replaced. They belong to the process, but a follower to its thread: in others, they do what
+torch's do.
 
 Each optimizer marks its time for a profiler. That is no operation, and no mode sees it meanwhile.
 """
@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
-from threading import Lock, get_ident, local
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -36,8 +36,6 @@ from everystep.step.mode_formulas import ModeFormulas
 __all__ = [
     "OF_WATCHES",
     "Follower",
-    "begin_watch",
-    "end_watch",
     "is_compiled",
     "run_engine",
     "scripted_fault",
@@ -74,12 +72,12 @@ def scripted_fault(name: str, module: nn.Module) -> Fault | None:
 class Follower:
     """Follows the thread that makes it, from `begin` to `finish`.
 
-    where: the innermost module and optimizer that run, and the phase of what runs outside of them.
+    where: the innermost module and optimizer that run, and the phase of what runs outside of them;
+    watch: of the step in progress; it runs the backward passes, and learns of other memory of tensors.
 
     Args:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
-        module_done: called with the path of a module and the tensors that it returned.
         optimizer_begins: called with an optimizer before its step, and whether that has arguments.
         optimizer_ends: called with an optimizer after its step.
         is_torchs: tells of an optimizer whether its step runs only torch's code, and a closure first.
@@ -90,7 +88,6 @@ class Follower:
         self,
         modules: Mapping[int, str],
         optimizers: Mapping[int, str | None],
-        module_done: Callable[[str, list[Tensor]], None],
         optimizer_begins: Callable[[torch.optim.Optimizer, bool], None],
         optimizer_ends: Callable[[torch.optim.Optimizer], None],
         is_torchs: Callable[[torch.optim.Optimizer], bool],
@@ -98,16 +95,15 @@ class Follower:
     ) -> None:
         self.modules = modules
         self._optimizers = optimizers
-        self._module_done = module_done
         self._optimizer_begins = optimizer_begins
         self._optimizer_ends = optimizer_ends
         self.is_torchs = is_torchs
         self.exposes = exposes
+        self.watch: Any = None
         self._thread = get_ident()
         self._open: list[str | None] = []
-        self._optimizer: list[str | None] = []
-        #: Of each optimizer that runs: the file of its step, if that has a closure.
-        self._files: list[str | None] = []
+        #: The optimizers that run, each with the file of its step, if that has a closure.
+        self._updating: list[tuple[str | None, str | None]] = []
         # The modules that ran in turn, each with the number of the first node of the graph it made.
         self._made: list[tuple[int, str | None]] = []
         self.where: tuple[Any, ...] = ()
@@ -132,7 +128,7 @@ class Follower:
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
-        self._open, self._optimizer, self._files, self._made = [], [], [], []
+        self._open, self._updating, self._made = [], [], []
         self.enter(None)
 
     def enter(self, phase: Phase | None) -> None:
@@ -152,7 +148,7 @@ class Follower:
 
     def _moved(self) -> None:
         module = self._open[-1] if self._open else None
-        self.where = module, *self._optimizer, self._phase
+        self.where = module, *self._updating, self._phase
         self._made.append((_next_node(), module))
 
     def _module_of(self, node: int) -> str | None:
@@ -171,15 +167,17 @@ class Follower:
         module = self._open[-1] if self._open else None
         if module is not None:
             return "forward", module or None
-        if self._optimizer and ((file := self._files[-1]) is None or is_called_in(file)):
-            return "update", self._optimizer[-1]
+        if self._updating:
+            name, file = self._updating[-1]
+            if file is None or is_called_in(file):
+                return "update", name
         if self._phase is not None:
             return self._phase, None
         if is_zeroing:
             return "zero_grad", None
         return ("loss" if torch.is_grad_enabled() else "other"), None
 
-    def opened(self, module: nn.Module) -> None:
+    def opened(self, module: nn.Module, inputs: Any) -> None:
         """Note that a module begins.
 
         Raises:
@@ -206,31 +204,29 @@ class Follower:
         self._open.append(self.modules.get(id(module), around))
         self._moved()
 
-    def closed(self, module: nn.Module, output: Any) -> None:
+    def closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Note that a module is done."""
         if not self._open:
             return
         path = self._open.pop()
         self._moved()
-        if path and id(module) in self.modules and torch._C._current_autograd_node() is None:
+        is_seen = path and self.watch is not None and not self.watch.is_paused
+        if is_seen and id(module) in self.modules and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
-            self._module_done(path, [given] if type(given) is Tensor else leaves(given))
+            self.watch.module_done(path, [given] if type(given) is Tensor else leaves(given))
 
     def update_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         """Note that an optimizer begins its step."""
-        self._optimizer.append(self._optimizers.get(id(optimizer)))
-        code = None
-        if has_arguments:
-            code = getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
-        self._files.append(None if code is None else code.co_filename)
+        step = inspect.unwrap(type(optimizer).step) if has_arguments else None
+        file = getattr(getattr(step, "__code__", None), "co_filename", None)
+        self._updating.append((self._optimizers.get(id(optimizer)), file))
         self._moved()
         self._optimizer_begins(optimizer, has_arguments)
 
-    def update_ends(self, optimizer: torch.optim.Optimizer) -> None:
+    def update_ends(self, optimizer: torch.optim.Optimizer, *given: Any) -> None:
         """Note that an optimizer is done with its step."""
-        if self._optimizer:
-            self._optimizer.pop()
-            self._files.pop()
+        if self._updating:
+            self._updating.pop()
             self._moved()
             self._optimizer_ends(optimizer)
 
@@ -238,23 +234,23 @@ class Follower:
 def _registered() -> list[Any]:
     """Register torch's hooks for all modules and optimizers, replace functions; return what ends it."""
     return [
-        register_module_forward_pre_hook(_module_begins),
-        register_module_forward_hook(_module_ends, always_call=True),
+        register_module_forward_pre_hook(_told(Follower.opened)),
+        register_module_forward_hook(_told(Follower.closed), always_call=True),
         register_optimizer_step_pre_hook(_update_begins),
-        register_optimizer_step_post_hook(_update_ends),
+        register_optimizer_step_post_hook(_told(Follower.update_ends)),
         _Replacement(),
         ModeFormulas(),
     ]
 
 
-def _module_begins(module: nn.Module, inputs: Any) -> None:
-    for follower in _followers.get(get_ident(), ()):
-        follower.opened(module)
+def _told(note: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook by which the followers of a thread note something."""
 
+    def hook(*given: Any) -> None:
+        for follower in _followers.get(get_ident(), ()):
+            note(follower, *given)
 
-def _module_ends(module: nn.Module, inputs: Any, output: Any) -> None:
-    for follower in _followers.get(get_ident(), ()):
-        follower.closed(module, output)
+    return hook
 
 
 def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> Any:
@@ -276,19 +272,12 @@ def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -
     return (optimizer, closure), {}
 
 
-def _update_ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for follower in _followers.get(get_ident(), ()):
-        follower.update_ends(optimizer)
+def _watch() -> Any:
+    """Return the innermost watch of this thread, None if it is in no step."""
+    watches = (each.watch for each in reversed(_followers.get(get_ident(), ())))
+    return next((watch for watch in watches if watch is not None), None)
 
 
-class _OfThread(local):
-    """The watches of a thread, the innermost last: what `begin_watch` was given."""
-
-    def __init__(self) -> None:
-        self.watches: list[tuple[Callable[..., Any], Callable[[Tensor], None]]] = []
-
-
-_here = _OfThread()
 #: torch's own, or a replacement by other code.
 _engine: Any = None
 _MARKS = "_record_function_enter_new", "_record_function_exit._RecordFunction"
@@ -319,28 +308,19 @@ class _Replacement:
         del torch.Tensor.data
 
 
-def begin_watch(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
-    """Let a watch run the backward passes of this thread, and know of tensors with other memory."""
-    _here.watches.append((run, moves))
-
-
-def end_watch() -> None:
-    """End what `begin_watch` began last in this thread."""
-    _here.watches.pop()
-
-
 def run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a backward pass as torch does."""
     return _engine(outputs, *args, **kwargs)
 
 
 def _run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-    run = _here.watches[-1][0] if _here.watches else _engine
+    watch = _watch()
+    run = _engine if watch is None else watch.run_backward
     return run(outputs, *args, **kwargs)
 
 
 def _get_data(tensor: Tensor) -> Tensor:
-    if not _here.watches:
+    if _watch() is None:
         for follower in _followers.get(get_ident(), ()):
             follower.exposes(tensor)
     return _DATA.__get__(tensor)  # type: ignore[attr-defined,no-any-return]
@@ -348,6 +328,5 @@ def _get_data(tensor: Tensor) -> Tensor:
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     _DATA.__set__(tensor, value)  # type: ignore[attr-defined]
-    if _here.watches:
-        _, moves = _here.watches[-1]
-        moves(tensor)
+    if (watch := _watch()) is not None:
+        watch.moved(tensor)

@@ -128,7 +128,7 @@ def _contents_change(guard: _Guard, now: Any) -> str | None:
 def _geometry_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return all of a tensor but its numbers."""
     is_strided = tensor.layout == torch.strided
-    hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+    hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
     lies = (tensor.stride(), int(tensor.storage_offset())) if is_strided else ()
     of_autograd = tensor.requires_grad, bool(hooks), has_graph(tensor)
     return type(tensor), tensor.dtype, tensor.shape, tensor.device, lies, of_autograd

@@ -7,12 +7,9 @@ has the name of its key: `optimizer.weight_decay`, `optimizer.betas.1[1]`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 __all__ = [
     "changes_more_than_lr",
@@ -22,27 +19,14 @@ __all__ = [
     "set_hyperparameter",
 ]
 
-_NAME = re.compile(r"(lr|momentum|beta1|optimizer\.([^.\[\]]+)(?:\.(\d+))?)(?:\[(\d+)\])?")
+_NAME = re.compile(r"(lr|momentum|beta1|optimizer\.[^.\[\]]+(\.\d+)?)(\[\d+\])?")
+Groups = Sequence[dict[str, Any]]
 _SHORT = {("lr", None): "lr", ("momentum", None): "momentum", ("betas", 0): "beta1"}
-_PLACES = {name: place for place, name in _SHORT.items()}
 
 
-class HasGroups(Protocol):
-    """An optimizer, or another object with param groups."""
-
-    param_groups: list[dict[str, Any]]
-
-
-def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the current numbers."""
-    found: dict[str, float] = {}
-    for index, group in enumerate(optimizer.param_groups):
-        for key, place, value in _numbers(group):
-            name = _SHORT.get((key, place)) or f"optimizer.{key}" + (
-                "" if place is None else f".{place}"
-            )
-            found[f"{name}[{index}]" if index else name] = value
-    return found
+def hyperparameters(groups: Groups) -> dict[str, float]:
+    """Return the current numbers of param groups."""
+    return {name: value for name, value, *_ in _numbers(groups)}
 
 
 def changes_more_than_lr(scheduler: Any) -> bool:
@@ -67,57 +51,50 @@ def is_hyperparameter(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def set_hyperparameter(optimizer: HasGroups, name: str, value: float) -> None:
+def set_hyperparameter(groups: Groups, name: str, value: float) -> None:
     """Set a number by its name in `hyperparameters`; ignore a param group that does not exist."""
-    match = _NAME.fullmatch(name)
-    index = int(match[4] or 0) if match else 0
-    if match is None or index >= len(optimizer.param_groups):
-        return
-    group: dict[str, Any] = optimizer.param_groups[index]
-    place = None if match[3] is None else int(match[3])
-    key, place = _PLACES.get(match[1], (match[2] or "", place))
-    there = group.get(key)
-    if place is None:
-        _set(group, key, value)
-    elif isinstance(there, list | tuple) and place < len(there):
-        items = list(there)
-        _set(items, place, value)
-        group[key] = type(there)(items)
-
-
-def _numbers(group: dict[str, Any]) -> Iterator[tuple[str, int | None, float]]:
-    """Yield the numbers of a param group: key, place within a tuple or list, value."""
-    for key, value in group.items():
-        if key in ("params", "initial_lr"):
+    for known, now, group, key, place in _numbers(groups):
+        if known != name or now == value:
             continue
-        if isinstance(value, list | tuple):
-            for place, item in enumerate(value):
-                if (number := _number(item)) is not None:
-                    yield key, place, number
-        elif (number := _number(value)) is not None:
-            yield key, None, number
+        there = group[key]
+        if place is None:
+            group[key] = _like(there, value)
+        else:
+            items = list(there)
+            items[place] = _like(items[place], value)
+            group[key] = type(there)(items)
+
+
+def _numbers(groups: Groups) -> Iterator[tuple[str, float, dict[str, Any], str, int | None]]:
+    """Yield the name and value of each number, its group and key, and its place in a tuple or list."""
+    for index, group in enumerate(groups):
+        for key, setting in [*group.items()]:
+            if key in ("params", "initial_lr"):
+                continue
+            is_list = isinstance(setting, list | tuple)
+            for place, item in enumerate(setting) if is_list else [(None, setting)]:
+                name = _SHORT.get((key, place)) or f"optimizer.{key}{f'.{place}' if is_list else ''}"
+                if (value := _number(item)) is not None:
+                    yield f"{name}[{index}]" if index else name, value, group, key, place
 
 
 def _number(value: Any) -> float | None:
     """Return a setting of a param group as a number, None if it is absent or not a number."""
     from torch import Tensor
 
+    value = (
+        value.get("value") if isinstance(value, dict) else value
+    )  # of NumPy's, in the data of a state
     is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     return float(value) if is_one or isinstance(value, Real) else None
 
 
-def _set(target: Any, key: Any, value: float) -> None:
-    """Set a number, keeping its type, unless it has that value already."""
+def _like(there: Any, value: float) -> Any:
+    """Return a number with the type of another one; a tensor is filled with it."""
     from torch import Tensor
 
-    there = target.get(key) if isinstance(target, dict) else target[key]
-    if _number(there) == value:
-        return
     if isinstance(there, Tensor):
-        there.fill_(value)
-    elif isinstance(there, bool):
-        target[key] = bool(value)
-    elif isinstance(there, int) and value == int(value):
-        target[key] = int(value)
-    elif there is not None:
-        target[key] = value
+        return there.fill_(value)
+    if isinstance(there, bool):
+        return bool(value)
+    return int(value) if isinstance(there, int) and value == int(value) else value

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.program.number_slots import READ, is_number_slot
-from everystep.program.observed import OVERWRITING
+from everystep.program.number_slots import READ, slot_names
 from everystep.program.operators import (
     NotAllowedError,
     computes,
@@ -25,7 +24,15 @@ from everystep.program.operators import (
 )
 from everystep.step.met_tensors import is_plain
 
-__all__ = ["KnownOperator", "gathers_data", "is_shaped_by_numbers", "known_operator", "run_counted"]
+__all__ = [
+    "JOINING",
+    "PICKING",
+    "KnownOperator",
+    "gathers_data",
+    "is_shaped_by_numbers",
+    "known_operator",
+    "run_counted",
+]
 
 #: They change a tensor's geometry or memory, which its next use shows.
 _OTHER_GEOMETRY = {
@@ -34,11 +41,8 @@ _OTHER_GEOMETRY = {
 }
 #: What operators return that ask how tensors lie, and not which numbers are in them.
 _ANSWERS = {"int", "bool", "List[int]"}
-_ZEROING = {"zero_", "_foreach_zero_"}
-#: They pick numbers by an index.
-_PICKING = {"gather", "index", "index_select", "take"}
-#: They lay parts of data side by side.
-_JOINING = {"cat", "stack"}
+#: They pick numbers by an index, or lay parts of data side by side.
+PICKING, JOINING = {"gather", "index", "index_select", "take"}, {"cat", "stack"}
 
 
 class KnownOperator(NamedTuple):
@@ -50,6 +54,7 @@ class KnownOperator(NamedTuple):
     """
 
     how: str
+    name: str
     writes: tuple[str, ...] = ()
     places: Mapping[str, bool] = MappingProxyType({})
     gives: bool = True
@@ -58,12 +63,7 @@ class KnownOperator(NamedTuple):
     has_out: bool = False
     resizes: bool = False
     is_read: bool = False
-    is_zeroing: bool = False
     writes_list: bool = False
-    picks: bool = False
-    joins: bool = False
-    copies: bool = False
-    overwrites: bool = False
 
 
 @cache
@@ -88,23 +88,19 @@ def known_operator(func: Any) -> KnownOperator:
         has_out = any(argument.is_out for argument in func._schema.arguments)
         return KnownOperator(
             how,
+            name,
             tuple(writes(func)),
-            {p.name: is_number_slot(func, p.name) for p in parameters(func)},
+            {p.name: p.name in slot_names(func) for p in parameters(func)},
             bool(func._schema.returns) and text != READ,
             draws_random_numbers(func),
             _makes_dtype(func),
             has_out,
             has_out and may_have_shape_of_values(func.overloadpacket),
             text == READ,
-            name in _ZEROING,
             "foreach" in name and bool(writes(func)),
-            name in _PICKING,
-            name in _JOINING,
-            name == "copy_",
-            name in OVERWRITING,
         )
     except (AttributeError, RuntimeError):  # an operator without a schema that can be read
-        return KnownOperator("has no schema" if how == "see" else how)
+        return KnownOperator("has no schema" if how == "see" else how, name)
 
 
 def _asks(func: Any) -> bool:
@@ -151,24 +147,20 @@ def gathers_data(
         is_met: whether a tensor is on memory that the step knows.
         is_drawn: whether the step has drawn a tensor at random, without other inputs.
     """
-    if known.how != "pass" and not (known.picks or known.joins or known.copies):
+    copies = known.name == "copy_"
+    if known.how != "pass" and not copies and known.name not in PICKING | JOINING:
         return False
-    is_outside, tensors = False, [*tensors]
-    if known.joins and all(is_plain(tensor) and not tensor.requires_grad for tensor in tensors):
-        met = [tensor for tensor in tensors if is_met(tensor)]
-        return 2 * len(met) < len(tensors) and all(map(is_drawn, met))
-    for tensor in tensors:
-        if not is_plain(tensor) or tensor.requires_grad or known.joins:
-            return False
-        if is_met(tensor):
-            is_index = not (tensor.is_floating_point() or tensor.is_complex())
-            if not (known.picks and is_index and is_drawn(tensor)):
-                return False
-            continue
-        is_outside = True
-        if known.copies:
-            return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
-    return is_outside
+    read = [*tensors][: 1 if copies else None]
+    if any(not is_plain(tensor) or tensor.requires_grad for tensor in read):
+        return False
+    met = [tensor for tensor in read if is_met(tensor)]
+    if known.name in JOINING:
+        return 2 * len(met) < len(read) and all(map(is_drawn, met))
+    if copies and not met:
+        return read[0].untyped_storage().nbytes() > read[0].numel() * read[0].itemsize
+    indices = [each for each in met if not (each.is_floating_point() or each.is_complex())]
+    are_drawn = known.name in PICKING and len(indices) == len(met) and all(map(is_drawn, indices))
+    return len(met) < len(read) and (are_drawn or not met)
 
 
 def is_shaped_by_numbers(func: Any, args: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ref
 
 import torch
@@ -25,13 +25,6 @@ _MOST_LEARNED = 200
 _PATIENCE, _LONGEST_REST = 4, 512
 
 
-class Beginning(NamedTuple):
-    """How a step begins. same: how many tensors of the state are as when the step before began."""
-
-    root: Entry
-    same: int
-
-
 class KnownPaths:
     """The paths of a recording, as a tree.
 
@@ -48,8 +41,9 @@ class KnownPaths:
         self._roots: dict[Any, Entry] = {}
         self._learned = self._new = self._rest = 0
         self._next_rest = 1
-        #: How the step after a known ending, by its id, begins if nothing changes the state between.
-        self._after: dict[int, tuple[Ending, Beginning]] = {}
+        #: By the id of a known ending: where the step after it begins if nothing changes the state, and
+        #: how many of its tensors are as when the step before began.
+        self._after: dict[int, tuple[Ending, Entry, int]] = {}
         self.has_ranks = has_ranks()
         self.partly_read: set[tuple[int, torch.dtype]] = set()
         self._handles = -1
@@ -96,18 +90,18 @@ class KnownPaths:
         # The geometry of a view that moves does not follow from the ending.
         moves = any(ending.path.tensors[number].moves is not None for _, number in ending.path.ends)
         if is_still and not moves:
-            self._after[id(ending)] = ending, Beginning(root, same)
+            self._after[id(ending)] = ending, root, same
 
-    def beginning_after(self, ending: Ending | None) -> Beginning | None:
+    def beginning_after(self, ending: Ending | None) -> tuple[Entry, int] | None:
         """Return how the step after such an ending begins, if one has begun before, and as it was left.
 
         The ending has where each tensor comes from, and so how it lies.
         """
         if id(ending) not in self._after:
             return None
-        _, known = self._after[id(ending)]
-        del self.tensors.looks[known.same :]  # of the tensors of the step before
-        return known
+        _, root, same = self._after[id(ending)]
+        del self.tensors.looks[same:]  # of the tensors of the step before
+        return root, same
 
     def have_hooks(self, leaves: Iterable[Tensor]) -> bool:
         """Return whether Python runs where autograd adds to the gradients of some tensors."""

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from everystep.program.arguments import DTYPES
 from everystep.program.memory import ALIGNMENT, geometry
 from everystep.program.operation import extent_of
-from everystep.step.path import FLOAT, INT, Entry, MetTensor
+from everystep.step.path import Entry, MetTensor
 
 __all__ = ["MetTensors", "UnseenError", "held", "is_plain", "tensor_tokens"]
 
@@ -41,8 +41,8 @@ class MetTensors:
     """The tensors of one step after another of a recording.
 
     met, lies: a weak reference to each tensor, and the address at which it lies; numbers: those of the
-    step, in the order of its operations; offsets: of its tensors that lie at other places in each step,
-    in the order in which it met them; known: what is known of each tensor. Checks note all but the last;
+    step, in the order of its operations, and the offsets of tensors that lie at other places in each
+    step, where it met them; known: what is known of each tensor. Checks note all but the last;
     `catch_up` adds that. looks: of the first tensors of the state, when the step began: their geometry,
     and the bytes, the device and the `_cdata` of their memory.
     """
@@ -51,7 +51,6 @@ class MetTensors:
         self.met: list[Any] = [_gone] * 1024
         self.lies: list[int] = [0] * 1024
         self.numbers: list[int | float] = []
-        self.offsets: list[int] = []
         self.known: list[MetTensor] = []
         self._number_of: dict[int, int] = {}
         self._places: dict[int, tuple[Any, int]] = {}
@@ -78,7 +77,7 @@ class MetTensors:
 
     def begin(self, state: Mapping[str, Tensor], same: int, root: Entry) -> None:
         """Begin a step with the tensors of the state. same: as `same` has returned it."""
-        del self.numbers[:], self.offsets[:]
+        self.numbers.clear()
         self._brought.clear()
         self.bases, self.parts, self._extents = {}, {}, None
         self.known = [*root.new]
@@ -147,8 +146,8 @@ class MetTensors:
     def note_moving(self, number: int) -> None:
         """Note that a tensor, the last that was met, lies at another place in each step."""
         known = self.known[number]
-        self.known[number] = known._replace(moves=len(self.offsets))
-        self.offsets.append(known.geometry[3])
+        self.known[number] = known._replace(moves=len(self.numbers))
+        self.numbers.append(known.geometry[3])
 
     def _add(self, known: MetTensor) -> None:
         self.known.append(known)
@@ -170,7 +169,7 @@ class MetTensors:
             for known in entry.new:
                 number = len(self.known)
                 if known.moves is not None:
-                    lies = *known.geometry[:3], self.offsets[known.moves]
+                    lies = *known.geometry[:3], self.numbers[known.moves]
                     known = known._replace(geometry=lies)
                 self._add(known)
                 tensor = self.met[number]()
@@ -418,7 +417,7 @@ def held(token: Any) -> Any:
     if kind == "l":
         return tuple(map(held, value))
     if kind == "n":
-        return INT if value is int else FLOAT
+        return value
     if kind == "c":
         return ("text", value) if isinstance(value, str) else value
     return f"%{value}"

@@ -126,7 +126,7 @@ def check_of_views(
         for (place, number), own in zip(made, lie, strict=True):
             view = flat[place]
             tensors.met[number], tensors.lies[number] = ref(view), view.data_ptr()
-            tensors.offsets.append(own[3])
+            tensors.numbers.append(own[3])
         return result
 
     return check

@@ -23,7 +23,14 @@ from everystep.program.optimizer_operator import OPTIMIZERS, OptimizerOperator
 from everystep.step.own_state import entries_of
 from everystep.step.torchs_own import is_torchs_function, replaces_method
 
-__all__ = ["OptimizerCall", "OptimizerCalls", "has_own_zero_grad", "is_ours", "is_torchs_optimizer"]
+__all__ = [
+    "HOOKS_OF_ALL",
+    "OptimizerCall",
+    "OptimizerCalls",
+    "has_own_zero_grad",
+    "is_ours",
+    "is_torchs_optimizer",
+]
 
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
 #: The attributes of an optimizer, without those that other code has set on it.
@@ -37,7 +44,8 @@ _FROM_DEFAULTS = "initial_accumulator_value"
 _NOTHING: dict[str, Any] = {}
 _TRUSTED = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
 _STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
-_HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+#: The hooks on the steps of all optimizers.
+HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
 class OptimizerCall(NamedTuple):
@@ -103,7 +111,7 @@ class OptimizerCalls:
         kind, own = type(optimizer), vars(optimizer)
         if kind not in _BY_KIND or own["_optimizer_step_pre_hooks"] or own["_optimizer_step_post_hooks"]:
             return False
-        for hooks in _HOOKS_OF_ALL:  # one is everystep's, and each training in another thread has one
+        for hooks in HOOKS_OF_ALL:  # one is everystep's, and each training in another thread has one
             if len(hooks) > 1 and not all(map(is_ours, [*hooks.values()])):
                 return False
         if not own.keys() <= self._names:

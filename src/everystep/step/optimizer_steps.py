@@ -36,14 +36,6 @@ class OptimizerStep(NamedTuple):
     layout: Any
 
 
-class _Running(NamedTuple):
-    """A step of an optimizer that runs unwatched. versions: of the state before it."""
-
-    optimizer: torch.optim.Optimizer
-    call: OptimizerCall
-    versions: list[int | None]
-
-
 class OptimizerSteps:
     """Notes the steps of optimizers while a step is watched; those of torch's own run unwatched.
 
@@ -56,7 +48,8 @@ class OptimizerSteps:
     def __init__(self, step: UnderWay) -> None:
         self.seen: list[OptimizerStep] = []
         self._step = step
-        self._running: _Running | None = None
+        #: An optimizer with a step that runs unwatched, the step, and the versions of the state before.
+        self._running: tuple[torch.optim.Optimizer, OptimizerCall, list[int | None]] | None = None
 
     def begins(
         self,
@@ -85,7 +78,7 @@ class OptimizerSteps:
         if not step.is_followed and not self._can_hold(call):
             step.leave()
             return
-        self._running = _Running(optimizer, call, step.state_versions())
+        self._running = optimizer, call, step.state_versions()
         _pop_mode()
 
     def _may_be_one(self, call: OptimizerCall) -> bool:
@@ -124,13 +117,13 @@ class OptimizerSteps:
         if running is None:
             step.uses("optimizer ends", name, gradients())
             return
+        optimizer, call, versions = running
         _push_mode(step)
         begin = len(step.numbers)
         with torch._C._DisableTorchDispatch():
-            self._note(running.call, running.optimizer.state, name, gradients)
-            step.allow_changes(running.versions)
-        end = begin + len(running.call.numbers)
-        self.seen.append(OptimizerStep(running.optimizer, begin, end, running.call.layout))
+            self._note(call, optimizer.state, name, gradients)
+            step.allow_changes(versions)
+        self.seen.append(OptimizerStep(optimizer, begin, len(step.numbers), call.layout))
 
     def _note(
         self, call: OptimizerCall, state: Mapping[Any, Any], name: str | None, gradients: Gradients
@@ -143,7 +136,7 @@ class OptimizerSteps:
             step.numbers += call.numbers
             return
         tensors.catch_up(step.at)
-        own = iter(call.kept)
+        begin, own = len(step.numbers), iter(call.kept)
         keeps = [[[x for pair in next(own).items() for x in pair] for _ in g] for g in call.parameters]
         own_gradients = [[parameter.grad for parameter in group] for group in call.parameters]
         given = call.parameters, own_gradients, keeps, where
@@ -160,7 +153,7 @@ class OptimizerSteps:
             keywords=tuple(settings),
             results=tuple(f"%{number}" for number in results),
             writes=tensors.origins_of(map(step.number, written)),
-            numbers=len(call.numbers),
+            numbers=range(begin, len(step.numbers)),
         )
         step.add(key, operation, step.marks(as_gradients(gradients())))
 
@@ -173,4 +166,4 @@ class OptimizerSteps:
         running, self._running = self._running, None
         if running is not None:
             _push_mode(self._step)
-            self._step.note_unwatched([], [], running.versions, runs_python=True)
+            self._step.note_unwatched([], [], running[2], runs_python=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ __all__ = [
     "places_read",
     "version_of",
     "versions_by_name",
-    "versions_of",
 ]
 
 #: Memory from outside of more bytes than this is not kept; what is computed from it is.
@@ -167,21 +166,9 @@ def places_read(func: Any, arguments: Sequence[Any]) -> tuple[Tensor, list[int]]
     return None
 
 
-def versions_of(tensors: Iterable[Tensor | None]) -> list[int | None]:
-    """Return how often each tensor was changed, None if torch does not count."""
-    tensors = list(tensors)
-    try:
-        return [None if tensor is None else tensor._version for tensor in tensors]
-    except RuntimeError:
-        return [*map(version_of, tensors)]
-
-
 def versions_by_name(state: Mapping[str, Tensor]) -> Versions:
     """Return keys that change with the values of a tensor; `tensor.data = ...` counts nothing."""
-    tensors = [*state.values()]
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    keys = zip(map(id, tensors), versions_of(tensors), addresses, strict=True)
-    return dict(zip(state, keys, strict=True))
+    return {name: (id(each), version_of(each), each.data_ptr()) for name, each in state.items()}
 
 
 def version_of(tensor: Tensor | None) -> int | None:

@@ -64,11 +64,9 @@ def entries_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mappi
             yield parameter, entries
 
 
-def keeps_own_state(optimizer: torch.optim.Optimizer | None) -> bool:
+def keeps_own_state(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer may keep more than torch's own do."""
-    return optimizer is not None and not type(optimizer).__module__.startswith(
-        ("torch.optim", "everystep.")
-    )
+    return not type(optimizer).__module__.startswith(("torch.optim", "everystep."))
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
@@ -92,7 +90,7 @@ def restore_optimizer(
     names: Mapping[Tensor, str],
     settings: Mapping[str, Any],
     saved: Mapping[str, Tensor],
-    prefix: str = "optimizer/",
+    prefix: str,
 ) -> None:
     """Restore the settings and the entries of an optimizer; tensors that it has are filled in later.
 

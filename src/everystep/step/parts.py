@@ -79,30 +79,8 @@ class Parts:
         paths = dict.fromkeys((*self.named, *self.module_paths().values()))
         faults += path_faults(dict.fromkeys((*paths, *(n.partition("/")[2] for n in self.state()))))
         for name, tensor in self.state().items():
-            path = name.partition("/")[2]
-            if isinstance(
-                tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer
-            ):
-                faults.append(
-                    Fault(path, "has no shape yet (a lazy module); call the model once before")
-                )
-            elif tensor.device.type == "meta":
-                faults.append(
-                    Fault(path, "is on the meta device and has no values; call to_empty(...) before")
-                )
-            elif "DTensor" in [each.__name__ for each in type(tensor).__mro__]:
-                faults.append(
-                    Fault(
-                        path,
-                        "is a part of a tensor that several processes share (fully_shard); everystep "
-                        "records models that each process has all of (DistributedDataParallel)",
-                    )
-                )
-            elif tensor.layout != torch.strided or tensor.is_nested:
-                faults.append(Fault(path, "is sparse or nested; a run can hold only dense tensors"))
-            elif tensor.dtype not in _HELD:
-                kind = str(tensor.dtype).removeprefix("torch.")
-                faults.append(Fault(path, f"is {kind}, which a run cannot hold"))
+            if (problem := _problem(tensor)) is not None:
+                faults.append(Fault(name.partition("/")[2], problem))
         if faults:
             raise UsageError(faults, "the parts of the training")
 
@@ -307,6 +285,23 @@ class _Layout:
             found += table
             found += [value for value in table.values() if isinstance(value, _WITH_TENSORS)]
         return found
+
+
+def _problem(tensor: Tensor) -> str | None:
+    """Return why a run cannot hold a tensor, with a fix, or None."""
+    if nn.parameter.is_lazy(tensor):
+        return "has no shape yet (a lazy module); call the model once before"
+    if tensor.device.type == "meta":
+        return "is on the meta device and has no values; call to_empty(...) before"
+    if "DTensor" in [each.__name__ for each in type(tensor).__mro__]:
+        return (
+            "is a part of a tensor that several processes share (fully_shard); everystep records "
+            "models that each process has all of (DistributedDataParallel)"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "is sparse or nested; a run can hold only dense tensors"
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return None if tensor.dtype in _HELD else f"is {kind}, which a run cannot hold"
 
 
 def _unwrapped(part: Any) -> Any:

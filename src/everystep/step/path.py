@@ -29,8 +29,6 @@ from everystep.program.operation import Phase, Storage, extent_of
 from everystep.step.calling_code import Calls
 
 __all__ = [
-    "FLOAT",
-    "INT",
     "Ending",
     "Entry",
     "Mark",
@@ -43,20 +41,11 @@ __all__ = [
 ]
 
 
-class _Slot:
-    """Stands in a path for a number that belongs to the step."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-
-
-INT, FLOAT = _Slot(int), _Slot(float)
-
-
 class SeenTensor(NamedTuple):
     """An observed tensor: its storage, and its geometry in elements.
 
-    moves: its place among the offsets of the step, if its offset is one of those; None if it is fixed.
+    moves: the place of its offset among the numbers of the step, if it is one of those; None if it is
+    fixed.
     """
 
     storage: int
@@ -75,8 +64,9 @@ class SeenTensor(NamedTuple):
 class SeenOperation(NamedTuple):
     """An observed operation.
 
-    arguments, keywords: tensors are `%3`, the number of a SeenTensor; numbers of the step are slots;
-    results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it uses.
+    arguments, keywords: tensors are `%3`, the number of a SeenTensor; a number of the step is its type;
+    results: numbers of tensors; writes: storages; numbers: the places of its own among the step's;
+    has_gradients: whether autograd was on.
     """
 
     phase: Phase
@@ -86,7 +76,8 @@ class SeenOperation(NamedTuple):
     keywords: tuple[tuple[str, Any], ...]
     results: tuple[str | None, ...]
     writes: tuple[int, ...]
-    numbers: int
+    numbers: range
+    has_gradients: bool = True
 
     def tensors_read(self) -> list[int]:
         """Return the numbers of the tensors among its arguments."""
@@ -101,8 +92,7 @@ class Path:
     named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
     the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;
     loss: the tensor logged as the loss; activations: the output of each module; logged: other logged
-    tensors with one element; evaluations: the operations of forward passes without gradients, of modules
-    that also run with gradients: the first, and the one after the last.
+    tensors with one element.
     """
 
     operations: tuple[SeenOperation, ...]
@@ -117,7 +107,6 @@ class Path:
     logged: tuple[tuple[str, int], ...] = ()
     #: The code that called each operation when a step had this path first.
     lines: tuple[Calls, ...] = field(default=(), compare=False)
-    evaluations: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
     @cached_property
     def _hash(self) -> int:
@@ -146,11 +135,9 @@ class Path:
 
 def places_of_reads(operations: Iterable[SeenOperation]) -> Iterator[int]:
     """Yield the places, among the numbers of a step, of those that Python has read."""
-    place = 0
     for operation in operations:
         if str(operation.operator) == READ:
-            yield place
-        place += operation.numbers
+            yield operation.numbers[0]
 
 
 class MetTensor(NamedTuple):
@@ -296,10 +283,7 @@ class PathWriter:
         operations: list[SeenOperation] = []
         lines: list[Calls] = []
         written: set[int] = set()
-        forward = _ForwardPasses()
         for entry in end.from_root():
-            if entry.key[0] == "module":
-                forward.ends(entry.key[1], operations, has_gradients=entry.key[2])
             if entry.operation is not None and not entry.shaped:
                 lines.append(entry.lines)
                 operations.append(self._renumbered(entry.operation))
@@ -335,7 +319,6 @@ class PathWriter:
             activations=tuple(activations.items()),
             logged=tuple(logged.items()),
             lines=tuple(lines),
-            evaluations=forward.evaluations(),
         )
 
     def _number(self, met: int) -> int:
@@ -384,36 +367,3 @@ class PathWriter:
 
 #: Of memory, by where it comes from, if that has another name in a path.
 _KINDS = {"batch": "input", "part": "input", "scratch": "temporary"}
-
-
-class _ForwardPasses:
-    """The forward passes of modules, in the order in which they end."""
-
-    def __init__(self) -> None:
-        self._trained: set[str] = set()
-        self._ended: dict[str, int] = {}
-        self._without: list[tuple[str, int, int]] = []
-
-    def ends(self, path: str, seen: Sequence[SeenOperation], *, has_gradients: bool) -> None:
-        """Note that a module ends. seen: the operations so far."""
-        first, last = len(seen), self._ended.get(path, 0)
-        while first > last and _is_within(seen[first - 1], path):
-            first -= 1
-        self._ended[path] = len(seen)
-        if has_gradients:
-            self._trained.add(path)
-        else:
-            self._without.append((path, first, len(seen)))
-
-    def evaluations(self) -> tuple[tuple[int, int], ...]:
-        """Return the operations of those without gradients, of modules that also run with gradients."""
-        return tuple(
-            (first, end) for path, first, end in self._without if path in self._trained and first < end
-        )
-
-
-def _is_within(operation: SeenOperation, path: str) -> bool:
-    """Return whether an operation belongs to the forward pass of a module."""
-    if operation.phase != "forward" or not path:
-        return operation.phase == "forward"
-    return operation.module == path or (operation.module or "").startswith(f"{path}.")

@@ -133,20 +133,17 @@ def unchanging_reads(
         if is_fixed and storage not in written:
             depends[storage] = {storage}
     found: dict[int, set[int]] = {}
-    place = 0
     for operation in path.operations:
         read = {path.tensors[number].storage for number in operation.tensors_read()}
-        numbers = range(place, place + operation.numbers)
-        place += operation.numbers
         sources = {source for storage in read for source in depends.get(storage, ())}
         is_unchanging = read <= depends.keys()
         if str(operation.operator) == READ:
             if is_unchanging:
-                found[numbers.start] = sources
+                found[operation.numbers[0]] = sources
             continue
         # What only allocates memory is no operation: what has no numbers yet is not among them.
         is_unchanging &= not draws_random_numbers(operation.operator)
-        if not is_unchanging or any(number in changing_numbers for number in numbers):
+        if not is_unchanging or any(number in changing_numbers for number in operation.numbers):
             for storage in operation.writes:
                 depends.pop(storage, None)
         else:

@@ -52,7 +52,6 @@ class TakenByProgram:
     """
 
     changed_outside = None
-    offsets: tuple[int, ...] = ()
     is_paused = is_empty = is_compiled = False
 
     def __init__(
@@ -164,7 +163,7 @@ class StandIn:
         #: The places of the numbers that Python reads, by the name under which it logs them.
         self._logged_reads = self._places_of_logged()
         #: Of these places: those among the numbers that the program has.
-        self._read = {place: built.kept.index(place) for place in self._logged_reads.values()}
+        self._read = {place: built.numbers_kept.index(place) for place in self._logged_reads.values()}
         check_replaceable(built.program, path, seen, batch, parts.device)
         #: The program on a copy of a state, to be compared, and the copy.
         self._copy: tuple[BoundProgram, dict[str, Tensor]] | None = None
@@ -185,7 +184,7 @@ class StandIn:
             places = [place for place in read if repr(self._numbers[place]) == repr(value)]
             if len(places) > 1:
                 raise NotReplaceableError(f"it is unclear which number {name} is; {CURE}")
-            if places and places[0] not in self._built.kept:
+            if places and places[0] not in self._built.numbers_kept:
                 raise NotReplaceableError(f"{name} is returned as a Python number; return the tensor")
             if places:
                 found[name] = places[0]
@@ -350,19 +349,15 @@ class StandIn:
             state[name] = gradient
 
     def _bind(self, state: Mapping[str, Tensor]) -> BoundProgram:
-        contents = {name.removeprefix("input/"): tensor for name, tensor in self._inputs().items()}
-        given = self._built.program, state, contents, self._batch, self._parts.device
+        given = self._built.program, state, self._inputs(), self._batch, self._parts.device
         return BoundProgram(*given)
 
     def _inputs(self) -> dict[str, Tensor]:
         """Return the bytes of inputs that are not in the batch, by the name of their storage."""
-        found = {}
-        for name, storage in self._built.inputs.items():
-            content = self._contents.get(storage)
-            if content is not None:
-                known = self._built.program.storages[name]
-                found[f"input/{name}"] = content if known.host else content.to(self._parts.device)
-        return found
+        storages, contents = self._built.program.storages, self._contents
+        known = {name: contents[n] for name, n in self._built.inputs.items() if n in contents}
+        device = self._parts.device
+        return {n: each if storages[n].host else each.to(device) for n, each in known.items()}
 
     def difference(
         self,
@@ -400,7 +395,8 @@ class StandIn:
         interpreter = self._interpreter
         live, copies = self._bound_to_copies(before.tensors)
         batch = before.batch
-        inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
+        inputs = {f"input/{name}": tensor for name, tensor in self._inputs().items()}
+        inputs |= {f"batch/{name}": tensor for name, tensor in batch.items()}
         laid = interpreter.lay_inputs(inputs)
         given = {
             name: tensor_on(laid[spec.storage].untyped_storage(), spec)
@@ -451,11 +447,8 @@ class StandIn:
 
     def _foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
         """Return whether the numbers of a Python step were predicted, except those that it reads."""
-        return len(numbers) == len(seen) and all(
-            repr(one) == repr(two)
-            for place, (one, two) in enumerate(zip(numbers, seen, strict=True))
-            if place not in self._read
-        )
+        own = {place for each in self.path.operations for place in each.numbers} - self._read.keys()
+        return len(numbers) == len(seen) and all(repr(numbers[n]) == repr(seen[n]) for n in own)
 
     def numbers(self) -> list[Number]:
         """Return the numbers of the next step.

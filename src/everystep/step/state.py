@@ -78,10 +78,7 @@ class State:
 
 def copy_of(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor on the CPU, row after row."""
-    detached = tensor.detach()
-    if detached.is_cpu:
-        return detached.clone(memory_format=torch.contiguous_format)
-    return detached.cpu().contiguous()
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 _OF_MODEL = re.compile(r"^(parameter|buffer)/")
@@ -231,13 +228,14 @@ def state_differences(
     """
     found = []
     both = [_compared(state, only_seen=only_seen) for state in (recorded, replayed)]
+    names = both[0].keys() | both[1].keys()
     if only_model:
-        both = [{f"parameters/{name}" for name in state.parameters} for state in (recorded, replayed)]
-    for name in sorted(both[0] | both[1]):
+        names = {f"parameters/{name}" for name in recorded.parameters | replayed.parameters}
+    for name in sorted(names):
         # A pending gradient is in a snapshot only where the next step uses it.
         if name.startswith("gradient/") and not (name in both[0] and name in both[1]):
             continue
-        one, two = (_tensor(state, name) for state in (recorded, replayed))
+        one, two = (tensors.get(name) for tensors in both)
         if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype:
             found.append(StateDifference(recorded.step, name, 0, None))
         elif not same_bits(one, two):
@@ -248,18 +246,11 @@ def state_differences(
     return found
 
 
-def _compared(state: State, *, only_seen: bool) -> set[str]:
+def _compared(state: State, *, only_seen: bool) -> dict[str, Tensor]:
+    """Return the tensors of a state that are compared, by name."""
     # Draws of Python between steps are not repeated; steps get the recorded generators.
     left_out = (PREFIX, *(["generator/"] if only_seen else ["generator/python", "generator/numpy"]))
-    own = {n for n in state.rest if not n.startswith(left_out)}
+    own = {n: tensor for n, tensor in state.rest.items() if not n.startswith(left_out)}
     # The tensors of a state_dict may change meanwhile, as layers are added and removed.
-    found = own | {f"parameter/{name}" for name in state.parameters}
-    return {_OF_MODEL.sub("parameters/", name) for name in found}
-
-
-def _tensor(state: State, name: str) -> Tensor | None:
-    kind, _, path = name.partition("/")
-    if kind != "parameters":
-        return state.rest.get(name)
-    others = (state.rest.get(f"{each}/{path}") for each in ("parameter", "buffer"))
-    return state.parameters.get(path, next((each for each in others if each is not None), None))
+    found = own | {f"parameter/{name}": tensor for name, tensor in state.parameters.items()}
+    return {_OF_MODEL.sub("parameters/", name): tensor for name, tensor in found.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from everystep.step.follow import OF_WATCHES
 from everystep.step.guards import Guards, is_a
-from everystep.step.optimizer_call import OptimizerCalls, is_ours
+from everystep.step.optimizer_call import HOOKS_OF_ALL, OptimizerCalls, is_ours
 from everystep.step.parts import Parts
 from everystep.step.torchs_own import (
     HOOKS,
@@ -32,9 +31,6 @@ __all__ = ["Surroundings"]
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _FLAG = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
 _PLACES = (torch, torch.nn.functional, torch.autograd, torch.Tensor)
-#: Stands for what an object does not hold.
-_ABSENT = object()
-_HOOKS_ON_OPTIMIZERS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
 class Surroundings:
@@ -81,9 +77,7 @@ class Surroundings:
                 yield f"{where} is a {type(module).__name__}"
         for name, tensor in self._state().items():
             path = name.partition("/")[2]
-            if isinstance(tensor, nn.parameter.UninitializedParameter):
-                yield f"{path} has no shape before the first step (a lazy module)"
-            elif tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
                 yield f"{path} has a hook on its gradient"
         for name, optimizer in self._optimizers.items():
             if any(getattr(optimizer, hooks, None) for hooks in _OPTIMIZER_HOOKS):
@@ -106,7 +100,7 @@ class Surroundings:
         for name, optimizer in self._optimizers.items():
             key = id(optimizer)
             guards.read((key, "code"), f"the code of {name}", torchs, optimizer)
-            guards.read((key, "step"), f"step of {name}", _held, optimizer, "step")
+            guards.read((key, "step"), f"step of {name}", vars(optimizer).get, "step")
             guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
         if type(self._loss) is partial:
             _guard_arguments(self._loss, guards)
@@ -136,11 +130,6 @@ class Surroundings:
         return [first.setdefault(place, index) for index, place in enumerate(places)]
 
 
-def _held(holder: Any, name: str) -> Any:
-    """Return what an object itself holds under a name."""
-    return vars(holder).get(name, _ABSENT)
-
-
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Return which parameters are in which group, and None after each group."""
     return [each for group in optimizer.param_groups for each in (*group["params"], None)]
@@ -153,7 +142,7 @@ def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
         if name in own:
             guards.contents(own[name], f"{name} of {where}")
     for name in ("training", "forward"):
-        guards.read((id(module), name), f"{name} of {where}", _held, module, name)
+        guards.read((id(module), name), f"{name} of {where}", own.get, name)
     for name in ("forward", "__call__"):
         guards.read((id(module), "class", name), f"{name} of {where}", getattr, type(module), name)
 
@@ -257,15 +246,12 @@ def _reason_against_process() -> str | None:
 
 def _has_tensor_hooks() -> bool:
     """Return whether hooks on saved tensors are active."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _hooks_on_all() -> bool:
     """Return whether there is a hook on all modules or all optimizers; torch's own do not count."""
-    modules, optimizers = vars(nn.modules.module), vars(sys.modules[torch.optim.Optimizer.__module__])
-    tables = [modules[f"_global{name}"] for name in HOOKS]
-    tables += [optimizers.get(name, {}) for name in _HOOKS_ON_OPTIMIZERS]
+    tables = [*(vars(nn.modules.module)[f"_global{name}"] for name in HOOKS), *HOOKS_OF_ALL]
     found = [hook for table in tables for hook in [*table.values()]]  # other threads may change them
     return not all(map(_is_harmless, found))
 

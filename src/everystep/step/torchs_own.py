@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import get_overridable_functions
 from torch.utils.hooks import RemovableHandle
@@ -97,7 +96,7 @@ def guard_module(module: nn.Module, where: str, guards: Guards) -> None:
         if is_a(value, Tensor) and has_comparable_numbers(value):
             guards.tensor(value, f"a tensor of {where}", is_state=False)
     guards.read((id(module), "*class"), f"the class of {where}", type, module)
-    guards.read((id(module), "*dict"), f"the dict of {where}", _identity_of_dict, module)
+    guards.read((id(module), "*dict"), f"the dict of {where}", lambda: id(_own_dict(module)))
     for name in _LOOKED_UP:
         guards.read((id(cls), "*found", name), f"{name} of the class {cls.__name__}", getattr, cls, name)
     guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
@@ -208,8 +207,6 @@ def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
         if not _is_known(value) and not is_a(value, nn.Module):
             return f"has {name}, a {type(value).__name__} that is not torch's"
     for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            return "has no shape before the first step (a lazy module)"
         if tensor is not None and kind_of(tensor) not in TENSOR_TYPES:
             return f"has a {type(tensor).__name__}, a tensor subclass"
     exchanged = [name for name in _LOOKED_UP if not is_torchs_function(getattr(cls, name))]
@@ -226,10 +223,6 @@ def _own_dict(module: nn.Module) -> dict[str, Any]:
     """Return the dict of a module, without its class."""
     found: dict[str, Any] = vars(nn.Module)["__dict__"].__get__(module)
     return found
-
-
-def _identity_of_dict(module: nn.Module) -> int:
-    return id(_own_dict(module))
 
 
 def _is_from(cls: type, package: str) -> bool:
@@ -287,12 +280,8 @@ def has_hooks_on_node(tensor: Tensor) -> bool:
         return False
     with torch.inference_mode(False), torch.enable_grad():
         node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-    ours = [node.register_hook(_nothing), node.register_prehook(_nothing)]
+    ours = [register(lambda *_: None) for register in (node.register_hook, node.register_prehook)]
     has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in ours)
     for handle in ours:
         handle.remove()
     return has_others
-
-
-def _nothing(*_: Any) -> None:
-    return None

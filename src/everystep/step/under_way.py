@@ -27,8 +27,8 @@ from everystep.step.outside_tensors import (
     OutsideTensors,
     Versions,
     places_read,
+    version_of,
     versions_by_name,
-    versions_of,
 )
 from everystep.step.path import (
     Ending,
@@ -64,8 +64,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         follower: knows which module and which optimizer runs.
         outside: copies of what steps before brought from outside.
 
-    numbers, offsets: of the step, as `MetTensors` has them; generators: states of torch's generator
-    before draws, by their number from 0, where they differ from what the previous draw left; drawn:
+    numbers: of the step, as `MetTensors` has them; generators: states of torch's generator before
+    draws, by their number from 0, where they differ from what the previous draw left; drawn:
     that state after the last draw, None if there was none; unseen: what was not seen, in words, and how
     often; changed_outside: a tensor that the step has changed and that is in no part, in words, or
     None; changed_unseen: names of the state that something has changed which the dispatcher did not
@@ -84,7 +84,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()
         self.paths = paths
-        self.numbers, self.offsets = paths.tensors.numbers, paths.tensors.offsets
+        self.numbers = paths.tensors.numbers
         self.generators: dict[int, Tensor] = {}
         self.drawn: Tensor | None = None
         self.unseen: dict[str, int] = {}
@@ -129,18 +129,18 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.is_remembered = self.paths.may_follow()
         known = self.paths.beginning_after(left) if self.is_remembered else None
         if known is not None:
-            self.at = root = known.root
-            self.tensors.begin(state, known.same, root)
+            root, same = known
         else:
             same = self.tensors.same(state)
             if not all(map(is_plain, [*state.values()][same:])):
                 self.is_remembered = False
                 state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
                 same, versions = self.tensors.same(state), versions_by_name(state)
-            self.at = root = self.paths.root(state, same, is_remembered=self.is_remembered)
-            self.tensors.begin(state, same, root)
+            root = self.paths.root(state, same, is_remembered=self.is_remembered)
             if left is not None and self.is_remembered:
                 self.paths.begins_after(left, root, same)
+        self.at = root
+        self.tensors.begin(state, same, root)
         self._versions = [count for _, count, _ in versions.values()]
         self.is_followed = bool(root.children) or root.ending is not None
 
@@ -376,7 +376,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
         They are not held: a gradient that the step drops gives its memory back at once.
         """
-        return versions_of([known() for known in self.tensors.met[: len(self._versions)]])
+        return [version_of(known()) for known in self.tensors.met[: len(self._versions)]]
 
     def note_unwatched(
         self,
@@ -447,8 +447,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 ending = self._write(state, versions, loss)
         self._origins = ending.origins
         self.ending = ending if ending is self.at.ending else None  # one that others can have, too
-        # The lists themselves belong to the recording.
-        self.numbers, self.offsets = self.numbers.copy(), self.offsets.copy()
+        self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return ending.path
 
     def _ends_as(self, ending: Ending, state: Mapping[str, Tensor], loss: Any) -> bool:
@@ -502,10 +501,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
     def _read_from(self, loss: Any) -> int | None:
         """Return the number of the tensor from which Python read what was logged as the loss."""
-        place = len(self.numbers)
         for operation in reversed([*self.at.operations()]):
-            place -= operation.numbers
-            if str(operation.operator) == READ and self.numbers[place] == loss:
+            if str(operation.operator) == READ and self.numbers[operation.numbers[0]] == loss:
                 return int(operation.arguments[0][1:])
         return None
 

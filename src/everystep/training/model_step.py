@@ -92,7 +92,7 @@ class Training:
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the current numbers of the optimizer's param groups, by name."""
-        return hyperparameters(self.optimizer)
+        return hyperparameters(self.optimizer.param_groups)
 
     def step(
         self,

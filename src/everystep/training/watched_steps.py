@@ -100,7 +100,7 @@ class WatchedSteps:
         self._ending: Ending | None = None
         self._left: Ending | None = None
         self._optimizer_names = parts.optimizer_names()
-        hooks = self._module_done, self._optimizer_begins, self._optimizer_ends
+        hooks = self._optimizer_begins, self._optimizer_ends
         is_torchs = self._paths.calls.is_torchs
         self.follower = Follower(
             parts.module_paths(), self._optimizer_names, *hooks, is_torchs, self._exposes
@@ -227,7 +227,7 @@ class WatchedSteps:
             if draw or not torch.equal(generator, self._generator):
                 inputs[f"generator/{draw}"] = generator
         self._generator = watch.drawn if watch.drawn is not None else self._generator
-        numbers = known.built.numbers(watch.numbers, watch.offsets)
+        numbers = known.built.numbers(watch.numbers)
         digests = self._digests(step, state)
         return Taken(step, known.number, numbers, inputs, nesting, size, digests, cuts=cuts)
 
@@ -245,7 +245,7 @@ class WatchedSteps:
 
     def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
         try:
-            built = build_path(path, watch.numbers, watch.offsets)
+            built = build_path(path, watch.numbers)
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return str(error)
@@ -366,10 +366,6 @@ class WatchedSteps:
         """Return what watches the step in progress, None if nothing does."""
         watch = self.under_way.watch if self.under_way is not None else None
         return None if watch is None or watch.is_paused else watch
-
-    def _module_done(self, path: str, outputs: list[Tensor]) -> None:
-        if (watch := self._watch()) is not None:
-            watch.module_done(path, outputs)
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         if self.under_way is not None and self.around is not None:

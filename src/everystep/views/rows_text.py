@@ -12,7 +12,7 @@ from torch import Tensor
 from everystep.answers.rows import Rows, Share
 from everystep.errors import RunError, UsageError, named
 from everystep.ops.labels import Reason
-from everystep.program.source_line import CodeLine
+from everystep.program.operation import CodeLine
 from everystep.recording.facts import Facts
 from everystep.replay.opened_step import Step
 from everystep.views.batch_text import about_columns, class_names, columns_of, targets

@@ -12,8 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from everystep.errors import UsageError, did_you_mean
-from everystep.program.operation import Phase
-from everystep.program.source_line import CodeLine
+from everystep.program.operation import CodeLine, Phase
 from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts, shortest
 from everystep.replay.opened_step import Step, norm
