@@ -330,8 +330,9 @@ def record(
             from there on.
         parts: what the loop carries from step to step, by any names: models, optimizers, schedulers,
             scalers, averaged copies, tensors. The tensors of the part called `model` (or of the only
-            module) keep their names; the names of all others start with the name of their part. Models
-            and optimizers in attributes, dicts and lists of a part are parts as well: `agent_actor`.
+            module with tensors) keep their names; the names of all others start with the name of their
+            part. Models and optimizers in attributes, dicts and lists of a part are parts as well:
+            `agent_actor`.
 
     Raises:
         UsageError: an argument is not a part of a training, or has no name; or a condition is invalid.

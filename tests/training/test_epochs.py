@@ -121,6 +121,7 @@ class Trainer:
         torch.manual_seed(0)
         self.logger, self.start = logging.getLogger("trainer"), time.time()
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+        self.loss_function = nn.MSELoss()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 30)
         self.averaged = [each.detach().clone() for each in self.model.parameters()]
@@ -142,7 +143,8 @@ class Trainer:
                 for (x,) in self.recording.steps(self.loader):
                     if self.steps == stop:
                         raise StopError
-                    loss = descend(self.optimizer, (self.model(x) - x.sum()).square().mean())
+                    y = x.sum(1, keepdim=True)
+                    loss = descend(self.optimizer, self.loss_function(self.model(x), y))
                     self.scheduler.step()
                     self.steps += 1
                     meter.update(loss.item())
@@ -168,6 +170,7 @@ def test_a_trainer_with_all_that_it_has_may_be_a_part(tmp_path, capfd):
     run, said = everystep.open(tmp_path / "run"), capfd.readouterr().err
     assert run.verify(progress=False).is_exact
     assert run.losses.equals(everystep.open(tmp_path / "whole").losses)
+    assert {*run[5].parameters} == {*whole.model.state_dict()}  # the loss has no tensors
     assert {*re.findall(r"values of (.*), which", said)} == {"Link"}
     assert "with this process" not in said
 

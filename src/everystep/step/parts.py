@@ -39,8 +39,8 @@ _WRAPPED = {"accelerate.optimizer": "optimizer", "accelerate.scheduler": "schedu
 class Parts:
     """The parts of a training.
 
-    The part called `model`, or the only module, gives its tensors their own names (`0.weight`); the
-    names of other modules begin with that of the part (`generator.0.weight`).
+    The part called `model`, or the only module with tensors, gives its tensors their own names
+    (`0.weight`); the names of other modules begin with that of the part (`generator.0.weight`).
 
     Args:
         named: the parts by name: modules, optimizers, schedulers, scalers, averaged copies, tensors,
@@ -58,7 +58,13 @@ class Parts:
         }
         modules_and_optimizers = self.modules.keys() | self.optimizers.keys()
         self._others = {n: part for n, part in named.items() if n not in modules_and_optimizers}
-        models = self.modules.keys() - set(apart)
+        kinds = ("_parameters", "_buffers")
+        with_tensors = {
+            name
+            for name, module in self.modules.items()
+            if any(next(registered(module, kind), None) is not None for kind in kinds)
+        }
+        models = with_tensors - set(apart)
         self.main = next((n for n in self.modules if n == "model" or models == {n}), None)
         self.device = self._device()
         self._layout: _Layout | None = None
