@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from tests.descent import descend
 from tests.snapshots import take_snapshots_every
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 import everystep
@@ -107,6 +108,23 @@ def test_an_early_stop_is_the_same_when_the_loop_is_resumed(tmp_path):
     with pytest.raises(StopError):
         train(tmp_path / "run", 30, ("validation", STEPS * len(lines)), patience=2)
     assert train(tmp_path / "run", 30, patience=2)[-1] == lines[-1]
+
+
+class Rows(Dataset):
+    def __init__(self):
+        self.rows = [torch.ones(3)] * 4
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_a_data_set_within_a_part_is_named_if_it_changes(is_changed, tmp_path, capfd):
+    carried = SimpleNamespace(model=nn.Linear(3, 1), data=Rows())
+    optimizer = torch.optim.SGD(carried.model.parameters(), lr=0.1)
+    with everystep.record(run=tmp_path / "run", carried=carried, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.ones(2, 3)] * 9):
+            recording.log(loss=descend(optimizer, carried.model(x).square().mean()))
+            carried.data.rows += [x[0]] * is_changed
+    said = capfd.readouterr().err
+    assert ("the part carried has values of Rows, which a run cannot keep" in said) == is_changed
 
 
 class Link:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
     "GENERATORS",
@@ -202,6 +202,9 @@ class _Capturing:
             return self._collection(kind, value, place)
         if isinstance(value, torch.optim.Optimizer) and value.state and not self._names:
             self.unkept.add(type(value).__name__)  # its state is by parameters that nobody named
+        if isinstance(value, Dataset) and "." in place:
+            self.objects[place] = f"{_sizes(value)} {_path_of(type(value))}"
+            return {"left": type(value).__name__}
         is_left = is_code(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__")
         if is_left or is_aside(value):
             return self._left(value)
@@ -382,12 +385,19 @@ def is_aside(value: Any) -> bool:
     Such as the recording that a trainer has; or a loader: the place in the batches is recorded.
     """
     package, _, module = type(value).__module__.partition(".")
-    shows = package in _SHOWING or module.startswith("utils.tensorboard")
+    shows = package in _SHOWING or module in ("arrow_dataset", "utils.tensorboard.writer")
     # What wraps a loader of torch takes its attributes.
     loads = (
         isinstance(value, DataLoader) or {"dataset", "sampler"} <= getattr(value, "__dict__", {}).keys()
     )
     return loads or (shows and not isinstance(value, torch.optim.Optimizer))
+
+
+def _sizes(data: Dataset[Any]) -> str:
+    """Return what shows that a data set has changed, as a replay buffer does, without reading it."""
+    own = vars(data).items()
+    numbers = {name: value for name, value in own if type(value) is int}
+    return str(numbers | {name: len(v) for name, v in own if isinstance(v, list | dict | set | deque)})
 
 
 def is_plain_value(value: Any) -> bool:

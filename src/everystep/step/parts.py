@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
@@ -409,7 +410,8 @@ def _within(
         known |= {id(each) for each in (value.modules() if isinstance(value, nn.Module) else [value])}
         yield path, value
         return
-    if depth == 0 or isinstance(value, (Tensor, *_WHOLE)):
+    is_data = isinstance(value, Dataset) and depth < _DEPTH
+    if depth == 0 or is_data or isinstance(value, (Tensor, *_WHOLE)):
         return
     inner: Iterator[tuple[Any, Any]]
     if isinstance(value, dict):
