@@ -855,13 +855,16 @@ class WithBuffers(nn.Module):
         self.layer = nn.Linear(6, 1)
         self.register_buffer("bank", torch.zeros(0, 6))
         self.register_buffer("count", None, persistent=False)
+        self.begun = torch.zeros(())
+        self.register_buffer("latest", self.begun)  # until it is another tensor
 
     def forward(self, x):
         if not hasattr(self, "first"):
             self.register_buffer("first", x.double())
         self.bank = torch.cat((self.bank, x))[-15:]
         self.count = torch.tensor(1) if self.count is None else self.count + 1
-        late = self.bank.mean(0) + self.first.float() if self.count > 18 else 0.0
+        self.latest = x.mean()
+        late = self.bank.mean(0) + self.first.float() if self.count > 18 else self.begun
         return self.layer(x + late)
 
 
@@ -878,7 +881,8 @@ def with_buffers(record):
 def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(dying):
     whole = with_buffers(lambda **parts: everystep.record(run="runs/whole", **parts))
     resumed = by_loop(with_buffers, (13, 17))
-    assert whole.keys() == resumed.keys() == {"layer.weight", "layer.bias", "bank", "first"}
+    names = {"layer.weight", "layer.bias", "bank", "latest", "first"}
+    assert whole.keys() == resumed.keys() == names
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 

@@ -379,8 +379,8 @@ class _Restoring:
         self._parameters = parameters
         self._tensors = tensors
         self._made: dict[str, Any] = {}
-        #: Live objects in which a value was restored: another value needs another object.
-        self._taken: dict[int, Any] = {}
+        #: Live objects that have a value already: another value needs another object.
+        self._taken: dict[int, Any] = {id(each): each for each in self._shared.values()}
 
     def decoded(self, node: Any, there: Any, place: str) -> Any:
         """Return the value of a node; `there`: the current value in its place.
