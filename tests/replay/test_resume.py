@@ -847,6 +847,16 @@ def test_two_optimizers_may_have_one_list_of_param_groups(is_code, dying):
     assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
 
 
+class Order(tuple):
+    """A pair that is a number to those who use it."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+    def __iter__(self):
+        raise NotImplementedError
+
+
 class WithBuffers(nn.Module):
     """Makes buffers in its first step, and one with another shape in each."""
 
@@ -855,7 +865,7 @@ class WithBuffers(nn.Module):
         self.layer = nn.Linear(6, 1)
         self.register_buffer("bank", torch.zeros(0, 6))
         self.register_buffer("count", None, persistent=False)
-        self.begun = torch.zeros(())
+        self.begun, self.orders = torch.zeros(()), [Order((1, 2))]
         self.register_buffer("latest", self.begun)  # until it is another tensor
 
     def forward(self, x):
@@ -864,6 +874,7 @@ class WithBuffers(nn.Module):
         self.bank = torch.cat((self.bank, x))[-15:]
         self.count = torch.tensor(1) if self.count is None else self.count + 1
         self.latest = x.mean()
+        self.orders = [Order((1, 3)), *self.orders[:2]]
         late = self.bank.mean(0) + self.first.float() if self.count > 18 else self.begun
         return self.layer(x + late)
 

@@ -358,7 +358,8 @@ def _tensors_in(
     if isinstance(value, dict):
         inner = iter(value.items())
     elif isinstance(value, list | tuple):
-        inner = iter(enumerate(value))
+        kind: Any = list if isinstance(value, list) else tuple
+        inner = iter(enumerate(kind.__iter__(value)))  # whatever a derived class does
     elif hasattr(value, "__dict__") and not callable(value):
         inner = iter(vars(value).items())
     else:
