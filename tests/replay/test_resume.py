@@ -919,6 +919,16 @@ def test_two_optimizers_may_have_one_list_of_param_groups(is_code, dying):
     assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
 
 
+class Order(tuple):
+    """A pair that is a number to those who use it."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+    def __iter__(self):
+        raise NotImplementedError
+
+
 class WithBuffers(nn.Module):
     """Makes buffers in its first step, and one with another shape in each."""
 
@@ -927,13 +937,17 @@ class WithBuffers(nn.Module):
         self.layer = nn.Linear(6, 1)
         self.register_buffer("bank", torch.zeros(0, 6))
         self.register_buffer("count", None, persistent=False)
+        self.begun, self.orders = torch.zeros(()), [Order((1, 2))]
+        self.register_buffer("latest", self.begun)  # until it is another tensor
 
     def forward(self, x):
         if not hasattr(self, "first"):
             self.register_buffer("first", x.double())
         self.bank = torch.cat((self.bank, x))[-15:]
         self.count = torch.tensor(1) if self.count is None else self.count + 1
-        late = self.bank.mean(0) + self.first.float() if self.count > 18 else 0.0
+        self.latest = x.mean()
+        self.orders = [Order((1, 3)), *self.orders[:2]]
+        late = self.bank.mean(0) + self.first.float() if self.count > 18 else self.begun
         return self.layer(x + late)
 
 
@@ -950,7 +964,8 @@ def with_buffers(record):
 def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(dying):
     whole = with_buffers(lambda **parts: everystep.record(run="runs/whole", **parts))
     resumed = by_loop(with_buffers, (13, 17))
-    assert whole.keys() == resumed.keys() == {"layer.weight", "layer.bias", "bank", "first"}
+    names = {"layer.weight", "layer.bias", "bank", "latest", "first"}
+    assert whole.keys() == resumed.keys() == names
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 

@@ -256,7 +256,8 @@ class _Capturing:
             items = enumerate([*dict.items(value)])  # another thread may change it
             node[kind] = [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]
         else:
-            inner = sorted(value, key=repr) if kind in ("set", "frozenset") else list(value)
+            inner = _items(kind, value)
+            inner = sorted(inner, key=repr) if kind in ("set", "frozenset") else inner
             node[kind] = [self.encoded(item, f"{place}.{i}") for i, item in enumerate(inner)]
         if isinstance(value, deque):
             node["longest"] = value.maxlen
@@ -326,6 +327,11 @@ def _kind_of(value: Any) -> str | None:
     if isinstance(value, torch.Size) or hasattr(type(value), "n_sequence_fields"):
         return None  # torch's own tuples, also of several results
     return next((kind for kind, each in _COLLECTIONS.items() if isinstance(value, each)), None)
+
+
+def _items(kind: str, value: Any) -> list[Any]:
+    """Return the items of a collection, whatever a class does that is derived from it."""
+    return [*_COLLECTIONS[kind].__iter__(value)]
 
 
 def _path_of(kind: type) -> str:
@@ -416,8 +422,8 @@ class _Restoring:
         self._parameters = parameters
         self._tensors = tensors
         self._made: dict[str, Any] = {}
-        #: Live objects in which a value was restored: another value needs another object.
-        self._taken: dict[int, Any] = {}
+        #: Live objects that have a value already: another value needs another object.
+        self._taken: dict[int, Any] = {id(each): each for each in self._shared.values()}
 
     def decoded(self, node: Any, there: Any, place: str) -> Any:
         """Return the value of a node; `there`: the current value in its place.
@@ -536,7 +542,8 @@ class _Restoring:
         if kind == "dict":
             found = self._dict(node, there if fits else None, wanted, place)
         else:
-            before = list(there) if isinstance(there, list | tuple | deque) else []
+            known = _kind_of(there)
+            before = _items(known, there) if known in ("list", "tuple", "deque") else []
             before += [None] * (len(node[kind]) - len(before))
             items = [
                 self.decoded(each, old, f"{place}.{i}")

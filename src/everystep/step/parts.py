@@ -417,7 +417,8 @@ def _within(
     if isinstance(value, dict):
         inner = iter(value.items())
     elif isinstance(value, list | tuple):
-        inner = iter(enumerate(value))
+        kind: Any = list if isinstance(value, list) else tuple
+        inner = iter(enumerate(kind.__iter__(value)))  # whatever a derived class does
     elif hasattr(value, "__dict__") and not is_code(value):
         inner = iter(vars(value).items())
     else:
