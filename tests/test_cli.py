@@ -199,7 +199,7 @@ def test_an_encoding_without_mathematical_signs_is_no_error():
     run = everystep.train_experiment("two-layer", {"steps": 3}, run="r\xfcn", progress=False)
     loss = str(np.float32(run.losses["loss"][2]))  # other processors have other ones
     for arguments, shown in (
-        (["step", "r\xfcn", "2", "--op", "5"], "\\u2202#2 = 2 * (#2 - y)"), (["losses", "r\xfcn"], loss),
+        (["step", "r\xfcn", "2", "--op", "5"], "d#2 = 2 * (#2 - y)"), (["losses", "r\xfcn"], loss),
     ):  # fmt: skip
         process = start(*arguments, env=environment)
         out, err = process.communicate(timeout=PATIENCE)

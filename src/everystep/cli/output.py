@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -39,6 +40,16 @@ __all__ = [
     "terminal_width",
 ]
 
+#: The replacement of a character that the terminal's encoding lacks.
+_PLAIN = {
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{MIDDLE DOT}": "*",
+    "\N{PARTIAL DIFFERENTIAL}": "d",
+    "\N{MODIFIER LETTER CAPITAL T}": "^T",
+    "\N{SUPERSCRIPT TWO}": "^2",
+    "\N{HORIZONTAL ELLIPSIS}": ".",
+}
+
 
 class OutputError(EverystepError, OSError):
     """Stdout cannot be written: the disk is full, it is closed, or its reader has gone (`| head`)."""
@@ -71,11 +82,19 @@ class _Stderr(io.FileIO):
 
 
 def prepare_streams() -> None:
-    """Let stdout, too, escape the characters that its encoding lacks; open closed streams.
+    """Let stdout and stderr replace the characters that their encoding lacks; open closed ones.
 
     A file that is opened while stdout is closed would become stdout.
     """
 
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        lacking = error.object[error.start : error.end]
+        plain = (_PLAIN.get(each, each) for each in lacking)
+        return "".join(plain).encode("ascii", "backslashreplace").decode(), error.end
+
+    codecs.register_error("everystep", replaced)
     for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -85,7 +104,7 @@ def prepare_streams() -> None:
     sys.stderr = _own_stream(sys.stderr, sys.__stderr__, _Stderr(2, "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="everystep")
 
 
 def _own_stream(now: Any, first: Any, raw: io.FileIO) -> Any:
