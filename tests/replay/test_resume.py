@@ -919,6 +919,27 @@ def test_two_optimizers_may_have_one_list_of_param_groups(is_code, dying):
     assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
 
 
+def test_parameters_that_are_set_from_one_vector_go_on(dying):
+    """As evolution strategies do, by torch's own function: they are views of the last vector."""
+    x = torch.linspace(-1, 1, 12).reshape(12, 1)
+
+    def body(record):
+        model = nn.Linear(1, 1).requires_grad_(False)
+        with record(model=model) as recording:
+            for rows in recording.steps(x.split(2)):
+                vector = nn.utils.parameters_to_vector(model.parameters())
+                loss = functional.mse_loss(model(rows), rows)
+                moved = vector - 0.1 * loss * torch.randn(2)
+                nn.utils.vector_to_parameters(moved, model.parameters())
+                recording.log(loss=loss)
+        return [value.clone() for value in model.state_dict().values()]
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert all(map(torch.equal, whole, by_loop(body, (3, 5))))
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
 class Order(tuple):
     """A pair that is a number to those who use it."""
 

@@ -459,11 +459,9 @@ def _shared(live: Mapping[str, Tensor]) -> dict[str, Any]:
 def _overlapping(live: Mapping[str, Tensor], names: list[str]) -> list[list[str]]:
     """Return tensors of the same memory, apart where no other one reaches.
 
-    Rows of a batch in a dict or list are tensors of their own, and so are numbers of all parameters that
-    an optimizer has computed together; modules may rely on more.
+    Rows of a batch are tensors of their own, and so are numbers of all parameters that an optimizer has
+    computed together, and parameters that were set from one vector.
     """
-    if not all(name.startswith(("part/", "optimizer/")) for name in names):
-        return [names]
     found, end = list[list[str]](), 0
     for name in sorted(names, key=lambda name: live[name].data_ptr()):
         tensor, begin = live[name], live[name].data_ptr()
