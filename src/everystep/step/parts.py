@@ -404,14 +404,14 @@ def _within(
     """
     is_wanted = isinstance(value, wanted)
     value = _unwrapped(value) if is_wanted else value
-    if id(value) in known or isinstance(value, type) or is_aside(value):
+    if id(value) in known or isinstance(value, type):
         return
     if is_wanted:
         known |= {id(each) for each in (value.modules() if isinstance(value, nn.Module) else [value])}
         yield path, value
         return
     is_data = isinstance(value, Dataset) and depth < _DEPTH
-    if depth == 0 or is_data or isinstance(value, (Tensor, *_WHOLE)):
+    if depth == 0 or is_data or isinstance(value, (Tensor, *_WHOLE)) or is_aside(value):
         return
     inner: Iterator[tuple[Any, Any]]
     if isinstance(value, dict):
