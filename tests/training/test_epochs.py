@@ -6,6 +6,7 @@ import math
 import random
 import re
 import time
+import warnings
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -110,6 +111,39 @@ def test_an_early_stop_is_the_same_when_the_loop_is_resumed(tmp_path):
     assert train(tmp_path / "run", 30, patience=2)[-1] == lines[-1]
 
 
+class Raising(dict):
+    def values(self):
+        raise RuntimeError("not to be looked at")
+
+
+def test_to_look_at_variables_changes_nothing(tmp_path):
+    def trained(stop, is_asking):
+        torch.manual_seed(0)
+        model, rate, last, odd = nn.Linear(3, 1), 0.1, 0.0, Raising(a=1)
+        with warnings.catch_warnings(action="ignore"):
+            nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        settings = locals() if is_asking else {"rate": rate}
+        rate, seen = 0.5, []
+        with everystep.record(
+            run=tmp_path / f"run-{is_asking}", resume=True, model=model, optimizer=optimizer
+        ) as recording:
+            for _ in recording.epochs(3):
+                for x in recording.steps([torch.ones(2, 3)] * STEPS):
+                    if recording.step_count == stop:
+                        raise StopError
+                    last = descend(optimizer, model(x).square().mean())
+                    recording.log(loss=last)
+                    seen.append(settings["rate"])
+        return {*seen}, rate, odd, nested
+
+    for is_asking in (False, True):
+        with pytest.raises(StopError):
+            trained(9, is_asking)
+        rates, *_ = trained(None, is_asking)
+        assert rates == {0.1}
+
+
 class Rows(Dataset):
     def __init__(self):
         self.rows = [torch.ones(3)] * 4
@@ -125,6 +159,20 @@ def test_a_data_set_within_a_part_is_named_if_it_changes(is_changed, tmp_path, c
             carried.data.rows += [x[0]] * is_changed
     said = capfd.readouterr().err
     assert ("the part carried has values of Rows, which a run cannot keep" in said) == is_changed
+
+
+def test_an_object_with_a_data_set_and_a_sampler_is_not_a_loader(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.dataset, self.sampler, self.batch_sampler = nn.Linear(3, 1), "a", "b", "c"
+
+    trainer = SimpleNamespace(model=Model(), dataset=Rows(), sampler=[3, 1], batch_sampler=None)
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    with everystep.record(run=tmp_path / "run", trainer=trainer, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.ones(2, 3)] * 3):
+            recording.log(loss=descend(optimizer, trainer.model.layer(x).square().mean()))
+    assert {*recording.run[2].parameters} == {"layer.weight", "layer.bias"}
 
 
 class Link:

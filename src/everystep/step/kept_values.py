@@ -12,6 +12,7 @@ import random
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
@@ -390,13 +391,15 @@ def is_aside(value: Any) -> bool:
 
     Such as the recording that a trainer has; or a loader: the place in the batches is recorded.
     """
+    if isinstance(value, (nn.Module, torch.optim.Optimizer)):
+        return False
     package, _, module = type(value).__module__.partition(".")
-    shows = package in _SHOWING or module in ("arrow_dataset", "utils.tensorboard.writer")
+    if package in _SHOWING or module in ("arrow_dataset", "utils.tensorboard.writer"):
+        return True
     # What wraps a loader of torch takes its attributes.
-    loads = (
-        isinstance(value, DataLoader) or {"dataset", "sampler"} <= getattr(value, "__dict__", {}).keys()
-    )
-    return loads or (shows and not isinstance(value, torch.optim.Optimizer))
+    of_loader = {"dataset", "sampler", "batch_sampler"}
+    wraps = hasattr(type(value), "__iter__") and of_loader <= getattr(value, "__dict__", {}).keys()
+    return wraps or isinstance(value, DataLoader)
 
 
 def _sizes(data: Dataset[Any]) -> str:
@@ -572,8 +575,10 @@ class _Restoring:
         make = found.default_factory if isinstance(found, defaultdict) else None
         for index, (key, each) in enumerate(node["dict"]):
             name = self._key(key)
-            is_object = isinstance(each, dict) and "object" in each
-            old = make() if make and is_object and name not in before else before.get(name)
+            old = before.get(name)
+            if make and isinstance(each, dict) and "object" in each and name not in before:
+                with suppress(Exception):  # without one, the object is named as missing
+                    old = make()
             base.__setitem__(found, name, self.decoded(each, old, f"{place}.{index}"))
         return found
 

@@ -59,13 +59,12 @@ class Parts:
         }
         modules_and_optimizers = self.modules.keys() | self.optimizers.keys()
         self._others = {n: part for n, part in named.items() if n not in modules_and_optimizers}
-        kinds = ("_parameters", "_buffers")
-        with_tensors = {
-            name
-            for name, module in self.modules.items()
-            if any(next(registered(module, kind), None) is not None for kind in kinds)
-        }
-        models = with_tensors - set(apart)
+        models, seen = set[str](), set[int]()
+        for name, module in self.modules.items():  # a loss without tensors is none, nor is a wrapper
+            both = (registered(module, kind) for kind in ("_parameters", "_buffers"))
+            own = {id(tensor) for _, tensor in chain(*both)} - seen
+            models |= {name} if own and name not in apart else set()
+            seen |= own
         self.main = next((n for n in self.modules if n == "model" or models == {n}), None)
         self.device = self._device()
         self._layout: _Layout | None = None
@@ -152,7 +151,8 @@ class Parts:
         for part, other in self._others.items():
             for path, tensor in _tensors_in(other, part, known):
                 found[f"part/{path}"] = tensor
-                gradient_names += self._gradient_names(path, tensor)
+                if path not in layout.taken and _is_leaf(tensor):
+                    gradient_names.append((tensor, f"gradient/{path}"))
         for leaf, name in gradient_names:
             gradient = leaf.grad
             if gradient is not None and gradient.layout is torch.strided:
@@ -170,17 +170,12 @@ class Parts:
     def leaves(self) -> dict[str, Tensor]:
         """Return the tensors that may have pending gradients, by the names of these."""
         found = {name: parameter for parameter, name in self.parameter_names().items()}
+        taken = {*found}
         for name, tensor in self.state().items():
             kind, _, path = name.partition("/")
-            if kind == "part" and self._gradient_names(path, tensor):
+            if kind == "part" and path not in taken and _is_leaf(tensor):
                 found[path] = tensor
         return found
-
-    def _gradient_names(self, path: str, tensor: Tensor) -> list[tuple[Tensor, str]]:
-        """Return a tensor of another part with the name of its gradient, if a state may have that."""
-        is_leaf = tensor.requires_grad and not has_graph(tensor)
-        is_taken = is_leaf and path in self._known_layout().names.values()
-        return [(tensor, f"gradient/{path}")] if is_leaf and not is_taken else []
 
     def gradients(self, of: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
         """Return the pending gradients by the names of their parameters. of: those of an optimizer."""
@@ -253,7 +248,8 @@ class Parts:
 class _Layout:
     """Where the tensors of modules and optimizers are.
 
-    names: of all parameters; tensors: by name, gradients left out; gradient_names: of each parameter.
+    names: of all parameters; taken: the same, without their parameters; tensors: by name, gradients left
+    out; gradient_names: of each parameter.
     """
 
     def __init__(
@@ -264,6 +260,7 @@ class _Layout:
         optimizers: Mapping[str, torch.optim.Optimizer],
     ) -> None:
         self.names = names
+        self.taken = frozenset(names.values())
         self.tensors = tensors
         self.gradient_names = [(parameter, f"gradient/{name}") for parameter, name in names.items()]
         inner = [m for module in modules.values() for m in module.modules()]
@@ -316,6 +313,10 @@ def _unwrapped(part: Any) -> Any:
     return part if attribute is None else getattr(part, attribute)
 
 
+def _is_leaf(tensor: Tensor) -> bool:
+    return tensor.requires_grad and not has_graph(tensor)
+
+
 def with_inner(named: Mapping[str, Any]) -> dict[str, Any]:
     """Return parts with the modules and optimizers that lie within them as parts of their own.
 
@@ -332,6 +333,8 @@ def with_inner(named: Mapping[str, Any]) -> dict[str, Any]:
             _add(found, _within(part, name, known, _WHOLE))
     for name, part in [*found.items()]:
         for path, inner in part.named_modules() if isinstance(part, nn.Module) else ():
+            if type(inner).__module__.startswith("torch."):
+                continue
             place = f"{name}.{path}".rstrip(".")
             _add(found, _within(vars(inner), place, known, (torch.optim.Optimizer,), depth=2))
     return found

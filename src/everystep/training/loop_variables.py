@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from types import FrameType, ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from everystep.step.parts import Parts
 __all__ = ["LoopVariables"]
 
 _NUMBERS = (bool, int, float, complex, str, bytes, np.generic)
+#: Functions that return a function's variables.
+_ASKING = {"locals", "vars", "eval", "exec"}
 #: What may be large is not looked into, but for its first items and its length.
 _MOST_ITEMS = 64
 _MOST_BYTES = 1 << 20
@@ -61,19 +64,21 @@ class LoopVariables:
 
     def _contents(self, frame: FrameType) -> Iterator[tuple[str, Any]]:
         """Yield names, and what can be compared of their values."""
-        found = frame.f_locals
-        for name, value in list(found.items()):
+        if not _ASKING.isdisjoint(frame.f_code.co_names):
+            return  # to look at them changes what `locals()` returned, before Python 3.13
+        for name, value in list(frame.f_locals.items()):
             if id(value) in self._known or isinstance(value, ModuleType | type):
                 continue
-            content = self._content(value)
-            if content is not None:
-                yield name, content
-            elif not is_aside(value):
-                of_object = getattr(value, "__dict__", {})
-                contents = {key: self._content(each) for key, each in list(of_object.items())}
-                yield from ((f"{name}.{key}", c) for key, c in contents.items() if c is not None)
-        if type(found) is dict and found is not frame.f_globals:
-            found.clear()  # Python 3.11 and 3.12 make it for us, and would keep a step's tensors in it
+            with suppress(Exception):  # a class of the user's may raise anywhere
+                yield from self._of_variable(name, value).items()
+
+    def _of_variable(self, name: str, value: Any) -> dict[str, Any]:
+        content = self._content(value)
+        if content is not None:
+            return {name: content}
+        of_object = {} if is_aside(value) else getattr(value, "__dict__", {})
+        contents = {key: self._content(each) for key, each in list(of_object.items())}
+        return {f"{name}.{key}": each for key, each in contents.items() if each is not None}
 
     def _content(self, value: Any, depth: int = 2) -> Any:
         """Return what can be compared of a value; None: of this kind, nothing."""
@@ -95,7 +100,7 @@ class LoopVariables:
         return [self._content(each, depth - 1) for each in islice(items, _MOST_ITEMS)]
 
     def _of_tensor(self, value: Tensor) -> Any:
-        is_plain = value.layout == torch.strided and not value.is_inference()
+        is_plain = value.layout == torch.strided and not value.is_nested and not value.is_inference()
         if not is_plain or value.untyped_storage().data_ptr() in self._memory:
             return None
         self._alive.append(value)
