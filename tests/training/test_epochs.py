@@ -194,9 +194,7 @@ class Trainer:
         self.meters, self.history = defaultdict(Meter), []
         self.lowest, self.best, self.steps, self.chain = math.inf, None, 0, None
         data = TensorDataset(torch.randn(4 * STEPS, 3))
-        self.loader = DataLoader(
-            data, batch_size=4, shuffle=True, num_workers=1, persistent_workers=True
-        )
+        self.loader = DataLoader(data, batch_size=4, shuffle=True)
         for _ in range(2000):
             self.chain = Link(self.chain)
 
