@@ -546,8 +546,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _TERMINATED = 128 + 15
 #: Recordings under way in this process.
 _recording: list[Recording[Any]] = []
-#: Two threads cannot begin one at the same time.
-_beginning = threading.Lock()
+#: Two threads cannot begin one at the same time; what the parts do as one begins may begin another.
+_beginning = threading.RLock()
 
 
 def _not_begun() -> UsageError:
