@@ -1,5 +1,6 @@
 """A fork is its parent up to a step, bit for bit, and then a loop by hand with the changed rules."""
 
+import copy
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 import torch
 from tests.descent import descend
 from tests.sealing import sql
+from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import Made, bits, by_train, contents, mlp, momentum, new_training
 from tests.training.engine_cases import made_case
 from tests.training.loops import unrecorded
@@ -569,7 +571,7 @@ def tuned(record, steps=24, rate=None, at=0):
 
 
 @pytest.mark.parametrize("at", [0, 13, 24])
-def test_a_fork_of_a_loop_that_changes_nothing_has_the_parents_bits(at):
+def test_a_fork_of_a_loop_that_changes_nothing_has_the_parents_bits(at, capfd):
     _, by_hand = tuned(unrecorded, 28)
     parent = tuned(partial(everystep.record, run="runs/parent"))[0].run
     recording, state = tuned(partial(everystep.record, fork="parent", at=at), 28)
@@ -578,6 +580,7 @@ def test_a_fork_of_a_loop_that_changes_nothing_has_the_parents_bits(at):
     assert fork.losses["loss"][:24].equals(parent.losses["loss"])
     assert all(map(torch.equal, state, by_hand))
     assert fork.verify(progress=False).is_exact
+    assert "no loss" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("at", [0, 13])
@@ -731,6 +734,27 @@ def test_a_fork_of_a_loop_that_differs_too_early_is_refused_and_leaves_nothing()
     ):
         pass
     assert [path.name for path in Path("runs").iterdir()] == ["parent"]
+
+
+def test_a_fork_of_a_loop_that_lacks_what_its_loss_does_not_show_is_refused(monkeypatch):
+    take_snapshots_every(monkeypatch, 4)
+
+    def record(**settings):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        average, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        steps = 0  # in no part
+        with everystep.record(model=model, average=average, optimizer=optimizer, **settings) as r:
+            for x in r.steps(torch.ones(20, 2, 4)):
+                steps += 1
+                r.log(loss=descend(optimizer, model(x).square().mean()))
+                with torch.no_grad():
+                    average.weight.lerp_(model.weight, 1 / (1 + steps))
+        return r.run
+
+    record(run="runs/parent")
+    with pytest.raises(RunError, match=r"parent cannot be forked at step 14: .*average\.weight"):
+        record(fork="parent", at=14)
 
 
 @pytest.mark.parametrize("engine", ["auto", "program"])

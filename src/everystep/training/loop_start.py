@@ -27,7 +27,6 @@ from everystep.training.description import facts_of_loop
 from everystep.training.loader_position import Drawn, LoaderPosition, Recorded
 from everystep.training.loop_writer import LoopWriter
 from everystep.training.resumed import (
-    changed_at,
     changes,
     changes_by_others,
     check_changes,
@@ -118,8 +117,8 @@ class LoopStart:
     ) -> LoopWriter:
         """Make a run of a parent's steps up to `at`, and continue it.
 
-        Its loop repeats the steps from the newest snapshot to `at`, as a resumed loop does: only a
-        snapshot holds everything that a loop carries.
+        Its loop repeats the steps from a snapshot to `at`, as a resumed loop does: only a snapshot holds
+        everything that a loop carries.
         """
         _check_is_loop(parent, "fork it with everystep fork")
         if at > (newest := min(each.newest_step() for each in parent.ranks)):
@@ -183,7 +182,10 @@ class LoopStart:
             )
         at, later = (state.step, None) if is_accepted else (recorded, state)
         earlier = run.state_near(state.step - 1, on_problem=problems.append)
-        if later is None or earlier is None or earlier.step < max(begun, changed_at(before)):
+        since = run.stretches[stretch_at(run.stretches, recorded)].first - 1
+        # A fork at a snapshot begins there: its loop may have other settings from its first step on.
+        is_there = is_new and state.step == recorded
+        if later is None or earlier is None or earlier.step < since or is_there:
             later = None
         else:
             state = earlier

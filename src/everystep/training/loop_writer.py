@@ -68,8 +68,8 @@ class LoopWriter(RunWriter):
         self.function: Callable[[], FunctionFacts] | None = None
         self.beginning: State | None = None
         self.later: State | None = None
-        loop = None if earlier is None else earlier.training.loop
-        self.has_loss = loop is not None and loop.has_loss
+        before = () if earlier is None else (*(e.training for e in earlier.earlier), earlier.training)
+        self.has_loss = any(each.loop is not None and each.loop.has_loss for each in before)
         self._loss_dtype = earlier.loss_dtype if earlier is not None and self.has_loss else "float64"
         self._pending: State | None = None
         self._at_rest: _Here | None = None
