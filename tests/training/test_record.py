@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tests.descent import descend, seeded
 from tests.sealing import sql
+from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import bits
 from tests.training.loops import LOOPS, unrecorded
 from torch import nn
@@ -622,6 +623,37 @@ def test_a_pause_is_no_part_of_the_step(made):
         seen.operation.operator.startswith("aten._local_scalar") for seen in run[2].operations
     )
     assert len(run.measured("validation")) == 4
+
+
+@pytest.mark.parametrize("is_paused", [True, False], ids=["paused", "between"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_changes_in_a_pause_or_between_steps_is_kept(every, is_paused, monkeypatch):
+    take_snapshots_every(monkeypatch, 2)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(5, 4)
+    before = {}
+
+    def change(step):
+        with torch.no_grad():
+            model(x + 1)  # torch does not count that it changes the averages of the normalization
+            if step == 3:
+                model[0].bias.mul_(0.5)
+
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for step in range(1, 10):
+            if not is_paused and step % every == 0:
+                change(step)
+            before[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            with recording.step(x):
+                recording.log(loss=descend(optimizer, model(x).square().mean()))
+                if is_paused and step % every == 0:
+                    with recording.paused():
+                        change(step)
+    run = recording.run
+    assert run.verify(processes=1, progress=False).is_exact
+    for step, expected in before.items():
+        opened = {**run[step].parameters, **run[step].buffers}
+        assert {n: bits(t) for n, t in opened.items()} == {n: bits(t) for n, t in expected.items()}
 
 
 @pytest.mark.parametrize(

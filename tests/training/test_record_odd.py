@@ -11,6 +11,7 @@ from tests.step.loops_to_mistake import batches, network, update
 from tests.training.by_hand import bits
 from torch import nn
 from torch.nn import functional
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import everystep
@@ -117,7 +118,7 @@ def test_conjugated_tensors_are_in_the_program(tmp_path):
         (lambda: nn.LazyLinear(3), "has no shape yet"),
         (lambda: nn.Linear(3, 3, device="meta"), "on the meta device"),
         (lambda: nn.Linear(3, 3, dtype=torch.complex128), "is complex128"),
-        (lambda: {"queue": torch.eye(3).to_sparse()}, "sparse or nested"),
+        (lambda: {"queue": torch.eye(3).to_sparse()}, "sparse, nested or"),
     ],
 )
 def test_what_a_run_cannot_hold_of_the_parts_is_refused(part, message, tmp_path):
@@ -190,15 +191,52 @@ def test_a_compiled_module_that_is_called_is_refused(tmp_path):
     assert (len(recording.run), recording.run.status) == (0, "failed")
 
 
-def test_a_compiled_function_is_said(tmp_path, capsys):
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_compiled_function_is_said(is_whole, tmp_path, capsys):
     model = network()
-    compiled = torch.compile(functional.mse_loss, backend="eager")
+    compiled = torch.compile(functional.mse_loss, backend="eager", fullgraph=is_whole)
     compiled(*batches()[0][:1] * 2)
     with everystep.record(run=tmp_path / "run", model=model) as recording:
         for x, y in recording.steps(batches()):
             recording.log(loss=compiled(model(x), y))
     assert capsys.readouterr().err.count("calls a torch.compile function") == 1
     assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+class OfOthers(torch.optim.SGD):
+    """Keeps its state in tensors that have their numbers in others, as those of few bits do."""
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter not in self.state:
+                pair = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                self.state[parameter]["average"] = TwoTensor(*pair)
+            average = self.state[parameter]["average"]
+            average.mul_(0.9).add_(TwoTensor(parameter.grad, parameter.grad))
+            parameter.sub_(average.a, alpha=0.1)
+
+
+def test_the_state_of_an_optimizer_may_be_made_of_other_tensors(tmp_path, capsys, monkeypatch):
+    take_snapshots_every(monkeypatch, 4)
+
+    def trained(**settings):
+        model = network()
+        optimizer = OfOthers(model.parameters(), lr=0.1)
+        with everystep.record(
+            run=tmp_path / "run", model=model, optimizer=optimizer, **settings
+        ) as recording:
+            for batch in recording.steps(batches()):
+                recording.log(loss=update(model, optimizer, *batch))
+        return recording.run
+
+    run = trained()
+    assert run.verify(processes=1, progress=False).is_exact
+    assert "values of TwoTensor, which a run cannot keep" in capsys.readouterr().err
+    with pytest.raises(
+        everystep.RunError, match=r"optimizer\.state\.0\.weight\.average.* cannot be made"
+    ):
+        trained(resume=True)
 
 
 def test_a_step_of_more_operations_than_a_run_may_have_is_recorded_without_them(monkeypatch, capsys):

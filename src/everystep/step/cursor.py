@@ -8,7 +8,8 @@ unwatched, as one (see `backward`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +69,7 @@ class Cursor(UnderWay):
         self.optimizers = OptimizerSteps(self)
         self.run_backward = BackwardPasses(self).run
         self._depth = 0
+        self._stance: Any = None
 
     def recover(self) -> None:
         """Watch again if an optimizer's step has raised that ran unwatched."""
@@ -81,7 +83,10 @@ class Cursor(UnderWay):
         at, expected = self.at, self.at.next
         is_new = expected is None or expected.func is not func
         if self.is_paused or (is_new and func.namespace in _NO_OPERATIONS):
-            return func._op(*args, **(kwargs or {}))
+            result = func._op(*args, **(kwargs or {}))
+            if self.is_paused and (names := writes(func)):
+                self._note_aside(_written(func, names, args, kwargs or {}))
+            return result
         if _saved_hooks(True) is not None:
             self.has_saved_hooks = True
         if is_new and func.namespace == "c10d":  # a path has them as operators of programs
@@ -458,12 +463,21 @@ class Cursor(UnderWay):
         if func.namespace == "c10d":  # their schemas do not declare what they write
             finished(result)
             others = before
-        names = {p.name for p in parameters(func)} & set(known.writes or writes(func))
-        given = {p.name: v for p, v in zip(parameters(func), args, strict=False)} | keywords
-        changed = [t for name in names for t in leaves(given.get(name))]
+        changed = _written(func, known.writes or writes(func), args, keywords)
         changed += [tensor for tensor, version in versions if version_of(tensor) != version] + others
-        self.note_unseen(changed, leaves(result))
+        # What a tensor made of others does with them below autograd, torch does not count.
+        inner = [t for each in changed for t in _made_of(each)]
+        self.note_unseen(changed, leaves(result), [t.untyped_storage()._cdata for t in inner])
         return result
+
+    def _note_aside(self, written: Sequence[Tensor]) -> None:
+        """Note what a pause has written into memory that the step knows."""
+        with torch._C._DisableTorchDispatch():
+            self.tensors.catch_up(self.at)
+            plain = [tensor for tensor in written if is_plain(tensor)]
+            known = [t for t in plain if self.tensors.place(t.untyped_storage()) is not None]
+            if known:
+                self.note_unseen(known, ())
 
     # In force.
 
@@ -475,6 +489,9 @@ class Cursor(UnderWay):
         self._depth += 1
         if self._depth == 1:
             self.follower.watch = self
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes a second
+                # Below a mode, torch compiles nothing, and raises if it was to compile a whole function.
+                self._stance = torch.compiler.set_stance("force_eager")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -483,6 +500,8 @@ class Cursor(UnderWay):
         if self._depth == 0:
             self.recover()
             self.follower.watch = None
+            if self._stance is not None:
+                self._stance.__exit__(*error)
             while _get_current_dispatch_mode() is not self:
                 above.append(_pop_mode())
         super().__exit__(*error)  # type: ignore[no-untyped-call]
@@ -498,6 +517,17 @@ def _push_again(modes: Sequence[Any]) -> None:
     """Put modes in force that were taken from the stack, the innermost first."""
     for mode in reversed(modes):
         _push_mode(mode)
+
+
+def _written(func: Any, names: Collection[str], args: Any, keywords: Any) -> list[Tensor]:
+    """Return the tensors that a call was given by the names of arguments that it writes into."""
+    given = {p.name: v for p, v in zip(parameters(func), args, strict=False)} | keywords
+    return [tensor for name in names for tensor in leaves(given.get(name))]
+
+
+def _made_of(tensor: Any) -> list[Tensor]:
+    names = tensor.__tensor_flatten__()[0] if hasattr(type(tensor), "__tensor_flatten__") else ()
+    return [getattr(tensor, name) for name in names]
 
 
 def _has_generator(args: Any, keywords: dict[str, Any]) -> bool:

@@ -404,7 +404,7 @@ class Recording(Generic[R]):
     def paused(self) -> Iterator[None]:
         """Exclude the body of the `with` statement from the step, such as an evaluation.
 
-        It must not change anything that the loop carries; or replays differ from there on.
+        No step shows how it changes what the loop carries; the run keeps the changed tensors.
         """
         with self._writer.watched.paused() if self._writer is not None else nullcontext():
             yield

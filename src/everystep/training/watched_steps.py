@@ -293,7 +293,10 @@ class WatchedSteps:
             return None
         self._left = self._ending = None
         self._versions = now
-        changed = {n: copy_of(state[n]) for n in now if n in known or before.get(n) != now[n]}
+        names = {name for name in now if name in known or before.get(name) != now[name]}
+        # A batch normalization counts its batches, but torch does not count the changes of its averages.
+        counted = {_module_of(name) for name in names} - {None}
+        changed = {n: copy_of(state[n]) for n in now if n in names or _module_of(n) in counted}
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
         if (changed or gone or drawn) and self._writer is not None:
             self._writer.change(step, changed | dict(drawn), gone)
@@ -390,6 +393,11 @@ class WatchedSteps:
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Any:
         return lambda: self.parts.gradients(optimizer)
+
+
+def _module_of(name: str) -> str | None:
+    """Return the path of the module that has a tensor as a buffer, None for other tensors."""
+    return name.rpartition(".")[0] if name.startswith("buffer/") else None
 
 
 def _is_piece(name: str, tensor: Tensor) -> bool:
