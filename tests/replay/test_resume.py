@@ -11,6 +11,7 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
 from random import Random
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -884,6 +885,45 @@ def test_models_and_optimizers_within_other_parts_are_parts(dying, capfd):
     assert {f"{name}.{own}" for name in names for own in ("weight", "bias")} == {*run[20].parameters}
     optimizers = ("agent_optimizer", "steps_0_optimizer", "models_second_optimizer")
     assert {f"{name}.lr" for name in optimizers} <= {*run[20].hyperparameters}
+
+
+class Sharp(torch.optim.Optimizer):
+    """Lets another optimizer take its steps, which has a state of its own."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+
+    def step(self):
+        self.base.step()
+
+
+def with_state_by_parameter(record):
+    seeded()
+    model, other = nn.Linear(6, 1), nn.Linear(6, 1)
+    optimizer = Sharp(model.parameters())
+    velocity = {parameter: torch.zeros_like(parameter) for parameter in other.parameters()}
+    averages = SimpleNamespace(of={})
+    with record(
+        model=model, other=other, optimizer=optimizer, velocity=velocity, averages=averages
+    ) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            loss = functional.mse_loss(model(x), y) + functional.mse_loss(other(x), y)
+            other.zero_grad()
+            recording.log(loss=descend(optimizer, loss))
+            with torch.no_grad():
+                for parameter, each in velocity.items():
+                    parameter.sub_(each.mul_(0.9).add_(parameter.grad), alpha=0.1)
+                    averages.of.setdefault(parameter, torch.zeros_like(parameter)).lerp_(parameter, 0.1)
+    return [*velocity.values(), *averages.of.values(), *map(torch.Tensor.detach, model.parameters())]
+
+
+def test_state_that_objects_keep_by_parameter_is_restored(dying, capfd):
+    whole = with_state_by_parameter(lambda **parts: everystep.record(run="runs/whole", **parts))
+    for one, two in zip(whole, by_loop(with_state_by_parameter, (13, 17)), strict=True):
+        assert torch.equal(one, two)
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+    assert not re.search("not in any part|cannot keep", capfd.readouterr().err)
 
 
 class Around(torch.optim.Optimizer):

@@ -35,6 +35,7 @@ __all__ = [
     "has_graph",
     "is_aside",
     "is_code",
+    "is_dense",
     "is_plain_value",
 ]
 
@@ -216,8 +217,8 @@ class _Capturing:
     def _is_much(self, value: Any) -> bool:
         """Return whether this is too much to be in an object, which may lead to anything."""
         self._count += 1
-        is_dense = _is_dense(value) if isinstance(value, Tensor) else isinstance(value, np.ndarray)
-        self._bytes += value.nbytes if is_dense else 0
+        has_bytes = is_dense(value) if isinstance(value, Tensor) else isinstance(value, np.ndarray)
+        self._bytes += value.nbytes if has_bytes else 0
         is_large = self._count > MOST_VALUES or self._bytes > MOST_BYTES
         return self.has_left or len(self.objects) > MOST_OBJECTS or (bool(self.objects) and is_large)
 
@@ -235,7 +236,7 @@ class _Capturing:
         return {"left": kind.__name__}
 
     def _tensor(self, value: Tensor, place: str) -> dict[str, Any]:
-        if not _is_dense(value):
+        if not is_dense(value):
             return self._left(value)
         if value in self._names:
             return {"parameter": self._names[value]}
@@ -370,9 +371,10 @@ def is_code(value: Any) -> bool:
     return callable(value) and type(value).__module__.partition(".")[0] in _WITH_CODE
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Return whether a tensor has its numbers one by one in memory."""
-    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor has its numbers one by one in memory of its own."""
+    is_strided = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
+    return is_strided and not hasattr(type(tensor), "__tensor_flatten__")
 
 
 def has_graph(tensor: Tensor) -> bool:

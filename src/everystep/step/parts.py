@@ -18,7 +18,7 @@ from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
-from everystep.step.kept_values import GENERATORS, has_graph, is_aside, is_code
+from everystep.step.kept_values import GENERATORS, has_graph, is_aside, is_code, is_dense
 from everystep.step.own_state import entries_of, keeps_own_state, registered
 
 __all__ = ["Parts", "check_parts", "with_inner"]
@@ -149,7 +149,7 @@ class Parts:
         known = {id(tensor) for tensor in found.values()} if self._others else set()
         gradient_names = [*layout.gradient_names]
         for part, other in self._others.items():
-            for path, tensor in _tensors_in(other, part, known):
+            for path, tensor in _tensors_in(other, part, known, layout.ids):
                 found[f"part/{path}"] = tensor
                 if path not in layout.taken and _is_leaf(tensor):
                     gradient_names.append((tensor, f"gradient/{path}"))
@@ -223,18 +223,19 @@ class Parts:
         found: dict[str, Tensor] = {}
         for parameter, entries in entries_of(optimizer):
             for key, value in entries.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and is_dense(value):
                     found[f"optimizer/{own}{names.get(parameter, '#')}/{key}"] = value
         for index, group in enumerate(optimizer.param_groups):
             found |= {f"group/{own}{index}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
         if keeps_own_state(optimizer):
             more = {k: v for k, v in vars(optimizer).items() if k not in _OF_OPTIMIZER}
+            more |= {k: vars(v) for k, v in more.items() if isinstance(v, torch.optim.Optimizer)}
             for parameter, each in optimizer.state.items():
                 name = names.get(parameter, "#") if isinstance(parameter, Tensor) else str(parameter)
                 more[f"state.{name}"] = each
             seen = {id(tensor) for tensor in (*known.values(), *found.values())}
-            ids = {id(parameter): name for parameter, name in names.items()}
-            found |= {f"part/{path}": t for path, t in _tensors_in(more, part, seen, ids=ids)}
+            own_tensors = _tensors_in(more, part, seen, _ids_of(names))
+            found |= {f"part/{path}": tensor for path, tensor in own_tensors if is_dense(tensor)}
         return found
 
     def _device(self) -> torch.device:
@@ -248,8 +249,8 @@ class Parts:
 class _Layout:
     """Where the tensors of modules and optimizers are.
 
-    names: of all parameters; taken: the same, without their parameters; tensors: by name, gradients left
-    out; gradient_names: of each parameter.
+    names: of all parameters; ids: the same, by their ids; taken: the names alone; tensors: by name,
+    gradients left out; gradient_names: of each parameter.
     """
 
     def __init__(
@@ -260,6 +261,7 @@ class _Layout:
         optimizers: Mapping[str, torch.optim.Optimizer],
     ) -> None:
         self.names = names
+        self.ids = _ids_of(names)
         self.taken = frozenset(names.values())
         self.tensors = tensors
         self.gradient_names = [(parameter, f"gradient/{name}") for parameter, name in names.items()]
@@ -302,10 +304,14 @@ def _problem(tensor: Tensor) -> str | None:
             "is a part of a tensor that several processes share (fully_shard); everystep records "
             "models that each process has all of (DistributedDataParallel)"
         )
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return "is sparse or nested; a run can hold only dense tensors"
+    if not is_dense(tensor):
+        return "is sparse, nested or made of other tensors; a run can hold only dense tensors"
     kind = str(tensor.dtype).removeprefix("torch.")
     return None if tensor.dtype in _HELD else f"is {kind}, which a run cannot hold"
+
+
+def _ids_of(names: Mapping[Tensor, str]) -> dict[int, str]:
+    return {id(parameter): name for parameter, name in names.items()}
 
 
 def _unwrapped(part: Any) -> Any:
@@ -403,7 +409,7 @@ def _within(
 ) -> Iterator[tuple[str, Any]]:
     """Yield the objects of some kinds within a part that are not known, each with its path.
 
-    ids: names of parameters by their ids, which are the keys of some dicts.
+    ids: names of parameters by their ids; both are keys of some dicts.
     """
     is_wanted = isinstance(value, wanted)
     value = _unwrapped(value) if is_wanted else value
@@ -429,5 +435,6 @@ def _within(
     known.add(id(value))
     for key, item in list(inner):
         if isinstance(item, Tensor | dict | list | tuple) or hasattr(item, "__dict__"):
-            name = ids.get(key, key) if isinstance(key, str | int) else type(key).__name__
+            is_plain = isinstance(key, str | int)
+            name = ids.get(key if is_plain else id(key), key if is_plain else type(key).__name__)
             yield from _within(item, f"{path}.{name}".lstrip("."), known, wanted, depth - 1, ids)

@@ -81,6 +81,7 @@ class PartsState:
         live: their tensors in a state; None: all.
         """
         parts, live = self.parts, self.parts.state() if live is None else live
+        names = parts.parameter_names()
         tensors: dict[str, Tensor] = {}
         held: dict[str, Any] = {}
         others = {id(part) for part in parts.named.values()}
@@ -100,7 +101,7 @@ class PartsState:
                 tensors |= found
             else:
                 alone = others - {id(part)}
-                found, data = encoded(part, name, live, left_alone=alone, lost=self.lost[name])
+                found, data = encoded(part, name, live, names, alone, self.lost[name])
                 tensors |= found
                 held[name] = {"object": data}
         tensors |= _other_gradients(live)
@@ -268,7 +269,7 @@ class PartsState:
         elif isinstance(part, Tensor):
             pass  # `_fill` does
         else:
-            decoded(part, name, saved, held["object"], shared=shared)
+            decoded(part, name, saved, held["object"], names, shared)
 
     def _restore_attributes(
         self,
@@ -392,7 +393,7 @@ def _differing(now: Any, saved: Any, place: str) -> Iterator[str]:
 def _by_name(key: str, content: Any) -> dict[str, Any] | None:
     """Return the attributes of an object, or the values of a dict, by name; None of all else."""
     if key == "dict" and isinstance(content, list):
-        return {str(name): each for name, each in content}
+        return {str(*k.values() if isinstance(k, dict) else [k]): each for k, each in content}
     return content if key in ("object", "attributes", "own") and isinstance(content, dict) else None
 
 
