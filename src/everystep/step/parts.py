@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from operator import is_
@@ -369,7 +370,7 @@ def check_parts(named: Mapping[str, Any]) -> None:
             faults.append(Fault(name, "the name of a part must be a Python identifier"))
         if isinstance(part, nn.Module) and (fault := scripted_fault(name, part)):
             faults.append(fault)
-        known = nn.Module, torch.optim.Optimizer, Tensor, dict, list, tuple, *GENERATORS
+        known = nn.Module, torch.optim.Optimizer, Tensor, dict, list, tuple, deque, *GENERATORS
         holds = isinstance(part, known)
         if isinstance(part, type) or part is None or not (holds or hasattr(part, "__dict__")):
             kind = part.__name__ if isinstance(part, type) else type(part).__name__
@@ -377,7 +378,7 @@ def check_parts(named: Mapping[str, Any]) -> None:
                 Fault(
                     name,
                     f"is not a part of a training: {kind}; parts are modules, optimizers, tensors, "
-                    "random generators, and dicts, lists or objects that hold values",
+                    "random generators, and dicts, lists, deques or objects that hold values",
                 )
             )
     main = named.get("model")

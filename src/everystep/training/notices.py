@@ -84,9 +84,10 @@ class Notices:
         if seen.changed_outside is not None:
             self._once(
                 "outside",
-                f"step {step} changes {seen.changed_outside} that is not in any part; everystep "
-                "stores it again at every step, and a resumed loop gets it as your script makes it, "
-                "unless you pass the object that holds it to everystep.record(...)",
+                f"step {step} changes {seen.changed_outside} that is not among the tensors of the "
+                "parts; everystep stores it again at every step. Unless it is an attribute of a module, "
+                "a resumed loop gets it as your script makes it: pass the object that holds it to "
+                "everystep.record(...)",
             )
 
         if isinstance(built, BuiltPath) and built.evaluation is not None:
