@@ -76,7 +76,7 @@ def test_a_number_that_is_logged_after_a_tensor_keeps_its_digits(made, tmp_path)
     assert recording.run.losses["loss"].to_list()[1] == 0.1
 
 
-def test_a_break_ends_a_step_and_an_exception_discards_it(made):
+def test_a_break_ends_a_step_and_an_exception_discards_it(made, capfd):
     model, optimizer, batch = made
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for number, each in enumerate(recording.steps([batch] * 9)):
@@ -89,9 +89,11 @@ def test_a_break_ends_a_step_and_an_exception_discards_it(made):
         everystep.record(model=model, optimizer=optimizer) as recording,
     ):
         for number, each in enumerate(recording.steps([batch] * 9)):
-            recording.log(loss=take(model, optimizer, each))
+            loss = take(model, optimizer, each)
             if number == 3:
                 raise ZeroDivisionError("of my own")
+            recording.log(loss=loss)
+    assert "logs no loss" not in capfd.readouterr().err
     run = recording.run
     assert (len(run), run.status, run.facts.reason) == (3, "failed", "of my own")
     assert run.snapshots == [0]
@@ -194,7 +196,7 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
         ({"model": nn.Linear}, "model: is not a part of a training: Linear"),
         ({"model": 3}, "model: is not a part of a training: int"),
         ({"model": nn.Sequential(), "rate": None}, "rate: is not a part"),
-        ({"model": nn.Sequential(), "rate": 0.1}, "dicts, lists or objects that hold values"),
+        ({"model": nn.Sequential(), "rate": 0.1}, "dicts, lists, deques or objects that hold values"),
         ({"model": nn.ModuleDict({"head": nn.Linear(1, 1)}), "head": nn.Linear(1, 1)}, "head_part="),
     ],
 )
@@ -506,9 +508,7 @@ def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
             with torch.no_grad():
                 model[0].weight.add_(average, alpha=1e-3)
     said = capsys.readouterr().err
-    told = re.findall(
-        r"changes a tensor \(8, 4\) of torch.float32 \((.*):\d+\) that is not in any", said
-    )
+    told = re.findall(r"changes a tensor \(8, 4\) of torch.float32 \((.*):\d+\) that is not among", said)
     assert [Path(file).name for file in told] == ["test_record.py"]
     assert recording.run.verify(processes=1, progress=False).is_exact
 

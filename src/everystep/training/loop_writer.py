@@ -72,6 +72,8 @@ class LoopWriter(RunWriter):
         self.has_loss = any(each.loop is not None and each.loop.has_loss for each in before)
         self._loss_dtype = earlier.loss_dtype if earlier is not None and self.has_loss else "float64"
         self._pending: State | None = None
+        #: The last step, if it lacks a loss: an exception that left it may take it back.
+        self._lacking = 0
         self._at_rest: _Here | None = None
         self._in_effect = numerics.in_effect()
         self._numerics = numerics.Numerics.read(self.parts.device)
@@ -120,6 +122,7 @@ class LoopWriter(RunWriter):
     def take_back(self) -> None:
         """Discard the last step, which an exception left."""
         self.step -= 1
+        self._lacking = 0
         self.recorder.forget_after(self.step)
         self.taken = [row for row in self.taken if row.step <= self.step]
         self.losses = self.losses[: max(0, len(self.losses) - 1)]
@@ -135,6 +138,7 @@ class LoopWriter(RunWriter):
             RecordingError: writing failed; earlier data is kept.
         """
         is_pending = self._pending is not None and self._pending.step == self.step
+        self._note_lacking()
         self._keep_pending()
         self.flush()
         if self.step and not is_pending and self.watched.is_as_after(self.parts.state()):
@@ -184,10 +188,17 @@ class LoopWriter(RunWriter):
         for name, (then, here) in self._numerics.differences(values).items():
             self.watched.notices.set_within(self.step, name, then, here)
 
+    def _note_lacking(self) -> None:
+        if self._lacking:
+            self.watched.notices.without_loss(self._lacking, is_first=False)
+
     def _note_logged(self, step: StepUnderWay[AnyWatch], path: StepPath) -> None:
+        self._note_lacking()
         self.losses.append(step.logged.pop("loss", None))
-        if (self.losses[-1] is None) is self.has_loss and self.step > 1:
-            self.watched.notices.without_loss(self.step, is_first=not self.has_loss)
+        lacks = self.losses[-1] is None
+        if not lacks and not self.has_loss and self.step > 1:
+            self.watched.notices.without_loss(self.step, is_first=True)
+        self._lacking = self.step if lacks and self.has_loss else 0
         if step.loss is not None:
             is_wide = path.loss is None or path.tensors[path.loss].dtype == torch.float64
             if is_wide or not self.has_loss:  # one that float32 would round widens all of them
