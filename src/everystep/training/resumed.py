@@ -13,7 +13,6 @@ from everystep.recording.settings_diff import asked_differences
 from everystep.recording.texts import processes_text
 
 __all__ = [
-    "changed_at",
     "changes",
     "changes_by_others",
     "check_changes",
@@ -75,20 +74,15 @@ def check_rules(run: RecordedRun, step: int) -> None:
             f"{run.name} cannot be resumed: it ended before the state that it begins with was on disk, "
             f"or that snapshot is damaged; fork {facts.fork.parent} again (--at {facts.fork.at})"
         )
-    if step < (since := changed_at(facts)):
+    changed = [each.at for each in facts.resumed if each.changed]
+    count = facts.training.processes
+    others = [each.last for each in facts.earlier if each.training.processes != count]
+    if step < (since := max([0, *changed, *others])):
         raise RunError(
             f"{run.name} cannot be resumed: from step {since + 1:,} on it was trained with "
             f"different settings, and its snapshots from step {since:,} on are missing or damaged; fork "
             f"it at step {step:,}"
         )
-
-
-def changed_at(facts: Facts) -> int:
-    """Return the state from which on a run was trained by the rules that it has now."""
-    changed = [each.at for each in facts.resumed if each.changed]
-    count = facts.training.processes
-    others = [each.last for each in facts.earlier if each.training.processes != count]
-    return max([0, *changed, *others])
 
 
 def resume_facts(run: RecordedRun, at: int, changed: tuple[str, ...] = ()) -> ResumeFacts:
