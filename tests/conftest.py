@@ -181,7 +181,7 @@ def program_of():
         stepper = Stepper(training, None, 1, "eager")
         stepper.watch(1, *training.batch(1))
         stepper.watched.finish()
-        return stepper.watched.program_of(stepper.watched.last[0]).program
+        return stepper.watched.last_program().program
 
     return program_of
 

@@ -482,7 +482,7 @@ class Recording(Generic[R]):
             try:
                 writer.add(step, after)
                 if self._conditions is not None:
-                    built = writer.watched.program_of(writer.watched.last[0])
+                    built = writer.watched.last_program()
                     program = None if isinstance(built, str) else built.program
                     self._conditions.end(writer.step, numbers, after, program)
                     self._judge(self._conditions)
