@@ -1,5 +1,6 @@
 """Recorded loops do what they do without everystep, and every step of them opens again without them."""
 
+import gc
 import math
 import re
 import threading
@@ -202,16 +203,33 @@ def test_what_is_no_part_is_named(parts, message):
         everystep.record(**parts)
 
 
-def test_a_loader_is_free_once_the_recording_has_ended(made):
+class _Trainer:
+    """As many write them: it holds all that it needs, the recording included."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer, self.recording = model, optimizer, None
+        self.loader = DataLoader(TensorDataset(torch.randn(6, 4), torch.randn(6, 2)), 3)
+
+    def fit(self):
+        with everystep.record(
+            trainer=self, stop_when="norm(gradients['0.weight']) < 0"
+        ) as self.recording:
+            for x, y in self.recording.steps(self.loader):
+                loss = nn.functional.mse_loss(self.model(x), y)
+                self.recording.log(loss=descend(self.optimizer, loss))
+
+
+def test_all_is_free_once_the_recording_has_ended(made):
     """Python ends the workers of a loader that it finds in a cycle 5 seconds late."""
-    model, optimizer, _ = made
-    loader = DataLoader(TensorDataset(torch.randn(6, 4), torch.randn(6, 2)), 3)
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps(loader):
-            recording.log(loss=descend(optimizer, nn.functional.mse_loss(model(x), y)))
-    known = weakref.ref(loader)
-    del loader
-    assert known() is None and len(recording.run) == 2
+    trainer = _Trainer(*made[:2])
+    trainer.fit()
+    run, known = trainer.recording.run, [weakref.ref(each) for each in (trainer, trainer.loader)]
+    gc.disable()
+    try:
+        del trainer
+        assert [each() for each in known] == [None, None] and len(run) == 2
+    finally:
+        gc.enable()
 
 
 def test_a_progress_bar_knows_how_many_steps_there_are(made):

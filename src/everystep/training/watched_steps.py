@@ -107,11 +107,8 @@ class WatchedSteps:
         self._ending: Ending | None = None
         self._left: Ending | None = None
         self._optimizer_names = parts.optimizer_names()
-        hooks = self._optimizer_begins, self._optimizer_ends
         is_torchs = self._paths.calls.is_torchs
-        self.follower = Follower(
-            parts.module_paths(), self._optimizer_names, *hooks, is_torchs, self._exposes
-        )
+        self.follower = Follower(parts.module_paths(), self._optimizer_names, is_torchs)
         self._follows = False
 
     @property
@@ -122,7 +119,7 @@ class WatchedSteps:
     def follow(self) -> None:
         """Follow modules and optimizers, until `finish`."""
         if not self._follows:
-            self.follower.begin()
+            self.follower.begin(self)
             self._follows = True
 
     def finish(self) -> None:
@@ -322,7 +319,7 @@ class WatchedSteps:
             self._writer.change(step, changed | dict(drawn), gone)
         return next(iter((*changed, *gone)), None) if before else None
 
-    def _exposes(self, tensor: Tensor) -> None:
+    def exposes(self, tensor: Tensor) -> None:
         """Note a tensor as it is before code between two steps may write into its memory."""
         if not is_plain(tensor):
             return
@@ -390,7 +387,8 @@ class WatchedSteps:
         watch = self.under_way.watch if self.under_way is not None else None
         return None if watch is None or watch.is_paused else watch
 
-    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+    def optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+        """Note that an optimizer begins its step, called with arguments or without."""
         if self.under_way is not None and self.around is not None:
             self.around.optimizer_begins(optimizer)
         if (watch := self._watch()) is not None:
@@ -403,7 +401,8 @@ class WatchedSteps:
                 gradients = self._gradients_of(optimizer)
                 watch.optimizers.begins(optimizer, name, has_arguments, gradients)
 
-    def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+    def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that an optimizer is done with its step."""
         if (watch := self._watch()) is not None:
             name = self._optimizer_names.get(id(optimizer))
             if self.gradient_copies is not None:
