@@ -24,7 +24,7 @@ FLUSH_SECONDS = 0.2
 #: Steps that are timed, one by one, before the snapshots' interval is chosen.
 TIMED_STEPS = 8
 #: Steps run in stretches of about so many seconds; Ctrl-C takes effect after one.
-STRETCH_SECONDS = 0.02
+STRETCH_SECONDS = 0.1
 
 
 def now() -> datetime:
