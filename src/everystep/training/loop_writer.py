@@ -105,7 +105,7 @@ class LoopWriter(RunWriter):
         self._keep_pending(self.watched.gradients_used())
         self._compare_with_later(None)
         if self.is_snapshot_due():
-            self._pending = self._snapshot()
+            self._pending = self.waiting_for(self._snapshot)
         self.flush_if_due()
         taken = self.step - self.start
         if taken >= RECENT and not taken & (taken - 1) and not self.recorder.is_estimated:
