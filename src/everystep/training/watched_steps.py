@@ -38,7 +38,7 @@ from everystep.training.step_under_way import AnyWatch, StepUnderWay
 __all__ = ["WatchedSteps"]
 
 #: Paths with a known program, about 1 kB each; programs in memory, of those that somebody asks for.
-MOST_PATHS, MOST_PROGRAMS = 100_000, 64
+MOST_PATHS, MOST_PROGRAMS = 100_000, 200
 #: Digests of the state are computed if that takes at most this share of the time so far, at so many
 #: bytes per second.
 DIGEST_SHARE = 0.01
