@@ -28,7 +28,7 @@ from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import everystep
@@ -431,17 +431,73 @@ def shown(items):
     yield from items
 
 
+def of_its_own_generator(dataset, **options):
+    return DataLoader(dataset, generator=torch.Generator().manual_seed(5), **options)
+
+
+def weighted(dataset, *, shuffle, **options):
+    return DataLoader(dataset, sampler=WeightedRandomSampler(torch.arange(23.0), 23), **options)
+
+
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
-    ("make", "workers", "wrap"),
+    ("make", "options"),
     [
-        *[(tensors, 0, None), (Noisy, 0, None), (Noisy, 1, None), (Noisy, 0, counted_within)],
-        *[(tensors, 0, counted_around), (tensors, 0, counted_from_the_place)],
+        *[(tensors, {}), (Noisy, {}), (Noisy, {"workers": 1}), (Noisy, {"wrap": counted_within})],
+        *[(tensors, {"wrap": counted_around}), (tensors, {"wrap": counted_from_the_place})],
+        *[(tensors, {"loader": each}) for each in (of_its_own_generator, weighted)],
     ],
-    ids=["quiet", "augmented", "by a worker", "counted within", "counted around", "from the place"],
+    ids=[
+        *("quiet", "augmented", "by a worker", "counted within", "counted around", "from the place"),
+        *("of its own generator", "weighted"),
+    ],
 )
-def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, workers, wrap, dying):
-    assert_resumes(partial(by_epochs, dataset=make(), workers=workers, wrap=wrap), 3, 13)
+def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, options, dying):
+    assert_resumes(partial(by_epochs, dataset=make(), **options), 3, 13)
+
+
+def halved(record):
+    """Batches that grow, taken in smaller pieces once one of them does not fit into memory."""
+    model, memory = nn.Linear(6, 1), {"size": 8, "failures": []}
+    optimizer = torch.optim.Adamax(model.parameters())
+    with record(model=model, optimizer=optimizer, memory=memory) as recording:
+        for number, rows in recording.steps(enumerate(torch.randn(4, n, 6) for n in range(2, 18))):
+            optimizer.zero_grad()
+            try:
+                if rows.numel() // 24 > memory["size"]:
+                    model(rows[:1]).sum().backward()
+                    raise torch.OutOfMemoryError
+                pieces = [rows]
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad()
+                memory["failures"].append(number)
+                pieces = rows.split(2)
+            losses = [model(piece).square().mean() for piece in pieces]
+            for each in losses:
+                each.backward()
+            optimizer.step()
+            recording.log(loss=losses[-1])
+    return [*model.parameters(), torch.tensor(memory["failures"])]
+
+
+def through_windows(record):
+    """What an LSTM remembers of the window before, which nothing does at the first of an epoch."""
+    model = nn.LSTM(1, 3, num_layers=2, dropout=0.2, batch_first=True)
+    optimizer, carried = torch.optim.Adam(model.parameters()), {"memory": None}
+    series = torch.sin(torch.arange(60.0)).view(1, 60, 1)
+    with record(model=model, optimizer=optimizer, carried=carried) as recording:
+        for _ in recording.epochs(3):
+            carried["memory"] = None
+            for window in recording.steps(series[:, start : start + 10] for start in range(0, 60, 10)):
+                memory = carried["memory"] and tuple(each.detach() for each in carried["memory"])
+                found, carried["memory"] = model(window, memory)
+                recording.log(loss=descend(optimizer, (found - window).square().mean()))
+    return [*model.parameters(), *carried["memory"]]
+
+
+@pytest.mark.parametrize("body", [halved, through_windows])
+def test_what_a_loop_has_learned_of_memory_or_remembers_goes_on(body, dying):
+    assert_resumes(body, 4, 10)
 
 
 @pytest.mark.parametrize("place", [5, ["part/b", 0, [-1]], ["part/b", 2, [1]], ["part/b", 10**9, [1]]])
