@@ -52,9 +52,8 @@ def test_a_loop_does_the_same_recorded_and_every_step_opens_again(name, tmp_path
 
 
 @pytest.fixture
-def made(monkeypatch, tmp_path):
+def made():
     """A small model, its optimizer and a batch; runs go to a place of their own."""
-    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
