@@ -218,16 +218,6 @@ def test_tensors_of_rare_dtypes_come_from_a_process_with_other_numerics(other_nu
     assert len(run.rerun(capability="avx2", progress=False).losses) == 4
 
 
-def test_what_keeps_a_run_from_being_replayed_is_reported_each_time(run):
-    numerics = run.facts.training.numerics.model_dump() | {"threads": 5000}
-    change = "UPDATE facts SET value = ? WHERE key = 'numerics'", (json.dumps(numerics),)
-    sql(run.directory, change, "DELETE FROM blocks WHERE name = 'facts'")
-    opened = everystep.open(run.directory)
-    for _ in range(2):
-        with pytest.raises(everystep.RunError, match="claims 5000 threads"):
-            opened[3]
-
-
 def test_a_long_replay_is_announced(run, monkeypatch, capsys):
     run[2]
     assert capsys.readouterr().err == ""
