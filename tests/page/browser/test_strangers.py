@@ -59,7 +59,6 @@ def test_a_saved_view_keeps_them_text(hostile, visit, open_page, tmp_path):
     assert alone.locator("img").count() == 0
 
 
-
 def test_through_a_forwarded_port_the_printed_address_works(shared, open_page):
     page = open_page(at(shared, "/").replace("127.0.0.1", "localhost"))
     expect(row(page, "chapter")).to_be_visible()
