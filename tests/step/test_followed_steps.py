@@ -87,6 +87,7 @@ def departs_in_the_optimizer(model, optimizer, x, y, departs):
     return update(model, optimizer, x, y)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     "body",
     [
