@@ -96,16 +96,19 @@ def small():
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), x, y
 
 
-def _tick(seconds):
-    seconds.passed = getattr(seconds, "passed", 0.0) + 0.001
+def _tick(seconds, tick):
+    seconds.passed = getattr(seconds, "passed", 0.0) + tick
     return seconds.passed
 
 
 @pytest.fixture(autouse=True)
 def clock_that_ticks(monkeypatch):
-    """Let a millisecond pass whenever a thread looks at the clock, however fast the machine is."""
-    for name in ("now", "worked"):
-        monkeypatch.setattr(clock, name, partial(_tick, threading.local()))
+    """Let a millisecond pass whenever a thread looks at the clock, however fast the machine is.
+
+    Half of it is work, so that a snapshot takes a millisecond: it is looked at twice.
+    """
+    for name, tick in (("now", 0.001), ("worked", 0.0005)):
+        monkeypatch.setattr(clock, name, partial(_tick, threading.local(), tick))
     monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", math.inf)
 
 
@@ -181,7 +184,7 @@ def program_of():
         stepper = Stepper(training, None, 1, "eager")
         stepper.watch(1, *training.batch(1))
         stepper.watched.finish()
-        return stepper.watched.program_of(stepper.watched.last[0]).program
+        return stepper.watched.last_program().program
 
     return program_of
 

@@ -41,15 +41,17 @@ def descend(optimizer, loss):
 _sgd = partial(torch.optim.SGD, lr=0.1)
 
 
-def looped(model, batches, loss_of, *, run=None, optimizer=_sgd):
+def looped(model, batches, loss_of, *, run=None, optimizer=_sgd, **others):
     """Record a loop over batches, and return its run.
 
-    loss_of: makes a loss of the model and a batch; optimizer: is made of the parameters.
+    loss_of: makes a loss of the model and a batch; optimizer: is made of the parameters, None: the loop
+    trains nothing; others: further parts and options of the recording.
     """
-    optimizer = optimizer(model.parameters())
-    with everystep.record(model=model, optimizer=optimizer, run=run) as recording:
+    parts = {"model": model} | ({"optimizer": optimizer(model.parameters())} if optimizer else {})
+    with everystep.record(**parts, run=run, **others) as recording:
         for batch in recording.steps(batches):
-            recording.log(loss=descend(optimizer, loss_of(model, batch)))
+            loss = loss_of(model, batch)
+            recording.log(loss=descend(parts["optimizer"], loss) if optimizer else loss)
     return recording.run
 
 

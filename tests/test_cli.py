@@ -434,9 +434,8 @@ def test_a_training_continues_without_a_reader_of_its_lines(shell):
     assert ("stdout is closed" in err) == (shell == ">&-")
 
 
-def test_a_fork_by_programs_starts_again_with_the_numerics_of_the_run(tmp_path, monkeypatch):
+def test_a_fork_by_programs_starts_again_with_the_numerics_of_the_run(monkeypatch):
     """As a script records it that imports everystep after torch, in a shell that sets nothing."""
-    monkeypatch.chdir(tmp_path)
     for name in ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     code = """

@@ -53,7 +53,7 @@ def test_an_experiment_has_the_same_losses(tmp_path):
         assert losses("found").equals(expected)
 
 
-def test_code_that_may_rely_on_it_is_refused_with_a_cure(tmp_path):
+def test_code_that_may_rely_on_it_is_refused_with_a_cure():
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters())
     data = torch.randn(8, 4), torch.randn(8, 1)

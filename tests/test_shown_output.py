@@ -46,10 +46,7 @@ def begins_with(line: str, part: str) -> bool:
         ("docs/tutorial.md", "console", 2),
     ],
 )
-def test_the_commands_print_what_is_shown(
-    page, languages, count, tmp_path, monkeypatch, everystep_command
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_commands_print_what_is_shown(page, languages, count, tmp_path, everystep_command) -> None:
     blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     blocks = [block for block in blocks if block[1] in languages.split()]
     assert len(blocks) == count

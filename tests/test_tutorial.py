@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tests.training.swept import here
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
 
@@ -76,7 +77,8 @@ loader = [(x, y)] * 140
 @pytest.mark.parametrize(
     ("page", "before", "count"), [("README.md", OWN, 2), ("docs/reference.md", "", 2)]
 )
-def test_the_python_of_the_readme_and_of_the_reference_runs(page, before, count, tmp_path):
+def test_the_python_of_the_readme_and_of_the_reference_runs(page, before, count, tmp_path, monkeypatch):
+    monkeypatch.setattr("everystep.replay.processes.pool", here)  # for the sweep
     text = (Path(__file__).parent.parent / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == count

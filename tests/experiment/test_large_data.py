@@ -268,7 +268,7 @@ def test_classes_of_a_converted_table(large, of):
     assert trained("plain", no_scale, **settings).verify().is_exact
 
 
-def test_a_table_is_converted_once_and_again_only_if_it_has_changed(large, cache, monkeypatch):
+def test_a_table_is_converted_once_and_again_only_if_it_has_changed(large, cache):
     source = written(frame(), "csv")
     large()
     trained("one", source)

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from tests.sealing import sql
 
 import everystep
 from everystep.numerics import Numerics
@@ -247,16 +246,6 @@ def test_names_that_are_no_text_are_told_apart(write_run, page, shelf):
     assert len(set(names)) == 2
     for name in names:
         assert page.json(f"/api/runs/{quote(name)}")["name"] == name
-
-
-def test_a_damaged_run_is_said_to_be(write_run, page, shelf):
-    write_run("whole", [3.0, 2.0, 1.0], steps=3)
-    write_run("altered", [3.0, 2.0, 1.0], steps=3)
-    stop = "UPDATE facts SET value = '\"stopped\"' WHERE key = 'status'"
-    sql(shelf / "altered", stop, "DELETE FROM steps WHERE step = 3")
-    runs = {run["name"]: run for run in page.json("/api/runs")["runs"]}
-    assert runs["whole"]["damage"] is None
-    assert "altered is damaged: run.sqlite" in runs["altered"]["damage"]
 
 
 def test_a_request_that_is_too_long_is_refused(write_run, page):

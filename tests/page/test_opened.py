@@ -199,7 +199,7 @@ def test_a_layer_follows_the_one_before_only_where_it_uses_it(runs):
         assert all(layer["follows"] for layer in later)
 
 
-def test_a_loop_that_logs_no_loss_has_none(tmp_path, capsys):
+def test_a_loop_that_logs_no_loss_has_none(tmp_path):
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run = tmp_path / "silent"

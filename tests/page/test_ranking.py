@@ -78,8 +78,3 @@ def test_who_goes_from_step_to_step_does_not_wait_for_it(server, flowers):
         for step in (1, 2, 3):
             assert server.client.get(f"/api/runs/flowers/steps/{step}").status_code == 200
         assert not select.select([asking], [], [], 0)[0]  # it has no answer yet
-
-
-def test_a_step_that_is_not_there_is_an_error(server, flowers):
-    answer = server.client.get("/api/runs/flowers/steps/7/rows")
-    assert answer.status_code == 404 and "steps 1 to 6" in answer.json()["error"]

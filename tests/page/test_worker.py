@@ -139,6 +139,8 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
     for name in ("json", "torch", "everystep"):
         (tmp_path / f"{name}.py").write_text("import os\nos._exit(42)")
     monkeypatch.chdir(tmp_path)
+    endless = shutil.copytree(trained, directory / "endless")
+    slow(endless)
 
     async def use(desk):
         first = await desk.ask("content", trained, step=3)
@@ -154,7 +156,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         assert await desk.ask("content", trained, step=3) == first
         assert desk._process is worker
         # A request that waits when it is killed gets an error; the next one does not notice.
-        asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
+        asked = asyncio.create_task(desk.ask("content", endless, step=3))
         await asyncio.sleep(0.05)
         worker.kill_now()
         with pytest.raises(NoAnswer, match="exit code -9"):
@@ -162,13 +164,14 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         assert await desk.ask("content", trained, step=3) == first
         assert desk._process is not worker
         # The answer to a cancelled request must not be taken for the next one's.
-        asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
+        asked = asyncio.create_task(desk.ask("content", endless, step=3))
         await asyncio.sleep(0.05)
         asked.cancel()
         await asyncio.wait([asked])
         assert not desk._is_alive
 
     at_desk(directory, use)
+    shutil.rmtree(endless)
 
 
 def slow(run, size=10_000):

@@ -101,7 +101,7 @@ def running(directory, **writer):
     return run
 
 
-def test_without_locks_the_named_writer_decides(without_locks, tmp_path, capfd):
+def test_without_locks_the_named_writer_decides(without_locks, tmp_path):
     parent = running(tmp_path / "alive", process=os.getppid())
     assert RecordedRun(parent).status == "running"
     named = f"process {os.getppid()} on {platform.node()}"

@@ -130,7 +130,7 @@ GIGABYTES_7 = 7_000_000_000
     ],
 )
 def test_a_larger_file_than_there_may_be_is_not_read(
-    trained, tmp_path, monkeypatch, name, command, everystep_command
+    trained, tmp_path, name, command, everystep_command
 ):
     run = shutil.copytree(trained.directory, tmp_path / "run")
     os.truncate(run / name, GIGABYTES_7)  # which takes no place on the disk
@@ -149,7 +149,7 @@ def test_a_size_that_the_database_claims_is_bound_by_the_memory(trained, tmp_pat
         assert code in (1, 2) and "it has 8,796,093,022,208 bytes, more than the" in out + err
 
 
-def test_a_text_that_is_short_only_when_packed_is_not_unpacked(tmp_path, everystep_command):
+def test_a_text_that_is_short_only_when_packed_is_not_unpacked(everystep_command):
     batches = [torch.ones(3, 2)] * 3
     looped(torch.nn.Linear(2, 1), batches, lambda model, x: model(x).sum(), run="./run")
     bomb = zlib.compress(b"[" + b"[]," * 6_000_000 + b"[]]", 9)
@@ -194,5 +194,7 @@ def test_a_class_that_there_is_not_is_named_by_the_step(tmp_path, everystep_comm
 @pytest.mark.parametrize("threads", [10**9, 0, -1])
 def test_a_run_that_says_it_had_impossibly_many_threads_is_not_replayed(run, threads):
     change_fact(run, "numerics", lambda fact: fact.update(threads=threads))
-    with pytest.raises(RunError, match="threads: the database was changed"):
-        everystep.open(run.directory)[1]
+    opened = everystep.open(run.directory)
+    for _ in range(2):  # it is reported each time
+        with pytest.raises(RunError, match=f"claims {threads} threads: the database was changed"):
+            opened[1]

@@ -6,6 +6,7 @@ import warnings
 from contextlib import suppress
 
 import pytest
+from tests.page.serving import Application
 from tests.sealing import sql
 
 import everystep
@@ -146,6 +147,10 @@ def test_the_list_of_runs_says_which_are_damaged(recorded, tmp_path, everystep_c
     assert "damaged" in lines["shortened"] and "damaged" in lines["described"]
     assert "damaged" not in lines["whole"]
     assert "steps 11 to 20 are missing" in err
+    listed = json.loads(everystep_command("runs", tmp_path / "runs", "--json")[1])
+    assert listed == Application(tmp_path / "runs").json("/api/runs")["runs"]
+    damages = {each["name"]: each["damage"] for each in listed}
+    assert damages["whole"] is None and "shortened is damaged: run.sqlite" in damages["shortened"]
     _, out, _ = everystep_command("runs", "--json")
     assert [run["damage"] is None for run in json.loads(out)] == [False, False, True]
 

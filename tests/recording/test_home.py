@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.recording.test_disk import loop
+from tests.snapshots import take_snapshots_every
 
 import everystep
 from everystep.errors import RecordingError
@@ -14,6 +15,11 @@ from everystep.recording import recorder
 from everystep.views.progress import Silent
 
 STEPS = 600
+
+
+@pytest.fixture(autouse=True)
+def snapshots_on_the_way(monkeypatch):
+    take_snapshots_every(monkeypatch, 64)
 
 
 class Midway(Silent):

@@ -169,7 +169,7 @@ def test_a_run_in_float64_has_the_same_places(cropped):
 
 
 @pytest.mark.parametrize("place", [-1, 10**12, 0.5, None])
-def test_a_place_outside_of_the_batch_is_refused(place, cropped, tmp_path):
+def test_a_place_outside_of_the_batch_is_refused(place, cropped):
     from everystep.program.interpreter import Interpreter
     from everystep.program.step_program import Program
 

@@ -13,9 +13,8 @@ from everystep.views.lists import runs_text
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run():
     """A run of the chapter's, of three steps, in its own directory."""
-    monkeypatch.chdir(tmp_path)
     return everystep.train_experiment("two-layer", {"steps": 3}, progress=False)
 
 

@@ -52,6 +52,7 @@ def in_turn(buffer, x, step):
 LOOPS = [whole, in_parts, partly, overlapping, across, added_to, in_turn]
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_steps_that_overwrite_memory_replay_bit_for_bit(loop, tmp_path):
     def make():

@@ -9,22 +9,24 @@ from contextlib import closing
 import pytest
 import torch
 from filelock import FileLock
+from tests.descent import looped
 from tests.snapshots import take_snapshots_every
 from torch import nn
 
 import everystep
 
 
+def sum_of(model, x):
+    return model(x).sum()
+
+
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """Two runs and a fork in runs/, the working directory being that of all."""
     take_snapshots_every(monkeypatch, 4)
-    monkeypatch.chdir(tmp_path)
     everystep.train_experiment("two-layer", {"steps": 20}, run="runs/first").fork(5, run="runs/fork")
-    model = nn.Linear(300, 300)
-    with everystep.record(model=model, run="runs/large") as recording:
-        for x in recording.steps([torch.randn(50, 300) for _ in range(3)]):
-            recording.log(loss=model(x).sum())
+    batches = [torch.randn(50, 300) for _ in range(3)]
+    looped(nn.Linear(300, 300), batches, sum_of, run="runs/large", optimizer=None)
     return tmp_path / "runs"
 
 
@@ -126,10 +128,9 @@ def test_states_are_pruned_and_every_step_still_opens(runs, everystep_command):
 
 
 def test_the_oldest_batches_are_pruned_and_what_still_opens_is_said(runs, everystep_command):
-    model = nn.Linear(200, 10)
-    with everystep.record(model=model, run="runs/wide", batch_budget=16_000_000) as recording:
-        for x in recording.steps([torch.randn(50, 200) for _ in range(300)]):
-            recording.log(loss=model(x).sum())
+    batches = [torch.randn(50, 200) for _ in range(300)]
+    options = {"run": "runs/wide", "optimizer": None, "batch_budget": 16_000_000}
+    looped(nn.Linear(200, 10), batches, sum_of, **options)
     code, said, _ = everystep_command("prune", "wide", "--batches", 6, "--force")
     assert code == 0
     run = everystep.open("runs/wide")

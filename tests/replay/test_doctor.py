@@ -220,7 +220,7 @@ def test_a_file_that_is_no_database_has_nothing_to_export(damaged, everystep_com
     assert "run.sqlite cannot be read" in err and not Path("numbers.csv").exists()
 
 
-def test_rows_of_batches_are_compared_with_their_digests(tmp_path, everystep_command):
+def test_rows_of_batches_are_compared_with_their_digests(everystep_command):
     torch.manual_seed(0)
     x, y = torch.randn(20, 40), torch.randn(20, 2)
 

@@ -123,12 +123,13 @@ EXPRESSIONS = {
 TRAININGS = {
     "momentum with dropout": {},
     "Adam": {"optimizer": partial(Adam, lr=0.01)},
-    "eager": {"engine": "eager"},
     "batch norm": {"model": normalized},
+    "eager": {"engine": "eager"},
 }
 
 
 @pytest.mark.usefixtures("snapshots_every_8")
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("training", TRAININGS)
 def test_measured_values_are_those_of_a_loop_by_hand(training):
     options = {"steps": STEPS, "batch_size": 6} | TRAININGS[training]

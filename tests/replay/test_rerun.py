@@ -189,7 +189,7 @@ def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
     assert found.beyond.relative > found.rounding == 0.05
 
 
-def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible, tmp_path):
+def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible):
     nearer = chapter_run.rerun(precision="float64", compare=[chapter_run], progress=False)
     distance = nearer.data()["distance"]["chapter"]
     relative = abs(nearer.recorded - nearer.losses) / nearer.losses
@@ -206,7 +206,7 @@ def test_a_fork_is_taken_from_where_it_begins(chapter_run):
     assert found.relative.max() < 1e-5
 
 
-def test_what_cannot_be_taken_elsewhere_is_refused_with_the_reason(chapter_run, small, tmp_path):
+def test_what_cannot_be_taken_elsewhere_is_refused_with_the_reason(chapter_run):
     with pytest.raises(UsageError, match="needs a condition that differs"):
         chapter_run.rerun(progress=False)
     with pytest.raises(ExperimentError) as error:

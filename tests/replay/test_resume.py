@@ -25,10 +25,11 @@ from tests.sealing import seal_files, sql
 from tests.training import step_functions
 from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import made_case
+from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import everystep
@@ -362,6 +363,23 @@ def by_loop(body, deaths, place="runs/killed"):
     raise AssertionError
 
 
+def assert_resumes(body, *deaths):
+    """A loop that was killed at some steps ends with the tensors of a whole one, by the same steps."""
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    resumed = by_loop(body, deaths)
+    assert len(whole) == len(resumed) and all(map(torch.equal, whole, resumed))
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+def descending(record, optimizer, loss_of, after=lambda: None, /, **parts):
+    """A loop over single rows; loss_of: makes a loss of x and y; after: is called after each step."""
+    with record(**parts) as recording:
+        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+            recording.log(loss=descend(optimizer, loss_of(x, y)))
+            after()
+
+
 class Noisy(Dataset):
     def __len__(self):
         return 23
@@ -414,22 +432,73 @@ def shown(items):
     yield from items
 
 
+def of_its_own_generator(dataset, **options):
+    return DataLoader(dataset, generator=torch.Generator().manual_seed(5), **options)
+
+
+def weighted(dataset, *, shuffle, **options):
+    return DataLoader(dataset, sampler=WeightedRandomSampler(torch.arange(23.0), 23), **options)
+
+
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
-    ("make", "workers", "wrap"),
+    ("make", "options"),
     [
-        *[(tensors, 0, None), (Noisy, 0, None), (Noisy, 1, None), (Noisy, 0, counted_within)],
-        *[(tensors, 0, counted_around), (tensors, 0, counted_from_the_place)],
+        *[(tensors, {}), (Noisy, {}), (Noisy, {"workers": 1}), (Noisy, {"wrap": counted_within})],
+        *[(tensors, {"wrap": counted_around}), (tensors, {"wrap": counted_from_the_place})],
+        *[(tensors, {"loader": each}) for each in (of_its_own_generator, weighted)],
     ],
-    ids=["quiet", "augmented", "by a worker", "counted within", "counted around", "from the place"],
+    ids=[
+        *("quiet", "augmented", "by a worker", "counted within", "counted around", "from the place"),
+        *("of its own generator", "weighted"),
+    ],
 )
-def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, workers, wrap, dying):
-    options = {"dataset": make(), "workers": workers, "wrap": wrap}
-    seeded()
-    whole = by_epochs(lambda **parts: everystep.record(run="runs/whole", **parts), **options)
-    resumed = by_loop(lambda record: by_epochs(record, **options), (3, 13))
-    assert all(map(torch.equal, whole, resumed))
-    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, options, dying):
+    assert_resumes(partial(by_epochs, dataset=make(), **options), 3, 13)
+
+
+def halved(record):
+    """Batches that grow, taken in smaller pieces once one of them does not fit into memory."""
+    model, memory = nn.Linear(6, 1), {"size": 8, "failures": []}
+    optimizer = torch.optim.Adamax(model.parameters())
+    with record(model=model, optimizer=optimizer, memory=memory) as recording:
+        for number, rows in recording.steps(enumerate(torch.randn(4, n, 6) for n in range(2, 18))):
+            optimizer.zero_grad()
+            try:
+                if rows.numel() // 24 > memory["size"]:
+                    model(rows[:1]).sum().backward()
+                    raise torch.OutOfMemoryError
+                pieces = [rows]
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad()
+                memory["failures"].append(number)
+                pieces = rows.split(2)
+            losses = [model(piece).square().mean() for piece in pieces]
+            for each in losses:
+                each.backward()
+            optimizer.step()
+            recording.log(loss=losses[-1])
+    return [*model.parameters(), torch.tensor(memory["failures"])]
+
+
+def through_windows(record):
+    """What an LSTM remembers of the window before, which nothing does at the first of an epoch."""
+    model = nn.LSTM(1, 3, num_layers=2, dropout=0.2, batch_first=True)
+    optimizer, carried = torch.optim.Adam(model.parameters()), {"memory": None}
+    series = torch.sin(torch.arange(60.0)).view(1, 60, 1)
+    with record(model=model, optimizer=optimizer, carried=carried) as recording:
+        for _ in recording.epochs(3):
+            carried["memory"] = None
+            for window in recording.steps(series[:, start : start + 10] for start in range(0, 60, 10)):
+                memory = carried["memory"] and tuple(each.detach() for each in carried["memory"])
+                found, carried["memory"] = model(window, memory)
+                recording.log(loss=descend(optimizer, (found - window).square().mean()))
+    return [*model.parameters(), *carried["memory"]]
+
+
+@pytest.mark.parametrize("body", [halved, through_windows])
+def test_what_a_loop_has_learned_of_memory_or_remembers_goes_on(body, dying):
+    assert_resumes(body, 4, 10)
 
 
 @pytest.mark.parametrize("place", [5, ["part/b", 0, [-1]], ["part/b", 2, [1]], ["part/b", 10**9, [1]]])
@@ -460,15 +529,12 @@ def test_schedulers_that_share_their_last_rate_go_on(dying):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         warm, late = lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 3)
         scheduler = lr_scheduler.SequentialLR(optimizer, [warm, late], [3])
-        with record(model=model, optimizer=optimizer, scheduler=scheduler) as recording:
-            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
-                scheduler.step()
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        loss_of = lambda x, y: functional.mse_loss(model(x), y)  # noqa: E731
+        descending(record, optimizer, loss_of, scheduler.step, **parts)
         return [*model.parameters(), torch.tensor(scheduler.get_last_lr())]
 
-    seeded()
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
+    assert_resumes(body, 3, 13)
 
 
 @pytest.mark.parametrize(
@@ -496,10 +562,7 @@ def test_a_random_generator_is_a_part(make, dying):
                 recording.log(loss=descend(optimizer, functional.mse_loss(model(x[rows]), x[rows])))
         return [value.detach() for value in model.state_dict().values()]
 
-    seeded()
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert all(map(torch.equal, whole, by_loop(body, (3, 5))))
-    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+    assert_resumes(body, 3, 5)
 
 
 def test_the_gradient_of_a_tensor_is_part_of_the_state(dying, capsys):
@@ -519,22 +582,15 @@ def test_the_gradient_of_a_tensor_is_part_of_the_state(dying, capsys):
                 recording.log(loss=loss)
         return [weight.detach(), others[0].detach(), others[0].grad]
 
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    run = everystep.open("whole")
+    assert_resumes(body, 3, 5)
     assert "not among the tensors" not in capsys.readouterr().err
-    assert run[4].gradients.keys() == {"weight", "others.0"}
-    assert run[4].gradients["weight"].abs().sum() > 0
-    assert all(map(torch.equal, whole, by_loop(body, (3, 5))))
-    assert_same_run(run, everystep.open("killed"))
+    gradients = everystep.open("whole")[4].gradients
+    assert gradients.keys() == {"weight", "others.0"} and gradients["weight"].abs().sum() > 0
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_a_loader_with_a_state_goes_to_its_place_by_itself(dying):
-    options = {"dataset": Noisy(), "loader": StatefulDataLoader}
-    seeded()
-    whole = by_epochs(lambda **parts: everystep.record(run="runs/whole", **parts), **options)
-    resumed = by_loop(lambda record: by_epochs(record, **options), (8, 13))
-    assert all(map(torch.equal, whole, resumed))
+    assert_resumes(partial(by_epochs, dataset=Noisy(), loader=StatefulDataLoader), 8, 13)
 
 
 @pytest.mark.parametrize(
@@ -570,12 +626,12 @@ def test_what_a_loop_carries_besides_its_parts_is_found(dying):
         model = nn.Linear(6, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         counter = parts.get("counter", {"count": 0})
-        with record(model=model, optimizer=optimizer, **parts) as recording:
-            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-                counter["count"] += 1
-                recording.log(
-                    loss=descend(optimizer, functional.mse_loss(model(x), y) / counter["count"])
-                )
+
+        def loss_of(x, y):
+            counter["count"] += 1
+            return functional.mse_loss(model(x), y) / counter["count"]
+
+        descending(record, optimizer, loss_of, model=model, optimizer=optimizer, **parts)
         return counter["count"]
 
     with pytest.raises(RunError, match="pass what the loop carries from step to step"):
@@ -727,10 +783,7 @@ def test_gradients_that_add_up_over_steps_are_as_in_an_uninterrupted_loop(dying)
         gradients = state["latent"].grad, model.shift.grad, table.weight.grad.to_dense()
         return [each.detach() for each in (*gradients, *model.parameters(), table.weight)]
 
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    for one, two in zip(whole, by_loop(body, (13, 17)), strict=True):
-        assert torch.equal(one, two)
-    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+    assert_resumes(body, 13, 17)
 
 
 class Running:
@@ -806,16 +859,11 @@ def with_views(record):
 
 
 def test_views_and_objects_are_as_in_an_uninterrupted_loop(dying, capfd):
-    whole = with_views(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert_resumes(with_views, 13, 17)
     assert "not among the tensors" not in capfd.readouterr().err
-    for one, two in zip(whole, by_loop(with_views, (13, 17)), strict=True):
-        assert torch.equal(one, two)
-    assert_same_run(everystep.open("whole"), everystep.open("killed"))
-    forked = with_views(
-        lambda **parts: everystep.record(run="runs/fork", fork="runs/whole", at=11, **parts)
-    )
-    for one, two in zip(whole, forked, strict=True):
-        assert torch.equal(one, two)
+    whole = with_views(unrecorded)
+    forked = with_views(partial(everystep.record, run="runs/fork", fork="runs/whole", at=11))
+    assert all(map(torch.equal, whole, forked))
 
 
 class Agent:
@@ -875,11 +923,8 @@ def with_agent(record):
 
 
 def test_models_and_optimizers_within_other_parts_are_parts(dying, capfd):
-    whole = with_agent(lambda **parts: everystep.record(run="runs/whole", **parts))
-    for one, two in zip(whole, by_loop(with_agent, (13, 17)), strict=True):
-        assert torch.equal(one, two)
+    assert_resumes(with_agent, 13, 17)
     run = everystep.open("killed")
-    assert_same_run(everystep.open("whole"), run)
     assert not re.search("not among the tensors|cannot keep", capfd.readouterr().err)
     names = ("agent_network", "agent_target", "models_first", "models_second.layer")
     assert {f"{name}.{own}" for name in names for own in ("weight", "bias")} == {*run[20].parameters}
@@ -920,10 +965,7 @@ def with_state_by_parameter(record):
 
 
 def test_state_that_objects_keep_by_parameter_is_restored(dying, capfd):
-    whole = with_state_by_parameter(lambda **parts: everystep.record(run="runs/whole", **parts))
-    for one, two in zip(whole, by_loop(with_state_by_parameter, (13, 17)), strict=True):
-        assert torch.equal(one, two)
-    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+    assert_resumes(with_state_by_parameter, 13, 17)
     assert not re.search("not among the tensors|cannot keep", capfd.readouterr().err)
 
 
@@ -945,19 +987,16 @@ def test_two_optimizers_may_have_one_list_of_param_groups(is_code, dying):
         model = nn.Linear(6, 1)
         base = torch.optim.Adam(model.parameters(), betas=(0.8, 0.9))
         optimizer = Around(base)
-        with record(model=model, optimizer=optimizer, base=base) as recording:
-            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
-                optimizer.closure = model.zero_grad if is_code else None
+        after = lambda: setattr(optimizer, "closure", model.zero_grad if is_code else None)  # noqa: E731
+        parts = {"model": model, "optimizer": optimizer, "base": base}
+        descending(record, optimizer, lambda x, y: functional.mse_loss(model(x), y), after, **parts)
         return [value.detach() for value in model.state_dict().values()]
 
     if is_code:
         with pytest.raises(RunError, match=r"optimizer\.closure: cannot be made again"):
             by_loop(body, (13,))
-        return
-    seeded()
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert all(map(torch.equal, whole, by_loop(body, (3, 13))))
+    else:
+        assert_resumes(body, 3, 13)
 
 
 def test_parameters_that_are_set_from_one_vector_go_on(dying):
@@ -975,10 +1014,7 @@ def test_parameters_that_are_set_from_one_vector_go_on(dying):
                 recording.log(loss=loss)
         return [value.clone() for value in model.state_dict().values()]
 
-    seeded()
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert all(map(torch.equal, whole, by_loop(body, (3, 5))))
-    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+    assert_resumes(body, 3, 5)
 
 
 class Order(tuple):
@@ -1017,19 +1053,14 @@ def with_buffers(record):
     seeded()
     model = WithBuffers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with record(inner=nn.ModuleList([model]), optimizer=optimizer) as recording:
-        for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-            recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
-    return {name: value.detach() for name, value in model.state_dict().items()}
+    parts = {"inner": nn.ModuleList([model]), "optimizer": optimizer}
+    descending(record, optimizer, lambda x, y: functional.mse_loss(model(x), y), **parts)
+    assert {*model.state_dict()} == {"layer.weight", "layer.bias", "bank", "latest", "first"}
+    return [value.detach() for _, value in sorted(model.state_dict().items())]
 
 
 def test_buffers_that_a_loop_makes_are_as_in_an_uninterrupted_loop(dying):
-    whole = with_buffers(lambda **parts: everystep.record(run="runs/whole", **parts))
-    resumed = by_loop(with_buffers, (13, 17))
-    names = {"layer.weight", "layer.bias", "bank", "latest", "first"}
-    assert whole.keys() == resumed.keys() == names
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+    assert_resumes(with_buffers, 13, 17)
 
 
 def test_a_buffer_of_another_shape_than_the_run_began_with_is_named(dying):
@@ -1062,9 +1093,7 @@ def test_gradients_in_a_buffer_of_all_are_as_in_an_uninterrupted_loop(dying):
                     buffer.zero_()
         return [each.detach() for each in model.parameters()]
 
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    for one, two in zip(whole, by_loop(body, (13, 16)), strict=True):
-        assert torch.equal(one, two)
+    assert_resumes(body, 13, 16)
 
 
 def test_batches_of_conjugated_views_are_found_again(dying):
@@ -1082,8 +1111,7 @@ def test_batches_of_conjugated_views_are_found_again(dying):
                 recording.log(loss=descend(optimizer, functional.mse_loss(model(x.imag), y)))
         return model.weight.detach()
 
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert torch.equal(whole, by_loop(body, (13,)))
+    assert_resumes(body, 13)
 
 
 def test_a_tensor_with_a_graph_in_a_part_is_named(tmp_path, capfd):
@@ -1151,10 +1179,7 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(dying):
                     recording.log(loss=optimizer.step(closure))
         return model.state_dict()["0.weight"]
 
-    seeded()
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert torch.equal(whole, by_loop(body, (3, 6)))
-    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+    assert_resumes(body, 3, 6)
 
 
 def test_other_parts_are_named():
@@ -1184,6 +1209,7 @@ def test_other_parts_are_named():
 # Step functions.
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("name", ["dropout_and_noise", "gan"])
 def test_a_step_function_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
     def trained(place, **options):
@@ -1219,14 +1245,11 @@ def test_an_optimizer_with_an_infinite_setting_is_the_same_again(dying):
         model = nn.Linear(6, 1)
         optimizer = Prodigy(model.parameters())
         assert optimizer.param_groups[0]["growth_rate"] == float("inf")
-        with record(model=model, optimizer=optimizer) as recording:
-            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-                recording.log(loss=descend(optimizer, functional.mse_loss(model(x), y)))
+        loss_of = lambda x, y: functional.mse_loss(model(x), y)  # noqa: E731
+        descending(record, optimizer, loss_of, model=model, optimizer=optimizer)
         return model.weight.detach()
 
-    seeded()
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert torch.equal(whole, by_loop(body, (12,)))
+    assert_resumes(body, 12)
     (group,) = everystep.open("killed").facts.training.optimizers["optimizer"].groups
     assert group["growth_rate"] == float("inf")
 
@@ -1249,16 +1272,15 @@ def test_two_optimizers_keep_each_their_own(dying):
         one, two = nn.Linear(6, 3), nn.Linear(3, 1)
         first, second = Growing(one.parameters(), 0.1), Growing(two.parameters(), 0.01)
         parts = {"one": one, "two": two, "first": first, "second": second}
-        with record(**parts) as recording:
-            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
-                first.zero_grad()
-                recording.log(loss=descend(second, functional.mse_loss(two(one(x)), y)))
-                first.step()
+
+        def loss_of(x, y):
+            first.zero_grad()
+            return functional.mse_loss(two(one(x)), y)
+
+        descending(record, second, loss_of, first.step, **parts)
         return one.weight.detach()
 
-    seeded()
-    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert torch.equal(whole, by_loop(body, (12,)))
+    assert_resumes(body, 12)
 
 
 # Programs alone.

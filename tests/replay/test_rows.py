@@ -645,8 +645,7 @@ def test_a_bad_row_ranks_first(data, tmp_path):
     assert len(effective) >= 3 and all(each.is_first for each in effective)
 
 
-def test_the_command_ranks_rows_and_says_what_is_unknown(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_ranks_rows_and_says_what_is_unknown(tmp_path):
     torch.manual_seed(0)
     _train(tmp_path / "plain", nn.Linear(6, 3), _columns(), nn.MSELoss())
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))

@@ -160,14 +160,33 @@ def test_wrong_objects_are_named(objects, words):
         everystep.open(run.directory).fork(2, progress=False)
 
 
-def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them_and_in_another_if_that_dies():
-    code = (
-        "import everystep; everystep.train_experiment('two-layer', {'steps': 20, 'threads': 1}, "
-        "run='other', progress=False)"
-    )
+#: One of the runs has what torch itself does not pickle, count or compare.
+OTHER_NUMERICS = """
+import everystep, torch
+everystep.train_experiment("two-layer", {"steps": 20, "threads": 1}, run="plain", progress=False)
+model = torch.nn.Linear(4, 2)
+with everystep.record(run="odd", model=model) as recording:
+    for x in recording.steps([torch.rand(3, 4) for _ in range(4)]):
+        odd = [x.to(each) for each in (torch.uint16, torch.uint64, torch.float8_e4m3fn)]
+        loss = (model(x) + sum(each.float().sum() for each in odd)).square().sum()
+        recording.log(loss=loss)
+"""
+
+
+@pytest.fixture(scope="module")
+def other_numerics(tmp_path_factory):
+    """Runs of a process with other numerics, which no test may change."""
+    place = tmp_path_factory.mktemp("other")
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
-    run = everystep.open("other")
+    command = [sys.executable, "-c", OTHER_NUMERICS]
+    subprocess.run(command, check=True, env=environment, cwd=place, timeout=120)
+    return place / "runs"
+
+
+def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them_and_in_another_if_that_dies(
+    other_numerics,
+):
+    run = everystep.open(other_numerics / "plain")
     here = everystep.train_experiment("two-layer", {"steps": 20, "threads": 1}, progress=False)
     pair = [each.facts.training.numerics for each in (here, run)]
     names = {
@@ -188,26 +207,8 @@ def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them_and_in_a
     assert run[19].is_exact
 
 
-#: What torch itself does not pickle, count or compare.
-_ODD_DTYPES = """
-import everystep, torch
-model = torch.nn.Linear(4, 2)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-with everystep.record(run="runs/odd", model=model, optimizer=optimizer) as recording:
-    for x in recording.steps([torch.rand(3, 4) for _ in range(4)]):
-        odd = [x.to(each) for each in (torch.uint16, torch.uint64, torch.float8_e4m3fn)]
-        loss = (model(x) + sum(each.float().sum() for each in odd)).square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        recording.log(loss=loss)
-"""
-
-
-def test_tensors_of_rare_dtypes_come_from_a_process_with_other_numerics():
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
-    subprocess.run([sys.executable, "-c", _ODD_DTYPES], check=True, env=environment, timeout=120)
-    run = everystep.open("runs/odd")
+def test_tensors_of_rare_dtypes_come_from_a_process_with_other_numerics(other_numerics):
+    run = everystep.open(other_numerics / "odd")
     step = run[2]
     made = {tensor.dtype: tensor for seen in step.operations for tensor in seen.results.values()}
     for dtype in (torch.uint16, torch.uint64, torch.float8_e4m3fn):
@@ -215,16 +216,6 @@ def test_tensors_of_rare_dtypes_come_from_a_process_with_other_numerics():
     assert step.is_exact and step.data()["operations"]
     assert run.first_nonfinite(progress=False) is None
     assert len(run.rerun(capability="avx2", progress=False).losses) == 4
-
-
-def test_what_keeps_a_run_from_being_replayed_is_reported_each_time(run):
-    numerics = run.facts.training.numerics.model_dump() | {"threads": 5000}
-    change = "UPDATE facts SET value = ? WHERE key = 'numerics'", (json.dumps(numerics),)
-    sql(run.directory, change, "DELETE FROM blocks WHERE name = 'facts'")
-    opened = everystep.open(run.directory)
-    for _ in range(2):
-        with pytest.raises(everystep.RunError, match="claims 5000 threads"):
-            opened[3]
 
 
 def test_a_long_replay_is_announced(run, monkeypatch, capsys):

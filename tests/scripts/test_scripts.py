@@ -19,16 +19,11 @@ import everystep
 KILLS = {
     "bert_accelerate": Kill(21, 3),
     "char_gpt": Kill(18, 12),
-    "ddpm": Kill(18, 5),
     "digits_cnn": Kill(24, 42),
-    "gan": Kill(30, 4),
-    "lstm_series": Kill(42, 9),
-    "out_of_memory": Kill(22, 5),
     "ppo": Kill(10, 30),
     "progress_csv": Kill(37, 11),
     "seeds": Kill(46, 3),
     "segmentation": Kill(18, 3),
-    "vae": Kill(33, 6),
 }
 #: The others run with `--sweep` alone: each of their parts is in one of these, or has its own tests.
 OFTEN = {"bert_accelerate", "digits_cnn", "ppo", "seeds"}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.descent import descend, noting, seeded
+from tests.descent import descend, seeded
 from tests.step.loops_to_mistake import LOOPS, STEPS, trained, update
 from tests.training.by_hand import bits
 from tests.training.loops import unrecorded
@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 import everystep
-from everystep.step.known_paths import KnownPaths
+from everystep.step import known_paths
+from everystep.step.under_way import UnderWay
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,13 +26,25 @@ OFTEN = {
 }
 
 
+@pytest.fixture
+def followed(monkeypatch):
+    """The steps of a recording that an earlier one predicted to the end."""
+    found, end = [], UnderWay.end
+
+    def ended(step, *arguments):
+        path = end(step, *arguments)
+        found.extend([step] * step.is_followed)
+        return path
+
+    monkeypatch.setattr(UnderWay, "end", ended)
+    return found
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name not in OFTEN)) for name in LOOPS]
 )
-def test_steps_are_what_they_were(name, tmp_path, monkeypatch):
+def test_steps_are_what_they_were(name, tmp_path, followed):
     function, least = LOOPS[name]
-    followed = []
-    monkeypatch.setattr(KnownPaths, "followed", noting(KnownPaths.followed, followed))
 
     def made(record):
         seeded()
@@ -74,6 +87,7 @@ def departs_in_the_optimizer(model, optimizer, x, y, departs):
     return update(model, optimizer, x, y)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
     "body",
     [
@@ -81,10 +95,9 @@ def departs_in_the_optimizer(model, optimizer, x, y, departs):
         *(departs_after_the_backward_pass, departs_in_the_optimizer),
     ],
 )
-def test_a_step_that_departs_has_the_operations_that_it_would_have_in_full(body, tmp_path, monkeypatch):
-    followed = []
-    monkeypatch.setattr(KnownPaths, "followed", noting(KnownPaths.followed, followed))
-
+def test_a_step_that_departs_has_the_operations_that_it_would_have_in_full(
+    body, tmp_path, monkeypatch, followed
+):
     def recorded(name):
         torch.manual_seed(0)
         trained(
@@ -100,7 +113,7 @@ def test_a_step_that_departs_has_the_operations_that_it_would_have_in_full(body,
     run = recorded("followed")
     assert len(followed) >= STEPS - 4  # the second departs as the first
     assert run.verify(processes=1, progress=False).is_exact
-    monkeypatch.setattr(KnownPaths, "may_follow", lambda paths: False)
+    monkeypatch.setattr(known_paths, "_MOST_ENTRIES", 0)
     full = recorded("full")
     for step in (6, 7, 10, 11, 12):
         assert operations(run, step) == operations(full, step)
@@ -118,4 +131,17 @@ def test_masks_of_a_count_met_before_are_followed(tmp_path):
                 recording.log(loss=descend(optimizer, ((model(x[mask])[:, 0] - y[mask]) ** 2).mean()))
             followed.append(recording.writer.watched.last[1].is_followed)
     assert sum(followed[16:]) >= 12
+    assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact
+
+
+def test_batches_of_many_lengths_are_followed_when_they_come_again(tmp_path, followed):
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = [torch.randn(length, 1) for length in range(1, 211)]
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for _ in range(2):
+            for x in recording.steps(batches):
+                recording.log(loss=descend(optimizer, model(x).pow(2).mean()))
+    assert len(followed) == len(batches) - 1  # the first step has no gradients before it
+    assert len([*(tmp_path / "run" / "programs").iterdir()]) == len(batches) + 1
     assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact

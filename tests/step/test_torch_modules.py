@@ -55,7 +55,7 @@ def test_by_program_it_has_the_bits_of_a_loop_written_by_hand(case, make_trainee
     assert losses.isfinite().all()
     assert torch.equal(stepper.collect(), losses)
     stepper.watched.finish()
-    text = stepper.watched.program_of(stepper.watched.last[0]).program.to_json()
+    text = stepper.watched.last_program().program.to_json()
     assert Program.from_json(text).to_json() == text
     assert differences(model, by_hand) == []
     untrained, *_ = case.make()

@@ -1,8 +1,10 @@
-"""A function that a sweep calls in other processes."""
+"""Functions that a sweep calls in other processes, and what stands for these processes."""
 
 import os
 import signal
 import time
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +12,23 @@ from tests.descent import descend
 from torch import nn
 
 import everystep
+
+
+class Here:
+    """Takes tasks as a pool of processes does, and does them in this process, at once."""
+
+    def submit(self, task, *given):
+        future = Future()
+        future.set_result(task(*given))
+        return future
+
+    def close(self):
+        pass
+
+
+@contextmanager
+def here(count, threads, environment, *, in_order):
+    yield Here(), Here()
 
 
 def trained(lr, seed=0, what="fine"):

@@ -56,8 +56,7 @@ class Classifier(pl.LightningModule):
 
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}, {}])
-def test_lightning(tmp_path, monkeypatch, options):
-    monkeypatch.chdir(tmp_path)
+def test_lightning(tmp_path, options):
 
     def fit(*callbacks):
         torch.manual_seed(0)
@@ -90,8 +89,7 @@ def test_lightning(tmp_path, monkeypatch, options):
     assert (len(callback.run), callback.run.status) == (3, "stopped")
 
 
-def test_lightning_that_fails_closes_its_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_lightning_that_fails_closes_its_run():
 
     class Failing(Classifier):
         def training_step(self, batch, batch_idx):
@@ -111,8 +109,7 @@ def test_lightning_that_fails_closes_its_run(tmp_path, monkeypatch):
     assert (len(callback.run), callback.run.status) == (5, "failed")
 
 
-def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(tmp_path):
 
     def fit(steps, checkpoint=None):
         torch.manual_seed(0)

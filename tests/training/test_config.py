@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tests.descent import looped
 from torch import nn
 
 import everystep
@@ -17,20 +18,11 @@ class Settings:
     dtype: torch.dtype = torch.float32
 
 
-@pytest.fixture
-def record(tmp_path, monkeypatch):
-    """Record two steps, into a directory of their own."""
-    monkeypatch.chdir(tmp_path)
-
-    def record(name, **options):
-        torch.manual_seed(0)
-        model = nn.Linear(3, 1)
-        with everystep.record(model=model, run=name, **options) as recording:
-            for x in recording.steps([torch.ones(2, 3)] * 2):
-                recording.log(loss=model(x).sum())
-        return recording.run
-
-    return record
+def record(name, **options):
+    """Record two steps."""
+    torch.manual_seed(0)
+    options |= {"run": name, "optimizer": None}
+    return looped(nn.Linear(3, 1), [torch.ones(2, 3)] * 2, lambda model, x: model(x).sum(), **options)
 
 
 @pytest.mark.parametrize(
@@ -42,13 +34,13 @@ def record(tmp_path, monkeypatch):
         ({1: (2, {3}), "far": float("inf")}, {"1": [2, [3]], "far": "inf"}),
     ],
 )
-def test_a_config_is_kept_as_plain_data(record, config, plain):
+def test_a_config_is_kept_as_plain_data(config, plain):
     run = record("a", config=config)
     assert run.facts.config == plain
     assert run.summary().config == plain
 
 
-def test_tags_and_config_are_shown_and_searched(record, everystep_command):
+def test_tags_and_config_are_shown_and_searched(everystep_command):
     record("runs/one", config={"model": {"width": 64}}, tags=["baseline", "two  words", "baseline"])
     record("runs/two", tags=["other"])
     code, listed, _ = everystep_command("runs", "--tag", "baseline", "--tag", "two words")
@@ -64,7 +56,7 @@ def test_tags_and_config_are_shown_and_searched(record, everystep_command):
     assert nothing[1:] == ("", "runs has no runs with the tag nothing\n")
 
 
-def test_a_config_that_differs_is_named_by_diff_and_is_no_difference_of_the_training(record):
+def test_a_config_that_differs_is_named_by_diff_and_is_no_difference_of_the_training():
     one = record("one", config={"lr": 0.1, "name": "a"})
     other = record("other", config={"lr": 0.1, "name": "b"})
     found = one.diff(other)
@@ -72,7 +64,7 @@ def test_a_config_that_differs_is_named_by_diff_and_is_no_difference_of_the_trai
     assert found.is_same
 
 
-def test_a_resumed_run_keeps_its_config_or_takes_the_new_one(record):
+def test_a_resumed_run_keeps_its_config_or_takes_the_new_one():
     record("again", config={"epochs": 1}, tags=["first"])
     assert record("again", resume=True).facts.config == {"epochs": 1}
     run = record("again", resume=True, config={"epochs": 2})
@@ -100,8 +92,7 @@ def test_train_has_them_too(tmp_path, of_function):
     assert (len(again), again.facts.config, again.facts.tags) == (3, {"epochs": 2}, ("first",))
 
 
-def test_experiments_have_tags(tmp_path, everystep_command, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_experiments_have_tags(everystep_command):
     everystep.train_experiment("two-layer", {"steps": 1}, tags=["one"], progress=False)
     everystep_command("train", "--steps", 1, "--quiet", "--tag", "baseline", "--tag", "other")
     tags = [run.facts.tags for run in everystep.runs()]
@@ -120,7 +111,7 @@ def test_experiments_have_tags(tmp_path, everystep_command, monkeypatch):
         ({"tags": [str(n) for n in range(101)]}, "101 tags are too many"),
     ],
 )
-def test_what_a_run_cannot_hold_is_refused_before_it_begins(record, tmp_path, options, problem):
+def test_what_a_run_cannot_hold_is_refused_before_it_begins(tmp_path, options, problem):
     with pytest.raises(everystep.UsageError, match=problem):
         record("refused", **options)
     assert not (tmp_path / "refused").exists()

@@ -140,7 +140,7 @@ def test_training_twice_goes_on(optimizer):
     assert second.facts.training.engine.by_program > 25
 
 
-def test_gradients_that_are_there_already_go_on(capfd):
+def test_gradients_that_are_there_already_go_on():
     """Where the optimizer does not have a parameter, nothing zeroes its gradient: it grows."""
 
     def make():

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tests.descent import descend
+from tests.descent import descend, looped
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import bits
 from torch import nn
@@ -234,12 +234,10 @@ def test_a_run_that_will_be_large_is_announced_once(
     assert len(said) == (message is not None) and all(message in line for line in said), said
 
 
-def test_a_budget_for_fewer_than_two_snapshots_is_announced(monkeypatch, tmp_path, capsys):
+def test_a_budget_for_fewer_than_two_snapshots_is_announced(monkeypatch, capsys):
     monkeypatch.setattr("everystep.recording.keep._LARGE", 10_000)
-    model, x = nn.Linear(1000, 2), torch.randn(1, 1000)
-    with everystep.record(model=model, run=tmp_path / "run", snapshot_budget=9000) as recording:
-        for batch in recording.steps([x] * 40):
-            recording.log(loss=model(batch).sum())
+    batches, sum_of = [torch.randn(1, 1000)] * 40, lambda model, x: model(x).sum()
+    looped(nn.Linear(1000, 2), batches, sum_of, optimizer=None, snapshot_budget=9000)
     said = capsys.readouterr().err
     assert "a step between them opens by a replay of all before it; to change that, pass" in said
     assert "a larger snapshot_budget" in said

@@ -207,8 +207,7 @@ def test_views_show_the_losses_of_all_ranks(trained, tmp_path):
             place.run(name)
 
 
-def test_commands_take_the_ranks_of_a_run(trained, tmp_path, monkeypatch, everystep_command):
-    monkeypatch.chdir(tmp_path)
+def test_commands_take_the_ranks_of_a_run(trained, tmp_path, everystep_command):
     shutil.copytree(trained[0] / "plain", tmp_path / "runs/plain")
     assert everystep_command("verify", "plain")[0] == 0
     assert "all_reduce([" in everystep_command("step", "plain/ranks/1", "3")[1]
@@ -247,7 +246,7 @@ def test_the_steps_after_which_ranks_differ_are_found(trained, name, first, step
     assert run.when("ranks differ", "all").steps == steps
 
 
-def test_a_number_is_followed_to_the_rank_that_sent_it(trained, everystep_command):
+def test_a_number_is_followed_to_the_rank_that_sent_it(trained):
     run = everystep.open(trained[0] / "plain")
     exchanged = run.why(3, "gradients['module.0.weight'][0, 0]", depth=3).causes[0]
     assert exchanged.formula == "rank 0 + rank 1" and exchanged.is_equal

@@ -1,5 +1,6 @@
 """Recorded loops do what they do without everystep, and every step of them opens again without them."""
 
+import gc
 import math
 import re
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.descent import descend, seeded
+from tests.descent import descend, looped, seeded
 from tests.sealing import sql
 from tests.snapshots import take_snapshots_every
 from tests.training.by_hand import bits
@@ -53,18 +54,21 @@ def test_a_loop_does_the_same_recorded_and_every_step_opens_again(name, tmp_path
 
 
 @pytest.fixture
-def made(monkeypatch, tmp_path):
+def made():
     """A small model, its optimizer and a batch; runs go to a place of their own."""
-    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return model, optimizer, (torch.randn(16, 4), torch.randn(16, 2))
 
 
-def take(model, optimizer, batch):
+def mean_square(model, batch):
     x, y = batch
-    return descend(optimizer, ((model(x) - y) ** 2).mean())
+    return ((model(x) - y) ** 2).mean()
+
+
+def take(model, optimizer, batch):
+    return descend(optimizer, mean_square(model, batch))
 
 
 def test_a_number_that_is_logged_after_a_tensor_keeps_its_digits(made, tmp_path):
@@ -137,7 +141,7 @@ def test_what_a_batch_may_be(made):
 
 
 def test_a_body_may_change_its_batch_and_loaders_may_use_their_memory_again(made):
-    model, optimizer, (x, y) = made
+    model, _, (x, y) = made
     memory = torch.empty_like(x)
 
     def batches():
@@ -145,26 +149,18 @@ def test_a_body_may_change_its_batch_and_loaders_may_use_their_memory_again(made
             memory.copy_(x * (number + 1))
             yield memory, y
 
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for inputs, targets in recording.steps(batches()):
-            inputs.add_(1)
-            recording.log(loss=take(model, optimizer, (inputs, targets)))
-    run = recording.run
+    run = looped(model, batches(), lambda model, pair: mean_square(model, (pair[0].add_(1), pair[1])))
     assert run.verify(processes=1, progress=False).is_exact
     assert run[3].batch.x.equal(x * 3)
 
 
-def test_rows_are_kept_once_however_they_are_shuffled(made):
-    model, optimizer, _ = made
-    x, y = torch.randn(64, 400), torch.randn(64, 2)
-    model = nn.Linear(400, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for rows in recording.steps(x[torch.randperm(64)] for _ in range(20)):
-            recording.log(loss=take(model, optimizer, (rows, y)))
-    kept = sum(file.stat().st_size for file in (recording.run.directory / "batches").iterdir())
+def test_rows_are_kept_once_however_they_are_shuffled():
+    x, y = torch.randn(64, 400) / 10, torch.randn(64, 2)
+    batches = (x[torch.randperm(64)] for _ in range(20))
+    run = looped(nn.Linear(400, 2), batches, lambda model, rows: mean_square(model, (rows, y)))
+    kept = sum(file.stat().st_size for file in (run.directory / "batches").iterdir())
     assert kept < x.nbytes + y.nbytes + 100
-    assert recording.run.verify(processes=1, progress=False).is_exact
+    assert run.verify(processes=1, progress=False).is_exact
 
 
 def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made):
@@ -205,16 +201,33 @@ def test_what_is_no_part_is_named(parts, message):
         everystep.record(**parts)
 
 
-def test_a_loader_is_free_once_the_recording_has_ended(made):
+class _Trainer:
+    """As many write them: it holds all that it needs, the recording included."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer, self.recording = model, optimizer, None
+        self.loader = DataLoader(TensorDataset(torch.randn(6, 4), torch.randn(6, 2)), 3)
+
+    def fit(self):
+        with everystep.record(
+            trainer=self, stop_when="norm(gradients['0.weight']) < 0"
+        ) as self.recording:
+            for x, y in self.recording.steps(self.loader):
+                loss = nn.functional.mse_loss(self.model(x), y)
+                self.recording.log(loss=descend(self.optimizer, loss))
+
+
+def test_all_is_free_once_the_recording_has_ended(made):
     """Python ends the workers of a loader that it finds in a cycle 5 seconds late."""
-    model, optimizer, _ = made
-    loader = DataLoader(TensorDataset(torch.randn(6, 4), torch.randn(6, 2)), 3)
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps(loader):
-            recording.log(loss=descend(optimizer, nn.functional.mse_loss(model(x), y)))
-    known = weakref.ref(loader)
-    del loader
-    assert known() is None and len(recording.run) == 2
+    trainer = _Trainer(*made[:2])
+    trainer.fit()
+    run, known = trainer.recording.run, [weakref.ref(each) for each in (trainer, trainer.loader)]
+    gc.disable()
+    try:
+        del trainer
+        assert [each() for each in known] == [None, None] and len(run) == 2
+    finally:
+        gc.enable()
 
 
 def test_a_progress_bar_knows_how_many_steps_there_are(made):
@@ -304,28 +317,24 @@ def test_a_loader_that_is_empty_or_raises(made, capsys):
 
 
 def test_rows_that_are_not_finite_are_those_of_the_batch(made):
-    model, optimizer, (x, y) = made
+    model, _, (x, y) = made
     worse = x.clone()
     worse[5, 0] = math.inf
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for batch in recording.steps([(x, y), (worse, y), (x, y)]):
-            recording.log(loss=take(model, optimizer, batch))
-    found = recording.run.first_nonfinite(progress=False)
+    run = looped(model, [(x, y), (worse, y), (x, y)], mean_square)
+    found = run.first_nonfinite(progress=False)
     assert (found.step.number, found.rows, found.step.batch.whole) == (2, (5,), "the batch")
 
 
 def test_snapshots_have_no_gradients_that_the_next_step_drops(made):
-    model, optimizer, batch = made
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps([batch] * 80):
-            recording.log(loss=descend(optimizer, ((model(x) - y) ** 2).mean()))
-    *between, last = sorted((recording.run.directory / "snapshots").iterdir())
+    model, _, batch = made
+    run = looped(model, [batch] * 80, mean_square)
+    *between, last = sorted((run.directory / "snapshots").iterdir())
     assert len(between) > 1
     for snapshot in between:
         rest = load_file(snapshot / "rest.safetensors")
         assert not [name for name in rest if name.startswith("gradient/")]
     assert "gradient/0.weight" in load_file(last / "rest.safetensors")
-    assert recording.run.verify(processes=1, progress=False).is_exact
+    assert run.verify(processes=1, progress=False).is_exact
 
 
 def clipped_between_steps(model, number):
@@ -430,11 +439,10 @@ def test_a_loop_that_logs_some_losses_is_told_of_the_others(made, capfd):
 
 
 def test_names_of_a_batch_that_are_alike_are_told_apart(made):
-    model, optimizer, (x, y) = made
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for each in recording.steps([{1: x, "1": 2 * x, "a.b": y, "a": {"b": -y}}] * 2):
-            recording.log(loss=take(model, optimizer, (each["1"] - each[1], each["a.b"])))
-    batch = recording.run[2].batch.nested
+    model, _, (x, y) = made
+    given = [{1: x, "1": 2 * x, "a.b": y, "a": {"b": -y}}] * 2
+    run = looped(model, given, lambda model, at: mean_square(model, (at["1"] - at[1], at["a.b"])))
+    batch = run[2].batch.nested
     assert torch.equal(batch["1"], x) and torch.equal(batch["1_"], 2 * x)
     assert torch.equal(batch["a.b"], y) and torch.equal(batch["a"]["b"], -y)
 
@@ -673,11 +681,8 @@ def test_what_changes_in_a_pause_or_between_steps_is_kept(every, is_paused, monk
     ],
 )
 def test_a_database_that_was_changed_is_refused(made, column, value):
-    model, optimizer, batch = made
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for each in recording.steps([batch] * 3):
-            recording.log(loss=take(model, optimizer, each))
-    run = recording.run
+    model, _, batch = made
+    run = looped(model, [batch] * 3, mean_square)
     sql(run.directory, (f"UPDATE repeats SET {column} = ? WHERE step = 2", (value,)))
     with pytest.raises(everystep.EverystepError):
         run[2]

@@ -16,6 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import everystep
 
+
+def mean_square(model, batch):
+    return functional.mse_loss(model(batch[0]), batch[1])
+
+
 #: What torch itself warns of in such loops.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -31,13 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (lambda: torch.eye(4).to_sparse(), "float32"),
     ],
 )
-def test_what_a_run_cannot_hold_of_a_batch_is_said_in_its_place(batch, kind, tmp_path):
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for each in recording.steps([{"odd": batch(), "pair": batches()[0]}] * 3):
-            recording.log(loss=update(model, optimizer, *each["pair"]))
-    run = recording.run
+def test_what_a_run_cannot_hold_of_a_batch_is_said_in_its_place(batch, kind):
+    given = [{"odd": batch(), "pair": batches()[0]}] * 3
+    run = looped(network(), given, lambda model, each: mean_square(model, each["pair"]))
     assert run.verify(processes=1, progress=False).is_exact
     assert run[2].batch.nested["odd"] == f"<Tensor of torch.{kind}>"
 
@@ -52,14 +53,10 @@ def test_what_a_run_cannot_hold_of_a_batch_is_said_in_its_place(batch, kind, tmp
     ],
     ids=["sparse", "nested", "meta", "conjugated"],
 )
-def test_a_model_may_have_an_attribute_that_no_run_holds(attribute, tmp_path):
+def test_a_model_may_have_an_attribute_that_no_run_holds(attribute):
     model = network()
     model.attribute, model.listed = attribute(), [attribute()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for batch in recording.steps(batches()):
-            recording.log(loss=update(model, optimizer, *batch))
-    assert recording.run.verify(processes=1, progress=False).is_exact
+    assert looped(model, batches(), mean_square).verify(processes=1, progress=False).is_exact
 
 
 class Spectral(nn.Module):
@@ -151,10 +148,9 @@ def test_a_step_without_a_program_is_a_problem_and_not_the_end_of_verifying(tmp_
 
 
 def test_steps_that_cannot_be_replayed_do_not_count_as_verified(tmp_path, everystep_command):
-    model = network()
-    with everystep.record(run=tmp_path / "run", model=model) as recording:
-        for x, _ in recording.steps([(torch.full((8, 6), float(n)), n) for n in range(1, 31)]):
-            recording.log(loss=model(x).sum())
+    given = [(torch.full((8, 6), float(n)), n) for n in range(1, 31)]
+    loss_of = lambda model, batch: model(batch[0]).sum()  # noqa: E731
+    looped(network(), given, loss_of, run=tmp_path / "run", optimizer=None)
     file = tmp_path / "run/batches/1.bin"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -192,15 +188,13 @@ def test_a_compiled_module_that_is_called_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("is_whole", [False, True])
-def test_a_compiled_function_is_said(is_whole, tmp_path, capsys):
-    model = network()
+def test_a_compiled_function_is_said(is_whole, capsys):
     compiled = torch.compile(functional.mse_loss, backend="eager", fullgraph=is_whole)
     compiled(*batches()[0][:1] * 2)
-    with everystep.record(run=tmp_path / "run", model=model) as recording:
-        for x, y in recording.steps(batches()):
-            recording.log(loss=compiled(model(x), y))
+    loss_of = lambda model, batch: compiled(model(batch[0]), batch[1])  # noqa: E731
+    run = looped(network(), batches(), loss_of, optimizer=None)
     assert capsys.readouterr().err.count("calls a torch.compile function") == 1
-    assert recording.run.verify(processes=1, progress=False).is_exact
+    assert run.verify(processes=1, progress=False).is_exact
 
 
 class OfOthers(torch.optim.SGD):
@@ -293,16 +287,15 @@ def test_a_step_that_turns_elsewhere_keeps_what_only_autograd_knows(tmp_path):
     assert len(found.losses) == 12 and found.losses == pytest.approx(found.recorded, rel=1e-4)
 
 
-def test_a_part_may_hold_single_numbers_with_any_stride(tmp_path):
-    model, held = network(), {"first": torch.arange(3.0)[:1:3].as_strided((1,), (3,))}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with everystep.record(
-        run=tmp_path / "run", model=model, optimizer=optimizer, held=held
-    ) as recording:
-        for x, y in recording.steps(batches()[:3]):
-            recording.log(loss=update(model, optimizer, x * held["first"].add_(1), y))
-    assert recording.run.verify(processes=1, progress=False).is_exact
-    assert recording.run[3].end["part/held.first"].item() == 3.0
+def test_a_part_may_hold_single_numbers_with_any_stride():
+    held = {"first": torch.arange(3.0)[:1:3].as_strided((1,), (3,))}
+
+    def loss_of(model, batch):
+        return mean_square(model, (batch[0] * held["first"].add_(1), batch[1]))
+
+    run = looped(network(), batches()[:3], loss_of, held=held)
+    assert run.verify(processes=1, progress=False).is_exact
+    assert run[3].end["part/held.first"].item() == 3.0
 
 
 def test_a_setting_of_torch_that_everystep_does_not_know_is_refused_by_name(tmp_path, monkeypatch):
@@ -314,21 +307,19 @@ def test_a_setting_of_torch_that_everystep_does_not_know_is_refused_by_name(tmp_
         pass
 
 
-def test_decompositions_of_matrices_replay_in_the_memory_of_a_program(monkeypatch, tmp_path):
+def test_decompositions_of_matrices_replay_in_the_memory_of_a_program(monkeypatch):
     """torch takes results of `qr` on one storage for one tensor; those of a bound program are on one."""
     take_snapshots_every(monkeypatch, 4)
     torch.manual_seed(0)
-    model = nn.Linear(6, 6)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    x = torch.randn(16, 6)
-    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
-        for batch in recording.steps([x] * 24):
-            turned = torch.linalg.qr(model.weight)[0]
-            factor = torch.linalg.cholesky(model.weight @ model.weight.T + torch.eye(6))
-            solved = torch.linalg.solve_triangular(factor, batch.T, upper=False)
-            loss = (batch @ turned - batch).square().mean() + solved.mean()
-            recording.log(loss=descend(optimizer, loss))
-    assert recording.run.verify(processes=1, progress=False).is_exact
+
+    def loss_of(model, batch):
+        turned = torch.linalg.qr(model.weight)[0]
+        factor = torch.linalg.cholesky(model.weight @ model.weight.T + torch.eye(6))
+        solved = torch.linalg.solve_triangular(factor, batch.T, upper=False)
+        return (batch @ turned - batch).square().mean() + solved.mean()
+
+    run = looped(nn.Linear(6, 6), [torch.randn(16, 6)] * 24, loss_of)
+    assert run.verify(processes=1, progress=False).is_exact
 
 
 class Adds(TorchDispatchMode):
@@ -380,44 +371,42 @@ class Named(nn.Parameter):
     """A parameter of a class that leaves torch's functions as they are."""
 
 
-def test_parameters_of_a_class_derived_from_torchs_are_parameters(tmp_path):
+def test_parameters_of_a_class_derived_from_torchs_are_parameters():
     model = network()
     model[0].weight = Named(model[0].weight.detach().clone())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for pair in recording.steps(batches(6)):
-            recording.log(loss=update(model, optimizer, *pair))
-    run = recording.run
+    run = looped(model, batches(6), mean_square, optimizer=torch.optim.Adam)
     assert not run.facts.training.loop.unseen
     assert run.verify(processes=1, progress=False).is_exact
     assert torch.equal(run[6].end["parameter/0.weight"], model[0].weight.detach())
 
 
-def test_a_part_may_hold_a_view_at_which_autograd_refuses_to_look(tmp_path):
+def test_a_part_may_hold_a_view_at_which_autograd_refuses_to_look():
     """It was made without autograd, of a memory that a step writes with it."""
-    model, state = network(), {}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with everystep.record(run=tmp_path / "run", model=model, state=state) as recording:
-        for x, y in recording.steps(batches(4)):
-            memory = torch.zeros(2, *y.shape)
-            with torch.no_grad():
-                state["newest"] = memory[0]
-            memory[0] = model(x)
-            recording.log(loss=descend(optimizer, functional.mse_loss(memory.sum(0), y)))
+    state = {}
+
+    def loss_of(model, batch):
+        x, y = batch
+        memory = torch.zeros(2, *y.shape)
+        with torch.no_grad():
+            state["newest"] = memory[0]
+        memory[0] = model(x)
+        return functional.mse_loss(memory.sum(0), y)
+
+    run = looped(network(), batches(4), loss_of, state=state)
     with pytest.raises(RuntimeError, match="no_grad mode"):
         _ = state["newest"].grad_fn
-    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+    assert run.verify(processes=1, progress=False).is_exact
 
 
-def test_nested_tensors_are_kept_by_content(tmp_path):
-    model = nn.Linear(6, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
-        for x, y in recording.steps(batches(4)):
-            nested = torch.nested.nested_tensor([x[:2], x[:5], x[2:3]], layout=torch.jagged)
-            means = torch.stack([each.mean(0) for each in model(nested).unbind()])
-            recording.log(loss=descend(optimizer, functional.mse_loss(means, y[:3])))
-    assert everystep.open(tmp_path / "run").verify(processes=1, progress=False).is_exact
+def test_nested_tensors_are_kept_by_content():
+    def loss_of(model, batch):
+        x, y = batch
+        nested = torch.nested.nested_tensor([x[:2], x[:5], x[2:3]], layout=torch.jagged)
+        means = torch.stack([each.mean(0) for each in model(nested).unbind()])
+        return functional.mse_loss(means, y[:3])
+
+    run = looped(nn.Linear(6, 3), batches(4), loss_of)
+    assert run.verify(processes=1, progress=False).is_exact
 
 
 def test_the_different_numbers_of_a_tensor_are_in_the_program(tmp_path):

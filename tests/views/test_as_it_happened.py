@@ -1,4 +1,5 @@
 import torch
+from tests.descent import looped
 from torch import nn
 
 import everystep
@@ -61,16 +62,13 @@ def test_the_only_optimizer_is_named_and_statistics_of_complex_numbers_say_what_
     assert "[                3+4j                 0+2j                 0+0j]" in alone
 
 
-def test_an_operation_of_the_model_itself_names_no_module(tmp_path):
+def test_an_operation_of_the_model_itself_names_no_module():
     class Model(nn.Sequential):
         def forward(self, x):
             return super().forward(x).relu()
 
     model = Model(nn.Linear(2, 1))
-    with everystep.record(run=tmp_path / "run", model=model) as recording:
-        for x in recording.steps([torch.ones(3, 2)]):
-            recording.log(loss=model(x).sum())
-    run = everystep.open(tmp_path / "run")
+    run = looped(model, [torch.ones(3, 2)], lambda model, x: model(x).sum(), optimizer=None)
     lines = step_text(run[1], run.facts, phase="forward").plain.splitlines()
     ends = [line.split("  ")[-2:] for line in lines if "aten." in line]
     assert ends == [["module 0", "aten.addmm.default"], [" relu(#0)", "aten.relu.default"]]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.descent import of_table
+from tests.descent import looped, of_table
 from torch import nn
 
 import everystep
@@ -65,7 +65,6 @@ def test_a_batch_without_classes_names_none(small):
 
 
 def test_strings_and_complex_numbers_of_a_batch():
-    model = nn.Linear(4, 3)
     batch = {
         "x": torch.ones(2, 4),
         "wave": torch.ones(2, 2, dtype=torch.complex64),
@@ -73,10 +72,8 @@ def test_strings_and_complex_numbers_of_a_batch():
         "about": {"epoch": 3, "words": [f"word {n}" for n in range(100)]},
         "long": "z" * 999,
     }
-    with everystep.record(run="./run", model=model) as recording:
-        for each in recording.steps([batch]):
-            recording.log(loss=model(each["x"]).sum())
-    run = everystep.open("run")
+    loss_of = lambda model, each: model(each["x"]).sum()  # noqa: E731
+    run = looped(nn.Linear(4, 3), [batch], loss_of, run="./run", optimizer=None)
     text = text_of(run, 1, width=80)
     assert "\n  text         'a\\x1b[2J', 'b' (2)\n" in text
     assert "\n  about.epoch  3\n" in text

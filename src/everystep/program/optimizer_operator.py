@@ -49,7 +49,7 @@ class OptimizerOperator:
         self.settings = tuple(name for name in known if name not in ("self", "params"))
         self.overloadpacket = SimpleNamespace(__name__=kind.__name__)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"optim.{self.kind.__name__}.step"
 
     def _op(

@@ -301,14 +301,15 @@ class Recorder:
         """Whether the snapshot interval is chosen: the first step of a process is slow."""
         return self.plan.interval is not None and self._chosen_after >= min(self._snapshots_written, 2)
 
-    def choose_interval(self, step_seconds: float, size: int) -> None:
+    def choose_interval(self, step_seconds: float, size: int, waited: float) -> None:
         """Choose the snapshot interval from the time of a step.
 
-        size: bytes of the current state: the first snapshot has no optimizer state.
+        size: bytes of the current state: the first snapshot has no optimizer state; waited: seconds for
+        which the training waited for the newest snapshot, before it was passed on.
         """
         self._chosen_after = self._snapshots_written
         growth = size / self._snapshot_bytes if self._snapshot_bytes > LARGE_BYTES else 1.0
-        self.plan.choose_interval(step_seconds, self._snapshot_seconds * max(1.0, growth))
+        self.plan.choose_interval(step_seconds, (waited + self._snapshot_seconds) * max(1.0, growth))
 
     @property
     def is_behind(self) -> bool:

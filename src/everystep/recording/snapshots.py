@@ -43,7 +43,7 @@ REST = "rest.safetensors"
 DEFAULT_BUDGET = 512_000_000
 #: A jump to any step should cost at most about this many seconds of replay.
 REPLAY_SECONDS = 0.08
-#: Snapshots may take this share of the training's time, most of it outside the training thread.
+#: Snapshots may take this share of the training's time, in the training thread and outside of it.
 TIME_SHARE = 0.03
 #: States from this size on are large: the time to write their bytes matters.
 LARGE_BYTES = 1_000_000
@@ -217,12 +217,13 @@ class SnapshotPlan:
     pinned: set[int] = field(default_factory=lambda: {0})
     begin: int = 0
     longest: float = math.inf
+    least: int = 1
     is_kept: Callable[[int], bool] = lambda step: True
 
     def choose_interval(self, step_seconds: float, snapshot_seconds: float) -> None:
-        """Choose the first interval from the measured times of a step and of a snapshot."""
+        """Choose the interval from the measured times of a step and of a snapshot."""
         seconds = max(step_seconds, 1e-9)
-        self.interval = 1
+        self.interval = self.least
         while 2 * self.interval * seconds <= REPLAY_SECONDS:
             self.interval *= 2
         while self.interval * seconds * TIME_SHARE < snapshot_seconds:
@@ -245,7 +246,7 @@ class SnapshotPlan:
             and self.kept.keys() - self.pinned - {self.begin, max(self.kept)}
             and 2 * (self.interval or 1) <= self.longest
         ):
-            self.interval = 2 * (self.interval or 1)
+            self.least = self.interval = 2 * (self.interval or 1)
             given_up += self._take_out_between()
         return given_up
 

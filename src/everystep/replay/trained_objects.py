@@ -226,8 +226,8 @@ class Living:
             batch = dict(zip("xy", self._training.batch(number), strict=True))
             inputs = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
             self._stepper.watch(number, *batch.values())
-        path, watch = watched.last
-        built = watched.program_of(path)
+        _, watch = watched.last
+        built = watched.last_program()
         if isinstance(built, str):
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
         for name, place in built.inputs.items():

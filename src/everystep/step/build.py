@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
@@ -181,9 +182,7 @@ class _Builder:
         if seen.moves is not None:
             self._moves[name] = seen.moves
             offset = self._numbers[seen.moves]
-        self._tensors[name] = TensorSpec(
-            storage=place, dtype=dtype, shape=seen.shape, stride=seen.stride, offset=offset
-        )
+        self._tensors[name] = _tensor_spec(place, dtype, seen.shape, seen.stride, offset)
         self._tensor_names.setdefault(number, name)
 
     def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
@@ -291,6 +290,12 @@ class _Builder:
             elif place not in kept:
                 left_out |= self._writes(operation)
         return found
+
+
+@lru_cache(10_000)
+def _tensor_spec(storage: str, dtype: str, shape: Any, stride: Any, offset: int) -> TensorSpec:
+    """Return a tensor, the same object again: programs have many alike."""
+    return TensorSpec(storage=storage, dtype=dtype, shape=shape, stride=stride, offset=offset)
 
 
 def _matters(operator: Any) -> bool:

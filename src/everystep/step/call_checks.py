@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import ref
 
@@ -44,11 +44,12 @@ def check_of(
     are_same = all(token[0] == "c" and _is_plainly_equal(token[1]) for _, token in named)
     words = "none" if not named else "same" if are_same else "fit"
     results = "none" if not made else "one" if made[0][0] < 0 else "many"
-    make = _maker(codes, words, results, before is not None, after is not None)
+    check = _check_of_shape(codes, words, results, before is not None, after is not None)
     keywords = {k: token[1] for k, token in named} if words == "same" else dict(named)
     values = [t if code == "g" else t[1] for t, code in zip(tokens, codes, strict=True)]
     known = tensors.met, tensors.lies, tensors.numbers, tensors.fits
-    return make(*known, call, keywords, made, before, after, *values)  # type: ignore[no-any-return]
+    # A function within a function would be some twenty objects, which Python looks through for cycles.
+    return partial(check, *known, call, keywords, made, before, after, *values)
 
 
 def _code(token: Any) -> str:
@@ -74,8 +75,8 @@ def _is_plainly_equal(value: Any) -> bool:
 
 
 @cache
-def _maker(codes: str, words: str, results: str, has_before: bool, has_after: bool) -> Any:
-    """Return a function that makes checks of one shape.
+def _check_of_shape(codes: str, words: str, results: str, has_before: bool, has_after: bool) -> Any:
+    """Return the function of all checks of one shape; what differs comes before the arguments.
 
     Generated, because a step compares some hundred arguments, and a loop over them takes three times as
     long; the source depends on these letters only.
@@ -110,23 +111,19 @@ def _maker(codes: str, words: str, results: str, has_before: bool, has_after: bo
     if has_after:
         lines.append("after(result)")
     if results == "one":
-        lines.append("R[K] = ref(result); P[K] = result.data_ptr()")
+        lines.append("K = MADE[0][1]; R[K] = ref(result); P[K] = result.data_ptr()")
     elif results == "many":
         lines.append("flat = flattened(result)")
         lines.append("for place, k in MADE: t = flat[place]; R[k] = ref(t); P[k] = t.data_ptr()")
     unpack = (
-        f"if len(args) != {len(names)}: return MISS\n        {', '.join(names)}, = args"
+        f"if len(args) != {len(names)}: return MISS\n    {', '.join(names)}, = args"
         if names
         else "if args: return MISS"
     )
-    body = "\n        ".join([unpack, "count = len(N)", *lines, "return result"])
-    values = "".join(f", v{place}" for place in range(len(codes)))
-    source = (
-        f"def make(R, P, N, fits, call, KW, MADE, before, after{values}):\n"
-        "    K = MADE[0][1] if MADE else None\n"
-        f"    def check(args, kwargs):\n        {body}\n"
-        "    return check\n"
-    )
+    body = "\n    ".join([unpack, "count = len(N)", *lines, "return result"])
+    values = "".join(f"v{place}, " for place in range(len(codes)))
+    given = f"R, P, N, fits, call, KW, MADE, before, after, {values}args, kwargs"
+    source = f"def check({given}):\n    {body}\n"
     space: dict[str, Any] = {"MISS": MISS, "ref": ref, "flattened": flattened}
     exec(source, space)
-    return space["make"]
+    return space["check"]

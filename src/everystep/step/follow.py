@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
 from threading import Lock, get_ident
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,19 @@ def scripted_fault(name: str, module: nn.Module) -> Fault | None:
     )
 
 
+class Listener(Protocol):
+    """What a follower reports to."""
+
+    def optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+        """An optimizer begins its step, called with arguments or without."""
+
+    def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer is done with its step."""
+
+    def exposes(self, tensor: Tensor) -> None:
+        """Code that no watch sees is about to take the `data` of a tensor."""
+
+
 class Follower:
     """Follows the thread that makes it, from `begin` to `finish`.
 
@@ -78,27 +91,20 @@ class Follower:
     Args:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
-        optimizer_begins: called with an optimizer before its step, and whether that has arguments.
-        optimizer_ends: called with an optimizer after its step.
         is_torchs: tells of an optimizer whether its step runs only torch's code, and a closure first.
-        exposes: called with a tensor before code that no watch sees takes its `data`.
     """
+
+    _listener: Listener
 
     def __init__(
         self,
         modules: Mapping[int, str],
         optimizers: Mapping[int, str | None],
-        optimizer_begins: Callable[[torch.optim.Optimizer, bool], None],
-        optimizer_ends: Callable[[torch.optim.Optimizer], None],
         is_torchs: Callable[[torch.optim.Optimizer], bool],
-        exposes: Callable[[Tensor], None],
     ) -> None:
         self.modules = modules
         self._optimizers = optimizers
-        self._optimizer_begins = optimizer_begins
-        self._optimizer_ends = optimizer_ends
         self.is_torchs = is_torchs
-        self.exposes = exposes
         self.watch: Any = None
         self._thread = get_ident()
         self._open: list[str | None] = []
@@ -109,8 +115,9 @@ class Follower:
         self.where: tuple[Any, ...] = ()
         self._phase: Phase | None = None
 
-    def begin(self) -> None:
-        """Begin to follow."""
+    def begin(self, listener: Listener) -> None:
+        """Begin to follow, and to report to a listener, which is not held after `finish`."""
+        self._listener = listener
         with _lock:
             _followers[self._thread] = (*_followers.get(self._thread, ()), self)
             if not _hooks:
@@ -125,6 +132,11 @@ class Follower:
             if not _followers:
                 while _hooks:
                     _hooks.pop().remove()
+        del self._listener
+
+    def exposes(self, tensor: Tensor) -> None:
+        """Report that code is about to take the `data` of a tensor."""
+        self._listener.exposes(tensor)
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
@@ -221,14 +233,14 @@ class Follower:
         file = getattr(getattr(step, "__code__", None), "co_filename", None)
         self._updating.append((self._optimizers.get(id(optimizer)), file))
         self._moved()
-        self._optimizer_begins(optimizer, has_arguments)
+        self._listener.optimizer_begins(optimizer, has_arguments)
 
     def update_ends(self, optimizer: torch.optim.Optimizer, *given: Any) -> None:
         """Note that an optimizer is done with its step."""
         if self._updating:
             self._updating.pop()
             self._moved()
-            self._optimizer_ends(optimizer)
+            self._listener.optimizer_ends(optimizer)
 
 
 def _registered() -> list[Any]:

@@ -19,18 +19,16 @@ from everystep.step.torchs_own import handles, has_hooks_on_node
 
 __all__ = ["KnownPaths"]
 
-#: Steps that are remembered; a loop in which each step differs would fill the memory.
-_MOST_LEARNED = 200
-#: After so many consecutive new steps, some are watched without being remembered, at most so many.
-_PATIENCE, _LONGEST_REST = 4, 512
+#: Entries that are remembered, about 1.6 kB each: a loop of steps that all differ would fill the memory.
+_MOST_ENTRIES = 150_000
 
 
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: of the step in progress; views: which of them move; calls: of optimizers; has_ranks: whether
-    several processes train; partly_read: memory from outside, by its bytes and dtype, of which steps
-    overwrite a part alone before they read all.
+    tensors: of the step in progress; views: which of them move; calls: of optimizers; size: how many
+    entries there are; has_ranks: whether several processes train; partly_read: memory from outside, by
+    its bytes and dtype, of which steps overwrite a part alone before they read all.
     """
 
     def __init__(self) -> None:
@@ -39,8 +37,7 @@ class KnownPaths:
         self.calls = OptimizerCalls()
         self.step: Any = None
         self._roots: dict[Any, Entry] = {}
-        self._learned = self._new = self._rest = 0
-        self._next_rest = 1
+        self.size = 0
         #: By the id of a known ending: where the step after it begins if nothing changes the state, and
         #: how many of its tensors are as when the step before began.
         self._after: dict[int, tuple[Ending, Entry, int]] = {}
@@ -48,13 +45,6 @@ class KnownPaths:
         self.partly_read: set[tuple[int, torch.dtype]] = set()
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
-
-    def may_follow(self) -> bool:
-        """Return whether the next step may be followed, or remembered if it is new."""
-        if self._rest:
-            self._rest -= 1
-            return False
-        return True
 
     def root(self, state: Mapping[str, Tensor], same: int, *, is_remembered: bool) -> Entry:
         """Return the point at which steps with such a state begin.
@@ -117,15 +107,7 @@ class KnownPaths:
         self._handles = handles()
         return False
 
-    def followed(self) -> None:
-        """A step was like one before."""
-        self._new, self._next_rest = 0, 1
-
-    def learned(self) -> None:
-        """Remember a new step."""
-        self._learned += 1
-        self._new += 1
-        if self._learned > _MOST_LEARNED:
-            self._learned, self._roots, self._after = 0, {}, {}
-        if self._new > _PATIENCE:
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+    def make_room(self) -> None:
+        """Forget all paths once they take too much memory; the next steps are new ones."""
+        if self.size > _MOST_ENTRIES:
+            self.size, self._roots, self._after = 0, {}, {}

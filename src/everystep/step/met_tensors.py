@@ -353,8 +353,10 @@ class MetTensors:
 
     def holds(self, tensor: Tensor) -> bool:
         """Tell whether a program can hold a tensor: a plain one, or the conjugate of one that it has."""
-        if is_plain(tensor) or not tensor.is_conj():
-            return is_plain(tensor)
+        if is_plain(tensor):
+            return True
+        if not tensor.is_conj():
+            return False
         place = self.place(tensor.untyped_storage())
         is_own = place is not None and self.known[place].kind in ("state", "batch", "temporary")
         return is_own and is_plain(tensor, may_be_conjugated=True)
@@ -438,7 +440,7 @@ def is_plain(tensor: Tensor, *, may_be_conjugated: bool = False) -> bool:
         _is_passive(type(tensor))
         and tensor.layout == torch.strided
         and tensor.dtype in _DTYPES
-        and tensor.device.type != "meta"
+        and not tensor.is_meta
         and not tensor.is_nested
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not tensor._is_zerotensor()

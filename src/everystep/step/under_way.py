@@ -126,8 +126,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         left: how the step before ended, if nothing has changed the state since.
         """
         self.paths.step = self
-        self.is_remembered = self.paths.may_follow()
-        known = self.paths.beginning_after(left) if self.is_remembered else None
+        self.is_remembered = True
+        known = self.paths.beginning_after(left)
         if known is not None:
             root, same = known
         else:
@@ -322,6 +322,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 entry.nodes = _next_node() - self._first_node
             if self.is_remembered:
                 at.children[place] = entry
+                self.paths.size += 1
         if self.is_remembered:
             at.next = entry
         self.at = entry
@@ -440,8 +441,6 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 if changes != ending.changes:
                     pairs = zip(state, changes, ending.changes, strict=True)
                     self.changed_unseen = [name for name, one, two in pairs if one != two]
-                if self.is_followed:
-                    self.paths.followed()
             else:
                 self.is_followed = False
                 ending = self._write(state, versions, loss)
@@ -487,7 +486,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
                 at.ending = ending
             else:
                 at.ending = None
-            self.paths.learned()
+            self.paths.make_room()
         return ending
 
     def _is_written_since(self, number: int) -> bool:

@@ -228,7 +228,7 @@ class Acceleration:
             NotReplaceableError: there is none; gives the reason.
         """
         path, seen = self.watched.last
-        built = self.watched.program_of(path)
+        built = self.watched.last_program()
         if isinstance(built, str):
             raise NotReplaceableError(built)
         tensors = {name for name, value in logged.items() if isinstance(value, Tensor)}

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,7 @@ class _ModelWriter(RunWriter):
 
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there
-        self.recorder.snapshot(self.job.training.snapshot(self.step))
+        self.recorder.snapshot(self.waiting_for(partial(self.job.training.snapshot, self.step)))
         self._snapshot_step = self.step
 
     def _expected(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from everystep.errors import named, say
 from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
 from everystep.recording.keep import RECENT
 from everystep.recording.recorder import Recorder
-from everystep.step.build import BuiltPath
 from everystep.step.parts_state import PartsState, Rest
 from everystep.step.path import Path as StepPath
 from everystep.step.state import State, state_differences
@@ -105,10 +104,10 @@ class LoopWriter(RunWriter):
         self._note_logged(step, path)
         self._note_numerics()
         self.timed(step.started, self.parts.state)
-        self._keep_pending(self.watched.program_of(path))
+        self._keep_pending(self.watched.gradients_used())
         self._compare_with_later(None)
         if self.is_snapshot_due():
-            self._pending = self._snapshot()
+            self._pending = self.waiting_for(self._snapshot)
         self.flush_if_due()
         taken = self.step - self.start
         if taken >= RECENT and not taken & (taken - 1) and not self.recorder.is_estimated:
@@ -241,13 +240,12 @@ class LoopWriter(RunWriter):
             problem = f"the state is not the recorded one ({names})"
             raise self.recorder.differs(self.step, problem)
 
-    def _keep_pending(self, following: BuiltPath | str | None = None) -> None:
-        """Write the snapshot that waits: with its gradients only if the step after it has used them."""
+    def _keep_pending(self, used: Collection[str] | None = None) -> None:
+        """Write the snapshot that waits. used: the gradients that the step after it uses, if known."""
         if self._pending is None:
             return
         state, self._pending = self._pending, None
-        if isinstance(following, BuiltPath):
-            used = following.program.state_names
+        if used is not None:
             rest = {
                 name: tensor
                 for name, tensor in state.rest.items()

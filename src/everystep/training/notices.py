@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from everystep.errors import say
-from everystep.program.operation import Operation
-from everystep.program.step_program import Program
 from everystep.step.build import BuiltPath
 from everystep.training.agreement import ranks_here
 from everystep.training.step_under_way import AnyWatch
@@ -64,8 +62,8 @@ class Notices:
             "and keep numbers, texts, tensors or arrays instead of others",
         )
 
-    def of_step(self, step: int, seen: AnyWatch, built: BuiltPath | str) -> None:
-        """Report what the recording of a step lacks. built: its program, or why it has none."""
+    def of_step(self, step: int, seen: AnyWatch) -> None:
+        """Report what the recording of a step lacks."""
         for reason in seen.unseen:
             if reason not in self.unseen and len(self.unseen) < MOST_SAID:
                 self.unseen.add(reason)
@@ -90,12 +88,12 @@ class Notices:
                 "everystep.record(...)",
             )
 
-        if isinstance(built, BuiltPath) and built.evaluation is not None:
-            self._evaluates(step, *built.evaluation, built.program)
-
-    def _evaluates(self, step: int, count: int, first: Operation, program: Program) -> None:
-        """Report that a step evaluates a model that it trains, by `count` operations from `first` on."""
-        line, of = program.line_of(first), len(program.operations)
+    def of_program(self, step: int, built: BuiltPath) -> None:
+        """Report that a step, the first with this program, evaluates a model that it trains."""
+        if built.evaluation is None:
+            return
+        count, first = built.evaluation
+        line, of = built.program.line_of(first), len(built.program.operations)
         around = [] if line is None else [line, *line.callers]
         called = [each.place for each in around if not each.function.endswith("forward")]
         where = f" ({called[0]})" if called else ""

@@ -65,6 +65,8 @@ class Recording(Generic[R]):
         self._conditions = conditions
         self._is_stopping = False
         self._writer: LoopWriter | None = None
+        #: Of the run, once the recording has ended.
+        self._directory: Path | None = None
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
         self._left_at: int | None = None
@@ -87,9 +89,10 @@ class Recording(Generic[R]):
         Raises:
             UsageError: the recording has not started.
         """
-        if self._writer is None:
-            raise _not_begun()
-        return self._open_run(self._writer.recorder.directory)
+        directory = self._directory
+        if directory is None:
+            directory = self._begun().recorder.directory
+        return self._open_run(directory)
 
     @property
     def writer(self) -> LoopWriter:
@@ -98,10 +101,17 @@ class Recording(Generic[R]):
         Raises:
             UsageError: the recording has not started, or has ended.
         """
+        if self._directory is None:
+            writer = self._begun()
+            if self.is_open:
+                return writer
+        raise UsageError("the recording has ended; create another with everystep.record(...)")
+
+    def _begun(self) -> LoopWriter:
         if self._writer is None:
-            raise _not_begun()
-        if not self.is_open:
-            raise UsageError("the recording has ended; create another with everystep.record(...)")
+            raise UsageError(
+                "the recording has not started; write: with everystep.record(...) as recording:"
+            )
         return self._writer
 
     @property
@@ -118,7 +128,7 @@ class Recording(Generic[R]):
         return self
 
     def _begin(self) -> None:
-        if self._writer is not None:
+        if self._writer is not None or self._directory is not None:
             raise UsageError(
                 "this recording has already started; create another with everystep.record(...)"
             )
@@ -194,7 +204,9 @@ class Recording(Generic[R]):
             self._is_writing = False
             self._interrupt.__exit__()
             self._place.let_go()
-            directory = writer.recorder.directory
+            directory = self._directory = writer.recorder.directory
+            # What holds the recording, such as a trainer that is a part, must not be held by it.
+            self._writer, self._parts, self._conditions = None, Parts({}), None
             with suppress(RunError):  # a fork without a step of its own is removed
                 if is_failed and at is not None and RecordedRun(directory).newest_step() <= at:
                     shutil.rmtree(directory, ignore_errors=True)
@@ -482,7 +494,7 @@ class Recording(Generic[R]):
             try:
                 writer.add(step, after)
                 if self._conditions is not None:
-                    built = writer.watched.program_of(writer.watched.last[0])
+                    built = writer.watched.last_program()
                     program = None if isinstance(built, str) else built.program
                     self._conditions.end(writer.step, numbers, after, program)
                     self._judge(self._conditions)
@@ -548,10 +560,6 @@ _TERMINATED = 128 + 15
 _recording: list[Recording[Any]] = []
 #: Two threads cannot begin one at the same time; what the parts do as one begins may begin another.
 _beginning = threading.RLock()
-
-
-def _not_begun() -> UsageError:
-    return UsageError("the recording has not started; write: with everystep.record(...) as recording:")
 
 
 def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str | None]:

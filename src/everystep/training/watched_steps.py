@@ -37,8 +37,8 @@ from everystep.training.step_under_way import AnyWatch, StepUnderWay
 
 __all__ = ["WatchedSteps"]
 
-#: Paths that are remembered; a training in which every step has another would fill the memory.
-MOST_PATHS = 200
+#: Paths with a known program, about 1 kB each; programs in memory, of those that somebody asks for.
+MOST_PATHS, MOST_PROGRAMS = 100_000, 200
 #: Digests of the state are computed if that takes at most this share of the time so far, at so many
 #: bytes per second.
 DIGEST_SHARE = 0.01
@@ -46,10 +46,16 @@ DIGESTED_A_SECOND = 2e9
 
 
 class WrittenProgram(NamedTuple):
-    """A program of the run, and its number."""
+    """A program of the run: its number, and what the rows of its steps need of it.
+
+    numbers_kept: as of `BuiltPath`; inputs: the number of each input's storage in the path, and how many
+    bytes the program has of it; gradients: those of the step before that it uses.
+    """
 
     number: int
-    built: BuiltPath
+    numbers_kept: tuple[int, ...]
+    inputs: dict[str, tuple[int, int]]
+    gradients: frozenset[str]
 
 
 class WatchedSteps:
@@ -77,8 +83,9 @@ class WatchedSteps:
         self.gradient_copies: GradientCopies | None = None
         self._writer = writer
         self.programs: list[int] = []
-        #: The program of each path, or why it has none.
-        self._of_paths: dict[Path, WrittenProgram | str] = {}
+        #: The program of each path, by its digest, or why it has none.
+        self._of_paths: dict[bytes, WrittenProgram | str] = {}
+        self._built: dict[Path, BuiltPath] = {}
         #: Memory from outside, by the name of its input, and as much of it as a program uses.
         self._beginnings: dict[str, tuple[Tensor, Tensor]] = {}
         #: The random generator as the last row left it.
@@ -100,11 +107,8 @@ class WatchedSteps:
         self._ending: Ending | None = None
         self._left: Ending | None = None
         self._optimizer_names = parts.optimizer_names()
-        hooks = self._optimizer_begins, self._optimizer_ends
         is_torchs = self._paths.calls.is_torchs
-        self.follower = Follower(
-            parts.module_paths(), self._optimizer_names, *hooks, is_torchs, self._exposes
-        )
+        self.follower = Follower(parts.module_paths(), self._optimizer_names, is_torchs)
         self._follows = False
 
     @property
@@ -115,7 +119,7 @@ class WatchedSteps:
     def follow(self) -> None:
         """Follow modules and optimizers, until `finish`."""
         if not self._follows:
-            self.follower.begin()
+            self.follower.begin(self)
             self._follows = True
 
     def finish(self) -> None:
@@ -168,7 +172,7 @@ class WatchedSteps:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
         row = self._row(number, watch, path, after, inputs, step.nested)
-        self.notices.of_step(number, watch, self.program_of(path))
+        self.notices.of_step(number, watch)
         self._outside.clean()
         return row
 
@@ -201,10 +205,9 @@ class WatchedSteps:
 
         state: the live tensors after it; inputs: those that the watch does not know.
         """
-        try:
-            known = self._of_paths[path]
-        except KeyError:
-            known = self._of_paths[path] = self._build(step, path, watch)
+        known = self._of_paths.get(path.digest)
+        if known is None:
+            known = self._of_paths[path.digest] = self._write(step, path, watch)
             if len(self._of_paths) > MOST_PATHS:  # a path that occurs again then has two programs
                 del self._of_paths[next(iter(self._of_paths))]
         size = sum(t.nbytes for n, t in inputs.items() if n.startswith("batch/"))
@@ -213,12 +216,12 @@ class WatchedSteps:
         if isinstance(known, str):
             return Taken(step, None, None, inputs, nesting, size, {})
         cuts = {}
-        for name, storage in known.built.inputs.items():
+        for name, (storage, bytes_used) in known.inputs.items():
             brought = watch.from_outside(storage)
             if brought is not None and f"batch/{name}" not in inputs:
                 content, cut, rows = brought  # each row is kept once
                 if cut is None and rows == 1:
-                    content = self._beginning(name, content, known.built.program.storages[name].bytes)
+                    content = self._beginning(name, content, bytes_used)
                 inputs[f"input/{name}"] = content if rows == 1 else content.view(rows, -1)
                 if cut is not None:
                     cuts[f"input/{name}"] = cut
@@ -227,7 +230,7 @@ class WatchedSteps:
             if draw or not torch.equal(generator, self._generator):
                 inputs[f"generator/{draw}"] = generator
         self._generator = watch.drawn if watch.drawn is not None else self._generator
-        numbers = known.built.numbers(watch.numbers)
+        numbers = [watch.numbers[place] for place in known.numbers_kept]
         digests = self._digests(step, state)
         return Taken(step, known.number, numbers, inputs, nesting, size, digests, cuts=cuts)
 
@@ -243,16 +246,21 @@ class WatchedSteps:
             known = self._beginnings[name] = content, content[:size]
         return known[1]
 
-    def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
+    def _write(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
+        """Write the program of a new path; return it, or why there is none."""
         try:
             built = build_path(path, watch.numbers)
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return str(error)
-        count = len(self.programs) + 1
-        number = count if self._writer is None else self._writer.program(built.program)
+        self._built = {path: built}  # somebody may ask for it at once
+        program, count = built.program, len(self.programs) + 1
+        self.notices.of_program(step, built)
+        number = count if self._writer is None else self._writer.program(program)
         self.programs.append(number)
-        return WrittenProgram(number, built)
+        inputs = {name: (place, program.storages[name].bytes) for name, place in built.inputs.items()}
+        gradients = frozenset(name for name in program.state_names if name.startswith("gradient/"))
+        return WrittenProgram(number, built.numbers_kept, inputs, gradients)
 
     def _digests(self, step: int, state: dict[str, Tensor]) -> dict[str, str]:
         """Return digests of the state after step 1, 2, 4, 8, ..., except gradients, which may be gone.
@@ -267,10 +275,22 @@ class WatchedSteps:
             return {}
         return {name: digest_of(tensor) for name, tensor in kept.items()}
 
-    def program_of(self, path: Path) -> BuiltPath | str:
-        """Return the program of a path, or why it has none."""
-        known = self._of_paths.get(path, "the steps do something else each time")
-        return known if isinstance(known, str) else known.built
+    def last_program(self) -> BuiltPath | str:
+        """Return the program of the last step, or why it has none."""
+        path, watch = self.last
+        known = self._of_paths[path.digest]
+        if isinstance(known, str):
+            return known
+        if path not in self._built:
+            if len(self._built) >= MOST_PROGRAMS:
+                del self._built[next(iter(self._built))]
+            self._built[path] = build_path(path, watch.numbers)
+        return self._built[path]
+
+    def gradients_used(self) -> Collection[str] | None:
+        """Return the gradients from before the last step that it has used, None if that is unknown."""
+        known = self._of_paths[self.last[0].digest]
+        return None if isinstance(known, str) else known.gradients
 
     def note_changes(
         self,
@@ -302,7 +322,7 @@ class WatchedSteps:
             self._writer.change(step, changed | dict(drawn), gone)
         return next(iter((*changed, *gone)), None) if before else None
 
-    def _exposes(self, tensor: Tensor) -> None:
+    def exposes(self, tensor: Tensor) -> None:
         """Note a tensor as it is before code between two steps may write into its memory."""
         if not is_plain(tensor):
             return
@@ -370,7 +390,8 @@ class WatchedSteps:
         watch = self.under_way.watch if self.under_way is not None else None
         return None if watch is None or watch.is_paused else watch
 
-    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+    def optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+        """Note that an optimizer begins its step, called with arguments or without."""
         if self.under_way is not None and self.around is not None:
             self.around.optimizer_begins(optimizer)
         if (watch := self._watch()) is not None:
@@ -383,7 +404,8 @@ class WatchedSteps:
                 gradients = self._gradients_of(optimizer)
                 watch.optimizers.begins(optimizer, name, has_arguments, gradients)
 
-    def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+    def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that an optimizer is done with its step."""
         if (watch := self._watch()) is not None:
             name = self._optimizer_names.get(id(optimizer))
             if self.gradient_copies is not None:

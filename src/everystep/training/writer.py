@@ -16,6 +16,7 @@ from everystep.recording.contents import Taken
 from everystep.recording.directories import name_of
 from everystep.recording.facts import Facts
 from everystep.recording.recorder import Recorder
+from everystep.step.state import State
 
 __all__ = ["RunWriter", "now"]
 
@@ -24,7 +25,7 @@ FLUSH_SECONDS = 0.2
 #: Steps that are timed, one by one, before the snapshots' interval is chosen.
 TIMED_STEPS = 8
 #: Steps run in stretches of about so many seconds; Ctrl-C takes effect after one.
-STRETCH_SECONDS = 0.02
+STRETCH_SECONDS = 0.1
 
 
 def now() -> datetime:
@@ -67,6 +68,7 @@ class RunWriter:
         self.measured: list[tuple[str, int, Any]] = []
         self.rates: dict[str, float] = {}
         self.step_seconds = math.inf
+        self._waited = self._chosen_for = 0.0
         self._notice = notice
         self._advanced = advanced
         nonfinite = None if earlier is None else earlier.nonfinite_step
@@ -92,12 +94,23 @@ class RunWriter:
     def timed(self, began: float, state: Callable[[], dict[str, Tensor]], count: int = 1) -> None:
         """Note the time of `count` steps that just ran, and choose the snapshots' interval from it.
 
+        It is chosen again once steps take half of the time, since those before had to be learned.
+
         began: when, on the clock; state: returns the live tensors that the training carries.
         """
         self.step_seconds = min(self.step_seconds, (clock.now() - began) / count)
-        if self.has_timed_steps and not self.recorder.has_interval:
+        is_faster = self.step_seconds < self._chosen_for / 2  # the first steps take longest
+        if self.has_timed_steps and (is_faster or not self.recorder.has_interval):
+            self._chosen_for = self.step_seconds
             size = sum(tensor.nbytes for tensor in state().values())
-            self.recorder.choose_interval(self.step_seconds, size)
+            self.recorder.choose_interval(self.step_seconds, size, self._waited)
+
+    def waiting_for(self, snapshot: Callable[[], State]) -> State:
+        """Take a snapshot, and note how long the training waits for it."""
+        began = clock.worked()
+        state = snapshot()
+        self._waited = clock.worked() - began
+        return state
 
     def next_stop(self, last: int, *, one_by_one: bool, every: int | None = None) -> int:
         """Return the step up to which steps may run without a look at signals and snapshots.

@@ -1,4 +1,4 @@
-"""Against strangers in the browser: hostile names, other pages, other hosts, and no token."""
+"""Against strangers in the browser: hostile names, and other pages; test_guard.py has the requests."""
 
 import re
 import shutil
@@ -57,23 +57,6 @@ def test_a_saved_view_keeps_them_text(hostile, visit, open_page, tmp_path):
     expect(alone.locator(".opened .step h2")).to_have_text("Step 1 of 500")
     expect(alone.locator("h1")).to_contain_text(hostile)
     assert alone.locator("img").count() == 0
-
-
-def test_without_the_token_there_is_a_page_that_says_so(shared, open_page):
-    page = open_page(expected=["403"])
-    for path in ("/", "/runs/chapter", "/?token=" + "0" * 40, "/api/runs"):
-        answer = page.goto(shared.origin + path)
-        assert answer.status == 403
-        expect(page.locator("body")).to_contain_text("the address that everystep view prints")
-        expect(page.locator("body")).not_to_contain_text("chapter")
-
-
-def test_another_name_for_this_machine_is_refused(shared, open_page):
-    # Browsers find every name under localhost here, as a rebound name of a stranger would be.
-    page = open_page(expected=["403"])
-    answer = page.goto(at(shared, "/").replace("127.0.0.1", "attacker.localhost"))
-    assert answer.status == 403
-    expect(page.locator("body")).to_contain_text("This server is not attacker.localhost")
 
 
 def test_through_a_forwarded_port_the_printed_address_works(shared, open_page):
