@@ -94,16 +94,28 @@ class _Text(nn.Module):
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.characters(x) + self.places(torch.arange(x.shape[1], device=x.device))
-        return self.head(self.layers(h, mask=self.mask, is_causal=True))  # type: ignore[no-any-return]
+        length = x.shape[1]
+        h = self.characters(x) + self.places(torch.arange(length, device=x.device))
+        mask = self.get_buffer("mask")[:length, :length]
+        return self.head(self.layers(h, mask=mask, is_causal=True))  # type: ignore[no-any-return]
 
 
 def text() -> Loop:
     """A small GPT (4 layers, 128 wide, 64 long), on 12 windows of a text, drawn within the step."""
-    length, characters = 64, torch.randint(0, 65, (10_000,))
-    model = _Text(65, 128, length)
+    return _of_text(150, 64)
+
+
+def lengths() -> Loop:
+    """The small GPT, on 12 windows of one of 57 lengths, drawn within the step."""
+    return _of_text(600, 8)
+
+
+def _of_text(steps: int, shortest: int) -> Loop:
+    longest, characters = 64, torch.randint(0, 65, (10_000,))
+    model = _Text(65, 128, longest)
 
     def draws() -> tuple[Tensor, Tensor]:
+        length = int(torch.randint(shortest, longest + 1, ()))
         starts = torch.randint(len(characters) - length - 1, (12,))
         pairs = [(characters[i : i + length], characters[i + 1 : i + 1 + length]) for i in starts]
         x, y = zip(*pairs, strict=True)
@@ -113,7 +125,7 @@ def text() -> Loop:
         return functional.cross_entropy(prediction.flatten(0, 1), target.flatten())
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    return Loop(model, optimizer, draws(), loss, 150, draws)
+    return Loop(model, optimizer, draws(), loss, steps, draws)
 
 
 class _Block(nn.Module):
@@ -155,7 +167,7 @@ def main() -> None:
     rounds = asked.rounds
     print("| | steps | plain, ms a step | recorded | ratio |")
     print("| --- | --: | --: | --: | --: |")
-    for make in (chapter, digits, text, transformer, resnet):
+    for make in (chapter, digits, text, lengths, transformer, resnet):
         _print_row(make, asked.device, rounds)
     print("\n| | steps | plain, s | model and loss, s | ratio |")
     print("| --- | --: | --: | --: | --: |")
