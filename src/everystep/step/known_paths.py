@@ -19,8 +19,8 @@ from everystep.step.torchs_own import handles, has_hooks_on_node
 
 __all__ = ["KnownPaths"]
 
-#: Entries that are remembered, about 1.6 kB each: a loop of steps that all differ would fill the memory.
-_MOST_ENTRIES = 150_000
+#: Entries that are remembered, about 2.5 kB each: a loop of steps that all differ would fill the memory.
+_MOST_ENTRIES = 100_000
 
 
 class KnownPaths:
