@@ -189,6 +189,9 @@ class Tagged(torch.Tensor):
 def test_data_that_is_read_in_odd_ways_is_recorded(read):
     torch.manual_seed(0)
     data, model = torch.randn(200, 9), nn.Linear(9, 1)
-    loss_of = lambda model, t: model(read(data, t)).square().mean()  # noqa: E731
+
+    def loss_of(model, t):
+        return model(read(data, t)).square().mean()
+
     run = looped(model, range(20), loss_of, optimizer=None)
     assert run.verify(processes=1, progress=False).is_exact

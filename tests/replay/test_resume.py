@@ -530,7 +530,10 @@ def test_schedulers_that_share_their_last_rate_go_on(dying):
         warm, late = lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 3)
         scheduler = lr_scheduler.SequentialLR(optimizer, [warm, late], [3])
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        loss_of = lambda x, y: functional.mse_loss(model(x), y)  # noqa: E731
+
+        def loss_of(x, y):
+            return functional.mse_loss(model(x), y)
+
         descending(record, optimizer, loss_of, scheduler.step, **parts)
         return [*model.parameters(), torch.tensor(scheduler.get_last_lr())]
 
@@ -987,7 +990,10 @@ def test_two_optimizers_may_have_one_list_of_param_groups(is_code, dying):
         model = nn.Linear(6, 1)
         base = torch.optim.Adam(model.parameters(), betas=(0.8, 0.9))
         optimizer = Around(base)
-        after = lambda: setattr(optimizer, "closure", model.zero_grad if is_code else None)  # noqa: E731
+
+        def after():
+            optimizer.closure = model.zero_grad if is_code else None
+
         parts = {"model": model, "optimizer": optimizer, "base": base}
         descending(record, optimizer, lambda x, y: functional.mse_loss(model(x), y), after, **parts)
         return [value.detach() for value in model.state_dict().values()]
@@ -1245,7 +1251,10 @@ def test_an_optimizer_with_an_infinite_setting_is_the_same_again(dying):
         model = nn.Linear(6, 1)
         optimizer = Prodigy(model.parameters())
         assert optimizer.param_groups[0]["growth_rate"] == float("inf")
-        loss_of = lambda x, y: functional.mse_loss(model(x), y)  # noqa: E731
+
+        def loss_of(x, y):
+            return functional.mse_loss(model(x), y)
+
         descending(record, optimizer, loss_of, model=model, optimizer=optimizer)
         return model.weight.detach()
 

@@ -516,8 +516,10 @@ def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
             with torch.no_grad():
                 model[0].weight.add_(average, alpha=1e-3)
     said = capsys.readouterr().err
-    told = re.findall(r"changes a tensor \(8, 4\) of torch.float32 \((.*):\d+\) that is not among", said)
-    assert [Path(file).name for file in told] == ["test_record.py"]
+    files = re.findall(
+        r"changes a tensor \(8, 4\) of torch.float32 \((.*):\d+\) that is not among", said
+    )
+    assert [Path(file).name for file in files] == ["test_record.py"]
     assert recording.run.verify(processes=1, progress=False).is_exact
 
 

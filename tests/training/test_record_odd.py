@@ -149,7 +149,10 @@ def test_a_step_without_a_program_is_a_problem_and_not_the_end_of_verifying(tmp_
 
 def test_steps_that_cannot_be_replayed_do_not_count_as_verified(tmp_path, everystep_command):
     given = [(torch.full((8, 6), float(n)), n) for n in range(1, 31)]
-    loss_of = lambda model, batch: model(batch[0]).sum()  # noqa: E731
+
+    def loss_of(model, batch):
+        return model(batch[0]).sum()
+
     looped(network(), given, loss_of, run=tmp_path / "run", optimizer=None)
     file = tmp_path / "run/batches/1.bin"
     content = bytearray(file.read_bytes())
@@ -191,7 +194,10 @@ def test_a_compiled_module_that_is_called_is_refused(tmp_path):
 def test_a_compiled_function_is_said(is_whole, capsys):
     compiled = torch.compile(functional.mse_loss, backend="eager", fullgraph=is_whole)
     compiled(*batches()[0][:1] * 2)
-    loss_of = lambda model, batch: compiled(model(batch[0]), batch[1])  # noqa: E731
+
+    def loss_of(model, batch):
+        return compiled(model(batch[0]), batch[1])
+
     run = looped(network(), batches(), loss_of, optimizer=None)
     assert capsys.readouterr().err.count("calls a torch.compile function") == 1
     assert run.verify(processes=1, progress=False).is_exact

@@ -72,7 +72,10 @@ def test_strings_and_complex_numbers_of_a_batch():
         "about": {"epoch": 3, "words": [f"word {n}" for n in range(100)]},
         "long": "z" * 999,
     }
-    loss_of = lambda model, each: model(each["x"]).sum()  # noqa: E731
+
+    def loss_of(model, each):
+        return model(each["x"]).sum()
+
     run = looped(nn.Linear(4, 3), [batch], loss_of, run="./run", optimizer=None)
     text = text_of(run, 1, width=80)
     assert "\n  text         'a\\x1b[2J', 'b' (2)\n" in text

@@ -28,7 +28,7 @@ class KnownPaths:
 
     tensors: of the step in progress; views: which of them move; calls: of optimizers; size: how many
     entries there are; has_ranks: whether several processes train; partly_read: memory from outside, by
-    its bytes and dtype, of which steps overwrite a part alone before they read all.
+    its bytes and dtype, that steps overwrite in part before they read all of it.
     """
 
     def __init__(self) -> None:

@@ -73,6 +73,7 @@ class WatchedSteps:
     """
 
     last: tuple[Path, AnyWatch]
+    _newest: tuple[Path, BuiltPath]
 
     def __init__(self, parts: Parts, writer: Recorder | None) -> None:
         self.parts = parts
@@ -85,7 +86,8 @@ class WatchedSteps:
         self.programs: list[int] = []
         #: The program of each path, by its digest, or why it has none.
         self._of_paths: dict[bytes, WrittenProgram | str] = {}
-        self._built: dict[Path, BuiltPath] = {}
+        #: Programs that somebody has asked for.
+        self._asked: dict[Path, BuiltPath] = {}
         #: Memory from outside, by the name of its input, and as much of it as a program uses.
         self._beginnings: dict[str, tuple[Tensor, Tensor]] = {}
         #: The random generator as the last row left it.
@@ -253,7 +255,7 @@ class WatchedSteps:
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return str(error)
-        self._built = {path: built}  # somebody may ask for it at once
+        self._newest = path, built
         program, count = built.program, len(self.programs) + 1
         self.notices.of_program(step, built)
         number = count if self._writer is None else self._writer.program(program)
@@ -281,11 +283,12 @@ class WatchedSteps:
         known = self._of_paths[path.digest]
         if isinstance(known, str):
             return known
-        if path not in self._built:
-            if len(self._built) >= MOST_PROGRAMS:
-                del self._built[next(iter(self._built))]
-            self._built[path] = build_path(path, watch.numbers)
-        return self._built[path]
+        if path not in self._asked:
+            if len(self._asked) >= MOST_PROGRAMS:
+                del self._asked[next(iter(self._asked))]
+            newest, built = self._newest
+            self._asked[path] = built if newest == path else build_path(path, watch.numbers)
+        return self._asked[path]
 
     def gradients_used(self) -> Collection[str] | None:
         """Return the gradients from before the last step that it has used, None if that is unknown."""
