@@ -162,7 +162,8 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ({"a": [1, 2], "y": [1, 2]}, {"validation": 0.1}, "both need at least one row"),
         ({"a": [None, None], "y": [1, 2]}, {"missing": "mean"}, "has no values"),
         ({"a": [None, 1], "y": [1, None]}, {"missing": "drop"}, "every row has a missing value"),
-        ({"a;b;y": ["1;2;3"]}, {}, "separator = ';'"),
+        ({"a;b;y": ["1;2;3"]}, {}, "has one column, 'a;b;y'; .*set data.separator = \";\""),
+        ({"a;y": ["1,5;2"]}, {}, 'set data.separator = ";"'),
         ({"age": [1], "y": [1]}, {"target": "aeg"}, "did you mean age. the columns are age, y"),
         (
             {f"c{n}": [1] for n in range(30)},
@@ -199,6 +200,13 @@ def test_a_table_that_is_not_utf8_is_refused(content, line, tmp_path):
     ):
         made = experiment({"source": "table", "path": str(tmp_path / "t.csv"), "target": "y"})
         make_data(made, "classes")
+
+
+def test_a_row_with_more_values_than_columns_is_named(tmp_path):
+    (tmp_path / "t.csv").write_text('a,y\n1,2\n"3,5",4\n5,6,7\n')
+    with pytest.raises(DataError, match=r"row 2 .* more values than the heading has columns \(2\)"):
+        made = experiment({"source": "table", "path": str(tmp_path / "t.csv"), "target": "y"})
+        make_data(made, "values")
 
 
 def test_a_table_that_is_cut_within_quotes_is_refused(tmp_path):

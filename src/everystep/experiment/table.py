@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -47,7 +50,6 @@ _SCANNED: dict[str, Callable[[Path], pl.LazyFrame]] = {
 _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
 #: Types are inferred from the whole file: a word in the last row must not be a surprise.
 _AS_TEXT: dict[str, Any] = {"null_values": _MISSING_WORDS, "infer_schema_length": None}
-_HEADING: dict[str, Any] = {"has_header": False, "n_rows": 1, "infer_schema": False}
 #: Bytes of a text that are checked at once, and of columns that are read together.
 _PIECE, _COLUMNS = 64_000_000, 200_000_000
 
@@ -125,8 +127,8 @@ def table_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def read_errors(path: Path | str) -> Iterator[None]:
-    """Report what polars cannot read."""
+def read_errors(path: Path | str, separator: str | None = None) -> Iterator[None]:
+    """Report what polars cannot read. separator: of the values of a text."""
     try:
         yield
     except DataError:  # which is more precise
@@ -134,7 +136,8 @@ def read_errors(path: Path | str) -> Iterator[None]:
     except pl.exceptions.NoDataError:
         raise DataError(f"{path} has no rows") from None
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
-        reason = shorten(str(error).strip().partition("\n")[0], 300)
+        reason = None if separator is None else _long_row(Path(path), separator)
+        reason = reason or shorten(str(error).strip().partition("\n")[0], 300)
         kind = Path(path).suffix[1:] or "a table"
         raise DataError(f"{path} cannot be read as {kind}: {reason}") from None
 
@@ -142,9 +145,9 @@ def read_errors(path: Path | str) -> Iterator[None]:
 def _frame_of(path: Path, separator: str | None, *, in_memory: bool) -> tuple[pl.LazyFrame, list[str]]:
     """Return the table of a file, and the names of its columns."""
     kind = path.suffix.lower()
-    with read_errors(path):
-        if kind in _TEXT:
-            separator = separator or _TEXT[kind]
+    separator = separator or _TEXT.get(kind)
+    with read_errors(path, separator):
+        if kind in _TEXT and separator is not None:
             _check_text(path, separator)
             frame = pl.scan_csv(path, separator=separator, glob=False, **_AS_TEXT)
             frame = frame.rename({name: name.strip() for name in frame.collect_schema().names()})
@@ -171,8 +174,13 @@ def _check_text(path: Path, separator: str) -> None:
         raise DataError(f'{path}: a quotation mark (") is not closed; the file may be cut off')
     if wrong:
         raise DataError(f"{path} is not UTF-8 text ({wrong}); save it as UTF-8")
-    heading = pl.read_csv(path, separator=separator, glob=False, **_AS_TEXT | _HEADING)
-    names = Counter((name or "").strip() for name in heading.row(0))
+    names = Counter(name.strip() for name in next(_rows(path, separator), []))
+    others = [each for each in ";\t|," if each != separator and any(each in name for name in names)]
+    if len(names) == 1 and others:
+        raise DataError(
+            f"{path.name} has one column, {next(iter(names))!r:.80}; if {others[0]!r} separates its "
+            f"values, set data.separator = {json.dumps(others[0])}"
+        )
     faults = [
         Fault("", f"{path.name} has {count} columns named {name!r}; give each its own name")
         for name, count in names.items()
@@ -180,6 +188,24 @@ def _check_text(path: Path, separator: str) -> None:
     ]
     if faults:
         raise DataError(faults)
+
+
+def _rows(path: Path, separator: str) -> Iterator[list[str]]:
+    with open_regular(path) as file, TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        yield from csv.reader(text, delimiter=separator)
+
+
+def _long_row(path: Path, separator: str) -> str | None:
+    """Return in words which row of a text is the first with more values than the heading, if one is."""
+    rows = _rows(path, separator)
+    columns = len(next(rows, []))
+    longer = (number for number, row in enumerate(rows) if len(row) > columns)
+    if (number := next(longer, None)) is None:
+        return None
+    return (
+        f"row {number} (counted from 0) has more values than the heading has columns ({columns}); quote "
+        f"values that contain {separator!r}, and leave out lines that are not rows"
+    )
 
 
 def _first_wrong_byte(content: bytes) -> int | None:
@@ -217,10 +243,6 @@ def choose_columns(
         for (key, name), count in Counter(named).items()
         if count > 1
     ]
-    heading = columns.names[0] if len(columns.names) == 1 else ""
-    if faults and (separator := next((sign for sign in ";\t|," if sign in heading), "")):
-        problem = f"the file seems to use the separator {separator!r}; set separator = {separator!r}"
-        faults.append(Fault("data.separator", problem))
     if faults:
         raise DataError(faults)
     if not features:
