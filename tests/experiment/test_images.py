@@ -80,16 +80,18 @@ def test_images_are_decoded_once_and_again_only_if_one_has_changed(folder, monke
 
 def test_all_faults_of_images_are_reported_at_once(folder, monkeypatch):
     (folder / "cat/b.png").write_bytes(b"no image")
+    Image.new("I;16", (5, 6), 40_000).save(folder / "dog/x.png")
     Image.new("RGB", (9, 9)).save(folder / "dog/y.png")
     (folder / "owl/1.png").write_bytes((folder / "owl/1.png").read_bytes()[:-60])
     with pytest.raises(everystep.DataError) as caught:
         trained("run")
     found = [str(each) for each in caught.value.faults]
     assert found[0] == "cat/b.png: cannot be read: it is not an image, or of another format"
-    assert found[1] == (
+    assert found[1].startswith("dog/x.png: cannot be read: its pixels have more than 8 bits; save it")
+    assert found[2] == (
         "dog/y.png: has 9 x 9 pixels, but cat/a.jpg has 6 x 5; set data.size = [height, width]"
     )
-    assert found[2].startswith("owl/1.png: cannot be read: ") and len(found) == 3
+    assert found[3].startswith("owl/1.png: cannot be read: ") and len(found) == 4
     with pytest.raises(everystep.DataError, match="images have classes; use a classification loss"):
         trained("run", loss="MSELoss")
     (folder / "ant").mkdir()

@@ -104,6 +104,8 @@ def _pixels(file: Path, data: ImagesData) -> np.ndarray:
             opened = Image.open(content, formats=_FORMATS)
         except UnidentifiedImageError:
             raise ValueError("it is not an image, or of another format") from None
+        if opened.mode[0] in "IF":  # Pillow would cut every value above 255
+            raise ValueError("its pixels have more than 8 bits; save it with 8 bits a channel")
         image = opened.convert("L" if data.grayscale else "RGB")
         if data.size is not None:
             height, width = data.size
