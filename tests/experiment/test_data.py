@@ -238,6 +238,11 @@ def test_words_and_classes_never_seen_in_training_are_an_error():
 def test_a_file_that_is_missing_or_no_table_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.csv does not exist"):
         make_data(experiment({"source": "table", "path": "nowhere.csv", "target": "y"}), "values")
+    frame = pl.DataFrame({"a": [1, 2], "y": [b"u", b"v"]})
+    frame.write_parquet(tmp_path / "bytes.parquet")
+    with pytest.raises(DataError, match="'y' is Binary, neither numbers nor text"):
+        made = experiment({"source": "table", "path": "bytes.parquet", "target": "y"})
+        make_data(made, "classes")
     (tmp_path / "t.parquet").write_text("no parquet")
     with pytest.raises(DataError, match="cannot be read as parquet"):
         make_data(experiment({"source": "table", "path": "t.parquet", "target": "y"}), "values")

@@ -348,7 +348,7 @@ def _read(data: ArrayData) -> tuple[SourceArray, SourceArray]:
 def _content(path: Path) -> Any:
     match path.suffix:
         case ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.lib.format.open_memmap(path, mode="r")
         case ".npz":
             return dict(np.load(path, allow_pickle=False))
         case _:

@@ -47,6 +47,7 @@ _SCANNED: dict[str, Callable[[Path], pl.LazyFrame]] = {
     ".parquet": scan_parquet,
     **dict.fromkeys((".arrow", ".feather", ".ipc"), _scan_ipc),
 }
+_WORDS = (pl.String, pl.Categorical, pl.Enum)
 _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
 #: Types are inferred from the whole file: a word in the last row must not be a surprise.
 _AS_TEXT: dict[str, Any] = {"null_values": _MISSING_WORDS, "infer_schema_length": None}
@@ -303,12 +304,14 @@ def _target_problem(
         return f'is missing in {absent} of {len(column)} rows; set data.missing = "drop" to drop them'
     if column.dtype.is_float() and column.is_infinite().any():
         return "has infinite values"
-    if classes:
+    if classes and (is_numeric(column) or column.dtype in _WORDS):
         return ""
     if is_numeric(column):
         return _too_large(columns, name)
     if _is_date(column):
         return f"contains {_dates_text(column)}"
+    if column.dtype not in _WORDS:
+        return f"is {column.dtype}, neither numbers nor text"
     if count == 1 and column.drop_nulls().n_unique() == 2:  # yes or no
         return ""
     return (
@@ -334,7 +337,7 @@ def _feature_problem(columns: TableColumns, name: str, data: TableData) -> str:
         return _too_large(columns, name)
     if _is_date(column):
         return f"contains {_dates_text(column)}, or leave the column out of data.features"
-    if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+    if column.dtype not in _WORDS:
         return f"is {column.dtype}, neither numbers nor text; leave it out of data.features"
     return _slip(columns, name)
 
