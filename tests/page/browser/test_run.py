@@ -32,6 +32,23 @@ def test_what_a_run_is_in_the_chapters_order(visit, recorded):
     expect_step(page, 500)
 
 
+def test_forks_appear_once_the_other_runs_are_read(visit):
+    page = visit("/")
+    left = [3, 1]
+
+    def answer(route):
+        about = route.fetch().json()
+        hidden = {"forks": [], "unread": left.pop(0)} if left else {}
+        route.fulfill(json=about | hidden)
+
+    page.route("**/api/runs/chapter", answer)
+    row(page, "chapter").get_by_role("link", name="chapter", exact=True).click()
+    expect(page.get_by_text("3 runs are not read yet")).to_be_visible()
+    expect(page.get_by_text("forked at 137:")).to_be_visible()
+    expect(page.get_by_text("not read yet")).to_be_hidden()
+    page.unroute("**/api/runs/chapter")
+
+
 def test_keys_step_jump_and_leave_and_back_works(visit):
     page = visit("/runs/chapter")
     plot(page)

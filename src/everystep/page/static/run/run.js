@@ -200,13 +200,28 @@ class RunView {
   }
 
   #drawAbout() {
-    const { facts, brief, family, note } = this.parts;
+    const { facts, brief, note } = this.parts;
     facts.replaceChildren(brief, factsList(this.about));
     brief.textContent = factsBrief(this.about);
-    family.replaceChildren(...[...ranksSwitch(this.about), ...lineage(this.about)].flatMap((part) => [part, " "]));
+    this.#drawFamily();
     note.update(this.about);
     this.#drawLandmarks();
     this.#drawState();
+  }
+
+  #drawFamily() {
+    const { about } = this;
+    this.parts.family.replaceChildren(...[...ranksSwitch(about), ...lineage(about)].flatMap((part) => [part, " "]));
+    if (about.unread) setTimeout(() => this.#askForForks(about), 1000);
+  }
+
+  // The server reads other runs some at a time, and forks may be among them.
+  async #askForForks(about) {
+    if (this.#isClosed || about !== this.about) return;
+    const { forks, unread } = await ask(addressOf(this.name)).catch(() => about);
+    if (this.#isClosed || about !== this.about) return;
+    Object.assign(about, { forks, unread });
+    this.#drawFamily();
   }
 
   #drawLandmarks() {
