@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import suppress
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from everystep.errors import ProgramError
+from everystep.program import memory
 from everystep.program.bound import BoundProgram
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Interpreter
@@ -36,11 +38,11 @@ def program(small, make_trainee, program_of):
 def bound(program):
     """Return a program on memory of zeros."""
     interpreter = Interpreter(program, CPU)
-    memory = {
+    given = {
         name: interpreter.fresh(name) for kind in ("state", "input") for name in program.of_kind(kind)
     }
-    state = {n: tensor_on(memory[spec.storage], spec) for n, spec in interpreter.state.items()}
-    inputs = {n: torch.zeros(memory[n].nbytes(), dtype=torch.uint8) for n in program.of_kind("input")}
+    state = {n: tensor_on(given[spec.storage], spec) for n, spec in interpreter.state.items()}
+    inputs = {n: torch.zeros(given[n].nbytes(), dtype=torch.uint8) for n in program.of_kind("input")}
     return BoundProgram(program, state, inputs, [], CPU)
 
 
@@ -162,12 +164,22 @@ def test_a_program_with_something_changed_is_read_and_runs_or_fails_by_name(tiny
     place[way[-1]] = data.draw(st.sampled_from(others) | JSON)
     try:
         program = Program.from_json(json.dumps(mutated))
-        live = bound(program)
+        with patch.object(memory, "free_memory", return_value=0):  # of this machine, others need some
+            live = bound(program)
     except ProgramError:
         return
     # What only the numbers or dtypes show is the kernel's to refuse.
     with without_autograd(), suppress(RuntimeError, IndexError, ValueError, TypeError):
         live.run()
+
+
+@pytest.mark.parametrize("storage", ["mul", "w"])
+def test_a_program_that_needs_more_memory_than_is_free_is_refused(tiny, storage, monkeypatch):
+    huge = copy.deepcopy(tiny)
+    huge["storages"][storage]["bytes"] = 40_000_000_000
+    monkeypatch.setattr(memory, "free_memory", lambda: 15_200_000_000)
+    with pytest.raises(ProgramError, match=r"needs 40\.0 GB of memory, but only 15\.2 GB are free"):
+        bound(Program.from_json(json.dumps(huge)))
 
 
 def place_of(data, way):

@@ -21,6 +21,7 @@ from everystep.errors import ProgramError
 from everystep.program.arguments import decode
 from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
 from everystep.program.memory import (
+    check_memory,
     copy_into,
     geometry,
     plan_memory,
@@ -266,6 +267,7 @@ def _temporary(program: Program, device: torch.device, steady: Collection[int]) 
     kept = shown_storages(program) | program.storages_of(made)
     alone = {name for name in names if name in kept or program.storages[name].host}
     offsets, size = plan_memory(program, [name for name in names if name not in alone])
+    check_memory(size + sum(program.storages[name].bytes for name in alone), device)
     shared = _empty(size, device)
     own = _memory_of(program, alone, device)
     return own | {name: _Anchor(shared, start) for name, start in offsets.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
 from everystep.program.calls import ASK_FOR_GRADIENTS
-from everystep.program.memory import copy_into, lies_as, over_after, tensor_on
+from everystep.program.memory import check_memory, copy_into, lies_as, over_after, tensor_on
 from everystep.program.number_slots import READ, Number, read_difference, slots_of
 from everystep.program.operation import Operation
 from everystep.program.operators import REFUSALS, draws_random_numbers, flattened
@@ -39,10 +39,12 @@ class Interpreter:
     state, inputs: the tensors that must exist before the step, by name.
 
     Raises:
-        ProgramError: an argument is not of a kind that a program holds.
+        ProgramError: an argument is not of a kind that a program holds, or there is not enough memory.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
+        made = program.of_kind("temporary")
+        check_memory(max([program.storages[name].bytes for name in made], default=0), device)
         self.program = program
         self._device = device
         self._calls = [_Instruction(operation) for operation in program.operations]
@@ -200,10 +202,14 @@ class Interpreter:
         return found
 
     def fresh(self, storage: str) -> torch.UntypedStorage:
-        """Return memory of zeros for a storage of the program."""
-        return torch.zeros(
-            self.program.storages[storage].bytes, dtype=torch.uint8, device=self.place_of(storage)
-        ).untyped_storage()
+        """Return memory of zeros for a storage of the program.
+
+        Raises:
+            ProgramError: there is not enough.
+        """
+        size, device = self.program.storages[storage].bytes, self.place_of(storage)
+        check_memory(size, device)
+        return torch.zeros(size, dtype=torch.uint8, device=device).untyped_storage()
 
     def place_of(self, storage: str) -> torch.device:
         """Return the device that a storage of the program is on."""

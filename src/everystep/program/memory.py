@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.bounded import free_memory
 from everystep.errors import ProgramError
 from everystep.program.operation import Conjugated, TensorSpec
 from everystep.program.step_program import Program
 
 __all__ = [
     "ALIGNMENT",
+    "check_memory",
     "copied_together",
     "copy_in_file",
     "copy_into",
@@ -36,6 +38,22 @@ __all__ = [
 
 #: As torch aligns its own tensors, so that kernels take the same path.
 ALIGNMENT = 64
+#: Bytes from which on memory is checked before it is allocated.
+_LARGE = 1_000_000_000
+
+
+def check_memory(size: int, device: torch.device) -> None:
+    """Check that a program can have so many bytes more.
+
+    The system would grant them, and end the process once it uses them.
+
+    Raises:
+        ProgramError: it cannot.
+    """
+    if size >= _LARGE and device.type == "cpu" and size > (free := free_memory()):
+        raise ProgramError(
+            f"the program needs {size / 1e9:,.1f} GB of memory, but only {free / 1e9:,.1f} GB are free"
+        )
 
 
 class _Life(NamedTuple):
