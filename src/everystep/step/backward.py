@@ -153,10 +153,13 @@ class BackwardPasses:
     def run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass; see `torch.autograd._engine_run_backward`."""
         cursor, copies = self._cursor, self._cursor.gradient_copies
+        has_copies = copies is not None and not cursor.is_paused
+        if not self._has_ranks and not has_copies:
+            return self._run(outputs, args, kwargs)
         with ExitStack() as around:
             if self._has_ranks:  # torch exchanges gradients after the last node
                 around.enter_context(cursor.follower.during("backward"))
-            if copies is not None and not cursor.is_paused:
+            if copies is not None and has_copies:
                 around.enter_context(copies.around_backward(kwargs.get("accumulate_grad", True)))
             return self._run(outputs, args, kwargs)
 

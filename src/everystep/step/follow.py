@@ -69,6 +69,29 @@ def scripted_fault(name: str, module: nn.Module) -> Fault | None:
     )
 
 
+def _check_watchable(module: nn.Module) -> None:
+    """Check a module that is called in a recorded loop.
+
+    Raises:
+        UsageError: it cannot be watched.
+    """
+    if is_compiled(module):
+        raise UsageError(
+            f"{type(module).__name__} is compiled (torch.compile); torch would run it uncompiled while "
+            "everystep watches, with different results; use the uncompiled module in the loop"
+        )
+    if getattr(module, "_comm_hooks", None):  # of DistributedDataParallel
+        raise UsageError(
+            f"{type(module).__name__} has a hook that exchanges gradients (register_comm_hook); it "
+            "runs in threads of torch's, which everystep cannot watch; record the loop without it"
+        )
+    if getattr(getattr(module, "_join_config", None), "enable", False):
+        raise UsageError(
+            f"{type(module).__name__} is trained within join(), where a process without batches "
+            "takes part outside of steps, so they cannot be replayed; give each as many batches"
+        )
+
+
 class Listener(Protocol):
     """What a follower reports to."""
 
@@ -107,6 +130,8 @@ class Follower:
         self.is_torchs = is_torchs
         self.watch: Any = None
         self._thread = get_ident()
+        #: Classes of modules that were found to be watchable.
+        self._ordinary: set[type] = set()
         self._open: list[str | None] = []
         #: The optimizers that run, each with the file of its step, if that has a closure.
         self._updating: list[tuple[str | None, str | None]] = []
@@ -193,39 +218,31 @@ class Follower:
         """Note that a module begins.
 
         Raises:
-            UsageError: it is compiled.
+            UsageError: it cannot be watched.
         """
-        if is_compiled(module):
-            raise UsageError(
-                f"{type(module).__name__} is compiled (torch.compile); torch would run it "
-                "uncompiled while everystep watches, with different results; use the uncompiled "
-                "module in the loop"
-            )
-        if getattr(module, "_comm_hooks", None):  # of DistributedDataParallel
-            raise UsageError(
-                f"{type(module).__name__} has a hook that exchanges gradients (register_comm_hook); it "
-                "runs in threads of torch's, which everystep cannot watch; record the loop without it"
-            )
-        if getattr(getattr(module, "_join_config", None), "enable", False):
-            raise UsageError(
-                f"{type(module).__name__} is trained within join(), where a process without batches "
-                "takes part outside of steps, so they cannot be replayed; give each as many batches"
-            )
+        if type(module) not in self._ordinary or module._compiled_call_impl is not None:
+            _check_watchable(module)
+            if not hasattr(type(module), "join_hook"):  # what a wrapper does may change
+                self._ordinary.add(type(module))
         # A module that is not a part, such as a loss, belongs to the module around it.
         around = self._open[-1] if self._open else None
-        self._open.append(self.modules.get(id(module), around))
-        self._moved()
+        path = self.modules.get(id(module), around)
+        self._open.append(path)
+        if path is not around:
+            self._moved()
 
     def closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Note that a module is done."""
         if not self._open:
             return
         path = self._open.pop()
-        self._moved()
-        is_seen = path and self.watch is not None and not self.watch.is_paused
+        if path is not (self._open[-1] if self._open else None):
+            self._moved()
+        watch = self.watch
+        is_seen = path and watch is not None and not watch.is_paused
         if is_seen and id(module) in self.modules and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
-            self.watch.module_done(path, [given] if type(given) is Tensor else leaves(given))
+            watch.module_done(path, [given] if type(given) is Tensor else leaves(given))
 
     def update_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         """Note that an optimizer begins its step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,13 +32,13 @@ class Generators:
     def capture(cls, device: torch.device, *, is_quick: bool = False) -> Generators:
         """Read all of them, without drawing.
 
-        is_quick: read NumPy's again only if its words have changed; it may miss a `set_state` that
-            changes nothing but the second of two normal numbers.
+        is_quick: read Python's and NumPy's again only if their words have changed; it may miss a
+            `set_state` that changes nothing but the second of two normal numbers.
         """
         return cls(
             torch_cpu=torch.get_rng_state(),
             torch_device=_device_generator_state(device),
-            python=random.getstate(),
+            python=_python_state() if is_quick else random.getstate(),
             numpy=_numpy_state() if is_quick else np.random.get_state(),  # type: ignore[arg-type]
         )
 
@@ -111,6 +112,27 @@ def generators_preserved(device: torch.device) -> Iterator[None]:
         before.restore(device)
 
 
+#: Python's generator: the memory of its state, and the state that was read from it.
+_python: tuple[bytes, Any] = b"", None
+
+
+def _python_state() -> Any:
+    """Return the state of Python's generator.
+
+    Python makes a number of each of its 624 words, so it is asked only if they have changed, or if it
+    keeps the second of two normal numbers, which is not among them.
+    """
+    global _python
+    if not _PYTHON_PLACE:
+        return random.getstate()
+    words = ctypes.string_at(_PYTHON_PLACE, _STATE_BYTES)
+    known, state = _python
+    if words != known or state[2] is not None:
+        state = random.getstate()
+        _python = words, state
+    return state
+
+
 #: NumPy's generator: the memory of its state, and the state that was read from it.
 _numpy: tuple[bytes, Any] = b"", None
 
@@ -125,7 +147,7 @@ def _numpy_state() -> Any:
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return np.random.get_state()
-    words = ctypes.string_at(generator.ctypes.state_address, _NUMPY_BYTES)
+    words = ctypes.string_at(generator.ctypes.state_address, _STATE_BYTES)
     known, state = _numpy
     if words != known or state[3]:
         state = np.random.get_state()
@@ -133,8 +155,22 @@ def _numpy_state() -> Any:
     return state
 
 
-#: Of NumPy's `mt19937_state`: 624 words, and the position of the next.
-_NUMPY_BYTES = 624 * 4 + 4
+#: 624 words and the position of the next: in NumPy's `mt19937_state` after them, in Python's before.
+_STATE_BYTES = 624 * 4 + 4
+
+
+def _python_place() -> int:
+    """Return where the words of Python's generator lie, 0 if not where CPython has them."""
+    generator = random.getstate.__self__  # type: ignore[attr-defined]
+    head = object.__basicsize__
+    if sys.implementation.name != "cpython" or generator.__sizeof__() < head + _STATE_BYTES:
+        return 0
+    place = id(generator) + head
+    position, *words = np.frombuffer(ctypes.string_at(place, _STATE_BYTES), dtype=np.uint32).tolist()
+    return place if (*words, position) == random.getstate()[1] else 0
+
+
+_PYTHON_PLACE = _python_place()
 
 
 def _device_generator_state(device: torch.device) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import GeneratorType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -371,6 +372,8 @@ def _has_state(loader: Any) -> bool:
 
 def _own_generators(loader: Any) -> dict[str, torch.Generator]:
     """Return the generators of a loader and of its samplers, by name."""
+    if type(loader) is GeneratorType:
+        return {}
     sampler = getattr(loader, "sampler", None)
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = {
