@@ -203,6 +203,12 @@ NETWORKS = {
         lambda: (torch.randn(N, 6), torch.rand(N, 3)),
         nn.BCEWithLogitsLoss(),
     ),
+    "soft labels": (lambda: nn.Linear(6, 3), _columns, nn.CrossEntropyLoss()),
+    "divergence": (
+        lambda: nn.Linear(6, 3),
+        lambda: (torch.randn(N, 6), torch.rand(N, 3)),
+        nn.KLDivLoss(reduction="batchmean"),
+    ),
     "absolute": (lambda: nn.Linear(6, 3), _columns, nn.L1Loss()),
 }
 
@@ -364,7 +370,7 @@ def test_a_loop_with_two_models_micro_batches_and_clipping(loop):
     step = record(body)
     losses, norms = _of_both(step, one, two, lambda out, y: ((out - y) ** 2).sum() / 5)
     assert step.rows.numbers == (0, 1, 2, 3, 4) and not step.rows.source
-    _agree(step.rows.loss, losses)
+    _agree(step.rows.loss, 5 * losses)  # which is divided by the number of rows: their mean
     for name, expected in norms.items():
         _agree(step.rows.gradients[name].norms, expected)
 

@@ -53,6 +53,7 @@ class RowsFollower:
 
     def __init__(self, step: Step, rows: int) -> None:
         self._step = step
+        self._count = rows
         self._places = step.places
         self._trace = Trace(step)
         self._memory = _Memory(self._trace, rows)
@@ -165,6 +166,7 @@ class RowsFollower:
         call = RowsCall(
             seen,
             given,
+            count=self._count,
             is_term=any(
                 trace.storage(name) in self._terms or not tensor.dim()
                 for name, tensor in seen.results.items()

@@ -307,7 +307,8 @@ def _scaled(call: RowsCall) -> list[Result]:
             labels = torch.where(alone, SUM, broadcast([labels, rest_labels]))
         found = sum_of(labels, lambda row: call.again(**{name: given[name].term(row)})[0], [given[name]])
         other = call["other"]
-        is_mean = call.kind == "div" and isinstance(other, Tracked) and not other.is_shared
+        by_data = isinstance(other, Tracked) and not other.is_shared
+        is_mean = call.kind == "div" and (by_data or (_is_number(other) and other == call.count))
         return [found._replace(is_mean=found.is_mean or is_mean)]
     labels = broadcast([each.labels for each in given.values()])
     return [of_shape(labels, call.results[0])]

@@ -53,9 +53,9 @@ class Result(NamedTuple):
 class RowsCall:
     """An operation, with the rows that its arguments belong to.
 
-    tracked: its inputs by name; is_term: whether a result may be a sum of terms: the loss, a gradient
-    of a parameter, or a single number; is_backward: whether it runs after the loss; from_state: names of
-    its inputs that are state.
+    tracked: its inputs by name; count: how many rows the batch has; is_term: whether a result may be a
+    sum of terms: the loss, a gradient of a parameter, or a single number; is_backward: whether it runs
+    after the loss; from_state: names of its inputs that are state.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class RowsCall:
         seen: Observed,
         tracked: Mapping[str, Tracked],
         *,
+        count: int,
         is_term: bool,
         is_backward: bool,
         from_state: frozenset[str],
@@ -70,6 +71,7 @@ class RowsCall:
         self.operation = seen.operation
         self.kind = kind_of(seen.operation)
         self.results = [*seen.results.values()]
+        self.count = count
         self.is_term = is_term
         self.is_backward = is_backward
         self._from_state = from_state
