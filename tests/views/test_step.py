@@ -119,6 +119,16 @@ def test_the_chapters_step_reads_in_its_order_and_fits_a_hundred_columns(chapter
     ]
 
 
+def test_a_batch_without_tensors_has_its_values_alone():
+    model = nn.Linear(2, 1)
+    with everystep.record(run="./run", model=model) as recording:
+        for number in recording.steps([7]):
+            recording.log(loss=(number * model(torch.ones(2))).sum())
+    run = RecordedRun("run")
+    text = text_of(Replay(run, None).step(1), run.facts)
+    assert "\nbatch     no tensors\n  batch  7\n\n" in text
+
+
 def test_the_first_step_has_no_gradients_to_drop(small, opened):
     assert "zero_grad no gradients to drop yet" in text_of(*opened(*small, 1))
 

@@ -262,7 +262,8 @@ class _Opened:
         """Write the batch; where values are asked for, all of it."""
         page, batch = self.page, self.step.batch
         page.heading("batch", self._rows_text())
-        self._tensors(batch.tensors)
+        if batch.tensors:
+            self._tensors(batch.tensors)
         if counts := classes_text(batch, self.classes):
             page.wrapped(f"classes of y: {counts}", indent=_INDENT)
         if self.values and counts and (names := targets(batch, self.classes)):
