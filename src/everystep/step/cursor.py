@@ -41,9 +41,10 @@ from everystep.step.met_tensors import UnseenError, held, is_plain, tensor_token
 from everystep.step.mode_formulas import of_mode
 from everystep.step.moving_views import check_of_views
 from everystep.step.optimizer_steps import OptimizerSteps
-from everystep.step.outside_tensors import OutsideTensors, version_of
+from everystep.step.outside_tensors import OutsideTensors
 from everystep.step.path import Entry, SeenOperation
 from everystep.step.under_way import UnderWay
+from everystep.step.versions import version_of
 
 __all__ = ["Cursor"]
 

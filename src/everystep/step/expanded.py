@@ -23,8 +23,9 @@ from everystep.program.step_program import Program
 from everystep.step.build import BuiltPath, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.known_paths import KnownPaths
-from everystep.step.outside_tensors import OutsideTensors, versions_by_name
+from everystep.step.outside_tensors import OutsideTensors
 from everystep.step.path import Path
+from everystep.step.versions import Versions
 
 __all__ = ["Expanded", "Expander"]
 
@@ -146,12 +147,12 @@ class _StandIns:
         place = operation.phase, operation.module  # of all that it does
         following: Any = SimpleNamespace(where=(), watch=None, place=lambda is_zeroing: place)
         watch = Cursor(KnownPaths(), self._device, following, OutsideTensors())
-        watch.begin(given, versions_by_name(given))
+        watch.begin(given, Versions.of(given))
         with watch:
             made = optimizer.step(settings)
         results = dict(zip(filter(None, operation.results), made, strict=True))
         self._tensors |= results
-        return watch.end(after := given | results, versions_by_name(after), None), watch
+        return watch.end(after := given | results, Versions.of(after), None), watch
 
     def _tensor(self, name: str) -> Tensor:
         """Return the stand-in of a tensor; one with a single element has its value from the state."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,16 +12,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from everystep.program.memory import geometry, whole_memory
 from everystep.program.operation import extent_of
+from everystep.step.versions import version_of
 
 __all__ = [
     "MOST_BYTES",
     "Brought",
     "Cut",
     "OutsideTensors",
-    "Versions",
     "places_read",
-    "version_of",
-    "versions_by_name",
 ]
 
 #: Memory from outside of more bytes than this is not kept; what is computed from it is.
@@ -61,10 +59,6 @@ class _Data:
     reference: Any
     cut: int = 0
     copy: Tensor | None = None
-
-
-#: Of each tensor of a state, by name: its id, how often it was changed, and its address.
-Versions = dict[str, tuple[int, int | None, int]]
 
 
 @dataclass
@@ -164,13 +158,3 @@ def places_read(func: Any, arguments: Sequence[Any]) -> tuple[Tensor, list[int]]
         begins = (rows * given.stride(0) + given.storage_offset()) * given.itemsize
         return given, begins.tolist()
     return None
-
-
-def versions_by_name(state: Mapping[str, Tensor]) -> Versions:
-    """Return keys that change with the values of a tensor; `tensor.data = ...` counts nothing."""
-    return {name: (id(each), version_of(each), each.data_ptr()) for name, each in state.items()}
-
-
-def version_of(tensor: Tensor | None) -> int | None:
-    """Return how often a tensor was changed, None if torch does not count."""
-    return None if tensor is None or tensor.is_inference() else tensor._version

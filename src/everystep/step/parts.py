@@ -277,21 +277,26 @@ class _Layout:
 
     def holds(self) -> bool:
         """Return whether they are still in the same places."""
-        now = self._objects() if self._is_sure else []
-        return self._is_sure and len(now) == len(self._known) and all(map(is_, now, self._known))
+        if not self._is_sure:
+            return False
+        (now, sizes), (then, sizes_then) = self._objects(), self._known
+        return sizes == sizes_then and len(now) == len(then) and all(map(is_, now, then))
 
-    def _objects(self) -> list[Any]:
-        """Return all objects that are or may hold tensors, and their keys, without plain numbers."""
+    def _objects(self) -> tuple[list[Any], list[int]]:
+        """Return all objects that are or may hold tensors, and their keys, without plain numbers.
+
+        And how many entries each table of an optimizer has.
+        """
         found: list[Any] = [*chain.from_iterable(self._views)]
         tables: list[Mapping[Any, Any]] = [*self._entries]
         for optimizer in self._optimizers:
             groups = optimizer.param_groups
             tables += [optimizer.state, *groups]
             found += (optimizer.state, groups, *groups, *chain(*[group["params"] for group in groups]))
-        for table in tables:
-            found += table
-            found += [value for value in table.values() if isinstance(value, _WITH_TENSORS)]
-        return found
+        found += chain.from_iterable(tables)
+        values = chain.from_iterable([table.values() for table in tables])
+        found += [value for value in values if isinstance(value, _WITH_TENSORS)]
+        return found, [*map(len, tables)]
 
 
 def _problem(tensor: Tensor) -> str | None:

@@ -185,7 +185,7 @@ class Ending(NamedTuple):
     origins: of each storage of the path, the number of the first tensor that the step met there; names,
     bound: of the state afterwards, and the token of each tensor; changes: how often each was changed;
     loss: the token of the logged tensor, or the place of the number that was read, or None; reads: the
-    places of the numbers that were read.
+    places of the numbers that were read; is_met: whether each token is the number of a tensor.
     """
 
     path: Path
@@ -195,6 +195,7 @@ class Ending(NamedTuple):
     changes: tuple[int | None, ...] = ()
     loss: Any = None
     reads: tuple[int, ...] = ()
+    is_met: bool = False
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from operator import call, is_
 from typing import Any
 
 import torch
@@ -25,10 +26,7 @@ from everystep.step.outside_tensors import (
     MOST_BYTES,
     Brought,
     OutsideTensors,
-    Versions,
     places_read,
-    version_of,
-    versions_by_name,
 )
 from everystep.step.path import (
     Ending,
@@ -39,6 +37,7 @@ from everystep.step.path import (
     SeenOperation,
     places_of_reads,
 )
+from everystep.step.versions import Versions, counts_of
 
 __all__ = ["UnderWay", "as_gradients"]
 
@@ -135,13 +134,13 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             if not all(map(is_plain, [*state.values()][same:])):
                 self.is_remembered = False
                 state = {name: tensor for name, tensor in state.items() if is_plain(tensor)}
-                same, versions = self.tensors.same(state), versions_by_name(state)
+                same, versions = self.tensors.same(state), Versions.of(state)
             root = self.paths.root(state, same, is_remembered=self.is_remembered)
             if left is not None and self.is_remembered:
                 self.paths.begins_after(left, root, same)
         self.at = root
         self.tensors.begin(state, same, root)
-        self._versions = [count for _, count, _ in versions.values()]
+        self._versions = versions.counts
         self.is_followed = bool(root.children) or root.ending is not None
 
     # What happens besides calls.
@@ -377,7 +376,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
 
         They are not held: a gradient that the step drops gives its memory back at once.
         """
-        return [version_of(known()) for known in self.tensors.met[: len(self._versions)]]
+        return counts_of(map(call, self.tensors.met[: len(self._versions)]))
 
     def note_unwatched(
         self,
@@ -436,7 +435,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         """
         with torch._C._DisableTorchDispatch():
             ending = self.at.ending if self.is_remembered else None
-            if ending is not None and self._ends_as(ending, state, loss):
+            if ending is not None and self._ends_as(ending, state, versions, loss):
                 changes = self._changes(versions, ending.bound)
                 if changes != ending.changes:
                     pairs = zip(state, changes, ending.changes, strict=True)
@@ -449,10 +448,20 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return ending.path
 
-    def _ends_as(self, ending: Ending, state: Mapping[str, Tensor], loss: Any) -> bool:
+    def _ends_as(
+        self, ending: Ending, state: Mapping[str, Tensor], versions: Versions, loss: Any
+    ) -> bool:
         """Tell whether the step has ended as an earlier one."""
         lies_as, known = self.tensors.lies_as, ending.loss
-        if ending.names != tuple(state) or not all(map(lies_as, state.values(), ending.bound)):
+        if ending.names != tuple(state):
+            return False
+        if ending.is_met:  # as `lies_as`, of all at once
+            met, lies = self.tensors.met, self.tensors.lies
+            if [lies[number] for number in ending.bound] != versions.places:
+                return False
+            if not all(map(is_, state.values(), [met[number]() for number in ending.bound])):
+                return False
+        elif not all(map(lies_as, state.values(), ending.bound)):
             return False
         if isinstance(loss, Tensor) and known is not None and known[0] == "tensor" and known[1]:
             return lies_as(loss, known[1])
@@ -482,7 +491,8 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
             token = self._loss_token(loss, path, reads)
             if None not in bound and token != _UNKNOWN and len(self.brought) == brought:
                 changes = self._changes(versions, bound)
-                ending = Ending(path, ending.origins, tuple(state), bound, changes, token, reads)
+                is_met = all(type(each) is int for each in bound)
+                ending = Ending(path, ending.origins, tuple(state), bound, changes, token, reads, is_met)
                 at.ending = ending
             else:
                 at.ending = None
@@ -533,7 +543,7 @@ class UnderWay(OperatorMode):  # type: ignore[no-untyped-call]
         return tuple(
             [
                 None if type(n) is tuple or n >= count or now is None else now - (before[n] or 0)
-                for (_, now, _), n in zip(versions.values(), bound, strict=True)
+                for now, n in zip(versions.counts, bound, strict=True)
             ]
         )
 

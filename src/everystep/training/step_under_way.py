@@ -10,9 +10,9 @@ from torch import Tensor
 
 from everystep import clock
 from everystep.step.cursor import Cursor
-from everystep.step.outside_tensors import Versions
 from everystep.step.path import Path
 from everystep.step.stand_in import TakenByProgram
+from everystep.step.versions import Versions
 
 __all__ = ["AnyWatch", "StepUnderWay"]
 

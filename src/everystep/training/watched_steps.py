@@ -25,12 +25,13 @@ from everystep.step.follow import Follower
 from everystep.step.gradient_copies import GradientCopies
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import is_plain
-from everystep.step.outside_tensors import OutsideTensors, versions_by_name
+from everystep.step.outside_tensors import OutsideTensors
 from everystep.step.parts import Parts
 from everystep.step.path import Ending, Path
 from everystep.step.replaceable import Around
 from everystep.step.stand_in import TakenByProgram
 from everystep.step.state import copy_of
+from everystep.step.versions import Versions
 from everystep.training.batch import BatchCopies
 from everystep.training.notices import Notices
 from everystep.training.step_under_way import AnyWatch, StepUnderWay
@@ -98,7 +99,7 @@ class WatchedSteps:
         self.notices = Notices()
         self._paths = KnownPaths()
         self._outside = OutsideTensors()
-        self._versions = versions_by_name(parts.state())
+        self._versions = Versions.of(parts.state())
         #: Of tensors that code between two steps may write into without a count: their digests, by name.
         self._pieces = [name for name, each in parts.state().items() if _is_piece(name, each)]
         self._exposed = self._uncounted(parts.state())
@@ -165,7 +166,7 @@ class WatchedSteps:
         watch = step.watch
         self._is_still = isinstance(watch, TakenByProgram) and watch.is_still
         if not self._is_still:
-            self._versions = versions_by_name(after)
+            self._versions = Versions.of(after)
             self._exposed = self._uncounted(after)
         path = step.end(after, self._versions)
         self.last, self.state = (path, watch), after
@@ -187,7 +188,7 @@ class WatchedSteps:
         """
         self.state, self._left, self._ending = after, None, None
         if not taken.is_still:
-            self._versions = versions_by_name(after)
+            self._versions = Versions.of(after)
         row = self._row(first, taken, taken.end({}, {}, None), {}, {}, nesting)
         if count > 1 and taken.generators:  # which are those before the first step
             inputs = {n: t for n, t in row.inputs.items() if not n.startswith("generator/")}
@@ -308,7 +309,7 @@ class WatchedSteps:
         changed although torch may not count it; drawn: the states of generators from which other code
         has drawn, by `generator/name`.
         """
-        before, now = self._versions, versions_by_name(state)
+        before, now = self._versions, Versions.of(state)
         known = {*known, *self._written_unseen(state)}
         self._exposed, self._lying = {}, {}
         if before == now and not known and not drawn:
@@ -316,14 +317,15 @@ class WatchedSteps:
             return None
         self._left = self._ending = None
         self._versions = now
-        names = {name for name in now if name in known or before.get(name) != now[name]}
+        then, here = before.by_name(), now.by_name()
+        names = {name for name in here if name in known or then.get(name) != here[name]}
         # A batch normalization counts its batches, but torch does not count the changes of its averages.
         counted = {_module_of(name) for name in names} - {None}
-        changed = {n: copy_of(state[n]) for n in now if n in names or _module_of(n) in counted}
-        gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
+        changed = {n: copy_of(state[n]) for n in here if n in names or _module_of(n) in counted}
+        gone = [name for name in then.keys() - here.keys() if not name.startswith("gradient/")]
         if (changed or gone or drawn) and self._writer is not None:
             self._writer.change(step, changed | dict(drawn), gone)
-        return next(iter((*changed, *gone)), None) if before else None
+        return next(iter((*changed, *gone)), None) if then else None
 
     def exposes(self, tensor: Tensor) -> None:
         """Note a tensor as it is before code between two steps may write into its memory."""
@@ -345,7 +347,8 @@ class WatchedSteps:
 
         They were made in inference mode, or are pieces of a larger tensor that other code may write to.
         """
-        names = [name for name, (_, count, _) in self._versions.items() if count is None]
+        counts = self._versions.counts
+        names = [self._versions.names[n] for n, count in enumerate(counts) if count is None]
         return {name: digest_of(state[name]) for name in (*names, *self._pieces) if name in state}
 
     def _written_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
@@ -356,19 +359,19 @@ class WatchedSteps:
     def is_as_after(self, state: dict[str, Tensor]) -> bool:
         """Tell whether the state is still that after the last step."""
         # A program writes gradients as Python does, and nothing has run since.
-        is_counted = self._is_still or self._versions == versions_by_name(state)
+        is_counted = self._is_still or self._versions == Versions.of(state)
         return is_counted and not self._written_unseen(state)
 
     def note_versions(self) -> None:
         """Note that the state equals that after the last step, although tensors were written since."""
         state = self.parts.state()
-        self._versions, self._lying = versions_by_name(state), {}
+        self._versions, self._lying = Versions.of(state), {}
         self._exposed = self._uncounted(state)
         self._left = self._ending = None
 
     def forget_versions(self) -> None:
         """Discard an incomplete step: no snapshot may hold the current state."""
-        self._versions, self._is_still = {}, False
+        self._versions, self._is_still = Versions.of({}), False
         self._left = self._ending = None
 
     def forget_generator(self) -> None:
