@@ -98,10 +98,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["runs"], "is not a directory; `everystep train`"),
         (["plot", "nothing", "-o", "x.png"], "no run 'nothing'"),
         (["nonsense"], "no command 'nonsense'"),
-        (
-            ["train", "--nonsense"],
-            "no such option: --nonsense",
-        ),
+        (["train", "--nonsense"], "no such option: --nonsense"),
         (["continue", "x"], "no command 'continue'; everystep resume RUN"),
         (["tensorboard"], "no command 'tensorboard'; everystep view"),
         (["plto"], "no command 'plto'; did you mean plot?"),
@@ -126,10 +123,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["train", "--step", "3"], "--steps"),
         (["sweep", "digits", "--steps", "3"], "no such option: --steps; write --set steps=VALUE"),
         (["train", "--steps", "few"], "'--steps': must be a valid integer; everystep train -h"),
-        (
-            ["losses", "mine", "--last", "0"],
-            "'--last': must be greater than or equal to 1",
-        ),
+        (["losses", "mine", "--last", "0"], "'--last': must be greater than or equal to 1"),
         (["train", "--epochs"], "option '--epochs' requires an argument; everystep train -h"),
         (["step", "mine"], "missing argument 'STEP'; everystep step -h describes it"),
         (["runs", "mine"], "mine is not a directory; it is a run in runs/"),
@@ -386,8 +380,7 @@ def test_a_hint_is_a_command_to_copy(everystep_command):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
-    ("arguments", "unbuffered"),
-    [(["losses", "run"], ""), (["losses", "run"], "1"), (["-h"], "")],
+    ("arguments", "unbuffered"), [(["losses", "run"], ""), (["losses", "run"], "1"), (["-h"], "")]
 )
 def test_output_to_a_full_disk_ends_in_one_message(everystep_command, arguments, unbuffered):
     everystep_command("train", "--steps", 2, "--run", "./run", "-q")
