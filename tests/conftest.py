@@ -110,6 +110,8 @@ def clock_that_ticks(monkeypatch):
     for name, tick in (("now", 0.001), ("worked", 0.0005)):
         monkeypatch.setattr(clock, name, partial(_tick, threading.local(), tick))
     monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", math.inf)
+    # A training that took long, as all do on a busy machine, would be replayed by processes.
+    monkeypatch.setattr("everystep.replay.processes.ALONE_SECONDS", math.inf)
 
 
 @pytest.fixture(autouse=True)

@@ -2,44 +2,21 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from tests.snapshots import take_snapshots_every
 
-import everystep
 from everystep.answers import other_process
 from everystep.page import task_process, worker
+from everystep.replay.processes import pool
 
+#: Of Python, from 3.12 on: no other thread holds anything here.
+pytestmark = pytest.mark.filterwarnings("ignore:.* use of fork")
+
+FORK = multiprocessing.get_context("fork")
 #: Seconds after which something is taken to hang, on the busiest machine.
 PATIENCE = 120
-
-
-def below(process):
-    """Return the ids of all processes that a process has started, and those that these have started."""
-    found = []
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in children.read_text().split():
-            found += [int(child), *below(child)]
-    return found
-
-
-def has_ended(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def has_torch(process):
-    """Return whether a process has begun: it has read what its parent sent first."""
-    try:
-        return "libtorch" in Path(f"/proc/{process}/maps").read_text()
-    except OSError:
-        return False
 
 
 def until(is_so):
@@ -49,19 +26,30 @@ def until(is_so):
         time.sleep(0.02)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
-def test_what_a_command_has_started_ends_with_it(monkeypatch):
-    take_snapshots_every(monkeypatch, 250)
-    settings = {"steps": 1500, "threads": 1}
-    everystep.train_experiment("two-layer", settings, run="./run", progress=False)
-    command = [sys.executable, "-m", "everystep", "verify", "run", "--processes", "2"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet) as process:
-        until(lambda: sum(map(has_torch, below(process.pid))) >= 2 or process.poll() is not None)
-        others = below(process.pid)
-        process.kill()
-    assert others
-    until(lambda: all(map(has_ended, others)))
+def has_ended(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def begin_a_replay(told):
+    """Be a process that lets another one compute for ever."""
+    with pool(1, 1, {}) as (executor, _):
+        told.send(executor.submit(os.getpid).result())
+        executor.submit(time.sleep, 10**6).result()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_what_replays_for_a_process_ends_with_it():
+    heard, told = multiprocessing.Pipe(duplex=False)
+    process = FORK.Process(target=begin_a_replay, args=(told,))
+    process.start()
+    replaying = heard.recv()
+    assert not has_ended(replaying)
+    process.kill()
+    process.join()
+    until(lambda: has_ended(replaying))
 
 
 def compute(main, reader, writer):
@@ -73,14 +61,10 @@ def compute(main, reader, writer):
         main()
 
 
-#: Of Python, from 3.12 on: no other thread holds anything here.
-@pytest.mark.filterwarnings("ignore:.* use of fork")
 @pytest.mark.parametrize("module", [worker, task_process, other_process])
 def test_what_computes_for_another_process_ends_with_it(module):
     reader, writer = os.pipe()
-    process = multiprocessing.get_context("fork").Process(
-        target=compute, args=(module.main, reader, writer)
-    )
+    process = FORK.Process(target=compute, args=(module.main, reader, writer))
     process.start()
     os.close(reader)
     process.join(0.1)
