@@ -110,6 +110,8 @@ def clock_that_ticks(monkeypatch):
     for name, tick in (("now", 0.001), ("worked", 0.0005)):
         monkeypatch.setattr(clock, name, partial(_tick, threading.local(), tick))
     monkeypatch.setattr("everystep.answers.diff.THOROUGH_SECONDS", math.inf)
+    # A training that took long, as all do on a busy machine, would be replayed by processes.
+    monkeypatch.setattr("everystep.replay.processes.ALONE_SECONDS", math.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +215,23 @@ def everystep_command(capfd, monkeypatch):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def torture(monkeypatch, capfd):
+    """Make trials, in forks of this process: to start another one takes longer than they do."""
+
+    def torture(*arguments):
+        monkeypatch.undo()  # what makes a test quick would be no trial
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["torture", *arguments])
+            with pytest.raises(SystemExit) as ended:
+                import_module("benchmarks.torture.__main__").main()
+        out, err = capfd.readouterr()
+        assert ended.value.code == 0, out + err
+        assert "\n0 failures" in out
+
+    return torture
 
 
 @pytest.fixture(autouse=True)

@@ -98,10 +98,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["runs"], "is not a directory; `everystep train`"),
         (["plot", "nothing", "-o", "x.png"], "no run 'nothing'"),
         (["nonsense"], "no command 'nonsense'"),
-        (
-            ["train", "--nonsense"],
-            "no such option: --nonsense",
-        ),
+        (["train", "--nonsense"], "no such option: --nonsense"),
         (["continue", "x"], "no command 'continue'; everystep resume RUN"),
         (["tensorboard"], "no command 'tensorboard'; everystep view"),
         (["plto"], "no command 'plto'; did you mean plot?"),
@@ -126,10 +123,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["train", "--step", "3"], "--steps"),
         (["sweep", "digits", "--steps", "3"], "no such option: --steps; write --set steps=VALUE"),
         (["train", "--steps", "few"], "'--steps': must be a valid integer; everystep train -h"),
-        (
-            ["losses", "mine", "--last", "0"],
-            "'--last': must be greater than or equal to 1",
-        ),
+        (["losses", "mine", "--last", "0"], "'--last': must be greater than or equal to 1"),
         (["train", "--epochs"], "option '--epochs' requires an argument; everystep train -h"),
         (["step", "mine"], "missing argument 'STEP'; everystep step -h describes it"),
         (["runs", "mine"], "mine is not a directory; it is a run in runs/"),
@@ -386,8 +380,7 @@ def test_a_hint_is_a_command_to_copy(everystep_command):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.sweep(every=2)
 @pytest.mark.parametrize(
-    ("arguments", "unbuffered"),
-    [(["losses", "run"], ""), (["losses", "run"], "1"), (["-h"], "")],
+    ("arguments", "unbuffered"), [(["losses", "run"], ""), (["losses", "run"], "1"), (["-h"], "")]
 )
 def test_output_to_a_full_disk_ends_in_one_message(everystep_command, arguments, unbuffered):
     everystep_command("train", "--steps", 2, "--run", "./run", "-q")
@@ -434,24 +427,34 @@ def test_a_training_continues_without_a_reader_of_its_lines(shell):
     assert ("stdout is closed" in err) == (shell == ">&-")
 
 
-def test_a_fork_by_programs_starts_again_with_the_numerics_of_the_run(monkeypatch):
-    """As a script records it that imports everystep after torch, in a shell that sets nothing."""
-    for name in ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
-    code = """
-import torch, everystep
+#: A script that imports everystep after torch has computed, in a shell that sets nothing.
+LATE = """
+import torch
+x, y = torch.randn(64, 4), torch.randn(64)
+x @ x.T
+import everystep
 weight = torch.randn(4, requires_grad=True)
-batches = [(torch.randn(8, 4), torch.randn(8)) for _ in range(6)]
 with everystep.record(weight=weight, run="base") as recording:  # an optimizer would import the compiler
-    for x, y in recording.steps(batches):
-        loss = (x @ weight - y).square().mean()
+    for rows, targets in recording.steps(zip(x.split(8), y.split(8))):
+        loss = (rows @ weight - targets).square().mean()
         loss.backward()
         weight.data -= 0.1 * weight.grad
         weight.grad = None
         recording.log(loss=loss)
+run = everystep.train_experiment("two-layer", {"steps": 2}, run="run", progress=False)
+print(run.facts.training.numerics.mkl_cbwr)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_numerics_that_come_too_late_are_said_and_are_those_of_replays_and_forks(monkeypatch):
+    for name in ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, "-c", LATE], check=True, capture_output=True, text=True)
+    is_late = "torch already computed something in this process" in done.stderr
+    assert is_late == (done.stdout.splitlines()[-1] == "off")
+    verified = everystep.open("base").verify(progress=False)
+    assert verified.is_exact and not verified.numerics
     command = [sys.executable, "-m", "everystep", "fork", "base", "--at", "2", "--relabel", "0=3"]
     done = subprocess.run([*command, "--run", "other"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(everystep.open("other").losses) == 6
+    assert done.returncode == 0, done.stderr  # its process has started again
+    assert len(everystep.open("other").losses) == 8

@@ -150,11 +150,7 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ({"a": [1], "y": [1]}, {"target": "z"}, "no column 'z' in t.csv"),
         ({"age": [1], "y": [1]}, {"features": ["agee"]}, "did you mean age"),
         ({"a": [1, 2], "y": [1, None]}, {}, "'y' is missing in 1 of 2 rows"),
-        (
-            {"a": ["1", "2", "x", "4"], "y": [1, 2, 3, 4]},
-            {},
-            "text in a numeric column .'x' in row 2",
-        ),
+        ({"a": ["1", "2", "x", "4"], "y": [1, 2, 3, 4]}, {}, "text in a numeric column .'x' in row 2"),
         ({"a": [1, 2, 3], "y": ["u", "v", "w"]}, {}, "CrossEntropyLoss"),
         ({"a": [], "y": []}, {}, "no rows"),
         ({"y": [1, 2]}, {}, "no column other than the target"),

@@ -14,14 +14,7 @@ import torch
 import everystep
 from everystep.numerics import Numerics
 from everystep.page.routes.runs import routes
-from everystep.recording.facts import (
-    BatchFacts,
-    DataFacts,
-    Facts,
-    LossFacts,
-    ModuleFacts,
-    TrainingFacts,
-)
+from everystep.recording.facts import BatchFacts, DataFacts, Facts, LossFacts, ModuleFacts, TrainingFacts
 from everystep.views.facts_text import facts_in_order
 
 STATIC = Path(everystep.__file__).parent / "page" / "static"

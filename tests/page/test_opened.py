@@ -89,10 +89,7 @@ def test_the_chapter(runs):
         "0.bias",
     ]
     arguments = content["operations"][0]["arguments"]
-    assert [list(each) for each in arguments][:2] == [
-        ["self", "0.bias", False],
-        ["mat1", "x", False],
-    ]
+    assert [list(each) for each in arguments][:2] == [["self", "0.bias", False], ["mat1", "x", False]]
     assert run[1].data()["dropped"] == []
 
 

@@ -28,10 +28,7 @@ def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tasks")
     everystep.train_experiment("two-layer", {"steps": 60}, run=directory / HOSTILE, progress=False)
     everystep.train_experiment(
-        "two-layer",
-        {"steps": 60, "optimizer.lr": 2e-4},
-        run=directory / "other",
-        progress=False,
+        "two-layer", {"steps": 60, "optimizer.lr": 2e-4}, run=directory / "other", progress=False
     )
     return directory
 

@@ -1,8 +1,10 @@
 import asyncio
 import json
+import multiprocessing
+import os
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tests.sealing import seal_files
 import everystep
 from everystep.errors import RunError
 from everystep.page import worker
+from everystep.page.child_process import limit_memory
 from everystep.page.worker import KEPT_RUNS, Openers, answers
 from everystep.page.worker_client import Gone, NoAnswer, WorkerClient
 
@@ -169,6 +172,21 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         asked.cancel()
         await asyncio.wait([asked])
         assert not desk._is_alive
+        # What takes too long is given up, and others continue.
+        assert await desk.ask("content", trained, step=3) == first
+        with monkeypatch.context() as patch:
+            for name in ("_LONGEST", "_LEAVING_PATIENCE"):
+                patch.setattr(everystep.page.worker_client, name, 0.1)
+            with pytest.raises(NoAnswer, match="minutes and was stopped"):
+                await desk.ask("content", endless, step=3)
+        assert await desk.ask("content", trained, step=3) == first
+        # Nothing outside is opened, and nothing once it is stopped.
+        for place in (tmp_path, directory, directory / ".." / "runs" / ".." / "other"):
+            with pytest.raises(RunError, match="is not in"):
+                await desk.ask("content", place, step=1)
+        await desk.close()
+        with pytest.raises(NoAnswer, match="being stopped"):
+            await desk.ask("content", trained, step=1)
 
     at_desk(directory, use)
     shutil.rmtree(endless)
@@ -188,58 +206,26 @@ def slow(run, size=10_000):
     seal_files(run)
 
 
-def test_what_takes_too_long_is_given_up_and_others_go_on(directory, trained, monkeypatch):
-    hostile = directory / "slow"
-    shutil.copytree(trained, hostile)
-    slow(hostile)
-
-    async def use(desk):
-        first = await desk.ask("content", trained, step=3)
-        for name in ("_LONGEST", "_LEAVING_PATIENCE"):
-            monkeypatch.setattr(everystep.page.worker_client, name, 0.1)
-        with pytest.raises(NoAnswer, match="minutes and was stopped"):
-            await desk.ask("content", hostile, step=3)
-        monkeypatch.undo()
-        assert await desk.ask("content", trained, step=3) == first
-
-    at_desk(directory, use)
-    shutil.rmtree(hostile)
-
-
-LIMITED = """
-import json, sys
-from everystep.page import worker
-from everystep.page.child_process import limit_memory
-limit_memory(1_500_000_000)
-run = sys.argv[1]
-for kind, size in (("content", 2**40), ("content", 10), ("content", 2**31)):
-    worker._KINDS[kind] = lambda *asked: ({}, worker.torch.zeros(size).numpy().tobytes()[:1])
-    line = json.dumps({"kind": kind, "run": run, "step": 1}).encode()
-    [(_, answer, _)] = worker.answers(worker.Openers(), iter([line]))
-    print(json.dumps(answer))
-"""
+def take_memory(run, given):
+    """Answer requests for more memory than a process may have, and for some."""
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # those that are counted
+    limit_memory(pages * os.sysconf("SC_PAGE_SIZE") + 1_500_000_000)
+    for size in (2**40, 10, 2**31):
+        worker._KINDS["content"] = lambda *_, n=size: ({}, torch.zeros(n).numpy().tobytes()[:1])
+        given.send(answered({"kind": "content", "run": str(run), "step": 1})[0][:2])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
+@pytest.mark.filterwarnings("ignore:.* use of fork")
 def test_what_takes_too_much_memory_is_refused_and_the_worker_goes_on(trained):
-    found = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(trained)], capture_output=True, text=True, check=True
-    )
-    first, second, third = map(json.loads, found.stdout.splitlines())
-    assert "more memory than a process of the page may use" in first["about"]["error"]
-    assert (first["status"], second["status"], third["status"]) == (500, 200, 500)
-
-
-def test_nothing_outside_is_opened(directory, trained, tmp_path):
-    async def use(desk):
-        for place in (tmp_path, directory, directory / ".." / "runs" / ".." / "other"):
-            with pytest.raises(RunError, match="is not in"):
-                await desk.ask("content", place, step=1)
-        await desk.close()
-        with pytest.raises(NoAnswer, match="being stopped"):
-            await desk.ask("content", trained, step=1)
-
-    at_desk(directory, use)
+    taken, given = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=take_memory, args=(trained, given))
+    process.start()
+    given.close()
+    first, second, third = (taken.recv() for _ in range(3))
+    process.join()
+    assert "more memory than a process of the page may use" in first[1]["error"]
+    assert (first[0], second[0], third[0]) == (500, 200, 500)
 
 
 def test_what_is_given_up_leaves_no_run_half_replayed(trained, monkeypatch):

@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from everystep.program.collectives import is_collective
-from everystep.program.operators import (
-    BY_VALUES,
-    NotAllowedError,
-    computes,
-    parameters,
-    resolve,
-)
+from everystep.program.operators import BY_VALUES, NotAllowedError, computes, parameters, resolve
 
 #: Properties in torch of an operator that does more than compute, or returns something else than
 #: tensors.

@@ -9,12 +9,7 @@ from tests.recording.hostile import HOSTILE
 import everystep
 
 #: Seconds that a command may take in this process, on a busy machine.
-ALWAYS = [
-    ["runs", "."],
-    ["losses", "run"],
-    ["step", "run", "2"],
-    ["doctor", "run"],
-]
+ALWAYS = [["runs", "."], ["losses", "run"], ["step", "run", "2"], ["doctor", "run"]]
 #: Each takes its turn; with EVERYSTEP_TORTURE=1, all of them see every run.
 OTHERS = [
     ["losses", "run", "--json", "--last", "2"],

@@ -141,12 +141,7 @@ def test_a_state_that_was_not_reached_is_an_error(small):
     assert torch.equal(run.parameters(-1)["0.bias"], model[0].bias)
 
 
-@given(
-    st.integers(1, 200),
-    st.floats(1e-6, 1.0),
-    st.floats(1e-6, 0.1),
-    st.integers(1, 400),
-)
+@given(st.integers(1, 200), st.floats(1e-6, 1.0), st.floats(1e-6, 0.1), st.integers(1, 400))
 def test_snapshots_stay_within_the_budget_at_multiples_of_a_power_of_two(size, step, cost, steps):
     plan = SnapshotPlan(budget=1000)
     plan.add(0, size)

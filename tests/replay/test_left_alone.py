@@ -1,29 +1,29 @@
 """Processes end with the one that started them, however that one was ended."""
 
-import json
-import shutil
-import sqlite3
-import subprocess
-import sys
+import multiprocessing
+import os
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.page.serving import served
 
-import everystep
+from everystep.answers import other_process
+from everystep.page import task_process, worker
+from everystep.replay.processes import pool
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+#: Of Python, from 3.12 on: no other thread holds anything here.
+pytestmark = pytest.mark.filterwarnings("ignore:.* use of fork")
+
+FORK = multiprocessing.get_context("fork")
+#: Seconds after which something is taken to hang, on the busiest machine.
+PATIENCE = 120
 
 
-def below(process):
-    """Return the ids of all processes that a process has started, and those that these have started."""
-    found = []
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in children.read_text().split():
-            found += [int(child), *below(child)]
-    return found
+def until(is_so):
+    deadline = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def has_ended(process):
@@ -33,75 +33,44 @@ def has_ended(process):
         return True
 
 
-def is_replaying(process):
-    try:
-        return b"popen_loky" in Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return False
+def begin_a_replay(told):
+    """Be a process that lets another one compute for ever."""
+    with pool(1, 1, {}) as (executor, _):
+        told.send(executor.submit(os.getpid).result())
+        executor.submit(time.sleep, 10**6).result()
 
 
-def has_torch(process):
-    """Return whether a process has begun: it has read what its parent sent first."""
-    try:
-        return "libtorch" in Path(f"/proc/{process}/maps").read_text()
-    except OSError:
-        return False
-
-
-def until(is_so):
-    deadline = time.monotonic() + 120
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def end_all_by_ending(process, others):
-    """Kill a process, and wait until those that it has started have ended by themselves."""
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_what_replays_for_a_process_ends_with_it():
+    heard, told = multiprocessing.Pipe(duplex=False)
+    process = FORK.Process(target=begin_a_replay, args=(told,))
+    process.start()
+    replaying = heard.recv()
+    assert not has_ended(replaying)
     process.kill()
-    process.wait()
-    until(lambda: all(has_ended(each) for each in others))
+    process.join()
+    until(lambda: has_ended(replaying))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("trained") / "run"
-    settings = {"steps": 3000, "threads": 1}
-    everystep.train_experiment("two-layer", settings, run=directory, progress=False)
-    return directory
+def compute(main, reader, writer):
+    """Be a process that is at work for ever, and has the pipe as its stdin."""
+    os.dup2(reader, 0)
+    os.close(writer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.simplefilter", lambda *_: until(lambda: False))
+        main()
 
 
-@pytest.fixture
-def run(trained):
-    return shutil.copytree(trained, Path("run"))
-
-
-def command(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "everystep", *arguments],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-@pytest.mark.sweep(every=2)
-@pytest.mark.parametrize(
-    ("arguments", "count"),
-    [(("verify", "run", "--processes", "2"), 2), (("rerun", "run", "--mkl", "COMPATIBLE"), 1)],
-)
-def test_what_a_command_has_started_ends_with_it(run, arguments, count):
-    process = command(*arguments)
-    until(lambda: sum(map(has_torch, below(process.pid))) >= count or process.poll() is not None)
-    end_all_by_ending(process, below(process.pid))
-
-
-def test_what_a_page_has_started_ends_with_it(run):
-    with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
-        (text,) = database.execute("SELECT value FROM facts WHERE key = 'numerics'").fetchone()
-        numerics = json.dumps(json.loads(text) | {"mkl_cbwr": "COMPATIBLE"})  # replayed by a process
-        database.execute("UPDATE facts SET value = ? WHERE key = 'numerics'", [numerics])
-        database.execute("DELETE FROM blocks WHERE name = 'facts'")
-    with served(Path(), "--port", "8237") as server:
-        assert server.client.get("/api/runs/run/steps/3", timeout=120).status_code == 200
-        opening = below(server.process.pid)
-        assert server.client.post("/api/runs/run/verify", json={}).status_code == 200
-        until(lambda: any(is_replaying(each) for each in set(below(server.process.pid)) - {*opening}))
-        end_all_by_ending(server.process, below(server.process.pid))
+@pytest.mark.parametrize("module", [worker, task_process, other_process])
+def test_what_computes_for_another_process_ends_with_it(module):
+    reader, writer = os.pipe()
+    process = FORK.Process(target=compute, args=(module.main, reader, writer))
+    process.start()
+    os.close(reader)
+    process.join(0.1)
+    assert process.is_alive()
+    os.close(writer)
+    process.join(PATIENCE / 2)
+    code = process.exitcode
+    process.kill()
+    assert code == 1

@@ -132,8 +132,7 @@ def killed_experiment(dying, experiment, settings, deaths):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "settings", "deaths"),
-    [("digits", {"steps": 26}, (24,)), (OWN, {}, (2, 22))],
+    ("experiment", "settings", "deaths"), [("digits", {"steps": 26}, (24,)), (OWN, {}, (2, 22))]
 )
 def test_an_experiment_that_was_killed_ends_in_the_bits_of_one_that_was_not(
     experiment, settings, deaths, dying

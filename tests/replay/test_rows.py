@@ -188,7 +188,7 @@ NETWORKS = {
     "group norm": (lambda: _network(nn.GroupNorm(2, 4), nn.SiLU()), _images, nn.CrossEntropyLoss()),
     "group norm of channels last": (  # torch crashes if it is asked for the gradient of weights alone
         lambda: nn.Sequential(
-            *(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(196, 4)),
+            *(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(196, 4))
         ).to(memory_format=torch.channels_last),
         lambda: (torch.randn(N, 2, 9, 9), torch.randint(0, 4, (N,))),
         nn.CrossEntropyLoss(),

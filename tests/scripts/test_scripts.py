@@ -15,18 +15,13 @@ from tests.training.by_hand import parts_of
 
 import everystep
 
-#: Where each script is killed in the normal suite: in a step, or in the code after an epoch.
+#: Where each script is killed: in a step, or in the code after an epoch.
 KILLS = {
     "bert_accelerate": Kill(21, 3),
-    "char_gpt": Kill(18, 12),
     "digits_cnn": Kill(24, 42),
     "ppo": Kill(10, 30),
-    "progress_csv": Kill(37, 11),
     "seeds": Kill(46, 3),
-    "segmentation": Kill(18, 3),
 }
-#: The others run with `--sweep` alone: each of their parts is in one of these, or has its own tests.
-OFTEN = {"bert_accelerate", "digits_cnn", "ppo", "seeds"}
 #: What a script needs that may not be installed.
 NEEDS = {"bert_accelerate": ("accelerate", "transformers")}
 
@@ -55,12 +50,7 @@ class RanScript:
         return ended
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=[pytest.mark.sweep] * (name not in OFTEN)) for name in sorted(KILLS)
-    ],
-)
+@pytest.fixture(scope="module", params=sorted(KILLS))
 def program(request, launcher, tmp_path_factory):
     for name in NEEDS.get(request.param, ()):
         if find_spec(name) is None:

@@ -90,19 +90,6 @@ def exponents_that_become_zero_and_one(record):
     return trained(record, body)
 
 
-@loop(10)
-def a_branch_on_a_number_that_is_read(record):
-    def body(model, optimizer, x, y, number):
-        loss = functional.mse_loss(model(x), y)
-        if x[0, 0].item() > 0.8:
-            loss = loss + model[0].weight.pow(2).sum()
-        if bool(y[0, 0] > 1) and float(x.mean()) < 1:
-            loss = loss * y.sum().tolist()
-        return descend(optimizer, loss)
-
-    return trained(record, body)
-
-
 @loop(8)
 def numbers_of_every_type(record):
     def body(model, optimizer, x, y, number):
@@ -112,21 +99,6 @@ def numbers_of_every_type(record):
         return descend(optimizer, functional.mse_loss(h, y))
 
     return trained(record, body)
-
-
-@loop(0)
-def lengths_that_come_with_the_batch(record):
-    model = nn.GRU(6, 3, batch_first=True)
-    optimizer = sgd(model)
-    with record(model=model, optimizer=optimizer) as recording:
-        for number, (x, y) in enumerate(batches(rows=16), start=1):
-            lengths = torch.tensor([2, 2, 2, 2] if number < 5 else [4, 2, 1, 1])
-            with recording.step((x, y, lengths)):
-                x = x.view(4, 4, 6)
-                packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
-                out = model(packed)[0].data
-                recording.log(loss=descend(optimizer, functional.mse_loss(out, y[:8])))
-    return model
 
 
 # Odd gradients.
@@ -232,22 +204,6 @@ def training_in_inference_mode(record):
 
 
 @loop(10)
-def buffers_that_are_bound_again(record):
-    model = network()
-    model.register_buffer("mean", torch.zeros(6))
-
-    def body(model, optimizer, x, y, number):
-        loss = update(model, optimizer, x - model.mean, y)
-        if number % 5 == 0:
-            model.mean.mul_(0.9).add_(x.mean(0))
-        else:
-            model.mean = 0.9 * model.mean + x.mean(0)
-        return loss
-
-    return trained(record, body, model)
-
-
-@loop(10)
 def tensors_from_elsewhere_that_alias(record):
     other = torch.randn(8, 6)
 
@@ -290,26 +246,6 @@ def a_batch_that_is_added_late_and_aliases(record):
                     recording.add_batch(alias)
                 alias.mul_(0.9)
                 recording.log(loss=update(model, optimizer, h + one, y))
-    return model
-
-
-@loop(2)
-def batches_that_alias(record):
-    whole, y = torch.randn(40, 6), torch.randn(8, 3)
-    model = network()
-
-    def batch(number):
-        one = whole[number : number + 8]
-        return (one, y), (one, whole[number + 1 : number + 9]), (one, one), (one, one[:])
-
-    optimizer = sgd(model)
-    with record(model=model, optimizer=optimizer) as recording:
-        for number in range(STEPS):
-            one, two = batch(number)[number % 4 if number > 11 else 0]
-            with recording.step((one, two)):
-                x = one + 0
-                two.mul_(0.5)
-                recording.log(loss=update(model, optimizer, one + x, y))
     return model
 
 

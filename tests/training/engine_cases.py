@@ -415,11 +415,7 @@ MODELS = [
 ]
 
 LOSSES = [
-    row(
-        "sum",
-        loss=partial(nn.MSELoss, reduction="sum"),
-        optimizer=of(GradientDescent, lr=0.001),
-    ),
+    row("sum", loss=partial(nn.MSELoss, reduction="sum"), optimizer=of(GradientDescent, lr=0.001)),
     row(
         "cross entropy",
         partial(mlp, 3),

@@ -488,10 +488,7 @@ DATASETS = {
         lambda x, y: Subset(TensorDataset(x, y), list(range(20))),
         lambda made: made.dataset.indices.reverse(),
     ),
-    "tensors": (
-        lambda x, y: ConcatDataset([TensorDataset(x, y)]),
-        lambda made: made.x.mul_(2.0),
-    ),
+    "tensors": (lambda x, y: ConcatDataset([TensorDataset(x, y)]), lambda made: made.x.mul_(2.0)),
 }
 
 

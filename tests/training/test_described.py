@@ -105,10 +105,7 @@ def test_a_loss_of_ones_own_has_the_attributes_that_are_plain():
         class_name="OwnLoss",
         is_torchs=False,
         settings=settings,
-        modules={
-            "": ModuleFacts(class_name="OwnLoss", settings=TRAINING | settings),
-            "inner": inner,
-        },
+        modules={"": ModuleFacts(class_name="OwnLoss", settings=TRAINING | settings), "inner": inner},
     )
 
 

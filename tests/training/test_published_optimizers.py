@@ -114,7 +114,7 @@ STEPS = 12
 
 pytestmark = [
     # Of pytorch_optimizer, where transformers is not installed.
-    pytest.mark.filterwarnings("ignore:you need to install `transformers`:ImportWarning"),
+    pytest.mark.filterwarnings("ignore:you need to install `transformers`:ImportWarning")
 ]
 
 
@@ -123,15 +123,7 @@ def test_at_least_seventy_are_trained():
 
 
 #: Those that keep something of their own kind: the others are tried with `--sweep` alone.
-OFTEN = [
-    "AdamMini",
-    "DAdaptSGD",
-    "Lookahead",
-    "Magma",
-    "Prodigy",
-    "SCION",
-    "ScheduleFreeWrapper",
-]
+OFTEN = ["AdamMini", "DAdaptSGD", "Lookahead", "Magma", "Prodigy", "SCION", "ScheduleFreeWrapper"]
 
 
 @pytest.mark.parametrize(

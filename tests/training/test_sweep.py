@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.page.serving import Application
-from tests.training.swept import alone, here, trained
+from tests.training.swept import here, stopping, trained
 
 import everystep
 from everystep.errors import ExperimentError, RunError, UsageError
@@ -89,15 +89,21 @@ def test_a_run_that_fails_is_reported_and_the_others_continue(everystep_command,
 
 
 def test_runs_of_a_function_go_on_after_kills_and_ctrl_c(monkeypatch):
-    """Each in a process of its own; continued in this one."""
-    settings = {"lr": 0.1, "seed": [1], "what": ["is killed", "is stopped", "raises", "stops all"]}
+    """Each in a process of its own; continued in this one, which another run ends by Ctrl-C."""
+    settings = {"lr": 0.1, "seed": [1], "what": ["is killed", "raises", "stops all"]}
     options = {"run": "own", "processes": 1, "progress": False}
     with pytest.raises(KeyboardInterrupt, match=r"--run runs/own --resume"):
         everystep.sweep(trained, settings, **options)
-    before = {run.name.partition("=")[2]: run for run in everystep.runs("runs/own")}
-    ends = {"is-killed": "killed", "is-stopped": "stopped", "raises": "failed", "stops-all": "stopped"}
-    assert {name: run.status for name, run in before.items()} == ends
+
+    def ends():
+        return {run.name.partition("=")[2]: run.status for run in everystep.runs("runs/own")}
+
+    assert ends() == {"raises": "failed", "is-killed": "killed", "stops-all": "stopped"}
     monkeypatch.setattr("everystep.replay.processes.pool", here)
+    settings["what"].append("is stopped")
+    assert not everystep.sweep(trained, settings, **options, resume=True).is_finished
+    finished = dict.fromkeys(("raises", "is-killed", "stops-all"), "finished")
+    assert ends() == finished | {"is-stopped": "stopped"}
     found = everystep.sweep(trained, settings, **options, resume=True)
     assert found.is_finished and len(found.runs) == 4 and found.metric == "accuracy"
     assert len({str(parameters(run)) for run in found.runs}) == 1
@@ -108,14 +114,14 @@ def test_runs_of_a_function_go_on_after_kills_and_ctrl_c(monkeypatch):
     assert "4 of 4" in found._repr_html_() and found.plot() is not None
 
 
-def test_each_call_of_a_function_has_a_process_and_what_stopped_itself_is_over():
-    options = {"run": "own", "processes": 1, "progress": False}
-    found = everystep.sweep(alone, {"lr": [0.1, 0.2], "width": 2}, **options)
-    assert found.is_finished and [len(run) for run in found.runs] == [1, 1], found
-    again = everystep.sweep(alone, {"lr": [0.1, 0.2], "width": 2}, **options, resume=True)
-    assert again.is_finished and [len(run) for run in again.runs] == [1, 1]
+def test_a_call_that_a_condition_has_stopped_is_over(in_this_process):
+    options = {"run": "own", "progress": False}
+    for _ in range(2):
+        found = everystep.sweep(stopping, {"lr": [0.1, 0.2], "width": 2}, **options)
+        assert found.is_finished and [len(run) for run in found.runs] == [1, 1], found
+        options["resume"] = True
     with pytest.raises(RunError, match=r"lr=0.1: was trained with other settings: width 2 \| 3"):
-        everystep.sweep(alone, {"lr": [0.1, 0.2], "width": 3}, **options, resume=True)
+        everystep.sweep(stopping, {"lr": [0.1, 0.2], "width": 3}, **options)
 
 
 def test_what_a_sweep_cannot_call_is_said_before_anything_begins(monkeypatch):

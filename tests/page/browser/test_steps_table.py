@@ -5,13 +5,7 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import (
-    changed,
-    expect_axe_finds_nothing_serious,
-    expect_step,
-    part,
-    rows,
-)
+from tests.page.browser.places import changed, expect_axe_finds_nothing_serious, expect_step, part, rows
 from tests.sealing import seal
 
 import everystep
