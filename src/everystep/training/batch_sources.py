@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from everystep.recording.contents import given_of
 from everystep.step.kept_values import decoded, encoded_small, is_aside
 
-__all__ = ["BatchSources", "Changed", "sources_of"]
+__all__ = ["BatchSources", "Changed", "samplers_of", "sources_of"]
 
 
 class Changed(NamedTuple):
@@ -75,9 +75,9 @@ class BatchSources:
             if reference is None or reference() is not source:
                 continue
             for key, (found, data), now in _attributes(name, source, batches):
-                then = first.get(key, _Noted("", now.fixed))
+                then = first.get(key, _Noted("", {}))
                 if now.digest != then.digest and now.fixed == then.fixed:
-                    tensors |= {place: tensor.clone() for place, tensor in found.items()}
+                    tensors |= {place: tensor.detach().clone() for place, tensor in found.items()}
                     held.setdefault(name, {})[key] = {"value": data, "digest": now.digest}
         return Changed(tensors, held)
 
@@ -95,16 +95,17 @@ class BatchSources:
 
 def sources_of(batches: Any) -> dict[str, Any]:
     """Return a loader, its samplers and its data sets, by name, as far as it has them."""
-    sampler, batch_sampler = (getattr(batches, n, None) for n in ("sampler", "batch_sampler"))
-    found = {
-        "loader": batches,
-        "sampler": sampler,
-        "batch_sampler": batch_sampler,
-        "inner_sampler": getattr(batch_sampler, "sampler", None),
-    }
-    found["collate_fn"] = getattr(batches, "collate_fn", None)
+    found = samplers_of(batches) | {"collate_fn": getattr(batches, "collate_fn", None)}
     found |= _data_sets("dataset", getattr(batches, "dataset", None))
     return {name: source for name, source in found.items() if source is not None}
+
+
+def samplers_of(batches: Any) -> dict[str, Any]:
+    """Return a loader and its samplers, by name, None for those that it does not have."""
+    sampler, batch_sampler = (getattr(batches, n, None) for n in ("sampler", "batch_sampler"))
+    inner = getattr(batch_sampler, "sampler", None)
+    names = ("loader", "sampler", "batch_sampler", "inner_sampler")
+    return dict(zip(names, (batches, sampler, batch_sampler, inner), strict=True))
 
 
 def _data_sets(name: str, data: Any) -> dict[str, Any]:
@@ -139,11 +140,12 @@ def _attributes(
     for key, value in list(vars(source).items()):
         if isinstance(source, DataLoader) and key.startswith("_"):
             continue  # its iterator
-        tensors, data, fixed = encoded_small(value, _place(name, key), others)
-        digest = xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode())
-        for tensor in tensors.values():
-            digest.update(repr(given_of(tensor.detach().cpu())).encode())
-        yield key, (tensors, data), _Noted(digest.hexdigest(), fixed)
+        with suppress(Exception):  # a class of the user's may raise anywhere
+            tensors, data, fixed = encoded_small(value, _place(name, key), others)
+            digest = xxhash.xxh3_128(json.dumps(data, sort_keys=True).encode())
+            for tensor in tensors.values():
+                digest.update(repr(given_of(tensor.detach().cpu())).encode())
+            yield key, (tensors, data), _Noted(digest.hexdigest(), fixed)
 
 
 def _place(name: str, key: str) -> str:

@@ -32,7 +32,7 @@ from everystep.recording.keep import RECENT, Ahead
 from everystep.step.generators import Generators
 from everystep.step.kept_values import decoded, encoded
 from everystep.step.state import same_bits
-from everystep.training.batch_sources import BatchSources, Changed, sources_of
+from everystep.training.batch_sources import BatchSources, Changed, samplers_of, sources_of
 
 __all__ = [
     "Drawn",
@@ -226,17 +226,18 @@ class LoaderPosition:
         if goal is not None and self._call < goal.call:
             self._start_workers(batches, goal)
             return
-        self._sources.note(batches)
+        own = None if _has_state(batches) else batches
+        self._sources.note(own)
         if goal is not None and goal.has_workers:
             self._start_workers(batches, goal)
         self._has_workers = getattr(batches, "_iterator", None) is not None
         if goal is not None:
-            self._sources.restore(batches, Changed.of_named(goal.tensors, _BEGUN, goal.begun))
-        self._begun = self._sources.changed(batches)
+            self._sources.restore(own, Changed.of_named(goal.tensors, _BEGUN, goal.begun))
+        self._begun = self._sources.changed(own)
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         self.has_skipped = iterator is not None
         if goal is not None and (goal.taken or goal.begun):
-            self._sources.restore(batches, Changed.of_named(goal.tensors, _DRAWN, goal.drawn))
+            self._sources.restore(own, Changed.of_named(goal.tensors, _DRAWN, goal.drawn))
             self._reached()
         self.goal = None
         quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
@@ -396,6 +397,6 @@ def _has_state(loader: Any) -> bool:
 
 
 def _own_generators(loader: Any) -> dict[str, torch.Generator]:
-    """Return the generators of a loader, of its samplers and its data, by name."""
-    found = {name: getattr(owner, "generator", None) for name, owner in sources_of(loader).items()}
+    """Return the generators of a loader and of its samplers, by name."""
+    found = {name: getattr(owner, "generator", None) for name, owner in samplers_of(loader).items()}
     return {name: each for name, each in found.items() if isinstance(each, torch.Generator)}
