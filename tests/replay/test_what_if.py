@@ -371,7 +371,7 @@ def test_a_branch_on_whether_two_tensors_are_equal_may_turn_at_another_rate(tmp_
             recording.log(loss=loss)
     run = recording.run
     assert run.what_if(0, lr=0.5, progress=False).cases[0].differs_from == 1
-    with pytest.raises(RunError, match="step 1 may differ .*: Python read 1 of its values"):
+    with pytest.raises(RunError, match=r"step 1 may differ .*: Python read 1 of its values"):
         run.fork(0, lr=0.5, run=tmp_path / "fork", progress=False)
     assert run.verify(processes=1, progress=False).is_exact
 
